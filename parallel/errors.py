@@ -1,0 +1,23 @@
+"""What can go wrong in `parallel`.
+
+ParallelError
+├── LayoutError          the spec asks for a layout that cannot be built (bad input)
+├── EngineUnavailable    the engine or an option of it is not installed (bad input)
+└── StateError           a tensor handed to restore does not fit the shard it is meant for
+"""
+
+
+class ParallelError(Exception):
+    """Base of every error raised by this package; the message says what to do next."""
+
+
+class LayoutError(ParallelError):
+    """The layout does not divide the model, the batch or the world."""
+
+
+class EngineUnavailable(ParallelError):
+    """The engine, or an option of it, needs something that is not installed."""
+
+
+class StateError(ParallelError):
+    """A saved tensor does not fit the live shard of the same name."""

@@ -1,0 +1,64 @@
+"""Sections of the job spec that configure this package. Torch-free."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+
+class Section(BaseModel):
+    """A part of a job spec: frozen, keyword-only, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ParallelSpec(Section):
+    """How the ranks are laid out and what runs on each axis of the mesh."""
+
+    engine: Literal["torch"] = "torch"
+    tensor: PositiveInt = Field(1, description="ranks that share each matrix")
+    pipeline: PositiveInt = Field(1, description="ranks that share the layers, one after the other")
+    data: PositiveInt = Field(1, description="ranks that share the global batch")
+    sequence: bool = Field(False, description="shard activations along the sequence between the matrices")
+    schedule: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    stages_per_rank: PositiveInt | None = Field(
+        None, description="pipeline stages on one rank; default 1 for 1f1b, 2 for the others"
+    )
+    layer_split: tuple[PositiveInt, ...] | None = Field(
+        None, description="layers of each pipeline stage, first to last; default: equal"
+    )
+    data_mode: Literal["fsdp", "hsdp", "replicate"] = "fsdp"
+    reshard_after_forward: bool = Field(True, description="fsdp, hsdp: free gathered weights after forward")
+    shard_size: PositiveInt | None = Field(None, description="hsdp: data-parallel ranks that share one copy")
+
+    @property
+    def stages(self) -> int:
+        """Number of pipeline stages over all ranks."""
+        per_rank = self.stages_per_rank or (1 if self.schedule == "1f1b" else 2)
+        return self.pipeline * per_rank if self.pipeline > 1 else 1
+
+
+class OptimizerSpec(Section):
+    """The update rule. The learning rate itself comes from the stage's `lr` clause."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    momentum: float = Field(0.0, ge=0, lt=1, description="sgd only")
+    weight_decay: float = Field(0.1, ge=0)
+    decay_embeddings: bool = Field(True, description="false: no weight decay on embeddings (OLMo 2)")
+    clip_norm: PositiveFloat | None = Field(1.0, description="largest global gradient norm; null: no clipping")
+    implementation: Literal["torch", "apex"] = Field("torch", description="apex: FusedAdam, when importable")
+
+
+class NumericsSpec(Section):
+    """Precision and what is traded for memory or speed."""
+
+    precision: Literal["fp32", "bf16", "fp64"] = Field(
+        "fp32", description="bf16: bf16 compute, fp32 master weights, moments and reduction"
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="activations computed again in backward: nothing, attention only, whole layers"
+    )
+    compile: bool = Field(False, description="torch.compile each layer")
+    deterministic: bool = Field(False, description="CUDA: bitwise repeatable kernels")
+    threads_per_rank: PositiveInt = Field(1, description="CPU threads of each rank; part of what fixes the bits")

@@ -1,0 +1,44 @@
+"""What can go wrong in `trainer`, each with the exit code that the process ends with.
+
+TrainerError
+├── SpecError            2  the job or model spec is wrong
+├── DataError            2  a data file or tokenizer is missing, foreign, truncated or does not fit
+├── OutputError          2  the run folder exists, is read-only or full
+├── CheckpointError      2  a saved state is missing, damaged or does not fit
+├── TrainingStopped      3  training stopped itself: NaN, a gate
+└── UnrecoverableFault   4  a fault that no rung of the recovery ladder mends
+"""
+
+
+class TrainerError(Exception):
+    """Base of every error raised by this package; the message says what to do next."""
+
+    exit_code = 2
+
+
+class SpecError(TrainerError):
+    """The spec cannot be read, or a value in it is wrong; names the file and the key."""
+
+
+class DataError(TrainerError):
+    """A data file or tokenizer cannot be used; names the file."""
+
+
+class OutputError(TrainerError):
+    """The run folder cannot be used; names the folder."""
+
+
+class CheckpointError(TrainerError):
+    """A saved state cannot be used; names the file."""
+
+
+class TrainingStopped(TrainerError):
+    """Training stopped itself; names the step and the ranks."""
+
+    exit_code = 3
+
+
+class UnrecoverableFault(TrainerError):
+    """A fault that could not be recovered."""
+
+    exit_code = 4

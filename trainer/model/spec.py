@@ -1,0 +1,63 @@
+"""The model section of a job spec: one decoder-only transformer, many families. Torch-free."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from parallel.spec import Section
+
+
+class InitSpec(Section):
+    """Standard deviations of the initial weights, as published for each family."""
+
+    std: PositiveFloat = 0.02
+    output_std: PositiveFloat | None = Field(None, description="of attention output and down projections; default: std")
+
+
+class ModelSpec(Section):
+    """Covers Llama, Mistral, Qwen2, Qwen3, OLMo 2, GPT-NeoX (Pythia), GPT and Megatron-Turing NLG."""
+
+    layers: PositiveInt
+    hidden_size: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt | None = Field(None, description="grouped-query attention; default: heads")
+    head_dim: PositiveInt | None = Field(None, description="default: hidden_size / heads")
+    ffn_size: PositiveInt
+    vocabulary_size: PositiveInt
+    max_sequence_length: PositiveInt
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: PositiveFloat = 1e-5
+    norm_position: Literal["before", "after"] = Field("before", description="after: OLMo 2")
+    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    position: Literal["rotary", "learned"] = "rotary"
+    rope_theta: PositiveFloat = 10000.0
+    rotary_fraction: float = Field(1.0, gt=0, le=1, description="part of each head that rotates (GPT-NeoX: 0.25)")
+    sliding_window: PositiveInt | None = Field(None, description="Mistral: attention to the last n tokens only")
+    parallel_residual: bool = Field(False, description="GPT-NeoX: attention and MLP read the same input")
+    qkv_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: Literal["none", "head", "projection"] = Field(
+        "none", description="head: each head by itself (Qwen3); projection: all heads together (OLMo 2)"
+    )
+    tied_embeddings: bool = False
+    init: InitSpec = InitSpec()
+    z_loss: NonNegativeFloat = Field(0.0, description="weight of the squared log-partition (OLMo 2: 1e-5)")
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def size_per_head(self) -> int:
+        return self.head_dim or self.hidden_size // self.heads
+
+    @model_validator(mode="after")
+    def _divides(self) -> "ModelSpec":
+        if self.head_dim is None and self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size {self.hidden_size} does not divide by heads {self.heads}")
+        if self.heads % self.key_value_heads:
+            raise ValueError(f"heads {self.heads} does not divide by kv_heads {self.key_value_heads}")
+        if round(self.size_per_head * self.rotary_fraction) % 2:
+            raise ValueError(f"rotary_fraction {self.rotary_fraction} of a head of {self.size_per_head} is odd")
+        return self
