@@ -121,7 +121,7 @@ class LrCurve:
         if step < self.constant_end or self.constant_end >= self.end:
             return self.constant
         progress = self._progress(step, self.constant_end, self.end)
-        return self.constant * (self.floor / self.constant) ** progress
+        return self.constant * math.pow(self.floor / self.constant, progress)
 
     @staticmethod
     def _progress(step: int, start: int, end: int) -> float:
