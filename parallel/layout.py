@@ -4,6 +4,7 @@ Axes from outermost to innermost are data, pipeline, tensor, as in Megatron-Turi
 tensor groups lie inside a node, pipeline neighbours on neighbouring nodes, data-parallel replicas outermost.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -112,4 +113,4 @@ def split_layers(layers: int, spec: ParallelSpec) -> list[range]:
                 f"model.layers = {layers}"
             )
     starts = [sum(counts[:i]) for i in range(stages + 1)]
-    return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+    return [range(a, b) for a, b in itertools.pairwise(starts)]
