@@ -1,0 +1,73 @@
+"""What a job will do, step by step: batch-size ramp, steps and tokens of every stage. Pure and torch-free."""
+
+from dataclasses import dataclass
+
+from trainer.schedule import LrCurve
+from trainer.spec import BatchSpec, JobSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagePlan:
+    """One stage with its place in the run; steps and samples are counted from the start of the job."""
+
+    index: int
+    name: str
+    start_step: int
+    steps: int
+    start_sample: int
+    samples: int
+    tokens: int
+    curve: LrCurve
+
+    @property
+    def end_step(self) -> int:
+        return self.start_step + self.steps
+
+    @property
+    def end_sample(self) -> int:
+        return self.start_sample + self.samples
+
+
+def global_size_at(batch: BatchSpec, consumed: int) -> int:
+    """Samples of the step that starts after `consumed` samples of the job."""
+    ramp = batch.ramp
+    if ramp is None:
+        return batch.global_size
+    increments = max(1, (batch.global_size - ramp.start) // ramp.increment)
+    done = consumed * increments // ramp.samples
+    return min(batch.global_size, ramp.start + done * ramp.increment)
+
+
+def steps_for(batch: BatchSpec, consumed: int, samples: int) -> tuple[int, int]:
+    """Steps that hand out at least `samples` more samples, and how many they hand out."""
+    steps = given = 0
+    while given < samples:
+        size = global_size_at(batch, consumed + given)
+        if size == batch.global_size:
+            rest = -(-(samples - given) // size)
+            return steps + rest, given + rest * size
+        steps, given = steps + 1, given + size
+    return steps, given
+
+
+def plan_stages(job: JobSpec) -> tuple[StagePlan, ...]:
+    """Every stage of the job in order; a token budget is rounded up to whole steps."""
+    plans: list[StagePlan] = []
+    step = consumed = 0
+    for index, stage in enumerate(job.stages):
+        wanted = -(-stage.tokens // job.data.sequence_length)
+        steps, samples = steps_for(job.batch, consumed, wanted)
+        plans.append(
+            StagePlan(
+                index=index,
+                name=stage.name,
+                start_step=step,
+                steps=steps,
+                start_sample=consumed,
+                samples=samples,
+                tokens=samples * job.data.sequence_length,
+                curve=LrCurve.of(stage.lr, steps),
+            )
+        )
+        step, consumed = step + steps, consumed + samples
+    return tuple(plans)

@@ -1,0 +1,81 @@
+"""The ranks of a run as this process sees them: who am I, on what device, how do I reach the others."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from trainer.errors import SpecError
+
+TIMEOUT = timedelta(minutes=10)
+"""Deadline of every collective; a rank that does not arrive is named by the error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Joined by `join`, left by `leave`. Without peers there is no process group at all."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on at least one rank. Collective."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def leave(self) -> None:
+        """Destroy the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join(expected: int, threads: int) -> World:
+    """Join the ranks that the launcher started, from torchrun's environment variables.
+
+    Args:
+        expected: number of ranks that the layout has.
+        threads: CPU threads of this rank, set before the first operation.
+
+    Raises:
+        SpecError: the launcher started another number of ranks.
+    """
+    torch.set_num_threads(threads)
+    rank, size, local_rank = (int(os.environ.get(key, default)) for key, default in _FROM_TORCHRUN)
+    if size != expected:
+        raise SpecError(
+            f"the layout has {expected} ranks (parallel.data x pipeline x tensor), but {size} were started: "
+            f"start {expected}, or change parallel.*"
+        )
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if size > 1:
+        _connect(rank, size, "cpu:gloo,cuda:nccl" if cuda else "gloo")
+    return World(rank=rank, size=size, local_rank=local_rank, device=device)
+
+
+_FROM_TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
+def _connect(rank: int, size: int, backend: str) -> None:
+    """Through the file that `keepwarm train` names for ranks on one machine, else through torchrun's store."""
+    file = os.environ.get("KEEPWARM_STORE")
+    if file is None:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        store = dist.FileStore(str(Path(file)), size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
