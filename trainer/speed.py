@@ -1,0 +1,47 @@
+"""How fast a run is: tokens per second, and on a GPU TFLOP/s and model FLOP utilisation (MFU)."""
+
+from dataclasses import dataclass
+
+import torch
+
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
+"""Dense bf16 peak of one card, by a part of its name, from the vendor's data sheets."""
+
+
+@dataclass(kw_only=True)
+class Speed:
+    """Running totals. MFU = tokens/s x (6 N + 6 L h s) / peak, causal, recompute not counted."""
+
+    flops_per_token: float
+    gpus: int
+    peak_tflops: float | None
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, *, parameters: int, layers: int, hidden_size: int, sequence_length: int, gpus: int) -> "Speed":
+        """For a model of N = `parameters`; the peak comes from the name of the card, if it is known."""
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        peak = next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
+        flops = 6.0 * parameters + 6.0 * layers * hidden_size * sequence_length
+        return cls(flops_per_token=flops, gpus=gpus, peak_tflops=peak)
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """Count one step."""
+        self.tokens += tokens
+        self.seconds += seconds
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def tflops_per_gpu(self, tokens_per_s: float) -> float | None:
+        """Achieved TFLOP/s of one card; None without a GPU."""
+        if not torch.cuda.is_available():
+            return None
+        return tokens_per_s * self.flops_per_token / self.gpus / 1e12
+
+    def mfu(self, tokens_per_s: float) -> float | None:
+        """Share of the card's peak; None when the card is not known."""
+        achieved = self.tflops_per_gpu(tokens_per_s)
+        return None if achieved is None or self.peak_tflops is None else achieved / self.peak_tflops
