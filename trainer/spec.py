@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from parallel.layout import Layout, split_layers
+from parallel.layout import Layout
 from parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec, Section
 from trainer.data.spec import DataSpec
 from trainer.model.spec import ModelSpec
@@ -108,5 +108,4 @@ class JobSpec(Section):
         from trainer.spec_checks import check_job
 
         check_job(self)
-        split_layers(self.model.layers, self.parallel)
         return self

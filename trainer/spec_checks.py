@@ -1,62 +1,95 @@
 """Checks of a job that need more than one of its sections. Each names the keys and says what would fit."""
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from parallel.layout import Layout
+from parallel.errors import LayoutError
+from parallel.layout import Layout, split_layers
+from parallel.spec import ParallelSpec
 
 if TYPE_CHECKING:
     from trainer.spec import JobSpec
 
 
 def check_job(job: "JobSpec") -> None:
-    """Raise ValueError or LayoutError, with the keys named, for the first thing that does not fit."""
-    Layout.of(job.parallel, job.cluster.ranks_per_node)
-    _check_tensor(job)
-    _check_batch(job)
-    _check_data(job)
+    """Raise ValueError with a line for everything that does not fit, the keys named."""
+    problems = [*_layout(job), *_tensor(job), *_batch(job), *_data(job)]
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
-def _check_tensor(job: "JobSpec") -> None:
+def _layout(job: "JobSpec") -> Iterator[str]:
+    try:
+        Layout.of(job.parallel, job.cluster.ranks_per_node)
+    except LayoutError as error:
+        yield str(error)
+    try:
+        split_layers(job.model.layers, job.parallel)
+    except LayoutError as error:
+        yield str(error)
+
+
+def _tensor(job: "JobSpec") -> Iterator[str]:
     tensor, model = job.parallel.tensor, job.model
     for key, value in (
         ("heads", model.heads),
-        ("kv_heads", model.key_value_heads),
+        ("kv_heads", model.kv_heads or tensor),
         ("ffn_size", model.ffn_size),
         ("vocabulary_size", model.vocabulary_size),
     ):
         if value % tensor:
-            raise ValueError(f"model.{key} = {value} does not divide by parallel.tensor = {tensor}")
+            yield f"model.{key} = {value} does not divide by parallel.tensor = {tensor}"
     if job.parallel.sequence and job.data.sequence_length % tensor:
-        raise ValueError(
+        yield (
             f"parallel.sequence: data.sequence_length = {job.data.sequence_length} does not divide by "
             f"parallel.tensor = {tensor}"
         )
 
 
-def _check_batch(job: "JobSpec") -> None:
+def _batch(job: "JobSpec") -> Iterator[str]:
     unit = job.parallel.data * job.batch.micro_size
     named = f"parallel.data x batch.micro_size = {job.parallel.data} x {job.batch.micro_size} = {unit}"
     if job.batch.global_size % unit:
-        raise ValueError(f"batch.global_size = {job.batch.global_size} does not divide by {named}")
+        yield f"batch.global_size = {job.batch.global_size} does not divide by {named}"
+        return
     ramp = job.batch.ramp
     if ramp and (ramp.start % unit or ramp.increment % unit):
-        raise ValueError(f"batch.ramp.start and batch.ramp.increment must divide by {named}")
-    if ramp and (job.batch.global_size - ramp.start) % ramp.increment:
-        raise ValueError("batch.ramp: increments from batch.ramp.start must reach batch.global_size exactly")
+        yield f"batch.ramp.start and batch.ramp.increment must divide by {named}"
+    if ramp and (job.batch.global_size < ramp.start or (job.batch.global_size - ramp.start) % ramp.increment):
+        yield "batch.ramp: increments from batch.ramp.start must reach batch.global_size exactly"
+        return
+    sizes = range(ramp.start, job.batch.global_size + 1, ramp.increment) if ramp else [job.batch.global_size]
+    yield from _micro_batches(job.parallel, [size // unit for size in sizes])
 
 
-def _check_data(job: "JobSpec") -> None:
+def _micro_batches(spec: ParallelSpec, counts: Sequence[int]) -> Iterator[str]:
+    """The pipeline schedules' own conditions on the number of micro-batches of one step and data rank."""
+    if spec.pipeline == 1:
+        return
+    named = "micro-batches per data rank (batch.global_size / (parallel.data x batch.micro_size))"
+    if spec.schedule == "1f1b":
+        if min(counts) < spec.stages:
+            yield f"parallel.schedule 1f1b needs at least {spec.stages} {named}, one per stage; got {min(counts)}"
+        return
+    for count in counts:
+        if count % max(1, count // spec.pipeline):
+            yield (
+                f"parallel.schedule {spec.schedule}: {count} {named} do not make whole rounds of "
+                f"parallel.pipeline = {spec.pipeline} or more"
+            )
+            return
+
+
+def _data(job: "JobSpec") -> Iterator[str]:
     if job.data.sequence_length > job.model.max_sequence_length:
-        raise ValueError(
+        yield (
             f"data.sequence_length = {job.data.sequence_length} is longer than "
             f"model.max_sequence_length = {job.model.max_sequence_length}"
         )
     names = [stage.name for stage in job.stages]
     if len(set(names)) != len(names):
-        raise ValueError(f"stages: names must differ, got {names}")
+        yield f"stages: names must differ, got {names}"
     for stage in job.stages:
         unknown = sorted(set(stage.mixture) - set(job.data.sources))
         if unknown:
-            raise ValueError(
-                f"stages.{stage.name}.mixture names {unknown}, not in data.sources {sorted(job.data.sources)}"
-            )
+            yield f"stages.{stage.name}.mixture names {unknown}, not in data.sources {sorted(job.data.sources)}"

@@ -1,0 +1,165 @@
+"""Validation errors of a spec as sentences that name the key, its place and what would be right. Torch-free."""
+
+import difflib
+from collections.abc import Iterator
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from trainer.spec_yaml import Document, Keys, describe
+
+
+def explain(error: ValidationError, spec: type[BaseModel], document: Document, prefix: Keys = ()) -> list[str]:
+    """One line for every problem, `PLACE: KEY: what is wrong`, in the order of the spec.
+
+    `prefix` is where the validated values lie in the document.
+    """
+    lines = []
+    found = error.errors(include_url=False)
+    for details in found:
+        if details["type"] == "too_short" and any(_is_inside(other["loc"], details["loc"]) for other in found):
+            continue
+        keys, inside = _locate(details["loc"], spec, document, prefix)
+        if keys is None:
+            continue
+        place = document.place(prefix + keys)
+        shown = ".".join(prefix + keys)
+        for sentence in _sentence(details, keys, spec, inside).split("\n"):
+            lines.append(f"{place}: {shown}: {sentence}" if shown else f"{place}: {sentence}")
+    return list(dict.fromkeys(lines))
+
+
+def _locate(
+    location: tuple[int | str, ...], spec: type[BaseModel], document: Document, prefix: Keys
+) -> tuple[Keys | None, list[type[BaseModel]]]:
+    """Keys of an error without pydantic's names for the members of a union, and the sections around it.
+
+    None instead of keys: the error belongs to a member of a union that the value was not meant for.
+    """
+    value: Any = document.values
+    for key in prefix:
+        value = value[key]
+    annotations: list[Any] = [spec]
+    keys: Keys = ()
+    for part in location:
+        members = [member for annotation in annotations for member in _members(annotation)]
+        if len(members) > 1 and not _is_key(part, value):
+            chosen = [member for member in members if _is_section(member) == isinstance(value, dict)]
+            if part not in {getattr(member, "__name__", None) for member in chosen} and _is_tag(part, members):
+                return None, []
+            if _is_tag(part, members):
+                continue
+        keys = (*keys, str(part))
+        value = _inside(value, part)
+        annotations = [inner for member in members for inner in _children(member, part)]
+    sections = [m for annotation in annotations for m in _members(annotation) if _is_section(m)]
+    return keys, sections
+
+
+def _is_inside(location: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
+    return len(location) > len(outer) and location[: len(outer)] == outer
+
+
+def _is_tag(part: int | str, members: list[Any]) -> bool:
+    names = {getattr(member, "__name__", None) for member in members}
+    return part in names or (isinstance(part, str) and part not in _fields(members) and not part.isidentifier())
+
+
+def _is_key(part: int | str, value: Any) -> bool:
+    return isinstance(value, dict) and part in value
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _fields(annotations: list[Any]) -> set[str]:
+    return {name for annotation in annotations if _is_section(annotation) for name in annotation.model_fields}
+
+
+def _members(annotation: Any) -> list[Any]:
+    """Members of a union other than None; of anything else, itself. `Annotated` is looked through."""
+    if hasattr(annotation, "__metadata__"):
+        return _members(annotation.__origin__)
+    if get_origin(annotation) in (Union, UnionType):
+        return [inner for member in get_args(annotation) if member is not NoneType for inner in _members(member)]
+    return [annotation]
+
+
+def _children(annotation: Any, part: int | str) -> list[Any]:
+    if _is_section(annotation):
+        field = annotation.model_fields.get(str(part))
+        return [] if field is None else [field.annotation]
+    if get_origin(annotation) in (tuple, list):
+        return [argument for argument in get_args(annotation) if argument is not Ellipsis]
+    if get_origin(annotation) is dict:
+        return [get_args(annotation)[1]]
+    return []
+
+
+def _inside(value: Any, part: int | str) -> Any:
+    try:
+        return value[part]
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
+def _sentence(details: ErrorDetails, keys: Keys, spec: type[BaseModel], inside: list[type[BaseModel]]) -> str:
+    kind, value = details["type"], details["input"]
+    said = details["msg"].removeprefix("Value error, ")
+    wanted = said.removeprefix("Input should be ")
+    if kind == "extra_forbidden":
+        return f"unknown key; {_nearest(keys, spec)}"
+    if kind == "missing":
+        return "this key is required"
+    if kind == "literal_error":
+        near = difflib.get_close_matches(value, details["ctx"]["expected"].split("'")[1::2]) if _is_text(value) else []
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"expected {wanted}, got {describe(value)}{hint}"
+    if kind == "int_type" and isinstance(value, float) and value.is_integer():
+        return f"expected a whole number, got {value}; write {int(value)}"
+    if kind.startswith("model_") and inside:
+        return f"expected a section with keys, got {describe(value)}"
+    if kind == "too_short":
+        return f"expected at least {details['ctx']['min_length']} of them, got {details['ctx']['actual_length']}"
+    if wanted != said:
+        wanted = {"int_type": "a whole number", "string_type": "text"}.get(kind, wanted)
+        return f"expected {wanted}, got {describe(value)}"
+    return said
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _nearest(keys: Keys, spec: type[BaseModel]) -> str:
+    """A key that may have been meant: a similar one beside it, then the same or a similar one elsewhere."""
+    paths = list(_paths([spec], ()))
+    *parents, name = keys
+    beside = {
+        path[-1]: path
+        for path in paths
+        if len(path) == len(keys) and all(a in (b, "*") for a, b in zip(path, parents, strict=False))
+    }
+    elsewhere = {path[-1]: path for path in reversed(paths) if "*" not in path}
+    for candidates in (beside, elsewhere):
+        near = difflib.get_close_matches(name, candidates, 1)
+        if near:
+            path = candidates[near[0]]
+            meant = [*(parents if candidates is beside else path[:-1]), near[0]]
+            return f"did you mean {'.'.join(meant)}?"
+    return f"valid keys here: {', '.join(sorted(beside))}"
+
+
+def _paths(annotations: list[Any], keys: Keys) -> Iterator[Keys]:
+    """Every key of a spec; `*` stands for a list position or a free name."""
+    for annotation in annotations:
+        for member in _members(annotation):
+            if _is_section(member):
+                for name, field in member.model_fields.items():
+                    yield (*keys, name)
+                    yield from _paths([field.annotation], (*keys, name))
+            elif get_origin(member) in (tuple, list, dict):
+                yield from _paths(_children(member, 0), (*keys, "*"))

@@ -1,0 +1,166 @@
+"""Job and model specs as files: YAML in, overrides applied, `run.json` out. Torch-free."""
+
+import contextlib
+import difflib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from parallel.errors import LayoutError
+from trainer.errors import OutputError, SpecError
+from trainer.model.spec import ModelSpec
+from trainer.spec import JobSpec
+from trainer.spec_errors import explain
+from trainer.spec_override import Override
+from trainer.spec_yaml import Document, read_document
+
+RUN_FILE = "run.json"
+"""Name of the resolved spec in a run folder."""
+
+_Spec = TypeVar("_Spec", bound=BaseModel)
+
+
+def shipped_configs() -> Path:
+    """The folder of the configs that come with keepwarm: of the installed package, or of the checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
+    """The job in a YAML file, or in a `run.json`, with overrides applied and the model it names filled in.
+
+    `path` may also name a shipped job, as in `ci/tiny`. Paths to data in the file are relative to the file, those in
+    overrides and `output` to the working directory; in the result all are absolute.
+
+    Raises:
+        SpecError: with every problem found, each with its file and line, key and what would be right.
+    """
+    path = _find(path, [], "job")
+    changes = [Override.parse(text) for text in overrides]
+    document = read_document(path)
+    _anchor_data(document.values, path.parent)
+    model_base = path.parent
+    for change in changes:
+        if change.keys == ("model",):
+            change.apply(document)
+            model_base = Path.cwd()
+    _resolve_model(document, model_base)
+    for change in changes:
+        if change.keys != ("model",):
+            change.apply(document)
+    _anchor_data(document.values, Path.cwd())
+    if isinstance(document.values.get("output"), str):
+        document.values["output"] = _anchored(document.values["output"], Path.cwd())
+    return _validate(JobSpec, document, path)
+
+
+def load_model(path: Path) -> ModelSpec:
+    """The model spec in a YAML file, or a shipped one by name.
+
+    Raises:
+        SpecError: as `load_job`.
+    """
+    path = _find(path, [Path("models")], "model")
+    return _validate(ModelSpec, read_document(path), path)
+
+
+def load_run(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
+    """The job of a run folder's `run.json`; its output is the folder, wherever that has been moved to.
+
+    Raises:
+        SpecError: as `load_job`.
+    """
+    return load_job(path, [*overrides, f"output={json.dumps(str(path.resolve().parent))}"])
+
+
+def save_job(job: JobSpec, path: Path) -> None:
+    """Write the resolved spec as JSON, whole or not at all.
+
+    Raises:
+        OutputError: the folder is missing, read-only or full.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(job.model_dump_json(indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _find(name: Path, folders: list[Path], kind: str) -> Path:
+    """The file that a path or a name stands for.
+
+    It is looked for as it is, then in the shipped configs under `folders`, each time also with `.yaml` appended.
+    """
+    shipped = shipped_configs()
+    places = [name, *(shipped / folder / name for folder in folders)]
+    if not folders:
+        inner = Path(*name.parts[1:]) if name.parts[:1] == ("configs",) else name
+        places += [shipped / inner, shipped / "jobs" / inner]
+    for place in places:
+        for candidate in (place, place.with_name(place.name + ".yaml")):
+            if candidate.is_file():
+                return candidate
+    if name.is_dir():
+        raise SpecError(f"{name}: expected a {kind} file, got a folder")
+    known = [
+        file.stem for folder in folders or [Path("jobs"), Path("ci")] for file in (shipped / folder).glob("*.yaml")
+    ]
+    near = difflib.get_close_matches(name.stem, known, 1)
+    hint = f"did you mean {near[0]}?" if near else f"shipped are {', '.join(sorted(known))}"
+    raise SpecError(f"{name}: no such {kind} file; {hint}")
+
+
+def _resolve_model(document: Document, base: Path) -> None:
+    """Put the named model's keys in the place of its name."""
+    named = document.values.get("model")
+    if not isinstance(named, str):
+        return
+    beside = base / named
+    try:
+        own = beside.is_file() or beside.with_name(beside.name + ".yaml").is_file()
+    except (OSError, ValueError):
+        own = False
+    try:
+        found = read_document(_find(beside if own else Path(named), [Path("models")], "model"))
+    except SpecError as error:
+        raise SpecError(f"{document.place(('model',))}: model: {error}") from error
+    document.graft(("model",), found.values, found.places)
+
+
+def _anchor_data(values: dict[str, Any], base: Path) -> None:
+    """Make the relative paths of the data section absolute."""
+    data = values.get("data")
+    if not isinstance(data, dict):
+        return
+    for table in (data.get("sources"), data.get("validation")):
+        if isinstance(table, dict):
+            table |= {name: _anchored(path, base) for name, path in table.items()}
+    if data.get("tokenizer", "bytes") != "bytes":
+        data["tokenizer"] = _anchored(data["tokenizer"], base)
+
+
+def _anchored(path: Any, base: Path) -> Any:
+    return os.path.normpath(base.resolve() / path) if isinstance(path, str) and path else path
+
+
+def _validate(spec: type[_Spec], document: Document, path: Path) -> _Spec:
+    try:
+        return spec.model_validate_json(json.dumps(document.values))
+    except ValidationError as error:
+        problems = explain(error, spec, document)
+    except LayoutError as error:
+        problems = [f"{path}: {error}"]
+    if len(problems) == 1:
+        raise SpecError(problems[0])
+    raise SpecError("\n  ".join([f"{path}: {len(problems)} problems", *problems]))
