@@ -1,17 +1,19 @@
 """What can go wrong in `ft`.
 
 FtError
-├── CodeError            a code that cannot be built, or more chunks lost than it has parity
-├── PlacementError       the nodes cannot be grouped as the spec asks (bad input)
-├── MemoryRefused        the host has too little memory for the slots (bad input)
-├── ChecksumError        bytes do not match the checksum that was recorded for them
-├── IncompleteError      a tensor is not covered by the pieces at hand
-├── DurableError         a checkpoint on disk is missing, damaged or does not fit
-├── AgentError           the snapshot agent cannot be reached or refused
-│   ├── AgentLost        its socket closed or a deadline passed
-│   └── SlotBusy         no slot is free: the previous snapshot is not committed yet
-└── TransportError       a frame or a handshake that is not what it must be
-    └── Refused          the other side is not who it must be
+├── CodecError           buffers or losses that the code cannot work with
+│   └── KernelUnavailable    the compiled kernel was asked for by name and cannot be used
+├── PlacementError       the code does not fit the nodes (bad input)
+├── MemoryTooSmall       host memory cannot hold the slots (bad input)
+├── ForeignSnapshot      a snapshot of another job, model or layout
+├── ChunkCorrupt         a chunk's bytes do not match its checksum
+├── TransportError       a link to an agent
+│   ├── AuthenticationFailed  the other side does not know the job's secret
+│   ├── FrameError            a frame is oversized, truncated or malformed
+│   └── PeerLost              the other side closed, or was silent past a deadline
+├── AgentError           the agent of this node cannot be started or reached, or refused a request
+├── DurableError         a durable checkpoint cannot be written or read
+└── NothingToRestore     no committed snapshot survived; the message says why
 """
 
 
@@ -19,45 +21,53 @@ class FtError(Exception):
     """Base of every error raised by this package; the message says what to do next."""
 
 
-class CodeError(FtError):
-    """A code that cannot be built, or more chunks lost than it has parity."""
+class CodecError(FtError):
+    """The number, size or kind of the buffers, or the number of losses, does not fit the code."""
+
+
+class KernelUnavailable(CodecError):
+    """The kernel asked for by name cannot be used on this machine."""
 
 
 class PlacementError(FtError):
-    """The nodes cannot be grouped as the spec asks."""
+    """The code does not fit the number of nodes; shows the arithmetic."""
 
 
-class MemoryRefused(FtError):
-    """The host has too little memory for the slots; the message has the arithmetic."""
+class MemoryTooSmall(FtError):
+    """Host memory cannot hold the slots; shows the arithmetic."""
 
 
-class ChecksumError(FtError):
-    """Bytes do not match the checksum recorded for them; names whose bytes."""
+class ForeignSnapshot(FtError):
+    """The snapshot belongs to another job, model or layout; nothing was overwritten."""
 
 
-class IncompleteError(FtError):
-    """A tensor is not covered by the pieces at hand; names the tensor and the first hole."""
-
-
-class DurableError(FtError):
-    """A checkpoint on disk is missing, damaged or does not fit; names the file."""
-
-
-class AgentError(FtError):
-    """The snapshot agent refused a request; names the request."""
-
-
-class AgentLost(AgentError):
-    """The agent's socket closed, or it did not answer before the deadline."""
-
-
-class SlotBusy(AgentError):
-    """No slot is free, because the previous snapshot is not committed yet."""
+class ChunkCorrupt(FtError):
+    """A chunk does not match its checksum; names the node, the stripe and the chunk."""
 
 
 class TransportError(FtError):
-    """A frame or a handshake that is not what it must be."""
+    """A link to an agent failed; names the peer."""
 
 
-class Refused(TransportError):
-    """The other side did not show that it knows the secret, or is not who it must be."""
+class AuthenticationFailed(TransportError):
+    """The other side did not prove that it knows the job's secret."""
+
+
+class FrameError(TransportError):
+    """A frame was longer than allowed, ended early or could not be decoded."""
+
+
+class PeerLost(TransportError):
+    """The other side closed the connection or was silent past a deadline; says who waited for whom."""
+
+
+class AgentError(FtError):
+    """The snapshot agent of this node cannot be started or reached, or it refused a request."""
+
+
+class DurableError(FtError):
+    """A durable checkpoint cannot be written or read; names the file."""
+
+
+class NothingToRestore(FtError):
+    """No committed snapshot can be restored from memory; says what is missing."""
