@@ -12,6 +12,8 @@ FtError
 │   ├── FrameError            a frame is oversized, truncated or malformed
 │   └── PeerLost              the other side closed, or was silent past a deadline
 ├── AgentError           the agent of this node cannot be started or reached, or refused a request
+│   └── SlotBusy             no slot is free: the previous snapshot is not committed yet
+├── IncompleteError      the pieces at hand do not cover a tensor
 ├── DurableError         a durable checkpoint cannot be written or read
 └── NothingToRestore     no committed snapshot survived; the message says why
 """
@@ -63,6 +65,14 @@ class PeerLost(TransportError):
 
 class AgentError(FtError):
     """The snapshot agent of this node cannot be started or reached, or it refused a request."""
+
+
+class SlotBusy(AgentError):
+    """No slot is free, because the previous snapshot is not committed yet."""
+
+
+class IncompleteError(FtError):
+    """The pieces at hand do not cover a tensor; names the tensor and the first hole."""
 
 
 class DurableError(FtError):
