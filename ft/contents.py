@@ -89,7 +89,7 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
 def boxes(piece: Piece) -> list[Box]:
     """The piece as boxes, in the order of its own memory; at most 2 x dimensions - 1 of them."""
     start, stop = piece.flat or (0, math.prod(piece.shape))
-    found = []
+    found: list[Box] = []
     for offsets, shape in _runs(piece.shape, start, stop):
         where = tuple(o + p for o, p in zip(offsets, piece.offsets, strict=True))
         found.append(Box(where, shape, sum(box.elements for box in found)))

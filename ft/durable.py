@@ -1,0 +1,404 @@
+"""Durable checkpoints: one safetensors file per rank and a JSON manifest, complete and verified or not there.
+
+A folder `iter_0000100` holds
+
+    rank_00000.safetensors      (or .safetensors.zst)  the pieces of one rank; the header describes each of them
+    manifest.json               identity, free-form `meta`, and checksums of every header and tensor
+
+It is written under a temporary name, synced and renamed, and the file `latest` beside it only ever moves forward in
+(epoch, step). Nothing here is pickled, and no length from a file is believed before it is compared with the file.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+import xxhash
+import zstandard
+
+from ft.contents import ITEM_SIZE, Bytes, Piece, as_bytes
+from ft.errors import DurableError
+
+VERSION = 1
+MANIFEST = "manifest.json"
+LATEST = "latest"
+HEADER_LIMIT = 100_000_000
+"""Bytes; the safetensors library refuses longer headers as well."""
+_BLOCK = 4 << 20
+_FINAL = re.compile(r"iter_(\d{7,})")
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One piece in a part: bytes `start ... stop` of the file's data, and their xxh3_64."""
+
+    piece: Piece
+    start: int
+    stop: int
+    xxh3: str
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One rank's file."""
+
+    file: str
+    rank: int
+    header_xxh3: str
+    header_bytes: int
+    data_bytes: int
+    entries: tuple[Entry, ...]
+
+    @property
+    def compressed(self) -> bool:
+        return self.file.endswith(".zst")
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a checkpoint is and what it holds; `meta` is its writer's own JSON."""
+
+    version: int
+    run: str
+    epoch: int
+    step: int
+    layout: str
+    meta: dict[str, Any]
+    parts: tuple[Part, ...]
+
+
+def write_part(
+    directory: Path, rank: int, tensors: Iterable[tuple[Piece, Any]], *, meta: Mapping[str, str] | None = None,
+    compress: bool = False,
+) -> Part:  # fmt: skip
+    """Write one rank's pieces, each with the contiguous buffer that holds its bytes, and sync the file.
+
+    The caller makes sure that the buffers do not change meanwhile. A part of the same rank is overwritten.
+    """
+    pairs = sorted(tensors, key=lambda pair: (-ITEM_SIZE[pair[0].dtype], pair[0].name))
+    entries, start = [], 0
+    views = []
+    for piece, buffer in pairs:
+        view = as_bytes(buffer)
+        if len(view) != piece.bytes:
+            raise DurableError(f"{piece.name}: {len(view)} bytes given, its piece has {piece.bytes}")
+        entries.append(
+            Entry(piece=piece, start=start, stop=start + len(view), xxh3=xxhash.xxh3_64_hexdigest(view.data))
+        )
+        views.append(view)
+        start += len(view)
+    if len({entry.piece.name for entry in entries}) != len(entries):
+        raise DurableError(f"rank {rank} has two pieces of one name")
+    header = _header(rank, entries, dict(meta or {}))
+    name = f"rank_{rank:05d}.safetensors" + (".zst" if compress else "")
+    path = directory / name
+    for other in directory.glob(f"rank_{rank:05d}.safetensors*"):
+        other.unlink()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        with _writer(file, compress) as out:
+            for block in (header, *(view.data for view in views)):
+                out.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return Part(
+        file=name,
+        rank=rank,
+        header_xxh3=xxhash.xxh3_64_hexdigest(header),
+        header_bytes=len(header),
+        data_bytes=start,
+        entries=tuple(entries),
+    )
+
+
+def write_manifest(
+    directory: Path, *, run: str, epoch: int, step: int, layout: str, ranks: int, meta: Mapping[str, Any]
+) -> Manifest:
+    """Collect the headers of the parts of all `ranks` into the manifest; raises when one is missing or another's."""
+    parts = []
+    for rank in range(ranks):
+        found = sorted(directory.glob(f"rank_{rank:05d}.safetensors*"))
+        if len(found) != 1:
+            raise DurableError(f"{directory}: {len(found)} parts of rank {rank}, needed exactly one")
+        part = _read_header(found[0])
+        if part.rank != rank:
+            raise DurableError(f"{found[0]}: was written by rank {part.rank}")
+        parts.append(part)
+    manifest = Manifest(
+        version=VERSION, run=run, epoch=epoch, step=step, layout=layout, meta=dict(meta), parts=tuple(parts)
+    )
+    _write_file(directory / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+    return manifest
+
+
+def read_manifest(directory: Path) -> Manifest:
+    path = directory / MANIFEST
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except FileNotFoundError as error:
+        raise DurableError(f"{path}: missing; the checkpoint was never completed") from error
+    except (msgspec.DecodeError, OSError, ValueError) as error:
+        raise DurableError(f"{path}: {error}") from error
+    if manifest.version != VERSION:
+        raise DurableError(f"{path}: format version {manifest.version}, this program reads {VERSION}")
+    for part in manifest.parts:
+        if not re.fullmatch(r"rank_\d{5,}\.safetensors(\.zst)?", part.file):
+            raise DurableError(f"{path}: {part.file!r} is not the name of a part")
+    return manifest
+
+
+def verify(directory: Path) -> Manifest:
+    """Read every byte of a checkpoint and compare it with the manifest; raises `DurableError` naming the file."""
+    manifest = read_manifest(directory)
+    for part in manifest.parts:
+        for entry, blocks in read_part(directory, part):
+            seen = xxhash.xxh3_64()
+            for block in blocks:
+                seen.update(block)
+            _compare(directory, part, entry, seen.hexdigest())
+    return manifest
+
+
+def read_part(directory: Path, part: Part) -> Iterator[tuple[Entry, Iterator[bytes]]]:
+    """Pieces of one part with their bytes in blocks, in the order of the file; the caller checks the sums."""
+    path = directory / part.file
+    with _opened(path) as file:
+        header = _exactly(file, part.header_bytes, path)
+        if xxhash.xxh3_64_hexdigest(header) != part.header_xxh3:
+            raise DurableError(f"{path}: its header is not the one in {MANIFEST}")
+        for entry in part.entries:
+            yield entry, _blocks(file, entry.stop - entry.start, path)
+        if file.read(1):
+            raise DurableError(f"{path}: longer than {MANIFEST} says")
+
+
+def read_tensor(directory: Path, part: Part, name: str, out: Bytes) -> None:
+    """Read one piece of a part into `out`, a writable uint8 array of exactly its size, and check its sum."""
+    entry = next((entry for entry in part.entries if entry.piece.name == name), None)
+    if entry is None:
+        raise DurableError(f"{directory / part.file}: holds no piece of {name}")
+    if len(out) != entry.stop - entry.start:
+        raise DurableError(f"{name}: {entry.stop - entry.start} bytes stored, room for {len(out)}")
+    path = directory / part.file
+    with _opened(path) as file:
+        if part.compressed:
+            for _ in _blocks(file, part.header_bytes + entry.start, path):
+                pass
+        else:
+            file.seek(part.header_bytes + entry.start)
+        at = 0
+        for block in _blocks(file, len(out), path):
+            out[at : at + len(block)] = as_bytes(block)
+            at += len(block)
+    _compare(directory, part, entry, xxhash.xxh3_64_hexdigest(out.data))
+
+
+def folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies once it is published."""
+    return root / f"iter_{step:07d}"
+
+
+def staging(root: Path, epoch: int, step: int) -> Path:
+    """Where it is written before that; the same on every node of a shared file system."""
+    return root / f"tmp-{epoch}-{step}"
+
+
+def publish(tmp: Path, final: Path) -> bool:
+    """Give a complete checkpoint its name and move `latest` forward to it; the caller has verified it.
+
+    Returns False, and leaves `latest` alone, when a checkpoint of a newer (epoch, step) is the latest already. A
+    checkpoint of the same step from an earlier epoch is replaced.
+    """
+    manifest = read_manifest(tmp)
+    _sync(tmp)
+    newest = latest(final.parent)
+    if newest is not None:
+        other = read_manifest(newest)
+        forward = (manifest.epoch, manifest.step) >= (other.epoch, other.step)
+        if newest == final and not forward:
+            shutil.rmtree(tmp)
+            return False
+    else:
+        forward = True
+    if final.exists():
+        old = final.with_name(f"tmp-old-{final.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        tmp.rename(final)
+        shutil.rmtree(old)
+    else:
+        tmp.rename(final)
+    _sync(final.parent)
+    if forward:
+        _write_file(final.parent / LATEST, f"{final.name}\n".encode())
+    return forward
+
+
+def latest(root: Path) -> Path | None:
+    """The newest complete checkpoint: what `latest` names, or the highest (epoch, step) when that file is unusable."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        name = (root / LATEST).read_text().strip()
+        if _FINAL.fullmatch(name) and (root / name / MANIFEST).is_file():
+            return root / name
+    complete = checkpoints(root)
+    return complete[-1] if complete else None
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoints under `root`, ascending in (epoch, step); those with an unreadable manifest are left out."""
+    found = []
+    for path in root.glob("iter_*"):
+        if _FINAL.fullmatch(path.name):
+            with contextlib.suppress(DurableError):
+                manifest = read_manifest(path)
+                found.append(((manifest.epoch, manifest.step), path))
+    return [path for _, path in sorted(found)]
+
+
+def prune(root: Path, keep: int, every: int | None = None) -> list[Path]:
+    """Delete all but the newest `keep` checkpoints and those whose step is a multiple of `every`; returns the deleted.
+
+    What `latest` names is never deleted. Staging folders are left to `sweep`.
+    """
+    names = checkpoints(root)
+    spared = {*names[max(0, len(names) - keep) :], latest(root)}
+    gone = []
+    for path in names:
+        step = read_manifest(path).step
+        if path in spared or (every is not None and step % every == 0):
+            continue
+        # Renamed first: a reader must never meet half of a checkpoint under its final name.
+        doomed = path.with_name(f"tmp-old-{path.name}")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+        gone.append(path)
+    return gone
+
+
+def sweep(root: Path) -> list[Path]:
+    """Delete what interrupted writers left; only before anyone writes to `root`."""
+    left = [path for path in root.glob("tmp-*") if path.is_dir()]
+    for path in left:
+        shutil.rmtree(path)
+    return left
+
+
+def _header(rank: int, entries: list[Entry], meta: dict[str, str]) -> bytes:
+    table: dict[str, Any] = {
+        "__metadata__": {
+            **meta,
+            "keepwarm.rank": str(rank),
+            "keepwarm.pieces": msgspec.json.encode({e.piece.name: (e.piece, e.xxh3) for e in entries}).decode(),
+        }
+    }
+    for entry in entries:
+        piece = entry.piece
+        shape = piece.shape if piece.flat is None else (piece.flat[1] - piece.flat[0],)
+        table[piece.name] = {"dtype": piece.dtype, "shape": shape, "data_offsets": (entry.start, entry.stop)}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class _Slice(msgspec.Struct, frozen=True):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+def _read_header(path: Path) -> Part:
+    with _opened(path) as file:
+        length = int.from_bytes(_exactly(file, 8, path), "little")
+        bound = HEADER_LIMIT if path.suffix == ".zst" else min(HEADER_LIMIT, path.stat().st_size - 8)
+        if not 0 < length <= bound:
+            raise DurableError(f"{path}: claims a header of {length} bytes, at most {bound} can be")
+        text = _exactly(file, length, path)
+    try:
+        table = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        notes = msgspec.json.decode(table.pop("__metadata__"), type=dict[str, str])
+        pieces = msgspec.json.decode(notes["keepwarm.pieces"], type=dict[str, tuple[Piece, str]])
+        entries = []
+        for name, raw in table.items():
+            start, stop = msgspec.json.decode(raw, type=_Slice).data_offsets
+            piece, xxh3 = pieces[name]
+            if stop - start != piece.bytes:
+                raise ValueError(f"{name} has {stop - start} bytes instead of {piece.bytes}")
+            entries.append(Entry(piece=piece, start=start, stop=stop, xxh3=xxh3))
+        entries.sort(key=lambda entry: (entry.start, entry.stop))
+        rank = int(notes["keepwarm.rank"])
+    except (msgspec.DecodeError, KeyError, ValueError) as error:
+        raise DurableError(f"{path}: not a part of a keepwarm checkpoint: {error}") from error
+    stops = [0, *(entry.stop for entry in entries)]
+    if [entry.start for entry in entries] != stops[:-1]:
+        raise DurableError(f"{path}: its tensors do not lie one after the other")
+    return Part(
+        file=path.name,
+        rank=rank,
+        header_xxh3=xxhash.xxh3_64_hexdigest(length.to_bytes(8, "little") + text),
+        header_bytes=8 + length,
+        data_bytes=stops[-1],
+        entries=tuple(entries),
+    )
+
+
+@contextlib.contextmanager
+def _writer(file: IO[bytes], compress: bool) -> Iterator[Any]:
+    if not compress:
+        yield file
+        return
+    with zstandard.ZstdCompressor(level=1, write_checksum=True).stream_writer(file, closefd=False) as out:
+        yield out
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with path.open("rb") as file:
+            if path.suffix == ".zst":
+                with zstandard.ZstdDecompressor().stream_reader(file, closefd=False) as reader:
+                    yield io.BufferedReader(reader, _BLOCK)
+            else:
+                yield file
+    except (OSError, zstandard.ZstdError) as error:
+        raise DurableError(f"{path}: {error}") from error
+
+
+def _exactly(file: Any, size: int, path: Path) -> bytes:
+    return b"".join(_blocks(file, size, path))
+
+
+def _blocks(file: Any, size: int, path: Path) -> Iterator[bytes]:
+    while size > 0:
+        block: bytes = file.read(min(size, _BLOCK))
+        if not block:
+            raise DurableError(f"{path}: ends {size} bytes too early")
+        size -= len(block)
+        yield block
+
+
+def _compare(directory: Path, part: Part, entry: Entry, seen: str) -> None:
+    if seen != entry.xxh3:
+        raise DurableError(f"{directory / part.file}: {entry.piece.name} has checksum {seen}, written was {entry.xxh3}")
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    """Replace a file at once: readers see the old content or the new."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    _sync(path.parent)
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
