@@ -1,0 +1,162 @@
+"""Self-attention and everything that decides which token sees which."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from trainer.model.norm import RMSNorm
+from trainer.model.rotary import rotate
+from trainer.model.spec import ModelSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What all layers of one forward share about the sequence; at most one of the last three is set.
+
+    Deliberately not a pytree: FSDP casts floating-point tensors among a layer's inputs to its compute type, and the
+    rotation must stay in fp32.
+    """
+
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Cosines and sines `[1 or micro, sequence, 1, rotating / 2]`; None with learned positions."""
+    runs: tuple[int, ...] | None = None
+    """Lengths of the documents, one after the other over all samples."""
+    mask: torch.Tensor | None = None
+    """True where a query `[sequence, 1]` may see a key `[1, sequence]`."""
+    blocks: BlockMask | None = None
+    """The same on CUDA, for FlexAttention."""
+
+
+def context(
+    rotation: tuple[torch.Tensor, torch.Tensor] | None,
+    sequence: int,
+    device: torch.device,
+    documents: torch.Tensor | None,
+    window: int | None,
+) -> Context:
+    """The shared part of one forward over `sequence` tokens.
+
+    Without documents and within the window, plain causal attention needs nothing. On the CPU documents are attended
+    one after the other, which costs less than causal attention over the whole, where a mask would cost more.
+    """
+    windowed = window is not None and window < sequence
+    if device.type == "cuda" and (documents is not None or windowed):
+        return Context(rotation, blocks=_blocks(sequence, device, documents, window))
+    if documents is not None:
+        return Context(rotation, runs=_runs(documents), mask=_band(sequence, window, device) if windowed else None)
+    return Context(rotation, mask=_band(sequence, window, device) if windowed else None)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _runs(documents: torch.Tensor) -> tuple[int, ...]:
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    edges = [*starts.flatten().nonzero().flatten().tolist(), documents.numel()]
+    return tuple(stop - start for start, stop in itertools.pairwise(edges))
+
+
+def _band(sequence: int, window: int | None, device: torch.device) -> torch.Tensor:
+    distance = torch.arange(sequence, device=device)[:, None] - torch.arange(sequence, device=device)
+    return (distance >= 0) & (distance < (window or sequence))
+
+
+def _blocks(sequence: int, device: torch.device, documents: torch.Tensor | None, window: int | None) -> BlockMask:
+    def sees(sample: Any, head: Any, query: Any, key: Any) -> Any:
+        allowed = query >= key
+        if window is not None:
+            allowed = allowed & (query - key < window)
+        if documents is not None:
+            allowed = allowed & (documents[sample, query] == documents[sample, key])
+        return allowed
+
+    samples = None if documents is None else documents.shape[0]
+    return create_block_mask(sees, samples, None, sequence, sequence, device=device)
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: Context) -> torch.Tensor:
+    """Causal attention; all `[micro, sequence, heads, head_dim]`, keys and values with fewer heads when grouped."""
+    if seen.blocks is not None:
+        flex = _compiled_flex() if query.is_cuda else _eager_flex()
+        heads_first = (x.transpose(1, 2) for x in (query, key, value))
+        grouped = query.shape[2] != key.shape[2]
+        return flex(*heads_first, block_mask=seen.blocks, enable_gqa=grouped).transpose(1, 2)
+    if seen.runs is not None:
+        mixed: torch.Tensor = _attend_documents(query, key, value, seen.runs, seen.mask)
+        return mixed
+    return _attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), seen.mask).transpose(1, 2)
+
+
+def _eager_flex() -> Callable[..., torch.Tensor]:
+    return flex_attention
+
+
+@cache
+def _compiled_flex() -> Callable[..., torch.Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+# Compiled code would be specialised on every new list of lengths.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend_documents(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, runs: tuple[int, ...], mask: torch.Tensor | None
+) -> torch.Tensor:
+    # `split`, not slices: its backward is one concatenation, that of a slice fills a whole zero tensor.
+    heads_first = (torch.split(x.flatten(0, 1).transpose(0, 1)[None], list(runs), dim=2) for x in (query, key, value))
+    parts = [
+        _attend(q, k, v, None if mask is None else mask[: q.shape[2], : q.shape[2]])
+        for q, k, v in zip(*heads_first, strict=True)
+    ]
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1).view_as(query)
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and query.is_cuda and query.dtype not in (torch.bfloat16, torch.float16):
+        # Only the flash kernels share keys among queries; the others would fall back to unfused attention.
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        groups = 1
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1
+    )
+
+
+class Attention(nn.Module):
+    """Multi-head or grouped-query self-attention.
+
+    The number of heads is read off the width of the projections, so the module works on whatever share of the heads
+    tensor parallelism leaves on this rank.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.head_dim = spec.size_per_head
+        queries, keys = spec.heads * self.head_dim, spec.key_value_heads * self.head_dim
+        self.query = nn.Linear(spec.hidden_size, queries, bias=spec.qkv_bias)
+        self.key = nn.Linear(spec.hidden_size, keys, bias=spec.qkv_bias)
+        self.value = nn.Linear(spec.hidden_size, keys, bias=spec.qkv_bias)
+        self.output = nn.Linear(queries, spec.hidden_size, bias=spec.attention_output_bias)
+        self.qk_norm = spec.qk_norm
+        if spec.qk_norm != "none":
+            per_head = spec.qk_norm == "head"
+            self.query_norm = RMSNorm(self.head_dim if per_head else queries, spec.norm_eps)
+            self.key_norm = RMSNorm(self.head_dim if per_head else keys, spec.norm_eps)
+
+    def forward(self, x: torch.Tensor, seen: Context) -> torch.Tensor:
+        """`x` and the result: `[micro, sequence, hidden]`."""
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        if self.qk_norm == "projection":
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in (query, key, value))
+        if self.qk_norm == "head":
+            query, key = self.query_norm(query), self.key_norm(key)
+        if seen.rotation is not None:
+            query, key = rotate(query, *seen.rotation), rotate(key, *seen.rotation)
+        mixed: torch.Tensor = self.output(attend(query, key, value, seen).flatten(-2))
+        return mixed

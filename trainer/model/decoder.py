@@ -1,0 +1,186 @@
+"""The decoder-only transformer, whole or in the parts that pipeline stages hold."""
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import nn
+
+from parallel.model import TensorStyle
+from trainer.model.attention import Attention, Context, context
+from trainer.model.head import Head
+from trainer.model.initial import normal
+from trainer.model.mlp import mlp
+from trainer.model.norm import norm
+from trainer.model.rotary import positions_in, rotation
+from trainer.model.spec import ModelSpec
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each added to the residual stream."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.attention_norm = norm(spec, spec.hidden_size)
+        self.attention = Attention(spec)
+        self.mlp_norm = norm(spec, spec.hidden_size)
+        self.mlp = mlp(spec)
+        self.after = spec.norm_position == "after"
+        self.parallel_residual = spec.parallel_residual
+
+    def forward(self, x: torch.Tensor, seen: Context) -> torch.Tensor:
+        """`x` and the result: `[micro, sequence, hidden]`."""
+        if self.after:
+            x = x + self.attention_norm(self.attention(x, seen))
+            change: torch.Tensor = self.mlp_norm(self.mlp(x))
+        elif self.parallel_residual:
+            change = self.attention(self.attention_norm(x), seen) + self.mlp(self.mlp_norm(x))
+        else:
+            x = x + self.attention(self.attention_norm(x), seen)
+            change = self.mlp(self.mlp_norm(x))
+        return x + change
+
+
+class Part(nn.Module):
+    """Consecutive layers, with the embedding before and the head behind them where the part has these.
+
+    `sequence_shards` is set by an engine whose hidden states arrive split along the sequence: into how many.
+    """
+
+    def __init__(self, spec: ModelSpec, layers: range, *, embed: bool, head: bool) -> None:
+        super().__init__()
+        self.spec = spec
+        self.sequence_shards = 1
+        self.embedding = nn.Embedding(spec.vocabulary_size, spec.hidden_size) if embed else None
+        learned = embed and spec.position == "learned"
+        self.positions = nn.Embedding(spec.max_sequence_length, spec.hidden_size) if learned else None
+        self.layers = nn.ModuleDict({str(index): Layer(spec) for index in layers})
+        self.final_norm = norm(spec, spec.hidden_size) if head else None
+        self.head = Head(spec.hidden_size, spec.vocabulary_size, spec.z_loss) if head else None
+        self._rotation: tuple[object, tuple[torch.Tensor, torch.Tensor]] | None = None
+        self.tie()
+
+    def tie(self) -> None:
+        """Let the head use the embedding's parameter where the spec says so and the part has both.
+
+        Called once more by whoever replaces parameters (`to_empty`, `parallelize_module`).
+        """
+        if self.spec.tied_embeddings and self.embedding is not None and self.head is not None:
+            self.head.weight = cast(nn.Parameter, self.embedding.weight)
+
+    def forward(
+        self, x: torch.Tensor, documents: torch.Tensor | None = None, targets: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `parallel.model.ModelParts.part`."""
+        sequence = x.shape[1] * (1 if self.embedding is not None else self.sequence_shards)
+        positions = None if documents is None else positions_in(documents)
+        if self.embedding is not None:
+            tokens, x = x, self.embedding(x)
+            if self.positions is not None:
+                where = torch.arange(sequence, device=tokens.device)[None] if positions is None else positions
+                x = x + self.positions(where)
+        seen = context(
+            self._rotation_of(sequence, positions, x), sequence, x.device, documents, self.spec.sliding_window
+        )
+        for layer in self.layers.values():
+            x = layer(x, seen)
+        if self.head is None or self.final_norm is None:
+            return x
+        result: torch.Tensor = self.head(self.final_norm(x), targets)
+        return result
+
+    def _rotation_of(
+        self, sequence: int, positions: torch.Tensor | None, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Cosines and sines of the tokens, from a table kept for the last length, device and type."""
+        spec = self.spec
+        if spec.position == "learned":
+            return None
+        key = (sequence, x.device, x.dtype)
+        if self._rotation is None or self._rotation[0] != key:
+            # A table made in inference mode could not be saved for a later backward.
+            with torch.inference_mode(False):
+                where = torch.arange(sequence, device=x.device)
+                size = round(spec.size_per_head * spec.rotary_fraction)
+                self._rotation = key, rotation(where, size, spec.rope_theta, x.dtype)
+        cosine, sine = self._rotation[1]
+        if positions is None:
+            return cosine[None], sine[None]
+        return cosine[positions], sine[positions]
+
+
+class Decoder:
+    """A decoder-only transformer as `parallel.model.ModelParts`: built in parts, initialised by name and index.
+
+    A part with a head but no embedding owns the head's weight as `head.weight` even when embeddings are tied; its
+    canonical name, given by `canonical`, is then `embedding.weight`, of which the two are replicas.
+    """
+
+    def __init__(self, spec: ModelSpec, seed: int) -> None:
+        self.spec = spec
+        self.seed = seed
+        self.layers = spec.layers
+        self.hidden_size = spec.hidden_size
+        self.heads = spec.heads
+        self.kv_heads = spec.key_value_heads
+        self.vocabulary_size = spec.vocabulary_size
+        self.tied_embeddings = spec.tied_embeddings
+
+    def part(self, layers: range, *, embed: bool, head: bool) -> Part:
+        """See `parallel.model.ModelParts`; values are not those of `initial` until someone writes these in."""
+        return Part(self.spec, layers, embed=embed, head=head)
+
+    def tensor_plan(self) -> Mapping[str, TensorStyle]:
+        """Module names to styles; modules that this family lacks are not named."""
+        spec = self.spec
+        plan: dict[str, TensorStyle] = {
+            "embedding": "vocabulary",
+            "layers.*.attention.query": "column",
+            "layers.*.attention.key": "column",
+            "layers.*.attention.value": "column",
+            "layers.*.attention.output": "row",
+            "layers.*.attention_norm": "sequence",
+            "layers.*.mlp_norm": "sequence",
+            "layers.*.mlp.up": "column",
+            "layers.*.mlp.down": "row",
+            "final_norm": "sequence",
+            "head": "head",
+        }
+        if spec.position == "learned":
+            plan["positions"] = "positions"
+        if spec.activation == "swiglu":
+            plan["layers.*.mlp.gate"] = "column"
+        if spec.qk_norm != "none":
+            style: TensorStyle = "per_head" if spec.qk_norm == "head" else "column_norm"
+            plan["layers.*.attention.query_norm"] = plan["layers.*.attention.key_norm"] = style
+        return plan
+
+    def canonical(self, name: str) -> str:
+        """The name under which a part's parameter is known everywhere."""
+        return "embedding.weight" if name == "head.weight" and self.tied_embeddings else name
+
+    def initial(
+        self, name: str, global_shape: tuple[int, ...], offsets: tuple[int, ...], shape: tuple[int, ...]
+    ) -> torch.Tensor:
+        """See `parallel.model.ModelParts`; norms start at one, biases at zero, all else normal."""
+        name = self.canonical(name)
+        if name.endswith(".bias"):
+            return torch.zeros(shape)
+        if _is_norm(name):
+            return torch.ones(shape)
+        init = self.spec.init
+        writes = name.endswith((".attention.output.weight", ".mlp.down.weight"))
+        std = init.output_std if writes and init.output_std is not None else init.std
+        return normal(self.seed, name, global_shape, offsets, shape).mul_(std)
+
+    def decays(self, name: str) -> bool:
+        """Everything but norms and biases."""
+        return not (name.endswith(".bias") or _is_norm(name))
+
+    def is_embedding(self, name: str) -> bool:
+        """The token embedding (with the tied head) and the learned positions."""
+        return self.canonical(name) in ("embedding.weight", "positions.weight")
+
+
+def _is_norm(name: str) -> bool:
+    return name.rsplit(".", 2)[-2].endswith("norm")

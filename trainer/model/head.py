@@ -1,0 +1,138 @@
+"""Output projection and loss in one, a chunk of tokens at a time."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from trainer.model.collective import local
+
+IGNORED = -100
+CHUNK = 1 << 26
+"""Logits that exist at once, at most: 256 MB in fp32."""
+
+
+class Head(nn.Module):
+    """Projects onto the vocabulary and, given targets, returns the loss instead of the logits.
+
+    Vocabulary parallelism: the engine gives `weight` as this rank's rows (a tensor, or a DTensor sharded on dim 0),
+    sets `vocabulary_group` to the ranks that share the vocabulary and `vocabulary_start` to the first token of this
+    rank. The input is the same on all of them; its gradient is then partial, to be summed over the group by the
+    engine. The result is equal on all of them, the gradient of `weight` complete for the local rows.
+    """
+
+    def __init__(self, hidden_size: int, vocabulary_size: int, z_loss: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocabulary_size, hidden_size))
+        self.z_loss = z_loss
+        self.chunk = CHUNK
+        self.vocabulary_group: dist.ProcessGroup | None = None
+        self.vocabulary_start = 0
+
+    def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits `[micro, sequence, vocabulary]`; with `targets` `[micro, sequence]`, float `[micro, 2]`.
+
+        Per sample: the cross-entropy summed over targets other than -100, and `z_loss` times the sum of their squared
+        log-partition. At least fp32. Logits gathered over a vocabulary group carry no gradient.
+        """
+        weight = local(self.weight)
+        if targets is None:
+            return self._gather(F.linear(x, weight))
+        tokens = max(1, self.chunk // weight.shape[0])
+        loss, partition = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+            x.flatten(0, 1), weight, targets.flatten(), tokens, self.vocabulary_group, self.vocabulary_start
+        )
+        loss, partition = loss.view_as(targets), partition.view_as(targets)
+        return torch.stack((loss.sum(1), self.z_loss * partition.square().sum(1)), dim=1)
+
+    def _gather(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.vocabulary_group is None:
+            return logits
+        parts = [torch.empty_like(logits) for _ in range(dist.get_world_size(self.vocabulary_group))]
+        dist.all_gather(parts, logits.detach().contiguous(), group=self.vocabulary_group)
+        return torch.cat(parts, dim=-1)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Cross-entropy and log-partition of each token `[tokens]`, both zero where the target is ignored.
+
+    One chunk keeps its logits for backward. More than one keep none: backward projects again, so the memory is that
+    of one chunk whatever the length.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        chunk: int,
+        group: dist.ProcessGroup | None,
+        start: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        loss = torch.empty(len(x), dtype=wide, device=x.device)
+        partition = torch.empty_like(loss)
+        logits = None
+        for part in _chunks(len(x), chunk):
+            logits = F.linear(x[part], weight)
+            partition[part] = _log_partition(logits.to(wide), group)
+            loss[part] = partition[part] - _at_targets(logits.to(wide), targets[part] - start, group)
+        kept = targets != IGNORED
+        ctx.save_for_backward(x, weight, targets, partition, logits if len(x) <= chunk else None)
+        ctx.chunk, ctx.start = chunk, start
+        return loss.where(kept, 0), partition.where(kept, 0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, targets, partition, logits = ctx.saved_tensors
+        kept = targets != IGNORED
+        of_loss, of_partition = (gradient.where(kept, 0) for gradient in gradients)
+        grad_x = torch.empty_like(x)
+        # Chunks add up in fp32: in bf16 every addition would round away part of the sum.
+        grad_weight = torch.zeros_like(weight, dtype=partition.dtype) if logits is None else None
+        for part in _chunks(len(x), ctx.chunk):
+            again = F.linear(x[part], weight) if logits is None else logits
+            slope = (again - partition[part, None]).exp_()
+            slope *= (of_loss + of_partition)[part, None]
+            _subtract_at(slope, targets[part] - ctx.start, of_loss[part])
+            slope = slope.to(x.dtype)
+            torch.mm(slope, weight, out=grad_x[part])
+            product = slope.t() @ x[part]
+            grad_weight = product if grad_weight is None else grad_weight.add_(product)
+        assert grad_weight is not None
+        return grad_x, grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _chunks(tokens: int, chunk: int) -> list[slice]:
+    return [slice(at, min(at + chunk, tokens)) for at in range(0, tokens, chunk)]
+
+
+def _log_partition(logits: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    if group is None:
+        return logits.logsumexp(1)
+    largest = logits.amax(1)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    total = (logits - largest[:, None]).exp_().sum(1)
+    dist.all_reduce(total, group=group)
+    return largest + total.log_()
+
+
+def _local(index: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row-wise column indices clamped into the local slice `[tokens, 1]`, and which of them lie in it `[tokens]`."""
+    return index.clamp(0, size - 1)[:, None], (index >= 0) & (index < size)
+
+
+def _at_targets(logits: torch.Tensor, index: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    column, here = _local(index, logits.shape[1])
+    found = logits.gather(1, column)[:, 0].where(here, 0)
+    if group is not None:
+        dist.all_reduce(found, group=group)
+    return found
+
+
+def _subtract_at(slope: torch.Tensor, index: torch.Tensor, amount: torch.Tensor) -> None:
+    column, here = _local(index, slope.shape[1])
+    slope.scatter_add_(1, column, -amount.where(here, 0)[:, None])

@@ -1,0 +1,42 @@
+"""Normalisation layers."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from trainer.model.collective import local, sum_over
+from trainer.model.spec import ModelSpec
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dim (Zhang and Sennrich, 2019).
+
+    When tensor parallelism splits that dim (OLMo 2 normalises the whole query projection), the engine sets
+    `reduce_group`: `x` and `weight` are then this rank's part, and the mean runs over all `features`. The gradient
+    with respect to both is complete on every rank.
+    """
+
+    def __init__(self, features: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features))
+        self.features = features
+        self.eps = eps
+        self.reduce_group: dist.ProcessGroup | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # A DTensor input (torch's SequenceParallel style) needs the DTensor weight; a plain one, the local weight.
+        weight = self.weight if isinstance(x, DTensor) else local(self.weight)
+        if self.reduce_group is None:
+            return F.rms_norm(x, (self.features,), weight, self.eps)
+        wide = x if x.dtype == torch.float64 else x.float()
+        mean = sum_over(wide.square().sum(-1, keepdim=True), self.reduce_group) / self.features
+        return (wide * torch.rsqrt(mean + self.eps) * weight).to(x.dtype)
+
+
+def norm(spec: ModelSpec, features: int) -> nn.Module:
+    """The norm of this family over `features` values."""
+    if spec.norm == "rms":
+        return RMSNorm(features, spec.norm_eps)
+    return nn.LayerNorm(features, eps=spec.norm_eps)
