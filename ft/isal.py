@@ -1,0 +1,129 @@
+"""Binding to Intel ISA-L's erasure-code kernels, as bundled in the `pyeclib` wheel.
+
+Only the block kernels are bound; pyeclib's own Python API copies every chunk and is more than ten times slower.
+ctypes drops the GIL for the length of each call.
+"""
+
+import ctypes
+import functools
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from ft.errors import KernelUnavailable
+from ft.galois import Bytes, Region
+
+# The releases that this binding was written against: 2.30 to 2.39.
+MAJOR = 2
+MINORS = range(30, 40)
+
+# The kernels take their length as a C int.
+MAX_LENGTH = 1 << 30
+
+_pointer, _int = ctypes.c_void_p, ctypes.c_int
+_SIGNATURES = {
+    "ec_init_tables": (_int, _int, _pointer, _pointer),
+    "ec_encode_data": (_int, _int, _int, _pointer, _pointer, _pointer),
+    "ec_encode_data_update": (_int, _int, _int, _int, _pointer, _pointer, _pointer),
+}
+# Bytes of table per coefficient.
+_TABLE = 32
+
+
+class IsalKernel:
+    """The loaded library. Stateless beyond its function pointers, so threads may share it."""
+
+    name = "isal"
+
+    def __init__(self, path: Path) -> None:
+        """Loads the library at `path` and checks its version.
+
+        Raises:
+            KernelUnavailable: it cannot be loaded, has no version or another one, or lacks a function.
+        """
+        try:
+            library = ctypes.CDLL(str(path))
+            library.isal_get_version_str.restype = ctypes.c_char_p
+            self.version: str = library.isal_get_version_str().decode()
+            for function, arguments in _SIGNATURES.items():
+                getattr(library, function).argtypes = arguments
+                getattr(library, function).restype = None
+        except (OSError, AttributeError) as error:
+            raise KernelUnavailable(f"{path.name} is not a usable ISA-L: {error}") from error
+        check_version(self.version)
+        self._library = library
+
+    def prepare(self, rows: Bytes) -> Bytes:
+        """Multiplication tables of shape (outputs, inputs, 32) for coefficient rows of shape (outputs, inputs)."""
+        outputs, inputs = rows.shape
+        coefficients = np.ascontiguousarray(rows)
+        tables = np.zeros((outputs, inputs, _TABLE), np.uint8)
+        self._library.ec_init_tables(inputs, outputs, coefficients.ctypes.data, tables.ctypes.data)
+        return tables
+
+    def multiply(self, tables: Bytes, inputs: list[Region], outputs: list[Region], start: int, stop: int) -> None:
+        """outputs[i][start:stop] = sum over j of rows[i, j] * inputs[j][start:stop]."""
+        table = tables.ctypes.data
+        for at in range(start, stop, MAX_LENGTH):
+            length = min(MAX_LENGTH, stop - at)
+            self._library.ec_encode_data(
+                length, len(inputs), len(outputs), table, _pointers(inputs, at), _pointers(outputs, at)
+            )
+
+    def accumulate(
+        self, tables: Bytes, index: int, source: Region, outputs: list[Region], start: int, stop: int
+    ) -> None:
+        """outputs[i][start:stop] += rows[i, index] * source[start:stop]."""
+        rows, columns, _ = tables.shape
+        table = tables.ctypes.data
+        for at in range(start, stop, MAX_LENGTH):
+            length = min(MAX_LENGTH, stop - at)
+            self._library.ec_encode_data_update(
+                length, columns, rows, index, table, source.address + at, _pointers(outputs, at)
+            )
+
+
+def check_version(version: str) -> None:
+    """Refuses a release that this binding was not written against.
+
+    Raises:
+        KernelUnavailable: the version is not in the series 2.30 to 2.39.
+    """
+    major, _, rest = version.partition(".")
+    minor = rest.partition(".")[0]
+    if not (major.isdigit() and minor.isdigit() and int(major) == MAJOR and int(minor) in MINORS):
+        raise KernelUnavailable(
+            f"ISA-L {version} is not in the series {MAJOR}.{MINORS.start} to {MAJOR}.{MINORS.stop - 1}; "
+            "install the pyeclib release that this package pins"
+        )
+
+
+def bundled_library() -> Path:
+    """Path of the ISA-L that the `pyeclib` wheel carries.
+
+    Raises:
+        KernelUnavailable: pyeclib is not installed, or was built without the library.
+    """
+    try:
+        files = metadata.files("pyeclib") or []
+    except metadata.PackageNotFoundError as error:
+        raise KernelUnavailable("pyeclib, which carries ISA-L, is not installed; pip install pyeclib") from error
+    for file in files:
+        if file.name.startswith("libisal") and ".so" in file.name:
+            return Path(str(file.locate()))
+    raise KernelUnavailable("the installed pyeclib carries no ISA-L: install its wheel, not its source package")
+
+
+@functools.cache
+def load() -> IsalKernel:
+    """The bundled library, loaded once per process.
+
+    Raises:
+        KernelUnavailable: see `bundled_library` and `IsalKernel`.
+    """
+    return IsalKernel(bundled_library())
+
+
+def _pointers(regions: list[Region], at: int) -> "ctypes.Array[ctypes.c_void_p]":
+    return (_pointer * len(regions))(*[region.address + at for region in regions])
