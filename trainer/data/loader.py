@@ -1,0 +1,243 @@
+"""Batches for one rank, read ahead in the background."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from parallel.engine import IGNORED, Batch, local_rows
+from parallel.errors import LayoutError
+from parallel.layout import Layout
+from trainer.data.ledger import Ledger
+from trainer.data.packing import PackedSource, Samples, Source
+from trainer.data.prefetch import Prefetcher
+from trainer.data.table import Ints
+from trainer.errors import DataError
+
+log = logging.getLogger(__name__)
+
+_Prepared = tuple[int, int, Batch]
+"""Position, global size, and this rank's batch."""
+
+
+class BatchLoader:
+    """Hands out this rank's share of every global batch, in the order that the ledger fixes.
+
+    Global batch number i holds the samples at positions [consumed, consumed + global size); every rank of one data
+    coordinate gets the same rows (`parallel.engine.local_rows`). The ledger knows only what `next_batch` has returned,
+    not what was read ahead. Used from one thread; owns its background thread until `close`.
+
+    Args:
+        sources: by name; every source that is drawn from here on.
+        ledger: where to begin. It needs a segment before the first batch (`open_segment`).
+        layout, rank, micro_size: whose share is made, and in micro-batches of how many samples.
+        global_size_at: global batch size as a function of the samples consumed, for reading ahead.
+        prefetch: batches read ahead.
+        timeout: seconds that `next_batch` waits for the data, and `close` for the thread.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        ledger: Ledger,
+        *,
+        layout: Layout,
+        rank: int,
+        micro_size: int,
+        global_size_at: Callable[[int], int],
+        prefetch: int = 2,
+        timeout: float = 600.0,
+    ) -> None:
+        self._sources = dict(sources)
+        self._layout, self._rank, self._micro_size = layout, rank, micro_size
+        self._global_size_at = global_size_at
+        self._prefetch, self._timeout = prefetch, timeout
+        self._ahead: Prefetcher[_Prepared] | None = None
+        self._by_identity = {source.identity: source for source in sources.values()}
+        self._ledger = ledger
+
+    @property
+    def ledger(self) -> Ledger:
+        """What has been handed out, and the plan of what comes."""
+        return self._ledger
+
+    @property
+    def consumed(self) -> int:
+        """Samples handed out over all ranks: the position of the next one."""
+        return self._ledger.position
+
+    def open_segment(
+        self, mixture: Mapping[str, float], *, start: int | None = None, offsets: Mapping[str, int] | None = None
+    ) -> None:
+        """Draw with these weights from `start` on (default: the next sample); see `Ledger.opened`."""
+        self._adopt(self._ledger.opened(mixture, self._sources, start=start, offsets=offsets))
+
+    def next_batch(self, global_size: int | None = None) -> Batch:
+        """This rank's rows of the next global batch; `global_size` defaults to what `global_size_at` says.
+
+        Raises:
+            DataError: a file cannot be read or took longer than the deadline, or a source that the ledger draws from
+                is not there; names it.
+            LayoutError: the size does not divide by data-parallel ranks times micro-batch.
+        """
+        size = self._global_size_at(self.consumed) if global_size is None else global_size
+        prepared = self._take()
+        if prepared[:2] != (self.consumed, size):
+            self._stop()
+            self._start(first_size=size)
+            prepared = self._take()
+        before = self._ledger
+        self._ledger = before.advanced(size)
+        if self._rank == 0:
+            self._warn_of_repeats(before)
+        return prepared[2]
+
+    def state(self) -> dict[str, Any]:
+        """The ledger as plain values, for a snapshot."""
+        return self._ledger.save()
+
+    def restore(self, state: Ledger | Mapping[str, Any]) -> None:
+        """Continue where `state` (a ledger, or what `state()` returned) was taken, whatever layout it was taken in.
+
+        Raises:
+            CheckpointError: the state is damaged.
+        """
+        self._adopt(state if isinstance(state, Ledger) else Ledger.load(state))
+
+    def close(self) -> None:
+        """End the background thread. The loader can still tell its state."""
+        self._stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _adopt(self, ledger: Ledger) -> None:
+        self._stop()
+        self._ledger = ledger
+
+    def _check_sources(self) -> None:
+        """Every source that the ledger is about to draw from must be there, with the same content."""
+        sizes = {source.identity: source.size for source in self._sources.values()}
+        if not self._ledger.segments:
+            raise ValueError("the ledger has no segment: call open_segment first")
+        for segment in self._ledger.upcoming():
+            for share in segment.shares:
+                origin = self._ledger.sources[share.source]
+                if sizes.get(share.source) != origin.size:
+                    there = ", ".join(f"{source.name} {source.identity}" for source in self._sources.values())
+                    raise DataError(
+                        f"the run draws from source {origin.name!r} with content {share.source}, but data.sources "
+                        f"hold only: {there}; the file was changed or data.sequence_length is another"
+                    )
+
+    def _take(self) -> _Prepared:
+        if self._ahead is None:
+            self._start(first_size=None)
+        assert self._ahead is not None
+        try:
+            return self._ahead.take(self._timeout)
+        except TimeoutError:
+            files = ", ".join(self._sources)
+            raise DataError(
+                f"rank {self._rank}: no batch at sample {self.consumed} after {self._timeout:g} s of reading the "
+                f"sources {files}; is their file system reachable?"
+            ) from None
+
+    def _start(self, first_size: int | None) -> None:
+        self._check_sources()
+        items = self._batches(self._ledger, first_size)
+        self._ahead = Prefetcher(items, self._prefetch, name=f"batches-of-rank-{self._rank}")
+
+    def _stop(self) -> None:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            try:
+                ahead.close(self._timeout)
+            except TimeoutError:
+                raise DataError(
+                    f"rank {self._rank}: reading ahead did not stop within {self._timeout:g} s; "
+                    "is the data's file system reachable?"
+                ) from None
+
+    def _batches(self, ledger: Ledger, first_size: int | None) -> Iterator[_Prepared]:
+        position, size = ledger.position, first_size
+        while True:
+            size = self._global_size_at(position) if size is None else size
+            rows = _rows(size, self._layout, self._rank, self._micro_size)
+            positions = position + np.arange(rows.start, rows.stop, dtype=np.int64)
+            yield position, size, _batch(self._read(ledger, positions), self._micro_size)
+            position, size = position + size, None
+
+    def _read(self, ledger: Ledger, positions: Ints) -> Samples:
+        draw = ledger.samples_at(positions)
+        parts, places = [], []
+        for index in np.unique(draw.source):
+            own = np.flatnonzero(draw.source == index)
+            source = self._by_identity[draw.identities[index]]
+            parts.append(source.read(draw.k[own], seed=ledger.seed))
+            places.append(own)
+        return _joined(parts, np.concatenate(places))
+
+    def _warn_of_repeats(self, before: Ledger) -> None:
+        old = before.given()
+        for source, now in self._ledger.given().items():
+            origin = self._ledger.sources[source]
+            done = (now.consumed - 1) // origin.size
+            past = (old[source].consumed - 1) // origin.size if source in old else 0
+            if done > max(past, 0):
+                level = logging.INFO if past > 0 else logging.WARNING
+                text = "source %s repeats: epoch %d of its %d samples begins at sample %d of the run"
+                log.log(level, text, origin.name, done + 1, origin.size, self._ledger.position)
+
+
+def evaluation_batches(
+    source: PackedSource, samples: int, *, global_size: int, layout: Layout, rank: int, micro_size: int
+) -> Iterator[Batch]:
+    """This rank's batches over the first `samples` windows of a validation source, in the order of the file.
+
+    Every batch has `global_size` rows; those that are missing at the end carry no loss, so that sums over the batches
+    do not depend on the layout.
+    """
+    samples = min(samples, source.size)
+    rows = _rows(global_size, layout, rank, micro_size)
+    for start in range(0, samples, global_size):
+        wanted = start + np.arange(rows.start, rows.stop, dtype=np.int64)
+        read = source.windows(np.minimum(wanted, samples - 1))
+        read.targets[wanted >= samples] = IGNORED
+        yield _batch(read, micro_size)
+
+
+def _rows(global_size: int, layout: Layout, rank: int, micro_size: int) -> range:
+    if global_size < 1 or global_size % (layout.data * micro_size):
+        raise LayoutError(
+            f"a global batch of {global_size} samples does not divide by data {layout.data} x micro-batch {micro_size}"
+        )
+    return local_rows(global_size, layout, rank)
+
+
+def _joined(parts: list[Samples], places: Ints) -> Samples:
+    """Samples of several sources, put where they belong."""
+    order = np.argsort(places)
+    documents = [part.documents for part in parts if part.documents is not None]
+    return Samples(
+        np.concatenate([part.tokens for part in parts])[order],
+        np.concatenate([part.targets for part in parts])[order],
+        np.concatenate(documents)[order] if documents else None,
+    )
+
+
+def _batch(samples: Samples, micro_size: int) -> Batch:
+    shape = (-1, micro_size, samples.tokens.shape[1])
+    return Batch(
+        tokens=torch.from_numpy(samples.tokens).reshape(shape),
+        targets=torch.from_numpy(samples.targets).reshape(shape),
+        documents=None if samples.documents is None else torch.from_numpy(samples.documents).reshape(shape),
+    )

@@ -1,0 +1,129 @@
+"""Packed samples: windows of fixed length over the concatenated documents of a source.
+
+Window w covers tokens w*S to w*S + S of the source: S inputs, and the same shifted by one as targets. The incomplete
+window at the end is dropped and counted.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.data.ledger import Identified
+from trainer.data.permutation import window_at
+from trainer.data.table import Ints
+from trainer.errors import DataError
+
+IGNORED = -100
+"""Target that carries no loss, as in `parallel.engine`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Samples:
+    """Packed samples, each array of shape `[samples, sequence]`."""
+
+    tokens: Ints
+    targets: Ints
+    """The next token; IGNORED where, with a document mask, it belongs to another document."""
+    documents: npt.NDArray[np.int32] | None
+    """Number of the document that each token belongs to, from 0 in each sample; None without a document mask."""
+
+
+class Tokens(Protocol):
+    """A stream of documents; `trainer.data.indexed.TokenFile` is the one on disk."""
+
+    @property
+    def path(self) -> str:
+        """For messages."""
+        ...
+
+    @property
+    def content(self) -> str:
+        """Content hash."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """Tokens in all documents."""
+        ...
+
+    def read(self, start: int, count: int) -> Ints:
+        """Tokens `start` to `start + count` of all documents in a row, as int64."""
+        ...
+
+    def starts_between(self, start: int, end: int) -> Ints:
+        """Tokens in `[start, end)` that begin a document, ascending."""
+        ...
+
+
+class Source(Identified, Protocol):
+    """What a mixture draws from. Its samples are numbered by k; a number at or above `size` repeats."""
+
+    @property
+    def name(self) -> str:
+        """What the job calls it."""
+        ...
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens per sample."""
+        ...
+
+    def read(self, k: Ints, *, seed: int) -> Samples:
+        """The samples with these numbers, in the order that `seed` fixes.
+
+        Raises:
+            DataError: the data are not what they should be; names the file.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedSource:
+    """A source whose samples are packed windows, in an order that is permuted anew each epoch."""
+
+    name: str
+    tokens: Tokens
+    sequence_length: int
+    document_mask: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise DataError(
+                f"{self.tokens.path}: {self.tokens.count} tokens are too few for one sample of "
+                f"data.sequence_length = {self.sequence_length}, which takes one more than that"
+            )
+
+    @property
+    def identity(self) -> str:
+        return f"{self.tokens.content}/{self.sequence_length}"
+
+    @property
+    def size(self) -> int:
+        return max(0, self.tokens.count - 1) // self.sequence_length
+
+    @property
+    def dropped(self) -> int:
+        """Tokens of the incomplete window at the end, which are never targets."""
+        return self.tokens.count - 1 - self.size * self.sequence_length
+
+    def read(self, k: Ints, *, seed: int) -> Samples:
+        return self.windows(window_at(k, seed=seed, identity=self.identity, size=self.size))
+
+    def windows(self, indices: Ints) -> Samples:
+        """Windows by their place in the source."""
+        length = self.sequence_length
+        rows = np.empty((len(indices), length + 1), np.int64)
+        for row, window in zip(rows, indices.tolist(), strict=True):
+            row[:] = self.tokens.read(window * length, length + 1)
+        tokens, targets = rows[:, :-1], rows[:, 1:].copy()
+        if not self.document_mask:
+            return Samples(np.ascontiguousarray(tokens), targets, None)
+        begins = np.zeros((len(indices), length + 1), np.bool_)
+        for flags, window in zip(begins, indices.tolist(), strict=True):
+            first = window * length + 1
+            flags[self.tokens.starts_between(first, first + length) - (first - 1)] = True
+        targets[begins[:, 1:]] = IGNORED
+        documents = np.cumsum(begins[:, :-1], axis=1, dtype=np.int32)
+        return Samples(np.ascontiguousarray(tokens), targets, documents)
