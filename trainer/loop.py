@@ -79,7 +79,7 @@ def train(run: Run, interrupt: Interrupt) -> bool:
 def _step(run: Run) -> None:
     state, plan = run.state, stage_at(run.plans, run.state.step)
     lr = state.curves[plan.index].at(state.step - plan.start_step)
-    size = global_size_at(run.job.batch, state.consumed)
+    size = global_size_at(run.job.batch, run.loader.consumed)
     run.profile.before(state.step)
     started = time.perf_counter()
     batch = run.loader.next_batch()
@@ -87,7 +87,6 @@ def _step(run: Run) -> None:
     elapsed = time.perf_counter() - started
     run.profile.after(state.step)
     state.step += 1
-    state.consumed += size
     run.speed.add(size * run.job.data.sequence_length, elapsed)
     _report(run, plan, result, lr, size, elapsed)
     _judge(run, result)
@@ -109,7 +108,7 @@ def _report(run: Run, plan: StagePlan, result: StepResult, lr: float, size: int,
         LogLine(
             metrics=metrics,
             last_step=run.last_step,
-            consumed_samples=run.state.consumed,
+            consumed_samples=run.loader.consumed,
             global_size=size,
             tokens_per_s=tokens_per_s,
             skipped=run.state.health.skipped_total + result.skipped,

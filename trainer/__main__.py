@@ -1,0 +1,48 @@
+"""One rank of a run: `python -P -m trainer RUN.json`, started by keepwarm, torchrun, mpirun or srun."""
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+
+INTERRUPTED = 130
+
+
+def main(arguments: list[str]) -> int:
+    """Train as the job says; returns the exit code: 0 done, 2 bad input, 3 stopped itself, 4 lost, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    # Heavy imports come after the arguments are known to be right: a typo must not cost three seconds.
+    from parallel.errors import ParallelError
+    from trainer.errors import TrainerError
+    from trainer.session import run_session
+
+    try:
+        return 0 if run_session(options.job, options.override, resume=options.resume) else INTERRUPTED
+    except (TrainerError, ParallelError) as error:
+        if os.environ.get("KEEPWARM_DEBUG"):
+            traceback.print_exc()
+        print(f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code if isinstance(error, TrainerError) else 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -P -m trainer",
+        description="Run one rank of a job; start as many as its layout has ranks, for example with "
+        "`torchrun --nproc-per-node 8 -m trainer runs/demo/run.json`. `keepwarm train` does that for you.",
+    )
+    parser.add_argument("job", type=Path, help="run.json of a run folder, or a job file")
+    parser.add_argument("override", nargs="*", help="a.b=c")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+    return parser
+
+
+if __name__ == "__main__":
+    # Not sys.exit alone: after an error other ranks may still be in a collective that this one must not wait for.
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code) if code else sys.exit(0)

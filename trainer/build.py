@@ -1,0 +1,140 @@
+"""The composition root: the one place where parts of `trainer`, `parallel` and `ft` are put together."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parallel.torch_engine import TorchEngine
+from trainer import checkpoint
+from trainer.checkpoint import Checkpoints, layout_hash
+from trainer.console import RunConsole
+from trainer.data.ledger import Ledger
+from trainer.data.loader import BatchLoader
+from trainer.data.prepare import Sources, prepare_sources
+from trainer.errors import CheckpointError
+from trainer.evaluation import Evaluator
+from trainer.health import Health
+from trainer.loop import Run, Saver
+from trainer.metrics import Metrics
+from trainer.model.decoder import Decoder
+from trainer.profile import ProfileWindow
+from trainer.random_state import RandomState
+from trainer.run_state import RunState
+from trainer.spec import JobSpec
+from trainer.speed import Speed
+from trainer.stages import StagePlan, global_size_at, plan_stages
+from trainer.world import World
+
+
+class DurableSaver:
+    """Writes a durable checkpoint when one is due, and always after the last step."""
+
+    def __init__(self, checkpoints: Checkpoints, engine: TorchEngine, random: RandomState, loader: BatchLoader) -> None:
+        self._checkpoints = checkpoints
+        self._engine = engine
+        self._random = random
+        self._loader = loader
+
+    def after_step(self, state: RunState, *, last: bool) -> None:
+        if last or self._checkpoints.due(state.step):
+            self._random.capture()
+            shards = {**self._engine.state(), **self._random.shards()}
+            self._checkpoints.save(state.step, shards, {"run": state.save(), "ledger": self._loader.state()})
+
+
+def build(job: JobSpec, world: World, *, resume: bool) -> Run:
+    """Everything a run consists of, at its beginning or, with `resume`, where its newest checkpoint is.
+
+    Raises:
+        DataError: data or tokenizer cannot be used.
+        CheckpointError: there is nothing to resume from, or it does not fit.
+    """
+    folder = Path(job.output)
+    _make_repeatable(job, world)
+    sources = prepare_sources(
+        job.data, job.model.vocabulary_size, folder / "data", is_writer=world.rank == 0, barrier=world.barrier
+    )
+    plans = plan_stages(job)
+    engine = TorchEngine(
+        Decoder(job.model, job.seed), job.parallel, job.optimizer, job.numerics, job.layout, device=world.device
+    )
+    loader = _loader(job, world, sources)
+    random = RandomState(world.rank, world.device)
+    checkpoints = Checkpoints(folder / "checkpoints", job.checkpoint, world, run=job.name, layout=layout_hash(job))
+    state = RunState(step=0, curves=[plan.curve for plan in plans], health=Health(spec=job.health))
+    if resume:
+        state = _resume(job, checkpoints, engine, random, loader)
+    _open_segments(job, plans, loader)
+    checkpoints.sweep()
+    savers: list[Saver] = [DurableSaver(checkpoints, engine, random, loader)]
+    return Run(
+        job=job,
+        world=world,
+        plans=plans,
+        state=state,
+        engine=engine,
+        loader=loader,
+        evaluator=Evaluator(engine, sources.validation, job, world),
+        savers=savers,
+        metrics=Metrics(folder, job.log, job.name, rank=world.rank, resume_step=state.step if resume else None),
+        console=RunConsole(rank=world.rank, steps=plans[-1].end_step, done=state.step, log_every=job.log.every),
+        profile=ProfileWindow(job.profile, folder / "profile", world.rank),
+        speed=_speed(job, world),
+    )
+
+
+def _make_repeatable(job: JobSpec, world: World) -> None:
+    torch.manual_seed(job.seed + world.rank)
+    if job.numerics.deterministic and world.device.type == "cuda":
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def _loader(job: JobSpec, world: World, sources: Sources) -> BatchLoader:
+    def size_at(consumed: int) -> int:
+        return global_size_at(job.batch, consumed)
+
+    return BatchLoader(
+        sources.training,
+        Ledger(seed=job.seed),
+        layout=job.layout,
+        rank=world.rank,
+        micro_size=job.batch.micro_size,
+        global_size_at=size_at,
+        prefetch=job.data.prefetch,
+    )
+
+
+def _open_segments(job: JobSpec, plans: tuple[StagePlan, ...], loader: BatchLoader) -> None:
+    """One segment for each stage that is not over; the prefetcher reads across their boundaries."""
+    for plan, stage in zip(plans, job.stages, strict=True):
+        if plan.end_sample > loader.consumed:
+            loader.open_segment(stage.mixture, start=max(plan.start_sample, loader.consumed))
+
+
+def _resume(
+    job: JobSpec, checkpoints: Checkpoints, engine: TorchEngine, random: RandomState, loader: BatchLoader
+) -> RunState:
+    path = checkpoints.latest()
+    if path is None:
+        raise CheckpointError(
+            f"{job.output}: nothing to resume from, checkpoints/ holds no complete checkpoint; use --force"
+        )
+    meta: dict[str, Any] = checkpoint.load(path, {**engine.state(), **random.shards()})
+    engine.restored()
+    random.restored()
+    loader.restore(meta["ledger"])
+    return RunState.load(meta["run"], job.health)
+
+
+def _speed(job: JobSpec, world: World) -> Speed:
+    from trainer.estimate import parameters
+
+    return Speed.of(
+        parameters=parameters(job.model),
+        layers=job.model.layers,
+        hidden_size=job.model.hidden_size,
+        sequence_length=job.data.sequence_length,
+        gpus=world.size,
+    )

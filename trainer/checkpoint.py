@@ -1,0 +1,169 @@
+"""Durable checkpoints of a run: every rank writes the shards it is the first holder of, any layout reads them.
+
+The format is `ft.durable`'s, so that checkpoints written here and by snapshot agents are the same.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from ft import durable
+from ft.contents import Bytes, Piece, move_bytes, plan
+from ft.errors import FtError
+from parallel.shard import Shard
+from trainer.errors import CheckpointError, OutputError
+from trainer.spec import CheckpointSpec, JobSpec
+from trainer.world import World
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Names of dtypes in the safetensors format."""
+
+OPTIONAL = "random."
+"""Names with this prefix belong to one rank; a layout with more ranks finds none for the new ones."""
+
+
+def piece_of(shard: Shard) -> Piece:
+    """The shard without its memory."""
+    return Piece(
+        name=shard.name,
+        global_shape=shard.global_shape,
+        offsets=shard.offsets,
+        shape=shard.shape,
+        dtype=DTYPES[shard.local.dtype],
+        flat=shard.flat,
+    )
+
+
+def layout_hash(job: JobSpec) -> str:
+    """Equal for runs whose ranks hold the same shards of the same model."""
+    text = job.parallel.model_dump_json() + job.model.model_dump_json()
+    return xxhash.xxh3_64_hexdigest(text.encode())
+
+
+class Checkpoints:
+    """The folder `OUTPUT/checkpoints` of one run. Every method is collective."""
+
+    def __init__(self, root: Path, spec: CheckpointSpec, world: World, *, run: str, layout: str) -> None:
+        self._root = root
+        self._spec = spec
+        self._world = world
+        self._run = run
+        self._layout = layout
+
+    def due(self, step: int) -> bool:
+        """Whether the spec wants a checkpoint after `step` completed steps, besides the last one."""
+        return self._spec.every is not None and step % self._spec.every == 0
+
+    def save(self, step: int, shards: Mapping[str, Shard], meta: dict[str, Any]) -> Path:
+        """Write, verify and publish the checkpoint of `step`, then delete what `keep` does not cover.
+
+        Raises:
+            OutputError: the disk is full or the folder cannot be written; checkpoints already there stay whole.
+        """
+        tmp, final = durable.staging(self._root, 0, step), durable.folder(self._root, step)
+        failure: Exception | None = None
+        try:
+            if self._world.rank == 0:
+                tmp.mkdir(parents=True, exist_ok=True)
+            self._world.barrier()
+            mine = [shard for shard in shards.values() if shard.replicas[0] == self._world.rank]
+            durable.write_part(tmp, self._world.rank, [(piece_of(shard), host_bytes(shard.local)) for shard in mine])
+        except (OSError, FtError) as error:
+            failure = error
+        self._agree(failure)
+        if self._world.rank == 0:
+            try:
+                self._publish(tmp, final, step, meta)
+            except (OSError, FtError) as error:
+                failure = error
+        self._agree(failure)
+        return final
+
+    def _publish(self, tmp: Path, final: Path, step: int, meta: dict[str, Any]) -> None:
+        durable.write_manifest(
+            tmp, run=self._run, epoch=0, step=step, layout=self._layout, ranks=self._world.size, meta=meta
+        )
+        durable.verify(tmp)
+        durable.publish(tmp, final)
+        durable.prune(self._root, self._spec.keep)
+
+    def _agree(self, failure: Exception | None) -> None:
+        """Raise on all ranks when one of them failed."""
+        if self._world.any(failure is not None):
+            raise OutputError(
+                f"rank {self._world.rank}: checkpoint to {self._root} failed: "
+                f"{failure or 'on another rank'}; earlier checkpoints are untouched"
+            )
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint, or None."""
+        return durable.latest(self._root)
+
+    def sweep(self) -> None:
+        """Delete what an interrupted writer left behind."""
+        if self._world.rank == 0:
+            durable.sweep(self._root)
+
+
+def load(path: Path, shards: Mapping[str, Shard]) -> dict[str, Any]:
+    """Fill live shards from a checkpoint of any layout; returns the `meta` it was saved with.
+
+    Raises:
+        CheckpointError: damaged, incomplete, or of another model; names the file or tensor.
+    """
+    try:
+        manifest = durable.read_manifest(path)
+        stored = [(part, entry.piece) for part in manifest.parts for entry in part.entries]
+        by_name: dict[str, list[tuple[durable.Part, Piece]]] = {}
+        for part, piece in stored:
+            by_name.setdefault(piece.name, []).append((part, piece))
+        for shard in shards.values():
+            if shard.name in by_name or not shard.name.startswith(OPTIONAL):
+                _fill(path, shard, by_name.get(shard.name, []))
+    except FtError as error:
+        raise CheckpointError(str(error)) from error
+    return manifest.meta
+
+
+def _fill(path: Path, shard: Shard, sources: list[tuple[durable.Part, Piece]]) -> None:
+    target = piece_of(shard)
+    if target.elements == 0:
+        return
+    out = np.empty(target.bytes, dtype=np.uint8)
+    exact = next((part for part, piece in sources if piece == target), None)
+    if exact is not None:
+        durable.read_tensor(path, exact, target.name, out)
+    else:
+        _assemble(path, target, sources, out)
+    with torch.no_grad():
+        shard.local.copy_(torch.from_numpy(out).view(shard.local.dtype).view(shard.local.shape))
+
+
+def _assemble(path: Path, target: Piece, sources: list[tuple[durable.Part, Piece]], out: Bytes) -> None:
+    read: dict[int, Bytes] = {}
+    for move in plan(target, [piece for _, piece in sources]):
+        part, piece = sources[move.source]
+        if move.source not in read:
+            read[move.source] = np.empty(piece.bytes, dtype=np.uint8)
+            durable.read_tensor(path, part, piece.name, read[move.source])
+        start, stop = move.span
+        move_bytes(move, read[move.source][start:stop], out)
+
+
+def host_bytes(tensor: torch.Tensor) -> Bytes:
+    """The bytes of a tensor in row-major order; a view when it lies contiguous in host memory."""
+    array: Bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return array

@@ -1,0 +1,37 @@
+"""Validation loss of every domain, the same whatever the layout."""
+
+from collections.abc import Mapping
+
+from parallel.engine import Engine
+from trainer.data.loader import evaluation_batches
+from trainer.data.packing import PackedSource
+from trainer.spec import JobSpec
+from trainer.world import World
+
+
+class Evaluator:
+    """Evaluates the first `evaluation.samples` windows of each domain in the order of its file."""
+
+    def __init__(self, engine: Engine, domains: Mapping[str, PackedSource], job: JobSpec, world: World) -> None:
+        self._engine = engine
+        self._domains = domains
+        self._job = job
+        self._world = world
+
+    def losses(self) -> dict[str, float]:
+        """Mean cross-entropy in nats per unmasked target, by domain. Collective."""
+        return {name: self._loss(source) for name, source in self._domains.items()}
+
+    def _loss(self, source: PackedSource) -> float:
+        total, count = 0.0, 0
+        for batch in evaluation_batches(
+            source,
+            self._job.evaluation.samples,
+            global_size=self._job.batch.global_size,
+            layout=self._job.layout,
+            rank=self._world.rank,
+            micro_size=self._job.batch.micro_size,
+        ):
+            loss, tokens = self._engine.evaluate(batch)
+            total, count = total + loss, count + tokens
+        return total / count

@@ -1,0 +1,86 @@
+"""One run from joining the world to the closing table, on one rank."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.build import build
+from trainer.errors import OutputError
+from trainer.interrupt import Interrupt
+from trainer.loop import Run, train
+from trainer.metrics import evaluations
+from trainer.spec import JobSpec
+from trainer.spec_file import RUN_FILE, load_job, load_run, save_job
+from trainer.world import World, join
+
+
+def run_session(path: Path, overrides: Sequence[str], *, resume: bool) -> bool:
+    """Train; False when a signal ended the run early with its state saved.
+
+    Raises:
+        TrainerError: with the exit code of its kind.
+    """
+    job = load_run(path, overrides) if path.name == RUN_FILE else load_job(path, overrides)
+    logging.basicConfig(format=" %(levelname)s: %(message)s", level=logging.WARNING)
+    with Interrupt() as interrupt:
+        world = join(job.layout.world_size, job.numerics.threads_per_rank)
+        resume = _continues(job, resume)
+        _open_folder(job, world)
+        run = build(job, world, resume=resume)
+        try:
+            finished = _train(run, interrupt)
+        finally:
+            run.profile.close()
+            run.metrics.close()
+            run.loader.close()
+        run.engine.close()
+        world.leave()
+        return finished
+
+
+def _continues(job: JobSpec, resume: bool) -> bool:
+    """Whether to continue from a checkpoint; a rank that torchrun restarted does whenever there is one."""
+    folder = Path(job.output)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if restarted:
+        return (folder / "checkpoints" / "latest").exists()
+    if not resume and (folder / "metrics.jsonl").exists():
+        raise OutputError(f"{folder} holds a run already: continue it with --resume, or start it anew with --force")
+    return resume
+
+
+def _open_folder(job: JobSpec, world: World) -> None:
+    world.barrier()  # no rank may look for metrics.jsonl after another has begun to write it
+    if world.rank != 0:
+        return
+    folder = Path(job.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / RUN_FILE).exists():
+            save_job(job, folder / RUN_FILE)
+    except OSError as error:
+        raise OutputError(f"output={folder}: cannot be written: {error.strerror}") from error
+
+
+def _train(run: Run, interrupt: Interrupt) -> bool:
+    layout = run.job.parallel
+    run.metrics.event(
+        "started",
+        step=run.state.step,
+        ranks=run.world.size,
+        layout=[layout.data, layout.pipeline, layout.tensor],
+    )
+    with run.console:
+        finished = train(run, interrupt)
+    if finished:
+        run.metrics.event("finished", step=run.state.step, tokens_per_s=run.speed.tokens_per_s)
+        if run.world.rank == 0:
+            _summarise(run)
+    return finished
+
+
+def _summarise(run: Run) -> None:
+    losses = evaluations(Path(run.job.output) / "metrics.jsonl")
+    before, after = (losses[0], losses[-1]) if losses else ({}, {})
+    run.console.summary(before, after, run.speed.tokens_per_s, run.job.output)
