@@ -133,7 +133,8 @@ def _judge(run: Run, result: StepResult) -> None:
     else:
         raise TrainingStopped(
             f"{health.skipped_in_a_row} steps in a row were not finite (health.max_skipped), the last one "
-            f"iteration {step} on {ranks}: {seen}; look at the data and the learning rate of these steps in metrics.jsonl"
+            f"iteration {step} on {ranks}: {seen}; look at the data and the learning rate of these steps in "
+            "metrics.jsonl"
         )
 
 
