@@ -114,3 +114,30 @@ def split_layers(layers: int, spec: ParallelSpec) -> list[range]:
             )
     starts = [sum(counts[:i]) for i in range(stages + 1)]
     return [range(a, b) for a, b in itertools.pairwise(starts)]
+
+
+def check_micro_batches(count: int, spec: ParallelSpec) -> None:
+    """Whether the pipeline schedule can run a step of `count` micro-batches per data-parallel rank.
+
+    Raises:
+        LayoutError: it cannot; the message says which counts it can run.
+    """
+    if spec.pipeline == 1:
+        return
+    if spec.schedule == "1f1b" and count < spec.stages:
+        raise LayoutError(
+            f"parallel.schedule = 1f1b over {spec.stages} pipeline stages needs at least {spec.stages} micro-batches "
+            f"per data-parallel rank, got {count}; raise batch.global_size or lower batch.micro_size"
+        )
+    rounds = max(1, count // spec.pipeline)
+    if spec.schedule != "1f1b" and count % rounds:
+        raise LayoutError(
+            f"parallel.schedule = {spec.schedule} runs {count} micro-batches per data-parallel rank in {rounds} rounds "
+            f"over parallel.pipeline = {spec.pipeline} ranks, which does not divide; choose a multiple of "
+            f"{spec.pipeline}"
+        )
+
+
+def stages_of(pipeline_coordinate: int, spec: ParallelSpec) -> tuple[int, ...]:
+    """Pipeline stages that stand on one pipeline coordinate, in order: stage i is on coordinate i mod pipeline."""
+    return tuple(range(pipeline_coordinate, spec.stages, spec.pipeline))

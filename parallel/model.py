@@ -1,27 +1,12 @@
 """What an engine must be told about a model. `parallel` never imports one; `trainer.build` hands it in."""
 
 from collections.abc import Mapping
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 
-TensorStyle = Literal["column", "row", "vocabulary", "head", "sequence", "column_norm", "per_head", "positions"]
-"""How tensor parallelism treats a module:
-
-column      a linear layer whose output features are split (query, key, value, gate, up); input replicated
-row         a linear layer whose input features are split (attention output, down); outputs are summed
-vocabulary  the token embedding, split over the vocabulary
-head        the output projection and loss, split over the vocabulary
-sequence    a norm between the matrices: replicated weights, activations split along the sequence when
-            `parallel.sequence` is on (their gradients are then summed over the tensor axis)
-column_norm a norm over all features that column layers have split (OLMo 2's QK norm): weights split likewise, the
-            mean of squares summed over the tensor axis (`reduce_group` of the module)
-per_head    a norm of each head by itself (Qwen3's QK norm): replicated weights, each rank sees its own heads only,
-            so gradients are summed over the tensor axis
-positions   the table of learned positions: replicated, its output added to the token embedding's and therefore
-            split along the sequence when that one is
-"""
+from parallel.style import TensorStyle as TensorStyle
 
 
 class ModelParts(Protocol):
@@ -39,7 +24,9 @@ class ModelParts(Protocol):
     def part(self, layers: range, *, embed: bool, head: bool) -> nn.Module:
         """Layers `layers` (global indices), with the embedding and/or the head, under the current device.
 
-        Parameter names are canonical whatever the part: layers live in a ModuleDict keyed by global index.
+        Parameter names are canonical whatever the part (but see `canonical`): layers live in a ModuleDict `layers`
+        keyed by global index, each with a child `attention`. There are no buffers. An engine sets the attribute
+        `sequence_shards` when hidden states come in split along the sequence: into how many.
         The module's forward is `forward(x, documents=None, targets=None)`:
 
         - `x`: token ids int64 `[micro, sequence]` if `embed`, else hidden states `[micro, sequence, hidden]`.
@@ -49,6 +36,10 @@ class ModelParts(Protocol):
           else float `[micro, 2]`: per sample the summed cross-entropy of its unmasked targets, and the
           summed z-loss term already multiplied by its weight.
         """
+        ...
+
+    def canonical(self, name: str) -> str:
+        """The name under which a part's parameter is known everywhere: the tied head's is the embedding's."""
         ...
 
     def tensor_plan(self) -> Mapping[str, TensorStyle]:

@@ -1,0 +1,93 @@
+"""The four collectives at the ends of a tensor-parallel region, as autograd sees them.
+
+Names and pairs are those of Megatron-LM (Shoeybi et al., 2019; Korthikanti et al., 2022). The sequence is dim 1.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+SEQUENCE_DIM = 1
+
+
+def copy_to(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """`x` as it is; its gradient is summed over `group`."""
+    return _Copy.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def reduce_from(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """`x` summed over `group`; the gradient passes as it is."""
+    return _Reduce.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def gather_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The whole sequence from the parts on the ranks of `group`; the gradient is summed and split again."""
+    return _Gather.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """`x` summed over `group`, of which each rank keeps its part of the sequence; the gradient is gathered."""
+    return _Scatter.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def _all_gather(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    parts = x.new_empty(group.size(), *x.shape)
+    dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
+    return parts.movedim(0, SEQUENCE_DIM).flatten(SEQUENCE_DIM, SEQUENCE_DIM + 1)
+
+
+def _reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    parts = x.unflatten(SEQUENCE_DIM, (group.size(), -1)).movedim(SEQUENCE_DIM, 0).contiguous()
+    mine = torch.empty_like(parts[0])
+    dist.reduce_scatter_tensor(mine, parts, group=group)
+    return mine
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _all_reduce(gradients[0], ctx.group), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        return _all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _reduce_scatter(gradients[0], ctx.group), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _reduce_scatter(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _all_gather(gradients[0], ctx.group), None
