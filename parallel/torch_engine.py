@@ -7,6 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from parallel import clip, data
 from parallel.engine import IGNORED, Batch, StepResult
@@ -179,7 +180,7 @@ class TorchEngine:
                     Held(
                         name=self._model.canonical(name),
                         parameter=parameter,
-                        local=parameter if local is parameter.data else nn.Parameter(local),
+                        local=nn.Parameter(local) if isinstance(parameter, DTensor) else parameter,
                         global_shape=tuple(parameter.shape),
                         box=box,
                         replicas=spread.replicas(name, self._holders(self._model.canonical(name))),
