@@ -1,0 +1,140 @@
+"""Slots outlive the processes that write into them, and are given to nobody while such a process may still live."""
+
+import array
+import fcntl
+import mmap
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+
+from ft import buffers
+from ft.auth import create_secret, load_secret
+from ft.buffers import Holder, Slot
+from ft.errors import AgentError, AuthenticationFailed, MemoryTooSmall
+
+WRITER = """
+import array, mmap, os, socket, sys
+sock = socket.socket(fileno=int(sys.argv[1]))
+_, ancillary, *_ = sock.recvmsg(1, socket.CMSG_SPACE(4))
+fd = array.array("i", ancillary[0][2])[0]
+memory = mmap.mmap(fd, os.fstat(fd).st_size)
+memory[:4] = b"here"
+sock.send(b"!")
+while True:
+    memory[4:8] = b"busy"
+"""
+
+
+def writer(slot: Slot) -> tuple["subprocess.Popen[bytes]", Holder]:
+    """A process that maps the slot and writes into it for as long as it lives."""
+    ours, theirs = socket.socketpair()
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(theirs.fileno())], pass_fds=[theirs.fileno()])
+    theirs.close()
+    with ours:
+        ours.settimeout(20)
+        ours.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [slot.descriptor]))])
+        assert ours.recv(1) == b"!"
+    left, right = socket.socketpair()
+    with left, right:
+        holder = Holder(left)
+    holder.close()
+    holder._pidfd = os.pidfd_open(process.pid)
+    holder.pid = process.pid
+    return process, holder
+
+
+def test_memory_stays_when_its_writer_is_killed() -> None:
+    slot = Slot.create(1 << 20, "test")
+    process, holder = writer(slot)
+    assert holder.alive
+    holder.make_dead(10.0)
+    assert not holder.alive
+    assert bytes(slot.data[:8]) == b"herebusy"
+    assert process.wait(10) == -signal.SIGKILL
+    slot.data[4:8] = 0
+    assert bytes(slot.data[4:8]) == bytes(4)
+    holder.close()
+    slot.close()
+
+
+def test_a_slot_cannot_be_resized_by_anyone() -> None:
+    slot = Slot.create(1 << 16, "test")
+    for size in (0, 1 << 17):
+        with pytest.raises(PermissionError):
+            os.ftruncate(slot.descriptor, size)
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(slot.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    slot.close()
+
+
+def test_memory_smaller_than_announced_is_refused() -> None:
+    slot = Slot.create(1 << 16, "test")
+    with pytest.raises(AgentError, match="announced"):
+        Slot(os.dup(slot.descriptor), 1 << 17)
+    slot.close()
+
+
+def test_no_page_is_faulted_in_after_creation() -> None:
+    size = 16 << 20
+    slot = Slot.create(size, "test")
+    source = np.ones(size, np.uint8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.copyto(slot.data, source)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < size // mmap.PAGESIZE // 100
+    slot.close()
+
+
+def test_an_empty_slot() -> None:
+    slot = Slot.create(0, "test")
+    assert len(slot.data) == 0
+    slot.close()
+
+
+def test_too_little_memory_is_refused_with_the_arithmetic() -> None:
+    buffers.require_memory({"data slots": 1 << 20})
+    with pytest.raises(
+        MemoryTooSmall, match=r"1048576\.00 GiB data slots \+ 524288\.00 GiB parity slots = 1572864\.00 GiB"
+    ):
+        buffers.require_memory({"data slots": 2**50, "parity slots": 2**49})
+
+
+def test_bucket_sums() -> None:
+    data = np.arange(10, dtype=np.uint8)
+    assert buffers.bucket_sums(data, 4) == tuple(
+        xxhash.xxh3_64_intdigest(bytes(part)) for part in (data[:4], data[4:8], data[8:])
+    )
+    assert buffers.bucket_sums(data[:0], 4) == ()
+
+
+def test_a_secret_is_created_once_and_private(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    secret = create_secret(path)
+    assert create_secret(path) == secret == load_secret(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_secret_that_others_could_read_or_that_is_too_short_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    create_secret(path)
+    path.chmod(0o640)
+    with pytest.raises(AuthenticationFailed, match=r"mode 0640.*chmod 600"):
+        load_secret(path)
+    path.chmod(0o600)
+    path.write_bytes(b"short")
+    with pytest.raises(AuthenticationFailed, match="too few"):
+        load_secret(path)
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    with pytest.raises(AuthenticationFailed, match="cannot be read"):
+        load_secret(link)
+    with pytest.raises(AuthenticationFailed, match="cannot be read"):
+        load_secret(tmp_path / "none")
