@@ -1,0 +1,166 @@
+"""The command `keepwarm`. Importing this module loads neither torch nor what it plans with: commands import late."""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Train large language models in three dimensions of parallelism.
+
+A job is one YAML file. Look at what it would do, then run it:
+
+    keepwarm plan  configs/jobs/demo.yaml
+
+    keepwarm train configs/jobs/demo.yaml
+
+Any value can be changed on the command line:
+
+    keepwarm train job.yaml parallel.tensor=2 stages.0.lr.max=3e-4 output=runs/second
+
+Exit codes: 0 done, 2 bad input, 3 training stopped itself, 4 a fault that could not be recovered, 130 interrupted.
+""",
+)
+data = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="""Prepare training data.
+
+    keepwarm data train-tokenizer --help
+""",
+)
+app.add_typer(data, name="data")
+
+_WITH_OVERRIDES = {"ignore_unknown_options": True}
+_PASSED_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+Job = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, or the name of a shipped job such as ci/tiny.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace those of the job file, as parallel.tensor=2."),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (also KEEPWARM_DEBUG=1).")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"keepwarm {version('keepwarm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(context_settings=_WITH_OVERRIDES)
+def plan(
+    job: Job,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a job would do: spec, rank layout, parameters, memory, steps, learning rates. Starts nothing.
+
+    keepwarm plan configs/jobs/mt-nlg-530b.yaml
+
+    keepwarm plan job.yaml parallel.pipeline=4 --json
+    """
+    from launch.plan import make_plan
+    from trainer.spec_file import load_job
+
+    made = make_plan(load_job(job, overrides or []))
+    if as_json:
+        typer.echo(made.json())
+    else:
+        from launch.plan_text import print_plan
+
+        print_plan(made)
+
+
+@app.command(context_settings=_WITH_OVERRIDES)
+def train(
+    job: Job,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Empty the output folder and start anew.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Run a job on this machine: starts its ranks, waits for them, ends with their exit code.
+
+        keepwarm train configs/jobs/demo.yaml
+
+        keepwarm train job.yaml parallel.data=2 output=runs/second
+
+        keepwarm train runs/second --resume
+
+    The same run under another launcher, from the run.json that the first start wrote:
+
+        torchrun --nproc-per-node 8 -m trainer runs/second/run.json
+    """
+    from launch.train import train_here
+
+    if resume and force:
+        raise typer.BadParameter("--resume continues a run and --force starts it anew: give one of them")
+    train_here(job, overrides or [], "resume" if resume else "force" if force else "new")
+
+
+@data.command("train-tokenizer", context_settings=_PASSED_THROUGH)
+def train_tokenizer(context: typer.Context) -> None:
+    """Train a byte-level BPE tokenizer on text."""
+    _run_tool("trainer.data.train_tokenizer", context.args)
+
+
+@data.command(context_settings=_PASSED_THROUGH)
+def tokenize(context: typer.Context) -> None:
+    """Turn JSON lines or text into Megatron .bin and .idx files."""
+    _run_tool("trainer.data.tokenize", context.args)
+
+
+@data.command(context_settings=_PASSED_THROUGH)
+def inspect(context: typer.Context) -> None:
+    """Show documents, tokens and a decoded sample of tokenized data."""
+    _run_tool("trainer.data.inspect", context.args)
+
+
+def _run_tool(module: str, arguments: Sequence[str]) -> NoReturn:
+    """Become the tool: its options, output and exit code are its own."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-P", "-m", module, *arguments])
+
+
+def main() -> None:
+    """Entry point: errors as one readable message on stderr and an exit code, never a traceback unless asked for."""
+    from launch.errors import LaunchError
+    from parallel.errors import ParallelError
+    from trainer.errors import TrainerError
+
+    signal.signal(signal.SIGINT, lambda number, frame: sys.exit(130))
+    try:
+        app(prog_name="keepwarm")
+    except (LaunchError, TrainerError, ParallelError) as error:
+        if "--debug" in sys.argv or os.environ.get("KEEPWARM_DEBUG", "0") not in ("", "0"):
+            traceback.print_exc()
+        elif str(error):
+            print(f"keepwarm: {error}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 2))
+
+
+if __name__ == "__main__":
+    main()

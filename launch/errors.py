@@ -1,0 +1,24 @@
+"""What can go wrong in `launch`, each with the exit code that the command ends with.
+
+LaunchError
+├── PreflightError       2  this machine or installation cannot run the job
+└── RanksFailed      2,3,4  a rank ended before the job was done; the code is the rank's own
+"""
+
+
+class LaunchError(Exception):
+    """Base of every error raised by this package; the message says what to do next."""
+
+    exit_code = 2
+
+
+class PreflightError(LaunchError):
+    """Something the job needs is missing or in the way, found before anything was started."""
+
+
+class RanksFailed(LaunchError):
+    """A rank ended before the job was done; names the rank and its log."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

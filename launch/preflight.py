@@ -1,0 +1,46 @@
+"""What must be right on this machine before a rank is started; each check raises with one readable sentence."""
+
+import importlib.metadata
+from pathlib import Path
+
+from launch.errors import PreflightError
+from trainer.data.spec import DataSpec
+from trainer.errors import DataError
+
+PACKAGES = ("trainer", "launch", "ft", "parallel")
+"""Names that other distributions use too."""
+
+_TEXT_ENDINGS = (".jsonl", ".txt", ".jsonl.gz", ".txt.gz", ".jsonl.zst", ".txt.zst")
+
+
+def check_installation() -> None:
+    """Raise PreflightError when another distribution installed a package of the same name as one of ours.
+
+    Whichever was installed last would have overwritten files of the other.
+    """
+    owners = importlib.metadata.packages_distributions()
+    for package in PACKAGES:
+        others = sorted({name for name in owners.get(package, ()) if name.lower() != "keepwarm"})
+        if others:
+            raise PreflightError(
+                f"the package {package!r} also belongs to {', '.join(others)}, which overwrites keepwarm's: "
+                f"pip uninstall {' '.join(others)}, then install keepwarm again"
+            )
+
+
+def check_data_exists(spec: DataSpec) -> None:
+    """Raise DataError, with every path that is missing, before the run folder is touched."""
+    missing = []
+    for section, table in (("sources", spec.sources), ("validation", spec.validation)):
+        for name, path in table.items():
+            missing += [f"data.{section}.{name}: {file}: no such file" for file in _files(path) if not file.is_file()]
+    if spec.tokenizer != "bytes" and not Path(spec.tokenizer).is_file():
+        missing.append(f"data.tokenizer: {spec.tokenizer}: no such file")
+    if missing:
+        raise DataError("\n  ".join([f"{len(missing)} data files are missing:", *missing] if missing[1:] else missing))
+
+
+def _files(path: str) -> list[Path]:
+    if path.endswith(_TEXT_ENDINGS):
+        return [Path(path)]
+    return [Path(f"{path}.idx"), Path(f"{path}.bin")]

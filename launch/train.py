@@ -1,0 +1,59 @@
+"""`keepwarm train`: from a job file to ended ranks, on this machine."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from launch.local import run_ranks
+from launch.preflight import check_data_exists, check_installation
+from launch.run_folder import Mode, changes, prepared, stored_job
+from trainer.errors import SpecError
+from trainer.spec import JobSpec
+from trainer.spec_file import RUN_FILE, load_job
+
+
+def train_here(path: Path, overrides: Sequence[str], mode: Mode) -> None:
+    """Validate the job, make its run folder and run its ranks to the end.
+
+    `path` is a job file; with mode `resume` also a run folder.
+
+    Raises:
+        SpecError, DataError, OutputError, PreflightError: before anything was started.
+        RanksFailed: a rank ended early.
+    """
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    check_installation()
+    job = _continued(path, overrides, console) if mode == "resume" else load_job(_job_file(path), overrides)
+    check_data_exists(job.data)
+    with prepared(job, mode) as folder:
+        world_size = job.layout.world_size
+        console.print(f"keepwarm: {job.name}: starting {world_size} ranks; outputs in {folder}")
+        run_ranks(
+            folder / RUN_FILE,
+            world_size=world_size,
+            threads_per_rank=job.numerics.threads_per_rank,
+            logs=folder / "logs",
+        )
+
+
+def _job_file(path: Path) -> Path:
+    if (path / RUN_FILE).is_file():
+        raise SpecError(f"{path}: this is a run folder; --resume continues it")
+    return path
+
+
+def _continued(path: Path, overrides: Sequence[str], console: Console) -> JobSpec:
+    """The job of an existing run with overrides applied; says what they change, and which edits are not used."""
+    if path.is_dir():
+        before, after = stored_job(path, list(overrides))
+    else:
+        wanted = load_job(path, overrides)
+        folder = Path(wanted.output)
+        kept = [text for text in overrides if not text.removeprefix("--").startswith("output=")]
+        before, after = stored_job(folder, kept)
+        for line in changes(after, wanted):
+            console.print(f"keepwarm: not used, as the run keeps its own spec: {line}; override it to change it")
+    for line in changes(before, after):
+        console.print(f"keepwarm: changed for the rest of the run: {line}")
+    return after
