@@ -13,6 +13,7 @@ from trainer.model.initial import normal
 from trainer.model.mlp import mlp
 from trainer.model.norm import norm
 from trainer.model.rotary import positions_in, rotation
+from trainer.model.shapes import tensor_plan
 from trainer.model.spec import ModelSpec
 
 
@@ -131,29 +132,8 @@ class Decoder:
         return Part(self.spec, layers, embed=embed, head=head)
 
     def tensor_plan(self) -> Mapping[str, TensorStyle]:
-        """Module names to styles; modules that this family lacks are not named."""
-        spec = self.spec
-        plan: dict[str, TensorStyle] = {
-            "embedding": "vocabulary",
-            "layers.*.attention.query": "column",
-            "layers.*.attention.key": "column",
-            "layers.*.attention.value": "column",
-            "layers.*.attention.output": "row",
-            "layers.*.attention_norm": "sequence",
-            "layers.*.mlp_norm": "sequence",
-            "layers.*.mlp.up": "column",
-            "layers.*.mlp.down": "row",
-            "final_norm": "sequence",
-            "head": "head",
-        }
-        if spec.position == "learned":
-            plan["positions"] = "positions"
-        if spec.activation == "swiglu":
-            plan["layers.*.mlp.gate"] = "column"
-        if spec.qk_norm != "none":
-            style: TensorStyle = "per_head" if spec.qk_norm == "head" else "column_norm"
-            plan["layers.*.attention.query_norm"] = plan["layers.*.attention.key_norm"] = style
-        return plan
+        """See `parallel.model.ModelParts`."""
+        return tensor_plan(self.spec)
 
     def canonical(self, name: str) -> str:
         """The name under which a part's parameter is known everywhere."""

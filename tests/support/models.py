@@ -1,0 +1,34 @@
+"""Models with known weights, for tests."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from trainer.model.decoder import Decoder, Part
+from trainer.model.spec import ModelSpec
+
+
+def load_parameters(part: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Copy `values` into the parameters of `part`; the names must be the same on both sides."""
+    names = {name for name, _ in part.named_parameters()}
+    assert names == set(values), names ^ set(values)
+    with torch.no_grad():
+        for name, parameter in part.named_parameters():
+            parameter.copy_(values[name])
+
+
+def initialise(part: nn.Module, decoder: Decoder) -> None:
+    """Write the initial values of `decoder` into `part`."""
+    with torch.no_grad():
+        for name, parameter in part.named_parameters():
+            shape = tuple(parameter.shape)
+            parameter.copy_(decoder.initial(name, shape, (0,) * len(shape), shape))
+
+
+def whole_model(spec: ModelSpec, seed: int = 1, dtype: torch.dtype = torch.float32) -> Part:
+    """The whole model on one rank with its initial weights."""
+    decoder = Decoder(spec, seed)
+    part = decoder.part(range(spec.layers), embed=True, head=True).to(dtype)
+    initialise(part, decoder)
+    return part

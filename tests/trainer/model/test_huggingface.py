@@ -1,0 +1,219 @@
+"""The oracle: equal logits with the `transformers` classes for random weights of every family."""
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.models import load_parameters
+from trainer.errors import CheckpointError, SpecError
+from trainer.model.decoder import Decoder
+from trainer.model.huggingface import from_huggingface, to_huggingface
+from trainer.model.huggingface_config import model_spec_from_hf_config
+from trainer.model.shapes import parameter_shapes
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "intermediate_size": 112,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+SMALL_GPT2: dict[str, Any] = {
+    "vocab_size": 96,
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 8,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-grouped-tied": ("llama", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
+    "llama-head-dim-theta": ("llama", {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+    "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": None}),
+    "mistral-window": ("mistral", {"num_key_value_heads": 2, "sliding_window": 7}),
+    "qwen2": ("qwen2", {"num_key_value_heads": 2}),
+    "qwen2-window": (
+        "qwen2",
+        {"num_key_value_heads": 4, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0},
+    ),
+    "qwen3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}),
+    "olmo2": ("olmo2", {"num_key_value_heads": 4}),
+    "gpt-neox": ("gpt_neox", {}),
+    "gpt-neox-serial-tanh": (
+        "gpt_neox",
+        {"use_parallel_residual": False, "hidden_act": "gelu_new", "attention_bias": False},
+    ),
+    "gpt-neox-half-rotary": (
+        "gpt_neox",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+    "gpt2": ("gpt2", {}),
+    "gpt2-untied-gelu": ("gpt2", {"tie_word_embeddings": False, "activation_function": "gelu", "n_inner": 96}),
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
+def their_model(kind: str, changes: dict[str, Any]) -> Any:
+    """A `transformers` model with weights far enough from their start that every one of them matters."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, **{**(SMALL_GPT2 if kind == "gpt2" else SMALL), **changes})
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread = 0.3 if parameter.ndim == 1 else 0.1
+            parameter.copy_(torch.randn_like(parameter) * spread + float("norm" in name or "ln_" in name))
+    return model
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_those_of_transformers(case: str) -> None:
+    kind, changes = CASES[case]
+    theirs = their_model(kind, changes)
+    spec = model_spec_from_hf_config(theirs.config.to_dict())
+    ours = Decoder(spec, seed=1).part(range(spec.layers), embed=True, head=True)
+    load_parameters(ours, from_huggingface(theirs.state_dict(), kind, spec))
+    tokens = torch.randint(0, 96, (2, 48), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        expected, logits = theirs(tokens).logits, ours(tokens)
+    assert expected.std() > 0.1
+    assert (logits - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_return_unchanged(case: str, tmp_path: Any) -> None:
+    """Canonical and back is the identity, and `transformers` loads what we name from disk."""
+    from safetensors.torch import load_file, save_file
+
+    kind, changes = CASES[case]
+    theirs = their_model(kind, changes)
+    theirs.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    spec = model_spec_from_hf_config(json.loads((tmp_path / "config.json").read_text()))
+    canonical = from_huggingface(saved, kind, spec)
+    assert {name: tuple(tensor.shape) for name, tensor in canonical.items()} == parameter_shapes(spec)
+    back = to_huggingface(canonical, kind, spec)
+    assert back.keys() == saved.keys()
+    assert all(torch.equal(back[name], saved[name]) for name in saved)
+    save_file({name: tensor.contiguous() for name, tensor in back.items()}, tmp_path / "model.safetensors")
+    reloaded = type(theirs).from_pretrained(tmp_path)
+    expected = theirs.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in reloaded.state_dict().items())
+
+
+LLAMA_3_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 8192,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.0.dev0",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+PYTHIA_70M = {
+    "architectures": ["GPTNeoXForCausalLM"],
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "hidden_act": "gelu",
+    "hidden_size": 512,
+    "initializer_range": 0.02,
+    "intermediate_size": 2048,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 2048,
+    "model_type": "gpt_neox",
+    "num_attention_heads": 8,
+    "num_hidden_layers": 6,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 0.25,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.24.0",
+    "use_cache": True,
+    "use_parallel_residual": True,
+    "vocab_size": 50304,
+}
+
+
+def test_both_dialects_give_one_spec() -> None:
+    new = {key: value for key, value in LLAMA_3_8B.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    new |= {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "dtype": "bfloat16"}
+    assert model_spec_from_hf_config(new) == model_spec_from_hf_config(LLAMA_3_8B)
+    assert model_spec_from_hf_config(LLAMA_3_8B).rope_theta == 500000.0
+    old = {key: value for key, value in PYTHIA_70M.items() if not key.startswith("rotary")}
+    rope = {"rope_type": "default", "rope_theta": 10000, "partial_rotary_factor": 0.25}
+    assert model_spec_from_hf_config(old | {"rope_parameters": rope}) == model_spec_from_hf_config(PYTHIA_70M)
+    assert model_spec_from_hf_config(PYTHIA_70M).rotary_fraction == 0.25
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "mixtral"}, "model_type"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters"),
+        ({"hidden_act": "relu"}, "hidden_act"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"num_local_experts": 8}, "num_local_experts"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, "max_window_layers"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(SpecError, match=named):
+        model_spec_from_hf_config(LLAMA_3_8B | changes)
+
+
+def test_tensors_that_do_not_fit_are_refused_by_name() -> None:
+    theirs = their_model("gpt_neox", {})
+    spec = model_spec_from_hf_config(theirs.config.to_dict())
+    state = dict(theirs.state_dict())
+    with pytest.raises(CheckpointError, match=r"adapter\.weight has no place"):
+        from_huggingface(state | {"adapter.weight": torch.zeros(1)}, "gpt_neox", spec)
+    fused = "gpt_neox.layers.1.attention.query_key_value.weight"
+    with pytest.raises(CheckpointError, match=fused):
+        from_huggingface(state | {fused: torch.zeros(8, 64)}, "gpt_neox", spec)
+    del state[fused]
+    with pytest.raises(CheckpointError, match=fused):
+        from_huggingface(state, "gpt_neox", spec)

@@ -1,0 +1,97 @@
+"""Names, shapes and tensor-parallel styles of all parameters of a model: what planning, building and conversion
+share. Torch-free."""
+
+from collections.abc import Mapping
+
+from parallel.style import TensorStyle
+from trainer.model.spec import ModelSpec
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def parameter_shapes(spec: ModelSpec, layers: range | None = None, *, embed: bool = True, head: bool = True) -> Shapes:
+    """Parameters of a part by module name, in the order in which it registers them; by default the whole model.
+
+    With tied embeddings a part that has both ends holds one matrix, `embedding.weight`; a part with only the head
+    holds its copy as `head.weight`.
+    """
+    shapes: Shapes = {}
+    if embed:
+        shapes["embedding.weight"] = (spec.vocabulary_size, spec.hidden_size)
+        if spec.position == "learned":
+            shapes["positions.weight"] = (spec.max_sequence_length, spec.hidden_size)
+    for index in range(spec.layers) if layers is None else layers:
+        shapes |= {f"layers.{index}.{name}": shape for name, shape in _layer(spec).items()}
+    if head:
+        shapes |= _norm(spec, "final_norm", spec.hidden_size)
+        if not (embed and spec.tied_embeddings):
+            shapes["head.weight"] = (spec.vocabulary_size, spec.hidden_size)
+    return shapes
+
+
+def _layer(spec: ModelSpec) -> Shapes:
+    hidden, size = spec.hidden_size, spec.size_per_head
+    queries, keys = spec.heads * size, spec.key_value_heads * size
+    shapes = _norm(spec, "attention_norm", hidden)
+    for name, width in (("query", queries), ("key", keys), ("value", keys)):
+        shapes |= _linear(f"attention.{name}", width, hidden, spec.qkv_bias)
+    shapes |= _linear("attention.output", hidden, queries, spec.attention_output_bias)
+    if spec.qk_norm != "none":
+        shapes["attention.query_norm.weight"] = (size if spec.qk_norm == "head" else queries,)
+        shapes["attention.key_norm.weight"] = (size if spec.qk_norm == "head" else keys,)
+    shapes |= _norm(spec, "mlp_norm", hidden)
+    for name in ("gate", "up") if spec.activation == "swiglu" else ("up",):
+        shapes |= _linear(f"mlp.{name}", spec.ffn_size, hidden, spec.mlp_bias)
+    return shapes | _linear("mlp.down", hidden, spec.ffn_size, spec.mlp_bias)
+
+
+def _linear(name: str, outputs: int, inputs: int, bias: bool) -> Shapes:
+    return {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if bias else {})
+
+
+def _norm(spec: ModelSpec, name: str, features: int) -> Shapes:
+    return {f"{name}.weight": (features,)} | ({f"{name}.bias": (features,)} if spec.norm == "layer" else {})
+
+
+def tensor_plan(spec: ModelSpec) -> Mapping[str, TensorStyle]:
+    """fnmatch patterns of module names to their style; modules that this family lacks are not named."""
+    plan: dict[str, TensorStyle] = {
+        "embedding": "vocabulary",
+        "layers.*.attention.query": "column",
+        "layers.*.attention.key": "column",
+        "layers.*.attention.value": "column",
+        "layers.*.attention.output": "row",
+        "layers.*.attention_norm": "sequence",
+        "layers.*.mlp_norm": "sequence",
+        "layers.*.mlp.up": "column",
+        "layers.*.mlp.down": "row",
+        "final_norm": "sequence",
+        "head": "head",
+    }
+    if spec.position == "learned":
+        plan["positions"] = "positions"
+    if spec.activation == "swiglu":
+        plan["layers.*.mlp.gate"] = "column"
+    if spec.qk_norm != "none":
+        style: TensorStyle = "per_head" if spec.qk_norm == "head" else "column_norm"
+        plan["layers.*.attention.query_norm"] = plan["layers.*.attention.key_norm"] = style
+    return plan
+
+
+def local_shape(name: str, shape: tuple[int, ...], plan: Mapping[str, TensorStyle], tensor: int) -> tuple[int, ...]:
+    """What one of `tensor` ranks holds of a parameter before data parallelism splits it further."""
+    match _style(name.rpartition(".")[0], plan):
+        case "column" | "vocabulary" | "head" | "column_norm":
+            dim = 0
+        case "row" if len(shape) == 2:
+            dim = 1
+        case _:
+            return shape
+    return tuple(size // tensor if at == dim else size for at, size in enumerate(shape))
+
+
+def _style(module: str, plan: Mapping[str, TensorStyle]) -> TensorStyle | None:
+    parts = module.split(".")
+    if parts[0] == "layers":
+        parts[1] = "*"
+    return plan.get(".".join(parts))
