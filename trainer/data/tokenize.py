@@ -1,0 +1,205 @@
+"""`keepwarm data tokenize`: text in, `.bin`, `.idx` and a `.json` sidecar out. Resumable."""
+
+import fcntl
+import multiprocessing
+import os
+import shutil
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from trainer.data import tool
+from trainer.data.indexed import Sidecar
+from trainer.data.text import TextPart, parts
+from trainer.data.token_parts import merge, part_path, write_part
+from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.errors import DataError, OutputError, UnrecoverableFault
+
+PART_BYTES = 4 << 20
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def tokenize(
+    inputs: Sequence[Path],
+    prefix: Path,
+    tokenizer_name: str,
+    *,
+    text_key: str = "text",
+    processes: int = 1,
+    part_bytes: int = PART_BYTES,
+    on_read: Callable[[int], None] = lambda _: None,
+) -> Sidecar:
+    """Write the documents of `inputs`, in their order, to `prefix`.bin, .idx and .json.
+
+    Every document is followed by the tokenizer's end-of-document token. The same input gives the same bytes, whatever
+    the number of processes and however often the work was killed: finished parts wait in `prefix`.parts.
+
+    Args:
+        inputs: `.jsonl` (one document a line) or `.txt` (one document a file), as they are or with .gz or .zst.
+        on_read: told the number of bytes of the input that were just gone through.
+
+    Raises:
+        DataError: an input or the tokenizer cannot be used; names the file, and the line.
+        OutputError: the output exists, is being written by another process, or its folder cannot be written.
+        UnrecoverableFault: a tokenizing process was killed.
+    """
+    tokenizer = load_tokenizer(tokenizer_name)
+    for path in inputs:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
+    try:
+        with _parts_folder(prefix) as folder:
+            paths = list(_tokenized(inputs, folder, tokenizer, text_key, processes, part_bytes, on_read))
+            sidecar = merge(folder, paths, prefix, tokenizer)
+            for path in {*paths}:
+                path.unlink()
+            return sidecar
+    except OSError as error:
+        where = error.filename or prefix.parent
+        raise OutputError(f"{where}: cannot write: {error.strerror or error}") from None
+    except BrokenProcessPool:
+        raise UnrecoverableFault(
+            "a tokenizing process was killed, perhaps for lack of memory; run the same command again to go on, "
+            "with fewer --processes if need be"
+        ) from None
+
+
+@contextmanager
+def _parts_folder(prefix: Path) -> Iterator[Path]:
+    """The folder of finished parts, locked for as long as this process lives."""
+    if Path(f"{prefix}.idx").exists():
+        raise OutputError(f"{prefix}.idx: exists already; remove it or choose another --output-prefix")
+    folder = Path(f"{prefix}.parts")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"{folder}: another process is writing {prefix}.bin; wait for it") from None
+        for leftover in folder.glob("*.tmp"):
+            leftover.unlink()
+        try:
+            yield folder
+        finally:
+            if not any(folder.glob("*.npz")):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tokenized(
+    inputs: Sequence[Path],
+    folder: Path,
+    tokenizer: Tokenizer,
+    text_key: str,
+    processes: int,
+    part_bytes: int,
+    on_read: Callable[[int], None],
+) -> Iterator[Path]:
+    """Paths of all parts, in order, each finished when it is yielded."""
+    with _workers(processes, tokenizer.name) as submit:
+        running: deque[tuple[Path, Future[None] | None, int]] = deque()
+        for path in inputs:
+            done = 0
+            for part in parts(path, part_bytes):
+                target = part_path(folder, part, tokenizer, text_key)
+                future = None if target.exists() else submit(target, part, tokenizer, text_key)
+                running.append((target, future, part.read_bytes - done))
+                done = part.read_bytes
+                while len(running) > 2 * processes:
+                    yield _finished(*running.popleft(), on_read)
+        while running:
+            yield _finished(*running.popleft(), on_read)
+
+
+def _finished(path: Path, future: "Future[None] | None", read_bytes: int, on_read: Callable[[int], None]) -> Path:
+    if future is not None:
+        future.result()
+    on_read(read_bytes)
+    return path
+
+
+_Submit = Callable[[Path, TextPart, Tokenizer, str], "Future[None] | None"]
+
+
+@contextmanager
+def _workers(processes: int, tokenizer_name: str) -> Iterator[_Submit]:
+    """Something that has a part tokenized, here or in another process."""
+    if processes == 1:
+        yield write_part
+        return
+    pool = ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(tokenizer_name,)
+    )
+    try:
+        yield lambda path, part, _, text_key: pool.submit(_work, path, part, text_key)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker_tokenizer: Tokenizer
+
+
+def _begin_worker(tokenizer_name: str) -> None:
+    global _worker_tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker_tokenizer = load_tokenizer(tokenizer_name)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _work(path: Path, part: TextPart, text_key: str) -> None:
+    write_part(path, part, _worker_tokenizer, text_key)
+
+
+@app.command()
+def command(
+    input: Annotated[list[Path], typer.Option(help="text file, may be given again: .jsonl or .txt, plain, .gz, .zst")],
+    output_prefix: Annotated[Path, typer.Option(help="what is written: PREFIX.bin, PREFIX.idx and PREFIX.json")],
+    tokenizer: Annotated[str, typer.Option(help="`bytes`, a tokenizer.json or a SentencePiece .model")] = "bytes",
+    processes: Annotated[int, typer.Option(min=1, help="tokenizing processes")] = os.cpu_count() or 1,
+    text_key: Annotated[str, typer.Option(help="key of the text in each JSON line")] = "text",
+    json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+) -> None:
+    """Tokenize text into Megatron's .bin and .idx files.
+
+    JSON lines hold one document each, a .txt file is one document. Killed and started again, it goes on where it was.
+    """
+    columns = (TextColumn("tokenize"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    total = sum(path.stat().st_size for path in input if path.is_file())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("tokenize", total=total)
+        sidecar = tokenize(
+            input,
+            output_prefix,
+            tokenizer,
+            text_key=text_key,
+            processes=processes,
+            on_read=lambda read: progress.advance(task, read),
+        )
+    if json:
+        typer.echo(msgspec.json.encode({"prefix": str(output_prefix), **msgspec.structs.asdict(sidecar)}).decode())
+    else:
+        typer.echo(f"{output_prefix}: {sidecar.documents:,} documents, {sidecar.tokens:,} tokens ({sidecar.tokenizer})")
+
+
+if __name__ == "__main__":
+    tool.run(app)

@@ -1,0 +1,137 @@
+"""Tokenizers: bytes, Hugging Face `tokenizer.json`, SentencePiece `.model`. Torch-free."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import xxhash
+
+from trainer.errors import DataError
+
+if TYPE_CHECKING:
+    pass
+
+END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "<|end_of_document|>", "</s>", "<eos>")
+"""What the token that ends a document is called in `tokenizer.json` files; the first one found is taken."""
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    @property
+    def name(self) -> str:
+        """What `load_tokenizer` was given."""
+        ...
+
+    @property
+    def hash(self) -> str:
+        """The same for the same tokenizer, wherever its file lies."""
+        ...
+
+    @property
+    def vocabulary_size(self) -> int:
+        """One more than the largest id."""
+        ...
+
+    @property
+    def end_of_document(self) -> int:
+        """Id that is put after every document."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text; no special tokens are added, and none are recognised in the text."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """`bytes`, or a tokenizer file by its suffix.
+
+    Raises:
+        DataError: the file is missing, is no tokenizer, or has no token that ends a document; names it.
+    """
+    if name == "bytes":
+        return ByteTokenizer()
+    path = Path(name)
+    if path.suffix not in (".json", ".model"):
+        raise DataError(f"{name}: not a tokenizer: give `bytes`, a tokenizer.json or a SentencePiece .model")
+    if not path.is_file():
+        raise DataError(f"{name}: no such tokenizer file")
+    return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as ids 0 to 255, and 256 at the end of a document."""
+
+    name = "bytes"
+    hash = "bytes"
+    vocabulary_size = 257
+    end_of_document = 256
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(text.encode("utf-8")) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        pieces = bytes(id for id in ids if id < 256)
+        return pieces.decode("utf-8", "replace")
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`, through the `tokenizers` library."""
+
+    def __init__(self, path: Path) -> None:
+        import tokenizers
+
+        try:
+            loaded: tokenizers.Tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:
+            raise DataError(f"{path}: not a tokenizer.json: {error}") from None
+        loaded.no_truncation()
+        loaded.no_padding()
+        loaded.encode_special_tokens = True
+        ids = [loaded.token_to_id(token) for token in END_OF_DOCUMENT]
+        found = [id for id in ids if id is not None]
+        if not found:
+            raise DataError(f"{path}: has none of the tokens that end a document: {', '.join(END_OF_DOCUMENT)}")
+        self._tokenizer = loaded
+        self.name, self.hash = str(path), _file_hash(path)
+        self.end_of_document: int = found[0]
+        self.vocabulary_size = max(loaded.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece `.model`; its end-of-sentence token ends a document."""
+
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+
+        self._processor: Any = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(path.read_bytes())
+        except Exception:
+            raise DataError(f"{path}: not a SentencePiece model") from None
+        if self._processor.eos_id() < 0:
+            raise DataError(f"{path}: has no end-of-sentence token, which would end a document")
+        self.name, self.hash = str(path), _file_hash(path)
+        self.end_of_document: int = self._processor.eos_id()
+        self.vocabulary_size: int = self._processor.get_piece_size()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        encoded: list[list[int]] = self._processor.encode(list(texts), num_threads=1)
+        return encoded
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._processor.decode([id for id in ids if id != self.end_of_document])
+        return text
+
+
+def _file_hash(path: Path) -> str:
+    return xxhash.xxh3_128_hexdigest(path.read_bytes())
