@@ -199,13 +199,13 @@ def _unpack(tensor: torch.Tensor, name: str, family: Family, spec: ModelSpec) ->
         return tensor
     if family.fused == "blocks":
         return tensor.chunk(3)[at]
-    return tensor.unflatten(0, (spec.heads, 3, spec.size_per_head))[:, at].flatten(0, 1)
+    return tensor.view(spec.heads, 3, spec.size_per_head, *tensor.shape[1:])[:, at].flatten(0, 1)
 
 
 def _fuse(parts: list[torch.Tensor], family: Family, spec: ModelSpec) -> torch.Tensor:
     if family.fused == "blocks":
         fused = torch.cat(parts)
     else:
-        per_head = [part.unflatten(0, (spec.heads, spec.size_per_head)) for part in parts]
+        per_head = [part.reshape(spec.heads, spec.size_per_head, *part.shape[1:]) for part in parts]
         fused = torch.stack(per_head, dim=1).flatten(0, 2)
     return fused.t() if family.transposed and fused.ndim == 2 else fused

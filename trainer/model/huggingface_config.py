@@ -8,7 +8,7 @@ from trainer.errors import SpecError
 from trainer.model.spec import InitSpec, ModelSpec
 
 GENERIC = frozenset(
-    [
+    {
         "architectures",
         "auto_map",
         "bos_token_id",
@@ -44,7 +44,7 @@ GENERIC = frozenset(
         "attn_implementation",
         "_attn_implementation",
         "_attn_implementation_autoset",
-    ]
+    }
 )
 """Fields that say nothing about what the model computes."""
 

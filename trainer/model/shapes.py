@@ -46,11 +46,13 @@ def _layer(spec: ModelSpec) -> Shapes:
 
 
 def _linear(name: str, outputs: int, inputs: int, bias: bool) -> Shapes:
-    return {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if bias else {})
+    shapes: Shapes = {f"{name}.weight": (outputs, inputs)}
+    return shapes | {f"{name}.bias": (outputs,)} if bias else shapes
 
 
 def _norm(spec: ModelSpec, name: str, features: int) -> Shapes:
-    return {f"{name}.weight": (features,)} | ({f"{name}.bias": (features,)} if spec.norm == "layer" else {})
+    shapes: Shapes = {f"{name}.weight": (features,)}
+    return shapes | {f"{name}.bias": (features,)} if spec.norm == "layer" else shapes
 
 
 def tensor_plan(spec: ModelSpec) -> Mapping[str, TensorStyle]:
