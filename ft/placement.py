@@ -67,7 +67,7 @@ class Holding:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
+class Copy:
     """Bytes [start, stop) of a shard that one node copies into its snapshot."""
 
     name: str
@@ -155,7 +155,7 @@ def chunk_size(state_bytes: int, k: int, *, alignment: int = 4096) -> int:
 
 def split_copies(
     holdings: Iterable[Holding], groups: Sequence[Group], *, whole_below: int = 1 << 16
-) -> tuple[Piece, ...]:
+) -> tuple[Copy, ...]:
     """Who copies which bytes of shards that data-parallel replicas hold alike.
 
     A shard is cut into near-equal pieces over its holders, each coded by its holder's group. A shard of fewer than
@@ -172,7 +172,7 @@ def split_copies(
         for node, domain in zip(group.members, group.domains, strict=True)
     }
     load = dict.fromkeys(home, 0)
-    pieces: list[Piece] = []
+    copies: list[Copy] = []
     for shard in holdings:
         if not shard.nodes:
             raise PlacementError(f"no node holds {shard.name}")
@@ -186,7 +186,7 @@ def split_copies(
             cuts = _cuts(shard.nbytes, len(holders))
             ranges = list(zip(holders, cuts[:-1], cuts[1:], strict=True))
         chosen = [
-            Piece(
+            Copy(
                 name=shard.name,
                 start=start,
                 stop=stop,
@@ -196,10 +196,10 @@ def split_copies(
             for node, start, stop in ranges
             if stop > start
         ]
-        for piece in chosen:
-            load[piece.node] += piece.stop - piece.start
-        pieces.extend(chosen)
-    return tuple(pieces)
+        for copy in chosen:
+            load[copy.node] += copy.stop - copy.start
+        copies.extend(chosen)
+    return tuple(copies)
 
 
 def _keepers(
