@@ -1,0 +1,368 @@
+"""Trains the tiny model in any layout and compares what comes out with another layout."""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from parallel.engine import IGNORED, Batch, StepResult
+from parallel.layout import Layout
+from parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
+from parallel.torch_engine import TorchEngine
+from tests.support.ranks import ROOT, run_ranks
+from trainer.model.decoder import Decoder
+from trainer.model.spec import ModelSpec
+from trainer.spec_file import load_model
+
+SEED = 7
+STEPS = 20
+SAMPLES = 8
+SEQUENCE = 16
+CLIP_NORM = 0.25
+"""Below the norm of every step of the tiny model, so that every step is clipped."""
+
+State = dict[str, torch.Tensor]
+"""Whole tensors by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One training run: the layout, and what must give the same result in every layout."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    schedule: str = "1f1b"
+    sequence: bool = False
+    data_mode: str = "reshard"
+    """reshard and keep are fsdp with the two values of `reshard_after_forward`; hsdp shards over two ranks."""
+    layer_split: tuple[int, ...] | None = None
+    recompute: str = "none"
+    micro_batches: int = 4
+    tied: bool = False
+    masks: str = "unequal"
+    documents: bool = False
+    clipped: bool = False
+    optimizer: str = "sgd"
+    precision: str = "fp64"
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def reference(self) -> "Case":
+        """The same run on one rank."""
+        return replace(
+            Case(),
+            tied=self.tied,
+            masks=self.masks,
+            documents=self.documents,
+            clipped=self.clipped,
+            optimizer=self.optimizer,
+            precision=self.precision,
+        )
+
+    def __str__(self) -> str:
+        words = [f"{self.tensor}x{self.pipeline}x{self.data}"]
+        for name, default in Case.__dataclass_fields__.items():
+            value = getattr(self, name)
+            if name not in ("tensor", "pipeline", "data") and value != default.default:
+                words.append(name if value is True else str(value))
+        return "-".join(words)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run returned at each step and the state it ended with."""
+
+    steps: list[StepResult]
+    state: State
+
+
+def model_spec(case: Case) -> ModelSpec:
+    """The model of `configs/ci/tiny.yaml`."""
+    return load_model(ROOT / "configs/models/tiny.yaml").model_copy(update={"tied_embeddings": case.tied})
+
+
+def optimizer_spec(case: Case) -> OptimizerSpec:
+    return OptimizerSpec(
+        name="adamw" if case.optimizer == "adamw" else "sgd",
+        momentum=0.0 if case.optimizer == "adamw" else 0.9,
+        clip_norm=CLIP_NORM if case.clipped else None,
+    )
+
+
+def learning_rate(case: Case, step: int) -> float:
+    """Of step 0, 1, ...: falls linearly."""
+    return (3e-3 if case.optimizer == "adamw" else 0.1) * (1 - step / (2 * STEPS))
+
+
+def global_batch(case: Case, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Tokens, targets and documents `[SAMPLES, SEQUENCE]`, a function of the step and of what the case masks.
+
+    With unequal masks the numbers of unmasked targets of the samples lie between none and all.
+    """
+    generator = torch.Generator().manual_seed(1000 + step)
+    text = torch.randint(0, model_spec(case).vocabulary_size, (SAMPLES, SEQUENCE + 1), generator=generator)
+    # A skewed distribution, so that there is something to learn.
+    text = text.minimum(torch.randint_like(text, 0, 264, generator=generator))
+    tokens, targets = text[:, :-1].contiguous(), text[:, 1:].clone()
+    if case.masks == "unequal":
+        share = torch.rand(SAMPLES, 1, generator=generator).pow(2)
+        share[step % SAMPLES] = 0.0
+        targets[torch.rand(SAMPLES, SEQUENCE, generator=generator) >= share] = IGNORED
+    if not case.documents:
+        return tokens, targets, None
+    starts = torch.rand(SAMPLES, SEQUENCE, generator=generator) < 0.2
+    documents = starts.cumsum(1).to(torch.int32)
+    targets[:, :-1][documents[:, 1:] != documents[:, :-1]] = IGNORED
+    return tokens, targets, documents
+
+
+def rank_batch(case: Case, step: int, layout: Layout, rank: int) -> Batch:
+    """The share of one rank in `global_batch`, in micro-batches."""
+    share = SAMPLES // layout.data
+    start = layout.coordinates(rank).data * share
+    tokens, targets, documents = (
+        None if whole is None else whole[start : start + share].view(case.micro_batches, -1, SEQUENCE)
+        for whole in global_batch(case, step)
+    )
+    assert tokens is not None
+    assert targets is not None
+    return Batch(tokens=tokens, targets=targets, documents=documents)
+
+
+def make_engine(case: Case) -> TorchEngine:
+    """The engine of this rank, called by every rank of the case's world."""
+    spec = ParallelSpec.model_validate(
+        {
+            "tensor": case.tensor,
+            "pipeline": case.pipeline,
+            "data": case.data,
+            "sequence": case.sequence,
+            "schedule": case.schedule,
+            "layer_split": case.layer_split,
+            "data_mode": case.data_mode if case.data_mode in ("hsdp", "replicate") else "fsdp",
+            "reshard_after_forward": case.data_mode != "keep",
+            "shard_size": 2 if case.data_mode == "hsdp" else None,
+        }
+    )
+    numerics = NumericsSpec.model_validate({"precision": case.precision, "recompute": case.recompute})
+    return TorchEngine(
+        Decoder(model_spec(case), SEED),
+        spec,
+        optimizer_spec(case),
+        numerics,
+        Layout.of(spec),
+        device=torch.device("cpu"),
+        timeout=timedelta(seconds=60),
+    )
+
+
+def run_case(
+    case: Case,
+    *,
+    steps: range = range(STEPS),
+    start: State | None = None,
+    fault: Callable[[TorchEngine], AbstractContextManager[None]] | None = None,
+) -> Outcome:
+    """Train the case on its ranks, from `start` if given, and put the state together from all shards.
+
+    `fault` makes a context in which each rank trains: what a test breaks on purpose.
+    """
+    ranks = run_ranks(case.world_size, _train, case, steps, start, fault, deadline=120.0)
+    results = [steps_of_rank for steps_of_rank, _ in ranks]
+    assert all(result == results[0] for result in results), f"ranks disagree on the result of a step: {results}"
+    return Outcome(results[0], assemble([shards for _, shards in ranks]))
+
+
+def _train(
+    case: Case,
+    steps: range,
+    start: State | None,
+    fault: Callable[[TorchEngine], AbstractContextManager[None]] | None,
+) -> tuple[list[StepResult], list["HeldShard"]]:
+    engine = make_engine(case)
+    if start is not None:
+        write_state(engine, start)
+    with nullcontext() if fault is None else fault(engine):
+        results = [train_step(engine, case, step) for step in steps]
+    shards = held_shards(engine)
+    engine.close()
+    return results, shards
+
+
+def train_step(engine: TorchEngine, case: Case, step: int) -> StepResult:
+    """Step number `step` of the case on this rank."""
+    return engine.step(rank_batch(case, step, engine.layout, dist.get_rank()), learning_rate(case, step))
+
+
+@dataclass(frozen=True)
+class HeldShard:
+    """A copy of a shard that may leave its rank."""
+
+    name: str
+    global_shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    replicas: tuple[int, ...]
+    values: torch.Tensor
+
+    @property
+    def box(self) -> tuple[slice, ...]:
+        return _box(self.offsets, self.shape)
+
+
+def held_shards(engine: TorchEngine) -> list[HeldShard]:
+    """Copies of all shards of this rank."""
+    return [
+        HeldShard(
+            shard.name, shard.global_shape, shard.offsets, shard.shape, shard.replicas, shard.local.detach().clone()
+        )
+        for shard in engine.state().values()
+    ]
+
+
+def write_state(engine: TorchEngine, state: Mapping[str, torch.Tensor]) -> None:
+    """Restore this rank's shards from whole tensors; the names must be the same."""
+    shards = engine.state()
+    assert set(shards) <= set(state), set(shards) - set(state)
+    for name, shard in shards.items():
+        assert tuple(state[name].shape) == shard.global_shape, name
+        shard.local.detach().copy_(state[name][_box(shard.offsets, shard.shape)])
+    engine.restored()
+
+
+def assemble(ranks: Sequence[Sequence[HeldShard]]) -> State:
+    """Whole tensors from the shards of all ranks.
+
+    Asserts what `Shard` promises: the boxes of a tensor cover it exactly, `replicas` are precisely the ranks that
+    hold the same box, and they hold the same bits.
+    """
+    by_name: dict[str, dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, HeldShard]]]] = {}
+    for rank, shards in enumerate(ranks):
+        for shard in shards:
+            by_name.setdefault(shard.name, {}).setdefault((shard.offsets, shard.shape), []).append((rank, shard))
+    state = {}
+    for name, boxes in by_name.items():
+        first = next(iter(boxes.values()))[0][1]
+        whole = torch.empty(first.global_shape, dtype=first.values.dtype)
+        covered = torch.zeros(first.global_shape, dtype=torch.int32)
+        for holders in boxes.values():
+            shard = holders[0][1]
+            holding = tuple(rank for rank, _ in holders)
+            for rank, other in holders:
+                assert other.global_shape == first.global_shape, name
+                assert other.replicas == holding, f"{name}: rank {rank} names {other.replicas}, {holding} hold the box"
+                assert equal_bits(other.values, shard.values), f"{name}: ranks {holding} differ at {shard.offsets}"
+            whole[shard.box] = shard.values
+            covered[shard.box] += 1
+        assert bool((covered == 1).all()), f"{name}: its shards do not cover it exactly once"
+        state[name] = whole
+    return state
+
+
+def equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are the same to the bit, NaN included."""
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def differing(a: State, b: State) -> list[str]:
+    """Names of tensors that are not the same to the bit."""
+    assert a.keys() == b.keys(), a.keys() ^ b.keys()
+    return [name for name in a if not equal_bits(a[name], b[name])]
+
+
+def violations(case: Case, expected: Outcome, found: Outcome) -> list[str]:
+    """Where two runs differ by more than rounding allows; each text begins with loss, norm or weight.
+
+    fp64: 1e-9 relative, of weights relative to the norm of the tensor. fp32: losses 1e-5 absolute; weights 1e-6 of
+    the norm of the tensor with SGD (AdamW divides a gradient near zero by itself, so its weights are free).
+    """
+    double = case.precision == "fp64"
+    problems = []
+    for step, (a, b) in enumerate(zip(expected.steps, found.steps, strict=True)):
+        if not abs(a.loss - b.loss) <= (1e-9 * abs(a.loss) if double else 1e-5):
+            problems.append(f"loss of step {step}: {b.loss!r} instead of {a.loss!r}")
+        if not abs(a.grad_norm - b.grad_norm) <= (1e-9 if double else 1e-4) * a.grad_norm:
+            problems.append(f"norm of step {step}: {b.grad_norm!r} instead of {a.grad_norm!r}")
+        if (a.tokens, a.skipped) != (b.tokens, b.skipped):
+            problems.append(f"loss of step {step}: {b} instead of {a}")
+    if double or case.optimizer == "sgd":
+        weights = {name for name in expected.state if name.startswith("model.")}
+        assert weights == {name for name in found.state if name.startswith("model.")}
+        for name in sorted(weights):
+            a, b = expected.state[name].double(), found.state[name].double()
+            error = float((a - b).norm() / a.norm())
+            if not error <= (1e-9 if double else 1e-6):
+                problems.append(f"weight {name}: relative error {error:.1e}")
+    return problems
+
+
+VALUES: Mapping[str, Sequence[object]] = {
+    "tensor": (1, 2),
+    "pipeline": (1, 2),
+    "data": (1, 2),
+    "schedule": ("1f1b", "interleaved", "zero_bubble"),
+    "sequence": (False, True),
+    "data_mode": ("reshard", "keep", "replicate"),
+    "recompute": ("none", "selective", "full"),
+    "micro_batches": (2, 4),
+    "tied": (False, True),
+    "masks": ("unequal", "equal"),
+    "documents": (False, True),
+    "clipped": (False, True),
+    "optimizer": ("sgd", "adamw"),
+    "precision": ("fp64", "fp32"),
+}
+"""What is varied, and to which values."""
+
+
+def is_valid(case: Case) -> bool:
+    """Whether every field of the case means something: no schedule without a pipeline, and so on."""
+    return (
+        (case.pipeline > 1 or case.schedule == "1f1b")
+        and (case.tensor > 1 or not case.sequence)
+        and (case.data > 1 or case.data_mode == "reshard")
+    )
+
+
+Pair = tuple[str, object, str, object]
+
+
+def pairs_of(case: Case) -> set[Pair]:
+    """All pairs of values that one case covers."""
+    names = list(VALUES)
+    return {(a, getattr(case, a), b, getattr(case, b)) for i, a in enumerate(names) for b in names[i + 1 :]}
+
+
+def random_case(choose: random.Random) -> Case:
+    """A valid case."""
+    while True:
+        case = Case(**{name: choose.choice(values) for name, values in VALUES.items()})  # type: ignore[arg-type]
+        if is_valid(case):
+            return case
+
+
+def covering_cases(given: Sequence[Case], *, seed: int = 0, candidates: int = 200) -> list[Case]:
+    """`given` and further cases until every pair of values that valid cases can have is covered.
+
+    Greedy: of many random cases the one that covers most of what is open, and the smallest world among equals. Pairs
+    that no case can have are not known in advance; 20,000 random cases find those that some can.
+    """
+    choose = random.Random(seed)
+    pool = [random_case(choose) for _ in range(20_000)]
+    open_pairs = set().union(*map(pairs_of, pool)).difference(*map(pairs_of, given))
+    cases = list(given)
+    while open_pairs:
+        some = choose.sample(pool, candidates)
+        best = max(some, key=lambda case: (len(pairs_of(case) & open_pairs), -case.world_size))
+        open_pairs -= pairs_of(best)
+        cases.append(best)
+    return cases
