@@ -82,12 +82,14 @@ def plan(
 
     keepwarm plan job.yaml parallel.pipeline=4 --json
     """
-    from launch.plan import make_plan
+    import json
+
+    from launch.plan import Plan
     from trainer.spec_file import load_job
 
-    made = make_plan(load_job(job, overrides or []))
+    made = Plan(load_job(job, overrides or []))
     if as_json:
-        typer.echo(made.json())
+        typer.echo(json.dumps(made.data()))
     else:
         from launch.plan_text import print_plan
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -29,8 +29,8 @@ _PR_SET_PDEATHSIG = 1
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
-def run_ranks(run_file: Path, *, world_size: int, threads_per_rank: int, logs: Path) -> None:
-    """Run `python -P -m trainer RUN_FILE` once per rank and return when all have ended with 0.
+def run_ranks(arguments: Sequence[str], *, world_size: int, threads_per_rank: int, logs: Path) -> None:
+    """Run `python -P -m trainer ARGUMENTS` once per rank and return when all have ended with 0.
 
     Rank 0 writes to this process's own stdout and stderr, the others to `logs/rank_NNNNN.log`. The ranks meet through
     a FileStore in a private temporary folder, named by KEEPWARM_STORE. The first signal that asks this process to end
@@ -48,7 +48,7 @@ def run_ranks(run_file: Path, *, world_size: int, threads_per_rank: int, logs: P
         stack.enter_context(ranks.signals_forwarded())
         stack.callback(ranks.kill)
         for rank in range(world_size):
-            ranks.start(rank, run_file, _environment(rank, world_size, threads_per_rank, store))
+            ranks.start(rank, arguments, _environment(rank, world_size, threads_per_rank, store))
         ranks.watch()
         ranks.judge()
 
@@ -78,11 +78,11 @@ class _Ranks:
     """(rank, return code) of those that did not end with 0, first to last."""
     signalled: bool = False
 
-    def start(self, rank: int, run_file: Path, environment: dict[str, str]) -> None:
+    def start(self, rank: int, arguments: Sequence[str], environment: dict[str, str]) -> None:
         with contextlib.ExitStack() as stack:
             log = None if rank == 0 else stack.enter_context(self.log(rank).open("wb"))
             self.processes[rank] = subprocess.Popen(
-                [sys.executable, "-P", "-m", "trainer", str(run_file)],
+                [sys.executable, "-P", "-m", "trainer", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT if log else None,

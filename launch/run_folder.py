@@ -16,7 +16,7 @@ from trainer.spec_file import RUN_FILE, load_run, save_job
 Mode = Literal["new", "resume", "force"]
 
 STARTED_FILE = "metrics.jsonl"
-"""Exists from the first step or evaluation on."""
+"""Has lines from the first evaluation or step on."""
 
 
 @contextlib.contextmanager
@@ -43,7 +43,7 @@ def prepared(job: JobSpec, mode: Mode) -> Iterator[Path]:
                 save_job(job, folder / RUN_FILE)
             yield folder
         except BaseException:
-            if mode != "resume" and not (folder / STARTED_FILE).exists():
+            if mode != "resume" and not _has_begun(folder):
                 _undo(folder, made)
             raise
 
@@ -102,6 +102,11 @@ def _held(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _has_begun(folder: Path) -> bool:
+    file = folder / STARTED_FILE
+    return file.is_file() and file.stat().st_size > 0
 
 
 def _clear(folder: Path) -> None:

@@ -30,7 +30,7 @@ def train_here(path: Path, overrides: Sequence[str], mode: Mode) -> None:
         world_size = job.layout.world_size
         console.print(f"keepwarm: {job.name}: starting {world_size} ranks; outputs in {folder}")
         run_ranks(
-            folder / RUN_FILE,
+            [str(folder / RUN_FILE), *(["--resume"] if mode == "resume" else [])],
             world_size=world_size,
             threads_per_rank=job.numerics.threads_per_rank,
             logs=folder / "logs",

@@ -1,11 +1,10 @@
 """Checks of a job that need more than one of its sections. Each names the keys and says what would fit."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from parallel.errors import LayoutError
-from parallel.layout import Layout, split_layers
-from parallel.spec import ParallelSpec
+from parallel.layout import Layout, check_micro_batches, split_layers
 
 if TYPE_CHECKING:
     from trainer.spec import JobSpec
@@ -59,24 +58,11 @@ def _batch(job: "JobSpec") -> Iterator[str]:
         yield "batch.ramp: increments from batch.ramp.start must reach batch.global_size exactly"
         return
     sizes = range(ramp.start, job.batch.global_size + 1, ramp.increment) if ramp else [job.batch.global_size]
-    yield from _micro_batches(job.parallel, [size // unit for size in sizes])
-
-
-def _micro_batches(spec: ParallelSpec, counts: Sequence[int]) -> Iterator[str]:
-    """The pipeline schedules' own conditions on the number of micro-batches of one step and data rank."""
-    if spec.pipeline == 1:
-        return
-    named = "micro-batches per data rank (batch.global_size / (parallel.data x batch.micro_size))"
-    if spec.schedule == "1f1b":
-        if min(counts) < spec.stages:
-            yield f"parallel.schedule 1f1b needs at least {spec.stages} {named}, one per stage; got {min(counts)}"
-        return
-    for count in counts:
-        if count % max(1, count // spec.pipeline):
-            yield (
-                f"parallel.schedule {spec.schedule}: {count} {named} do not make whole rounds of "
-                f"parallel.pipeline = {spec.pipeline} or more"
-            )
+    for size in sizes:
+        try:
+            check_micro_batches(size // unit, job.parallel)
+        except LayoutError as error:
+            yield str(error)
             return
 
 

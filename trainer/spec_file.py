@@ -40,7 +40,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
     Raises:
         SpecError: with every problem found, each with its file and line, key and what would be right.
     """
-    path = _find(path, [], "job")
+    path = find_job(path)
     changes = [Override.parse(text) for text in overrides]
     document = read_document(path)
     _anchor_data(document.values, path.parent)
@@ -59,13 +59,13 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
     return _validate(JobSpec, document, path)
 
 
-def load_model(path: Path) -> ModelSpec:
+def load_model(name: str | Path) -> ModelSpec:
     """The model spec in a YAML file, or a shipped one by name.
 
     Raises:
         SpecError: as `load_job`.
     """
-    path = _find(path, [Path("models")], "model")
+    path = find_model(str(name), Path.cwd())
     return _validate(ModelSpec, read_document(path), path)
 
 
@@ -97,25 +97,29 @@ def save_job(job: JobSpec, path: Path) -> None:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def _find(name: Path, folders: list[Path], kind: str) -> Path:
-    """The file that a path or a name stands for.
-
-    It is looked for as it is, then in the shipped configs under `folders`, each time also with `.yaml` appended.
-    """
+def find_job(name: Path) -> Path:
+    """The file of a job: `name` itself, or a shipped one as in `ci/tiny`, `demo` or `configs/jobs/demo.yaml`."""
     shipped = shipped_configs()
-    places = [name, *(shipped / folder / name for folder in folders)]
-    if not folders:
-        inner = Path(*name.parts[1:]) if name.parts[:1] == ("configs",) else name
-        places += [shipped / inner, shipped / "jobs" / inner]
+    inner = Path(*name.parts[1:]) if name.parts[:1] == ("configs",) else name
+    return _first_file("job", name, [name, shipped / inner, shipped / "jobs" / inner], ("jobs", "ci"))
+
+
+def find_model(name: str, base: Path) -> Path:
+    """The file of a model: a bare name means a shipped one, anything else a path relative to `base`."""
+    shipped, beside = shipped_configs() / "models" / name, base / name
+    is_bare = Path(name).name == name and Path(name).suffix != ".yaml"
+    return _first_file("model", Path(name), [shipped] if is_bare else [beside, shipped], ("models",))
+
+
+def _first_file(kind: str, name: Path, places: list[Path], folders: Sequence[str]) -> Path:
+    """The first place that is a file, each tried with `.yaml` appended as well."""
     for place in places:
         for candidate in (place, place.with_name(place.name + ".yaml")):
             if candidate.is_file():
                 return candidate
     if name.is_dir():
         raise SpecError(f"{name}: expected a {kind} file, got a folder")
-    known = [
-        file.stem for folder in folders or [Path("jobs"), Path("ci")] for file in (shipped / folder).glob("*.yaml")
-    ]
+    known = [file.stem for folder in folders for file in (shipped_configs() / folder).glob("*.yaml")]
     near = difflib.get_close_matches(name.stem, known, 1)
     hint = f"did you mean {near[0]}?" if near else f"shipped are {', '.join(sorted(known))}"
     raise SpecError(f"{name}: no such {kind} file; {hint}")
@@ -126,14 +130,9 @@ def _resolve_model(document: Document, base: Path) -> None:
     named = document.values.get("model")
     if not isinstance(named, str):
         return
-    beside = base / named
     try:
-        own = beside.is_file() or beside.with_name(beside.name + ".yaml").is_file()
-    except (OSError, ValueError):
-        own = False
-    try:
-        found = read_document(_find(beside if own else Path(named), [Path("models")], "model"))
-    except SpecError as error:
+        found = read_document(find_model(named, base))
+    except (SpecError, ValueError) as error:
         raise SpecError(f"{document.place(('model',))}: model: {error}") from error
     document.graft(("model",), found.values, found.places)
 

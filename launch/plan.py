@@ -1,0 +1,96 @@
+"""What a job would do, as data: layout, parameters, memory, steps, learning rates. Pure and torch-free."""
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from parallel.layout import Coordinates, Layout, split_layers, stages_of
+from trainer.estimate import RankEstimate, estimate_rank, total_parameters
+from trainer.spec import JobSpec
+from trainer.stages import StagePlan, global_size_at, plan_stages
+
+CURVE_POINTS = 64
+"""Steps at which a stage's learning rate is sampled for the plan, first and last included."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job with everything that follows from it."""
+
+    job: JobSpec
+
+    @cached_property
+    def layout(self) -> Layout:
+        return self.job.layout
+
+    @cached_property
+    def stages(self) -> tuple[StagePlan, ...]:
+        return plan_stages(self.job)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Of the whole model; tied embeddings count once."""
+        return total_parameters(self.job.model)
+
+    @cached_property
+    def estimates(self) -> tuple[RankEstimate, ...]:
+        """What one rank holds, by pipeline coordinate; ranks that differ in data or tensor only hold as much."""
+        return tuple(estimate_rank(self.job, pipeline) for pipeline in range(self.layout.pipeline))
+
+    def layers_at(self, pipeline: int) -> list[range]:
+        """Layers of the pipeline stages on one pipeline coordinate."""
+        split = split_layers(self.job.model.layers, self.job.parallel)
+        return [split[stage] for stage in stages_of(pipeline, self.job.parallel)]
+
+    def ranks_at(self, data: int, pipeline: int) -> range:
+        """The tensor group that stands at these coordinates."""
+        first = self.layout.rank_at(Coordinates(data, pipeline, 0))
+        return range(first, first + self.layout.tensor)
+
+    def micro_batches(self, stage: StagePlan) -> tuple[int, int]:
+        """Micro-batches per step and data-parallel rank in the first and in the last step of a stage."""
+        unit = self.layout.data * self.job.batch.micro_size
+        last = max(stage.start_sample, stage.end_sample - 1)
+        first_size, last_size = (global_size_at(self.job.batch, at) for at in (stage.start_sample, last))
+        return first_size // unit, last_size // unit
+
+    def data(self) -> dict[str, Any]:
+        """Plain values, for JSON. Bytes, tokens, and steps counted from the start of the job."""
+        layout = self.layout
+        return {
+            "job": self.job.model_dump(mode="json"),
+            "layout": {**asdict(layout), "world_size": layout.world_size, "nodes": layout.nodes},
+            "parameters": {"total": self.parameters, "per_rank": [e.parameters for e in self.estimates]},
+            "ranks": [
+                {
+                    "pipeline": pipeline,
+                    "layers": [[layers.start, layers.stop] for layers in self.layers_at(pipeline)],
+                    "memory": {**_memory(estimate), "total": estimate.total},
+                }
+                for pipeline, estimate in enumerate(self.estimates)
+            ],
+            "stages": [self._stage(stage) for stage in self.stages],
+        }
+
+    def _stage(self, stage: StagePlan) -> dict[str, Any]:
+        first, last = self.micro_batches(stage)
+        return {
+            "name": stage.name,
+            "start_step": stage.start_step,
+            "steps": stage.steps,
+            "samples": stage.samples,
+            "tokens": stage.tokens,
+            "micro_batches": [first, last],
+            "learning_rate": [[step, stage.curve.at(step)] for step in sampled_steps(stage.steps, CURVE_POINTS)],
+        }
+
+
+def sampled_steps(steps: int, points: int) -> list[int]:
+    """At most `points` steps of a stage, evenly spread, the first and the last included."""
+    if steps <= points:
+        return list(range(steps))
+    return sorted({round(i * (steps - 1) / (points - 1)) for i in range(points)})
+
+
+def _memory(estimate: RankEstimate) -> dict[str, int]:
+    return {name: getattr(estimate, name) for name in ("weights", "gradients", "optimizer", "activations")}
