@@ -39,14 +39,14 @@ def _all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 def _all_gather(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     parts = x.new_empty(group.size(), *x.shape)
-    dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
+    dist.all_gather_single(parts.flatten(0, 1), x.contiguous(), group=group)
     return parts.movedim(0, SEQUENCE_DIM).flatten(SEQUENCE_DIM, SEQUENCE_DIM + 1)
 
 
 def _reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     parts = x.unflatten(SEQUENCE_DIM, (group.size(), -1)).movedim(SEQUENCE_DIM, 0).contiguous()
     mine = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(mine, parts, group=group)
+    dist.reduce_scatter_single(mine, parts.flatten(0, 1), group=group)
     return mine
 
 

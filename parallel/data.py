@@ -35,9 +35,7 @@ def is_wrapped(spec: ParallelSpec, numerics: NumericsSpec) -> bool:
     return spec.data > 1 or numerics.precision == "bf16"
 
 
-def wrap(
-    part: nn.Module, mesh: DeviceMesh, spec: ParallelSpec, numerics: NumericsSpec, device: torch.device
-) -> None:
+def wrap(part: nn.Module, mesh: DeviceMesh, spec: ParallelSpec, numerics: NumericsSpec, device: torch.device) -> None:
     """Put one pipeline stage and each of its layers under FSDP; `mesh` has the data axis (two dims for hsdp).
 
     Parameters on the meta device get memory on `device` layer by layer, so no more than one layer is ever whole. The
@@ -52,8 +50,9 @@ def wrap(
         if spec.data > 1 and shard_size_of(spec) == 1:
             replicate(module, mesh=mesh, mp_policy=policy)
         else:
-            # What surrounds the layers is needed again at once when backward begins.
-            reshard = spec.reshard_after_forward and module is not part
+            # What surrounds the layers is needed again at once when backward begins. Zero-bubble schedules find the
+            # weights whose gradient they have put off by walking the module: these must not be shards by then.
+            reshard = spec.reshard_after_forward and module is not part and spec.schedule != "zero_bubble"
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     for module in wrapped(part):
         module.set_gradient_divide_factor(1.0)

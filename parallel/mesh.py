@@ -104,7 +104,9 @@ class Mesh:
         for dim, name in enumerate(names):
             self._groups[name] = self._new(self._line(ranks, dim))
         if self._hybrid:
-            self._groups["data"] = self._new(self._line(torch.arange(self.layout.world_size).view(self.layout.shape), 0))
+            self._groups["data"] = self._new(
+                self._line(torch.arange(self.layout.world_size).view(self.layout.shape), 0)
+            )
         self._groups["ends"] = self._new(self._end_ranks())
         self._groups["world"] = self._new(list(range(self.layout.world_size)))
         self._root = DeviceMesh.from_group(

@@ -27,7 +27,9 @@ class ParallelSpec(Section):
         None, description="layers of each pipeline stage, first to last; default: equal"
     )
     data_mode: Literal["fsdp", "hsdp", "replicate"] = "fsdp"
-    reshard_after_forward: bool = Field(True, description="fsdp, hsdp: free gathered weights after forward")
+    reshard_after_forward: bool = Field(
+        True, description="fsdp, hsdp: free gathered weights after forward (zero_bubble keeps them for the step)"
+    )
     shard_size: PositiveInt | None = Field(None, description="hsdp: data-parallel ranks that share one copy")
 
     @property
