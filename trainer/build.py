@@ -11,8 +11,9 @@ from trainer.checkpoint import Checkpoints, layout_hash
 from trainer.console import RunConsole
 from trainer.data.ledger import Ledger
 from trainer.data.loader import BatchLoader
-from trainer.data.prepare import Sources, prepare_sources
+from trainer.data.prepare import PreparedData, prepare_sources
 from trainer.errors import CheckpointError
+from trainer.estimate import model_flops_per_token
 from trainer.evaluation import Evaluator
 from trainer.health import Health
 from trainer.loop import Run, Saver
@@ -24,7 +25,7 @@ from trainer.run_state import RunState
 from trainer.spec import JobSpec
 from trainer.speed import Speed
 from trainer.stages import StagePlan, global_size_at, plan_stages
-from trainer.world import World
+from trainer.world import TIMEOUT, World
 
 
 class DurableSaver:
@@ -52,14 +53,18 @@ def build(job: JobSpec, world: World, *, resume: bool) -> Run:
     """
     folder = Path(job.output)
     _make_repeatable(job, world)
-    sources = prepare_sources(
-        job.data, job.model.vocabulary_size, folder / "data", is_writer=world.rank == 0, barrier=world.barrier
-    )
+    data = prepare_sources(job.data, job.model.vocabulary_size, folder / "data")
     plans = plan_stages(job)
     engine = TorchEngine(
-        Decoder(job.model, job.seed), job.parallel, job.optimizer, job.numerics, job.layout, device=world.device
+        Decoder(job.model, job.seed),
+        job.parallel,
+        job.optimizer,
+        job.numerics,
+        job.layout,
+        device=world.device,
+        timeout=TIMEOUT,
     )
-    loader = _loader(job, world, sources)
+    loader = _loader(job, world, data)
     random = RandomState(world.rank, world.device)
     checkpoints = Checkpoints(folder / "checkpoints", job.checkpoint, world, run=job.name, layout=layout_hash(job))
     state = RunState(step=0, curves=[plan.curve for plan in plans], health=Health(spec=job.health))
@@ -75,12 +80,12 @@ def build(job: JobSpec, world: World, *, resume: bool) -> Run:
         state=state,
         engine=engine,
         loader=loader,
-        evaluator=Evaluator(engine, sources.validation, job, world),
+        evaluator=Evaluator(engine, data.validation, job, world),
         savers=savers,
         metrics=Metrics(folder, job.log, job.name, rank=world.rank, resume_step=state.step if resume else None),
         console=RunConsole(rank=world.rank, steps=plans[-1].end_step, done=state.step, log_every=job.log.every),
         profile=ProfileWindow(job.profile, folder / "profile", world.rank),
-        speed=_speed(job, world),
+        speed=Speed.of(model_flops_per_token(job.model, job.data.sequence_length), gpus=world.size),
     )
 
 
@@ -91,12 +96,12 @@ def _make_repeatable(job: JobSpec, world: World) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def _loader(job: JobSpec, world: World, sources: Sources) -> BatchLoader:
+def _loader(job: JobSpec, world: World, data: PreparedData) -> BatchLoader:
     def size_at(consumed: int) -> int:
         return global_size_at(job.batch, consumed)
 
     return BatchLoader(
-        sources.training,
+        data.sources,
         Ledger(seed=job.seed),
         layout=job.layout,
         rank=world.rank,
@@ -126,15 +131,3 @@ def _resume(
     random.restored()
     loader.restore(meta["ledger"])
     return RunState.load(meta["run"], job.health)
-
-
-def _speed(job: JobSpec, world: World) -> Speed:
-    from trainer.estimate import parameters
-
-    return Speed.of(
-        parameters=parameters(job.model),
-        layers=job.model.layers,
-        hidden_size=job.model.hidden_size,
-        sequence_length=job.data.sequence_length,
-        gpus=world.size,
-    )

@@ -10,7 +10,7 @@ PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
 
 @dataclass(kw_only=True)
 class Speed:
-    """Running totals. MFU = tokens/s x (6 N + 6 L h s) / peak, causal, recompute not counted."""
+    """Running totals. MFU = tokens/s x model FLOPs per token / peak; recomputed operations are not counted."""
 
     flops_per_token: float
     gpus: int
@@ -19,12 +19,11 @@ class Speed:
     seconds: float = 0.0
 
     @classmethod
-    def of(cls, *, parameters: int, layers: int, hidden_size: int, sequence_length: int, gpus: int) -> "Speed":
-        """For a model of N = `parameters`; the peak comes from the name of the card, if it is known."""
+    def of(cls, flops_per_token: float, *, gpus: int) -> "Speed":
+        """For a model of that many FLOPs per token; the peak comes from the name of the card, if it is known."""
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         peak = next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
-        flops = 6.0 * parameters + 6.0 * layers * hidden_size * sequence_length
-        return cls(flops_per_token=flops, gpus=gpus, peak_tflops=peak)
+        return cls(flops_per_token=flops_per_token, gpus=gpus, peak_tflops=peak)
 
     def add(self, tokens: int, seconds: float) -> None:
         """Count one step."""
