@@ -122,7 +122,7 @@ class Codec:
         if outputs:
             self._multiply(_decoder(self._kernel, self.k, self.m, survivors, tuple(wanted)), inputs, outputs)
 
-    def _multiply(self, tables: Bytes, inputs: list[Region], outputs: list[Region]) -> None:
+    def _multiply(self, tables: Region, inputs: list[Region], outputs: list[Region]) -> None:
         size = _common_size(inputs + outputs)
         _refuse_overlap(inputs, outputs)
         if outputs:
@@ -152,7 +152,7 @@ class Codec:
 
 
 @functools.lru_cache(maxsize=1024)
-def _decoder(kernel: Kernel, k: int, m: int, survivors: tuple[int, ...], wanted: tuple[int, ...]) -> Bytes:
+def _decoder(kernel: Kernel, k: int, m: int, survivors: tuple[int, ...], wanted: tuple[int, ...]) -> Region:
     """Survivors = G[survivors] data, so wanted = G[wanted] G[survivors]^-1 survivors."""
     generator = generator_matrix(k, m)
     inverse = invert(generator[list(survivors)])

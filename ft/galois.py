@@ -92,22 +92,22 @@ class NumpyKernel:
 
     name = "numpy"
 
-    def prepare(self, rows: Bytes) -> Bytes:
+    def prepare(self, rows: Bytes) -> Region:
         """Tables for coefficient rows of shape (outputs, inputs): the rows themselves."""
-        return np.ascontiguousarray(rows)
+        return Region(rows, rows.ctypes.data)
 
-    def multiply(self, tables: Bytes, inputs: list[Region], outputs: list[Region], start: int, stop: int) -> None:
+    def multiply(self, tables: Region, inputs: list[Region], outputs: list[Region], start: int, stop: int) -> None:
         """outputs[i][start:stop] = sum over j of rows[i, j] * inputs[j][start:stop]."""
-        for row, output in zip(tables, outputs, strict=True):
+        for row, output in zip(tables.array, outputs, strict=True):
             output.array[start:stop] = 0
             for coefficient, source in zip(row, inputs, strict=True):
                 _add_product(int(coefficient), source.array[start:stop], output.array[start:stop])
 
     def accumulate(
-        self, tables: Bytes, index: int, source: Region, outputs: list[Region], start: int, stop: int
+        self, tables: Region, index: int, source: Region, outputs: list[Region], start: int, stop: int
     ) -> None:
         """outputs[i][start:stop] += rows[i, index] * source[start:stop]."""
-        for row, output in zip(tables, outputs, strict=True):
+        for row, output in zip(tables.array, outputs, strict=True):
             _add_product(int(row[index]), source.array[start:stop], output.array[start:stop])
 
 

@@ -54,33 +54,31 @@ class IsalKernel:
         check_version(self.version)
         self._library = library
 
-    def prepare(self, rows: Bytes) -> Bytes:
+    def prepare(self, rows: Bytes) -> Region:
         """Multiplication tables of shape (outputs, inputs, 32) for coefficient rows of shape (outputs, inputs)."""
         outputs, inputs = rows.shape
         coefficients = np.ascontiguousarray(rows)
         tables = np.zeros((outputs, inputs, _TABLE), np.uint8)
         self._library.ec_init_tables(inputs, outputs, coefficients.ctypes.data, tables.ctypes.data)
-        return tables
+        return Region(tables, tables.ctypes.data)
 
-    def multiply(self, tables: Bytes, inputs: list[Region], outputs: list[Region], start: int, stop: int) -> None:
+    def multiply(self, tables: Region, inputs: list[Region], outputs: list[Region], start: int, stop: int) -> None:
         """outputs[i][start:stop] = sum over j of rows[i, j] * inputs[j][start:stop]."""
-        table = tables.ctypes.data
         for at in range(start, stop, MAX_LENGTH):
             length = min(MAX_LENGTH, stop - at)
             self._library.ec_encode_data(
-                length, len(inputs), len(outputs), table, _pointers(inputs, at), _pointers(outputs, at)
+                length, len(inputs), len(outputs), tables.address, _pointers(inputs, at), _pointers(outputs, at)
             )
 
     def accumulate(
-        self, tables: Bytes, index: int, source: Region, outputs: list[Region], start: int, stop: int
+        self, tables: Region, index: int, source: Region, outputs: list[Region], start: int, stop: int
     ) -> None:
         """outputs[i][start:stop] += rows[i, index] * source[start:stop]."""
-        rows, columns, _ = tables.shape
-        table = tables.ctypes.data
+        rows, columns, _ = tables.array.shape
         for at in range(start, stop, MAX_LENGTH):
             length = min(MAX_LENGTH, stop - at)
             self._library.ec_encode_data_update(
-                length, columns, rows, index, table, source.address + at, _pointers(outputs, at)
+                length, columns, rows, index, tables.address, source.address + at, _pointers(outputs, at)
             )
 
 
