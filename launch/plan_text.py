@@ -1,10 +1,9 @@
-"""A plan as text for a terminal."""
+"""A plan as text for a terminal. Plain text: rich takes as long to import as everything else here does together."""
 
+import sys
 from collections.abc import Iterator, Sequence
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from ruamel.yaml import YAML
 
 from launch.plan import Plan, sampled_steps
 from trainer.schedule import LrCurve
@@ -16,16 +15,14 @@ _EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 
 def print_plan(plan: Plan) -> None:
-    """To stdout, in the width of the terminal."""
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    _spec(console, plan)
-    _layout(console, plan)
-    _memory(console, plan)
-    _stages(console, plan)
-    for stage in plan.stages:
-        if stage.steps:
-            console.print(f"\nlearning rate of {stage.name}, {stage.curve.kind}")
-            console.print("\n".join(chart(stage.curve)))
+    """To stdout."""
+    print(f"# {plan.job.name}: the resolved spec")
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.dump(plan.job.model_dump(mode="json"), sys.stdout)
+    for part in (_layout(plan), _memory(plan), _stages(plan), *_curves(plan)):
+        print("\n".join(["", *part]))
 
 
 def count(number: float) -> str:
@@ -70,71 +67,70 @@ def ends(items: Sequence[int]) -> Iterator[int | None]:
     yield from items[-SHOWN // 2 + 1 :]
 
 
-def _spec(console: Console, plan: Plan) -> None:
-    console.print(f"job {plan.job.name}, output {plan.job.output}\n")
-    from ruamel.yaml import YAML
-
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = None
-    yaml.sort_base_mapping_type_on_output = False
-    yaml.width = 110
-    yaml.dump(plan.job.model_dump(mode="json"), console.file)
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their widest cell, two spaces apart."""
+    lines = [header, ["-" * len(cell) for cell in header], *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
 
 
-def _layout(console: Console, plan: Plan) -> None:
+def _layout(plan: Plan) -> list[str]:
     layout = plan.layout
-    console.print(
-        f"\nlayout: data {layout.data} x pipeline {layout.pipeline} x tensor {layout.tensor} = "
-        f"{layout.world_size} ranks on {layout.nodes} nodes of {layout.ranks_per_node}"
-    )
-    table = _table("data", "pipeline", "ranks (tensor 0 first)", "node", "layers")
-    for data in ends(range(layout.data)):
-        if data is None:
-            table.add_row("...", "", "", "", "")
-            continue
+    replica = layout.pipeline * layout.tensor
+    rows = []
+    for data in range(layout.data if layout.world_size <= SHOWN * SHOWN else 1):
         for pipeline in ends(range(layout.pipeline)):
             if pipeline is None:
-                table.add_row("", "...", "", "", "")
+                rows.append(["", "...", "", "", ""])
                 continue
             ranks = plan.ranks_at(data, pipeline)
             shown = " ".join(map(str, ranks)) if len(ranks) <= SHOWN else f"{ranks[0]}-{ranks[-1]}"
             layers = ", ".join(_range(layers) for layers in plan.layers_at(pipeline))
-            table.add_row(str(data), str(pipeline), shown, str(layout.node_of(ranks[0])), layers)
-    console.print(table)
+            rows.append([str(data), str(pipeline), shown, str(layout.node_of(ranks[0])), layers])
+    if layout.data > 1 and layout.world_size > SHOWN * SHOWN:
+        rows.append(
+            [f"1-{layout.data - 1}", "the same", f"+ {replica} each", f"+ {replica / layout.ranks_per_node:g}", ""]
+        )
+    return [
+        f"layout: data {layout.data} x pipeline {layout.pipeline} x tensor {layout.tensor} = {layout.world_size} "
+        f"ranks on {layout.nodes} {'node' if layout.nodes == 1 else 'nodes'} of {layout.ranks_per_node}",
+        *table(("data", "pipeline", "ranks by tensor", "node", "layers"), rows),
+    ]
 
 
-def _memory(console: Console, plan: Plan) -> None:
-    console.print(f"\nparameters: {count(plan.parameters)} ({plan.parameters:,}) in total")
-    console.print("estimate for each rank of a pipeline coordinate:")
-    table = _table("pipeline", "parameters", "weights", "gradients", "optimizer", "activations", "total")
+def _memory(plan: Plan) -> list[str]:
+    rows = []
     for pipeline in ends(range(plan.layout.pipeline)):
         if pipeline is None:
-            table.add_row("...", *[""] * 6)
+            rows.append(["...", *[""] * 6])
             continue
         one = plan.estimates[pipeline]
         sizes = (one.weights, one.gradients, one.optimizer, one.activations, one.total)
-        table.add_row(str(pipeline), f"{count(one.parameters)}", *map(size, sizes))
-    console.print(table)
+        rows.append([str(pipeline), count(one.parameters), *map(size, sizes)])
+    return [
+        f"parameters: {count(plan.parameters)} ({plan.parameters:,}) in total; estimate for each rank, by pipeline:",
+        *table(("pipeline", "parameters", "weights", "gradients", "optimizer", "activations", "memory"), rows),
+    ]
 
 
-def _stages(console: Console, plan: Plan) -> None:
-    console.print("\nstages:")
-    table = _table("stage", "steps", "tokens", "samples", "micro-batches per rank and step", "mixture")
+def _stages(plan: Plan) -> list[str]:
+    rows = []
     for stage, spec in zip(plan.stages, plan.job.stages, strict=True):
         first, last = plan.micro_batches(stage)
         weights = sum(spec.mixture.values())
         mixture = ", ".join(f"{name} {weight / weights:.1%}" for name, weight in spec.mixture.items())
-        batches = str(first) if first == last else f"{first} rising to {last}"
-        table.add_row(stage.name, f"{stage.steps:,}", f"{stage.tokens:,}", f"{stage.samples:,}", batches, mixture)
-    console.print(table)
-    console.print(f"in total {plan.stages[-1].end_step:,} steps, {sum(stage.tokens for stage in plan.stages):,} tokens")
+        batches = str(first) if first == last else f"{first} to {last}"
+        rows.append([stage.name, f"{stage.steps:,}", f"{stage.tokens:,}", f"{stage.samples:,}", batches, mixture])
+    steps, tokens = plan.stages[-1].end_step, sum(stage.tokens for stage in plan.stages)
+    return [
+        f"stages: {steps:,} steps, {tokens:,} tokens; micro-batches are per step and data-parallel rank:",
+        *table(("stage", "steps", "tokens", "samples", "micro-batches", "mixture"), rows),
+    ]
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="left", no_wrap=True)
-    return table
+def _curves(plan: Plan) -> Iterator[list[str]]:
+    for stage in plan.stages:
+        yield [f"learning rate of {stage.name}, {stage.curve.kind}:", *chart(stage.curve)]
 
 
 def _range(layers: range) -> str:
