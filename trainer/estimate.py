@@ -1,0 +1,228 @@
+"""What a job needs before it runs: parameters, memory of each rank, floating-point operations. Pure and torch-free.
+
+Parameters are exact, as the torch engine holds them. Memory is an estimate of what stays allocated: activations are
+counted by the tensors that backward keeps (after Korthikanti et al., 2022), without allocator or workspace.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import ceil, prod
+
+from parallel.layout import split_layers, stages_of
+from parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
+from trainer.model.shapes import Shapes, local_shape, parameter_shapes, tensor_plan
+from trainer.model.spec import ModelSpec
+from trainer.spec import JobSpec
+
+LOGITS_AT_ONCE = 1 << 26
+"""Logits that the head computes in one chunk, at most; `trainer.model.head.CHUNK`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankEstimate:
+    """What one rank holds; memory in bytes."""
+
+    parameters: int
+    """Elements of model parameters that the rank stores between steps."""
+    weights: int
+    """Stored weights (fp32 masters under bf16), and what of them is gathered for computing at the same time."""
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all four."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def total_parameters(spec: ModelSpec) -> int:
+    """Parameters of the whole model; tied embeddings count once."""
+    return _elements(parameter_shapes(spec).values())
+
+
+def stage_shapes(job: JobSpec, stage: int) -> Shapes:
+    """Parameters of one pipeline stage by module name, before tensor and data parallelism split them."""
+    layers = split_layers(job.model.layers, job.parallel)
+    return parameter_shapes(job.model, layers[stage], embed=stage == 0, head=stage == len(layers) - 1)
+
+
+def stage_parameters(job: JobSpec, stage: int) -> int:
+    """Parameters of one pipeline stage that each rank of it stores, at most.
+
+    The tensor axis splits matrices, FSDP splits the first dim of what is left as `torch.chunk` does, so that the
+    first data-parallel rank holds the most.
+    """
+    return _elements(_sharded(job, shape) for shape in _local_shapes(job, stage).values())
+
+
+def estimate_rank(job: JobSpec, pipeline: int) -> RankEstimate:
+    """What every rank at this pipeline coordinate needs, at most, in the last steps of a batch-size ramp."""
+    stages = stages_of(pipeline, job.parallel)
+    stored = sum(stage_parameters(job, stage) for stage in stages)
+    master, compute = _bytes_of(job.numerics)
+    return RankEstimate(
+        parameters=stored,
+        weights=stored * master + sum(_gathered(job, stage) for stage in stages) * compute,
+        gradients=sum(_gradients(job, stage) for stage in stages) * master,
+        optimizer=stored * master * _moments(job.optimizer),
+        activations=_activations(job, pipeline, compute),
+    )
+
+
+def flops_per_iteration(spec: ModelSpec, *, batch: int, sequence: int, recompute: bool) -> float:
+    """Matrix-multiplication FLOPs of one step of `batch` samples (Narayanan et al., 2021, for any of our families).
+
+    Forward, backward at twice its cost, and with `recompute` the forward of every layer once more. Attention counts
+    in full, as if it were not causal. For GPT with a 4h MLP this is 96 B s l h^2 (1 + s / 6h + V / 16lh).
+    """
+    layer = _matrices(spec) + 2 * sequence * _queries(spec)
+    passes = 4 if recompute else 3
+    head = spec.vocabulary_size * spec.hidden_size
+    return 2.0 * batch * sequence * (passes * spec.layers * layer + 3 * head)
+
+
+def model_flops_per_token(spec: ModelSpec, sequence: int) -> float:
+    """FLOPs that count towards MFU: 6 N + 6 L h s, all parameters, causal attention, recompute not counted."""
+    return 6.0 * total_parameters(spec) + 6.0 * spec.layers * _queries(spec) * sequence
+
+
+def layer_elements(job: JobSpec) -> tuple[float, float]:
+    """Per token and layer: elements kept from forward to backward, and those that live while it is recomputed.
+
+    Norms count as fused ones, which keep their input only.
+    """
+    spec, tensor = job.model, job.parallel.tensor
+    hidden = spec.hidden_size
+    between = hidden / (tensor if job.parallel.sequence else 1)
+    keys = spec.key_value_heads * spec.size_per_head
+    # Input of the projections; query, key, value and the mixed heads.
+    attention = hidden + (2 * _queries(spec) + 2 * keys) / tensor
+    if spec.qk_norm != "none":
+        attention += (_queries(spec) + keys) / tensor
+    # Input of the MLP; gate, its activation, up and their product, or up and its activation.
+    mlp = hidden + (4 if spec.activation == "swiglu" else 2) * spec.ffn_size / tensor
+    residual = between if spec.parallel_residual else 2 * between
+    everything = residual + attention + mlp
+    match job.numerics.recompute:
+        case "none":
+            return everything, 0.0
+        case "selective":
+            return residual + between + mlp, attention
+        case "full":
+            return between, everything
+
+
+def in_flight(parallel: ParallelSpec, pipeline: int, micro_batches: int) -> int:
+    """Forward passes of single stages whose activations a rank holds at once, at most.
+
+    1F1B: the stages from here to the end. Interleaved schedules: their longer warm-up (Narayanan et al., 2021), which
+    the zero-bubble schedule shares.
+    """
+    if parallel.pipeline == 1:
+        return 1
+    per_rank = parallel.stages // parallel.pipeline
+    behind = parallel.pipeline - pipeline - 1
+    if per_rank == 1:
+        return min(micro_batches, behind + 1)
+    return min(micro_batches * per_rank, 2 * behind + (per_rank - 1) * parallel.pipeline + 1)
+
+
+def _elements(shapes: Iterable[tuple[int, ...]]) -> int:
+    return sum(prod(shape) for shape in shapes)
+
+
+def _local_shapes(job: JobSpec, stage: int) -> Shapes:
+    plan = tensor_plan(job.model)
+    shapes = stage_shapes(job, stage)
+    return {name: local_shape(name, shape, plan, job.parallel.tensor) for name, shape in shapes.items()}
+
+
+def _sharded(job: JobSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return ceil(shape[0] / _shard_size(job.parallel)), *shape[1:]
+
+
+def _shard_size(parallel: ParallelSpec) -> int:
+    match parallel.data_mode:
+        case "fsdp":
+            return parallel.data
+        case "hsdp":
+            return parallel.shard_size or parallel.data
+        case "replicate":
+            return 1
+
+
+def _bytes_of(numerics: NumericsSpec) -> tuple[int, int]:
+    """Bytes of a stored and of a computing element."""
+    master = 8 if numerics.precision == "fp64" else 4
+    return master, 2 if numerics.precision == "bf16" else master
+
+
+def _moments(optimizer: OptimizerSpec) -> int:
+    return 2 if optimizer.name == "adamw" else int(optimizer.momentum > 0)
+
+
+def _micro_batches(job: JobSpec) -> int:
+    return job.batch.global_size // (job.parallel.data * job.batch.micro_size)
+
+
+def _gathered(job: JobSpec, stage: int) -> int:
+    """Elements that FSDP holds beside the stored ones: gathered over the data axis, or cast for computing.
+
+    Gradient accumulation keeps them from one micro-batch to the next; what surrounds the layers always stays.
+    """
+    if _shard_size(job.parallel) == 1 and job.numerics.precision != "bf16":
+        return 0
+    shapes = _local_shapes(job, stage)
+    if not job.parallel.reshard_after_forward or _micro_batches(job) > 1:
+        return _elements(shapes.values())
+    around = _elements(shape for name, shape in shapes.items() if not name.startswith("layers."))
+    # The layer at work and the one that is gathered ahead of it.
+    return around + 2 * _largest_layer(shapes)
+
+
+def _gradients(job: JobSpec, stage: int) -> int:
+    """Elements of gradient: unsharded while micro-batches accumulate, since they are reduced once per step."""
+    shapes = _local_shapes(job, stage)
+    if _shard_size(job.parallel) == 1 or _micro_batches(job) > 1:
+        return _elements(shapes.values())
+    return stage_parameters(job, stage) + _largest_layer(shapes)
+
+
+def _largest_layer(shapes: Shapes) -> int:
+    layers: dict[str, int] = {}
+    for name, shape in shapes.items():
+        if name.startswith("layers."):
+            index = name.split(".")[1]
+            layers[index] = layers.get(index, 0) + prod(shape)
+    return max(layers.values(), default=0)
+
+
+def _queries(spec: ModelSpec) -> int:
+    return spec.heads * spec.size_per_head
+
+
+def _matrices(spec: ModelSpec) -> int:
+    """Elements of the matrices of one layer."""
+    layer = parameter_shapes(spec, range(1), embed=False, head=False).values()
+    return _elements(shape for shape in layer if len(shape) == 2)
+
+
+def _activations(job: JobSpec, pipeline: int, compute: int) -> int:
+    """Bytes kept for backward by the micro-batches in flight, and by the layer that is computed again."""
+    split = split_layers(job.model.layers, job.parallel)
+    stages = stages_of(pipeline, job.parallel)
+    tokens = job.batch.micro_size * job.data.sequence_length
+    kept, again = layer_elements(job)
+    layers = sum(len(split[stage]) for stage in stages) / len(stages)
+    held = in_flight(job.parallel, pipeline, _micro_batches(job)) * layers * kept + again
+    head = _head_bytes(job, tokens, compute) if stages[-1] == len(split) - 1 else 0
+    return round(held * tokens) * compute + head
+
+
+def _head_bytes(job: JobSpec, tokens: int, compute: int) -> int:
+    """Input and output of the last norm, one chunk of logits and of their gradient."""
+    vocabulary = job.model.vocabulary_size // job.parallel.tensor
+    chunk = min(tokens, max(1, LOGITS_AT_ONCE // vocabulary))
+    wide = max(4, compute)
+    return 2 * tokens * job.model.hidden_size * compute + chunk * vocabulary * (compute + wide)
