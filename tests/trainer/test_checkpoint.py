@@ -1,0 +1,95 @@
+"""Durable checkpoints of live shards: any layout loads any layout, damage is named."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from parallel.shard import Shard
+from trainer import checkpoint
+from trainer.checkpoint import Checkpoints
+from trainer.errors import CheckpointError, OutputError
+from trainer.spec import CheckpointSpec
+from trainer.world import World
+
+ONE_RANK = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+
+def shard(name: str, whole: torch.Tensor, rows: slice, columns: slice) -> Shard:
+    local = whole[rows, columns].clone()
+    offsets = (rows.start or 0, columns.start or 0)
+    return Shard(
+        name=name,
+        global_shape=tuple(whole.shape),
+        offsets=offsets,
+        shape=tuple(local.shape),
+        local=local,
+        replicas=(0,),
+    )
+
+
+def checkpoints(root: Path, keep: int = 2) -> Checkpoints:
+    return Checkpoints(root, CheckpointSpec(keep=keep), ONE_RANK, run="run", layout="any")
+
+
+def whole_of(name: str, tensor: torch.Tensor) -> dict[str, Shard]:
+    return {name: shard(name, tensor, slice(None), slice(None))}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64])
+def test_every_part_of_a_tensor_loads_from_the_whole(tmp_path: Path, dtype: torch.dtype) -> None:
+    weights = torch.arange(35).reshape(5, 7).to(dtype)
+    path = checkpoints(tmp_path).save(3, whole_of("w", weights), {"note": 1})
+    for rows in (slice(0, 5), slice(1, 4), slice(4, 5), slice(2, 2)):
+        for columns in (slice(0, 7), slice(3, 5)):
+            part = shard("w", torch.zeros_like(weights), rows, columns)
+            assert checkpoint.load(path, {"w": part}) == {"note": 1}
+            assert torch.equal(part.local, weights[rows, columns])
+
+
+def test_scalars_and_strided_locals_are_kept(tmp_path: Path) -> None:
+    counter = torch.tensor(7.0)
+    transposed = torch.arange(6.0).reshape(2, 3).t()
+    shards = {
+        "c": Shard(name="c", global_shape=(), offsets=(), shape=(), local=counter, replicas=(0,)),
+        "t": Shard(name="t", global_shape=(3, 2), offsets=(0, 0), shape=(3, 2), local=transposed, replicas=(0,)),
+    }
+    expected = transposed.clone()
+    path = checkpoints(tmp_path).save(1, shards, {})
+    counter.zero_()
+    transposed.zero_()
+    checkpoint.load(path, shards)
+    assert counter.item() == 7.0
+    assert torch.equal(transposed, expected)
+
+
+def test_only_the_newest_are_kept_and_latest_names_the_last(tmp_path: Path) -> None:
+    saver = checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        saver.save(step, whole_of("w", torch.full((2, 2), float(step))), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000002", "iter_0000003", "latest"]
+    assert saver.latest() == tmp_path / "iter_0000003"
+
+
+def test_a_flipped_bit_is_named_and_nothing_passes_for_whole(tmp_path: Path) -> None:
+    path = checkpoints(tmp_path).save(1, whole_of("w", torch.ones(4, 4)), {})
+    file = path / "rank_00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors.*checksum"):
+        checkpoint.load(path, whole_of("w", torch.zeros(4, 4)))
+
+
+def test_another_models_state_is_refused(tmp_path: Path) -> None:
+    path = checkpoints(tmp_path).save(1, whole_of("w", torch.ones(4, 4)), {})
+    with pytest.raises(CheckpointError, match="another model"):
+        checkpoint.load(path, whole_of("w", torch.zeros(4, 5)))
+    with pytest.raises(CheckpointError, match="missing"):
+        checkpoint.load(path, whole_of("missing", torch.zeros(1, 1)))
+
+
+def test_an_unwritable_folder_is_an_output_error(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(OutputError, match="checkpoint to"):
+        checkpoints(tmp_path / "checkpoints").save(1, whole_of("w", torch.ones(1, 1)), {})
