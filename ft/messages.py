@@ -70,7 +70,7 @@ class SnapshotId(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_
 # ---- handshake, both directions, before anything else is read
 
 
-class Hello(Wire):
+class Hello(Wire, frozen=True):
     """First frame of either side. `boot` numbers the lives of a slot's memory: higher is later."""
 
     role: Name
@@ -81,13 +81,13 @@ class Hello(Wire):
     nonce: Nonce
 
 
-class Proof(Wire):
+class Proof(Wire, frozen=True):
     """Second frame of either side: HMAC over both `Hello` frames with the job's secret."""
 
     mac: Annotated[bytes, Meta(min_length=32, max_length=64)]
 
 
-class Farewell(Wire):
+class Farewell(Wire, frozen=True):
     """The sender is about to close the connection, and why. No answer."""
 
     reason: Text
@@ -96,7 +96,7 @@ class Farewell(Wire):
 # ---- coding, inside a group
 
 
-class Want(Wire):
+class Want(Wire, frozen=True):
     """To a source: my parity of `stripe` has your buckets before `start`; send from there on.
 
     Sent when the parity slot is granted, after a damaged bucket, after a reconnect and when a stripe starts over.
@@ -105,9 +105,11 @@ class Want(Wire):
     snapshot: SnapshotId
     stripe: Small
     start: Small
+    damaged: bool = False
+    """Bucket `start` came with another checksum than its header's: read your data again."""
 
 
-class Bucket(Wire):
+class Bucket(Wire, frozen=True):
     """Bucket `index` of the sender's data chunk in `stripe`; `size` bytes of payload follow, whose xxh3_64 is `sum`."""
 
     snapshot: SnapshotId
@@ -117,7 +119,7 @@ class Bucket(Wire):
     size: Count
 
 
-class ChunkEnd(Wire):
+class ChunkEnd(Wire, frozen=True):
     """The sender's chunk in `stripe` has `count` buckets (what is missing up to the chunk size is zeros)."""
 
     snapshot: SnapshotId
@@ -126,7 +128,7 @@ class ChunkEnd(Wire):
     digest: Sum
 
 
-class ChunkLost(Wire):
+class ChunkLost(Wire, frozen=True):
     """To those who want it: the sender's data chunk in `stripe` is damaged and nobody can code it any more."""
 
     snapshot: SnapshotId
@@ -134,17 +136,26 @@ class ChunkLost(Wire):
 
 
 class ChunkRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """One good chunk: its stripe and digest; for parity also the digests of the k data chunks it was made of."""
+    """One good chunk: its stripe and the digest of its `count` buckets (what a data chunk lacks to full size is zeros).
+
+    For parity, `sources` and `counts` are the digests and counts of the k data chunks it was made of, by column.
+    """
 
     stripe: Small
     digest: Sum
     sources: Annotated[tuple[Sum, ...], Meta(max_length=MEMBERS_LIMIT)] = ()
+    count: Small = 0
+    counts: Few = ()
+
+    def __post_init__(self) -> None:
+        if len(self.sources) != len(self.counts):
+            raise ValueError(f"{len(self.sources)} digests and {len(self.counts)} counts of sources")
 
 
 Records: TypeAlias = Annotated[tuple[ChunkRecord, ...], Meta(max_length=MEMBERS_LIMIT)]
 
 
-class Stored(Wire):
+class Stored(Wire, frozen=True):
     """To the group: the sender has stored and verified its data and its parity of `snapshot`. Never taken back."""
 
     snapshot: SnapshotId
@@ -154,7 +165,7 @@ class Stored(Wire):
 # ---- knowledge, along the tree of agents: facts that stay true, merged by union, repeated freely
 
 
-class Known(Wire):
+class Known(Wire, frozen=True):
     """What the sender knows of `snapshot`: groups that are PREPARED, or that it can never be (`void`)."""
 
     snapshot: SnapshotId
@@ -166,7 +177,7 @@ class Known(Wire):
 # ---- recovery
 
 
-class InventoryRequest(Wire):
+class InventoryRequest(Wire, frozen=True):
     """Epoch `epoch` has begun: stop what belongs to earlier ones and say what you hold."""
 
     epoch: Count
@@ -180,7 +191,7 @@ class Holding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_lik
     committed: bool = False
 
 
-class Inventory(Wire):
+class Inventory(Wire, frozen=True):
     """Everything that can be restored from slot `slot`. Until a `Pin` of this epoch nothing of it is given up.
 
     `pinned_epoch` and `pinned` repeat the last choice that the sender was told of (0 and None: never).
@@ -194,7 +205,7 @@ class Inventory(Wire):
     pinned: SnapshotId | None = None
 
 
-class Pin(Wire):
+class Pin(Wire, frozen=True):
     """The choice of `epoch`, written by compare-and-set: keep `snapshot` alone (None: nothing in memory is used).
 
     `lives[slot]` is the boot of the agent that takes part in this epoch, 0 where there is none. Within an epoch every
@@ -206,11 +217,11 @@ class Pin(Wire):
     lives: Annotated[tuple[Count, ...], Meta(max_length=65_536)]
 
 
-class Decode(Wire):
+class Decode(Wire, frozen=True):
     """To a survivor: rebuild the chunks of `targets` in `stripe` from those of `sources` and send them there.
 
     Slots are node slots. `sources` are k members whose chunks are good, the receiver first if it is one of them;
-    `digests` are those of the stripe's data chunks in order of column, to check what comes out.
+    `digests` and `counts` are those of the stripe's data chunks by column, to check and to cut what comes out.
     """
 
     epoch: Count
@@ -219,9 +230,10 @@ class Decode(Wire):
     sources: Few
     targets: Few
     digests: Annotated[tuple[Sum, ...], Meta(max_length=MEMBERS_LIMIT)]
+    counts: Few = ()
 
 
-class Fetch(Wire):
+class Fetch(Wire, frozen=True):
     """Send me your chunk (data or parity) of `stripe`, as `Part`s, from bucket `start` on."""
 
     epoch: Count
@@ -230,7 +242,7 @@ class Fetch(Wire):
     start: Small = 0
 
 
-class Part(Wire):
+class Part(Wire, frozen=True):
     """Bucket `index` of `count` of slot `owner`'s chunk in `stripe`; `size` bytes of payload follow."""
 
     epoch: Count
@@ -246,7 +258,7 @@ class Part(Wire):
 # ---- a worker and its agent, over the Unix socket
 
 
-class Attach(Wire):
+class Attach(Wire, frozen=True):
     """Worker `worker` (its local rank) of `workers` on this node joins; its part of a slot has `buckets` buckets."""
 
     run: Name
@@ -256,7 +268,7 @@ class Attach(Wire):
     buckets: Small
 
 
-class Attached(Wire):
+class Attached(Wire, frozen=True):
     """The memfds of the slots come with this message; the worker's part starts at bucket `first` of each of them."""
 
     epoch: Count
@@ -266,21 +278,21 @@ class Attached(Wire):
     first: Small
 
 
-class Open(Wire):
+class Open(Wire, frozen=True):
     """May I write `snapshot`? A step is offered once per epoch. With `wait` the answer comes when a slot is free."""
 
     snapshot: SnapshotId
     wait: bool = True
 
 
-class Granted(Wire):
+class Granted(Wire, frozen=True):
     """Write your part of `snapshot` into data slot `slot`; it is yours until `Seal` or `Cancel`."""
 
     snapshot: SnapshotId
     slot: Small
 
 
-class Refused(Wire):
+class Refused(Wire, frozen=True):
     """Not `snapshot`; `reason` is one of `ft.events.Reason`, `text` says it in words."""
 
     snapshot: SnapshotId
@@ -288,39 +300,39 @@ class Refused(Wire):
     text: Text = ""
 
 
-class Seal(Wire):
+class Seal(Wire, frozen=True):
     """The worker's part of `snapshot` is written; one xxh3_64 per bucket, in order. It is not touched again."""
 
     snapshot: SnapshotId
     sums: Sums
 
 
-class Cancel(Wire):
+class Cancel(Wire, frozen=True):
     """The worker gives up `snapshot` and does not touch its slot again."""
 
     snapshot: SnapshotId
 
 
-class Revoked(Wire):
+class Revoked(Wire, frozen=True):
     """`snapshot` can no longer be committed: stop writing and answer `Cancel`."""
 
     snapshot: SnapshotId
 
 
-class Committed(Wire):
+class Committed(Wire, frozen=True):
     """`snapshot` is committed; `seconds` is how long that took from the first grant."""
 
     snapshot: SnapshotId
     seconds: float
 
 
-class Restore(Wire):
+class Restore(Wire, frozen=True):
     """Which snapshot is restored in `epoch`? Answered by `Restored` once this node's data chunks are whole."""
 
     epoch: Count
 
 
-class Restored(Wire):
+class Restored(Wire, frozen=True):
     """The pinned snapshot lies in data slot `slot`, bucket checksums `sums`; None: nothing in memory, see `text`."""
 
     epoch: Count
@@ -330,7 +342,7 @@ class Restored(Wire):
     text: Text = ""
 
 
-class Read(Wire):
+class Read(Wire, frozen=True):
     """Send me buckets `first ... first + count` of node slot `owner`'s data of the pinned snapshot, as `Part`s."""
 
     epoch: Count
@@ -340,13 +352,13 @@ class Read(Wire):
     count: Small
 
 
-class EpochBegan(Wire):
+class EpochBegan(Wire, frozen=True):
     """Offer snapshots under `epoch` from now on; what was not committed is given up or was chosen."""
 
     epoch: Count
 
 
-class StatusRequest(Wire):
+class StatusRequest(Wire, frozen=True):
     """What `keepwarm snapshots` asks."""
 
 

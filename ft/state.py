@@ -16,7 +16,7 @@ class Group:
 
     Parity rotates as in RAID-6: row r of stripe t lies on `members[(t + r) % size]`; the other k = size - m members,
     in order of their place in `members`, hold the data chunks of columns 0 ... k-1. So every member holds one chunk of
-    every stripe: data in k of them (its chunks 0 ... k-1 in order of the stripe), parity in m.
+    every stripe, data in k of them and parity in m, as `ft.placement.stripes` lays them out.
     """
 
     index: int
@@ -42,8 +42,12 @@ class Group:
         return tuple(slot for slot in self.members if slot not in parities)
 
     def data_stripes(self, slot: int) -> tuple[int, ...]:
-        """Stripes in which the slot holds data; its j-th data chunk belongs to the j-th of them."""
-        return tuple(t for t in range(self.size) if slot not in self.parities(t))
+        """Stripes in which the slot holds data, in order of its chunks 0 ... k-1.
+
+        Chunk c of member i belongs to stripe i + 1 + c, so that members that send in order load all receivers alike.
+        """
+        first = self.members.index(slot) + 1
+        return tuple((first + chunk) % self.size for chunk in range(self.data))
 
     def parity_stripes(self, slot: int) -> tuple[int, ...]:
         """Stripes whose parity the slot holds; its j-th parity chunk belongs to the j-th of them."""
@@ -136,6 +140,10 @@ class Copy:
     """Workers that were granted the slot and have neither sealed, cancelled nor died."""
     sums: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     """Checksums of the buckets of each worker's sealed part."""
+    rebuilt: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """Checksums of the buckets of data chunks that came from peers, by stripe."""
+    held: bool = False
+    """The durable tier reads the data slot."""
     verified: bool = False
     """The agent itself has read the data and found those checksums."""
     coding: Mapping[tuple[int, int], Progress] = field(default_factory=dict)
@@ -151,6 +159,19 @@ class Copy:
     def candidate(self) -> bool:
         """Whether recovery may use it."""
         return self.phase in (Phase.SEALED, Phase.PREPARED, Phase.COMMITTED, Phase.REBUILT)
+
+    @property
+    def open(self) -> bool:
+        """Whether it may still become committed."""
+        return self.phase in (Phase.FILLING, Phase.SEALED, Phase.PREPARED)
+
+    def chunk_sums(self, slot: int, stripe: int) -> tuple[int, ...]:
+        """Checksums of the buckets of the data chunk that `slot`, this agent's, holds in the stripe."""
+        if stripe in self.rebuilt:
+            return self.rebuilt[stripe]
+        flat = tuple(sum_ for worker in sorted(self.sums) for sum_ in self.sums[worker])
+        first = self.group.data_stripes(slot).index(stripe) * self.geometry.chunk
+        return flat[first : first + self.geometry.chunk]
 
     @property
     def settled(self) -> bool:
