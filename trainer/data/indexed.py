@@ -149,13 +149,14 @@ def content_hash(bin_path: Path, idx_path: Path) -> str:
     """
     digest = xxhash.xxh3_128()
     with idx_path.open("rb") as stream:
-        while chunk := stream.read(8 << 20):
+        while chunk := stream.read(_CHUNK):
             digest.update(chunk)
     size = bin_path.stat().st_size
     digest.update(size.to_bytes(8, "little"))
     with bin_path.open("rb") as stream:
         if size <= _WHOLE_BYTES:
-            digest.update(stream.read())
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
         else:
             for block in range(_BLOCKS):
                 stream.seek((size - _BLOCK_BYTES) * block // (_BLOCKS - 1))
