@@ -6,6 +6,7 @@ Chunk indices: 0..k-1 are data, k..k+m-1 parity. All buffers belong to the calle
 are never copied or kept; read-only ones serve as inputs. One `Codec` may be used by several threads at once.
 """
 
+import ctypes
 import functools
 import os
 import warnings
@@ -68,8 +69,8 @@ class Codec:
         """
         if len(data) != self.k or len(parity) != self.m:
             raise CodecError(f"code ({self.k}, {self.m}): got {len(data)} data and {len(parity)} parity chunks")
-        inputs = [_region(chunk, f"data chunk {i}") for i, chunk in enumerate(data)]
-        outputs = [_region(chunk, f"parity chunk {self.k + i}", write=True) for i, chunk in enumerate(parity)]
+        inputs = [_region("data chunk", i, chunk) for i, chunk in enumerate(data)]
+        outputs = [_region("parity chunk", i, chunk, write=True) for i, chunk in enumerate(parity, self.k)]
         self._multiply(self._tables, inputs, outputs)
 
     def update(self, parity: Sequence[Buffer], index: int, chunk: Buffer, offset: int = 0) -> None:
@@ -83,8 +84,8 @@ class Codec:
         """
         if not 0 <= index < self.k or len(parity) != self.m:
             raise CodecError(f"code ({self.k}, {self.m}): got data chunk {index} and {len(parity)} parity chunks")
-        source = _region(chunk, f"data chunk {index}")
-        whole = [_region(chunk, f"parity chunk {self.k + i}", write=True) for i, chunk in enumerate(parity)]
+        source = _region("data chunk", index, chunk)
+        whole = [_region("parity chunk", i, chunk, write=True) for i, chunk in enumerate(parity, self.k)]
         if not whole:
             return
         length, size = source.array.size, _common_size(whole)
@@ -117,8 +118,8 @@ class Codec:
         if len(known) < self.k:
             raise CodecError(f"code ({self.k}, {self.m}): {len(known)} chunks are left, any {self.k} are needed")
         survivors = tuple(known[: self.k])
-        inputs = [_region(present[i], f"chunk {i}") for i in survivors]
-        outputs = [_region(missing[i], f"missing chunk {i}", write=True) for i in wanted]
+        inputs = [_region("chunk", i, present[i]) for i in survivors]
+        outputs = [_region("missing chunk", i, missing[i], write=True) for i in wanted]
         if outputs:
             self._multiply(_decoder(self._kernel, self.k, self.m, survivors, tuple(wanted)), inputs, outputs)
 
@@ -165,7 +166,7 @@ _NUMPY = NumpyKernel()
 @functools.cache
 def _warn_of_fallback(reason: str) -> None:
     warnings.warn(
-        f"erasure coding falls back to NumPy, 20 to 40 times slower than ISA-L: {reason}", RuntimeWarning, stacklevel=4
+        f"erasure coding falls back to NumPy, 20 to 60 times slower than ISA-L: {reason}", RuntimeWarning, stacklevel=4
     )
 
 
@@ -181,13 +182,17 @@ def _choose_kernel(kernel: Literal["auto", "isal", "numpy"]) -> Kernel:
         return _NUMPY
 
 
-def _region(buffer: Buffer, what: str, *, write: bool = False) -> Region:
+def _region(what: str, index: int, buffer: Buffer, *, write: bool = False) -> Region:
     try:
         array: Bytes = np.frombuffer(buffer, np.uint8)
     except (TypeError, ValueError, BufferError) as error:
-        raise CodecError(f"{what}: not a contiguous buffer of bytes: {error}") from error
-    if write and not array.flags.writeable:
-        raise CodecError(f"{what}: the buffer is read-only")
+        raise CodecError(f"{what} {index}: not a contiguous buffer of bytes: {error}") from error
+    writable = array.flags.writeable
+    if write and not writable:
+        raise CodecError(f"{what} {index}: the buffer is read-only")
+    if writable and array.size:
+        # Five times faster than NumPy's own way to the address, which shows in calls of few milliseconds.
+        return Region(array, ctypes.addressof(ctypes.c_char.from_buffer(array.data)))
     return Region(array, array.ctypes.data)
 
 

@@ -84,16 +84,11 @@ class Bare:
         sources, targets = self.pointers(inputs, start), self.pointers(outputs, start)
         return lambda: kernel(*arguments, sources, targets)
 
-    def update(self, rows: Bytes, inputs: list[Bytes], outputs: list[Bytes], start: int, stop: int) -> Call:
-        kernel, arguments = self.library.ec_encode_data_update, (stop - start, len(inputs), len(outputs))
-        tables, targets = self.tables(rows), self.pointers(outputs, start)
-        sources = [ctypes.c_void_p(chunk.ctypes.data + start) for chunk in inputs]
-
-        def run() -> None:
-            for index, source in enumerate(sources):
-                kernel(*arguments, index, tables, source, targets)
-
-        return run
+    def update(self, rows: Bytes, index: int, chunk: Bytes, outputs: list[Bytes], start: int, stop: int) -> Call:
+        kernel = self.library.ec_encode_data_update
+        arguments = (stop - start, rows.shape[1], len(outputs), index, self.tables(rows))
+        source, targets = ctypes.c_void_p(chunk.ctypes.data + start), self.pointers(outputs, start)
+        return lambda: kernel(*arguments, source, targets)
 
 
 def copies(inputs: list[Bytes], outputs: list[Bytes], start: int, stop: int) -> Call:
@@ -135,19 +130,28 @@ def cases(k: int, m: int, size: int, threads: int, pool: ThreadPoolExecutor) -> 
     codec.encode(data, parity)
     memcpy = on_threads(pool, [copies(data, scratch, *part) for part in parts])
 
-    def ours_update() -> None:
+    def update() -> None:
         for index, chunk in enumerate(data):
             codec.update(spare, index, chunk)
 
-    def split(make: Callable[..., Call], matrix: Bytes, inputs: list[Bytes]) -> Call:
+    bare_updates = [
+        on_threads(pool, [bare.update(rows[k:], index, chunk, spare, *part) for part in parts])
+        for index, chunk in enumerate(data)
+    ]
+
+    def bare_update() -> None:
+        for call in bare_updates:
+            call()
+
+    def bare_multiply(matrix: Bytes, inputs: list[Bytes]) -> Call:
         outputs = spare[: len(matrix)]
-        return on_threads(pool, [make(matrix, inputs, outputs, *part) for part in parts])
+        return on_threads(pool, [bare.multiply(matrix, inputs, outputs, *part) for part in parts])
 
     yield (
         "encode",
-        {"ours": lambda: codec.encode(data, spare), "bare": split(bare.multiply, rows[k:], data), "memcpy": memcpy},
+        {"ours": lambda: codec.encode(data, spare), "bare": bare_multiply(rows[k:], data), "memcpy": memcpy},
     )
-    yield "update", {"ours": ours_update, "bare": split(bare.update, rows[k:], data), "memcpy": memcpy}
+    yield "update", {"ours": update, "bare": bare_update, "memcpy": memcpy}
     chunks = data + parity
     for lost in range(1, m + 1):
         survivors = list(range(lost, k + lost))
@@ -157,7 +161,7 @@ def cases(k: int, m: int, size: int, threads: int, pool: ThreadPoolExecutor) -> 
             f"decode {lost} lost",
             {
                 "ours": functools.partial(codec.decode, present, missing),
-                "bare": split(bare.multiply, decoder, [chunks[i] for i in survivors]),
+                "bare": bare_multiply(decoder, [chunks[i] for i in survivors]),
                 "memcpy": memcpy,
             },
         )
