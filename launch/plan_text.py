@@ -19,7 +19,7 @@ def print_plan(plan: Plan) -> None:
     print(f"# {plan.job.name}: the resolved spec")
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.dump(plan.job.model_dump(mode="json"), sys.stdout)
     for part in (_layout(plan), _memory(plan), _stages(plan), *_curves(plan)):
         print("\n".join(["", *part]))
