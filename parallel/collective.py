@@ -44,7 +44,7 @@ def _all_gather(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def _reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    parts = x.unflatten(SEQUENCE_DIM, (group.size(), -1)).movedim(SEQUENCE_DIM, 0).contiguous()
+    parts = torch.stack(x.chunk(group.size(), SEQUENCE_DIM))
     mine = torch.empty_like(parts[0])
     dist.reduce_scatter_single(mine, parts.flatten(0, 1), group=group)
     return mine

@@ -54,9 +54,9 @@ def wrap(part: nn.Module, mesh: DeviceMesh, spec: ParallelSpec, numerics: Numeri
             # weights whose gradient they have put off by walking the module: these must not be shards by then.
             reshard = spec.reshard_after_forward and module is not part and spec.schedule != "zero_bubble"
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    for module in wrapped(part):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+    for managed in wrapped(part):
+        managed.set_gradient_divide_factor(1.0)
+        managed.set_force_sum_reduction_for_comms(True)
 
 
 def materialise(module: nn.Module, device: torch.device) -> None:

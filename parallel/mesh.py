@@ -4,6 +4,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.errors import LayoutError
@@ -38,7 +39,7 @@ class Mesh:
         self._own_world = alone and not dist.is_initialized()
         if self._own_world:
             backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         self.layout = layout
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         world = dist.get_world_size() if dist.is_initialized() else 1
@@ -126,6 +127,6 @@ class Mesh:
         return sorted({self.layout.rank_at(self.at._replace(pipeline=stage)) for stage in (0, last)})
 
     def _new(self, ranks: list[int]) -> dist.ProcessGroup:
-        group = dist.new_group(ranks, timeout=self._timeout, use_local_synchronization=True)
+        group: dist.ProcessGroup = dist.new_group(ranks, timeout=self._timeout, use_local_synchronization=True)
         self._owned.append(group)
         return group

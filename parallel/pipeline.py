@@ -4,7 +4,7 @@ Shapes are given to the stages up front, so that no stage runs a trial forward o
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,8 +28,7 @@ MULTI: Mapping[str, type[PipelineScheduleMulti]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(NamedTuple):
     """What fixes the buffers of a schedule."""
 
     micro_batches: int
@@ -53,7 +52,7 @@ class Loss:
 
 
 class Pipeline:
-    """The stages of one rank and the schedules that run them, one per number and shape of micro-batches."""
+    """The stages of one rank and its schedules, made anew when the micro-batches change in number or shape."""
 
     def __init__(
         self,
@@ -74,7 +73,8 @@ class Pipeline:
         self._hidden_size = hidden_size
         self._dtype = dtype
         self._loss = loss
-        self._schedules: dict[Shape, PipelineScheduleSingle | PipelineScheduleMulti] = {}
+        # One for training and one for evaluation: a schedule holds the buffers of all its micro-batches.
+        self._schedules: dict[bool, tuple[Shape, PipelineScheduleSingle | PipelineScheduleMulti]] = {}
 
     def train(self, tokens: torch.Tensor, targets: torch.Tensor, documents: torch.Tensor | None) -> None:
         """Forward and backward of all micro-batches; the loss object collects the result on the last stage.
@@ -95,11 +95,12 @@ class Pipeline:
     def _run(
         self, tokens: torch.Tensor, targets: torch.Tensor, documents: torch.Tensor | None, *, training: bool
     ) -> torch.Tensor | None:
-        schedule = self._schedule(Shape(*tokens.shape, training))
+        count, size, length = tokens.shape
+        schedule = self._schedule(Shape(count, size, length, training))
         last = self._spec.stages - 1
         # Keyword arguments reach every local stage, so `targets` goes only to ranks of the last stage; its other
         # stages have no head and ignore it.
-        kwargs = {} if documents is None else {"documents": documents.flatten(0, 1)}
+        kwargs: dict[str, Any] = {} if documents is None else {"documents": documents.flatten(0, 1)}
         if last in self._parts:
             kwargs["targets"] = targets.flatten(0, 1)
         args = (tokens.flatten(0, 1),) if 0 in self._parts else ()
@@ -108,16 +109,18 @@ class Pipeline:
         return result
 
     def _schedule(self, shape: Shape) -> PipelineScheduleSingle | PipelineScheduleMulti:
-        if shape not in self._schedules:
+        known = self._schedules.pop(shape.training, None)
+        if known is None or known[0] != shape:
             stages = [self._stage(index, shape) for index in sorted(self._parts)]
             loss = self._loss if shape.training else None
             if self._spec.schedule == "1f1b":
                 single = Schedule1F1B if shape.training else ScheduleGPipe
-                self._schedules[shape] = single(stages[0], shape.micro_batches, loss, scale_grads=False)
+                known = shape, single(stages[0], shape.micro_batches, loss, scale_grads=False)
             else:
                 multi = MULTI[self._spec.schedule] if shape.training else ScheduleLoopedBFS
-                self._schedules[shape] = multi(stages, shape.micro_batches, loss, scale_grads=False)  # type: ignore[arg-type]
-        return self._schedules[shape]
+                known = shape, multi(stages, shape.micro_batches, loss, scale_grads=False)  # type: ignore[arg-type]
+        self._schedules[shape.training] = known
+        return known[1]
 
     def _stage(self, index: int, shape: Shape) -> "_Stage":
         part, last = self._parts[index], self._spec.stages - 1

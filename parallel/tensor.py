@@ -82,18 +82,18 @@ class TensorParallel:
         match style:
             case "row":
                 module.forward = self._row(module)
-                return _localize(module, Partial() if self._sequence else None)
             case "vocabulary":
                 module.forward = self._vocabulary(module)
             case "head":
+                weight: nn.Parameter = module.weight  # type: ignore[assignment]
                 module.vocabulary_group = self._group  # type: ignore[assignment]
-                rows = module.weight.shape[0] // self._group.size()  # type: ignore[union-attr, operator]
-                module.vocabulary_start = self._group.rank() * rows  # type: ignore[assignment]
+                module.vocabulary_start = self._group.rank() * (weight.shape[0] // self._group.size())  # type: ignore[assignment]
             case "column_norm":
                 module.reduce_group = self._group  # type: ignore[assignment]
             case "positions" if self._sequence:
                 module.forward = self._own_part(module.forward)
-        partial = style == "per_head" or (self._sequence and style in ("sequence", "positions"))
+        # Whole parameters whose gradient each rank sees a part of; that of `row` is its bias, added behind the sum.
+        partial = style == "per_head" or (self._sequence and style in ("sequence", "positions", "row"))
         _localize(module, Partial() if partial else None)
         if style == "head":
             self._enter(module)

@@ -1,27 +1,23 @@
 """The default engine: PyTorch's own DTensor, pipelining and FSDP2, on CPU with gloo and on CUDA with NCCL."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.tensor import DTensor
 
 from parallel import clip, data
 from parallel.engine import IGNORED, Batch, StepResult
 from parallel.errors import EngineUnavailable, LayoutError
-from parallel.layout import Layout, split_layers, stages_of
+from parallel.layout import Layout, stages_of
 from parallel.mesh import Mesh
 from parallel.model import ModelParts
 from parallel.optimizer import Updater
-from parallel.parameter import Held, Spread, local_of
 from parallel.pipeline import Loss, Pipeline
-from parallel.recompute import apply_numerics
 from parallel.shard import Shard
 from parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
-from parallel.tensor import TensorParallel
+from parallel.stage import Stage, is_tied_across
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -65,12 +61,16 @@ class TorchEngine:
         self._parallel = parallel
         self._optimizer = optimizer
         self._device = device
-        self._wrapped = data.is_wrapped(parallel, numerics)
-        shard_size = data.shard_size_of(parallel)
-        self._mesh = Mesh(layout, device, timeout, shard_size=shard_size, alone=self._wrapped)
-        self._parts, splits = self._build(numerics)
-        self._parameters = self._hold(splits, shard_size)
-        self._initialise()
+        shard_size, wrapped = data.shard_size_of(parallel), data.is_wrapped(parallel, numerics)
+        self._mesh = Mesh(layout, device, timeout, shard_size=shard_size, alone=wrapped)
+        stages = [
+            Stage.build(index, model, parallel, numerics, self._mesh, device)
+            for index in stages_of(self._mesh.at.pipeline, parallel)
+        ]
+        for stage in stages:
+            stage.initialise(model)
+        self._parts = {stage.index: stage.part for stage in stages}
+        self._parameters = [held for stage in stages for held in stage.held]
         self._updater = Updater(optimizer, model, self._parameters, device)
         self._loss = Loss(device)
         self._pipeline = self._make_pipeline(DTYPES[numerics.precision])
@@ -145,64 +145,6 @@ class TorchEngine:
         self._pipeline = None
         self._mesh.close()
 
-    def _build(self, numerics: NumericsSpec) -> tuple[dict[int, nn.Module], dict[int, Mapping[str, int]]]:
-        """This rank's stages by index, with memory but without values, and what the tensor axis splits of each."""
-        spec, layers = self._parallel, split_layers(self._model.layers, self._parallel)
-        parts: dict[int, nn.Module] = {}
-        splits: dict[int, Mapping[str, int]] = {}
-        for stage in stages_of(self._mesh.at.pipeline, spec):
-            with torch.device("meta"):
-                part = self._model.part(layers[stage], embed=stage == 0, head=stage == spec.stages - 1)
-            if numerics.precision == "fp64":
-                part = part.double()
-            splits[stage] = {}
-            if spec.tensor > 1:
-                mesh = self._mesh.device_mesh("tensor")
-                tensor = TensorParallel(self._model.tensor_plan(), mesh, sequence=spec.sequence)
-                splits[stage] = tensor.apply(part)
-            apply_numerics(part, numerics)
-            if self._wrapped:
-                data.wrap(part, self._mesh.device_mesh("data"), spec, numerics, self._device)
-            else:
-                data.materialise(part, self._device)
-            parts[stage] = part
-        return parts, splits
-
-    def _hold(self, splits: Mapping[int, Mapping[str, int]], shard_size: int) -> list[Held]:
-        held = []
-        for stage, part in self._parts.items():
-            spread = Spread(layout=self.layout, at=self._mesh.at, split=splits[stage], shard_size=shard_size)
-            for name, parameter in part.named_parameters():
-                box, local = spread.box(name, tuple(parameter.shape)), local_of(parameter.data)
-                if tuple(local.shape) != box.shape:
-                    raise AssertionError(f"{name}: torch holds {tuple(local.shape)} of it, the layout says {box.shape}")
-                held.append(
-                    Held(
-                        name=self._model.canonical(name),
-                        parameter=parameter,
-                        local=nn.Parameter(local) if isinstance(parameter, DTensor) else parameter,
-                        global_shape=tuple(parameter.shape),
-                        box=box,
-                        replicas=spread.replicas(name, self._holders(self._model.canonical(name))),
-                    )
-                )
-        return held
-
-    def _holders(self, name: str) -> Sequence[int]:
-        """Pipeline coordinates that hold a parameter of this rank."""
-        if self._is_on_both_ends(name):
-            return (0, self.layout.pipeline - 1)
-        return (self._mesh.at.pipeline,)
-
-    def _is_on_both_ends(self, name: str) -> bool:
-        return self.layout.pipeline > 1 and self._model.tied_embeddings and self._model.canonical("head.weight") == name
-
-    def _initialise(self) -> None:
-        for held in self._parameters:
-            if held.local.numel():
-                values = self._model.initial(held.name, held.global_shape, held.box.offsets, held.box.shape)
-                held.local.data.copy_(values)
-
     def _make_pipeline(self, dtype: torch.dtype) -> Pipeline | None:
         group = self._mesh.group("pipeline")
         if self.layout.pipeline == 1 or group is None:
@@ -251,7 +193,8 @@ class TorchEngine:
         clip.finish(self._parameters)
         ends = self._mesh.ends
         for held in self._parameters:
-            if self._is_on_both_ends(held.name) and held.local.grad is not None and ends is not None:
+            tied = is_tied_across(held.name, self._model, self.layout.pipeline)
+            if tied and held.local.grad is not None and ends is not None:
                 clip.sum_ends(held.local.grad, ends)
 
     def _drop_gradients(self) -> None:
