@@ -46,7 +46,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
     deadline = time.monotonic() + DEADLINE
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
-        if (folder / "metrics.jsonl").exists() and steps_of(folder)[-1]["step"] >= step:
+        if (folder / "metrics.jsonl").exists() and max((line["step"] for line in steps_of(folder)), default=0) >= step:
             return
         time.sleep(0.05)
     pytest.fail(f"step {step} did not come within {DEADLINE} s")
@@ -62,13 +62,15 @@ def test_interrupted_and_resumed_equals_torchrun_uninterrupted(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
 
     command = keepwarm(str(TINY), f"output={parts}", *layout)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=TINY.parents[2])
-    try:
-        wait_for_step(parts, 3, process)
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=DEADLINE)
-    finally:
-        process.kill()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=TINY.parents[2]
+    ) as process:
+        try:
+            wait_for_step(parts, 3, process)
+            process.send_signal(signal.SIGINT)
+            output, _ = process.communicate(timeout=DEADLINE)
+        finally:
+            process.kill()
     assert process.returncode == 130, output
     stopped_at = steps_of(parts)[-1]["step"]
     assert 3 <= stopped_at < 20
