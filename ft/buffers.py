@@ -131,10 +131,14 @@ class Holder:
     def alive(self) -> bool:
         return not self._ended(0.0)
 
-    def make_dead(self, deadline: float) -> None:
-        """Kill the process if it still runs and wait until its mappings are gone; `deadline` in seconds."""
+    def kill(self) -> None:
+        """Send SIGKILL; the process is dead, and its mappings gone, when `fileno` is readable."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def make_dead(self, deadline: float) -> None:
+        """Kill the process if it still runs and wait until its mappings are gone; `deadline` in seconds."""
+        self.kill()
         if not self._ended(deadline):
             raise AgentError(f"process {self.pid} did not die within {deadline:g} s of SIGKILL; its slot stays taken")
 

@@ -7,7 +7,7 @@ the other in its own memory, so that filling one piece from others is the inters
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -53,6 +53,60 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     @property
     def bytes(self) -> int:
         return self.elements * ITEM_SIZE[self.dtype]
+
+
+class Contents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What stands at the head of every worker's part of a slot: who wrote it, and which bytes hold which piece.
+
+    Coded with the data, so that whoever has a part of a snapshot can read it without asking anyone.
+    """
+
+    version: int = 1
+    rank: int
+    world: int
+    workers: int
+    """Of the node: as many parts stand one after the other in a slot."""
+    size: int
+    """Bytes of the whole part, header included; a multiple of the bucket size."""
+    entries: tuple[tuple[Piece, int], ...]
+    """Pieces and the byte of the part at which each begins."""
+    meta: Annotated[bytes, msgspec.Meta(max_length=256 << 20)]
+    """The writer's own small state."""
+
+
+_MAGIC = b"keepwarm"
+HEAD_BYTES = 16
+"""Magic and u64 length in front of the encoded contents."""
+
+
+def encode_contents(contents: Contents) -> bytes:
+    body = msgspec.msgpack.encode(contents)
+    return _MAGIC + len(body).to_bytes(8, "little") + body
+
+
+def contents_length(head: Any) -> int:
+    """Bytes of the encoded contents with their head; `head` are the first `HEAD_BYTES` of a part."""
+    raw = bytes(head[:HEAD_BYTES])
+    if raw[:8] != _MAGIC:
+        raise IncompleteError("there is no part of a snapshot here")
+    return HEAD_BYTES + int.from_bytes(raw[8:], "little")
+
+
+def decode_contents(part: Any) -> Contents:
+    """The contents of a part, from its first `contents_length` bytes. Raises `IncompleteError` when they are not."""
+    length = contents_length(part)
+    if length > len(part):
+        raise IncompleteError(f"the head of a part has {length} bytes, {len(part)} are there")
+    try:
+        contents = msgspec.msgpack.decode(bytes(part[HEAD_BYTES:length]), type=Contents)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise IncompleteError(f"the head of a part cannot be read: {error}") from error
+    if contents.version != 1:
+        raise IncompleteError(f"the head of a part has format {contents.version}, this program reads 1")
+    for piece, start in contents.entries:
+        if not 0 <= start <= start + piece.bytes <= contents.size:
+            raise IncompleteError(f"{piece.name} lies outside the part that is said to hold it")
+    return contents
 
 
 class Box(msgspec.Struct, frozen=True):

@@ -95,9 +95,9 @@ def write_part(
         raise DurableError(f"rank {rank} has two pieces of one name")
     header = _header(rank, entries, dict(meta or {}))
     name = f"rank_{rank:05d}.safetensors" + (".zst" if compress else "")
-    path = directory / name
-    for other in directory.glob(f"rank_{rank:05d}.safetensors*"):
-        other.unlink()
+    path = directory / f".{name}"
+    for other in (*directory.glob(f"rank_{rank:05d}.safetensors*"), path):
+        other.unlink(missing_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         with _writer(file, compress) as out:
@@ -105,6 +105,7 @@ def write_part(
                 out.write(block)
         file.flush()
         os.fsync(file.fileno())
+    path.rename(directory / name)  # a part with its own name is complete
     return Part(
         file=name,
         rank=rank,

@@ -11,12 +11,13 @@ selector with whoever drives them: every registered object has `ready(mask)`, an
 import array
 import collections
 import contextlib
+import os
 import selectors
 import socket
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import msgspec
 
@@ -29,6 +30,7 @@ HANDSHAKE_LIMIT = 512
 HANDSHAKE_DEADLINE = 5.0
 _LENGTH = struct.Struct(">I")
 _BUFFER = 64 << 10
+_DESCRIPTORS = 8
 _TURN = 4 << 20  # bytes read or written on one link before the others have their turn
 _SCRATCH = memoryview(bytearray(_BUFFER))
 
@@ -77,6 +79,8 @@ class Channel:
         self._descriptors: list[int] = []
         self.pending = 0
         """Bytes queued and not yet given to the kernel."""
+        self.descriptors: list[int] = []
+        """Received over a Unix socket; whoever takes them owns them, the rest is closed with the channel."""
 
     def send(
         self,
@@ -100,7 +104,7 @@ class Channel:
         self.pending += view.nbytes
 
     def write(self, budget: int = _TURN) -> int:
-        """Give at most `budget` bytes to the kernel; returns how many. Raises `PeerLost` when the other side has gone."""
+        """Give at most `budget` bytes to the kernel; returns how many. Raises `PeerLost` when the other side left."""
         total = 0
         while self._out and total < budget:
             views, size = [], 0
@@ -146,6 +150,7 @@ class Channel:
         `FrameError` for what cannot be a frame, `PeerLost` when the other side has closed.
         """
         budget = _TURN
+        yield from self._frames(target)  # left over from a reader that stopped in between
         while budget > 0:
             try:
                 count = self._receive()
@@ -169,8 +174,12 @@ class Channel:
         if self._used:
             self._in[: self._have - self._used] = self._in[self._used : self._have]
             self._have, self._used = self._have - self._used, 0
-        with memoryview(self._in) as whole:
-            count = self.socket.recv_into(whole[self._have :])
+        with memoryview(self._in) as whole, whole[self._have :] as room:
+            if self.socket.family == socket.AF_UNIX:
+                count, descriptors = _with_descriptors(self.socket, room)
+                self.descriptors.extend(descriptors)
+            else:
+                count = self.socket.recv_into(room)
         self._have += count
         return count
 
@@ -231,12 +240,37 @@ class Channel:
     def close(self) -> None:
         """Close the socket; payloads not sent yet are released."""
         self.socket.close()
+        while self.descriptors:
+            os.close(self.descriptors.pop())
         self._message = self._target = None
         while self._out:
             _, done = self._out.popleft()
             if done is not None:
                 done()
         self.pending = 0
+
+
+def decoder_of(kind: Any) -> Decoder:
+    """Decodes one of the messages of the union `kind`; raises `FrameError` on anything else."""
+    decoder = msgspec.msgpack.Decoder(kind)
+
+    def decode(data: memoryview) -> Wire:
+        try:
+            message: Wire = decoder.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise FrameError(f"malformed message: {error}") from error
+        return message
+
+    return decode
+
+
+def _with_descriptors(sock: socket.socket, room: memoryview) -> tuple[int, list[int]]:
+    count, ancillary, _, _ = sock.recvmsg_into([room], socket.CMSG_SPACE(4 * _DESCRIPTORS), socket.MSG_CMSG_CLOEXEC)
+    found = array.array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            found.frombytes(data[: len(data) - len(data) % found.itemsize])
+    return count, list(found)
 
 
 class Handler(Protocol):
@@ -279,7 +313,7 @@ class Link:
         self._expected = expected
         self.channel, self.mine, self.dialled, self.label = channel, mine, dialled, label
         self.theirs: Hello | None = None
-        self.open = self.closed = False
+        self.open = self.closed = self.paused = False
         self.reason = ""
         self._selector, self._handler, self._secret, self._roles = selector, handler, secret, roles
         self._cap, self._silence = cap or TokenBucket(None), silence
@@ -313,6 +347,8 @@ class Link:
 
     def ready(self, mask: int) -> None:
         """The selector found the socket ready."""
+        if self.closed:
+            return
         with self._guard():
             if mask & selectors.EVENT_WRITE:
                 self._write()
@@ -321,22 +357,38 @@ class Link:
                     self._heard = time.monotonic()
                     if message is not None:
                         self._take(message, payload)
-                    if self.closed:
+                    if self.closed or self.paused:
                         return
                 self._heard = time.monotonic()
 
     def tick(self, now: float) -> None:
         """Look after deadlines and throttling; to be called a few times a second."""
+        if self.closed:
+            return
         with self._guard():
             if not self.open and now - self._began > HANDSHAKE_DEADLINE:
                 raise PeerLost(f"no handshake within {HANDSHAKE_DEADLINE:g} s")
             if self.open and self._silence is not None:
+                if self.paused:
+                    self._heard = now
                 if now - self._heard > self._silence:
                     raise PeerLost(f"waited {self._silence:g} s for a sign of life")
                 if now - max(self._spoke, self._began) > self._silence / 3 and not self.channel.pending:
                     self.channel.send(None)
                     self._spoke = now
             self._watch(throttled=self._cap.rate is not None and self._cap.available() < min(65536, self._cap.burst))
+
+    def pause(self) -> None:
+        """Read nothing until `resume`: the other side feels it and waits."""
+        self.paused = True
+        self._watch(throttled=self._throttled)
+
+    def resume(self) -> None:
+        if self.paused and not self.closed:
+            self.paused = False
+            self._watch(throttled=self._throttled)
+            # What lies in the buffer already makes no socket readable.
+            self.ready(selectors.EVENT_READ)
 
     def close(self, reason: str) -> None:
         """End the link and tell the handler; nothing happens a second time."""
@@ -353,8 +405,6 @@ class Link:
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
         """Whatever is wrong with this link ends this link alone."""
-        if self.closed:
-            return
         try:
             yield
         except TransportError as error:
@@ -402,12 +452,15 @@ class Link:
         if self.closed:
             return
         self._throttled = throttled
-        mask = selectors.EVENT_READ
+        mask = 0 if self.paused else selectors.EVENT_READ
         if self._connecting or (self.channel.pending and not throttled):
             mask |= selectors.EVENT_WRITE
         if mask == self._mask:
             return
-        (self._selector.modify if self._mask else self._selector.register)(self.channel.socket, mask, self)
+        if not mask:
+            self._selector.unregister(self.channel.socket)
+        else:
+            (self._selector.modify if self._mask else self._selector.register)(self.channel.socket, mask, self)
         self._mask = mask
 
 

@@ -1,0 +1,127 @@
+"""What the agent computes outside its loop: checksums and parity, on a few threads that release the GIL.
+
+Work on one piece of memory runs in the order in which it was asked for (a `Strand`); different pieces run in parallel.
+Results come back through `Crew.collect`, in the thread that drives the selector.
+"""
+
+import collections
+import functools
+import os
+import selectors
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from ft import isal
+from ft.contents import Bytes
+from ft.erasure import Codec
+from ft.galois import NumpyKernel, Region, generator_matrix
+
+Job = tuple[Callable[[], Any], Callable[[Any], None] | None]
+
+
+class Crew:
+    """A few threads, strands of ordered work, and an event descriptor that wakes the selector."""
+
+    def __init__(self, selector: selectors.BaseSelector, threads: int) -> None:
+        self._selector = selector
+        self._pool = ThreadPoolExecutor(threads, "agent")
+        self._done: collections.deque[tuple[Future[Any], Callable[[Any], None] | None]] = collections.deque()
+        self._strands: dict[Hashable, collections.deque[Job]] = {}
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        selector.register(self._wake, selectors.EVENT_READ, self)
+
+    def run(self, work: Callable[[], Any], then: Callable[[Any], None] | None = None) -> None:
+        """Run `work` on a thread and later `then(result)` in the loop."""
+        self._submit(work, then)
+
+    def follow(self, future: "Future[Any]", then: Callable[[Any], None]) -> None:
+        """Call `then(result)` in the loop when a future of another pool is done."""
+        future.add_done_callback(lambda done: self._finished(done, then))
+
+    def order(self, strand: Hashable, work: Callable[[], Any], then: Callable[[Any], None] | None = None) -> None:
+        """As `run`, after everything asked for earlier on the same strand."""
+        queue = self._strands.setdefault(strand, collections.deque())
+        queue.append((work, then))
+        if len(queue) == 1:
+            self._next(strand)
+
+    def busy(self, strand: Hashable) -> bool:
+        return strand in self._strands
+
+    def drop(self, wanted: Callable[[Hashable], bool]) -> None:
+        """Forget what has not begun on the strands that `wanted` names; what has begun ends, unheard."""
+        for strand in [strand for strand in self._strands if wanted(strand)]:
+            queue = self._strands[strand]
+            running = queue[0]
+            queue.clear()
+            queue.append((running[0], None))
+
+    def ready(self, mask: int) -> None:
+        """The selector woke up for finished work."""
+        try:
+            os.eventfd_read(self._wake)
+        except BlockingIOError:
+            return
+        self.collect()
+
+    def collect(self) -> None:
+        """Hand out what has finished. An exception of the work is raised here: it is a defect of the agent."""
+        while self._done:
+            future, then = self._done.popleft()
+            result = future.result()
+            if then is not None:
+                then(result)
+
+    def close(self) -> None:
+        """Wait for what runs, forget the rest."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._selector.unregister(self._wake)
+        os.close(self._wake)
+
+    def _submit(self, work: Callable[[], Any], then: Callable[[Any], None] | None) -> None:
+        future = self._pool.submit(work)
+        future.add_done_callback(lambda done: self._finished(done, then))
+
+    def _finished(self, future: "Future[Any]", then: Callable[[Any], None] | None) -> None:
+        if not future.cancelled():
+            self._done.append((future, then))
+            os.eventfd_write(self._wake, 1)
+
+    def _next(self, strand: Hashable) -> None:
+        queue = self._strands[strand]
+        self._submit(queue[0][0], lambda result: self._step(strand, result))
+
+    def _step(self, strand: Hashable, result: Any) -> None:
+        queue = self._strands[strand]
+        _, then = queue.popleft()
+        if queue:
+            self._next(strand)
+        else:
+            del self._strands[strand]
+        if then is not None:
+            then(result)
+
+
+class RowCoder:
+    """One row of the parity of a code (k, m): what a single member of a stripe accumulates."""
+
+    def __init__(self, k: int, m: int, row: int) -> None:
+        # Codec chooses the kernel and warns once when it is the slow one.
+        self._kernel = isal.load() if codec(k, m).kernel == "isal" else NumpyKernel()
+        self._tables = self._kernel.prepare(generator_matrix(k, m)[k + row : k + row + 1])
+
+    def accumulate(self, parity: Bytes, column: int, data: Bytes) -> None:
+        """Add the bytes of data column `column` into parity bytes of the same place; both have one size."""
+        source, target = Region(data, data.ctypes.data), Region(parity, parity.ctypes.data)
+        self._kernel.accumulate(self._tables, column, source, [target], 0, len(data))
+
+
+@functools.lru_cache(maxsize=64)
+def codec(k: int, m: int) -> Codec:
+    return Codec(k, m, threads=1)
+
+
+@functools.lru_cache(maxsize=256)
+def row_coder(k: int, m: int, row: int) -> RowCoder:
+    return RowCoder(k, m, row)

@@ -1,0 +1,123 @@
+"""How one snapshot agent is told what to do: a JSON file, never arguments, and where it keeps what is its own."""
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+import msgspec
+
+from ft.errors import AgentError
+from ft.state import Group, Topology
+
+SOCKET = "agent.sock"
+LOCK = "lock"
+LOG = "agent.log"
+
+
+class GroupConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Slots that protect each other, with `parity` chunks in each stripe."""
+
+    members: tuple[int, ...]
+    parity: int
+
+
+class DurableConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Committed snapshots that become checkpoints on storage that all nodes share."""
+
+    root: str
+    every: int = 1
+    """Steps: of the committed snapshots those are written whose step is a multiple, the newest if several wait."""
+    keep: int = 2
+    keep_every: int | None = None
+    compress: bool = False
+    deadline: float = 600.0
+    """Seconds that the lowest slot waits for the other nodes' parts."""
+
+
+class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything an agent is told. Paths are absolute; `folder` is on the node, `shared` on storage all nodes see."""
+
+    run: str
+    slot: int
+    folder: str
+    shared: str
+    secret: str
+    groups: tuple[GroupConfig, ...]
+    slot_bytes: int
+    """S: bytes of the largest node state of the job."""
+    bucket_bytes: int = 4 << 20
+    host: str = "127.0.0.1"
+    """Address to listen on for the other agents, and the one they are told."""
+    port: int = 0
+    rate: float | None = None
+    """Bytes per second sent to all peers together; null: no cap."""
+    silence: float = 5.0
+    """Seconds without a byte from a peer after which it counts as lost."""
+    lease: float = 60.0
+    """Seconds that the agent stays after the last process that needs it has gone."""
+    inventory_deadline: float = 10.0
+    """Seconds that a choice at recovery waits for agents that do not answer."""
+    scrub: float | None = 60.0
+    """Seconds between two passes over the memory at rest; null: none."""
+    threads: int = 2
+    durable: DurableConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.bucket_bytes < 4096 or self.bucket_bytes % 4096 or self.bucket_bytes > 64 << 20:
+            raise ValueError(f"bucket_bytes is {self.bucket_bytes}, must be a multiple of 4096 of at most 64 MiB")
+        if self.slot_bytes < 0 or self.threads < 1 or self.lease <= 0 or self.silence <= 0:
+            raise ValueError("slot_bytes, threads, lease and silence must be positive")
+        slots = sorted(slot for group in self.groups for slot in group.members)
+        if slots != list(range(len(slots))) or self.slot not in slots:
+            raise ValueError(f"groups must hold each slot once, from 0 on, and slot {self.slot} among them")
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(
+            tuple(
+                Group(index=i, members=group.members, parity=group.parity if len(group.members) > 1 else 0)
+                for i, group in enumerate(self.groups)
+            )
+        )
+
+    @property
+    def socket(self) -> Path:
+        return Path(self.folder) / SOCKET
+
+
+def load(path: Path) -> AgentConfig:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=AgentConfig)
+    except (OSError, msgspec.DecodeError, ValueError) as error:
+        raise AgentError(f"{path}: {error}") from error
+
+
+def write(config: AgentConfig) -> Path:
+    """Store the config in the agent's folder, which is made, readable by its owner alone."""
+    folder = private_folder(Path(config.folder))
+    path = folder / "agent.json"
+    beside = folder / f".agent.json.{os.getpid()}"
+    beside.write_bytes(msgspec.json.format(msgspec.json.encode(config)))
+    beside.chmod(0o600)
+    beside.replace(path)
+    return path
+
+
+def runtime_folder(run: str, slot: int) -> Path:
+    """Where the agent of a run and slot keeps its socket on this node; short, as socket paths must be."""
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    root = Path(base) / "keepwarm" if base else Path("/tmp") / f"keepwarm-{os.geteuid()}"
+    return root / f"{hashlib.sha256(run.encode()).hexdigest()[:16]}-{slot}"
+
+
+def private_folder(path: Path) -> Path:
+    """Make `path` and its parent 0700; refuse when they are someone else's."""
+    for folder in (path.parent, path):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise AgentError(f"{path}: must be a folder of user {os.geteuid()}, it is not: remove it")
+    if status.st_mode & 0o077:
+        path.chmod(0o700)
+    return path

@@ -1,0 +1,141 @@
+"""Committed snapshots become durable checkpoints, written by the agents while the workers train on.
+
+Every agent writes the parts of its own workers; the lowest living slot waits for all parts, writes the manifest,
+verifies and publishes. A disk that fails, is full or slow costs a warning and a later checkpoint, nothing else.
+"""
+
+import contextlib
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ft import durable, events
+from ft.agent_config import DurableConfig
+from ft.contents import Bytes, Contents, contents_length, decode_contents
+from ft.errors import FtError
+from ft.messages import SnapshotId
+
+if TYPE_CHECKING:
+    from ft.agent import Agent
+
+
+@dataclass
+class Report:
+    """What became of the checkpoints of this agent's life."""
+
+    written: int = 0
+    published: int = 0
+    failed: int = 0
+    last_step: int = -1
+    last_seconds: float = 0.0
+    last_error: str = ""
+
+
+class DurableWriter:
+    """One checkpoint at a time on a thread of its own."""
+
+    def __init__(self, agent: "Agent", config: DurableConfig) -> None:
+        self._agent, self._config = agent, config
+        self._root = Path(config.root)
+        self._pool = ThreadPoolExecutor(1, "durable")
+        self.busy = False
+        self._owed = False
+        self.report = Report()
+
+    def committed(self, snapshot: SnapshotId) -> None:
+        """Begin to write a snapshot that is due; one that comes while another is written is passed over."""
+        due = snapshot.step % self._config.every == 0 or self._owed
+        if not due or self.busy:
+            self._owed = self._owed or due
+            return
+        copy = self._agent.state.copy(snapshot)
+        if copy is None or copy.data is None:
+            return
+        self.busy, self._owed = True, False
+        agent = self._agent
+        agent.feed(events.DurableStarted(snapshot))
+        data = agent.memory.data[copy.data].data
+        first = min([agent.config.slot, *agent.network.links]) == agent.config.slot
+        agent.crew.follow(
+            self._pool.submit(self._write, snapshot, data, first), lambda error: self._written(snapshot, error)
+        )
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _written(self, snapshot: SnapshotId, error: str) -> None:
+        self.busy = False
+        if error:
+            self._owed = True
+            self.report.failed += 1
+            self.report.last_error = error
+            self._agent.journal.write(
+                "warning", "a checkpoint failed, the next is tried", step=snapshot.step, reason=error
+            )
+        else:
+            self.report.written += 1
+            self.report.last_step = snapshot.step
+        self._agent.feed(events.DurableEnded(snapshot))
+
+    def _write(self, snapshot: SnapshotId, data: Bytes, first: bool) -> str:
+        """On the thread: returns what went wrong, or nothing."""
+        began = time.monotonic()
+        tmp = durable.staging(self._root, snapshot.epoch, snapshot.step)
+        try:
+            tmp.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = parts(data)
+            for contents, part in found:
+                tensors = [(piece, part[start : start + piece.bytes]) for piece, start in contents.entries]
+                meta = {"keepwarm.meta": contents.meta.decode()}
+                durable.write_part(tmp, contents.rank, tensors, meta=meta, compress=self._config.compress)
+            if first:
+                self._publish(snapshot, tmp, found[0][0])
+        except (OSError, FtError, ValueError) as error:
+            if first:
+                shutil.rmtree(tmp, ignore_errors=True)
+            return f"{type(error).__name__}: {error}"
+        self.report.last_seconds = time.monotonic() - began
+        return ""
+
+    def _publish(self, snapshot: SnapshotId, tmp: Path, contents: Contents) -> None:
+        deadline = time.monotonic() + self._config.deadline
+        wanted = set(range(contents.world))
+        while wanted - {int(path.name[5:].split(".")[0]) for path in tmp.glob("rank_*")}:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"waited {self._config.deadline:g} s for the parts of all {contents.world} ranks")
+            time.sleep(0.05)
+        meta: dict[str, Any] = {}
+        with contextlib.suppress(msgspec.DecodeError):
+            meta = msgspec.json.decode(contents.meta, type=dict[str, Any])
+        durable.write_manifest(
+            tmp, run=snapshot.run, epoch=snapshot.epoch, step=snapshot.step, layout=snapshot.layout,
+            ranks=contents.world, meta=meta,
+        )  # fmt: skip
+        durable.verify(tmp)
+        final = durable.folder(self._root, snapshot.step)
+        if durable.publish(tmp, final):
+            self.report.published += 1
+            self._agent.journal.write("info", "published a checkpoint", folder=final)
+        durable.prune(self._root, self._config.keep, self._config.keep_every)
+
+
+def parts(data: Bytes) -> list[tuple[Contents, Bytes]]:
+    """The workers' parts of a data slot; every part says how long it is."""
+    found = []
+    at = 0
+    while at + 16 <= len(data):
+        try:
+            contents_length(data[at:])
+        except FtError:
+            break
+        contents = decode_contents(data[at:])
+        found.append((contents, data[at : at + contents.size]))
+        at += contents.size
+        if len(found) == contents.workers:
+            break
+    return found

@@ -1,0 +1,89 @@
+"""The agent's slots by what lies where: data slots, parity slots, chunks of stripes, buckets of chunks."""
+
+from dataclasses import dataclass
+
+from ft.buffers import Slot, require_memory
+from ft.contents import Bytes
+from ft.state import Group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes that follow from the group and from S; every data chunk of a group has `chunk` buckets."""
+
+    bucket_bytes: int
+    chunk: int
+    group: Group
+
+    @classmethod
+    def of(cls, slot_bytes: int, bucket_bytes: int, group: Group) -> "Shape":
+        buckets = -(-slot_bytes // bucket_bytes)
+        return cls(bucket_bytes=bucket_bytes, chunk=-(-buckets // group.data), group=group)
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self.chunk * self.bucket_bytes
+
+    @property
+    def data_bytes(self) -> int:
+        """S rounded up to whole chunks."""
+        return self.chunk_bytes * self.group.data
+
+    @property
+    def parity_bytes(self) -> int:
+        return self.chunk_bytes * self.group.parity
+
+
+class Memory:
+    """Data slots of S bytes, which workers map, and parity slots of S * m / k bytes, which stay with the agent."""
+
+    def __init__(self, shape: Shape, slot: int, *, data_slots: int, parity_slots: int) -> None:
+        """Takes all of it at once, faulted in. Raises `MemoryTooSmall` with the arithmetic before anything is taken."""
+        parts = {f"in {data_slots} data slots": data_slots * shape.data_bytes}
+        if parity_slots:
+            parts[f"in {parity_slots} parity slots"] = parity_slots * shape.parity_bytes
+        require_memory(parts)
+        self.shape, self._slot = shape, slot
+        self.data = [Slot.create(shape.data_bytes, f"data{i}") for i in range(data_slots)]
+        self.parity = [Slot.create(shape.parity_bytes, f"parity{i}") for i in range(parity_slots)]
+
+    def data_bucket(self, slot: int, index: int) -> Bytes:
+        size = self.shape.bucket_bytes
+        return self.data[slot].data[index * size : (index + 1) * size]
+
+    def data_chunk(self, slot: int, stripe: int) -> Bytes:
+        """This agent's data chunk of a stripe; raises `ValueError` when it holds parity there."""
+        return _part(self.data[slot], self.shape.group.data_stripes(self._slot).index(stripe), self.shape.chunk_bytes)
+
+    def first_bucket(self, stripe: int) -> int:
+        """The bucket of a data slot at which this agent's data chunk of a stripe begins."""
+        return self.shape.group.data_stripes(self._slot).index(stripe) * self.shape.chunk
+
+    def parity_chunk(self, slot: int, stripe: int) -> Bytes:
+        """This agent's parity chunk of a stripe; raises `ValueError` when it holds data there."""
+        stripes = self.shape.group.parity_stripes(self._slot)
+        return _part(self.parity[slot], stripes.index(stripe), self.shape.chunk_bytes)
+
+    def chunk(self, data: int | None, parity: int | None, stripe: int) -> Bytes:
+        """This agent's chunk of a stripe, data or parity."""
+        if stripe in self.shape.group.data_stripes(self._slot):
+            assert data is not None
+            return self.data_chunk(data, stripe)
+        assert parity is not None
+        return self.parity_chunk(parity, stripe)
+
+    def buckets(self, chunk: Bytes) -> list[Bytes]:
+        size = self.shape.bucket_bytes
+        return [chunk[at : at + size] for at in range(0, len(chunk), size)]
+
+    @property
+    def bytes(self) -> int:
+        return sum(slot.size for slot in (*self.data, *self.parity))
+
+    def close(self) -> None:
+        for slot in (*self.data, *self.parity):
+            slot.close()
+
+
+def _part(slot: Slot, index: int, size: int) -> Bytes:
+    return slot.data[index * size : (index + 1) * size]

@@ -1,0 +1,90 @@
+"""Where agents find each other and what is decided once per epoch: small files in the folder that all nodes share."""
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+import msgspec
+
+from ft.errors import AgentError
+from ft.messages import Pin
+
+FOLDER = "agents"
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the agent of a slot listens in its present life."""
+
+    host: str
+    port: int
+    boot: int
+
+
+class Registry:
+    """The files: `<slot>.json` says where an agent listens, `choice-<epoch>.json` what that epoch restores."""
+
+    def __init__(self, shared: Path) -> None:
+        self.folder = shared / FOLDER
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def publish(self, slot: int, address: tuple[str, int], boot: int) -> None:
+        endpoint = Endpoint(host=address[0], port=address[1], boot=boot)
+        self._write(self.folder / f"{slot}.json", msgspec.json.encode(endpoint)).replace(self.folder / f"{slot}.json")
+
+    def withdraw(self, slot: int, boot: int) -> None:
+        """Remove the endpoint, unless a later life has published its own."""
+        if (endpoint := self.endpoint(slot)) is not None and endpoint.boot == boot:
+            (self.folder / f"{slot}.json").unlink(missing_ok=True)
+
+    def endpoint(self, slot: int) -> Endpoint | None:
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            return msgspec.json.decode((self.folder / f"{slot}.json").read_bytes(), type=Endpoint)
+        return None
+
+    def resolve(self, slot: int) -> tuple[str, int] | None:
+        endpoint = self.endpoint(slot)
+        return None if endpoint is None else (endpoint.host, endpoint.port)
+
+    def choose(self, pin: Pin) -> Pin:
+        """Compare-and-set of the choice of an epoch: the first one stands and is returned to everybody."""
+        path = self.folder / f"choice-{pin.epoch}.json"
+        beside = self._write(path, msgspec.json.encode(pin))
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.link(beside, path)
+        finally:
+            beside.unlink()
+        chosen = self.choice(pin.epoch)
+        if chosen is None:
+            raise AgentError(f"{path}: cannot be read back")
+        return chosen
+
+    def newest_epoch(self) -> int:
+        """The highest epoch that was ever settled here; 0 when none was."""
+        names = (path.stem.removeprefix("choice-") for path in self.folder.glob("choice-*.json"))
+        return max((int(name) for name in names if name.isdigit()), default=0)
+
+    def explain(self, epoch: int, reason: str) -> None:
+        """Keep the words of a choice that restores nothing."""
+        path = self.folder / f"reason-{epoch}.txt"
+        self._write(path, reason.encode()).replace(path)
+
+    def reason(self, epoch: int) -> str:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            return (self.folder / f"reason-{epoch}.txt").read_text()
+        return "no committed snapshot is left in memory"
+
+    def choice(self, epoch: int) -> Pin | None:
+        with contextlib.suppress(OSError):
+            return msgspec.json.decode((self.folder / f"choice-{epoch}.json").read_bytes(), type=Pin)
+        return None
+
+    @staticmethod
+    def _write(path: Path, content: bytes) -> Path:
+        beside = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        return beside

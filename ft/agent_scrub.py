@@ -1,0 +1,91 @@
+"""Reads the memory at rest again and again, so that a chunk that rots is found before it is needed."""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from ft import events
+from ft.contents import Bytes
+from ft.messages import ChunkRecord, SnapshotId, digest
+from ft.state import Copy
+
+if TYPE_CHECKING:
+    from ft.agent import Agent
+
+
+class Scrub:
+    """One chunk at a time on a thread of the crew; a pass begins every `config.scrub` seconds."""
+
+    def __init__(self, agent: "Agent") -> None:
+        self._agent = agent
+        self._next = time.monotonic() + (agent.config.scrub or 0.0)
+        self._queue: list[tuple[SnapshotId, ChunkRecord]] = []
+        self._running = False
+        self.checked = self.damaged = 0
+
+    def tick(self, now: float) -> None:
+        if self._agent.config.scrub is None or self._running:
+            return
+        if not self._queue and now >= self._next:
+            self._next = now + self._agent.config.scrub
+            self._queue = [
+                (copy.snapshot, record)
+                for copy in self._agent.state.copies
+                if copy.settled
+                for record in copy.good.values()
+            ]
+        while self._queue and not self._running:
+            snapshot, record = self._queue.pop()
+            copy = self._agent.state.copy(snapshot)
+            if copy is not None and copy.settled and record in copy.good.values():
+                self._check(copy, record)
+
+    def _check(self, copy: Copy, record: ChunkRecord) -> None:
+        agent = self._agent
+        buckets = agent.memory.buckets(agent.memory.chunk(copy.data, copy.parity, record.stripe))[: record.count]
+        self._running = True
+
+        def tell(intact: bool) -> None:
+            self._running = False
+            now = agent.state.copy(copy.snapshot)
+            if now is None or (now.data, now.parity) != (copy.data, copy.parity):
+                return  # the slot may hold another snapshot by now
+            self.checked += 1
+            self.damaged += not intact
+            if not intact:
+                agent.journal.write("warning", "a chunk has rotted", snapshot=copy.snapshot, stripe=record.stripe)
+            agent.feed(events.Scrubbed(copy.snapshot, record.stripe, intact))
+
+        agent.crew.run(functools.partial(_same, buckets, record), tell)
+
+
+def verify_all(agent: "Agent", then: Callable[[], None]) -> None:
+    """Read every good chunk of every copy that recovery may choose; those that have rotted are told first."""
+    waiting = 0
+
+    def told(snapshot: SnapshotId, record: ChunkRecord, intact: bool) -> None:
+        nonlocal waiting
+        waiting -= 1
+        if not intact:
+            agent.journal.write("warning", "a chunk has rotted", snapshot=snapshot, stripe=record.stripe)
+            agent.feed(events.Scrubbed(snapshot, record.stripe, False))
+        if not waiting:
+            then()
+
+    for copy in agent.state.copies:
+        if not copy.candidate:
+            continue
+        for record in copy.good.values():
+            chunk = agent.memory.chunk(copy.data, copy.parity, record.stripe)
+            buckets = agent.memory.buckets(chunk)[: record.count]
+            waiting += 1
+            agent.crew.run(functools.partial(_same, buckets, record), functools.partial(told, copy.snapshot, record))
+    if not waiting:
+        agent.crew.run(lambda: None, lambda _: then())
+
+
+def _same(buckets: list[Bytes], record: ChunkRecord) -> bool:
+    return digest(xxhash.xxh3_64_intdigest(bucket.data) for bucket in buckets) == record.digest

@@ -1,0 +1,260 @@
+"""The processes of this node that talk to the agent: workers with a part of the slots, supervisors and onlookers.
+
+They come over a 0600 Unix socket in a 0700 folder, must belong to the same user and know the job's secret. A worker
+that leaves without a word may still be able to write into the slots that it has mapped, so it counts as lost only
+when its process is known to be dead; a process that left its socket and stays is killed.
+"""
+
+import contextlib
+import selectors
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from ft import auth
+from ft.buffers import Holder
+from ft.errors import AgentError
+from ft.inspect import Status
+from ft.messages import Attach, Attached, Farewell, Hello, Wire, WorkerMessage
+from ft.state import Geometry
+from ft.transport import Channel, Link, decoder_of
+
+ROLES = frozenset({"worker", "supervisor", "onlooker"})
+GRACE = 5.0
+"""Seconds that a process may live on after its socket closed, before it is killed."""
+decode = decoder_of(WorkerMessage | Status)
+
+
+class Guest:
+    """One process at the socket."""
+
+    def __init__(self, link: Link, holder: Holder) -> None:
+        self.link, self.holder = link, holder
+        self.attach: Attach | None = None
+        self.attached = self.released = False
+        """`released`: it said that it does not touch the slots any more."""
+        self.left_at: float | None = None
+        self.waits_for_epoch: int | None = None
+
+    @property
+    def role(self) -> str:
+        return self.link.theirs.role if self.link.theirs is not None and self.link.open else ""
+
+
+class Desk:
+    """Accepts processes, knows which worker is which, and tells `on_*` callbacks what an agent must know."""
+
+    def __init__(
+        self, selector: selectors.BaseSelector, path: Path, *, mine: Hello, secret: bytes, payload_limit: int,
+        on_geometry: Callable[[Geometry], Attached], on_lost: Callable[[int], None],
+        on_message: Callable[[Guest, Wire], None], on_drained: Callable[[Link], None],
+        on_gone: Callable[[Link], None], log: Callable[..., None], descriptors: Callable[[], list[int]],
+        capacity: tuple[int, int],
+    ) -> None:  # fmt: skip
+        """`capacity` is (buckets of a data slot, buckets of a data chunk)."""
+        self._selector, self._path, self.mine, self._secret = selector, path, mine, secret
+        self._payload_limit, self._capacity = payload_limit, capacity
+        self._on_geometry, self._on_lost, self._on_message = on_geometry, on_lost, on_message
+        self._on_drained, self._on_gone, self._log, self._descriptors = on_drained, on_gone, log, descriptors
+        self.guests: dict[Link, Guest] = {}
+        self._leaving: list[Guest] = []
+        self.last_seen = time.monotonic()
+        self.ended = False
+        """All workers have said that the job is over."""
+        path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._listener.bind(str(path))
+        path.chmod(0o600)
+        self._listener.listen(64)
+        self._listener.setblocking(False)
+        selector.register(self._listener, selectors.EVENT_READ, self)
+
+    # ---- the selector
+
+    def ready(self, mask: int) -> None:
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            connection, _ = self._listener.accept()
+            try:
+                holder = Holder(connection)
+            except AgentError as error:
+                connection.close()
+                self._log("warning", "refused a process on the socket", reason=str(error))
+                return
+            link = Link(
+                Channel(connection, decode, self._payload_limit),
+                self._selector,
+                self,
+                mine=msgspec.structs.replace(self.mine, nonce=auth.nonce()),
+                secret=self._secret,
+                roles=ROLES,
+                dialled=False,
+                label=f"process {holder.pid}",
+            )
+            self.guests[link] = Guest(link, holder)
+
+    def tick(self, now: float) -> None:
+        for link in list(self.guests):
+            link.tick(now)
+        for guest in list(self._leaving):
+            if not guest.holder.alive:
+                self._buried(guest)
+            elif guest.left_at is not None and now - guest.left_at > GRACE:
+                self._log("warning", "killing a worker that left its socket and stayed", pid=guest.holder.pid)
+                guest.holder.kill()
+                guest.left_at = now
+        if self.workers or self._leaving or any(guest.role == "supervisor" for guest in self.guests.values()):
+            self.last_seen = now
+
+    # ---- Handler
+
+    def connected(self, link: Link) -> None:
+        self.last_seen = time.monotonic()
+
+    def refused(self, link: Link, reason: str) -> None:
+        guest = self.guests.pop(link)
+        if link.channel.received:  # who only looked whether someone answers is no stranger
+            self._log("warning", "refused a process on the socket", pid=guest.holder.pid, reason=reason)
+        guest.holder.close()
+
+    def lost(self, link: Link, reason: str) -> None:
+        guest = self.guests.pop(link)
+        self._on_gone(link)
+        if guest.attach is None or guest.released:
+            if guest.attach is not None and guest.attached:
+                self._on_lost(guest.attach.worker)
+            guest.holder.close()
+            self._settle()
+            return
+        guest.left_at = time.monotonic()
+        self._leaving.append(guest)
+        self._selector.register(guest.holder.fileno(), selectors.EVENT_READ, _Bell(self))
+        self._log("info", "a worker has gone", worker=guest.attach.worker, pid=guest.holder.pid, reason=reason)
+
+    def target(self, link: Link, message: Wire, size: int) -> memoryview | None:
+        return None
+
+    def received(self, link: Link, message: Wire, payload: memoryview | None) -> None:
+        guest = self.guests[link]
+        if isinstance(message, Attach):
+            self._attach(guest, message)
+        elif isinstance(message, Farewell):
+            guest.released = True
+            if message.reason == END_OF_JOB:
+                self.ended = True
+            link.close(message.reason)
+        else:
+            self._on_message(guest, message)
+
+    def drained(self, link: Link) -> None:
+        self._on_drained(link)
+
+    # ---- workers
+
+    @property
+    def workers(self) -> dict[int, Guest]:
+        """Attached workers by their number."""
+        return {g.attach.worker: g for g in self.guests.values() if g.attach is not None and g.attached}
+
+    def send(self, worker: int, message: Wire) -> None:
+        """Nothing when the worker has gone."""
+        guest = self.workers.get(worker)
+        if guest is not None:
+            guest.link.send(message)
+
+    def send_all(self, message: Wire) -> None:
+        for worker in self.workers:
+            self.send(worker, message)
+
+    def close(self) -> None:
+        self._selector.unregister(self._listener)
+        self._listener.close()
+        for link in list(self.guests):
+            link.close("the agent is leaving")
+        for guest in self._leaving:
+            self._selector.unregister(guest.holder.fileno())
+            guest.holder.close()
+        self._path.unlink(missing_ok=True)
+
+    def _attach(self, guest: Guest, attach: Attach) -> None:
+        slot_buckets, _ = self._capacity
+        reason = ""
+        if guest.role != "worker":
+            reason = f"a {guest.role} cannot attach"
+        elif attach.run != self.mine.run:
+            reason = f"this agent serves run {self.mine.run!r}, not {attach.run!r}"
+        elif attach.worker >= attach.workers:
+            reason = f"worker {attach.worker} of {attach.workers} cannot be"
+        elif attach.buckets > slot_buckets:
+            reason = (
+                f"worker {attach.worker} needs {attach.buckets} buckets of {self._payload_limit} bytes, "
+                f"a slot has {slot_buckets}"
+            )
+        if reason:
+            guest.link.send(Farewell(reason=reason))
+            return
+        guest.attach, guest.attached, self.ended = attach, False, False
+        for other in [*self.guests.values(), *self._leaving]:
+            if other is not guest and other.attach is not None and other.attach.worker == attach.worker:
+                self._log("info", "a new process takes a worker's place", worker=attach.worker, pid=other.holder.pid)
+                other.holder.kill()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Attach the workers of a layout once all of them are here and all former ones are dead."""
+        if any(guest.attach is not None for guest in self._leaving):
+            return
+        here = [guest for guest in self.guests.values() if guest.attach is not None]
+        fresh = [guest for guest in here if not guest.attached]
+        if not fresh:
+            return
+        wanted = fresh[-1].attach
+        assert wanted is not None
+        group = {
+            g.attach.worker: g
+            for g in here
+            if g.attach is not None and (g.attach.layout, g.attach.workers) == (wanted.layout, wanted.workers)
+        }
+        if len(group) < wanted.workers:
+            return
+        ordered = [group[worker] for worker in range(wanted.workers)]
+        parts = tuple(g.attach.buckets for g in ordered if g.attach is not None)
+        slot_buckets, chunk = self._capacity
+        if sum(parts) > slot_buckets:
+            for guest in ordered:
+                reason = f"the workers need {' + '.join(map(str, parts))} buckets, a slot has {slot_buckets}"
+                guest.link.send(Farewell(reason=reason))
+                guest.attach = None
+            return
+        geometry = Geometry(layout=wanted.layout, parts=parts, chunk=chunk)
+        answer = self._on_geometry(geometry)
+        for worker, guest in enumerate(ordered):
+            if not guest.attached:
+                guest.attached = True
+                guest.link.send(
+                    msgspec.structs.replace(answer, first=geometry.first(worker)), descriptors=self._descriptors()
+                )
+
+    def _buried(self, guest: Guest) -> None:
+        """The process is dead: nobody writes into what it held."""
+        self._leaving.remove(guest)
+        self._selector.unregister(guest.holder.fileno())
+        guest.holder.close()
+        if guest.attached and guest.attach is not None:
+            self._on_lost(guest.attach.worker)
+        self._settle()
+
+
+END_OF_JOB = "end of the job"
+
+
+class _Bell:
+    """A process that was waited for has died."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    def ready(self, mask: int) -> None:
+        self._desk.tick(time.monotonic())

@@ -1,0 +1,328 @@
+"""A worker's side of the socket to its node's agent. Torch-free; one background thread does all reading and writing.
+
+An agent that dies is not the end of training: `gone` becomes true, waiting calls raise `AgentError`, the slots are
+unmapped with their last view, and a new client may be made for the agent that starts next.
+"""
+
+import collections
+import contextlib
+import os
+import selectors
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import xxhash
+
+from ft import agent_config, auth
+from ft.agent_chunks import READ_STRIPE
+from ft.agent_config import AgentConfig
+from ft.agent_registry import FOLDER
+from ft.buffers import Slot
+from ft.contents import Bytes
+from ft.errors import AgentError, AuthenticationFailed, ChunkCorrupt, MemoryTooSmall
+from ft.inspect import Status
+from ft.messages import (
+    Attach,
+    Attached,
+    Cancel,
+    Committed,
+    EpochBegan,
+    Farewell,
+    Granted,
+    Hello,
+    Open,
+    Part,
+    Read,
+    Refused,
+    Restore,
+    Restored,
+    Revoked,
+    Seal,
+    SnapshotId,
+    StatusRequest,
+    Wire,
+    WorkerMessage,
+)  # fmt: skip
+from ft.transport import Channel, Link, decoder_of
+
+DEADLINE = 60.0
+END_OF_JOB = "end of the job"
+M = TypeVar("M", bound=Wire)
+
+
+def ensure_agent(config: AgentConfig, deadline: float = DEADLINE) -> None:
+    """Start the agent of a slot, detached, unless one runs already; returns once its socket answers.
+
+    Raises `MemoryTooSmall` with the agent's own words when the host cannot hold the slots, `AgentError` otherwise.
+    """
+    if _answers(config.socket):
+        return
+    path = agent_config.write(config)
+    logs = Path(config.shared) / FOLDER
+    logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+    words = logs / f"agent-{config.slot}.err"
+    with words.open("wb") as err:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "ft.agent", str(path)],
+            stdin=subprocess.DEVNULL, stdout=err, stderr=err, start_new_session=True, cwd="/",
+        )  # fmt: skip
+    end = time.monotonic() + deadline
+    while not _answers(config.socket):
+        code = process.poll()
+        if code is not None and code != 3:  # 3: another process was faster
+            text = words.read_text().strip().splitlines()
+            raise (MemoryTooSmall if code == 4 else AgentError)(text[-1] if text else f"the agent ended with {code}")
+        if time.monotonic() > end:
+            raise AgentError(f"waited {deadline:g} s for the agent of slot {config.slot} to open {config.socket}")
+        time.sleep(0.02)
+    _children.append(process)
+
+
+_children: "list[subprocess.Popen[bytes]]" = []
+"""Kept so that no destructor complains of a child that is meant to live on."""
+
+
+def _answers(path: Path) -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.connect(str(path))
+        return True
+    return False
+
+
+class AgentClient:
+    """One process at its agent's socket. Methods may be called from any thread."""
+
+    def __init__(
+        self, path: Path, *, run: str, secret: bytes, worker: int = 0, role: str = "worker",
+        deadline: float = DEADLINE,
+    ) -> None:  # fmt: skip
+        """Connect and prove that both sides know the secret; raises `AgentError` or `AuthenticationFailed`."""
+        self.run, self.worker, self.deadline = run, worker, deadline
+        self.slots: list[Slot] = []
+        self.epoch = 0
+        self.attached: Attached | None = None
+        self.commits: collections.deque[Committed] = collections.deque(maxlen=64)
+        self._news = threading.Condition()
+        self._mail: list[Wire] = []
+        self._revoked: set[SnapshotId] = set()
+        self._reads: dict[int, tuple[Bytes, int, set[int]]] = {}
+        self._why = ""
+        self._open = False
+        self._tasks: collections.deque[Callable[[], None]] = collections.deque()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._selector = selectors.DefaultSelector()
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            connection.connect(str(path))
+        except OSError as error:
+            connection.close()
+            raise AgentError(f"{path}: no agent answers: {error.strerror}") from error
+        self._selector.register(self._wake, selectors.EVENT_READ, None)
+        mine = Hello(role=role, run=run, slot=worker, epoch=0, boot=0, nonce=auth.nonce())
+        self._link = Link(
+            Channel(connection, decoder_of(WorkerMessage | Status), 64 << 20), self._selector, self, mine=mine,
+            secret=secret, roles=frozenset({"agent"}), dialled=True, label=str(path),
+        )  # fmt: skip
+        self._thread = threading.Thread(target=self._serve, name="agent-client", daemon=True)
+        self._thread.start()
+        with self._news:
+            if not self._news.wait_for(lambda: self._open or self._why, deadline):
+                self._why = f"waited {deadline:g} s for the agent's handshake"
+        if not self._open:
+            raise AuthenticationFailed(f"{path}: {self._why}")
+
+    @property
+    def gone(self) -> bool:
+        """The agent has gone, or told this process to go."""
+        return bool(self._why)
+
+    # ---- requests
+
+    def attach(self, *, layout: str, workers: int, buckets: int, deadline: float | None = None) -> Attached:
+        """Take this worker's place; returns once all workers of the node have. Maps the slots, faulted in."""
+        self._send(Attach(run=self.run, layout=layout, worker=self.worker, workers=workers, buckets=buckets))
+        what = f"all {workers} workers of this node to attach"
+        self.attached = self._wait(Attached, lambda _: True, deadline, what)
+        self.epoch = max(self.epoch, self.attached.epoch)
+        for slot in self.slots:
+            slot.fault_in()
+        return self.attached
+
+    def open(self, snapshot: SnapshotId, *, wait: bool = True, deadline: float | None = None) -> Granted | Refused:
+        """Ask for a slot for this worker's part of a snapshot."""
+        self._send(Open(snapshot=snapshot, wait=wait))
+        what = f"a slot for snapshot {snapshot}"
+        answer: Granted | Refused = self._wait((Granted, Refused), lambda m: m.snapshot == snapshot, deadline, what)
+        return answer
+
+    def seal(self, snapshot: SnapshotId, sums: tuple[int, ...]) -> None:
+        self._send(Seal(snapshot=snapshot, sums=sums))
+
+    def cancel(self, snapshot: SnapshotId) -> None:
+        self._send(Cancel(snapshot=snapshot))
+
+    def revoked(self, snapshot: SnapshotId) -> bool:
+        """Whether the agent has said that a granted snapshot is given up; answer with `cancel`."""
+        return snapshot in self._revoked or self.gone
+
+    def restore(self, epoch: int, *, deadline: float | None = None) -> Restored:
+        """What epoch `epoch` restores; begins that epoch when the agents have not."""
+        self._send(Restore(epoch=epoch))
+        answer: Restored = self._wait(Restored, lambda m: m.epoch >= epoch, deadline, f"the choice of epoch {epoch}")
+        self.epoch = max(self.epoch, answer.epoch)
+        return answer
+
+    def read(
+        self, *, epoch: int, snapshot: SnapshotId, owner: int, first: int, count: int, deadline: float | None = None
+    ) -> Bytes:
+        """Buckets of another node's data of the chosen snapshot; one call at a time for each owner."""
+        assert self.attached is not None
+        size = self.attached.bucket_bytes
+        missing = set(range(first, first + count))
+        room = np.empty(count * size, np.uint8)
+        with self._news:
+            self._reads[owner] = room, first, missing
+        self._send(Read(epoch=epoch, snapshot=snapshot, owner=owner, first=first, count=count))
+        try:
+            self._until(lambda: not missing, deadline, f"bytes of node {owner}")
+        finally:
+            with self._news:
+                del self._reads[owner]
+        return room
+
+    def status(self, deadline: float | None = None) -> Status:
+        self._send(StatusRequest())
+        answer: Status = self._wait(Status, lambda _: True, deadline, "the agent's status")
+        return answer
+
+    def wait_committed(self, snapshot: SnapshotId, deadline: float | None = None) -> Committed:
+        """Wait until a snapshot, or a newer one, is committed."""
+        found: list[Committed] = []
+
+        def seen() -> bool:
+            found[:] = [commit for commit in self.commits if commit.snapshot.age >= snapshot.age]
+            return bool(found)
+
+        self._until(seen, deadline, f"snapshot {snapshot} to be committed")
+        return found[-1]
+
+    def close(self, *, end_of_job: bool = False) -> None:
+        """Unmap the slots and say so; with `end_of_job` the agent ends when all workers have."""
+        for slot in self.slots:
+            slot.close()
+        self.slots = []
+        if not self.gone:
+            self._send(Farewell(reason=END_OF_JOB if end_of_job else "this worker is done"))
+            with contextlib.suppress(AgentError):
+                self._until(lambda: self.gone, 5.0, "the agent to take leave")
+        self._post(lambda: self._link.close("closed"))
+        self._thread.join(5.0)
+
+    # ---- Handler, on the thread
+
+    def connected(self, link: Link) -> None:
+        with self._news:
+            self._open = True
+            self._news.notify_all()
+
+    def refused(self, link: Link, reason: str) -> None:
+        with self._news:
+            self._why = self._why or reason
+            self._news.notify_all()
+
+    def lost(self, link: Link, reason: str) -> None:
+        self.refused(link, reason)
+
+    def target(self, link: Link, message: Wire, size: int) -> memoryview | None:
+        if not isinstance(message, Part) or message.stripe != READ_STRIPE or self.attached is None:
+            return None
+        with self._news:
+            room, first, missing = self._reads.get(message.owner, (np.empty(0, np.uint8), 0, set()))
+        start = (message.index - first) * self.attached.bucket_bytes
+        if message.index not in missing or start + size > len(room):
+            return None
+        return room[start : start + size].data
+
+    def received(self, link: Link, message: Wire, payload: memoryview | None) -> None:
+        with self._news:
+            if isinstance(message, Part):
+                if payload is not None and xxhash.xxh3_64_intdigest(payload) == message.sum:
+                    self._reads[message.owner][2].discard(message.index)
+            elif isinstance(message, Revoked):
+                self._revoked.add(message.snapshot)
+            elif isinstance(message, Committed):
+                self.commits.append(message)
+                self._revoked = {each for each in self._revoked if each.age > message.snapshot.age}
+            elif isinstance(message, EpochBegan):
+                self.epoch = max(self.epoch, message.epoch)
+            elif isinstance(message, Farewell):
+                self._why = message.reason
+            else:
+                if isinstance(message, Attached):
+                    descriptors, link.channel.descriptors = link.channel.descriptors, []
+                    self.slots = [Slot(descriptor, message.slot_bytes) for descriptor in descriptors]
+                self._mail.append(message)
+            self._news.notify_all()
+
+    def drained(self, link: Link) -> None:
+        return
+
+    # ---- inside
+
+    def _serve(self) -> None:
+        """The thread: one selector, until the link is closed."""
+        while not self._link.closed:
+            for key, mask in self._selector.select(1.0):
+                if key.data is None:
+                    with contextlib.suppress(BlockingIOError):
+                        os.eventfd_read(self._wake)
+                else:
+                    key.data.ready(mask)
+            while self._tasks:
+                self._tasks.popleft()()
+            self._link.tick(time.monotonic())
+        self._selector.close()
+
+    def _post(self, task: Callable[[], None]) -> None:
+        self._tasks.append(task)
+        os.eventfd_write(self._wake, 1)
+
+    def _send(self, message: Wire) -> None:
+        if self.gone:
+            raise AgentError(f"the agent has gone: {self._why}")
+        self._post(lambda: self._link.send(message))
+
+    def _until(self, ready: Callable[[], bool], deadline: float | None, what: str) -> None:
+        limit = self.deadline if deadline is None else deadline
+        with self._news:
+            if not self._news.wait_for(lambda: ready() or self.gone, limit):
+                raise AgentError(f"worker {self.worker} waited {limit:g} s for {what}")
+            if not ready():
+                raise AgentError(f"worker {self.worker} waited for {what}, the agent has gone: {self._why}")
+
+    def _wait(self, kind: Any, fits: Callable[[Any], bool], deadline: float | None, what: str) -> Any:
+        found: list[Wire] = []
+
+        def ready() -> bool:
+            if not found:
+                found.extend([m for m in self._mail if isinstance(m, kind) and fits(m)][:1])
+            return bool(found)
+
+        self._until(ready, deadline, what)
+        with self._news:
+            self._mail.remove(found[0])
+        return found[0]
+
+
+def check_sums(data: Bytes, sums: tuple[int, ...], first: int, bucket: int, what: str) -> None:
+    """Raise `ChunkCorrupt` unless the buckets of `data`, from bucket `first` on, have their checksums."""
+    for index, at in enumerate(range(0, len(data), bucket), first):
+        if xxhash.xxh3_64_intdigest(data[at : at + bucket].data) != sums[index]:
+            raise ChunkCorrupt(f"{what}: bucket {index} does not match its checksum")

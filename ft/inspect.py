@@ -1,0 +1,54 @@
+"""What an agent tells about itself: `keepwarm snapshots` and tests ask for it."""
+
+from typing import Any
+
+import msgspec
+
+from ft.messages import Wire
+
+
+class Commit(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds from the first grant of a snapshot to its milestones on this node."""
+
+    epoch: int
+    step: int
+    sealed: float | None = None
+    committed: float | None = None
+
+
+class Held(msgspec.Struct, frozen=True, kw_only=True):
+    """One snapshot in the agent's memory."""
+
+    epoch: int
+    step: int
+    layout: str
+    phase: str
+    data: int | None
+    parity: int | None
+    chunks: dict[int, str]
+    """Digest of every good chunk by stripe."""
+
+
+class Status(Wire, frozen=True, kw_only=True):
+    """One agent at one moment; sizes in bytes, times in seconds."""
+
+    run: str
+    slot: int
+    pid: int
+    boot: int
+    epoch: int
+    mode: str
+    group: tuple[int, ...]
+    parity: int
+    peers: tuple[int, ...]
+    workers: tuple[int, ...]
+    slots: int
+    slot_bytes: int
+    memory_bytes: int
+    """In all slots, data and parity."""
+    resident_bytes: int
+    held: tuple[Held, ...]
+    committed: tuple[int, int] | None
+    commits: tuple[Commit, ...]
+    durable: dict[str, Any]
+    scrub: dict[str, int]

@@ -1,0 +1,453 @@
+"""The worker's side of a snapshot: copies live shards into the granted slot while training runs on, and back.
+
+A worker's part of a slot begins with its `Contents` (what lies where, and the caller's small state), followed by the
+pieces. Data-parallel replicas split between them what they hold alike, so each copies and stores its share alone.
+The only module of `ft` that imports torch.
+"""
+
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+import xxhash
+
+from ft.buffers import register_host_memory
+from ft.client import AgentClient, check_sums
+from ft.contents import (
+    HEAD_BYTES,
+    ITEM_SIZE,
+    Bytes,
+    Contents,
+    Move,
+    Piece,
+    contents_length,
+    decode_contents,
+    encode_contents,
+    move_bytes,
+    plan,
+)  # fmt: skip
+from ft.errors import AgentError, ForeignSnapshot, FtError, IncompleteError, SlotBusy
+from ft.messages import Refused, SnapshotId
+
+DTYPES: dict[torch.dtype, str] = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+WHOLE_BELOW = 1 << 16
+"""Bytes under which replicas do not split a shard; they take turns."""
+_ALIGNMENT = 64
+META_BYTES = 1 << 20
+
+
+class Shard(Protocol):
+    """One rank's live part of a global tensor, as `Engine.state()` gives it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def global_shape(self) -> tuple[int, ...]: ...
+    @property
+    def offsets(self) -> tuple[int, ...]: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def local(self) -> torch.Tensor: ...
+    @property
+    def replicas(self) -> tuple[int, ...]: ...
+    @property
+    def flat(self) -> tuple[int, int] | None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartPlan:
+    """What one rank stores and where in its part of a slot; a pure function of the state's shapes and the rank."""
+
+    entries: tuple[tuple[Piece, int], ...]
+    header_bytes: int
+    size: int
+    bucket_bytes: int
+
+    @property
+    def buckets(self) -> int:
+        return self.size // self.bucket_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restoration:
+    """What was restored: the step that had just been completed, and its small state."""
+
+    epoch: int
+    step: int
+    meta: bytes
+    local: bool
+    """All bytes came from this node's own memory."""
+
+
+@dataclass
+class Timings:
+    """Seconds of the last snapshot on this worker, and totals."""
+
+    copy: float = 0.0
+    blocked: float = 0.0
+    total_blocked: float = 0.0
+    taken: int = 0
+    skipped: int = 0
+    bytes: int = 0
+
+
+def plan_part(state: Mapping[str, Shard], rank: int, bucket_bytes: int, *, meta_bytes: int = META_BYTES) -> PartPlan:
+    """Which bytes `rank` stores of `state`; `meta_bytes` is room for the small state."""
+    pieces = [piece for turn, shard in enumerate(state.values()) if (piece := share(shard, rank, turn)) is not None]
+    header = len(encode_contents(_contents(pieces, 0, 0, 0, b""))) + 16 * len(pieces) + meta_bytes + 64
+    at = header = _up(header, _ALIGNMENT)
+    entries = []
+    for piece in pieces:
+        entries.append((piece, at))
+        at = _up(at + piece.bytes, _ALIGNMENT)
+    return PartPlan(
+        entries=tuple(entries), header_bytes=header, size=_up(max(at, 1), bucket_bytes), bucket_bytes=bucket_bytes
+    )
+
+
+def share(shard: Shard, rank: int, turn: int) -> Piece | None:
+    """The piece of a shard that `rank` stores of what its replicas hold alike; None when it stores none of it."""
+    dtype = DTYPES[shard.local.dtype]
+    start, stop = shard.flat or (0, shard.local.numel())
+    flat: tuple[int, int] | None = shard.flat
+    replicas = shard.replicas or (rank,)
+    if len(replicas) > 1:
+        place, size = replicas.index(rank), stop - start
+        if size * ITEM_SIZE[dtype] < WHOLE_BELOW:
+            if place != turn % len(replicas):
+                return None
+        else:
+            step = _up(-(-size // len(replicas)), _ALIGNMENT)
+            flat = start + min(size, place * step), start + min(size, (place + 1) * step)
+            if flat[0] == flat[1]:
+                return None
+    return Piece(
+        name=shard.name, global_shape=tuple(shard.global_shape), offsets=tuple(shard.offsets),
+        shape=tuple(shard.shape), dtype=dtype, flat=flat,
+    )  # fmt: skip
+
+
+class Snapshotter:
+    """Takes and restores snapshots of the shards of one engine. Not thread-safe; one per process."""
+
+    def __init__(
+        self, client: AgentClient, state: Mapping[str, Shard], *, layout: str, rank: int, world: int, workers: int,
+        node: int, nodes: int, bucket_bytes: int, busy: Literal["wait", "skip"] = "wait",
+        meta_bytes: int = META_BYTES, deadline: float = 600.0,
+    ) -> None:  # fmt: skip
+        """Attach to the agent: returns when all `workers` of this node have. `node` is the agent's slot of `nodes`."""
+        self.client, self.state, self.layout = client, dict(state), layout
+        self.rank, self.world, self.workers, self.node, self.nodes = rank, world, workers, node, nodes
+        self.busy, self.deadline = busy, deadline
+        self.plan = plan_part(self.state, rank, bucket_bytes, meta_bytes=meta_bytes)
+        self.timings = Timings(bytes=self.plan.size)
+        attached = client.attach(layout=layout, workers=workers, buckets=self.plan.buckets, deadline=deadline)
+        if attached.bucket_bytes != bucket_bytes:
+            raise AgentError(f"the agent has buckets of {attached.bucket_bytes} bytes, this worker of {bucket_bytes}")
+        self._first = attached.first * bucket_bytes
+        self._device = next((s.local.device for s in self.state.values() if s.local.is_cuda), None)
+        if self._device is not None:
+            for slot in client.slots:
+                register_host_memory(slot)
+        self._stream: Any = torch.cuda.Stream(self._device) if self._device is not None else None  # type: ignore[no-untyped-call]
+        self._thread: threading.Thread | None = None
+        self._cancelled = threading.Event()
+        self._failed: BaseException | None = None
+        self._sealed: SnapshotId | None = None
+
+    # ---- taking
+
+    def offer(self, step: int, meta: bytes) -> None:
+        """Begin a snapshot of the state after `step`; returns at once. `join` before the state changes again.
+
+        `meta` is everything else that makes continuation bitwise (random states, ledger, counters), captured by the
+        caller now. Raises `ValueError` when it is longer than was planned for.
+        """
+        self.join()
+        if self.client.gone:
+            return
+        head = self._head(meta)
+        ready = None
+        if self._stream is not None:
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready.record(torch.cuda.current_stream(self._device))
+        self._cancelled.clear()
+        snapshot = SnapshotId(self.client.run, self.client.epoch, step, self.layout)
+        self._thread = threading.Thread(target=self._take, args=(snapshot, head, ready), name="snapshot", daemon=True)
+        self._thread.start()
+
+    def join(self) -> float:
+        """Wait until the running copy is done and the tensors may change; returns the seconds that took.
+
+        With `busy: wait` that includes the wait for a slot. What fails in a snapshot is no end of training: it is
+        kept in `failure`.
+        """
+        if self._thread is None:
+            return 0.0
+        began = time.perf_counter()
+        self._thread.join(self.deadline)
+        if self._thread.is_alive():
+            self._cancelled.set()
+            self._thread.join()
+        self._thread = None
+        blocked = time.perf_counter() - began
+        self.timings.blocked = blocked
+        self.timings.total_blocked += blocked
+        return blocked
+
+    def cancel(self) -> None:
+        """Give up a running copy, as after a failure elsewhere."""
+        self._cancelled.set()
+        self.join()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the last snapshot was not taken; None when it was sealed."""
+        return self._failed
+
+    @property
+    def sealed(self) -> SnapshotId | None:
+        """The last snapshot that this worker has sealed; it may not be committed yet."""
+        return self._sealed
+
+    def _head(self, meta: bytes) -> bytes:
+        head = encode_contents(
+            _contents([], self.rank, self.world, self.workers, meta, self.plan.size, self.plan.entries)
+        )
+        if len(head) > self.plan.header_bytes:
+            raise ValueError(f"the small state has {len(meta)} bytes, more than the {META_BYTES} that were planned for")
+        return head
+
+    def _take(self, snapshot: SnapshotId, head: bytes, ready: Any) -> None:
+        """On the thread: get a slot, copy, seal."""
+        self._failed = None
+        try:
+            answer = self.client.open(snapshot, wait=self.busy == "wait", deadline=self.deadline)
+            if isinstance(answer, Refused):
+                raise SlotBusy(f"snapshot of step {snapshot.step} was refused: {answer.text}")
+            began = time.perf_counter()
+            try:
+                sums = self._copy(snapshot, self.client.slots[answer.slot].data, head, ready)
+            except _Stopped:
+                self.client.cancel(snapshot)
+                raise
+            self.client.seal(snapshot, sums)
+            self.timings.copy = time.perf_counter() - began
+            self.timings.taken += 1
+            self._sealed = snapshot
+        except FtError as error:
+            self.timings.skipped += 1
+            self._failed = error
+
+    def _copy(self, snapshot: SnapshotId, slot: Bytes, head: bytes, ready: Any) -> tuple[int, ...]:
+        """Copy header and pieces in buckets, checksumming each bucket as soon as it is full."""
+        part = slot[self._first : self._first + self.plan.size]
+        size = self.plan.bucket_bytes
+        sums: list[int] = []
+
+        def filled(upto: int) -> None:
+            if self._cancelled.is_set() or self.client.revoked(snapshot):
+                raise _Stopped(f"snapshot of step {snapshot.step} was given up")
+            while (len(sums) + 1) * size <= upto:
+                sums.append(xxhash.xxh3_64_intdigest(part[len(sums) * size : (len(sums) + 1) * size].data))
+
+        part[: len(head)] = np.frombuffer(head, np.uint8)
+        if self._stream is not None:
+            self._copy_cuda(part, ready)
+        else:
+            for piece, at in self.plan.entries:
+                source = _bytes_of(self.state[piece.name], piece)
+                done = 0
+                while done < piece.bytes:
+                    # Up to the end of a bucket, so that its checksum is taken while it is warm.
+                    stop = min(piece.bytes, _up(at + done + 1, size) - at)
+                    np.copyto(part[at + done : at + stop], source[done:stop])
+                    done = stop
+                    filled(at + done)
+        filled(len(part))
+        return tuple(sums)
+
+    def _copy_cuda(self, part: Bytes, ready: Any) -> None:
+        assert self._stream is not None
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            for piece, at in self.plan.entries:
+                shard = self.state[piece.name]
+                local = shard.local.detach().reshape(-1)
+                first = piece.flat[0] - (shard.flat[0] if shard.flat else 0) if piece.flat else 0
+                target = torch.frombuffer(part[at : at + piece.bytes].data, dtype=local.dtype)
+                target.copy_(local[first : first + piece.elements], non_blocking=True)
+        self._stream.synchronize()
+
+    # ---- restoring
+
+    def restore(self, epoch: int) -> Restoration | str:
+        """Write what epoch `epoch` restores into the live shards; the reason, in words, when nothing is in memory.
+
+        Everything is found and checked before the first byte is written. Raises `ForeignSnapshot` when the snapshot is
+        of another model, `ChunkCorrupt` when bytes do not match their checksums.
+        """
+        self.cancel()
+        answer = self.client.restore(epoch, deadline=self.deadline)
+        if answer.snapshot is None:
+            return answer.text
+        if answer.snapshot.run != self.client.run:
+            raise ForeignSnapshot(f"snapshot {answer.snapshot} belongs to run {answer.snapshot.run!r}")
+        source = _Source(self, answer.snapshot, answer.epoch, answer.slot, answer.sums)
+        try:
+            moves, meta, local = source.find()
+        except IncompleteError as error:
+            raise ForeignSnapshot(f"snapshot {answer.snapshot} does not fit this model: {error}") from error
+        for name, per_shard in moves.items():
+            _write(self.state[name], per_shard, source)
+        return Restoration(epoch=answer.snapshot.epoch, step=answer.snapshot.step, meta=meta, local=local)
+
+
+class _Stopped(FtError):
+    """A copy was given up on the way."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A piece in some node's data slot."""
+
+    piece: Piece
+    owner: int
+    start: int
+
+
+class _Source:
+    """The chosen snapshot as one rank sees it: its own node's slot, and the others' through the agent."""
+
+    def __init__(
+        self, snapshotter: Snapshotter, snapshot: SnapshotId, epoch: int, slot: int, sums: tuple[int, ...]
+    ) -> None:
+        self._s, self._snapshot, self._epoch, self._sums = snapshotter, snapshot, epoch, sums
+        self._size = snapshotter.plan.bucket_bytes
+        self._own = snapshotter.client.slots[slot].data
+        self._checked: set[int] = set()
+        self._cache: dict[tuple[int, int, int], Bytes] = {}
+
+    def find(self) -> tuple[dict[str, list[tuple[Move, _Stored]]], bytes, bool]:
+        """Moves for every shard, the small state of this rank (of rank 0 under another layout), all of it local?"""
+        own = self._parts(self._s.node)
+        meta = {contents.rank: contents.meta for contents, _ in own}
+        same = all(contents.world == self._s.world for contents, _ in own)
+        try:
+            if not same or self._s.rank not in meta:
+                raise IncompleteError("not all is here")
+            return self._moves(own, {self._s.node}), meta[self._s.rank], True
+        except IncompleteError:
+            found = [(self._s.node, own)]
+            found += [(owner, self._parts(owner)) for owner in range(self._s.nodes) if owner != self._s.node]
+        everything = [(contents, stored) for _, parts in found for contents, stored in parts]
+        meta = {contents.rank: contents.meta for contents, _ in everything}
+        worlds = {contents.world for contents, _ in everything}
+        own_meta = meta.get(self._s.rank) if worlds == {self._s.world} else None
+        return self._moves(everything, set(range(self._s.nodes))), own_meta or meta[min(meta)], False
+
+    def _moves(
+        self, parts: Sequence[tuple[Contents, list[_Stored]]], owners: set[int]
+    ) -> dict[str, list[tuple[Move, _Stored]]]:
+        by_name: dict[str, list[_Stored]] = {}
+        for _, stored in parts:
+            for each in stored:
+                by_name.setdefault(each.piece.name, []).append(each)
+        moves = {}
+        for name, shard in self._s.state.items():
+            target = _piece(shard)
+            sources = by_name.get(name, [])
+            if not sources and target.elements:
+                raise IncompleteError(f"{name} is not in it")
+            moves[name] = [(move, sources[move.source]) for move in plan(target, [each.piece for each in sources])]
+        return moves
+
+    def _parts(self, owner: int) -> list[tuple[Contents, list[_Stored]]]:
+        """The contents of all workers' parts on a node."""
+        found: list[tuple[Contents, list[_Stored]]] = []
+        at, count = 0, 1
+        while len(found) < count:
+            length = contents_length(self.bytes(owner, at, at + HEAD_BYTES))
+            contents = decode_contents(self.bytes(owner, at, at + length))
+            found.append((contents, [_Stored(piece, owner, at + start) for piece, start in contents.entries]))
+            at += contents.size
+            count = contents.workers
+        return found
+
+    def bytes(self, owner: int, start: int, stop: int) -> Bytes:
+        """Bytes of a node's data slot, checked against their checksums."""
+        first, last = start // self._size, -(-stop // self._size)
+        if owner == self._s.node:
+            for index in range(first, last):
+                if index not in self._checked:
+                    check_sums(
+                        self._own[index * self._size : (index + 1) * self._size],
+                        self._sums, index, self._size, f"snapshot {self._snapshot} on node {owner}",
+                    )  # fmt: skip
+                    self._checked.add(index)
+            return self._own[start:stop]
+        for (where, low, high), data in self._cache.items():
+            if where == owner and low <= first and last <= high:
+                return data[start - low * self._size : stop - low * self._size]
+        data = self._s.client.read(
+            epoch=self._epoch, snapshot=self._snapshot, owner=owner, first=first, count=last - first,
+            deadline=self._s.deadline,
+        )  # fmt: skip
+        if len(self._cache) >= 8:
+            self._cache.pop(next(iter(self._cache)))
+        self._cache[owner, first, last] = data
+        return data[start - first * self._size : stop - first * self._size]
+
+
+def _write(shard: Shard, moves: Iterable[tuple[Move, _Stored]], source: _Source) -> None:
+    """Fill one live shard in place."""
+    local = shard.local.detach()
+    direct = local.device.type == "cpu" and local.is_contiguous()
+    room = local if direct else torch.empty(local.shape, dtype=local.dtype)
+    target = room.reshape(-1).view(torch.uint8).numpy()
+    for move, stored in moves:
+        start, stop = move.span
+        move_bytes(move, source.bytes(stored.owner, stored.start + start, stored.start + stop), target)
+    if not direct:
+        with torch.no_grad():
+            local.copy_(room)
+
+
+def _piece(shard: Shard) -> Piece:
+    return Piece(
+        name=shard.name, global_shape=tuple(shard.global_shape), offsets=tuple(shard.offsets),
+        shape=tuple(shard.shape), dtype=DTYPES[shard.local.dtype], flat=shard.flat,
+    )  # fmt: skip
+
+
+def _bytes_of(shard: Shard, piece: Piece) -> Bytes:
+    """The bytes of a piece in a live CPU shard; a copy only where the tensor is not contiguous."""
+    flat = shard.local.detach().reshape(-1).view(torch.uint8).numpy()
+    if piece.flat is None:
+        return flat
+    size = ITEM_SIZE[piece.dtype]
+    first = piece.flat[0] - (shard.flat[0] if shard.flat else 0)
+    return flat[first * size : (first + piece.elements) * size]
+
+
+def _contents(
+    pieces: Sequence[Piece], rank: int, world: int, workers: int, meta: bytes, size: int = 0,
+    entries: tuple[tuple[Piece, int], ...] | None = None,
+) -> Contents:  # fmt: skip
+    return Contents(
+        rank=rank, world=world, workers=workers, size=size, meta=meta,
+        entries=entries if entries is not None else tuple((piece, 0) for piece in pieces),
+    )  # fmt: skip
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
