@@ -83,7 +83,7 @@ def _blocks(sequence: int, device: torch.device, documents: torch.Tensor | None,
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: Context) -> torch.Tensor:
     """Causal attention; all `[micro, sequence, heads, head_dim]`, keys and values with fewer heads when grouped."""
     if seen.blocks is not None:
-        flex = _compiled_flex() if query.is_cuda else _eager_flex()
+        flex = _compiled_flex()
         heads_first = (x.transpose(1, 2) for x in (query, key, value))
         grouped = query.shape[2] != key.shape[2]
         return flex(*heads_first, block_mask=seen.blocks, enable_gqa=grouped).transpose(1, 2)
@@ -91,10 +91,6 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: Co
         mixed: torch.Tensor = _attend_documents(query, key, value, seen.runs, seen.mask)
         return mixed
     return _attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), seen.mask).transpose(1, 2)
-
-
-def _eager_flex() -> Callable[..., torch.Tensor]:
-    return flex_attention
 
 
 @cache
