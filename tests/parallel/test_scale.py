@@ -1,0 +1,62 @@
+"""A layout of thousands of ranks, validated on one machine: torch's fake process group and the meta device."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from parallel.data import shard_size_of
+from parallel.layout import Coordinates, Layout
+from parallel.mesh import Mesh
+from parallel.stage import Stage
+from tests.support.ranks import ROOT
+from trainer.estimate import stage_parameters
+from trainer.model.decoder import Decoder
+from trainer.spec import JobSpec
+from trainer.spec_file import load_job
+
+PIPELINE = 35
+DATA = 8
+
+
+@pytest.fixture(params=[0, 1, 2239], ids=lambda rank: f"rank {rank}")
+def rank(request: pytest.FixtureRequest) -> Iterator[int]:
+    """This process stands for one rank of a world that does not exist."""
+    dist.init_process_group("fake", store=FakeStore(), rank=request.param, world_size=8 * PIPELINE * DATA)
+    yield request.param
+    dist.destroy_process_group()
+
+
+def job_of(data_mode: str) -> JobSpec:
+    job = load_job(ROOT / "configs/jobs/mt-nlg-530b.yaml")
+    return job.model_copy(update={"parallel": job.parallel.model_copy(update={"data_mode": data_mode})})
+
+
+@pytest.mark.parametrize("data_mode", ["fsdp", "replicate"])
+def test_a_stage_of_megatron_turing_holds_what_the_plan_says(rank: int, data_mode: str) -> None:
+    job = job_of(data_mode)
+    layout = Layout.of(job.parallel, ranks_per_node=8)
+    mesh = Mesh(layout, torch.device("cpu"), timedelta(seconds=10), shard_size=shard_size_of(job.parallel))
+    at = layout.coordinates(rank)
+    model = Decoder(job.model, job.seed)
+    stage = Stage.build(at.pipeline, model, job.parallel, job.numerics, mesh, torch.device("meta"))
+    # The first data-parallel rank holds the most; sizes here divide, so that all hold the same.
+    assert sum(held.local.numel() for held in stage.held) == stage_parameters(job, at.pipeline)
+    assert {int(name.split(".")[1]) for name, _ in stage.part.named_parameters() if name.startswith("layers")} == set(
+        range(3 * at.pipeline, 3 * at.pipeline + 3)
+    )
+    for held in stage.held:
+        assert isinstance(held.parameter, DTensor)
+        assert rank in held.replicas
+        assert tuple(held.parameter.shape) == held.global_shape
+    tied = [held for held in stage.held if held.name == "embedding.weight"]
+    assert len(tied) == (at.pipeline in (0, PIPELINE - 1))
+    for held in tied:
+        data = range(DATA) if data_mode == "replicate" else [at.data]
+        ends = [layout.rank_at(Coordinates(d, p, at.tensor)) for d in data for p in (0, PIPELINE - 1)]
+        assert held.replicas == tuple(sorted(ends))
+    mesh.close()
