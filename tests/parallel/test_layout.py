@@ -104,5 +104,5 @@ def test_micro_batches_that_a_schedule_can_run() -> None:
         spec = ParallelSpec(pipeline=2, schedule=schedule)  # type: ignore[arg-type]
         for count in (1, 2, 3, 4, 6):
             check_micro_batches(count, spec)
-        with pytest.raises(LayoutError, match="runs 5 micro-batches .* in 2 rounds .* choose a multiple of 2"):
+        with pytest.raises(LayoutError, match=r"runs 5 micro-batches .* in 2 rounds .* choose a multiple of 2"):
             check_micro_batches(5, spec)
