@@ -125,7 +125,9 @@ def _handle(turn: Turn, event: Event) -> None:
             _rebuilt(turn, event)
         case DurableStarted(snapshot):
             copy = turn.state.copy(snapshot)
-            if copy is not None and copy.settled and not any(other.held for other in turn.state.copies):
+            # One at a time, and only with a slot to spare: the disk must never stop snapshots.
+            spare = turn.state.data_slots > 2 and not any(other.held for other in turn.state.copies)
+            if copy is not None and copy.settled and spare:
                 turn.put(replace(copy, held=True))
         case DurableEnded(snapshot):
             copy = turn.state.copy(snapshot)

@@ -185,11 +185,12 @@ def _why_not(
         return f"no agent holds a snapshot in memory{unheard}"
     for group in groups:
         for stripe in range(group.size):
-            holders = stripe_state(inventories, group, seen[0], stripe).holders
-            if len(holders) < group.data:
-                gone = sorted(set(group.members) - set(holders))
+            matching = stripe_state(inventories, group, seen[0], stripe).holders
+            held = _possible(inventories, group, seen[0], stripe, frozenset())
+            if len(matching) < group.data:
+                mixed = ", which do not belong together" if len(held) >= group.data else ""
                 return (
                     f"snapshot {seen[0]}: stripe {stripe} of group {group.index} needs {group.data} good chunks and "
-                    f"has {len(holders)}; those of slots {gone} are lost{unheard}"
+                    f"has {len(held)}{mixed}; those of slots {sorted(set(group.members) - held)} are lost{unheard}"
                 )
     return f"no snapshot in memory is complete{unheard}"

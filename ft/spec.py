@@ -1,0 +1,76 @@
+"""The section of the job spec that configures snapshots. Torch-free."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+CODE_LIMIT = 32
+
+
+class Section(BaseModel):
+    """A part of a job spec: frozen, keyword-only, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class CodeSpec(Section):
+    """Reed-Solomon code of a group of nodes: any `parity` of `data + parity` nodes may be lost at once."""
+
+    data: PositiveInt = Field(4, description="k: chunks that a node's state is split into")
+    parity: PositiveInt = Field(2, description="m: nodes of a group that may be lost; memory grows by m/k")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "CodeSpec":
+        if self.data + self.parity > CODE_LIMIT:
+            raise ValueError(
+                f"data + parity = {self.data} + {self.parity} = {self.data + self.parity}, at most {CODE_LIMIT} nodes "
+                "form a group; choose a smaller data"
+            )
+        return self
+
+
+class DurableSpec(Section):
+    """Committed snapshots that the agents write to OUTPUT/checkpoints; training never waits for them."""
+
+    every: PositiveInt = Field(description="steps between durable snapshots")
+    keep: PositiveInt = Field(2, description="newest ones kept")
+    keep_every: PositiveInt | None = Field(None, description="also keep those whose step is a multiple; null: none")
+    compress: bool = Field(False, description="zstandard")
+    deadline: PositiveFloat = Field(600.0, description="seconds to wait for all nodes' parts of one checkpoint")
+
+
+class SnapshotSpec(Section):
+    """Snapshots of the training state in the memory of the nodes, erasure-coded."""
+
+    every: PositiveInt | Literal["auto"] = Field(
+        "auto", description="steps; auto: Young/Daly from the measured cost and mtbf, at least the time of a commit"
+    )
+    busy: Literal["wait", "skip"] = Field("wait", description="when the previous snapshot is not committed yet")
+    code: CodeSpec | None = Field(None, description="null: (4, 2), or the strongest of that kind that the nodes allow")
+    domains: tuple[str, ...] | Literal["node", "slurm"] = Field(
+        "node", description="what fails at once: a label for each node (rack, switch), SLURM's switches, or the node"
+    )
+    durable: DurableSpec | None = Field(None, description="null: no durable tier below the memory")
+    mtbf: PositiveFloat = Field(14400.0, description="seconds between failures of the whole job, for every: auto")
+    bucket: PositiveInt = Field(8 << 20, description="bytes in which state is copied, sent and coded; 4096 x n")
+    bandwidth: PositiveFloat | None = Field(None, description="bytes per second each node sends; null: no cap")
+    threads: PositiveInt = Field(2, description="coding threads of each agent")
+    scrub: PositiveFloat | None = Field(60.0, description="seconds between two readings of memory at rest; null: none")
+    silence: PositiveFloat = Field(5.0, description="seconds without a sign of life after which a peer is dead")
+    inventory_deadline: PositiveFloat = Field(10.0, description="seconds that a recovery waits for silent agents")
+    commit_deadline: PositiveFloat = Field(
+        120.0, description="seconds that a worker waits for a slot under busy: wait before it goes on without"
+    )
+    lease: PositiveFloat = Field(60.0, description="seconds that an agent outlives the last process of its job")
+    port: NonNegativeInt = Field(0, le=65535, description="TCP port of the agents; 0: any free one")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "SnapshotSpec":
+        if self.bucket % 4096 or self.bucket > 64 << 20:
+            raise ValueError(f"bucket = {self.bucket}: must be a multiple of 4096 of at most {64 << 20}")
+        if self.durable is not None and isinstance(self.every, int) and self.durable.every % self.every:
+            raise ValueError(
+                f"durable.every = {self.durable.every} must be a multiple of every = {self.every}: "
+                "only snapshots become durable"
+            )
+        return self
