@@ -52,7 +52,7 @@ def build(job: JobSpec, world: World, *, resume: bool) -> Run:
         CheckpointError: there is nothing to resume from, or it does not fit.
     """
     folder = Path(job.output)
-    _make_repeatable(job, world)
+    torch.manual_seed(job.seed + world.rank)
     data = prepare_sources(job.data, job.model.vocabulary_size, folder / "data")
     plans = plan_stages(job)
     engine = TorchEngine(
@@ -87,13 +87,6 @@ def build(job: JobSpec, world: World, *, resume: bool) -> Run:
         profile=ProfileWindow(job.profile, folder / "profile", world.rank),
         speed=Speed.of(model_flops_per_token(job.model, job.data.sequence_length), gpus=world.size),
     )
-
-
-def _make_repeatable(job: JobSpec, world: World) -> None:
-    torch.manual_seed(job.seed + world.rank)
-    if job.numerics.deterministic and world.device.type == "cuda":
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
 
 
 def _loader(job: JobSpec, world: World, data: PreparedData) -> BatchLoader:

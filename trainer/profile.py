@@ -27,7 +27,7 @@ class ProfileWindow:
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.memory._record_memory_history()
         self._profiler = profile(activities=activities, record_shapes=True)
-        self._profiler.__enter__()
+        self._profiler.start()
 
     def after(self, step: int) -> None:
         """Call after step `step`; the last step of the window writes the files."""
@@ -38,9 +38,9 @@ class ProfileWindow:
         """Write what was recorded so far, if the window is open."""
         if self._profiler is None:
             return
-        self._profiler.__exit__(None, None, None)
+        self._profiler.stop()
         self._profiler.export_chrome_trace(str(self._folder / f"trace_{self._rank:05d}.json"))
         if torch.cuda.is_available():
-            torch.cuda.memory._dump_snapshot(str(self._folder / f"memory_{self._rank:05d}.pickle"))
+            torch.cuda.memory._dump_snapshot(str(self._folder / f"memory_{self._rank:05d}.pickle"))  # type: ignore[no-untyped-call]
             torch.cuda.memory._record_memory_history(enabled=None)
         self._profiler = None

@@ -24,7 +24,7 @@ def run_session(path: Path, overrides: Sequence[str], *, resume: bool) -> bool:
     job = load_run(path, overrides) if path.name == RUN_FILE else load_job(path, overrides)
     logging.basicConfig(format=" %(levelname)s: %(message)s", level=logging.WARNING)
     with Interrupt() as interrupt:
-        world = join(job.layout.world_size, job.numerics.threads_per_rank)
+        world = join(job.layout.world_size, job.numerics)
         resume = _continues(job, resume)
         _open_folder(job, world)
         run = build(job, world, resume=resume)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 
+from parallel.spec import NumericsSpec
 from trainer.errors import SpecError
 
 TIMEOUT = timedelta(minutes=10)
@@ -42,17 +44,20 @@ class World:
             dist.destroy_process_group()
 
 
-def join(expected: int, threads: int) -> World:
+def join(expected: int, numerics: NumericsSpec) -> World:
     """Join the ranks that the launcher started, from torchrun's environment variables.
 
     Args:
         expected: number of ranks that the layout has.
-        threads: CPU threads of this rank, set before the first operation.
+        numerics: threads are set before the first operation, deterministic libraries before they are loaded.
 
     Raises:
         SpecError: the launcher started another number of ranks.
     """
-    torch.set_num_threads(threads)
+    torch.set_num_threads(numerics.threads_per_rank)
+    if numerics.deterministic:
+        for key, value in _REPEATABLE.items():
+            os.environ.setdefault(key, value)
     rank, size, local_rank = (int(os.environ.get(key, default)) for key, default in _FROM_TORCHRUN)
     if size != expected:
         raise SpecError(
@@ -68,6 +73,9 @@ def join(expected: int, threads: int) -> World:
     return World(rank=rank, size=size, local_rank=local_rank, device=device)
 
 
+_REPEATABLE = {"NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""One order of summation whatever the size, and a fixed workspace, for bitwise equal runs on CUDA."""
+
 _FROM_TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
@@ -77,5 +85,5 @@ def _connect(rank: int, size: int, backend: str) -> None:
     if file is None:
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
-        store = dist.FileStore(str(Path(file)), size)
+        store = FileStore(str(Path(file)), size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
