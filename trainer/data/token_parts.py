@@ -5,7 +5,7 @@ behind is used where it fits and ignored where it does not.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -59,7 +59,7 @@ def write_part(path: Path, part: TextPart, tokenizer: Tokenizer, text_key: str) 
     unfinished.replace(path)
 
 
-def merge(folder: Path, paths: Iterable[Path], prefix: Path, tokenizer: Tokenizer) -> Sidecar:
+def merge(folder: Path, paths: Sequence[Path], prefix: Path, tokenizer: Tokenizer) -> Sidecar:
     """Put the parts together as `prefix`, through Megatron's builder. `.idx` appears last: with it, all is there.
 
     Raises:
@@ -77,6 +77,8 @@ def merge(folder: Path, paths: Iterable[Path], prefix: Path, tokenizer: Tokenize
         max_id = max(max_id, int(stream.max(initial=0)))
     builder.finalize(str(new_idx))
     if not count:
+        for path in {*paths}:
+            path.unlink()
         raise DataError(f"{prefix}: nothing to write: the input holds no text")
     sidecar = Sidecar(
         content=content_hash(new_bin, new_idx),

@@ -63,8 +63,8 @@ def tokenize(
         with _parts_folder(prefix) as folder:
             paths = list(_tokenized(inputs, folder, tokenizer, text_key, processes, part_bytes, on_read))
             sidecar = merge(folder, paths, prefix, tokenizer)
-            for path in {*paths}:
-                path.unlink()
+            for part in folder.glob("*.npz"):
+                part.unlink()
             return sidecar
     except OSError as error:
         where = error.filename or prefix.parent

@@ -1,0 +1,272 @@
+import hashlib
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from tests.support.corpus import write_json_lines
+from trainer.data.indexed import Sidecar, TokenFile, megatron_indexed
+from trainer.data.inspect import inspect
+from trainer.data.token_parts import dtype_for
+from trainer.data.tokenize import _parts_folder, tokenize
+from trainer.data.train_tokenizer import train_tokenizer
+from trainer.errors import DataError, OutputError
+
+TEXTS = [f"Dokument {i}: " + "äöü " * (i * 13 % 29) for i in range(120)]
+SMALL = 700
+"""Bytes of a part in these tests, so that the corpus has many."""
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    return write_json_lines(tmp_path / "corpus.jsonl", TEXTS)
+
+
+def _digest(prefix: Path) -> dict[str, str]:
+    return {s: hashlib.sha256(Path(f"{prefix}.{s}").read_bytes()).hexdigest() for s in ("bin", "idx", "json")}
+
+
+def _left_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_our_files_open_with_megatrons_reader(tmp_path: Path, corpus: Path) -> None:
+    sidecar = tokenize([corpus], tmp_path / "out", "bytes", part_bytes=SMALL)
+    dataset = megatron_indexed().IndexedDataset(str(tmp_path / "out"))
+    documents = [[*text.encode(), 256] for text in TEXTS]
+    assert [dataset[i].tolist() for i in range(len(dataset))] == documents
+    assert dataset.document_indices.tolist() == list(range(len(TEXTS) + 1))
+    assert dataset.index.dtype == np.uint16
+    tokens = TokenFile(tmp_path / "out", 257)
+    assert tokens.sidecar == sidecar == Sidecar(
+        content=tokens.content,
+        tokenizer="bytes",
+        tokenizer_hash="bytes",
+        vocabulary_size=257,
+        end_of_document=256,
+        documents=len(TEXTS),
+        tokens=sum(map(len, documents)),
+        max_id=256,
+    )  # fmt: skip
+    assert _left_in(tmp_path) == ["corpus.jsonl", "out.bin", "out.idx", "out.json"]
+
+
+def test_several_processes_and_part_sizes_give_the_same_bytes(tmp_path: Path, corpus: Path) -> None:
+    train_tokenizer([corpus], tmp_path / "t.json", 300)
+    name, read = str(tmp_path / "t.json"), [0]
+    tokenize([corpus, corpus], tmp_path / "one", name)
+    tokenize(
+        [corpus, corpus],
+        tmp_path / "two",
+        name,
+        processes=2,
+        part_bytes=SMALL,
+        on_read=lambda count: read.append(count),
+    )
+    assert _digest(tmp_path / "one") == _digest(tmp_path / "two")
+    assert TokenFile(tmp_path / "one").documents == 2 * len(TEXTS)
+    assert sum(read) == 2 * corpus.stat().st_size
+
+
+@pytest.mark.parametrize("vocabulary_size", [1, 257, 65_499, 65_500, 65_536, 10**6])
+def test_the_type_is_megatrons_choice(vocabulary_size: int) -> None:
+    assert dtype_for(vocabulary_size) is megatron_indexed().DType.optimal_dtype(vocabulary_size)
+
+
+KILLED = """
+    import os, signal, sys
+    from pathlib import Path
+    import psutil
+    from trainer.data import token_parts
+    from trainer.data.tokenize import _parts_folder, tokenize
+
+    folder, processes, moment = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+
+    def die(*_):
+        children = [child.pid for child in psutil.Process().children(recursive=True)]
+        print(*children, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def at(count, then=lambda *_: None):
+        calls = iter(range(count))
+        return lambda *a, **k: then(*a, **k) if next(calls, None) is not None else die()
+
+    on_read = lambda _: None
+    if moment == "reading":
+        on_read = at(3)
+    elif moment == "writing a part":
+        token_parts.np.savez = lambda stream, **_: (stream.write(b"half"), stream.flush(), die())
+    elif moment == "merging":
+        builder = token_parts.megatron_indexed().IndexedDatasetBuilder
+        builder.add_document = at(7, builder.add_document)
+    elif moment.startswith("renaming"):
+        token_parts._sync = at(int(moment.split()[1]))
+
+    if __name__ == "__main__":
+        inputs, prefix = [folder / "corpus.jsonl"], folder / "out"
+        tokenize(inputs, prefix, "bytes", part_bytes=700, processes=processes, on_read=on_read)
+        sys.exit("was not killed")
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "processes"),
+    [
+        ("reading", 1),
+        ("reading", 2),
+        ("writing a part", 1),
+        pytest.param("merging", 1, marks=pytest.mark.long),
+        pytest.param("renaming 1", 1, marks=pytest.mark.long),
+        ("renaming 2", 1),
+    ],
+)
+def test_killed_and_started_again_it_gives_the_same_bytes(
+    tmp_path: Path, corpus: Path, moment: str, processes: int
+) -> None:
+    tokenize([corpus], tmp_path / "whole", "bytes", part_bytes=SMALL)
+    script = tmp_path / "killed.py"
+    script.write_text(textwrap.dedent(KILLED))
+    root = Path(__file__).parents[3]
+    ran = subprocess.run(
+        [sys.executable, "-P", str(script), str(tmp_path), str(processes), moment],
+        cwd=root,
+        env={"PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert ran.returncode == -9, ran.stderr
+    assert not (tmp_path / "out.idx").exists()
+    with pytest.raises(DataError, match=r"out\.idx: no such file"):
+        TokenFile(tmp_path / "out")
+    workers = [psutil.Process(int(pid)) for pid in ran.stdout.split() if psutil.pid_exists(int(pid))]
+    assert not psutil.wait_procs(workers, timeout=60)[1], "workers outlived their killed parent"
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.parts").glob("*.npz")}
+    assert bool(kept) == (moment != "writing a part")
+    tokenize([corpus], tmp_path / "out", "bytes", part_bytes=SMALL)
+    assert _digest(tmp_path / "out") == _digest(tmp_path / "whole")
+    assert not (tmp_path / "out.parts").exists()
+
+
+def test_finished_parts_are_not_made_again(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = write_json_lines(tmp_path / "broken.jsonl", TEXTS)
+    broken.write_text(broken.read_text() + "{\n")
+    with pytest.raises(DataError, match=r"broken\.jsonl:121: not JSON"):
+        tokenize([broken], tmp_path / "out", "bytes", part_bytes=SMALL)
+    assert not (tmp_path / "out.idx").exists()
+    finished = len(list((tmp_path / "out.parts").glob("*.npz")))
+    assert finished > 5
+    made: list[Path] = []
+    import trainer.data.tokenize as module
+
+    original = module.write_part
+    monkeypatch.setattr(module, "write_part", lambda path, *rest: (made.append(path), original(path, *rest))[1])
+    tokenize([corpus], tmp_path / "out", "bytes", part_bytes=SMALL)
+    assert len(made) <= 1
+    assert not (tmp_path / "out.parts").exists()
+
+
+def test_parts_of_another_tokenizer_are_not_used(tmp_path: Path, corpus: Path) -> None:
+    train_tokenizer([corpus], tmp_path / "t.json", 300)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(corpus.read_text() + "{\n")
+    with pytest.raises(DataError):
+        tokenize([broken], tmp_path / "out", "bytes", part_bytes=SMALL)
+    tokenize([corpus], tmp_path / "out", str(tmp_path / "t.json"), part_bytes=SMALL)
+    tokenize([corpus], tmp_path / "whole", str(tmp_path / "t.json"), part_bytes=SMALL)
+    assert _digest(tmp_path / "out") == _digest(tmp_path / "whole")
+
+
+def test_an_existing_output_is_not_touched(tmp_path: Path, corpus: Path) -> None:
+    tokenize([corpus], tmp_path / "out", "bytes")
+    before = _digest(tmp_path / "out")
+    with pytest.raises(OutputError, match=r"out\.idx: exists already"):
+        tokenize([corpus], tmp_path / "out", "bytes")
+    assert _digest(tmp_path / "out") == before
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"file.*: cannot write"):
+        tokenize([corpus], tmp_path / "file" / "out", "bytes")
+
+
+def test_a_full_disk_is_named(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OutputError, match=r"No space left on device"):
+        tokenize([corpus], tmp_path / "out", "bytes")
+    assert not list(tmp_path.glob("out.*"))
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b'{"text": ""}\n'])
+def test_input_without_text_leaves_nothing_behind(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "empty.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match="holds no text"):
+        tokenize([tmp_path / "empty.jsonl"], tmp_path / "out", "bytes")
+    assert _left_in(tmp_path) == ["empty.jsonl"]
+
+
+def test_two_at_once_do_not_write_the_same_file(tmp_path: Path, corpus: Path) -> None:
+    with _parts_folder(tmp_path / "out"), pytest.raises(OutputError, match="another process is writing"):
+        tokenize([corpus], tmp_path / "out", "bytes")
+
+
+def test_inspect_shows_a_document(tmp_path: Path, corpus: Path) -> None:
+    tokenize([corpus], tmp_path / "out", "bytes")
+    found = inspect(tmp_path / "out", document=3, length=8)
+    assert (found["documents"], found["tokenizer"]) == (len(TEXTS), "bytes")
+    assert found["sample"]["text"] == "Dokument"
+    assert found["sample"]["document_tokens"] == len(TEXTS[3].encode()) + 1
+    with pytest.raises(DataError, match="no document 120"):
+        inspect(tmp_path / "out", document=120)
+
+
+def test_inspect_does_not_decode_with_another_tokenizer(tmp_path: Path, corpus: Path) -> None:
+    train_tokenizer([corpus], tmp_path / "t.json", 300)
+    tokenize([corpus], tmp_path / "out", str(tmp_path / "t.json"))
+    assert inspect(tmp_path / "out", length=500)["sample"]["text"] == TEXTS[0]
+    with pytest.raises(DataError, match="was not made with the tokenizer bytes"):
+        inspect(tmp_path / "out", tokenizer_name="bytes")
+    (tmp_path / "t.json").unlink()
+    assert inspect(tmp_path / "out")["sample"]["text"] is None
+
+
+def _tool(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-m", f"trainer.data.{name}", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+def test_the_commands_from_text_to_a_decoded_sample(tmp_path: Path, corpus: Path) -> None:
+    made = _tool("train_tokenizer", "--input", corpus, "--output", tmp_path / "t.json", "--vocabulary-size", "300")
+    assert (made.returncode, made.stderr) == (0, "")
+    made = _tool("tokenize", "--input", corpus, "--output-prefix", tmp_path / "out", "--tokenizer", tmp_path / "t.json",
+                 "--processes", "1", "--json")  # fmt: skip
+    assert (made.returncode, made.stderr) == (0, "")
+    assert json.loads(made.stdout)["documents"] == len(TEXTS)
+    shown = _tool("inspect", tmp_path / "out", "--json", "--document", "5")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert json.loads(shown.stdout)["sample"]["text"].startswith("Dokument 5: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("tokenize", ["--input", "gone.jsonl", "--output-prefix", "x"], "gone.jsonl: no such file"),
+        ("train_tokenizer", ["--input", "gone.jsonl", "--output", "x.json"], "gone.jsonl: No such file"),
+        ("inspect", ["gone"], "gone.idx: no such file"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_code_2(name: str, arguments: list[str], words: str) -> None:
+    ran = _tool(name, *arguments)
+    assert ran.returncode == 2
+    assert ran.stdout == ""
+    assert ran.stderr.count("\n") == 1
+    assert words in ran.stderr
