@@ -376,7 +376,7 @@ class Cluster:
             for worker in range(2):
                 grant = node.granted.pop(worker, None)
                 self.feed(slot, ev.WorkerLost(worker))
-                if grant is not None:
+                if grant is not None and self.geometry(slot).parts[worker]:
                     node.data[grant.slot][grant.first * BUCKET] ^= 0xFF
             node.dead, node.waiting, node.work = set(), set(), []
             self.scrub(slot)
