@@ -94,6 +94,7 @@ class Effects:
                 self.pinned = effect
                 agent.journal.write("info", "chosen", epoch=effect.epoch, snapshot=effect.snapshot, whole=effect.whole)
                 self.answer_restores()
+                agent.repair.pinned()
             case events.StartDecode(order):
                 agent.repair.decode(order)
             case events.SendPart(to, snapshot, stripe, start):

@@ -57,6 +57,7 @@ class Repair:
         self._decoding: dict[tuple[SnapshotId, int], Decoding] = {}
         self._filling: dict[tuple[SnapshotId, int], Filling] = {}
         self._readers: dict[tuple[SnapshotId, int], list[Guest]] = {}
+        self._unanswered: list[tuple[Link, Read]] = []
         self.rebuilt = 0
 
     def begin_epoch(self) -> None:
@@ -64,6 +65,13 @@ class Repair:
         self._decoding.clear()
         self._filling.clear()
         self._readers.clear()
+
+    def pinned(self) -> None:
+        """The choice is known, or data that were missing are back: answer who asked too early."""
+        waiting, self._unanswered = self._unanswered, []
+        for link, read in waiting:
+            if not link.closed:
+                self._send_read(link, read)
 
     def tick(self, now: float) -> None:
         for decoding in list(self._decoding.values()):
@@ -293,6 +301,11 @@ class Repair:
     def _send_read(self, link: Link, read: Read) -> None:
         agent = self._agent
         copy: Copy | None = agent.state.copy(read.snapshot)
+        stripes = agent.state.group.data_stripes(agent.config.slot)
+        whole = copy is not None and copy.settled and all(stripe in copy.good for stripe in stripes)
+        if read.epoch > agent.state.epoch or (read.epoch == agent.state.epoch and not whole):
+            self._unanswered.append((link, read))  # until this node's data are back
+            return
         if copy is None or copy.data is None or read.epoch != agent.state.epoch:
             return
         slot = copy.data

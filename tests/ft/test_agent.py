@@ -38,3 +38,22 @@ def test_one_node_commits_and_restores(tmp_path: Path) -> None:
         restored = settle(world, world.snapshotters(fresh), 2)
         assert [(r.step, r.meta) for r in restored] == [(5, b"meta 5 0"), (5, b"meta 5 1")]
         assert all(equal(a, random_state(rank, 2)) for rank, a in enumerate(fresh))
+
+
+@pytest.mark.parametrize(("count", "parity"), [(2, 1), (3, 1), (4, 2)])
+def test_lost_agents_are_rebuilt_from_their_group(tmp_path: Path, count: int, parity: int) -> None:
+    with nodes(tmp_path, count, groups=[(range(count), parity)]) as world:
+        states = [random_state(rank, count) for rank in range(count)]
+        snapshotters = world.snapshotters(states)
+        settle(world, snapshotters, 1)
+        for step in (5, 6, 7):
+            take(snapshotters, step)
+        for each in world.clients:
+            each.close()
+        for slot in range(parity):
+            world.kill(slot)
+            world.start(slot)
+        fresh = [random_state(rank, count, seed=9) for rank in range(count)]
+        restored = settle(world, world.snapshotters(fresh), 2)
+        assert [(r.step, r.meta) for r in restored] == [(7, f"meta 7 {rank}".encode()) for rank in range(count)]
+        assert all(equal(state, random_state(rank, count)) for rank, state in enumerate(fresh))
