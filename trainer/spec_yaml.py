@@ -1,5 +1,6 @@
 """YAML 1.2 and JSON as plain data that remembers where every value was written. Torch-free."""
 
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +51,7 @@ def read_document(path: Path) -> Document:
     except UnicodeDecodeError as error:
         raise SpecError(f"{path}: not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
     places: dict[Keys, str] = {(): str(path)}
-    values = _parse(text, str(path), places)
+    values = _parse_json(text, path) if path.suffix == ".json" else _parse(text, str(path), places)
     if values is None:
         raise SpecError(f"{path}: the file is empty")
     if not isinstance(values, dict):
@@ -105,6 +106,23 @@ def _parse(text: str, source: str, places: dict[Keys, str] | None) -> Any:
     except RecursionError as error:
         raise SpecError(f"{source}: nested too deep, or an alias that contains itself") from error
     return values
+
+
+def _parse_json(text: str, path: Path) -> Any:
+    # Not every JSON text is YAML: DEL and other controls may stand in it.
+    try:
+        return json.loads(text, object_pairs_hook=lambda pairs: _without_duplicates(pairs, path))
+    except (ValueError, RecursionError) as error:
+        raise SpecError(f"{path}: not JSON: {error}") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise SpecError(f'{path}: found duplicate key "{key}"')
+        found[key] = value
+    return found
 
 
 def _at(error: MarkedYAMLError, source: str) -> str:
