@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from parallel.errors import LayoutError
 from parallel.layout import AXES, Axis, Layout
@@ -83,6 +84,9 @@ class Mesh:
 
     def close(self) -> None:
         """Destroy the groups made here; the caller's default group stays."""
+        # DTensor remembers how it sharded by meshes that compare equal whatever their groups; another engine in this
+        # process would be given the groups that end here.
+        _clear_sharding_prop_cache()
         self._root = None
         self._groups.clear()
         while self._owned:
