@@ -23,13 +23,13 @@ GIVEN = [
 ]
 COVERING = covering_cases(GIVEN)
 EXTRA = [
-    Case(data=4, data_mode="hsdp", micro_batches=2, clipped=True),
-    Case(data=4, data_mode="hsdp", micro_batches=2, optimizer="adamw", tied=True, documents=True),
-    Case(data=4, data_mode="hsdp", micro_batches=2, precision="fp32"),
-    Case(data=4, tensor=2, data_mode="hsdp", micro_batches=2, sequence=True, clipped=True),
+    Case(data=4, data_mode="hsdp", clipped=True),
+    Case(data=4, data_mode="hsdp", optimizer="adamw", tied=True, documents=True),
+    Case(data=4, data_mode="hsdp", precision="fp32"),
+    Case(data=4, tensor=2, data_mode="hsdp", sequence=True, clipped=True),
     Case(pipeline=2, layer_split=(1, 3), tied=True, clipped=True),
     Case(pipeline=2, schedule="interleaved", layer_split=(1, 1, 1, 1)),
-    Case(pipeline=4, data=2, tied=True, clipped=True),
+    Case(pipeline=4, tied=True, clipped=True, micro_batches=4),
     Case(tensor=4, sequence=True, documents=True),
 ]
 
