@@ -6,7 +6,7 @@ from collections.abc import Callable
 from tests.support.ft_cluster import Broken, Cluster
 
 WEIGHTS = {
-    "offer": 30, "write": 30, "deliver": 60, "settle": 6, "work": 25, "duplicate": 8, "drop": 3, "damage": 3,
+    "offer": 30, "write": 30, "deliver": 60, "settle": 6, "work": 25, "duplicate": 8, "drop": 3, "damage": 10,
     "reconnect": 6, "crash": 2, "rot": 1, "kill_worker": 1, "cancel": 1, "recover": 2, "round": 2, "scrub": 1,
     "durable": 2,
 }  # fmt: skip
@@ -49,7 +49,9 @@ def move(cluster: Cluster, name: str, rng: random.Random) -> None:
         case "duplicate":
             cluster.deliver(place, keep=True)
         case "damage":
-            cluster.deliver(place, damage=True)
+            buckets = [i for i, packet in enumerate(cluster.packets) if packet.payload]
+            if buckets:
+                cluster.deliver(buckets[place % len(buckets) // 2], damage=True)
         case "drop":
             cluster.drop_packet(place)
         case "work":
