@@ -142,12 +142,15 @@ class Snapshotter:
     def __init__(
         self, client: AgentClient, state: Mapping[str, Shard], *, layout: str, rank: int, world: int, workers: int,
         node: int, nodes: int, bucket_bytes: int, busy: Literal["wait", "skip"] = "wait",
-        meta_bytes: int = META_BYTES, deadline: float = 600.0,
+        meta_bytes: int = META_BYTES, deadline: float = 600.0, optional: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
-        """Attach to the agent: returns when all `workers` of this node have. `node` is the agent's slot of `nodes`."""
+        """Attach to the agent: returns when all `workers` of this node have. `node` is the agent's slot of `nodes`.
+
+        Names that begin with one of `optional` may be missing from what is restored; they then keep their values.
+        """
         self.client, self.state, self.layout = client, dict(state), layout
         self.rank, self.world, self.workers, self.node, self.nodes = rank, world, workers, node, nodes
-        self.busy, self.deadline = busy, deadline
+        self.busy, self.deadline, self.optional = busy, deadline, optional
         self.plan = plan_part(self.state, rank, bucket_bytes, meta_bytes=meta_bytes)
         self.timings = Timings(bytes=self.plan.size)
         attached = client.attach(layout=layout, workers=workers, buckets=self.plan.buckets, deadline=deadline)
@@ -366,6 +369,8 @@ class _Source:
         for name, shard in self._s.state.items():
             target = _piece(shard)
             sources = by_name.get(name, [])
+            if not sources and self._s.optional and name.startswith(self._s.optional):
+                continue
             if not sources and target.elements:
                 raise IncompleteError(f"{name} is not in it")
             moves[name] = [(move, sources[move.source]) for move in plan(target, [each.piece for each in sources])]
