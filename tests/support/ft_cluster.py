@@ -65,7 +65,7 @@ class Cluster:
         self.promised: set[msg.SnapshotId] = set()
         self.committed = 0
         self.history: list[str] = []
-        self.reading: dict[int, tuple[msg.SnapshotId, int]] = {}
+        self.reading: dict[int, tuple[msg.SnapshotId, int, int, bytes]] = {}
         self.rots = [0] * self.topology.slots
         self.nodes = [self._born(slot) for slot in range(self.topology.slots)]
         self.recover(())
@@ -330,16 +330,16 @@ class Cluster:
         settled = next((copy for copy in reversed(state.copies) if copy.settled), None)
         if held is None and settled is not None and len(settled.good) == settled.group.size:
             self.feed(slot, ev.DurableStarted(settled.snapshot))
-            self.reading[slot] = (settled.snapshot, self.rotted(slot))
+            began = self.nodes[slot].state.copy(settled.snapshot)
+            if began is not None and began.held and began.data is not None:
+                bytes_ = bytes(self.nodes[slot].data[began.data])
+                self.reading[slot] = (settled.snapshot, self.boots[slot], self.rots[slot], bytes_)
         elif held is not None and held.data is not None:
-            started, rotted = self.reading[slot]
+            started, *since, bytes_ = self.reading[slot]
             found = bytes(self.nodes[slot].data[held.data])
-            if (started, rotted) == (held.snapshot, self.rotted(slot)) and found != self.content(slot, started):
+            if since == [self.boots[slot], self.rots[slot]] and found != bytes_:
                 raise Broken(f"{started}: slot {slot} changed while the disk read it")
             self.feed(slot, ev.DurableEnded(started))
-
-    def rotted(self, slot: int) -> int:
-        return self.rots[slot]
 
     def settle(self, limit: int = 20_000) -> None:
         """Everything under way arrives in order, all computing is done, until nothing is left."""
