@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ft.interval import Interval, waste, young_daly
@@ -17,12 +17,14 @@ def test_published_example() -> None:
     assert waste(young_daly(0.01, mtbf), 0.01, mtbf, 30) == pytest.approx(0.0040, abs=0.0002)
 
 
+@settings(deadline=None)
 @given(seconds, mtbfs, st.floats(0.01, 100))
 def test_no_other_period_wastes_less(cost: float, mtbf: float, factor: float) -> None:
     best = young_daly(cost, mtbf)
     assert waste(best, cost, mtbf) <= waste(best * factor, cost, mtbf) * (1 + 1e-12)
 
 
+@settings(deadline=None)
 @given(seconds, seconds, seconds, mtbfs)
 def test_steps_cover_the_period_and_the_commit(step: float, copy: float, commit: float, mtbf: float) -> None:
     interval = Interval(mtbf).measured(step=step, copy=copy, commit=commit)

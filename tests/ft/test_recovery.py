@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ft import protocol
@@ -134,6 +134,7 @@ def test_mixed_parity_is_not_a_codeword() -> None:
         ChunkRecord(0, 1, (1, 2), 1, (1,))
 
 
+@settings(deadline=None)
 @given(st.sampled_from(((4, 2), (5, 2), (4, 1), (8, 3), (2, 1))), st.data())
 def test_a_replacement_receives_its_state_once(shape: tuple[int, int], data: st.DataObject) -> None:
     size, m = shape
