@@ -2,6 +2,7 @@
 
 LaunchError
 ├── PreflightError       2  this machine or installation cannot run the job
+├── SimulationError      2  a question that the simulator cannot answer
 └── RanksFailed      2,3,4  a rank ended before the job was done; the code is the rank's own
 """
 
@@ -14,6 +15,10 @@ class LaunchError(Exception):
 
 class PreflightError(LaunchError):
     """Something the job needs is missing or in the way, found before anything was started."""
+
+
+class SimulationError(LaunchError):
+    """A cluster, a time or a file that cannot be simulated; names the option or the file and the line."""
 
 
 class RanksFailed(LaunchError):

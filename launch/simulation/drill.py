@@ -1,0 +1,82 @@
+"""Recovery times that a fire drill measured, from the JSON of `keepwarm drill --json`."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from launch.errors import SimulationError
+from launch.simulation.scheme import Restart, Times
+
+PER_BYTE = ("fetch", "decode", "verify")
+"""Phases that grow with the state of a node."""
+DETECT = "detect"
+RUNGS = {1: "worker", 2: "node", 3: "durable"}
+
+
+def apply_drill(times: Times, path: Path, scale: float = 1.0) -> Times:
+    """`times` with the median detection and recovery of every rung that the drill climbed.
+
+    `scale` multiplies the phases that move bytes: the bytes of state of a node there over those in the drill.
+
+    Raises:
+        SimulationError: the file is not a drill's, was not bitwise equal, or no fault was recovered from.
+    """
+    faults = _read(path)
+    restarts: dict[str, list[Restart]] = {}
+    for number, fault in enumerate(faults, start=1):
+        where = f"{path}, fault {number}"
+        if (rung := _rung(fault, where)) in RUNGS:
+            restarts.setdefault(RUNGS[rung], []).append(_restart(fault, scale, where))
+    if not restarts:
+        raise SimulationError(f"{path}: no fault was recovered from on rung 1, 2 or 3; use a drill with some --kill")
+    return replace(
+        times,
+        worker=_typical(restarts.get("worker"), times.worker),
+        node=_typical(restarts.get("node"), times.node),
+        durable=_typical(restarts.get("durable"), times.durable),
+    )
+
+
+def _typical(found: list[Restart] | None, otherwise: Restart) -> Restart:
+    if not found:
+        return otherwise
+    return Restart(median(restart.detection for restart in found), median(restart.recovery for restart in found))
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        drill = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SimulationError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise SimulationError(f"{path}: not a JSON file: {error}") from error
+    faults = drill.get("faults") if isinstance(drill, dict) else None
+    if not isinstance(faults, list) or not all(isinstance(fault, dict) for fault in faults):
+        raise SimulationError(f"{path}: expected what `keepwarm drill --json` prints, an object with a list of faults")
+    if drill.get("bitwise_equal") is not True:
+        raise SimulationError(f"{path}: the drill did not end bitwise equal; its times are not those of a recovery")
+    return faults
+
+
+def _rung(fault: dict[str, Any], where: str) -> int | None:
+    rung = fault.get("rung")
+    if rung is None:
+        return None
+    digit = str(rung).strip()[:1]
+    if not digit.isdigit():
+        raise SimulationError(f"{where}: rung is {rung!r}, expected a number from 1 to 4")
+    return int(digit)
+
+
+def _restart(fault: dict[str, Any], scale: float, where: str) -> Restart:
+    phases = fault.get("seconds")
+    if not isinstance(phases, dict) or not all(isinstance(s, int | float) and s >= 0 for s in phases.values()):
+        raise SimulationError(f"{where}: expected seconds by phase, found {phases!r}")
+    scaled = {phase: s * (scale if phase in PER_BYTE else 1.0) for phase, s in phases.items()}
+    # Phases may overlap or leave gaps: the total is what was waited for.
+    total = fault.get("total_s", sum(phases.values()))
+    if not isinstance(total, int | float) or total < 0:
+        raise SimulationError(f"{where}: total_s is {total!r}, not a number of seconds")
+    return Restart.within(total + sum(scaled.values()) - sum(phases.values()), scaled.get(DETECT, 0.0))

@@ -1,0 +1,106 @@
+"""Answers as PNG files, drawn with matplotlib, which is an optional extra."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from launch.errors import SimulationError
+from launch.simulation.durations import duration
+from launch.simulation.report import Asked
+from launch.simulation.study import Answer, Question
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WASTED = {
+    "stall": "snapshot stall",
+    "lost": "lost work",
+    "detection": "detection",
+    "recovery": "recovery",
+    "waiting": "waiting for a spare",
+}
+
+
+def require_matplotlib() -> None:
+    """Raises SimulationError where it is missing; called before anything is computed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise SimulationError("--plot draws with matplotlib: pip install 'keepwarm[plot]'") from error
+
+
+def plot(asked: Sequence[Asked], folder: Path) -> list[Path]:
+    """Writes `waste-<gpus>.png` for each size, and `goodput.png` and `losses.png` over sizes if there are several.
+
+    Returns:
+        The files written.
+
+    Raises:
+        SimulationError: the folder cannot be written to.
+    """
+    figures = {f"waste-{question.cluster.gpus}.png": _waste(question, answers) for question, answers in asked}
+    if len(asked) > 1:
+        figures |= {"goodput.png": _over_sizes(asked, "goodput"), "losses.png": _over_sizes(asked, "losses")}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            figure.savefig(folder / name, dpi=150)
+    except OSError as error:
+        raise SimulationError(f"{folder}: {error.strerror}") from error
+    return [folder / name for name in figures]
+
+
+def _waste(question: Question, answers: Sequence[Answer]) -> "Figure":
+    """Where the unproductive time goes, a bar for each scheme."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 1.2 + 0.5 * len(answers)), layout="constrained")
+    axes = figure.subplots()
+    names = [answer.scheme.name for answer in answers]
+    left = [0.0] * len(answers)
+    for key, label in WASTED.items():
+        shares = [100 * answer.shares[key] for answer in answers]
+        axes.barh(names, shares, left=left, label=label)
+        left = [start + share for start, share in zip(left, shares, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlabel("% of the time")
+    axes.set_title(f"{question.cluster.gpus:,} GPUs, a failure every {duration(question.mtbf)}: unproductive time")
+    axes.legend()
+    return figure
+
+
+def _over_sizes(asked: Sequence[Asked], what: Literal["goodput", "losses"]) -> "Figure":
+    """A line for each scheme over the number of GPUs; code names differ where small clusters shorten the code."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for column, label in enumerate(_labels(asked)):
+        found = [
+            (question.cluster.gpus, answer)
+            for question, answers in asked
+            for answer in answers
+            if _label(question, answer) == label
+        ]
+        if what == "goodput":
+            values, errors = zip(*(answer.goodput for _, answer in found), strict=True)
+            percent = [[100 * value for value in series] for series in (values, errors)]
+            axes.errorbar([gpus for gpus, _ in found], percent[0], percent[1], marker="o", capsize=3, label=label)
+        elif points := [(gpus, answer.losses.expected) for gpus, answer in found if answer.losses.expected > 0]:
+            axes.loglog(*zip(*points, strict=True), marker="o", label=label, color=f"C{column}")
+    axes.set_xscale("log")
+    axes.set_xlabel("GPUs")
+    axes.set_ylabel("goodput, %" if what == "goodput" else "expected losses of memory in the run")
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    return figure
+
+
+def _labels(asked: Sequence[Asked]) -> list[str]:
+    return list(dict.fromkeys(_label(question, answer) for question, answers in asked for answer in answers))
+
+
+def _label(question: Question, answer: Answer) -> str:
+    replicas = answer.scheme.groups is None or answer.scheme.name.endswith("replicas")
+    return answer.scheme.name if replicas else "snapshots"

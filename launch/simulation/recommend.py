@@ -1,0 +1,101 @@
+"""The least memory and the fewest spares that reach a target."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ft.placement import MAX_GROUP
+from launch.errors import SimulationError
+from launch.simulation.closed_form import first_order_waste
+from launch.simulation.scheme import Scheme
+from launch.simulation.study import Answer, Question, ask, enough_spares, scheme_of
+from launch.simulation.survival import Losses, expected_losses
+
+LARGEST_M = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """The widest code with `m` parity chunks that survives as often as asked."""
+
+    scheme: Scheme
+    k: int
+    m: int
+    losses: Losses
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recommendation:
+    """What to configure, and what the simulation says about it."""
+
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+    """One of each m that can reach the target."""
+    spares: int
+    answer: Answer
+    """The recommended configuration, simulated."""
+
+
+def recommend(
+    question: Question, goodput: float, survival: float, progress: Callable[[], None] = lambda: None
+) -> Recommendation:
+    """The code of least memory with P(no loss of memory in the run) >= `survival`, and spares for `goodput`.
+
+    The interval is the question's. Half of what the goal leaves beyond the first-order waste may go to waiting for
+    spares: the other half covers what the formula leaves out, and chance. Of codes that take equal memory the one
+    with smaller m sends least.
+
+    Raises:
+        SimulationError: no code or no number of spares reaches the target; says what stands in the way.
+    """
+    if not (0 < goodput < 1 and 0 < survival < 1):
+        raise SimulationError(f"targets must lie between 0 and 1: goodput {goodput}, survival {survival}")
+    if not question.failures.draws_nodes:
+        raise SimulationError("a trace that names its nodes says nothing about other groups: leave `node` out of it")
+    candidates = tuple(
+        found for m in range(1, LARGEST_M + 1) if (found := _widest(question, m, survival, progress)) is not None
+    )
+    if not candidates:
+        raise SimulationError(
+            f"no code up to m = {LARGEST_M} on {question.cluster.nodes} nodes survives with probability {survival:g}: "
+            "shorten the repair window, spread groups over more racks, or lower --target-survival"
+        )
+    chosen = min(candidates, key=lambda candidate: (candidate.scheme.memory, candidate.m))
+    spares = _spares(question, goodput)
+    cluster = replace(question.cluster, spares=spares)
+    (answer,) = ask(replace(question, cluster=cluster), [chosen.scheme], progress)
+    return Recommendation(chosen=chosen, candidates=candidates, spares=spares, answer=answer)
+
+
+def _spares(question: Question, goodput: float) -> int:
+    wasted = first_order_waste(question.times, question.times.node, question.mtbf)
+    left = 1 - goodput - wasted
+    if left <= 0:
+        raise SimulationError(
+            f"a goodput of {goodput:.2%} is out of reach: snapshots, lost work and recovery alone take {wasted:.2%} of "
+            f"the time, recovery {question.times.node.total / question.mtbf:.2%}; a faster recovery helps most"
+        )
+    spares = enough_spares(question, left / 2)
+    if spares is None:
+        raise SimulationError(f"no number of spares reaches a goodput of {goodput:.2%}: repair nodes faster (--repair)")
+    return spares
+
+
+def _widest(question: Question, m: int, survival: float, progress: Callable[[], None]) -> Candidate | None:
+    """By bisection: of wider groups more members can be lost."""
+
+    def try_k(k: int) -> Candidate:
+        scheme = scheme_of(question, k, m)
+        losses = expected_losses(question.cluster, scheme, question.failures, question.horizon, question.seed)
+        progress()
+        return Candidate(scheme=scheme, k=k, m=m, losses=losses)
+
+    low, high = 1, min(MAX_GROUP, question.cluster.nodes) - m
+    if high < 1 or (best := try_k(low)).losses.survival < survival:
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        if (tried := try_k(middle)).losses.survival >= survival:
+            low, best = middle, tried
+        else:
+            high = middle - 1
+    return best

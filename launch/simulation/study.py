@@ -1,0 +1,164 @@
+"""Schemes side by side: the same failures strike each of them."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ft.placement import MAX_GROUP
+from launch.errors import SimulationError
+from launch.simulation.closed_form import daly_goodput, first_order_waste, shortage
+from launch.simulation.cluster import Cluster, Placement, form_groups
+from launch.simulation.failures import FailureModel
+from launch.simulation.scheme import Scheme, Times, crowded
+from launch.simulation.survival import Losses, expected_losses
+from launch.simulation.timeline import SECONDS, Ledger, walk
+
+AUTO_WAITING = 1e-3
+"""Share of the time that a run may wait for a node where the number of spares is not given."""
+SEEN = 30
+"""Simulated losses from which on counting them is good enough: a relative error below a fifth."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """What to simulate, of one size."""
+
+    cluster: Cluster
+    failures: FailureModel
+    horizon: float
+    """Seconds of cluster time in each trial."""
+    times: Times
+    """Of snapshots in memory."""
+    disk: Times
+    code: tuple[int, int] = (4, 2)
+    placement: Placement = "spread"
+    trials: int = 20
+    seed: int = 0
+
+    @property
+    def mtbf(self) -> float:
+        return self.horizon / max(self.failures.count(self.horizon), 1e-12)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """One scheme of a question."""
+
+    scheme: Scheme
+    ledgers: tuple[Ledger, ...]
+    """One of each trial."""
+    losses: Losses
+    first_order: float
+    """Goodput by Young/Daly's first-order formula, without waiting for spares."""
+    exact: float | None
+    """Goodput by Daly's complete formula; None where its assumptions do not hold."""
+
+    @property
+    def goodput(self) -> tuple[float, float]:
+        """Productive share of the time: the mean of the trials and its standard error."""
+        return mean_error([ledger.productive / ledger.seconds for ledger in self.ledgers])
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Where the time went, as shares that add up to 1."""
+        total = math.fsum(ledger.seconds for ledger in self.ledgers)
+        return {name: math.fsum(getattr(ledger, name) for ledger in self.ledgers) / total for name in SECONDS}
+
+    def per_trial(self, name: str) -> tuple[float, float]:
+        """Mean and standard error of a number of the ledger."""
+        return mean_error([float(getattr(ledger, name)) for ledger in self.ledgers])
+
+    @property
+    def crowded(self) -> int:
+        return crowded(self.scheme.groups or ())
+
+
+def mean_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; that of a single value is not known."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, math.nan
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def schemes_for(question: Question) -> tuple[Scheme, ...]:
+    """Snapshots under the question's code, two and three replicas where the nodes allow, and checkpoints on disk."""
+    found = [scheme_of(question, *question.code)]
+    for replicas in (2, 3):
+        if (1, replicas - 1) != question.code and question.cluster.nodes >= replicas:
+            found.append(scheme_of(question, 1, replicas - 1))
+    return (*found, Scheme(name="disk", groups=None, times=question.disk))
+
+
+def scheme_of(question: Question, k: int, m: int) -> Scheme:
+    """Raises SimulationError: the code does not fit the nodes."""
+    groups = form_groups(question.cluster, k, m, question.placement)
+    name = f"{m + 1} replicas" if k == 1 else f"code ({k}, {m})" if groups[0].m else "one node"
+    return Scheme(name=name, groups=groups, times=question.times)
+
+
+def fitting_code(nodes: int, k: int, m: int) -> tuple[int, int]:
+    """(k, m), or the strongest code of that kind that so few nodes allow; (1, 1) on one node, which has no parity."""
+    if nodes >= k + m or nodes == 1 or k < 1 or m < 0 or k + m > MAX_GROUP:
+        return k, m
+    m = min(m, nodes - 1)
+    return min(k, nodes - m), m
+
+
+def ask(question: Question, schemes: Sequence[Scheme], progress: Callable[[], None] = lambda: None) -> list[Answer]:
+    """Walks every scheme through the same `trials` histories; `progress` is called after each history.
+
+    Trial i depends on the seed and on i alone. A wait of `progress` or its errors are the caller's.
+    """
+    ledgers: list[list[Ledger]] = [[] for _ in schemes]
+    for sequence in np.random.SeedSequence(question.seed).spawn(question.trials):
+        history = question.failures.sample(question.cluster.nodes, question.horizon, np.random.default_rng(sequence))
+        for scheme, walked in zip(schemes, ledgers, strict=True):
+            walked.append(walk(history, question.horizon, question.cluster, scheme))
+            progress()
+    return [_answer(question, scheme, tuple(walked)) for scheme, walked in zip(schemes, ledgers, strict=True)]
+
+
+def enough_spares(question: Question, share: float) -> int | None:
+    """The fewest spares with which the run waits for a node for at most `share` of the time; None: no number."""
+    tail = shortage(question.cluster, question.failures, question.horizon)
+    fits = np.flatnonzero(tail <= share)
+    return int(fits[0]) if len(fits) else None
+
+
+def with_intervals(question: Question) -> Question:
+    """With the Young/Daly intervals where none are given."""
+    return replace(question, times=question.times.tuned(question.mtbf), disk=question.disk.tuned(question.mtbf))
+
+
+def with_spares(question: Question, spares: int | None) -> Question:
+    """With so many spares; None: as many as let the run wait for a thousandth of the time."""
+    if spares is None and (spares := enough_spares(question, AUTO_WAITING)) is None:
+        raise SimulationError("no number of spares keeps the run from waiting: give --spares, or a shorter --repair")
+    return replace(question, cluster=replace(question.cluster, spares=spares))
+
+
+def _answer(question: Question, scheme: Scheme, ledgers: tuple[Ledger, ...]) -> Answer:
+    times = scheme.times
+    restart = times.durable if scheme.groups is None else times.node
+    mtbf = question.mtbf
+    plain = question.failures.worker_share == 0 and getattr(question.failures, "shape", None) == 1
+    return Answer(
+        scheme=scheme,
+        ledgers=ledgers,
+        losses=_losses(question, scheme, ledgers),
+        first_order=1 - first_order_waste(times, restart, mtbf),
+        exact=daly_goodput(times.period, times.stall, restart.total, mtbf) if plain and not times.commit else None,
+    )
+
+
+def _losses(question: Question, scheme: Scheme, ledgers: tuple[Ledger, ...]) -> Losses:
+    """Counted where histories lose often enough, computed where they do not and it is possible."""
+    if scheme.groups is None:
+        return Losses(0.0, 0.0, "none to lose")
+    counted = [float(ledger.losses) for ledger in ledgers]
+    if sum(counted) >= SEEN or not question.failures.draws_nodes:
+        return Losses(*mean_error(counted), "simulated")
+    return expected_losses(question.cluster, scheme, question.failures, question.horizon, question.seed)
