@@ -54,7 +54,7 @@ class Mesh:
         self._timeout = timeout
         self._device = device
         self._owned: list[dist.ProcessGroup] = []
-        self._groups: dict[str, dist.ProcessGroup] = {}
+        self._groups: dict[str, dist.ProcessGroup | None] = {}
         self._root: DeviceMesh | None = None
         if world > 1 or alone:
             self._make_groups()
@@ -70,7 +70,7 @@ class Mesh:
 
     @property
     def ends(self) -> dist.ProcessGroup | None:
-        """First and last pipeline stage of this rank's data and tensor coordinates; of use on those two only."""
+        """First and last pipeline stage of this rank's data and tensor coordinates; None on others."""
         return self._groups.get("ends")
 
     def device_mesh(self, *axes: str) -> DeviceMesh:
@@ -100,37 +100,40 @@ class Mesh:
         return 1 < self.shard_size < self.layout.data
 
     def _make_groups(self) -> None:
-        ranks = torch.arange(self.layout.world_size).view(self.layout.shape)
+        whole = torch.arange(self.layout.world_size).view(self.layout.shape)
+        ranks, names = whole, tuple[str, ...](AXES)
         if self._hybrid:
-            ranks = ranks.view(self.layout.data // self.shard_size, self.shard_size, *self.layout.shape[1:])
-            names: tuple[str, ...] = ("replicate", "shard", "pipeline", "tensor")
-        else:
-            names = AXES
+            ranks = whole.view(-1, self.shard_size, *self.layout.shape[1:])
+            names = ("replicate", "shard", "pipeline", "tensor")
+            self._groups["data"] = self._new(_lines(whole, 0))
         for dim, name in enumerate(names):
-            self._groups[name] = self._new(self._line(ranks, dim))
-        if self._hybrid:
-            self._groups["data"] = self._new(
-                self._line(torch.arange(self.layout.world_size).view(self.layout.shape), 0)
-            )
-        self._groups["ends"] = self._new(self._end_ranks())
-        self._groups["world"] = self._new(list(range(self.layout.world_size)))
+            self._groups[name] = self._new(_lines(ranks, dim))
+        if self.layout.pipeline > 1:
+            self._groups["ends"] = self._new(_lines(whole[:, [0, -1]], 1))
+        self._groups["world"] = self._new([whole.flatten().tolist()])
         self._root = DeviceMesh.from_group(
-            [self._groups[name] for name in names], self._device.type, mesh=ranks, mesh_dim_names=names
+            [group for name in names if (group := self._groups[name]) is not None],
+            self._device.type,
+            mesh=ranks,
+            mesh_dim_names=names,
         )
 
-    def _line(self, ranks: torch.Tensor, dim: int) -> list[int]:
-        lines = ranks.movedim(dim, -1).reshape(-1, ranks.shape[dim])
-        mine = (lines == self.rank).any(dim=1)
-        line: list[int] = lines[mine][0].tolist()
-        return line
+    def _new(self, lines: list[list[int]]) -> dist.ProcessGroup | None:
+        """Make one group of each line and return this rank's, as torch's own meshes do.
 
-    def _end_ranks(self) -> list[int]:
-        last = self.layout.pipeline - 1
-        if self.at.pipeline not in (0, last):
-            return [self.rank]
-        return sorted({self.layout.rank_at(self.at._replace(pipeline=stage)) for stage in (0, last)})
+        Every rank takes part in making every group: names are then counted and never used again. Groups made by
+        their members alone reuse names, and with them what a closed engine left in the store.
+        """
+        mine: dist.ProcessGroup | None = None
+        for line in lines:
+            group = dist.new_group(line, timeout=self._timeout)
+            if self.rank in line:
+                mine = group
+                self._owned.append(group)
+        return mine
 
-    def _new(self, ranks: list[int]) -> dist.ProcessGroup:
-        group: dist.ProcessGroup = dist.new_group(ranks, timeout=self._timeout, use_local_synchronization=True)
-        self._owned.append(group)
-        return group
+
+def _lines(ranks: torch.Tensor, dim: int) -> list[list[int]]:
+    """The ranks along `dim`, one list for each place in the other dims."""
+    lines: list[list[int]] = ranks.movedim(dim, -1).reshape(-1, ranks.shape[dim]).tolist()
+    return lines
