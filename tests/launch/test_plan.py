@@ -1,0 +1,52 @@
+"""A plan as data and as text."""
+
+from pathlib import Path
+
+import pytest
+
+from launch.plan import Plan, sampled_steps
+from launch.plan_text import chart, count, size
+from trainer.schedule import LrCurve, LrSpec
+from trainer.spec_file import load_job
+
+
+def plan(*overrides: str, job: str = "ci/tiny") -> Plan:
+    return Plan(load_job(Path(job), overrides))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero_bubble"])
+@pytest.mark.parametrize("data", [1, 2, 4])
+def test_layers_and_ranks_are_each_placed_once(schedule: str, data: int) -> None:
+    made = plan(f"parallel.schedule={schedule}", f"parallel.data={data}", "parallel.pipeline=2", "parallel.tensor=2")
+    layers = [layer for pipeline in range(2) for one in made.layers_at(pipeline) for layer in one]
+    assert sorted(layers) == list(range(4))
+    ranks = [rank for at in range(data) for pipeline in range(2) for rank in made.ranks_at(at, pipeline)]
+    assert ranks == list(range(4 * data))
+
+
+def test_micro_batches_follow_the_ramp() -> None:
+    made = plan(job="mt-nlg-530b")
+    assert made.micro_batches(made.stages[0]) == (60, 240)
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(0, []), (1, [0]), (3, [0, 1, 2]), (1000, [0, 333, 666, 999])])
+def test_sampled_steps_have_both_ends(steps: int, expected: list[int]) -> None:
+    assert sampled_steps(steps, 4) == expected
+
+
+def test_a_chart_falls_with_the_curve() -> None:
+    lines = chart(LrCurve.of(LrSpec(schedule="linear", max=1.0, warmup=0.0), 1000))
+    filled = [sum(cell == "█" for cell in line) for line in lines[:6]]
+    assert filled == sorted(filled)
+    assert filled[0] < 15 < 45 < filled[-1]
+    assert "step 999" in lines[7]
+
+
+@pytest.mark.parametrize(("number", "text"), [(7, "7"), (1234, "1.23 k"), (1_774_720, "1.77 M"), (5.296e11, "530 B")])
+def test_counts(number: float, text: str) -> None:
+    assert count(number) == text
+
+
+@pytest.mark.parametrize(("number", "text"), [(12, "12 B"), (2048, "2.0 KiB"), (35.9 * 2**30, "35.9 GiB")])
+def test_sizes(number: float, text: str) -> None:
+    assert size(number) == text
