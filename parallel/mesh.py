@@ -86,7 +86,7 @@ class Mesh:
         """Destroy the groups made here; the caller's default group stays."""
         # DTensor remembers how it sharded by meshes that compare equal whatever their groups; another engine in this
         # process would be given the groups that end here.
-        _clear_sharding_prop_cache()
+        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
         self._root = None
         self._groups.clear()
         while self._owned:
