@@ -13,13 +13,14 @@ def main(arguments: list[str]) -> int:
     """Train as the job says; returns the exit code: 0 done, 2 bad input, 3 stopped itself, 4 lost, 130 interrupted."""
     options = _parser().parse_args(arguments)
     # Heavy imports come after the arguments are known to be right: a typo must not cost three seconds.
+    from ft.errors import FtError
     from parallel.errors import ParallelError
     from trainer.errors import TrainerError
     from trainer.session import run_session
 
     try:
         return 0 if run_session(options.job, options.override, resume=options.resume) else INTERRUPTED
-    except (TrainerError, ParallelError) as error:
+    except (TrainerError, ParallelError, FtError) as error:
         if os.environ.get("KEEPWARM_DEBUG"):
             traceback.print_exc()
         print(f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)

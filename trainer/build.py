@@ -1,27 +1,30 @@
 """The composition root: the one place where parts of `trainer`, `parallel` and `ft` are put together."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from parallel.engine import Engine
+from parallel.shard import Shard
 from parallel.torch_engine import TorchEngine
-from trainer import checkpoint
 from trainer.checkpoint import Checkpoints, layout_hash
 from trainer.console import RunConsole
 from trainer.data.ledger import Ledger
 from trainer.data.loader import BatchLoader
 from trainer.data.prepare import PreparedData, prepare_sources
-from trainer.errors import CheckpointError
 from trainer.estimate import model_flops_per_token
 from trainer.evaluation import Evaluator
 from trainer.health import Health
-from trainer.loop import Run, Saver
+from trainer.loop import Run
 from trainer.metrics import Metrics
 from trainer.model.decoder import Decoder
 from trainer.profile import ProfileWindow
 from trainer.random_state import RandomState
+from trainer.restore import Start, begin
 from trainer.run_state import RunState
+from trainer.snapshots import Snapshots
 from trainer.spec import JobSpec
 from trainer.speed import Speed
 from trainer.stages import StagePlan, global_size_at, plan_stages
@@ -31,25 +34,24 @@ from trainer.world import TIMEOUT, World
 class DurableSaver:
     """Writes a durable checkpoint when one is due, and always after the last step."""
 
-    def __init__(self, checkpoints: Checkpoints, engine: TorchEngine, random: RandomState, loader: BatchLoader) -> None:
+    def __init__(self, checkpoints: Checkpoints, engine: Engine, random: RandomState) -> None:
         self._checkpoints = checkpoints
         self._engine = engine
         self._random = random
-        self._loader = loader
 
-    def after_step(self, state: RunState, *, last: bool) -> None:
+    def after_step(self, state: RunState, meta: dict[str, Any], *, last: bool) -> None:
         if last or self._checkpoints.due(state.step):
             self._random.capture()
-            shards = {**self._engine.state(), **self._random.shards()}
-            self._checkpoints.save(state.step, shards, {"run": state.save(), "ledger": self._loader.state()})
+            self._checkpoints.save(state.step, {**self._engine.state(), **self._random.shards()}, meta)
 
 
-def build(job: JobSpec, world: World, *, resume: bool) -> Run:
-    """Everything a run consists of, at its beginning or, with `resume`, where its newest checkpoint is.
+def build(job: JobSpec, world: World, *, start: Start) -> Run:
+    """Everything a run consists of, where it begins: anew, or at the newest state that can be had.
 
     Raises:
         DataError: data or tokenizer cannot be used.
         CheckpointError: there is nothing to resume from, or it does not fit.
+        FtError: the agents cannot be started, with the arithmetic where memory is too small.
     """
     folder = Path(job.output)
     torch.manual_seed(job.seed + world.rank)
@@ -66,13 +68,21 @@ def build(job: JobSpec, world: World, *, resume: bool) -> Run:
     )
     loader = _loader(job, world, data)
     random = RandomState(world.rank, world.device)
+    shards = {**engine.state(), **random.shards()}
     checkpoints = Checkpoints(folder / "checkpoints", job.checkpoint, world, run=job.name, layout=layout_hash(job))
+    if start != "restart":
+        checkpoints.sweep()
+    snapshots = _snapshots(job, world, shards, random)
+    beginning = begin(start, shards, checkpoints, snapshots, world)
     state = RunState(step=0, curves=[plan.curve for plan in plans], health=Health(spec=job.health))
-    if resume:
-        state = _resume(job, checkpoints, engine, random, loader)
+    if beginning.meta is not None:
+        engine.restored()
+        random.restored()
+        loader.restore(beginning.meta["ledger"])
+        state = RunState.load(beginning.meta["run"], job.health)
+    if snapshots is not None:
+        checkpoints.epoch = snapshots.epoch
     _open_segments(job, plans, loader)
-    checkpoints.sweep()
-    savers: list[Saver] = [DurableSaver(checkpoints, engine, random, loader)]
     return Run(
         job=job,
         world=world,
@@ -81,11 +91,29 @@ def build(job: JobSpec, world: World, *, resume: bool) -> Run:
         engine=engine,
         loader=loader,
         evaluator=Evaluator(engine, data.validation, job, world),
-        savers=savers,
-        metrics=Metrics(folder, job.log, job.name, rank=world.rank, resume_step=state.step if resume else None),
+        savers=[DurableSaver(checkpoints, engine, random)],
+        snapshots=snapshots,
+        beginning=beginning,
+        metrics=Metrics(
+            folder, job.log, job.name, rank=world.rank, resume_step=None if start == "anew" else state.step
+        ),
         console=RunConsole(rank=world.rank, steps=plans[-1].end_step, done=state.step, log_every=job.log.every),
         profile=ProfileWindow(job.profile, folder / "profile", world.rank),
         speed=Speed.of(model_flops_per_token(job.model, job.data.sequence_length), gpus=world.size),
+    )
+
+
+def _snapshots(job: JobSpec, world: World, shards: Mapping[str, Shard], random: RandomState) -> Snapshots | None:
+    if job.snapshot == "off":
+        return None
+    return Snapshots(
+        job.snapshot,
+        Path(job.output),
+        world,
+        job.layout,
+        shards,
+        layout_hash=layout_hash(job),
+        capture=random.capture,
     )
 
 
@@ -109,18 +137,3 @@ def _open_segments(job: JobSpec, plans: tuple[StagePlan, ...], loader: BatchLoad
     for plan, stage in zip(plans, job.stages, strict=True):
         if plan.end_sample > loader.consumed:
             loader.open_segment(stage.mixture, start=max(plan.start_sample, loader.consumed))
-
-
-def _resume(
-    job: JobSpec, checkpoints: Checkpoints, engine: TorchEngine, random: RandomState, loader: BatchLoader
-) -> RunState:
-    path = checkpoints.latest()
-    if path is None:
-        raise CheckpointError(
-            f"{job.output}: nothing to resume from, checkpoints/ holds no complete checkpoint; use --force"
-        )
-    meta: dict[str, Any] = checkpoint.load(path, {**engine.state(), **random.shards()})
-    engine.restored()
-    random.restored()
-    loader.restore(meta["ledger"])
-    return RunState.load(meta["run"], job.health)

@@ -57,11 +57,13 @@ class Checkpoints:
     """The folder `OUTPUT/checkpoints` of one run. Every method is collective."""
 
     def __init__(self, root: Path, spec: CheckpointSpec, world: World, *, run: str, layout: str) -> None:
-        self._root = root
+        self.root = root
         self._spec = spec
         self._world = world
         self._run = run
         self._layout = layout
+        self.epoch = 0
+        """With the step it orders checkpoints; snapshot agents begin a new one at every start."""
 
     def due(self, step: int) -> bool:
         """Whether the spec wants a checkpoint after `step` completed steps, besides the last one."""
@@ -73,7 +75,7 @@ class Checkpoints:
         Raises:
             OutputError: the disk is full or the folder cannot be written; checkpoints already there stay whole.
         """
-        tmp, final = durable.staging(self._root, 0, step), durable.folder(self._root, step)
+        tmp, final = durable.staging(self.root, self.epoch, step), durable.folder(self.root, step)
         failure: Exception | None = None
         try:
             if self._world.rank == 0:
@@ -94,28 +96,28 @@ class Checkpoints:
 
     def _publish(self, tmp: Path, final: Path, step: int, meta: dict[str, Any]) -> None:
         durable.write_manifest(
-            tmp, run=self._run, epoch=0, step=step, layout=self._layout, ranks=self._world.size, meta=meta
+            tmp, run=self._run, epoch=self.epoch, step=step, layout=self._layout, ranks=self._world.size, meta=meta
         )
         durable.verify(tmp)
         durable.publish(tmp, final)
-        durable.prune(self._root, self._spec.keep)
+        durable.prune(self.root, self._spec.keep)
 
     def _agree(self, failure: Exception | None) -> None:
         """Raise on all ranks when one of them failed."""
         if self._world.any(failure is not None):
             raise OutputError(
-                f"rank {self._world.rank}: checkpoint to {self._root} failed: "
+                f"rank {self._world.rank}: checkpoint to {self.root} failed: "
                 f"{failure or 'on another rank'}; earlier checkpoints are untouched"
             )
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, or None."""
-        return durable.latest(self._root)
+        return durable.latest(self.root)
 
     def sweep(self) -> None:
         """Delete what an interrupted writer left behind."""
         if self._world.rank == 0:
-            durable.sweep(self._root)
+            durable.sweep(self.root)
 
 
 def load(path: Path, shards: Mapping[str, Shard]) -> dict[str, Any]:

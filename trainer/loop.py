@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from parallel.engine import Engine, StepResult
 from trainer.console import LogLine, RunConsole
@@ -13,7 +13,9 @@ from trainer.evaluation import Evaluator
 from trainer.interrupt import Interrupt
 from trainer.metrics import Metrics, StepMetrics
 from trainer.profile import ProfileWindow
+from trainer.restore import Beginning
 from trainer.run_state import RunState
+from trainer.snapshots import Snapshots
 from trainer.spec import JobSpec
 from trainer.speed import Speed
 from trainer.stages import StagePlan, global_size_at
@@ -23,7 +25,7 @@ from trainer.world import World
 class Saver(Protocol):
     """Keeps the state of a run somewhere; asked after every step."""
 
-    def after_step(self, state: RunState, *, last: bool) -> None: ...
+    def after_step(self, state: RunState, meta: dict[str, Any], *, last: bool) -> None: ...
 
 
 @dataclass(kw_only=True)
@@ -38,6 +40,8 @@ class Run:
     loader: BatchLoader
     evaluator: Evaluator
     savers: Sequence[Saver]
+    snapshots: Snapshots | None
+    beginning: Beginning
     metrics: Metrics
     console: RunConsole
     profile: ProfileWindow
@@ -46,6 +50,10 @@ class Run:
     @property
     def last_step(self) -> int:
         return self.plans[-1].end_step
+
+    def meta(self) -> dict[str, Any]:
+        """What continues the run besides the tensors, as plain values."""
+        return {"run": self.state.save(), "ledger": self.loader.state()}
 
 
 def stage_at(plans: Sequence[StagePlan], step: int) -> StagePlan:
@@ -59,7 +67,7 @@ def train(run: Run, interrupt: Interrupt) -> bool:
     Raises:
         TrainingStopped: too many steps in a row were not finite.
     """
-    if run.state.step == 0:
+    if run.state.step == 0 or _evaluation_is_due(run):
         _evaluate(run)
     while run.state.step < run.last_step:
         _step(run)
@@ -68,7 +76,7 @@ def train(run: Run, interrupt: Interrupt) -> bool:
         if _evaluation_is_due(run):
             _evaluate(run)
         for saver in run.savers:
-            saver.after_step(run.state, last=last)
+            saver.after_step(run.state, run.meta(), last=last)
         if interrupted and run.state.step < run.last_step:
             run.metrics.event("interrupted", step=run.state.step)
             run.console.say(f" interrupted after iteration {run.state.step}; state saved, continue with --resume")
@@ -83,13 +91,15 @@ def _step(run: Run) -> None:
     run.profile.before(state.step)
     started = time.perf_counter()
     batch = run.loader.next_batch()
-    result = run.engine.step(batch, lr)
+    result = run.engine.step(batch, lr, None if run.snapshots is None else run.snapshots.before_update)
     elapsed = time.perf_counter() - started
     run.profile.after(state.step)
     state.step += 1
     run.speed.add(size * run.job.data.sequence_length, elapsed)
     _report(run, plan, result, lr, size, elapsed)
     _judge(run, result)
+    if run.snapshots is not None:
+        run.snapshots.offer(state, run.meta(), elapsed)
 
 
 def _report(run: Run, plan: StagePlan, result: StepResult, lr: float, size: int, elapsed: float) -> None:

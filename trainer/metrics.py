@@ -88,7 +88,7 @@ class Metrics:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Rewrite a metrics file without the lines of later steps and without a torn last line."""
+    """Rewrite a metrics file as it was right after `step`, before its evaluation, and without a torn last line."""
     if not path.exists():
         return
     kept = []
@@ -97,7 +97,7 @@ def drop_after(path: Path, step: int) -> None:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if record["step"] <= step:
+        if record["step"] < step or (record["step"] == step and "eval" not in record):
             kept.append(line)
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

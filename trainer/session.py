@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.build import build
-from trainer.errors import OutputError
+from trainer.errors import OutputError, TrainingStopped
 from trainer.interrupt import Interrupt
 from trainer.loop import Run, train
 from trainer.metrics import evaluations
+from trainer.restore import Start
 from trainer.spec import JobSpec
 from trainer.spec_file import RUN_FILE, load_job, load_run, save_job
 from trainer.world import World, join
@@ -25,11 +26,15 @@ def run_session(path: Path, overrides: Sequence[str], *, resume: bool) -> bool:
     logging.basicConfig(format=" %(levelname)s: %(message)s", level=logging.WARNING)
     with Interrupt() as interrupt:
         world = join(job.layout.world_size, job.numerics)
-        resume = _continues(job, resume)
+        start = _start(job, resume)
         _open_folder(job, world)
-        run = build(job, world, resume=resume)
+        run = build(job, world, start=start)
         try:
             finished = _train(run, interrupt)
+            _leave_agents(run)
+        except TrainingStopped:
+            _leave_agents(run)
+            raise
         finally:
             run.profile.close()
             run.metrics.close()
@@ -39,15 +44,23 @@ def run_session(path: Path, overrides: Sequence[str], *, resume: bool) -> bool:
         return finished
 
 
-def _continues(job: JobSpec, resume: bool) -> bool:
-    """Whether to continue from a checkpoint; a rank that torchrun restarted does whenever there is one."""
+def _start(job: JobSpec, resume: bool) -> Start:
+    """A rank that a launcher started again goes on by itself; a user who starts a run twice must say what is meant."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        return "restart"
+    if resume:
+        return "resume"
     folder = Path(job.output)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if restarted:
-        return (folder / "checkpoints" / "latest").exists()
-    if not resume and (folder / "metrics.jsonl").exists():
+    if (folder / "metrics.jsonl").exists():
         raise OutputError(f"{folder} holds a run already: continue it with --resume, or start it anew with --force")
-    return resume
+    return "anew"
+
+
+def _leave_agents(run: Run) -> None:
+    """The job is over, or its state is on disk: nobody needs the agents' memory any more."""
+    if run.snapshots is not None:
+        run.metrics.event("snapshots", **run.snapshots.timings())
+        run.snapshots.close(finished=True)
 
 
 def _open_folder(job: JobSpec, world: World) -> None:
@@ -71,6 +84,10 @@ def _train(run: Run, interrupt: Interrupt) -> bool:
         ranks=run.world.size,
         layout=[layout.data, layout.pipeline, layout.tensor],
     )
+    beginning = run.beginning
+    run.metrics.event("began", source=beginning.source, step=beginning.step, reason=beginning.reason)
+    if beginning.source != "nothing":
+        run.console.say(f" continues after iteration {beginning.step} from {beginning.source}: {beginning.reason}")
     with run.console:
         finished = train(run, interrupt)
     if finished:

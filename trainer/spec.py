@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from ft.spec import SnapshotSpec
 from parallel.layout import Layout
 from parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec, Section
 from trainer.data.spec import DataSpec
@@ -97,7 +98,7 @@ class JobSpec(Section):
     log: LogSpec = LogSpec()
     profile: ProfileSpec | None = None
     cluster: ClusterSpec = ClusterSpec()
-    snapshot: Literal["off"] = "off"
+    snapshot: SnapshotSpec | Literal["off"] = "off"
 
     @property
     def layout(self) -> Layout:

@@ -27,11 +27,15 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on at least one rank. Collective."""
+        return bool(self.largest(int(flag)))
+
+    def largest(self, value: int) -> int:
+        """The largest of all ranks' values. Collective."""
         if self.size == 1:
-            return flag
-        value = torch.tensor([float(flag)], device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
+            return value
+        number = torch.tensor([value], device=self.device)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return int(number.item())
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -228,6 +228,9 @@ def _rotary(fields: _Fields, theta: str, fraction: str | None) -> dict[str, Any]
     unknown = sorted(set(rope) - {"rope_theta", "rope_type", "type", "partial_rotary_factor"})
     if unknown:
         raise SpecError(f"config.json: rope_parameters.{unknown[0]} is not understood")
+    if fraction is None and rope.get("partial_rotary_factor", 1.0) != 1.0:
+        # Their classes read it for other kinds of RoPE alone.
+        raise SpecError("config.json: rope_parameters.partial_rotary_factor is not supported for this model_type")
     old_fraction = 1.0 if fraction is None else fields.take(fraction, 0.25)
     return {
         "rope_theta": float(rope.get("rope_theta", fields.take(theta, 10000.0))),

@@ -1,0 +1,222 @@
+"""Snapshots in memory as the loop sees them: offered after a step, joined before the next update, restored at a start.
+
+The worker's half of `ft`: it knows which node a rank is on and what its state is; agents do the rest.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ft.agent_config import AgentConfig, DurableConfig, GroupConfig, runtime_folder
+from ft.agent_registry import Registry
+from ft.auth import create_secret, load_secret
+from ft.client import AgentClient, ensure_agent
+from ft.errors import AgentError
+from ft.interval import Interval
+from ft.placement import Group, place
+from ft.snapshot import Restoration, Snapshotter, plan_part
+from ft.spec import CodeSpec, SnapshotSpec
+from parallel.layout import Layout
+from parallel.shard import Shard
+from trainer.checkpoint import OPTIONAL
+from trainer.run_state import RunState
+from trainer.world import World
+
+SECRET = "secret"
+"""File in the run folder; a run that starts anew gets another, and with it another identity."""
+
+META_BYTES = 1 << 20
+
+
+def code_for(nodes: int, code: CodeSpec | None) -> CodeSpec:
+    """The code of a spec, or (4, 2) made smaller until a group of it fits the nodes, parity last."""
+    if code is not None:
+        return code
+    parity = 2 if nodes >= 4 else 1
+    return CodeSpec(data=max(1, min(4, nodes - parity)), parity=parity)
+
+
+def groups_of(nodes: int, spec: SnapshotSpec) -> tuple[Group, ...]:
+    """Which nodes protect each other.
+
+    Raises:
+        PlacementError: the code does not fit the nodes.
+    """
+    code = code_for(nodes, spec.code)
+    domains = list(spec.domains) if isinstance(spec.domains, tuple) else nodes
+    return place(domains, code.data, code.parity)
+
+
+def run_identity(secret: bytes) -> str:
+    """What a run is called among agents; says nothing about the secret."""
+    return hashlib.sha256(b"keepwarm run " + secret).hexdigest()[:16]
+
+
+class Snapshots:
+    """One rank's link to the agent of its node. Every method is collective."""
+
+    def __init__(
+        self,
+        spec: SnapshotSpec,
+        folder: Path,
+        world: World,
+        layout: Layout,
+        state: Mapping[str, Shard],
+        *,
+        layout_hash: str,
+        capture: Callable[[], None],
+    ) -> None:
+        """Start the agents that do not run yet, and attach to this node's.
+
+        Args:
+            folder: the run folder, on storage that all nodes share.
+            state: live shards; their names, shapes and memory stay what they are for the life of the engine.
+            capture: called right before a snapshot, to bring `state` up to date with what lies elsewhere.
+
+        Raises:
+            PlacementError, MemoryTooSmall, AgentError: with the arithmetic, before anything was changed.
+        """
+        self._spec, self._world, self._capture = spec, world, capture
+        node, local = divmod(world.rank, layout.ranks_per_node)
+        groups = groups_of(layout.nodes, spec)
+        slot_bytes = self._slot_bytes(plan_part(state, world.rank, spec.bucket).size, layout)
+        secret_path = folder / SECRET
+        if world.rank == 0:
+            create_secret(secret_path)
+        world.barrier()
+        secret = load_secret(secret_path)
+        run = run_identity(secret)
+        config = _agent_config(spec, folder, run=run, slot=node, groups=groups, slot_bytes=slot_bytes)
+        self._together(lambda: ensure_agent(config) if local == 0 else None)
+        self._registry = Registry(folder)
+        self._client = AgentClient(config.socket, run=run, secret=secret, worker=local)
+        self._snapshotter = Snapshotter(
+            self._client,
+            state,
+            layout=layout_hash,
+            rank=world.rank,
+            world=world.size,
+            workers=layout.ranks_per_node,
+            node=node,
+            nodes=layout.nodes,
+            bucket_bytes=spec.bucket,
+            busy=spec.busy,
+            meta_bytes=META_BYTES,
+            deadline=spec.commit_deadline,
+            optional=(OPTIONAL,),
+        )
+        self.protected = all(group.protected for group in groups)
+        self._interval = Interval(mtbf=spec.mtbf)
+        self._next = 0
+        self._seen_commits = 0
+
+    @property
+    def epoch(self) -> int:
+        """Grows by one with every start of the workers; part of a snapshot's identity."""
+        return self._client.epoch
+
+    def restore(self) -> Restoration | str:
+        """Begin the next epoch and write what the agents have into the live shards; else why there is nothing."""
+        newest = self._world.largest(self._registry.newest_epoch() if self._world.rank == 0 else 0)
+        return self._snapshotter.restore(newest + 1)
+
+    def before_update(self) -> None:
+        """Join the running copy: the optimizer is about to change the tensors."""
+        self._snapshotter.join()
+
+    def offer(self, state: RunState, meta: dict[str, Any], step_seconds: float) -> None:
+        """Begin a snapshot when one is due after this step; copied while training goes on."""
+        self._interval = self._interval.measured(step=step_seconds)
+        if state.step < self._next or self._client.gone:
+            return
+        self._capture()
+        self._snapshotter.offer(state.step, json.dumps(meta).encode())
+        self._next = state.step + self._every()
+
+    def _every(self) -> int:
+        """Steps to the next snapshot: as the spec says, or agreed from what all ranks measured."""
+        if isinstance(self._spec.every, int):
+            return self._spec.every
+        commits = [commit.seconds for commit in self._client.commits]
+        self._interval = self._interval.measured(
+            copy=self._snapshotter.timings.blocked, commit=commits[-1] if commits else None
+        )
+        return self._world.largest(self._interval.steps)
+
+    @property
+    def failure(self) -> str | None:
+        """Why the last snapshot was not taken; training goes on without it."""
+        failure = self._snapshotter.failure
+        return "the agent has gone" if self._client.gone else None if failure is None else str(failure)
+
+    def timings(self) -> dict[str, float]:
+        """Seconds and bytes of this rank, for the event log."""
+        timings = self._snapshotter.timings
+        return {
+            "taken": timings.taken,
+            "skipped": timings.skipped,
+            "blocked_s": timings.total_blocked,
+            "last_copy_s": timings.copy,
+            "bytes": timings.bytes,
+        }
+
+    def close(self, *, finished: bool) -> None:
+        """Take leave of the agent; it ends when a finished job's workers all have."""
+        self._snapshotter.join()
+        self._client.close(end_of_job=finished)
+
+    def _slot_bytes(self, part: int, layout: Layout) -> int:
+        """Bytes of the largest node state: the sum over a node's ranks, the largest over the nodes."""
+        parts = torch.zeros(self._world.size, dtype=torch.int64)
+        parts[self._world.rank] = part
+        if self._world.size > 1:
+            dist.all_reduce(parts)
+        return int(parts.view(layout.nodes, layout.ranks_per_node).sum(dim=1).max())
+
+    def _together(self, action: Callable[[], object]) -> None:
+        """Run an action that may fail on some ranks, and let all ranks know."""
+        failure: Exception | None = None
+        try:
+            action()
+        except Exception as error:
+            failure = error
+        if self._world.any(failure is not None):
+            raise failure or AgentError(f"rank {self._world.rank}: the agent of another node could not be started")
+
+
+def _agent_config(
+    spec: SnapshotSpec, folder: Path, *, run: str, slot: int, groups: tuple[Group, ...], slot_bytes: int
+) -> AgentConfig:
+    durable = spec.durable
+    return AgentConfig(
+        run=run,
+        slot=slot,
+        folder=str(runtime_folder(run, slot)),
+        shared=str(folder),
+        secret=str(folder / SECRET),
+        groups=tuple(GroupConfig(members=group.members, parity=group.m) for group in groups),
+        slot_bytes=slot_bytes,
+        bucket_bytes=spec.bucket,
+        rate=spec.bandwidth,
+        silence=spec.silence,
+        lease=spec.lease,
+        inventory_deadline=spec.inventory_deadline,
+        scrub=spec.scrub,
+        threads=spec.threads,
+        port=spec.port,
+        durable=None
+        if durable is None
+        else DurableConfig(
+            root=str(folder / "checkpoints"),
+            every=durable.every,
+            keep=durable.keep,
+            keep_every=durable.keep_every,
+            compress=durable.compress,
+            deadline=durable.deadline,
+        ),
+    )
