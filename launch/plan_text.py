@@ -20,6 +20,7 @@ def print_plan(plan: Plan) -> None:
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.width = 4096  # a path is one word
     yaml.dump(plan.job.model_dump(mode="json"), sys.stdout)
     for part in (_layout(plan), _memory(plan), _stages(plan), *_curves(plan)):
         print("\n".join(["", *part]))
@@ -92,8 +93,8 @@ def _layout(plan: Plan) -> list[str]:
             [f"1-{layout.data - 1}", "the same", f"+ {replica} each", f"+ {replica / layout.ranks_per_node:g}", ""]
         )
     return [
-        f"layout: data {layout.data} x pipeline {layout.pipeline} x tensor {layout.tensor} = {layout.world_size} "
-        f"ranks on {layout.nodes} {'node' if layout.nodes == 1 else 'nodes'} of {layout.ranks_per_node}",
+        f"layout: data {layout.data} x pipeline {layout.pipeline} x tensor {layout.tensor} = "
+        f"{_plural(layout.world_size, 'rank')} on {_plural(layout.nodes, 'node')} of {layout.ranks_per_node}",
         *table(("data", "pipeline", "ranks by tensor", "node", "layers"), rows),
     ]
 
@@ -131,6 +132,10 @@ def _stages(plan: Plan) -> list[str]:
 def _curves(plan: Plan) -> Iterator[list[str]]:
     for stage in plan.stages:
         yield [f"learning rate of {stage.name}, {stage.curve.kind}:", *chart(stage.curve)]
+
+
+def _plural(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def _range(layers: range) -> str:

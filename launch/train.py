@@ -28,7 +28,9 @@ def train_here(path: Path, overrides: Sequence[str], mode: Mode) -> None:
     check_data_exists(job.data)
     with prepared(job, mode) as folder:
         world_size = job.layout.world_size
-        console.print(f"keepwarm: {job.name}: starting {world_size} ranks; outputs in {folder}")
+        console.print(
+            f"keepwarm: {job.name}: starting {world_size} {'rank' if world_size == 1 else 'ranks'}; outputs in {folder}"
+        )
         run_ranks(
             [str(folder / RUN_FILE), *(["--resume"] if mode == "resume" else [])],
             world_size=world_size,

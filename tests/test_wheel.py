@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+OURS = {"trainer", "launch", "parallel", "ft"}
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +27,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty virtual environment with the wheel in it.
 
-    Its dependencies are linked from the running environment, package by package, without keepwarm's own editable
-    install: the test needs no network, and what is tested comes out of the wheel.
+    Its dependencies are linked from the running environment, package by package, without what keepwarm itself put
+    there: the test needs no network, and what is tested comes out of the wheel. A link under one of our names would
+    let pip write through it into the running environment.
     """
     home = tmp_path_factory.mktemp("venv")
     venv.create(home, with_pip=False)
     (target,) = home.glob("lib/python3*/site-packages")
     for entry in Path(sysconfig.get_path("purelib")).iterdir():
-        if "keepwarm" not in entry.name and entry.suffix != ".pth":
+        if entry.name not in OURS and "keepwarm" not in entry.name and entry.suffix != ".pth":
             (target / entry.name).symlink_to(entry)
     install = [sys.executable, "-m", "pip", "--python", str(home / "bin" / "python"), "install", "--no-deps"]
     subprocess.run([*install, "--no-index", "--quiet", str(wheel)], check=True, timeout=120)
@@ -51,7 +53,7 @@ def run(environment: Path, cwd: Path, *command: str) -> str:
 
 def test_the_wheel_holds_the_four_packages_and_the_configs(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"trainer", "launch", "parallel", "ft"}
+    assert {name.split("/")[0] for name in names if "dist-info" not in name} == OURS
     for path in ("ci/tiny.yaml", "models/tiny.yaml", "corpora/handbook_en.jsonl.zst", "corpora/LICENSE.md"):
         assert f"trainer/configs/{path}" in names
 
@@ -60,5 +62,5 @@ def test_plan_from_an_empty_environment(environment: Path, tmp_path: Path) -> No
     where = run(environment, tmp_path, "python", "-P", "-c", "import trainer; print(trainer.__file__)")
     assert str(environment.parent) in where
     plan = run(environment, tmp_path, "keepwarm", "plan", "configs/ci/tiny.yaml")
-    assert "= 1 ranks on 1 node" in plan
+    assert "= 1 rank on 1 node" in plan
     assert str(environment.parent) in plan, "the corpus must be the wheel's own"
