@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 POLL = 0.3
 """Seconds between looks at the shared folder while an epoch is not settled."""
+CONNECTED_GRACE = 5.0
+"""Seconds that the choice waits for a connected agent whose answer could not change it: left out, it would need
+another epoch to take part again."""
+KNOWN_GRACE = 0.5
+"""The same for an agent that has published where it listens and is not connected (yet)."""
 
 
 class Settler:
@@ -26,7 +31,7 @@ class Settler:
         self._epoch = 0
         self._asked: set[int] = set()
         self._inventories: dict[int, Inventory] = {}
-        self._deadline = 0.0
+        self._began = self._deadline = 0.0
         self._next_look = 0.0
         self._orders: tuple[tuple[int, Decode], ...] = ()
         self._pin: Pin | None = None
@@ -50,7 +55,8 @@ class Settler:
         agent = self._agent
         self._epoch, self._pin, self._orders, self._wanted = epoch, None, (), ""
         self._inventories, self._asked, self._ready = {}, set(), False
-        self._deadline = time.monotonic() + agent.config.inventory_deadline
+        self._began = time.monotonic()
+        self._deadline = self._began + agent.config.inventory_deadline
         agent.repair.begin_epoch()
         agent.connect_peers(everyone=True)
         for link in agent.network.links.values():
@@ -119,6 +125,8 @@ class Settler:
         if self._pin is not None or not self._ready or not (first or late):
             return
         topology = agent.state.topology
+        if self._unheard(now):
+            return
         expected = range(topology.slots)
         answer = recovery.choose(self._inventories, topology.groups, expected, now > self._deadline)
         if isinstance(answer, recovery.Wait):
@@ -138,6 +146,14 @@ class Settler:
         for link in agent.network.links.values():
             link.send(pin)
         self._settled(pin, orders)
+
+    def _unheard(self, now: float) -> bool:
+        """Whether agents that can be expected to answer at once have not."""
+        registry, links = self._agent.registry, self._agent.network.links
+        missing = set(range(self._agent.state.topology.slots)) - self._inventories.keys()
+        if now < self._began + CONNECTED_GRACE and missing & links.keys():
+            return True
+        return now < self._began + KNOWN_GRACE and any(registry.endpoint(slot) is not None for slot in missing)
 
     def _settled(self, pin: Pin, orders: tuple[tuple[int, Decode], ...]) -> None:
         agent = self._agent

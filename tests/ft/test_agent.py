@@ -1,19 +1,27 @@
 """Real agent processes: snapshots are committed, survive their workers, come back to the bit, and leave nothing."""
 
-import json
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from ft.messages import SnapshotId
+from ft import durable
+from ft.agent_config import DurableConfig
+from ft.client import AgentClient
+from ft.errors import AuthenticationFailed, ForeignSnapshot, MemoryTooSmall
 from tests.support.ft_nodes import Nodes, equal, nodes, random_state, together
 
 
-def settle(world: Nodes, snapshotters: list, epoch: int) -> list:
+def settle(world: Nodes, snapshotters: list[Any], epoch: int) -> list[Any]:
     return together(lambda s: s.restore(epoch), snapshotters)
 
 
-def take(snapshotters: list, step: int) -> None:
+def take(snapshotters: list[Any], step: int) -> None:
     for snapshotter in snapshotters:
         snapshotter.offer(step, f"meta {step} {snapshotter.rank}".encode())
     for snapshotter in snapshotters:
@@ -29,7 +37,7 @@ def test_one_node_commits_and_restores(tmp_path: Path) -> None:
         snapshotters = world.snapshotters(states)
         assert settle(world, snapshotters, 1) == ["no agent holds a snapshot in memory"] * 2
         take(snapshotters, 5)
-        for rank, state in enumerate(states):
+        for state in states:
             for tensor in state.values():
                 tensor.local.zero_()
         for each in world.clients:
@@ -57,3 +65,258 @@ def test_lost_agents_are_rebuilt_from_their_group(tmp_path: Path, count: int, pa
         restored = settle(world, world.snapshotters(fresh), 2)
         assert [(r.step, r.meta) for r in restored] == [(7, f"meta 7 {rank}".encode()) for rank in range(count)]
         assert all(equal(state, random_state(rank, count)) for rank, state in enumerate(fresh))
+
+
+WORKER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from tests.support.ft_nodes import Nodes, random_state
+rank, moment = int(sys.argv[3]), sys.argv[4]
+world = Nodes(Path(sys.argv[2]), 2, groups=[((0, 1), 1)])
+import ft.snapshot
+from ft.snapshot import Snapshotter
+state = random_state(rank, 2)
+snapshotter = Snapshotter(
+    world.connect(rank), state, layout="layout", rank=rank, world=2, workers=1, node=rank, nodes=2,
+    bucket_bytes=65536, deadline=60.0, meta_bytes=1024,
+)
+snapshotter.restore(1)
+def say(text):
+    print(text, flush=True)
+def take(step):
+    for tensor in state.values():
+        tensor.local.add_(1)
+    snapshotter.offer(step, b"meta")
+    snapshotter.join()
+    assert snapshotter.failure is None, snapshotter.failure
+if moment == "committed":
+    take(1)
+    snapshotter.client.wait_committed(snapshotter.sealed)
+    say("ready"); sys.stdin.read()
+take(1)
+snapshotter.client.wait_committed(snapshotter.sealed)
+if moment == "copying":
+    original = ft.snapshot.np.copyto
+    def stop(*arguments):
+        original(*arguments)
+        say("ready"); sys.stdin.read()
+    ft.snapshot.np.copyto = stop
+if moment == "granted":
+    def stop(*arguments):
+        say("ready"); sys.stdin.read()
+    snapshotter._copy = stop
+take(2)
+say("ready"); sys.stdin.read()
+"""
+
+
+def run_workers(world: Nodes, moment: str) -> None:
+    """Two worker processes that are killed with SIGKILL when (one of) them has reached a moment of step 2."""
+    root = str(Path(__file__).parents[2])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, root, str(world.folder), str(rank), moment],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.parametrize(("moment", "step"), [("committed", 1), ("granted", 1), ("copying", 1), ("sealed", 2)])
+def test_workers_killed_at_any_moment(tmp_path: Path, moment: str, step: int) -> None:
+    with nodes(tmp_path, 2) as world:
+        run_workers(world, moment)
+        fresh = [random_state(rank, 2, seed=9) for rank in range(2)]
+        restored = settle(world, world.snapshotters(fresh), 2)
+        assert [r.step for r in restored] == [step] * 2
+        for rank, state in enumerate(fresh):
+            expected = random_state(rank, 2)
+            for _ in range(step):
+                for tensor in expected.values():
+                    tensor.local.add_(1)
+            assert equal(state, expected)
+
+
+def test_a_rotten_chunk_is_repaired_by_the_scrub_and_at_restore(tmp_path: Path) -> None:
+    with nodes(tmp_path, 3, groups=[((0, 1, 2), 1)], scrub=0.2) as world:
+        states = [random_state(rank, 3) for rank in range(3)]
+        snapshotters = world.snapshotters(states)
+        settle(world, snapshotters, 1)
+        take(snapshotters, 1)
+        snapshotters[1].client.slots[0].data[70_000] ^= 255
+        snapshotters[1].client.slots[1].data[70_000] ^= 255
+        wait_for(lambda: "a chunk is back" in world.log(1))
+        assert world.status(1).scrub["damaged"] >= 1
+        for each in world.clients:
+            each.close()
+        fresh = [random_state(rank, 3, seed=9) for rank in range(3)]
+        restored = settle(world, world.snapshotters(fresh), 2)
+        assert [r.step for r in restored] == [1] * 3
+        assert all(equal(state, random_state(rank, 3)) for rank, state in enumerate(fresh))
+
+
+def test_more_losses_than_parity_are_said_with_the_reason(tmp_path: Path) -> None:
+    with nodes(tmp_path, 3, groups=[((0, 1, 2), 1)]) as world:
+        snapshotters = world.snapshotters([random_state(rank, 3) for rank in range(3)])
+        settle(world, snapshotters, 1)
+        take(snapshotters, 1)
+        for each in world.clients:
+            each.close()
+        for slot in (0, 2):
+            world.kill(slot)
+            world.start(slot)
+        fresh = [random_state(rank, 3, seed=9) for rank in range(3)]
+        restored = settle(world, world.snapshotters(fresh), 5)
+        assert all("needs 2 good chunks and has 1" in text for text in restored)
+        assert all(equal(state, random_state(rank, 3, seed=9)) for rank, state in enumerate(fresh))
+
+
+def test_a_restarted_agent_is_filled_by_the_next_snapshot(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2) as world:
+        states = [random_state(rank, 2) for rank in range(2)]
+        snapshotters = world.snapshotters(states)
+        settle(world, snapshotters, 1)
+        take(snapshotters, 1)
+        world.kill(1)
+        assert snapshotters[1].client.gone or wait_for(lambda: snapshotters[1].client.gone) is None
+        snapshotters[1].offer(2, b"")
+        assert snapshotters[1].join() == 0.0
+        world.start(1)
+        again = world.snapshotters(states, only=1)[0]
+        wait_for(lambda: world.status(1).mode == "active" and world.status(0).epoch == world.status(1).epoch)
+        wait_for(lambda: snapshotters[0].client.epoch == again.client.epoch == world.status(0).epoch)
+        take([snapshotters[0], again], 3)
+        assert {held.step for held in world.status(1).held} >= {3}
+
+
+def test_nothing_is_left_when_the_job_ends_or_everything_is_killed(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2) as world:
+        snapshotters = world.snapshotters([random_state(rank, 2) for rank in range(2)])
+        settle(world, snapshotters, 1)
+        take(snapshotters, 1)
+        snapshotters[0].client.close(end_of_job=True)
+        world.wait_dead(0)
+        assert not Path(world.configs[0].folder).exists()
+        assert not (tmp_path / "shared/agents/0.json").exists()
+        world.kill(1)
+        assert Path(world.configs[1].folder).exists()
+        snapshotters[1].client.close()
+        world.start(0)
+        assert not Path(world.configs[1].folder).exists()
+        assert "removed what a killed agent left" in world.log(0)
+
+
+def test_an_agent_ends_when_nobody_needs_it(tmp_path: Path) -> None:
+    with nodes(tmp_path, 1, lease=0.3) as world:
+        world.wait_dead(0)
+        assert "nobody has needed this agent" in world.log(0)
+        assert not Path(world.configs[0].folder).exists()
+
+
+def test_too_little_memory_is_said_before_anything_begins(tmp_path: Path) -> None:
+    world = Nodes(tmp_path, 1, slot_bytes=2**45)
+    with pytest.raises(MemoryTooSmall, match="is available"):
+        world.start(0)
+
+
+@pytest.mark.parametrize("secret", [b"x" * 64, b""])
+def test_a_stranger_on_the_socket_is_refused(tmp_path: Path, secret: bytes) -> None:
+    with nodes(tmp_path, 1) as world:
+        with pytest.raises(AuthenticationFailed):
+            AgentClient(world.configs[0].socket, run=world.run, secret=secret, deadline=10.0)
+        assert "refused a process on the socket" in world.log(0)
+        assert world.configs[0].socket.stat().st_mode & 0o777 == 0o600
+        assert Path(world.configs[0].folder).stat().st_mode & 0o777 == 0o700
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(world.configs[0].socket))
+            sock.sendall(b"\xff" * 100)
+            while sock.recv(4096):
+                pass
+        assert world.status(0).slot == 0
+
+
+def test_an_agent_is_small_and_imports_no_torch() -> None:
+    code = "import sys, ft.agent, psutil; assert 'torch' not in sys.modules; print(psutil.Process().memory_info().rss)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=Path(__file__).parents[2])
+    assert int(done.stdout) < 60 << 20
+
+
+def test_committed_snapshots_become_checkpoints(tmp_path: Path) -> None:
+    config = DurableConfig(root=str(tmp_path / "checkpoints"), every=2, keep=1, compress=True)
+    with nodes(tmp_path, 2, durable=config) as world:
+        states = [random_state(rank, 2) for rank in range(2)]
+        snapshotters = world.snapshotters(states)
+        settle(world, snapshotters, 1)
+        take(snapshotters, 1)
+        take(snapshotters, 2)
+        wait_for(lambda: durable.latest(tmp_path / "checkpoints") is not None)
+        latest = durable.latest(tmp_path / "checkpoints")
+        assert latest == tmp_path / "checkpoints" / "iter_0000002"
+        manifest = durable.verify(latest)
+        names = {entry.piece.name for part in manifest.parts for entry in part.entries}
+        assert names == set(states[0])
+        for rank, part in enumerate(manifest.parts):
+            assert part.rank == rank
+        out = torch.empty_like(states[1]["w"].local)
+        durable.read_tensor(latest, manifest.parts[1], "w", out.reshape(-1).view(torch.uint8).numpy())
+        assert torch.equal(out, states[1]["w"].local)
+
+
+def test_a_failing_disk_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("not a folder")
+    with nodes(tmp_path, 1, durable=DurableConfig(root=str(tmp_path / "checkpoints"))) as world:
+        snapshotters = world.snapshotters([random_state(0, 1)])
+        settle(world, snapshotters, 1)
+        take(snapshotters, 1)
+        wait_for(lambda: "a checkpoint failed, the next is tried" in world.log(0))
+        (tmp_path / "checkpoints").unlink()
+        take(snapshotters, 2)
+        wait_for(lambda: durable.latest(tmp_path / "checkpoints") is not None)
+        assert world.status(0).durable["failed"] == 1
+
+
+def test_another_layout_restores_by_name_and_offset(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2, workers=2) as world:
+        states = [random_state(rank, 4) for rank in range(4)]
+        snapshotters = world.snapshotters(states)
+        settle(world, snapshotters, 1)
+        take(snapshotters, 1)
+        for each in world.clients:
+            each.close()
+        world.workers, world.world = 1, 2
+        fresh = [random_state(rank, 2, seed=9) for rank in range(2)]
+        restored = settle(world, world.snapshotters(fresh, layout="other"), 2)
+        assert [r.step for r in restored] == [1, 1]
+        whole = torch.cat([state["w"].local for state in states])
+        assert torch.equal(torch.cat([state["w"].local for state in fresh]), whole)
+        for name in ("b", "small", "step"):
+            assert all(torch.equal(state[name].local, states[0][name].local) for state in fresh)
+
+
+def test_a_snapshot_of_another_model_overwrites_nothing(tmp_path: Path) -> None:
+    with nodes(tmp_path, 1) as world:
+        snapshotters = world.snapshotters([random_state(0, 1)])
+        settle(world, snapshotters, 1)
+        take(snapshotters, 1)
+        world.clients[0].close()
+        other = random_state(0, 1, seed=9, rows=32)
+        before = {name: tensor.local.clone() for name, tensor in other.items()}
+        with pytest.raises(ForeignSnapshot, match="another model"):
+            world.snapshotters([other])[0].restore(2)
+        assert all(torch.equal(other[name].local, value) for name, value in before.items())
+
+
+def wait_for(ready: Any, deadline: float = 30.0) -> None:
+    end = time.monotonic() + deadline
+    while not ready():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)

@@ -73,9 +73,9 @@ class Nodes:
         return made
 
     def snapshotters(
-        self, states: Sequence[dict[str, Tensor]], layout: str = "layout", **options: Any
+        self, states: Sequence[dict[str, Tensor]], layout: str = "layout", only: int | None = None, **options: Any
     ) -> list[Snapshotter]:
-        """One per rank, all attached."""
+        """One per rank, all attached; `only` makes that rank's alone."""
 
         def make(rank: int) -> Snapshotter:
             return Snapshotter(
@@ -84,7 +84,7 @@ class Nodes:
                 **{"deadline": 30.0, "meta_bytes": 1024} | options,
             )  # fmt: skip
 
-        return together(make, range(self.world))
+        return together(make, range(self.world) if only is None else [only])
 
     def status(self, slot: int) -> Status:
         path = self.configs[slot].socket
