@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -95,25 +95,44 @@ def write_part(
         raise DurableError(f"rank {rank} has two pieces of one name")
     header = _header(rank, entries, dict(meta or {}))
     name = f"rank_{rank:05d}.safetensors" + (".zst" if compress else "")
-    path = directory / f".{name}"
-    for other in (*directory.glob(f"rank_{rank:05d}.safetensors*"), path):
-        other.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        with _writer(file, compress) as out:
-            for block in (header, *(view.data for view in views)):
-                out.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-    path.rename(directory / name)  # a part with its own name is complete
-    return Part(
-        file=name,
-        rank=rank,
-        header_xxh3=xxhash.xxh3_64_hexdigest(header),
-        header_bytes=len(header),
-        data_bytes=start,
-        entries=tuple(entries),
-    )
+    with _new_part(directory, rank, name) as file, _writer(file, compress) as out:
+        for block in (header, *(view.data for view in views)):
+            out.write(block)
+    return _part(name, rank, header, entries)
+
+
+def write_part_blocks(
+    directory: Path, rank: int, pieces: Sequence[Piece], blocks: Callable[[Piece], Iterable[Any]]
+) -> Part:
+    """`write_part` for pieces larger than memory: `blocks(piece)` gives the bytes of each in turn, in any portions.
+
+    Pieces lie in the file in the order given. A block may be overwritten by its maker once the next one is asked for.
+    """
+    # Sums are known last and stand first: as many characters are kept free for them.
+    unknown = xxhash.xxh3_64().hexdigest()
+    entries, start = [], 0
+    for piece in pieces:
+        entries.append(Entry(piece=piece, start=start, stop=start + piece.bytes, xxh3=unknown))
+        start += piece.bytes
+    if len({piece.name for piece in pieces}) != len(pieces):
+        raise DurableError(f"rank {rank} has two pieces of one name")
+    name = f"rank_{rank:05d}.safetensors"
+    with _new_part(directory, rank, name) as file:
+        room = len(_header(rank, entries, {}))
+        file.seek(room)
+        for index, entry in enumerate(entries):
+            seen, written = xxhash.xxh3_64(), 0
+            for block in blocks(entry.piece):
+                seen.update(block)
+                file.write(block)
+                written += len(block)
+            if written != entry.piece.bytes:
+                raise DurableError(f"{entry.piece.name}: {written} bytes given, its piece has {entry.piece.bytes}")
+            entries[index] = msgspec.structs.replace(entry, xxh3=seen.hexdigest())
+        header = _header(rank, entries, {})
+        file.seek(0)
+        file.write(header)
+    return _part(name, rank, header, entries)
 
 
 def write_manifest(
@@ -303,6 +322,31 @@ def _header(rank: int, entries: list[Entry], meta: dict[str, str]) -> bytes:
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+@contextlib.contextmanager
+def _new_part(directory: Path, rank: int, name: str) -> Iterator[IO[bytes]]:
+    """A file that takes the place of any part of this rank, and its name, once it is whole and synced."""
+    path = directory / f".{name}"
+    for other in (*directory.glob(f"rank_{rank:05d}.safetensors*"), path):
+        other.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    path.rename(directory / name)
+
+
+def _part(name: str, rank: int, header: bytes, entries: list[Entry]) -> Part:
+    return Part(
+        file=name,
+        rank=rank,
+        header_xxh3=xxhash.xxh3_64_hexdigest(header),
+        header_bytes=len(header),
+        data_bytes=entries[-1].stop if entries else 0,
+        entries=tuple(entries),
+    )
 
 
 class _Slice(msgspec.Struct, frozen=True):
