@@ -102,7 +102,7 @@ def learning_rate(case: Case, step: int) -> float:
 
     With SGD a rate of 0.03 already throws frequent embeddings about, and rounding in fp32 with them.
     """
-    return (3e-3 if case.optimizer == "adamw" else 0.01) * (1 - step / (2 * STEPS))
+    return (1e-3 if case.optimizer == "adamw" else 0.01) * (1 - step / (2 * STEPS))
 
 
 def global_batch(case: Case, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -288,19 +288,21 @@ def differing(a: State, b: State) -> list[str]:
 def violations(case: Case, expected: Outcome, found: Outcome) -> list[str]:
     """Where two runs differ by more than rounding allows; each text begins with loss, norm or weight.
 
-    fp64: 1e-9 relative, of weights relative to the norm of the tensor. fp32: losses 1e-5 absolute; weights 1e-6 of
-    the norm of the tensor with SGD (AdamW divides a gradient near zero by itself, so its weights are free).
+    fp64: 1e-9 relative, of weights relative to the norm of the tensor. fp32: losses 1e-5 absolute; with SGD weights
+    1e-6 of the norm of the tensor and norms 1e-4. AdamW divides a gradient near zero by itself: fp32 rounding grows
+    in its weights, and they are compared in fp64 alone.
     """
     double = case.precision == "fp64"
+    steady = double or case.optimizer == "sgd"
     problems = []
     for step, (a, b) in enumerate(zip(expected.steps, found.steps, strict=True)):
         if not abs(a.loss - b.loss) <= (1e-9 * abs(a.loss) if double else 1e-5):
             problems.append(f"loss of step {step}: {b.loss!r} instead of {a.loss!r}")
-        if not abs(a.grad_norm - b.grad_norm) <= (1e-9 if double else 1e-4) * a.grad_norm:
+        if steady and not abs(a.grad_norm - b.grad_norm) <= (1e-9 if double else 1e-4) * a.grad_norm:
             problems.append(f"norm of step {step}: {b.grad_norm!r} instead of {a.grad_norm!r}")
         if (a.tokens, a.skipped) != (b.tokens, b.skipped):
             problems.append(f"loss of step {step}: {b} instead of {a}")
-    if double or case.optimizer == "sgd":
+    if steady:
         weights = {name for name in expected.state if name.startswith("model.")}
         assert weights == {name for name in found.state if name.startswith("model.")}
         for name in sorted(weights):
