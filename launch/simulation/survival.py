@@ -12,7 +12,7 @@ from launch.simulation.cluster import Cluster
 from launch.simulation.failures import FailureModel
 from launch.simulation.scheme import Scheme
 
-CHAINS = 20_000
+CHAINS = 10_000
 AT_ONCE = 1_280_000
 """Chains that are sampled together times the square of the nodes in a rack: bounds the memory taken."""
 NEAR = 0.7

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from launch.simulation.cluster import Cluster
 from launch.simulation.failures import Failures, Kind
-from launch.simulation.scheme import Restart, Scheme
+from launch.simulation.scheme import Scheme
 
 
 @dataclass(slots=True)
@@ -62,7 +62,7 @@ class _History:
         self.clock = self.detected = self.supplied = self.resumed = 0.0
         self.begun = self.saved = self.durable = 0.0  # work, in seconds of training
         self.reached = 0.0
-        self.in_memory = scheme.groups is None
+        self.in_memory = False
         """Whether a committed snapshot can be restored."""
         self.whole = 0.0
         self.erased: defaultdict[int, set[int]] = defaultdict(set)
@@ -108,9 +108,11 @@ class _History:
         self.reached = self.begun + done
         # A thousandth of a millisecond: a snapshot that is complete up to rounding is complete.
         committed = math.floor((elapsed - times.commit) / cycle + 1e-9)
-        if committed > 0:
+        if committed > 0 and self.group_of is None:
+            self.durable = self.begun + committed * times.period
+        elif committed > 0:
             self.saved, self.in_memory = self.begun + committed * times.period, True
-        if elapsed > times.durable_lag:
+        if self.group_of is not None and elapsed > times.durable_lag:
             written = self.begun + self._work(elapsed - times.durable_lag)
             self.durable = max(self.durable, math.floor(written / times.durable_every) * times.durable_every)
 
@@ -137,22 +139,16 @@ class _History:
             self.erased.clear()
 
     def _restart(self, now: float, kind: int) -> None:
-        restart, target = self._source(kind)
-        if restart is self.times.durable:
-            self.ledger.from_durable += 1
-        else:
+        times = self.times
+        if self.in_memory:
+            worker_only = kind == Kind.WORKER and not self.erased
+            restart, target = (times.worker if worker_only else times.node), self.saved
             self.ledger.from_memory += 1
+        else:
+            restart, target = times.durable, self.durable
+            self.ledger.from_durable += 1
         self.ledger.lost += self.reached - target
         self.begun = self.saved = self.reached = target
         self.detected = now + restart.detection
         self.resumed = max(self.detected, self.supplied) + restart.recovery
-        rebuild = self.times.window - self.times.node.total
-        self.whole = self.resumed + rebuild
-
-    def _source(self, kind: int) -> tuple[Restart, float]:
-        if self.group_of is None:
-            return self.times.durable, self.saved
-        if not self.in_memory:
-            return self.times.durable, self.durable
-        worker_only = kind == Kind.WORKER and not self.erased
-        return (self.times.worker if worker_only else self.times.node), self.saved
+        self.whole = self.resumed + times.window - times.node.total
