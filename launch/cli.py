@@ -123,6 +123,14 @@ def train(
     train_here(job, overrides or [], "resume" if resume else "force" if force else "new")
 
 
+@app.command(context_settings=_PASSED_THROUGH)
+def simulate(context: typer.Context) -> None:
+    """Simulate goodput and survival on 8 to 100,000 GPUs: codes, replicas, disk, spares. Starts nothing."""
+    from launch.simulate import main as run
+
+    run(context.args)
+
+
 @data.command("train-tokenizer", context_settings=_PASSED_THROUGH)
 def train_tokenizer(context: typer.Context) -> None:
     """Train a byte-level BPE tokenizer on text."""
