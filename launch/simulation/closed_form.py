@@ -16,6 +16,9 @@ from launch.simulation.scheme import Restart, Times
 MORE_EVENTS = 3
 """Failures of one chain that are followed beyond the m + 1 which a loss takes."""
 
+MOST_AWAY = 600
+"""Nodes in repair at once, beyond which no number of spares is computed: e^-600 is near the smallest float."""
+
 
 def daly_goodput(interval: float, stall: float, restart: float, mtbf: float) -> float:
     """Productive share of the time (Daly, 2006, equation 13, complete): failures strike stalls and restarts too.
@@ -62,10 +65,12 @@ def shortage(cluster: Cluster, failures: FailureModel, horizon: float) -> NDArra
     singles = rate * (1 - failures.rack_share - failures.worker_share)
     batches = rate * failures.rack_share
     size = min(cluster.rack, cluster.nodes)
+    if singles + size * batches > MOST_AWAY:
+        return np.ones(1)
     # Panjer's recursion for a compound Poisson number (1981).
     away = [math.exp(-singles - batches)]
     tail = [1 - away[0]]
-    while tail[-1] > 1e-9 and len(tail) <= cluster.nodes:
+    while tail[-1] > 1e-9:
         n = len(away)
         batch = size * batches * away[n - size] if n >= size else 0.0
         away.append((singles * away[n - 1] + batch) / n)

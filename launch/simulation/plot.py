@@ -80,7 +80,7 @@ def _over_sizes(asked: Sequence[Asked], what: Literal["goodput", "losses"]) -> "
             (question.cluster.gpus, answer)
             for question, answers in asked
             for answer in answers
-            if _label(question, answer) == label
+            if _label(answer) == label
         ]
         if what == "goodput":
             values, errors = zip(*(answer.goodput for _, answer in found), strict=True)
@@ -98,9 +98,8 @@ def _over_sizes(asked: Sequence[Asked], what: Literal["goodput", "losses"]) -> "
 
 
 def _labels(asked: Sequence[Asked]) -> list[str]:
-    return list(dict.fromkeys(_label(question, answer) for question, answers in asked for answer in answers))
+    return list(dict.fromkeys(_label(answer) for _, answers in asked for answer in answers))
 
 
-def _label(question: Question, answer: Answer) -> str:
-    replicas = answer.scheme.groups is None or answer.scheme.name.endswith("replicas")
-    return answer.scheme.name if replicas else "snapshots"
+def _label(answer: Answer) -> str:
+    return answer.scheme.name if answer.scheme.replicas or answer.scheme.groups is None else "coded snapshots"

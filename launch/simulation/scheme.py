@@ -84,6 +84,8 @@ class Scheme:
     groups: tuple[Group, ...] | None
     """None: checkpoints on shared storage only, every `times.interval`."""
     times: Times
+    replicas: bool = False
+    """Each node's state lies whole on the next m members of its group, rather than as parity."""
 
     @cached_property
     def group_of(self) -> NDArray[np.int64]:
@@ -99,7 +101,7 @@ class Scheme:
     @property
     def memory(self) -> float:
         """Parity or replicas held, as a share of the state; the largest of any node."""
-        return max((group.m / group.k for group in self.groups or ()), default=0.0)
+        return max((group.m if self.replicas else group.m / group.k for group in self.groups or ()), default=0.0)
 
 
 def crowded(groups: Sequence[Group]) -> int:

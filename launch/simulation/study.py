@@ -95,8 +95,9 @@ def schemes_for(question: Question) -> tuple[Scheme, ...]:
 def scheme_of(question: Question, k: int, m: int) -> Scheme:
     """Raises SimulationError: the code does not fit the nodes."""
     groups = form_groups(question.cluster, k, m, question.placement)
-    name = f"{m + 1} replicas" if k == 1 else f"code ({k}, {m})" if groups[0].m else "one node"
-    return Scheme(name=name, groups=groups, times=question.times)
+    alone, replicas = question.cluster.nodes == 1, k == 1
+    name = "one node" if alone else f"{m + 1} replicas" if replicas else f"code ({k}, {m})"
+    return Scheme(name=name, groups=groups, times=question.times, replicas=replicas)
 
 
 def fitting_code(nodes: int, k: int, m: int) -> tuple[int, int]:
@@ -136,7 +137,9 @@ def with_intervals(question: Question) -> Question:
 def with_spares(question: Question, spares: int | None) -> Question:
     """With so many spares; None: as many as let the run wait for a thousandth of the time."""
     if spares is None and (spares := enough_spares(question, AUTO_WAITING)) is None:
-        raise SimulationError("no number of spares keeps the run from waiting: give --spares, or a shorter --repair")
+        raise SimulationError(
+            "too many nodes are in repair at once for a sensible number of spares: give --spares, or a shorter --repair"
+        )
     return replace(question, cluster=replace(question.cluster, spares=spares))
 
 
