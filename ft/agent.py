@@ -199,6 +199,7 @@ class Agent:
             self.journal.write("info", "connected", peer=link.slot)
             self.feed(events.PeerConnected(link.slot, link.theirs.boot))
             self.settler.connected(link.slot)
+            self.repair.ask_again(link.slot)
 
     def lost(self, link: Link, reason: str) -> None:
         slot = link.theirs.slot if link.theirs is not None else -1

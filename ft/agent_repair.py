@@ -57,6 +57,7 @@ class Repair:
         self._decoding: dict[tuple[SnapshotId, int], Decoding] = {}
         self._filling: dict[tuple[SnapshotId, int], Filling] = {}
         self._readers: dict[tuple[SnapshotId, int], list[Guest]] = {}
+        self._reads: dict[tuple[Link, int], Read] = {}
         self._unanswered: list[tuple[Link, Read]] = []
         self.rebuilt = 0
 
@@ -64,7 +65,6 @@ class Repair:
         """What an earlier epoch had begun is void."""
         self._decoding.clear()
         self._filling.clear()
-        self._readers.clear()
 
     def pinned(self) -> None:
         """The choice is known, or data that were missing are back: answer who asked too early."""
@@ -193,10 +193,12 @@ class Repair:
         agent = self._agent
         key = (part.snapshot, part.stripe)
         start = part.index * agent.config.bucket_bytes
-        if size > agent.config.bucket_bytes or part.epoch != agent.state.epoch:
+        if size > agent.config.bucket_bytes:
             return None
         if part.stripe == READ_STRIPE:
             return np.empty(size, np.uint8).data if (part.snapshot, part.owner) in self._readers else None
+        if part.epoch != agent.state.epoch:
+            return None
         if part.owner == agent.config.slot:
             copy = agent.state.copy(part.snapshot)
             if key not in self._filling or copy is None or part.stripe in copy.good:
@@ -219,6 +221,9 @@ class Repair:
         if part.stripe == READ_STRIPE:
             for guest in self._readers.get((part.snapshot, part.owner), []):
                 guest.link.send(part, payload)
+                read = self._reads.get((guest.link, part.owner))
+                if read is not None and part.index == read.first + read.count - 1:
+                    del self._reads[guest.link, part.owner]
             return
         key = (part.snapshot, part.stripe)
         if part.owner != self._agent.config.slot:
@@ -286,12 +291,17 @@ class Repair:
         readers = self._readers.setdefault((read.snapshot, read.owner), [])
         if guest not in readers:
             readers.append(guest)
-        link = agent.network.links.get(read.owner)
-        if link is not None:
-            link.send(read)
-        else:
-            agent.connect_peers(everyone=True)
-            agent.journal.write("warning", "a worker waits for a peer that is not connected", peer=read.owner)
+        self._reads[guest.link, read.owner] = read
+        agent.connect_peers(everyone=True)
+        self.ask_again(read.owner)
+
+    def ask_again(self, owner: int) -> None:
+        """Send the reads that wait for a node, also after it came back; a part that comes twice does no harm."""
+        link = self._agent.network.links.get(owner)
+        self._reads = {key: read for key, read in self._reads.items() if not key[0].closed}
+        for (_, wanted), read in self._reads.items():
+            if wanted == owner and link is not None:
+                link.send(read)
 
     def read_for_peer(self, sender: int, read: Read) -> None:
         link = self._agent.network.links.get(sender)
@@ -303,10 +313,9 @@ class Repair:
         copy: Copy | None = agent.state.copy(read.snapshot)
         stripes = agent.state.group.data_stripes(agent.config.slot)
         whole = copy is not None and copy.settled and all(stripe in copy.good for stripe in stripes)
-        if read.epoch > agent.state.epoch or (read.epoch == agent.state.epoch and not whole):
-            self._unanswered.append((link, read))  # until this node's data are back
-            return
-        if copy is None or copy.data is None or read.epoch != agent.state.epoch:
+        if copy is None or copy.data is None or not whole:
+            # Until this node's data are back; a later epoch may have begun meanwhile, its choice is the same.
+            self._unanswered.append((link, read))
             return
         slot = copy.data
         total = agent.memory.shape.chunk * agent.state.group.data
