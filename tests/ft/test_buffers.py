@@ -26,7 +26,7 @@ sock = socket.socket(fileno=int(sys.argv[1]))
 _, ancillary, *_ = sock.recvmsg(1, socket.CMSG_SPACE(4))
 fd = array.array("i", ancillary[0][2])[0]
 memory = mmap.mmap(fd, os.fstat(fd).st_size)
-memory[:4] = b"here"
+memory[:8] = b"herebusy"
 sock.send(b"!")
 while True:
     memory[4:8] = b"busy"
