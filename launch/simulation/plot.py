@@ -84,8 +84,10 @@ def _over_sizes(asked: Sequence[Asked], what: Literal["goodput", "losses"]) -> "
         ]
         if what == "goodput":
             values, errors = zip(*(answer.goodput for _, answer in found), strict=True)
-            percent = [[100 * value for value in series] for series in (values, errors)]
-            axes.errorbar([gpus for gpus, _ in found], percent[0], percent[1], marker="o", capsize=3, label=label)
+            sizes, percent, spread = [gpus for gpus, _ in found], [100 * v for v in values], [100 * e for e in errors]
+            # Schemes that restart alike lie on each other: later ones are drawn smaller.
+            axes.errorbar(sizes, percent, spread, linestyle="", capsize=3, color=f"C{column}")
+            axes.plot(sizes, percent, marker="o", label=label, color=f"C{column}", ms=10 - 2 * column, lw=4 - column)
         elif points := [(gpus, answer.losses.expected) for gpus, answer in found if answer.losses.expected > 0]:
             axes.loglog(*zip(*points, strict=True), marker="o", label=label, color=f"C{column}")
     axes.set_xscale("log")

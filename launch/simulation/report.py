@@ -14,7 +14,17 @@ from launch.simulation.study import Answer, Question
 Asked = tuple[Question, list[Answer]]
 
 HEADER = ("scheme", "memory", "every", "goodput", "formula", "stall", "lost", "detect", "recover", "wait")
-SURVIVAL_HEADER = ("scheme", "memory", "losses per run", "by", "no loss", "from memory", "from disk", "crowded")
+SURVIVAL_HEADER = (
+    "scheme",
+    "memory",
+    "losses per run",
+    "by",
+    "no loss",
+    "groups lost",
+    "from memory",
+    "from disk",
+    "crowded",
+)
 
 
 def print_report(asked: Sequence[Asked], recommendation: Recommendation | None) -> None:
@@ -47,16 +57,18 @@ def assumptions(question: Question) -> list[str]:
     cluster, times, disk, failures = question.cluster, question.times, question.disk, question.failures
     model = getattr(failures, "shape", None)
     drawn = "from the trace" if model is None else "exponential" if model == 1 else f"Weibull of shape {model:g}"
+    nodes = "1 node" if cluster.nodes == 1 else f"{cluster.nodes:,} nodes"
     return [
-        f"{cluster.gpus:,} GPUs on {cluster.nodes:,} nodes in racks of {cluster.rack}, {cluster.spares} spares, "
+        f"{cluster.gpus:,} GPUs on {nodes} in racks of {cluster.rack}, {cluster.spares} spares, "
         f"nodes back after {duration(cluster.repair)}",
         f"  {duration(question.horizon)} in {question.trials} trials, seed {question.seed}; a failure every "
-        f"{duration(question.mtbf)} on average, {drawn}; {failures.rack_share:.1%} take a rack, "
-        f"{failures.worker_share:.1%} only processes",
-        f"  snapshots: {_cost(times)}; groups for code {question.code}, {question.placement}; "
-        f"a node's failure {_restart(times.node)}, whole again after {duration(times.window)}; "
-        f"a checkpoint every {duration(times.durable_every)} for what memory loses",
+        f"{duration(question.mtbf)} on average, {drawn}",
+        f"  {failures.rack_share:.1%} of the failures take a rack, {failures.worker_share:.1%} only processes",
+        f"  snapshots: {_cost(times)}; a node's failure {_restart(times.node)}",
+        f"  groups for code {question.code}, {question.placement}, whole again {duration(times.window)} after a failure; "
+        f"a checkpoint every {duration(times.durable_every)} below",
         f"  disk alone: {_cost(disk)}; any failure {_restart(disk.durable)}",
+        "",
     ]
 
 
@@ -145,6 +157,7 @@ def _loss_row(answer: Answer) -> tuple[str, ...]:
         _number(answer.losses.expected, answer.losses.error),
         answer.losses.method,
         f"{answer.losses.survival:.6f}",
+        _number(*answer.per_trial("groups_lost")),
         f"{answer.per_trial('from_memory')[0]:.1f}",
         f"{answer.per_trial('from_durable')[0]:.1f}",
         str(answer.crowded or ""),
@@ -185,11 +198,11 @@ def _number(value: float, error: float) -> str:
 
 def _cost(times: Times) -> str:
     commit = f", committed {duration(times.commit)} later" if times.commit else ""
-    return f"every {duration(times.period)}, each stopping the training for {duration(times.stall)}{commit}"
+    return f"every {duration(times.period)}, each a stall of {duration(times.stall)}{commit}"
 
 
 def _restart(restart: Restart) -> str:
-    return f"costs {duration(restart.total)}, {duration(restart.detection)} of them to notice it"
+    return f"costs {duration(restart.total)} ({duration(restart.detection)} to notice)"
 
 
 def _finite(value: float) -> float | None:

@@ -136,7 +136,7 @@ def _ratio(
     hit = struck >= 0
     groups = np.where(hit, group_of[struck], -2)
     together = (lost_groups[:, None, :] == groups[:, :, None]).sum(axis=2)
-    near = (together / np.where(hit, size_of[groups], 1)).sum(axis=1) / np.maximum(counts, 1)
+    near = (together / np.where(hit, size_of[np.maximum(groups, 0)], 1)).sum(axis=1) / np.maximum(counts, 1)
     uniform = hit.sum(axis=1) / nodes
     near = np.where(counts > 0, near, uniform)
     mixture = NEAR * near + (1 - NEAR) * uniform

@@ -45,7 +45,7 @@ def test_tables_name_every_scheme_and_their_assumptions(capsys):
 
 
 def test_from_one_node_to_100_000_gpus(capsys):
-    found = as_json("--gpus", "8,64,100000", "--duration", "3d", "--trials", "2", capsys=capsys)
+    found = as_json("--gpus", "8,64,100000", "--rack-share", "0.02", "--duration", "3d", "--trials", "2", capsys=capsys)
     one, small, large = found["sizes"]
     assert [size["nodes"] for size in found["sizes"]] == [1, 8, 12500]
     assert one["schemes"][0]["scheme"] == "one node"
