@@ -65,8 +65,8 @@ def assumptions(question: Question) -> list[str]:
         f"{duration(question.mtbf)} on average, {drawn}",
         f"  {failures.rack_share:.1%} of the failures take a rack, {failures.worker_share:.1%} only processes",
         f"  snapshots: {_cost(times)}; a node's failure {_restart(times.node)}",
-        f"  groups for code {question.code}, {question.placement}, whole again {duration(times.window)} after a failure; "
-        f"a checkpoint every {duration(times.durable_every)} below",
+        f"  groups for code {question.code}, {question.placement}, whole again {duration(times.window)} after a failure"
+        f"; a checkpoint every {duration(times.durable_every)} below",
         f"  disk alone: {_cost(disk)}; any failure {_restart(disk.durable)}",
         "",
     ]

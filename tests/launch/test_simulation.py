@@ -280,7 +280,7 @@ def test_waiting_for_spares_is_that_of_a_queue(rack_share):
 
 
 def test_spares_that_suffice():
-    asked = question()
+    asked = question(cluster=Cluster(nodes=2048, repair=DAY))
     spares = enough_spares(asked, 1e-3)
     tail = shortage(asked.cluster, asked.failures, asked.horizon)
     assert tail[spares] <= 1e-3 < tail[spares - 1]
