@@ -358,19 +358,18 @@ def random_case(choose: random.Random) -> Case:
             return case
 
 
-def covering_cases(given: Sequence[Case], *, seed: int = 0, candidates: int = 200) -> list[Case]:
+def covering_cases(given: Sequence[Case], *, seed: int) -> list[Case]:
     """`given` and further cases until every pair of values that valid cases can have is covered.
 
-    Greedy: of many random cases the one that covers most of what is open, and the smallest world among equals. Pairs
-    that no case can have are not known in advance; 20,000 random cases find those that some can.
+    Greedy: of 1,500 random cases the one that covers most of what is open, and the smallest world among equals. Which
+    pairs valid cases can have is not worked out; the random ones show it.
     """
     choose = random.Random(seed)
-    pool = [random_case(choose) for _ in range(20_000)]
-    open_pairs = set().union(*map(pairs_of, pool)).difference(*map(pairs_of, given))
+    pool = {case: pairs_of(case) for case in (random_case(choose) for _ in range(1_500))}
+    open_pairs = set().union(*pool.values()).difference(*map(pairs_of, given))
     cases = list(given)
     while open_pairs:
-        some = choose.sample(pool, candidates)
-        best = max(some, key=lambda case: (len(pairs_of(case) & open_pairs), -case.world_size))
-        open_pairs -= pairs_of(best)
+        best = max(pool, key=lambda case: (len(pool[case] & open_pairs), -case.world_size))
+        open_pairs -= pool[best]
         cases.append(best)
     return cases
