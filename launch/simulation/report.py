@@ -186,7 +186,7 @@ def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]
 
     drawn = Table(title=title, title_justify="left")
     for index, column in enumerate(header):
-        drawn.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+        drawn.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         drawn.add_row(*row)
     Console().print(drawn)
