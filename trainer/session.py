@@ -1,7 +1,6 @@
 """One run from joining the world to the closing table, on one rank."""
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from trainer.metrics import evaluations
 from trainer.restore import Start
 from trainer.spec import JobSpec
 from trainer.spec_file import RUN_FILE, load_job, load_run, save_job
-from trainer.world import World, join
+from trainer.world import World, join, restarts
 
 
 def run_session(path: Path, overrides: Sequence[str], *, resume: bool) -> bool:
@@ -24,29 +23,30 @@ def run_session(path: Path, overrides: Sequence[str], *, resume: bool) -> bool:
     """
     job = load_run(path, overrides) if path.name == RUN_FILE else load_job(path, overrides)
     logging.basicConfig(format=" %(levelname)s: %(message)s", level=logging.WARNING)
-    with Interrupt() as interrupt:
-        world = join(job.layout.world_size, job.numerics)
-        start = _start(job, resume)
-        _open_folder(job, world)
-        run = build(job, world, start=start)
-        try:
+    world = join(job.layout.world_size, job.numerics)
+    start = _start(job, resume)
+    _open_folder(job, world)
+    run = build(job, world, start=start)
+    try:
+        # Not earlier: a rank that waits for others in a library must end at the first signal.
+        with Interrupt() as interrupt:
             finished = _train(run, interrupt)
-            _leave_agents(run)
-        except TrainingStopped:
-            _leave_agents(run)
-            raise
-        finally:
-            run.profile.close()
-            run.metrics.close()
-            run.loader.close()
-        run.engine.close()
-        world.leave()
-        return finished
+        _leave_agents(run)
+    except TrainingStopped:
+        _leave_agents(run)
+        raise
+    finally:
+        run.profile.close()
+        run.metrics.close()
+        run.loader.close()
+    run.engine.close()
+    world.leave()
+    return finished
 
 
 def _start(job: JobSpec, resume: bool) -> Start:
     """A rank that a launcher started again goes on by itself; a user who starts a run twice must say what is meant."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+    if restarts() > 0:
         return "restart"
     if resume:
         return "resume"

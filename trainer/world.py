@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
+from torch.distributed.rendezvous import rendezvous
 
 from parallel.spec import NumericsSpec
 from trainer.errors import SpecError
@@ -86,8 +87,16 @@ _FROM_TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 def _connect(rank: int, size: int, backend: str) -> None:
     """Through the file that `keepwarm train` names for ranks on one machine, else through torchrun's store."""
     file = os.environ.get("KEEPWARM_STORE")
-    if file is None:
-        dist.init_process_group(backend, timeout=TIMEOUT)
-    else:
+    store: dist.Store
+    if file is not None:
         store = FileStore(str(Path(file)), size)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    else:
+        shared, rank, size = next(rendezvous("env://", timeout=TIMEOUT))  # type: ignore[no-untyped-call]
+        # torchrun keeps its store across restarts, and with it the addresses of ranks that are dead.
+        store = dist.PrefixStore(f"keepwarm/{restarts()}", shared)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+
+
+def restarts() -> int:
+    """How often the launcher has started this rank again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
