@@ -1,0 +1,259 @@
+"""Hugging Face folders in and out: equal logits, equal bytes, equal config fields, through files on disk."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from ft import durable
+from tests.support.hf_models import CASES, hf_model, old_dialect
+from tests.support.models import load_parameters
+from trainer.convert.from_huggingface import from_huggingface
+from trainer.convert.huggingface_config_out import computes, config_for
+from trainer.convert.native import NativeCheckpoint
+from trainer.convert.to_huggingface import model_spec_of, to_huggingface
+from trainer.errors import CheckpointError, SpecError
+from trainer.model import huggingface
+from trainer.model.decoder import Decoder
+from trainer.model.spec import ModelSpec
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
+def saved(folder: Path, case: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    kind, changes = CASES[case]
+    model = hf_model(kind, changes, dtype)
+    model.save_pretrained(folder, **options)
+    return model
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """What a folder's safetensors files hold, by their own library."""
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= safetensors.torch.load_file(file)
+    return found
+
+
+def native_parameters(path: Path) -> dict[str, torch.Tensor]:
+    with NativeCheckpoint(path) as native:
+        found = {}
+        for name, tensor in native.tensors.items():
+            data = b"".join(bytes(block) for block in native.blocks(name, 1 << 20))
+            flat = torch.frombuffer(bytearray(data), dtype=TORCH[tensor.dtype])
+            found[name.removeprefix("model.")] = flat.reshape(tensor.shape)
+    return found
+
+
+def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == two[name].dtype
+        assert torch.equal(tensor, two[name]), name
+
+
+def assert_config_kept(one: Path, two: Path) -> None:
+    """Every field is there with its value, and `transformers` reads the same config from both."""
+    from transformers import AutoConfig
+
+    before, after = (json.loads((path / "config.json").read_text()) for path in (one, two))
+    assert {name: after.get(name, "absent") for name in before} == before
+    read = [AutoConfig.from_pretrained(path).to_dict() for path in (one, two)]
+    for config in read:
+        config.pop("_name_or_path", None)
+        # An attribute that nothing reads once it is in rope_parameters.
+        if config["model_type"] == "gpt_neox":
+            config.pop("rope_theta", None)
+    assert read[0] == read[1]
+
+
+OLD = ("llama-head-dim-theta", "mistral-window", "qwen2-window", "olmo2", "gpt-neox-half-rotary", "gpt2")
+
+
+@pytest.mark.parametrize(("case", "dialect"), [*((case, 5) for case in CASES), *((case, 4) for case in OLD)])
+def test_there_and_back(tmp_path: Path, case: str, dialect: int) -> None:
+    theirs = saved(tmp_path / "hf", case)
+    if dialect == 4:
+        old_dialect(tmp_path / "hf")
+    from_huggingface(tmp_path / "hf", tmp_path / "native")
+    durable.verify(tmp_path / "native")
+    to_huggingface(tmp_path / "native", tmp_path / "back")
+    assert_same(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "back"))
+    assert_config_kept(tmp_path / "hf", tmp_path / "back")
+
+    spec = model_spec_of(NativeCheckpoint(tmp_path / "native"))
+    ours = Decoder(spec, seed=1).part(range(spec.layers), embed=True, head=True)
+    parameters = native_parameters(tmp_path / "native")
+    load_parameters(ours, parameters)
+    tokens = torch.randint(0, 96, (2, 48), generator=torch.Generator().manual_seed(5))
+    again = type(theirs).from_pretrained(tmp_path / "back", attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        assert expected.std() > 0.1
+        assert (ours(tokens) - expected).abs().max() <= 1e-5
+        assert torch.equal(again(tokens).logits, expected)
+    # The oracle for the rearrangement: whole tensors, by torch.
+    oracle = huggingface.from_huggingface(tensors_of(tmp_path / "hf"), CASES[case][0], spec)
+    assert_same(parameters, {name: oracle[name].contiguous() for name in parameters})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_model_without_a_parent_gets_a_config_that_computes_the_same(tmp_path: Path, case: str) -> None:
+    """As a model trained here: its checkpoint holds a spec and nothing of Hugging Face's."""
+    from transformers import AutoModelForCausalLM
+
+    theirs = saved(tmp_path / "hf", case)
+    from_huggingface(tmp_path / "hf", tmp_path / "native")
+    manifest = json.loads((tmp_path / "native/manifest.json").read_text())
+    del manifest["meta"]["huggingface"]
+    (tmp_path / "native/manifest.json").write_text(json.dumps(manifest))
+    to_huggingface(tmp_path / "native", tmp_path / "back")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="sdpa").eval()
+    tokens = torch.randint(0, 96, (2, 48), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, theirs(tokens).logits)
+    from_huggingface(tmp_path / "back", tmp_path / "native2")
+    specs = [model_spec_of(NativeCheckpoint(tmp_path / name)) for name in ("native", "native2")]
+    assert computes(specs[0]) == computes(specs[1])
+
+
+@pytest.mark.parametrize("case", ["qwen3", "gpt-neox", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_several_files(tmp_path: Path, case: str, dtype: torch.dtype) -> None:
+    saved(tmp_path / "hf", case, dtype, max_shard_size="40KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    from_huggingface(tmp_path / "hf", tmp_path / "native")
+    done = to_huggingface(tmp_path / "native", tmp_path / "back", max_shard_bytes=30_000)
+    assert len(done["files"]) > 2
+    index = json.loads((tmp_path / "back/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors_of(tmp_path / "back").values())
+    assert_same(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "back"))
+    assert_config_kept(tmp_path / "hf", tmp_path / "back")
+    from transformers import AutoModelForCausalLM
+
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert again.dtype == dtype
+
+
+@pytest.mark.parametrize("case", ["llama-grouped-tied", "gpt-neox", "gpt2"])
+def test_dtypes_are_converted_as_torch_converts_them(tmp_path: Path, case: str) -> None:
+    saved(tmp_path / "hf", case)
+    original = tensors_of(tmp_path / "hf")
+    for name, dtype in (("BF16", torch.bfloat16), ("F16", torch.float16)):
+        from_huggingface(tmp_path / "hf", tmp_path / f"in-{name}", dtype=name)
+        to_huggingface(tmp_path / f"in-{name}", tmp_path / f"out-{name}")
+        assert_same(tensors_of(tmp_path / f"out-{name}"), {key: t.to(dtype) for key, t in original.items()})
+        assert json.loads((tmp_path / f"out-{name}/config.json").read_text())["dtype"] == str(dtype).split(".")[1]
+        to_huggingface(tmp_path / f"in-{name}", tmp_path / f"wide-{name}", dtype="F32")
+        assert_same(tensors_of(tmp_path / f"wide-{name}"), {key: t.to(dtype).float() for key, t in original.items()})
+
+
+def test_a_value_too_large_for_the_dtype_is_refused(tmp_path: Path) -> None:
+    model = saved(tmp_path / "hf", "llama")
+    with torch.no_grad():
+        model.model.norm.weight[3] = 1e5
+    model.save_pretrained(tmp_path / "hf")
+    with pytest.raises(CheckpointError, match=r"final_norm\.weight: 1e\+05 does not fit into float16"):
+        from_huggingface(tmp_path / "hf", tmp_path / "native", dtype="F16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_files_beside_the_weights_are_carried_and_the_rest_is_named(tmp_path: Path) -> None:
+    saved(tmp_path / "hf", "llama")
+    texts = {"tokenizer.json": '{"a": 1}', "merges.txt": "a b", "tokenizer.model": "\0x", "LICENSE": "free"}
+    for name, text in texts.items():
+        (tmp_path / "hf" / name).write_text(text)
+    (tmp_path / "hf/pytorch_model.bin").write_bytes(b"\x80\x04N.")
+    done = from_huggingface(tmp_path / "hf", tmp_path / "native")
+    assert done["left"] == ["pytorch_model.bin"]
+    assert set(done["carried"]) == {*texts, "generation_config.json"}
+    to_huggingface(tmp_path / "native", tmp_path / "back")
+    for name, text in texts.items():
+        assert (tmp_path / "back" / name).read_text() == text
+    (tmp_path / "native/huggingface/merges.txt").write_text("b a")
+    with pytest.raises(CheckpointError, match=r"merges\.txt: does not match"):
+        to_huggingface(tmp_path / "native", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_every_artefact_knows_its_parent(tmp_path: Path) -> None:
+    saved(tmp_path / "hf", "llama")
+    from_huggingface(tmp_path / "hf", tmp_path / "native")
+    meta = durable.read_manifest(tmp_path / "native").meta
+    assert meta["parent"]["path"] == str(tmp_path / "hf")
+    assert meta["weights_only"]
+    to_huggingface(tmp_path / "native", tmp_path / "back")
+    assert json.loads((tmp_path / "back/keepwarm.json").read_text())["parent"]["path"] == str(tmp_path / "native")
+    from_huggingface(tmp_path / "hf", tmp_path / "half", dtype="BF16")
+    assert durable.read_manifest(tmp_path / "half").meta["parent"]["hash"] == meta["parent"]["hash"]
+
+
+def test_a_stored_copy_of_a_tied_head_returns_and_a_different_one_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "hf", "llama-grouped-tied")
+    file = tmp_path / "hf/model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, {"format": "pt"}
+    )
+    from_huggingface(tmp_path / "hf", tmp_path / "native")
+    to_huggingface(tmp_path / "native", tmp_path / "back")
+    assert_same(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "back"))
+    safetensors.torch.save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file, {"format": "pt"}
+    )
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs"):
+        from_huggingface(tmp_path / "hf", tmp_path / "other")
+
+
+def test_gpt2_as_published_without_prefix_and_with_constants(tmp_path: Path) -> None:
+    saved(tmp_path / "hf", "gpt2")
+    file = tmp_path / "hf/model.safetensors"
+    tensors = {name.removeprefix("transformer."): t for name, t in safetensors.torch.load_file(file).items()}
+    safetensors.torch.save_file(tensors | {"h.0.attn.bias": torch.ones(1, 1, 4, 4)}, file, {"format": "pt"})
+    done = from_huggingface(tmp_path / "hf", tmp_path / "native")
+    assert "h.0.attn.bias" in done["left"] or "transformer.h.0.attn.bias" in done["left"]
+    to_huggingface(tmp_path / "native", tmp_path / "back")
+    back = {name.removeprefix("transformer."): t for name, t in tensors_of(tmp_path / "back").items()}
+    assert_same(back, tensors)
+
+
+def test_a_model_no_class_computes_is_refused_by_field(tmp_path: Path) -> None:
+    spec = ModelSpec(layers=1, hidden_size=8, heads=2, ffn_size=8, vocabulary_size=8, max_sequence_length=8)
+    assert config_for(spec)["model_type"] == "llama"
+    with pytest.raises(SpecError, match=r"model\.parallel_residual"):
+        config_for(spec.model_copy(update={"parallel_residual": True}))
+    with pytest.raises(SpecError, match=r"model\.qk_norm"):
+        config_for(spec.model_copy(update={"qk_norm": "head"}), "llama")
+
+
+def test_conversion_runs_without_torch(tmp_path: Path) -> None:
+    saved(tmp_path / "hf", "qwen2", torch.bfloat16)
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from trainer.convert.__main__ import command, Format\n"
+        "command(Path(sys.argv[1]), Path(sys.argv[2]), Format.HF, Format.NATIVE, 'fp32', '5GB', None, True)\n"
+        "command(Path(sys.argv[2]), Path(sys.argv[3]), Format.NATIVE, Format.HF, 'bf16', '1MB', None, True)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    places = [str(tmp_path / name) for name in ("hf", "native", "back")]
+    ran = subprocess.run([sys.executable, "-c", code, *places], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert [json.loads(line)["tensors"] for line in ran.stdout.splitlines()] == [27, 27]
+    assert_same(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "back"))

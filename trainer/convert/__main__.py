@@ -1,0 +1,108 @@
+"""`keepwarm convert`: weights in from, and out to, where people have them."""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trainer.convert.dtypes import SHORT
+from trainer.convert.from_huggingface import from_huggingface
+from trainer.convert.to_huggingface import to_huggingface
+from trainer.data import tool
+from trainer.errors import SpecError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+class Format(StrEnum):
+    HF = "hf"
+    NATIVE = "native"
+
+
+@app.command()
+def command(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="model folder, checkpoint or run folder")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="folder to make; must not exist")],
+    given: Annotated[Format, typer.Option("--from", help="format of SRC")],
+    wanted: Annotated[Format, typer.Option("--to", help="format of DST")],
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp32 or fp16; default: as stored")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="to hf: largest file, as 5GB or 500MB")] = "5GB",
+    model_type: Annotated[str | None, typer.Option(help="to hf: llama, qwen3, ...; default: the parent's")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Convert a model between Hugging Face folders and native checkpoints. DST appears whole or not at all.
+
+    keepwarm convert --from hf --to native ~/models/Qwen3-8B checkpoints/qwen3-8b
+
+    keepwarm convert --from native --to hf runs/demo exports/demo --dtype bf16
+    """
+    began = time.perf_counter()
+    progress = _bar() if sys.stderr.isatty() and not as_json else lambda done, total: None
+    match given, wanted:
+        case Format.HF, Format.NATIVE:
+            done = from_huggingface(source, destination, dtype=_dtype(dtype), progress=progress)
+        case Format.NATIVE, Format.HF:
+            done = to_huggingface(
+                source,
+                destination,
+                dtype=_dtype(dtype),
+                max_shard_bytes=_size(max_shard_size),
+                model_type=model_type,
+                progress=progress,
+            )
+        case _:
+            raise SpecError(f"--from {given} --to {wanted}: nothing to convert; one of them must be native")
+    _print(done | {"seconds": round(time.perf_counter() - began, 3)}, as_json)
+
+
+def _print(done: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(done))
+        return
+    typer.echo(
+        f"{done['destination']}: {done['model_type']}, {done['parameters']:,} parameters in {done['tensors']} tensors, "
+        f"{done['bytes'] / 1e9:.2f} GB of {', '.join(done['dtypes'])} in {done['seconds']:.1f} s"
+    )
+    if done["carried"]:
+        typer.echo(f"carried along: {', '.join(done['carried'])}")
+    if done["left"]:
+        rest = len(done["left"]) - 8
+        typer.echo(f"left behind: {', '.join(done['left'][:8])}{f' and {rest} more' if rest > 0 else ''}")
+
+
+def _bar() -> Callable[[int, int], None]:
+    shown = -1
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        percent = 100 * done // max(total, 1)
+        if percent != shown:
+            shown = percent
+            print(f"\r{percent:3d} % of {total / 1e9:.1f} GB", end="\n" if done == total else "", file=sys.stderr)
+
+    return show
+
+
+def _dtype(text: str | None) -> str | None:
+    if text is not None and text not in SHORT:
+        raise SpecError(f"--dtype {text}: not known; it may be bf16, fp32 or fp16")
+    return None if text is None else SHORT[text]
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?)B?", text.strip().upper())
+    if found is None or found[2] not in _UNITS or float(found[1]) <= 0:
+        raise SpecError(f"--max-shard-size {text}: not a size; write 5GB or 500MB")
+    return max(1, int(float(found[1]) * _UNITS[found[2]]))
+
+
+if __name__ == "__main__":
+    tool.run(app)

@@ -1,0 +1,194 @@
+"""A native checkpoint as whole tensors, whatever layout wrote it, checked against its manifest while it is read."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from ft import durable
+from ft.contents import ITEM_SIZE, Bytes, Piece, move_bytes, plan
+from ft.errors import FtError
+from trainer.convert.huggingface_folder import read_exactly
+from trainer.errors import CheckpointError
+
+PREFIX = "model."
+"""Before the name of a parameter; other names belong to the optimizer and to the ranks."""
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that is meant: `path` itself, or the newest one of a run folder or of its `checkpoints`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / durable.MANIFEST).is_file():
+        return path
+    for root in (path, path / "checkpoints"):
+        found = durable.latest(root) if root.is_dir() else None
+        if found is not None:
+            return found
+    raise CheckpointError(f"{path}: neither a checkpoint ({durable.MANIFEST}) nor a folder with checkpoints in it")
+
+
+@dataclass(kw_only=True)
+class Tensor:
+    """One global tensor and the pieces that it is stored in."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: list[tuple[durable.Part, durable.Entry]] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * ITEM_SIZE[self.dtype]
+
+
+@dataclass(kw_only=True)
+class _Progress:
+    """How far a tensor has been read, and where from."""
+
+    read: int
+    seen: Any
+    whole: tuple[durable.Part, durable.Entry] | None
+    assembled: Bytes | None
+
+
+class NativeCheckpoint:
+    """An open checkpoint, as a `Source` of tensors by their global names; a context manager that closes its files.
+
+    Tensors are read from their first byte to their last; the last read raises when a checksum is wrong. One that lies
+    in several pieces is put together in memory, one piece of it at a time beside the whole. Compressed parts are
+    expanded into unnamed files in `scratch`.
+    """
+
+    def __init__(self, path: Path, scratch: Path | None = None) -> None:
+        self.path = find_checkpoint(path)
+        try:
+            self.manifest = durable.read_manifest(self.path)
+        except FtError as error:
+            raise CheckpointError(str(error)) from error
+        self._scratch = scratch
+        self._progress: dict[str, _Progress] = {}
+        self._descriptors: dict[str, int] = {}
+        self.tensors: dict[str, Tensor] = {}
+        for part in self.manifest.parts:
+            for entry in part.entries:
+                self._add(part, entry)
+
+    def __enter__(self) -> "NativeCheckpoint":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+        self._progress.clear()
+
+    def dtype(self, name: str) -> str:
+        return self._tensor(name).dtype
+
+    def read(self, name: str, start: int, out: Bytes) -> None:
+        """See `trainer.convert.streaming.Source`; `start` is where the last read of this tensor ended, or 0."""
+        tensor = self._tensor(name)
+        if start == 0:
+            self._progress[name] = self._begin(name, tensor)
+        progress = self._progress[name]
+        if start != progress.read:
+            raise ValueError(f"{name}: read at {start} after {progress.read}")
+        if progress.assembled is not None:
+            out[:] = progress.assembled[start : start + len(out)]
+        elif progress.whole is not None:
+            part, entry = progress.whole
+            at = entry.start if part.compressed else part.header_bytes + entry.start
+            read_exactly(self._descriptor(part), self.path / part.file, at + start, out)
+            progress.seen.update(out)
+        progress.read += len(out)
+        if progress.read == tensor.bytes:
+            self._end(name)
+
+    def blocks(self, name: str, size: int) -> Iterator[Bytes]:
+        """A whole tensor, in blocks of `size` bytes that are overwritten one by the next."""
+        total, block = self._tensor(name).bytes, np.empty(size, np.uint8)
+        for start in range(0, total, size):
+            part = block[: min(size, total - start)]
+            self.read(name, start, part)
+            yield part
+
+    def _tensor(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path}: {name} is missing")
+        return self.tensors[name]
+
+    def _add(self, part: durable.Part, entry: durable.Entry) -> None:
+        piece = entry.piece
+        tensor = self.tensors.setdefault(piece.name, Tensor(dtype=piece.dtype, shape=piece.global_shape))
+        if (tensor.dtype, tensor.shape) != (piece.dtype, piece.global_shape):
+            raise CheckpointError(
+                f"{self.path / part.file}: {piece.name} is {piece.dtype}{list(piece.global_shape)} here, "
+                f"{tensor.dtype}{list(tensor.shape)} in another part"
+            )
+        tensor.pieces.append((part, entry))
+
+    def _begin(self, name: str, tensor: Tensor) -> _Progress:
+        whole = next((stored for stored in tensor.pieces if stored[1].piece.bytes == tensor.bytes), None)
+        assembled = self._assemble(name, tensor) if whole is None else None
+        return _Progress(read=0, seen=xxhash.xxh3_64(), whole=whole, assembled=assembled)
+
+    def _end(self, name: str) -> None:
+        progress = self._progress.pop(name)
+        if progress.whole is not None:
+            part, entry = progress.whole
+            if progress.seen.hexdigest() != entry.xxh3:
+                raise CheckpointError(f"{self.path / part.file}: the bytes of {name} do not match their checksum")
+
+    def _assemble(self, name: str, tensor: Tensor) -> Bytes:
+        target = Piece(
+            name=name,
+            global_shape=tensor.shape,
+            offsets=(0,) * len(tensor.shape),
+            shape=tensor.shape,
+            dtype=tensor.dtype,
+        )
+        out = np.empty(tensor.bytes, np.uint8)
+        try:
+            moves = plan(target, [entry.piece for _, entry in tensor.pieces])
+        except FtError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+        for source in sorted({move.source for move in moves}):
+            part, entry = tensor.pieces[source]
+            held = np.empty(entry.piece.bytes, np.uint8)
+            at = entry.start if part.compressed else part.header_bytes + entry.start
+            read_exactly(self._descriptor(part), self.path / part.file, at, held)
+            if xxhash.xxh3_64_hexdigest(held.data) != entry.xxh3:
+                raise CheckpointError(f"{self.path / part.file}: the bytes of {name} do not match their checksum")
+            for move in moves:
+                if move.source == source:
+                    start, stop = move.span
+                    move_bytes(move, held[start:stop], out)
+        return out
+
+    def _descriptor(self, part: durable.Part) -> int:
+        """A file that holds the data of a part; without its header when it was compressed."""
+        if part.file not in self._descriptors:
+            try:
+                self._descriptors[part.file] = (
+                    self._expanded(part) if part.compressed else os.open(self.path / part.file, os.O_RDONLY)
+                )
+            except FtError as error:
+                raise CheckpointError(str(error)) from error
+            except OSError as error:
+                raise CheckpointError(f"{self.path / part.file}: {error.strerror}") from error
+        return self._descriptors[part.file]
+
+    def _expanded(self, part: durable.Part) -> int:
+        with tempfile.TemporaryFile(dir=self._scratch) as file:
+            for _, blocks in durable.read_part(self.path, part):
+                for block in blocks:
+                    file.write(block)
+            file.flush()
+            return os.dup(file.fileno())

@@ -1,0 +1,77 @@
+"""A folder that appears whole under its name or not at all."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainer.errors import OutputError
+
+
+@contextlib.contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A hidden folder beside `final`, which takes its name when the block ends without an error.
+
+    Otherwise it is deleted; what a killed process left is deleted by the next one that writes to the same name. Files
+    must be synced by those who write them.
+
+    Raises:
+        OutputError: `final` exists and is not an empty folder, or the disk is full or read-only.
+    """
+    final = Path(os.path.abspath(final))  # noqa: PTH100 - resolve() would follow a link to where it points
+    if final.is_symlink() or (final.exists() and (not final.is_dir() or any(final.iterdir()))):
+        raise OutputError(f"{final} exists already: delete it or choose another name")
+    tmp = final.with_name(f".{final.name}.partial-{os.getpid()}")
+    with contextlib.ExitStack() as stack:
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(final)
+            tmp.mkdir()
+            stack.callback(shutil.rmtree, tmp, ignore_errors=True)
+            stack.callback(os.close, _locked(tmp))
+            yield tmp
+            sync(tmp)
+            tmp.rename(final)
+            sync(final.parent)
+        except OSError as error:
+            where = error.filename or final
+            raise OutputError(f"{where}: {error.strerror or error}; nothing was written to {final}") from error
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write and sync a new file."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _locked(folder: Path) -> int:
+    """A descriptor that holds the lock of a folder: raises `BlockingIOError` when a living process has it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _sweep(final: Path) -> None:
+    prefix = f".{final.name}.partial-"
+    for left in [path for path in final.parent.iterdir() if path.name.startswith(prefix)]:
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            descriptor = _locked(left)
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(descriptor)

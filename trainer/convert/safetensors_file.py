@@ -1,0 +1,112 @@
+"""Files in the safetensors format, read without believing them and written in blocks."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ft.contents import ITEM_SIZE, Bytes
+from trainer.errors import CheckpointError
+
+HEADER_LIMIT = 100_000_000
+"""Bytes; the safetensors library refuses longer headers as well."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stored:
+    """Where one tensor lies: `size` bytes from byte `start` of the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+def read_tensors(path: Path) -> dict[str, Stored]:
+    """What a file holds, after every number in its header has been compared with the file itself.
+
+    Raises:
+        CheckpointError: names the file, and the tensor where it is one.
+    """
+    try:
+        with path.open("rb") as file:
+            available = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(HEADER_LIMIT, available - 8):
+                raise CheckpointError(f"{path}: claims a header of {length} bytes, the file has {available}")
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    table = strict_json(text, path)
+    table.pop("__metadata__", None)
+    tensors = {name: _stored(path, name, note, 8 + length) for name, note in table.items()}
+    end = 8 + length
+    for name, stored in sorted(tensors.items(), key=lambda pair: (pair[1].start, pair[1].size)):
+        if stored.start != end:
+            raise CheckpointError(f"{path}: {name} begins at byte {stored.start}, the one before it ends at {end}")
+        end += stored.size
+    if end != available:
+        raise CheckpointError(f"{path}: its header describes {end} bytes, the file has {available}; is it truncated?")
+    return tensors
+
+
+def strict_json(text: bytes, path: Path) -> dict[str, Any]:
+    """A JSON object in which no key stands twice. Raises `CheckpointError` naming the file."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(f"{path}: {twice} stands twice")
+        return found
+
+    try:
+        table = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{path}: a {type(table).__name__} where an object should be")
+    return table
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    blocks: Callable[[str], Iterable[Bytes]],
+) -> None:
+    """Write and sync a file of tensors (dtype and shape by name), whose bytes come in blocks of any size."""
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, (dtype, shape) in tensors.items():
+        stop = start + math.prod(shape) * ITEM_SIZE[dtype]
+        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, stop)}
+        start = stop
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in tensors:
+            for block in blocks(name):
+                file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.stat().st_size != 8 + len(text) + start:
+        raise CheckpointError(f"{path}: {path.stat().st_size} bytes written instead of {8 + len(text) + start}")
+
+
+def _stored(path: Path, name: str, note: Any, data: int) -> Stored:
+    try:
+        dtype, shape, (start, stop) = note["dtype"], tuple(note["shape"]), note["data_offsets"]
+        if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+            raise ValueError("a size or offset is not a whole number")
+        size = math.prod(shape) * ITEM_SIZE[dtype]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {name} is described as {str(note)[:200]}: {error!r}") from error
+    if stop - start != size:
+        raise CheckpointError(f"{path}: {name} has {stop - start} bytes, {dtype}{list(shape)} has {size}")
+    return Stored(file=path, dtype=dtype, shape=shape, start=data + start, size=size)
