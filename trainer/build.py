@@ -133,7 +133,10 @@ def _loader(job: JobSpec, world: World, data: PreparedData) -> BatchLoader:
 
 
 def _open_segments(job: JobSpec, plans: tuple[StagePlan, ...], loader: BatchLoader) -> None:
-    """One segment for each stage that is not over; the prefetcher reads across their boundaries."""
+    """The segments of every stage that is not over; the prefetcher reads across their boundaries."""
     for plan, stage in zip(plans, job.stages, strict=True):
-        if plan.end_sample > loader.consumed:
-            loader.open_segment(stage.mixture, start=max(plan.start_sample, loader.consumed))
+        ends = [*(plan.start_sample + first for first, _ in plan.mixtures[1:]), plan.end_sample]
+        for (first, mixture), end in zip(plan.mixtures, ends, strict=True):
+            if end > loader.consumed:
+                start = max(plan.start_sample + first, loader.consumed)
+                loader.open_segment(mixture, start=start, replay=stage.replays, stage=stage.name)

@@ -2,12 +2,19 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from ft.spec import SnapshotSpec
 from parallel.layout import Layout
 from parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec, Section
-from trainer.data.spec import DataSpec
+from trainer.data.spec import DataSpec, ReplaySpec
 from trainer.model.spec import ModelSpec
 from trainer.schedule import LrSpec
 
@@ -28,13 +35,59 @@ class BatchSpec(Section):
     ramp: RampSpec | None = None
 
 
+Mixture = dict[str, PositiveFloat]
+
+
+class MixtureStep(Section):
+    """Another mixture from a point of the stage on; the last steps of a stage are how domains are upsampled."""
+
+    at: float = Field(gt=0, lt=1, description="fraction of the stage's samples")
+    mixture: Mixture = Field(min_length=1)
+
+
+class MixtureRamp(Section):
+    """The mixture moves in a straight line to another one, as a staircase."""
+
+    to: Mixture = Field(min_length=1, description="mixture at the end of the ramp and after it")
+    start: float = Field(0.0, ge=0, lt=1, description="fraction of the stage's samples")
+    end: float = Field(1.0, gt=0, le=1, description="fraction of the stage's samples")
+    stairs: PositiveInt = Field(16, description="each with the mixture of its middle")
+
+
+class GateSpec(Section):
+    """What to do when a domain forgets: its loss above that at the beginning of the stage, in nats per token."""
+
+    domain: str = Field(description="of data.validation")
+    max_forgetting: NonNegativeFloat
+    action: Literal["stop", "warn"] = "stop"
+
+
 class StageSpec(Section):
     """One stage of training: how many tokens, of what, at which learning rate."""
 
     name: str = Field(min_length=1)
     tokens: PositiveInt = Field(description="budget; rounded up to whole steps")
-    mixture: dict[str, PositiveFloat] = Field(min_length=1, description="weight of each source, normalised")
+    mixture: Mixture = Field(min_length=1, description="weight of each source, normalised")
+    mixture_steps: tuple[MixtureStep, ...] = Field((), description="other mixtures later in the stage")
+    mixture_ramp: MixtureRamp | None = None
+    replay: ReplaySpec | tuple[ReplaySpec, ...] = Field((), description="one clause, or a list of them")
     lr: LrSpec
+    optimizer_state: Literal["keep", "reset"] = Field("keep", description="moments and step counter at the beginning")
+    evaluate: tuple[str, ...] | None = Field(
+        None, description="domains evaluated inside the stage; default: all. At its beginning and end it is always all"
+    )
+    gate: GateSpec | None = Field(None, description="judged whenever the domain is evaluated")
+
+    @property
+    def replays(self) -> tuple[ReplaySpec, ...]:
+        """The clauses of `replay`, however many were given."""
+        return (self.replay,) if isinstance(self.replay, ReplaySpec) else self.replay
+
+    @property
+    def mixtures(self) -> tuple[Mixture, ...]:
+        """Every mixture that the stage comes through, those inside a ramp aside."""
+        ramp = () if self.mixture_ramp is None else (self.mixture_ramp.to,)
+        return (self.mixture, *(step.mixture for step in self.mixture_steps), *ramp)
 
 
 class EvaluationSpec(Section):
@@ -85,6 +138,7 @@ class JobSpec(Section):
     name: str = Field(min_length=1)
     output: str = Field(description="run folder; relative to the working directory")
     seed: NonNegativeInt = 1
+    init_from: str | None = Field(None, description="run folder or checkpoint whose weights and history to begin with")
     model: ModelSpec
     data: DataSpec
     batch: BatchSpec

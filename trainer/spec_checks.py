@@ -7,7 +7,7 @@ from parallel.errors import LayoutError
 from parallel.layout import Layout, check_micro_batches, split_layers
 
 if TYPE_CHECKING:
-    from trainer.spec import JobSpec
+    from trainer.spec import JobSpec, StageSpec
 
 
 def check_job(job: "JobSpec") -> None:
@@ -76,6 +76,76 @@ def _data(job: "JobSpec") -> Iterator[str]:
     if len(set(names)) != len(names):
         yield f"stages: names must differ, got {names}"
     for stage in job.stages:
-        unknown = sorted(set(stage.mixture) - set(job.data.sources))
-        if unknown:
-            yield f"stages.{stage.name}.mixture names {unknown}, not in data.sources {sorted(job.data.sources)}"
+        yield from _mixtures(stage, job)
+        yield from _domains(stage, job)
+    yield from _replays(job)
+
+
+def _mixtures(stage: "StageSpec", job: "JobSpec") -> Iterator[str]:
+    unknown = sorted({name for mixture in stage.mixtures for name in mixture} - set(job.data.sources))
+    if unknown:
+        yield f"stages.{stage.name}.mixture names {unknown}, not in data.sources {sorted(job.data.sources)}"
+    at = [step.at for step in stage.mixture_steps]
+    if at != sorted(set(at)):
+        yield f"stages.{stage.name}.mixture_steps: `at` must grow from step to step, got {at}"
+    ramp = stage.mixture_ramp
+    if ramp and stage.mixture_steps:
+        yield f"stages.{stage.name}: give mixture_steps or mixture_ramp, not both"
+    if ramp and ramp.start >= ramp.end:
+        yield f"stages.{stage.name}.mixture_ramp: start {ramp.start} is not before end {ramp.end}"
+
+
+def _domains(stage: "StageSpec", job: "JobSpec") -> Iterator[str]:
+    known = sorted(job.data.validation)
+    named = {f"evaluate names {name!r}": name for name in stage.evaluate or ()}
+    if stage.gate:
+        named |= {f"gate.domain = {stage.gate.domain!r}": stage.gate.domain}
+    for what, name in named.items():
+        if name not in known:
+            yield f"stages.{stage.name}.{what}, a domain without data in data.validation {known}"
+    if stage.gate and stage.evaluate is not None and stage.gate.domain not in stage.evaluate:
+        yield f"stages.{stage.name}.gate.domain = {stage.gate.domain!r} is not among those in evaluate"
+
+
+def _replays(job: "JobSpec") -> Iterator[str]:
+    """What can be told without the ledger of a parent; the rest is refused when the job is put together."""
+    later = [stage.name for stage in job.stages]
+    drawn: set[str] = set()
+    for index, stage in enumerate(job.stages):
+        where = f"stages.{stage.name}.replay"
+        total = sum(clause.fraction for clause in stage.replays)
+        if total >= 1:
+            yield f"{where}: the fractions add up to {total:g}, which leaves nothing for the mixture; keep below 1"
+        for clause in stage.replays:
+            if clause.stand_in is not None:
+                yield from _stand_in(clause.stand_in, where, job)
+            elif index == 0 and job.init_from is None:
+                yield f"{where}: nothing was seen before the first stage; leave it out, or begin with init_from"
+            else:
+                yield from _origins(clause.origins, where, job, later[index:], set(later[:index]), drawn)
+        drawn |= {name for mixture in stage.mixtures for name in mixture}
+
+
+def _stand_in(name: str, where: str, job: "JobSpec") -> Iterator[str]:
+    if name not in job.data.sources:
+        yield f"{where}: stand_in names {name!r}, not in data.sources {sorted(job.data.sources)}"
+    if job.init_from is None:
+        yield f"{where}: stand_in is for a parent without a ledger, and there is no init_from; use `from`"
+
+
+def _origins(
+    names: tuple[str, ...], where: str, job: "JobSpec", later: list[str], earlier: set[str], drawn: set[str]
+) -> Iterator[str]:
+    for name in names:
+        if name in earlier and name in job.data.sources:
+            yield f"{where}: from: {name!r} is both a stage and a source; rename one of them"
+        elif name == later[0] and name not in job.data.sources:
+            yield f"{where}: from: a stage cannot replay itself; name earlier ones"
+        elif job.init_from is not None or name in earlier:
+            continue
+        elif name in later and name not in job.data.sources:
+            yield f"{where}: from: stage {name!r} comes later and has seen nothing yet"
+        elif name not in job.data.sources:
+            yield f"{where}: from: {name!r} is neither an earlier stage nor in data.sources {sorted(job.data.sources)}"
+        elif name not in drawn:
+            yield f"{where}: from: nothing of source {name!r} was seen before this stage"

@@ -47,7 +47,7 @@ def _locate(
         members = [member for annotation in annotations for member in _members(annotation)]
         if len(members) > 1 and not _is_key(part, value):
             chosen = [member for member in members if _is_section(member) == isinstance(value, dict)]
-            if part not in {getattr(member, "__name__", None) for member in chosen} and _is_tag(part, members):
+            if not any(_is_tag_of(part, member) for member in chosen) and _is_tag(part, members):
                 return None, []
             if _is_tag(part, members):
                 continue
@@ -65,6 +65,12 @@ def _is_inside(location: tuple[int | str, ...], outer: tuple[int | str, ...]) ->
 def _is_tag(part: int | str, members: list[Any]) -> bool:
     names = {getattr(member, "__name__", None) for member in members}
     return part in names or (isinstance(part, str) and part not in _fields(members) and not part.isidentifier())
+
+
+def _is_tag_of(part: int | str, member: Any) -> bool:
+    """Whether pydantic means this member; one with validators of its own is called `function-after[..., NAME]`."""
+    name = getattr(member, "__name__", None)
+    return part == name or (isinstance(part, str) and part.endswith(f", {name}]"))
 
 
 def _is_key(part: int | str, value: Any) -> bool:
@@ -90,8 +96,8 @@ def _members(annotation: Any) -> list[Any]:
 
 def _children(annotation: Any, part: int | str) -> list[Any]:
     if _is_section(annotation):
-        field = annotation.model_fields.get(str(part))
-        return [] if field is None else [field.annotation]
+        fields = {field.alias or name: field for name, field in annotation.model_fields.items()}
+        return [fields[str(part)].annotation] if part in fields else []
     if get_origin(annotation) in (tuple, list):
         return [argument for argument in get_args(annotation) if argument is not Ellipsis]
     if get_origin(annotation) is dict:
@@ -159,7 +165,7 @@ def _paths(annotations: list[Any], keys: Keys) -> Iterator[Keys]:
         for member in _members(annotation):
             if _is_section(member):
                 for name, field in member.model_fields.items():
-                    yield (*keys, name)
-                    yield from _paths([field.annotation], (*keys, name))
+                    yield (*keys, field.alias or name)
+                    yield from _paths([field.annotation], (*keys, field.alias or name))
             elif get_origin(member) in (tuple, list, dict):
                 yield from _paths(_children(member, 0), (*keys, "*"))

@@ -1,9 +1,11 @@
 """What a job will do, step by step: batch-size ramp, steps and tokens of every stage. Pure and torch-free."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from trainer.schedule import LrCurve
-from trainer.spec import BatchSpec, JobSpec
+from trainer.spec import BatchSpec, JobSpec, MixtureRamp, StageSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,6 +20,8 @@ class StagePlan:
     samples: int
     tokens: int
     curve: LrCurve
+    mixtures: tuple[tuple[int, Mapping[str, float]], ...]
+    """Mixtures and the samples of the stage, counted from 0, from which on they hold; the first begins at 0."""
 
     @property
     def end_step(self) -> int:
@@ -67,7 +71,37 @@ def plan_stages(job: JobSpec) -> tuple[StagePlan, ...]:
                 samples=samples,
                 tokens=samples * job.data.sequence_length,
                 curve=LrCurve.of(stage.lr, steps),
+                mixtures=mixtures(stage, samples),
             )
         )
         step, consumed = step + steps, consumed + samples
     return tuple(plans)
+
+
+def mixtures(stage: StageSpec, samples: int) -> tuple[tuple[int, Mapping[str, float]], ...]:
+    """The staircase of mixtures of a stage of `samples` samples; stairs too short for one sample are left out."""
+    stairs: list[tuple[float, Mapping[str, float]]] = [(0.0, stage.mixture)]
+    stairs += [(step.at, step.mixture) for step in stage.mixture_steps]
+    if stage.mixture_ramp is not None:
+        stairs += _ramp(stage.mixture, stage.mixture_ramp)
+    begins = [int(at * samples) for at, _ in stairs] + [samples]
+    return tuple(
+        (begin, mixture) for (begin, end), (_, mixture) in zip(pairwise(begins), stairs, strict=True) if begin < end
+    )
+
+
+def _ramp(first: Mapping[str, float], ramp: MixtureRamp) -> list[tuple[float, Mapping[str, float]]]:
+    stairs: list[tuple[float, Mapping[str, float]]] = []
+    for stair in range(ramp.stairs):
+        at = ramp.start + (ramp.end - ramp.start) * stair / ramp.stairs
+        stairs.append((at, _between(first, ramp.to, (stair + 0.5) / ramp.stairs)))
+    return [*stairs, (ramp.end, ramp.to)]
+
+
+def _between(first: Mapping[str, float], last: Mapping[str, float], progress: float) -> Mapping[str, float]:
+    """A mixture on the straight line between two, both normalised."""
+    before, after = sum(first.values()), sum(last.values())
+    return {
+        name: (1 - progress) * first.get(name, 0.0) / before + progress * last.get(name, 0.0) / after
+        for name in dict.fromkeys((*first, *last))
+    }

@@ -7,32 +7,19 @@ and a later stage can draw again from exactly what was seen. Torch-free.
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
-from trainer.data.table import UNITS, Ints, Table, quantise, table
-from trainer.errors import CheckpointError, DataError
-
-Ranges = tuple[tuple[int, int], ...]
-"""Half-open ranges of a source's sample numbers k, ascending and disjoint."""
-
-
-class Identified(Protocol):
-    """What the ledger needs to know of a source."""
-
-    @property
-    def identity(self) -> str:
-        """Content hash of the data and the sequence length; the same wherever the files lie."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """Samples in one epoch."""
-        ...
+from trainer.data.replay import Identified, Pool, Replay, Run, pools_of, stand_in_pool
+from trainer.data.segment import Ranges, ReplayShare, Segment, Share, drawn, draws_before, merged, weights_of
+from trainer.data.spec import ReplaySpec
+from trainer.data.table import UNITS, Ints, quantise
+from trainer.errors import CheckpointError, DataError, SpecError
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -44,38 +31,22 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Samples in one epoch."""
 
 
-class Share(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one source contributes to a segment."""
+class StageMark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A stage begins at position `start`."""
 
-    source: str
-    """Identity of the source."""
-    units: int
-    """Weight in units of 1/65,536."""
-    offset: int
-    """Sample number k of its first sample in this segment."""
-
-
-class Segment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Positions from `start` on, up to the next segment, drawn with fixed weights."""
-
+    name: str
     start: int
-    shares: tuple[Share, ...]
-    seen: dict[str, Ranges]
-    """By identity, what each source had given before `start`."""
 
-    @property
-    def table(self) -> Table:
-        return table(tuple(share.units for share in self.shares))
 
-    def seen_before(self, position: int) -> dict[str, Ranges]:
-        """By identity, what each source has given at all positions below `position`, which lies in this segment."""
-        seen = dict(self.seen)
-        counts = self.table.counts_before(position - self.start)
-        for share, count in zip(self.shares, counts, strict=True):
-            if count:
-                new = (share.offset, share.offset + count)
-                seen[share.source] = _merged(*seen.get(share.source, ()), new)
-        return seen
+class PastStage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A stage of a run that this one continues."""
+
+    run: str
+    name: str
+    samples: int
+    """Replayed ones included."""
+    runs: tuple[Run, ...]
+    """What it saw, replay not counted."""
 
 
 class Given(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -94,6 +65,7 @@ class Draw:
     identities: tuple[str, ...]
     source: Ints
     k: Ints
+    replayed: npt.NDArray[np.bool_]
 
 
 class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -103,6 +75,11 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     position: int = 0
     sources: dict[str, Origin] = {}
     segments: tuple[Segment, ...] = ()
+    replays: tuple[Replay, ...] = ()
+    stages: tuple[StageMark, ...] = ()
+    """The stages of this run that have begun or are planned."""
+    past: tuple[PastStage, ...] = ()
+    """The stages of the runs that this one continues, oldest first."""
 
     def opened(
         self,
@@ -111,6 +88,8 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         *,
         start: int | None = None,
         offsets: Mapping[str, int] | None = None,
+        replay: Sequence[ReplaySpec] = (),
+        stage: str | None = None,
     ) -> "Ledger":
         """A ledger whose mixture changes at `start`, which is not below `position` (default: there).
 
@@ -121,15 +100,19 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Args:
             mixture: weight of each source by name; normalised.
             sources: the sources by name; more than the mixture names is fine.
+            replay: clauses of the stage; each takes its fraction of the samples, the mixture gets the rest.
+            stage: the stage that `start` belongs to; it begins there unless it has begun already.
 
         Raises:
-            SpecError: a weight is not positive, or below 1/65,536 of the whole.
-            DataError: a source is missing, or two of them are the same data.
+            SpecError: a weight is not positive, or below 1/65,536 of the whole; or a replay clause names what is
+                neither an earlier stage nor a source.
+            DataError: a source is missing, two of them are the same data, or there is nothing to replay.
         """
         start = self.position if start is None else start
         if start < self.position:
             raise ValueError(f"a segment cannot start at {start}: {self.position} samples are already consumed")
-        units = quantise(mixture)
+        replay_units = tuple(_replay_units(clause) for clause in replay)
+        units = quantise(mixture, _rest(replay_units))
         named: dict[str, str] = {}
         for name in units:
             if name not in sources:
@@ -139,7 +122,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 raise DataError(f"data.sources.{named[identity]} and data.sources.{name} are the same data")
             named[identity] = name
         kept = tuple(segment for segment in self.segments if segment.start < start)
-        seen = kept[-1].seen_before(start) if kept else {}
+        seen = kept[-1].seen_before(start) if kept else self._seen_in_past()
         shares = tuple(
             Share(
                 source=identity,
@@ -148,12 +131,113 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             )
             for identity, name in named.items()
         )
+        ledger = self._begun(stage, start)
+        clauses = tuple(ledger._resolved(clause, sources, kept) for clause in replay)
+        ledger = msgspec.structs.replace(ledger, replays=tuple(dict.fromkeys((*ledger.replays, *clauses))))
+        places = [ledger.replays.index(clause) for clause in clauses]
         until = tuple(segment for segment in self.segments if segment.start <= start)
-        if until and not offsets and _weights(until[-1].shares) == _weights(shares):
-            return msgspec.structs.replace(self, segments=until)
-        segment = Segment(start=start, shares=shares, seen=seen)
-        origins = {identity: Origin(name=name, size=sources[name].size) for identity, name in named.items()}
-        return msgspec.structs.replace(self, sources=self.sources | origins, segments=(*kept, segment))
+        weights = ({share.source: share.units for share in shares}, list(zip(places, replay_units, strict=True)))
+        if until and not offsets and weights_of(until[-1]) == weights:
+            return msgspec.structs.replace(ledger, segments=until)
+        again = tuple(
+            ReplayShare(replay=place, units=own, offset=draws_before(kept, place, start))
+            for place, own in zip(places, replay_units, strict=True)
+        )
+        segment = Segment(start=start, shares=shares, seen=seen, replays=again)
+        names = {source.identity: name for name, source in sources.items()}
+        used = [*named, *(identity for clause in clauses for identity in clause.identities)]
+        origins = {
+            identity: Origin(name=names[identity], size=sources[names[identity]].size)
+            for identity in used
+            if identity in names
+        }
+        return msgspec.structs.replace(ledger, sources=self.sources | origins, segments=(*kept, segment))
+
+    def continued(self, run: str) -> "Ledger":
+        """The ledger of a run that starts from this one: position 0, the same seed, and its stages as the past.
+
+        Sources go on where they stopped.
+        """
+        marks = [mark for mark in self.stages if mark.start < self.position]
+        if not marks and self.position:
+            marks = [StageMark(name=run, start=0)]
+        ends = [*(mark.start for mark in marks[1:]), self.position]
+        new = (
+            PastStage(run=run, name=mark.name, samples=end - mark.start, runs=drawn(self.segments, mark.start, end))
+            for mark, end in zip(marks, ends, strict=True)
+        )
+        return Ledger(seed=self.seed, sources=self.sources, past=(*self.past, *new))
+
+    def replayed(self, position: int | None = None) -> dict[str, int]:
+        """By stage that replays, how many of its samples below `position` (default: the ledger's own) were replayed."""
+        position = self.position if position is None else position
+        counts: dict[str, int] = {}
+        ends = [*(segment.start for segment in self.segments[1:]), position]
+        for segment, end in zip(self.segments, ends, strict=False):
+            given = segment.table.counts_before(max(0, min(end, position) - segment.start))
+            for share, count in zip(segment.replays, given[len(segment.shares) :], strict=True):
+                name = self.replays[share.replay].stage
+                counts[name] = counts.get(name, 0) + count
+        return counts
+
+    def _begun(self, stage: str | None, start: int) -> "Ledger":
+        """With a mark for the stage, unless it is in progress at `start`; later marks were plans and are dropped."""
+        kept = tuple(mark for mark in self.stages if mark.start < start)
+        if stage is not None and not (kept and kept[-1].name == stage):
+            kept = (*kept, StageMark(name=stage, start=start))
+        return msgspec.structs.replace(self, stages=kept)
+
+    def _resolved(self, clause: ReplaySpec, sources: Mapping[str, Identified], kept: tuple[Segment, ...]) -> Replay:
+        """The clause with what it may draw, for the stage that began last."""
+        stage, begin = self.stages[-1].name, self.stages[-1].start
+        ordinal = len(self.past) + len(self.stages) - 1
+        where = f"stages.{stage}.replay"
+        if clause.stand_in is not None:
+            pools: tuple[Pool, ...] = (stand_in_pool(clause.stand_in, sources, where),)
+        else:
+            past = [(old.name, old.runs) for old in self.past]
+            ends = [mark.start for mark in self.stages[1:]]
+            past += [
+                (mark.name, drawn(kept, mark.start, end)) for mark, end in zip(self.stages[:-1], ends, strict=True)
+            ]
+            pools = pools_of(clause.origins, past, self._names(sources), where)
+        if not pools:
+            origins = f"from {', '.join(clause.origins)}" if clause.origins else "from all that was seen"
+            raise DataError(f"{where}: {origins}: nothing was seen there before sample {begin} of the run")
+        found = Replay(
+            stage=stage,
+            law=clause.law,
+            exponent=clause.exponent or 0.0,
+            key=f"{clause.seed}/{ordinal}",
+            pools=pools,
+            known=clause.stand_in is None,
+        )
+        self._check_there(found, sources, where)
+        return found
+
+    def _names(self, sources: Mapping[str, Identified]) -> dict[str, set[str]]:
+        """Identities by what the job, or an earlier one, calls them."""
+        names: dict[str, set[str]] = {}
+        for name, source in sources.items():
+            names.setdefault(name, set()).add(source.identity)
+        for identity, origin in self.sources.items():
+            names.setdefault(origin.name, set()).add(identity)
+        return names
+
+    def _check_there(self, replay: Replay, sources: Mapping[str, Identified], where: str) -> None:
+        there = {source.identity for source in sources.values()}
+        for identity in replay.identities:
+            if identity not in there:
+                raise DataError(
+                    f"{where}: what is replayed comes from source {self.sources[identity].name!r} with content "
+                    f"{identity}, which is not in data.sources; add its file there, at the same data.sequence_length"
+                )
+
+    def _seen_in_past(self) -> dict[str, Ranges]:
+        seen: dict[str, Ranges] = {}
+        for source, start, end in (run for stage in self.past for run in stage.runs):
+            seen[source] = merged(*seen.get(source, ()), (start, end))
+        return seen
 
     def upcoming(self) -> tuple[Segment, ...]:
         """The segments that samples from `position` on are drawn from."""
@@ -167,14 +251,22 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def samples_at(self, positions: Ints) -> Draw:
         """Source and sample number of each position; any order, no scan."""
         segments = self._segments_at(positions)
-        identities = tuple(self.sources)
+        place = {identity: index for index, identity in enumerate(self.sources)}
         source, k = np.empty_like(positions), np.empty_like(positions)
+        replayed = np.zeros(positions.shape, np.bool_)
         for index in np.unique(segments):
-            segment, chosen = self.segments[index], segments == index
+            segment, chosen = self.segments[index], np.flatnonzero(segments == index)
             turn, count = segment.table.samples_at(positions[chosen] - segment.start)
-            source[chosen] = np.array([identities.index(share.source) for share in segment.shares])[turn]
-            k[chosen] = np.array([share.offset for share in segment.shares])[turn] + count
-        return Draw(identities, source, k)
+            fresh = turn < len(segment.shares)
+            own = chosen[fresh]
+            source[own] = np.array([place[share.source] for share in segment.shares])[turn[fresh]]
+            k[own] = np.array([share.offset for share in segment.shares])[turn[fresh]] + count[fresh]
+            replayed[chosen] = ~fresh
+            for number, share in enumerate(segment.replays, len(segment.shares)):
+                replay, own = self.replays[share.replay], turn == number
+                origin, k[chosen[own]] = replay.draw(share.offset + count[own])
+                source[chosen[own]] = np.array([place[identity] for identity in replay.identities])[origin]
+        return Draw(tuple(self.sources), source, k, replayed)
 
     def sample_at(self, position: int) -> tuple[str, int]:
         """Identity of the source at `position`, and its sample number k."""
@@ -185,7 +277,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """By identity, what each source has given below `position` (default: the ledger's own)."""
         position = self.position if position is None else position
         index = bisect_right(self.segments, position, key=lambda segment: segment.start) - 1
-        seen = self.segments[index].seen_before(position) if index >= 0 else {}
+        seen = self.segments[index].seen_before(position) if index >= 0 else self._seen_in_past()
         return {
             source: Given(consumed=sum(end - start for start, end in ranges), ranges=ranges)
             for source, ranges in seen.items()
@@ -196,9 +288,9 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return {source: given.consumed / self.sources[source].size for source, given in self.given(position).items()}
 
     def save(self) -> dict[str, Any]:
-        """Plain values for JSON, with what each source has given beside what it follows from."""
+        """Plain values for JSON, with what was given and replayed beside what it follows from."""
         plain: dict[str, Any] = msgspec.to_builtins(self)
-        return plain | {"given": msgspec.to_builtins(self.given())}
+        return plain | {"given": msgspec.to_builtins(self.given()), "replayed": self.replayed()}
 
     @classmethod
     def load(cls, saved: Mapping[str, Any]) -> "Ledger":
@@ -209,6 +301,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """
         plain = dict(saved)
         given = plain.pop("given", None)
+        plain.pop("replayed", None)
         try:
             ledger = msgspec.convert(plain, cls)
             ledger._check()
@@ -238,22 +331,34 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             sources = [share.source for share in segment.shares]
             if len(set(sources)) != len(sources) or not {*sources, *segment.seen} <= set(self.sources):
                 raise ValueError(f"the segment at {segment.start} draws from unknown or repeated sources")
-            if any(share.units < 1 or share.offset < 0 for share in segment.shares):
+            if any(share.units < 1 or share.offset < 0 for share in segment.all_shares):
                 raise ValueError(f"the segment at {segment.start} has a weight or offset below its range")
-            if sum(share.units for share in segment.shares) != UNITS:
+            if sum(share.units for share in segment.all_shares) != UNITS:
                 raise ValueError(f"the weights of the segment at {segment.start} do not add up to {UNITS}")
+            if any(not 0 <= share.replay < len(self.replays) for share in segment.replays):
+                raise ValueError(f"the segment at {segment.start} replays what is not described")
+        self._check_replays()
+
+    def _check_replays(self) -> None:
+        runs = [run for stage in self.past for run in stage.runs]
+        for replay in self.replays:
+            if not replay.pools or any(not pool.size or pool.age < 0 for pool in replay.pools):
+                raise ValueError(f"stage {replay.stage} replays from nothing")
+            runs += [run for pool in replay.pools for run in pool.runs]
+        for source, start, end in runs:
+            if source not in self.sources or not 0 <= start < end:
+                raise ValueError(f"samples {start} to {end} of {source} cannot have been seen")
 
 
-def _weights(shares: tuple[Share, ...]) -> dict[str, int]:
-    return {share.source: share.units for share in shares}
+def _replay_units(clause: ReplaySpec) -> int:
+    units = round(clause.fraction * UNITS)
+    if units < 1:
+        raise SpecError(f"replay.fraction = {clause.fraction} is less than the smallest share of 1/{UNITS:,}")
+    return units
 
 
-def _merged(*ranges: tuple[int, int]) -> Ranges:
-    """The same numbers as ascending, disjoint ranges."""
-    merged: list[tuple[int, int]] = []
-    for start, end in sorted(ranges):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    return tuple(merged)
+def _rest(replay_units: tuple[int, ...]) -> int:
+    rest = UNITS - sum(replay_units)
+    if rest < 1:
+        raise SpecError(f"replay: the fractions add up to {sum(replay_units) / UNITS:g}; nothing is left for new data")
+    return rest

@@ -1,7 +1,7 @@
 """Batches for one rank, read ahead in the background."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ from parallel.layout import Layout
 from trainer.data.ledger import Ledger
 from trainer.data.packing import PackedSource, Samples, Source
 from trainer.data.prefetch import Prefetcher
+from trainer.data.spec import ReplaySpec
 from trainer.data.table import Ints
 from trainer.errors import DataError
 
@@ -70,10 +71,17 @@ class BatchLoader:
         return self._ledger.position
 
     def open_segment(
-        self, mixture: Mapping[str, float], *, start: int | None = None, offsets: Mapping[str, int] | None = None
+        self,
+        mixture: Mapping[str, float],
+        *,
+        start: int | None = None,
+        offsets: Mapping[str, int] | None = None,
+        replay: Sequence[ReplaySpec] = (),
+        stage: str | None = None,
     ) -> None:
         """Draw with these weights from `start` on (default: the next sample); see `Ledger.opened`."""
-        self._adopt(self._ledger.opened(mixture, self._sources, start=start, offsets=offsets))
+        ledger = self._ledger.opened(mixture, self._sources, start=start, offsets=offsets, replay=replay, stage=stage)
+        self._adopt(ledger)
 
     def next_batch(self, global_size: int | None = None) -> Batch:
         """This rank's rows of the next global batch; `global_size` defaults to what `global_size_at` says.
@@ -129,12 +137,14 @@ class BatchLoader:
         if not self._ledger.segments:
             raise ValueError("the ledger has no segment: call open_segment first")
         for segment in self._ledger.upcoming():
-            for share in segment.shares:
-                origin = self._ledger.sources[share.source]
-                if sizes.get(share.source) != origin.size:
+            replays = (self._ledger.replays[share.replay] for share in segment.replays)
+            again = (identity for replay in replays for identity in replay.identities)
+            for identity in (*(share.source for share in segment.shares), *again):
+                origin = self._ledger.sources[identity]
+                if sizes.get(identity) != origin.size:
                     there = ", ".join(f"{source.name} {source.identity}" for source in self._sources.values())
                     raise DataError(
-                        f"the run draws from source {origin.name!r} with content {share.source}, but data.sources "
+                        f"the run draws from source {origin.name!r} with content {identity}, but data.sources "
                         f"hold only: {there}; the file was changed or data.sequence_length is another"
                     )
 

@@ -10,8 +10,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.ledger import Identified
 from trainer.data.permutation import window_at
+from trainer.data.replay import Identified
 from trainer.data.table import Ints
 from trainer.errors import DataError
 

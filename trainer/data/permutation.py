@@ -85,6 +85,12 @@ def _mix(values: _Words, word: np.uint64) -> _Words:
     return z ^ (z >> np.uint64(31))
 
 
+def counter_words(key: bytes, counters: Ints) -> _Words:
+    """Uniform 64-bit words, one for each counter, from a counter-based generator with this key."""
+    first, second, *_ = _round_words(key)
+    return _mix(_mix(counters.astype(np.uint64), first), second)
+
+
 def window_at(k: Ints, *, seed: int, identity: str, size: int) -> Ints:
     """Window that a source gives as its k-th sample: each epoch of `size` samples has a permutation of its own."""
     epochs, places = np.divmod(k, size)

@@ -1,6 +1,8 @@
 """The data section of a job spec. Torch-free."""
 
-from pydantic import Field, PositiveInt
+from typing import Literal
+
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from parallel.spec import Section
 
@@ -20,3 +22,30 @@ class DataSpec(Section):
         False, description="attention stays inside documents, positions restart, the crossing target is masked"
     )
     prefetch: PositiveInt = Field(2, description="batches prepared in the background")
+
+
+class ReplaySpec(Section):
+    """A part of a stage's samples that is drawn again from what was seen before; the token budget stays the same."""
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
+    origins: tuple[str, ...] = Field(
+        (), alias="from", description="earlier stages or sources to draw from; default: all that was seen"
+    )
+    fraction: float = Field(gt=0, lt=1, description="of the stage's samples")
+    law: Literal["uniform", "power"] = Field(
+        "uniform", description="uniform: nothing twice before all came once; power: (1 + age)^-exponent over stages"
+    )
+    exponent: PositiveFloat | None = Field(None, description="power: how fast older stages fade; 0.5 and 1 are usual")
+    seed: NonNegativeInt = Field(0, description="another order of the same samples")
+    stand_in: str | None = Field(
+        None, description="source to draw from where the parent has no ledger; not known to have been seen"
+    )
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> "ReplaySpec":
+        if (self.law == "power") != (self.exponent is not None):
+            raise ValueError("law power needs an exponent" if self.law == "power" else "exponent belongs to law power")
+        if self.stand_in is not None and (self.origins or self.law != "uniform"):
+            raise ValueError("stand_in is drawn uniformly from one source: leave out from, law and exponent")
+        return self

@@ -23,8 +23,8 @@ UNITS = 65_536
 Ints = npt.NDArray[np.int64]
 
 
-def quantise(mixture: Mapping[str, float]) -> dict[str, int]:
-    """Weights in units of 1/65,536 that add up to 65,536, by largest remainder; keys sorted.
+def quantise(mixture: Mapping[str, float], units_in_all: int = UNITS) -> dict[str, int]:
+    """Weights in units of 1/65,536 that add up to `units_in_all`, by largest remainder; keys sorted.
 
     Raises:
         SpecError: no weights, one that is not a positive number, or one below 1/65,536 of the whole.
@@ -36,7 +36,7 @@ def quantise(mixture: Mapping[str, float]) -> dict[str, int]:
             raise SpecError(f"mixture.{name} = {weight} is not a positive weight")
     names = sorted(mixture)
     total = sum(Fraction(mixture[name]) for name in names)
-    exact = {name: Fraction(mixture[name]) / total * UNITS for name in names}
+    exact = {name: Fraction(mixture[name]) / total * units_in_all for name in names}
     for name in names:
         if exact[name] < 1:
             raise SpecError(
@@ -44,7 +44,7 @@ def quantise(mixture: Mapping[str, float]) -> dict[str, int]:
                 f"of 1/{UNITS:,} = {1 / UNITS:.2e}; raise it or leave the source out"
             )
     units = {name: int(exact[name]) for name in names}
-    missing = UNITS - sum(units.values())
+    missing = units_in_all - sum(units.values())
     for name in sorted(names, key=lambda name: units[name] - exact[name])[:missing]:
         units[name] += 1
     return units

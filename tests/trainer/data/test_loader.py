@@ -251,7 +251,7 @@ def test_closing_ends_the_thread() -> None:
     assert any(thread.name == "batches-of-rank-0" for thread in set(threading.enumerate()) - before)
     loader.close()
     loader.close()
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
     assert loader.state()["position"] == 8
 
 

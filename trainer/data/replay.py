@@ -1,0 +1,171 @@
+"""Replay: which samples that were seen before are drawn again, as a pure function of a draw's number.
+
+Uniform: a keyed permutation over everything that was seen, so that nothing comes twice before all has come; each
+pass over it has a key of its own (Ibrahim et al., 2024, draw from the index map of what was seen). Power law: draw n
+picks a past stage with weight (1 + age)^(-exponent) (after "Catastrophic Interference is Mitigated in Naturalistic
+Power-Law Learning Environments", 2024), then one of its samples, both from a counter, with replacement. Torch-free.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import Literal, Protocol
+
+import msgspec
+import numpy as np
+
+from trainer.data.permutation import Permutation, counter_words
+from trainer.data.table import Ints
+from trainer.errors import DataError, SpecError
+
+Law = Literal["uniform", "power"]
+
+Run = tuple[str, int, int]
+"""Identity of a source, and a half-open range of its sample numbers k."""
+
+_SHIFT = 32
+"""Stage weights are quantised to 2**-32."""
+
+
+class Identified(Protocol):
+    """What ledger and replay need to know of a source."""
+
+    @property
+    def identity(self) -> str:
+        """Content hash of the data and the sequence length; the same wherever the files lie."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Samples in one epoch."""
+        ...
+
+
+class Pool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one past stage saw, as far as it may be replayed."""
+
+    stage: str
+    age: int
+    """Stages that came after it, before the one that replays: 0 for the latest."""
+    runs: tuple[Run, ...]
+    """Samples; a sample that was seen in two epochs is there twice, so that replay keeps the mixture of the past."""
+
+    @property
+    def size(self) -> int:
+        return sum(end - start for _, start, end in self.runs)
+
+
+class Replay(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One replay clause of one stage, with everything that its draws follow from."""
+
+    stage: str
+    """The stage that replays."""
+    law: Law
+    exponent: float
+    """Of the power law; 0 for uniform."""
+    key: str
+    """Tells this clause's order from that of any other: its seed and its place in the history."""
+    pools: tuple[Pool, ...]
+    """Oldest stage first; none is empty."""
+    known: bool = True
+    """False for a stand-in corpus: not known to have been seen."""
+
+    @property
+    def identities(self) -> tuple[str, ...]:
+        """Sources that may be drawn from."""
+        return tuple(dict.fromkeys(source for pool in self.pools for source, _, _ in pool.runs))
+
+    def draw(self, numbers: Ints) -> tuple[Ints, Ints]:
+        """For each draw, counted from 0 in its stage: which of `identities`, and the sample number k."""
+        return _sampler(self).draw(numbers)
+
+
+def pools_of(
+    origins: Sequence[str], past: Sequence[tuple[str, tuple[Run, ...]]], names: Mapping[str, set[str]], where: str
+) -> tuple[Pool, ...]:
+    """What the named stages saw, and what any stage saw of the named sources; without names, everything."""
+    stages = {name for name, _ in past}
+    for name in origins:
+        if name in stages and name in names:
+            raise SpecError(f"{where}: from: {name!r} is both a stage and a source; rename one of them")
+        if name not in stages and name not in names:
+            raise SpecError(
+                f"{where}: from: {name!r} is neither an earlier stage ({', '.join(sorted(stages)) or 'there is none'}) "
+                f"nor a source ({', '.join(sorted(names))})"
+            )
+    wanted = {identity for name in origins for identity in names.get(name, ())}
+    pools = []
+    for index, (stage, runs) in enumerate(past):
+        whole = not origins or stage in origins
+        chosen = tuple(run for run in runs if whole or run[0] in wanted)
+        if chosen:
+            pools.append(Pool(stage=stage, age=len(past) - 1 - index, runs=chosen))
+    return tuple(pools)
+
+
+def stand_in_pool(name: str, sources: Mapping[str, Identified], where: str) -> Pool:
+    if name not in sources:
+        raise DataError(f"{where}: stand_in: the source {name!r} is not in data.sources")
+    source = sources[name]
+    return Pool(stage=f"stand-in {name}", age=0, runs=((source.identity, 0, source.size),))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sampler:
+    replay: Replay
+    begins: Ints
+    """Place of each run's first sample when all runs of all pools stand in a row."""
+    source: Ints
+    """Of each run, the place of its identity."""
+    first: Ints
+    """Of each run, its first k."""
+    pool_begins: tuple[int, ...]
+    """Where each pool begins in the row, and the end."""
+    bounds: tuple[int, ...]
+    """Upper ends of the pools' shares of [0, 2**32)."""
+
+    def draw(self, numbers: Ints) -> tuple[Ints, Ints]:
+        places = self._uniform(numbers) if self.replay.law == "uniform" else self._power(numbers)
+        run = np.searchsorted(self.begins, places, side="right") - 1
+        return self.source[run], self.first[run] + places - self.begins[run]
+
+    def _uniform(self, numbers: Ints) -> Ints:
+        size = self.pool_begins[-1]
+        passes, within = np.divmod(numbers, size)
+        places = np.empty_like(within)
+        for number in np.unique(passes):
+            chosen = passes == number
+            key = f"replay/{self.replay.key}/{int(number)}".encode()
+            places[chosen] = Permutation(size, key).forward(within[chosen])
+        return places
+
+    def _power(self, numbers: Ints) -> Ints:
+        key = f"replay/{self.replay.key}".encode()
+        choice = (counter_words(key + b"/stage", numbers) >> np.uint64(64 - _SHIFT)).astype(np.int64)
+        pool = np.searchsorted(np.array(self.bounds, np.int64), choice, side="right")
+        begins = np.array(self.pool_begins, np.int64)
+        sizes = np.diff(begins).astype(np.uint64)[pool]
+        return begins[pool] + (counter_words(key + b"/sample", numbers) % sizes).astype(np.int64)
+
+
+@lru_cache(maxsize=64)
+def _sampler(replay: Replay) -> _Sampler:
+    runs = [run for pool in replay.pools for run in pool.runs]
+    places = {identity: place for place, identity in enumerate(replay.identities)}
+    lengths = [end - start for _, start, end in runs]
+    return _Sampler(
+        replay=replay,
+        begins=np.array([0, *accumulate(lengths)][:-1], np.int64),
+        source=np.array([places[source] for source, _, _ in runs], np.int64),
+        first=np.array([start for _, start, _ in runs], np.int64),
+        pool_begins=(0, *accumulate(pool.size for pool in replay.pools)),
+        bounds=_bounds(replay),
+    )
+
+
+def _bounds(replay: Replay) -> tuple[int, ...]:
+    weights = [(1 + pool.age) ** -replay.exponent for pool in replay.pools]
+    total = sum(weights)
+    ends = [round(end / total * (1 << _SHIFT)) for end in accumulate(weights)]
+    return (*ends[:-1], 1 << _SHIFT)

@@ -1,0 +1,113 @@
+"""Segments: stretches of the run that are drawn with fixed weights. Values, saved as they are. Torch-free."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from trainer.data.replay import Run
+from trainer.data.table import Table, table
+
+Ranges = tuple[tuple[int, int], ...]
+"""Half-open ranges of a source's sample numbers k, ascending and disjoint."""
+
+
+class Share(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one source contributes to a segment."""
+
+    source: str
+    """Identity of the source."""
+    units: int
+    """Weight in units of 1/65,536."""
+    offset: int
+    """Sample number k of its first sample in this segment."""
+
+
+class ReplayShare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one replay clause contributes to a segment."""
+
+    replay: int
+    """Which of the ledger's replays."""
+    units: int
+    """Weight in units of 1/65,536."""
+    offset: int
+    """Number of its first draw in this segment."""
+
+
+class Segment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Positions from `start` on, up to the next segment, drawn with fixed weights."""
+
+    start: int
+    shares: tuple[Share, ...]
+    seen: dict[str, Ranges]
+    """By identity, what each source had given before `start`."""
+    replays: tuple[ReplayShare, ...] = ()
+
+    @property
+    def table(self) -> Table:
+        """Who gives each sample of the segment."""
+        return table(tuple(share.units for share in self.all_shares))
+
+    @property
+    def all_shares(self) -> tuple[Share | ReplayShare, ...]:
+        """In the order of the table."""
+        return (*self.shares, *self.replays)
+
+    def runs_between(self, start: int, end: int) -> tuple[Run, ...]:
+        """What the sources give at positions from `start` to `end`, both in this segment or at its end."""
+        low, high = (self.table.counts_before(at - self.start) for at in (start, end))
+        return tuple(
+            (share.source, share.offset + first, share.offset + last)
+            for share, first, last in zip(self.shares, low, high, strict=False)
+            if first < last
+        )
+
+    def seen_before(self, position: int) -> dict[str, Ranges]:
+        """By identity, what each source has given at all positions below `position`, which lies in this segment."""
+        seen = dict(self.seen)
+        counts = self.table.counts_before(position - self.start)
+        for share, count in zip(self.shares, counts, strict=False):
+            if count:
+                new = (share.offset, share.offset + count)
+                seen[share.source] = merged(*seen.get(share.source, ()), new)
+        return seen
+
+
+def drawn(segments: Sequence[Segment], start: int, end: int) -> tuple[Run, ...]:
+    """What the sources gave at positions from `start` to `end`; contiguous runs are one."""
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    ends = [*(segment.start for segment in segments[1:]), end]
+    for segment, stop in zip(segments, ends, strict=False):
+        low, high = max(start, segment.start), min(end, stop)
+        if low < high:
+            for source, first, last in segment.runs_between(low, high):
+                ranges.setdefault(source, []).append((first, last))
+    return tuple((source, first, last) for source, own in ranges.items() for first, last in merged(*own))
+
+
+def draws_before(segments: Sequence[Segment], replay: int, position: int) -> int:
+    """Draws that a replay clause has made before `position`."""
+    end = position
+    for segment in reversed(segments):
+        for place, share in enumerate(segment.replays, start=len(segment.shares)):
+            if share.replay == replay:
+                return share.offset + segment.table.counts_before(end - segment.start)[place]
+        end = segment.start
+    return 0
+
+
+def weights_of(segment: Segment) -> tuple[dict[str, int], list[tuple[int, int]]]:
+    """What two segments share when they draw alike: units by source, and by replay clause."""
+    return {share.source: share.units for share in segment.shares}, [
+        (share.replay, share.units) for share in segment.replays
+    ]
+
+
+def merged(*ranges: tuple[int, int]) -> Ranges:
+    """The same numbers as ascending, disjoint ranges."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return tuple(merged)
