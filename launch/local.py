@@ -29,31 +29,45 @@ _PR_SET_PDEATHSIG = 1
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
-def run_ranks(arguments: Sequence[str], *, world_size: int, threads_per_rank: int, logs: Path) -> None:
+def run_ranks(
+    arguments: Sequence[str], *, world_size: int, threads_per_rank: int, logs: Path, max_restarts: int = 0
+) -> None:
     """Run `python -P -m trainer ARGUMENTS` once per rank and return when all have ended with 0.
 
     Rank 0 writes to this process's own stdout and stderr, the others to `logs/rank_NNNNN.log`. The ranks meet through
     a FileStore in a private temporary folder, named by KEEPWARM_STORE. The first signal that asks this process to end
     is passed on to every rank as SIGTERM, so that they finish their step and save; the second kills them. They die
-    with this process, however it ends.
+    with this process, however it ends. When a rank crashes, all are ended and started again, up to `max_restarts`
+    times; as under torchrun, TORCHELASTIC_RESTART_COUNT tells them so.
 
     Raises:
         RanksFailed: a rank failed; the others have ended too. Its exit code is the rank's own 2, 3 or 4, 130 when a
             signal ended the run, and 4 for a crash.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="keepwarm-") as meeting_place, contextlib.ExitStack() as stack:
-        store = Path(meeting_place) / "store"
-        ranks = _Ranks(logs=logs)
-        stack.enter_context(ranks.signals_forwarded())
-        stack.callback(ranks.kill)
-        for rank in range(world_size):
-            ranks.start(rank, arguments, _environment(rank, world_size, threads_per_rank, store))
-        ranks.watch()
-        ranks.judge()
+    with tempfile.TemporaryDirectory(prefix="keepwarm-") as meeting_place:
+        for restart in range(max_restarts + 1):
+            with contextlib.ExitStack() as stack:
+                ranks = _Ranks(logs=logs, restarts_left=max_restarts - restart)
+                stack.enter_context(ranks.signals_forwarded())
+                stack.callback(ranks.kill)
+                store = Path(meeting_place) / f"store-{restart}"
+                for rank in range(world_size):
+                    ranks.start(rank, arguments, _environment(rank, world_size, threads_per_rank, store, restart))
+                ranks.watch()
+                if not ranks.crashed:
+                    ranks.judge()
+                    return
+                _say_restart(ranks, restart + 1, max_restarts)
 
 
-def _environment(rank: int, world_size: int, threads: int, store: Path) -> dict[str, str]:
+def _say_restart(ranks: "_Ranks", restart: int, limit: int) -> None:
+    rank, code = ranks.failures[0]
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    print(f"keepwarm: rank {rank} ended with {how}; starting all ranks again ({restart} of {limit})", file=sys.stderr)
+
+
+def _environment(rank: int, world_size: int, threads: int, store: Path, restart: int) -> dict[str, str]:
     ours = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -61,6 +75,7 @@ def _environment(rank: int, world_size: int, threads: int, store: Path) -> dict[
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "KEEPWARM_STORE": str(store),
+        "TORCHELASTIC_RESTART_COUNT": str(restart),
         "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",
     }
@@ -77,10 +92,11 @@ class _Ranks:
     failures: list[tuple[int, int]] = field(default_factory=list)
     """(rank, return code) of those that did not end with 0, first to last."""
     signalled: bool = False
+    restarts_left: int = 0
 
     def start(self, rank: int, arguments: Sequence[str], environment: dict[str, str]) -> None:
         with contextlib.ExitStack() as stack:
-            log = None if rank == 0 else stack.enter_context(self.log(rank).open("wb"))
+            log = None if rank == 0 else stack.enter_context(self.log(rank).open("ab"))
             self.processes[rank] = subprocess.Popen(
                 [sys.executable, "-P", "-m", "trainer", *arguments],
                 stdin=subprocess.DEVNULL,
@@ -121,8 +137,18 @@ class _Ranks:
         failed = [(rank, code) for rank, code in codes if code]
         self.failures += sorted(failed, key=lambda failure: failure[1] >= 0)
 
+    @property
+    def crashed(self) -> bool:
+        """A rank crashed, nobody asked for the end, and the ranks may be started again."""
+        codes = [code for _, code in self.failures]
+        return self.restarts_left > 0 and not self.signalled and bool(codes) and not set(codes) & set(_KEPT_CODES)
+
     def _deadlines(self) -> Iterator[tuple[float, Callable[[], None]]]:
         start = time.monotonic()
+        if self.crashed:
+            # Their state is read back from memory or disk; there is nothing that they could still save.
+            yield start, self.kill
+            return
         yield start + FAILURE_GRACE, lambda: self.send(signal.SIGTERM)
         yield start + FAILURE_GRACE + TERMINATION_GRACE, self.kill
 

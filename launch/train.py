@@ -36,6 +36,7 @@ def train_here(path: Path, overrides: Sequence[str], mode: Mode) -> None:
             world_size=world_size,
             threads_per_rank=job.numerics.threads_per_rank,
             logs=folder / "logs",
+            max_restarts=job.cluster.max_restarts if job.snapshot != "off" else 0,
         )
 
 

@@ -130,6 +130,7 @@ class ClusterSpec(Section):
     """The machines that a job is planned for."""
 
     ranks_per_node: PositiveInt | None = Field(None, description="default: all ranks on one node")
+    max_restarts: NonNegativeInt = Field(3, description="times that crashed ranks start again; only with snapshots")
 
 
 class JobSpec(Section):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from ft import durable
@@ -52,28 +53,74 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
     pytest.fail(f"step {step} did not come within {DEADLINE} s")
 
 
-@pytest.mark.dist
-@pytest.mark.ci
-def test_interrupted_and_resumed_equals_torchrun_uninterrupted(tmp_path: Path) -> None:
-    layout = ["parallel.data=2", "profile={start: 1, steps: 1}"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = run([*torchrun, "-m", "trainer", str(TINY), f"output={whole}", *layout])
-    assert done.returncode == 0, done.stderr
+TWO_RANKS = ("parallel.data=2", "cluster.ranks_per_node=1")
+IN_MEMORY = "snapshot={every: 1}"
 
-    command = keepwarm(str(TINY), f"output={parts}", *layout)
+
+def torchrun(*arguments: str) -> list[str]:
+    launcher = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*launcher, *arguments]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of two ranks under torchrun, never interrupted, with a profile of its second step."""
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    profile = "profile={start: 1, steps: 1}"
+    done = run(torchrun("-m", "trainer", str(TINY), f"output={folder}", *TWO_RANKS, profile))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def disturbed(command: list[str], folder: Path, number: signal.Signals, *, rank: int | None) -> tuple[int, str]:
+    """Run a command and send a signal after its third step, to itself or to one of its ranks; (exit code, output)."""
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=TINY.parents[2]
     ) as process:
         try:
-            wait_for_step(parts, 3, process)
-            process.send_signal(signal.SIGINT)
+            wait_for_step(folder, 3, process)
+            os.kill(process.pid if rank is None else rank_of(process.pid, rank), number)
             output, _ = process.communicate(timeout=DEADLINE)
         finally:
             process.kill()
-    assert process.returncode == 130, output
-    stopped_at = steps_of(parts)[-1]["step"]
-    assert 3 <= stopped_at < 20
+    return process.returncode, output
+
+
+def rank_of(launcher: int, rank: int) -> int:
+    """The pid of a rank among a launcher's children."""
+    for child in psutil.Process(launcher).children():
+        if child.environ().get("RANK") == str(rank):
+            return child.pid
+    raise AssertionError(f"no rank {rank} among the children of {launcher}")
+
+
+def events_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def assert_no_agents(folder: Path) -> None:
+    """Every agent that the run started has ended, or does so now that its job has."""
+    started = [
+        json.loads(line)["pid"]
+        for log in (folder / "agents").glob("agent-*.log")
+        for line in log.read_text().splitlines()
+        if '"pid"' in line and '"started"' in line
+    ]
+    assert started
+    deadline = time.monotonic() + 30
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in started):
+        assert time.monotonic() < deadline, "an agent outlived its job"
+        time.sleep(0.05)
+
+
+@pytest.mark.dist
+@pytest.mark.ci
+def test_interrupted_and_resumed_equals_torchrun_uninterrupted(whole: Path, tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    command = keepwarm(str(TINY), f"output={parts}", *TWO_RANKS)
+    code, output = disturbed(command, parts, signal.SIGINT, rank=None)
+    assert code == 130, output
+    assert 3 <= steps_of(parts)[-1]["step"] < 20
     refused = run(command)
     assert refused.returncode == 2
     assert "--resume" in refused.stderr
@@ -83,6 +130,23 @@ def test_interrupted_and_resumed_equals_torchrun_uninterrupted(tmp_path: Path) -
     assert steps_of(parts) == steps_of(whole)
     assert tensors_of(parts) == tensors_of(whole)
     assert sorted(path.name for path in (whole / "profile").iterdir()) == ["trace_00000.json", "trace_00001.json"]
+
+
+@pytest.mark.dist
+@pytest.mark.ci
+@pytest.mark.parametrize("launcher", ["keepwarm", "torchrun"])
+def test_a_killed_worker_is_restarted_from_memory(whole: Path, tmp_path: Path, launcher: str) -> None:
+    folder = tmp_path / "killed"
+    job = [str(TINY), f"output={folder}", *TWO_RANKS, IN_MEMORY]
+    command = keepwarm(*job) if launcher == "keepwarm" else torchrun("--max-restarts", "1", "-m", "trainer", *job)
+    code, output = disturbed(command, folder, signal.SIGKILL, rank=1)
+    assert code == 0, output
+    began = [event for event in events_of(folder) if event["event"] == "began"]
+    assert [event["source"] for event in began] == ["nothing", "memory"]
+    assert began[1]["step"] >= 1  # with a snapshot every step at most two are lost, and three were completed
+    assert steps_of(folder) == steps_of(whole)
+    assert tensors_of(folder) == tensors_of(whole)
+    assert_no_agents(folder)
 
 
 @pytest.mark.ci
