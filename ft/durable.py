@@ -171,15 +171,22 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def verify(directory: Path) -> Manifest:
-    """Read every byte of a checkpoint and compare it with the manifest; raises `DurableError` naming the file."""
+def verify(directory: Path, progress: Callable[[int, int], object] | None = None) -> Manifest:
+    """Read every byte of a checkpoint and compare it with the manifest; raises `DurableError` naming the file.
+
+    `progress` is called with the bytes read so far and those of the whole checkpoint.
+    """
     manifest = read_manifest(directory)
+    done, total = 0, sum(part.data_bytes for part in manifest.parts)
     for part in manifest.parts:
         for entry, blocks in read_part(directory, part):
             seen = xxhash.xxh3_64()
             for block in blocks:
                 seen.update(block)
             _compare(directory, part, entry, seen.hexdigest())
+            done += entry.stop - entry.start
+            if progress is not None:
+                progress(done, total)
     return manifest
 
 

@@ -149,6 +149,18 @@ def inspect(context: typer.Context) -> None:
     _run_tool("trainer.data.inspect", context.args)
 
 
+@app.command(context_settings=_PASSED_THROUGH)
+def convert(context: typer.Context) -> None:
+    """Convert weights between Hugging Face folders and native checkpoints."""
+    _run_tool("trainer.convert", context.args)
+
+
+@app.command(context_settings=_PASSED_THROUGH)
+def checkpoint(context: typer.Context) -> None:
+    """Verify, show, diff or prune checkpoints."""
+    _run_tool("trainer.checkpoint_tool", context.args)
+
+
 def _run_tool(module: str, arguments: Sequence[str]) -> NoReturn:
     """Become the tool: its options, output and exit code are its own."""
     sys.stdout.flush()

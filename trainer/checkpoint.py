@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 import xxhash
@@ -30,6 +31,9 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 """Names of dtypes in the safetensors format."""
+
+WEIGHTS = "model."
+"""Names with this prefix are parameters."""
 
 OPTIONAL = "random."
 """Names with this prefix belong to one rank; a layout with more ranks finds none for the new ones."""
@@ -128,10 +132,7 @@ def load(path: Path, shards: Mapping[str, Shard]) -> dict[str, Any]:
     """
     try:
         manifest = durable.read_manifest(path)
-        stored = [(part, entry.piece) for part in manifest.parts for entry in part.entries]
-        by_name: dict[str, list[tuple[durable.Part, Piece]]] = {}
-        for part, piece in stored:
-            by_name.setdefault(piece.name, []).append((part, piece))
+        by_name = _by_name(manifest)
         for shard in shards.values():
             if shard.name in by_name or not shard.name.startswith(OPTIONAL):
                 _fill(path, shard, by_name.get(shard.name, []))
@@ -140,8 +141,39 @@ def load(path: Path, shards: Mapping[str, Shard]) -> dict[str, Any]:
     return manifest.meta
 
 
-def _fill(path: Path, shard: Shard, sources: list[tuple[durable.Part, Piece]]) -> None:
-    target = piece_of(shard)
+def load_weights(path: Path, shards: Mapping[str, Shard]) -> dict[str, Any]:
+    """Fill those of the live `shards` that hold parameters, and no others, from a checkpoint of any layout and dtype.
+
+    Returns the `meta` of the checkpoint. Values are rounded where the shard's dtype is the smaller one. The caller
+    calls `Engine.restored()`, and decides what becomes of the optimizer.
+
+    Raises:
+        CheckpointError: damaged, incomplete, or of another model; names the file or tensor.
+    """
+    try:
+        manifest = durable.read_manifest(path)
+        by_name = _by_name(manifest)
+        for shard in shards.values():
+            if shard.name.startswith(WEIGHTS):
+                _fill(path, shard, by_name.get(shard.name, []), as_stored=True)
+    except FtError as error:
+        raise CheckpointError(str(error)) from error
+    return manifest.meta
+
+
+def _by_name(manifest: durable.Manifest) -> dict[str, list[tuple[durable.Part, Piece]]]:
+    found: dict[str, list[tuple[durable.Part, Piece]]] = {}
+    for part in manifest.parts:
+        for entry in part.entries:
+            found.setdefault(entry.piece.name, []).append((part, entry.piece))
+    return found
+
+
+def _fill(path: Path, shard: Shard, sources: list[tuple[durable.Part, Piece]], *, as_stored: bool = False) -> None:
+    target, dtype = piece_of(shard), shard.local.dtype
+    if as_stored and sources:
+        target = msgspec.structs.replace(target, dtype=sources[0][1].dtype)
+        dtype = next(known for known, name in DTYPES.items() if name == target.dtype)
     if target.elements == 0:
         return
     out = np.empty(target.bytes, dtype=np.uint8)
@@ -151,7 +183,7 @@ def _fill(path: Path, shard: Shard, sources: list[tuple[durable.Part, Piece]]) -
     else:
         _assemble(path, target, sources, out)
     with torch.no_grad():
-        shard.local.copy_(torch.from_numpy(out).view(shard.local.dtype).view(shard.local.shape))
+        shard.local.copy_(torch.from_numpy(out).view(dtype).view(shard.local.shape))
 
 
 def _assemble(path: Path, target: Piece, sources: list[tuple[durable.Part, Piece]], out: Bytes) -> None:

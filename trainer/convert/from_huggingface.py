@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from pydantic import ValidationError
 
 from ft import durable
 from ft.contents import Piece
@@ -150,6 +151,10 @@ def _write(
 def _spec(folder: HuggingFaceFolder) -> ModelSpec:
     try:
         spec = model_spec_from_hf_config(folder.config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "model"
+        raise SpecError(f"{folder.path / CONFIG}: {where}: {first['msg']}, got {first['input']!r}") from error
     except (TypeError, ValueError) as error:
         raise SpecError(f"{folder.path / CONFIG}: {error}") from error
     if spec.layers > len(folder.tensors):

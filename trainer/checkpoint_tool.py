@@ -1,0 +1,123 @@
+"""`keepwarm checkpoint`: look after native checkpoints."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ft import durable
+from trainer import checkpoint_report
+from trainer.data import tool
+from trainer.errors import CheckpointError, OutputError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Verify, show, compare and prune checkpoints. PATH is a checkpoint, or a run folder for its newest one.",
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+Where = Annotated[Path, typer.Argument(metavar="PATH", help="checkpoint, or folder of checkpoints, or run folder")]
+
+
+@app.command()
+def verify(path: Where, as_json: AsJson = False) -> None:
+    """Read every byte and compare it with the checksums of the manifest."""
+    shown = -1
+
+    def progress(done: int, total: int) -> None:
+        nonlocal shown
+        percent = 100 * done // max(total, 1)
+        if percent != shown and sys.stderr.isatty():
+            shown = percent
+            print(f"\r{percent:3d} % of {total / 1e9:.1f} GB", end="\n" if done == total else "", file=sys.stderr)
+
+    found = checkpoint_report.verify(path, progress)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        typer.echo(
+            f"{found['path']}: step {found['step']}, {found['pieces']} pieces, {_size(found['bytes'])}, all good"
+        )
+
+
+@app.command()
+def show(path: Where, as_json: AsJson = False) -> None:
+    """What a checkpoint holds: step, layout, tensors, ledger. Data are not read."""
+    found = checkpoint_report.show(path)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    typer.echo(f"{found['path']}: run {found['run']}, step {found['step']}, epoch {found['epoch']}")
+    typer.echo(f"layout {found['layout']}, {len(found['parts'])} parts")
+    for name, group in found["groups"].items():
+        typer.echo(f"  {name:<12} {group['tensors']:>6} tensors {_size(group['bytes']):>10}")
+    if found["parent"]:
+        typer.echo(f"parent: {found['parent'].get('path')}")
+    if found["ledger"]:
+        given = ", ".join(f"{name} {count:,}" for name, count in found["ledger"]["given"].items())
+        typer.echo(f"ledger: {found['ledger']['position']:,} samples, of {given or 'nothing yet'}")
+    for tensor in found["tensors"]:
+        typer.echo(f"{tensor['dtype']:>5} {'x'.join(map(str, tensor['shape'])) or 'scalar':<16} {tensor['name']}")
+
+
+@app.command()
+def diff(
+    one: Where,
+    two: Annotated[Path, typer.Argument(metavar="OTHER", help="what to compare it with, of any layout")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare names, shapes and values, tensor by tensor. Exit code 1 when something differs."""
+    found = checkpoint_report.diff(one, two)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        _print_diff(found)
+    raise typer.Exit(0 if found["equal"] else 1)
+
+
+@app.command()
+def prune(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="folder of checkpoints, or run folder")],
+    keep: Annotated[int, typer.Option(min=1, help="newest checkpoints to keep")],
+    every: Annotated[int | None, typer.Option(min=1, help="keep those of every n-th step too")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Delete old checkpoints; never the one that `latest` names."""
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if not durable.checkpoints(root):
+        raise CheckpointError(f"{root}: holds no complete checkpoint")
+    try:
+        gone = durable.prune(root, keep, every)
+    except OSError as error:
+        raise OutputError(f"{error.filename or root}: {error.strerror}") from error
+    kept = [found.name for found in durable.checkpoints(root)]
+    if as_json:
+        typer.echo(json.dumps({"path": str(root), "deleted": [found.name for found in gone], "kept": kept}))
+    else:
+        typer.echo(f"deleted: {', '.join(found.name for found in gone) or 'nothing'}; kept: {', '.join(kept)}")
+
+
+def _print_diff(found: dict[str, Any]) -> None:
+    for side, where in (("only_in_one", found["one"]), ("only_in_two", found["two"])):
+        for name in found[side]:
+            typer.echo(f"only in {where}: {name}")
+    for tensor in found["tensors"]:
+        if tensor["equal"]:
+            continue
+        shapes, dtypes = ({json.dumps(value): None for value in tensor[what]} for what in ("shapes", "dtypes"))
+        far = "" if tensor["max_abs_diff"] is None else f", at most {tensor['max_abs_diff']:.3g} apart"
+        typer.echo(f"{tensor['name']}: {' / '.join(dtypes)} {' / '.join(shapes)}{far}")
+    same = sum(tensor["equal"] for tensor in found["tensors"])
+    typer.echo(f"{same} of {len(found['tensors'])} shared tensors are equal to the bit")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+if __name__ == "__main__":
+    tool.run(app)
