@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ft.errors import PlacementError
+from ft.spec import CodeSpec, SnapshotSpec
 
 MAX_GROUP = 32
 
@@ -118,6 +119,25 @@ def place(nodes: int | Sequence[Hashable], k: int, m: int) -> tuple[Group, ...]:
     return tuple(
         Group(members=tuple(members), domains=tuple(domains[node] for node in members), m=m) for members in dealt
     )
+
+
+def code_for(nodes: int, code: CodeSpec | None) -> CodeSpec:
+    """The code of a spec, or (4, 2) made smaller until a group of it fits the nodes, parity last."""
+    if code is not None:
+        return code
+    parity = 2 if nodes >= 4 else 1
+    return CodeSpec(data=max(1, min(4, nodes - parity)), parity=parity)
+
+
+def groups_of(nodes: int, spec: SnapshotSpec) -> tuple[Group, ...]:
+    """Which nodes protect each other.
+
+    Raises:
+        PlacementError: the code does not fit the nodes.
+    """
+    code = code_for(nodes, spec.code)
+    domains = list(spec.domains) if isinstance(spec.domains, tuple) else nodes
+    return place(domains, code.data, code.parity)
 
 
 def stripes(group_size: int, m: int) -> tuple[Stripe, ...]:

@@ -88,6 +88,8 @@ def _train(run: Run, interrupt: Interrupt) -> bool:
     run.metrics.event("began", source=beginning.source, step=beginning.step, reason=beginning.reason)
     if beginning.source != "nothing":
         run.console.say(f" continues after iteration {beginning.step} from {beginning.source}: {beginning.reason}")
+    if run.snapshots is not None and not run.snapshots.protected:
+        run.console.say(" WARNING: one node alone has no parity: its loss is survived by the durable checkpoint only")
     with run.console:
         finished = train(run, interrupt)
     if finished:

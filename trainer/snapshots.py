@@ -3,7 +3,6 @@
 The worker's half of `ft`: it knows which node a rank is on and what its state is; agents do the rest.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,47 +13,20 @@ import torch.distributed as dist
 
 from ft.agent_config import AgentConfig, DurableConfig, GroupConfig, runtime_folder
 from ft.agent_registry import Registry
-from ft.auth import create_secret, load_secret
+from ft.auth import SECRET, create_secret, load_secret, run_identity
 from ft.client import AgentClient, ensure_agent
 from ft.errors import AgentError
 from ft.interval import Interval
-from ft.placement import Group, place
+from ft.placement import Group, groups_of
 from ft.snapshot import Restoration, Snapshotter, plan_part
-from ft.spec import CodeSpec, SnapshotSpec
+from ft.spec import SnapshotSpec
 from parallel.layout import Layout
 from parallel.shard import Shard
 from trainer.checkpoint import OPTIONAL
 from trainer.run_state import RunState
 from trainer.world import World
 
-SECRET = "secret"
-"""File in the run folder; a run that starts anew gets another, and with it another identity."""
-
 META_BYTES = 1 << 20
-
-
-def code_for(nodes: int, code: CodeSpec | None) -> CodeSpec:
-    """The code of a spec, or (4, 2) made smaller until a group of it fits the nodes, parity last."""
-    if code is not None:
-        return code
-    parity = 2 if nodes >= 4 else 1
-    return CodeSpec(data=max(1, min(4, nodes - parity)), parity=parity)
-
-
-def groups_of(nodes: int, spec: SnapshotSpec) -> tuple[Group, ...]:
-    """Which nodes protect each other.
-
-    Raises:
-        PlacementError: the code does not fit the nodes.
-    """
-    code = code_for(nodes, spec.code)
-    domains = list(spec.domains) if isinstance(spec.domains, tuple) else nodes
-    return place(domains, code.data, code.parity)
-
-
-def run_identity(secret: bytes) -> str:
-    """What a run is called among agents; says nothing about the secret."""
-    return hashlib.sha256(b"keepwarm run " + secret).hexdigest()[:16]
 
 
 class Snapshots:
@@ -111,6 +83,7 @@ class Snapshots:
             optional=(OPTIONAL,),
         )
         self.protected = all(group.protected for group in groups)
+        """False on a single node: its memory has no parity anywhere else."""
         self._interval = Interval(mtbf=spec.mtbf)
         self._next = 0
         self._seen_commits = 0

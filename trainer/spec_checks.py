@@ -1,8 +1,11 @@
 """Checks of a job that need more than one of its sections. Each names the keys and says what would fit."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ft.errors import PlacementError
+from ft.placement import groups_of
 from parallel.errors import LayoutError
 from parallel.layout import Layout, check_micro_batches, split_layers
 
@@ -12,7 +15,7 @@ if TYPE_CHECKING:
 
 def check_job(job: "JobSpec") -> None:
     """Raise ValueError with a line for everything that does not fit, the keys named."""
-    problems = [*_layout(job), *_tensor(job), *_batch(job), *_data(job)]
+    problems = [*_layout(job), *_tensor(job), *_batch(job), *_data(job), *_snapshot(job)]
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -149,3 +152,17 @@ def _origins(
             yield f"{where}: from: {name!r} is neither an earlier stage nor in data.sources {sorted(job.data.sources)}"
         elif name not in drawn:
             yield f"{where}: from: nothing of source {name!r} was seen before this stage"
+
+
+def _snapshot(job: "JobSpec") -> Iterator[str]:
+    if job.snapshot == "off":
+        return
+    with contextlib.suppress(LayoutError):  # reported by _layout
+        nodes = job.layout.nodes
+        if isinstance(job.snapshot.domains, tuple) and len(job.snapshot.domains) != nodes:
+            yield f"snapshot.domains names {len(job.snapshot.domains)} nodes, the layout has {nodes}"
+            return
+        try:
+            groups_of(nodes, job.snapshot)
+        except PlacementError as error:
+            yield f"snapshot.code: {error}"
