@@ -108,7 +108,18 @@ def runtime_folder(run: str, slot: int) -> Path:
     """Where the agent of a run and slot keeps its socket on this node; short, as socket paths must be."""
     base = os.environ.get("XDG_RUNTIME_DIR")
     root = Path(base) / "keepwarm" if base else Path("/tmp") / f"keepwarm-{os.geteuid()}"
-    return root / f"{hashlib.sha256(run.encode()).hexdigest()[:16]}-{slot}"
+    return root / f"{_folder_name(run)}-{slot}"
+
+
+def agents_here(run: str) -> dict[int, Path]:
+    """The socket of every agent of a run that has a folder on this node, by slot; the agent may be dead."""
+    folders = runtime_folder(run, 0).parent.glob(f"{_folder_name(run)}-*")
+    found = {int(folder.name.rpartition("-")[2]): folder / SOCKET for folder in folders}
+    return dict(sorted(found.items()))
+
+
+def _folder_name(run: str) -> str:
+    return hashlib.sha256(run.encode()).hexdigest()[:16]
 
 
 def private_folder(path: Path) -> Path:

@@ -6,6 +6,7 @@ roles, slots, run and epoch, and is worthless in any other connection, direction
 """
 
 import contextlib
+import hashlib
 import hmac
 import os
 import secrets
@@ -14,6 +15,9 @@ from pathlib import Path
 
 from ft.errors import AuthenticationFailed
 from ft.messages import Hello, Proof, encode
+
+SECRET = "secret"
+"""File in the run folder; a run that starts anew gets another, and with it another identity."""
 
 NONCE_BYTES = 32
 _SECRET_BYTES = 32
@@ -53,6 +57,11 @@ def load_secret(path: Path) -> bytes:
     if len(secret) < _SECRET_BYTES:
         raise AuthenticationFailed(f"{path}: {len(secret)} bytes are too few for a secret, at least {_SECRET_BYTES}")
     return secret
+
+
+def run_identity(secret: bytes) -> str:
+    """What a run is called among agents; says nothing about the secret."""
+    return hashlib.sha256(b"keepwarm run " + secret).hexdigest()[:16]
 
 
 def nonce() -> bytes:

@@ -8,12 +8,11 @@ from ft.messages import Wire
 
 
 class Commit(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds from the first grant of a snapshot to its milestones on this node."""
+    """Seconds from the first grant of a snapshot on this node until it was known to be committed."""
 
     epoch: int
     step: int
-    sealed: float | None = None
-    committed: float | None = None
+    committed: float
 
 
 class Held(msgspec.Struct, frozen=True, kw_only=True):

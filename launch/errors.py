@@ -3,6 +3,7 @@
 LaunchError
 ├── PreflightError       2  this machine or installation cannot run the job
 ├── SimulationError      2  a question that the simulator cannot answer
+├── SnapshotsError       2  there are no agents to ask about snapshots
 └── RanksFailed      2,3,4  a rank ended before the job was done; the code is the rank's own
 """
 
@@ -19,6 +20,10 @@ class PreflightError(LaunchError):
 
 class SimulationError(LaunchError):
     """A cluster, a time or a file that cannot be simulated; names the option or the file and the line."""
+
+
+class SnapshotsError(LaunchError):
+    """No agent of the run can be asked; names the run folder."""
 
 
 class RanksFailed(LaunchError):
