@@ -46,8 +46,8 @@ def _locate(
     for part in location:
         members = [member for annotation in annotations for member in _members(annotation)]
         if len(members) > 1 and not _is_key(part, value):
-            chosen = [member for member in members if _is_section(member) == isinstance(value, dict)]
-            if not any(_is_tag_of(part, member) for member in chosen) and _is_tag(part, members):
+            of_section = any(_is_tag_of(part, member) for member in members if _is_section(member))
+            if _is_tag(part, members) and of_section != isinstance(value, dict):
                 return None, []
             if _is_tag(part, members):
                 continue

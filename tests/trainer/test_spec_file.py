@@ -267,3 +267,22 @@ def test_a_saved_job_is_read_back_as_it_was(job: JobSpec, tmp_path_factory: pyte
     save_job(job, path)
     assert load_job(path) == job
     json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("{every: 0}", "snapshot.every: expected greater than 0, got 0"),
+        ("{every: often}", "snapshot.every: expected 'auto'"),
+        ("{evry: 1}", "snapshot.evry: unknown key; did you mean snapshot.every?"),
+        ("{code: {data: 30, parity: 4}}", "at most 32 nodes"),
+        ("{code: {data: 3, parity: 2}}", "groups of k + m = 3 + 2 = 5 nodes, there are 2"),
+        ("{domains: [rack]}", "snapshot.domains names 1 nodes, the layout has 2"),
+        ("often", "snapshot"),
+    ],
+)
+def test_a_wrong_snapshot_section_is_named(value: str, said: str) -> None:
+    overrides = ["parallel.data=2", "cluster.ranks_per_node=1", f"snapshot={value}"]
+    with pytest.raises(SpecError) as caught:
+        load_job(Path("configs/ci/tiny.yaml").absolute(), overrides)
+    assert said in str(caught.value)
