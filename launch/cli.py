@@ -131,6 +131,23 @@ def simulate(context: typer.Context) -> None:
     run(context.args)
 
 
+@app.command()
+def snapshots(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show the snapshots that a run's agents hold in the memory of this machine.
+
+    keepwarm snapshots runs/demo
+
+    keepwarm snapshots runs/demo --json
+    """
+    from launch.snapshots import show
+
+    show(run, as_json=as_json)
+
+
 @data.command("train-tokenizer", context_settings=_PASSED_THROUGH)
 def train_tokenizer(context: typer.Context) -> None:
     """Train a byte-level BPE tokenizer on text."""

@@ -115,7 +115,7 @@ def _background(found: Sequence[Status]) -> Rows:
     yield "slot", "scrubbed", "damaged", "durable parts", "published", "failed", "last step", "in s", "last error"
     for status in found:
         scrub, durable = status.scrub, status.durable
-        written = ("-",) * 6
+        written: tuple[str, ...] = ("-",) * 6
         if durable:
             step = "-" if durable["last_step"] < 0 else str(durable["last_step"])
             counts = (str(durable[key]) for key in ("written", "published", "failed"))
