@@ -1,12 +1,13 @@
 """The composition root: the one place where parts of `trainer`, `parallel` and `ft` are put together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from parallel.engine import Engine
+from parallel.model import ModelParts
 from parallel.shard import Shard
 from parallel.torch_engine import TorchEngine
 from trainer.checkpoint import Checkpoints, layout_hash
@@ -20,6 +21,7 @@ from trainer.health import Health
 from trainer.loop import Run
 from trainer.metrics import Metrics
 from trainer.model.decoder import Decoder
+from trainer.parent import adopt
 from trainer.profile import ProfileWindow
 from trainer.random_state import RandomState
 from trainer.restore import Start, begin
@@ -57,8 +59,9 @@ def build(job: JobSpec, world: World, *, start: Start) -> Run:
     torch.manual_seed(job.seed + world.rank)
     data = prepare_sources(job.data, job.model.vocabulary_size, folder / "data")
     plans = plan_stages(job)
+    model = Decoder(job.model, job.seed)
     engine = TorchEngine(
-        Decoder(job.model, job.seed),
+        model,
         job.parallel,
         job.optimizer,
         job.numerics,
@@ -80,10 +83,14 @@ def build(job: JobSpec, world: World, *, start: Start) -> Run:
         random.restored()
         loader.restore(beginning.meta["ledger"])
         state = RunState.load(beginning.meta["run"], job.health)
+    elif job.init_from is not None:
+        _begin_with_parent(job, model, engine, loader, state, data.tokenizer)
+    state.tokenizer = data.tokenizer
+    changes = state.adopt_curves(plans)
     if snapshots is not None:
         checkpoints.epoch = snapshots.epoch
     _open_segments(job, plans, loader)
-    return Run(
+    run = Run(
         job=job,
         world=world,
         plans=plans,
@@ -101,6 +108,32 @@ def build(job: JobSpec, world: World, *, start: Start) -> Run:
         profile=ProfileWindow(job.profile, folder / "profile", world.rank),
         speed=Speed.of(model_flops_per_token(job.model, job.data.sequence_length), gpus=world.size),
     )
+    _tell(run, changes)
+    return run
+
+
+def _begin_with_parent(
+    job: JobSpec, model: ModelParts, engine: Engine, loader: BatchLoader, state: RunState, tokenizer: str | None
+) -> None:
+    parent = adopt(job, model, engine.state(), tokenizer)
+    engine.restored()
+    if parent.ledger is not None:
+        loader.restore(parent.ledger)
+    state.parent = parent.record
+
+
+def _tell(run: Run, changes: Sequence[str]) -> None:
+    """Say what a reader of the log must know about where this run comes from."""
+    if (parent := run.state.parent) is not None and run.state.step == 0:
+        run.metrics.event("parent", **parent)
+        what = "weights and optimizer state" if parent["optimizer_state"] else "weights alone"
+        run.console.say(f" begins with the {what} of {parent['run']} at iteration {parent['step']}: {parent['path']}")
+    for line in changes:
+        run.metrics.event("lr_changed", step=run.state.step, change=line)
+        run.console.say(f" changed on continuation: {line}")
+    for replay in run.loader.ledger.replays:
+        if not replay.known:
+            run.console.say(f" stage {replay.stage} replays a {replay.pools[0].stage}: not known to have been seen")
 
 
 def _snapshots(job: JobSpec, world: World, shards: Mapping[str, Shard], random: RandomState) -> Snapshots | None:

@@ -1,6 +1,6 @@
 """Validation loss of every domain, the same whatever the layout."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from parallel.engine import Engine
 from trainer.data.loader import evaluation_batches
@@ -18,9 +18,11 @@ class Evaluator:
         self._job = job
         self._world = world
 
-    def losses(self) -> dict[str, float]:
-        """Mean cross-entropy in nats per unmasked target, by domain. Collective."""
-        return {name: self._loss(source) for name, source in self._domains.items()}
+    def losses(self, domains: Collection[str] | None = None) -> dict[str, float]:
+        """Mean cross-entropy in nats per unmasked target, by domain; of all domains, or of those. Collective."""
+        return {
+            name: self._loss(source) for name, source in self._domains.items() if domains is None or name in domains
+        }
 
     def _loss(self, source: PackedSource) -> float:
         total, count = 0.0, 0

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from parallel.engine import Engine, StepResult
 from trainer.console import LogLine, RunConsole
 from trainer.data.loader import BatchLoader
@@ -16,7 +18,7 @@ from trainer.profile import ProfileWindow
 from trainer.restore import Beginning
 from trainer.run_state import RunState
 from trainer.snapshots import Snapshots
-from trainer.spec import JobSpec
+from trainer.spec import GateSpec, JobSpec
 from trainer.speed import Speed
 from trainer.stages import StagePlan, global_size_at
 from trainer.world import World
@@ -65,18 +67,20 @@ def train(run: Run, interrupt: Interrupt) -> bool:
     """Run to the end of the last stage; False when a signal ended it earlier, with the state saved.
 
     Raises:
-        TrainingStopped: too many steps in a row were not finite.
+        TrainingStopped: too many steps in a row were not finite, or a domain forgot more than a gate allows; in
+            the second case the state is saved.
     """
-    if run.state.step == 0 or _evaluation_is_due(run):
-        _evaluate(run)
+    if (run.state.step == 0 or _evaluation_is_due(run)) and (reason := _evaluate(run)):
+        raise TrainingStopped(reason)
     while run.state.step < run.last_step:
         _step(run)
         interrupted = run.world.any(interrupt.received is not None)
-        last = interrupted or run.state.step == run.last_step
-        if _evaluation_is_due(run):
-            _evaluate(run)
+        reason = _evaluate(run) if _evaluation_is_due(run) else None
+        last = interrupted or reason is not None or run.state.step == run.last_step
         for saver in run.savers:
             saver.after_step(run.state, run.meta(), last=last)
+        if reason is not None:
+            raise TrainingStopped(reason)
         if interrupted and run.state.step < run.last_step:
             run.metrics.event("interrupted", step=run.state.step)
             run.console.say(f" interrupted after iteration {run.state.step}; state saved, continue with --resume")
@@ -86,6 +90,8 @@ def train(run: Run, interrupt: Interrupt) -> bool:
 
 def _step(run: Run) -> None:
     state, plan = run.state, stage_at(run.plans, run.state.step)
+    if state.step == plan.start_step and run.job.stages[plan.index].optimizer_state == "reset":
+        _reset_optimizer(run)
     lr = state.curves[plan.index].at(state.step - plan.start_step)
     size = global_size_at(run.job.batch, run.loader.consumed)
     run.profile.before(state.step)
@@ -148,12 +154,55 @@ def _judge(run: Run, result: StepResult) -> None:
         )
 
 
+def _reset_optimizer(run: Run) -> None:
+    """Moments and counters to zero, as a new optimizer has them."""
+    if run.snapshots is not None:
+        run.snapshots.before_update()
+    with torch.no_grad():
+        for name, shard in run.engine.state().items():
+            if name.startswith("optimizer."):
+                shard.local.zero_()
+    run.engine.restored()
+
+
+def _at_boundary(run: Run) -> bool:
+    """Whether a stage ends here, or the first one begins."""
+    return run.state.step == 0 or any(plan.end_step == run.state.step for plan in run.plans)
+
+
 def _evaluation_is_due(run: Run) -> bool:
     every = run.job.evaluation.every
-    return run.state.step == run.last_step or (every is not None and run.state.step % every == 0)
+    return _at_boundary(run) or (every is not None and run.state.step % every == 0)
 
 
-def _evaluate(run: Run) -> None:
-    losses = run.evaluator.losses()
-    run.metrics.evaluation(run.state.step, losses)
-    run.console.evaluation(run.state.step, losses)
+def _evaluate(run: Run) -> str | None:
+    """Evaluate, and judge the gate of the stage that was trained last; returns why training must stop."""
+    step, boundary = run.state.step, _at_boundary(run)
+    stage = run.job.stages[stage_at(run.plans, max(step - 1, 0)).index]
+    losses = run.evaluator.losses(None if boundary else stage.evaluate)
+    run.metrics.evaluation(step, losses)
+    run.console.evaluation(step, losses)
+    reason = None if stage.gate is None else _forgotten(run, stage.name, stage.gate, losses)
+    if reason is not None and stage.gate is not None and stage.gate.action == "stop":
+        return reason
+    if boundary:
+        run.state.baseline = losses
+    return None
+
+
+def _forgotten(run: Run, stage: str, gate: GateSpec, losses: dict[str, float]) -> str | None:
+    """What a gate has to say about these losses."""
+    before, now = run.state.baseline.get(gate.domain), losses.get(gate.domain)
+    if before is None or now is None or now - before <= gate.max_forgetting:
+        return None
+    reason = (
+        f"stages.{stage}.gate: domain {gate.domain} has forgotten {now - before:.4f} nats per token by iteration "
+        f"{run.state.step} ({before:.4f} at the beginning of the stage, {now:.4f} now), more than "
+        f"max_forgetting = {gate.max_forgetting:g}"
+    )
+    run.metrics.event(
+        "gate", step=run.state.step, stage=stage, domain=gate.domain, action=gate.action, before=before, now=now
+    )
+    if gate.action == "warn":
+        run.console.say(f" WARNING: {reason}")
+    return reason + "; the state is saved: continue with --resume and more replay, a lower rate or another gate"

@@ -1,12 +1,14 @@
 """What continues a run besides the tensors and the data ledger: counters, curves, health."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.errors import CheckpointError
 from trainer.health import Health
 from trainer.schedule import LrCurve
 from trainer.spec import HealthSpec
+from trainer.stages import StagePlan
 
 
 @dataclass(kw_only=True)
@@ -18,6 +20,12 @@ class RunState:
     curves: list[LrCurve]
     """One for each stage, resolved when the run began."""
     health: Health
+    baseline: dict[str, float] = field(default_factory=dict)
+    """Validation loss by domain at the beginning of the current stage; forgetting is measured against it."""
+    parent: dict[str, Any] | None = None
+    """What the run was initialised from."""
+    tokenizer: str | None = None
+    """Hash of the tokenizer that made the data."""
 
     def save(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -25,7 +33,27 @@ class RunState:
             "step": self.step,
             "curves": [curve.save() for curve in self.curves],
             "health": self.health.save(),
+            "baseline": self.baseline,
+            "parent": self.parent,
+            "tokenizer": self.tokenizer,
         }
+
+    def adopt_curves(self, plans: Sequence[StagePlan]) -> list[str]:
+        """Take the curves of the plan for every stage that is not over; returns a line for each that changes."""
+        lines = []
+        for plan in plans:
+            if plan.index >= len(self.curves):
+                self.curves.append(plan.curve)
+            before = self.curves[plan.index]
+            if before != plan.curve and self.step < plan.end_step:
+                lines += [
+                    f"stages.{plan.name}.lr: {key}: {old} -> {new}"
+                    for (key, old), new in zip(before.save().items(), plan.curve.save().values(), strict=True)
+                    if old != new
+                ]
+                self.curves[plan.index] = plan.curve
+        del self.curves[len(plans) :]
+        return lines
 
     @classmethod
     def load(cls, saved: dict[str, Any], health: HealthSpec) -> "RunState":
@@ -39,6 +67,9 @@ class RunState:
                 step=int(saved["step"]),
                 curves=[LrCurve.load(curve) for curve in saved["curves"]],
                 health=Health.load(health, saved["health"]),
+                baseline=dict(saved.get("baseline", {})),
+                parent=saved.get("parent"),
+                tokenizer=saved.get("tokenizer"),
             )
         except KeyError as error:
             raise CheckpointError(f"the saved run state lacks {error}") from error

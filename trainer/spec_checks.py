@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ft.errors import PlacementError
@@ -82,6 +83,13 @@ def _data(job: "JobSpec") -> Iterator[str]:
         yield from _mixtures(stage, job)
         yield from _domains(stage, job)
     yield from _replays(job)
+    yield from _parent(job)
+
+
+def _parent(job: "JobSpec") -> Iterator[str]:
+    # Starting anew with --force empties the output folder.
+    if job.init_from is not None and Path(job.output) in (Path(job.init_from), *Path(job.init_from).parents):
+        yield f"init_from = {job.init_from} lies in output = {job.output}: a run cannot be its own parent"
 
 
 def _mixtures(stage: "StageSpec", job: "JobSpec") -> Iterator[str]:

@@ -35,7 +35,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
     """The job in a YAML file, or in a `run.json`, with overrides applied and the model it names filled in.
 
     `path` may also name a shipped job, as in `ci/tiny`. Paths to data in the file are relative to the file, those in
-    overrides and `output` to the working directory; in the result all are absolute.
+    overrides, `output` and `init_from` to the working directory; in the result all are absolute.
 
     Raises:
         SpecError: with every problem found, each with its file and line, key and what would be right.
@@ -54,8 +54,9 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
         if change.keys != ("model",):
             change.apply(document)
     _anchor_data(document.values, Path.cwd())
-    if isinstance(document.values.get("output"), str):
-        document.values["output"] = _anchored(document.values["output"], Path.cwd())
+    for key in ("output", "init_from"):
+        if isinstance(document.values.get(key), str):
+            document.values[key] = _anchored(document.values[key], Path.cwd())
     return _validate(JobSpec, document, path)
 
 

@@ -24,6 +24,8 @@ class PreparedData:
 
     sources: Mapping[str, PackedSource]
     validation: Mapping[str, PackedSource]
+    tokenizer: str | None
+    """Hash of the one tokenizer that made all of them; None where no sidecar tells."""
 
 
 def prepare_sources(data: DataSpec, vocabulary_size: int, cache: Path, *, timeout: float = 3600.0) -> PreparedData:
@@ -54,8 +56,9 @@ def prepare_sources(data: DataSpec, vocabulary_size: int, cache: Path, *, timeou
             opened[key] = PackedSource(name, tokens, data.sequence_length, data.document_mask)
         except TrainerError as error:
             raise type(error)(f"{key}: {error}") from None
-    _check_one_tokenizer(opened, tokenizer)
+    hashed = _check_one_tokenizer(opened, tokenizer)
     return PreparedData(
+        tokenizer=hashed,
         sources={source.name: source for key, source in opened.items() if key.startswith("data.sources.")},
         validation={source.name: source for key, source in opened.items() if key.startswith("data.validation.")},
     )
@@ -113,7 +116,7 @@ def _lock(path: Path, timeout: float) -> Iterator[None]:
         yield
 
 
-def _check_one_tokenizer(opened: Mapping[str, PackedSource], tokenizer: Tokenizer | None) -> None:
+def _check_one_tokenizer(opened: Mapping[str, PackedSource], tokenizer: Tokenizer | None) -> str | None:
     """Ids of different tokenizers mean different text; no run may mix them."""
     hashes = {} if tokenizer is None else {"data.tokenizer": tokenizer.hash}
     for key, source in opened.items():
@@ -124,3 +127,4 @@ def _check_one_tokenizer(opened: Mapping[str, PackedSource], tokenizer: Tokenize
         first = next(iter(hashes))
         if found != hashes[first]:
             raise DataError(f"{key}: made with another tokenizer than {first}")
+    return next(iter(hashes.values()), None)
