@@ -4,7 +4,10 @@ Layout of an `.idx` file: magic, version, dtype code, counts of sequences and of
 sequence lengths, int64 byte offsets into `.bin`, and int64 document boundaries as sequence numbers.
 """
 
+import importlib
 import struct
+import sys
+import types
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,7 +248,12 @@ def _open_dataset(prefix: str) -> "IndexedDataset":
 
 
 def megatron_indexed() -> Any:
-    """The module `megatron.core.datasets.indexed_dataset`, imported late, without its warnings."""
+    """The module `megatron.core.datasets.indexed_dataset`, imported late, without its warnings and its family.
+
+    `megatron.core` imports all of Megatron Core and with it torch's compiler, which takes longer than all else that a
+    rank does before its first step. A bare package stands in for it while the one module is imported; whoever imports
+    `megatron.core` afterwards gets the whole.
+    """
     with warnings.catch_warnings():
         for message in (
             "Transformer Engine and Apex are not installed",
@@ -253,6 +261,19 @@ def megatron_indexed() -> Any:
             "`torch.jit.script_method` is deprecated",
         ):
             warnings.filterwarnings("ignore", message=message)
-        from megatron.core.datasets import indexed_dataset
+        bare = "megatron.core" not in sys.modules
+        if bare:
+            sys.modules["megatron.core"] = _bare_package("megatron", "core")
+        try:
+            importlib.import_module("megatron.core.parallel_state")  # first: its import of utils is circular
+            return importlib.import_module("megatron.core.datasets.indexed_dataset")
+        finally:
+            if bare:
+                del sys.modules["megatron.core"]
 
-    return indexed_dataset
+
+def _bare_package(parent: str, name: str) -> types.ModuleType:
+    """A package whose modules can be imported without running its `__init__`."""
+    package = types.ModuleType(f"{parent}.{name}")
+    package.__path__ = [str(Path(folder) / name) for folder in importlib.import_module(parent).__path__]
+    return package
