@@ -96,7 +96,7 @@ def complete(direction: str, out: Path) -> None:
 
 
 def in_child(convert: Callable[[], object], faults: Faults) -> int:
-    """Exit status of a child that converts under faults: 0 no fault came, 4 done in spite of it, 1 our error, -9 killed."""
+    """Exit status of a child that converts: 0 no fault came, 4 done in spite of it, 1 an error of ours, -9 killed."""
     child = os.fork()
     if child == 0:
         status = 3

@@ -83,7 +83,8 @@ class HuggingFaceFolder:
     def beside(self) -> tuple[list[str], list[str]]:
         """Names of the other entries: those to carry along (tokenizer, generation defaults, licence), and the rest."""
         weights = {stored.file.name for stored in self.tensors.values()}
-        carried, left = [], []
+        carried: list[str] = []
+        left: list[str] = []
         for path in sorted(self.path.iterdir()):
             if path.name.startswith(".") or path.name in weights or path.name in _NOT_CARRIED:
                 continue
@@ -137,7 +138,7 @@ class HuggingFaceFolder:
 
 def read_exactly(descriptor: int, path: Path, start: int, out: Bytes) -> None:
     """Fill `out` from byte `start` of an open file. Raises `CheckpointError` naming it when it ends early."""
-    view = memoryview(out)
+    view = memoryview(out.data)
     try:
         while view:
             count = os.preadv(descriptor, [view], start)

@@ -1,5 +1,6 @@
 """A native checkpoint as whole tensors, whatever layout wrote it, checked against its manifest while it is read."""
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ class Tensor:
 
     @property
     def bytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * ITEM_SIZE[self.dtype]
+        return math.prod(self.shape) * ITEM_SIZE[self.dtype]
 
 
 @dataclass(kw_only=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ft.contents import ITEM_SIZE, Bytes
+from ft.durable import begin_writeback
 from trainer.errors import CheckpointError
 
 HEADER_LIMIT = 100_000_000
@@ -89,10 +90,11 @@ def write_tensors(
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        under_way = file.write(len(text).to_bytes(8, "little") + text)
         for name in tensors:
             for block in blocks(name):
-                file.write(block)
+                file.write(block.data)
+                under_way = begin_writeback(file, under_way)
         file.flush()
         os.fsync(file.fileno())
     if path.stat().st_size != 8 + len(text) + start:
