@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from parallel.spec import NumericsSpec
@@ -87,13 +87,13 @@ _FROM_TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 def _connect(rank: int, size: int, backend: str) -> None:
     """Through the file that `keepwarm train` names for ranks on one machine, else through torchrun's store."""
     file = os.environ.get("KEEPWARM_STORE")
-    store: dist.Store
+    store: Store
     if file is not None:
         store = FileStore(str(Path(file)), size)
     else:
-        shared, rank, size = next(rendezvous("env://", timeout=TIMEOUT))  # type: ignore[no-untyped-call]
+        shared, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
         # torchrun keeps its store across restarts, and with it the addresses of ranks that are dead.
-        store = dist.PrefixStore(f"keepwarm/{restarts()}", shared)
+        store = PrefixStore(f"keepwarm/{restarts()}", shared)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
 
 
