@@ -1,9 +1,9 @@
 """Conversion of a model of 1 GB against copying its bytes and against transformers' own load and save.
 
-Prints one JSON object: medians of seconds, ratios and peak memory. Every round copies before each
-conversion, so that a slow moment of the machine meets all of them. `seconds` end when the data are on disk, and count from
-the end of the imports; `command_seconds` are those of the whole process. Memory is `anonymous` beyond the imports, and
-`resident`: the peak of the whole process, mapped files included.
+Prints one JSON object: medians of seconds, ratios and peak memory. Every round copies before each conversion, so that
+a slow moment of the machine meets all of them. `seconds` count from the end of the imports until the data are on disk;
+`command_seconds` are those of the whole process. Memory is `anonymous` beyond the imports, and `resident`: the peak of
+the whole process, mapped files included.
 """
 
 import json
