@@ -68,23 +68,32 @@ def _status(path: Path, run: str, secret: bytes) -> Status:
 def text(found: Sequence[Status], silent: Mapping[int, str]) -> Iterator[str]:
     """The answers as tables: agents, snapshots, the last commits, and what goes on in the background."""
     yield f"run {found[0].run}: {len(found)} of its agents on this machine"
-    yield ""
-    yield from _table(_agents(found))
-    yield ""
-    yield from _table(_snapshots(found))
-    yield ""
-    yield from _table(_commits(found))
-    yield ""
-    yield from _table(_background(found))
+    for rows in (_agents(found), _snapshots(found), _commits(found), _background(found)):
+        yield from _table(list(rows))
     for slot, why in silent.items():
         yield f"slot {slot} does not answer: {why}"
+    if not any(status.held for status in found):
+        yield "no snapshot is held yet"
 
 
 Rows = Iterator[tuple[str, ...]]
 
 
 def _agents(found: Sequence[Status]) -> Rows:
-    yield "slot", "pid", "epoch", "mode", "group", "parity", "peers", "workers", "slots", "slot size", "memory", "own"
+    yield (
+        "slot",
+        "pid",
+        "epoch",
+        "mode",
+        "group",
+        "parity",
+        "peers",
+        "workers",
+        "slots",
+        "slot size",
+        "memory",
+        "resident",
+    )
     for status in found:
         yield (
             str(status.slot), str(status.pid), str(status.epoch), status.mode, _numbers(status.group),
@@ -123,12 +132,13 @@ def _background(found: Sequence[Status]) -> Rows:
         yield (str(status.slot), str(scrub["checked"]), str(scrub["damaged"]), *written)
 
 
-def _table(rows: Rows) -> Iterator[str]:
-    """Columns as wide as they must be, numbers of one kind under each other."""
-    lines = list(rows)
+def _table(lines: list[tuple[str, ...]]) -> Iterator[str]:
+    """Columns as wide as they must be, below an empty line; nothing when there is only the head."""
+    if len(lines) == 1:
+        return
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+    for line in [(), *lines]:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=bool(line))).rstrip()
 
 
 def _numbers(values: Sequence[int]) -> str:
