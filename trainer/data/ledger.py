@@ -132,6 +132,8 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             for identity, name in named.items()
         )
         ledger = self._begun(stage, start)
+        if replay and not ledger.stages:
+            raise ValueError("replay belongs to a stage: name it")
         clauses = tuple(ledger._resolved(clause, sources, kept) for clause in replay)
         ledger = msgspec.structs.replace(ledger, replays=tuple(dict.fromkeys((*ledger.replays, *clauses))))
         places = [ledger.replays.index(clause) for clause in clauses]
