@@ -1,0 +1,269 @@
+"""A test bed for continual pretraining on a CPU: order-2 Markov sources and a fixed-window model of 70,488 parameters.
+
+Everything else that trains here is the product's own: ledger, loader, schedules, engine and loop.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from parallel.engine import IGNORED
+from parallel.spec import NumericsSpec
+from parallel.style import TensorStyle
+from parallel.torch_engine import TorchEngine
+from trainer.console import RunConsole
+from trainer.data.ledger import Ledger
+from trainer.data.loader import BatchLoader
+from trainer.data.packing import PackedSource, Samples
+from trainer.data.permutation import window_at
+from trainer.data.table import Ints
+from trainer.evaluation import Evaluator
+from trainer.health import Health
+from trainer.interrupt import Interrupt
+from trainer.loop import Run, train
+from trainer.metrics import Metrics
+from trainer.profile import ProfileWindow
+from trainer.restore import Beginning
+from trainer.run_state import RunState
+from trainer.spec import JobSpec
+from trainer.speed import Speed
+from trainer.stages import plan_stages
+from trainer.world import TIMEOUT, World
+
+VOCABULARY, WINDOW, EMBEDDING, HIDDEN, BATCH = 24, 6, 24, 192, 256
+PEAK, FLOOR, CONSTANT = 3e-3, 3e-4, 1.65e-3
+COSINE = {"schedule": "cosine", "max": PEAK, "min": FLOOR, "warmup": 0.01}
+CONTEXTS = VOCABULARY**2
+
+
+def table(seed: int, concentration: float = 0.08) -> torch.Tensor:
+    """Next-token probabilities `[contexts, vocabulary]`; rows are Dirichlet draws."""
+    torch.manual_seed(seed)
+    shape = (CONTEXTS, VOCABULARY)
+    drawn = torch.distributions.Gamma(torch.full(shape, concentration), torch.ones(shape)).sample()
+    return F.normalize(drawn + 1e-4, p=1, dim=1)
+
+
+def windows(probabilities: torch.Tensor, seed: int, sequences: int = 4000, length: int = 120) -> torch.Tensor:
+    """All windows of WINDOW + 1 tokens of sequences drawn from the chain, `[windows, WINDOW + 1]`."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randint(0, VOCABULARY, (sequences,), generator=generator) for _ in range(2)]
+    for _ in range(length - 2):
+        context = probabilities[drawn[-2] * VOCABULARY + drawn[-1]]
+        drawn.append(torch.multinomial(context, 1, generator=generator)[:, 0])
+    return torch.stack(drawn, 1).unfold(1, WINDOW + 1, 1).reshape(-1, WINDOW + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class MarkovSource:
+    """A `Source` whose samples are windows: six tokens, of which only the last predicts."""
+
+    name: str
+    data: torch.Tensor
+    sequence_length: int = WINDOW
+
+    @property
+    def identity(self) -> str:
+        return f"markov-{self.name}/{WINDOW}"
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def read(self, k: Ints, *, seed: int) -> Samples:
+        return self.windows(window_at(k, seed=seed, identity=self.identity, size=self.size))
+
+    def windows(self, indices: Ints) -> Samples:
+        rows = self.data[torch.from_numpy(indices)].numpy()
+        targets = rows[:, 1:].copy()
+        targets[:, :-1] = IGNORED
+        return Samples(rows[:, :-1].copy(), targets, None)
+
+
+SEEDS = {"t0": 11, "t1": 12, "t2": 13}
+
+
+@lru_cache
+def source(name: str) -> MarkovSource:
+    """Training data of the source `t0`, `t1` or `t2`."""
+    return MarkovSource(name, windows(table(SEEDS[name]), SEEDS[name] - 10))
+
+
+@lru_cache
+def held_out(name: str) -> MarkovSource:
+    return MarkovSource(f"{name}-held-out", windows(table(SEEDS[name]), SEEDS[name] + 89, 200, 40)[:4096])
+
+
+class Net(nn.Module):
+    """Embedding, one hidden layer over the whole window, one residual layer, norm, head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, EMBEDDING)
+        self.window = nn.Linear(WINDOW * EMBEDDING, HIDDEN)
+        self.residual = nn.Linear(HIDDEN, HIDDEN)
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.head = nn.Linear(HIDDEN, VOCABULARY)
+        self.layers = nn.ModuleDict()
+
+    def forward(
+        self, x: torch.Tensor, documents: torch.Tensor | None = None, targets: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        hidden = F.gelu(self.window(self.embedding(x).flatten(1)))
+        logits: torch.Tensor = self.head(self.norm(hidden + F.gelu(self.residual(hidden))))
+        assert targets is not None
+        losses = F.cross_entropy(logits, targets[:, -1], reduction="none")
+        return torch.stack([losses, torch.zeros_like(losses)], dim=1)
+
+
+class ToyParts:
+    """The toy model as `parallel.model.ModelParts`, for one rank."""
+
+    layers = 1
+    hidden_size = HIDDEN
+    heads = kv_heads = 1
+    vocabulary_size = VOCABULARY
+    tied_embeddings = False
+
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        self._values = {name: value.detach() for name, value in Net().named_parameters()}
+
+    def part(self, layers: range, *, embed: bool, head: bool) -> nn.Module:
+        return Net()
+
+    def canonical(self, name: str) -> str:
+        return name
+
+    def tensor_plan(self) -> Mapping[str, TensorStyle]:
+        return {}
+
+    def initial(
+        self, name: str, global_shape: tuple[int, ...], offsets: tuple[int, ...], shape: tuple[int, ...]
+    ) -> torch.Tensor:
+        return self._values[name]
+
+    def decays(self, name: str) -> bool:
+        return True
+
+    def is_embedding(self, name: str) -> bool:
+        return name == "embedding.weight"
+
+
+def stage(name: str, steps: int, mixture: dict[str, float], lr: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """A stage clause by steps."""
+    return {"name": name, "tokens": steps * BATCH * WINDOW, "mixture": mixture, "lr": lr, **more}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves: losses by domain and step, its state and its ledger."""
+
+    evaluations: list[tuple[int, dict[str, float]]]
+    state: dict[str, torch.Tensor]
+    ledger: Ledger
+
+    def losses(self, domain: str) -> list[float]:
+        return [losses[domain] for _, losses in self.evaluations]
+
+    @property
+    def last(self) -> dict[str, float]:
+        return self.evaluations[-1][1]
+
+
+def run(
+    folder: Path,
+    stages: Sequence[dict[str, Any]],
+    *,
+    seed: int,
+    every: int | None = None,
+    domains: Sequence[str] = ("t0",),
+    parent: Result | None = None,
+) -> Result:
+    """Train the stages one after the other, from the parent's weights, optimizer state and ledger if there is one."""
+    names = sorted({name for clause in stages for name in clause["mixture"]} | {"t0"})
+    ledger = Ledger(seed=seed) if parent is None else parent.ledger.continued("parent")
+    job = JobSpec.model_validate(
+        {
+            "name": "toy",
+            "output": str(folder),
+            "seed": seed,
+            "model": {
+                "layers": 1,
+                "hidden_size": HIDDEN,
+                "heads": 1,
+                "ffn_size": 1,
+                "vocabulary_size": VOCABULARY,
+                "max_sequence_length": WINDOW,
+            },
+            "data": {
+                "sources": {n: n for n in names},
+                "validation": {n: n for n in domains},
+                "sequence_length": WINDOW,
+            },
+            "batch": {"global_size": BATCH, "micro_size": BATCH},
+            "stages": tuple(stages),
+            "init_from": None if parent is None else "parent",
+            "evaluation": {"every": every, "samples": 4096},
+            "log": {"every": 10**9, "tensorboard": False},
+        }
+    )
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    plans = plan_stages(job)
+    model = ToyParts(seed)
+    engine = TorchEngine(
+        model, job.parallel, job.optimizer, NumericsSpec(), job.layout, device=world.device, timeout=TIMEOUT
+    )
+    loader = BatchLoader(
+        {name: source(name) for name in names},
+        ledger,
+        layout=job.layout,
+        rank=0,
+        micro_size=BATCH,
+        global_size_at=lambda _: BATCH,
+    )
+    for plan, spec in zip(plans, job.stages, strict=True):
+        for first, mixture in plan.mixtures:
+            loader.open_segment(mixture, start=plan.start_sample + first, replay=spec.replays, stage=spec.name)
+    if parent is not None:
+        for name, shard in engine.state().items():
+            shard.local.copy_(parent.state[name])
+        engine.restored()
+    validation = cast(Mapping[str, PackedSource], {name: held_out(name) for name in domains})
+    folder.mkdir(parents=True)
+    metrics = Metrics(folder, job.log, job.name, rank=0, resume_step=None)
+    found: list[tuple[int, dict[str, float]]] = []
+    metrics.evaluation = lambda step, losses: found.append((step, losses))  # type: ignore[method-assign]
+    state = RunState(step=0, curves=[plan.curve for plan in plans], health=Health(spec=job.health))
+    with loader, Interrupt() as interrupt:
+        train(
+            Run(
+                job=job,
+                world=world,
+                plans=plans,
+                state=state,
+                engine=engine,
+                loader=loader,
+                evaluator=Evaluator(engine, validation, job, world),
+                savers=[],
+                snapshots=None,
+                beginning=Beginning(source="nothing", reason="a fresh run"),
+                metrics=metrics,
+                console=RunConsole(rank=1, steps=plans[-1].end_step, done=0, log_every=10**9),
+                profile=ProfileWindow(None, folder / "profile", 0),
+                speed=Speed.of(1, gpus=1),
+            ),
+            interrupt,
+        )
+    metrics.close()
+    result = Result(
+        found, {name: shard.local.detach().clone() for name, shard in engine.state().items()}, loader.ledger
+    )
+    engine.close()
+    return result
