@@ -10,6 +10,7 @@ It is written under a temporary name, synced and renamed, and the file `latest` 
 """
 
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -232,9 +233,20 @@ def folder(root: Path, step: int) -> Path:
     return root / f"iter_{step:07d}"
 
 
-def staging(root: Path, epoch: int, step: int) -> Path:
-    """Where it is written before that; the same on every node of a shared file system."""
-    return root / f"tmp-{epoch}-{step}"
+def staging(root: Path, epoch: int, step: int, writer: str = "agents") -> Path:
+    """Where it is written before that, the same on every node; agents and workers may write one step at once."""
+    return root / f"tmp-{epoch}-{step}-{writer}"
+
+
+@contextlib.contextmanager
+def _sole_publisher(root: Path) -> Iterator[None]:
+    """One process at a time gives names and takes them away; the kernel ends the claim of one that dies."""
+    descriptor = os.open(root / ".publishing", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def publish(tmp: Path, final: Path) -> bool:
@@ -243,6 +255,11 @@ def publish(tmp: Path, final: Path) -> bool:
     Returns False, and leaves `latest` alone, when a checkpoint of a newer (epoch, step) is the latest already. A
     checkpoint of the same step from an earlier epoch is replaced.
     """
+    with _sole_publisher(final.parent):
+        return _publish(tmp, final)
+
+
+def _publish(tmp: Path, final: Path) -> bool:
     manifest = read_manifest(tmp)
     _sync(tmp)
     newest = latest(final.parent)
@@ -294,6 +311,13 @@ def prune(root: Path, keep: int, every: int | None = None) -> list[Path]:
 
     What `latest` names is never deleted. Staging folders are left to `sweep`.
     """
+    if not root.is_dir():
+        return []
+    with _sole_publisher(root):
+        return _prune(root, keep, every)
+
+
+def _prune(root: Path, keep: int, every: int | None) -> list[Path]:
     names = checkpoints(root)
     spared = {*names[max(0, len(names) - keep) :], latest(root)}
     gone = []

@@ -79,7 +79,7 @@ class Checkpoints:
         Raises:
             OutputError: the disk is full or the folder cannot be written; checkpoints already there stay whole.
         """
-        tmp, final = durable.staging(self.root, self.epoch, step), durable.folder(self.root, step)
+        tmp, final = durable.staging(self.root, self.epoch, step, "ranks"), durable.folder(self.root, step)
         failure: Exception | None = None
         try:
             if self._world.rank == 0:

@@ -67,7 +67,7 @@ def test_only_the_newest_are_kept_and_latest_names_the_last(tmp_path: Path) -> N
     saver = checkpoints(tmp_path, keep=2)
     for step in (1, 2, 3):
         saver.save(step, whole_of("w", torch.full((2, 2), float(step))), {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000002", "iter_0000003", "latest"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["iter_0000002", "iter_0000003", "latest"]
     assert saver.latest() == tmp_path / "iter_0000003"
 
 
