@@ -1,4 +1,4 @@
-"""A7 on the toy test bed, with the product's sampler, ledger, schedules, optimizer and loop."""
+"""A1 and A7 on the toy test bed, with the product's sampler, ledger, schedules, optimizer and loop."""
 
 from pathlib import Path
 
@@ -9,6 +9,28 @@ from tests.support import toy
 pytestmark = [pytest.mark.science, pytest.mark.timeout(1800)]
 
 SEEDS = [2, pytest.param(1, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.long)]
+BOTH = ("t0", "t1")
+REPLAY = {"from": ("pretrain",), "fraction": 0.25}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_rewarming_with_replay_comes_close_to_training_on_the_union(seed: int, tmp_path: Path) -> None:
+    """A1, after Ibrahim et al. (2024): 80 % of the gap at half of the steps, strong shift, equal budgets."""
+    steps = 2000
+    base = toy.run(tmp_path / "base", [toy.stage("pretrain", steps, {"t0": 1.0}, toy.COSINE)], seed=seed, domains=BOTH)
+    continued = toy.stage("continue", steps, {"t1": 1.0}, toy.COSINE)
+    without = toy.run(tmp_path / "without", [continued], seed=seed, domains=BOTH, parent=base)
+    replayed = toy.run(tmp_path / "replayed", [continued | {"replay": REPLAY}], seed=seed, domains=BOTH, parent=base)
+    mixture = {"t0": 1.0, "t1": 1.0}
+    union = toy.run(
+        tmp_path / "union", [toy.stage("union", 2 * steps, mixture, toy.COSINE)], seed=seed + 9, domains=BOTH
+    )
+    nothing, quarter, whole = (sum(result.last.values()) / 2 for result in (without, replayed, union))
+    closed = (nothing - quarter) / (nothing - whole)
+    print(f"A1 seed {seed}: none {without.last}, 25 % {replayed.last}, union {union.last}, closed {closed:.1%}")
+    assert without.ledger.position == replayed.ledger.position
+    assert closed >= 0.8
+    assert base.last["t0"] < replayed.last["t0"] < without.last["t0"]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
