@@ -47,8 +47,8 @@ class SnapshotSpec(Section):
     )
     busy: Literal["wait", "skip"] = Field("wait", description="when the previous snapshot is not committed yet")
     code: CodeSpec | None = Field(None, description="null: (4, 2), or the strongest of that kind that the nodes allow")
-    domains: tuple[str, ...] | Literal["node", "slurm"] = Field(
-        "node", description="what fails at once: a label for each node (rack, switch), SLURM's switches, or the node"
+    domains: tuple[str, ...] | Literal["node"] = Field(
+        "node", description="what fails at once: a label for each node (rack, switch), or the node itself"
     )
     durable: DurableSpec | None = Field(None, description="null: no durable tier below the memory")
     mtbf: PositiveFloat = Field(14400.0, description="seconds between failures of the whole job, for every: auto")

@@ -106,6 +106,9 @@ def _step(run: Run) -> None:
     _judge(run, result)
     if run.snapshots is not None:
         run.snapshots.offer(state, run.meta(), elapsed)
+        if (news := run.snapshots.news()) is not None:
+            run.metrics.event("snapshot failed", step=state.step, reason=news)
+            run.console.say(f" WARNING: no snapshot: {news}; training goes on")
 
 
 def _report(run: Run, plan: StagePlan, result: StepResult, lr: float, size: int, elapsed: float) -> None:

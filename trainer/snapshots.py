@@ -4,6 +4,7 @@ The worker's half of `ft`: it knows which node a rank is on and what its state i
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ft.agent_config import AgentConfig, DurableConfig, GroupConfig, runtime_fol
 from ft.agent_registry import Registry
 from ft.auth import SECRET, create_secret, load_secret, run_identity
 from ft.client import AgentClient, ensure_agent
-from ft.errors import AgentError
+from ft.errors import AgentError, FtError
 from ft.interval import Interval
 from ft.placement import Group, groups_of
 from ft.snapshot import Restoration, Snapshotter, plan_part
@@ -53,40 +54,46 @@ class Snapshots:
         Raises:
             PlacementError, MemoryTooSmall, AgentError: with the arithmetic, before anything was changed.
         """
-        self._spec, self._world, self._capture = spec, world, capture
-        node, local = divmod(world.rank, layout.ranks_per_node)
+        self._spec, self._world, self._layout, self._capture = spec, world, layout, capture
+        self._state, self._layout_hash = state, layout_hash
+        self._node, self._local = divmod(world.rank, layout.ranks_per_node)
         groups = groups_of(layout.nodes, spec)
-        slot_bytes = self._slot_bytes(plan_part(state, world.rank, spec.bucket).size, layout)
-        secret_path = folder / SECRET
-        if world.rank == 0:
-            create_secret(secret_path)
-        world.barrier()
-        secret = load_secret(secret_path)
-        run = run_identity(secret)
-        config = _agent_config(spec, folder, run=run, slot=node, groups=groups, slot_bytes=slot_bytes)
-        self._together(lambda: ensure_agent(config) if local == 0 else None)
-        self._registry = Registry(folder)
-        self._client = AgentClient(config.socket, run=run, secret=secret, worker=local)
-        self._snapshotter = Snapshotter(
-            self._client,
-            state,
-            layout=layout_hash,
-            rank=world.rank,
-            world=world.size,
-            workers=layout.ranks_per_node,
-            node=node,
-            nodes=layout.nodes,
-            bucket_bytes=spec.bucket,
-            busy=spec.busy,
-            meta_bytes=META_BYTES,
-            deadline=spec.commit_deadline,
-            optional=(OPTIONAL,),
-        )
         self.protected = all(group.protected for group in groups)
         """False on a single node: its memory has no parity anywhere else."""
+        slot_bytes = self._slot_bytes(plan_part(state, world.rank, spec.bucket).size)
+        if world.rank == 0:
+            create_secret(folder / SECRET)
+        world.barrier()
+        self._secret = load_secret(folder / SECRET)
+        run = run_identity(self._secret)
+        self._config = _agent_config(spec, folder, run=run, slot=self._node, groups=groups, slot_bytes=slot_bytes)
+        self._together(lambda: ensure_agent(self._config) if self._local == 0 else None)
+        self._registry = Registry(folder)
+        self._attach()
         self._interval = Interval(mtbf=spec.mtbf)
         self._next = 0
-        self._seen_commits = 0
+        self._reported: str | None = None
+        self._lost: str | None = None
+
+    def _attach(self) -> None:
+        """Take this rank's place at its node's agent; returns when all ranks of the node have."""
+        config, layout = self._config, self._layout
+        self._client = AgentClient(config.socket, run=config.run, secret=self._secret, worker=self._local)
+        self._snapshotter = Snapshotter(
+            self._client,
+            self._state,
+            layout=self._layout_hash,
+            rank=self._world.rank,
+            world=self._world.size,
+            workers=layout.ranks_per_node,
+            node=self._node,
+            nodes=layout.nodes,
+            bucket_bytes=config.bucket_bytes,
+            busy=self._spec.busy,
+            meta_bytes=META_BYTES,
+            deadline=self._spec.commit_deadline,
+            optional=(OPTIONAL,),
+        )
 
     @property
     def epoch(self) -> int:
@@ -105,11 +112,29 @@ class Snapshots:
     def offer(self, state: RunState, meta: dict[str, Any], step_seconds: float) -> None:
         """Begin a snapshot when one is due after this step; copied while training goes on."""
         self._interval = self._interval.measured(step=step_seconds)
-        if state.step < self._next or self._client.gone:
+        if state.step < self._next:
             return
+        self._mend()
         self._capture()
-        self._snapshotter.offer(state.step, json.dumps(meta).encode())
+        if not self._client.gone:
+            self._snapshotter.offer(state.step, json.dumps(meta).encode())
         self._next = state.step + self._every()
+
+    def _mend(self) -> None:
+        """Start the agents that have died, empty; the next snapshot fills them. Decided alike on all ranks."""
+        gone = torch.zeros(self._layout.nodes, dtype=torch.int64)
+        gone[self._node] = int(self._client.gone)
+        if self._world.size > 1:
+            dist.all_reduce(gone, op=dist.ReduceOp.MAX)
+        if not gone[self._node]:
+            return
+        self._client.close()
+        try:
+            ensure_agent(self._config)
+            self._attach()
+            self._lost = None
+        except FtError as error:
+            self._lost = str(error)
 
     def _every(self) -> int:
         """Steps to the next snapshot: as the spec says, or agreed from what all ranks measured."""
@@ -121,11 +146,13 @@ class Snapshots:
         )
         return self._world.largest(self._interval.steps)
 
-    @property
-    def failure(self) -> str | None:
-        """Why the last snapshot was not taken; training goes on without it."""
+    def news(self) -> str | None:
+        """Why the last snapshot was not taken, once for each new reason; training goes on without it."""
         failure = self._snapshotter.failure
-        return "the agent has gone" if self._client.gone else None if failure is None else str(failure)
+        text = self._lost or (None if failure is None else str(failure))
+        fresh = text if text != self._reported else None
+        self._reported = text
+        return fresh
 
     def timings(self) -> dict[str, float]:
         """Seconds and bytes of this rank, for the event log."""
@@ -143,13 +170,13 @@ class Snapshots:
         self._snapshotter.join()
         self._client.close(end_of_job=finished)
 
-    def _slot_bytes(self, part: int, layout: Layout) -> int:
+    def _slot_bytes(self, part: int) -> int:
         """Bytes of the largest node state: the sum over a node's ranks, the largest over the nodes."""
         parts = torch.zeros(self._world.size, dtype=torch.int64)
         parts[self._world.rank] = part
         if self._world.size > 1:
             dist.all_reduce(parts)
-        return int(parts.view(layout.nodes, layout.ranks_per_node).sum(dim=1).max())
+        return int(parts.view(self._layout.nodes, self._layout.ranks_per_node).sum(dim=1).max())
 
     def _together(self, action: Callable[[], object]) -> None:
         """Run an action that may fail on some ranks, and let all ranks know."""
@@ -169,6 +196,7 @@ def _agent_config(
     return AgentConfig(
         run=run,
         slot=slot,
+        host=os.environ.get("KEEPWARM_HOST", "127.0.0.1"),
         folder=str(runtime_folder(run, slot)),
         shared=str(folder),
         secret=str(folder / SECRET),

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,26 +72,35 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def disturbed(command: list[str], folder: Path, number: signal.Signals, *, rank: int | None) -> tuple[int, str]:
-    """Run a command and send a signal after its third step, to itself or to one of its ranks; (exit code, output)."""
+def disturbed(
+    command: list[str], folder: Path, number: signal.Signals, victim: Callable[[int], int]
+) -> tuple[int, str]:
+    """Run a command and signal a victim, found by the command's pid, after the third step; (exit code, output)."""
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=TINY.parents[2]
     ) as process:
         try:
             wait_for_step(folder, 3, process)
-            os.kill(process.pid if rank is None else rank_of(process.pid, rank), number)
+            os.kill(victim(process.pid), number)
             output, _ = process.communicate(timeout=DEADLINE)
         finally:
             process.kill()
     return process.returncode, output
 
 
-def rank_of(launcher: int, rank: int) -> int:
-    """The pid of a rank among a launcher's children."""
-    for child in psutil.Process(launcher).children():
-        if child.environ().get("RANK") == str(rank):
-            return child.pid
-    raise AssertionError(f"no rank {rank} among the children of {launcher}")
+def rank_1_of(launcher: int) -> int:
+    """The pid of rank 1 among a launcher's children."""
+    return next(child.pid for child in psutil.Process(launcher).children() if child.environ().get("RANK") == "1")
+
+
+def agent_lives(folder: Path, slot: int | str = "*") -> list[int]:
+    """Pids of the agents that were started, oldest first for one slot."""
+    return [
+        line["pid"]
+        for log in (folder / "agents").glob(f"agent-{slot}.log")
+        for line in map(json.loads, log.read_text().splitlines())
+        if line["text"] == "started"
+    ]
 
 
 def events_of(folder: Path) -> list[dict[str, Any]]:
@@ -100,12 +109,7 @@ def events_of(folder: Path) -> list[dict[str, Any]]:
 
 def assert_no_agents(folder: Path) -> None:
     """Every agent that the run started has ended, or does so now that its job has."""
-    started = [
-        json.loads(line)["pid"]
-        for log in (folder / "agents").glob("agent-*.log")
-        for line in log.read_text().splitlines()
-        if '"pid"' in line and '"started"' in line
-    ]
+    started = agent_lives(folder)
     assert started
     deadline = time.monotonic() + 30
     while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in started):
@@ -118,7 +122,7 @@ def assert_no_agents(folder: Path) -> None:
 def test_interrupted_and_resumed_equals_torchrun_uninterrupted(whole: Path, tmp_path: Path) -> None:
     parts = tmp_path / "parts"
     command = keepwarm(str(TINY), f"output={parts}", *TWO_RANKS)
-    code, output = disturbed(command, parts, signal.SIGINT, rank=None)
+    code, output = disturbed(command, parts, signal.SIGINT, lambda pid: pid)
     assert code == 130, output
     assert 3 <= steps_of(parts)[-1]["step"] < 20
     refused = run(command)
@@ -139,11 +143,27 @@ def test_a_killed_worker_is_restarted_from_memory(whole: Path, tmp_path: Path, l
     folder = tmp_path / "killed"
     job = [str(TINY), f"output={folder}", *TWO_RANKS, IN_MEMORY]
     command = keepwarm(*job) if launcher == "keepwarm" else torchrun("--max-restarts", "1", "-m", "trainer", *job)
-    code, output = disturbed(command, folder, signal.SIGKILL, rank=1)
+    code, output = disturbed(command, folder, signal.SIGKILL, rank_1_of)
     assert code == 0, output
     began = [event for event in events_of(folder) if event["event"] == "began"]
     assert [event["source"] for event in began] == ["nothing", "memory"]
     assert began[1]["step"] >= 1  # with a snapshot every step at most two are lost, and three were completed
+    assert steps_of(folder) == steps_of(whole)
+    assert tensors_of(folder) == tensors_of(whole)
+    assert_no_agents(folder)
+
+
+@pytest.mark.dist
+@pytest.mark.ci
+def test_a_killed_agent_is_replaced_while_training_goes_on(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    command = keepwarm(str(TINY), f"output={folder}", *TWO_RANKS, "snapshot={every: 1, commit_deadline: 30.0}")
+    code, output = disturbed(command, folder, signal.SIGKILL, lambda _: agent_lives(folder, 1)[0])
+    assert code == 0, output
+    assert [event["event"] for event in events_of(folder)].count("began") == 1
+    assert len(agent_lives(folder, 1)) == 2
+    commits = [json.loads(line) for line in (folder / "agents" / "agent-1.log").read_text().splitlines()]
+    assert any(line["text"] == "committed" and line["epoch"] > 1 for line in commits)
     assert steps_of(folder) == steps_of(whole)
     assert tensors_of(folder) == tensors_of(whole)
     assert_no_agents(folder)
