@@ -12,7 +12,20 @@ from ft.errors import AgentError
 
 def take_lock(folder: Path) -> int:
     """Claim the folder for this process; the kernel gives it up when the process ends, however it ends."""
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    claimed = _claim(folder / f".{LOCK}.{os.getpid()}", folder)
+    try:
+        # Linked into place with the lock held: an agent that sweeps meanwhile never sees a lock that nobody holds.
+        os.link(folder / f".{LOCK}.{os.getpid()}", folder / LOCK)
+    except FileExistsError:
+        os.close(claimed)
+        claimed = _claim(folder / LOCK, folder)
+    finally:
+        (folder / f".{LOCK}.{os.getpid()}").unlink(missing_ok=True)
+    return claimed
+
+
+def _claim(path: Path, folder: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -22,10 +35,15 @@ def take_lock(folder: Path) -> int:
 
 
 def sweep(root: Path, mine: Path) -> list[Path]:
-    """Remove the folders of agents that are dead; memory has gone with them."""
+    """Remove the folders of dead agents of other runs; memory has gone with them.
+
+    Those of the same run are left to the agents that follow them: one of them may be starting right now.
+    """
     gone = []
+    run = mine.name.rpartition("-")[0]
     for folder in root.iterdir():
-        if folder == mine or not (folder / LOCK).exists():
+        same_run = bool(run) and folder.name.rpartition("-")[0] == run
+        if folder == mine or same_run or not (folder / LOCK).exists():
             continue
         with contextlib.suppress(AgentError, OSError):
             clear(folder, take_lock(folder))

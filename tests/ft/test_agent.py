@@ -131,13 +131,17 @@ def run_workers(world: Nodes, moment: str) -> None:
             process.communicate()
 
 
-@pytest.mark.parametrize(("moment", "step"), [("committed", 1), ("granted", 1), ("copying", 1), ("sealed", 2)])
-def test_workers_killed_at_any_moment(tmp_path: Path, moment: str, step: int) -> None:
+@pytest.mark.parametrize(
+    ("moment", "allowed"),
+    [("committed", {1}), ("granted", {1}), ("copying", {1}), ("sealed", {1, 2})],  # a seal may die with its sender
+)
+def test_workers_killed_at_any_moment(tmp_path: Path, moment: str, allowed: set[int]) -> None:
     with nodes(tmp_path, 2) as world:
         run_workers(world, moment)
         fresh = [random_state(rank, 2, seed=9) for rank in range(2)]
         restored = settle(world, world.snapshotters(fresh), 2)
-        assert [r.step for r in restored] == [step] * 2
+        (step,) = {r.step for r in restored}
+        assert step in allowed
         for rank, state in enumerate(fresh):
             expected = random_state(rank, 2)
             for _ in range(step):
