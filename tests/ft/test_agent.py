@@ -48,8 +48,11 @@ def test_one_node_commits_and_restores(tmp_path: Path) -> None:
         assert all(equal(a, random_state(rank, 2)) for rank, a in enumerate(fresh))
 
 
-@pytest.mark.parametrize(("count", "parity"), [(2, 1), (3, 1), (4, 2)])
-def test_lost_agents_are_rebuilt_from_their_group(tmp_path: Path, count: int, parity: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "parity", "together"),
+    [(2, 1, True), (3, 1, True), (4, 2, True), pytest.param(4, 2, False, marks=pytest.mark.long)],
+)
+def test_lost_agents_are_rebuilt_from_their_group(tmp_path: Path, count: int, parity: int, together: bool) -> None:
     with nodes(tmp_path, count, groups=[(range(count), parity)]) as world:
         states = [random_state(rank, count) for rank in range(count)]
         snapshotters = world.snapshotters(states)
@@ -60,6 +63,9 @@ def test_lost_agents_are_rebuilt_from_their_group(tmp_path: Path, count: int, pa
             each.close()
         for slot in range(parity):
             world.kill(slot)
+            if not together:
+                world.start(slot)
+        for slot in range(parity) if together else ():
             world.start(slot)
         fresh = [random_state(rank, count, seed=9) for rank in range(count)]
         restored = settle(world, world.snapshotters(fresh), 2)
