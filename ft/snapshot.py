@@ -367,7 +367,7 @@ class _Source:
                 by_name.setdefault(each.piece.name, []).append(each)
         moves = {}
         for name, shard in self._s.state.items():
-            target = _piece(shard)
+            target = piece_of(shard)
             sources = by_name.get(name, [])
             if not sources and self._s.optional and name.startswith(self._s.optional):
                 continue
@@ -427,7 +427,8 @@ def _write(shard: Shard, moves: Iterable[tuple[Move, _Stored]], source: _Source)
             local.copy_(room)
 
 
-def _piece(shard: Shard) -> Piece:
+def piece_of(shard: Shard) -> Piece:
+    """The shard without its memory."""
     return Piece(
         name=shard.name, global_shape=tuple(shard.global_shape), offsets=tuple(shard.offsets),
         shape=tuple(shard.shape), dtype=DTYPES[shard.local.dtype], flat=shard.flat,

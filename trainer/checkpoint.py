@@ -15,40 +15,17 @@ import xxhash
 from ft import durable
 from ft.contents import Bytes, Piece, move_bytes, plan
 from ft.errors import FtError
+from ft.snapshot import DTYPES, piece_of
 from parallel.shard import Shard
 from trainer.errors import CheckpointError, OutputError
 from trainer.spec import CheckpointSpec, JobSpec
 from trainer.world import World
-
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""Names of dtypes in the safetensors format."""
 
 WEIGHTS = "model."
 """Names with this prefix are parameters."""
 
 OPTIONAL = "random."
 """Names with this prefix belong to one rank; a layout with more ranks finds none for the new ones."""
-
-
-def piece_of(shard: Shard) -> Piece:
-    """The shard without its memory."""
-    return Piece(
-        name=shard.name,
-        global_shape=shard.global_shape,
-        offsets=shard.offsets,
-        shape=shard.shape,
-        dtype=DTYPES[shard.local.dtype],
-        flat=shard.flat,
-    )
 
 
 def layout_hash(job: JobSpec) -> str:
