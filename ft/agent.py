@@ -34,6 +34,7 @@ from ft.messages import (
     Bucket,
     Cancel,
     Decode,
+    Fetch,
     Hello,
     Inventory,
     InventoryRequest,
@@ -175,6 +176,8 @@ class Agent:
 
     def deliver(self, sender: int, boot: int, message: Any) -> None:
         """A message of an agent, this one included."""
+        if isinstance(message, (Decode, Fetch, Read)):
+            self.settler.catch_up(message.epoch)
         if isinstance(message, Inventory):
             self.settler.inventory(message)
         elif isinstance(message, InventoryRequest):
@@ -199,7 +202,7 @@ class Agent:
             self.journal.write("info", "connected", peer=link.slot)
             self.feed(events.PeerConnected(link.slot, link.theirs.boot))
             self.settler.connected(link.slot)
-            self.repair.ask_again(link.slot)
+            self.repair.connected(link.slot)
 
     def lost(self, link: Link, reason: str) -> None:
         slot = link.theirs.slot if link.theirs is not None else -1

@@ -6,6 +6,7 @@ Also answers `Read`: the bytes of a chosen snapshot that a worker did not copy i
 import time
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import xxhash
 
@@ -56,6 +57,8 @@ class Repair:
         self._agent = agent
         self._decoding: dict[tuple[SnapshotId, int], Decoding] = {}
         self._filling: dict[tuple[SnapshotId, int], Filling] = {}
+        self._delivered: dict[tuple[SnapshotId, int], Decode] = {}
+        """Orders of this epoch that were carried out: their parts may have been lost with a link."""
         self._readers: dict[tuple[SnapshotId, int], list[Guest]] = {}
         self._reads: dict[tuple[Link, int], Read] = {}
         self._unanswered: list[tuple[Link, Read]] = []
@@ -65,6 +68,7 @@ class Repair:
         """What an earlier epoch had begun is void."""
         self._decoding.clear()
         self._filling.clear()
+        self._delivered.clear()
 
     def pinned(self) -> None:
         """The choice is known, or data that were missing are back: answer who asked too early."""
@@ -159,6 +163,7 @@ class Repair:
                 agent.journal.write("error", "a stripe cannot be repaired", stripe=order.stripe, reason=out)
                 agent.settler.request(f"stripe {order.stripe} cannot be repaired: {out}")
                 return
+            self._delivered.setdefault((order.snapshot, order.stripe), order)
             for slot, chunk in out.items():
                 column = columns[slot]
                 count = order.counts[column] if column < group.data else agent.memory.shape.chunk
@@ -293,9 +298,20 @@ class Repair:
             readers.append(guest)
         self._reads[guest.link, read.owner] = read
         agent.connect_peers(everyone=True)
-        self.ask_again(read.owner)
+        self._ask_again(read.owner)
 
-    def ask_again(self, owner: int) -> None:
+    def connected(self, slot: int) -> None:
+        """A link is back: what was under way on the one before is sent again."""
+        self._ask_again(slot)
+        agent = self._agent
+        link = agent.network.links.get(slot)
+        lives = agent.state.lives
+        if link is None or link.theirs is None or not lives or lives[slot] != link.theirs.boot:
+            return
+        for order in [order for order in self._delivered.values() if slot in order.targets]:
+            self.decode(msgspec.structs.replace(order, targets=(slot,)))
+
+    def _ask_again(self, owner: int) -> None:
         """Send the reads that wait for a node, also after it came back; a part that comes twice does no harm."""
         link = self._agent.network.links.get(owner)
         self._reads = {key: read for key, read in self._reads.items() if not key[0].closed}

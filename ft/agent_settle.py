@@ -96,6 +96,15 @@ class Settler:
                 if decoder == slot:
                     link.send(order)
 
+    def catch_up(self, epoch: int) -> None:
+        """Someone acts on a choice whose pin, on another link, has not come yet: read it where it was written first."""
+        agent = self._agent
+        settled = epoch < agent.state.epoch or agent.state.pinned_epoch >= epoch
+        if settled or (written := agent.registry.choice(epoch)) is None:
+            return
+        self.begin(epoch)
+        self._settled(written, ())
+
     # ---- collecting and choosing
 
     def inventory(self, inventory: Inventory) -> None:
