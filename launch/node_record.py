@@ -1,0 +1,82 @@
+"""What runs where: each supervisor's record of its node in the run folder, for whoever watches, drills or cleans up.
+
+    RUN/nodes/<node>.json      the node's slot and the pids of its supervisor, snapshot agent and workers
+    RUN/nodes/store-<n>.json   the n-th store process of the run; the highest n is the present one
+
+Torch-free. A record may be older than what it speaks of: a killed node cannot say so.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+FOLDER = "nodes"
+
+State = Literal["joining", "spare", "starting", "running", "restarting", "fenced", "ended"]
+"""joining: looks for a store and a slot; spare: no slot is vacant; starting: workers are being started; running: they
+run; restarting: they were ended to be started again; fenced: another node has the slot; ended: the supervisor left."""
+
+
+class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One node as its supervisor last described it; pids are those of the node's own host."""
+
+    node: str
+    """Name, the same for as long as the supervisor lives."""
+    host: str
+    """Address at which other nodes reach it."""
+    slot: int | None
+    """Place in the layout; None for a spare."""
+    supervisor: int
+    agent: int | None = None
+    """The snapshot agent of the slot; None without snapshots and for a spare."""
+    workers: dict[int, int] = {}
+    """pid by rank."""
+    generation: int = 0
+    """Round of the rendezvous that the workers were started in."""
+    state: State = "joining"
+
+
+class StoreRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The process in which nodes meet, and where it listens."""
+
+    number: int
+    pid: int
+    host: str
+    port: int
+    by: str
+    """Node that started it."""
+
+
+def write(folder: Path, record: NodeRecord) -> None:
+    """Replace a node's record in a run folder, whole or not at all."""
+    nodes = folder / FOLDER
+    nodes.mkdir(mode=0o700, parents=True, exist_ok=True)
+    beside = nodes / f".{record.node}.{os.getpid()}"
+    beside.write_bytes(msgspec.json.encode(record))
+    beside.replace(nodes / f"{record.node}.json")
+
+
+def read_all(folder: Path) -> list[NodeRecord]:
+    """The records of a run folder in the order of their names; none when no supervisor has ever run there."""
+    found = []
+    for path in sorted((folder / FOLDER).glob("*.json")):
+        if not path.name.startswith("store-"):
+            with contextlib.suppress(OSError, msgspec.DecodeError):
+                found.append(msgspec.json.decode(path.read_bytes(), type=NodeRecord))
+    return found
+
+
+def store_path(folder: Path, number: int) -> Path:
+    return folder / FOLDER / f"store-{number}.json"
+
+
+def newest_store(folder: Path) -> StoreRecord | None:
+    """The present store of a run; None before the first one is open."""
+    found = []
+    for path in (folder / FOLDER).glob("store-*.json"):
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            found.append(msgspec.json.decode(path.read_bytes(), type=StoreRecord))
+    return max(found, key=lambda record: record.number, default=None)

@@ -1,0 +1,53 @@
+"""What supervisors leave in the run folder for those who watch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+from launch import events, node_record
+from launch.node_record import NodeRecord, StoreRecord
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_records_are_replaced_and_read_by_name(tmp_path: Path) -> None:
+    assert node_record.read_all(tmp_path) == []
+    first = NodeRecord(node="node-1", host="127.0.0.1", slot=None, supervisor=11, state="spare")
+    node_record.write(tmp_path, first)
+    node_record.write(tmp_path, NodeRecord(node="node-0", host="h", slot=0, supervisor=10))
+    taken = msgspec.structs.replace(first, slot=3, agent=12, workers={6: 13, 7: 14}, generation=2, state="running")
+    node_record.write(tmp_path, taken)
+    assert [record.node for record in node_record.read_all(tmp_path)] == ["node-0", "node-1"]
+    assert node_record.read_all(tmp_path)[1] == taken
+    assert sorted(path.name for path in (tmp_path / "nodes").iterdir()) == ["node-0.json", "node-1.json"]
+
+
+def test_the_newest_store_is_the_one_with_the_highest_number(tmp_path: Path) -> None:
+    assert node_record.newest_store(tmp_path) is None
+    (tmp_path / "nodes").mkdir()
+    for number in (2, 10, 9):
+        record = StoreRecord(number=number, pid=number, host="127.0.0.1", port=1, by="node-0")
+        node_record.store_path(tmp_path, number).write_bytes(msgspec.json.encode(record))
+    newest = node_record.newest_store(tmp_path)
+    assert newest is not None
+    assert newest.number == 10
+    assert node_record.read_all(tmp_path) == []
+
+
+def test_lines_of_many_processes_do_not_mix(tmp_path: Path) -> None:
+    assert events.read(tmp_path) == []
+    code = "import sys; from pathlib import Path; from launch import events\n"
+    code += "for i in range(200): events.append(Path(sys.argv[1]), 'e', node=sys.argv[2], i=i, text='x' * 500)"
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(n)], cwd=ROOT) for n in range(3)]
+    assert [writer.wait(60) for writer in writers] == [0, 0, 0]
+    with (tmp_path / events.FILE).open("a") as file:
+        file.write('{"event": "torn')
+    lines = events.read(tmp_path)
+    assert len(lines) == 600
+    for node in "012":
+        assert [line["i"] for line in lines if line["node"] == node] == list(range(200))
+    assert all(set(line) == {"time", "event", "node", "i", "text"} for line in lines)
+    assert json.dumps(lines[0])
