@@ -57,7 +57,9 @@ class Repair:
         self._agent = agent
         self._decoding: dict[tuple[SnapshotId, int], Decoding] = {}
         self._filling: dict[tuple[SnapshotId, int], Filling] = {}
-        self._delivered: dict[tuple[SnapshotId, int], Decode] = {}
+        self._later: dict[tuple[SnapshotId, int], list[Decode]] = {}
+        """Orders that wait for another one of the same stripe: one rebuilds its data, the other its parity."""
+        self._delivered: list[Decode] = []
         """Orders of this epoch that were carried out: their parts may have been lost with a link."""
         self._readers: dict[tuple[SnapshotId, int], list[Guest]] = {}
         self._reads: dict[tuple[Link, int], Read] = {}
@@ -67,6 +69,7 @@ class Repair:
     def begin_epoch(self) -> None:
         """What an earlier epoch had begun is void."""
         self._decoding.clear()
+        self._later.clear()
         self._filling.clear()
         self._delivered.clear()
 
@@ -91,9 +94,12 @@ class Repair:
         copy = agent.state.copy(order.snapshot)
         if copy is None:
             return
+        key = (order.snapshot, order.stripe)
+        if key in self._decoding:
+            self._later.setdefault(key, []).append(order)
+            return
         size = agent.config.bucket_bytes
-        decoding = Decoding(order, max(order.counts, default=0), size)
-        self._decoding[order.snapshot, order.stripe] = decoding
+        decoding = self._decoding[key] = Decoding(order, max(order.counts, default=0), size)
         for target in order.targets:
             if target == agent.config.slot:
                 self.expect(order)
@@ -157,13 +163,17 @@ class Repair:
             return out
 
         def send(out: dict[int, Bytes] | str) -> None:
-            if self._decoding.pop((order.snapshot, order.stripe), None) is not decoding:
+            key = (order.snapshot, order.stripe)
+            if self._decoding.get(key) is not decoding:
                 return
+            del self._decoding[key]
+            for later in self._later.pop(key, []):
+                self.decode(later)
             if isinstance(out, str):
                 agent.journal.write("error", "a stripe cannot be repaired", stripe=order.stripe, reason=out)
                 agent.settler.request(f"stripe {order.stripe} cannot be repaired: {out}")
                 return
-            self._delivered.setdefault((order.snapshot, order.stripe), order)
+            self._delivered.append(order)
             for slot, chunk in out.items():
                 column = columns[slot]
                 count = order.counts[column] if column < group.data else agent.memory.shape.chunk
@@ -308,7 +318,7 @@ class Repair:
         lives = agent.state.lives
         if link is None or link.theirs is None or not lives or lives[slot] != link.theirs.boot:
             return
-        for order in [order for order in self._delivered.values() if slot in order.targets]:
+        for order in [order for order in self._delivered if slot in order.targets]:
             self.decode(msgspec.structs.replace(order, targets=(slot,)))
 
     def _ask_again(self, owner: int) -> None:
