@@ -148,8 +148,29 @@ def test_output_that_cannot_be_a_folder(tmp_path: Path) -> None:
     refused(keepwarm("train", TINY, "output=/proc/run"), "/proc/run: the run folder cannot be used")
 
 
+FULL_DISK = """
+mount -t tmpfs -o size=64k keepwarm-test "$1"
+head -c 1M /dev/zero > "$1/filler" 2>/dev/null || true
+code=0; "$2" -m launch.cli train "$3" "output=$1/run" || code=$?
+ls "$1" > "$4"
+exit $code
+"""
+"""A full file system in a mount namespace of its own: it goes with the shell."""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system to fill")
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
-    """A limit on the size of files stands for the disk: the write of run.json fails half-way."""
+    disk, left = tmp_path / "disk", tmp_path / "left"
+    disk.mkdir()
+    command = ["unshare", "--mount", "sh", "-ec", FULL_DISK, "sh", str(disk), sys.executable, TINY, str(left)]
+    environment = os.environ | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    refused(result, "No space left on device")
+    assert left.read_text() == "filler\n"
+
+
+def test_a_file_cut_short_leaves_nothing(tmp_path: Path) -> None:
+    """The write of run.json fails half-way."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
