@@ -4,8 +4,11 @@ import importlib.metadata
 from pathlib import Path
 
 from launch.errors import PreflightError
+from parallel.engine_support import require
+from parallel.errors import EngineUnavailable
 from trainer.data.spec import DataSpec
 from trainer.errors import DataError
+from trainer.spec import JobSpec
 
 PACKAGES = ("trainer", "launch", "ft", "parallel")
 """Names that other distributions use too."""
@@ -26,6 +29,14 @@ def check_installation() -> None:
                 f"the package {package!r} also belongs to {', '.join(others)}, which overwrites keepwarm's: "
                 f"pip uninstall {' '.join(others)}, then install keepwarm again"
             )
+
+
+def check_engine(job: JobSpec) -> None:
+    """Raise PreflightError when the engine, or the fused kernels that the job asks for, cannot be had here."""
+    try:
+        require(job.parallel.engine)
+    except EngineUnavailable as error:
+        raise PreflightError(str(error)) from error
 
 
 def check_data_exists(spec: DataSpec) -> None:

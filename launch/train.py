@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.local import run_ranks
-from launch.preflight import check_data_exists, check_installation
+from launch.preflight import check_data_exists, check_engine, check_installation
 from launch.run_folder import Mode, changes, prepared, stored_job
 from trainer.errors import SpecError
 from trainer.spec import JobSpec
@@ -25,6 +25,12 @@ def train_here(path: Path, overrides: Sequence[str], mode: Mode) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     check_installation()
     job = _continued(path, overrides, console) if mode == "resume" else load_job(_job_file(path), overrides)
+    run_here(job, mode, console)
+
+
+def run_here(job: JobSpec, mode: Mode, console: Console) -> None:
+    """Make the run folder of a validated job and run its ranks to the end; raises as `train_here`."""
+    check_engine(job)
     check_data_exists(job.data)
     with prepared(job, mode) as folder:
         world_size = job.layout.world_size

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from parallel.architecture import Architecture
 from parallel.style import TensorStyle as TensorStyle
 
 
@@ -20,6 +21,11 @@ class ModelParts(Protocol):
     vocabulary_size: int
     tied_embeddings: bool
     """The head's weight is the embedding's weight; its one canonical name is the embedding's."""
+
+    @property
+    def spec(self) -> Architecture:
+        """The model's shape, for engines that bring layers of their own instead of calling `part`."""
+        ...
 
     def part(self, layers: range, *, embed: bool, head: bool) -> nn.Module:
         """Layers `layers` (global indices), with the embedding and/or the head, under the current device.

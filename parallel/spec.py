@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
+EngineName = Literal["torch", "megatron", "deepspeed"]
+
 
 class Section(BaseModel):
     """A part of a job spec: frozen, keyword-only, no unknown keys."""
@@ -14,7 +16,7 @@ class Section(BaseModel):
 class ParallelSpec(Section):
     """How the ranks are laid out and what runs on each axis of the mesh."""
 
-    engine: Literal["torch"] = "torch"
+    engine: EngineName = Field("torch", description="what runs the mesh: PyTorch alone, Megatron Core, or DeepSpeed")
     tensor: PositiveInt = Field(1, description="ranks that share each matrix")
     pipeline: PositiveInt = Field(1, description="ranks that share the layers, one after the other")
     data: PositiveInt = Field(1, description="ranks that share the global batch")

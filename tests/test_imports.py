@@ -22,6 +22,7 @@ TORCH_FREE = [
     "trainer.errors",
     "parallel.layout",
     "parallel.spec",
+    "parallel.engine_support",
     "parallel.errors",
 ]
 

@@ -1,5 +1,6 @@
 """The composition root: the one place where parts of `trainer`, `parallel` and `ft` are put together."""
 
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,9 @@ from typing import Any
 import torch
 
 from parallel.engine import Engine
+from parallel.engine_support import ENGINES, require
 from parallel.model import ModelParts
 from parallel.shard import Shard
-from parallel.torch_engine import TorchEngine
 from trainer.checkpoint import Checkpoints, layout_hash
 from trainer.console import RunConsole
 from trainer.data.ledger import Ledger
@@ -21,6 +22,7 @@ from trainer.health import Health
 from trainer.loop import Run
 from trainer.metrics import Metrics
 from trainer.model.decoder import Decoder
+from trainer.moving_average import MovingAverage
 from trainer.parent import adopt
 from trainer.profile import ProfileWindow
 from trainer.random_state import RandomState
@@ -36,15 +38,18 @@ from trainer.world import TIMEOUT, World
 class DurableSaver:
     """Writes a durable checkpoint when one is due, and always after the last step."""
 
-    def __init__(self, checkpoints: Checkpoints, engine: Engine, random: RandomState) -> None:
+    def __init__(
+        self, checkpoints: Checkpoints, engine: Engine, random: RandomState, average: MovingAverage | None
+    ) -> None:
         self._checkpoints = checkpoints
         self._engine = engine
         self._random = random
+        self._beside = random.shards() | (average.shards() if average else {})
 
     def after_step(self, state: RunState, meta: dict[str, Any], *, last: bool) -> None:
         if last or self._checkpoints.due(state.step):
             self._random.capture()
-            self._checkpoints.save(state.step, {**self._engine.state(), **self._random.shards()}, meta)
+            self._checkpoints.save(state.step, {**self._engine.state(), **self._beside}, meta)
 
 
 def build(job: JobSpec, world: World, *, start: Start) -> Run:
@@ -60,18 +65,11 @@ def build(job: JobSpec, world: World, *, start: Start) -> Run:
     data = prepare_sources(job.data, job.model.vocabulary_size, folder / "data")
     plans = plan_stages(job)
     model = Decoder(job.model, job.seed)
-    engine = TorchEngine(
-        model,
-        job.parallel,
-        job.optimizer,
-        job.numerics,
-        job.layout,
-        device=world.device,
-        timeout=TIMEOUT,
-    )
+    engine = make_engine(job, world, model)
     loader = _loader(job, world, data)
     random = RandomState(world.rank, world.device)
-    shards = {**engine.state(), **random.shards()}
+    average = MovingAverage(job.moving_average.decay, engine.state()) if job.moving_average else None
+    shards = {**engine.state(), **random.shards(), **(average.shards() if average else {})}
     checkpoints = Checkpoints(folder / "checkpoints", job.checkpoint, world, run=job.name, layout=layout_hash(job))
     if start != "restart":
         checkpoints.sweep()
@@ -85,6 +83,8 @@ def build(job: JobSpec, world: World, *, start: Start) -> Run:
         state = RunState.load(beginning.meta["run"], job.health)
     elif job.init_from is not None:
         _begin_with_parent(job, model, engine, loader, state, data.tokenizer)
+    if average is not None and (beginning.meta is None or beginning.meta.get("moving_average") is None):
+        average.begin()
     state.tokenizer = data.tokenizer
     changes = state.adopt_curves(plans)
     if snapshots is not None:
@@ -98,8 +98,9 @@ def build(job: JobSpec, world: World, *, start: Start) -> Run:
         engine=engine,
         loader=loader,
         evaluator=Evaluator(engine, data.validation, job, world),
-        savers=[DurableSaver(checkpoints, engine, random)],
+        savers=[DurableSaver(checkpoints, engine, random, average)],
         snapshots=snapshots,
+        average=average,
         beginning=beginning,
         metrics=Metrics(
             folder, job.log, job.name, rank=world.rank, resume_step=None if start == "anew" else state.step
@@ -110,6 +111,21 @@ def build(job: JobSpec, world: World, *, start: Start) -> Run:
     )
     _tell(run, changes)
     return run
+
+
+def make_engine(job: JobSpec, world: World, model: ModelParts) -> Engine:
+    """The engine that the job names. Only its own modules are imported: each brings a library of many seconds.
+
+    Raises:
+        EngineUnavailable: what it needs is not installed, or of a version that was not tested.
+        LayoutError: the layout does not fit the model or the world.
+    """
+    require(job.parallel.engine)
+    info = ENGINES[job.parallel.engine]
+    made: Engine = getattr(importlib.import_module(info.module), info.name)(
+        model, job.parallel, job.optimizer, job.numerics, job.layout, device=world.device, timeout=TIMEOUT
+    )
+    return made
 
 
 def _begin_with_parent(

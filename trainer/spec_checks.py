@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ft.errors import PlacementError
 from ft.placement import groups_of
+from parallel.engine_support import refusals
 from parallel.errors import LayoutError
 from parallel.layout import Layout, check_micro_batches, split_layers
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def check_job(job: "JobSpec") -> None:
     """Raise ValueError with a line for everything that does not fit, the keys named."""
-    problems = [*_layout(job), *_tensor(job), *_batch(job), *_data(job), *_snapshot(job)]
+    problems = [*_layout(job), *_tensor(job), *_batch(job), *_data(job), *_snapshot(job), *refusals(job)]
     if problems:
         raise ValueError("\n".join(problems))
 

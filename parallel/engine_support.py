@@ -1,0 +1,158 @@
+"""Which engines there are, what each needs installed, and what it cannot express. Torch-free: asked before a start."""
+
+import importlib.metadata
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from parallel.architecture import Architecture
+from parallel.errors import EngineUnavailable
+from parallel.spec import EngineName, NumericsSpec, OptimizerSpec, ParallelSpec
+
+Version = tuple[int, int, int]
+
+
+class Job(Protocol):
+    """The sections of a job that an engine may refuse; `trainer.spec.JobSpec` has them."""
+
+    @property
+    def model(self) -> Architecture: ...
+    @property
+    def parallel(self) -> ParallelSpec: ...
+    @property
+    def optimizer(self) -> OptimizerSpec: ...
+    @property
+    def numerics(self) -> NumericsSpec: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Requirement:
+    """A distribution and the versions of it that an engine was tested with."""
+
+    distribution: str
+    least: Version
+    below: Version
+    install: str
+    """The command that installs it."""
+
+    def problem(self) -> str | None:
+        """Why it cannot be used, with the command that mends it; None when it can."""
+        try:
+            found = importlib.metadata.version(self.distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return f"{self.distribution} is not installed: {self.install}"
+        if not self.least <= _parsed(found) < self.below:
+            tested = f"{_text(self.least)} up to, but not including, {_text(self.below)}"
+            return f"{self.distribution} {found} is installed, tested is {tested}: {self.install}"
+        return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineInfo:
+    """One engine: where its class is, what it needs, and what it refuses."""
+
+    module: str
+    """Imported only by a rank that runs this engine."""
+    name: str
+    """Of the class."""
+    requirements: tuple[Requirement, ...]
+    refuses: Callable[[Job], Iterator[str]]
+
+
+def require(engine: EngineName) -> None:
+    """Raise EngineUnavailable when something that the engine needs is missing or of an untested version."""
+    problems = [text for one in ENGINES[engine].requirements if (text := one.problem()) is not None]
+    if problems:
+        raise EngineUnavailable(f"parallel.engine = {engine}: " + "; ".join(problems))
+
+
+def refusals(job: Job) -> list[str]:
+    """What the job asks for and its engine cannot express, a line each with key, reason and way out; pure."""
+    engine = job.parallel.engine
+    return [f"parallel.engine = {engine}: {reason}" for reason in ENGINES[engine].refuses(job)]
+
+
+def _nothing(job: Job) -> Iterator[str]:
+    return iter(())
+
+
+def _megatron(job: Job) -> Iterator[str]:
+    yield from _families_of_gpt_model(job.model)
+    parallel = job.parallel
+    if parallel.schedule == "zero_bubble" and parallel.pipeline > 1:
+        yield "parallel.schedule: Megatron Core has 1f1b and interleaved, no zero_bubble"
+    if parallel.layer_split is not None and len(set(parallel.layer_split)) > 1:
+        yield "parallel.layer_split: every stage holds the same number of layers; leave it out"
+    if parallel.data_mode == "hsdp":
+        yield (
+            "parallel.data_mode: fsdp (the distributed optimizer: optimizer state is sharded, weights are not) or "
+            "replicate, no hsdp"
+        )
+    if job.optimizer.name == "sgd" and parallel.data_mode != "replicate":
+        yield "optimizer.name = sgd: the distributed optimizer knows AdamW alone; set parallel.data_mode = replicate"
+    if job.numerics.precision == "fp64":
+        yield "numerics.precision: fp32 or bf16; its optimizers refuse fp64"
+    if job.numerics.compile:
+        yield "numerics.compile: its layers are not compiled; set false"
+
+
+def _deepspeed(job: Job) -> Iterator[str]:
+    if job.parallel.tensor > 1:
+        yield from _families_of_gpt_model(job.model)
+
+
+def _families_of_gpt_model(model: Architecture) -> Iterator[str]:
+    """What the transformer layers of Megatron Core 0.16 lack."""
+    if model.norm_position == "after":
+        yield "model.norm_position = after (OLMo 2): its layers normalise before attention and MLP"
+    if model.parallel_residual:
+        yield "model.parallel_residual (GPT-NeoX): its layers run attention and MLP one after the other"
+    if model.qk_norm == "projection":
+        yield "model.qk_norm = projection (OLMo 2): it normalises each head by itself"
+    if model.sliding_window is not None:
+        yield "model.sliding_window (Mistral): its layers without Transformer Engine attend to the whole sequence"
+    if model.z_loss:
+        yield "model.z_loss: its loss is the cross-entropy alone; set 0"
+    if model.attention_output_bias != model.mlp_bias or (model.mlp_bias and not model.qkv_bias):
+        yield (
+            "model.mlp_bias, attention_output_bias, qkv_bias: it has biases everywhere, nowhere, or in query, key and "
+            "value alone"
+        )
+
+
+def _parsed(version: str) -> Version:
+    """Release numbers of a version; what follows them does not count."""
+    numbers = [int("".join(c for c in part if c.isdigit()) or 0) for part in version.split("+")[0].split(".")[:3]]
+    major, minor, patch = (*numbers, 0, 0, 0)[:3]
+    return major, minor, patch
+
+
+def _text(version: Version) -> str:
+    return ".".join(map(str, version))
+
+
+MEGATRON = Requirement(
+    distribution="megatron-core",
+    least=(0, 16, 1),
+    below=(0, 17, 0),
+    install="pip install 'megatron-core>=0.16.1,<0.17'",
+)
+DEEPSPEED = Requirement(
+    distribution="deepspeed",
+    least=(0, 19, 8),
+    below=(0, 20, 0),
+    install="DS_BUILD_OPS=0 pip install 'deepspeed>=0.19.8,<0.20'",
+)
+
+ENGINES: Mapping[EngineName, EngineInfo] = {
+    "torch": EngineInfo(module="parallel.torch_engine", name="TorchEngine", requirements=(), refuses=_nothing),
+    "megatron": EngineInfo(
+        module="parallel.megatron_engine", name="MegatronEngine", requirements=(MEGATRON,), refuses=_megatron
+    ),
+    "deepspeed": EngineInfo(
+        module="parallel.deepspeed_engine",
+        name="DeepSpeedEngine",
+        requirements=(DEEPSPEED, MEGATRON),
+        refuses=_deepspeed,
+    ),
+}
