@@ -12,6 +12,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from parallel.spec import NumericsSpec
 from trainer.errors import SpecError
+from trainer.launcher_environment import adopt_launcher
 
 TIMEOUT = timedelta(minutes=10)
 """Deadline of every collective; a rank that does not arrive is named by the error."""
@@ -50,7 +51,7 @@ class World:
 
 
 def join(expected: int, numerics: NumericsSpec) -> World:
-    """Join the ranks that the launcher started, from torchrun's environment variables.
+    """Join the ranks that the launcher started, from torchrun's environment variables or what stands in their place.
 
     Args:
         expected: number of ranks that the layout has.
@@ -63,6 +64,7 @@ def join(expected: int, numerics: NumericsSpec) -> World:
     if numerics.deterministic:
         for key, value in _REPEATABLE.items():
             os.environ.setdefault(key, value)
+    adopt_launcher()
     rank, size, local_rank = (int(os.environ.get(key, default)) for key, default in _FROM_TORCHRUN)
     if size != expected:
         raise SpecError(

@@ -1,0 +1,31 @@
+"""The address of rank 0, asked of MPI itself where the launcher's environment lacks it."""
+
+import socket
+
+from trainer.errors import SpecError
+from trainer.launcher_environment import Ranks
+
+
+def address_of_rank_0(ranks: Ranks) -> tuple[str, int]:
+    """Host name and a free port of rank 0. Collective over MPI's world, which is left again.
+
+    Raises:
+        SpecError: mpi4py is missing, or MPI cannot start.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise SpecError(
+            f"{ranks.launcher} started {ranks.size} ranks on several nodes and does not say where rank 0 is: "
+            f"pip install 'keepwarm[mpi]', or set MASTER_ADDR to its host ({error})"
+        ) from error
+    mine = (socket.gethostname(), _free_port()) if MPI.COMM_WORLD.Get_rank() == 0 else None
+    host, port = MPI.COMM_WORLD.bcast(mine)
+    MPI.Finalize()
+    return str(host), int(port)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
