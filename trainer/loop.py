@@ -12,6 +12,7 @@ from trainer.console import LogLine, RunConsole
 from trainer.data.loader import BatchLoader
 from trainer.errors import TrainingStopped
 from trainer.evaluation import Evaluator
+from trainer.goodput import Timeline
 from trainer.interrupt import Interrupt
 from trainer.metrics import Metrics, StepMetrics
 from trainer.profile import ProfileWindow
@@ -63,22 +64,27 @@ def stage_at(plans: Sequence[StagePlan], step: int) -> StagePlan:
     return next(plan for plan in plans if step < plan.end_step)
 
 
-def train(run: Run, interrupt: Interrupt) -> bool:
+def train(run: Run, interrupt: Interrupt, timeline: Timeline) -> bool:
     """Run to the end of the last stage; False when a signal ended it earlier, with the state saved.
+
+    What ends is marked in `timeline`, so that every second can be accounted for.
 
     Raises:
         TrainingStopped: too many steps in a row were not finite, or a domain forgot more than a gate allows; in
             the second case the state is saved.
     """
-    if (run.state.step == 0 or _evaluation_is_due(run)) and (reason := _evaluate(run)):
+    timeline.restored(run.state.step)
+    if (run.state.step == 0 or _evaluation_is_due(run)) and (reason := _evaluate(run, timeline)):
         raise TrainingStopped(reason)
     while run.state.step < run.last_step:
         _step(run)
+        timeline.step(run.state.step, 0.0 if run.snapshots is None else run.snapshots.timings()["blocked_s"])
         interrupted = run.world.any(interrupt.received is not None)
-        reason = _evaluate(run) if _evaluation_is_due(run) else None
+        reason = _evaluate(run, timeline) if _evaluation_is_due(run) else None
         last = interrupted or reason is not None or run.state.step == run.last_step
         for saver in run.savers:
             saver.after_step(run.state, run.meta(), last=last)
+        timeline.save(run.state.step)
         if reason is not None:
             raise TrainingStopped(reason)
         if interrupted and run.state.step < run.last_step:
@@ -178,11 +184,12 @@ def _evaluation_is_due(run: Run) -> bool:
     return _at_boundary(run) or (every is not None and run.state.step % every == 0)
 
 
-def _evaluate(run: Run) -> str | None:
+def _evaluate(run: Run, timeline: Timeline) -> str | None:
     """Evaluate, and judge the gate of the stage that was trained last; returns why training must stop."""
     step, boundary = run.state.step, _at_boundary(run)
     stage = run.job.stages[stage_at(run.plans, max(step - 1, 0)).index]
     losses = run.evaluator.losses(None if boundary else stage.evaluate)
+    timeline.evaluation(step)
     run.metrics.evaluation(step, losses)
     run.console.evaluation(step, losses)
     reason = None if stage.gate is None else _forgotten(run, stage.name, stage.gate, losses)

@@ -1,11 +1,15 @@
 """One run from joining the world to the closing table, on one rank."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 from trainer.build import build
 from trainer.errors import OutputError, TrainingStopped
+from trainer.goodput import Timeline, write_result
 from trainer.interrupt import Interrupt
 from trainer.loop import Run, train
 from trainer.metrics import evaluations
@@ -26,14 +30,17 @@ def run_session(path: Path, overrides: Sequence[str], *, resume: bool) -> bool:
     world = join(job.layout.world_size, job.numerics)
     start = _start(job, resume)
     _open_folder(job, world)
+    timeline = _timeline(job, world, start)
     run = build(job, world, start=start)
     try:
         # Not earlier: a rank that waits for others in a library must end at the first signal.
         with Interrupt() as interrupt:
-            finished = _train(run, interrupt)
+            finished = _train(run, interrupt, timeline)
         _leave_agents(run)
+        _account(run, timeline)
     except TrainingStopped:
         _leave_agents(run)
+        _account(run, timeline)
         raise
     finally:
         run.profile.close()
@@ -63,6 +70,20 @@ def _leave_agents(run: Run) -> None:
         run.snapshots.close(finished=True)
 
 
+def _timeline(job: JobSpec, world: World, start: Start) -> Timeline:
+    # From the start of the process on: imports are part of what a start costs.
+    began = psutil.Process().create_time()
+    return Timeline(Path(job.output), rank=world.rank, began=began, restart=start == "restart", anew=start == "anew")
+
+
+def _account(run: Run, timeline: Timeline) -> None:
+    """Say where the time went, now that the run ends with its state saved."""
+    timeline.close(run.state.step, ended=True)
+    if run.world.rank == 0:
+        with contextlib.suppress(OSError):
+            run.console.say(write_result(Path(run.job.output)).text())
+
+
 def _open_folder(job: JobSpec, world: World) -> None:
     world.barrier()  # no rank may look for metrics.jsonl after another has begun to write it
     if world.rank != 0:
@@ -76,7 +97,7 @@ def _open_folder(job: JobSpec, world: World) -> None:
         raise OutputError(f"output={folder}: cannot be written: {error.strerror}") from error
 
 
-def _train(run: Run, interrupt: Interrupt) -> bool:
+def _train(run: Run, interrupt: Interrupt, timeline: Timeline) -> bool:
     layout = run.job.parallel
     run.metrics.event(
         "started",
@@ -91,7 +112,7 @@ def _train(run: Run, interrupt: Interrupt) -> bool:
     if run.snapshots is not None and not run.snapshots.protected:
         run.console.say(" WARNING: one node alone has no parity: its loss is survived by the durable checkpoint only")
     with run.console:
-        finished = train(run, interrupt)
+        finished = train(run, interrupt, timeline)
     if finished:
         run.metrics.event("finished", step=run.state.step, tokens_per_s=run.speed.tokens_per_s)
         if run.world.rank == 0:
