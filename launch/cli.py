@@ -74,6 +74,9 @@ def plan(
     job: Job,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    png: Annotated[
+        Path | None, typer.Option("--png", help="Also draw learning rate and mixture; needs keepwarm[plot].")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Show what a job would do: spec, rank layout, parameters, memory, steps, learning rates. Starts nothing.
@@ -88,6 +91,10 @@ def plan(
     from trainer.spec_file import load_job
 
     made = Plan(load_job(job, overrides or []))
+    if png is not None:
+        from launch.plan_plot import draw_plan
+
+        draw_plan(made, png)
     if as_json:
         typer.echo(json.dumps(made.data()))
     else:
@@ -121,6 +128,31 @@ def train(
     if resume and force:
         raise typer.BadParameter("--resume continues a run and --force starts it anew: give one of them")
     train_here(job, overrides or [], "resume" if resume else "force" if force else "new")
+
+
+@app.command(context_settings=_WITH_OVERRIDES)
+def branch(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder; it is only read.")],
+    at: Annotated[int, typer.Option("--at", min=1, help="Completed steps of the run, in a constant phase.")],
+    anneal: Annotated[int, typer.Option("--anneal", min=1, help="Tokens over which the rate falls.")],
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Start a new run from a checkpoint in the constant phase of another, by default to anneal it for a release.
+
+    keepwarm branch runs/base --at 6000 --anneal 2_000_000_000
+
+    keepwarm branch runs/base --at 6000 --anneal 2_000_000_000 stages.0.mixture="{web: 3, code: 1}" output=runs/release
+    """
+    from launch.branch import branch_here
+
+    branch_here(run, at, anneal, overrides or [])
+
+
+@app.command(context_settings=_PASSED_THROUGH)
+def average(context: typer.Context) -> None:
+    """Average the weights of several branches into one checkpoint."""
+    _run_tool("trainer.average_tool", context.args)
 
 
 @app.command(context_settings=_PASSED_THROUGH)

@@ -47,6 +47,11 @@ class Plan:
         first = self.layout.rank_at(Coordinates(data, pipeline, 0))
         return range(first, first + self.layout.tensor)
 
+    def rate_at(self, step: int) -> float:
+        """Learning rate of a step counted from the start of the job."""
+        stage = next(stage for stage in self.stages if step < stage.end_step)
+        return stage.curve.at(step - stage.start_step)
+
     def micro_batches(self, stage: StagePlan) -> tuple[int, int]:
         """Micro-batches per step and data-parallel rank in the first and in the last step of a stage."""
         unit = self.layout.data * self.job.batch.micro_size
@@ -81,6 +86,7 @@ class Plan:
             "samples": stage.samples,
             "tokens": stage.tokens,
             "micro_batches": [first, last],
+            "mixtures": [{"sample": first, "weights": dict(mixture)} for first, mixture in stage.mixtures],
             "learning_rate": [[step, stage.curve.at(step)] for step in sampled_steps(stage.steps, CURVE_POINTS)],
         }
 

@@ -1,12 +1,13 @@
 """A plan as text for a terminal. Plain text: rich takes as long to import as everything else here does together."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ruamel.yaml import YAML
 
 from launch.plan import Plan, sampled_steps
-from trainer.schedule import LrCurve
+from trainer.data.spec import ReplaySpec
+from trainer.stages import StagePlan
 
 SHOWN = 8
 """Rows of one kind that are shown in full; of more, the first and the last ones."""
@@ -22,7 +23,7 @@ def print_plan(plan: Plan) -> None:
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.width = 4096  # a path is one word
     yaml.dump(plan.job.model_dump(mode="json"), sys.stdout)
-    for part in (_layout(plan), _memory(plan), _stages(plan), *_curves(plan)):
+    for part in (_layout(plan), _memory(plan), _stages(plan), _curve(plan)):
         print("\n".join(["", *part]))
 
 
@@ -42,20 +43,25 @@ def size(number: float) -> str:
     return f"{number:.0f} B"
 
 
-def chart(curve: LrCurve) -> list[str]:
-    """The curve as a bar chart, highest learning rate on top, with its axes labelled."""
-    steps = sampled_steps(curve.end, _CHART_COLUMNS)
-    values = [curve.at(step) for step in steps]
+def chart(rate: Callable[[int], float], last: int, marks: Mapping[int, str]) -> list[str]:
+    """The rate of steps 0 to `last` - 1 as a bar chart, highest on top, with `marks` at their steps below the axis."""
+    steps = sampled_steps(last, _CHART_COLUMNS)
+    values = [rate(step) for step in steps]
     peak = max(values)
     lines = []
     for row in reversed(range(_CHART_ROWS)):
         cells = (round((value / peak * _CHART_ROWS - row) * 8) for value in values)
         label = f"{peak:.2e}" if row == _CHART_ROWS - 1 else f"{0:.2e}" if row == 0 else ""
         lines.append(f"{label:>9} ┤" + "".join(_EIGHTHS[min(8, max(0, cell))] for cell in cells))
-    end = f"step {curve.end - 1}"
-    lines.append(f"{'':>9} └" + "─" * len(values))
+    end = f"step {last - 1}"
+    at = {next(i for i, step in enumerate(steps) if step >= mark): name for mark, name in marks.items()}
+    lines.append(f"{'':>9} └" + "".join("┴" if i in at and i else "─" for i in range(len(values))))
     lines.append(f"{'':>11}0{end:>{max(len(values) - 1, len(end) + 1)}}")
-    return [*lines, f"{'':>11}first {values[0]:.3e}, highest {peak:.3e}, last {values[-1]:.3e}"]
+    names = ""
+    for column, name in at.items():
+        if len(names) <= column:
+            names = names.ljust(column) + name + " "
+    return [*lines, f"{'':>11}{names}".rstrip()]
 
 
 def ends(items: Sequence[int]) -> Iterator[int | None]:
@@ -118,20 +124,46 @@ def _stages(plan: Plan) -> list[str]:
     rows = []
     for stage, spec in zip(plan.stages, plan.job.stages, strict=True):
         first, last = plan.micro_batches(stage)
-        weights = sum(spec.mixture.values())
-        mixture = ", ".join(f"{name} {weight / weights:.1%}" for name, weight in spec.mixture.items())
         batches = str(first) if first == last else f"{first} to {last}"
-        rows.append([stage.name, f"{stage.steps:,}", f"{stage.tokens:,}", f"{stage.samples:,}", batches, mixture])
+        replay = ", ".join(map(_replay, spec.replays)) or "-"
+        numbers = [f"{stage.steps:,}", f"{stage.tokens:,}", f"{stage.samples:,}", batches]
+        rows.append([stage.name, *numbers, replay, _mixture(spec.mixture)])
+        for moved in ends(range(1, len(stage.mixtures))):
+            at, mixture = (None, {}) if moved is None else stage.mixtures[moved]
+            shown = "..." if at is None else f"from sample {at:,}: {_mixture(mixture)}"
+            rows.append([*[""] * 6, shown])
     steps, tokens = plan.stages[-1].end_step, sum(stage.tokens for stage in plan.stages)
     return [
         f"stages: {steps:,} steps, {tokens:,} tokens; micro-batches are per step and data-parallel rank:",
-        *table(("stage", "steps", "tokens", "samples", "micro-batches", "mixture"), rows),
+        *table(("stage", "steps", "tokens", "samples", "micro-batches", "replay", "mixture"), rows),
     ]
 
 
-def _curves(plan: Plan) -> Iterator[list[str]]:
-    for stage in plan.stages:
-        yield [f"learning rate of {stage.name}, {stage.curve.kind}:", *chart(stage.curve)]
+def _mixture(weights: Mapping[str, float]) -> str:
+    total = sum(weights.values())
+    return ", ".join(f"{name} {weight / total:.1%}" for name, weight in weights.items())
+
+
+def _replay(clause: ReplaySpec) -> str:
+    law = clause.law if clause.exponent is None else f"{clause.law} {clause.exponent:g}"
+    origins = f"stand-in {clause.stand_in}" if clause.stand_in else " and ".join(clause.origins) or "all seen"
+    return f"{clause.fraction:.1%} of {origins}, {law}"
+
+
+def _curve(plan: Plan) -> list[str]:
+    begins = {stage.start_step: stage.name for stage in plan.stages}
+    rows = [[stage.name, stage.curve.kind, *map("{:.3e}".format, _rates(stage))] for stage in plan.stages]
+    return [
+        "learning rate:",
+        *chart(plan.rate_at, plan.stages[-1].end_step, begins),
+        *table(("stage", "schedule", "first", "highest", "last"), rows),
+    ]
+
+
+def _rates(stage: StagePlan) -> tuple[float, float, float]:
+    """First, highest and last rate."""
+    peak = max(stage.curve.at(step) for step in {*sampled_steps(stage.steps, 1000), *stage.curve.corners})
+    return stage.curve.at(0), peak, stage.curve.at(stage.steps - 1)
 
 
 def _plural(number: int, word: str) -> str:

@@ -24,8 +24,9 @@ from trainer.world import World
 WEIGHTS = "model."
 """Names with this prefix are parameters."""
 
-OPTIONAL = "random."
-"""Names with this prefix belong to one rank; a layout with more ranks finds none for the new ones."""
+OPTIONAL = ("random.", "average.")
+"""Names with these prefixes may be missing: generators belong to one rank, and a layout with more ranks finds none for
+the new ones; a moving average may be asked for later."""
 
 
 def layout_hash(job: JobSpec) -> str:

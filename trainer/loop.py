@@ -15,6 +15,7 @@ from trainer.evaluation import Evaluator
 from trainer.goodput import Timeline
 from trainer.interrupt import Interrupt
 from trainer.metrics import Metrics, StepMetrics
+from trainer.moving_average import MovingAverage
 from trainer.profile import ProfileWindow
 from trainer.restore import Beginning
 from trainer.run_state import RunState
@@ -44,6 +45,7 @@ class Run:
     evaluator: Evaluator
     savers: Sequence[Saver]
     snapshots: Snapshots | None
+    average: MovingAverage | None = None
     beginning: Beginning
     metrics: Metrics
     console: RunConsole
@@ -56,7 +58,8 @@ class Run:
 
     def meta(self) -> dict[str, Any]:
         """What continues the run besides the tensors, as plain values."""
-        return {"run": self.state.save(), "ledger": self.loader.state()}
+        decay = None if self.average is None else self.average.decay
+        return {"run": self.state.save(), "ledger": self.loader.state(), "moving_average": decay}
 
 
 def stage_at(plans: Sequence[StagePlan], step: int) -> StagePlan:
@@ -106,6 +109,8 @@ def _step(run: Run) -> None:
     result = run.engine.step(batch, lr, None if run.snapshots is None else run.snapshots.before_update)
     elapsed = time.perf_counter() - started
     run.profile.after(state.step)
+    if run.average is not None and not result.skipped:
+        run.average.update()
     state.step += 1
     run.speed.add(size * run.job.data.sequence_length, elapsed)
     _report(run, plan, result, lr, size, elapsed)

@@ -28,8 +28,8 @@ class LrSpec(Section):
     warmup: float = Field(0.01, ge=0, lt=1, description="fraction of linear warm-up from zero")
     constant: PositiveFloat | None = Field(None, description="infinite: the rate of the constant phase")
     cooldown: Shape = Field("cosine", description="infinite: shape of the way from max to constant")
-    cooldown_end: float = Field(0.6, gt=0, le=1, description="infinite: where the constant phase begins")
-    anneal: float = Field(0.0, ge=0, lt=1, description="infinite, wsd: fraction of the final anneal")
+    cooldown_end: float = Field(0.6, ge=0, le=1, description="infinite: where the constant phase begins")
+    anneal: float = Field(0.0, ge=0, le=1, description="infinite, wsd: fraction of the final anneal")
 
     @model_validator(mode="after")
     def _is_a_curve(self) -> "LrSpec":
@@ -86,6 +86,28 @@ class LrCurve:
     def save(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
+
+    @property
+    def constant_phase(self) -> range:
+        """Counts of completed steps of the stage after which the rate is the constant one; empty where there is none.
+
+        From any of them an anneal continues the curve without a jump.
+        """
+        match self.kind:
+            case "constant":
+                return range(self.warmup_end, self.end + 1)
+            case "wsd" if self.warmup_end < self.constant_end:
+                return range(self.warmup_end, self.constant_end + 1)
+            case "infinite" if self.cooldown_end < self.constant_end:
+                return range(self.cooldown_end, self.constant_end + 1)
+            case _:
+                return range(0)
+
+    @property
+    def corners(self) -> tuple[int, ...]:
+        """Steps of the stage at which one phase of the curve may pass into the next."""
+        inner = {at for at in (self.warmup_end, self.cooldown_end, self.constant_end) if 0 < at < self.end}
+        return tuple(sorted({0, *(at + offset for at in inner for offset in (-1, 0)), self.end - 1}))
 
     def at(self, step: int) -> float:
         """Learning rate of the stage's step `step`, counted from 0; after `end` it stays where it is."""

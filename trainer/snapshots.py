@@ -92,7 +92,7 @@ class Snapshots:
             busy=self._spec.busy,
             meta_bytes=META_BYTES,
             deadline=self._spec.commit_deadline,
-            optional=(OPTIONAL,),
+            optional=OPTIONAL,
         )
 
     @property

@@ -105,6 +105,12 @@ class CheckpointSpec(Section):
     keep: PositiveInt = Field(2, description="newest checkpoints kept")
 
 
+class MovingAverageSpec(Section):
+    """An exponential moving average of the weights, kept in every snapshot and checkpoint beside them."""
+
+    decay: float = Field(gt=0, lt=1, description="per step; 0.999 averages over about a thousand steps")
+
+
 class HealthSpec(Section):
     """When training warns, and when it stops itself."""
 
@@ -150,6 +156,7 @@ class JobSpec(Section):
     parallel: ParallelSpec = ParallelSpec()
     numerics: NumericsSpec = NumericsSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
+    moving_average: MovingAverageSpec | None = None
     checkpoint: CheckpointSpec = CheckpointSpec()
     health: HealthSpec = HealthSpec()
     log: LogSpec = LogSpec()

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from launch.plan import Plan, sampled_steps
-from launch.plan_text import chart, count, size
+from launch.plan_plot import draw_plan
+from launch.plan_text import chart, count, print_plan, size
+from trainer.errors import OutputError
 from trainer.schedule import LrCurve, LrSpec
 from trainer.spec_file import load_job
 
@@ -35,11 +37,42 @@ def test_sampled_steps_have_both_ends(steps: int, expected: list[int]) -> None:
 
 
 def test_a_chart_falls_with_the_curve() -> None:
-    lines = chart(LrCurve.of(LrSpec(schedule="linear", max=1.0, warmup=0.0), 1000))
+    curve = LrCurve.of(LrSpec(schedule="linear", max=1.0, warmup=0.0), 1000)
+    lines = chart(curve.at, 1000, {0: "first", 10: "hidden", 500: "second"})
     filled = [sum(cell == "█" for cell in line) for line in lines[:6]]
     assert filled == sorted(filled)
     assert filled[0] < 15 < 45 < filled[-1]
+    assert lines[6].count("┴") == 2
     assert "step 999" in lines[7]
+    assert lines[8].split() == ["first", "second"]
+    assert lines[8].index("second") == lines[6].rindex("┴")
+
+
+JOB = """stages=[
+  {name: english, tokens: 10_240, mixture: {en: 1}, lr: {max: 3e-3}},
+  {name: german, tokens: 20_480, mixture: {de: 1}, lr: {max: 1e-3},
+   replay: [{from: [english], fraction: 0.25}, {fraction: 0.1, law: power, exponent: 0.5}],
+   mixture_steps: [{at: 0.5, mixture: {de: 3, en: 1}}]}]"""
+
+
+def test_replay_mixtures_and_the_whole_curve_are_in_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+    made = plan(JOB)
+    print_plan(made)
+    text = capsys.readouterr().out
+    assert "25.0% of english, uniform, 10.0% of all seen, power 0.5" in text
+    assert "from sample 160: de 75.0%, en 25.0%" in text
+    (axis,) = [line for line in text.splitlines() if "└" in line]
+    (names,) = [line for line in text.splitlines() if line.split() == ["english", "german"]]
+    assert axis.index("┴") == names.index("german")
+    assert [made.rate_at(step) for step in (0, 20)] == [3e-3, 1e-3]
+    assert made.data()["stages"][1]["mixtures"][1] == {"sample": 160, "weights": {"de": 3, "en": 1}}
+
+
+def test_the_curve_of_a_job_as_an_image(tmp_path: Path) -> None:
+    draw_plan(plan(JOB), tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    with pytest.raises(OutputError, match="nowhere"):
+        draw_plan(plan(JOB), tmp_path / "nowhere" / "plan.png")
 
 
 @pytest.mark.parametrize(("number", "text"), [(7, "7"), (1234, "1.23 k"), (1_774_720, "1.77 M"), (5.296e11, "530 B")])

@@ -166,7 +166,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         ends = [*(mark.start for mark in marks[1:]), self.position]
         new = (
             PastStage(run=run, name=mark.name, samples=end - mark.start, runs=drawn(self.segments, mark.start, end))
-            for mark, end in zip(marks, ends, strict=True)
+            for mark, end in zip(marks, ends, strict=False)
         )
         return Ledger(seed=self.seed, sources=self.sources, past=(*self.past, *new))
 

@@ -1,0 +1,23 @@
+"""`keepwarm branch`: a new run from a checkpoint of another, which is only read."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from launch.preflight import check_installation
+from launch.train import run_here
+from trainer.branch import branched
+
+
+def branch_here(folder: Path, step: int, tokens: int, overrides: Sequence[str]) -> None:
+    """Run the branch to its end; raises as `trainer.branch.branched` and `launch.train.train_here`."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    check_installation()
+    job = branched(folder, step, tokens, overrides)
+    stage = job.stages[0]
+    console.print(
+        f"keepwarm: {job.name}: branches from {job.init_from}: {stage.tokens:,} tokens, "
+        f"learning rate {stage.lr.max:g} to {stage.lr.min:g}"
+    )
+    run_here(job, "new", console)

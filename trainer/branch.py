@@ -1,0 +1,115 @@
+"""Branches: a new job that goes on from one checkpoint of a run, while the rate there is constant. Torch-free.
+
+The constant phase of an infinite or warm-up-stable-decay schedule is the place to release from: an anneal of any
+length continues its curve without a jump, and the run itself goes on as if nothing had happened (Singh et al., 2025).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ft import durable
+from ft.errors import FtError
+from trainer.errors import CheckpointError, OutputError, SpecError
+from trainer.schedule import LrCurve
+from trainer.spec import JobSpec
+from trainer.spec_file import RUN_FILE, load_job, load_run
+from trainer.stages import StagePlan, global_size_at, plan_stages
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchPoint:
+    """A checkpoint in the constant phase of a stage."""
+
+    path: Path
+    """Folder of the checkpoint."""
+    step: int
+    """Completed steps of the run."""
+    plan: StagePlan
+    """The stage that the last of them belongs to."""
+    curve: LrCurve
+    """As it was saved."""
+    position: int
+    """Samples consumed."""
+
+
+def branched(folder: Path, step: int, tokens: int, overrides: Sequence[str] = ()) -> JobSpec:
+    """The job of a branch: the run's own, with one stage of `tokens` that anneals from the checkpoint of `step`.
+
+    The stage has the mixture, the replay and the evaluation that hold there; the rate falls from the constant one, as
+    the schedule anneals: exponentially for infinite, linearly for wsd and constant. `overrides` may change any of it.
+
+    Raises:
+        OutputError: there is no run in `folder`.
+        CheckpointError: the run has no checkpoint of `step`, or a damaged one.
+        SpecError: the step lies outside the constant phase, the branch would write into the run, or an override is
+            wrong.
+    """
+    if not (folder / RUN_FILE).is_file():
+        raise OutputError(f"{folder}: not a run folder ({RUN_FILE} is missing)")
+    folder = folder.resolve()
+    parent = load_run(folder / RUN_FILE)
+    point = branch_point(folder, parent, step)
+    name = f"{parent.name}-anneal-{step}"
+    made = {
+        "name": name,
+        "output": str(Path(parent.output).with_name(f"{Path(parent.output).name}-anneal-{step}")),
+        "init_from": str(point.path),
+        "batch.global_size": global_size_at(parent.batch, point.position),
+        "batch.ramp": None,
+        "stages": [_stage(parent, point, tokens)],
+    }
+    job = load_job(folder / RUN_FILE, [*(f"{key}={json.dumps(value)}" for key, value in made.items()), *overrides])
+    if folder in (Path(job.output).resolve(), *Path(job.output).resolve().parents):
+        raise SpecError(f"output = {job.output} lies in {folder}, from which the branch begins; choose another")
+    return job
+
+
+def branch_point(folder: Path, job: JobSpec, step: int) -> BranchPoint:
+    """The checkpoint of `step`, which lies in the constant phase; raises as `branched`."""
+    path = durable.folder(folder / "checkpoints", step)
+    if not (path / durable.MANIFEST).is_file():
+        found = [int(have.name.removeprefix("iter_")) for have in durable.checkpoints(folder / "checkpoints")]
+        has = f"there are those of steps {', '.join(map(str, sorted(found)))}" if found else "there are none"
+        raise CheckpointError(f"{folder}: no checkpoint of step {step}; {has} (checkpoint.every and checkpoint.keep)")
+    try:
+        meta = durable.read_manifest(path).meta
+    except FtError as error:
+        raise CheckpointError(str(error)) from error
+    plan = next((plan for plan in plan_stages(job) if plan.start_step < step <= plan.end_step), None)
+    try:
+        curve = None if plan is None else LrCurve.load(meta["run"]["curves"][plan.index])
+        position = int(meta["ledger"]["position"])
+    except (KeyError, IndexError, TypeError) as error:
+        raise CheckpointError(f"{path}: lacks the curves or the ledger of a run") from error
+    if plan is None or curve is None:
+        raise SpecError(f"--at {step}: lies in no stage of {folder}")
+    phase = curve.constant_phase
+    if step - plan.start_step not in phase:
+        first, last = (plan.start_step + at for at in (phase.start, phase.stop - 1))
+        where = (
+            f"its rate is constant after steps {first} to {last}"
+            if phase
+            else f"schedule {curve.kind} has none; wsd, constant and infinite do"
+        )
+        raise SpecError(f"--at {step}: lies outside the constant phase of stages.{plan.name}: {where}")
+    return BranchPoint(path=path, step=step, plan=plan, curve=curve, position=position)
+
+
+def _stage(parent: JobSpec, point: BranchPoint, tokens: int) -> dict[str, Any]:
+    stage = parent.stages[point.plan.index]
+    within = point.position - point.plan.start_sample
+    mixture = [mixture for first, mixture in point.plan.mixtures if first <= within][-1]
+    kept = stage.model_dump(mode="json", by_alias=True, include={"replay", "evaluate", "gate"})
+    return {"name": "anneal", "tokens": tokens, "mixture": dict(mixture), "lr": _anneal(point.curve), **kept}
+
+
+def _anneal(curve: LrCurve) -> dict[str, Any]:
+    """A clause that falls over the whole stage."""
+    if curve.kind == "infinite":
+        rates = {"max": curve.constant, "constant": curve.constant, "min": curve.floor or curve.constant / 10}
+        return {"schedule": "infinite", **rates, "warmup": 0.0, "cooldown_end": 0.0, "anneal": 1.0}
+    floor = 0.0 if curve.kind == "constant" else curve.floor
+    return {"schedule": "wsd", "max": curve.peak, "min": floor, "warmup": 0.0, "anneal": 1.0}

@@ -1,0 +1,41 @@
+"""An exponential moving average of the weights, kept beside them as named state that snapshots and checkpoints hold.
+
+After every step that was not skipped, mean <- decay * mean + (1 - decay) * weight, in the dtype of the weight.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from parallel.shard import Shard
+from trainer.average import MOVING
+from trainer.checkpoint import WEIGHTS
+
+
+class MovingAverage:
+    """Owns one buffer for each of this rank's shards of parameters; begins as a copy of them."""
+
+    def __init__(self, decay: float, state: Mapping[str, Shard]) -> None:
+        self.decay = decay
+        self._weights = {name: shard for name, shard in state.items() if name.startswith(WEIGHTS)}
+        self._means = {name: shard.local.detach().clone() for name, shard in self._weights.items()}
+
+    def begin(self) -> None:
+        """Start again from the weights as they are now."""
+        with torch.no_grad():
+            for name, mean in self._means.items():
+                mean.copy_(self._weights[name].local)
+
+    def update(self) -> None:
+        """Follow the weights; called after a step, when no snapshot of an earlier one is still being copied."""
+        with torch.no_grad():
+            for name, mean in self._means.items():
+                mean.lerp_(self._weights[name].local.detach(), 1 - self.decay)
+
+    def shards(self) -> dict[str, Shard]:
+        """`average.model.<parameter>`, laid out as the parameter is."""
+        return {
+            MOVING + name: replace(shard, name=MOVING + name, local=self._means[name])
+            for name, shard in self._weights.items()
+        }
