@@ -168,8 +168,6 @@ def goodput(marks: Iterable[Mark], outages: Sequence[Outage] = ()) -> Goodput:
     for span in found:
         if span.kind is not None:
             seconds[span.kind] += span.seconds
-        kind: sum((span.seconds for span in found if span.kind == kind), 0.0) for kind in KINDS
-    }
     return Goodput(
         seconds=seconds,
         stopped=sum((span.seconds for span in found if span.kind is None), 0.0),
