@@ -1,0 +1,190 @@
+"""Who owns which slot of a job, and when its workers may start: the decisions, pure and torch-free.
+
+One `Table` describes all nodes of a run. Every change is a function from a table to the next one; the shell
+(`launch.rendezvous`, `launch.store`) writes it by compare-and-set, so that changes come one after the other wherever
+they are made. The rules:
+
+- The number of slots is fixed. An owner keeps its slot until it is lost; a spare takes vacant slots alone. Rank
+  follows from slot, so survivors keep their ranks.
+- Workers run in rounds. A round is complete once every slot has an owner and every owner has arrived in it; whatever
+  ends the workers of one slot begins the next round for all.
+- A node that was given up is in no table. When it wakes up it finds that out before it does anything else: it is
+  fenced, ends what it started, and may come back as a spare.
+"""
+
+from typing import Literal
+
+import msgspec
+
+Kind = Literal["lost", "killed", "failed"]
+"""What happened to the workers of a slot, the gravest first: their node is gone, a signal ended one, one gave up."""
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """Why the round before this one ended."""
+
+    kind: Kind
+    cause: str
+    slot: int
+    time: float
+    """Seconds since 1970, when it was noticed."""
+    silence: float = 0.0
+    """Seconds that passed without a sign of life before it was noticed."""
+
+
+class Ended(msgspec.Struct, frozen=True, kw_only=True):
+    """The run is over, for every node."""
+
+    code: int
+    reason: str
+
+
+class Table(msgspec.Struct, frozen=True, kw_only=True):
+    """All that nodes agree on."""
+
+    slots: int
+    max_restarts: int
+    """Rounds that may fail without a node being lost; more end the run."""
+    round: int = 0
+    owners: dict[int, str] = {}
+    """Node by slot."""
+    arrived: tuple[str, ...] = ()
+    """Owners that are ready to start workers in this round."""
+    finished: tuple[str, ...] = ()
+    """Owners whose workers have done their job in this round."""
+    spares: tuple[str, ...] = ()
+    """The others, the one that waits longest first."""
+    failures: tuple[Failure, ...] = ()
+    """Since the last round that was complete."""
+    moved: tuple[int, ...] = ()
+    """Slots that lost their owner since then."""
+    restarts: int = 0
+    begun: bool = False
+    """A round was complete once, so that vacant slots are those of lost nodes."""
+    ended: Ended | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Workers run, or may start."""
+        return len(self.owners) == self.slots and len(self.arrived) == self.slots
+
+    @property
+    def vacant(self) -> tuple[int, ...]:
+        return tuple(slot for slot in range(self.slots) if slot not in self.owners)
+
+    def slot_of(self, node: str) -> int | None:
+        return next((slot for slot, owner in self.owners.items() if owner == node), None)
+
+    def knows(self, node: str) -> bool:
+        """False for a node that never joined, and for one that was given up."""
+        return node in self.spares or self.slot_of(node) is not None
+
+    @property
+    def gravest(self) -> tuple[Failure, ...]:
+        """The failures that explain the others: a lost node makes workers elsewhere fail, and so does a killed one."""
+        for kind in ("lost", "killed", "failed"):
+            found = tuple(failure for failure in self.failures if failure.kind == kind)
+            if found:
+                return found
+        return ()
+
+
+Wish = int | Literal["any", "spare"]
+"""The slot a node wants, any vacant one, or none before a node is lost."""
+
+
+def join(table: Table, node: str, wish: Wish, *, after_round: int = -1) -> Table:
+    """A node is here: an owner if it can be, else a spare.
+
+    `after_round` is the last round that the node took part in under an earlier store: rounds only grow.
+    """
+    if after_round >= table.round:
+        table = _change(table, round=after_round + 1, arrived=(), finished=(), begun=True)
+    if table.knows(node):
+        return table
+    slot = wish if isinstance(wish, int) and wish in table.vacant else None
+    if wish == "any" or (isinstance(wish, int) and table.begun):
+        slot = slot if slot is not None else min(table.vacant, default=None)
+    if slot is None or table.ended is not None:
+        return _change(table, spares=(*table.spares, node))
+    return _change(table, owners=_owners(table, slot, node))
+
+
+def fill(table: Table) -> Table:
+    """Spares take the vacant slots."""
+    while table.vacant and table.spares and table.ended is None:
+        first, *rest = table.spares
+        table = _change(table, owners=_owners(table, table.vacant[0], first), spares=tuple(rest))
+    return table
+
+
+def arrive(table: Table, node: str, round: int) -> Table:
+    """The node's slot is ready for its workers of a round. The last one to arrive makes the round complete."""
+    if table.slot_of(node) is None or table.round != round or node in table.arrived or table.ended is not None:
+        return table
+    table = _change(table, arrived=(*table.arrived, node))
+    if not table.complete:
+        return table
+    restarts = table.restarts + (table.begun and bool(table.failures) and not table.moved)
+    if restarts > table.max_restarts:
+        cause = table.gravest[0].cause
+        return end(table, 4, f"{cause}, after {table.max_restarts} restarts (cluster.max_restarts)")
+    return _change(table, restarts=restarts, begun=True)
+
+
+def fail(table: Table, node: str, round: int, kind: Kind, cause: str, now: float) -> Table:
+    """Workers of a node ended before their job was done: all workers start again in the next round."""
+    slot = table.slot_of(node)
+    if slot is None or table.ended is not None:
+        return table
+    failure = Failure(kind=kind, cause=cause, slot=slot, time=now)
+    if table.round == round and table.complete:
+        table = _next_round(table)
+    elif table.round != round + 1 or any(known.slot == slot for known in table.failures):
+        return table
+    return _change(table, failures=(*table.failures, failure))
+
+
+def lose(table: Table, node: str, cause: str, now: float, *, silence: float = 0.0) -> Table:
+    """A node is dead, or must be taken for dead: its slot is vacant, and a spare takes it."""
+    slot = table.slot_of(node)
+    table = _change(table, spares=tuple(spare for spare in table.spares if spare != node))
+    if slot is None or table.ended is not None:
+        return table
+    if table.complete:
+        table = _next_round(table)
+    failure = Failure(kind="lost", cause=cause, slot=slot, time=now, silence=silence)
+    table = _change(
+        table,
+        owners={key: owner for key, owner in table.owners.items() if owner != node},
+        arrived=tuple(owner for owner in table.arrived if owner != node),
+        finished=tuple(owner for owner in table.finished if owner != node),
+        failures=(*table.failures, failure) if table.begun else (),
+        moved=tuple(sorted({*table.moved, slot})) if table.begun else (),
+    )
+    return fill(table) if table.begun else table
+
+
+def finish(table: Table, node: str, round: int) -> Table:
+    """All workers of a node have done their job; with the last node the run has ended."""
+    if table.slot_of(node) is None or table.round != round or not table.complete or node in table.finished:
+        return table
+    table = _change(table, finished=(*table.finished, node))
+    return end(table, 0, "the job is done") if len(table.finished) == table.slots else table
+
+
+def end(table: Table, code: int, reason: str) -> Table:
+    """The run is over; what was said first stands."""
+    return table if table.ended is not None else _change(table, ended=Ended(code=code, reason=reason))
+
+
+def _next_round(table: Table) -> Table:
+    return _change(table, round=table.round + 1, arrived=(), finished=(), failures=(), moved=())
+
+
+def _owners(table: Table, slot: int, node: str) -> dict[int, str]:
+    return dict(sorted({**table.owners, slot: node}.items()))
+
+
+def _change(table: Table, **changes: object) -> Table:
+    return msgspec.structs.replace(table, **changes)

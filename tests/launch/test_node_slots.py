@@ -1,0 +1,179 @@
+"""Who owns which slot: scripted histories, and random ones that must keep the rules."""
+
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from launch import slots
+from launch.slots import Table
+
+
+def started(count: int = 3, spares: int = 1, max_restarts: int = 2) -> Table:
+    table = Table(slots=count, max_restarts=max_restarts)
+    for slot in range(count):
+        table = slots.join(table, f"n{slot}", slot)
+    for spare in range(spares):
+        table = slots.join(table, f"s{spare}", "spare")
+    return arrived(table)
+
+
+def arrived(table: Table) -> Table:
+    for node in table.owners.values():
+        table = slots.arrive(table, node, table.round)
+    return table
+
+
+def test_a_round_is_complete_when_every_slot_has_an_owner_that_arrived() -> None:
+    table = Table(slots=2, max_restarts=0)
+    table = slots.join(table, "a", 0)
+    table = slots.arrive(table, "a", 0)
+    table = slots.join(table, "s", "spare")
+    assert not table.complete
+    assert slots.arrive(table, "s", 0) == table  # a spare has no slot to arrive with
+    table = slots.join(table, "b", "any")
+    assert table.owners == {0: "a", 1: "b"}
+    assert not table.complete
+    assert slots.arrive(table, "b", 7) == table  # of another round
+    table = slots.arrive(table, "b", 0)
+    assert table.complete
+    assert (table.begun, table.restarts, table.round) == (True, 0, 0)
+
+
+def test_a_spare_takes_the_slot_of_a_lost_node_and_survivors_keep_theirs() -> None:
+    table = slots.lose(started(spares=2), "n1", "connection closed", 5.0)
+    assert table.owners == {0: "n0", 1: "s0", 2: "n2"}
+    assert (table.spares, table.round, table.moved, table.complete) == (("s1",), 1, (1,), False)
+    table = arrived(table)
+    assert table.complete
+    assert table.restarts == 0  # losing a node is no restart that counts
+    assert [failure.slot for failure in table.gravest] == [1]
+
+
+def test_what_fails_elsewhere_because_of_a_lost_node_is_not_the_cause() -> None:
+    table = slots.fail(started(), "n0", 0, "failed", "rank 0 gave up", 1.0)
+    table = slots.fail(table, "n2", 0, "failed", "rank 2 gave up", 1.1)
+    assert table.round == 1
+    assert len(table.failures) == 2
+    table = slots.lose(table, "n1", "gone", 1.2, silence=1.0)
+    assert table.round == 1
+    assert [(failure.kind, failure.slot, failure.silence) for failure in table.gravest] == [("lost", 1, 1.0)]
+    assert arrived(table).restarts == 0
+
+
+def test_a_replacement_that_dies_before_the_round_is_complete_is_replaced_in_the_same_round() -> None:
+    table = slots.lose(started(spares=2), "n1", "gone", 0.0)
+    table = slots.arrive(slots.arrive(table, "n0", 1), "s0", 1)
+    table = slots.lose(table, "s0", "gone too", 1.0)
+    assert (table.round, table.owners[1], table.arrived) == (1, "s1", ("n0",))
+
+
+def test_without_a_spare_the_slot_stays_vacant_until_a_node_comes() -> None:
+    table = slots.lose(started(spares=0), "n2", "gone", 0.0)
+    assert table.vacant == (2,)
+    table = slots.join(table, "late", "spare")
+    assert slots.fill(table).owners[2] == "late"
+    assert slots.join(slots.lose(started(spares=0), "n2", "gone", 0.0), "late", 1).owners[2] == "late"
+
+
+def test_a_node_that_was_given_up_is_fenced_and_comes_back_as_a_spare() -> None:
+    table = slots.lose(started(), "n1", "silent", 0.0)
+    assert not table.knows("n1")
+    assert slots.fail(table, "n1", 0, "failed", "its peers are gone", 1.0) == table
+    assert slots.arrive(table, "n1", 1) == table
+    assert slots.finish(table, "n1", 1) == table
+    assert slots.join(table, "n1", "spare").spares == ("n1",)
+
+
+def test_workers_that_keep_failing_end_the_run() -> None:
+    table = started(max_restarts=2)
+    for count in range(3):
+        assert table.ended is None
+        table = arrived(slots.fail(table, "n1", count, "killed", "rank 1 was ended by SIGSEGV", 0.0))
+    assert table.ended is not None
+    assert table.ended.code == 4
+    assert table.ended.reason == "rank 1 was ended by SIGSEGV, after 2 restarts (cluster.max_restarts)"
+
+
+def test_the_run_has_ended_when_all_have_finished_the_same_round() -> None:
+    table = slots.finish(slots.finish(started(), "n0", 0), "n1", 0)
+    again = slots.lose(table, "n2", "gone before it had finished", 0.0)
+    assert (again.finished, again.ended) == ((), None)
+    table = slots.finish(table, "n2", 0)
+    assert table.ended is not None
+    assert table.ended.code == 0
+    assert slots.end(table, 3, "too late").ended == table.ended
+
+
+def test_a_new_store_is_filled_by_those_who_remember() -> None:
+    table = Table(slots=3, max_restarts=2)
+    table = slots.join(table, "n2", 2, after_round=4)
+    table = slots.arrive(table, "n2", table.round)
+    table = slots.join(table, "s0", "spare", after_round=-1)
+    table = slots.join(table, "n0", 0, after_round=4)
+    assert (table.round, table.owners, table.arrived) == (5, {0: "n0", 2: "n2"}, ("n2",))
+    late = slots.join(table, "n1", 1, after_round=5)  # it had seen one more round begin
+    assert (late.round, late.arrived) == (6, ())
+    assert slots.fill(table).owners[1] == "s0"
+
+
+NODES = [f"n{number}" for number in range(6)]
+
+
+class History(RuleBasedStateMachine):
+    """Any order of events: a slot changes hands only over the loss of its owner, and rounds only grow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = Table(slots=3, max_restarts=3)
+
+    def become(self, after: Table, gone: str | None = None) -> None:
+        before, self.table = self.table, after
+        assert after.round >= before.round
+        for slot, owner in before.owners.items():
+            assert after.owners.get(slot) == owner or owner == gone
+        assert before.ended in (None, after.ended)
+        if before.complete and not after.complete:
+            assert after.round == before.round + 1
+
+    @rule(node=st.sampled_from(NODES), wish=st.sampled_from([0, 1, 2, "any", "spare"]), seen=st.integers(-1, 2))
+    def join(self, node: str, wish: Any, seen: int) -> None:
+        if seen < self.table.round:
+            self.become(slots.join(self.table, node, wish, after_round=seen))
+            assert self.table.knows(node)
+
+    @rule()
+    def fill(self) -> None:
+        self.become(slots.fill(self.table))
+
+    @rule(node=st.sampled_from(NODES), late=st.integers(0, 1))
+    def arrive(self, node: str, late: int) -> None:
+        self.become(slots.arrive(self.table, node, self.table.round - late))
+
+    @rule(node=st.sampled_from(NODES), late=st.integers(0, 1), kind=st.sampled_from(["killed", "failed"]))
+    def fail(self, node: str, late: int, kind: Any) -> None:
+        self.become(slots.fail(self.table, node, self.table.round - late, kind, "because", 0.0))
+
+    @rule(node=st.sampled_from(NODES))
+    def lose(self, node: str) -> None:
+        self.become(slots.lose(self.table, node, "gone", 0.0), gone=node)
+        assert self.table.ended is not None or self.table.slot_of(node) is None
+
+    @rule(node=st.sampled_from(NODES))
+    def finish(self, node: str) -> None:
+        self.become(slots.finish(self.table, node, self.table.round))
+
+    @invariant()
+    def everyone_has_one_place(self) -> None:
+        table = self.table
+        nodes = [*table.owners.values(), *table.spares]
+        assert len(nodes) == len(set(nodes))
+        assert set(table.arrived) <= set(table.owners.values())
+        assert set(table.finished) <= set(table.arrived)
+        assert not (table.begun and table.vacant and table.spares and table.ended is None) or not table.complete
+
+
+TestHistory = pytest.mark.filterwarnings("error")(History.TestCase)
+TestHistory.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
