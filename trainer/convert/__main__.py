@@ -25,6 +25,9 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "
 class Format(StrEnum):
     HF = "hf"
     NATIVE = "native"
+    DCP = "dcp"
+    TORCHTITAN = "torchtitan"
+    MEGATRON = "megatron"
 
 
 @app.command()
@@ -36,13 +39,28 @@ def command(
     dtype: Annotated[str | None, typer.Option(help="bf16, fp32 or fp16; default: as stored")] = None,
     max_shard_size: Annotated[str, typer.Option(help="to hf: largest file, as 5GB or 500MB")] = "5GB",
     model_type: Annotated[str | None, typer.Option(help="to hf: llama, qwen3, ...; default: the parent's")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="from dcp, torchtitan, megatron: config.json or model spec; default: found in SRC"),
+    ] = None,
+    weights_only: Annotated[bool, typer.Option("--weights-only", help="leave the optimizer state behind")] = False,
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="let pickles in SRC run code: only for files you made yourself")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Convert a model between Hugging Face folders and native checkpoints. DST appears whole or not at all.
+    """Convert checkpoints from and to what other programs use. DST appears whole or not at all.
 
     keepwarm convert --from hf --to native ~/models/Qwen3-8B checkpoints/qwen3-8b
 
     keepwarm convert --from native --to hf runs/demo exports/demo --dtype bf16
+
+    keepwarm convert --from native --to megatron runs/demo exports/demo-megatron
+
+    keepwarm convert --from torchtitan --to native outputs/checkpoint/step-1000 checkpoints/llama --config config.json
+
+    Formats: hf (folder of transformers), native (keepwarm), dcp (torch.distributed.checkpoint with keepwarm's names),
+    torchtitan (Llama 3), megatron (Megatron Core torch_dist, GPT). All but hf carry AdamW's state.
     """
     began = time.perf_counter()
     progress = _bar() if sys.stderr.isatty() and not as_json else lambda done, total: None
@@ -57,6 +75,25 @@ def command(
                 max_shard_bytes=_size(max_shard_size),
                 model_type=model_type,
                 progress=progress,
+            )
+        case ((Format.DCP | Format.TORCHTITAN | Format.MEGATRON), Format.NATIVE):
+            from trainer.convert.from_dcp import from_dcp
+
+            done = from_dcp(
+                source,
+                destination,
+                kind=given,
+                config=config,
+                dtype=_dtype(dtype),
+                weights_only=weights_only,
+                trust_pickle=trust_pickle,
+                progress=progress,
+            )
+        case Format.NATIVE, (Format.DCP | Format.TORCHTITAN | Format.MEGATRON):
+            from trainer.convert.to_dcp import to_dcp
+
+            done = to_dcp(
+                source, destination, kind=wanted, dtype=_dtype(dtype), weights_only=weights_only, progress=progress
             )
         case _:
             raise SpecError(f"--from {given} --to {wanted}: nothing to convert; one of them must be native")

@@ -46,7 +46,7 @@ def to_huggingface(
     """
     with new_folder(destination) as tmp, NativeCheckpoint(source, scratch=tmp) as native:
         spec = model_spec_of(native)
-        _check(native, spec)
+        check_tensors(native, spec)
         parent = native.manifest.meta.get(FILES) or {}
         config = _config(spec, parent, model_type)
         maker = Maker(native, dtype)
@@ -98,7 +98,8 @@ def model_spec_of(native: NativeCheckpoint) -> ModelSpec:
         raise CheckpointError(f"{origin}: model: {error}") from error
 
 
-def _check(native: NativeCheckpoint, spec: ModelSpec) -> None:
+def check_tensors(native: NativeCheckpoint, spec: ModelSpec) -> None:
+    """Raise `CheckpointError` unless the parameters are those of the model, and no others."""
     shapes = {PREFIX + name: shape for name, shape in parameter_shapes(spec).items()}
     for name, shape in shapes.items():
         if name not in native.tensors:

@@ -1,0 +1,261 @@
+"""A checkpoint of torch's DCP, torchtitan or Megatron Core to a native one, with the optimizer state if it has one."""
+
+import argparse
+import dataclasses
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ft import durable
+from ft.contents import ITEM_SIZE, Piece
+from ft.errors import FtError
+from trainer.convert.dcp_folder import DcpFolder
+from trainer.convert.dialects import DIALECTS, MODEL, MOMENTS, Dialect, per_layer, with_moments
+from trainer.convert.from_huggingface import Progress, silent
+from trainer.convert.huggingface_folder import NOTE, strict_json_file
+from trainer.convert.output_folder import new_folder
+from trainer.convert.recipes import Recipe
+from trainer.convert.streaming import Maker
+from trainer.convert.whole import Whole
+from trainer.errors import CheckpointError, SpecError
+from trainer.model.huggingface_config import model_spec_from_hf_config
+from trainer.model.spec import ModelSpec
+from trainer.spec_file import load_model
+
+STEP = "optimizer.step"
+COMMON = "common.pt"
+_PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
+_NOT_THE_MODEL = ("optimizer.", "random.", "rng_state", "dataloader", "lr_scheduler", "train_state", "rerun_state")
+"""What the names of tensors begin with that may be left behind."""
+
+
+def from_dcp(
+    source: Path,
+    destination: Path,
+    *,
+    kind: str,
+    config: Path | None = None,
+    dtype: str | None = None,
+    weights_only: bool = False,
+    trust_pickle: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write the checkpoint folder `destination`; returns what was done, with what was left behind.
+
+    Args:
+        kind: a name in `trainer.convert.dialects.DIALECTS`.
+        config: a config.json or model spec that says what the model is; not needed for what keepwarm exported.
+        weights_only: leave the optimizer state behind.
+        trust_pickle: see `DcpFolder`.
+
+    Raises:
+        SpecError: the model cannot be described, or not in this format.
+        CheckpointError: a tensor or file is missing, left over, damaged or does not fit; names it.
+        OutputError: `destination` exists or cannot be written; nothing is left there.
+    """
+    folder, dialect = DcpFolder(source, trust_pickle=trust_pickle), DIALECTS[kind]
+    note = strict_json_file(source / NOTE) if (source / NOTE).is_file() else {}
+    spec = _spec(config, note, source)
+    recipes, masters = _recipes(folder, dialect, kind, spec, weights_only)
+    moments = () if weights_only else _moments(folder, dialect, recipes)
+    if moments and dtype is not None:
+        raise SpecError("--dtype converts weights alone; add --weights-only")
+    step = _step(folder, kind, source, trust_pickle) if moments else None
+    weights = _with_masters(recipes, dialect) if masters else recipes
+    wanted = {MODEL + recipe.name: recipe for recipe in weights}
+    wanted |= {recipe.name: recipe for recipe in with_moments(recipes, dialect, moments)}
+    meta = _meta(note, spec, source, kind, bool(moments))
+    run, epoch, at = str(note.get("run", source.resolve().name)), 0, step or 0
+    if moments:
+        epoch, at = int(note.get("epoch", 0)), int(note.get("step", at))
+    with new_folder(destination) as tmp:
+        size = _write(tmp, Maker(Whole(folder), dtype), wanted, step, progress)
+        durable.write_manifest(tmp, run=run, epoch=epoch, step=at, layout="whole", ranks=1, meta=meta)
+    taken = {name for recipe in wanted.values() for name, *_ in recipe.runs}
+    return {
+        "source": str(source),
+        "destination": str(destination),
+        "model_type": kind,
+        "tensors": len(wanted),
+        "parameters": sum(recipe.elements for recipe in recipes),
+        "bytes": size,
+        "dtypes": sorted({folder.dtype(name) for name in taken} if dtype is None else {dtype}),
+        "moments": list(moments),
+        "carried": [],
+        "left": sorted(set(folder.tensors) - taken - {STEP}) + sorted(folder.objects),
+    }
+
+
+def _spec(config: Path | None, note: dict[str, Any], source: Path) -> ModelSpec:
+    if config is None:
+        if "model" not in note:
+            raise SpecError(f"{source} does not say what the model is: give --config with a config.json or model spec")
+        try:
+            return ModelSpec.model_validate_json(json.dumps(note["model"]))
+        except ValueError as error:
+            raise SpecError(f"{source / NOTE}: model: {error}") from error
+    if config.suffix == ".json":
+        fields = strict_json_file(config)
+        if "model_type" in fields:
+            try:
+                return model_spec_from_hf_config(fields)
+            except (TypeError, ValueError) as error:
+                raise SpecError(f"{config}: {error}") from error
+    return load_model(config)
+
+
+def _recipes(
+    folder: DcpFolder, dialect: Dialect, kind: str, spec: ModelSpec, weights_only: bool
+) -> tuple[list[Recipe], bool]:
+    """Recipes of the parameters, checked against the folder, and whether weights of full precision are there."""
+    recipes = dialect.into(spec)
+    apart = any(name.startswith("decoder.layers.0.") for name in folder.tensors)
+    if apart:
+        recipes = per_layer(recipes, spec)
+    shapes = _their_shapes(dialect, spec, apart)
+    for name, shape in shapes.items():
+        found = folder.shape(name)
+        padded = name in _PADDED and found[0] >= shape[0] and found[1:] == shape[1:]
+        if found != shape and not padded:
+            raise CheckpointError(f"{folder.path}: {name} is {list(found)}, the model spec says {list(shape)}")
+    unplaced = sorted(name for name in folder.tensors if name not in shapes and not name.startswith(_NOT_THE_MODEL))
+    if unplaced:
+        raise CheckpointError(
+            f"{folder.path}: {unplaced[0]} has no place in the model or this format ({len(unplaced)} such)"
+        )
+    masters = (
+        not weights_only
+        and dialect.master is not None
+        and all(dialect.master + name in folder.tensors for name in shapes)
+    )
+    if kind == "megatron" and not apart:
+        for name in folder.tensors:
+            if ".decoder.layers." in f".{name}":
+                folder.stack(name)
+    return recipes, masters
+
+
+def _their_shapes(dialect: Dialect, spec: ModelSpec, apart: bool) -> dict[str, tuple[int, ...]]:
+    shapes = {tensor.name: tensor.shape for tensor in dialect.out(spec)}
+    if not apart:
+        return shapes
+    return {
+        name.replace("decoder.layers.", f"decoder.layers.{index}."): (
+            shape[1:] if name.startswith("decoder.layers.") else shape
+        )
+        for name, shape in shapes.items()
+        for index in range(spec.layers)
+    }
+
+
+def _moments(folder: DcpFolder, dialect: Dialect, recipes: list[Recipe]) -> tuple[str, ...]:
+    """The moments that are there for every parameter; raises when one is there for some only."""
+    names = sorted({name for recipe in recipes for name, *_ in recipe.runs})
+    found = []
+    for moment in (*MOMENTS, "momentum"):
+        there = [name for name in names if dialect.moment(moment, name) in folder.tensors]
+        if there and len(there) < len(names):
+            lost = next(name for name in names if name not in there)
+            raise CheckpointError(
+                f"{folder.path}: {dialect.moment(moment, lost)} is missing; --weights-only leaves the optimizer behind"
+            )
+        if there:
+            found.append(moment)
+    return tuple(found)
+
+
+def _with_masters(recipes: list[Recipe], dialect: Dialect) -> list[Recipe]:
+    assert dialect.master is not None
+    prefix = dialect.master
+    return [
+        dataclasses.replace(recipe, runs=tuple((prefix + name, a, b) for name, a, b in recipe.runs))
+        for recipe in recipes
+    ]
+
+
+def _step(folder: DcpFolder, kind: str, source: Path, trust_pickle: bool) -> int:
+    """Updates that the optimizer has done."""
+    if kind == "megatron":
+        return _common_step(source / COMMON, trust_pickle)
+    names = [STEP] if kind == "dcp" else [name for name in folder.tensors if name.endswith(".step")]
+    steps = {folder.number(name) for name in names if name in folder.tensors}
+    if len(steps) != 1:
+        raise CheckpointError(
+            f"{folder.path}: {len(steps)} different step counts of the optimizer; --weights-only leaves it behind"
+        )
+    return int(steps.pop())
+
+
+def _common_step(file: Path, trust_pickle: bool) -> int:
+    """What Megatron's optimizer has counted, or else the iteration."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            common = torch.load(file, map_location="cpu", weights_only=not trust_pickle)
+        for groups in _param_groups(common.get("optimizer")):
+            if "step" in groups:
+                return int(groups["step"])
+        return int(common["iteration"])
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror}; --weights-only does not need it") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(
+            f"{file}: a pickle of more than plain values, which could run code: take the weights alone with "
+            "--weights-only, or add --trust-pickle for a file you made yourself"
+        ) from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: says no iteration; --weights-only leaves the optimizer behind") from error
+
+
+def _param_groups(saved: Any) -> list[dict[str, Any]]:
+    """Of a Megatron optimizer's own state, which lies one or two levels deep."""
+    while isinstance(saved, dict) and "optimizer" in saved:
+        saved = saved["optimizer"]
+    groups = saved.get("param_groups", []) if isinstance(saved, dict) else []
+    return [group for group in groups if isinstance(group, dict)]
+
+
+def _meta(note: dict[str, Any], spec: ModelSpec, source: Path, kind: str, complete: bool) -> dict[str, Any]:
+    kept = dict(note.get("meta", {})) if complete else {}
+    if not complete:
+        kept |= {"weights_only": True, "note": "model weights alone: no optimizer state, no ledger"}
+    return kept | {
+        "model": spec.model_dump(mode="json"),
+        "parent": {"format": kind, "path": str(source.resolve())},
+    }
+
+
+def _write(tmp: Path, maker: Maker, recipes: dict[str, Recipe], step: int | None, progress: Progress) -> int:
+    pieces = [
+        Piece(
+            name=name,
+            global_shape=recipe.shape,
+            offsets=(0,) * len(recipe.shape),
+            shape=recipe.shape,
+            dtype=maker.dtype(recipe),
+        )
+        for name, recipe in recipes.items()
+    ]
+    total, done = sum(piece.bytes for piece in pieces), 0
+
+    def blocks(piece: Piece) -> Iterator[Any]:
+        nonlocal done
+        if piece.name == STEP:
+            yield np.array([step], "<i8").view(np.uint8)
+            return
+        for block in maker.blocks(recipes[piece.name]):
+            yield block
+            done += len(block)
+            progress(done, total)
+
+    if step is not None:
+        pieces.append(Piece(name=STEP, global_shape=(), offsets=(), shape=(), dtype="I64"))
+    pieces.sort(key=lambda piece: -ITEM_SIZE[piece.dtype])
+    try:
+        return durable.write_part_blocks(tmp, 0, pieces, blocks).data_bytes
+    except FtError as error:
+        raise CheckpointError(str(error)) from error
