@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -150,6 +150,12 @@ def branch(
 
 
 @app.command(context_settings=_PASSED_THROUGH)
+def report(context: typer.Context) -> None:
+    """Write one page about a run: losses by domain, schedule, forgetting, data drawn, goodput."""
+    _run_tool("trainer.report", context.args)
+
+
+@app.command(context_settings=_PASSED_THROUGH)
 def average(context: typer.Context) -> None:
     """Average the weights of several branches into one checkpoint."""
     _run_tool("trainer.average_tool", context.args)
@@ -161,6 +167,59 @@ def simulate(context: typer.Context) -> None:
     from launch.simulate import main as run
 
     run(context.args)
+
+
+@app.command(context_settings=_WITH_OVERRIDES)
+def submit(
+    job: Job,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the script and the command, submit nothing.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Empty the output folder and start anew.")] = False,
+    chain: Annotated[int, typer.Option("--chain", min=1, help="Jobs that continue one another.")] = 1,
+    debug: Debug = False,
+) -> None:
+    """Hand a job to SLURM, after checking it against its files and the cluster; prints the job's number.
+
+    keepwarm submit job.yaml cluster.ranks_per_node=8 cluster.slurm.partition=gpu --dry-run
+
+    keepwarm submit job.yaml cluster.slurm.time=24:00:00 cluster.slurm.spares=1
+
+    keepwarm submit runs/second --resume
+    """
+    from launch.submit import submit_here
+
+    if resume and force:
+        raise typer.BadParameter("--resume continues a run and --force starts it anew: give one of them")
+    mode: Literal["new", "resume", "force"] = "resume" if resume else "force" if force else "new"
+    submit_here(job, overrides or [], mode, chain=chain, dry_run=dry_run)
+
+
+@app.command(context_settings=_PASSED_THROUGH)
+def drill(context: typer.Context) -> None:
+    """Kill workers, nodes, memory on purpose, and compare with a run that nothing happens to."""
+    from launch.drill.command import main as run
+
+    run(context.args)
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show how far a run is, and where its time went.
+
+    keepwarm status runs/demo
+
+    keepwarm status runs/demo --json
+    """
+    from launch.status import show
+
+    show(run, as_json=as_json)
 
 
 @app.command()
@@ -200,8 +259,20 @@ def inspect(context: typer.Context) -> None:
 
 @app.command(context_settings=_PASSED_THROUGH)
 def convert(context: typer.Context) -> None:
-    """Convert weights between Hugging Face folders and native checkpoints."""
+    """Convert from and to Hugging Face, DCP, torchtitan and Megatron Core."""
     _run_tool("trainer.convert", context.args)
+
+
+@app.command(context_settings=_PASSED_THROUGH)
+def sample(context: typer.Context) -> None:
+    """Continue a prompt with the newest checkpoint of a run."""
+    _run_tool("trainer.sample", context.args)
+
+
+@app.command(context_settings=_PASSED_THROUGH)
+def lineage(context: typer.Context) -> None:
+    """Show what a run, checkpoint or export was made from, and what was made from that."""
+    _run_tool("trainer.lineage_tool", context.args)
 
 
 @app.command(context_settings=_PASSED_THROUGH)

@@ -1,0 +1,118 @@
+"""`keepwarm sample`: let people look at what a model says."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trainer.convert.from_huggingface import FILES
+from trainer.convert.huggingface_folder import strict_json_file
+from trainer.convert.native import NativeCheckpoint
+from trainer.data import tool
+from trainer.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from trainer.errors import CheckpointError, DataError, SpecError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+_CARRIED = ("tokenizer.json", "tokenizer.model")
+
+
+@app.command()
+def command(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="run folder, or checkpoint")],
+    prompt: Annotated[list[str], typer.Option(help="text to continue; may be given several times")],
+    tokens: Annotated[int, typer.Option(min=1, help="most tokens to add")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="only the k likeliest tokens")] = None,
+    top_p: Annotated[float, typer.Option(help="only the likeliest tokens of this total probability")] = 1.0,
+    seed: Annotated[int, typer.Option(help="another seed, another text")] = 0,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="`bytes`, tokenizer.json or .model; default: that of the run")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16, to compute in")] = "fp32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda; default: cuda where there is one")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Continue a prompt with the newest checkpoint of a run.
+
+    keepwarm sample runs/demo --prompt "The first thing to know"
+
+    keepwarm sample runs/demo/checkpoints/iter_0000300 --prompt "Die" --temperature 0 --json
+    """
+    if not 0 < top_p <= 1:
+        raise SpecError(f"--top-p {top_p}: must be above 0 and at most 1")
+    if dtype not in ("fp32", "bf16"):
+        raise SpecError(f"--dtype {dtype}: not known; it may be fp32 or bf16")
+    import torch
+
+    from trainer.generate import Sampling, generate, load_model
+
+    where = _device(device)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    with NativeCheckpoint(path) as native:
+        words = find_tokenizer(native) if tokenizer is None else load_tokenizer(tokenizer)
+        part = load_model(native, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16, device=where)
+        found: dict[str, Any] = {"path": str(native.path), "step": native.manifest.step, "samples": []}
+    if words.vocabulary_size > part.spec.vocabulary_size:
+        raise DataError(
+            f"{words.name}: has {words.vocabulary_size} tokens, the model knows {part.spec.vocabulary_size}: "
+            "give the one it was trained with as --tokenizer"
+        )
+    for text in prompt:
+        ids = words.encode_batch([text])[0] or [words.end_of_document]
+        drawn = generate(part, ids, sampling, seed=seed, stop=lambda token: token == words.end_of_document)
+        new = list(itertools.islice(drawn, tokens))
+        sample = {"prompt": text, "text": words.decode(new), "tokens": new, "ended": len(new) < tokens}
+        found["samples"].append(sample)
+        if not as_json:
+            typer.echo(f"{text}{sample['text']}\n")
+    if as_json:
+        typer.echo(json.dumps(found))
+
+
+def find_tokenizer(native: NativeCheckpoint) -> Tokenizer:
+    """The tokenizer that a checkpoint's model was trained with: carried in it, or named by its run.
+
+    Raises:
+        DataError: it is not known, or is another one now.
+    """
+    for name in _CARRIED:
+        if name in ((native.manifest.meta.get(FILES) or {}).get("files") or {}):
+            return load_tokenizer(str(native.path / FILES / name))
+    file = native.path.resolve().parent.parent / "run.json"
+    if not file.is_file():
+        raise DataError(f"{native.path}: does not say which tokenizer its model was trained with: give --tokenizer")
+    data = strict_json_file(file).get("data") or {}
+    found = load_tokenizer(_named(data, file))
+    wanted = (native.manifest.meta.get("run") or {}).get("tokenizer")
+    if wanted is not None and found.hash != wanted:
+        raise DataError(f"{found.name}: is not the tokenizer that {native.path} was trained with: give --tokenizer")
+    return found
+
+
+def _named(data: dict[str, Any], file: Path) -> str:
+    """What the job says, or what made its token files."""
+    name = str(data.get("tokenizer", ByteTokenizer.name))
+    if name != ByteTokenizer.name:
+        return name
+    for source in (data.get("sources") or {}).values():
+        sidecar = Path(f"{source}.json")
+        if sidecar.is_file():
+            return str(strict_json_file(sidecar).get("tokenizer") or name)
+    return name
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    try:
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise CheckpointError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(tool.run(app))
