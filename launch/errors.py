@@ -4,6 +4,7 @@ LaunchError
 ├── PreflightError       2  this machine or installation cannot run the job
 ├── SimulationError      2  a question that the simulator cannot answer
 ├── SnapshotsError       2  there are no agents to ask about snapshots
+├── ClusterError         2  SLURM cannot be asked, or cannot give what the job asks for
 └── RanksFailed      2,3,4  a rank ended before the job was done; the code is the rank's own
 """
 
@@ -24,6 +25,10 @@ class SimulationError(LaunchError):
 
 class SnapshotsError(LaunchError):
     """No agent of the run can be asked; names the run folder."""
+
+
+class ClusterError(LaunchError):
+    """SLURM is absent, does not answer or refuses; names the key of the spec or the command. Nothing was submitted."""
 
 
 class RanksFailed(LaunchError):

@@ -24,7 +24,7 @@ def train_here(path: Path, overrides: Sequence[str], mode: Mode) -> None:
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     check_installation()
-    job = _continued(path, overrides, console) if mode == "resume" else load_job(_job_file(path), overrides)
+    job = continued(path, overrides, console) if mode == "resume" else load_job(job_file(path), overrides)
     run_here(job, mode, console)
 
 
@@ -46,13 +46,14 @@ def run_here(job: JobSpec, mode: Mode, console: Console) -> None:
         )
 
 
-def _job_file(path: Path) -> Path:
+def job_file(path: Path) -> Path:
+    """`path`, unless it is a run folder, which a new run cannot begin with."""
     if (path / RUN_FILE).is_file():
         raise SpecError(f"{path}: this is a run folder; --resume continues it")
     return path
 
 
-def _continued(path: Path, overrides: Sequence[str], console: Console) -> JobSpec:
+def continued(path: Path, overrides: Sequence[str], console: Console) -> JobSpec:
     """The job of an existing run with overrides applied; says what they change, and which edits are not used."""
     if path.is_dir():
         before, after = stored_job(path, list(overrides))

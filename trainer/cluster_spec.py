@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, StringConstraints
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, StringConstraints
 
 from parallel.spec import Section
 
@@ -10,6 +10,13 @@ Line = Annotated[str, StringConstraints(pattern=r"^[^\n\r]*$")]
 """One line of a script."""
 Option = Annotated[str, StringConstraints(pattern=r"^--?[A-Za-z][^\n\r]*$")]
 Word = Annotated[str, StringConstraints(pattern=r"^[^\s\"'`$\\]+$")]
+
+Time = Annotated[
+    str,
+    BeforeValidator(lambda value: str(value) if isinstance(value, int) else value),
+    StringConstraints(pattern=r"^(\d+-)?\d+(:\d+){0,2}$"),
+]
+"""A time as SLURM writes it; a bare number of minutes need not be quoted in YAML."""
 
 
 class ContainerSpec(Section):
@@ -27,9 +34,8 @@ class SlurmSpec(Section):
     partition: Word | None = Field(None, description="default: the cluster's own")
     account: Word | None = None
     qos: Word | None = None
-    time: Annotated[str, StringConstraints(pattern=r"^(\d+-)?\d+(:\d+){0,2}$")] | None = Field(
-        None,
-        description="limit of one start, as minutes, hours:minutes:seconds or days-hours; default: the partition's",
+    time: Time | None = Field(
+        None, description="limit of one start, as minutes, hours:minutes:seconds or days-hours; default: the partition's"
     )
     constraint: Word | None = Field(None, description="features that every node must have")
     exclude: tuple[Word, ...] = Field((), description="nodes to leave out")

@@ -1,0 +1,97 @@
+"""The sbatch script of a run, and the command lines inside it. Pure: the same job gives the same text."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import jinja2
+
+from trainer.cluster_spec import SlurmSpec
+from trainer.spec import JobSpec
+
+SCRIPT = "job.sbatch"
+"""Name of the rendered script in the run folder."""
+LOG = "slurm-%j.log"
+
+
+def render(job: JobSpec, folder: Path, *, python: str = sys.executable) -> str:
+    """The whole script. Inside the allocation `launch.slurm_job` decides what is started where."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    return environment.get_template(SCRIPT).render(
+        name=" ".join(job.name.split()),
+        nodes=job.layout.nodes,
+        ranks_per_node=job.layout.ranks_per_node,
+        spares=job.cluster.slurm.spares,
+        options=options(job, folder),
+        setup=job.cluster.slurm.setup,
+        command=shlex.join([python, "-P", "-m", "launch.slurm_job", str(folder)]),
+    )
+
+
+def options(job: JobSpec, folder: Path) -> list[str]:
+    """What the script asks of SLURM, one option each, quoted as sbatch reads them."""
+    slurm = job.cluster.slurm
+    logs = str(folder / "logs").replace("%", "%%")
+    asked = {
+        "job-name": "-".join(job.name.split()),
+        "nodes": str(job.layout.nodes + slurm.spares),
+        "ntasks-per-node": str(job.layout.ranks_per_node),
+        "cpus-per-task": str(cpus_per_rank(job)),
+        "gpus-per-node": slurm.gpus_per_node,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "time": slurm.time,
+        "constraint": slurm.constraint,
+        "exclude": ",".join(slurm.exclude) or None,
+        "output": f"{logs}/{LOG}",
+        "open-mode": "append",
+        # To the ranks alone: what ends the batch shell would end the ranks before they have saved.
+        "signal": f"USR1@{slurm.notice}",
+    }
+    named = [f"--{key}={shlex.quote(str(value))}" for key, value in asked.items() if value is not None]
+    # The death of a node must not end the job: the others hold its state.
+    return [*named, "--no-kill", "--requeue", *slurm.extra]
+
+
+def cpus_per_rank(job: JobSpec) -> int:
+    return job.cluster.slurm.cpus_per_rank or job.numerics.threads_per_rank
+
+
+def rank_step(job: JobSpec, folder: Path, nodes: list[str], *, resume: bool, python: str = sys.executable) -> list[str]:
+    """The srun command that starts one task per rank on these nodes; ranks count along the nodes in SLURM's order."""
+    logs = str(folder / "logs").replace("%", "%%")
+    return [
+        "srun",
+        f"--nodes={job.layout.nodes}",
+        f"--ntasks={job.layout.world_size}",
+        f"--ntasks-per-node={job.layout.ranks_per_node}",
+        f"--cpus-per-task={cpus_per_rank(job)}",
+        f"--nodelist={','.join(nodes)}",
+        "--distribution=block",
+        "--kill-on-bad-exit=1",
+        "--no-kill",
+        "--open-mode=append",
+        f"--output={logs}/rank_%5t.log",
+        *in_container(job.cluster.slurm, folder, python),
+        *("-P", "-m", "trainer", str(folder / "run.json")),
+        *(["--resume"] if resume else []),
+    ]
+
+
+def in_container(slurm: SlurmSpec, folder: Path, python: str) -> list[str]:
+    """Options of srun and the interpreter behind them, inside the job's image where it has one."""
+    if (container := slurm.container) is None:
+        return [python]
+    mounts = [f"{folder}:{folder}", *container.mounts]
+    if container.runtime == "pyxis":
+        return [f"--container-image={container.image}", f"--container-mounts={','.join(mounts)}", container.python]
+    gpus = ["--nv"] if slurm.gpus_per_node else []
+    return ["apptainer", "exec", *gpus, "--bind", ",".join(mounts), container.image, container.python]
