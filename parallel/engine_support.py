@@ -72,13 +72,14 @@ def refusals(job: Job) -> list[str]:
     return [f"parallel.engine = {engine}: {reason}" for reason in ENGINES[engine].refuses(job)]
 
 
-def _nothing(job: Job) -> Iterator[str]:
-    return iter(())
+def _torch(job: Job) -> Iterator[str]:
+    yield from _zero_elsewhere(job.parallel)
 
 
 def _megatron(job: Job) -> Iterator[str]:
     yield from _families_of_gpt_model(job.model)
     parallel = job.parallel
+    yield from _zero_elsewhere(parallel)
     if parallel.schedule == "zero_bubble" and parallel.pipeline > 1:
         yield "parallel.schedule: Megatron Core has 1f1b and interleaved, no zero_bubble"
     if parallel.layer_split is not None and len(set(parallel.layer_split)) > 1:
@@ -97,8 +98,24 @@ def _megatron(job: Job) -> Iterator[str]:
 
 
 def _deepspeed(job: Job) -> Iterator[str]:
-    if job.parallel.tensor > 1:
-        yield from _families_of_gpt_model(job.model)
+    parallel = job.parallel
+    if parallel.sequence:
+        yield "parallel.sequence: activations stay whole between the matrices; set false"
+    if parallel.pipeline > 1 and (parallel.schedule != "1f1b" or parallel.stages != parallel.pipeline):
+        yield "parallel.schedule: its pipeline has 1f1b with one stage on each rank alone"
+    if parallel.pipeline > 1 and parallel.zero_stage > 1:
+        yield f"parallel.zero_stage = {parallel.zero_stage}: its pipeline needs whole gradients until the last; set 1"
+    if parallel.data_mode != "fsdp":
+        yield "parallel.data_mode: ZeRO always shards, by parallel.zero_stage; leave it out"
+    if job.numerics.precision != "fp32":
+        yield f"numerics.precision = {job.numerics.precision}: fp32 is what this engine has been shown to compute alike"
+    if job.numerics.compile:
+        yield "numerics.compile: its hooks and compiled layers have not been tried together; set false"
+
+
+def _zero_elsewhere(parallel: ParallelSpec) -> Iterator[str]:
+    if parallel.zero_stage != 1 or parallel.offload_optimizer:
+        yield "parallel.zero_stage, parallel.offload_optimizer: for parallel.engine = deepspeed alone"
 
 
 def _families_of_gpt_model(model: Architecture) -> Iterator[str]:
@@ -145,7 +162,7 @@ DEEPSPEED = Requirement(
 )
 
 ENGINES: Mapping[EngineName, EngineInfo] = {
-    "torch": EngineInfo(module="parallel.torch_engine", name="TorchEngine", requirements=(), refuses=_nothing),
+    "torch": EngineInfo(module="parallel.torch_engine", name="TorchEngine", requirements=(), refuses=_torch),
     "megatron": EngineInfo(
         module="parallel.megatron_engine", name="MegatronEngine", requirements=(MEGATRON,), refuses=_megatron
     ),

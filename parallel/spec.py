@@ -33,6 +33,10 @@ class ParallelSpec(Section):
         True, description="fsdp, hsdp: free gathered weights after forward (zero_bubble keeps them for the step)"
     )
     shard_size: PositiveInt | None = Field(None, description="hsdp: data-parallel ranks that share one copy")
+    zero_stage: Literal[1, 2, 3] = Field(
+        1, description="deepspeed: what is sharded over data: optimizer state, gradients too, weights too"
+    )
+    offload_optimizer: bool = Field(False, description="deepspeed: keep and update the optimizer state in host memory")
 
     @property
     def stages(self) -> int:

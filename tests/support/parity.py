@@ -1,18 +1,20 @@
 """Trains the tiny model in any layout and compares what comes out with another layout."""
 
+import importlib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from parallel.engine import IGNORED, Batch, StepResult
+from parallel.engine import IGNORED, Batch, Engine, StepResult
+from parallel.engine_support import ENGINES
 from parallel.layout import Layout
 from parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
-from parallel.torch_engine import TorchEngine
 from tests.support.ranks import ROOT, run_ranks
 from trainer.model.decoder import Decoder
 from trainer.model.spec import ModelSpec
@@ -49,6 +51,9 @@ class Case:
     clipped: bool = False
     optimizer: str = "sgd"
     precision: str = "fp64"
+    engine: str = "torch"
+    zero_stage: int = 1
+    offload: bool = False
 
     @property
     def world_size(self) -> int:
@@ -56,7 +61,7 @@ class Case:
 
     @property
     def reference(self) -> "Case":
-        """The same run on one rank."""
+        """The same run on one rank of the torch engine."""
         return replace(
             Case(),
             tied=self.tied,
@@ -140,10 +145,11 @@ def rank_batch(case: Case, step: int, layout: Layout, rank: int) -> Batch:
     return Batch(tokens=tokens, targets=targets, documents=documents)
 
 
-def make_engine(case: Case) -> TorchEngine:
+def make_engine(case: Case) -> Any:
     """The engine of this rank, called by every rank of the case's world."""
     spec = ParallelSpec.model_validate(
         {
+            "engine": case.engine,
             "tensor": case.tensor,
             "pipeline": case.pipeline,
             "data": case.data,
@@ -153,10 +159,13 @@ def make_engine(case: Case) -> TorchEngine:
             "data_mode": case.data_mode if case.data_mode in ("hsdp", "replicate") else "fsdp",
             "reshard_after_forward": case.data_mode != "keep",
             "shard_size": 2 if case.data_mode == "hsdp" else None,
+            "zero_stage": case.zero_stage,
+            "offload_optimizer": case.offload,
         }
     )
     numerics = NumericsSpec.model_validate({"precision": case.precision, "recompute": case.recompute})
-    return TorchEngine(
+    info = ENGINES[spec.engine]
+    return getattr(importlib.import_module(info.module), info.name)(
         Decoder(model_spec(case), SEED),
         spec,
         optimizer_spec(case),
@@ -172,7 +181,7 @@ def run_case(
     *,
     steps: range = range(STEPS),
     start: State | None = None,
-    fault: Callable[[TorchEngine], AbstractContextManager[None]] | None = None,
+    fault: Callable[[Any], AbstractContextManager[None]] | None = None,
 ) -> Outcome:
     """Train the case on its ranks, from `start` if given, and put the state together from all shards.
 
@@ -188,7 +197,7 @@ def _train(
     case: Case,
     steps: range,
     start: State | None,
-    fault: Callable[[TorchEngine], AbstractContextManager[None]] | None,
+    fault: Callable[[Any], AbstractContextManager[None]] | None,
 ) -> tuple[list[StepResult], list["HeldShard"]]:
     engine = make_engine(case)
     if start is not None:
@@ -200,7 +209,7 @@ def _train(
     return results, shards
 
 
-def train_step(engine: TorchEngine, case: Case, step: int) -> StepResult:
+def train_step(engine: Engine, case: Case, step: int) -> StepResult:
     """Step number `step` of the case on this rank."""
     return engine.step(rank_batch(case, step, engine.layout, dist.get_rank()), learning_rate(case, step))
 
@@ -215,42 +224,51 @@ class HeldShard:
     shape: tuple[int, ...]
     replicas: tuple[int, ...]
     values: torch.Tensor
+    flat: tuple[int, int] | None = None
 
     @property
     def box(self) -> tuple[slice, ...]:
         return _box(self.offsets, self.shape)
 
 
-def held_shards(engine: TorchEngine) -> list[HeldShard]:
+def held_shards(engine: Engine) -> list[HeldShard]:
     """Copies of all shards of this rank."""
     return [
         HeldShard(
-            shard.name, shard.global_shape, shard.offsets, shard.shape, shard.replicas, shard.local.detach().clone()
+            shard.name,
+            shard.global_shape,
+            shard.offsets,
+            shard.shape,
+            shard.replicas,
+            shard.local.detach().clone(),
+            shard.flat,
         )
         for shard in engine.state().values()
     ]
 
 
-def write_state(engine: TorchEngine, state: Mapping[str, torch.Tensor]) -> None:
+def write_state(engine: Engine, state: Mapping[str, torch.Tensor]) -> None:
     """Restore this rank's shards from whole tensors; the names must be the same."""
     shards = engine.state()
     assert set(shards) <= set(state), set(shards) - set(state)
     for name, shard in shards.items():
         assert tuple(state[name].shape) == shard.global_shape, name
-        shard.local.detach().copy_(state[name][_box(shard.offsets, shard.shape)])
+        part = state[name][_box(shard.offsets, shard.shape)]
+        shard.local.detach().copy_(part if shard.flat is None else part.flatten()[slice(*shard.flat)])
     engine.restored()
 
 
 def assemble(ranks: Sequence[Sequence[HeldShard]]) -> State:
     """Whole tensors from the shards of all ranks.
 
-    Asserts what `Shard` promises: the boxes of a tensor cover it exactly, `replicas` are precisely the ranks that
-    hold the same box, and they hold the same bits.
+    Asserts what `Shard` promises: the parts of a tensor cover it exactly, `replicas` are precisely the ranks that
+    hold the same part, and they hold the same bits.
     """
-    by_name: dict[str, dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, HeldShard]]]] = {}
+    by_name: dict[str, dict[object, list[tuple[int, HeldShard]]]] = {}
     for rank, shards in enumerate(ranks):
         for shard in shards:
-            by_name.setdefault(shard.name, {}).setdefault((shard.offsets, shard.shape), []).append((rank, shard))
+            key = shard.offsets, shard.shape, shard.flat
+            by_name.setdefault(shard.name, {}).setdefault(key, []).append((rank, shard))
     state = {}
     for name, boxes in by_name.items():
         first = next(iter(boxes.values()))[0][1]
@@ -263,8 +281,9 @@ def assemble(ranks: Sequence[Sequence[HeldShard]]) -> State:
                 assert other.global_shape == first.global_shape, name
                 assert other.replicas == holding, f"{name}: rank {rank} names {other.replicas}, {holding} hold the box"
                 assert equal_bits(other.values, shard.values), f"{name}: ranks {holding} differ at {shard.offsets}"
-            whole[shard.box] = shard.values
-            covered[shard.box] += 1
+            _fill(whole, shard, shard.values)
+            counts = covered[shard.box].flatten()[slice(*shard.flat or (None,))]
+            _fill(covered, shard, counts.view(shard.values.shape) + 1)
         assert bool((covered == 1).all()), f"{name}: its shards do not cover it exactly once"
         state[name] = whole
     return state
@@ -272,6 +291,16 @@ def assemble(ranks: Sequence[Sequence[HeldShard]]) -> State:
 
 def _box(offsets: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
     return tuple(slice(start, start + size) for start, size in zip(offsets, shape, strict=True))
+
+
+def _fill(whole: torch.Tensor, shard: HeldShard, values: torch.Tensor) -> None:
+    """Write what a shard says of its part of `whole`."""
+    box = whole[shard.box].clone()
+    if shard.flat is None:
+        box.copy_(values)
+    else:
+        box.view(-1)[slice(*shard.flat)] = values
+    whole[shard.box] = box
 
 
 def equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

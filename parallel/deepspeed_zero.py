@@ -1,0 +1,176 @@
+"""The partition that ZeRO gives a rank, in terms of parameters: what of each it holds, and that part's gradient.
+
+ZeRO (Rajbhandari et al., 2020) keeps fp32 weights and moments in flat buffers. Stages 1 and 2 lay the parameters of a
+group one after the other and cut the whole into equal parts, one for each data-parallel rank; stage 3 cuts every
+parameter by itself. Everything here is read from attributes of DeepSpeed's optimizers: they have no interface for it.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from parallel.parameter import Box
+from parallel.shard import Shard
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placed:
+    """One parameter of this rank before ZeRO cuts it."""
+
+    name: str
+    """Canonical name."""
+    parameter: nn.Parameter
+    global_shape: tuple[int, ...]
+    box: Box
+    """What the tensor axis leaves of it."""
+    replicas: tuple[int, ...]
+    """Ranks of the same data coordinate that hold the same box, ascending."""
+    tied: bool
+    """Whether the other end of the pipeline has it too."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fragment:
+    """The elements `start` to `stop` of a parameter's box; they lie at `at` in flat buffer number `buffer`."""
+
+    placed: Placed
+    buffer: int
+    at: int
+    start: int
+    stop: int
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """These elements of a tensor that has the shape of the buffer."""
+        return flat.detach().narrow(0, self.at, self.stop - self.start)
+
+    def shard(self, prefix: str, flat: torch.Tensor) -> Shard:
+        """The same as a shard: a plain box where nothing was cut off."""
+        placed, local = self.placed, self.of(flat)
+        whole = local.numel() == math.prod(placed.box.shape)
+        return Shard(
+            name=f"{prefix}.{placed.name}",
+            global_shape=placed.global_shape,
+            offsets=placed.box.offsets,
+            shape=placed.box.shape,
+            local=local.view(placed.box.shape) if whole else local,
+            replicas=placed.replicas,
+            flat=None if whole else (self.start, self.stop),
+        )
+
+
+class Partition:
+    """What ZeRO 1 or 2 leaves on this rank. The buffers live as long as the optimizer."""
+
+    def __init__(self, zero: Any, placed: Iterable[Placed]) -> None:
+        """`zero` is DeepSpeed's optimizer over exactly the `placed` parameters."""
+        self._zero = zero
+        self.buffers: Sequence[torch.Tensor] = zero.single_partition_of_fp32_groups
+        """fp32 weights, one flat tensor for each group of the optimizer; what is stepped."""
+        by_parameter = {one.parameter: one for one in placed}
+        self.fragments: list[Fragment] = []
+        """Every element of this rank once, in the order of the buffers."""
+        for buffer, parameters in enumerate(zero.params_in_partition):
+            for parameter in parameters:
+                part = parameter._hp_mapping
+                self.fragments.append(
+                    Fragment(
+                        placed=by_parameter[parameter],
+                        buffer=buffer,
+                        at=part.hp_fragment_address.start,
+                        start=part.lp_fragment_address.start,
+                        stop=part.lp_fragment_address.start + part.lp_fragment_address.numel,
+                    )
+                )
+
+    def gradients(self) -> Iterator[tuple[Fragment, torch.Tensor]]:
+        """The gradient of every fragment after the last backward of a step; live, to be scaled in place."""
+        fragments = iter(self.fragments)
+        for buffer, parameters in enumerate(self._zero.params_in_partition):
+            for index, _ in enumerate(parameters):
+                fragment = next(fragments)
+                if self._zero.cpu_offload:
+                    gradient = self.buffers[buffer].grad
+                    assert gradient is not None
+                    yield fragment, fragment.of(gradient)
+                else:
+                    yield fragment, self._zero.averaged_gradients[buffer][index]
+
+    def discard(self) -> None:
+        """Let the coming step of DeepSpeed discard the gradient: that is what it does when its norm is not finite."""
+        if self._zero.cpu_offload:
+            norms: dict[int, torch.Tensor] = self._zero.norm_for_param_grads
+            norms.update(dict.fromkeys(norms, torch.tensor(math.nan)))
+        for _, gradient in self.gradients():
+            gradient.fill_(math.nan)
+
+    def refresh(self) -> None:
+        """Give the model the weights that are in the buffers. Collective over the data axis."""
+        self._zero.update_lp_params()
+
+
+class PartitionByParameter(Partition):
+    """What ZeRO 3 leaves on this rank."""
+
+    def __init__(self, zero: Any, placed: Iterable[Placed]) -> None:
+        self._zero = zero
+        self.buffers = zero.fp32_partitioned_groups_flat
+        by_parameter = {one.parameter: one for one in placed}
+        self.fragments = []
+        for buffer, parameters in enumerate(zero.fp16_groups):
+            at = 0
+            for parameter in parameters:
+                size, one = parameter.partition_numel(), by_parameter[parameter]
+                elements = math.prod(one.box.shape)
+                start = min(dist.get_rank(parameter.ds_process_group) * size, elements)
+                stop = min(start + size, elements)
+                self.fragments.append(Fragment(placed=one, buffer=buffer, at=at, start=start, stop=stop))
+                at += size
+
+    def gradients(self) -> Iterator[tuple[Fragment, torch.Tensor]]:
+        """See `Partition`; behind the end of a parameter there is padding, whose gradient is zero."""
+        fragments = iter(self.fragments)
+        for buffer, parameters in enumerate(self._zero.fp16_groups):
+            for index, _ in enumerate(parameters):
+                fragment = next(fragments)
+                if self._zero.offload_optimizer:
+                    gradient = self.buffers[buffer].grad
+                    assert gradient is not None
+                    yield fragment, fragment.of(gradient)
+                else:
+                    yield (
+                        fragment,
+                        self._zero.averaged_gradients[buffer][index].view(-1)[: fragment.stop - fragment.start],
+                    )
+
+    def discard(self) -> None:
+        if self._zero.offload_optimizer:
+            norms: dict[int, torch.Tensor] = self._zero.norm_for_param_grads
+            norms.update(dict.fromkeys(norms, torch.tensor(math.nan)))
+        for _, gradient in self.gradients():
+            gradient.fill_(math.nan)
+
+    def refresh(self) -> None:
+        for flat, buffer in zip(self._zero.fp16_partitioned_groups_flat, self.buffers, strict=True):
+            flat.data.copy_(buffer.data)
+        # Small parameters stay whole on every rank between steps.
+        kept = self._zero.persistent_parameters
+        if kept:
+            kept[0].partition(kept)
+            kept[0].all_gather(kept)
+
+
+def groups_of(placed: Sequence[Placed], decay: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Groups of parameters for the optimizer: by weight decay, and what is tied across stages by itself.
+
+    Where the cuts of a group fall depends on all that is in it; tied embeddings are replicas of each other only if they
+    are cut alike on both stages.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for one in placed:
+        groups.setdefault((one.tied, decay[one.name]), []).append(one.parameter)
+    return [{"params": params, "weight_decay": rate} for (_, rate), params in groups.items()]

@@ -1,0 +1,282 @@
+"""The DeepSpeed engine computes what the torch engine computes on one rank, and its state goes anywhere and back."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+
+pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'keepwarm[deepspeed]'")
+
+from parallel.engine import IGNORED, Batch, StepResult
+from tests.support import parity
+from tests.support.parity import Case, HeldShard, Outcome
+from tests.support.ranks import run_ranks
+from trainer import checkpoint
+from trainer.checkpoint import Checkpoints
+from trainer.errors import SpecError
+from trainer.spec import CheckpointSpec
+from trainer.spec_file import load_job
+from trainer.world import World
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
+
+Fault = Callable[[Any], AbstractContextManager[None]]
+
+
+def case(**fields: Any) -> Case:
+    return Case(engine="deepspeed", precision="fp32", **fields)
+
+
+CLIPPED = {"optimizer": "adamw", "clipped": True}
+TWO = case(data=2, **CLIPPED)
+STAGES = case(pipeline=2, tied=True, **CLIPPED)
+CUBE = case(tensor=2, pipeline=2, data=2, tied=True, micro_batches=4, **CLIPPED)
+
+
+@functools.cache
+def reference(of: Case) -> Outcome:
+    """The run on one rank of the torch engine that `of` must agree with."""
+    return parity.run_case(of.reference)
+
+
+def differences(of: Case, found: Outcome) -> list[str]:
+    """Where a run differs from the reference: losses 1e-5 relative, besides what `parity.violations` compares."""
+    expected = reference(of)
+    pairs = zip(expected.steps, found.steps, strict=False)
+    off = [
+        f"loss of step {i}: {b.loss!r} instead of {a.loss!r}"
+        for i, (a, b) in enumerate(pairs)
+        if not abs(a.loss - b.loss) <= 1e-5 * a.loss
+    ]
+    return off + parity.violations(of, expected, found)
+
+
+@pytest.mark.parametrize("of", [TWO, STAGES], ids=str)
+def test_a_layout_computes_what_the_torch_engine_computes_on_one_rank(of: Case) -> None:
+    assert differences(of, parity.run_case(of)) == []
+
+
+LONG = [
+    case(),
+    case(**CLIPPED),
+    case(data=2),
+    case(data=2, zero_stage=2, **CLIPPED),
+    case(data=2, zero_stage=3, **CLIPPED),
+    case(data=2, offload=True, **CLIPPED),
+    case(data=2, documents=True, recompute="selective", **CLIPPED),
+    case(data=4, micro_batches=2, tied=True),
+    case(pipeline=2),
+    case(pipeline=4, tied=True, micro_batches=4, layer_split=(1, 1, 1, 1), **CLIPPED),
+    case(pipeline=2, layer_split=(1, 3), recompute="full", documents=True),
+    case(tensor=2),
+    case(tensor=2, tied=True, **CLIPPED),
+    case(tensor=2, data=2, zero_stage=2, **CLIPPED),
+    case(tensor=2, pipeline=2, data=2),
+    CUBE,
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("of", LONG, ids=str)
+def test_every_layout_computes_what_the_torch_engine_computes_on_one_rank(of: Case) -> None:
+    assert differences(of, parity.run_case(of)) == []
+
+
+@contextmanager
+def gradients_doubled(engine: Any) -> Iterator[None]:
+    norm = engine._squared_norm
+
+    def of_doubled() -> torch.Tensor:
+        for _, gradient in engine._partition.gradients():
+            gradient *= 2
+        return norm()
+
+    with patch.object(engine, "_squared_norm", of_doubled):
+        yield
+
+
+@contextmanager
+def stage_left_out_of_norm(engine: Any) -> Iterator[None]:
+    norm = engine._squared_norm
+    last = engine.layout.coordinates(dist.get_rank()).pipeline == engine.layout.pipeline - 1
+    with patch.object(engine, "_squared_norm", lambda: norm() * (0 if last else 1)):
+        yield
+
+
+@contextmanager
+def mean_of_means(engine: Any) -> Iterator[None]:
+    """Every rank divides by its own number of targets, and the means are averaged: what DeepSpeed does unasked."""
+    accumulate = engine._accumulate
+
+    def over_own_count(tokens: torch.Tensor, targets: torch.Tensor, documents: torch.Tensor | None) -> None:
+        engine._loss.count = (targets != IGNORED).sum() * engine.layout.data
+        accumulate(tokens, targets, documents)
+
+    with patch.object(engine, "_accumulate", over_own_count):
+        yield
+
+
+TEETH: list[tuple[Fault, Case]] = [
+    (gradients_doubled, case(data=2)),
+    (stage_left_out_of_norm, STAGES),
+    (mean_of_means, case(data=2)),
+]
+
+
+@pytest.mark.parametrize(("fault", "of"), TEETH, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_a_wrong_engine_is_told_from_a_right_one(fault: Fault, of: Case) -> None:
+    # Under SGD a wrong norm shows in the weights too; AdamW forgives it.
+    of, steps = replace(of, optimizer="sgd"), range(3)
+    expected = parity.run_case(of.reference, steps=steps)
+    assert parity.violations(of, expected, parity.run_case(of, steps=steps)) == []
+    broken = parity.violations(of, expected, parity.run_case(of, steps=steps, fault=fault))
+    assert any(text.startswith("weight ") for text in broken), broken
+
+
+def _same(a: list[HeldShard], b: list[HeldShard]) -> bool:
+    return all(parity.equal_bits(x.values, y.values) for x, y in zip(a, b, strict=True))
+
+
+def _through_a_bad_step(of: Case) -> tuple[list[tuple[int, bool, bool]], StepResult, bool, list[StepResult]]:
+    """Around the steps 0 and 1 and a bad one between them: what `before_update` saw, and what the bad one did."""
+    engine, rank = parity.make_engine(of), dist.get_rank()
+    calls, steps = [], []
+
+    def train(step: int) -> None:
+        before, copies = parity.held_shards(engine), []
+        batch = parity.rank_batch(of, step, engine.layout, rank)
+        rate = parity.learning_rate(of, step)
+        steps.append(engine.step(batch, rate, lambda: copies.append(parity.held_shards(engine))))
+        calls.append((len(copies), _same(copies[0], before), _same(parity.held_shards(engine), before)))
+
+    train(0)
+    batch = parity.rank_batch(of, 9, engine.layout, rank)
+    weight = next(shard.local for name, shard in engine.state().items() if name.endswith("mlp.down.weight"))
+    kept = weight.detach().clone()
+    if rank == 0:
+        weight.detach().view(-1)[0] = torch.nan
+    engine.restored()
+    before = parity.held_shards(engine)
+    bad = engine.step(batch, 1.0)
+    unchanged = _same(parity.held_shards(engine), before)
+    weight.detach().copy_(kept)
+    engine.restored()
+    masked = Batch(tokens=batch.tokens, targets=torch.full_like(batch.targets, IGNORED))
+    before = parity.held_shards(engine)
+    assert engine.step(masked, 1.0).skipped
+    unchanged = unchanged and _same(parity.held_shards(engine), before)
+    before, score = (
+        parity.held_shards(engine),
+        engine.evaluate(Batch(tokens=batch.tokens[:1], targets=batch.targets[:1])),
+    )
+    assert score[1] > 0
+    assert _same(parity.held_shards(engine), before)
+    train(1)
+    engine.close()
+    return calls, bad, unchanged, steps
+
+
+SKIPPING = [
+    STAGES,
+    pytest.param(TWO, marks=pytest.mark.long),
+    pytest.param(replace(TWO, zero_stage=2), marks=pytest.mark.long),
+    pytest.param(replace(TWO, zero_stage=3), marks=pytest.mark.long),
+    pytest.param(replace(TWO, offload=True), marks=pytest.mark.long),
+    pytest.param(CUBE, marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize("of", SKIPPING, ids=str)
+def test_a_bad_step_is_skipped_by_all_ranks_and_leaves_no_trace(of: Case) -> None:
+    expected = parity.run_case(of, steps=range(2))
+    for calls, bad, unchanged, steps in run_ranks(of.world_size, _through_a_bad_step, of, deadline=250.0):
+        assert calls == [(1, True, False), (1, True, False)]
+        assert bad.skipped
+        assert unchanged
+        assert steps == expected.steps
+
+
+def _leg(of: Case, steps: range, root: Path) -> list[StepResult]:
+    """Continue from the newest durable checkpoint, if there is one, and leave another."""
+    engine = parity.make_engine(of)
+    world = World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=0, device=torch.device("cpu"))
+    checkpoints = Checkpoints(root, CheckpointSpec(), world, run="relay", layout=str(of))
+    if steps.start:
+        newest = checkpoints.latest()
+        assert newest is not None
+        checkpoint.load(newest, engine.state())
+        engine.restored()
+    results = [parity.train_step(engine, of, step) for step in steps]
+    checkpoints.save(steps.stop, engine.state(), {})
+    engine.close()
+    return results
+
+
+def _relay(legs: list[Case], root: Path, length: int) -> None:
+    whole = parity.run_case(legs[0].reference, steps=range(length * len(legs)))
+    steps: list[StepResult] = []
+    for at, of in enumerate(legs):
+        first, *_ = run_ranks(of.world_size, _leg, of, range(at * length, (at + 1) * length), root, deadline=250.0)
+        steps += first
+    assert [step.loss for step in steps] == pytest.approx([step.loss for step in whole.steps], rel=1e-5)
+
+
+def on_torch(of: Case, **layout: int) -> Case:
+    return replace(of, engine="torch", **layout)  # type: ignore[arg-type]
+
+
+def test_a_run_goes_from_torch_over_two_stages_of_deepspeed_back_to_torch(tmp_path: Path) -> None:
+    _relay([on_torch(STAGES, pipeline=1), STAGES, on_torch(STAGES, pipeline=1, data=2)], tmp_path, 4)
+
+
+@pytest.mark.long
+def test_a_run_goes_through_every_stage_of_zero(tmp_path: Path) -> None:
+    legs = [on_torch(CUBE), CUBE, replace(TWO, tied=True, zero_stage=3), replace(TWO, tied=True, data=4, zero_stage=2)]
+    _relay([*legs, replace(TWO, tied=True, tensor=2, offload=True), on_torch(CUBE, tensor=1)], tmp_path, 4)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        pytest.param(one, marks=[] if one == STAGES else pytest.mark.long)
+        for one in (STAGES, replace(TWO, zero_stage=3), CUBE)
+    ],
+    ids=str,
+)
+def test_a_restored_state_continues_with_the_same_bits(of: Case) -> None:
+    whole, half = parity.run_case(of, steps=range(4)), parity.run_case(of, steps=range(2))
+    rest = parity.run_case(of, steps=range(2, 4), start=half.state)
+    assert half.steps + rest.steps == whole.steps
+    assert parity.differing(rest.state, whole.state) == []
+
+
+TINY = Path(__file__).parents[2] / "configs/ci/tiny.yaml"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["parallel.tensor=2", "parallel.sequence=true"], "parallel.sequence"),
+        (["parallel.pipeline=2", "parallel.schedule=interleaved"], "parallel.schedule"),
+        (["parallel.pipeline=2", "parallel.zero_stage=2"], "parallel.zero_stage = 2"),
+        (["parallel.data_mode=replicate"], "parallel.data_mode"),
+        (["numerics.precision=fp64"], "numerics.precision = fp64"),
+        (["numerics.compile=true"], "numerics.compile"),
+    ],
+)
+def test_what_it_cannot_express_is_refused(overrides: list[str], named: str) -> None:
+    with pytest.raises(SpecError, match=rf"parallel\.engine = deepspeed: {named}"):
+        load_job(TINY, ["parallel.engine=deepspeed", *overrides])
+
+
+@pytest.mark.parametrize("engine", ["torch", "megatron"])
+def test_zero_is_for_deepspeed_alone(engine: str) -> None:
+    with pytest.raises(SpecError, match=rf"parallel\.engine = {engine}: parallel\.zero_stage"):
+        load_job(TINY, [f"parallel.engine={engine}", "parallel.zero_stage=3"])
