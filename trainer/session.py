@@ -5,11 +5,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
-
 from trainer.build import build
 from trainer.errors import OutputError, TrainingStopped
-from trainer.goodput import Timeline, write_result
+from trainer.goodput import Timeline, process_start, write_result
 from trainer.interrupt import Interrupt
 from trainer.loop import Run, train
 from trainer.metrics import evaluations
@@ -72,7 +70,7 @@ def _leave_agents(run: Run) -> None:
 
 def _timeline(job: JobSpec, world: World, start: Start) -> Timeline:
     # From the start of the process on: imports are part of what a start costs.
-    began = psutil.Process().create_time()
+    began = process_start()
     return Timeline(Path(job.output), rank=world.rank, began=began, restart=start == "restart", anew=start == "anew")
 
 

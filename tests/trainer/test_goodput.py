@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.goodput import KINDS, Mark, Outage, Timeline, goodput, of_run, read_marks, spans, write_result
@@ -120,6 +120,7 @@ def histories(draw: Callable[[Any], Any]) -> tuple[list[Mark], list[Outage]]:
     return made, outages
 
 
+@settings(deadline=None)
 @given(histories())
 def test_every_second_is_accounted_for_once(history: tuple[list[Mark], list[Outage]]) -> None:
     found, outages = history
@@ -133,6 +134,7 @@ def test_every_second_is_accounted_for_once(history: tuple[list[Mark], list[Outa
     assert account.steps + account.steps_lost == sum(mark.mark == "step" for mark in found)
 
 
+@settings(deadline=None)
 @given(histories())
 def test_steps_that_count_are_each_counted_once(history: tuple[list[Mark], list[Outage]]) -> None:
     kept = [span.step for span in spans(*history) if span.completes and span.kind == "productive"]
