@@ -197,6 +197,64 @@ def submit(
     submit_here(job, overrides or [], mode, chain=chain, dry_run=dry_run)
 
 
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
+Now = Annotated[bool, typer.Option("--now", help="At once, without the steps since the last saved state.")]
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run, or a folder of runs.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+    debug: Debug = False,
+) -> None:
+    """List runs: state of their SLURM job, nodes, restarts, step, loss, speed, time left."""
+    from launch.runs import show_runs
+
+    show_runs(folder, as_json=as_json)
+
+
+@app.command()
+def watch(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run, or a folder of runs.")] = Path("runs"),
+    every: Annotated[float, typer.Option("--every", min=0.1, metavar="SECONDS", help="Between two looks.")] = 5.0,
+    debug: Debug = False,
+) -> None:
+    """List runs again and again, until none of their jobs is going."""
+    from launch.runs import watch as watch_runs
+
+    watch_runs(folder, every)
+
+
+@app.command()
+def logs(
+    run: RunFolder,
+    rank: Annotated[int | None, typer.Option("--rank", min=0, help="Of this rank; default: of the job.")] = None,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="From the end.")] = 50,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is added.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Print the end of the log of a run's SLURM job, or of one of its ranks."""
+    from launch.logs import show_log
+
+    show_log(run, rank, lines, follow=follow)
+
+
+@app.command()
+def cancel(run: RunFolder, now: Now = False, debug: Debug = False) -> None:
+    """End a run's SLURM job, with its state saved."""
+    from launch.runs import cancel as cancel_run
+
+    print(cancel_run(run, now=now))
+
+
+@app.command()
+def requeue(run: RunFolder, now: Now = False, debug: Debug = False) -> None:
+    """Put a run's SLURM job back into the queue, with its state saved."""
+    from launch.runs import requeue as requeue_run
+
+    print(requeue_run(run, now=now))
+
+
 @app.command(context_settings=_PASSED_THROUGH)
 def drill(context: typer.Context) -> None:
     """Kill workers, nodes, memory on purpose, and compare with a run that nothing happens to."""

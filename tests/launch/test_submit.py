@@ -179,7 +179,7 @@ def keepwarm(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 
 def test_a_dry_run_needs_no_cluster_and_writes_nothing(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    result = keepwarm("submit", str(TINY), *PLAIN, f"output={run}", "--dry-run", SLURM_CONF=str(tmp_path / "none"))
+    result = keepwarm("submit", str(TINY), *PLAIN, f"output={run}", "--dry-run", PATH="/nowhere")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("#!/bin/bash\n")
     assert f"# sbatch --parsable --chdir={run} {run}/job.sbatch" in result.stdout

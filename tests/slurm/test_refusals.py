@@ -1,0 +1,47 @@
+"""What cannot run is refused in one sentence, and nothing is submitted."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.slurm_cluster import SlurmCluster
+
+ROOT = Path(__file__).parents[2]
+TINY = str(ROOT / "configs" / "ci" / "tiny.yaml")
+
+pytestmark = pytest.mark.slurm
+
+
+def refusal(cluster: SlurmCluster, run: Path, *overrides: str) -> str:
+    before = cluster.login("squeue", "--noheader", "--format=%i %j").stdout
+    result = cluster.keepwarm("submit", TINY, f"output={run}", *overrides)
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == ""
+    assert result.stderr.startswith("keepwarm: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert cluster.login("squeue", "--noheader", "--format=%i %j").stdout == before
+    assert cluster.login("ls", str(run)).returncode != 0
+    return result.stderr
+
+
+def test_what_the_cluster_lacks(cluster: SlurmCluster, folder: Path) -> None:
+    run = folder / "run"
+    assert "no such partition; there are batch, high" in refusal(cluster, run, "cluster.slurm.partition=gpu")
+    assert "partition high has 4" in refusal(
+        cluster, run, "parallel.data=8", "cluster.ranks_per_node=1", "cluster.slurm.partition=high"
+    )
+    assert "have none" in refusal(cluster, run, "cluster.slurm.gpus_per_node=1")
+
+
+def test_a_folder_that_the_nodes_do_not_see(cluster: SlurmCluster) -> None:
+    said = refusal(cluster, Path("/tmp/run-of-the-login-node"))
+    assert "does not see the run folder" in said
+    assert "node0" in said
+
+
+def test_a_folder_that_cannot_be_written(cluster: SlurmCluster, folder: Path) -> None:
+    assert cluster.login("mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)).returncode == 0
+    try:
+        assert "Read-only file system" in refusal(cluster, folder / "run")
+    finally:
+        cluster.login("umount", str(folder))
