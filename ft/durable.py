@@ -32,8 +32,11 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 HEADER_LIMIT = 100_000_000
 """Bytes; the safetensors library refuses longer headers as well."""
+CHUNK = 4 << 20
+"""Bytes of a longer piece that have a checksum of their own: who needs a part of it reads whole chunks."""
 _BLOCK = 4 << 20
 _WRITEBACK = 16 << 20
+_REPLACED = "tmp-old-"
 _FINAL = re.compile(r"iter_(\d{7,})")
 
 
@@ -44,6 +47,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     start: int
     stop: int
     xxh3: str
+    chunks: tuple[str, ...] = ()
+    """The xxh3_64 of every `CHUNK` bytes, the last one shorter; empty for a piece of one chunk."""
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -88,9 +93,9 @@ def write_part(
         view = as_bytes(buffer)
         if len(view) != piece.bytes:
             raise DurableError(f"{piece.name}: {len(view)} bytes given, its piece has {piece.bytes}")
-        entries.append(
-            Entry(piece=piece, start=start, stop=start + len(view), xxh3=xxhash.xxh3_64_hexdigest(view.data))
-        )
+        sums = Sums()
+        sums.update(view.data)
+        entries.append(Entry(piece=piece, start=start, stop=start + len(view), xxh3=sums.whole(), chunks=sums.chunks()))
         views.append(view)
         start += len(view)
     if len({entry.piece.name for entry in entries}) != len(entries):
@@ -98,8 +103,12 @@ def write_part(
     header = _header(rank, entries, dict(meta or {}))
     name = f"rank_{rank:05d}.safetensors" + (".zst" if compress else "")
     with _new_part(directory, rank, name) as file, _writer(file, compress) as out:
-        for block in (header, *(view.data for view in views)):
-            out.write(block)
+        out.write(header)
+        under_way = 0
+        for view in views:
+            for at in range(0, len(view), _WRITEBACK):
+                out.write(view.data[at : at + _WRITEBACK])
+                under_way = begin_writeback(file, under_way)
     return _part(name, rank, header, entries)
 
 
@@ -111,10 +120,11 @@ def write_part_blocks(
     Pieces lie in the file in the order given. A block may be overwritten by its maker once the next one is asked for.
     """
     # Sums are known last and stand first: as many characters are kept free for them.
-    unknown = xxhash.xxh3_64().hexdigest()
+    unknown = xxhash.xxh3_64_hexdigest(b"")
     entries, start = [], 0
     for piece in pieces:
-        entries.append(Entry(piece=piece, start=start, stop=start + piece.bytes, xxh3=unknown))
+        chunks = (unknown,) * -(-piece.bytes // CHUNK) if piece.bytes > CHUNK else ()
+        entries.append(Entry(piece=piece, start=start, stop=start + piece.bytes, xxh3=unknown, chunks=chunks))
         start += piece.bytes
     if len({piece.name for piece in pieces}) != len(pieces):
         raise DurableError(f"rank {rank} has two pieces of one name")
@@ -124,15 +134,15 @@ def write_part_blocks(
         file.seek(room)
         under_way = room
         for index, entry in enumerate(entries):
-            seen, written = xxhash.xxh3_64(), 0
+            sums, written = Sums(), 0
             for block in blocks(entry.piece):
-                seen.update(block)
+                sums.update(block)
                 file.write(block)
                 written += len(block)
                 under_way = begin_writeback(file, under_way)
             if written != entry.piece.bytes:
                 raise DurableError(f"{entry.piece.name}: {written} bytes given, its piece has {entry.piece.bytes}")
-            entries[index] = msgspec.structs.replace(entry, xxh3=seen.hexdigest())
+            entries[index] = msgspec.structs.replace(entry, xxh3=sums.whole(), chunks=sums.chunks())
         header = _header(rank, entries, {})
         file.seek(0)
         file.write(header)
@@ -162,17 +172,66 @@ def write_manifest(
 def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise DurableError(f"{path}: missing; the checkpoint was never completed") from error
-    except (msgspec.DecodeError, OSError, ValueError) as error:
+    except OSError as error:
+        raise DurableError(f"{path}: {error}") from error
+    return decode_manifest(content, str(path))
+
+
+def decode_manifest(content: bytes, path: str) -> Manifest:
+    """The manifest in `content`, which was read from `path`."""
+    try:
+        manifest = msgspec.json.decode(content, type=Manifest)
+    except (msgspec.DecodeError, ValueError) as error:
         raise DurableError(f"{path}: {error}") from error
     if manifest.version != VERSION:
         raise DurableError(f"{path}: format version {manifest.version}, this program reads {VERSION}")
     for part in manifest.parts:
         if not re.fullmatch(r"rank_\d{5,}\.safetensors(\.zst)?", part.file):
             raise DurableError(f"{path}: {part.file!r} is not the name of a part")
+        for entry in part.entries:
+            _check_entry(entry, f"{path}: {part.file}")
     return manifest
+
+
+def _check_entry(entry: Entry, where: str) -> None:
+    size, chunks = entry.piece.bytes, len(entry.chunks)
+    if entry.start < 0 or entry.stop - entry.start != size:
+        raise DurableError(f"{where}: {entry.piece.name} has {entry.stop - entry.start} bytes instead of {size}")
+    if chunks and chunks != -(-size // CHUNK):
+        raise DurableError(f"{where}: {entry.piece.name} has {chunks} chunks of {CHUNK} bytes, but {size} bytes")
+
+
+class Sums:
+    """Checksums of a piece whose bytes come in blocks of any size: of all of it and of its chunks."""
+
+    def __init__(self) -> None:
+        self._whole, self._chunk = xxhash.xxh3_64(), xxhash.xxh3_64()
+        self._filled = 0
+        self._chunks: list[str] = []
+
+    def update(self, block: Any) -> None:
+        view = memoryview(block).cast("B") if memoryview(block).nbytes else memoryview(b"")
+        self._whole.update(view)
+        while len(view):
+            part = view[: CHUNK - self._filled]
+            self._chunk.update(part)
+            self._filled += len(part)
+            view = view[len(part) :]
+            if self._filled == CHUNK:
+                self._chunks.append(self._chunk.hexdigest())
+                self._chunk.reset()
+                self._filled = 0
+
+    def whole(self) -> str:
+        return str(self._whole.hexdigest())
+
+    def chunks(self) -> tuple[str, ...]:
+        """As `Entry.chunks` has them."""
+        found = (*self._chunks, self._chunk.hexdigest()) if self._filled else tuple(self._chunks)
+        return found if len(found) > 1 else ()
 
 
 def verify(directory: Path, progress: Callable[[int, int], object] | None = None) -> Manifest:
@@ -217,15 +276,33 @@ def read_tensor(directory: Path, part: Part, name: str, out: Bytes) -> None:
     path = directory / part.file
     with _opened(path) as file:
         if part.compressed:
-            for _ in _blocks(file, part.header_bytes + entry.start, path):
-                pass
+            _skip(file, part.header_bytes + entry.start, path)
         else:
             file.seek(part.header_bytes + entry.start)
-        at = 0
-        for block in _blocks(file, len(out), path):
-            out[at : at + len(block)] = as_bytes(block)
-            at += len(block)
+        _fill(file, out, path)
     _compare(directory, part, entry, xxhash.xxh3_64_hexdigest(out.data))
+
+
+def expand(file: IO[bytes], part: Part, entry: Entry, where: str, out: Bytes) -> None:
+    """Read one piece out of a compressed part, open at its beginning, into `out`; the caller checks the sum."""
+    try:
+        with zstandard.ZstdDecompressor().stream_reader(file, closefd=False) as reader:
+            _skip(reader, part.header_bytes + entry.start, Path(where))
+            _fill(reader, out, Path(where))
+    except zstandard.ZstdError as error:
+        raise DurableError(f"{where}: {error}") from error
+
+
+def _skip(file: Any, count: int, path: Path) -> None:
+    for _ in _blocks(file, count, path):
+        pass
+
+
+def _fill(file: Any, out: Bytes, path: Path) -> None:
+    at = 0
+    for block in _blocks(file, len(out), path):
+        out[at : at + len(block)] = as_bytes(block)
+        at += len(block)
 
 
 def folder(root: Path, step: int) -> Path:
@@ -272,7 +349,7 @@ def _publish(tmp: Path, final: Path) -> bool:
     else:
         forward = True
     if final.exists():
-        old = final.with_name(f"tmp-old-{final.name}")
+        old = final.with_name(f"{_REPLACED}{final.name}")
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
         tmp.rename(final)
@@ -285,8 +362,27 @@ def _publish(tmp: Path, final: Path) -> bool:
     return forward
 
 
+def _undo_replacement(root: Path) -> None:
+    """Give a checkpoint its name back that a killed publisher took away and gave to no other."""
+    replaced = [path for path in root.glob(f"{_REPLACED}*") if (path / MANIFEST).is_file()]
+    if not replaced:
+        return
+    with contextlib.suppress(OSError):
+        descriptor = os.open(root / ".publishing", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            # Whoever holds it is alive and will finish.
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in replaced:
+                final = root / path.name.removeprefix(_REPLACED)
+                if path.exists() and not final.exists():
+                    path.rename(final)
+        finally:
+            os.close(descriptor)
+
+
 def latest(root: Path) -> Path | None:
     """The newest complete checkpoint: what `latest` names, or the highest (epoch, step) when that file is unusable."""
+    _undo_replacement(root)
     with contextlib.suppress(OSError, UnicodeDecodeError):
         name = (root / LATEST).read_text().strip()
         if _FINAL.fullmatch(name) and (root / name / MANIFEST).is_file():
@@ -326,7 +422,7 @@ def _prune(root: Path, keep: int, every: int | None) -> list[Path]:
         if path in spared or (every is not None and step % every == 0):
             continue
         # Renamed first: a reader must never meet half of a checkpoint under its final name.
-        doomed = path.with_name(f"tmp-old-{path.name}")
+        doomed = path.with_name(f"tmp-pruned-{path.name}")
         path.rename(doomed)
         shutil.rmtree(doomed)
         gone.append(path)
@@ -335,6 +431,7 @@ def _prune(root: Path, keep: int, every: int | None) -> list[Path]:
 
 def sweep(root: Path) -> list[Path]:
     """Delete what interrupted writers left; only before anyone writes to `root`."""
+    _undo_replacement(root)
     left = [path for path in root.glob("tmp-*") if path.is_dir()]
     for path in left:
         shutil.rmtree(path)
@@ -346,7 +443,9 @@ def _header(rank: int, entries: list[Entry], meta: dict[str, str]) -> bytes:
         "__metadata__": {
             **meta,
             "keepwarm.rank": str(rank),
-            "keepwarm.pieces": msgspec.json.encode({e.piece.name: (e.piece, e.xxh3) for e in entries}).decode(),
+            "keepwarm.pieces": msgspec.json.encode(
+                {e.piece.name: _Note(e.piece, e.xxh3, e.chunks) for e in entries}
+            ).decode(),
         }
     }
     for entry in entries:
@@ -397,6 +496,14 @@ def _part(name: str, rank: int, header: bytes, entries: list[Entry]) -> Part:
     )
 
 
+class _Note(msgspec.Struct, frozen=True, array_like=True):
+    """What a part's header says of a piece."""
+
+    piece: Piece
+    xxh3: str
+    chunks: tuple[str, ...] = ()
+
+
 class _Slice(msgspec.Struct, frozen=True):
     dtype: str
     shape: tuple[int, ...]
@@ -413,14 +520,14 @@ def _read_header(path: Path) -> Part:
     try:
         table = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
         notes = msgspec.json.decode(table.pop("__metadata__"), type=dict[str, str])
-        pieces = msgspec.json.decode(notes["keepwarm.pieces"], type=dict[str, tuple[Piece, str]])
+        pieces = msgspec.json.decode(notes["keepwarm.pieces"], type=dict[str, _Note])
         entries = []
         for name, raw in table.items():
             start, stop = msgspec.json.decode(raw, type=_Slice).data_offsets
-            piece, xxh3 = pieces[name]
-            if stop - start != piece.bytes:
-                raise ValueError(f"{name} has {stop - start} bytes instead of {piece.bytes}")
-            entries.append(Entry(piece=piece, start=start, stop=stop, xxh3=xxh3))
+            note = pieces[name]
+            entry = Entry(piece=note.piece, start=start, stop=stop, xxh3=note.xxh3, chunks=note.chunks)
+            _check_entry(entry, str(path))
+            entries.append(entry)
         entries.sort(key=lambda entry: (entry.start, entry.stop))
         rank = int(notes["keepwarm.rank"])
     except (msgspec.DecodeError, KeyError, ValueError) as error:
@@ -466,7 +573,10 @@ def _exactly(file: Any, size: int, path: Path) -> bytes:
 
 def _blocks(file: Any, size: int, path: Path) -> Iterator[bytes]:
     while size > 0:
-        block: bytes = file.read(min(size, _BLOCK))
+        try:
+            block: bytes = file.read(min(size, _BLOCK))
+        except zstandard.ZstdError as error:
+            raise DurableError(f"{path}: {error}") from error
         if not block:
             raise DurableError(f"{path}: ends {size} bytes too early")
         size -= len(block)

@@ -13,10 +13,11 @@ import torch
 import xxhash
 
 from ft import durable
-from ft.contents import Bytes, Piece, move_bytes, plan
+from ft.contents import Bytes, Move, Piece, move_bytes, plan
 from ft.errors import FtError
 from ft.snapshot import DTYPES, piece_of
 from parallel.shard import Shard
+from trainer.checkpoint_store import Checkpoint, opened
 from trainer.errors import CheckpointError, OutputError
 from trainer.spec import CheckpointSpec, JobSpec
 from trainer.world import World
@@ -102,77 +103,82 @@ class Checkpoints:
             durable.sweep(self.root)
 
 
-def load(path: Path, shards: Mapping[str, Shard]) -> dict[str, Any]:
+def load(path: Path | str, shards: Mapping[str, Shard]) -> dict[str, Any]:
     """Fill live shards from a checkpoint of any layout; returns the `meta` it was saved with.
+
+    `path` is a folder or a URL that fsspec knows. Of pieces that are held in part, only that part is read.
 
     Raises:
         CheckpointError: damaged, incomplete, or of another model; names the file or tensor.
     """
     try:
-        manifest = durable.read_manifest(path)
-        by_name = _by_name(manifest)
-        for shard in shards.values():
-            if shard.name in by_name or not shard.name.startswith(OPTIONAL):
-                _fill(path, shard, by_name.get(shard.name, []))
+        with opened(path) as stored:
+            by_name = _by_name(stored.manifest)
+            for shard in shards.values():
+                if shard.name in by_name or not shard.name.startswith(OPTIONAL):
+                    _fill(stored, shard, by_name.get(shard.name, []))
+            return stored.manifest.meta
     except FtError as error:
         raise CheckpointError(str(error)) from error
-    return manifest.meta
 
 
-def load_weights(path: Path, shards: Mapping[str, Shard]) -> dict[str, Any]:
+def load_weights(path: Path | str, shards: Mapping[str, Shard]) -> dict[str, Any]:
     """Fill those of the live `shards` that hold parameters, and no others, from a checkpoint of any layout and dtype.
 
-    Returns the `meta` of the checkpoint. Values are rounded where the shard's dtype is the smaller one. The caller
+    `path` and the result are those of `load`. Values are rounded where the shard's dtype is the smaller one. The caller
     calls `Engine.restored()`, and decides what becomes of the optimizer.
 
     Raises:
         CheckpointError: damaged, incomplete, or of another model; names the file or tensor.
     """
     try:
-        manifest = durable.read_manifest(path)
-        by_name = _by_name(manifest)
-        for shard in shards.values():
-            if shard.name.startswith(WEIGHTS):
-                _fill(path, shard, by_name.get(shard.name, []), as_stored=True)
+        with opened(path) as stored:
+            by_name = _by_name(stored.manifest)
+            for shard in shards.values():
+                if shard.name.startswith(WEIGHTS):
+                    _fill(stored, shard, by_name.get(shard.name, []), as_stored=True)
+            return stored.manifest.meta
     except FtError as error:
         raise CheckpointError(str(error)) from error
-    return manifest.meta
 
 
-def _by_name(manifest: durable.Manifest) -> dict[str, list[tuple[durable.Part, Piece]]]:
-    found: dict[str, list[tuple[durable.Part, Piece]]] = {}
+Sources = list[tuple[durable.Part, durable.Entry]]
+
+
+def _by_name(manifest: durable.Manifest) -> dict[str, Sources]:
+    found: dict[str, Sources] = {}
     for part in manifest.parts:
         for entry in part.entries:
-            found.setdefault(entry.piece.name, []).append((part, entry.piece))
+            found.setdefault(entry.piece.name, []).append((part, entry))
     return found
 
 
-def _fill(path: Path, shard: Shard, sources: list[tuple[durable.Part, Piece]], *, as_stored: bool = False) -> None:
+def _fill(stored: Checkpoint, shard: Shard, sources: Sources, *, as_stored: bool = False) -> None:
     target, dtype = piece_of(shard), shard.local.dtype
     if as_stored and sources:
-        target = msgspec.structs.replace(target, dtype=sources[0][1].dtype)
+        target = msgspec.structs.replace(target, dtype=sources[0][1].piece.dtype)
         dtype = next(known for known, name in DTYPES.items() if name == target.dtype)
     if target.elements == 0:
         return
     out = np.empty(target.bytes, dtype=np.uint8)
-    exact = next((part for part, piece in sources if piece == target), None)
+    exact = next((source for source in sources if source[1].piece == target), None)
     if exact is not None:
-        durable.read_tensor(path, exact, target.name, out)
+        stored.piece(*exact, out)
     else:
-        _assemble(path, target, sources, out)
+        _assemble(stored, target, sources, out)
     with torch.no_grad():
         shard.local.copy_(torch.from_numpy(out).view(dtype).view(shard.local.shape))
 
 
-def _assemble(path: Path, target: Piece, sources: list[tuple[durable.Part, Piece]], out: Bytes) -> None:
-    read: dict[int, Bytes] = {}
-    for move in plan(target, [piece for _, piece in sources]):
-        part, piece = sources[move.source]
-        if move.source not in read:
-            read[move.source] = np.empty(piece.bytes, dtype=np.uint8)
-            durable.read_tensor(path, part, piece.name, read[move.source])
-        start, stop = move.span
-        move_bytes(move, read[move.source][start:stop], out)
+def _assemble(stored: Checkpoint, target: Piece, sources: Sources, out: Bytes) -> None:
+    spans: dict[int, list[Move]] = {}
+    for move in plan(target, [entry.piece for _, entry in sources]):
+        spans.setdefault(move.source, []).append(move)
+    for source, moves in spans.items():
+        start, stop = min(move.span[0] for move in moves), max(move.span[1] for move in moves)
+        first, held = stored.span(*sources[source], start, stop)
+        for move in moves:
+            move_bytes(move, held[move.span[0] - first : move.span[1] - first], out)
 
 
 def host_bytes(tensor: torch.Tensor) -> Bytes:

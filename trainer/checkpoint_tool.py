@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ft import durable
-from trainer import checkpoint_report
+from trainer import checkpoint_copy, checkpoint_report
 from trainer.data import tool
 from trainer.errors import CheckpointError, OutputError
 
@@ -77,6 +77,17 @@ def diff(
     else:
         _print_diff(found)
     raise typer.Exit(0 if found["equal"] else 1)
+
+
+@app.command()
+def copy(
+    source: Annotated[str, typer.Argument(metavar="PATH", help="checkpoint, run folder, or URL of either")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="folder or URL to put it into, beside others")],
+    as_json: AsJson = False,
+) -> None:
+    """Copy a checkpoint from or to any URL that fsspec knows, as s3://bucket/run; verified, and whole or not there."""
+    done = checkpoint_copy.copy(source, destination, lambda done, total: None)
+    typer.echo(json.dumps(done) if as_json else f"{done['path']}: step {done['step']}, {_size(done['bytes'])}")
 
 
 @app.command()

@@ -176,6 +176,8 @@ def _checkpoint(path: Path) -> Artefact:
     manifest = _manifest(path)
     if manifest is None:
         return Artefact(path=path, kind="checkpoint", detail="with a damaged manifest")
+    if (averaged := manifest.meta.get("averaged")) is not None:
+        return Artefact(path=path, kind="checkpoint", parents=_parents(averaged, "averaged"))
     parents = manifest.meta.get("parents") or manifest.meta.get("parent")
     how = str(manifest.meta.get("made_by", "converted"))
     return Artefact(path=path, kind="checkpoint", step=manifest.step or None, parents=_parents(parents, how))

@@ -80,7 +80,7 @@ def test_the_file_is_private(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compress", [False, True])
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), cut=st.booleans())
 def test_any_damage_is_found(tmp_path: Path, compress: bool, where: float, flip: int, cut: bool) -> None:
     folder = durable.staging(tmp_path, 0, 100)
@@ -101,7 +101,7 @@ def test_any_damage_is_found(tmp_path: Path, compress: bool, where: float, flip:
         path.write_bytes(good)
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.binary(max_size=64) | st.builds(lambda n, b: n.to_bytes(8, "little") + b, st.integers(0, 2**64 - 1), st.binary())
 )

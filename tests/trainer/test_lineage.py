@@ -38,7 +38,7 @@ def grown(tmp_path: Path) -> Path:
     branch = {"path": str(one / "checkpoints/iter_0000100"), "step": 100, "optimizer_state": True}
     two = run(tmp_path / "two", ["french"], 150, branch)
     parents = [{"path": str(where), "step": step} for where, step in ((one, 100), (two, 150))]
-    soup = checkpoint(tmp_path / "soup", {"parents": parents, "made_by": "averaged"})
+    soup = checkpoint(tmp_path / "soup", {"averaged": parents})
     export = tmp_path / "exports/soup"
     export.mkdir(parents=True)
     (export / "keepwarm.json").write_text(json.dumps({"parent": {"format": "native", "path": str(soup)}}))

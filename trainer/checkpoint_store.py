@@ -1,0 +1,175 @@
+"""Where a checkpoint lies, a local folder or a URL of any fsspec protocol, and the bytes of it that someone needs.
+
+A part of a piece is read in whole chunks, each checked against its own checksum; nothing else of a file is touched.
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+
+from ft import durable
+from ft.contents import Bytes
+from ft.errors import DurableError
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]*(::|://)", re.IGNORECASE)
+
+
+def is_url(where: str | Path) -> bool:
+    """Whether fsspec is meant: `s3://bucket/run`, `memory://run`, `file:///run`."""
+    return isinstance(where, str) and _URL.match(where) is not None
+
+
+class Store(Protocol):
+    """The files of one checkpoint."""
+
+    name: str
+    """For messages."""
+
+    def whole(self, file: str) -> bytes:
+        """A small file."""
+
+    def fill(self, file: str, start: int, out: Bytes) -> None:
+        """Read the bytes from `start` of a file."""
+
+    def stream(self, file: str) -> contextlib.AbstractContextManager[Any]:
+        """A file from its beginning on."""
+
+
+class LocalStore:
+    """A folder; files stay open until `close`."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self._path = path
+        self._descriptors: dict[str, int] = {}
+
+    def whole(self, file: str) -> bytes:
+        return (self._path / file).read_bytes()
+
+    def fill(self, file: str, start: int, out: Bytes) -> None:
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(self._path / file, os.O_RDONLY)
+        at = 0
+        while at < len(out):
+            count = os.preadv(self._descriptors[file], [out.data[at:]], start + at)
+            if count == 0:
+                raise DurableError(f"{self._path / file}: ends {len(out) - at} bytes too early")
+            at += count
+
+    def stream(self, file: str) -> contextlib.AbstractContextManager[Any]:
+        return (self._path / file).open("rb")
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+class UrlStore:
+    """A folder of any filesystem that fsspec knows; every read is one ranged request."""
+
+    def __init__(self, url: str) -> None:
+        self.name = url.rstrip("/")
+        self._files, self._path = filesystem(self.name)
+
+    def whole(self, file: str) -> bytes:
+        content: bytes = self._files.cat_file(f"{self._path}/{file}")
+        return content
+
+    def fill(self, file: str, start: int, out: Bytes) -> None:
+        content = self._files.cat_file(f"{self._path}/{file}", start=start, end=start + len(out))
+        if len(content) != len(out):
+            raise DurableError(f"{self.name}/{file}: ends {len(out) - len(content)} bytes too early")
+        out[:] = np.frombuffer(content, np.uint8)
+
+    def stream(self, file: str) -> contextlib.AbstractContextManager[Any]:
+        opened: contextlib.AbstractContextManager[Any] = self._files.open(f"{self._path}/{file}", "rb")
+        return opened
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec filesystem of a URL, and the path in it. Raises `DurableError` naming the package that is missing."""
+    import fsspec  # type: ignore[import-untyped]
+
+    try:
+        files, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise DurableError(f"{url}: {error}") from error
+    return files, str(path).rstrip("/")
+
+
+class Checkpoint:
+    """An open checkpoint: its manifest, and pieces or parts of pieces out of its files."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.name = store.name
+        with self._explained(durable.MANIFEST):
+            content = store.whole(durable.MANIFEST)
+        self.manifest = durable.decode_manifest(content, f"{store.name}/{durable.MANIFEST}")
+
+    def span(self, part: durable.Part, entry: durable.Entry, start: int, stop: int) -> tuple[int, Bytes]:
+        """Bytes `start ... stop` of a piece, with what else was read to check them: (first byte, bytes from there)."""
+        size = entry.stop - entry.start
+        if not entry.chunks or part.compressed:
+            out = np.empty(size, np.uint8)
+            self.piece(part, entry, out)
+            return 0, out
+        first, last = start // durable.CHUNK, -(-stop // durable.CHUNK)
+        low, high = first * durable.CHUNK, min(last * durable.CHUNK, size)
+        out = np.empty(high - low, np.uint8)
+        with self._explained(part.file):
+            self._store.fill(part.file, part.header_bytes + entry.start + low, out)
+        for index in range(first, last):
+            chunk = out[index * durable.CHUNK - low : (index + 1) * durable.CHUNK - low]
+            self._compare(part, entry, xxhash.xxh3_64_hexdigest(chunk.data), entry.chunks[index])
+        return low, out
+
+    def piece(self, part: durable.Part, entry: durable.Entry, out: Bytes) -> None:
+        """A whole piece into `out`, checked."""
+        with self._explained(part.file):
+            if part.compressed:
+                with self._store.stream(part.file) as file:
+                    durable.expand(file, part, entry, f"{self.name}/{part.file}", out)
+            else:
+                self._store.fill(part.file, part.header_bytes + entry.start, out)
+        self._compare(part, entry, xxhash.xxh3_64_hexdigest(out.data), entry.xxh3)
+
+    def _compare(self, part: durable.Part, entry: durable.Entry, seen: str, written: str) -> None:
+        if seen != written:
+            raise DurableError(
+                f"{self.name}/{part.file}: {entry.piece.name} has checksum {seen}, written was {written}"
+            )
+
+    @contextlib.contextmanager
+    def _explained(self, file: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            more = "; the checkpoint was never completed" if file == durable.MANIFEST else ""
+            raise DurableError(f"{self.name}/{file}: missing{more}") from error
+        except OSError as error:
+            raise DurableError(f"{self.name}/{file}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def opened(where: str | Path) -> Iterator[Checkpoint]:
+    """The checkpoint in a local folder or at a URL.
+
+    Raises:
+        DurableError: it is missing or damaged, or its protocol is not installed; names the file.
+    """
+    store = UrlStore(str(where)) if is_url(where) else LocalStore(Path(where))
+    try:
+        yield Checkpoint(store)
+    finally:
+        store.close()
