@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from ft import agent_config, events
-from ft.agent_chunks import Outbox
+from ft.agent_chunks import READ_STRIPE, Outbox
 from ft.agent_coding import Crew
 from ft.agent_config import AgentConfig
 from ft.agent_durable import DurableWriter
-from ft.agent_effects import Effects
+from ft.agent_effects import Arrived, Effects
 from ft.agent_folder import clear, sweep, take_lock
 from ft.agent_log import Journal
 from ft.agent_memory import Memory, Shape
+from ft.agent_reads import Reads
 from ft.agent_registry import Registry
 from ft.agent_repair import Repair
 from ft.agent_scrub import Scrub
@@ -77,7 +78,7 @@ class Agent:
         self.selector = selectors.DefaultSelector()
         self.crew = Crew(self.selector, config.threads)
         self.outbox = Outbox()
-        self._events: collections.deque[tuple[events.Event, Bytes | None]] = collections.deque()
+        self._events: collections.deque[tuple[events.Event, Arrived | None]] = collections.deque()
         self._feeding = False
         self._free: list[Bytes] = []
         self._receiving: dict[Link, Bytes] = {}
@@ -90,6 +91,7 @@ class Agent:
         )  # fmt: skip
         self.effects = Effects(self)
         self.repair = Repair(self)
+        self.reads = Reads(self)
         self.settler = Settler(self)
         self.scrub = Scrub(self)
         self.durable = DurableWriter(self, config.durable) if config.durable is not None else None
@@ -153,13 +155,14 @@ class Agent:
     def connect_peers(self, *, everyone: bool) -> None:
         """Stay connected with the group and the neighbours in the tree; with `everyone` for as long as is needed."""
         topology = self.state.topology
-        near = {*self.state.group.members, *topology.neighbours(self.config.slot)}
-        self.network.set_peers(range(topology.slots) if everyone else near | self.network.links.keys())
+        needed = self.reads.awaited | self.repair.awaited
+        near = {*self.state.group.members, *topology.neighbours(self.config.slot), *needed}
+        self.network.set_peers(range(topology.slots) if everyone else near | self.network.links.keys(), needed)
 
     # ---- the protocol
 
-    def feed(self, event: events.Event, arrived: Bytes | None = None) -> None:
-        """One event after the other, and of each all effects before the next; `arrived` holds an arrived bucket."""
+    def feed(self, event: events.Event, arrived: Arrived | None = None) -> None:
+        """One event after the other, and of each all effects before the next; `arrived` belongs to `event`."""
         self._events.append((event, arrived))
         if self._feeding:
             return
@@ -182,17 +185,11 @@ class Agent:
             self.settler.inventory(message)
         elif isinstance(message, InventoryRequest):
             self.settler.asked(sender, message)
-        elif isinstance(message, Decode) and self._is_target(message):
-            self.repair.expect(message)
         elif isinstance(message, Read):
-            self.repair.read_for_peer(sender, message)
+            self.reads.for_peer(sender, message)
         else:
             self.feed(events.Received(sender, boot, message))
             self.settler.heard(message)
-
-    def _is_target(self, order: Decode) -> bool:
-        """A decoder tells those for whom it decodes; to a decoder itself an order comes from the chooser."""
-        return self.config.slot in order.targets and self.config.slot not in order.sources
 
     # ---- Handler of the links to other agents
 
@@ -203,6 +200,7 @@ class Agent:
             self.feed(events.PeerConnected(link.slot, link.theirs.boot))
             self.settler.connected(link.slot)
             self.repair.connected(link.slot)
+            self.reads.connected(link.slot)
 
     def lost(self, link: Link, reason: str) -> None:
         slot = link.theirs.slot if link.theirs is not None else -1
@@ -211,7 +209,7 @@ class Agent:
         self.journal.write("warning", "lost a peer", peer=slot, reason=reason)
         if slot not in self.network.links:
             self.feed(events.PeerLost(slot))
-            self.repair.peer_lost(slot)
+            self.settler.lost(slot)
 
     def refused(self, link: Link, reason: str) -> None:
         self.network.forget(link)
@@ -220,6 +218,9 @@ class Agent:
 
     def target(self, link: Link, message: Wire, size: int) -> memoryview | None:
         if isinstance(message, Part):
+            if message.stripe == READ_STRIPE:
+                return self.reads.target(message, size)
+            self.settler.catch_up(message.epoch)
             return self.repair.target(message, size)
         if isinstance(message, Bucket) and size <= self.config.bucket_bytes:
             self._receiving[link] = self.buffer()
@@ -233,7 +234,7 @@ class Agent:
         if isinstance(message, Bucket) and payload is not None:
             self._bucket(link, strand, message, payload)
         elif isinstance(message, Part):
-            self.repair.part(message, payload)
+            (self.reads if message.stripe == READ_STRIPE else self.repair).part(message, payload)
         elif self.crew.busy(strand):
             self.crew.order(strand, lambda: None, lambda _: self.deliver(sender, boot, message))
         else:
@@ -258,9 +259,10 @@ class Agent:
             link.pause()
 
         def arrived(intact: bool) -> None:
-            view = data[: message.size]
-            self.feed(events.BucketArrived(sender, boot, message, intact), view)
-            self.effects.after_accumulating(message, lambda: self._done_with(link, data))
+            bucket = Arrived(data[: message.size], lambda: self._done_with(link, data))
+            self.feed(events.BucketArrived(sender, boot, message, intact), bucket)
+            if not bucket.wanted:
+                bucket.done()
 
         self.crew.order(strand, lambda: self.effects.intact(message, payload), arrived)
 
@@ -283,6 +285,9 @@ class Agent:
         if isinstance(message, StatusRequest):
             guest.link.send(self.effects.status())
             return
+        if isinstance(message, Restore) and guest.role == "supervisor":
+            self.settler.begin(message.epoch)
+            return
         if guest.attach is None or not guest.attached:
             guest.link.close(f"{type(message).__name__} before it was attached")
             return
@@ -299,7 +304,7 @@ class Agent:
                 self.settler.begin(message.epoch)
             self.effects.answer_restores()
         elif isinstance(message, Read):
-            self.repair.read_for_worker(guest, message)
+            self.reads.for_worker(guest.link, message)
         else:
             guest.link.close(f"{type(message).__name__} is not for agents")
 

@@ -34,6 +34,8 @@ class Outbox:
 
     def add(self, link: Link, job: Job, *, replace: bool = False) -> None:
         """Queue a chunk; with `replace` instead of what is left of the same snapshot and stripe to this link."""
+        if link.closed:
+            return
         queue = self._jobs.setdefault(link, collections.deque())
         if replace:
             for old in [old for old in queue if (old.snapshot, old.stripe) == (job.snapshot, job.stripe)]:
@@ -55,6 +57,10 @@ class Outbox:
         """Forget the chunks that `wanted` names; buckets given to a link already are still sent."""
         for link, queue in list(self._jobs.items()):
             self._jobs[link] = collections.deque(job for job in queue if not wanted(job))
+
+    def holds(self, link: Link, snapshot: SnapshotId, stripe: int) -> bool:
+        """Whether a chunk of the stripe still waits to be sent on the link."""
+        return any((job.snapshot, job.stripe) == (snapshot, stripe) for job in self._jobs.get(link, ()))
 
     def forget(self, link: Link) -> None:
         self._jobs.pop(link, None)

@@ -17,7 +17,8 @@ from ft.contents import Bytes
 from ft.erasure import Codec
 from ft.galois import NumpyKernel, Region, generator_matrix
 
-Job = tuple[Callable[[], Any], Callable[[Any], None] | None]
+Job = tuple[Callable[[], Any], Callable[[Any], None] | None, Callable[[], None] | None]
+"""Work, what follows from its result, and what must be done in the loop in any case, also when the job is dropped."""
 
 
 class Crew:
@@ -39,10 +40,13 @@ class Crew:
         """Call `then(result)` in the loop when a future of another pool is done."""
         future.add_done_callback(lambda done: self._finished(done, then))
 
-    def order(self, strand: Hashable, work: Callable[[], Any], then: Callable[[Any], None] | None = None) -> None:
-        """As `run`, after everything asked for earlier on the same strand."""
+    def order(
+        self, strand: Hashable, work: Callable[[], Any], then: Callable[[Any], None] | None = None,
+        always: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        """As `run`, after everything asked for earlier on the same strand; `always()` comes last, also after `drop`."""
         queue = self._strands.setdefault(strand, collections.deque())
-        queue.append((work, then))
+        queue.append((work, then, always))
         if len(queue) == 1:
             self._next(strand)
 
@@ -53,9 +57,12 @@ class Crew:
         """Forget what has not begun on the strands that `wanted` names; what has begun ends, unheard."""
         for strand in [strand for strand in self._strands if wanted(strand)]:
             queue = self._strands[strand]
-            running = queue[0]
+            work, _, always = queue.popleft()
+            dropped = [job[2] for job in queue if job[2] is not None]
             queue.clear()
-            queue.append((running[0], None))
+            queue.append((work, None, always))
+            for release in dropped:
+                self._later(release)
 
     def ready(self, mask: int) -> None:
         """The selector woke up for finished work."""
@@ -83,6 +90,12 @@ class Crew:
         future = self._pool.submit(work)
         future.add_done_callback(lambda done: self._finished(done, then))
 
+    def _later(self, action: Callable[[], None]) -> None:
+        """Call it from the loop, not from within what is going on."""
+        done: Future[Any] = Future()
+        done.set_result(None)
+        self._finished(done, lambda _: action())
+
     def _finished(self, future: "Future[Any]", then: Callable[[Any], None] | None) -> None:
         if not future.cancelled():
             self._done.append((future, then))
@@ -94,13 +107,15 @@ class Crew:
 
     def _step(self, strand: Hashable, result: Any) -> None:
         queue = self._strands[strand]
-        _, then = queue.popleft()
+        _, then, always = queue.popleft()
         if queue:
             self._next(strand)
         else:
             del self._strands[strand]
         if then is not None:
             then(result)
+        if always is not None:
+            always()
 
 
 class RowCoder:

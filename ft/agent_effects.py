@@ -39,18 +39,26 @@ REMEMBERED = 32
 """Commits whose timings are kept."""
 
 
+@dataclasses.dataclass
+class Arrived:
+    """A bucket in a receive buffer; who takes it (`wanted`) sees to it that `done` is called when it is free."""
+
+    data: Bytes
+    done: Callable[[], None]
+    wanted: bool = False
+
+
 class Effects:
     """One method per effect that touches the world."""
 
     def __init__(self, agent: "Agent") -> None:
         self._agent = agent
-        self.arrived: Bytes | None = None
+        self.arrived: Arrived | None = None
         """The bucket that belongs to the event being carried out."""
         self.pinned: events.Pinned | None = None
         self._strands: dict[SnapshotId, set[Any]] = {}
         self._begun: dict[SnapshotId, float] = {}
         self.commits: collections.deque[Commit] = collections.deque(maxlen=REMEMBERED)
-        self._last_strand: Any = None
 
     def carry_out(self, effect: events.Effect) -> None:
         agent = self._agent
@@ -94,7 +102,8 @@ class Effects:
                 self.pinned = effect
                 agent.journal.write("info", "chosen", epoch=effect.epoch, snapshot=effect.snapshot, whole=effect.whole)
                 self.answer_restores()
-                agent.repair.pinned()
+                agent.repair.take_orders()
+                agent.reads.answer_early()
             case events.StartDecode(order):
                 agent.repair.decode(order)
             case events.SendPart(to, snapshot, stripe, start):
@@ -117,14 +126,6 @@ class Effects:
     @staticmethod
     def intact(message: Bucket, payload: memoryview) -> bool:
         return xxhash.xxh3_64_intdigest(payload) == message.sum
-
-    def after_accumulating(self, message: Bucket, then: Callable[[], None]) -> None:
-        """Call `then` once the arrived bucket, fed just now, has been coded, at once when it was not wanted."""
-        strand, self._last_strand = self._last_strand, None
-        if strand is None:
-            then()
-        else:
-            self._agent.crew.order(strand, lambda: None, lambda _: then())
 
     # ---- coding
 
@@ -183,14 +184,15 @@ class Effects:
 
     def _accumulate(self, effect: events.Accumulate) -> None:
         agent = self._agent
-        group, data = agent.state.group, self.arrived
-        assert data is not None
+        arrived, group = self.arrived, agent.state.group
+        assert arrived is not None
+        data, arrived.wanted = arrived.data, True
         row = group.parities(effect.stripe).index(agent.config.slot)
         coder = row_coder(group.data, group.parity, row)
         start = effect.index * agent.config.bucket_bytes
         target = agent.memory.parity_chunk(effect.slot, effect.stripe)[start : start + len(data)]
-        strand = self._last_strand = self._strand(effect.snapshot, effect.slot, effect.stripe)
-        agent.crew.order(strand, functools.partial(coder.accumulate, target, effect.column, data))
+        strand = self._strand(effect.snapshot, effect.slot, effect.stripe)
+        agent.crew.order(strand, functools.partial(coder.accumulate, target, effect.column, data), None, arrived.done)
 
     # ---- workers
 
@@ -215,7 +217,9 @@ class Effects:
             answer = Restored(epoch=pinned.epoch, snapshot=None, text=agent.registry.reason(pinned.epoch))
         else:
             copy = agent.state.copy(pinned.snapshot)
-            assert copy is not None
+            if copy is None:
+                agent.settler.request(f"what epoch {pinned.epoch} chose has been replaced, and a worker asks for it")
+                return
             sums = self._sums(copy)
             answer = Restored(epoch=pinned.epoch, snapshot=pinned.snapshot, slot=pinned.slot, sums=sums)
         for guest in waiting:

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from ft.errors import AgentError
-from ft.messages import Pin
+from ft.messages import Decode, Pin
 
 FOLDER = "agents"
 
@@ -19,6 +19,16 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     port: int
     boot: int
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """What an epoch restores, and who decodes what for it: (decoder, order).
+
+    One file, so that whoever knows the choice knows the orders, whichever links or agents were lost meanwhile.
+    """
+
+    pin: Pin
+    orders: tuple[tuple[int, Decode], ...] = ()
 
 
 class Registry:
@@ -46,16 +56,16 @@ class Registry:
         endpoint = self.endpoint(slot)
         return None if endpoint is None else (endpoint.host, endpoint.port)
 
-    def choose(self, pin: Pin) -> Pin:
+    def choose(self, choice: Choice) -> Choice:
         """Compare-and-set of the choice of an epoch: the first one stands and is returned to everybody."""
-        path = self.folder / f"choice-{pin.epoch}.json"
-        beside = self._write(path, msgspec.json.encode(pin))
+        path = self.folder / f"choice-{choice.pin.epoch}.json"
+        beside = self._write(path, msgspec.json.encode(choice))
         try:
             with contextlib.suppress(FileExistsError):
                 os.link(beside, path)
         finally:
             beside.unlink()
-        chosen = self.choice(pin.epoch)
+        chosen = self.choice(choice.pin.epoch)
         if chosen is None:
             raise AgentError(f"{path}: cannot be read back")
         return chosen
@@ -75,9 +85,9 @@ class Registry:
             return (self.folder / f"reason-{epoch}.txt").read_text()
         return "no committed snapshot is left in memory"
 
-    def choice(self, epoch: int) -> Pin | None:
+    def choice(self, epoch: int) -> Choice | None:
         with contextlib.suppress(OSError):
-            return msgspec.json.decode((self.folder / f"choice-{epoch}.json").read_bytes(), type=Pin)
+            return msgspec.json.decode((self.folder / f"choice-{epoch}.json").read_bytes(), type=Choice)
         return None
 
     @staticmethod

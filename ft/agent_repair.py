@@ -1,6 +1,8 @@
 """Chunks that are lost come back: fetched from k members of the group, decoded, checked, sent to where they belong.
 
-Also answers `Read`: the bytes of a chosen snapshot that a worker did not copy itself, from this node or another one.
+The orders of an epoch stand beside its choice, so decoders and targets know them whatever messages were lost. A target
+asks its decoder again while nothing comes, a decoder its sources; when one of them has gone for longer than
+`silence`, the next epoch makes another plan.
 """
 
 import time
@@ -11,107 +13,162 @@ import numpy as np
 import xxhash
 
 from ft import events
-from ft.agent_chunks import READ_STRIPE, Job, part_pieces
+from ft.agent_chunks import Job, part_pieces
 from ft.agent_coding import codec
-from ft.agent_workers import Guest
 from ft.buffers import bucket_sums
 from ft.contents import Bytes
-from ft.messages import ChunkRecord, Decode, Fetch, Part, Read, SnapshotId, digest
-from ft.state import Copy
-from ft.transport import Link
+from ft.messages import ChunkRecord, Decode, Fetch, Part, SnapshotId, digest
+from ft.state import Mode
 
 if TYPE_CHECKING:
     from ft.agent import Agent
 
 RETRY = 1.0
-"""Seconds without progress after which a fetch is asked for again."""
+"""Seconds without progress after which a fetch or a rebuilt chunk is asked for again."""
+Key = tuple[SnapshotId, int]
 
 
 class Decoding:
-    """One stripe being rebuilt by this agent: the chunks it gathers, as long as the longest data chunk."""
+    """One stripe to be rebuilt by this agent, and the k chunks it gathers, each as long as the longest data chunk."""
 
-    def __init__(self, order: Decode, buckets: int, bucket_bytes: int) -> None:
-        self.order, self.buckets, self.bucket_bytes = order, buckets, bucket_bytes
-        self.chunks = {slot: np.zeros(buckets * bucket_bytes, np.uint8) for slot in order.sources}
+    def __init__(self, order: Decode, bucket_bytes: int) -> None:
+        self.order, self.bucket_bytes = order, bucket_bytes
+        self.targets = set(order.targets)
+        self.buckets = max(order.counts, default=0)
+        self.chunks: dict[int, Bytes] = {}
         self.next = dict.fromkeys(order.sources, 0)
         self.done: set[int] = set()
+        self.heard = 0.0
+
+    def start(self) -> None:
+        """Takes the memory, which one stripe of an agent has at a time."""
+        self.chunks = {slot: np.zeros(self.buckets * self.bucket_bytes, np.uint8) for slot in self.order.sources}
         self.heard = time.monotonic()
 
     @property
     def complete(self) -> bool:
         return len(self.done) == len(self.order.sources)
 
+    @property
+    def awaited(self) -> set[int]:
+        return set(self.order.sources) - self.done if self.chunks else set()
+
 
 class Filling:
     """One chunk of this agent being filled by a decoder."""
 
-    def __init__(self, order: Decode) -> None:
-        self.order = order
+    def __init__(self, order: Decode, decoder: int) -> None:
+        self.order, self.decoder = order, decoder
+        self.heard = time.monotonic()
         self.sums: dict[int, int] = {}
 
 
 class Repair:
-    """Decodes for others, receives what others decoded, and reads for workers."""
+    """Decodes for others and receives what others decoded."""
 
     def __init__(self, agent: "Agent") -> None:
         self._agent = agent
-        self._decoding: dict[tuple[SnapshotId, int], Decoding] = {}
-        self._filling: dict[tuple[SnapshotId, int], Filling] = {}
-        self._later: dict[tuple[SnapshotId, int], list[Decode]] = {}
-        """Orders that wait for another one of the same stripe: one rebuilds its data, the other its parity."""
-        self._delivered: list[Decode] = []
-        """Orders of this epoch that were carried out: their parts may have been lost with a link."""
-        self._readers: dict[tuple[SnapshotId, int], list[Guest]] = {}
-        self._reads: dict[tuple[Link, int], Read] = {}
-        self._unanswered: list[tuple[Link, Read]] = []
+        self._decoding: dict[Key, Decoding] = {}
+        """In order; the first one is under way."""
+        self._filling: dict[Key, Filling] = {}
+        self._absent: dict[int, float] = {}
+        self._ordered = False
         self.rebuilt = 0
+
+    @property
+    def awaited(self) -> set[int]:
+        """Slots without which what this epoch restores is not whole; what is repaired at rest has time."""
+        mine = self._agent.config.slot
+        found = {filling.decoder for filling in self._filling.values()}
+        for decoding in self._decoding.values():
+            if mine not in decoding.order.targets:
+                found |= decoding.awaited
+        return found - {mine}
 
     def begin_epoch(self) -> None:
         """What an earlier epoch had begun is void."""
         self._decoding.clear()
-        self._later.clear()
         self._filling.clear()
-        self._delivered.clear()
+        self._absent.clear()
+        self._ordered = False
 
-    def pinned(self) -> None:
-        """The choice is known, or data that were missing are back: answer who asked too early."""
-        waiting, self._unanswered = self._unanswered, []
-        for link, read in waiting:
-            if not link.closed:
-                self._send_read(link, read)
+    def take_orders(self) -> None:
+        """Once the choice is in force and its orders are known: expect what others decode, decode what is asked."""
+        agent, choice = self._agent, self._agent.settler.choice
+        if self._ordered or choice is None or agent.state.mode is not Mode.ACTIVE:
+            return
+        if not choice.pin.epoch == agent.state.epoch == agent.state.pinned_epoch:
+            return
+        self._ordered = True
+        for decoder, order in choice.orders:
+            if decoder != agent.config.slot and agent.config.slot in order.targets:
+                self._filling[order.snapshot, order.stripe] = Filling(order, decoder)
+        for decoder, order in choice.orders:
+            if decoder == agent.config.slot:
+                self.decode(order)
 
     def tick(self, now: float) -> None:
-        for decoding in list(self._decoding.values()):
+        for decoding in list(self._decoding.values())[:1]:
             if not decoding.complete and now - decoding.heard > RETRY:
                 decoding.heard = now
                 self._fetch(decoding)
+        for filling in self._filling.values():
+            if now - filling.heard > RETRY:
+                self._ask(filling, now)
+        self._look_for_absent(now)
+
+    def connected(self, slot: int) -> None:
+        """A link is back: what was under way on the one before is asked for again."""
+        for decoding in list(self._decoding.values())[:1]:
+            if slot in decoding.awaited:
+                self._fetch(decoding)
+        for filling in self._filling.values():
+            if slot == filling.decoder:
+                self._ask(filling, time.monotonic())
+
+    def _ask(self, filling: Filling, now: float) -> None:
+        """Ask the decoder for this agent's chunk (again); it ignores that while it is at it."""
+        filling.heard = now
+        link = self._agent.network.links.get(filling.decoder)
+        if link is not None:
+            link.send(msgspec.structs.replace(filling.order, targets=(self._agent.config.slot,)))
+
+    def _look_for_absent(self, now: float) -> None:
+        """An epoch whose decoders or sources have gone cannot end: another one makes another plan."""
+        agent = self._agent
+        awaited = self.awaited - agent.network.links.keys()
+        self._absent = {slot: self._absent.get(slot, now) for slot in awaited}
+        for slot, since in self._absent.items():
+            if now - since > agent.config.silence:
+                agent.settler.request(f"slot {slot} has gone, and chunks that are being rebuilt need it")
+                return
 
     # ---- decoding
 
     def decode(self, order: Decode) -> None:
-        """Gather the sources of an order, this agent's own chunk first if it is one of them."""
-        agent = self._agent
-        copy = agent.state.copy(order.snapshot)
-        if copy is None:
+        """Rebuild a stripe for its targets, after those that were asked for before; nothing when that is under way."""
+        agent, key = self._agent, (order.snapshot, order.stripe)
+        if order.epoch != agent.state.epoch or agent.state.copy(order.snapshot) is None:
             return
-        key = (order.snapshot, order.stripe)
-        if key in self._decoding:
-            self._later.setdefault(key, []).append(order)
+        if agent.config.slot in order.targets:
+            self._filling.setdefault(key, Filling(order, agent.config.slot))
+        if (running := self._decoding.get(key)) is not None:
+            running.targets.update(order.targets)
             return
-        size = agent.config.bucket_bytes
-        decoding = self._decoding[key] = Decoding(order, max(order.counts, default=0), size)
-        for target in order.targets:
-            if target == agent.config.slot:
-                self.expect(order)
-            elif (link := agent.network.links.get(target)) is not None:
-                link.send(order)
-        self._fetch(decoding)
+        links = [agent.network.links.get(slot) for slot in order.targets]
+        if all(link is not None and agent.outbox.holds(link, *key) for link in links):
+            return
+        self._decoding[key] = Decoding(order, agent.config.bucket_bytes)
+        self._next()
 
-    def expect(self, order: Decode) -> None:
-        """A decoder is going to send this agent's chunk of a stripe."""
-        self._filling[order.snapshot, order.stripe] = Filling(order)
+    def _next(self) -> None:
+        first = next(iter(self._decoding.values()), None)
+        if first is not None and not first.chunks:
+            first.start()
+            self._fetch(first)
 
     def _fetch(self, decoding: Decoding) -> None:
+        """Ask for what is missing of the sources; this agent's own chunk is copied."""
         agent, order = self._agent, decoding.order
         copy = agent.state.copy(order.snapshot)
         for slot in order.sources:
@@ -127,6 +184,8 @@ class Repair:
                 count = min(copy.good[order.stripe].count, decoding.buckets) * decoding.bucket_bytes
                 decoding.chunks[slot][:count] = chunk[:count]
                 decoding.done.add(slot)
+            else:
+                agent.settler.request(f"slot {slot} has lost its chunk of stripe {order.stripe}, which others need")
         if decoding.complete:
             self._solve(decoding)
 
@@ -145,13 +204,14 @@ class Repair:
         columns = {slot: column for column, slot in enumerate(group.sources(order.stripe))}
         columns |= {slot: group.data + row for row, slot in enumerate(group.parities(order.stripe))}
         total = agent.memory.shape.chunk * decoding.bucket_bytes
+        targets = tuple(sorted(decoding.targets))
 
         def solve() -> dict[int, Bytes] | str:
             size = decoding.bucket_bytes
             for slot in order.sources:
                 if (why := _wrong(decoding.chunks[slot], columns[slot], order, size)) is not None:
                     return f"the chunk of slot {slot} {why}"
-            out = {slot: np.zeros(total, np.uint8) for slot in order.targets}
+            out = {slot: np.zeros(total, np.uint8) for slot in targets}
             length = decoding.buckets * size
             present = {columns[slot]: chunk for slot, chunk in decoding.chunks.items()}
             codec(group.data, group.parity).decode(
@@ -163,21 +223,24 @@ class Repair:
             return out
 
         def send(out: dict[int, Bytes] | str) -> None:
-            key = (order.snapshot, order.stripe)
+            key = order.snapshot, order.stripe
             if self._decoding.get(key) is not decoding:
                 return
-            del self._decoding[key]
-            for later in self._later.pop(key, []):
-                self.decode(later)
             if isinstance(out, str):
                 agent.journal.write("error", "a stripe cannot be repaired", stripe=order.stripe, reason=out)
                 agent.settler.request(f"stripe {order.stripe} cannot be repaired: {out}")
-                return
-            self._delivered.append(order)
-            for slot, chunk in out.items():
-                column = columns[slot]
-                count = order.counts[column] if column < group.data else agent.memory.shape.chunk
-                self._deliver(order, slot, chunk, count)
+                del self._decoding[key]
+            else:
+                for slot, chunk in out.items():
+                    column = columns[slot]
+                    count = order.counts[column] if column < group.data else agent.memory.shape.chunk
+                    self._deliver(order, slot, chunk, count)
+                decoding.targets.difference_update(targets)
+                if decoding.targets:  # others asked while this went on
+                    self._solve(decoding)
+                    return
+                del self._decoding[key]
+            self._next()
 
         agent.crew.run(solve, send)
 
@@ -208,11 +271,7 @@ class Repair:
         agent = self._agent
         key = (part.snapshot, part.stripe)
         start = part.index * agent.config.bucket_bytes
-        if size > agent.config.bucket_bytes:
-            return None
-        if part.stripe == READ_STRIPE:
-            return np.empty(size, np.uint8).data if (part.snapshot, part.owner) in self._readers else None
-        if part.epoch != agent.state.epoch:
+        if size > agent.config.bucket_bytes or part.epoch != agent.state.epoch:
             return None
         if part.owner == agent.config.slot:
             copy = agent.state.copy(part.snapshot)
@@ -227,34 +286,33 @@ class Repair:
         return chunk[start : start + size].data if start + size <= len(chunk) else np.empty(size, np.uint8).data
 
     def part(self, part: Part, payload: memoryview | None) -> None:
-        """A part has arrived; without payload it was not wanted."""
+        """A part has arrived; without payload it was not wanted. One that is damaged is asked for again in time."""
         if payload is None:
             return
         if xxhash.xxh3_64_intdigest(payload) != part.sum:
             self._agent.journal.write("warning", "a part was damaged on its way", owner=part.owner, index=part.index)
-            return
-        if part.stripe == READ_STRIPE:
-            for guest in self._readers.get((part.snapshot, part.owner), []):
-                guest.link.send(part, payload)
-                read = self._reads.get((guest.link, part.owner))
-                if read is not None and part.index == read.first + read.count - 1:
-                    del self._reads[guest.link, part.owner]
             return
         key = (part.snapshot, part.stripe)
         if part.owner != self._agent.config.slot:
             if (decoding := self._decoding.get(key)) is not None:
                 self._gathered(part, decoding)
         elif (filling := self._filling.get(key)) is not None:
+            self._heard(filling.decoder)
             if part.size:
                 filling.sums[part.index] = part.sum
             if len(filling.sums) == part.count:
-                del self._filling[key]
                 self._filled(part, filling)
+
+    def _heard(self, decoder: int) -> None:
+        """A decoder sends one chunk after the other: who waits for a later one need not ask."""
+        for filling in self._filling.values():
+            if filling.decoder == decoder:
+                filling.heard = time.monotonic()
 
     def _filled(self, part: Part, filling: Filling) -> None:
         agent, order = self._agent, filling.order
-        copy = agent.state.copy(part.snapshot)
-        if copy is None:
+        del self._filling[part.snapshot, part.stripe]
+        if agent.state.copy(part.snapshot) is None:
             return
         sums = tuple(filling.sums[index] for index in range(part.count))
         group = agent.state.group
@@ -263,6 +321,9 @@ class Repair:
             column = group.sources(part.stripe).index(agent.config.slot)
             if (value, part.count) != (order.digests[column], order.counts[column]):
                 agent.journal.write("error", "a rebuilt chunk is not the one that was lost", stripe=part.stripe)
+                agent.settler.request(
+                    f"slot {filling.decoder} sent another chunk of stripe {part.stripe} than was lost"
+                )
                 return
             record = ChunkRecord(part.stripe, value, (), part.count)
         else:
@@ -277,18 +338,18 @@ class Repair:
         """Check this agent's chunk against its digest, then send it; a chunk that has rotted is not sent."""
         agent = self._agent
         copy = agent.state.copy(snapshot)
-        if copy is None or stripe not in copy.good:
+        link = agent.network.links.get(to)
+        if copy is None or stripe not in copy.good or link is None or agent.outbox.holds(link, snapshot, stripe):
             return
         record, size = copy.good[stripe], agent.config.bucket_bytes
         chunk = agent.memory.chunk(copy.data, copy.parity, stripe)[: record.count * size]
         epoch = agent.state.epoch
 
         def send(value: int) -> None:
-            link = agent.network.links.get(to)
             if value != record.digest:
                 agent.feed(events.Scrubbed(snapshot, stripe, False))
                 agent.settler.request(f"stripe {stripe} of slot {agent.config.slot} has rotted")
-            elif link is not None:
+            else:
                 pieces = part_pieces(
                     epoch, snapshot, stripe, agent.config.slot, range(start, max(record.count, 1)), record.count,
                     lambda index: chunk[index * size : (index + 1) * size],
@@ -296,67 +357,6 @@ class Repair:
                 agent.outbox.add(link, Job(snapshot, stripe, pieces))
 
         agent.crew.run(lambda: digest(bucket_sums(chunk, size)), send)
-
-    def read_for_worker(self, guest: Guest, read: Read) -> None:
-        """A worker of this node wants bytes that may lie on another one."""
-        agent = self._agent
-        if read.owner == agent.config.slot:
-            self._send_read(guest.link, read)
-            return
-        readers = self._readers.setdefault((read.snapshot, read.owner), [])
-        if guest not in readers:
-            readers.append(guest)
-        self._reads[guest.link, read.owner] = read
-        agent.connect_peers(everyone=True)
-        self._ask_again(read.owner)
-
-    def connected(self, slot: int) -> None:
-        """A link is back: what was under way on the one before is sent again."""
-        self._ask_again(slot)
-        agent = self._agent
-        link = agent.network.links.get(slot)
-        lives = agent.state.lives
-        if link is None or link.theirs is None or not lives or lives[slot] != link.theirs.boot:
-            return
-        for order in [order for order in self._delivered if slot in order.targets]:
-            self.decode(msgspec.structs.replace(order, targets=(slot,)))
-
-    def _ask_again(self, owner: int) -> None:
-        """Send the reads that wait for a node, also after it came back; a part that comes twice does no harm."""
-        link = self._agent.network.links.get(owner)
-        self._reads = {key: read for key, read in self._reads.items() if not key[0].closed}
-        for (_, wanted), read in self._reads.items():
-            if wanted == owner and link is not None:
-                link.send(read)
-
-    def read_for_peer(self, sender: int, read: Read) -> None:
-        link = self._agent.network.links.get(sender)
-        if link is not None:
-            self._send_read(link, read)
-
-    def _send_read(self, link: Link, read: Read) -> None:
-        agent = self._agent
-        copy: Copy | None = agent.state.copy(read.snapshot)
-        stripes = agent.state.group.data_stripes(agent.config.slot)
-        whole = copy is not None and copy.settled and all(stripe in copy.good for stripe in stripes)
-        if copy is None or copy.data is None or not whole:
-            # Until this node's data are back; a later epoch may have begun meanwhile, its choice is the same.
-            self._unanswered.append((link, read))
-            return
-        slot = copy.data
-        total = agent.memory.shape.chunk * agent.state.group.data
-        pieces = part_pieces(
-            read.epoch, read.snapshot, READ_STRIPE, agent.config.slot,
-            range(read.first, min(read.first + read.count, total)), total,
-            lambda index: agent.memory.data_bucket(slot, index),
-        )  # fmt: skip
-        agent.outbox.add(link, Job(read.snapshot, READ_STRIPE, pieces))
-
-    def peer_lost(self, slot: int) -> None:
-        """Fetches from it are asked for again when it is back; the next epoch makes another plan."""
-        for decoding in self._decoding.values():
-            if slot in decoding.next and slot not in decoding.done:
-                decoding.heard = time.monotonic()
 
 
 def _wrong(chunk: Bytes, column: int, order: Decode, size: int) -> str | None:

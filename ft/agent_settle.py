@@ -1,14 +1,16 @@
 """How agents settle what an epoch restores: inventories go to the lowest living slot, its choice is written once.
 
-Whatever is written first in the shared folder stands, whoever wrote it; agents that miss the message read the file.
+Whatever is written first in the shared folder stands, whoever wrote it. It also says who decodes what, and every agent
+reads it there: a message only tells that it is time to.
 """
 
 import time
 from typing import TYPE_CHECKING, Any
 
 from ft import events, recovery
+from ft.agent_registry import Choice
 from ft.agent_scrub import verify_all
-from ft.messages import Decode, Inventory, InventoryRequest, Pin
+from ft.messages import Inventory, InventoryRequest, Pin
 from ft.state import Mode
 
 if TYPE_CHECKING:
@@ -33,8 +35,9 @@ class Settler:
         self._inventories: dict[int, Inventory] = {}
         self._began = self._deadline = 0.0
         self._next_look = 0.0
-        self._orders: tuple[tuple[int, Decode], ...] = ()
         self._pin: Pin | None = None
+        self.choice: Choice | None = None
+        """Of the present epoch, once it was read: the pin may be known before."""
         self._wanted: str = ""
         self._ready = False
 
@@ -53,7 +56,7 @@ class Settler:
     def began(self, epoch: int) -> None:
         """The protocol has begun an epoch: verify the memory, then take part in the choice."""
         agent = self._agent
-        self._epoch, self._pin, self._orders, self._wanted = epoch, None, (), ""
+        self._epoch, self._pin, self.choice, self._wanted = epoch, None, None, ""
         self._inventories, self._asked, self._ready = {}, set(), False
         self._began = time.monotonic()
         self._deadline = self._began + agent.config.inventory_deadline
@@ -92,18 +95,21 @@ class Settler:
             link.send(InventoryRequest(epoch=self._epoch))
         else:
             link.send(self._pin)
-            for decoder, order in self._orders:
-                if decoder == slot:
-                    link.send(order)
+
+    def lost(self, slot: int) -> None:
+        """What an agent said counts while it is there: it may come back with an empty memory, or not at all."""
+        if self._pin is None:
+            self._inventories.pop(slot, None)
 
     def catch_up(self, epoch: int) -> None:
         """Someone acts on a choice whose pin, on another link, has not come yet: read it where it was written first."""
         agent = self._agent
-        settled = epoch < agent.state.epoch or agent.state.pinned_epoch >= epoch
-        if settled or (written := agent.registry.choice(epoch)) is None:
+        if epoch < agent.state.epoch or (epoch == self._epoch and self.choice is not None):
             return
-        self.begin(epoch)
-        self._settled(written, ())
+        written = agent.registry.choice(epoch)
+        if written is not None:
+            self.begin(epoch)
+            self._settled(written)
 
     # ---- collecting and choosing
 
@@ -115,15 +121,16 @@ class Settler:
     def tick(self, now: float) -> None:
         agent = self._agent
         agent.repair.tick(now)
-        if self._wanted and agent.state.mode is not Mode.SETTLING:
+        # One epoch is settled before the next: also by an agent that the choice left out, which stays SETTLING.
+        if self._wanted and (agent.state.mode is not Mode.SETTLING or self._pin is not None):
             self.begin(max(agent.state.epoch, agent.registry.newest_epoch()) + 1)
-        if not self._epoch or self._pin is not None or now < self._next_look:
+        if not self._epoch or self.choice is not None or now < self._next_look:
             return
         self._next_look = now + POLL
         written = agent.registry.choice(self._epoch)
         if written is not None:
-            self._settled(written, ())
-        else:
+            self._settled(written)
+        elif self._pin is None:
             self._choose(now)
 
     def _choose(self, now: float) -> None:
@@ -147,14 +154,13 @@ class Settler:
         lives = tuple(
             self._inventories[slot].boot if slot in self._inventories else 0 for slot in range(topology.slots)
         )
-        pin = agent.registry.choose(Pin(epoch=self._epoch, snapshot=snapshot, lives=lives))
-        orders: tuple[tuple[int, Decode], ...] = ()
-        if pin.snapshot is not None:
-            present = [slot for slot, boot in enumerate(pin.lives) if boot]
-            orders = recovery.plan(self._inventories, topology.groups, pin.snapshot, self._epoch, present)
+        present = [slot for slot, boot in enumerate(lives) if boot]
+        orders = recovery.plan(self._inventories, topology.groups, snapshot, self._epoch, present) if snapshot else ()
+        pin = Pin(epoch=self._epoch, snapshot=snapshot, lives=lives)
+        choice = agent.registry.choose(Choice(pin=pin, orders=orders))
         for link in agent.network.links.values():
-            link.send(pin)
-        self._settled(pin, orders)
+            link.send(choice.pin)
+        self._settled(choice)
 
     def _unheard(self, now: float) -> bool:
         """Whether agents that can be expected to answer at once have not."""
@@ -164,22 +170,21 @@ class Settler:
             return True
         return now < self._began + KNOWN_GRACE and any(registry.endpoint(slot) is not None for slot in missing)
 
-    def _settled(self, pin: Pin, orders: tuple[tuple[int, Decode], ...]) -> None:
+    def _settled(self, choice: Choice) -> None:
         agent = self._agent
-        self._pin, self._orders = pin, orders
-        agent.feed(events.Received(agent.config.slot, agent.state.boot, pin))
+        self._pin, self.choice = choice.pin, choice
+        agent.feed(events.Received(agent.config.slot, agent.state.boot, choice.pin))
         agent.connect_peers(everyone=False)
-        for decoder, order in orders:
-            if decoder == agent.config.slot:
-                agent.feed(events.Received(decoder, agent.state.boot, order))
-            elif (link := agent.network.links.get(decoder)) is not None:
-                link.send(order)
+        agent.repair.take_orders()
 
     def heard(self, message: Any) -> None:
-        """A pin that came from the chooser settles the epoch here as well."""
-        if isinstance(message, Pin) and message.epoch == self._epoch and self._pin is None:
+        """A pin that came from another agent settles the epoch here as well; its orders are read when they can be."""
+        if not isinstance(message, Pin) or message.epoch != self._epoch:
+            return
+        if self._pin is None:
             self._pin = message
             self._agent.connect_peers(everyone=False)
+        self.catch_up(message.epoch)
 
     def _boot(self, slot: int) -> int:
         link = self._agent.network.links.get(slot)

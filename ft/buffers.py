@@ -25,9 +25,12 @@ import xxhash
 from ft.contents import Bytes
 from ft.errors import AgentError, MemoryTooSmall
 
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14; the mmap module has no name for it before Python 3.13
+# MADV_POPULATE_*, Linux 5.14. Through ctypes: the mmap module holds the interpreter's lock meanwhile.
+_POPULATE_READ, _POPULATE_WRITE = 22, 23
 _SO_PEERPIDFD = 77  # Linux 6.5
 _CREDENTIALS = struct.Struct("3i")
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class Slot:
@@ -41,6 +44,7 @@ class Slot:
             os.close(descriptor)
             raise AgentError(f"a slot of {size} bytes was announced, the memory handed over has {actual}")
         self._map = mmap.mmap(descriptor, size) if size else None
+        self._faulted = False
         self.data: Bytes = np.frombuffer(self._map if self._map is not None else b"", np.uint8)
 
     @classmethod
@@ -54,14 +58,25 @@ class Slot:
         return slot
 
     def fault_in(self) -> None:
-        """Give every page of this mapping its memory now. A mapping handed to another process needs its own call."""
-        if self._map is None:
+        """Give every page of this mapping its memory, once, for writing; other threads run meanwhile.
+
+        A mapping handed to another process needs its own call: it is no small part of the time that copying takes.
+        """
+        if self._faulted or self._map is None:
             return
-        try:
-            self._map.madvise(_POPULATE_WRITE)
-        except OSError:
+        self._faulted = True
+        if not self._populate(0, self.size, _POPULATE_WRITE):
             pages = self.data[:: mmap.PAGESIZE]
             pages[...] = pages
+
+    def fault_in_to_read(self, start: int, stop: int) -> None:
+        """Map the bytes from `start` to `stop` for reading, which is several times cheaper; they must have memory."""
+        if not self._faulted and self._map is not None:
+            self._populate(start - start % mmap.PAGESIZE, stop, _POPULATE_READ)
+
+    def _populate(self, start: int, stop: int, advice: int) -> bool:
+        address = self.data.ctypes.data + start
+        return bool(_libc.madvise(address, stop - start, advice) == 0)
 
     def close(self) -> None:
         self.data = np.frombuffer(b"", np.uint8)

@@ -26,7 +26,7 @@ from ft.agent_config import AgentConfig
 from ft.agent_registry import FOLDER
 from ft.buffers import Slot
 from ft.contents import Bytes
-from ft.errors import AgentError, AuthenticationFailed, ChunkCorrupt, MemoryTooSmall
+from ft.errors import AgentError, AuthenticationFailed, MemoryTooSmall
 from ft.inspect import Status
 from ft.messages import (
     Attach,
@@ -146,13 +146,11 @@ class AgentClient:
     # ---- requests
 
     def attach(self, *, layout: str, workers: int, buckets: int, deadline: float | None = None) -> Attached:
-        """Take this worker's place; returns once all workers of the node have. Maps the slots, faulted in."""
+        """Take this worker's place; returns once all workers of the node have. Maps the slots, not yet faulted in."""
         self._send(Attach(run=self.run, layout=layout, worker=self.worker, workers=workers, buckets=buckets))
         what = f"all {workers} workers of this node to attach"
         self.attached = self._wait(Attached, lambda _: True, deadline, what)
         self.epoch = max(self.epoch, self.attached.epoch)
-        for slot in self.slots:
-            slot.fault_in()
         return self.attached
 
     def open(self, snapshot: SnapshotId, *, wait: bool = True, deadline: float | None = None) -> Granted | Refused:
@@ -178,6 +176,10 @@ class AgentClient:
         answer: Restored = self._wait(Restored, lambda m: m.epoch >= epoch, deadline, f"the choice of epoch {epoch}")
         self.epoch = max(self.epoch, answer.epoch)
         return answer
+
+    def begin(self, epoch: int) -> None:
+        """For a supervisor: have the agents settle what epoch `epoch` restores before its workers ask."""
+        self._send(Restore(epoch=epoch))
 
     def read(
         self, *, epoch: int, snapshot: SnapshotId, owner: int, first: int, count: int, deadline: float | None = None
@@ -253,8 +255,7 @@ class AgentClient:
     def received(self, link: Link, message: Wire, payload: memoryview | None) -> None:
         with self._news:
             if isinstance(message, Part):
-                if payload is not None and xxhash.xxh3_64_intdigest(payload) == message.sum:
-                    self._reads[message.owner][2].discard(message.index)
+                self._part(link, message, payload)
             elif isinstance(message, Revoked):
                 self._revoked.add(message.snapshot)
             elif isinstance(message, Committed):
@@ -273,6 +274,17 @@ class AgentClient:
 
     def drained(self, link: Link) -> None:
         return
+
+    def _part(self, link: Link, part: Part, payload: memoryview | None) -> None:
+        """Bytes for `read`, which may have given up meanwhile; a damaged bucket is asked for again."""
+        waiting = self._reads.get(part.owner)
+        if payload is None or waiting is None:
+            return
+        if xxhash.xxh3_64_intdigest(payload) == part.sum:
+            waiting[2].discard(part.index)
+        else:
+            index = part.index
+            link.send(Read(epoch=part.epoch, snapshot=part.snapshot, owner=part.owner, first=index, count=1))
 
     # ---- inside
 
@@ -319,10 +331,3 @@ class AgentClient:
         with self._news:
             self._mail.remove(found[0])
         return found[0]
-
-
-def check_sums(data: Bytes, sums: tuple[int, ...], first: int, bucket: int, what: str) -> None:
-    """Raise `ChunkCorrupt` unless the buckets of `data`, from bucket `first` on, have their checksums."""
-    for index, at in enumerate(range(0, len(data), bucket), first):
-        if xxhash.xxh3_64_intdigest(data[at : at + bucket].data) != sums[index]:
-            raise ChunkCorrupt(f"{what}: bucket {index} does not match its checksum")

@@ -5,9 +5,11 @@ pieces. Data-parallel replicas split between them what they hold alike, so each 
 The only module of `ft` that imports torch.
 """
 
+import os
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -16,22 +18,11 @@ import torch
 import xxhash
 
 from ft.buffers import register_host_memory
-from ft.client import AgentClient, check_sums
-from ft.contents import (
-    HEAD_BYTES,
-    ITEM_SIZE,
-    Bytes,
-    Contents,
-    Move,
-    Piece,
-    contents_length,
-    decode_contents,
-    encode_contents,
-    move_bytes,
-    plan,
-)  # fmt: skip
+from ft.client import AgentClient
+from ft.contents import ITEM_SIZE, Bytes, Contents, Move, Piece, encode_contents, move_bytes
 from ft.errors import AgentError, ForeignSnapshot, FtError, IncompleteError, SlotBusy
 from ft.messages import Refused, SnapshotId
+from ft.snapshot_reader import Reader, Stored
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL",
@@ -238,8 +229,10 @@ class Snapshotter:
             if isinstance(answer, Refused):
                 raise SlotBusy(f"snapshot of step {snapshot.step} was refused: {answer.text}")
             began = time.perf_counter()
+            slot = self.client.slots[answer.slot]
+            slot.fault_in()
             try:
-                sums = self._copy(snapshot, self.client.slots[answer.slot].data, head, ready)
+                sums = self._copy(snapshot, slot.data, head, ready)
             except _Stopped:
                 self.client.cancel(snapshot)
                 raise
@@ -296,8 +289,8 @@ class Snapshotter:
     def restore(self, epoch: int) -> Restoration | str:
         """Write what epoch `epoch` restores into the live shards; the reason, in words, when nothing is in memory.
 
-        Everything is found and checked before the first byte is written. Raises `ForeignSnapshot` when the snapshot is
-        of another model, `ChunkCorrupt` when bytes do not match their checksums.
+        Everything is found, and what lies on this node checked, before the first byte is written. Raises
+        `ForeignSnapshot` when the snapshot is of another model, `ChunkCorrupt` when bytes do not match their checksums.
         """
         self.cancel()
         answer = self.client.restore(epoch, deadline=self.deadline)
@@ -305,13 +298,25 @@ class Snapshotter:
             return answer.text
         if answer.snapshot.run != self.client.run:
             raise ForeignSnapshot(f"snapshot {answer.snapshot} belongs to run {answer.snapshot.run!r}")
-        source = _Source(self, answer.snapshot, answer.epoch, answer.slot, answer.sums)
+        source = Reader(
+            self.client, answer, answer.snapshot, rank=self.rank, world=self.world, node=self.node, nodes=self.nodes,
+            bucket_bytes=self.plan.bucket_bytes, deadline=self.deadline,
+        )  # fmt: skip
         try:
-            moves, meta, local = source.find()
+            targets = {name: piece_of(shard) for name, shard in self.state.items()}
+            moves, meta, local = source.find(targets, self.optional)
         except IncompleteError as error:
             raise ForeignSnapshot(f"snapshot {answer.snapshot} does not fit this model: {error}") from error
-        for name, per_shard in moves.items():
-            _write(self.state[name], per_shard, source)
+        with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // self.workers), "restore") as threads:
+            source.check(moves, threads)
+            # In parallel what lies on this node and goes straight into the tensors; the rest is read one by one.
+            at_once = {name for name in moves if source.local(moves[name]) and _direct(self.state[name])}
+            copies = [threads.submit(_write, self.state[n], moves[n], source) for n in moves if n in at_once]
+            for name in moves:
+                if name not in at_once:
+                    _write(self.state[name], moves[name], source)
+            for copy in copies:
+                copy.result()
         return Restoration(epoch=answer.snapshot.epoch, step=answer.snapshot.step, meta=meta, local=local)
 
 
@@ -319,104 +324,10 @@ class _Stopped(FtError):
     """A copy was given up on the way."""
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A piece in some node's data slot."""
-
-    piece: Piece
-    owner: int
-    start: int
-
-
-class _Source:
-    """The chosen snapshot as one rank sees it: its own node's slot, and the others' through the agent."""
-
-    def __init__(
-        self, snapshotter: Snapshotter, snapshot: SnapshotId, epoch: int, slot: int, sums: tuple[int, ...]
-    ) -> None:
-        self._s, self._snapshot, self._epoch, self._sums = snapshotter, snapshot, epoch, sums
-        self._size = snapshotter.plan.bucket_bytes
-        self._own = snapshotter.client.slots[slot].data
-        self._checked: set[int] = set()
-        self._cache: dict[tuple[int, int, int], Bytes] = {}
-
-    def find(self) -> tuple[dict[str, list[tuple[Move, _Stored]]], bytes, bool]:
-        """Moves for every shard, the small state of this rank (of rank 0 under another layout), all of it local?"""
-        own = self._parts(self._s.node)
-        meta = {contents.rank: contents.meta for contents, _ in own}
-        same = all(contents.world == self._s.world for contents, _ in own)
-        try:
-            if not same or self._s.rank not in meta:
-                raise IncompleteError("not all is here")
-            return self._moves(own, {self._s.node}), meta[self._s.rank], True
-        except IncompleteError:
-            found = [(self._s.node, own)]
-            found += [(owner, self._parts(owner)) for owner in range(self._s.nodes) if owner != self._s.node]
-        everything = [(contents, stored) for _, parts in found for contents, stored in parts]
-        meta = {contents.rank: contents.meta for contents, _ in everything}
-        worlds = {contents.world for contents, _ in everything}
-        own_meta = meta.get(self._s.rank) if worlds == {self._s.world} else None
-        return self._moves(everything, set(range(self._s.nodes))), own_meta or meta[min(meta)], False
-
-    def _moves(
-        self, parts: Sequence[tuple[Contents, list[_Stored]]], owners: set[int]
-    ) -> dict[str, list[tuple[Move, _Stored]]]:
-        by_name: dict[str, list[_Stored]] = {}
-        for _, stored in parts:
-            for each in stored:
-                by_name.setdefault(each.piece.name, []).append(each)
-        moves = {}
-        for name, shard in self._s.state.items():
-            target = piece_of(shard)
-            sources = by_name.get(name, [])
-            if not sources and self._s.optional and name.startswith(self._s.optional):
-                continue
-            if not sources and target.elements:
-                raise IncompleteError(f"{name} is not in it")
-            moves[name] = [(move, sources[move.source]) for move in plan(target, [each.piece for each in sources])]
-        return moves
-
-    def _parts(self, owner: int) -> list[tuple[Contents, list[_Stored]]]:
-        """The contents of all workers' parts on a node."""
-        found: list[tuple[Contents, list[_Stored]]] = []
-        at, count = 0, 1
-        while len(found) < count:
-            length = contents_length(self.bytes(owner, at, at + HEAD_BYTES))
-            contents = decode_contents(self.bytes(owner, at, at + length))
-            found.append((contents, [_Stored(piece, owner, at + start) for piece, start in contents.entries]))
-            at += contents.size
-            count = contents.workers
-        return found
-
-    def bytes(self, owner: int, start: int, stop: int) -> Bytes:
-        """Bytes of a node's data slot, checked against their checksums."""
-        first, last = start // self._size, -(-stop // self._size)
-        if owner == self._s.node:
-            for index in range(first, last):
-                if index not in self._checked:
-                    check_sums(
-                        self._own[index * self._size : (index + 1) * self._size],
-                        self._sums, index, self._size, f"snapshot {self._snapshot} on node {owner}",
-                    )  # fmt: skip
-                    self._checked.add(index)
-            return self._own[start:stop]
-        for (where, low, high), data in self._cache.items():
-            if where == owner and low <= first and last <= high:
-                return data[start - low * self._size : stop - low * self._size]
-        data = self._s.client.read(
-            epoch=self._epoch, snapshot=self._snapshot, owner=owner, first=first, count=last - first,
-            deadline=self._s.deadline,
-        )  # fmt: skip
-        if len(self._cache) >= 8:
-            self._cache.pop(next(iter(self._cache)))
-        self._cache[owner, first, last] = data
-        return data[start - first * self._size : stop - first * self._size]
-
-
-def _write(shard: Shard, moves: Iterable[tuple[Move, _Stored]], source: _Source) -> None:
+def _write(shard: Shard, moves: Iterable[tuple[Move, Stored]], source: Reader) -> None:
     """Fill one live shard in place."""
     local = shard.local.detach()
-    direct = local.device.type == "cpu" and local.is_contiguous()
+    direct = _direct(shard)
     room = local if direct else torch.empty(local.shape, dtype=local.dtype)
     target = room.reshape(-1).view(torch.uint8).numpy()
     for move, stored in moves:
@@ -425,6 +336,11 @@ def _write(shard: Shard, moves: Iterable[tuple[Move, _Stored]], source: _Source)
     if not direct:
         with torch.no_grad():
             local.copy_(room)
+
+
+def _direct(shard: Shard) -> bool:
+    """Whether bytes can be copied straight into the shard's memory."""
+    return shard.local.device.type == "cpu" and shard.local.is_contiguous()
 
 
 def piece_of(shard: Shard) -> Piece:

@@ -16,7 +16,7 @@ import selectors
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Protocol, TypeAlias
 
 import msgspec
@@ -471,12 +471,19 @@ class Peer(msgspec.Struct):
     retry_at: float = 0.0
     delay: float = 0.05
     link: Link | None = None
+    needed: float | None = None
+    """Since when there is no way without a link."""
 
 
 class Network:
-    """Links to the agents of other slots. Of two agents the one with the lower slot dials, again and again."""
+    """Links to the agents of other slots. Of two agents the one with the lower slot dials, again and again.
+
+    The higher one dials too, a little later, when the link is `needed`: the lower one may not want it.
+    """
 
     ROLES = frozenset({"agent"})
+    PATIENCE = 0.5
+    """Seconds that the higher slot waits for the lower one to dial."""
 
     def __init__(
         self, selector: selectors.BaseSelector, handler: Handler, *, mine: Hello, secret: bytes, bind: tuple[str, int],
@@ -504,8 +511,8 @@ class Network:
         """Open links by slot."""
         return {slot: peer.link for slot, peer in self._peers.items() if peer.link is not None and peer.link.open}
 
-    def set_peers(self, slots: Iterable[int]) -> None:
-        """The slots to stay connected with; links to others end."""
+    def set_peers(self, slots: Iterable[int], needed: Collection[int] = ()) -> None:
+        """The slots to stay connected with, those `needed` in any case; links to others end."""
         wanted = set(slots) - {self.mine.slot}
         for slot in wanted - self._peers.keys():
             self._peers[slot] = Peer(slot)
@@ -513,6 +520,9 @@ class Network:
             link = self._peers.pop(slot).link
             if link is not None:
                 link.close("not a peer any more")
+        now = time.monotonic()
+        for slot, peer in self._peers.items():
+            peer.needed = (peer.needed or now) if slot in needed else None
 
     def ready(self, mask: int) -> None:
         """The selector found a connection waiting."""
@@ -525,7 +535,8 @@ class Network:
             link.tick(now)
         for peer in self._peers.values():
             idle = peer.link is None or peer.link.closed
-            if peer.slot > self.mine.slot and idle and now >= peer.retry_at:
+            mine = peer.slot > self.mine.slot or (peer.needed is not None and now > peer.needed + self.PATIENCE)
+            if mine and idle and now >= peer.retry_at:
                 peer.retry_at, peer.delay = now + peer.delay, min(1.0, peer.delay * 2)
                 self._dial(peer)
 

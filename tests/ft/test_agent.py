@@ -28,7 +28,7 @@ def take(snapshotters: list[Any], step: int) -> None:
         snapshotter.join()
         assert snapshotter.failure is None
     for snapshotter in snapshotters:
-        snapshotter.client.wait_committed(snapshotter.sealed, 30.0)
+        snapshotter.client.wait_committed(snapshotter.sealed, 120.0)
 
 
 def test_one_node_commits_and_restores(tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_a_snapshot_of_another_model_overwrites_nothing(tmp_path: Path) -> None:
         assert all(torch.equal(other[name].local, value) for name, value in before.items())
 
 
-def wait_for(ready: Any, deadline: float = 30.0) -> None:
+def wait_for(ready: Any, deadline: float = 120.0) -> None:
     end = time.monotonic() + deadline
     while not ready():
         assert time.monotonic() < end, "waited too long"

@@ -51,7 +51,7 @@ class Nodes:
                 run=self.run, slot=slot, folder=str(folder / "runtime" / str(slot)), shared=str(folder / "shared"),
                 secret=str(self.secret_path),
                 groups=tuple(GroupConfig(members=tuple(members), parity=parity) for members, parity in chosen),
-                slot_bytes=slot_bytes, **{"bucket_bytes": BUCKET, "lease": 30.0, "scrub": None} | options,
+                slot_bytes=slot_bytes, **{"bucket_bytes": BUCKET, "lease": 300.0, "scrub": None} | options,
             )
             for slot in range(nodes)
         ]  # fmt: skip
@@ -59,7 +59,7 @@ class Nodes:
         self.pids: dict[int, int] = {}
 
     def start(self, slot: int) -> None:
-        client.ensure_agent(self.configs[slot], 30.0)
+        client.ensure_agent(self.configs[slot], 120.0)
         self.pids[slot] = self.status(slot).pid
 
     def start_all(self) -> None:
@@ -68,7 +68,7 @@ class Nodes:
 
     def connect(self, rank: int) -> AgentClient:
         node, worker = divmod(rank, self.workers)
-        made = AgentClient(self.configs[node].socket, run=self.run, secret=self.secret, worker=worker, deadline=30.0)
+        made = AgentClient(self.configs[node].socket, run=self.run, secret=self.secret, worker=worker, deadline=120.0)
         self.clients.append(made)
         return made
 
@@ -81,14 +81,14 @@ class Nodes:
             return Snapshotter(
                 self.connect(rank), states[rank], layout=layout, rank=rank, world=self.world, workers=self.workers,
                 node=rank // self.workers, nodes=self.nodes, bucket_bytes=BUCKET,
-                **{"deadline": 30.0, "meta_bytes": 1024} | options,
+                **{"deadline": 120.0, "meta_bytes": 1024} | options,
             )  # fmt: skip
 
         return together(make, range(self.world) if only is None else [only])
 
     def status(self, slot: int) -> Status:
         path = self.configs[slot].socket
-        onlooker = AgentClient(path, run=self.run, secret=self.secret, worker=0, role="onlooker", deadline=30.0)
+        onlooker = AgentClient(path, run=self.run, secret=self.secret, worker=0, role="onlooker", deadline=120.0)
         try:
             return onlooker.status()
         finally:
