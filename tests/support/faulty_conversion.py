@@ -27,8 +27,11 @@ from trainer.errors import TrainerError
 class Faults:
     """Counts operations; at the one numbered `at` the process dies or the operation fails."""
 
-    def __init__(self, at: int, kind: str) -> None:
-        self.at, self.kind, self.count = at, kind, 0
+    def __init__(
+        self, at: int, kind: str, operations: tuple[str, ...] = ("fsync", "rename", "replace", "mkdir")
+    ) -> None:
+        """`operations` are functions of `os`; writes count always."""
+        self.at, self.kind, self.count, self.operations = at, kind, 0, operations
 
     def now(self, what: str) -> bool:
         self.count += 1
@@ -80,7 +83,7 @@ def inject(faults: Faults) -> None:
         return CountedFile(opened, faults) if set(mode) & set("wxa+") else opened
 
     io.open = counted_open  # type: ignore[assignment]
-    for name in ("fsync", "rename", "replace", "mkdir"):
+    for name in faults.operations:
         setattr(os, name, faults.around(name, getattr(os, name)))
     shutil.copyfile = faults.around("copyfile", shutil.copyfile)
 

@@ -1,5 +1,7 @@
 """Durable checkpoints of live shards: any layout loads any layout, damage is named."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,3 +95,13 @@ def test_an_unwritable_folder_is_an_output_error(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     with pytest.raises(OutputError, match="checkpoint to"):
         checkpoints(tmp_path / "checkpoints").save(1, whole_of("w", torch.ones(1, 1)), {})
+
+
+@pytest.mark.parametrize("kind", ["kill", "error"])
+@pytest.mark.parametrize("what", ["new", "same"])
+def test_no_fault_of_a_save_harms_the_checkpoint_before(tmp_path: Path, kind: str, what: str) -> None:
+    command = [sys.executable, "-m", "tests.support.faulty_save", kind, what, str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    # Part, manifest and `latest` are written, synced and renamed each, then the old one is deleted.
+    assert int(ran.stdout) > 12
