@@ -4,6 +4,8 @@ LaunchError
 ├── PreflightError       2  this machine or installation cannot run the job
 ├── SimulationError      2  a question that the simulator cannot answer
 ├── SnapshotsError       2  there are no agents to ask about snapshots
+├── StatusError          2  there is no run to tell about
+├── DrillError           2  a fault that cannot happen to the job, or a drill that could not be carried out
 ├── ClusterError         2  SLURM cannot be asked, or cannot give what the job asks for
 └── RanksFailed      2,3,4  a rank ended before the job was done; the code is the rank's own
 """
@@ -25,6 +27,14 @@ class SimulationError(LaunchError):
 
 class SnapshotsError(LaunchError):
     """No agent of the run can be asked; names the run folder."""
+
+
+class StatusError(LaunchError):
+    """There is no run in a folder; names it."""
+
+
+class DrillError(LaunchError):
+    """A fault of a drill that makes no sense or could not be done; names it as it was written."""
 
 
 class ClusterError(LaunchError):

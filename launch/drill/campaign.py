@@ -1,0 +1,266 @@
+"""A drill from beginning to end: the uninterrupted run, the run with faults, what came of them, nothing left behind."""
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launch import events
+from launch.drill.compare import differences
+from launch.drill.faults import Fault
+from launch.drill.outcome import Outcome, Struck, outcomes
+from launch.drill.processes import TOKEN, Found, living, wait_until_gone
+from launch.drill.strike import Undo, strike
+from launch.errors import DrillError, RanksFailed
+from trainer.goodput import Goodput, of_run, read_marks
+from trainer.spec import JobSpec
+
+UNINTERRUPTED, WITH_FAULTS = "uninterrupted", "faults"
+GRACE = 20.0
+"""Seconds that what belongs to a run may take to end after it, before it counts as left behind."""
+POLL = 0.02
+TAIL = 65536
+"""Bytes of metrics.jsonl in which the newest line is looked for."""
+LOG_LINES = 20
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a drill has shown."""
+
+    outcomes: Sequence[Outcome]
+    differences: Sequence[str]
+    residue: Sequence[str]
+    """Commands of processes that outlived the run; they have been killed."""
+    goodput: Goodput
+
+    @property
+    def bitwise_equal(self) -> bool:
+        return not self.differences
+
+    def data(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "bitwise_equal": self.bitwise_equal,
+            "differences": list(self.differences),
+            "residue": list(self.residue),
+            "faults": [outcome.data() for outcome in self.outcomes],
+            "goodput": self.goodput.data(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drill:
+    """What is to be done."""
+
+    job: JobSpec
+    source: Path
+    """The job file."""
+    overrides: Sequence[str]
+    faults: Sequence[Fault]
+    launch: Sequence[str] = ()
+    """Further arguments of `keepwarm train` for the run with faults."""
+    timeout: float
+    """Seconds that each of the two runs may take."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.job.output)
+
+
+def run(drill: Drill, *, fresh: bool, say: Say) -> Result:
+    """Run the job twice and compare.
+
+    Raises:
+        DrillError: a fault could not be done, or a run took too long.
+        RanksFailed: one of the runs failed.
+    """
+    whole, faulty = drill.folder / UNINTERRUPTED, drill.folder / WITH_FAULTS
+    _uninterrupted(drill, whole, fresh=fresh, say=say)
+    say(f"run with {len(drill.faults)} {'fault' if len(drill.faults) == 1 else 'faults'} in {faulty}")
+    restarts = f"cluster.max_restarts={drill.job.cluster.max_restarts + 2 * len(drill.faults)}"
+    with _Trial(drill, faulty, [restarts, *drill.launch]) as trial:
+        struck = trial.suffer(drill.faults, say)
+    found = outcomes(struck, list(read_marks(faulty)), events.read(faulty))
+    return Result(
+        outcomes=found,
+        differences=differences(whole, faulty),
+        residue=[" ".join(left.command) for left in trial.residue],
+        goodput=of_run(faulty),
+    )
+
+
+def _uninterrupted(drill: Drill, folder: Path, *, fresh: bool, say: Say) -> None:
+    """Make the run that nothing happens to, unless the folder holds that of the same job already.
+
+    It takes no snapshots: these must not change what is computed either.
+    """
+    stored, key = folder.with_suffix(".json"), _key(drill.job)
+    if not fresh and stored.is_file() and stored.read_text(encoding="utf-8") == key and folder.is_dir():
+        say(f"uninterrupted run: the one in {folder} is of the same job")
+        return
+    say(f"uninterrupted run in {folder}")
+    stored.unlink(missing_ok=True)
+    with _Trial(drill, folder, ["snapshot=off"]) as trial:
+        trial.wait()
+    stored.write_text(key, encoding="utf-8")
+
+
+def _key(job: JobSpec) -> str:
+    """Equal for jobs that compute the same with the same libraries."""
+    from importlib.metadata import version
+
+    spec = job.model_dump(mode="json", exclude={"output", "snapshot", "cluster", "log"})
+    files = [path for source in (*job.data.sources.values(), *job.data.validation.values()) for path in _files(source)]
+    data = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    versions = {name: version(name) for name in ("keepwarm", "torch", "numpy")}
+    return json.dumps({"spec": spec, "data": data, "versions": versions})
+
+
+def _files(source: str) -> list[Path]:
+    """What a source of the spec is made of: a text file, or a pair of Megatron files."""
+    return [path for path in map(Path, (source, f"{source}.bin", f"{source}.idx")) if path.is_file()]
+
+
+@dataclass
+class _Trial:
+    """One run of the job by `keepwarm train`, watched. Leaving the context ends all of its processes."""
+
+    drill: Drill
+    folder: Path
+    arguments: Sequence[str]
+    token: str = field(default_factory=lambda: secrets.token_hex(8))
+    residue: list[Found] = field(default_factory=list)
+    undo: list[tuple[Fault, Undo]] = field(default_factory=list)
+
+    def __enter__(self) -> "_Trial":
+        self.drill.folder.mkdir(parents=True, exist_ok=True)
+        self.log = self.folder.with_suffix(".log")
+        command = [sys.executable, "-P", "-m", "launch.cli", "train", str(self.drill.source), *self.drill.overrides]
+        mode = ["--force"] if self.folder.exists() else []
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*command, f"output={self.folder}", *self.arguments, *mode],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, TOKEN: self.token},
+                start_new_session=True,
+            )
+        self.end = time.monotonic() + self.drill.timeout
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._undo_all()
+        if kind is not None:
+            for found in living(self.token):
+                found.send(signal.SIGKILL)
+        self.residue = wait_until_gone(self.token, GRACE)
+        for found in self.residue:
+            found.send(signal.SIGKILL)
+        self.process.wait()
+
+    def suffer(self, faults: Sequence[Fault], say: Say) -> list[Struck]:
+        """Do every fault at its step, and wait for the end of the run."""
+        struck: list[Struck] = []
+        for fault in sorted(faults, key=lambda fault: (fault.step, fault.after)):
+            self._until_step(fault)
+            self._undo_recovered(struck)
+            struck.append(self._strike(fault))
+            say(f"step {self._step()}: {fault}")
+        while self.undo and self.process.poll() is None:
+            self._pause()
+            self._undo_recovered(struck)
+        self.wait()
+        return struck
+
+    def _strike(self, fault: Fault) -> Struck:
+        """Do it, as soon as its aim exists."""
+        end = min(self.end, time.monotonic() + GRACE)
+        while True:
+            try:
+                moment, undo = strike(fault, self.folder, self.token)
+            except DrillError as error:
+                if time.monotonic() > end or self.process.poll() is not None:
+                    raise DrillError(f"{fault.option}: {error}") from error
+                self._pause()
+            else:
+                if undo is not None:
+                    self.undo.append((fault, undo))
+                return Struck(fault=fault, time=moment)
+
+    def _until_step(self, fault: Fault) -> None:
+        while self._step() < fault.step:
+            self._pause()
+        later = time.monotonic() + fault.after
+        while time.monotonic() < later:
+            self._pause(min(POLL, max(0.0, later - time.monotonic())))
+
+    def _undo_recovered(self, struck: Sequence[Struck]) -> None:
+        """Wake frozen nodes and give back disks, once the run has gone on without them for some steps."""
+        marks = list(read_marks(self.folder))
+        for fault, undo in list(self.undo):
+            since = next(each.time for each in struck if each.fault == fault)
+            steps = sum(mark.mark == "step" and mark.time > since for mark in marks)
+            session = {mark.session for mark in marks if mark.time > since and mark.mark == "step"}
+            replaced = fault.action != "freeze" or max(session, default=0) > _session_at(marks, since)
+            if steps >= 2 and replaced:
+                undo()
+                self.undo.remove((fault, undo))
+
+    def _undo_all(self) -> None:
+        for _, undo in self.undo:
+            undo()
+        self.undo.clear()
+
+    def wait(self) -> None:
+        """Until the run has ended, successfully."""
+        while self.process.poll() is None:
+            self._pause(0.2)
+        self._judge()
+
+    def _pause(self, seconds: float = POLL) -> None:
+        """Let time pass; raises when the run ends or has taken too long."""
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            if time.monotonic() > self.end:
+                raise DrillError(
+                    f"the run in {self.folder} did not end within {self.drill.timeout:g} s (--timeout), it is at step "
+                    f"{self._step()}; its output is in {self.log}"
+                ) from None
+            return
+        self._judge()
+
+    def _judge(self) -> None:
+        code = self.process.returncode
+        if code:
+            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+            shown = "".join(f"\n    {line}" for line in lines)
+            raise RanksFailed(f"the run in {self.folder} ended with exit code {code}; end of {self.log}:{shown}", 4)
+
+    def _step(self) -> int:
+        """Completed steps, as the newest line of metrics.jsonl says."""
+        with contextlib.suppress(FileNotFoundError), (self.folder / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+            return max((step for line in file.read().splitlines() for step in _step_of(line)), default=0)
+        return 0
+
+
+def _step_of(line: bytes) -> Iterator[int]:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        yield int(json.loads(line)["step"])
+
+
+def _session_at(marks: Sequence[Any], moment: float) -> int:
+    return max((mark.session for mark in marks if mark.time <= moment), default=0)

@@ -1,0 +1,65 @@
+"""Whether two runs of one job computed the same, to the bit."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ft import durable
+from ft.errors import FtError
+from launch.errors import DrillError
+
+SHOWN = 3
+"""Differences of each kind that are named."""
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What differs between the losses, rates, norms and final state of two finished runs; nothing when all is equal.
+
+    Every stored byte is verified against its checksum first.
+
+    Raises:
+        DrillError: one of the runs has no complete checkpoint, or it is damaged.
+    """
+    return [*_first(_of_steps(_steps(one), _steps(other))), *_first(_of_state(_state(one), _state(other)))]
+
+
+def _first(found: Iterator[str]) -> list[str]:
+    lines = list(found)
+    more = [f"and {len(lines) - SHOWN} more of that kind"] if len(lines) > SHOWN else []
+    return lines[:SHOWN] + more
+
+
+def _steps(folder: Path) -> list[dict[str, Any]]:
+    """Every line of metrics.jsonl without the time, the one value in which equal runs differ."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [{key: value for key, value in line.items() if key != "step_time_s"} for line in lines]
+
+
+def _of_steps(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> Iterator[str]:
+    if len(one) != len(other):
+        yield f"{len(one)} lines of metrics and {len(other)}"
+    for mine, theirs in zip(one, other, strict=False):
+        for key in mine.keys() | theirs.keys():
+            if mine.get(key) != theirs.get(key):
+                yield f"step {mine['step']}: {key} {mine.get(key)!r} and {theirs.get(key)!r}"
+
+
+def _state(folder: Path) -> dict[tuple[str, tuple[int, ...]], str]:
+    """The checksum of every piece of the newest checkpoint, by name and offsets."""
+    newest = durable.latest(folder / "checkpoints")
+    if newest is None:
+        raise DrillError(f"{folder}: the run has left no complete checkpoint to compare")
+    try:
+        manifest = durable.verify(newest)
+    except FtError as error:
+        raise DrillError(f"{newest}: cannot be compared: {error}") from error
+    return {(entry.piece.name, entry.piece.offsets): entry.xxh3 for part in manifest.parts for entry in part.entries}
+
+
+def _of_state(
+    one: dict[tuple[str, tuple[int, ...]], str], other: dict[tuple[str, tuple[int, ...]], str]
+) -> Iterator[str]:
+    for name, offsets in sorted(one.keys() | other.keys()):
+        if one.get((name, offsets)) != other.get((name, offsets)):
+            yield f"{name} at {offsets}: other bytes"

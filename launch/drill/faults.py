@@ -1,0 +1,157 @@
+"""Faults of a drill: how they are written, which ones a job can have, and how a campaign is drawn. Pure."""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from launch.errors import DrillError
+
+Action = Literal["kill", "freeze", "corrupt", "stop"]
+Target = Literal["worker", "node", "agent", "supervisor", "chunk", "store", "disk"]
+
+TARGETS: dict[Action, tuple[Target, ...]] = {
+    "kill": ("worker", "node", "agent", "supervisor", "store"),
+    "freeze": ("node",),
+    "corrupt": ("chunk",),
+    "stop": ("disk",),
+}
+"""What each option can be aimed at."""
+UNNUMBERED = ("store", "disk")
+EXAMPLES = {"kill": "node:2@35", "freeze": "node:1@55", "corrupt": "chunk:1@60", "stop": "disk@70"}
+
+_GRAMMAR = re.compile(r"(?P<target>[a-z]+)(?::(?P<numbers>\d+(?:,\d+)*))?@(?P<step>\d+)(?:\+(?P<after>\d+(?:\.\d+)?))?")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fault:
+    """Something that is done to a run from outside, `after` seconds after its `step`-th step was completed."""
+
+    action: Action
+    target: Target
+    numbers: tuple[int, ...] = ()
+    """Ranks of workers, slots of everything else; none for a store or a disk."""
+    step: int
+    after: float = 0.0
+
+    def __str__(self) -> str:
+        name = f"{self.target}{'s' if len(self.numbers) > 1 else ''}"
+        numbers = f":{','.join(map(str, self.numbers))}" if self.numbers else ""
+        later = f"+{self.after:g}" if self.after else ""
+        return f"{self.action} {name}{numbers}@{self.step}{later}"
+
+    @property
+    def option(self) -> str:
+        """As it was written on the command line."""
+        return f"--{self}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """What a job offers for a drill."""
+
+    steps: int
+    ranks: int
+    nodes: int
+    spares: int
+    durable: bool
+    """Agents write checkpoints to disk."""
+    supervised: bool
+    """Every node has a supervisor of its own, and the nodes meet in a store."""
+
+
+def parse(action: Action, text: str) -> Fault:
+    """A fault from what follows its option, as `node:2@35` or `nodes:0,3@50+1.5`.
+
+    Raises:
+        DrillError: with what was expected.
+    """
+    known = TARGETS[action]
+    found = _GRAMMAR.fullmatch(text.strip())
+    if found is None:
+        raise DrillError(f"--{action} {text}: expected TARGET@STEP, as --{action} {EXAMPLES[action]}")
+    name = found["target"]
+    numbers = tuple(int(number) for number in (found["numbers"] or "").split(",") if number)
+    target = next((target for target in known if name in (target, f"{target}s")), None)
+    if target is None:
+        raise DrillError(f"--{action} {text}: cannot {action} a {name!r}; it can be {' or '.join(known)}")
+    if target in UNNUMBERED and numbers:
+        raise DrillError(f"--{action} {text}: a {target} has no number, write {target}@{found['step']}")
+    if target not in UNNUMBERED and not numbers:
+        raise DrillError(f"--{action} {text}: says not which {target}, write {target}:0@{found['step']}")
+    if len(numbers) > 1 and name == target:
+        raise DrillError(
+            f"--{action} {text}: {target} takes one number, for several write {target}s:{found['numbers']}"
+        )
+    if len(numbers) > 1 and target == "chunk":
+        raise DrillError(f"--{action} {text}: one chunk at a time; give the option once for each")
+    if len(set(numbers)) < len(numbers):
+        raise DrillError(f"--{action} {text}: names the same {target} twice")
+    return Fault(
+        action=action, target=target, numbers=numbers, step=int(found["step"]), after=float(found["after"] or 0)
+    )
+
+
+def check(faults: Sequence[Fault], stage: Stage) -> None:
+    """Whether all of them can happen to the job.
+
+    Raises:
+        DrillError: for the first that cannot.
+    """
+    for fault in faults:
+        if not 1 <= fault.step < stage.steps:
+            raise DrillError(
+                f"{fault.option}: that step never comes with anything left to train after it: the job has "
+                f"{stage.steps} steps, choose one from 1 to {stage.steps - 1}"
+            )
+        word, count = ("rank", stage.ranks) if fault.target == "worker" else ("node", stage.nodes)
+        if missing := [number for number in fault.numbers if number >= count]:
+            raise DrillError(f"{fault.option}: there is no {word} {missing[0]}, the job has {_range(word, count)}")
+        if fault.target in ("node", "supervisor", "store") and not stage.supervised:
+            raise DrillError(
+                f"{fault.option}: the job runs on one node, which cannot be lost here; set cluster.ranks_per_node "
+                "below the number of ranks to emulate several"
+            )
+        if fault.target == "disk" and not stage.durable:
+            raise DrillError(f"{fault.option}: nothing is written to disk while the job runs; set snapshot.durable")
+
+
+def _range(word: str, count: int) -> str:
+    return f"{word} 0 alone" if count == 1 else f"{word}s 0 to {count - 1}"
+
+
+def draw(count: int, seed: int, stage: Stage, parity: int) -> list[Fault]:
+    """A campaign of `count` faults; the same arguments give the same one. Loses no more nodes than there are spares,
+    and no more than `parity` at once."""
+    random_ = random.Random(f"keepwarm drill {seed}")
+    places = range(2, stage.steps - 1, 3)
+    if not places:
+        raise DrillError(f"--random {count}: the job has only {stage.steps} steps, too few to draw faults for")
+    steps = sorted(random_.sample(places, count) if count <= len(places) else random_.choices(places, k=count))
+    spares = stage.spares if stage.supervised else 0
+    made = []
+    for step in steps:
+        action, target, most = random_.choice(_possible(stage, spares, parity))
+        ranks = stage.ranks if target == "worker" else stage.nodes
+        chosen = () if target in UNNUMBERED else random_.sample(range(ranks), random_.randint(1, most))
+        made.append(Fault(action=action, target=target, numbers=tuple(sorted(chosen)), step=step))
+        if target in ("node", "supervisor"):
+            spares -= len(chosen)
+    return made
+
+
+def _possible(stage: Stage, spares: int, parity: int) -> list[tuple[Action, Target, int]]:
+    """(action, target, how many at once at most)."""
+    found: list[tuple[Action, Target, int]] = [("kill", "worker", min(2, stage.ranks)), ("corrupt", "chunk", 1)]
+    if parity:
+        found.append(("kill", "agent", 1))
+    if stage.supervised:
+        found.append(("kill", "store", 1))
+    if spares > 0:
+        found += [
+            ("kill", "node", max(1, min(spares, parity, stage.nodes))),
+            ("kill", "supervisor", 1),
+            ("freeze", "node", 1),
+        ]
+    return found

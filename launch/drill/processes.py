@@ -1,0 +1,184 @@
+"""The processes of one run, and of no other: everything a drill starts carries its token in the environment."""
+
+import contextlib
+import os
+import select
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from launch import node_record
+from launch.errors import DrillError
+from launch.node_record import NodeRecord
+
+TOKEN = "KEEPWARM_DRILL"
+"""Environment variable that every process of a drill inherits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A process of the run at one moment."""
+
+    pid: int
+    started: float
+    command: tuple[str, ...] = field(compare=False)
+    environment: dict[str, str] = field(compare=False)
+
+    def send(self, number: signal.Signals) -> bool:
+        """Signal this very process; False when it has ended, whoever has its pid now."""
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            handle = os.pidfd_open(self.pid)
+            try:
+                if psutil.Process(self.pid).create_time() != self.started:
+                    return False
+                signal.pidfd_send_signal(handle, number)
+                return True
+            finally:
+                os.close(handle)
+        return False
+
+
+def living(token: str) -> list[Found]:
+    """Every process that carries the token, zombies aside."""
+    return [found for process in psutil.process_iter() if (found := _look(process, token)) is not None]
+
+
+def _look(process: psutil.Process, token: str) -> Found | None:
+    with contextlib.suppress(psutil.Error, OSError):
+        environment = process.environ()
+        if environment.get(TOKEN) == token and process.status() != psutil.STATUS_ZOMBIE:
+            return Found(process.pid, process.create_time(), tuple(process.cmdline()), environment)
+    return None
+
+
+def _module(found: Found) -> str:
+    """What `python -m` runs there."""
+    words = found.command
+    return words[words.index("-m") + 1] if "-m" in words[:-1] else ""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Who is who among the processes of a run right now."""
+
+    folder: Path
+    all: dict[int, Found]
+    """By pid."""
+    records: tuple[NodeRecord, ...]
+    """Of nodes that have a slot."""
+
+    @classmethod
+    def look(cls, folder: Path, token: str) -> "Processes":
+        """Look at the machine and at the records in the run folder."""
+        records = [record for record in node_record.read_all(folder) if record.slot is not None]
+        return cls(folder, {found.pid: found for found in living(token)}, tuple(records))
+
+    def worker(self, rank: int) -> list[Found]:
+        """The worker of a rank.
+
+        Raises:
+            DrillError: none runs.
+        """
+        recorded = [record.workers[rank] for record in self.records if rank in record.workers]
+        found = [self.all[pid] for pid in recorded if pid in self.all] if self.records else self._by_rank(rank)
+        return self._or_raise(found[-1:], f"worker of rank {rank}")
+
+    def workers(self) -> list[Found]:
+        """All workers that run."""
+        if self.records:
+            pids = {pid for record in self.records for pid in record.workers.values()}
+            return [self.all[pid] for pid in sorted(pids) if pid in self.all]
+        return [found for found in self.all.values() if _module(found) == "trainer"]
+
+    def agent(self, slot: int) -> list[Found]:
+        """The snapshot agent of a slot."""
+        recorded = [record.agent for record in self.records if record.slot == slot and record.agent in self.all]
+        if recorded:
+            return [self.all[pid] for pid in recorded[-1:] if pid is not None]
+        agents = [found for found in self.all.values() if _module(found) == "ft.agent"]
+        found = [agent for agent in agents if _slot_of(agent) == slot]
+        return self._or_raise(found, f"snapshot agent of node {slot}")
+
+    def ranks(self, slot: int) -> list[int]:
+        """Those that run on the node that owns a slot.
+
+        Raises:
+            DrillError: none of them runs.
+        """
+        ranks = sorted(rank for rank, pid in self._owner(slot).workers.items() if pid in self.all)
+        if not ranks:
+            raise DrillError(f"no worker of node {slot} runs")
+        return ranks
+
+    def supervisor(self, slot: int) -> list[Found]:
+        """The supervisor of the node that owns a slot."""
+        return self._or_raise([self.all[self._owner(slot).supervisor]], f"supervisor of node {slot}")
+
+    def node(self, slot: int) -> list[Found]:
+        """Everything that runs on the node that owns a slot; its supervisor first."""
+        record = self._owner(slot)
+        pids = [record.supervisor, *_descendants(record.supervisor), record.agent, *record.workers.values()]
+        pids += [pid for worker in record.workers.values() for pid in _descendants(worker)]
+        return [self.all[pid] for pid in dict.fromkeys(pids) if pid is not None and pid in self.all]
+
+    def store(self) -> list[Found]:
+        """The store in which the nodes meet."""
+        record = node_record.newest_store(self.folder)
+        return self._or_raise([self.all[record.pid]] if record and record.pid in self.all else [], "store")
+
+    def _owner(self, slot: int) -> NodeRecord:
+        """The living owner of a slot; a node that was replaced may still have a record that names it."""
+        owners = [record for record in self.records if record.slot == slot and record.supervisor in self.all]
+        owners = [record for record in owners if record.state not in ("fenced", "ended")]
+        if not owners:
+            raise DrillError(f"no node owns slot {slot} right now")
+        return max(owners, key=lambda record: record.generation)
+
+    def _by_rank(self, rank: int) -> list[Found]:
+        return [found for found in self.workers() if found.environment.get("RANK") == str(rank)]
+
+    @staticmethod
+    def _or_raise(found: list[Found], what: str) -> list[Found]:
+        if not found:
+            raise DrillError(f"the {what} does not run")
+        return found
+
+
+def _slot_of(agent: Found) -> int | None:
+    """Its configuration lies in a folder `<run>-<slot>` or `<run>-<slot>.<node>`."""
+    slot = Path(agent.command[-1]).parent.name.rpartition("-")[2].partition(".")[0]
+    return int(slot) if slot.isdigit() else None
+
+
+def _descendants(pid: int) -> list[int]:
+    with contextlib.suppress(psutil.Error):
+        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+    return []
+
+
+@contextlib.contextmanager
+def paused(processes: Iterable[Found]) -> Iterator[None]:
+    """They stand still inside the block."""
+    stopped = [found for found in processes if found.send(signal.SIGSTOP)]
+    try:
+        yield
+    finally:
+        for found in stopped:
+            found.send(signal.SIGCONT)
+
+
+def wait_until_gone(token: str, deadline: float) -> list[Found]:
+    """Wait until no process carries the token; returns those that are still there after `deadline` seconds."""
+    end = time.monotonic() + deadline
+    while (left := living(token)) and (seconds := end - time.monotonic()) > 0:
+        with contextlib.suppress(ProcessLookupError):
+            handle = os.pidfd_open(left[0].pid)
+            try:
+                select.select([handle], [], [], seconds)
+            finally:
+                os.close(handle)
+    return left

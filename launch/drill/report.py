@@ -1,0 +1,126 @@
+"""What a drill has shown, for people: a table on the terminal, and one self-contained HTML page."""
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from launch.drill.campaign import Result
+from launch.drill.outcome import WHAT, Outcome
+from launch.events import PHASES
+from trainer.goodput import KINDS
+
+WIDTH = 160
+"""Of the table in a file or a pipe."""
+COLOURS = ("#b5534c", "#d9904a", "#d8bd55", "#7fa860", "#4f9a94", "#5479a8", "#8a6aa3")
+
+
+def print_result(result: Result, name: str) -> None:
+    """The table, what differs, what was left behind, where the time went."""
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, width=max(console.width, WIDTH))
+    phases = phases_of(result.outcomes)
+    table = Table(title=f"fire drill of {name}, in seconds")
+    for column in ("fault", "rung"):
+        table.add_column(column, no_wrap=True)
+    for column in ("steps lost", *phases, "total", "bitwise equal"):
+        table.add_column(column, justify="right")
+    for outcome in result.outcomes:
+        table.add_row(*_cells(outcome, phases), _yes(result.bitwise_equal))
+    console.print(table)
+    for line in verdict(result):
+        console.print(line, soft_wrap=True)
+
+
+def verdict(result: Result) -> list[str]:
+    """Whether all is well, and what is not."""
+    equal = "losses and final state are bitwise equal to the uninterrupted run"
+    lines = [equal] if result.bitwise_equal else ["NOT equal to the uninterrupted run:", *result.differences]
+    lines += [f"left behind and killed: {command}" for command in result.residue]
+    return [*lines, result.goodput.text()]
+
+
+def phases_of(outcomes: Sequence[Outcome]) -> list[str]:
+    """The phases that occur, in the order in which they come."""
+    return [phase for phase in PHASES if any(phase in outcome.seconds for outcome in outcomes)]
+
+
+def _cells(outcome: Outcome, phases: Sequence[str]) -> list[str]:
+    seconds = [f"{outcome.seconds[phase]:.2f}" if phase in outcome.seconds else "-" for phase in phases]
+    return [str(outcome.fault), _rung(outcome), str(outcome.steps_lost), *seconds, f"{outcome.total:.2f}"]
+
+
+def _rung(outcome: Outcome) -> str:
+    return "no restart" if outcome.rung is None else f"{outcome.rung} {WHAT.get(outcome.rung, '')}"
+
+
+def _yes(equal: bool) -> str:
+    return "yes" if equal else "NO"
+
+
+def write_html(result: Result, name: str, path: Path) -> None:
+    """One page without scripts and without anything fetched."""
+    phases = phases_of(result.outcomes)
+    colours = dict(zip(PHASES, COLOURS, strict=True))
+    heads = ["fault", "rung", "steps lost", *phases, "total", "bitwise equal"]
+    rows = "".join(
+        f"<tr>{_tags('td', [*_cells(outcome, phases), _yes(result.bitwise_equal)])}</tr>"
+        f'<tr class="bar"><td colspan="{len(heads)}">{_bar(outcome, phases, colours)}</td></tr>'
+        for outcome in result.outcomes
+    )
+    legend = "".join(f'<span><i style="background:{colours[phase]}"></i>{escape(phase)}</span>' for phase in phases)
+    account = result.goodput
+    kinds = "".join(f"<tr>{_tags('td', [kind, f'{account.seconds[kind]:.1f}'])}</tr>" for kind in KINDS)
+    page = _PAGE.format(
+        name=escape(name),
+        outcome="equal" if result.bitwise_equal and not result.residue else "different",
+        verdict="<br>".join(map(escape, verdict(result))),
+        heads=_tags("th", heads),
+        rows=rows,
+        legend=legend,
+        kinds=kinds,
+        share=f"{account.share:.1%}",
+        wall=f"{account.wall:.1f}",
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _tags(tag: str, texts: Sequence[str]) -> str:
+    return "".join(f"<{tag}>{escape(text)}</{tag}>" for text in texts)
+
+
+def _bar(outcome: Outcome, phases: Sequence[str], colours: dict[str, str]) -> str:
+    """Phases beside each other, as wide as they took of the slowest recovery that fits on the page."""
+    parts = [
+        f'<b style="flex:{max(outcome.seconds[phase], 0.001):.3f};background:{colours[phase]}" '
+        f'title="{escape(phase)} {outcome.seconds[phase]:.2f} s"></b>'
+        for phase in phases
+        if outcome.seconds.get(phase)
+    ]
+    return f'<div class="phases">{"".join(parts)}</div>' if parts else ""
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>fire drill of {name}</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse; width: 100% }}
+th, td {{ text-align: right; padding: .3rem .6rem; border-top: 1px solid #ddd; font-variant-numeric: tabular-nums }}
+th {{ border: 0; color: #666; font-weight: normal }}
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) {{ text-align: left; white-space: nowrap }}
+.bar td {{ border: 0; padding-top: 0 }} .phases {{ display: flex; height: 6px }} .phases b {{ min-width: 1px }}
+.legend span {{ margin-right: 1rem }}
+.legend i {{ display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem }}
+.equal {{ border-left: 4px solid #7fa860 }} .different {{ border-left: 4px solid #b5534c }}
+.equal, .different {{ padding: .5rem 1rem; background: #f6f6f4 }} .goodput {{ width: 20rem }}
+</style></head><body>
+<h1>Fire drill of {name}, in seconds</h1>
+<p class="{outcome}">{verdict}</p>
+<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>
+<p class="legend">{legend}</p>
+<h2>Goodput {share} of {wall} s</h2>
+<table class="goodput"><tbody>{kinds}</tbody></table>
+</body></html>
+"""

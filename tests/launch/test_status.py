@@ -1,0 +1,59 @@
+"""keepwarm status from the outside, and what it reads."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import node_record
+from launch.errors import StatusError
+from launch.node_record import NodeRecord
+from launch.status import completed, show, status
+from trainer.goodput import Timeline
+from trainer.spec_file import load_job, save_job
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run that has completed two of its steps on one of two nodes."""
+    save_job(load_job(ROOT / "configs" / "ci" / "drill.yaml", [f"output={tmp_path}"]), tmp_path / "run.json")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
+    timeline = Timeline(tmp_path, rank=0, began=1000.0, restart=False, anew=True)
+    timeline.restored(0)
+    timeline.step(1, 0.0)
+    timeline.step(2, 0.0)
+    timeline.close(2, ended=False)
+    node_record.write(tmp_path, NodeRecord(node="a", host="h", slot=0, supervisor=1, workers={0: 7}, state="running"))
+    node_record.write(tmp_path, NodeRecord(node="b", host="h", slot=None, supervisor=2, state="spare"))
+    return tmp_path
+
+
+def test_shows_steps_nodes_and_goodput(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = status(run)
+    assert (found["run"], found["step"], found["last_step"]) == ("drill", 2, 24)
+    assert [node["state"] for node in found["nodes"]] == ["running", "spare"]
+    assert found["goodput"]["steps"] == 2
+    show(run, as_json=True)
+    assert json.loads(capsys.readouterr().out) == found
+    show(run, as_json=False)
+    shown = capsys.readouterr().out
+    assert "drill: 2 of 24 steps" in shown
+    assert "2 steps kept, 0 lost, 0 restarts" in shown
+    assert "start-up" in shown
+
+
+def test_a_run_that_has_not_begun_has_no_steps(tmp_path: Path) -> None:
+    assert completed(tmp_path) == 0
+    with pytest.raises(StatusError, match=r"there is no run here \(run.json is missing\)"):
+        status(tmp_path)
+
+
+def test_the_command_ends_with_2_where_there_is_no_run(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "launch.cli", "status", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"keepwarm: {tmp_path}: there is no run here")
