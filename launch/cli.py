@@ -156,6 +156,12 @@ def report(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASSED_THROUGH)
+def refine(context: typer.Context) -> None:
+    """Refine a learning-rate schedule from the gradient norms of a run."""
+    _run_tool("trainer.refine", context.args)
+
+
+@app.command(context_settings=_PASSED_THROUGH)
 def average(context: typer.Context) -> None:
     """Average the weights of several branches into one checkpoint."""
     _run_tool("trainer.average_tool", context.args)

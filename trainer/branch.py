@@ -102,7 +102,7 @@ def _stage(parent: JobSpec, point: BranchPoint, tokens: int) -> dict[str, Any]:
     stage = parent.stages[point.plan.index]
     within = point.position - point.plan.start_sample
     mixture = [mixture for first, mixture in point.plan.mixtures if first <= within][-1]
-    kept = stage.model_dump(mode="json", by_alias=True, include={"replay", "evaluate", "gate"})
+    kept = stage.model_dump(mode="json", by_alias=True, include={"replay", "evaluate", "gate", "sequence_length"})
     return {"name": "anneal", "tokens": tokens, "mixture": dict(mixture), "lr": _anneal(point.curve), **kept}
 
 

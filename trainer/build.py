@@ -82,7 +82,7 @@ def build(job: JobSpec, world: World, *, start: Start) -> Run:
         loader.restore(beginning.meta["ledger"])
         state = RunState.load(beginning.meta["run"], job.health)
     elif job.init_from is not None:
-        _begin_with_parent(job, model, engine, loader, state, data.tokenizer)
+        _begin_with_parent(job, world, model, engine, loader, state, data.tokenizer)
     if average is not None and (beginning.meta is None or beginning.meta.get("moving_average") is None):
         average.begin()
     state.tokenizer = data.tokenizer
@@ -129,9 +129,15 @@ def make_engine(job: JobSpec, world: World, model: ModelParts) -> Engine:
 
 
 def _begin_with_parent(
-    job: JobSpec, model: ModelParts, engine: Engine, loader: BatchLoader, state: RunState, tokenizer: str | None
+    job: JobSpec,
+    world: World,
+    model: ModelParts,
+    engine: Engine,
+    loader: BatchLoader,
+    state: RunState,
+    tokenizer: str | None,
 ) -> None:
-    parent = adopt(job, model, engine.state(), tokenizer)
+    parent = adopt(job, model, engine.state(), tokenizer, world)
     engine.restored()
     if parent.ledger is not None:
         loader.restore(parent.ledger)
@@ -188,4 +194,11 @@ def _open_segments(job: JobSpec, plans: tuple[StagePlan, ...], loader: BatchLoad
         for (first, mixture), end in zip(plan.mixtures, ends, strict=True):
             if end > loader.consumed:
                 start = max(plan.start_sample + first, loader.consumed)
-                loader.open_segment(mixture, start=start, replay=stage.replays, stage=stage.name)
+                loader.open_segment(
+                    mixture,
+                    start=start,
+                    replay=stage.replays,
+                    stage=stage.name,
+                    skip=stage.skip,
+                    sequence_length=plan.sequence_length,
+                )

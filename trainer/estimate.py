@@ -212,7 +212,8 @@ def _activations(job: JobSpec, pipeline: int, compute: int) -> int:
     """Bytes kept for backward by the micro-batches in flight, and by the layer that is computed again."""
     split = split_layers(job.model.layers, job.parallel)
     stages = stages_of(pipeline, job.parallel)
-    tokens = job.batch.micro_size * job.data.sequence_length
+    longest = max(stage.sequence_length or job.data.sequence_length for stage in job.stages)
+    tokens = job.batch.micro_size * longest
     kept, again = layer_elements(job)
     layers = sum(len(split[stage]) for stage in stages) / len(stages)
     held = in_flight(job.parallel, pipeline, _micro_batches(job)) * layers * kept + again

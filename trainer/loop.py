@@ -112,7 +112,7 @@ def _step(run: Run) -> None:
     if run.average is not None and not result.skipped:
         run.average.update()
     state.step += 1
-    run.speed.add(size * run.job.data.sequence_length, elapsed)
+    run.speed.add(size * plan.sequence_length, elapsed)
     _report(run, plan, result, lr, size, elapsed)
     _judge(run, result)
     if run.snapshots is not None:
@@ -133,7 +133,7 @@ def _report(run: Run, plan: StagePlan, result: StepResult, lr: float, size: int,
         step_time_s=elapsed,
     )
     run.metrics.step(metrics)
-    tokens_per_s = size * run.job.data.sequence_length / elapsed
+    tokens_per_s = size * plan.sequence_length / elapsed
     run.console.step(
         LogLine(
             metrics=metrics,

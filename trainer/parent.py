@@ -1,10 +1,13 @@
-"""Starting from another run of ours, or from any native checkpoint: its weights, its optimizer state, what it saw.
+"""Starting from another run of ours, a native checkpoint or a Hugging Face folder: its weights, its optimizer state,
+what it saw.
 
 Nothing is ever written into the parent.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,13 @@ from ft.errors import FtError
 from parallel.model import ModelParts
 from parallel.shard import Shard
 from trainer import checkpoint
+from trainer.convert.from_huggingface import from_huggingface
+from trainer.convert.huggingface_folder import CONFIG
 from trainer.data.ledger import Ledger
-from trainer.errors import CheckpointError
+from trainer.data.tokenizer import load_tokenizer
+from trainer.errors import CheckpointError, DataError, TrainerError
 from trainer.spec import JobSpec
+from trainer.world import World
 
 MODEL, OPTIMIZER = "model.", "optimizer."
 
@@ -32,16 +39,27 @@ class Parent:
     """With the parent's stages as its past; None where the parent has none."""
 
 
-def adopt(job: JobSpec, model: ModelParts, shards: Mapping[str, Shard], tokenizer: str | None) -> Parent:
-    """Fill the shards from `job.init_from`; the caller then calls `Engine.restored`.
+def adopt(job: JobSpec, model: ModelParts, shards: Mapping[str, Shard], tokenizer: str | None, world: World) -> Parent:
+    """Fill the shards from `job.init_from`; the caller then calls `Engine.restored`. Collective.
 
-    The optimizer state is taken too, when the first stage keeps it and the parent has one.
+    The optimizer state is taken too, when the first stage keeps it and the parent has one. A Hugging Face folder is
+    converted into the run's own folder for as long as it is read.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it is of another architecture or tokenizer.
     """
     assert job.init_from is not None
-    path = _newest(Path(job.init_from))
+    origin = Path(job.init_from)
+    if (origin / CONFIG).is_file():
+        with _converted(origin, Path(job.output) / "parent", world) as path:
+            _check_computation(origin, durable.read_manifest(path).meta["model"], job)
+            _check_tokenizer(origin, tokenizer)
+            found = _adopt(job, path, model, shards, tokenizer)
+        return replace(found, record=found.record | {"path": str(origin)})
+    return _adopt(job, _newest(origin), model, shards, tokenizer)
+
+
+def _adopt(job: JobSpec, path: Path, model: ModelParts, shards: Mapping[str, Shard], tokenizer: str | None) -> Parent:
     try:
         manifest = durable.read_manifest(path)
     except FtError as error:
@@ -64,6 +82,51 @@ def adopt(job: JobSpec, model: ModelParts, shards: Mapping[str, Shard], tokenize
     return Parent(record=record | {"ledger": ledger is not None}, ledger=ledger)
 
 
+@contextlib.contextmanager
+def _converted(origin: Path, target: Path, world: World) -> Iterator[Path]:
+    """A native checkpoint of a Hugging Face folder, made by rank 0, that is gone afterwards."""
+    failure: TrainerError | None = None
+    if world.rank == 0:
+        shutil.rmtree(target, ignore_errors=True)
+        try:
+            from_huggingface(origin, target)
+        except TrainerError as error:
+            failure = error
+    if world.any(failure is not None):
+        raise CheckpointError(f"init_from: {failure or f'{origin} could not be converted on rank 0'}")
+    try:
+        yield target
+    finally:
+        world.barrier()
+        if world.rank == 0:
+            shutil.rmtree(target, ignore_errors=True)
+
+
+_COMPUTED_WITH = (
+    "norm", "norm_eps", "norm_position", "activation", "position", "rotary_fraction", "parallel_residual", "qk_norm",
+)  # fmt: skip
+"""Fields of a model that no shape shows, and that weights only make sense with. Others may be changed on purpose."""
+
+
+def _check_computation(origin: Path, theirs: Mapping[str, Any], job: JobSpec) -> None:
+    ours = job.model.model_dump(mode="json")
+    for key in _COMPUTED_WITH:
+        if ours[key] != theirs.get(key, ours[key]):
+            raise CheckpointError(
+                f"init_from: {origin} is of another architecture: model.{key} is {theirs[key]} there, {ours[key]} here"
+            )
+
+
+def _check_tokenizer(origin: Path, tokenizer: str | None) -> None:
+    file = origin / "tokenizer.json"
+    if tokenizer is None or not file.is_file():
+        return
+    # One without a token that ends documents cannot have made our data; whoever uses it has tokenized elsewhere.
+    with contextlib.suppress(DataError):
+        if load_tokenizer(str(file)).hash != tokenizer:
+            raise CheckpointError(f"init_from: {file} is another tokenizer than that of the data of this job")
+
+
 def _newest(path: Path) -> Path:
     """A checkpoint itself, or the newest of a run folder or a folder of checkpoints."""
     if (path / durable.MANIFEST).is_file():
@@ -72,8 +135,8 @@ def _newest(path: Path) -> Path:
         if folder.is_dir() and (newest := durable.latest(folder)) is not None:
             return newest
     raise CheckpointError(
-        f"init_from: {path}: neither a checkpoint nor a run folder with a complete one; "
-        "Hugging Face models are converted first"
+        f"init_from: {path}: neither a checkpoint nor a run folder with a complete one, nor a Hugging Face folder "
+        f"({CONFIG})"
     )
 
 

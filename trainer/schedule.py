@@ -1,18 +1,21 @@
 """Learning-rate curves: pure functions of the step inside a stage, with every boundary resolved and saved.
 
 Formulas: linear warm-up and cosine as in Ibrahim et al. (2024); WSD as in Hu et al. (2024); infinite (warm-up,
-cooldown, constant, exponential anneal) as in Singh et al. (2025). Torch-free.
+cooldown, constant, exponential anneal) as in Singh et al. (2025). A piecewise curve holds what `trainer.refine` found.
+Torch-free.
 """
 
 import math
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from parallel.spec import Section
 
-Kind = Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd", "infinite"]
+Kind = Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd", "infinite", "piecewise"]
+Points = tuple[tuple[float, float], ...]
 Shape = Literal["cosine", "linear", "inverse_sqrt"]
 
 INVERSE_SQRT_ALPHA = 10.0
@@ -30,6 +33,9 @@ class LrSpec(Section):
     cooldown: Shape = Field("cosine", description="infinite: shape of the way from max to constant")
     cooldown_end: float = Field(0.6, ge=0, le=1, description="infinite: where the constant phase begins")
     anneal: float = Field(0.0, ge=0, le=1, description="infinite, wsd: fraction of the final anneal")
+    points: Points = Field(
+        (), description="piecewise: (fraction of the stage, fraction of max), joined by straight lines; no warm-up"
+    )
 
     @model_validator(mode="after")
     def _is_a_curve(self) -> "LrSpec":
@@ -44,9 +50,20 @@ class LrSpec(Section):
                 raise ValueError("an exponential anneal needs min above 0")
         elif self.constant is not None:
             raise ValueError(f"constant belongs to schedule infinite, not to {self.schedule}")
+        if self.schedule == "piecewise":
+            self._check_points()
+        elif self.points:
+            raise ValueError(f"points belong to schedule piecewise, not to {self.schedule}")
         if self.schedule == "wsd" and self.warmup + self.anneal > 1:
             raise ValueError("schedule wsd needs warmup + anneal <= 1")
         return self
+
+    def _check_points(self) -> None:
+        at = [point[0] for point in self.points]
+        if len(at) < 2 or at != sorted(set(at)) or (at[0], at[-1]) != (0, 1):
+            raise ValueError("schedule piecewise needs points from fraction 0 to fraction 1, each later than the last")
+        if not all(0 <= height <= 1 for _, height in self.points):
+            raise ValueError("points are fractions of max, from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +79,7 @@ class LrCurve:
     cooldown_end: int
     constant_end: int
     end: int
+    points: Points = ()
 
     @classmethod
     def of(cls, spec: LrSpec, steps: int) -> "LrCurve":
@@ -72,20 +90,23 @@ class LrCurve:
             floor=spec.min,
             constant=spec.max if spec.constant is None else spec.constant,
             cooldown=spec.cooldown,
-            warmup_end=max(1, int(spec.warmup * steps)) if spec.warmup else 0,
+            warmup_end=max(1, int(spec.warmup * steps)) if spec.warmup and not spec.points else 0,
             cooldown_end=int(spec.cooldown_end * steps),
             constant_end=int((1 - spec.anneal) * steps),
             end=steps,
+            points=spec.points,
         )
 
     @classmethod
     def load(cls, saved: dict[str, Any]) -> "LrCurve":
         """The inverse of `save`."""
-        return cls(**{field.name: saved[field.name] for field in fields(cls)})
+        values = {field.name: saved[field.name] for field in fields(cls) if field.name != "points"}
+        points = tuple((float(at), float(height)) for at, height in saved.get("points", ()))
+        return cls(**values, points=points)
 
     def save(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self)
+        return asdict(self) | {"points": [list(point) for point in self.points]}
 
     @property
     def constant_phase(self) -> range:
@@ -127,6 +148,14 @@ class LrCurve:
                 return _between(self.peak, self.floor, self._progress(step, self.constant_end, self.end))
             case "infinite":
                 return self._infinite(step)
+            case "piecewise":
+                return self._piecewise(step / max(1, self.end))
+
+    def _piecewise(self, at: float) -> float:
+        for (start, low), (stop, high) in pairwise(self.points):
+            if at <= stop:
+                return self.peak * _between(low, high, (at - start) / (stop - start))
+        return self.peak * self.points[-1][1]
 
     def _infinite(self, step: int) -> float:
         if step < self.cooldown_end:

@@ -73,6 +73,10 @@ class StageSpec(Section):
     mixture_ramp: MixtureRamp | None = None
     replay: ReplaySpec | tuple[ReplaySpec, ...] = Field((), description="one clause, or a list of them")
     lr: LrSpec
+    sequence_length: PositiveInt | None = Field(None, description="tokens per sample; default: data.sequence_length")
+    skip: NonNegativeInt = Field(
+        0, description="samples of every source passed over at the beginning: branches that are averaged see other data"
+    )
     optimizer_state: Literal["keep", "reset"] = Field("keep", description="moments and step counter at the beginning")
     evaluate: tuple[str, ...] | None = Field(
         None, description="domains evaluated inside the stage; default: all. At its beginning and end it is always all"

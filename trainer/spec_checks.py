@@ -43,11 +43,17 @@ def _tensor(job: "JobSpec") -> Iterator[str]:
     ):
         if value % tensor:
             yield f"model.{key} = {value} does not divide by parallel.tensor = {tensor}"
-    if job.parallel.sequence and job.data.sequence_length % tensor:
-        yield (
-            f"parallel.sequence: data.sequence_length = {job.data.sequence_length} does not divide by "
-            f"parallel.tensor = {tensor}"
-        )
+    for key, length in _lengths(job):
+        if job.parallel.sequence and length % tensor:
+            yield f"parallel.sequence: {key} = {length} does not divide by parallel.tensor = {tensor}"
+
+
+def _lengths(job: "JobSpec") -> Iterator[tuple[str, int]]:
+    """Every sequence length by its key."""
+    yield "data.sequence_length", job.data.sequence_length
+    for stage in job.stages:
+        if stage.sequence_length is not None:
+            yield f"stages.{stage.name}.sequence_length", stage.sequence_length
 
 
 def _batch(job: "JobSpec") -> Iterator[str]:
@@ -72,11 +78,9 @@ def _batch(job: "JobSpec") -> Iterator[str]:
 
 
 def _data(job: "JobSpec") -> Iterator[str]:
-    if job.data.sequence_length > job.model.max_sequence_length:
-        yield (
-            f"data.sequence_length = {job.data.sequence_length} is longer than "
-            f"model.max_sequence_length = {job.model.max_sequence_length}"
-        )
+    for key, length in _lengths(job):
+        if length > job.model.max_sequence_length:
+            yield f"{key} = {length} is longer than model.max_sequence_length = {job.model.max_sequence_length}"
     names = [stage.name for stage in job.stages]
     if len(set(names)) != len(names):
         yield f"stages: names must differ, got {names}"
@@ -89,8 +93,13 @@ def _data(job: "JobSpec") -> Iterator[str]:
 
 def _parent(job: "JobSpec") -> Iterator[str]:
     # Starting anew with --force empties the output folder.
-    if job.init_from is not None and Path(job.output) in (Path(job.init_from), *Path(job.init_from).parents):
-        yield f"init_from = {job.init_from} lies in output = {job.output}: a run cannot be its own parent"
+    if job.init_from is None:
+        return
+    parent, output = Path(job.init_from), Path(job.output)
+    if output in (parent, *parent.parents):
+        yield f"init_from = {parent} lies in output = {output}: a run cannot be its own parent"
+    elif parent in output.parents:
+        yield f"output = {output} lies in init_from = {parent}, which is only read; choose another"
 
 
 def _mixtures(stage: "StageSpec", job: "JobSpec") -> Iterator[str]:

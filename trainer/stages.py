@@ -18,6 +18,7 @@ class StagePlan:
     steps: int
     start_sample: int
     samples: int
+    sequence_length: int
     tokens: int
     curve: LrCurve
     mixtures: tuple[tuple[int, Mapping[str, float]], ...]
@@ -59,7 +60,8 @@ def plan_stages(job: JobSpec) -> tuple[StagePlan, ...]:
     plans: list[StagePlan] = []
     step = consumed = 0
     for index, stage in enumerate(job.stages):
-        wanted = -(-stage.tokens // job.data.sequence_length)
+        length = stage.sequence_length or job.data.sequence_length
+        wanted = -(-stage.tokens // length)
         steps, samples = steps_for(job.batch, consumed, wanted)
         plans.append(
             StagePlan(
@@ -69,7 +71,8 @@ def plan_stages(job: JobSpec) -> tuple[StagePlan, ...]:
                 steps=steps,
                 start_sample=consumed,
                 samples=samples,
-                tokens=samples * job.data.sequence_length,
+                sequence_length=length,
+                tokens=samples * length,
                 curve=LrCurve.of(stage.lr, steps),
                 mixtures=mixtures(stage, samples),
             )

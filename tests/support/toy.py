@@ -86,12 +86,12 @@ class MarkovSource:
         return Samples(rows[:, :-1].copy(), targets, None)
 
 
-SEEDS = {"t0": 11, "t1": 12, "t2": 13}
+SEEDS = {"t0": 11, "t1": 12, "t2": 13, "t3": 14}
 
 
 @lru_cache
 def source(name: str) -> MarkovSource:
-    """Training data of the source `t0`, `t1` or `t2`."""
+    """Training data of one of the sources of SEEDS."""
     return MarkovSource(name, windows(table(SEEDS[name]), SEEDS[name] - 10))
 
 
@@ -187,7 +187,9 @@ def run(
     parent: Result | None = None,
 ) -> Result:
     """Train the stages one after the other, from the parent's weights, optimizer state and ledger if there is one."""
-    names = sorted({name for clause in stages for name in clause["mixture"]} | {"t0"})
+    mixed = {name for one in stages for moved in (one, *one.get("mixture_steps", ())) for name in moved["mixture"]}
+    seen = () if parent is None else (origin.name for origin in parent.ledger.sources.values())
+    names = sorted({*mixed, *seen, "t0"})
     ledger = Ledger(seed=seed) if parent is None else parent.ledger.continued("parent")
     job = JobSpec.model_validate(
         {
@@ -230,7 +232,8 @@ def run(
     )
     for plan, spec in zip(plans, job.stages, strict=True):
         for first, mixture in plan.mixtures:
-            loader.open_segment(mixture, start=plan.start_sample + first, replay=spec.replays, stage=spec.name)
+            start = plan.start_sample + first
+            loader.open_segment(mixture, start=start, replay=spec.replays, stage=spec.name, skip=spec.skip)
     if parent is not None:
         for name, shard in engine.state().items():
             shard.local.copy_(parent.state[name])

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from ft import durable
-from trainer.errors import CheckpointError, SpecError, TrainingStopped
+from trainer.convert.to_huggingface import to_huggingface
+from trainer.data.train_tokenizer import train_tokenizer
+from trainer.errors import CheckpointError, DataError, SpecError, TrainingStopped
 from trainer.session import run_session
 from trainer.spec_file import shipped_configs
 
@@ -106,6 +108,30 @@ def test_a_parent_that_does_not_fit_is_refused(
     assert files_of(parent).keys() >= before.keys()
 
 
+def test_data_that_cannot_be_continued_with_are_refused(tmp_path: Path, parent: Path) -> None:
+    before = files_of(parent)
+    corpora = shipped_configs() / "corpora"
+    tokenizer = tmp_path / "tokenizer.json"
+    train_tokenizer([corpora / "handbook_de.valid.jsonl.zst"], tokenizer, 264)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    sources = f"en: {corpora / 'handbook_en.jsonl.zst'}, de: "
+    for change, error, said in (
+        (f"data.tokenizer={tokenizer}", CheckpointError, "trained with another tokenizer"),
+        (f"data.sources={{{sources}{empty}}}", DataError, r"data\.sources\.de: .*holds no text"),
+        (f"data.sources={{{sources}{short}}}", DataError, r"data\.sources\.de: .*too few for one sample"),
+    ):
+        with pytest.raises(error, match=said):
+            train([*job(tmp_path, "child", GERMAN), f"init_from={parent}", change])
+        assert not (tmp_path / "child" / "checkpoints").exists()
+    inside = [*job(parent, "inner", GERMAN), f"init_from={parent}"]
+    with pytest.raises(SpecError, match=r"output = .* lies in init_from"):
+        train(inside)
+    assert files_of(parent) == before
+
+
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parent")
@@ -145,3 +171,44 @@ def test_evaluation_inside_a_stage_is_of_the_domains_it_names(tmp_path: Path) ->
         (8, ["de", "en"]),
     ]
     assert updates_of(tmp_path / "run") == 4
+
+
+def test_a_hugging_face_folder_begins_a_run_that_replays_a_stand_in(
+    tmp_path: Path, parent: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "huggingface"
+    to_huggingface(parent, folder)
+    before = files_of(folder)
+    stand_in = GERMAN.replace("lr:", "replay: {stand_in: en, fraction: 0.25}, lr:")
+    train([*job(tmp_path, "child", stand_in), f"init_from={folder}"])
+    child = tmp_path / "child"
+    assert evaluations_of(child)[0][1] == evaluations_of(parent)[-1][1]
+    assert updates_of(child) == 4
+    assert not (child / "parent").exists()
+    meta = manifest_of(child).meta
+    assert meta["ledger"]["replayed"] == {"german": 8}
+    assert [replay["known"] for replay in meta["ledger"]["replays"]] == [False]
+    record = meta["run"]["parent"]
+    assert (record["path"], record["optimizer_state"], record["ledger"]) == (str(folder), False, False)
+    assert "replays a stand-in en: not known to have been seen" in capsys.readouterr().out
+
+    with pytest.raises(DataError, match=r"stages\.german\.replay.*nothing was seen there"):
+        train([*job(tmp_path, "blind", REPLAY.replace("from: [english], ", "")), f"init_from={folder}"])
+    with pytest.raises(CheckpointError, match=r"another architecture: model\.norm is rms there"):
+        train([*job(tmp_path, "other", GERMAN), f"init_from={folder}", "model.norm=layer"])
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"init_from: .*model\.safetensors"):
+        train([*job(tmp_path, "broken", GERMAN), f"init_from={folder}"])
+    assert files_of(folder).keys() == before.keys() - {str(folder / "model.safetensors")}
+
+
+def test_a_stage_of_longer_samples_packs_what_it_replays(tmp_path: Path) -> None:
+    train(job(tmp_path, "run", ENGLISH, REPLAY.replace("lr:", "sequence_length: 128, lr:")))
+    assert [step for step, _ in evaluations_of(tmp_path / "run")] == [0, 4, 6]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["tokens"] for line in lines if "tokens" in line] == [8 * 64] * 4 + [8 * 128] * 2
+    ledger = manifest_of(tmp_path / "run").meta["ledger"]
+    assert ledger["replayed"] == {"german": 4}
+    assert [replay["cut"] for replay in ledger["replays"]] == [[64, 128]]
+    with pytest.raises(SpecError, match=r"stages\.german\.sequence_length = 512 is longer than model\.max_sequence"):
+        train(job(tmp_path, "long", ENGLISH, REPLAY.replace("lr:", "sequence_length: 512, lr:")))

@@ -8,14 +8,25 @@ and a later stage can draw again from exactly what was seen. Torch-free.
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.replay import Identified, Pool, Replay, Run, pools_of, stand_in_pool
+from trainer.data.replay import (
+    Identified,
+    Pieces,
+    Pool,
+    Replay,
+    Run,
+    content_of,
+    length_of,
+    lengths_of,
+    pools_of,
+    stand_in_pool,
+)
 from trainer.data.segment import Ranges, ReplayShare, Segment, Share, drawn, draws_before, merged, weights_of
 from trainer.data.spec import ReplaySpec
 from trainer.data.table import UNITS, Ints, quantise
@@ -66,6 +77,9 @@ class Draw:
     source: Ints
     k: Ints
     replayed: npt.NDArray[np.bool_]
+    cuts: tuple[Pieces, ...] = ()
+    """What stands at positions that replay samples of another length: their `source` and `k` are those of the first
+    piece. `place` is of the position, `source` of the identity."""
 
 
 class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -90,6 +104,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         offsets: Mapping[str, int] | None = None,
         replay: Sequence[ReplaySpec] = (),
         stage: str | None = None,
+        skip: int = 0,
     ) -> "Ledger":
         """A ledger whose mixture changes at `start`, which is not below `position` (default: there).
 
@@ -102,6 +117,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             sources: the sources by name; more than the mixture names is fine.
             replay: clauses of the stage; each takes its fraction of the samples, the mixture gets the rest.
             stage: the stage that `start` belongs to; it begins there unless it has begun already.
+            skip: samples of every source of the mixture that are passed over when the stage begins.
 
         Raises:
             SpecError: a weight is not positive, or below 1/65,536 of the whole; or a replay clause names what is
@@ -123,23 +139,25 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             named[identity] = name
         kept = tuple(segment for segment in self.segments if segment.start < start)
         seen = kept[-1].seen_before(start) if kept else self._seen_in_past()
+        ledger = self._begun(stage, start)
+        skip = skip if ledger.stages and ledger.stages[-1].start == start else 0
         shares = tuple(
             Share(
                 source=identity,
                 units=units[name],
-                offset=(offsets or {}).get(name, seen[identity][-1][1] if identity in seen else 0),
+                offset=(offsets or {}).get(name, (seen[identity][-1][1] if identity in seen else 0) + skip),
             )
             for identity, name in named.items()
         )
-        ledger = self._begun(stage, start)
         if replay and not ledger.stages:
             raise ValueError("replay belongs to a stage: name it")
-        clauses = tuple(ledger._resolved(clause, sources, kept) for clause in replay)
+        clauses = tuple(ledger._resolved(clause, sources, kept, length_of(next(iter(named)))) for clause in replay)
         ledger = msgspec.structs.replace(ledger, replays=tuple(dict.fromkeys((*ledger.replays, *clauses))))
         places = [ledger.replays.index(clause) for clause in clauses]
         until = tuple(segment for segment in self.segments if segment.start <= start)
         weights = ({share.source: share.units for share in shares}, list(zip(places, replay_units, strict=True)))
-        if until and not offsets and weights_of(until[-1]) == weights:
+        same = until and not offsets and weights_of(until[-1]) == weights
+        if same and (not skip or [share.offset for share in shares] == [share.offset for share in until[-1].shares]):
             return msgspec.structs.replace(ledger, segments=until)
         again = tuple(
             ReplayShare(replay=place, units=own, offset=draws_before(kept, place, start))
@@ -189,8 +207,10 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             kept = (*kept, StageMark(name=stage, start=start))
         return msgspec.structs.replace(self, stages=kept)
 
-    def _resolved(self, clause: ReplaySpec, sources: Mapping[str, Identified], kept: tuple[Segment, ...]) -> Replay:
-        """The clause with what it may draw, for the stage that began last."""
+    def _resolved(
+        self, clause: ReplaySpec, sources: Mapping[str, Identified], kept: tuple[Segment, ...], row: int
+    ) -> Replay:
+        """The clause with what it may draw, for the stage that began last, whose samples have `row` tokens."""
         stage, begin = self.stages[-1].name, self.stages[-1].start
         ordinal = len(self.past) + len(self.stages) - 1
         where = f"stages.{stage}.replay"
@@ -206,6 +226,12 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if not pools:
             origins = f"from {', '.join(clause.origins)}" if clause.origins else "from all that was seen"
             raise DataError(f"{where}: {origins}: nothing was seen there before sample {begin} of the run")
+        lengths = sorted(lengths_of(pools))
+        if len(lengths) > 1:
+            raise DataError(
+                f"{where}: samples of {' and '.join(map(str, lengths))} tokens were seen there; "
+                "write one clause for the stages of each sequence_length"
+            )
         found = Replay(
             stage=stage,
             law=clause.law,
@@ -213,6 +239,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             key=f"{clause.seed}/{ordinal}",
             pools=pools,
             known=clause.stand_in is None,
+            cut=None if lengths == [row] else (lengths[0], row),
         )
         self._check_there(found, sources, where)
         return found
@@ -227,12 +254,12 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return names
 
     def _check_there(self, replay: Replay, sources: Mapping[str, Identified], where: str) -> None:
-        there = {source.identity for source in sources.values()}
+        there = {content_of(source.identity) for source in sources.values()}
         for identity in replay.identities:
-            if identity not in there:
+            if content_of(identity) not in there:
                 raise DataError(
                     f"{where}: what is replayed comes from source {self.sources[identity].name!r} with content "
-                    f"{identity}, which is not in data.sources; add its file there, at the same data.sequence_length"
+                    f"{content_of(identity)}, which is not in data.sources; add its file there"
                 )
 
     def _seen_in_past(self) -> dict[str, Ranges]:
@@ -256,6 +283,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         place = {identity: index for index, identity in enumerate(self.sources)}
         source, k = np.empty_like(positions), np.empty_like(positions)
         replayed = np.zeros(positions.shape, np.bool_)
+        cuts = []
         for index in np.unique(segments):
             segment, chosen = self.segments[index], np.flatnonzero(segments == index)
             turn, count = segment.table.samples_at(positions[chosen] - segment.start)
@@ -265,10 +293,19 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             k[own] = np.array([share.offset for share in segment.shares])[turn[fresh]] + count[fresh]
             replayed[chosen] = ~fresh
             for number, share in enumerate(segment.replays, len(segment.shares)):
-                replay, own = self.replays[share.replay], turn == number
-                origin, k[chosen[own]] = replay.draw(share.offset + count[own])
-                source[chosen[own]] = np.array([place[identity] for identity in replay.identities])[origin]
-        return Draw(tuple(self.sources), source, k, replayed)
+                replay, own = self.replays[share.replay], chosen[turn == number]
+                numbers = share.offset + count[turn == number]
+                identities = np.array([place[identity] for identity in replay.identities])
+                if replay.cut is None:
+                    origin, k[own] = replay.draw(numbers)
+                    source[own] = identities[origin]
+                elif own.size:
+                    cut = replay.pieces(numbers)
+                    cut = replace(cut, place=own[cut.place], source=identities[cut.source])
+                    first = cut.column == 0
+                    source[cut.place[first]], k[cut.place[first]] = cut.source[first], cut.k[first]
+                    cuts.append(cut)
+        return Draw(tuple(self.sources), source, k, replayed, tuple(cuts))
 
     def sample_at(self, position: int) -> tuple[str, int]:
         """Identity of the source at `position`, and its sample number k."""

@@ -12,8 +12,9 @@ from parallel.engine import IGNORED, Batch, local_rows
 from parallel.errors import LayoutError
 from parallel.layout import Layout
 from trainer.data.ledger import Ledger
-from trainer.data.packing import PackedSource, Samples, Source
+from trainer.data.packing import PackedSource, Samples, Source, assembled
 from trainer.data.prefetch import Prefetcher
+from trainer.data.replay import content_of, length_of
 from trainer.data.spec import ReplaySpec
 from trainer.data.table import Ints
 from trainer.errors import DataError
@@ -78,9 +79,18 @@ class BatchLoader:
         offsets: Mapping[str, int] | None = None,
         replay: Sequence[ReplaySpec] = (),
         stage: str | None = None,
+        skip: int = 0,
+        sequence_length: int | None = None,
     ) -> None:
-        """Draw with these weights from `start` on (default: the next sample); see `Ledger.opened`."""
-        ledger = self._ledger.opened(mixture, self._sources, start=start, offsets=offsets, replay=replay, stage=stage)
+        """Draw with these weights from `start` on (default: the next sample), in samples of `sequence_length` tokens
+        (default: that of the sources); see `Ledger.opened`."""
+        sources: Mapping[str, Source] = self._sources
+        if sequence_length is not None:
+            sources = {name: source.at_length(sequence_length) for name, source in sources.items()}
+            self._by_identity |= {source.identity: source for source in sources.values()}
+        ledger = self._ledger.opened(
+            mixture, sources, start=start, offsets=offsets, replay=replay, stage=stage, skip=skip
+        )
         self._adopt(ledger)
 
     def next_batch(self, global_size: int | None = None) -> Batch:
@@ -133,7 +143,6 @@ class BatchLoader:
 
     def _check_sources(self) -> None:
         """Every source that the ledger is about to draw from must be there, with the same content."""
-        sizes = {source.identity: source.size for source in self._sources.values()}
         if not self._ledger.segments:
             raise ValueError("the ledger has no segment: call open_segment first")
         for segment in self._ledger.upcoming():
@@ -141,12 +150,21 @@ class BatchLoader:
             again = (identity for replay in replays for identity in replay.identities)
             for identity in (*(share.source for share in segment.shares), *again):
                 origin = self._ledger.sources[identity]
-                if sizes.get(identity) != origin.size:
+                source = self._find(identity)
+                if source is None or source.size != origin.size:
                     there = ", ".join(f"{source.name} {source.identity}" for source in self._sources.values())
                     raise DataError(
                         f"the run draws from source {origin.name!r} with content {identity}, but data.sources "
-                        f"hold only: {there}; the file was changed or data.sequence_length is another"
+                        f"hold only: {there}; the file was changed or sequence_length is another"
                     )
+
+    def _find(self, identity: str) -> Source | None:
+        """The source, at the length of its samples, whatever the lengths of the stages of this job."""
+        if identity not in self._by_identity:
+            for source in self._sources.values():
+                if content_of(source.identity) == content_of(identity):
+                    self._by_identity[identity] = source.at_length(length_of(identity))
+        return self._by_identity.get(identity)
 
     def _take(self) -> _Prepared:
         if self._ahead is None:
@@ -188,9 +206,20 @@ class BatchLoader:
 
     def _read(self, ledger: Ledger, positions: Ints) -> Samples:
         draw = ledger.samples_at(positions)
+        whole = np.ones(positions.shape, np.bool_)
         parts, places = [], []
-        for index in np.unique(draw.source):
-            own = np.flatnonzero(draw.source == index)
+        for cut in draw.cuts:
+            rows = np.unique(cut.place)
+            whole[rows] = False
+            read = [
+                (own, self._by_identity[draw.identities[index]].read(cut.k[own], seed=ledger.seed))
+                for index in np.unique(cut.source)
+                for own in [np.flatnonzero(cut.source == index)]
+            ]
+            parts.append(assembled(cut, read))
+            places.append(rows)
+        for index in np.unique(draw.source[whole]):
+            own = np.flatnonzero(whole & (draw.source == index))
             source = self._by_identity[draw.identities[index]]
             parts.append(source.read(draw.k[own], seed=ledger.seed))
             places.append(own)

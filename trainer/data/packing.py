@@ -4,14 +4,15 @@ Window w covers tokens w*S to w*S + S of the source: S inputs, and the same shif
 window at the end is dropped and counted.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from trainer.data.permutation import window_at
-from trainer.data.replay import Identified
+from trainer.data.replay import Identified, Pieces
 from trainer.data.table import Ints
 from trainer.errors import DataError
 
@@ -78,6 +79,10 @@ class Source(Identified, Protocol):
         """
         ...
 
+    def at_length(self, sequence_length: int) -> "Source":
+        """The same data in samples of that many tokens."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedSource:
@@ -92,7 +97,7 @@ class PackedSource:
         if self.size < 1:
             raise DataError(
                 f"{self.tokens.path}: {self.tokens.count} tokens are too few for one sample of "
-                f"data.sequence_length = {self.sequence_length}, which takes one more than that"
+                f"sequence_length = {self.sequence_length}, which takes one more than that"
             )
 
     @property
@@ -111,6 +116,9 @@ class PackedSource:
     def read(self, k: Ints, *, seed: int) -> Samples:
         return self.windows(window_at(k, seed=seed, identity=self.identity, size=self.size))
 
+    def at_length(self, sequence_length: int) -> "PackedSource":
+        return self if sequence_length == self.sequence_length else replace(self, sequence_length=sequence_length)
+
     def windows(self, indices: Ints) -> Samples:
         """Windows by their place in the source."""
         length = self.sequence_length
@@ -127,3 +135,30 @@ class PackedSource:
         targets[begins[:, 1:]] = IGNORED
         documents = np.cumsum(begins[:, :-1], axis=1, dtype=np.int32)
         return Samples(np.ascontiguousarray(tokens), targets, documents)
+
+
+def assembled(pieces: Pieces, parts: Sequence[tuple[Ints, Samples]]) -> Samples:
+    """Rows made of pieces of samples, in the order of their places.
+
+    Each part holds the samples of some pieces, by their index. Where documents are masked, no document goes on from
+    one piece into the next.
+    """
+    rows, row = np.unique(pieces.place, return_inverse=True)
+    length = int((pieces.column + pieces.stop - pieces.start).max())
+    tokens, targets = np.empty((len(rows), length), np.int64), np.empty((len(rows), length), np.int64)
+    masked = parts[0][1].documents is not None
+    documents = np.empty((len(rows), length), np.int32)
+    where = {int(piece): (samples, place) for own, samples in parts for place, piece in enumerate(own)}
+    following = [0] * len(rows)
+    for piece in np.lexsort((pieces.column, row)):
+        samples, place = where[int(piece)]
+        inside = slice(pieces.start[piece], pieces.stop[piece])
+        own, column = row[piece], pieces.column[piece]
+        across = slice(column, column + inside.stop - inside.start)
+        tokens[own, across] = samples.tokens[place, inside]
+        targets[own, across] = samples.targets[place, inside]
+        if samples.documents is not None:
+            numbers = samples.documents[place, inside]
+            documents[own, across] = numbers - numbers[0] + following[own]
+            following[own] = int(documents[own, across.stop - 1]) + 1
+    return Samples(tokens, targets, documents if masked else None)

@@ -33,13 +33,23 @@ class Identified(Protocol):
 
     @property
     def identity(self) -> str:
-        """Content hash of the data and the sequence length; the same wherever the files lie."""
+        """`CONTENT/LENGTH`: hash of the data and tokens of a sample; the same wherever the files lie."""
         ...
 
     @property
     def size(self) -> int:
         """Samples in one epoch."""
         ...
+
+
+def content_of(identity: str) -> str:
+    """What two identities share when they are the same data cut into samples of other lengths."""
+    return identity.rpartition("/")[0]
+
+
+def length_of(identity: str) -> int:
+    """Tokens of a sample."""
+    return int(identity.rpartition("/")[2])
 
 
 class Pool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -70,15 +80,55 @@ class Replay(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Oldest stage first; none is empty."""
     known: bool = True
     """False for a stand-in corpus: not known to have been seen."""
+    cut: tuple[int, int] | None = None
+    """Tokens of what is replayed, and tokens of a sample of this stage, where they differ: row n of the clause then
+    holds tokens n * row to (n + 1) * row of its draws, laid end to end."""
 
     @property
     def identities(self) -> tuple[str, ...]:
         """Sources that may be drawn from."""
         return tuple(dict.fromkeys(source for pool in self.pools for source, _, _ in pool.runs))
 
+    def pieces(self, rows: Ints) -> "Pieces":
+        """What rows of the clause, by their number, are made of where samples have another length than rows."""
+        assert self.cut is not None
+        sample, row = self.cut
+        begin, end = rows * row, (rows + 1) * row
+        found: list[tuple[Ints, ...]] = []
+        for offset in range(-(-row // sample) + 1):
+            draws = begin // sample + offset
+            start, stop = np.maximum(begin - draws * sample, 0), np.minimum(end - draws * sample, sample)
+            place = np.flatnonzero(stop > 0)
+            found.append((place, draws[place], start[place], stop[place], (draws * sample + start - begin)[place]))
+        place, draws, start, stop, column = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        source, k = self.draw(draws)
+        return Pieces(place=place, source=source, k=k, start=start, stop=stop, column=column)
+
     def draw(self, numbers: Ints) -> tuple[Ints, Ints]:
         """For each draw, counted from 0 in its stage: which of `identities`, and the sample number k."""
         return _sampler(self).draw(numbers)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pieces:
+    """Parts of replayed samples, each with the row that it belongs to; all arrays have one entry a piece."""
+
+    place: Ints
+    """Of its row, among those asked for."""
+    source: Ints
+    """Of its identity, among those of the clause."""
+    k: Ints
+    start: Ints
+    """First token of the sample."""
+    stop: Ints
+    """Last token, and one more."""
+    column: Ints
+    """Where it begins in the row."""
+
+
+def lengths_of(pools: Sequence[Pool]) -> set[int]:
+    """Tokens of the samples in the pools."""
+    return {length_of(source) for pool in pools for source, _, _ in pool.runs}
 
 
 def pools_of(
