@@ -129,7 +129,7 @@ class DeepSpeedEngine:
         buffers = self._partition.buffers
         shards = [counter_shard(self.counter, range(self.layout.world_size))]
         for fragment in self._partition.fragments:
-            if fragment.start == fragment.stop:
+            if not fragment.elements:
                 continue
             flat = buffers[fragment.buffer]
             shards.append(fragment.shard("model", flat))

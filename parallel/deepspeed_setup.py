@@ -107,6 +107,9 @@ def prepared(mesh: Mesh, device: torch.device) -> Iterator[None]:
     deepspeed.ops.__compatible_ops__ = defaultdict(bool)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()):
+        if not deepspeed.comm.is_initialized():
+            # Adopts torch's process group; by itself it would look for a launcher, or for MPI.
+            deepspeed.comm.init_distributed(auto_mpi_discovery=False)
         yield
 
 
@@ -116,9 +119,7 @@ def initialized(
     """DeepSpeed's engine over a module; a `PipelineModule` brings its own groups. Within `prepared`."""
     import deepspeed
 
-    # Its communication looks for a launcher, or for MPI, unless it is told that the process group exists.
-    known = False if deepspeed.comm.is_initialized() else None
     engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=dict(config), mpu=groups, dist_init_required=known
+        model=module, optimizer=optimizer, config=dict(config), mpu=groups, dist_init_required=False
     )
     return engine

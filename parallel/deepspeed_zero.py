@@ -40,18 +40,24 @@ class Fragment:
 
     placed: Placed
     buffer: int
+    index: int
+    """Among the parameters of the buffer."""
     at: int
     start: int
     stop: int
 
+    @property
+    def elements(self) -> int:
+        return self.stop - self.start
+
     def of(self, flat: torch.Tensor) -> torch.Tensor:
         """These elements of a tensor that has the shape of the buffer."""
-        return flat.detach().narrow(0, self.at, self.stop - self.start)
+        return flat.detach().narrow(0, self.at, self.elements)
 
     def shard(self, prefix: str, flat: torch.Tensor) -> Shard:
         """The same as a shard: a plain box where nothing was cut off."""
         placed, local = self.placed, self.of(flat)
-        whole = local.numel() == math.prod(placed.box.shape)
+        whole = self.elements == math.prod(placed.box.shape)
         return Shard(
             name=f"{prefix}.{placed.name}",
             global_shape=placed.global_shape,
@@ -69,40 +75,25 @@ class Partition:
     def __init__(self, zero: Any, placed: Iterable[Placed]) -> None:
         """`zero` is DeepSpeed's optimizer over exactly the `placed` parameters."""
         self._zero = zero
-        self.buffers: Sequence[torch.Tensor] = zero.single_partition_of_fp32_groups
+        self.buffers: Sequence[torch.Tensor] = self._buffers()
         """fp32 weights, one flat tensor for each group of the optimizer; what is stepped."""
-        by_parameter = {one.parameter: one for one in placed}
-        self.fragments: list[Fragment] = []
+        self.fragments = list(self._fragments({one.parameter: one for one in placed}))
         """Every element of this rank once, in the order of the buffers."""
-        for buffer, parameters in enumerate(zero.params_in_partition):
-            for parameter in parameters:
-                part = parameter._hp_mapping
-                self.fragments.append(
-                    Fragment(
-                        placed=by_parameter[parameter],
-                        buffer=buffer,
-                        at=part.hp_fragment_address.start,
-                        start=part.lp_fragment_address.start,
-                        stop=part.lp_fragment_address.start + part.lp_fragment_address.numel,
-                    )
-                )
 
     def gradients(self) -> Iterator[tuple[Fragment, torch.Tensor]]:
         """The gradient of every fragment after the last backward of a step; live, to be scaled in place."""
-        fragments = iter(self.fragments)
-        for buffer, parameters in enumerate(self._zero.params_in_partition):
-            for index, _ in enumerate(parameters):
-                fragment = next(fragments)
-                if self._zero.cpu_offload:
-                    gradient = self.buffers[buffer].grad
-                    assert gradient is not None
-                    yield fragment, fragment.of(gradient)
-                else:
-                    yield fragment, self._zero.averaged_gradients[buffer][index]
+        for fragment in self.fragments:
+            if self._offloads():
+                gradient = self.buffers[fragment.buffer].grad
+                assert gradient is not None
+                yield fragment, fragment.of(gradient)
+            else:
+                gradient, elements = self._zero.averaged_gradients[fragment.buffer][fragment.index], fragment.elements
+                yield fragment, gradient if gradient.numel() == elements else gradient[:elements]
 
     def discard(self) -> None:
         """Let the coming step of DeepSpeed discard the gradient: that is what it does when its norm is not finite."""
-        if self._zero.cpu_offload:
+        if self._offloads():
             norms: dict[int, torch.Tensor] = self._zero.norm_for_param_grads
             norms.update(dict.fromkeys(norms, torch.tensor(math.nan)))
         for _, gradient in self.gradients():
@@ -112,49 +103,32 @@ class Partition:
         """Give the model the weights that are in the buffers. Collective over the data axis."""
         self._zero.update_lp_params()
 
+    def _buffers(self) -> Sequence[torch.Tensor]:
+        buffers: Sequence[torch.Tensor] = self._zero.single_partition_of_fp32_groups
+        return buffers
+
+    def _offloads(self) -> bool:
+        return bool(self._zero.cpu_offload)
+
+    def _fragments(self, placed: Mapping[nn.Parameter, Placed]) -> Iterator[Fragment]:
+        for buffer, parameters in enumerate(self._zero.params_in_partition):
+            for index, parameter in enumerate(parameters):
+                cut, flat = parameter._hp_mapping.lp_fragment_address, parameter._hp_mapping.hp_fragment_address
+                yield Fragment(
+                    placed=placed[parameter],
+                    buffer=buffer,
+                    index=index,
+                    at=flat.start,
+                    start=cut.start,
+                    stop=cut.start + cut.numel,
+                )
+
 
 class PartitionByParameter(Partition):
-    """What ZeRO 3 leaves on this rank."""
-
-    def __init__(self, zero: Any, placed: Iterable[Placed]) -> None:
-        self._zero = zero
-        self.buffers = zero.fp32_partitioned_groups_flat
-        by_parameter = {one.parameter: one for one in placed}
-        self.fragments = []
-        for buffer, parameters in enumerate(zero.fp16_groups):
-            at = 0
-            for parameter in parameters:
-                size, one = parameter.partition_numel(), by_parameter[parameter]
-                elements = math.prod(one.box.shape)
-                start = min(dist.get_rank(parameter.ds_process_group) * size, elements)
-                stop = min(start + size, elements)
-                self.fragments.append(Fragment(placed=one, buffer=buffer, at=at, start=start, stop=stop))
-                at += size
-
-    def gradients(self) -> Iterator[tuple[Fragment, torch.Tensor]]:
-        """See `Partition`; behind the end of a parameter there is padding, whose gradient is zero."""
-        fragments = iter(self.fragments)
-        for buffer, parameters in enumerate(self._zero.fp16_groups):
-            for index, _ in enumerate(parameters):
-                fragment = next(fragments)
-                if self._zero.offload_optimizer:
-                    gradient = self.buffers[buffer].grad
-                    assert gradient is not None
-                    yield fragment, fragment.of(gradient)
-                else:
-                    yield (
-                        fragment,
-                        self._zero.averaged_gradients[buffer][index].view(-1)[: fragment.stop - fragment.start],
-                    )
-
-    def discard(self) -> None:
-        if self._zero.offload_optimizer:
-            norms: dict[int, torch.Tensor] = self._zero.norm_for_param_grads
-            norms.update(dict.fromkeys(norms, torch.tensor(math.nan)))
-        for _, gradient in self.gradients():
-            gradient.fill_(math.nan)
+    """What ZeRO 3 leaves on this rank: a part of each parameter, the last one padded."""
 
     def refresh(self) -> None:
+        """See `Partition.refresh`."""
         for flat, buffer in zip(self._zero.fp16_partitioned_groups_flat, self.buffers, strict=True):
             flat.data.copy_(buffer.data)
         # Small parameters stay whole on every rank between steps.
@@ -162,6 +136,24 @@ class PartitionByParameter(Partition):
         if kept:
             kept[0].partition(kept)
             kept[0].all_gather(kept)
+
+    def _buffers(self) -> Sequence[torch.Tensor]:
+        buffers: Sequence[torch.Tensor] = self._zero.fp32_partitioned_groups_flat
+        return buffers
+
+    def _offloads(self) -> bool:
+        return bool(self._zero.offload_optimizer)
+
+    def _fragments(self, placed: Mapping[nn.Parameter, Placed]) -> Iterator[Fragment]:
+        for buffer, parameters in enumerate(self._zero.fp16_groups):
+            at = 0
+            for index, parameter in enumerate(parameters):
+                size, one = parameter.partition_numel(), placed[parameter]
+                elements = math.prod(one.box.shape)
+                start = min(dist.get_rank(parameter.ds_process_group) * size, elements)
+                stop = min(start + size, elements)
+                yield Fragment(placed=one, buffer=buffer, index=index, at=at, start=start, stop=stop)
+                at += size
 
 
 def groups_of(placed: Sequence[Placed], decay: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -173,4 +165,4 @@ def groups_of(placed: Sequence[Placed], decay: Mapping[str, float]) -> list[dict
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for one in placed:
         groups.setdefault((one.tied, decay[one.name]), []).append(one.parameter)
-    return [{"params": params, "weight_decay": rate} for (_, rate), params in groups.items()]
+    return [{"params": parameters, "weight_decay": rate} for (_, rate), parameters in groups.items()]
