@@ -66,9 +66,10 @@ def write_html(result: Result, name: str, path: Path) -> None:
     phases = phases_of(result.outcomes)
     colours = dict(zip(PHASES, COLOURS, strict=True))
     heads = ["fault", "rung", "steps lost", *phases, "total", "bitwise equal"]
+    slowest = max((sum(outcome.seconds.values()) for outcome in result.outcomes), default=0.0)
     rows = "".join(
         f"<tr>{_tags('td', [*_cells(outcome, phases), _yes(result.bitwise_equal)])}</tr>"
-        f'<tr class="bar"><td colspan="{len(heads)}">{_bar(outcome, phases, colours)}</td></tr>'
+        f'<tr class="bar"><td colspan="{len(heads)}">{_bar(outcome, slowest, colours)}</td></tr>'
         for outcome in result.outcomes
     )
     legend = "".join(f'<span><i style="background:{colours[phase]}"></i>{escape(phase)}</span>' for phase in phases)
@@ -92,13 +93,13 @@ def _tags(tag: str, texts: Sequence[str]) -> str:
     return "".join(f"<{tag}>{escape(text)}</{tag}>" for text in texts)
 
 
-def _bar(outcome: Outcome, phases: Sequence[str], colours: dict[str, str]) -> str:
-    """Phases beside each other, as wide as they took of the slowest recovery that fits on the page."""
+def _bar(outcome: Outcome, slowest: float, colours: dict[str, str]) -> str:
+    """Phases beside each other, to the scale of the slowest recovery, which fills the page."""
     parts = [
-        f'<b style="flex:{max(outcome.seconds[phase], 0.001):.3f};background:{colours[phase]}" '
-        f'title="{escape(phase)} {outcome.seconds[phase]:.2f} s"></b>'
-        for phase in phases
-        if outcome.seconds.get(phase)
+        f'<b style="width:{100 * seconds / slowest:.2f}%;background:{colours[phase]}" '
+        f'title="{escape(phase)} {seconds:.2f} s"></b>'
+        for phase, seconds in outcome.seconds.items()
+        if seconds > 0 and phase in colours
     ]
     return f'<div class="phases">{"".join(parts)}</div>' if parts else ""
 
