@@ -1,8 +1,10 @@
 """What must be right on this machine before a rank is started; each check raises with one readable sentence."""
 
 import importlib.metadata
+import importlib.util
 from pathlib import Path
 
+from launch.doctor import APEX_INSTALL, APEX_KERNELS
 from launch.errors import PreflightError
 from parallel.engine_support import require
 from parallel.errors import EngineUnavailable
@@ -37,6 +39,10 @@ def check_engine(job: JobSpec) -> None:
         require(job.parallel.engine)
     except EngineUnavailable as error:
         raise PreflightError(str(error)) from error
+    if job.optimizer.implementation == "apex" and importlib.util.find_spec(APEX_KERNELS) is None:
+        raise PreflightError(
+            f"optimizer.implementation = apex: its kernels are not installed: {APEX_INSTALL}; or set torch"
+        )
 
 
 def check_data_exists(spec: DataSpec) -> None:

@@ -128,8 +128,6 @@ def _families_of_gpt_model(model: Architecture) -> Iterator[str]:
         yield "model.qk_norm = projection (OLMo 2): it normalises each head by itself"
     if model.sliding_window is not None:
         yield "model.sliding_window (Mistral): its layers without Transformer Engine attend to the whole sequence"
-    if model.z_loss:
-        yield "model.z_loss: its loss is the cross-entropy alone; set 0"
     if model.attention_output_bias != model.mlp_bias or (model.mlp_bias and not model.qkv_bias):
         yield (
             "model.mlp_bias, attention_output_bias, qkv_bias: it has biases everywhere, nowhere, or in query, key and "

@@ -129,6 +129,11 @@ def check_micro_batches(count: int, spec: ParallelSpec) -> None:
             f"parallel.schedule = 1f1b over {spec.stages} pipeline stages needs at least {spec.stages} micro-batches "
             f"per data-parallel rank, got {count}; raise batch.global_size or lower batch.micro_size"
         )
+    if spec.engine == "megatron" and spec.schedule == "interleaved" and count % spec.pipeline:
+        raise LayoutError(
+            f"parallel.schedule = interleaved on parallel.engine = megatron needs a number of micro-batches per "
+            f"data-parallel rank that divides by parallel.pipeline = {spec.pipeline}, got {count}"
+        )
     rounds = max(1, count // spec.pipeline)
     if spec.schedule != "1f1b" and count % rounds:
         raise LayoutError(

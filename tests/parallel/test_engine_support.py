@@ -86,7 +86,6 @@ def test_training_with_an_untested_version_ends_with_2_and_starts_nothing(instal
         ("model.parallel_residual=true", "model.parallel_residual"),
         ("model.qk_norm=projection", "model.qk_norm"),
         ("model.sliding_window=8", "model.sliding_window"),
-        ("model.z_loss=1e-5", "model.z_loss"),
         ("model.mlp_bias=true", "model.mlp_bias"),
         ("parallel.data_mode=hsdp", "parallel.data_mode"),
         ("optimizer.name=sgd", "optimizer.name"),

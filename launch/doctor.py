@@ -1,0 +1,74 @@
+"""`keepwarm doctor`: which engines and fused kernels this machine can use, and how to install what is missing."""
+
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from parallel.engine_support import ENGINES
+
+APEX_KERNELS = "amp_C"
+"""Extension module that Apex's fused optimizers are compiled into."""
+
+APEX_INSTALL = (
+    "build NVIDIA's Apex from source with its CUDA extensions, https://github.com/NVIDIA/apex "
+    "(the package `apex` on PyPI is another project)"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One thing that a job may ask for."""
+
+    kind: str
+    """device, engine or kernel."""
+    name: str
+    usable: bool
+    detail: str
+    """Which version there is, or why it cannot be used and what to do."""
+
+
+def show(*, as_json: bool) -> None:
+    """Print what was found."""
+    found = list(findings())
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in found]))
+        return
+    width = max(len(finding.name) for finding in found)
+    for finding in found:
+        print(f"{finding.kind:<7} {finding.name:<{width}}  {'yes' if finding.usable else 'no '}  {finding.detail}")
+
+
+def findings() -> Iterator[Finding]:
+    """Everything that is looked for, without importing any of it."""
+    gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    yield Finding(
+        kind="device",
+        name="CUDA",
+        usable=gpus > 0,
+        detail=f"{gpus} NVIDIA GPUs" if gpus else "no NVIDIA driver: engines run on the CPU, for tests and debugging",
+    )
+    for name, info in ENGINES.items():
+        problems = [text for one in info.requirements if (text := one.problem()) is not None]
+        versions = ", ".join(f"{one.distribution} {_version(one.distribution)}" for one in info.requirements)
+        yield Finding(
+            kind="engine",
+            name=name,
+            usable=not problems,
+            detail="; ".join(problems) or versions or f"torch {_version('torch')}",
+        )
+    yield _kernel("Apex FusedAdam", APEX_KERNELS, APEX_INSTALL, "optimizer.implementation = apex")
+
+
+def _kernel(name: str, module: str, install: str, used_by: str) -> Finding:
+    there = importlib.util.find_spec(module) is not None
+    return Finding(kind="kernel", name=name, usable=there, detail=used_by if there else f"not installed: {install}")
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"

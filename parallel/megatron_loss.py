@@ -1,0 +1,29 @@
+"""Cross-entropy over a vocabulary that the tensor axis splits; Megatron Core's own takes no process group."""
+
+import torch
+import torch.distributed as dist
+
+from parallel.collective import reduce_from
+
+
+def cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy and log-partition of every target, fp32 `[micro, sequence]`.
+
+    `logits` are `[micro, sequence, tokens of this rank]`, the ranks of `group` hold the vocabulary in equal parts one
+    after the other. Of a target that is no token id the first is the log-partition.
+    """
+    logits = logits.float()
+    largest = logits.detach().amax(-1)
+    if group.size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    shifted = logits - largest[..., None]
+    index = targets - group.rank() * logits.shape[-1]
+    here = (index >= 0) & (index < logits.shape[-1])
+    found = shifted.gather(-1, index.clamp(0, logits.shape[-1] - 1)[..., None])[..., 0].where(here, 0)
+    total = shifted.exp().sum(-1)
+    if group.size() > 1:
+        total, found = reduce_from(total, group), reduce_from(found, group)
+    partition = total.log()
+    return partition - found, partition + largest

@@ -1,0 +1,156 @@
+"""Megatron Core's `GPTModel` for our models: its configuration, its layers and the stages of one rank."""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from parallel.architecture import Architecture
+from parallel.layout import split_layers
+from parallel.megatron_import import (
+    MLP,
+    AttnMaskType,
+    ColumnParallelLinear,
+    GPTModel,
+    MLPSubmodules,
+    ModuleSpec,
+    RowParallelLinear,
+    SelfAttentionSubmodules,
+    TransformerBlockSubmodules,
+    TransformerConfig,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_bias_dropout_add,
+)
+from parallel.megatron_layers import LayerNorm, QueryKeyValueAttention, RMSNorm, ScaledDotProductAttention
+from parallel.model import ModelParts
+from parallel.recompute import recomputed
+from parallel.spec import NumericsSpec, ParallelSpec
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def transformer_config(model: ModelParts, parallel: ParallelSpec, numerics: NumericsSpec, device: torch.device) -> Any:
+    """What Megatron Core calls the configuration of model and parallelism; no dropout, no initialisation."""
+    spec, dtype = model.spec, DTYPES[numerics.precision]
+    stages = parallel.stages // parallel.pipeline
+    return TransformerConfig(
+        num_layers=spec.layers,
+        hidden_size=spec.hidden_size,
+        num_attention_heads=spec.heads,
+        num_query_groups=spec.key_value_heads,
+        kv_channels=spec.size_per_head,
+        ffn_hidden_size=spec.ffn_size,
+        normalization="RMSNorm" if spec.norm == "rms" else "LayerNorm",
+        layernorm_epsilon=spec.norm_eps,
+        qk_layernorm=spec.qk_norm == "head",
+        gated_linear_unit=spec.activation == "swiglu",
+        activation_func=_activation(spec),
+        add_bias_linear=spec.mlp_bias,
+        add_qkv_bias=spec.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence and parallel.tensor > 1,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=stages if stages > 1 else None,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=numerics.precision == "bf16",
+        use_cpu_initialization=device.type == "cpu",
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        # The engine divides by the global count of targets itself.
+        calculate_per_token_loss=True,
+        # Two ranks that are each other's next and previous at once need the calls that name their direction.
+        overlap_p2p_comm=stages > 1,
+        batch_p2p_comm=stages == 1,
+        batch_p2p_sync=False,
+        cuda_graph_scope=[],
+    )
+
+
+def build_stages(
+    model: ModelParts, parallel: ParallelSpec, numerics: NumericsSpec, config: Any, groups: Any, stages: tuple[int, ...]
+) -> list[Any]:
+    """The `GPTModel` of each of this rank's pipeline stages; their parameters hold no values yet."""
+    split = split_layers(model.layers, parallel)
+    return [
+        _build(model, parallel, numerics, config, groups, stage, chunk, len(split[stage]))
+        for chunk, stage in enumerate(stages)
+    ]
+
+
+def _build(
+    model: ModelParts,
+    parallel: ParallelSpec,
+    numerics: NumericsSpec,
+    config: Any,
+    groups: Any,
+    stage: int,
+    chunk: int,
+    layers: int,
+) -> Any:
+    spec = model.spec
+    norm = RMSNorm if spec.norm == "rms" else LayerNorm
+    gpt = GPTModel(
+        config=config,
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[_layer(spec)] * layers, layer_norm=norm),
+        vocab_size=spec.vocabulary_size,
+        max_sequence_length=spec.max_sequence_length,
+        pre_process=stage == 0,
+        post_process=stage == parallel.stages - 1,
+        share_embeddings_and_output_weights=spec.tied_embeddings,
+        position_embedding_type="rope" if spec.position == "rotary" else "learned_absolute",
+        rotary_percent=spec.rotary_fraction,
+        rotary_base=spec.rope_theta,
+        pg_collection=groups,
+        vp_stage=chunk if config.virtual_pipeline_model_parallel_size else None,
+    )
+    for layer in gpt.decoder.layers:
+        if numerics.recompute == "selective":
+            layer.self_attention.core_attention.forward = recomputed(layer.self_attention.core_attention.forward)
+        if numerics.recompute == "full":
+            layer.forward = recomputed(layer.forward)
+    return gpt
+
+
+def _layer(spec: Architecture) -> Any:
+    norm = RMSNorm if spec.norm == "rms" else LayerNorm
+    head_norm = norm if spec.qk_norm == "head" else None
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=QueryKeyValueAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=ScaledDotProductAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(
+                module=MLP,
+                params={"ffn_hidden_size": spec.ffn_size},
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _activation(spec: Architecture) -> Any:
+    if spec.activation == "swiglu":
+        return F.silu
+    return functools.partial(F.gelu, approximate="tanh" if spec.activation == "gelu_tanh" else "none")

@@ -1,0 +1,50 @@
+"""`keepwarm doctor` says what can be used here, and what to install for the rest."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.doctor import findings
+from launch.errors import PreflightError
+from launch.preflight import check_engine
+from trainer.spec_file import load_job
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_engines_are_found_with_their_versions() -> None:
+    found = {finding.name: finding for finding in findings()}
+    assert {"torch", "megatron", "deepspeed", "CUDA", "Apex FusedAdam"} <= set(found)
+    assert found["torch"].usable
+    assert found["megatron"].usable
+    assert "megatron-core 0.16" in found["megatron"].detail
+
+
+def test_an_untested_version_has_its_install_line(tmp_path: Path) -> None:
+    info = tmp_path / "megatron_core-0.12.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: megatron-core\nVersion: 0.12.0\n")
+    code = "import sys, launch.cli; sys.argv = ['keepwarm', 'doctor', '--json']; launch.cli.main()"
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        check=True,
+    )
+    megatron = next(one for one in json.loads(ended.stdout) if one["name"] == "megatron")
+    assert not megatron["usable"]
+    assert "pip install 'megatron-core>=0.16.1,<0.17'" in megatron["detail"]
+
+
+def test_apex_asked_for_and_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    job = load_job(ROOT / "configs/ci/tiny.yaml", ["optimizer.implementation=apex"])
+    with pytest.raises(PreflightError, match=r"implementation = apex.*github\.com/NVIDIA/apex"):
+        check_engine(job)
