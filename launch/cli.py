@@ -287,6 +287,16 @@ def status(
 
 
 @app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+) -> None:
+    """Show which engines and fused kernels this machine can use, and how to install what is missing."""
+    from launch.doctor import show
+
+    show(as_json=as_json)
+
+
+@app.command()
 def snapshots(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
