@@ -338,6 +338,12 @@ def convert(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASSED_THROUGH)
+def surgery(context: typer.Context) -> None:
+    """Make models from models: task vectors, growth, pruning, other vocabularies."""
+    _run_tool("trainer.surgery", context.args)
+
+
+@app.command(context_settings=_PASSED_THROUGH)
 def sample(context: typer.Context) -> None:
     """Continue a prompt with the newest checkpoint of a run."""
     _run_tool("trainer.sample", context.args)

@@ -1,0 +1,205 @@
+"""`keepwarm surgery`: models made from models. SRC is a native checkpoint or a run; DST appears whole or not at all."""
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trainer.convert.dtypes import SHORT
+from trainer.convert.native import NativeCheckpoint
+from trainer.data import tool
+from trainer.errors import SpecError
+from trainer.surgery import arithmetic, depth, vocabulary, width
+from trainer.surgery.weights import Model, write
+from trainer.surgery.width import Widths
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Make models from models: task vectors, more or fewer layers, wider ones, other vocabularies.",
+)
+
+Source = Annotated[Path, typer.Argument(metavar="SRC", help="native checkpoint, or run folder for its newest one")]
+Destination = Annotated[Path, typer.Option("--to", metavar="DST", help="checkpoint to make; must not exist")]
+Dtype = Annotated[str | None, typer.Option(help="bf16, fp32 or fp16; default: as the first SRC has it")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+Size = Annotated[int | None, typer.Option(min=1)]
+
+
+@app.command()
+def difference(
+    source: Source,
+    base: Annotated[Path, typer.Option(help="what is subtracted")],
+    to: Destination,
+    as_json: AsJson = False,
+) -> None:
+    """What training from BASE to SRC changed, as a task vector."""
+    with _Opened([source, base]) as (one, two):
+        _tell(arithmetic.difference(one, two, to), as_json)
+
+
+@app.command()
+def add(
+    source: Source,
+    vectors: Annotated[list[Path], typer.Option("--vector", help="made by `difference`; may be given several times")],
+    to: Destination,
+    scales: Annotated[str | None, typer.Option(help="as 1,-0.5; default: 1 each")] = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put task vectors onto a model; a negative scale takes the task away."""
+    numbers = [1.0] * len(vectors) if scales is None else _numbers("--scales", scales)
+    with _Opened([source, *vectors]) as models:
+        _tell(arithmetic.add(models[0], models[1:], numbers, to, _dtype(dtype)), as_json)
+
+
+@app.command()
+def prune(
+    source: Source,
+    keep: Annotated[str, typer.Option(help="layers that stay, as 0-3,6")],
+    to: Destination,
+    as_json: AsJson = False,
+) -> None:
+    """Keep some layers only."""
+    with _Opened([source]) as (model,):
+        _tell(depth.keep_layers(model, depth.parse_layers(keep), to), as_json)
+
+
+@app.command()
+def deepen(
+    source: Source,
+    layers: Annotated[int, typer.Option(min=1, help="of the new model")],
+    to: Destination,
+    how: Annotated[str, typer.Option(help="identity (same function), stack or repeat")] = "identity",
+    as_json: AsJson = False,
+) -> None:
+    """Add layers: silent copies that keep the function, or the whole stack again."""
+    if how not in ("identity", "stack", "repeat"):
+        raise SpecError(f"--how {how}: not known; it may be identity, stack or repeat")
+    with _Opened([source]) as (model,):
+        _tell(depth.grow_depth(model, layers, how, to), as_json)  # type: ignore[arg-type]
+
+
+@app.command()
+def widen(
+    source: Source,
+    to: Destination,
+    hidden: Size = None,
+    ffn: Size = None,
+    heads: Size = None,
+    how: Annotated[str, typer.Option(help="fpi (same function) or aki (new units from the layer above)")] = "fpi",
+    as_json: AsJson = False,
+) -> None:
+    """Make hidden size, feed-forward size or the number of heads larger, as bert2BERT does."""
+    if how not in ("fpi", "aki"):
+        raise SpecError(f"--how {how}: not known; it may be fpi or aki")
+    with _Opened([source]) as (model,):
+        _tell(width.grow_width(model, Widths(hidden=hidden, ffn=ffn, heads=heads), how, to), as_json)  # type: ignore[arg-type]
+
+
+@app.command()
+def coalesce(
+    source: Source,
+    to: Destination,
+    layers: Size = None,
+    hidden: Size = None,
+    ffn: Size = None,
+    heads: Size = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a model smaller by merging neighbouring layers, or units: undoes `deepen --how repeat`, or `widen`."""
+    if (layers is None) == (hidden is None and ffn is None and heads is None):
+        raise SpecError("coalesce: give --layers, or some of --hidden, --ffn and --heads")
+    with _Opened([source]) as (model,):
+        if layers is not None:
+            _tell(depth.coalesce_depth(model, layers, to), as_json)
+        else:
+            _tell(width.coalesce_width(model, Widths(hidden=hidden, ffn=ffn, heads=heads), to), as_json)
+
+
+@app.command("vocabulary")
+def vocabulary_(
+    source: Source,
+    old: Annotated[Path, typer.Option(help="tokenizer.json of SRC")],
+    new: Annotated[Path, typer.Option(help="tokenizer.json of DST")],
+    to: Destination,
+    size: Annotated[int | None, typer.Option(min=1, help="rows of the embedding; default: what the ids need")] = None,
+    start: Annotated[str, typer.Option(help="of new tokens: neighbours (alike in their text) or mean")] = "neighbours",
+    as_json: AsJson = False,
+) -> None:
+    """Give a model another vocabulary; tokens that both have keep their rows."""
+    if start not in ("mean", "neighbours"):
+        raise SpecError(f"--start {start}: not known; it may be neighbours or mean")
+    before, after = vocabulary.read_vocabulary(old), vocabulary.read_vocabulary(new)
+    with _Opened([source]) as (model,):
+        _tell(vocabulary.change_vocabulary(model, before, after, size, start, to), as_json)  # type: ignore[arg-type]
+
+
+@app.command()
+def rope(
+    source: Source,
+    theta: Annotated[float, typer.Option(min=1, help="new base; 500000 for 8 x the context of 10000")],
+    to: Destination,
+    max_sequence_length: Annotated[int | None, typer.Option(min=1, help="default: as it was")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Change the base of the rotary embedding before training on longer sequences (ABF, Xiong et al., 2023)."""
+    with _Opened([source]) as (model,):
+        if model.spec.position != "rotary":
+            raise SpecError(f"{model.native.path}: model.position = {model.spec.position!r} has no rotary base")
+        changes = {"rope_theta": theta, "max_sequence_length": max_sequence_length or model.spec.max_sequence_length}
+        spec = model.spec.model_copy(update=changes)
+        done = write(
+            to,
+            spec,
+            model.read,
+            dtype=model.dtype,
+            parents=[model],
+            made_by="given another RoPE base",
+            settings=changes,
+        )
+        _tell(done, as_json)
+
+
+class _Opened(ExitStack):
+    """The models of several checkpoints, open until the block ends."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        super().__init__()
+        self._paths = paths
+
+    def __enter__(self) -> list[Model]:  # type: ignore[override]
+        super().__enter__()
+        return [Model(self.enter_context(NativeCheckpoint(path))) for path in self._paths]
+
+
+def _tell(done: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(done))
+        return
+    spec = done["model"]
+    typer.echo(
+        f"{done['destination']}: {done['made_by']}: {done['parameters']:,} parameters, {spec['layers']} layers, hidden "
+        f"{spec['hidden_size']}, vocabulary {spec['vocabulary_size']}"
+    )
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise SpecError(f"{option} {text}: write numbers as 0.5,0.3,0.2") from None
+
+
+def _dtype(text: str | None) -> str | None:
+    if text is not None and text not in SHORT:
+        raise SpecError(f"--dtype {text}: not known; it may be bf16, fp32 or fp16")
+    return None if text is None else SHORT[text]
+
+
+if __name__ == "__main__":
+    tool.run(app)

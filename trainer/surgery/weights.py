@@ -1,0 +1,142 @@
+"""Weights in and out of native checkpoints, whole tensor by whole tensor: what all operations on models share."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ft import durable
+from ft.contents import ITEM_SIZE, Piece
+from ft.errors import FtError
+from trainer.convert.dtypes import as_float32, cast
+from trainer.convert.from_huggingface import FILES, carry
+from trainer.convert.native import PREFIX, NativeCheckpoint
+from trainer.convert.output_folder import new_folder
+from trainer.convert.to_huggingface import check_tensors, model_spec_of
+from trainer.errors import CheckpointError, SpecError
+from trainer.model.shapes import parameter_shapes
+from trainer.model.spec import ModelSpec
+
+Array = npt.NDArray[np.float32]
+Make = Callable[[str], Array]
+"""The values of one parameter of the new model, by its canonical name."""
+
+_BLOCK = 4 << 20
+
+
+class Model:
+    """The weights of an open checkpoint as float32 arrays."""
+
+    def __init__(self, native: NativeCheckpoint) -> None:
+        """Raises `CheckpointError` when the checkpoint does not hold the weights of the model that it describes."""
+        self.native = native
+        self.spec = model_spec_of(native)
+        check_tensors(native, self.spec)
+
+    def dtype(self, name: str) -> str:
+        return self.native.dtype(PREFIX + name)
+
+    def read(self, name: str) -> Array:
+        """A parameter, whole; the array is the caller's."""
+        tensor = self.native.tensors[PREFIX + name]
+        held = np.empty(tensor.bytes, np.uint8)
+        self.native.read(PREFIX + name, 0, held)
+        return as_float32(held, tensor.dtype).reshape(tensor.shape)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Of this checkpoint, for the manifest of what is made from it."""
+        manifest = self.native.manifest
+        return {"format": "native", "path": str(self.native.path.resolve()), "run": manifest.run, "step": manifest.step}
+
+
+def write(
+    destination: Path,
+    spec: ModelSpec,
+    make: Make,
+    *,
+    dtype: Callable[[str], str],
+    parents: Sequence[Model],
+    made_by: str,
+    settings: dict[str, Any],
+    keep_files: bool = True,
+) -> dict[str, Any]:
+    """Write a native checkpoint of weights alone; returns what was done.
+
+    Args:
+        dtype: of each parameter, as the safetensors format names it.
+        parents: the first one's tokenizer and other carried files go along with `keep_files`.
+        made_by: the operation, in the past tense, for the lineage; `settings` are its own.
+
+    Raises:
+        CheckpointError: a parent is damaged, or a value does not fit into its dtype; names the tensor.
+        OutputError: `destination` exists or cannot be written; nothing is left there.
+    """
+    pieces = [
+        Piece(
+            name=PREFIX + name, global_shape=shape, offsets=(0,) * len(shape), shape=shape, dtype=dtype(name)
+        )
+        for name, shape in parameter_shapes(spec).items()
+    ]  # fmt: skip
+    pieces.sort(key=lambda piece: -ITEM_SIZE[piece.dtype])
+
+    def blocks(piece: Piece) -> Iterator[Any]:
+        values = make(piece.name.removeprefix(PREFIX))
+        if values.shape != piece.shape:
+            raise AssertionError(f"{piece.name}: made {values.shape} instead of {piece.shape}")
+        flat = np.ascontiguousarray(values).reshape(-1)
+        for start in range(0, len(flat), _BLOCK):
+            yield cast(flat[start : start + _BLOCK].view(np.uint8), "F32", piece.dtype, piece.name)
+
+    first = parents[0].native
+    meta: dict[str, Any] = {
+        "weights_only": True,
+        "note": "model weights alone: no optimizer state, no ledger",
+        "model": spec.model_dump(mode="json"),
+        "made_by": made_by,
+        "settings": settings,
+        "parents": [parent.origin for parent in parents],
+        "parent": parents[0].origin,
+    }
+    with new_folder(destination) as tmp:
+        try:
+            part = durable.write_part_blocks(tmp, 0, pieces, blocks)
+        except FtError as error:
+            raise CheckpointError(str(error)) from error
+        if keep_files and (kept := first.manifest.meta.get(FILES)):
+            meta[FILES] = kept | {"files": _carry(first, kept, tmp)}
+        durable.write_manifest(tmp, run=first.manifest.run, epoch=0, step=0, layout="whole", ranks=1, meta=meta)
+    return {
+        "destination": str(destination),
+        "made_by": made_by,
+        "parameters": sum(piece.elements for piece in pieces),
+        "bytes": part.data_bytes,
+        "model": spec.model_dump(mode="json"),
+    }
+
+
+def require_same(models: Sequence[Model]) -> None:
+    """Raise `SpecError` unless all have the same parameters in the same shapes."""
+    first = parameter_shapes(models[0].spec)
+    for other in models[1:]:
+        shapes = parameter_shapes(other.spec)
+        for name in sorted(first.keys() | shapes.keys()):
+            if first.get(name) != shapes.get(name):
+                raise SpecError(
+                    f"{other.native.path}: {name} is {shapes.get(name, 'missing')} there, "
+                    f"{first.get(name, 'missing')} in {models[0].native.path}"
+                )
+
+
+def _carry(native: NativeCheckpoint, kept: dict[str, Any], tmp: Path) -> dict[str, str]:
+    sums: dict[str, str] = kept.get("files", {})
+    for name in sums:
+        if Path(name).name != name:
+            raise CheckpointError(f"{native.path / durable.MANIFEST}: {name!r} is not the name of a file")
+    copied = carry(native.path / FILES, list(sums), tmp / FILES)
+    for name, found in copied.items():
+        if found != sums[name]:
+            raise CheckpointError(f"{native.path / FILES / name}: does not match its checksum in {durable.MANIFEST}")
+    return copied
