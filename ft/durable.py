@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import msgspec
+import numpy as np
 import xxhash
 import zstandard
 
@@ -241,8 +242,10 @@ def verify(directory: Path, progress: Callable[[int, int], object] | None = None
     """
     manifest = read_manifest(directory)
     done, total = 0, sum(part.data_bytes for part in manifest.parts)
+    # Touched once: fresh memory for every block would cost more than the reading.
+    memory = np.empty(_BLOCK, np.uint8)
     for part in manifest.parts:
-        for entry, blocks in read_part(directory, part):
+        for entry, blocks in read_part(directory, part, memory):
             seen = xxhash.xxh3_64()
             for block in blocks:
                 seen.update(block)
@@ -253,15 +256,20 @@ def verify(directory: Path, progress: Callable[[int, int], object] | None = None
     return manifest
 
 
-def read_part(directory: Path, part: Part) -> Iterator[tuple[Entry, Iterator[bytes]]]:
-    """Pieces of one part with their bytes in blocks, in the order of the file; the caller checks the sums."""
+def read_part(
+    directory: Path, part: Part, memory: Bytes | None = None
+) -> Iterator[tuple[Entry, Iterator[bytes | memoryview]]]:
+    """Pieces of one part with their bytes in blocks, in the order of the file; the caller checks the sums.
+
+    With `memory`, blocks lie in it, each overwritten by the next.
+    """
     path = directory / part.file
     with _opened(path) as file:
         header = _exactly(file, part.header_bytes, path)
         if xxhash.xxh3_64_hexdigest(header) != part.header_xxh3:
             raise DurableError(f"{path}: its header is not the one in {MANIFEST}")
         for entry in part.entries:
-            yield entry, _blocks(file, entry.stop - entry.start, path)
+            yield entry, _blocks(file, entry.stop - entry.start, path, memory)
         if file.read(1):
             raise DurableError(f"{path}: longer than {MANIFEST} says")
 
@@ -571,10 +579,14 @@ def _exactly(file: Any, size: int, path: Path) -> bytes:
     return b"".join(_blocks(file, size, path))
 
 
-def _blocks(file: Any, size: int, path: Path) -> Iterator[bytes]:
+def _blocks(file: Any, size: int, path: Path, memory: Bytes | None = None) -> Iterator[bytes | memoryview]:
     while size > 0:
         try:
-            block: bytes = file.read(min(size, _BLOCK))
+            block: bytes | memoryview
+            if memory is None:
+                block = file.read(min(size, _BLOCK))
+            else:
+                block = memory.data[: file.readinto(memory.data[: min(size, len(memory))])]
         except zstandard.ZstdError as error:
             raise DurableError(f"{path}: {error}") from error
         if not block:
