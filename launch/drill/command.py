@@ -1,6 +1,7 @@
 """`keepwarm drill`: what would happen if. Scripted faults, compared with a run that nothing happens to."""
 
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,6 +101,7 @@ def drill(
         launch=nodes if stage.supervised else (),
         timeout=timeout,
     )
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the run as well
     result = campaign.run(plan, fresh=fresh, say=lambda text: print(f"drill: {text}", file=sys.stderr, flush=True))
     if html is not None:
         write_html(result, spec.name, html)
