@@ -104,17 +104,24 @@ def write(config: AgentConfig) -> Path:
     return path
 
 
+NODE = "KEEPWARM_NODE"
+"""Environment variable that names the node, where several are emulated on one machine: each has agents of its own."""
+
+
 def runtime_folder(run: str, slot: int) -> Path:
     """Where the agent of a run and slot keeps its socket on this node; short, as socket paths must be."""
     base = os.environ.get("XDG_RUNTIME_DIR")
     root = Path(base) / "keepwarm" if base else Path("/tmp") / f"keepwarm-{os.geteuid()}"
-    return root / f"{_folder_name(run)}-{slot}"
+    node = os.environ.get(NODE)
+    suffix = f".{hashlib.sha256(node.encode()).hexdigest()[:8]}" if node else ""
+    return root / f"{_folder_name(run)}-{slot}{suffix}"
 
 
 def agents_here(run: str) -> dict[int, Path]:
     """The socket of every agent of a run that has a folder on this node, by slot; the agent may be dead."""
     folders = runtime_folder(run, 0).parent.glob(f"{_folder_name(run)}-*")
-    found = {int(folder.name.rpartition("-")[2]): folder / SOCKET for folder in folders}
+    by_age = sorted(folders, key=lambda folder: folder.stat().st_mtime)  # of emulated nodes the last that had the slot
+    found = {int(folder.name.rpartition("-")[2].partition(".")[0]): folder / SOCKET for folder in by_age}
     return dict(sorted(found.items()))
 
 

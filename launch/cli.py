@@ -109,6 +109,12 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Empty the output folder and start anew.")] = False,
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", min=1, help="Emulate the nodes of the layout, each with a supervisor.")
+    ] = None,
+    spares: Annotated[
+        int, typer.Option("--spares", min=0, max=64, help="Nodes that take the slot of one that is lost.")
+    ] = 0,
     debug: Debug = False,
 ) -> None:
     """Run a job on this machine: starts its ranks, waits for them, ends with their exit code.
@@ -119,6 +125,8 @@ def train(
 
         keepwarm train runs/second --resume
 
+        keepwarm train ci/snapshot --nodes 4 --spares 1
+
     The same run under another launcher, from the run.json that the first start wrote:
 
         torchrun --nproc-per-node 8 -m trainer runs/second/run.json
@@ -127,7 +135,8 @@ def train(
 
     if resume and force:
         raise typer.BadParameter("--resume continues a run and --force starts it anew: give one of them")
-    train_here(job, overrides or [], "resume" if resume else "force" if force else "new")
+    mode: Literal["new", "resume", "force"] = "resume" if resume else "force" if force else "new"
+    train_here(job, overrides or [], mode, nodes=nodes, spares=spares)
 
 
 @app.command(context_settings=_WITH_OVERRIDES)

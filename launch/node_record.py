@@ -46,14 +46,23 @@ class StoreRecord(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     host: str
     port: int
+    """Of the key-value store."""
+    desk: int
+    """Port at which supervisors show that they live."""
     by: str
     """Node that started it."""
 
 
-def write(folder: Path, record: NodeRecord) -> None:
-    """Replace a node's record in a run folder, whole or not at all."""
+def make_folder(folder: Path) -> Path:
+    """The folder of the records in a run folder; for its owner alone."""
     nodes = folder / FOLDER
     nodes.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return nodes
+
+
+def write(folder: Path, record: NodeRecord) -> None:
+    """Replace a node's record in a run folder, whole or not at all."""
+    nodes = make_folder(folder)
     beside = nodes / f".{record.node}.{os.getpid()}"
     beside.write_bytes(msgspec.json.encode(record))
     beside.replace(nodes / f"{record.node}.json")
@@ -69,8 +78,28 @@ def read_all(folder: Path) -> list[NodeRecord]:
     return found
 
 
-def store_path(folder: Path, number: int) -> Path:
-    return folder / FOLDER / f"store-{number}.json"
+def write_store(folder: Path, record: StoreRecord) -> None:
+    """Say where a store listens, once it does."""
+    path = folder / FOLDER / f"store-{record.number}.json"
+    beside = path.with_name(f".store-{record.number}.{os.getpid()}")
+    beside.write_bytes(msgspec.json.encode(record))
+    beside.replace(path)
+
+
+def claim_store(folder: Path, number: int) -> bool:
+    """Whether the caller is the one who opens the n-th store of the run: exclusive creation decides."""
+    nodes = make_folder(folder)
+    try:
+        os.close(os.open(nodes / f"store-{number}.claim", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        return False
+    return True
+
+
+def newest_claim(folder: Path) -> int:
+    """The highest number of a store that anyone has opened, or is about to; -1 when none was."""
+    numbers = (path.stem.removeprefix("store-") for path in (folder / FOLDER).glob("store-*.claim"))
+    return max((int(number) for number in numbers if number.isdigit()), default=-1)
 
 
 def newest_store(folder: Path) -> StoreRecord | None:

@@ -8,13 +8,14 @@ from rich.console import Console
 from launch.local import run_ranks
 from launch.preflight import check_data_exists, check_engine, check_installation
 from launch.run_folder import Mode, changes, prepared, stored_job
+from launch.train_nodes import run_on_nodes
 from trainer.errors import SpecError
 from trainer.spec import JobSpec
 from trainer.spec_file import RUN_FILE, load_job
 
 
-def train_here(path: Path, overrides: Sequence[str], mode: Mode) -> None:
-    """Validate the job, make its run folder and run its ranks to the end.
+def train_here(path: Path, overrides: Sequence[str], mode: Mode, *, nodes: int | None = None, spares: int = 0) -> None:
+    """Validate the job, make its run folder and run its ranks to the end; on emulated nodes where `nodes` says so.
 
     `path` is a job file; with mode `resume` also a run folder.
 
@@ -25,7 +26,10 @@ def train_here(path: Path, overrides: Sequence[str], mode: Mode) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     check_installation()
     job = continued(path, overrides, console) if mode == "resume" else load_job(job_file(path), overrides)
-    run_here(job, mode, console)
+    if nodes is None and not spares:
+        run_here(job, mode, console)
+    else:
+        run_on_nodes(job, mode, console, nodes=job.layout.nodes if nodes is None else nodes, spares=spares)
 
 
 def run_here(job: JobSpec, mode: Mode, console: Console) -> None:

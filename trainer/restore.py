@@ -1,22 +1,31 @@
 """Where a run begins: anew, from the agents' memory, or from the newest durable checkpoint."""
 
 import json
+import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from ft import durable
-from ft.errors import FtError
+from ft.errors import ChunkCorrupt, ForeignSnapshot, FtError
 from parallel.shard import Shard
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoints
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, TrainerError
 from trainer.snapshots import Snapshots
 from trainer.world import World
 
 Start = Literal["anew", "resume", "restart"]
 """anew: a fresh run; resume: a user continues it, so there must be something; restart: a launcher started it again."""
+
+
+class RestoreFailed(TrainerError):
+    """Agents or peers were lost while state was restored: a fault like any other, after which ranks start again."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,22 +38,73 @@ class Beginning:
     meta: dict[str, Any] | None = None
 
 
+RECOVERY = "KEEPWARM_RECOVERY"
+"""Environment variable of rank 0: what the supervisors know of the recovery that this start is part of, as JSON."""
+EVENTS = "events.jsonl"
+
+
 def begin(
     start: Start, shards: Mapping[str, Shard], checkpoints: Checkpoints, snapshots: Snapshots | None, world: World
 ) -> Beginning:
     """Fill the shards from the newest state there is. Collective, and decided alike on every rank.
 
+    Rank 0 of a run with supervisors writes the event `recovery`, once the first step afterwards is done.
+
     Raises:
         CheckpointError: a user wants to resume and there is nothing, or it does not fit.
+        RestoreFailed: agents or peers were lost on the way; another start may succeed.
     """
+    entered = time.time()
+    beginning = _fill(start, shards, checkpoints, snapshots, world)
+    if start == "restart":
+        phases = {} if snapshots is None else snapshots.phases
+        names = ("fetch", "decode", "verify")
+        slowest = {name: world.largest(round(1e6 * phases.get(name, 0.0))) / 1e6 for name in names}
+        told = os.environ.get(RECOVERY)
+        if told is not None and world.rank == 0:
+            if beginning.source != "memory":
+                slowest["fetch"] = max(slowest["fetch"], time.time() - entered - sum(slowest.values()))
+            report = partial(_report, json.loads(told), checkpoints.root.parent, beginning, snapshots, entered, slowest)
+            if snapshots is None:
+                report()
+            else:
+                snapshots.resumed = report
+    return beginning
+
+
+def _report(
+    told: dict[str, Any], folder: Path, beginning: Beginning, snapshots: Snapshots | None, entered: float,
+    slowest: dict[str, float],
+) -> None:  # fmt: skip
+    """Write what was recovered, from where and in which time; `resume` is the time of the first step and what else."""
+    now = time.time()
+    start = max(0.0, entered - told["started"])
+    phases = told["phases"] | {"start": start} | slowest
+    phases["resume"] = max(0.0, now - entered - sum(slowest.values()))
+    memory = beginning.source == "memory"
+    why = told["why"] if memory else f"{told['why']}; {beginning.reason}"
+    event = {
+        "time": now, "node": None, "event": "recovery", "rung": told["rung"] if memory else 3, "why": why,
+        "slots": told["slots"], "source": beginning.source, "step": beginning.step,
+        "bytes_decoded": snapshots.decoded() if snapshots is not None and memory else 0, "phases": phases,
+    }  # fmt: skip
+    with (folder / EVENTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(event) + "\n")
+
+
+def _fill(
+    start: Start, shards: Mapping[str, Shard], checkpoints: Checkpoints, snapshots: Snapshots | None, world: World
+) -> Beginning:
     reason = "no snapshots in memory: snapshot is off"
     in_memory: tuple[int, int] | None = None
     found = Beginning(source="nothing", reason="a fresh run")
     if snapshots is not None:
         try:
             restored = snapshots.restore()
-        except FtError as error:
+        except (ForeignSnapshot, ChunkCorrupt) as error:
             raise CheckpointError(f"rank {world.rank}: restoring from memory failed: {error}") from error
+        except FtError as error:
+            raise RestoreFailed(f"rank {world.rank}: restoring from memory failed: {error}") from error
         if isinstance(restored, str):
             reason = restored
         else:

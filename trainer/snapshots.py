@@ -3,17 +3,20 @@
 The worker's half of `ft`: it knows which node a rank is on and what its state is; agents do the rest.
 """
 
+import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 
 from ft.agent_config import AgentConfig, DurableConfig, GroupConfig, runtime_folder
-from ft.agent_registry import Registry
+from ft.agent_registry import FOLDER, Registry
 from ft.auth import SECRET, create_secret, load_secret, run_identity
 from ft.client import AgentClient, ensure_agent
 from ft.errors import AgentError, FtError
@@ -28,6 +31,10 @@ from trainer.run_state import RunState
 from trainer.world import World
 
 META_BYTES = 1 << 20
+EPOCH = "KEEPWARM_EPOCH"
+"""Environment variable of rank 0: what this epoch restores, a supervisor has had the agents settle already."""
+TEMPLATE = "template.json"
+"""In the run's folder of agents: what they are told, for supervisors that start one before its workers."""
 
 
 class Snapshots:
@@ -69,7 +76,13 @@ class Snapshots:
         self._config = _agent_config(spec, folder, run=run, slot=self._node, groups=groups, slot_bytes=slot_bytes)
         self._together(lambda: ensure_agent(self._config) if self._local == 0 else None)
         self._registry = Registry(folder)
+        if world.rank == 0:
+            _write_template(folder, self._config)
+        self.resumed: Callable[[], None] | None = None
+        """Called once, after the first step that follows a recovery."""
         self._attach()
+        self.phases: dict[str, float] = {}
+        """Seconds of the last `restore` on this rank: waiting for the agents' choice, for lost chunks, copying."""
         self._interval = Interval(mtbf=spec.mtbf)
         self._next = 0
         self._reported: str | None = None
@@ -102,8 +115,34 @@ class Snapshots:
 
     def restore(self) -> Restoration | str:
         """Begin the next epoch and write what the agents have into the live shards; else why there is nothing."""
-        newest = self._world.largest(self._registry.newest_epoch() if self._world.rank == 0 else 0)
-        return self._snapshotter.restore(newest + 1)
+        settled = int(os.environ.get(EPOCH, "0"))
+        epoch = self._world.largest(settled or self._registry.newest_epoch() + 1 if self._world.rank == 0 else 0)
+        began, waited = time.time(), time.perf_counter()
+        self._client.restore(epoch, deadline=self._spec.commit_deadline)
+        waited = time.perf_counter() - waited
+        # The agents first verify what they hold and then choose: the file of the choice has the time of that.
+        verified = min(max(0.0, self._chosen_at() - began), waited)
+        fetched = time.perf_counter()
+        restored = self._snapshotter.restore(epoch)
+        self.phases = {
+            "fetch": time.perf_counter() - fetched, "decode": waited - verified, "verify": verified,
+        }  # fmt: skip
+        return restored
+
+    def _chosen_at(self) -> float:
+        """When the present epoch was settled, in seconds since 1970; 0 when that cannot be told."""
+        with contextlib.suppress(OSError):
+            return (self._registry.folder / f"choice-{self._client.epoch}.json").stat().st_mtime
+        return 0.0
+
+    def decoded(self) -> int:
+        """Bytes of chunks that the present epoch's choice had decoded, data and parity, on all nodes."""
+        found = 0
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            choice = json.loads((self._registry.folder / f"choice-{self._client.epoch}.json").read_bytes())
+            for _, order in choice.get("orders", ()):
+                found += len(order["targets"]) * max(order["counts"], default=0) * self._config.bucket_bytes
+        return found
 
     def before_update(self) -> None:
         """Join the running copy: the optimizer is about to change the tensors."""
@@ -111,6 +150,9 @@ class Snapshots:
 
     def offer(self, state: RunState, meta: dict[str, Any], step_seconds: float) -> None:
         """Begin a snapshot when one is due after this step; copied while training goes on."""
+        if self.resumed is not None:
+            self.resumed()
+            self.resumed = None
         self._interval = self._interval.measured(step=step_seconds)
         if state.step < self._next:
             return
@@ -187,6 +229,13 @@ class Snapshots:
             failure = error
         if self._world.any(failure is not None):
             raise failure or AgentError(f"rank {self._world.rank}: the agent of another node could not be started")
+
+
+def _write_template(folder: Path, config: AgentConfig) -> None:
+    path = folder / FOLDER / TEMPLATE
+    beside = path.with_name(f".{TEMPLATE}.{os.getpid()}")
+    beside.write_bytes(msgspec.json.encode(config))
+    beside.replace(path)
 
 
 def _agent_config(

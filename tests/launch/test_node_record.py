@@ -27,10 +27,13 @@ def test_records_are_replaced_and_read_by_name(tmp_path: Path) -> None:
 
 def test_the_newest_store_is_the_one_with_the_highest_number(tmp_path: Path) -> None:
     assert node_record.newest_store(tmp_path) is None
-    (tmp_path / "nodes").mkdir()
+    assert node_record.newest_claim(tmp_path) == -1
     for number in (2, 10, 9):
-        record = StoreRecord(number=number, pid=number, host="127.0.0.1", port=1, by="node-0")
-        node_record.store_path(tmp_path, number).write_bytes(msgspec.json.encode(record))
+        assert node_record.claim_store(tmp_path, number)
+        assert not node_record.claim_store(tmp_path, number)
+        record = StoreRecord(number=number, pid=number, host="127.0.0.1", port=1, desk=2, by="node-0")
+        node_record.write_store(tmp_path, record)
+    assert node_record.newest_claim(tmp_path) == 10
     newest = node_record.newest_store(tmp_path)
     assert newest is not None
     assert newest.number == 10

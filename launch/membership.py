@@ -1,0 +1,203 @@
+"""One node's link to the present store: finds it or opens the next one, shows that it lives, reads and changes the
+table.
+
+Whoever cannot reach the present store must stop its workers: every method then raises `StoreLost`.
+"""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed import DistError
+
+from launch import node_record, store
+from launch.errors import LaunchError
+from launch.node_record import StoreRecord
+from launch.slots import Table
+
+OPENING = 60.0
+"""Seconds that whoever claimed the next store has to open it."""
+GIVE_UP = 300.0
+"""Seconds that a node looks for a store that it can reach."""
+FIRST_GRACE = 60.0
+"""Seconds that spares leave the slots of the first round to the nodes that were meant for them."""
+NEXT_GRACE = 3.0
+"""The same under a later store: who owned a slot has noticed with the others that the one before is lost."""
+POLL = 0.05
+
+
+class StoreLost(LaunchError):
+    """The store has died, is silent, or another one has taken its place."""
+
+    exit_code = 4
+
+
+class Membership:
+    """The present store as this node sees it. `change` and `read` may be called from any thread."""
+
+    def __init__(
+        self, folder: Path, node: str, *, slots: int, max_restarts: int, silence: float,
+        open_store: Callable[[int], None],
+    ) -> None:  # fmt: skip
+        """`open_store(n)` opens the n-th store of the run on this node; it may fail, others then open another."""
+        self.folder, self.node, self.silence = folder, node, silence
+        self._first = Table(slots=slots, max_restarts=max_restarts)
+        self._open_store = open_store
+        self.record: StoreRecord | None = None
+        self._client: TCPStore | None = None
+        self._beats: _Beats | None = None
+        self._entered = 0.0
+        self._lock = threading.Lock()
+
+    def enter(self) -> None:
+        """Reach the present store, or open the next one when it cannot be reached.
+
+        Raises:
+            StoreLost: none could be reached for `GIVE_UP` seconds.
+        """
+        self.leave(politely=False)
+        unreachable: set[int] = set()
+        began = time.monotonic()
+        claimed_at = began, node_record.newest_claim(self.folder)
+        while time.monotonic() < began + GIVE_UP:
+            record, claim = node_record.newest_store(self.folder), node_record.newest_claim(self.folder)
+            if claim != claimed_at[1]:
+                claimed_at = time.monotonic(), claim
+            if record is not None and record.number == claim and claim not in unreachable:
+                if self._reach(record):
+                    return
+                unreachable.add(claim)
+            opening = claim >= 0 and (record is None or record.number < claim)
+            if opening and time.monotonic() < claimed_at[0] + OPENING:
+                time.sleep(POLL)
+            elif node_record.claim_store(self.folder, claim + 1):
+                self._open_store(claim + 1)
+        raise StoreLost(f"{self.node} waited {GIVE_UP:g} s for a store of the run in {self.folder} that it can reach")
+
+    def _reach(self, record: StoreRecord) -> bool:
+        try:
+            self._beats = _Beats(record, self.node, self.silence, self.folder)
+            self._client = TCPStore(
+                record.host, record.port, is_master=False, wait_for_workers=False,
+                timeout=timedelta(seconds=max(5.0, self.silence)),
+            )  # fmt: skip
+        except (OSError, DistError):
+            self.leave(politely=False)
+            return False
+        self.record, self._entered = record, time.monotonic()
+        return True
+
+    @property
+    def store(self) -> TCPStore:
+        if self._client is None:
+            raise StoreLost("not connected to a store")
+        return self._client
+
+    def may_fill(self, *, begun: bool) -> bool:
+        """Whether those who were meant for the slots, or remember to own them, have had time to come.
+
+        Under the first store that is so once workers have `begun`.
+        """
+        assert self.record is not None
+        if begun and self.record.number == 0:
+            return True
+        grace = FIRST_GRACE if self.record.number == 0 else NEXT_GRACE
+        return time.monotonic() - self._entered > grace
+
+    def change(self, step: Callable[[Table], Table]) -> tuple[Table, bool]:
+        """Change the table; (the table as it is then, whether this changed it)."""
+        with self._explained():
+            return store.change(self.store, self._first, step)
+
+    def read(self) -> Table:
+        with self._explained():
+            return store.read(self.store) or self._first
+
+    def say_active(self) -> None:
+        """Workers are started under this store: those who are still with an earlier one must stop theirs."""
+        assert self.record is not None
+        if self.record.number:
+            (self.folder / node_record.FOLDER / f"store-{self.record.number}.active").touch()
+
+    def leave(self, *, politely: bool) -> None:
+        """Say farewell, so that the store does not take this node for dead; or be gone."""
+        if self._beats is not None:
+            self._beats.close(politely=politely)
+        self._beats = self._client = None
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        with self._lock:
+            if self._beats is None or self._beats.lost:
+                raise StoreLost(f"{self.node}: {self._beats.lost if self._beats else 'not connected to a store'}")
+            try:
+                yield
+            except DistError as error:
+                raise StoreLost(f"{self.node}: the store does not answer: {error}") from error
+
+
+class _Beats:
+    """Shows that this node lives, on a thread of its own, and notices when the store does not."""
+
+    def __init__(self, record: StoreRecord, node: str, silence: float, folder: Path) -> None:
+        """Connects; returns once the store has answered. Raises `OSError`."""
+        self.lost = ""
+        self._record, self._silence, self._folder = record, silence, folder
+        self._every = min(0.2, silence / 5)
+        self._stop = threading.Event()
+        self._connection = socket.create_connection((record.host, record.desk), timeout=silence)
+        try:
+            self._connection.sendall(node.encode() + b"\n")
+            if not self._connection.recv(16):
+                raise ConnectionResetError("the store closed the connection")
+        except OSError:
+            self._connection.close()
+            raise
+        self._thread = threading.Thread(target=self._run, name="signs-of-life", daemon=True)
+        self._thread.start()
+
+    def close(self, *, politely: bool) -> None:
+        self._stop.set()
+        if politely:
+            with contextlib.suppress(OSError):
+                self._connection.sendall(store.FAREWELL)
+        self._thread.join(self._silence + 1)
+        self._connection.close()
+
+    def _run(self) -> None:
+        heard = looked = time.monotonic()
+        self._connection.settimeout(self._every)
+        while not self._stop.wait(self._every) and not self.lost:
+            before = time.monotonic()
+            try:
+                self._connection.send(store.BEAT)
+                if not self._connection.recv(64):
+                    raise ConnectionResetError("closed")
+                heard = time.monotonic()
+            except TimeoutError:
+                # Counted from when this thread could have heard something: it may have been frozen itself.
+                heard = max(heard, before - self._silence / 2) if before - heard > 2 * self._silence else heard
+                if time.monotonic() - heard > self._silence:
+                    self.lost = f"waited {self._silence:g} s for store {self._record.number} to answer"
+            except OSError as error:
+                self.lost = f"the connection to store {self._record.number} was lost: {error}"
+            if time.monotonic() - looked > 1.0:
+                looked = time.monotonic()
+                self._look_for_another()
+
+    def _look_for_another(self) -> None:
+        """A later store counts once it can be reached, or once workers have been started under it."""
+        newest = node_record.newest_store(self._folder)
+        if newest is None or newest.number <= self._record.number:
+            return
+        active = (self._folder / node_record.FOLDER / f"store-{newest.number}.active").exists()
+        with contextlib.suppress(OSError):
+            socket.create_connection((newest.host, newest.desk), timeout=self._silence).close()
+            active = True
+        if active:
+            self.lost = f"store {newest.number} has taken the place of store {self._record.number}"

@@ -1,0 +1,243 @@
+"""Processes of a node that start at once: forked from one that has imported torch and the trainer, and nothing more.
+
+Importing takes seconds, longer still when all ranks of a machine do it together, and a restart would pay for it. The
+nursery has a single thread and has never computed anything, so that a fork of it is as good as a new process. It dies
+with its supervisor and takes the workers with it; stores that it opened live on.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import importlib
+import os
+import runpy
+import selectors
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+
+from launch.errors import LaunchError
+
+PRELOADED = ("trainer.session", "torch.utils.tensorboard")
+_PR_SET_PDEATHSIG = 1
+_MESSAGE = 1 << 18
+_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
+
+
+def preload() -> None:
+    """Import what workers need; `trainer` by name, as `launch` does not depend on torch elsewhere."""
+    for module in PRELOADED:
+        importlib.import_module(module)
+
+
+class Worker(msgspec.Struct, frozen=True, kw_only=True):
+    """`python -P -m MODULE ARGUMENTS` with these environment variables; output goes to `log`, or to this process's."""
+
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+    module: str = "trainer"
+    log: str | None = None
+
+
+class StoreOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """`launch.store.serve` with these arguments."""
+
+    folder: str
+    number: int
+    host: str
+    node: str
+    silence: float
+
+
+class _Order(msgspec.Struct, frozen=True):
+    worker: Worker | None = None
+    store: StoreOrder | None = None
+    end: tuple[int, int] | None = None
+    """(pid, signal)"""
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    started: int | None = None
+    ended: tuple[int, int] | None = None
+    """(pid, exit code, negative for a signal)"""
+
+
+class Nursery:
+    """The supervisor's side. Not thread-safe. Make it while the process has one thread and has imported enough."""
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        parent = os.getpid()
+        self.pid = os.fork()
+        if not self.pid:
+            self._socket.close()
+            _Tender(theirs, parent).run()
+        theirs.close()
+        self.ended: dict[int, int] = {}
+        """Exit code by pid of the processes that have ended; negative for a signal."""
+
+    def start(self, worker: Worker) -> int:
+        """Fork a worker; its pid."""
+        return self._started(_Order(worker=worker))
+
+    def open_store(self, order: StoreOrder) -> int:
+        """Fork a store that lives on when this node dies; its pid."""
+        return self._started(_Order(store=order))
+
+    def send(self, pids: Sequence[int], number: signal.Signals) -> None:
+        """Signal those that have not ended: the nursery knows, as it is their parent."""
+        self.poll()
+        for pid in pids:
+            if pid not in self.ended:
+                self._socket.send(msgspec.json.encode(_Order(end=(pid, int(number)))))
+
+    def poll(self, seconds: float = 0.0) -> None:
+        """Learn who has ended; waits at most `seconds` for news."""
+        self._socket.settimeout(seconds)
+        with contextlib.suppress(TimeoutError, BlockingIOError):
+            while True:
+                self._receive()
+                self._socket.settimeout(0.0)
+
+    def close(self) -> None:
+        """End the nursery and its workers."""
+        self._socket.close()
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+
+    def _started(self, order: _Order) -> int:
+        self._socket.settimeout(30.0)
+        self._socket.send(msgspec.json.encode(order))
+        while (pid := self._receive()) is None:
+            pass
+        return pid
+
+    def _receive(self) -> int | None:
+        data = self._socket.recv(_MESSAGE)
+        if not data:
+            raise LaunchError(f"process {self.pid}, which starts the workers of this node, has died")
+        answer = msgspec.json.decode(data, type=_Answer)
+        if answer.ended is not None:
+            self.ended[answer.ended[0]] = answer.ended[1]
+        return answer.started
+
+
+class _Tender:
+    """The nursery's own side: forks, waits and tells."""
+
+    def __init__(self, connection: socket.socket, parent: int) -> None:
+        die_with(parent)
+        for number in _HANDLED:
+            signal.signal(number, signal.SIG_IGN if number != signal.SIGCHLD else signal.SIG_DFL)
+        self._socket, self._me = connection, os.getpid()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(connection, selectors.EVENT_READ, None)
+
+    def run(self) -> NoReturn:
+        code = 0
+        try:
+            while self._turn():
+                pass
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        finally:
+            os._exit(code)
+
+    def _turn(self) -> bool:
+        for key, _ in self._selector.select():
+            if key.data is not None:
+                self._buried(key.fd, key.data)
+            elif not (data := self._socket.recv(_MESSAGE)):
+                return False
+            else:
+                self._obey(msgspec.json.decode(data, type=_Order))
+        return True
+
+    def _obey(self, order: _Order) -> None:
+        if order.end is not None:
+            # It may have ended, but it has not been waited for: the pid is still its own.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(*order.end)
+            return
+        action = self._store(order.store) if order.store is not None else self._worker(order.worker)
+        pid = os.fork()
+        if not pid:
+            self._selector.close()
+            self._socket.close()
+            _become(action)
+        self._selector.register(os.pidfd_open(pid), selectors.EVENT_READ, pid)
+        self._socket.send(msgspec.json.encode(_Answer(started=pid)))
+
+    def _worker(self, worker: Worker | None) -> Callable[[], None]:
+        assert worker is not None
+
+        def train() -> None:
+            die_with(self._me)
+            _redirect(worker.log)
+            os.environ.update(worker.environment)
+            sys.argv = [worker.module, *worker.arguments]
+            runpy.run_module(worker.module, run_name="__main__", alter_sys=True)
+
+        return train
+
+    @staticmethod
+    def _store(order: StoreOrder) -> Callable[[], None]:
+        def serve() -> None:
+            _redirect(str(Path(order.folder) / "nodes" / f"store-{order.number}.log"))
+            importlib.import_module("launch.store").serve(order)
+
+        return serve
+
+    def _buried(self, descriptor: int, pid: int) -> None:
+        self._selector.unregister(descriptor)
+        os.close(descriptor)
+        _, status = os.waitpid(pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        self._socket.send(msgspec.json.encode(_Answer(ended=(pid, code))))
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, however it ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _become(action: Callable[[], None]) -> NoReturn:
+    """Be a process of its own from here on, and end as a new interpreter would."""
+    code: Any = 1
+    try:
+        os.setsid()
+        for number in _HANDLED:
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        action()
+        code = 0
+    except SystemExit as exit:
+        code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            threading._shutdown()  # type: ignore[attr-defined]
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _redirect(log: str | None) -> None:
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    if log is not None:
+        output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        os.dup2(output, 1)
+        os.dup2(output, 2)

@@ -1,0 +1,223 @@
+"""The rendezvous of torch's elastic agent, by slots: an owner keeps its slot and so its ranks, spares wait inside.
+
+Registered under the name `keepwarm`. The decisions are in `launch.slots`, the store in `launch.membership`; this is
+what lies between them and the elastic agent's interface.
+"""
+
+import time
+from collections.abc import Callable
+
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+    rendezvous_handler_registry,
+)
+
+from launch import slots
+from launch.errors import LaunchError
+from launch.membership import POLL, Membership
+from launch.slots import Table, Wish
+
+BACKEND = "keepwarm"
+
+
+class Fenced(LaunchError):
+    """This node was given up: another one may have its slot."""
+
+    exit_code = 4
+
+
+class NoSpareLeft(LaunchError):
+    """A slot stayed vacant for too long."""
+
+    exit_code = 4
+
+
+def _ignore(*_: object) -> None:
+    return
+
+
+class SlotRendezvous(RendezvousHandler):
+    """One node's place in the run."""
+
+    def __init__(self, membership: Membership, run: str, *, wish: Wish, patience: float) -> None:
+        """`patience`: seconds that a slot may stay vacant before the run is given up."""
+        self.membership, self._run, self._wish, self._patience = membership, run, wish, patience
+        self.slot: int | None = None
+        self.round = -1
+        """Of the workers that this node has started last."""
+        self.table: Table | None = None
+        """As it was when the round was complete."""
+        self.prepare: Callable[[int], None] = _ignore
+        """Called with the slot before this node says that it is ready for a round."""
+        self.waiting: Callable[[str, int | None], None] = _ignore
+        """Told the state that this node waits in, and its slot."""
+        self.asked_to_leave: Callable[[], bool] = lambda: False
+        self._member = False
+
+    def get_backend(self) -> str:
+        return BACKEND
+
+    def get_run_id(self) -> str:
+        return self._run
+
+    @property
+    def use_agent_store(self) -> bool:
+        return True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Wait, as a spare for as long as it takes, until a round is complete in which this node has a slot.
+
+        Raises:
+            RendezvousClosedError: the run has ended, or this node was asked to leave.
+            StoreLost, Fenced, NoSpareLeft: this node cannot go on as it is.
+        """
+        vacant_since: float | None = None
+        while True:
+            table = self.membership.read()
+            if table.ended is not None:
+                raise RendezvousClosedError(table.ended.reason)
+            if self.asked_to_leave():
+                self._leave()
+            slot = table.slot_of(self.membership.node)
+            if not table.knows(self.membership.node):
+                self._join()
+                continue
+            self.slot = slot
+            if slot is not None and table.complete and table.round > self.round:
+                return self._start(table, slot)
+            if slot is not None and table.complete:
+                self.fail("failed", "its supervisor lost the store for a moment")
+                continue
+            if slot is not None and self.membership.node not in table.arrived:
+                self.waiting("starting" if self.round < 0 else "restarting", slot)
+                self.prepare(slot)
+                self._arrive(table.round)
+                continue
+            self.waiting("spare" if slot is None else "starting" if self.round < 0 else "restarting", slot)
+            vacant_since = self._fill(table, vacant_since)
+            time.sleep(POLL)
+
+    def _arrive(self, round: int) -> None:
+        self._change(lambda now: slots.arrive(now, self.membership.node, round))
+
+    def _start(self, table: Table, slot: int) -> RendezvousInfo:
+        self.round, self.table = table.round, table
+        self.membership.say_active()
+        record = self.membership.record
+        assert record is not None
+        address = RendezvousStoreInfo(record.host, record.port)
+        return RendezvousInfo(self.membership.store, slot, table.slots, address)
+
+    def _join(self) -> None:
+        """Be an owner or a spare; what was forgotten by a table that others still know has been fenced."""
+        if self._member:
+            self._member = False
+            raise Fenced(f"{self.membership.node}: given up by the others while it was silent")
+        wish = self._wish if self.slot is None else self.slot
+        after = self.round
+        self._change(lambda now: slots.join(now, self.membership.node, wish, after_round=after))
+        self._member = True
+
+    def rejoin(self, *, fenced: bool) -> None:
+        """Before the next rendezvous, after the store was lost (then the slot is kept) or the node was fenced."""
+        self._member = False
+        if fenced:
+            self._wish, self.slot = "spare", None
+
+    def reentered(self, number: int | None) -> None:
+        """The store is back: under the same number it still knows who is who, and who was given up."""
+        record = self.membership.record
+        self._member = record is not None and record.number == number
+
+    def _fill(self, table: Table, since: float | None) -> float | None:
+        """Give vacant slots to spares once the nodes they belong to have had their time; returns since when."""
+        if not table.vacant or not self.membership.may_fill(begun=table.begun):
+            return None
+        if table.spares:
+            self._change(slots.fill)
+            return None
+        since = time.monotonic() if since is None else since
+        if time.monotonic() - since > self._patience:
+            lost = ", ".join(map(str, table.vacant))
+            raise NoSpareLeft(
+                f"waited {self._patience:g} s for a node to take slot {lost}: no spare is left. Start as many nodes as "
+                "are missing and continue with --resume: what the others hold in memory is used while their agents "
+                "live, else the newest checkpoint on disk"
+            )
+        return since
+
+    def num_nodes_waiting(self) -> int:
+        """1 when workers must start again; spares are not waiting, they are where they belong."""
+        table = self.membership.read()
+        gone = table.ended is not None and table.ended.code == 4
+        return int(gone or (table.ended is None and table.round != self.round))
+
+    def fail(self, kind: slots.Kind, cause: str) -> bool:
+        """Workers of this node have failed in its round; True when nobody had noticed anything before."""
+        before = self.round
+        table, changed = self._change(
+            lambda now: slots.fail(now, self.membership.node, before, kind, cause, time.time())
+        )
+        return changed and len(table.failures) == 1
+
+    def finish(self) -> Table:
+        """The node's workers are done: wait for those of all others, or for a reason to start again."""
+        self._change(lambda now: slots.finish(now, self.membership.node, self.round))
+        while True:
+            table = self.membership.read()
+            if table.ended is not None or table.round != self.round:
+                return table
+            time.sleep(POLL)
+
+    def end(self, code: int, reason: str) -> Table:
+        """The run is over for all."""
+        return self._change(lambda now: slots.end(now, code, reason))[0]
+
+    def ended(self) -> slots.Ended | None:
+        return self.membership.read().ended
+
+    def give_up_slot(self, why: str) -> None:
+        """This node leaves; nothing changes when the run has ended."""
+        node = self.membership.node
+        self._change(lambda now: slots.lose(now, node, f"{node}: {why}", time.time()))
+
+    def _leave(self) -> None:
+        self.give_up_slot("asked to leave")
+        raise RendezvousClosedError(f"{self.membership.node} was asked to leave")
+
+    def _change(self, step: Callable[[Table], Table]) -> tuple[Table, bool]:
+        return self.membership.change(step)
+
+    def is_closed(self) -> bool:
+        return self.ended() is not None
+
+    def set_closed(self) -> None:
+        self.end(4, f"{self.membership.node} closed the run")
+
+    def shutdown(self) -> bool:
+        self.membership.leave(politely=True)
+        return True
+
+
+def _create(parameters: RendezvousParameters) -> RendezvousHandler:
+    config = parameters.config
+    return SlotRendezvous(
+        config["membership"], parameters.run_id, wish=config["wish"], patience=float(config["patience"])
+    )
+
+
+rendezvous_handler_registry.register(BACKEND, _create)
+
+
+def make(membership: Membership, run: str, nodes: int, *, wish: Wish, patience: float) -> SlotRendezvous:
+    """The handler, from torch's registry of rendezvous backends."""
+    parameters = RendezvousParameters(
+        BACKEND, "", run, nodes, nodes, membership=membership, wish=wish, patience=patience
+    )
+    handler = rendezvous_handler_registry.create_handler(parameters)
+    assert isinstance(handler, SlotRendezvous)
+    return handler

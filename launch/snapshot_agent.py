@@ -1,0 +1,114 @@
+"""The snapshot agent of a node's slot, as its supervisor sees it: started before workers need it, told of epochs."""
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+import msgspec
+
+from ft import agent_config
+from ft.agent_config import AgentConfig, runtime_folder
+from ft.agent_registry import FOLDER, Registry
+from ft.auth import SECRET, load_secret, run_identity
+from ft.client import AgentClient, ensure_agent
+from ft.errors import FtError
+
+TEMPLATE = "template.json"
+"""In the run's folder of agents: what the workers told theirs, written by rank 0. Only slot, host and folder differ."""
+DEADLINE = 5.0
+LEAVING = 0.5
+"""Seconds after which an agent that left by itself has cleaned up."""
+
+
+class SnapshotAgent:
+    """One slot's agent on this node. Not thread-safe."""
+
+    def __init__(self, folder: Path, host: str) -> None:
+        self._folder, self._host = folder, host
+        self._client: AgentClient | None = None
+        self._slot: int | None = None
+        self.pid: int | None = None
+        self._gone_at: float | None = None
+
+    def ensure(self, slot: int) -> None:
+        """Start the agent of a slot unless it runs, and connect; nothing before workers have said how large it is.
+
+        Raises:
+            MemoryTooSmall, AgentError: this node cannot take the slot.
+        """
+        self._slot = slot
+        template = self._folder / FOLDER / TEMPLATE
+        if not template.is_file():
+            return
+        config = msgspec.json.decode(template.read_bytes(), type=AgentConfig)
+        own = msgspec.structs.replace(config, slot=slot, host=self._host, folder=str(runtime_folder(config.run, slot)))
+        ensure_agent(own)
+        self.look()
+
+    def look(self) -> bool:
+        """Connect to the agent when this is not the case, as workers may start one too; False when one has died."""
+        if self._client is not None and self._client.gone:
+            self._forget()
+            self._gone_at = time.monotonic()
+        died = False
+        if self._gone_at is not None and time.monotonic() - self._gone_at > LEAVING and self._slot is not None:
+            # One that leaves because the job is done takes its address away.
+            died, self._gone_at = Registry(self._folder).endpoint(self._slot) is not None, None
+        if self._client is None and self._slot is not None and (self._folder / SECRET).exists():
+            with contextlib.suppress(FtError, OSError):
+                self._connect(self._slot)
+        return not died
+
+    def _connect(self, slot: int) -> None:
+        secret = load_secret(self._folder / SECRET)
+        run = run_identity(secret)
+        socket = runtime_folder(run, slot) / agent_config.SOCKET
+        if not socket.exists():
+            return
+        client = AgentClient(socket, run=run, secret=secret, worker=slot, role="supervisor", deadline=DEADLINE)
+        try:
+            self.pid = client.status(DEADLINE).pid
+        except FtError:
+            client.close()
+            raise
+        self._client = client
+
+    def begin_epoch(self) -> int | None:
+        """Have all agents settle the next restore plan now; its epoch, or None when there are no agents yet."""
+        if self._client is None or self._client.gone:
+            return None
+        epoch = Registry(self._folder).newest_epoch() + 1
+        with contextlib.suppress(FtError):
+            self._client.begin(epoch)
+            return epoch
+        return None
+
+    def whole(self) -> tuple[int, int] | None:
+        """(epoch, step) of the committed snapshot of which this node holds every chunk; None while some are missing."""
+        if self._client is None or self._client.gone:
+            return None
+        with contextlib.suppress(FtError):
+            status = self._client.status(DEADLINE)
+            whole = [(held.epoch, held.step) for held in status.held if held.phase == "committed"]
+            if status.committed in whole:
+                return status.committed
+        return None
+
+    def kill(self) -> None:
+        """End this node's agent and its memory: it is not the slot's agent any more."""
+        if self._client is not None and not self._client.gone and self.pid is not None:
+            # The link is open, so the pid is still the agent's.
+            os.kill(self.pid, signal.SIGTERM)
+        self._forget()
+        self._slot = None
+
+    def close(self) -> None:
+        """Leave the agent to its lease."""
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._client is not None:
+            self._client.close()
+        self._client, self.pid = None, None

@@ -1,0 +1,221 @@
+"""One node's part in a run: takes a slot or waits, guards the slot's agent, runs the workers by rounds."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from types import FrameType
+
+import msgspec
+from torch.distributed.elastic.rendezvous import RendezvousClosedError
+
+from ft.agent_config import NODE
+from ft.errors import FtError
+from launch import events, node_record
+from launch.elastic import INTERRUPTED, NodeAgent, Plan
+from launch.errors import LaunchError
+from launch.membership import Membership, StoreLost
+from launch.node_options import Options
+from launch.node_record import NodeRecord, State
+from launch.nursery import Nursery, StoreOrder
+from launch.rendezvous import Fenced, NoSpareLeft, SlotRendezvous, make
+from launch.slots import Kind, Table
+from launch.snapshot_agent import SnapshotAgent
+from trainer.spec import JobSpec
+from trainer.spec_file import RUN_FILE
+
+SILENCE = 5.0
+"""Seconds without a sign of life after which a node is dead, unless `snapshot.silence` says otherwise."""
+LOOK = 0.25
+"""Seconds between two looks at the agent."""
+
+
+class Supervisor(Plan):
+    """One node's part in a run."""
+
+    def __init__(self, options: Options, job: JobSpec, nursery: Nursery) -> None:
+        self._options, self._job, self._nursery = options, job, nursery
+        folder = options.folder
+        logs = folder / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        arguments = (str(folder / RUN_FILE), *(["--resume"] if options.resume else []))
+        super().__init__(options.module, arguments, str(logs), options.ranks_per_node)
+        self._snapshots = job.snapshot != "off"
+        silence = SILENCE if job.snapshot == "off" else job.snapshot.silence
+        self._silence = silence
+        self._guard = SnapshotAgent(folder, options.host)
+        self._membership = Membership(
+            folder, options.node, slots=options.slots, max_restarts=job.cluster.max_restarts, silence=silence,
+            open_store=self._open_store,
+        )  # fmt: skip
+        self._handler = make(self._membership, job.name, options.slots, wish=options.wish, patience=options.patience)
+        self._handler.prepare, self._handler.waiting = self._prepare, self._waiting
+        self._agent = NodeAgent(self._handler, nursery, self)
+        self._handler.asked_to_leave = lambda: self._agent.asked
+        self._record = NodeRecord(node=options.node, host=options.host, slot=None, supervisor=os.getpid())
+        self._unwhole = False
+        self._looked = 0.0
+
+    def run(self) -> int:
+        """Until the run has ended; returns its exit code."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._signal)
+        code, why = 4, "a defect"
+        try:
+            self._note(state="joining")
+            self._membership.enter()
+            events.append(self._options.folder, "started", node=self._options.node, slots=self._options.slots)
+            code, why = self._rounds()
+        except (NoSpareLeft, StoreLost, FtError, LaunchError) as error:
+            code, why = getattr(error, "exit_code", 2), str(error)
+            if isinstance(error, NoSpareLeft):
+                self._handler.end(code, why)
+        finally:
+            self._leave(code, why)
+        return code
+
+    def _rounds(self) -> tuple[int, str]:
+        """The elastic agent leaves when its store dies or its node is fenced; it is sent in again."""
+        while True:
+            try:
+                self._agent.run()
+                ended = self._handler.ended()
+            except RendezvousClosedError as error:
+                ended = self._handler.ended()
+                if ended is None:
+                    return INTERRUPTED, str(error)
+            except Fenced as error:
+                self._say(str(error))
+                self._note(state="fenced", slot=None, workers={}, agent=None)
+                self._guard.kill()
+                self._handler.rejoin(fenced=True)
+                continue
+            except StoreLost as error:
+                self._say(str(error))
+                self._note(state="restarting", workers={})
+                self._reenter()
+                continue
+            if ended is not None:
+                return ended.code, ended.reason
+
+    def _reenter(self) -> None:
+        before = self._membership.record.number if self._membership.record is not None else None
+        self._handler.rejoin(fenced=False)
+        self._membership.enter()
+        self._handler.reentered(before)
+
+    def _leave(self, code: int, why: str) -> None:
+        if code:
+            self._guard.kill()
+        else:
+            self._guard.close()
+        with contextlib.suppress(StoreLost):
+            self._handler.give_up_slot(why)
+        self._membership.leave(politely=True)
+        events.append(self._options.folder, "ended", node=self._options.node, code=code, why=why)
+        self._note(state="ended", workers={})
+        if code and code != INTERRUPTED and self._record.slot in (0, None):
+            self._say(why)
+
+    def _signal(self, number: int, frame: FrameType | None) -> None:
+        self._agent.signalled()
+
+    # ---- what the handler and the elastic agent ask for
+
+    def _prepare(self, slot: int) -> None:
+        """Before workers start: the agent runs, so that it fills its memory while they do."""
+        if self._snapshots and self._handler.membership.read().begun:
+            self._guard.ensure(slot)
+        self._note(slot=slot, agent=self._guard.pid)
+
+    def _waiting(self, state: str, slot: int | None) -> None:
+        self._note(state=msgspec.convert(state, State), slot=slot, workers={})
+
+    def environment(self, handler: SlotRendezvous) -> dict[str, str]:
+        table, slot = handler.table, handler.slot
+        assert table is not None
+        assert slot is not None
+        host = self._options.host
+        found = {"KEEPWARM_HOST": host, "PYTHONUNBUFFERED": "1"}
+        if host.startswith("127."):
+            found |= {key: os.environ.get(key, "lo") for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
+        if slot == 0 and table.round > 0 and self._snapshots and (epoch := self._guard.begin_epoch()) is not None:
+            found["KEEPWARM_EPOCH"] = str(epoch)
+        if slot == 0 and table.round > 0:
+            found["KEEPWARM_RECOVERY"] = json.dumps(recovery(table, time.time()))
+        return found
+
+    def started(self, workers: dict[int, int]) -> None:
+        slot, table = self._handler.slot, self._handler.table
+        assert table is not None
+        self._unwhole = self._snapshots and slot in table.moved
+        self._note(state="running", workers=workers, generation=table.round, agent=self._guard.pid)
+
+    def failed(self, kind: Kind, cause: str) -> None:
+        self._event("failure", kind=kind, cause=cause, slots=[self._handler.slot])
+
+    def look(self) -> None:
+        """Now and then: the agent's pid, whether it still runs, whether its memory is whole again."""
+        now = time.monotonic()
+        if not self._snapshots or now - self._looked < LOOK:
+            return
+        self._looked = now
+        if not self._guard.look():
+            cause = f"the snapshot agent of slot {self._handler.slot} has died"
+            self._event("failure", kind="agent", cause=cause, slots=[self._handler.slot])
+            self._unwhole = True
+        self._note(agent=self._guard.pid)
+        if self._unwhole and (whole := self._guard.whole()) is not None:
+            self._unwhole = False
+            self._event("whole", slots=[self._handler.slot], epoch=whole[0], step=whole[1])
+
+    def _open_store(self, number: int) -> None:
+        if number:
+            self._event("failure", kind="store", cause=f"store {number - 1} cannot be reached", slots=[])
+        options = self._options
+        self._nursery.open_store(
+            StoreOrder(
+                folder=str(options.folder), number=number, host=options.host, node=options.node, silence=self._silence
+            )
+        )
+
+    def _note(self, **changes: object) -> None:
+        after = msgspec.structs.replace(self._record, **changes)
+        if after != self._record or after.state == "joining":
+            self._record = after
+            node_record.write(self._options.folder, after)
+
+    def _event(self, event: str, **fields: object) -> None:
+        events.append(self._options.folder, event, node=self._options.node, **fields)
+
+    def _say(self, text: str) -> None:
+        print(f"keepwarm: {self._options.node}: {text}", file=sys.stderr, flush=True)
+
+
+def recovery(table: Table, now: float) -> dict[str, object]:
+    """What the supervisors know of a recovery when its workers are started; rank 0 adds what it restores."""
+    failures = table.gravest
+    slots = sorted(set(table.moved) | {failure.slot for failure in failures})
+    noticed = min((failure.time for failure in failures), default=now)
+    return {
+        "rung": 2 if table.moved else 1,
+        "why": "; ".join(dict.fromkeys(failure.cause for failure in failures)) or "the store was lost",
+        "slots": slots,
+        "started": now,
+        "phases": {
+            "detect": max((failure.silence for failure in failures), default=0.0),
+            "rendezvous": max(0.0, now - noticed),
+        },
+    }
+
+
+def supervise(options: Options, job: JobSpec) -> int:
+    """Be a supervisor, in a process that has one thread and has imported what workers need."""
+    os.environ[NODE] = options.node
+    nursery = Nursery()
+    try:
+        return Supervisor(options, job, nursery).run()
+    finally:
+        nursery.close()
