@@ -25,7 +25,8 @@ from trainer.spec import JobSpec
 
 UNINTERRUPTED, WITH_FAULTS = "uninterrupted", "faults"
 GRACE = 20.0
-"""Seconds that what belongs to a run may take to end after it, before it counts as left behind."""
+"""Seconds that what belongs to a run may take to end after it, before it counts as left behind. An agent whose node
+has died has its lease besides."""
 POLL = 0.02
 TAIL = 65536
 """Bytes of metrics.jsonl in which the newest line is looked for."""
@@ -165,7 +166,8 @@ class _Trial:
         if kind is not None:
             for found in living(self.token):
                 found.send(signal.SIGKILL)
-        self.residue = wait_until_gone(self.token, GRACE)
+        lease = 0.0 if self.drill.job.snapshot == "off" else self.drill.job.snapshot.lease
+        self.residue = wait_until_gone(self.token, GRACE + lease)
         for found in self.residue:
             found.send(signal.SIGKILL)
         self.process.wait()
