@@ -21,7 +21,7 @@ from ft.agent_durable import DurableWriter
 from ft.agent_effects import Arrived, Effects
 from ft.agent_folder import clear, sweep, take_lock
 from ft.agent_log import Journal
-from ft.agent_memory import Memory, Shape
+from ft.agent_memory import RECEIVE_BUFFERS, Memory, Shape
 from ft.agent_reads import Reads
 from ft.agent_registry import Registry
 from ft.agent_repair import Repair
@@ -52,8 +52,6 @@ from ft.state import State, initial
 from ft.transport import Link, Network
 
 TICK = 0.05
-AHEAD = 2
-"""Buckets of one peer that may lie in receive buffers before it is made to wait."""
 
 
 class Agent:
@@ -255,7 +253,7 @@ class Agent:
         assert link.theirs is not None
         sender, boot, data = link.slot, link.theirs.boot, self._receiving.pop(link)
         self._ahead[link] += 1
-        if self._ahead[link] >= AHEAD:
+        if self._ahead[link] >= RECEIVE_BUFFERS:
             link.pause()
 
         def arrived(intact: bool) -> None:
@@ -269,7 +267,7 @@ class Agent:
     def _done_with(self, link: Link, data: Bytes) -> None:
         self.release(data)
         self._ahead[link] -= 1
-        if self._ahead[link] < AHEAD:
+        if self._ahead[link] < RECEIVE_BUFFERS:
             link.resume()
         if not self._ahead[link]:
             del self._ahead[link]

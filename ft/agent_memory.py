@@ -6,6 +6,9 @@ from ft.buffers import Slot, require_memory
 from ft.contents import Bytes
 from ft.state import Group
 
+RECEIVE_BUFFERS = 2
+"""Buckets of one peer that may lie in receive buffers before it is made to wait."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
@@ -32,6 +35,37 @@ class Shape:
     @property
     def parity_bytes(self) -> int:
         return self.chunk_bytes * self.group.parity
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostMemory:
+    """Bytes that one node's agent takes: 2 S (1 + m/k), S more with the durable tier, and what it receives into."""
+
+    data: int
+    parity: int
+    durable: int
+    receiving: int
+
+    @property
+    def total(self) -> int:
+        return self.data + self.parity + self.durable + self.receiving
+
+
+def host_memory(state_bytes: int, *, members: int, parity: int, bucket_bytes: int, durable: bool) -> HostMemory:
+    """What snapshots take on a node of a group of `members` nodes, `parity` chunks to a stripe. Pure.
+
+    `state_bytes` is S, what the ranks of the largest node of the group store; it is rounded up to whole chunks. The
+    slots are taken at the agent's start; `receiving` is the most that lies in receive buffers while a snapshot is
+    coded, `RECEIVE_BUFFERS` of a bucket for each peer of the group.
+    """
+    group = Group(0, tuple(range(members)), parity if members > 1 else 0)
+    shape = Shape.of(state_bytes, bucket_bytes, group)
+    return HostMemory(
+        data=2 * shape.data_bytes,
+        parity=2 * shape.parity_bytes,
+        durable=shape.data_bytes if durable else 0,
+        receiving=(members - 1) * RECEIVE_BUFFERS * bucket_bytes if group.parity else 0,
+    )
 
 
 class Memory:

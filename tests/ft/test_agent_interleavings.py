@@ -199,8 +199,7 @@ def test_a_read_outlives_the_next_epoch(tmp_path: Path, monkeypatch: pytest.Monk
         reader.connect_peers(everyone=False)
         world.until(lambda: len(link.parts) == 3, "all parts")
     finally:
-        for agent in world.agents.values():
-            agent.close()
+        world.close()
 
 
 def test_who_was_left_out_of_a_choice_gets_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

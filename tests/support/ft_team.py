@@ -93,10 +93,11 @@ class Team:
         self.agents[slot].settler.begin(epoch)
 
     def settled(self, epoch: int = 0) -> bool:
-        """Everybody has an epoch's choice in force, and all of it in memory."""
+        """Everybody has the choice of one epoch in force, and all of it in memory."""
+        newest = max(epoch, *(agent.state.epoch for agent in self.agents.values()))
         return all(
             agent.state.mode is Mode.ACTIVE
-            and agent.state.pinned_epoch == agent.state.epoch >= epoch
+            and agent.state.pinned_epoch == agent.state.epoch == newest
             and all(len(copy.good) == copy.group.size for copy in agent.state.copies if copy.settled)
             for agent in self.agents.values()
         )
@@ -129,6 +130,21 @@ class Team:
         ages = [agent.state.committed for agent in self.agents.values()]
         return all(age is not None and age.step >= step for age in ages)
 
+    def chosen(self) -> int:
+        """The step that was restored, on all agents."""
+        pinned = {agent.state.pinned for agent in self.agents.values()}
+        assert len(pinned) == 1, self.say()
+        (snapshot,) = pinned
+        assert snapshot is not None, self.say()
+        return snapshot.step
+
+    def rot(self, slot: int, stripe: int) -> None:
+        """A byte of an agent's chunk of the newest committed snapshot changes."""
+        agent = self.agents[slot]
+        copy = agent.state.copy(agent.state.committed)
+        assert copy is not None
+        agent.memory.chunk(copy.data, copy.parity, stripe)[7] ^= 0x55
+
     def check(self, step: int) -> None:
         """Every agent holds what its worker wrote."""
         for slot, agent in self.agents.items():
@@ -138,6 +154,19 @@ class Team:
             assert (pinned.snapshot.step, pinned.whole) == (step, True)
             assert pinned.slot is not None
             assert np.array_equal(agent.memory.data[pinned.slot].data, self.content(slot, step))
+
+    def check_committed(self, step: int) -> None:
+        """Every agent holds what its worker wrote of the newest committed snapshot."""
+        for slot, agent in self.agents.items():
+            copy = agent.state.copy(agent.state.committed)
+            assert copy is not None, self.say()
+            assert copy.data is not None
+            assert copy.snapshot.step == step
+            assert np.array_equal(agent.memory.data[copy.data].data, self.content(slot, step))
+
+    def close(self) -> None:
+        for agent in self.agents.values():
+            agent.close()
 
 
 @contextlib.contextmanager
@@ -151,5 +180,4 @@ def team(folder: Path, size: int, parity: int, **options: Any) -> Iterator[Team]
         made.take(2)
         yield made
     finally:
-        for agent in made.agents.values():
-            agent.close()
+        made.close()
