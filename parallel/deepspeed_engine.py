@@ -20,7 +20,7 @@ from parallel.model import ModelParts
 from parallel.optimizer import counter_shard, make_optimizer, materialise, moments, set_step, weight_decay
 from parallel.parameter import Spread
 from parallel.pipeline import Loss
-from parallel.recompute import apply_numerics
+from parallel.recompute import apply_numerics, in_bf16
 from parallel.shard import Shard
 from parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
 from parallel.stage import is_tied_across
@@ -164,6 +164,8 @@ class DeepSpeedEngine:
                 split = split_over(part, self._model.tensor_plan(), group)
                 part.tie()  # type: ignore[operator]
         apply_numerics(part, numerics)
+        if numerics.precision == "bf16":
+            part.forward = in_bf16(part.forward, self._device)
         data.materialise(part, self._device)
         boxes = Spread(layout=layout, at=self._mesh.at, split=split, shard_size=1)
         alone = Spread(layout=layout, at=self._mesh.at, split=split, shard_size=layout.data)

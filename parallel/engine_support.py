@@ -107,8 +107,12 @@ def _deepspeed(job: Job) -> Iterator[str]:
         yield f"parallel.zero_stage = {parallel.zero_stage}: its pipeline needs whole gradients until the last; set 1"
     if parallel.data_mode != "fsdp":
         yield "parallel.data_mode: ZeRO always shards, by parallel.zero_stage; leave it out"
-    if job.numerics.precision != "fp32":
-        yield f"numerics.precision = {job.numerics.precision}: fp32 is what this engine has been shown to compute alike"
+    if parallel.offload_optimizer and job.optimizer.implementation == "apex":
+        yield "parallel.offload_optimizer: Apex updates on a GPU alone; set optimizer.implementation = torch"
+    if job.numerics.precision == "fp64":
+        yield "numerics.precision = fp64: ZeRO keeps its master weights in fp32 whatever the model's type"
+    if job.numerics.precision == "bf16" and parallel.tensor > 1:
+        yield "numerics.precision = bf16: with parallel.tensor > 1 it has not been shown to compute alike; set fp32"
     if job.numerics.compile:
         yield "numerics.compile: its hooks and compiled layers have not been tried together; set false"
 

@@ -1,4 +1,4 @@
-"""Activations that backward computes again, and compiled layers; both replace a forward and keep every name."""
+"""Activations that backward computes again, compiled layers, bf16: all replace a forward and keep every name."""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,3 +33,13 @@ def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return again
+
+
+def in_bf16(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """`forward` with matrices multiplied in bf16, from weights that stay fp32 and with gradients in fp32."""
+
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device.type, torch.bfloat16):
+            return forward(*args, **kwargs)
+
+    return lower

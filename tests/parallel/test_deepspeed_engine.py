@@ -146,6 +146,18 @@ def test_a_wrong_engine_is_told_from_a_right_one(fault: Fault, of: Case) -> None
     assert any(text.startswith("weight ") for text in broken), broken
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("layout", [{"data": 2}, {"data": 2, "zero_stage": 3}, {"pipeline": 2, "tied": True}], ids=str)
+def test_bf16_stays_close_to_the_torch_engine_and_keeps_fp32_state(layout: dict[str, Any]) -> None:
+    of = replace(case(**layout, **CLIPPED), precision="bf16")
+    expected, found = (parity.run_case(one, steps=range(5)) for one in (of.reference, of))
+    exact = parity.run_case(replace(of.reference, precision="fp32"), steps=range(5))
+    losses = [step.loss for step in found.steps]
+    assert losses == pytest.approx([step.loss for step in expected.steps], rel=2e-3)
+    assert losses[0] != exact.steps[0].loss
+    assert {str(tensor.dtype) for name, tensor in found.state.items() if name != "optimizer.step"} == {"torch.float32"}
+
+
 def _same(a: list[HeldShard], b: list[HeldShard]) -> bool:
     return all(parity.equal_bits(x.values, y.values) for x, y in zip(a, b, strict=True))
 
@@ -275,6 +287,7 @@ TINY = Path(__file__).parents[2] / "configs/ci/tiny.yaml"
         (["parallel.data_mode=replicate"], "parallel.data_mode"),
         (["numerics.precision=fp64"], "numerics.precision = fp64"),
         (["numerics.compile=true"], "numerics.compile"),
+        (["parallel.offload_optimizer=true", "optimizer.implementation=apex"], "parallel.offload_optimizer"),
     ],
 )
 def test_what_it_cannot_express_is_refused(overrides: list[str], named: str) -> None:
