@@ -1,5 +1,6 @@
 """torch's DCP and torchtitan in and out, checked with `torch.distributed.checkpoint` itself; pickles that run code."""
 
+import json
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from typer.testing import CliRunner
 
 from ft import durable
 from parallel.spec import ParallelSpec
 from tests.support.layouts import Case, State, whole_state, write_checkpoint
+from trainer.convert.__main__ import app
 from trainer.convert.from_dcp import from_dcp
 from trainer.convert.native import NativeCheckpoint
 from trainer.convert.to_dcp import to_dcp
@@ -160,6 +163,19 @@ def test_torchtitans_queries_and_keys_meet_as_ours_do(tmp_path: Path, run: tuple
         for query, key in ((theirs("wq"), theirs("wk")), (ours("query"), ours("key")))
     ]
     torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dcp", "torchtitan", "megatron"])
+def test_the_command_converts_both_ways(tmp_path: Path, run: tuple[State, Path], kind: str) -> None:
+    out, back = tmp_path / "out", tmp_path / "back"
+    said = CliRunner().invoke(app, ["--from", "native", "--to", kind, str(run[1]), str(out)], catch_exceptions=False)
+    assert said.stdout.startswith(f"{out}: {kind}, ")
+    ran = CliRunner().invoke(
+        app, ["--from", kind, "--to", "native", str(out), str(back), "--json"], catch_exceptions=False
+    )
+    assert json.loads(ran.stdout)["moments"] == ["exp_avg", "exp_avg_sq"]
+    assert_same(native_state(back), run[0])
+    assert durable.read_manifest(back).meta["parent"]["format"] == kind
 
 
 def test_models_that_torchtitan_lacks_are_refused(tmp_path: Path, run: tuple[State, Path]) -> None:
