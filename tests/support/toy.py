@@ -24,6 +24,7 @@ from trainer.data.packing import PackedSource, Samples
 from trainer.data.permutation import window_at
 from trainer.data.table import Ints
 from trainer.evaluation import Evaluator
+from trainer.goodput import Timeline
 from trainer.health import Health
 from trainer.interrupt import Interrupt
 from trainer.loop import Run, train
@@ -263,6 +264,7 @@ def run(
                 speed=Speed.of(1, gpus=1),
             ),
             interrupt,
+            Timeline(folder, rank=1, began=0.0, restart=False, anew=True),
         )
     metrics.close()
     result = Result(

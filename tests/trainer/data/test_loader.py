@@ -72,13 +72,13 @@ def _stream(
     return seen, [loader.state() for loader in loaders]
 
 
-REFERENCE, _ = _stream(LEDGER, 192)
+REFERENCE, _ = _stream(LEDGER, 4 * 8 + 12 * 16)
 
 
 @pytest.mark.parametrize(("data", "micro_size"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 2), (8, 1)])
 def test_samples_do_not_depend_on_layout_or_micro_batch(data: int, micro_size: int) -> None:
     seen, states = _stream(LEDGER, 192, data=data, micro_size=micro_size)
-    assert seen == REFERENCE
+    assert seen == REFERENCE[:192]
     assert all(state == states[0] for state in states)
 
 
