@@ -1,0 +1,122 @@
+"""Megatron Core's GPTModel in and out, written and read back by its own `dist_checkpointing`, with equal logits."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from parallel.spec import ParallelSpec
+from tests.support.layouts import Case, whole_state, write_checkpoint
+from tests.support.models import load_parameters
+from trainer.convert.from_dcp import from_dcp
+from trainer.convert.native import NativeCheckpoint
+from trainer.convert.to_dcp import to_dcp
+from trainer.errors import CheckpointError, SpecError
+from trainer.model.decoder import Decoder
+from trainer.model.spec import ModelSpec
+
+ROOT = Path(__file__).parents[3]
+SPECS = {
+    "llama": ModelSpec(
+        layers=3, hidden_size=32, heads=4, kv_heads=2, ffn_size=48, vocabulary_size=40, max_sequence_length=16
+    ),
+    "gpt": ModelSpec(
+        layers=2,
+        hidden_size=32,
+        heads=4,
+        ffn_size=64,
+        vocabulary_size=40,
+        max_sequence_length=16,
+        norm="layer",
+        activation="gelu",
+        position="learned",
+        qkv_bias=True,
+        attention_output_bias=True,
+        mlp_bias=True,
+        tied_embeddings=True,
+    ),
+}
+TOKENS = torch.arange(2 * 8).reshape(2, 8) * 7 % 40
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `tests.support.megatron_gpt` leaves."""
+    folder = tmp_path_factory.mktemp("megatron")
+    for kind, spec in SPECS.items():
+        (folder / kind).mkdir()
+        (folder / kind / "model.yaml").write_text(spec.model_dump_json())
+    command = [sys.executable, "-m", "tests.support.megatron_gpt", str(folder)]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=500)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return folder
+
+
+def logits(path: Path, spec: ModelSpec) -> torch.Tensor:
+    """Of our own model."""
+    part = Decoder(spec, seed=0).part(range(spec.layers), embed=True, head=True)
+    values = {}
+    with NativeCheckpoint(path) as native:
+        for name, tensor in native.tensors.items():
+            out = np.empty(tensor.bytes, np.uint8)
+            native.read(name, 0, out)
+            values[name.removeprefix("model.")] = torch.from_numpy(out).view(torch.float32).reshape(tensor.shape)
+    load_parameters(part, {name: values[name] for name, _ in part.named_parameters()})
+    with torch.no_grad():
+        found: torch.Tensor = part(TOKENS)
+    return found
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", SPECS)
+def test_what_megatron_saved_computes_the_same_and_goes_back_to_it(converted: Path, kind: str) -> None:
+    folder = converted / kind
+    theirs, back = (safetensors.torch.load_file(folder / f"{name}.safetensors") for name in ("theirs", "back"))
+    torch.testing.assert_close(logits(folder / "native", SPECS[kind]), theirs["logits"], rtol=1e-5, atol=1e-5)
+    assert back.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(back[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_moments_lie_where_weights_lie_and_come_back(tmp_path: Path, kind: str) -> None:
+    spec = SPECS[kind]
+    state = whole_state(spec, seed=6)
+    meta: dict[str, object] = {"model": spec.model_dump(mode="json"), "ledger": {"seed": 3}}
+    case = Case(spec=ParallelSpec(tensor=2, data=2))
+    path = write_checkpoint(tmp_path / "run", spec, case, state, meta)
+    to_dcp(path, tmp_path / "megatron", kind="megatron")
+    from_dcp(tmp_path / "megatron", tmp_path / "native", kind="megatron")
+    with NativeCheckpoint(tmp_path / "native") as native:
+        assert set(native.tensors) == set(state)
+        for name, tensor in native.tensors.items():
+            out = np.empty(tensor.bytes, np.uint8)
+            native.read(name, 0, out)
+            dtype = torch.int64 if name == "optimizer.step" else torch.float32
+            assert torch.equal(torch.from_numpy(out).view(dtype).reshape(tensor.shape), state[name]), name
+        assert native.manifest.step == 1
+        assert native.manifest.meta["ledger"] == {"seed": 3}
+
+
+def test_models_that_megatron_lacks_are_refused(tmp_path: Path) -> None:
+    spec = SPECS["llama"].model_copy(update={"norm_position": "after"})
+    meta: dict[str, object] = {"model": spec.model_dump(mode="json")}
+    path = write_checkpoint(tmp_path / "run", spec, Case(spec=ParallelSpec()), whole_state(spec, seed=1), meta)
+    with pytest.raises(SpecError, match=r"model\.norm_position = 'after' cannot be expressed by Megatron"):
+        to_dcp(path, tmp_path / "megatron", kind="megatron")
+    assert not (tmp_path / "megatron").exists()
+
+
+def test_state_that_is_more_than_plain_values_is_refused(tmp_path: Path) -> None:
+    spec = SPECS["llama"]
+    meta: dict[str, object] = {"model": spec.model_dump(mode="json")}
+    path = write_checkpoint(tmp_path / "run", spec, Case(spec=ParallelSpec()), whole_state(spec, seed=1), meta)
+    to_dcp(path, tmp_path / "megatron", kind="megatron")
+    torch.save({"iteration": 1, "args": Path("code")}, tmp_path / "megatron/common.pt")
+    with pytest.raises(CheckpointError, match=r"common\.pt: .*--weights-only.*--trust-pickle"):
+        from_dcp(tmp_path / "megatron", tmp_path / "native", kind="megatron")
+    from_dcp(tmp_path / "megatron", tmp_path / "native", kind="megatron", weights_only=True)
