@@ -20,10 +20,11 @@ from launch import events, slurm
 from launch.errors import ClusterError
 from launch.node_check import MARK, look, problems
 from launch.run_folder import STARTED_FILE
-from launch.slurm_script import in_container, rank_step
+from launch.slurm_script import in_container, node_step, rank_step
 from trainer.errors import SpecError
 from trainer.spec import JobSpec
 from trainer.spec_file import RUN_FILE, load_run
+from trainer.stages import plan_stages
 
 RECORD = "slurm.json"
 """In the run folder: what `keepwarm submit` did."""
@@ -158,8 +159,9 @@ def run_job(folder: Path) -> int:
             return _requeue(here, f"{len(nodes)} of {len(here.nodes)} nodes are fit, the layout has {job.layout.nodes}")
         begun = steps_done(folder)
         restarts = max(requeues + attempts, 1 if begun else 0)
-        here.say(f"{job.name}: starting {job.layout.world_size} ranks on {', '.join(nodes[: job.layout.nodes])}")
-        code = here.run(rank_step(job, folder, nodes[: job.layout.nodes], resume=resume and not restarts), restarts)
+        code = here.run(_step(here, nodes, resume=resume, begun=begun > 0, restarts=restarts), restarts)
+        if code and steps_done(folder) >= plan_stages(job)[-1].end_step and _finished(folder):
+            code = 0  # of a node that was lost on the way
         attempts += 1
         failures = 1 if steps_done(folder) > begun else failures + 1
         what, why = verdict(code, ending=here.ending, failures=failures, limit=job.cluster.max_restarts)
@@ -169,6 +171,26 @@ def run_job(folder: Path) -> int:
             return _requeue(here, why)
         if what != "again":
             return code
+
+
+def _step(here: Allocation, nodes: list[str], *, resume: bool, begun: bool, restarts: int) -> list[str]:
+    """The srun command of the next start."""
+    job, folder = here.job, here.folder
+    if job.cluster.slurm.launcher == "rank":
+        here.say(f"{job.name}: starting {job.layout.world_size} ranks on {', '.join(nodes[: job.layout.nodes])}")
+        return rank_step(job, folder, nodes[: job.layout.nodes], resume=resume and not restarts)
+    here.say(f"{job.name}: starting supervisors on {', '.join(nodes)} for {job.layout.nodes} slots")
+    saved = (folder / "checkpoints" / "latest").exists()
+    if begun and not saved:
+        # Nothing was saved before everything was lost: the run begins anew, and so does its record.
+        (folder / STARTED_FILE).unlink()
+    return node_step(job, folder, nodes, resume=saved)
+
+
+def _finished(folder: Path) -> bool:
+    """Whether rank 0 has said so since the last start."""
+    names = [line["event"] for line in events.read(folder) if line["event"] in ("began", "finished")]
+    return names[-1:] == ["finished"]
 
 
 def _requeue(here: Allocation, why: str) -> int:

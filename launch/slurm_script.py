@@ -76,12 +76,36 @@ def rank_step(job: JobSpec, folder: Path, nodes: list[str], *, resume: bool, pyt
         f"--cpus-per-task={cpus_per_rank(job)}",
         f"--nodelist={','.join(nodes)}",
         "--distribution=block",
+        # A step that ended with a dead node keeps its place for minutes; only one step runs at a time.
+        "--overlap",
+        # Without --no-kill: when a node dies, SLURM ends the step on the others, which would wait for it.
         "--kill-on-bad-exit=1",
-        "--no-kill",
         "--open-mode=append",
         f"--output={logs}/rank_%5t.log",
         *in_container(job.cluster.slurm, folder, python),
         *("-P", "-m", "trainer", str(folder / "run.json")),
+        *(["--resume"] if resume else []),
+    ]
+
+
+def node_step(job: JobSpec, folder: Path, nodes: list[str], *, resume: bool, python: str = sys.executable) -> list[str]:
+    """The srun command that starts one supervisor per node, spares included; each starts the ranks of its slot."""
+    logs = str(folder / "logs").replace("%", "%%")
+    return [
+        "srun",
+        f"--nodes={len(nodes)}",
+        f"--ntasks={len(nodes)}",
+        "--ntasks-per-node=1",
+        f"--cpus-per-task={job.layout.ranks_per_node * cpus_per_rank(job)}",
+        f"--nodelist={','.join(nodes)}",
+        "--overlap",
+        # The others go on when a node dies, or when a supervisor gives up its own.
+        "--no-kill",
+        "--kill-on-bad-exit=0",
+        "--open-mode=append",
+        f"--output={logs}/node_%N.log",
+        *in_container(job.cluster.slurm, folder, python),
+        *("-P", "-m", "launch.slurm_node", str(folder)),
         *(["--resume"] if resume else []),
     ]
 

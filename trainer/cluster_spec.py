@@ -31,11 +31,15 @@ class ContainerSpec(Section):
 class SlurmSpec(Section):
     """How `keepwarm submit` asks SLURM for nodes: cluster.ranks_per_node gives their number, and `spares` more."""
 
+    launcher: Literal["node", "rank"] = Field(
+        "node", description="one task per node, a supervisor that survives the loss of others, or one task per rank"
+    )
     partition: Word | None = Field(None, description="default: the cluster's own")
     account: Word | None = None
     qos: Word | None = None
     time: Time | None = Field(
-        None, description="limit of one start, as minutes, hours:minutes:seconds or days-hours; default: the partition's"
+        None,
+        description="limit of one start, as minutes, hours:minutes:seconds or days-hours; default: the partition's",
     )
     constraint: Word | None = Field(None, description="features that every node must have")
     exclude: tuple[Word, ...] = Field((), description="nodes to leave out")

@@ -13,7 +13,8 @@ from launch.errors import ClusterError
 from launch.node_check import look, problems
 from launch.slurm import Node, gpus_in, parse_job
 from launch.slurm_job import Verdict, steps_done, verdict
-from launch.slurm_script import in_container, rank_step, render
+from launch.slurm_node import supervisor
+from launch.slurm_script import in_container, node_step, rank_step, render
 from launch.submit import check_cluster, command
 from trainer.errors import SpecError
 from trainer.spec import JobSpec
@@ -51,6 +52,23 @@ def test_ranks_are_started_on_the_nodes_that_were_chosen() -> None:
     assert step[0] == "srun"
     assert {"--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--nodelist=n1,n3", "--kill-on-bad-exit=1"} <= set(step)
     assert step[-6:] == ["python", "-P", "-m", "trainer", f"{FOLDER}/run.json", "--resume"]
+
+
+def test_supervisors_are_started_on_every_node() -> None:
+    step = node_step(
+        job(*PLAIN, "cluster.slurm.cpus_per_rank=3"), FOLDER, ["n1", "n2", "n4"], resume=False, python="py"
+    )
+    assert {"--nodes=3", "--ntasks=3", "--cpus-per-task=6", "--nodelist=n1,n2,n4", "--no-kill"} <= set(step)
+    assert step[-5:] == ["py", "-P", "-m", "launch.slurm_node", str(FOLDER)]
+
+
+def test_a_supervisor_is_told_its_name_and_address() -> None:
+    here = {"SLURM_STEP_NODELIST": "localhost", "SLURMD_NODENAME": "n3"}
+    told = supervisor(["/shared/run", "--resume"], 4, here)
+    assert told[:4] == ["/shared/run", "--resume", "--slots=4", "--node=n3"]
+    assert told[4] in ("--host=127.0.0.1", "--host=::1")
+    lost = supervisor(["/shared/run"], 4, here | {"SLURM_STEP_NODELIST": "no-such-host.invalid"})
+    assert lost[-1] == "--host=n3"
 
 
 def test_containers() -> None:

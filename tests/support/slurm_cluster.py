@@ -74,6 +74,7 @@ class SlurmCluster:
     options: str = ""
     """More lines for slurm.conf."""
     machines: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def up(self) -> None:
         """Start everything; returns when every node is idle."""
@@ -90,6 +91,8 @@ class SlurmCluster:
         """Kill every node. What they wrote stays in `root`."""
         for name in list(self.machines):
             self.crash(name)
+        for process in self.started:
+            process.wait()
 
     def stopped(self) -> list[str]:
         """Nodes that do not run."""
@@ -132,11 +135,13 @@ class SlurmCluster:
     def start(self, *command: str, output: Path) -> subprocess.Popen[bytes]:
         """Start a command on the login node; it ends with the cluster."""
         with output.open("wb") as file:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [*self._enter(_LOGIN), *command],
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                 env=self._environment,
             )  # fmt: skip
+        self.started.append(process)
+        return process
 
     def keepwarm(self, *arguments: str, timeout: float = DEADLINE) -> subprocess.CompletedProcess[str]:
         """Run the command `keepwarm` on the login node."""
