@@ -58,6 +58,8 @@ def stage_parameters(job: JobSpec, stage: int) -> int:
 
 def estimate_rank(job: JobSpec, pipeline: int) -> RankEstimate:
     """What every rank at this pipeline coordinate needs, at most, in the last steps of a batch-size ramp."""
+    if job.parallel.engine != "torch":
+        return _estimate_flattened(job, pipeline)
     stages = stages_of(pipeline, job.parallel)
     stored = sum(stage_parameters(job, stage) for stage in stages)
     master, compute = _bytes_of(job.numerics)
@@ -66,6 +68,29 @@ def estimate_rank(job: JobSpec, pipeline: int) -> RankEstimate:
         weights=stored * master + sum(_gathered(job, stage) for stage in stages) * compute,
         gradients=sum(_gradients(job, stage) for stage in stages) * master,
         optimizer=stored * master * _moments(job.optimizer),
+        activations=_activations(job, pipeline, compute),
+    )
+
+
+def _estimate_flattened(job: JobSpec, pipeline: int) -> RankEstimate:
+    """The same for the engines whose optimizers cut flattened buffers in equal parts (Rajbhandari et al., 2020).
+
+    Megatron's distributed optimizer is ZeRO stage 1: weights and gradients, in fp32, are whole. DeepSpeed keeps fp32
+    masters beside the weights even where these are fp32 too, and in host memory what it offloads.
+    """
+    parallel = job.parallel
+    master, compute = _bytes_of(job.numerics)
+    whole = sum(_elements(_local_shapes(job, stage).values()) for stage in stages_of(pipeline, parallel))
+    share = whole if parallel.data_mode == "replicate" else ceil(whole / parallel.data)
+    zero = parallel.zero_stage if parallel.engine == "deepspeed" else 1
+    masters = share * master if parallel.engine == "deepspeed" or compute != master else 0
+    held = share if zero == 3 else whole
+    moments = share * master * _moments(job.optimizer)
+    return RankEstimate(
+        parameters=held,
+        weights=held * compute + (0 if parallel.offload_optimizer else masters),
+        gradients=(share if zero > 1 else whole) * master,
+        optimizer=0 if parallel.offload_optimizer else moments,
         activations=_activations(job, pipeline, compute),
     )
 
@@ -222,8 +247,13 @@ def _activations(job: JobSpec, pipeline: int, compute: int) -> int:
 
 
 def _head_bytes(job: JobSpec, tokens: int, compute: int) -> int:
-    """Input and output of the last norm, one chunk of logits and of their gradient."""
+    """Input and output of the last norm, one chunk of logits and of their gradient.
+
+    Megatron's has no chunks; its exponentials are kept from forward on.
+    """
     vocabulary = job.model.vocabulary_size // job.parallel.tensor
+    if job.parallel.engine == "megatron":
+        return 2 * tokens * job.model.hidden_size * compute + tokens * vocabulary * (compute + 3 * 4)
     chunk = min(tokens, max(1, LOGITS_AT_ONCE // vocabulary))
     wide = max(4, compute)
     return 2 * tokens * job.model.hidden_size * compute + chunk * vocabulary * (compute + wide)

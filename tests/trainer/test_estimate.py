@@ -263,3 +263,19 @@ def test_the_head_computes_as_many_logits_at_once_as_planned() -> None:
 def test_planning_needs_no_torch() -> None:
     code = "import sys, trainer.estimate, trainer.model.huggingface_config; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_engines_with_flattened_optimizers_shard_what_zero_says() -> None:
+    """Bytes per parameter of the ZeRO paper's stages (Rajbhandari et al., 2020), AdamW, eight data-parallel ranks."""
+
+    def of(**parallel: Any) -> tuple[float, float, float]:
+        numerics = {"precision": "bf16" if parallel["engine"] == "megatron" else "fp32"}
+        rank = estimate_rank(job("llama-3-8b", parallel={"data": 8, **parallel}, numerics=numerics), 0)
+        whole = total_parameters(load_model(shipped_configs() / "models" / "llama-3-8b.yaml"))
+        return rank.weights / whole, rank.gradients / whole, rank.optimizer / whole
+
+    assert of(engine="megatron") == pytest.approx((2 + 4 / 8, 4, 8 / 8), rel=1e-6)
+    assert of(engine="megatron", data_mode="replicate") == pytest.approx((2 + 4, 4, 8), rel=1e-6)
+    assert of(engine="deepspeed") == pytest.approx((4 + 4 / 8, 4, 8 / 8), rel=1e-6)
+    assert of(engine="deepspeed", zero_stage=2) == pytest.approx((4 + 4 / 8, 4 / 8, 8 / 8), rel=1e-6)
+    assert of(engine="deepspeed", zero_stage=3, offload_optimizer=True) == pytest.approx((4 / 8, 4 / 8, 0), rel=1e-6)
