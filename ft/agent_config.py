@@ -120,9 +120,16 @@ def runtime_folder(run: str, slot: int) -> Path:
 def agents_here(run: str) -> dict[int, Path]:
     """The socket of every agent of a run that has a folder on this node, by slot; the agent may be dead."""
     folders = runtime_folder(run, 0).parent.glob(f"{_folder_name(run)}-*")
-    by_age = sorted(folders, key=lambda folder: folder.stat().st_mtime)  # of emulated nodes the last that had the slot
+    by_age = sorted(folders, key=_changed)  # of emulated nodes the last that had the slot
     found = {int(folder.name.rpartition("-")[2].partition(".")[0]): folder / SOCKET for folder in by_age}
     return dict(sorted(found.items()))
+
+
+def _changed(folder: Path) -> float:
+    try:
+        return folder.stat().st_mtime
+    except FileNotFoundError:  # its agent has just left
+        return 0.0
 
 
 def _folder_name(run: str) -> str:
