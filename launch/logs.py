@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
+from launch.node_record import read_all
 from trainer.errors import OutputError
 
 _PAUSE = 0.5
@@ -20,8 +21,10 @@ def log_file(folder: Path, rank: int | None) -> Path:
     logs = folder / "logs"
     wanted = "slurm-*.log" if rank is None else f"rank_{rank:05d}.log"
     found = sorted(logs.glob(wanted), key=lambda path: path.stat().st_mtime)
-    if not found and rank is None:
-        found = sorted(logs.glob("rank_00000.log"))
+    if not found and not rank:
+        # Rank 0 writes to the output of its node's supervisor, where there are supervisors.
+        first = [logs / f"node_{record.node}.log" for record in read_all(folder) if record.slot == 0]
+        found = [path for path in (logs / "rank_00000.log", *first) if path.is_file()]
     if not found:
         there = ", ".join(sorted(path.name for path in logs.glob("*.log"))) or "none"
         raise OutputError(f"{logs}: no log {wanted}; there are: {there}")

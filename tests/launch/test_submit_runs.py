@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from launch import node_record
 from launch.errors import ClusterError
 from launch.logs import log_file, show_log
+from launch.node_record import NodeRecord
 from launch.runs import cancel, progress, requeue, runs_in, show_runs, table
 from trainer.errors import OutputError
 from trainer.spec_file import load_job, save_job
@@ -67,3 +69,12 @@ def test_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "second\nthird\n"
     (logs / "slurm-12.log").write_text("job\n")
     assert log_file(folder, None).name == "slurm-12.log"
+
+
+def test_the_log_of_rank_0_is_that_of_its_supervisor(tmp_path: Path) -> None:
+    folder = run(tmp_path / "a", 1)
+    (folder / "logs").mkdir()
+    for slot, node in ((1, "n1"), (0, "n2"), (None, "n3")):
+        node_record.write(folder, NodeRecord(node=node, host="h", slot=slot, supervisor=1))
+        (folder / "logs" / f"node_{node}.log").touch()
+    assert log_file(folder, 0).name == "node_n2.log"
