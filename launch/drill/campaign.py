@@ -1,9 +1,11 @@
 """A drill from beginning to end: the uninterrupted run, the run with faults, what came of them, nothing left behind."""
 
 import contextlib
+import fcntl
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from launch.drill.strike import Undo, strike
 from launch.errors import DrillError, RanksFailed
 from trainer.goodput import Goodput, of_run, read_marks
 from trainer.spec import JobSpec
+from trainer.spec_file import RUN_FILE
 
 UNINTERRUPTED, WITH_FAULTS = "uninterrupted", "faults"
 GRACE = 20.0
@@ -86,6 +89,26 @@ def run(drill: Drill, *, fresh: bool, say: Say) -> Result:
         DrillError: a fault could not be done, or a run took too long.
         RanksFailed: one of the runs failed.
     """
+    with _held(drill.folder):
+        return _run(drill, fresh=fresh, say=say)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """For this process alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DrillError(f"{folder}: another drill runs in this folder; choose another with output=PATH") from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def _run(drill: Drill, *, fresh: bool, say: Say) -> Result:
     whole, faulty = drill.folder / UNINTERRUPTED, drill.folder / WITH_FAULTS
     _uninterrupted(drill, whole, fresh=fresh, say=say)
     say(f"run with {len(drill.faults)} {'fault' if len(drill.faults) == 1 else 'faults'} in {faulty}")
@@ -145,13 +168,13 @@ class _Trial:
     undo: list[tuple[Fault, Undo]] = field(default_factory=list)
 
     def __enter__(self) -> "_Trial":
-        self.drill.folder.mkdir(parents=True, exist_ok=True)
         self.log = self.folder.with_suffix(".log")
         command = [sys.executable, "-P", "-m", "launch.cli", "train", str(self.drill.source), *self.drill.overrides]
-        mode = ["--force"] if self.folder.exists() else []
+        if (self.folder / RUN_FILE).is_file():
+            shutil.rmtree(self.folder)  # now: the metrics of an earlier drill must not be taken for this one's
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [*command, f"output={self.folder}", *self.arguments, *mode],
+                [*command, f"output={self.folder}", *self.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
