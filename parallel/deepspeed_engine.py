@@ -73,6 +73,7 @@ class DeepSpeedEngine:
         self._parallel = parallel
         self._optimizer = optimizer
         self._device = device
+        self._linear = nn.functional.linear
         self._mesh = Mesh(layout, device, timeout, alone=True)
         part, placed = self._build(numerics)
         rates = {one.name: weight_decay(optimizer, model, one.name) for one in placed}
@@ -147,6 +148,8 @@ class DeepSpeedEngine:
         self._zero.step = self._update
         self._pipeline = None
         self._deepspeed.destroy()
+        # ZeRO 3 puts one of its own in the place of torch's, for the whole process.
+        nn.functional.linear = self._linear
         self._mesh.close()
 
     def _build(self, numerics: NumericsSpec) -> tuple[nn.Module, list[Placed]]:

@@ -164,6 +164,7 @@ def _same(a: list[HeldShard], b: list[HeldShard]) -> bool:
 
 def _through_a_bad_step(of: Case) -> tuple[list[tuple[int, bool, bool]], StepResult, bool, list[StepResult]]:
     """Around the steps 0 and 1 and a bad one between them: what `before_update` saw, and what the bad one did."""
+    linear = torch.nn.functional.linear
     engine, rank = parity.make_engine(of), dist.get_rank()
     calls, steps = [], []
 
@@ -198,6 +199,7 @@ def _through_a_bad_step(of: Case) -> tuple[list[tuple[int, bool, bool]], StepRes
     assert _same(parity.held_shards(engine), before)
     train(1)
     engine.close()
+    assert torch.nn.functional.linear is linear
     return calls, bad, unchanged, steps
 
 
