@@ -4,12 +4,13 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 import zstandard
 
+from trainer.data.score import Keep, score_of
 from trainer.errors import DataError
 
 SUFFIXES = (".jsonl", ".txt")
@@ -29,6 +30,8 @@ class TextPart:
     """Whole lines of JSON, or one whole document of plain text."""
     read_bytes: int
     """Bytes of the file, as it lies on disk, that were read to come this far."""
+    keep: Keep | None = None
+    """Which of its documents to take; None: all."""
 
 
 def is_text(path: str | Path) -> bool:
@@ -36,7 +39,7 @@ def is_text(path: str | Path) -> bool:
     return _kind(Path(path)) in SUFFIXES
 
 
-def parts(path: Path, part_bytes: int) -> Iterator[TextPart]:
+def parts(path: Path, part_bytes: int, keep: Keep | None = None) -> Iterator[TextPart]:
     """The file in pieces: JSON lines in runs of about `part_bytes`, plain text whole, since it is one document.
 
     Raises:
@@ -45,9 +48,12 @@ def parts(path: Path, part_bytes: int) -> Iterator[TextPart]:
     if _kind(path) not in SUFFIXES:
         kinds = ", ".join(SUFFIXES)
         raise DataError(f"{path}: unknown kind of text file; known are {kinds}, as they are or with .gz or .zst")
+    if keep is not None and _kind(path) != ".jsonl":
+        raise DataError(f"{path}: plain text has no scores; --score-key is for JSON lines")
     try:
         with path.open("rb") as raw:
-            yield from _json_parts(path, raw, part_bytes) if _kind(path) == ".jsonl" else _plain(path, raw)
+            found = _json_parts(path, raw, part_bytes) if _kind(path) == ".jsonl" else _plain(path, raw)
+            yield from (replace(part, keep=keep) for part in found)
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise DataError(f"{path}: damaged or truncated: {error}") from None
     except OSError as error:
@@ -55,7 +61,7 @@ def parts(path: Path, part_bytes: int) -> Iterator[TextPart]:
 
 
 def documents(part: TextPart, text_key: str) -> list[str]:
-    """Texts of a part, empty ones left out.
+    """Texts of a part, those left out that are empty or not to be kept.
 
     Raises:
         DataError: a line is not a JSON object with a string at `text_key`; names file and line.
@@ -63,14 +69,14 @@ def documents(part: TextPart, text_key: str) -> list[str]:
     if not part.json_lines:
         return [text] if (text := _decoded(part.payload, part.path)) else []
     texts = (
-        _document(line, f"{part.path}:{number}", text_key)
+        _document(line, f"{part.path}:{number}", text_key, part.keep)
         for number, line in enumerate(part.payload.split(b"\n"), part.first_line)
         if line.strip()
     )
     return [text for text in texts if text]
 
 
-def _document(line: bytes, where: str, text_key: str) -> str:
+def _document(line: bytes, where: str, text_key: str, keep: Keep | None) -> str:
     try:
         value = json.loads(_decoded(line, where))
     except (json.JSONDecodeError, RecursionError) as error:
@@ -78,6 +84,8 @@ def _document(line: bytes, where: str, text_key: str) -> str:
     if not isinstance(value, dict) or not isinstance(value.get(text_key), str):
         keys = f"; its keys are {sorted(value)}" if isinstance(value, dict) else ""
         raise DataError(f"{where}: not an object with a string at {text_key!r} (--text-key){keys}")
+    if keep is not None and score_of(value, keep.key, where) < keep.least:
+        return ""
     text: str = value[text_key]
     try:
         text.encode("utf-8")

@@ -33,7 +33,8 @@ def dtype_for(vocabulary_size: int) -> type[np.uint16] | type[np.int32]:
 def part_path(folder: Path, part: TextPart, tokenizer: Tokenizer, text_key: str) -> Path:
     """Where the tokens of a part belong."""
     digest = xxhash.xxh3_128(part.payload)
-    digest.update(msgspec.json.encode([_FORMAT, tokenizer.hash, text_key, part.json_lines]))
+    kept = [] if part.keep is None else [part.keep]
+    digest.update(msgspec.json.encode([_FORMAT, tokenizer.hash, text_key, part.json_lines, *kept]))
     return folder / f"{digest.hexdigest()}.npz"
 
 

@@ -1,12 +1,13 @@
 """`keepwarm data tokenize`: text in, `.bin`, `.idx` and a `.json` sidecar out. Resumable."""
 
 import fcntl
+import math
 import multiprocessing
 import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -21,10 +22,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from trainer.data import tool
 from trainer.data.indexed import Sidecar
+from trainer.data.score import Keep, least_of_top
 from trainer.data.text import TextPart, parts
 from trainer.data.token_parts import merge, part_path, write_part
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
-from trainer.errors import DataError, OutputError, UnrecoverableFault
+from trainer.errors import DataError, OutputError, SpecError, UnrecoverableFault
 
 PART_BYTES = 4 << 20
 
@@ -37,6 +39,7 @@ def tokenize(
     tokenizer_name: str,
     *,
     text_key: str = "text",
+    keep: Keep | None = None,
     processes: int = 1,
     part_bytes: int = PART_BYTES,
     on_read: Callable[[int], None] = lambda _: None,
@@ -47,6 +50,7 @@ def tokenize(
     the number of processes and however often the work was killed: finished parts wait in `prefix`.parts.
 
     Args:
+        keep: which documents to take, by a score that each has; default: all.
         inputs: `.jsonl` (one document a line) or `.txt` (one document a file), as they are or with .gz or .zst.
         on_read: told the number of bytes of the input that were just gone through.
 
@@ -61,7 +65,8 @@ def tokenize(
             raise DataError(f"{path}: no such file")
     try:
         with _parts_folder(prefix) as folder:
-            paths = list(_tokenized(inputs, folder, tokenizer, text_key, processes, part_bytes, on_read))
+            texts = (parts(path, part_bytes, keep) for path in inputs)
+            paths = list(_tokenized(texts, folder, tokenizer, text_key, processes, on_read))
             sidecar = merge(folder, paths, prefix, tokenizer)
             for part in folder.glob("*.npz"):
                 part.unlink()
@@ -98,20 +103,19 @@ def _parts_folder(prefix: Path) -> Iterator[Path]:
 
 
 def _tokenized(
-    inputs: Sequence[Path],
+    texts: Iterable[Iterator[TextPart]],
     folder: Path,
     tokenizer: Tokenizer,
     text_key: str,
     processes: int,
-    part_bytes: int,
     on_read: Callable[[int], None],
 ) -> Iterator[Path]:
     """Paths of all parts, in order, each finished when it is yielded."""
     with _workers(processes, tokenizer.name) as submit:
         running: deque[tuple[Path, Future[None] | None, int]] = deque()
-        for path in inputs:
+        for text in texts:
             done = 0
-            for part in parts(path, part_bytes):
+            for part in text:
                 target = part_path(folder, part, tokenizer, text_key)
                 future = None if target.exists() else submit(target, part, tokenizer, text_key)
                 running.append((target, future, part.read_bytes - done))
@@ -174,6 +178,11 @@ def command(
     input: Annotated[list[Path], typer.Option(help="text file, may be given again: .jsonl or .txt, plain, .gz, .zst")],
     output_prefix: Annotated[Path, typer.Option(help="what is written: PREFIX.bin, PREFIX.idx and PREFIX.json")],
     tokenizer: Annotated[str, typer.Option(help="`bytes`, a tokenizer.json or a SentencePiece .model")] = "bytes",
+    score_key: Annotated[str | None, typer.Option(help="key of a score in each JSON line, to keep the best")] = None,
+    min_score: Annotated[float | None, typer.Option(help="with --score-key: lowest score that is kept")] = None,
+    top: Annotated[
+        float | None, typer.Option(min=0, max=1, help="with --score-key: fraction of the documents that is kept")
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="tokenizing processes")] = os.cpu_count() or 1,
     text_key: Annotated[str, typer.Option(help="key of the text in each JSON line")] = "text",
     json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
@@ -182,6 +191,7 @@ def command(
 
     JSON lines hold one document each, a .txt file is one document. Killed and started again, it goes on where it was.
     """
+    keep = _keep(input, score_key, min_score, top)
     columns = (TextColumn("tokenize"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     total = sum(path.stat().st_size for path in input if path.is_file())
@@ -192,6 +202,7 @@ def command(
             output_prefix,
             tokenizer,
             text_key=text_key,
+            keep=keep,
             processes=processes,
             on_read=lambda read: progress.advance(task, read),
         )
@@ -199,6 +210,21 @@ def command(
         typer.echo(msgspec.json.encode({"prefix": str(output_prefix), **msgspec.structs.asdict(sidecar)}).decode())
     else:
         typer.echo(f"{output_prefix}: {sidecar.documents:,} documents, {sidecar.tokens:,} tokens ({sidecar.tokenizer})")
+
+
+def _keep(inputs: Sequence[Path], key: str | None, least: float | None, top: float | None) -> Keep | None:
+    if key is None and least is None and top is None:
+        return None
+    if key is None or (least is None) == (top is None):
+        raise SpecError("--score-key needs one of --min-score and --top, and they need it")
+    for path in inputs:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
+    if top is not None:
+        every = Keep(key=key, least=-math.inf)
+        least = least_of_top((part for path in inputs for part in parts(path, PART_BYTES, every)), key, top)
+    assert least is not None
+    return Keep(key=key, least=least)
 
 
 if __name__ == "__main__":
