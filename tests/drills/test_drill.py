@@ -1,0 +1,131 @@
+"""Real drills: processes die, memory rots, and the run ends as if nothing had happened."""
+
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from launch.drill.processes import TOKEN
+
+ROOT = Path(__file__).parents[2]
+DEADLINE = 1500.0
+TWO_NODES = ("parallel.data=2", "cluster.ranks_per_node=1", "snapshot={every: 1, bucket: 65536}")
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(3600)]
+
+
+def drill(folder: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
+    """What `keepwarm drill --json` prints."""
+    command = [sys.executable, "-P", "-m", "launch.cli", "drill", *arguments, f"output={folder}", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=2 * DEADLINE)
+    assert done.returncode == code, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def assert_survived(found: dict[str, Any], rungs: Sequence[int | None]) -> None:
+    assert found["bitwise_equal"], found["differences"]
+    assert found["residue"] == []
+    assert [fault["rung"] for fault in found["faults"]] == list(rungs)
+    # With a snapshot of every step at most two are lost: the one under way, and one that was not committed.
+    assert all(fault["steps_lost"] <= 2 for fault in found["faults"] if fault["rung"] in (1, 2)), found
+    assert all(fault["total_s"] > 0 for fault in found["faults"] if fault["rung"])
+    assert sum(found["goodput"]["seconds"].values()) == pytest.approx(found["goodput"]["wall_s"])
+
+
+def carriers() -> list[int]:
+    """Processes that a drill has started and that still run."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if TOKEN in process.environ() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of all drills of this module: the uninterrupted run of a job is made once."""
+    return tmp_path_factory.mktemp("drills")
+
+
+@pytest.mark.ci
+def test_a_worker_and_rotten_memory(folder: Path) -> None:
+    faults = ["--kill", "worker:1@5", "--corrupt", "chunk:0@12"]
+    page = folder / "drill.html"
+    found = drill(folder / "two", "ci/tiny", *TWO_NODES, *faults, "--html", str(page))
+    assert [fault["fault"] for fault in found["faults"]] == ["kill worker:1@5", "corrupt chunk:0@12"]
+    assert_survived(found, [1, 1])
+    assert found["goodput"]["restarts"] == 2
+    assert "corrupt chunk:0@12" in page.read_text()
+    events = map(json.loads, (folder / "two" / "faults" / "events.jsonl").read_text().splitlines())
+    decoded = [event["bytes_decoded"] for event in events if event["event"] == "recovery"]
+    assert decoded[0] == 0 < decoded[1]
+    assert carriers() == []
+
+
+@pytest.mark.ci
+def test_a_node_with_its_memory(folder: Path) -> None:
+    found = drill(folder / "two", "ci/tiny", *TWO_NODES, "--kill", "node:1@6")
+    assert_survived(found, [2])
+    assert carriers() == []
+
+
+FOUR_NODES = "ci/drill"
+CODES = ("{data: 2, parity: 2}", "{data: 3, parity: 1}")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("node", range(4))
+def test_every_single_node(folder: Path, node: int, code: str) -> None:
+    found = drill(folder / "four", FOUR_NODES, f"snapshot.code={code}", "--kill", f"node:{node}@8")
+    assert_survived(found, [2])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pair", itertools.combinations(range(4), 2), ids=str)
+@pytest.mark.parametrize("at_once", [True, False])
+def test_every_pair_of_nodes(folder: Path, pair: tuple[int, int], at_once: bool) -> None:
+    one, other = pair
+    kills = [f"nodes:{one},{other}@8"] if at_once else [f"node:{one}@8", f"node:{other}@8+1"]
+    found = drill(folder / "four", FOUR_NODES, *(word for kill in kills for word in ("--kill", kill)))
+    assert_survived(found, [2] * len(kills))
+
+
+@pytest.mark.long
+def test_more_nodes_than_parity_go_back_to_disk(folder: Path) -> None:
+    found = drill(folder / "four", FOUR_NODES, "snapshot.code={data: 3, parity: 1}", "--kill", "nodes:1,2@10")
+    assert found["bitwise_equal"], found["differences"]
+    assert [fault["rung"] for fault in found["faults"]] == [3]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("arguments", "rungs"),
+    [
+        (["--kill", "worker:2@8", "--kill", "node:3@8"], [2, 2]),
+        (["--kill", "agent:1@8"], [None]),
+        (["--kill", "supervisor:2@8"], [2]),
+        (["--freeze", "node:1@8"], [2]),
+        (["--stop", "disk@8"], [None]),
+    ],
+    ids=lambda value: " ".join(map(str, value)),
+)
+def test_faults_of_one_kind_and_together(folder: Path, arguments: list[str], rungs: list[int | None]) -> None:
+    assert_survived(drill(folder / "four", FOUR_NODES, *arguments), rungs)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(200))
+def test_drawn_campaigns(folder: Path, seed: int) -> None:
+    found = drill(folder / "four", FOUR_NODES, "--random", "3", "--seed", str(seed))
+    assert found["bitwise_equal"], (seed, found)
+    assert found["residue"] == []
