@@ -1,0 +1,188 @@
+"""Supervisors as processes, with stand-ins for workers: who takes which slot when something dies or freezes.
+
+The stand-in says that it runs (its pid in `ran-<rank>-<round>`), and ends with the code in `code` once there is one.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import events, node_record
+from launch.node_record import NodeRecord
+
+ROOT = Path(__file__).parents[2]
+DEADLINE = 120.0
+pytestmark = pytest.mark.timeout(300)
+
+WORKER = """
+import os, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1]).parent
+me = f"{os.environ['RANK']}-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+(folder / f".{me}").write_text(str(os.getpid()))
+(folder / f".{me}").rename(folder / f"ran-{me}")
+while not (folder / "code").exists():
+    time.sleep(0.01)
+sys.exit(int((folder / "code").read_text()))
+"""
+LAUNCHER = """
+import sys
+from pathlib import Path
+from launch import nursery
+nursery.PRELOADED = ()
+from launch.emulated import Nodes
+from launch.node_options import Options
+from trainer.spec_file import load_job, save_job
+folder, silence = Path(sys.argv[1]), sys.argv[2]
+job = load_job(Path("ci/snapshot"), [f"output={folder}", "snapshot=off", "parallel.data=3", "batch.global_size=9"])
+save_job(job, folder / "run.json")
+import launch.supervisor
+launch.supervisor.SILENCE = float(silence)
+everyone = [
+    Options(folder=folder, slots=3, node=f"n{i}", ranks_per_node=1, wish=i if i < 3 else "spare", patience=1.0,
+            module="stand_in")
+    for i in range(3 + int(sys.argv[3]))
+]
+sys.exit(Nodes(everyone, job).run())
+"""
+
+
+class Cluster:
+    """Three slots and some spares."""
+
+    def __init__(self, folder: Path, spares: int, silence: float) -> None:
+        self.folder = folder
+        (folder / "stand_in.py").write_text(WORKER)
+        self.log = folder / "log"
+        command = [sys.executable, "-c", LAUNCHER, str(folder), str(silence), str(spares)]
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}:{folder}"}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log)
+
+    def until(self, ready: Callable[[], Any], what: str) -> Any:
+        end = time.monotonic() + DEADLINE
+        while not (found := ready()):
+            assert time.monotonic() < end, f"waited {DEADLINE:g} s for {what}:\n{self.log.read_text()}"
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.02)
+        return found
+
+    def running(self, round: int) -> dict[int, NodeRecord]:
+        """The owners by slot, once all workers of a round run."""
+        self.until(
+            lambda: all((self.folder / f"ran-{rank}-{round}").exists() for rank in range(3)),
+            f"workers of round {round}",
+        )
+
+        def owners() -> dict[int, NodeRecord]:
+            records = [each for each in node_record.read_all(self.folder) if each.generation == round]
+            found = {each.slot: each for each in records if each.slot is not None and each.state == "running"}
+            return found if len(found) == 3 else {}
+
+        found: dict[int, NodeRecord] = self.until(owners, f"the records of round {round}")
+        return found
+
+    def pid(self, rank: int, round: int) -> int:
+        return int((self.folder / f"ran-{rank}-{round}").read_text())
+
+    def end(self, code: int) -> None:
+        (self.folder / ".code").write_text(str(code))
+        (self.folder / ".code").rename(self.folder / "code")
+        assert self.process.wait(DEADLINE) == code, self.log.read_text()
+        pids = {int(path.read_text()) for path in self.folder.glob("ran-*")}
+        pids |= {record.supervisor for record in node_record.read_all(self.folder)}
+        store = node_record.newest_store(self.folder)
+        assert store is not None
+        deadline = time.monotonic() + DEADLINE
+        while left := [pid for pid in (pids | {store.pid}) if alive(pid)]:
+            assert time.monotonic() < deadline, f"processes {left} outlived the run"
+            time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def names(owners: dict[int, NodeRecord]) -> list[str]:
+    return [owners[slot].node for slot in sorted(owners)]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+    made: list[Cluster] = []
+
+    def make(spares: int = 1, silence: float = 30.0) -> Cluster:
+        made.append(Cluster(tmp_path, spares, silence))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.process.kill()
+        each.process.wait()
+
+
+def test_nodes_workers_and_stores_die_one_after_the_other(cluster: Callable[..., Cluster]) -> None:
+    run = cluster(spares=2)
+    owners = run.running(0)
+    assert names(owners) == ["n0", "n1", "n2"]
+    assert [owners[slot].workers for slot in range(3)] == [{slot: run.pid(slot, 0)} for slot in range(3)]
+
+    os.kill(owners[0].supervisor, signal.SIGKILL)
+    assert names(run.running(1)) == ["n3", "n1", "n2"]
+    assert not any(alive(run.pid(rank, 0)) for rank in range(3))
+
+    os.kill(run.pid(2, 1), signal.SIGKILL)
+    assert names(run.running(2)) == ["n3", "n1", "n2"]
+
+    store = node_record.newest_store(run.folder)
+    assert store is not None
+    os.kill(store.pid, signal.SIGKILL)
+    owners = run.running(3)
+    assert names(owners) == ["n3", "n1", "n2"]
+    assert node_record.newest_claim(run.folder) == 1
+
+    store = node_record.newest_store(run.folder)
+    assert store is not None
+    for pid in (store.pid, owners[1].supervisor):
+        os.kill(pid, signal.SIGKILL)
+    assert names(run.running(4)) == ["n3", "n4", "n2"]
+
+    failures = [(event["kind"], event["slots"]) for event in events.read(run.folder) if event["event"] == "failure"]
+    assert ("lost", [0]) in failures
+    assert ("killed", [2]) in failures
+    assert ("store", []) in failures
+    run.end(0)
+
+
+def test_a_frozen_node_is_fenced_and_becomes_a_spare(cluster: Callable[..., Cluster]) -> None:
+    run = cluster(spares=1, silence=2.0)
+    frozen = run.running(0)[1]
+    os.kill(frozen.supervisor, signal.SIGSTOP)
+    assert names(run.running(1)) == ["n0", "n3", "n2"]
+    assert alive(run.pid(1, 0))  # nobody could end it
+    os.kill(frozen.supervisor, signal.SIGCONT)
+
+    def spare() -> bool:
+        return any(record.node == "n1" and record.state == "spare" for record in node_record.read_all(run.folder))
+
+    run.until(spare, "n1 to come back as a spare")
+    assert not alive(run.pid(1, 0))
+    os.kill(run.running(1)[2].supervisor, signal.SIGKILL)
+    assert names(run.running(2)) == ["n0", "n3", "n1"]
+    run.end(3)
+
+
+def test_without_a_spare_the_run_ends_and_says_so(cluster: Callable[..., Cluster]) -> None:
+    run = cluster(spares=0)
+    os.kill(run.running(0)[1].supervisor, signal.SIGKILL)
+    assert run.process.wait(DEADLINE) == 4
+    assert "waited 1 s for a node to take slot 1: no spare is left" in run.log.read_text()
