@@ -91,7 +91,7 @@ def test_every_single_node(folder: Path, node: int, code: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("pair", itertools.combinations(range(4), 2), ids=str)
+@pytest.mark.parametrize("pair", list(itertools.combinations(range(4), 2)), ids=str)
 @pytest.mark.parametrize("at_once", [True, False])
 def test_every_pair_of_nodes(folder: Path, pair: tuple[int, int], at_once: bool) -> None:
     one, other = pair
