@@ -32,18 +32,24 @@ class SnapshotAgent:
         self.pid: int | None = None
         self._gone_at: float | None = None
 
-    def ensure(self, slot: int) -> None:
-        """Start the agent of a slot unless it runs, and connect; nothing before workers have said how large it is.
+    def take(self, slot: int) -> None:
+        """The slot that this node has."""
+        self._slot = slot
+
+    def ensure(self) -> None:
+        """Start the slot's agent unless it runs, and connect; nothing before workers have said how large it is.
 
         Raises:
             MemoryTooSmall, AgentError: this node cannot take the slot.
         """
-        self._slot = slot
+        assert self._slot is not None
         template = self._folder / FOLDER / TEMPLATE
         if not template.is_file():
             return
         config = msgspec.json.decode(template.read_bytes(), type=AgentConfig)
-        own = msgspec.structs.replace(config, slot=slot, host=self._host, folder=str(runtime_folder(config.run, slot)))
+        own = msgspec.structs.replace(
+            config, slot=self._slot, host=self._host, folder=str(runtime_folder(config.run, self._slot))
+        )
         ensure_agent(own)
         self.look()
 

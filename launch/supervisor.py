@@ -126,8 +126,10 @@ class Supervisor(Plan):
 
     def _prepare(self, slot: int) -> None:
         """Before workers start: the agent runs, so that it fills its memory while they do."""
-        if self._snapshots and self._handler.membership.read().begun:
-            self._guard.ensure(slot)
+        if self._snapshots:
+            self._guard.take(slot)
+            if self._handler.membership.read().begun:
+                self._guard.ensure()
         self._note(slot=slot, agent=self._guard.pid)
 
     def _waiting(self, state: str, slot: int | None) -> None:
