@@ -115,6 +115,7 @@ def mean_of_means(engine: Any) -> Iterator[None]:
 Fault = Callable[[Any], AbstractContextManager[None]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("fault", "case"),
     [
