@@ -248,8 +248,8 @@ def test_conversion_runs_without_torch(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\n"
         "from trainer.convert.__main__ import command, Format\n"
-        "command(Path(sys.argv[1]), Path(sys.argv[2]), Format.HF, Format.NATIVE, 'fp32', '5GB', None, True)\n"
-        "command(Path(sys.argv[2]), Path(sys.argv[3]), Format.NATIVE, Format.HF, 'bf16', '1MB', None, True)\n"
+        "command(Path(sys.argv[1]), Path(sys.argv[2]), Format.HF, Format.NATIVE, 'fp32', '5GB', as_json=True)\n"
+        "command(Path(sys.argv[2]), Path(sys.argv[3]), Format.NATIVE, Format.HF, 'bf16', '1MB', as_json=True)\n"
         "assert 'torch' not in sys.modules\n"
     )
     places = [str(tmp_path / name) for name in ("hf", "native", "back")]
