@@ -58,6 +58,8 @@ class Checkpoints:
         Raises:
             OutputError: the disk is full or the folder cannot be written; checkpoints already there stay whole.
         """
+        # Ranks may have heard of different epochs when they began: an agent that came late causes another one.
+        self.epoch = self._world.largest(self.epoch)
         tmp, final = durable.staging(self.root, self.epoch, step, "ranks"), durable.folder(self.root, step)
         failure: Exception | None = None
         try:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 
 ROOT = Path(__file__).parents[2]
 DEADLINE = 120.0
@@ -200,11 +201,12 @@ class SlurmCluster:
         """A /tmp, /dev/shm and host name of its own; what the nodes share is put back where it was."""
         own = self.root / "tmp" / name
         shared = [path for path in (self.root, ROOT, Path(sys.prefix), Path(sys.base_prefix)) if _below(path, "/tmp")]
-        lines = [f"hostname {name}", f"mount --bind {self.root}/etc/hosts /etc/hosts", "ip link set lo up"]
+        lines = [f"hostname {name}", f"mount --bind {quote(f'{self.root}/etc/hosts')} /etc/hosts", "ip link set lo up"]
         for path in shared:
-            at = own / path.relative_to("/tmp")
-            lines += [f"mkdir -p {at}", f"mount --rbind {path} {at}"]
-        lines += [f"chmod 1777 {own}", f"mount --rbind {own} /tmp", "mount -t tmpfs -o size=2g tmpfs /dev/shm"]
+            at = quote(str(own / path.relative_to("/tmp")))
+            lines += [f"mkdir -p {at}", f"mount --rbind {quote(str(path))} {at}"]
+        lines += [f"chmod 1777 {quote(str(own))}", f"mount --rbind {quote(str(own))} /tmp"]
+        lines += ["mount -t tmpfs -o size=2g tmpfs /dev/shm"]
         return "\n".join(lines)
 
     def _login_script(self) -> str:

@@ -2,12 +2,16 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from ft import durable
 from parallel.shard import Shard
+from tests.support.ranks import run_ranks
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoints
 from trainer.errors import CheckpointError, OutputError
@@ -63,6 +67,21 @@ def test_scalars_and_strided_locals_are_kept(tmp_path: Path) -> None:
     checkpoint.load(path, shards)
     assert counter.item() == 7.0
     assert torch.equal(transposed, expected)
+
+
+def save_in_own_epoch(folder: Path) -> int:
+    """Each rank has heard of another epoch, and holds one row."""
+    rank = dist.get_rank()
+    world = World(rank=rank, size=2, local_rank=rank, device=torch.device("cpu"))
+    saver = Checkpoints(folder, CheckpointSpec(), world, run="tiny", layout="l")
+    saver.epoch = 2 - rank
+    own = replace(shard("w", torch.full((2, 3), float(rank)), slice(rank, rank + 1), slice(0, 3)), replicas=(rank,))
+    return durable.read_manifest(saver.save(1, {"w": own}, {})).epoch
+
+
+@pytest.mark.dist
+def test_ranks_that_heard_of_different_epochs_save_together(tmp_path: Path) -> None:
+    assert run_ranks(2, save_in_own_epoch, tmp_path) == [2, 2]
 
 
 def test_only_the_newest_are_kept_and_latest_names_the_last(tmp_path: Path) -> None:
