@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,13 +38,14 @@ class Run(Nodes):
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    world = Run(tmp_path)
-    try:
-        world.start_all()
-        yield world
-    finally:
-        world.close()
+    with tempfile.TemporaryDirectory(prefix="keepwarm-") as short:  # the name of a socket holds 107 bytes at most
+        monkeypatch.setenv("XDG_RUNTIME_DIR", short)
+        world = Run(tmp_path)
+        try:
+            world.start_all()
+            yield world
+        finally:
+            world.close()
 
 
 def test_shows_what_the_agents_hold(run: Run) -> None:
