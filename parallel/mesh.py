@@ -37,18 +37,18 @@ class Mesh:
         Raises:
             LayoutError: the layout does not have as many ranks as are running.
         """
-        self._own_world = alone and not dist.is_initialized()
-        if self._own_world:
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
-        self.layout = layout
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world != layout.world_size:
             raise LayoutError(
                 f"the layout {' x '.join(f'{axis} {size}' for axis, size in zip(AXES, layout.shape, strict=True))} "
                 f"has {layout.world_size} ranks, but {world} are running"
             )
+        self._own_world = alone and not dist.is_initialized()
+        if self._own_world:
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        self.layout = layout
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.at = layout.coordinates(self.rank)
         self.shard_size = shard_size or layout.data
         self._timeout = timeout
