@@ -20,7 +20,8 @@ POLL = 0.3
 """Seconds between looks at the shared folder while an epoch is not settled."""
 CONNECTED_GRACE = 5.0
 """Seconds that the choice waits for a connected agent whose answer could not change it: left out, it would need
-another epoch to take part again."""
+another epoch to take part again. They begin when the chooser has verified its own memory, and as long as that took is
+added: verifying another agent's memory takes about as long, and whoever were slower would never be waited for."""
 KNOWN_GRACE = 0.5
 """The same for an agent that has published where it listens and is not connected (yet)."""
 
@@ -33,7 +34,7 @@ class Settler:
         self._epoch = 0
         self._asked: set[int] = set()
         self._inventories: dict[int, Inventory] = {}
-        self._began = self._deadline = 0.0
+        self._began = self._verified_at = self._deadline = 0.0
         self._next_look = 0.0
         self._pin: Pin | None = None
         self.choice: Choice | None = None
@@ -68,7 +69,8 @@ class Settler:
 
     def _verified(self, epoch: int) -> None:
         if epoch == self._epoch:
-            self._ready = True
+            self._ready, self._verified_at = True, time.monotonic()
+            self._deadline = max(self._deadline, self._patience(CONNECTED_GRACE))
             agent = self._agent
             for slot in self._asked:
                 boot = agent.state.boot if slot == agent.config.slot else self._boot(slot)
@@ -166,9 +168,13 @@ class Settler:
         """Whether agents that can be expected to answer at once have not."""
         registry, links = self._agent.registry, self._agent.network.links
         missing = set(range(self._agent.state.topology.slots)) - self._inventories.keys()
-        if now < self._began + CONNECTED_GRACE and missing & links.keys():
+        if now < self._patience(CONNECTED_GRACE) and missing & links.keys():
             return True
-        return now < self._began + KNOWN_GRACE and any(registry.endpoint(slot) is not None for slot in missing)
+        return now < self._patience(KNOWN_GRACE) and any(registry.endpoint(slot) is not None for slot in missing)
+
+    def _patience(self, grace: float) -> float:
+        """Until when an answer that could not change the choice is waited for."""
+        return self._verified_at + (self._verified_at - self._began) + grace
 
     def _settled(self, choice: Choice) -> None:
         agent = self._agent

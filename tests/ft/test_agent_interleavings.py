@@ -204,12 +204,14 @@ def test_a_read_outlives_the_next_epoch(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_who_was_left_out_of_a_choice_gets_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with team(tmp_path, 4, 2) as world:
-        monkeypatch.setattr(agent_settle, "CONNECTED_GRACE", 0.0)
-        monkeypatch.setattr(agent_settle, "KNOWN_GRACE", 0.0)
         late = 3, 2
         on_send(monkeypatch, lambda link, m: isinstance(m, Inventory) and (link.mine.slot, m.epoch) == late)
-        world.begin(2)
-        world.until(lambda: world.agents[0].state.pinned_epoch == 2, "the choice")
+        with pytest.MonkeyPatch.context() as hasty:
+            # For this choice only: with no grace at all, every choice leaves the slowest out.
+            hasty.setattr(agent_settle, "CONNECTED_GRACE", 0.0)
+            hasty.setattr(agent_settle, "KNOWN_GRACE", 0.0)
+            world.begin(2)
+            world.until(lambda: world.agents[0].state.pinned_epoch == 2, "the choice")
         assert world.agents[3].state.mode is Mode.SETTLING
         world.until(lambda: world.settled(3), "the next choice")
         world.check(2)
