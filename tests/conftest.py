@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +14,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def _end_rank_processes() -> Iterator[None]:
     """Leave no rank process behind; imports torch only where a test has done so already."""
     yield
-    import sys
-
     if (ranks := sys.modules.get("tests.support.ranks")) is not None:
         ranks.close_pools()
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_stays() -> Iterator[None]:
+    """A process group that a test leaves makes others fail, far from the cause: whoever left it fails instead."""
+    yield
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+        pytest.fail("the test leaves a process group behind")
