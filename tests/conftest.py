@@ -9,6 +9,16 @@ import pytest
 # Read by torch when it is imported. Several threads spin against the ranks on a machine of few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+LONGEST = ("science", "slurm", "dist")
+"""Markers of the tests that take longest."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: where files are dealt out to several processes, none has one left at the end."""
+    files = {item.path: index for index, item in enumerate(items)}
+    long = {item.path for item in items if any(item.get_closest_marker(name) for name in LONGEST)}
+    items.sort(key=lambda item: (item.path not in long, files[item.path]))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _end_rank_processes() -> Iterator[None]:

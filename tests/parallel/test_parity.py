@@ -25,13 +25,16 @@ COVERING = covering_cases(GIVEN, seed=9)
 EXTRA = [
     Case(data=4, data_mode="hsdp", clipped=True),
     Case(data=4, data_mode="hsdp", optimizer="adamw", tied=True, documents=True),
-    Case(data=4, data_mode="hsdp", precision="fp32"),
-    Case(data=4, tensor=2, data_mode="hsdp", sequence=True, clipped=True),
     Case(pipeline=2, layer_split=(1, 3), tied=True, clipped=True),
     Case(pipeline=2, schedule="interleaved", layer_split=(1, 1, 1, 1)),
     Case(pipeline=4, tied=True, clipped=True, micro_batches=4),
+]
+LARGE = [
+    Case(data=4, data_mode="hsdp", precision="fp32"),
+    Case(data=4, tensor=2, data_mode="hsdp", sequence=True, clipped=True),
     Case(tensor=4, sequence=True, documents=True),
 ]
+"""Too slow for every day."""
 
 
 @functools.cache
@@ -90,7 +93,9 @@ def test_the_reference_learns_and_is_clipped_at_every_step() -> None:
         assert weights[-1].loss < weights[0].loss - 0.1
 
 
-@pytest.mark.parametrize("case", [*COVERING, *EXTRA], ids=str)
+@pytest.mark.parametrize(
+    "case", [*COVERING, *EXTRA, *(pytest.param(case, marks=pytest.mark.long) for case in LARGE)], ids=str
+)
 def test_a_layout_computes_what_one_rank_computes(case: Case) -> None:
     assert parity.violations(case, reference(case), parity.run_case(case)) == []
 
