@@ -13,7 +13,7 @@ from rich.console import Console
 from launch import slurm
 from launch.errors import ClusterError
 from launch.node_check import MARK
-from launch.preflight import check_data_exists, check_installation
+from launch.preflight import check_data_exists, check_engine, check_installation
 from launch.run_folder import Mode, prepared
 from launch.slurm_job import RECORD
 from launch.slurm_script import SCRIPT, cpus_per_rank, in_container, options, render
@@ -39,6 +39,7 @@ def submit_here(path: Path, overrides: Sequence[str], mode: Mode, *, chain: int 
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     check_installation()
     job = continued(path, overrides, console) if mode == "resume" else load_job(job_file(path), overrides)
+    check_engine(job)
     check_data_exists(job.data)
     folder = Path(job.output)
     try:

@@ -9,8 +9,6 @@ from parallel.architecture import Architecture
 from parallel.errors import EngineUnavailable
 from parallel.spec import EngineName, NumericsSpec, OptimizerSpec, ParallelSpec
 
-Version = tuple[int, int, int]
-
 
 class Job(Protocol):
     """The sections of a job that an engine may refuse; `trainer.spec.JobSpec` has them."""
@@ -27,11 +25,10 @@ class Job(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Requirement:
-    """A distribution and the versions of it that an engine was tested with."""
+    """A distribution and the versions of it that an engine was tested with; it uses what may change with any other."""
 
     distribution: str
-    least: Version
-    below: Version
+    tested: tuple[str, ...]
     install: str
     """The command that installs it."""
 
@@ -41,9 +38,8 @@ class Requirement:
             found = importlib.metadata.version(self.distribution)
         except importlib.metadata.PackageNotFoundError:
             return f"{self.distribution} is not installed: {self.install}"
-        if not self.least <= _parsed(found) < self.below:
-            tested = f"{_text(self.least)} up to, but not including, {_text(self.below)}"
-            return f"{self.distribution} {found} is installed, tested is {tested}: {self.install}"
+        if found.partition("+")[0] not in self.tested:
+            return f"{self.distribution} {found} is installed, tested is {' and '.join(self.tested)}: {self.install}"
         return None
 
 
@@ -139,28 +135,15 @@ def _families_of_gpt_model(model: Architecture) -> Iterator[str]:
         )
 
 
-def _parsed(version: str) -> Version:
-    """Release numbers of a version; what follows them does not count."""
-    numbers = [int("".join(c for c in part if c.isdigit()) or 0) for part in version.split("+")[0].split(".")[:3]]
-    major, minor, patch = (*numbers, 0, 0, 0)[:3]
-    return major, minor, patch
-
-
-def _text(version: Version) -> str:
-    return ".".join(map(str, version))
-
-
 MEGATRON = Requirement(
     distribution="megatron-core",
-    least=(0, 16, 1),
-    below=(0, 17, 0),
-    install="pip install 'megatron-core>=0.16.1,<0.17'",
+    tested=("0.16.1",),
+    install="pip install megatron-core==0.16.1",
 )
 DEEPSPEED = Requirement(
     distribution="deepspeed",
-    least=(0, 19, 8),
-    below=(0, 20, 0),
-    install="DS_BUILD_OPS=0 pip install 'deepspeed>=0.19.8,<0.20'",
+    tested=("0.19.8",),
+    install="DS_BUILD_OPS=0 pip install deepspeed==0.19.8",
 )
 
 ENGINES: Mapping[EngineName, EngineInfo] = {

@@ -45,8 +45,12 @@ def _of_steps(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> Iterato
                 yield f"step {mine['step']}: {key} {mine.get(key)!r} and {theirs.get(key)!r}"
 
 
-def _state(folder: Path) -> dict[tuple[str, tuple[int, ...]], str]:
-    """The checksum of every piece of the newest checkpoint, by name and offsets."""
+Place = tuple[str, tuple[int, ...], tuple[int, int] | None]
+"""Name, offsets and flat range of a piece; optimizers cut several ranges out of one box."""
+
+
+def _state(folder: Path) -> dict[Place, str]:
+    """The checksum of every piece of the newest checkpoint."""
     newest = durable.latest(folder / "checkpoints")
     if newest is None:
         raise DrillError(f"{folder}: the run has left no complete checkpoint to compare")
@@ -54,12 +58,13 @@ def _state(folder: Path) -> dict[tuple[str, tuple[int, ...]], str]:
         manifest = durable.verify(newest)
     except FtError as error:
         raise DrillError(f"{newest}: cannot be compared: {error}") from error
-    return {(entry.piece.name, entry.piece.offsets): entry.xxh3 for part in manifest.parts for entry in part.entries}
+    pieces = [(entry.piece, entry.xxh3) for part in manifest.parts for entry in part.entries]
+    return {(piece.name, piece.offsets, piece.flat): checksum for piece, checksum in pieces}
 
 
-def _of_state(
-    one: dict[tuple[str, tuple[int, ...]], str], other: dict[tuple[str, tuple[int, ...]], str]
-) -> Iterator[str]:
-    for name, offsets in sorted(one.keys() | other.keys()):
-        if one.get((name, offsets)) != other.get((name, offsets)):
-            yield f"{name} at {offsets}: other bytes"
+def _of_state(one: dict[Place, str], other: dict[Place, str]) -> Iterator[str]:
+    for place in sorted(one.keys() | other.keys(), key=lambda place: (*place[:2], place[2] or ())):
+        if one.get(place) != other.get(place):
+            name, offsets, flat = place
+            elements = "" if flat is None else f", elements {flat[0]} to {flat[1]}"
+            yield f"{name} at {offsets}{elements}: other bytes"

@@ -123,13 +123,14 @@ def test_the_table_and_the_page_tell_the_same(
 
 
 def checkpoint(folder: Path, value: int) -> None:
-    """A run's newest checkpoint, of one tensor."""
+    """A run's newest checkpoint, of one tensor in two ranges; the first one has the value."""
     root = folder / "checkpoints"
     tmp, final = durable.staging(root, 1, 2), durable.folder(root, 2)
     tmp.mkdir(parents=True)
-    piece = Piece(name="model.w", global_shape=(4,), offsets=(0,), shape=(4,), dtype="U8", flat=None)
-    durable.write_part(tmp, 0, [(piece, np.full(4, value, np.uint8))])
-    durable.write_manifest(tmp, run="r", epoch=1, step=2, layout="l", ranks=1, meta={})
+    for rank, flat in enumerate([(0, 3), (3, 4)]):
+        piece = Piece(name="model.w", global_shape=(4,), offsets=(0,), shape=(4,), dtype="U8", flat=flat)
+        durable.write_part(tmp, rank, [(piece, np.full(piece.elements, 0 if rank else value, np.uint8))])
+    durable.write_manifest(tmp, run="r", epoch=1, step=2, layout="l", ranks=2, meta={})
     durable.publish(tmp, final)
 
 
@@ -148,6 +149,6 @@ def test_runs_are_compared_to_the_bit(tmp_path: Path) -> None:
     (again / "metrics.jsonl").write_text((one / "metrics.jsonl").read_text().replace("0.1}", "0.2}"))
     assert differences(one, again) == []
     assert differences(one, run_folder(tmp_path / "loss", 1.0000001, 7)) == ["step 2: loss 1.0 and 1.0000001"]
-    assert differences(one, run_folder(tmp_path / "state", 1.0, 8)) == ["model.w at (0,): other bytes"]
+    assert differences(one, run_folder(tmp_path / "state", 1.0, 8)) == ["model.w at (0,), elements 0 to 3: other bytes"]
     with pytest.raises(DrillError, match="no complete checkpoint"):
         differences(one, run_folder(tmp_path / "none", 1.0, 0))

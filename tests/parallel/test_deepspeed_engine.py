@@ -248,18 +248,24 @@ def _relay(legs: list[Case], root: Path, length: int) -> None:
     assert [step.loss for step in steps] == pytest.approx([step.loss for step in whole.steps], rel=1e-5)
 
 
-def on_torch(of: Case, **layout: int) -> Case:
-    return replace(of, engine="torch", **layout)  # type: ignore[arg-type]
+def on(engine: str, of: Case, **layout: int) -> Case:
+    return replace(of, engine=engine, **layout)  # type: ignore[arg-type]
 
 
-def test_a_run_goes_from_torch_over_two_stages_of_deepspeed_back_to_torch(tmp_path: Path) -> None:
-    _relay([on_torch(STAGES, pipeline=1), STAGES, on_torch(STAGES, pipeline=1, data=2)], tmp_path, 4)
+def test_a_run_goes_from_torch_over_megatron_and_two_stages_of_deepspeed_back_to_torch(tmp_path: Path) -> None:
+    legs = [on("torch", STAGES, pipeline=1), on("megatron", STAGES, pipeline=1, tensor=2), STAGES]
+    _relay([*legs, on("torch", STAGES, pipeline=1, data=2)], tmp_path, 3)
 
 
 @pytest.mark.long
 def test_a_run_goes_through_every_stage_of_zero(tmp_path: Path) -> None:
-    legs = [on_torch(CUBE), CUBE, replace(TWO, tied=True, zero_stage=3), replace(TWO, tied=True, data=4, zero_stage=2)]
-    _relay([*legs, replace(TWO, tied=True, tensor=2, offload=True), on_torch(CUBE, tensor=1)], tmp_path, 4)
+    legs = [
+        on("torch", CUBE),
+        CUBE,
+        replace(TWO, tied=True, zero_stage=3),
+        replace(TWO, tied=True, data=4, zero_stage=2),
+    ]
+    _relay([*legs, replace(TWO, tied=True, tensor=2, offload=True), on("torch", CUBE, tensor=1)], tmp_path, 4)
 
 
 @pytest.mark.parametrize(

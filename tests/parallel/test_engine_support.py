@@ -1,14 +1,15 @@
 """What stops a job whose engine is not there, is of another version, or cannot do what is asked: before any process."""
 
 import os
+import re
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from launch.errors import PreflightError
-from launch.preflight import check_engine
 from parallel.engine_support import ENGINES, refusals, require
 from parallel.errors import EngineUnavailable
 from trainer.errors import SpecError
@@ -41,41 +42,102 @@ def test_torch_needs_nothing_and_refuses_nothing() -> None:
     assert refusals(job()) == []
 
 
-def test_a_version_that_was_not_tested_is_named(installed: Path) -> None:
-    install(installed, "megatron-core", "0.17.0")
-    with pytest.raises(EngineUnavailable, match=r"megatron-core 0\.17\.0 .*pip install 'megatron-core>=0\.16\.1"):
+@pytest.mark.parametrize(
+    ("version", "tested"),
+    [
+        ("0.16.1", True),
+        ("0.16.1+local", True),
+        ("0.16.2", False),
+        ("0.16.1rc0", False),
+        ("0.17.0", False),
+        ("0.15.0", False),
+    ],
+)
+def test_tested_versions_pass_and_no_others(installed: Path, version: str, tested: bool) -> None:
+    install(installed, "megatron-core", version)
+    if tested:
+        require("megatron")
+        return
+    expected = rf"{re.escape(version)} is installed, tested is 0\.16\.1: pip install megatron-core==0\.16\.1"
+    with pytest.raises(EngineUnavailable, match=expected):
         require("megatron")
 
 
-@pytest.mark.parametrize("version", ["0.16.1", "0.16.2rc1", "0.16.10+local"])
-def test_tested_versions_pass(installed: Path, version: str) -> None:
-    install(installed, "megatron-core", version)
-    require("megatron")
+INSTALL = {
+    "megatron": ("megatron-core", "pip install megatron-core==0.16.1"),
+    "deepspeed": ("deepspeed", "DS_BUILD_OPS=0 pip install deepspeed==0.19.8"),
+}
 
 
-def test_what_is_not_installed_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [str(ROOT)])
-    with pytest.raises(PreflightError, match=r"megatron-core is not installed: pip install 'megatron-core"):
-        check_engine(job("parallel.engine=megatron", "parallel.data_mode=replicate"))
-    with pytest.raises(PreflightError, match=r"deepspeed is not installed: DS_BUILD_OPS=0 pip install 'deepspeed"):
-        check_engine(job("parallel.engine=deepspeed"))
-
-
-def test_training_with_an_untested_version_ends_with_2_and_starts_nothing(installed: Path, tmp_path: Path) -> None:
-    install(installed, "megatron-core", "0.15.0")
-    output = tmp_path / "run"
-    command = [sys.executable, "-P", "-m", "launch.cli", "train", str(TINY), "parallel.engine=megatron"]
+def refused(arguments: Sequence[str], *paths: Path, options: Sequence[str] = ()) -> str:
+    """What a command says that ends with exit code 2; `paths` are searched before what is installed."""
     ended = subprocess.run(
-        [*command, f"output={output}"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), str(ROOT)])},
+        [sys.executable, *options, "-P", "-m", "launch.cli", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*paths, ROOT)))},
         capture_output=True,
         text=True,
         timeout=60,
         cwd=ROOT,
     )
     assert ended.returncode == 2, ended.stderr
-    assert "megatron-core 0.15.0" in ended.stderr
     assert "Traceback" not in ended.stderr
+    return ended.stderr
+
+
+@pytest.mark.parametrize("engine", INSTALL)
+def test_an_engine_that_is_not_installed_ends_with_2_and_starts_nothing(engine: str, tmp_path: Path) -> None:
+    """With links to everything that is installed but the engine in the place of the site packages."""
+    distribution, command = INSTALL[engine]
+    others = tmp_path / "site"
+    others.mkdir()
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if not entry.name.startswith((distribution, distribution.replace("-", "_"), "__editable__", "keepwarm")):
+            (others / entry.name).symlink_to(entry)
+    output = tmp_path / "run"
+    job = ["train", str(TINY), f"parallel.engine={engine}", f"output={output}"]
+    error = refused(job, others, options=["-S"])
+    assert f"parallel.engine = {engine}: {distribution} is not installed: {command}" in error
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("engine", "job"),
+    [
+        ("megatron", ["train", str(TINY)]),
+        ("deepspeed", ["train", str(TINY), "--nodes", "2", "parallel.data=2", "cluster.ranks_per_node=1"]),
+        ("megatron", ["drill", str(TINY), "--kill", "worker:0@3", "snapshot={every: 1}"]),
+        ("deepspeed", ["submit", str(TINY), "--dry-run"]),
+    ],
+    ids=["train", "nodes", "drill", "submit"],
+)
+def test_an_untested_version_ends_with_2_and_starts_nothing(
+    engine: str, job: list[str], installed: Path, tmp_path: Path
+) -> None:
+    distribution, command = INSTALL[engine]
+    install(installed, distribution, "0.12.0")
+    output = tmp_path / "run"
+    error = refused([*job, f"parallel.engine={engine}", f"output={output}"], installed)
+    assert f"{distribution} 0.12.0 is installed, tested is" in error
+    assert command in error
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("parallel.engine=megatron", "parallel.data_mode=hsdp"),
+        ("parallel.engine=deepspeed", "numerics.compile=true"),
+        ("parallel.engine=torch", "parallel.zero_stage=3"),
+    ],
+    ids=lambda value: value[0],
+)
+def test_an_option_that_the_engine_lacks_ends_with_2_and_starts_nothing(
+    overrides: tuple[str, ...], tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    error = refused(["train", str(TINY), *overrides, f"output={output}"])
+    engine, option = (override.partition("=") for override in overrides)
+    assert f"parallel.engine = {engine[2]}: {option[0]}" in error
     assert not output.exists()
 
 

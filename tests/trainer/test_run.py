@@ -35,12 +35,13 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "step_time_s"} for line in lines]
 
 
-def tensors_of(folder: Path) -> dict[tuple[str, tuple[int, ...]], str]:
+def tensors_of(folder: Path) -> dict[object, str]:
     """Checksum of every stored piece of the newest checkpoint, after all bytes were verified against them."""
     newest = durable.latest(folder / "checkpoints")
     assert newest is not None
     manifest = durable.verify(newest)
-    return {(entry.piece.name, entry.piece.offsets): entry.xxh3 for part in manifest.parts for entry in part.entries}
+    pieces = [(entry.piece, entry.xxh3) for part in manifest.parts for entry in part.entries]
+    return {(piece.name, piece.offsets, piece.flat): checksum for piece, checksum in pieces}
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
