@@ -115,8 +115,8 @@ class SlurmCluster:
 
     def processes(self, name: str) -> list[str]:
         """The command lines of all processes of a node that belong to no daemon."""
-        listed = self.on(name, "ps", "-eo", "pid,args", "--no-headers").stdout.splitlines()
-        own = ("slurmd", "slurmctld", "munged", "machine-init", "ps -eo")
+        listed = self.on(name, "ps", "-ww", "-eo", "pid,args", "--no-headers").stdout.splitlines()
+        own = ("slurmd", "slurmctld", "munged", "machine-init", "ps -ww")
         return [line.strip() for line in listed if not any(word in line for word in own)]
 
     def on(
