@@ -31,6 +31,7 @@ from ft.agent_workers import Desk, Guest
 from ft.auth import load_secret, nonce
 from ft.contents import Bytes
 from ft.errors import AgentError, FtError, MemoryTooSmall
+from ft.link import Link
 from ft.messages import (
     Bucket,
     Cancel,
@@ -47,9 +48,9 @@ from ft.messages import (
     StatusRequest,
     Wire,
 )
+from ft.network import Network
 from ft.protocol import step
 from ft.state import State, initial
-from ft.transport import Link, Network
 
 TICK = 0.05
 
@@ -81,6 +82,7 @@ class Agent:
         self._free: list[Bytes] = []
         self._receiving: dict[Link, Bytes] = {}
         self._ahead: collections.Counter[Link] = collections.Counter()
+        self._missing: dict[int, float] = {}
         mine = Hello(role="agent", run=config.run, slot=config.slot, epoch=0, boot=self.state.boot, nonce=nonce())
         self.network = Network(
             self.selector, self, mine=mine, secret=secret, bind=(config.host, config.port),
@@ -142,6 +144,7 @@ class Agent:
     def _tick(self, now: float) -> None:
         self.network.tick(now)
         self.desk.tick(now)
+        self._look_for_peers(now)
         self.settler.tick(now)
         self.scrub.tick(now)
         busy = self.durable is not None and self.durable.busy
@@ -150,12 +153,23 @@ class Agent:
         elif now - self.desk.last_seen > self.config.lease and not busy:
             self.end(f"nobody has needed this agent for {self.config.lease:g} s")
 
+    @property
+    def _near(self) -> set[int]:
+        """The group and the neighbours in the tree: without them nothing is committed."""
+        return {*self.state.group.members, *self.state.topology.neighbours(self.config.slot)}
+
     def connect_peers(self, *, everyone: bool) -> None:
-        """Stay connected with the group and the neighbours in the tree; with `everyone` for as long as is needed."""
-        topology = self.state.topology
+        """Stay connected with those that commits need; with `everyone` with all, for as long as is needed."""
         needed = self.reads.awaited | self.repair.awaited
-        near = {*self.state.group.members, *topology.neighbours(self.config.slot), *needed}
-        self.network.set_peers(range(topology.slots) if everyone else near | self.network.links.keys(), needed)
+        wanted = range(self.state.topology.slots) if everyone else self._near | needed | self.network.links.keys()
+        self.network.set_peers(wanted, needed)
+
+    def _look_for_peers(self, now: float) -> None:
+        missing = self._near - self.network.links.keys() - {self.config.slot}
+        self._missing = {slot: self._missing.get(slot, now) for slot in missing}
+        for slot, since in self._missing.items():
+            if now - since > self.config.silence and slot not in self.state.away:
+                self.feed(events.PeerAway(slot))
 
     # ---- the protocol
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 import xxhash
 
 from ft.contents import Bytes
+from ft.link import Link
 from ft.messages import Bucket, ChunkEnd, Part, SnapshotId, Wire, digest
-from ft.transport import Link
 
 Piece = tuple[Wire, "memoryview | None"]
 

@@ -11,6 +11,8 @@ from ft.errors import AgentError
 from ft.state import Group, Topology
 
 SOCKET = "agent.sock"
+SOCKET_BYTES = 107
+"""Bytes that the path of a Unix socket may have: `sun_path` of unix(7) without its last zero."""
 LOCK = "lock"
 LOG = "agent.log"
 
@@ -83,7 +85,14 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def socket(self) -> Path:
-        return Path(self.folder) / SOCKET
+        """Raises `AgentError` when the folder's path is too long for a socket in it."""
+        path = Path(self.folder) / SOCKET
+        if (size := len(os.fsencode(path))) > SOCKET_BYTES:
+            raise AgentError(
+                f"{path}: the path of a socket has at most {SOCKET_BYTES} bytes, this one {size}: set XDG_RUNTIME_DIR "
+                "to a folder with a shorter path on every node, as /tmp"
+            )
+        return path
 
 
 def load(path: Path) -> AgentConfig:

@@ -12,8 +12,8 @@ import numpy as np
 import xxhash
 
 from ft.agent_chunks import READ_STRIPE, Job, part_pieces
+from ft.link import Link
 from ft.messages import Part, Read, SnapshotId
-from ft.transport import Link
 
 if TYPE_CHECKING:
     from ft.agent import Agent

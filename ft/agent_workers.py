@@ -16,11 +16,12 @@ import msgspec
 
 from ft import auth
 from ft.buffers import Holder
+from ft.channel import Channel, decoder_of
 from ft.errors import AgentError
 from ft.inspect import Status
+from ft.link import Link
 from ft.messages import Attach, Attached, Farewell, Hello, Wire, WorkerMessage
 from ft.state import Geometry
-from ft.transport import Channel, Link, decoder_of
 
 ROLES = frozenset({"worker", "supervisor", "onlooker"})
 GRACE = 5.0

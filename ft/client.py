@@ -25,9 +25,11 @@ from ft.agent_chunks import READ_STRIPE
 from ft.agent_config import AgentConfig
 from ft.agent_registry import FOLDER
 from ft.buffers import Slot
+from ft.channel import Channel, decoder_of
 from ft.contents import Bytes
 from ft.errors import AgentError, AuthenticationFailed, MemoryTooSmall
 from ft.inspect import Status
+from ft.link import Link
 from ft.messages import (
     Attach,
     Attached,
@@ -50,7 +52,6 @@ from ft.messages import (
     Wire,
     WorkerMessage,
 )  # fmt: skip
-from ft.transport import Channel, Link, decoder_of
 
 DEADLINE = 60.0
 END_OF_JOB = "end of the job"
@@ -64,15 +65,7 @@ def ensure_agent(config: AgentConfig, deadline: float = DEADLINE) -> None:
     """
     if _answers(config.socket):
         return
-    path = agent_config.write(config)
-    logs = Path(config.shared) / FOLDER
-    logs.mkdir(mode=0o700, parents=True, exist_ok=True)
-    words = logs / f"agent-{config.slot}.err"
-    with words.open("wb") as err:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "ft.agent", str(path)],
-            stdin=subprocess.DEVNULL, stdout=err, stderr=err, start_new_session=True, cwd="/",
-        )  # fmt: skip
+    process, words = start_agent(config)
     end = time.monotonic() + deadline
     while not _answers(config.socket):
         code = process.poll()
@@ -82,7 +75,24 @@ def ensure_agent(config: AgentConfig, deadline: float = DEADLINE) -> None:
         if time.monotonic() > end:
             raise AgentError(f"waited {deadline:g} s for the agent of slot {config.slot} to open {config.socket}")
         time.sleep(0.02)
+
+
+def start_agent(config: AgentConfig) -> "tuple[subprocess.Popen[bytes], Path]":
+    """Start the agent of a slot, detached, and do not wait for it; returns it and the file for its last words.
+
+    One that finds the slot's agent running ends with code 3.
+    """
+    path = agent_config.write(config)
+    logs = Path(config.shared) / FOLDER
+    logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+    words = logs / f"agent-{config.slot}.err"
+    with words.open("wb") as err:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "ft.agent", str(path)],
+            stdin=subprocess.DEVNULL, stdout=err, stderr=err, start_new_session=True, cwd="/",
+        )  # fmt: skip
     _children.append(process)
+    return process, words
 
 
 _children: "list[subprocess.Popen[bytes]]" = []

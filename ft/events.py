@@ -101,6 +101,13 @@ class PeerLost:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerAway:
+    """An agent without which nothing is committed has had no link for so long that nobody should wait for it."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
 class Received:
     """A message came over the link to `sender`, whose memory lives its life `boot`. Not for `Bucket`."""
 

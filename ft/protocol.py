@@ -27,6 +27,7 @@ from ft.events import (
     Event,
     Grant,
     ParityVerified,
+    PeerAway,
     PeerConnected,
     PeerLost,
     Pinned,
@@ -114,6 +115,8 @@ def _handle(turn: Turn, event: Event) -> None:
             _connected(turn, slot, boot)
         case PeerLost(slot):
             turn.set(peers=turn.state.peers - {slot})
+        case PeerAway(slot):
+            _away(turn, slot)
         case Received():
             _receive(turn, event)
         case EpochAdvanced(epoch):
@@ -150,7 +153,7 @@ def _open(turn: Turn, worker: int, snapshot: SnapshotId, wait: bool) -> None:
     elif copy is not None:
         _grant(turn, worker, copy)
     elif any(other.open for other in state.copies) or turn.free_slots()[0] is None or _no_parity(turn):
-        if wait:
+        if wait and not state.away:
             turn.set(waiting=(*state.waiting, (worker, snapshot)))
         else:
             turn.emit(Refuse(worker, snapshot, Reason.BUSY))
@@ -240,8 +243,19 @@ def _alive(turn: Turn, slot: int, boot: int) -> bool:
     return turn.state.mode is Mode.ACTIVE and slot < len(lives) and lives[slot] == boot
 
 
+def _away(turn: Turn, slot: int) -> None:
+    """The snapshot before may never be committed now: whoever waits for that would hold up training.
+
+    The agent that is away may even be kept from coming back by those who wait: its own workers start it again, at the
+    next snapshot, and no worker reaches that before all have joined the present one.
+    """
+    turn.set(away=turn.state.away | {slot})
+    for _, snapshot in turn.state.waiting:
+        turn.void(snapshot, f"slot {slot} is away, and nothing is committed without it")
+
+
 def _connected(turn: Turn, slot: int, boot: int) -> None:
-    turn.set(peers=turn.state.peers | {slot})
+    turn.set(peers=turn.state.peers | {slot}, away=turn.state.away - {slot})
     state = turn.state
     if state.mode is not Mode.ACTIVE:
         return

@@ -197,6 +197,8 @@ class State:
     """Boot of every slot in this epoch; messages of any other life are dropped."""
     peers: frozenset[int] = frozenset()
     """Slots that are connected."""
+    away: frozenset[int] = frozenset()
+    """Slots that have not been connected for long: no worker waits for a commit that needs them."""
     copies: tuple[Copy, ...] = ()
     """At most `data_slots`, oldest first."""
     waiting: tuple[tuple[int, SnapshotId], ...] = ()

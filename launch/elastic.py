@@ -8,6 +8,7 @@ hooks of `SimpleElasticAgent`, its base, whose loop (rendezvous, start, monitor,
 import os
 import signal
 import time
+from abc import ABC, abstractmethod
 from typing import Any
 
 from torch.distributed.elastic.agent.server.api import (
@@ -32,22 +33,25 @@ FINAL = {3: "training stopped itself", 4: "a fault that could not be recovered",
 """Exit codes of a worker that end the run for all."""
 
 
-class Plan:
-    """What the workers of a node are told; the supervisor fills it in."""
+class Plan(ABC):
+    """What the workers of a node are told, and what is told of them; the supervisor fills it in."""
 
     def __init__(self, module: str, arguments: tuple[str, ...], logs: str, ranks_per_node: int) -> None:
         self.module, self.arguments, self.logs, self.ranks_per_node = module, arguments, logs, ranks_per_node
 
+    @abstractmethod
     def environment(self, handler: SlotRendezvous) -> dict[str, str]:
         """Variables of every worker of the round that begins; ranks come on top."""
-        raise NotImplementedError
 
+    @abstractmethod
     def started(self, workers: dict[int, int]) -> None:
         """Workers run; pid by rank."""
 
+    @abstractmethod
     def failed(self, kind: Kind, cause: str) -> None:
         """A worker failed, and not because of another one as far as anyone knows."""
 
+    @abstractmethod
     def look(self) -> None:
         """Called between two looks at the workers."""
 

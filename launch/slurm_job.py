@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +30,8 @@ RECORD = "slurm.json"
 INTERRUPTED = 130
 CHECK_DEADLINE = 120.0
 """Seconds that a node has to say how it is."""
-STEP_GRACE = 60.0
-"""Seconds between the end of the first rank that failed and the end of srun: a dead node never answers it."""
+REQUEUE_GRACE = 60.0
+"""Seconds that SLURM has to end this process once it has put the job back into the queue."""
 
 Verdict = Literal["done", "again", "requeue", "give up"]
 _POLITE = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -196,6 +195,7 @@ def _finished(folder: Path) -> bool:
 def _requeue(here: Allocation, why: str) -> int:
     """Put the job back into the queue, without the nodes that are not fit; it goes on from where it is saved."""
     identity = os.environ["SLURM_JOB_ID"]
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
         if here.bad:
             excluded = ",".join([*here.job.cluster.slurm.exclude, *here.bad])
@@ -206,8 +206,8 @@ def _requeue(here: Allocation, why: str) -> int:
     except ClusterError as error:
         here.say(f"not requeued: {error}; keepwarm submit {here.folder} --resume goes on from the saved state")
         return INTERRUPTED
-    # SLURM ends this process now; until then the job must not end by itself.
-    time.sleep(STEP_GRACE)
+    # SLURM ends this process now; until it says so the job must not end by itself.
+    signal.sigtimedwait([signal.SIGTERM], REQUEUE_GRACE)
     return INTERRUPTED
 
 

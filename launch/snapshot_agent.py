@@ -12,7 +12,7 @@ from ft import agent_config
 from ft.agent_config import AgentConfig, runtime_folder
 from ft.agent_registry import FOLDER, Registry
 from ft.auth import SECRET, load_secret, run_identity
-from ft.client import AgentClient, ensure_agent
+from ft.client import AgentClient, ensure_agent, start_agent
 from ft.errors import FtError
 
 TEMPLATE = "template.json"
@@ -42,16 +42,24 @@ class SnapshotAgent:
         Raises:
             MemoryTooSmall, AgentError: this node cannot take the slot.
         """
+        if (config := self._config()) is not None:
+            ensure_agent(config)
+            self.look()
+
+    def restart(self) -> None:
+        """Start the slot's agent anew without waiting for it: its workers may need it to come as far as doing so."""
+        if (config := self._config()) is not None:
+            start_agent(config)
+
+    def _config(self) -> AgentConfig | None:
+        """What the slot's agent is told; None before workers have said how large it is."""
         assert self._slot is not None
         template = self._folder / FOLDER / TEMPLATE
         if not template.is_file():
-            return
+            return None
         config = msgspec.json.decode(template.read_bytes(), type=AgentConfig)
-        own = msgspec.structs.replace(
-            config, slot=self._slot, host=self._host, folder=str(runtime_folder(config.run, self._slot))
-        )
-        ensure_agent(own)
-        self.look()
+        folder = str(runtime_folder(config.run, self._slot))
+        return msgspec.structs.replace(config, slot=self._slot, host=self._host, folder=folder)
 
     def look(self) -> bool:
         """Connect to the agent when this is not the case, as workers may start one too; False when one has died."""

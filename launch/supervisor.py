@@ -167,6 +167,7 @@ class Supervisor(Plan):
         if not self._guard.look():
             cause = f"the snapshot agent of slot {self._handler.slot} has died"
             self._event("failure", kind="agent", cause=cause, slots=[self._handler.slot])
+            self._guard.restart()
             self._unwhole = True
         self._note(agent=self._guard.pid)
         if self._unwhole and (whole := self._guard.whole()) is not None:

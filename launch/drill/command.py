@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -45,7 +46,7 @@ def drill(
     ] = None,
     spares: Annotated[
         int | None,
-        typer.Option(min=0, help="Nodes that can take the slot of a lost one. [default: as many as are lost]"),
+        typer.Option(min=0, max=64, help="Nodes that can take the slot of a lost one. [default: as many as are lost]"),
     ] = None,
     random: Annotated[int, typer.Option(min=0, help="Draw that many faults.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same faults.")] = 0,
@@ -87,12 +88,12 @@ def drill(
     wanted += faults.draw(random, seed, stage, _parity(spec)) if random else []
     if not wanted:
         raise DrillError("a drill needs a fault: --kill worker:1@20, --corrupt chunk:1@20, or --random 3")
-    faults.check(wanted, stage)
+    lost = sum(len(fault.numbers) for fault in wanted if fault.target in ("node", "supervisor"))
+    faults.check(wanted, replace(stage, spares=lost if spares is None else spares))
     folder = Path(spec.output)
     if (folder / RUN_FILE).exists():
         raise DrillError(f"{folder}: this is the folder of a run; give the drill one of its own with output=PATH")
     kept = [text for text in overrides or [] if not text.removeprefix("--").startswith("output=")]
-    lost = sum(len(fault.numbers) for fault in wanted if fault.target in ("node", "supervisor"))
     nodes = ["--nodes", str(stage.nodes), "--spares", str(lost if spares is None else spares)]
     plan = campaign.Drill(
         job=spec,

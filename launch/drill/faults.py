@@ -116,6 +116,23 @@ def check(faults: Sequence[Fault], stage: Stage) -> None:
         if fault.target == "disk" and not stage.durable:
             raise DrillError(f"{fault.option}: nothing is written to disk while the job runs; set snapshot.durable")
 
+    if (needed := spares_needed(faults)) > stage.spares:
+        raise DrillError(
+            f"the faults need {needed} {'spare' if needed == 1 else 'spares'}, and there "
+            f"{'is' if stage.spares == 1 else 'are'} {stage.spares or 'none'}: training would wait for a node that "
+            f"never comes; give --spares {needed}, or take fewer nodes"
+        )
+
+
+def spares_needed(faults: Sequence[Fault]) -> int:
+    """Nodes that must stand by, so that every lost one is replaced. A frozen one stands by once it has woken up."""
+    needed = gone = 0
+    for fault in sorted(faults, key=lambda fault: (fault.step, fault.after)):
+        if fault.target in ("node", "supervisor"):
+            needed = max(needed, gone + len(fault.numbers))
+            gone += len(fault.numbers) if fault.action == "kill" else 0
+    return needed
+
 
 def _range(word: str, count: int) -> str:
     return f"{word} 0 alone" if count == 1 else f"{word}s 0 to {count - 1}"

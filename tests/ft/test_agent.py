@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from ft import durable
-from ft.agent_config import DurableConfig
-from ft.client import AgentClient
-from ft.errors import AuthenticationFailed, ForeignSnapshot, MemoryTooSmall
+from ft.agent_config import AgentConfig, DurableConfig, GroupConfig
+from ft.client import AgentClient, ensure_agent
+from ft.errors import AgentError, AuthenticationFailed, ForeignSnapshot, MemoryTooSmall
 from tests.support.ft_nodes import Nodes, equal, nodes, random_state, together
 
 
@@ -239,6 +239,17 @@ def test_too_little_memory_is_said_before_anything_begins(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("secret", [b"x" * 64, b""])
+def test_a_folder_too_deep_for_a_socket_is_said_before_anything_begins(tmp_path: Path) -> None:
+    deep = tmp_path / ("deep" * 25)
+    config = AgentConfig(
+        run="run", slot=0, folder=str(deep), shared=str(tmp_path), secret="", slot_bytes=0,
+        groups=(GroupConfig(members=(0,), parity=0),),
+    )  # fmt: skip
+    with pytest.raises(AgentError, match=r"at most 107 bytes, this one .*: set XDG_RUNTIME_DIR to a folder"):
+        ensure_agent(config)
+    assert not deep.exists()
+
+
 def test_a_stranger_on_the_socket_is_refused(tmp_path: Path, secret: bytes) -> None:
     with nodes(tmp_path, 1) as world:
         with pytest.raises(AuthenticationFailed):

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from ft import agent_repair, agent_settle
+from ft import agent_repair, agent_settle, events
 from ft.agent_chunks import Outbox
 from ft.agent_coding import Crew
-from ft.messages import Decode, Fetch, Inventory, Part, Pin, Read
+from ft.link import Link
+from ft.messages import Decode, Fetch, Inventory, Part, Pin, Read, SnapshotId
 from ft.state import Mode
-from ft.transport import Link
-from tests.support.ft_team import Team, team
+from tests.support.ft_team import LAYOUT, Team, team
 
 
 @pytest.fixture(autouse=True)
@@ -267,3 +267,22 @@ def test_an_outbox_forgets_what_a_closed_link_was_to_get() -> None:
     outbox = Outbox()
     outbox.add(Closed(), None)  # type: ignore[arg-type]
     assert outbox.idle
+
+
+def test_nobody_waits_for_a_slot_that_a_dead_agent_would_have_to_free(tmp_path: Path) -> None:
+    """The ranks of its node, which would start it again, may themselves wait for those who wait for a slot."""
+    with team(tmp_path, 4, 2, silence=0.5) as world:
+        world.kill(0)
+        world.write(3)
+        for agent in world.agents.values():
+            agent.feed(events.WorkerOpened(0, SnapshotId("run", 1, 4, LAYOUT)))
+        assert all(agent.state.waiting for agent in world.agents.values())
+        world.until(lambda: not any(agent.state.waiting for agent in world.agents.values()), "refusals", 30.0)
+        world.until(lambda: all(agent.state.away for agent in world.agents.values()), "all to know", 30.0)
+        for agent in world.agents.values():
+            agent.feed(events.WorkerOpened(0, SnapshotId("run", 1, 5, LAYOUT)))
+            assert not agent.state.waiting
+        world.start(0)
+        world.until(lambda: world.settled(2), "the next epoch")
+        world.check(2)
+        world.take(6)

@@ -79,6 +79,10 @@ class Machine(RuleBasedStateMachine):
     def reconnect(self, one: int, other: int) -> None:
         self.cluster.reconnect(self._slot(one), self._slot(other))
 
+    @rule(one=slot, other=slot)
+    def away(self, one: int, other: int) -> None:
+        self.cluster.away(self._slot(one), self._slot(other))
+
     @rule(slot=slot)
     def agent_dies(self, slot: int) -> None:
         self.cluster.crash(self._slot(slot))

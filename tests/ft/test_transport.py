@@ -16,9 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ft import auth
+from ft.bandwidth import TokenBucket
 from ft.errors import AuthenticationFailed
+from ft.link import Link
 from ft.messages import Bucket, Farewell, Hello, Known, Proof, SnapshotId, encode
-from ft.transport import Link, Network, TokenBucket
+from ft.network import Network
 
 SECRET = b"s" * 32
 SNAPSHOT = SnapshotId("run", 0, 1, "layout")

@@ -1,5 +1,7 @@
 """Faults of a drill: how they are written, what is refused, how campaigns are drawn."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,6 +75,30 @@ def test_faults_that_cannot_happen_are_refused(text: str, stage: Stage, words: s
     with pytest.raises(DrillError, match=r"^--kill") as caught:
         check([parse("kill", text)], stage)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("texts", "spares", "words"),
+    [
+        (["node:1@5"], 0, "the faults need 1 spare, and there are none: .*; give --spares 1,"),
+        (["nodes:0,3@5", "supervisor:1@7"], 2, "the faults need 3 spares, and there are 2: "),
+        (["nodes:0,3@5", "worker:1@7", "store@8"], 2, None),
+    ],
+)
+def test_every_lost_node_needs_a_spare(texts: list[str], spares: int, words: str | None) -> None:
+    wanted, stage = [parse("kill", text) for text in texts], replace(STAGE, spares=spares)
+    if words is None:
+        check(wanted, stage)
+    else:
+        with pytest.raises(DrillError, match=words):
+            check(wanted, stage)
+
+
+def test_a_frozen_node_stands_by_again_when_it_has_woken_up() -> None:
+    frozen = [parse("freeze", f"node:{slot}@{step}") for slot, step in ((1, 5), (2, 9))]
+    check(frozen, replace(STAGE, spares=1))
+    with pytest.raises(DrillError, match="need 2 spares"):
+        check([parse("kill", "node:0@3"), *frozen], replace(STAGE, spares=1))
 
 
 def test_a_disk_must_be_in_use() -> None:

@@ -283,6 +283,12 @@ class Cluster:
         for slot, peer in ((one, other), (other, one)):
             self.feed(slot, ev.PeerConnected(peer, self.boots[peer]))
 
+    def away(self, slot: int, peer: int) -> None:
+        """An agent has not heard of another one for long."""
+        if slot != peer:
+            self.feed(slot, ev.PeerLost(peer))
+            self.feed(slot, ev.PeerAway(peer))
+
     def crash(self, slot: int) -> None:
         """The agent dies with its memory; an empty one starts. What it sent may still be under way."""
         for snapshot in self.stored:
