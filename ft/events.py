@@ -174,7 +174,7 @@ class DurableEnded:
 
 Event: TypeAlias = (
     Configured | WorkerOpened | WorkerSealed | WorkerCancelled | WorkerLost | DataVerified | ParityVerified
-    | PeerConnected | PeerLost | Received | BucketArrived | Scrubbed | ChunkRebuilt | EpochAdvanced
+    | PeerConnected | PeerLost | PeerAway | Received | BucketArrived | Scrubbed | ChunkRebuilt | EpochAdvanced
     | DurableStarted | DurableEnded
 )  # fmt: skip
 

@@ -238,7 +238,6 @@ def test_too_little_memory_is_said_before_anything_begins(tmp_path: Path) -> Non
         world.start(0)
 
 
-@pytest.mark.parametrize("secret", [b"x" * 64, b""])
 def test_a_folder_too_deep_for_a_socket_is_said_before_anything_begins(tmp_path: Path) -> None:
     deep = tmp_path / ("deep" * 25)
     config = AgentConfig(
@@ -250,6 +249,7 @@ def test_a_folder_too_deep_for_a_socket_is_said_before_anything_begins(tmp_path:
     assert not deep.exists()
 
 
+@pytest.mark.parametrize("secret", [b"x" * 64, b""])
 def test_a_stranger_on_the_socket_is_refused(tmp_path: Path, secret: bytes) -> None:
     with nodes(tmp_path, 1) as world:
         with pytest.raises(AuthenticationFailed):
