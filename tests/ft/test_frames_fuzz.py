@@ -13,7 +13,7 @@ import atheris
 with atheris.instrument_imports(include=["ft"]):
     from ft.errors import FrameError, PeerLost
     from ft.messages import MESSAGE_LIMIT, AgentMessage, WorkerMessage, encode
-    from ft.transport import Channel, decoder_of
+    from ft.channel import Channel, decoder_of
 
 PAYLOAD = 4096
 DECODERS = [decoder_of(AgentMessage), decoder_of(WorkerMessage)]
