@@ -85,8 +85,8 @@ class Ours(Nothing):
         assert self.run.snapshots is not None
         self.run.snapshots.offer(self.run.state, self.run.meta(), seconds)
         self.blocked += time.perf_counter() - began
-        if self.run.snapshots.failure is not None:
-            raise RuntimeError(self.run.snapshots.failure)
+        if (reason := self.run.snapshots.news()) is not None:
+            raise RuntimeError(reason)
 
     def finish(self) -> None:
         self.before_update()
