@@ -4,11 +4,15 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from ft.agent_memory import HostMemory, host_memory
+from ft.placement import groups_of
 from parallel.layout import Coordinates, Layout, split_layers, stages_of
-from trainer.estimate import RankEstimate, estimate_rank, total_parameters
+from trainer.estimate import RankEstimate, estimate_rank, state_bytes, total_parameters
 from trainer.spec import JobSpec
 from trainer.stages import StagePlan, global_size_at, plan_stages
 
+SMALL_STATE = 1 << 20
+"""Bytes that a snapshot has for what is not tensors; `ft.snapshot.META_BYTES`."""
 CURVE_POINTS = 64
 """Steps at which a stage's learning rate is sampled for the plan, first and last included."""
 
@@ -36,6 +40,33 @@ class Plan:
     def estimates(self) -> tuple[RankEstimate, ...]:
         """What one rank holds, by pipeline coordinate; ranks that differ in data or tensor only hold as much."""
         return tuple(estimate_rank(self.job, pipeline) for pipeline in range(self.layout.pipeline))
+
+    @cached_property
+    def host_memory(self) -> HostMemory | None:
+        """What the snapshot agent of a node takes, at most; None without snapshots.
+
+        Raises:
+            PlacementError: the code does not fit the nodes.
+        """
+        spec, layout = self.job.snapshot, self.layout
+        if spec == "off":
+            return None
+        parts = [-(-(state_bytes(self.job, at) + SMALL_STATE) // spec.bucket) for at in range(layout.pipeline)]
+        buckets = [0] * layout.nodes
+        for rank in range(layout.world_size):
+            buckets[layout.node_of(rank)] += parts[layout.coordinates(rank).pipeline]
+        groups = {(group.size, group.m) for group in groups_of(layout.nodes, spec)}
+        possible = (
+            host_memory(
+                max(buckets) * spec.bucket,
+                members=size,
+                parity=parity,
+                bucket_bytes=spec.bucket,
+                durable=spec.durable is not None,
+            )
+            for size, parity in groups
+        )
+        return max(possible, key=lambda memory: memory.total)
 
     def layers_at(self, pipeline: int) -> list[range]:
         """Layers of the pipeline stages on one pipeline coordinate."""
@@ -74,6 +105,7 @@ class Plan:
                 }
                 for pipeline, estimate in enumerate(self.estimates)
             ],
+            "host_memory": None if (host := self.host_memory) is None else {**asdict(host), "total": host.total},
             "stages": [self._stage(stage) for stage in self.stages],
         }
 

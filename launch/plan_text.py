@@ -117,7 +117,17 @@ def _memory(plan: Plan) -> list[str]:
     return [
         f"parameters: {count(plan.parameters)} ({plan.parameters:,}) in total; estimate for each rank, by pipeline:",
         *table(("pipeline", "parameters", "weights", "gradients", "optimizer", "activations", "memory"), rows),
+        *_host_memory(plan),
     ]
+
+
+def _host_memory(plan: Plan) -> list[str]:
+    host = plan.host_memory
+    if host is None:
+        return []
+    parts = {"data slots": host.data, "parity slots": host.parity, "durable": host.durable, "receiving": host.receiving}
+    shown = ", ".join(f"{name} {size(value)}" for name, value in parts.items() if value)
+    return ["", f"snapshots: {size(host.total)} of each node's host memory: {shown}"]
 
 
 def _stages(plan: Plan) -> list[str]:

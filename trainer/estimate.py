@@ -72,6 +72,17 @@ def estimate_rank(job: JobSpec, pipeline: int) -> RankEstimate:
     )
 
 
+def state_bytes(job: JobSpec, pipeline: int) -> int:
+    """What every rank at this pipeline coordinate stores in a snapshot: stored weights and moments, one copy of each.
+
+    Ranks that hold the same share the storing, so that it does not depend on how the data axis keeps the state.
+    """
+    stages = stages_of(pipeline, job.parallel)
+    elements = sum(_elements(_local_shapes(job, stage).values()) for stage in stages)
+    master, _ = _bytes_of(job.numerics)
+    return ceil(elements / job.parallel.data) * master * (1 + _moments(job.optimizer))
+
+
 def _estimate_flattened(job: JobSpec, pipeline: int) -> RankEstimate:
     """The same for the engines whose optimizers cut flattened buffers in equal parts (Rajbhandari et al., 2020).
 

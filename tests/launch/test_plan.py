@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.plan import Plan, sampled_steps
+from launch.plan import SMALL_STATE, Plan, sampled_steps
 from launch.plan_plot import draw_plan
 from launch.plan_text import chart, count, print_plan, size
 from trainer.errors import OutputError
@@ -83,3 +83,16 @@ def test_counts(number: float, text: str) -> None:
 @pytest.mark.parametrize(("number", "text"), [(12, "12 B"), (2048, "2.0 KiB"), (35.9 * 2**30, "35.9 GiB")])
 def test_sizes(number: float, text: str) -> None:
     assert size(number) == text
+
+
+def test_host_memory_is_the_snapshots_of_the_largest_node() -> None:
+    """2 S (1 + m/k), + S with the durable tier; S is weights and two moments in fp32 once, and room beside them."""
+    bucket = 1 << 16
+    snapshot = f"{{every: 1, bucket: {bucket}, code: {{data: 2, parity: 2}}, durable: {{every: 1}}}}"
+    made = plan("parallel.data=4", "cluster.ranks_per_node=1", f"snapshot={snapshot}")
+    host = made.host_memory
+    assert host is not None
+    state = made.parameters * 12 / 4 + SMALL_STATE
+    assert state <= host.durable < state + 3 * bucket
+    assert (host.data, host.parity) == (2 * host.durable, 2 * host.durable)
+    assert plan().host_memory is None
