@@ -119,18 +119,7 @@ def _write(
     tmp: Path, maker: Maker, recipes: Mapping[str, Recipe], hashes: dict[str, str], progress: Progress
 ) -> durable.Part:
     total, done = sum(maker.bytes(recipe) for recipe in recipes.values()), 0
-
-    def blocks(piece: Piece) -> Any:
-        nonlocal done
-        recipe = recipes[piece.name]
-        as_stored = xxhash.xxh3_64()
-        converted = not maker.keeps(recipe)
-        for block in maker.blocks(recipe, as_stored.update if converted else None):
-            yield block
-            done += len(block)
-            progress(done, total)
-        if converted:
-            hashes[piece.name] = as_stored.hexdigest()
+    as_stored = {name: xxhash.xxh3_64() for name, recipe in recipes.items() if not maker.keeps(recipe)}
 
     pieces = [
         Piece(
@@ -142,10 +131,26 @@ def _write(
         )
         for name, recipe in recipes.items()
     ]
-    try:
-        return durable.write_part_blocks(tmp, 0, pieces, blocks)
-    except FtError as error:
-        raise CheckpointError(str(error)) from error
+
+    def seen(recipe: Recipe) -> Callable[[Any], object] | None:
+        sums = as_stored.get(PREFIX + recipe.name)
+        return None if sums is None else sums.update
+
+    with maker.ahead(recipes.values(), seen) as take:
+
+        def blocks(piece: Piece) -> Any:
+            nonlocal done
+            for block in take(recipes[piece.name]):
+                yield block
+                done += len(block)
+                progress(done, total)
+
+        try:
+            part = durable.write_part_blocks(tmp, 0, pieces, blocks)
+        except FtError as error:
+            raise CheckpointError(str(error)) from error
+    hashes.update({name: sums.hexdigest() for name, sums in as_stored.items()})
+    return part
 
 
 def _spec(folder: HuggingFaceFolder) -> ModelSpec:

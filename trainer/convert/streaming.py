@@ -1,6 +1,10 @@
 """Tensors made from recipes, in blocks of bounded size: memory does not grow with the model."""
 
-from collections.abc import Callable, Iterator
+import contextlib
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,8 +13,10 @@ from ft.contents import ITEM_SIZE, Bytes
 from trainer.convert.dtypes import cast
 from trainer.convert.recipes import Recipe
 
-BLOCK = 16 << 20
+BLOCK = 8 << 20
 """Bytes read at once."""
+_AHEAD = 2
+"""Blocks that are made while one is in use."""
 
 
 class Source(Protocol):
@@ -29,8 +35,8 @@ class Maker:
     def __init__(self, source: Source, dtype: str | None) -> None:
         self._source = source
         self._dtype = dtype
-        # Touched once: fresh memory for every block would cost more than the reading.
-        self._block = np.empty(BLOCK, np.uint8)
+        # Touched once: fresh memory for every block would cost more than the reading. One is in use, one is filled.
+        self._memory = deque(np.empty(BLOCK, np.uint8) for _ in range(_AHEAD + 2))
 
     def dtype(self, recipe: Recipe) -> str:
         return self._dtype or self._source.dtype(recipe.runs[0][0])
@@ -43,33 +49,86 @@ class Maker:
         return recipe.elements * ITEM_SIZE[self.dtype(recipe)]
 
     def blocks(self, recipe: Recipe, seen: Callable[[Any], object] | None = None) -> Iterator[Bytes]:
-        """The bytes of the tensor; a block is overwritten by the next. `seen` is called with them before any cast."""
+        """The bytes of the tensor; a block lasts until the next is asked for. `seen` gets them before any cast."""
         stored = self._source.dtype(recipe.runs[0][0])
         for block in self._turned(recipe, stored) if recipe.turned else self._gathered(recipe, stored):
             if seen is not None:
                 seen(block)
             yield cast(block, stored, self.dtype(recipe), recipe.name)
 
+    @contextlib.contextmanager
+    def ahead(
+        self, recipes: Iterable[Recipe], seen: Callable[[Recipe], Callable[[Any], object] | None] = lambda _: None
+    ) -> Iterator[Callable[[Recipe], Iterator[Bytes]]]:
+        """`blocks` of all recipes, which a thread reads and casts while those before are written.
+
+        Tensors must be taken in the order of `recipes`, each to its end. What the thread raises, the taker raises.
+        """
+        made: queue.Queue[tuple[str, Bytes | BaseException | None]] = queue.Queue(_AHEAD)
+        stopped = threading.Event()
+
+        def put(name: str, what: Bytes | BaseException | None) -> None:
+            while not stopped.is_set():
+                with contextlib.suppress(queue.Full):
+                    made.put((name, what), timeout=0.1)
+                    return
+
+        def make() -> None:
+            name = ""
+            try:
+                for recipe in recipes:
+                    name = recipe.name
+                    for block in self.blocks(recipe, seen(recipe)):
+                        put(name, block)
+                        if stopped.is_set():
+                            return
+                    put(name, None)
+            except BaseException as error:
+                put(name, error)
+
+        def take(recipe: Recipe) -> Iterator[Bytes]:
+            while True:
+                name, what = made.get()
+                if isinstance(what, BaseException):
+                    raise what
+                assert name == recipe.name, f"{recipe.name} taken, {name} is next"
+                if what is None:
+                    return
+                yield what
+
+        thread = threading.Thread(target=make, name="read ahead", daemon=True)
+        thread.start()
+        try:
+            yield take
+        finally:
+            stopped.set()
+            thread.join()
+
     def _gathered(self, recipe: Recipe, stored: str) -> Iterator[Bytes]:
-        size, filled = ITEM_SIZE[stored], 0
+        size, filled, memory = ITEM_SIZE[stored], 0, self._memory[0]
         for name, first, last in recipe.runs:
             start, stop = first * size, last * size
             while start < stop:
+                if filled == 0:
+                    # A block that was given away may be in use until all others were given away too.
+                    self._memory.rotate(1)
+                    memory = self._memory[0]
                 count = min(stop - start, BLOCK - filled)
-                self._source.read(name, start, self._block[filled : filled + count])
+                self._source.read(name, start, memory[filled : filled + count])
                 start, filled = start + count, filled + count
                 if filled == BLOCK:
-                    yield self._block
+                    yield memory
                     filled = 0
         if filled:
-            yield self._block[:filled]
+            yield memory[:filled]
 
     def _turned(self, recipe: Recipe, stored: str) -> Iterator[Bytes]:
         size, at = ITEM_SIZE[stored], 0
         whole = np.empty(recipe.elements * size, np.uint8)
-        for block in self._gathered(recipe, stored):
-            whole[at : at + len(block)] = block
-            at += len(block)
+        for name, first, last in recipe.runs:
+            count = (last - first) * size
+            self._source.read(name, first * size, whole[at : at + count])
+            at += count
         rows, columns = recipe.shape
         matrix = whole.view(f"u{size}").reshape(columns, rows).T
         step = max(1, BLOCK // (columns * size))

@@ -155,15 +155,18 @@ def _write(
 ) -> None:
     total, done = sum(maker.bytes(recipe) for recipe in recipes.values()), 0
 
-    def blocks(name: str) -> Any:
-        nonlocal done
-        for block in maker.blocks(recipes[name]):
-            yield block
-            done += len(block)
-            progress(done, total)
+    with maker.ahead(recipes[name] for names in shards.values() for name in names) as take:
 
-    for file, names in shards.items():
-        write_tensors(tmp / file, {name: (maker.dtype(recipes[name]), recipes[name].shape) for name in names}, blocks)
+        def blocks(name: str) -> Any:
+            nonlocal done
+            for block in take(recipes[name]):
+                yield block
+                done += len(block)
+                progress(done, total)
+
+        for file, names in shards.items():
+            tensors = {name: (maker.dtype(recipes[name]), recipes[name].shape) for name in names}
+            write_tensors(tmp / file, tensors, blocks)
     if len(shards) > 1:
         index = {
             "metadata": {
