@@ -19,6 +19,7 @@ from ft.agent_config import DurableConfig
 from ft.contents import Bytes, Contents, contents_length, decode_contents
 from ft.errors import FtError
 from ft.messages import SnapshotId
+from ft.part_writer import write_part
 
 if TYPE_CHECKING:
     from ft.agent import Agent
@@ -92,7 +93,7 @@ class DurableWriter:
             for contents, part in found:
                 tensors = [(piece, part[start : start + piece.bytes]) for piece, start in contents.entries]
                 meta = {"keepwarm.meta": contents.meta.decode()}
-                durable.write_part(tmp, contents.rank, tensors, meta=meta, compress=self._config.compress)
+                write_part(tmp, contents.rank, tensors, meta=meta, compress=self._config.compress)
             if first:
                 self._publish(snapshot, tmp, found[0][0])
         except (OSError, FtError, ValueError) as error:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from ft import durable
 from ft.contents import ITEM_SIZE, Bytes, Piece
 from ft.errors import FtError
+from ft.part_writer import write_part_blocks
 from trainer.convert.dtypes import NAMES, as_float32, cast
 from trainer.convert.native import PREFIX, NativeCheckpoint, Tensor
 from trainer.convert.output_folder import new_folder
@@ -57,7 +58,7 @@ def average(
             return _mean(opened, shares, piece, MOVING + piece.name if moving else piece.name)
 
         try:
-            part = durable.write_part_blocks(tmp, 0, pieces, blocks)
+            part = write_part_blocks(tmp, 0, pieces, blocks)
             name = destination.resolve().name
             durable.write_manifest(tmp, run=name, epoch=0, step=0, layout="whole", ranks=1, meta=meta)
         except FtError as error:

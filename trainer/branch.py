@@ -12,6 +12,7 @@ from typing import Any
 
 from ft import durable
 from ft.errors import FtError
+from ft.manifest import MANIFEST, read_manifest
 from trainer.errors import CheckpointError, OutputError, SpecError
 from trainer.schedule import LrCurve
 from trainer.spec import JobSpec
@@ -70,12 +71,12 @@ def branched(folder: Path, step: int, tokens: int, overrides: Sequence[str] = ()
 def branch_point(folder: Path, job: JobSpec, step: int) -> BranchPoint:
     """The checkpoint of `step`, which lies in the constant phase; raises as `branched`."""
     path = durable.folder(folder / "checkpoints", step)
-    if not (path / durable.MANIFEST).is_file():
+    if not (path / MANIFEST).is_file():
         found = [int(have.name.removeprefix("iter_")) for have in durable.checkpoints(folder / "checkpoints")]
         has = f"there are those of steps {', '.join(map(str, sorted(found)))}" if found else "there are none"
         raise CheckpointError(f"{folder}: no checkpoint of step {step}; {has} (checkpoint.every and checkpoint.keep)")
     try:
-        meta = durable.read_manifest(path).meta
+        meta = read_manifest(path).meta
     except FtError as error:
         raise CheckpointError(str(error)) from error
     plan = next((plan for plan in plan_stages(job) if plan.start_step < step <= plan.end_step), None)

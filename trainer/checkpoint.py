@@ -15,6 +15,8 @@ import xxhash
 from ft import durable
 from ft.contents import Bytes, Move, Piece, move_bytes, plan
 from ft.errors import FtError
+from ft.manifest import Entry, Manifest, Part
+from ft.part_writer import write_part
 from ft.snapshot import DTYPES, piece_of
 from parallel.shard import Shard
 from trainer.checkpoint_store import Checkpoint, opened
@@ -67,7 +69,7 @@ class Checkpoints:
                 tmp.mkdir(parents=True, exist_ok=True)
             self._world.barrier()
             mine = [shard for shard in shards.values() if shard.replicas[0] == self._world.rank]
-            durable.write_part(tmp, self._world.rank, [(piece_of(shard), host_bytes(shard.local)) for shard in mine])
+            write_part(tmp, self._world.rank, [(piece_of(shard), host_bytes(shard.local)) for shard in mine])
         except (OSError, FtError) as error:
             failure = error
         self._agree(failure)
@@ -144,10 +146,10 @@ def load_weights(path: Path | str, shards: Mapping[str, Shard]) -> dict[str, Any
         raise CheckpointError(str(error)) from error
 
 
-Sources = list[tuple[durable.Part, durable.Entry]]
+Sources = list[tuple[Part, Entry]]
 
 
-def _by_name(manifest: durable.Manifest) -> dict[str, Sources]:
+def _by_name(manifest: Manifest) -> dict[str, Sources]:
     found: dict[str, Sources] = {}
     for part in manifest.parts:
         for entry in part.entries:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ft import durable
 from ft.errors import DurableError, FtError
+from ft.manifest import MANIFEST, Manifest, decode_manifest
 from trainer.checkpoint_store import filesystem, is_url
 from trainer.convert.from_huggingface import FILES
 from trainer.convert.native import find_checkpoint
@@ -51,16 +52,14 @@ def find(url: str) -> str:
     """
     url = url.rstrip("/")
     files, path = filesystem(url)
-    if files.exists(f"{path}/{durable.MANIFEST}"):
+    if files.exists(f"{path}/{MANIFEST}"):
         return url
     for below in ("", "/checkpoints"):
         with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
             name = files.cat_file(f"{path}{below}/{durable.LATEST}").decode().strip()
-            if _NAME.fullmatch(name) and files.exists(f"{path}{below}/{name}/{durable.MANIFEST}"):
+            if _NAME.fullmatch(name) and files.exists(f"{path}{below}/{name}/{MANIFEST}"):
                 return f"{url}{below}/{name}"
-    raise CheckpointError(
-        f"{url}: neither a checkpoint ({durable.MANIFEST}) nor a folder whose {durable.LATEST} names one"
-    )
+    raise CheckpointError(f"{url}: neither a checkpoint ({MANIFEST}) nor a folder whose {durable.LATEST} names one")
 
 
 def _upload(source: str, destination: str, progress: Progress) -> dict[str, Any]:
@@ -72,7 +71,7 @@ def _upload(source: str, destination: str, progress: Progress) -> dict[str, Any]
     name = durable.folder(Path(), manifest.step).name
     target = f"{root}/{name}"
     try:
-        if files.exists(f"{target}/{durable.MANIFEST}"):
+        if files.exists(f"{target}/{MANIFEST}"):
             raise OutputError(f"{destination}/{name} exists already: delete it or choose another place")
         files.makedirs(target, exist_ok=True)
         names = _files(manifest)
@@ -89,7 +88,7 @@ def _upload(source: str, destination: str, progress: Progress) -> dict[str, Any]
                 raise OutputError(
                     f"{destination}/{name}/{file}: {size} bytes arrived of {(path / file).stat().st_size}"
                 )
-        files.pipe_file(f"{target}/{durable.MANIFEST}", (path / durable.MANIFEST).read_bytes())
+        files.pipe_file(f"{target}/{MANIFEST}", (path / MANIFEST).read_bytes())
         if _moves_forward(files, root, manifest):
             files.pipe_file(f"{root}/{durable.LATEST}", f"{name}\n".encode())
     except OSError as error:
@@ -100,7 +99,7 @@ def _upload(source: str, destination: str, progress: Progress) -> dict[str, Any]
 def _download(source: str, root: Path, progress: Progress) -> dict[str, Any]:
     url = find(source) if is_url(source) else find_checkpoint(Path(source)).resolve().as_uri()
     files, path = filesystem(url)
-    manifest = durable.decode_manifest(files.cat_file(f"{path}/{durable.MANIFEST}"), f"{url}/{durable.MANIFEST}")
+    manifest = decode_manifest(files.cat_file(f"{path}/{MANIFEST}"), f"{url}/{MANIFEST}")
     final = durable.folder(root, manifest.step)
     if final.exists():
         raise OutputError(f"{final} exists already: delete it or choose another place")
@@ -109,7 +108,7 @@ def _download(source: str, root: Path, progress: Progress) -> dict[str, Any]:
         tmp.mkdir(parents=True)
         names = _files(manifest)
         total, done = sum(files.info(f"{path}/{file}")["size"] for file in names), 0
-        for file in [*names, durable.MANIFEST]:
+        for file in [*names, MANIFEST]:
             (tmp / file).parent.mkdir(exist_ok=True)
             with files.open(f"{path}/{file}", "rb") as read, (tmp / file).open("xb") as written:
                 for block in _blocks(read):
@@ -129,20 +128,20 @@ def _download(source: str, root: Path, progress: Progress) -> dict[str, Any]:
     return {"path": str(final), "step": manifest.step, "bytes": total}
 
 
-def _files(manifest: durable.Manifest) -> list[str]:
+def _files(manifest: Manifest) -> list[str]:
     """Everything but the manifest: parts, and what was carried along from elsewhere."""
     carried = (manifest.meta.get(FILES) or {}).get("files", {})
     for name in carried:
         if Path(name).name != name or name in ("", ".", ".."):
-            raise DurableError(f"{durable.MANIFEST}: {name!r} is not the name of a file")
+            raise DurableError(f"{MANIFEST}: {name!r} is not the name of a file")
     return [*(part.file for part in manifest.parts), *(f"{FILES}/{name}" for name in carried)]
 
 
-def _moves_forward(files: Any, root: str, manifest: durable.Manifest) -> bool:
+def _moves_forward(files: Any, root: str, manifest: Manifest) -> bool:
     """Whether what `latest` names there is older, or is nothing that can be read."""
     with contextlib.suppress(FileNotFoundError, UnicodeDecodeError, FtError):
         name = files.cat_file(f"{root}/{durable.LATEST}").decode().strip()
-        other = durable.decode_manifest(files.cat_file(f"{root}/{name}/{durable.MANIFEST}"), name)
+        other = decode_manifest(files.cat_file(f"{root}/{name}/{MANIFEST}"), name)
         return (manifest.epoch, manifest.step) >= (other.epoch, other.step)
     return True
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from ft import durable
 from ft.contents import ITEM_SIZE, Bytes
 from ft.errors import FtError
+from ft.manifest import MANIFEST
 from trainer.convert.dtypes import as_float32
 from trainer.convert.from_huggingface import FILES, file_sum
 from trainer.convert.native import NativeCheckpoint, find_checkpoint
@@ -38,7 +39,7 @@ def verify(path: Path, progress: Progress) -> dict[str, Any]:
     carried = (manifest.meta.get(FILES) or {}).get("files", {})
     for name, expected in carried.items():
         if Path(name).name != name or file_sum(found / FILES / name) != expected:
-            raise CheckpointError(f"{found / FILES / name}: does not match its checksum in {durable.MANIFEST}")
+            raise CheckpointError(f"{found / FILES / name}: does not match its checksum in {MANIFEST}")
     return {
         "path": str(found),
         "step": manifest.step,

@@ -13,9 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
-from ft import durable
 from ft.contents import Bytes
 from ft.errors import DurableError
+from ft.manifest import CHUNK, MANIFEST, Entry, Part, decode_manifest
+from ft.part_reader import expand
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*(::|://)", re.IGNORECASE)
 
@@ -119,34 +120,34 @@ class Checkpoint:
     def __init__(self, store: Store) -> None:
         self._store = store
         self.name = store.name
-        with self._explained(durable.MANIFEST):
-            content = store.whole(durable.MANIFEST)
-        self.manifest = durable.decode_manifest(content, f"{store.name}/{durable.MANIFEST}")
+        with self._explained(MANIFEST):
+            content = store.whole(MANIFEST)
+        self.manifest = decode_manifest(content, f"{store.name}/{MANIFEST}")
 
-    def span(self, part: durable.Part, entry: durable.Entry, start: int, stop: int) -> tuple[int, Bytes]:
+    def span(self, part: Part, entry: Entry, start: int, stop: int) -> tuple[int, Bytes]:
         """Bytes `start ... stop` of a piece, with what else was read to check them: (first byte, bytes from there)."""
         size = entry.stop - entry.start
         if not entry.chunks or part.compressed:
             out = np.empty(size, np.uint8)
             self.piece(part, entry, out)
             return 0, out
-        first, last = start // durable.CHUNK, -(-stop // durable.CHUNK)
-        low, high = first * durable.CHUNK, min(last * durable.CHUNK, size)
+        first, last = start // CHUNK, -(-stop // CHUNK)
+        low, high = first * CHUNK, min(last * CHUNK, size)
         out = np.empty(high - low, np.uint8)
         with self._explained(part.file):
             self._store.fill(part.file, part.header_bytes + entry.start + low, out)
         for index in range(first, last):
-            chunk = out[index * durable.CHUNK - low : (index + 1) * durable.CHUNK - low]
+            chunk = out[index * CHUNK - low : (index + 1) * CHUNK - low]
             self._compare(part, entry, xxhash.xxh3_64_hexdigest(chunk.data), entry.chunks[index])
         return low, out
 
-    def piece(self, part: durable.Part, entry: durable.Entry, out: Bytes) -> None:
+    def piece(self, part: Part, entry: Entry, out: Bytes) -> None:
         """A whole piece into `out`, checked."""
         seen = xxhash.xxh3_64()
         with self._explained(part.file):
             if part.compressed:
                 with self._store.stream(part.file) as file:
-                    durable.expand(file, part, entry, f"{self.name}/{part.file}", out)
+                    expand(file, part, entry, f"{self.name}/{part.file}", out)
                 seen.update(out.data)
             else:
                 step = self._store.block or max(len(out), 1)
@@ -156,7 +157,7 @@ class Checkpoint:
                     seen.update(block.data)
         self._compare(part, entry, seen.hexdigest(), entry.xxh3)
 
-    def _compare(self, part: durable.Part, entry: durable.Entry, seen: str, written: str) -> None:
+    def _compare(self, part: Part, entry: Entry, seen: str, written: str) -> None:
         if seen != written:
             raise DurableError(
                 f"{self.name}/{part.file}: {entry.piece.name} has checksum {seen}, written was {written}"
@@ -167,7 +168,7 @@ class Checkpoint:
         try:
             yield
         except FileNotFoundError as error:
-            more = "; the checkpoint was never completed" if file == durable.MANIFEST else ""
+            more = "; the checkpoint was never completed" if file == MANIFEST else ""
             raise DurableError(f"{self.name}/{file}: missing{more}") from error
         except OSError as error:
             raise DurableError(f"{self.name}/{file}: {error.strerror or error}") from error

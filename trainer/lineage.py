@@ -9,6 +9,7 @@ from typing import Any
 
 from ft import durable
 from ft.errors import DurableError
+from ft.manifest import MANIFEST, Manifest, read_manifest
 from trainer.convert.huggingface_folder import NOTE
 from trainer.errors import CheckpointError
 
@@ -43,7 +44,7 @@ def describe(path: Path) -> Artefact | None:
     path = _owner(path.resolve())
     if (path / RUN_FILE).is_file():
         return _run(path)
-    if (path / durable.MANIFEST).is_file():
+    if (path / MANIFEST).is_file():
         return _checkpoint(path)
     if (path / NOTE).is_file():
         note = _json(path / NOTE)
@@ -60,9 +61,7 @@ def ancestry(path: Path) -> dict[Path, Artefact]:
     """
     first = describe(path)
     if first is None:
-        raise CheckpointError(
-            f"{path}: neither a run ({RUN_FILE}), a checkpoint ({durable.MANIFEST}) nor an export ({NOTE})"
-        )
+        raise CheckpointError(f"{path}: neither a run ({RUN_FILE}), a checkpoint ({MANIFEST}) nor an export ({NOTE})")
     found, open_ = {first.path: first}, [first]
     while open_:
         for parent in open_.pop().parents:
@@ -199,9 +198,9 @@ def _unknown(path: Path) -> Artefact:
     return Artefact(path=path, kind="folder" if path.exists() else "gone")
 
 
-def _manifest(path: Path) -> durable.Manifest | None:
+def _manifest(path: Path) -> Manifest | None:
     try:
-        return durable.read_manifest(path)
+        return read_manifest(path)
     except DurableError:
         return None
 

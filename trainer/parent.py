@@ -15,6 +15,7 @@ import torch
 
 from ft import durable
 from ft.errors import FtError
+from ft.manifest import MANIFEST, read_manifest
 from parallel.model import ModelParts
 from parallel.shard import Shard
 from trainer import checkpoint
@@ -52,7 +53,7 @@ def adopt(job: JobSpec, model: ModelParts, shards: Mapping[str, Shard], tokenize
     origin = Path(job.init_from)
     if (origin / CONFIG).is_file():
         with _converted(origin, Path(job.output) / "parent", world) as path:
-            _check_computation(origin, durable.read_manifest(path).meta["model"], job)
+            _check_computation(origin, read_manifest(path).meta["model"], job)
             _check_tokenizer(origin, tokenizer)
             found = _adopt(job, path, model, shards, tokenizer)
         return replace(found, record=found.record | {"path": str(origin)})
@@ -61,7 +62,7 @@ def adopt(job: JobSpec, model: ModelParts, shards: Mapping[str, Shard], tokenize
 
 def _adopt(job: JobSpec, path: Path, model: ModelParts, shards: Mapping[str, Shard], tokenizer: str | None) -> Parent:
     try:
-        manifest = durable.read_manifest(path)
+        manifest = read_manifest(path)
     except FtError as error:
         raise CheckpointError(f"init_from: {error}") from error
     stored = {entry.piece.name: entry.piece.global_shape for part in manifest.parts for entry in part.entries}
@@ -129,7 +130,7 @@ def _check_tokenizer(origin: Path, tokenizer: str | None) -> None:
 
 def _newest(path: Path) -> Path:
     """A checkpoint itself, or the newest of a run folder or a folder of checkpoints."""
-    if (path / durable.MANIFEST).is_file():
+    if (path / MANIFEST).is_file():
         return path
     for folder in (path / "checkpoints", path):
         if folder.is_dir() and (newest := durable.latest(folder)) is not None:

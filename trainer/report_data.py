@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ft import durable
+from ft.manifest import read_manifest
 from trainer.data.ledger import Ledger
 from trainer.data.segment import ReplayShare, Segment, Share
 from trainer.data.table import UNITS
@@ -114,7 +115,7 @@ def gather(folder: Path) -> RunReport:
         raise OutputError(f"{folder}: nothing was recorded yet (metrics.jsonl is missing or empty)")
     meta: dict[str, Any] = {}
     if (newest := durable.latest(folder / "checkpoints")) is not None:
-        meta = durable.read_manifest(newest).meta
+        meta = read_manifest(newest).meta
     return RunReport(
         folder=folder,
         job=job,

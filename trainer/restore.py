@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from ft import durable
 from ft.errors import ChunkCorrupt, ForeignSnapshot, FtError
+from ft.manifest import read_manifest
 from parallel.shard import Shard
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoints
@@ -128,8 +129,8 @@ def _fill(
 def _newest_on_disk(checkpoints: Checkpoints, world: World) -> tuple[Path, tuple[int, int]] | None:
     """The newest complete checkpoint and its (epoch, step), as rank 0 sees it: agents may publish another meanwhile."""
     path = checkpoints.latest() if world.rank == 0 else None
-    step = world.largest(-1 if path is None else durable.read_manifest(path).step)
+    step = world.largest(-1 if path is None else read_manifest(path).step)
     if step < 0:
         return None
     agreed = durable.folder(checkpoints.root, step)
-    return agreed, (durable.read_manifest(agreed).epoch, step)
+    return agreed, (read_manifest(agreed).epoch, step)

@@ -14,6 +14,7 @@ from ft import durable
 from ft.agent_config import AgentConfig, DurableConfig, GroupConfig
 from ft.client import AgentClient, ensure_agent
 from ft.errors import AgentError, AuthenticationFailed, ForeignSnapshot, MemoryTooSmall
+from ft.part_reader import read_tensor
 from tests.support.ft_nodes import Nodes, equal, nodes, random_state, together
 
 
@@ -288,7 +289,7 @@ def test_committed_snapshots_become_checkpoints(tmp_path: Path) -> None:
         for rank, part in enumerate(manifest.parts):
             assert part.rank == rank
         out = torch.empty_like(states[1]["w"].local)
-        durable.read_tensor(latest, manifest.parts[1], "w", out.reshape(-1).view(torch.uint8).numpy())
+        read_tensor(latest, manifest.parts[1], "w", out.reshape(-1).view(torch.uint8).numpy())
         assert torch.equal(out, states[1]["w"].local)
 
 

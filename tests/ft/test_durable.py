@@ -14,6 +14,9 @@ from hypothesis import strategies as st
 from ft import durable
 from ft.contents import Piece, as_bytes
 from ft.errors import DurableError
+from ft.manifest import read_manifest
+from ft.part_reader import read_tensor
+from ft.part_writer import write_part
 
 
 def tensors(rank: int) -> list[tuple[Piece, Any]]:
@@ -37,7 +40,7 @@ def checkpoint(root: Path, epoch: int = 0, step: int = 100, compress: bool = Fal
     tmp = durable.staging(root, epoch, step)
     tmp.mkdir()
     for rank in (0, 1):
-        durable.write_part(tmp, rank, tensors(rank), compress=compress)
+        write_part(tmp, rank, tensors(rank), compress=compress)
     durable.write_manifest(tmp, run="r", epoch=epoch, step=step, layout="l", ranks=2, meta={"tokens": 5})
     durable.verify(tmp)
     return tmp
@@ -52,13 +55,13 @@ def test_what_was_written_is_read(tmp_path: Path, compress: bool) -> None:
         assert part.compressed == compress
         for piece, data in tensors(rank):
             out = np.zeros(piece.bytes, np.uint8)
-            durable.read_tensor(folder, part, piece.name, out)
+            read_tensor(folder, part, piece.name, out)
             np.testing.assert_array_equal(out, as_bytes(data))
             assert piece in [entry.piece for entry in part.entries]
 
 
 def test_the_safetensors_library_reads_a_part(tmp_path: Path) -> None:
-    part = durable.write_part(tmp_path, 0, [t for t in tensors(0) if t[0].dtype != "BF16"])
+    part = write_part(tmp_path, 0, [t for t in tensors(0) if t[0].dtype != "BF16"])
     loaded = safetensors.numpy.load_file(tmp_path / part.file)
     assert loaded["model.w"].tolist() == tensors(0)[0][1].tolist()
     assert loaded["step"] == 7
@@ -75,7 +78,7 @@ def content_unharmed(bad: bytes, good: bytes) -> bool:
 
 
 def test_the_file_is_private(tmp_path: Path) -> None:
-    part = durable.write_part(tmp_path, 0, tensors(0))
+    part = write_part(tmp_path, 0, tensors(0))
     assert (tmp_path / part.file).stat().st_mode & 0o777 == 0o600
 
 
@@ -112,7 +115,7 @@ def test_a_foreign_file_is_refused(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
-    durable.write_part(tmp_path, 0, tensors(0))
+    write_part(tmp_path, 0, tensors(0))
     with pytest.raises(DurableError, match="0 parts of rank 1"):
         durable.write_manifest(tmp_path, run="r", epoch=0, step=1, layout="l", ranks=2, meta={})
 
@@ -123,7 +126,7 @@ def test_a_manifest_cannot_name_other_files(tmp_path: Path) -> None:
     manifest["parts"][0]["file"] = "../../rank_00000.safetensors"
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DurableError, match="not the name of a part"):
-        durable.read_manifest(folder)
+        read_manifest(folder)
 
 
 def test_latest_only_moves_forward(tmp_path: Path) -> None:
@@ -138,7 +141,7 @@ def test_latest_only_moves_forward(tmp_path: Path) -> None:
     assert durable.latest(tmp_path) == tmp_path / "iter_0000120"
     assert publish(1, 200)
     assert not publish(0, 200)
-    assert durable.read_manifest(tmp_path / "iter_0000200").epoch == 1
+    assert read_manifest(tmp_path / "iter_0000200").epoch == 1
     assert (tmp_path / "latest").read_text() == "iter_0000200\n"
 
 

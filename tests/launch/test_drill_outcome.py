@@ -10,6 +10,7 @@ import pytest
 
 from ft import durable
 from ft.contents import Piece
+from ft.part_writer import write_part
 from launch.drill.campaign import Result
 from launch.drill.compare import differences
 from launch.drill.faults import parse
@@ -129,7 +130,7 @@ def checkpoint(folder: Path, value: int) -> None:
     tmp.mkdir(parents=True)
     for rank, flat in enumerate([(0, 3), (3, 4)]):
         piece = Piece(name="model.w", global_shape=(4,), offsets=(0,), shape=(4,), dtype="U8", flat=flat)
-        durable.write_part(tmp, rank, [(piece, np.full(piece.elements, 0 if rank else value, np.uint8))])
+        write_part(tmp, rank, [(piece, np.full(piece.elements, 0 if rank else value, np.uint8))])
     durable.write_manifest(tmp, run="r", epoch=1, step=2, layout="l", ranks=2, meta={})
     durable.publish(tmp, final)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ft import durable
+from ft.manifest import read_manifest
 from parallel.shard import Shard
 from tests.support.faulty_conversion import Faults, in_child
 from trainer.checkpoint import Checkpoints
@@ -70,7 +71,7 @@ def main(kind: str, what: str, folder: Path) -> int:
         durable.sweep(root)
         assert not list(root.glob("tmp-*")), f"fault {at} left {list(root.iterdir())}"
         shutil.rmtree(root)
-    assert durable.read_manifest(durable.latest(root) or root).meta["epoch"] == (0 if what == "new" else 1)
+    assert read_manifest(durable.latest(root) or root).meta["epoch"] == (0 if what == "new" else 1)
     return at - 1
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ft import durable
+from ft.part_writer import write_part
 from ft.snapshot import piece_of
 from parallel.data import shard_size_of
 from parallel.layout import Layout, split_layers, stages_of
@@ -91,7 +92,7 @@ def write_checkpoint(root: Path, model: ModelSpec, case: Case, state: State, met
     tmp.mkdir()
     for rank in range(case.layout.world_size):
         mine = [shard for shard in shards_of(rank, model, case, state).values() if shard.replicas[0] == rank]
-        durable.write_part(tmp, rank, [(piece_of(shard), host_bytes(shard.local)) for shard in mine])
+        write_part(tmp, rank, [(piece_of(shard), host_bytes(shard.local)) for shard in mine])
     durable.write_manifest(tmp, run="run", epoch=0, step=1, layout="any", ranks=case.layout.world_size, meta=meta)
     durable.publish(tmp, final)
     return final

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ft import durable
+from ft.manifest import read_manifest
 from parallel.shard import Shard
 from trainer.average import average
 from trainer.branch import branched
@@ -67,7 +68,7 @@ def test_a_branch_anneals_from_the_constant_phase_and_leaves_the_parent_alone(ba
     assert rates_of(one)[0] == rates_of(base)[8]
     newest = durable.latest(one / "checkpoints")
     assert newest is not None
-    meta = durable.read_manifest(newest).meta
+    meta = read_manifest(newest).meta
     assert meta["run"]["parent"]["step"] == 8
     ledger = Ledger.load(meta["ledger"])
     assert [(stage.name, stage.samples) for stage in ledger.past] == [("base", 64)]
@@ -131,7 +132,7 @@ def test_the_average_of_branches_is_their_mean_and_begins_a_run(base: Path) -> N
                     "stages.0.replay={from: [anneal], fraction: 0.5}")  # fmt: skip
     newest = durable.latest(child / "checkpoints")
     assert newest is not None
-    past = durable.read_manifest(newest).meta["ledger"]["past"]
+    past = read_manifest(newest).meta["ledger"]["past"]
     assert [stage["name"] for stage in past] == ["base", "anneal", "anneal"]
 
     with pytest.raises(OutputError, match="exists already"):

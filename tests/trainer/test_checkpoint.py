@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ft import durable
+from ft.manifest import read_manifest
 from parallel.shard import Shard
 from tests.support.ranks import run_ranks
 from trainer import checkpoint
@@ -76,7 +76,7 @@ def save_in_own_epoch(folder: Path) -> int:
     saver = Checkpoints(folder, CheckpointSpec(), world, run="tiny", layout="l")
     saver.epoch = 2 - rank
     own = replace(shard("w", torch.full((2, 3), float(rank)), slice(rank, rank + 1), slice(0, 3)), replicas=(rank,))
-    return durable.read_manifest(saver.save(1, {"w": own}, {})).epoch
+    return read_manifest(saver.save(1, {"w": own}, {})).epoch
 
 
 @pytest.mark.dist

@@ -12,6 +12,8 @@ import torch
 from typer.testing import CliRunner
 
 from ft import durable
+from ft.manifest import CHUNK, read_manifest
+from ft.part_writer import write_part
 from ft.snapshot import piece_of
 from parallel.shard import Shard
 from parallel.spec import ParallelSpec
@@ -55,7 +57,7 @@ def large(root: Path, compress: bool = False) -> tuple[Path, torch.Tensor]:
     tmp = durable.staging(root, 0, 4)
     tmp.mkdir()
     whole = rows(matrix, 0, ROWS)
-    durable.write_part(tmp, 0, [(piece_of(whole), checkpoint.host_bytes(whole.local))], compress=compress)
+    write_part(tmp, 0, [(piece_of(whole), checkpoint.host_bytes(whole.local))], compress=compress)
     durable.write_manifest(tmp, run="r", epoch=0, step=4, layout="l", ranks=1, meta={"note": 1})
     durable.publish(tmp, durable.folder(root, 4))
     return durable.folder(root, 4), matrix
@@ -109,7 +111,7 @@ def test_a_rank_reads_the_chunks_that_it_needs_and_no_more(
         part = rows(torch.zeros_like(matrix), start, stop)
         checkpoint.load(find(memory), {"model.w": part})
         assert torch.equal(part.local, matrix[start:stop])
-        assert part.local.nbytes <= sum(read) < part.local.nbytes + 2 * durable.CHUNK
+        assert part.local.nbytes <= sum(read) < part.local.nbytes + 2 * CHUNK
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -117,7 +119,7 @@ def test_damage_is_found_by_whoever_needs_the_chunk(tmp_path: Path, url: str, co
     path, matrix = large(tmp_path / "run", compress)
     copy(str(path), url, no_progress)
     files, root = fsspec.core.url_to_fs(f"{url}/iter_0000004")
-    name = next(iter(durable.read_manifest(path).parts)).file
+    name = next(iter(read_manifest(path).parts)).file
     content = bytearray(files.cat_file(f"{root}/{name}"))
     content[-1000] ^= 4
     files.pipe_file(f"{root}/{name}", bytes(content))

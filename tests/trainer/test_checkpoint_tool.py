@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from ft import durable
 from ft.contents import Piece
+from ft.part_writer import write_part
 from parallel.shard import Shard
 from trainer import checkpoint
 from trainer.checkpoint_tool import app
@@ -48,7 +49,7 @@ def write(
             piece = Piece(name="model.w", global_shape=shape, offsets=offsets, shape=local.shape, dtype="F32")
         counter = Piece(name="optimizer.step", global_shape=(), offsets=(), shape=(), dtype="I64")
         pairs = [(piece, np.ascontiguousarray(local)), (counter, np.array(step))]
-        durable.write_part(tmp, rank, pairs[: 2 if rank == 0 else 1], compress=compress)
+        write_part(tmp, rank, pairs[: 2 if rank == 0 else 1], compress=compress)
     durable.write_manifest(tmp, run="r", epoch=0, step=step, layout="l", ranks=ranks, meta={"ledger": LEDGER})
     durable.publish(tmp, durable.folder(root, step))
     return durable.folder(root, step)

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from ft import durable
+from ft.manifest import Manifest
+from ft.part_reader import read_part
 from trainer.convert.to_huggingface import to_huggingface
 from trainer.data.train_tokenizer import train_tokenizer
 from trainer.errors import CheckpointError, DataError, SpecError, TrainingStopped
@@ -30,7 +32,7 @@ def train(overrides: list[str], *, resume: bool = False) -> None:
     assert run_session(shipped_configs() / "ci" / "tiny.yaml", [*overrides, "log.tensorboard=false"], resume=resume)
 
 
-def manifest_of(folder: Path) -> durable.Manifest:
+def manifest_of(folder: Path) -> Manifest:
     newest = durable.latest(folder / "checkpoints")
     assert newest is not None
     return durable.verify(newest)
@@ -41,7 +43,7 @@ def updates_of(folder: Path) -> int:
     newest, manifest = durable.latest(folder / "checkpoints"), manifest_of(folder)
     assert newest is not None
     for part in manifest.parts:
-        for entry, blocks in durable.read_part(newest, part):
+        for entry, blocks in read_part(newest, part):
             content = b"".join(blocks)
             if entry.piece.name == "optimizer.step":
                 return int.from_bytes(content, "little")

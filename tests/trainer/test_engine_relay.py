@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from ft import durable
+from ft.manifest import read_manifest
 from tests.trainer.test_run import TINY, keepwarm, run, steps_of
 
 pytestmark = [
@@ -48,7 +49,7 @@ def trained(folder: Path) -> dict[int, dict[str, Any]]:
 def ledger_of(folder: Path) -> dict[str, Any]:
     newest = durable.latest(folder / "checkpoints")
     assert newest is not None
-    ledger: dict[str, Any] = durable.read_manifest(newest).meta["ledger"]
+    ledger: dict[str, Any] = read_manifest(newest).meta["ledger"]
     return ledger
 
 

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ft import durable
+from ft.part_writer import write_part
 from trainer import lineage
 from trainer.errors import CheckpointError
 from trainer.lineage_tool import app
@@ -15,7 +16,7 @@ from trainer.lineage_tool import app
 
 def checkpoint(path: Path, meta: dict[str, Any], step: int = 0) -> Path:
     path.mkdir(parents=True)
-    durable.write_part(path, 0, [])
+    write_part(path, 0, [])
     durable.write_manifest(path, run=path.name, epoch=0, step=step, layout="l", ranks=1, meta=meta)
     return path
 

@@ -14,6 +14,7 @@ import torch
 from ft import durable
 from ft.contents import ITEM_SIZE, Piece
 from ft.errors import FtError
+from ft.part_writer import write_part_blocks
 from trainer.convert.dcp_folder import DcpFolder
 from trainer.convert.dialects import DIALECTS, MODEL, MOMENTS, Dialect, per_layer, with_moments
 from trainer.convert.from_huggingface import Progress, silent
@@ -256,6 +257,6 @@ def _write(tmp: Path, maker: Maker, recipes: dict[str, Recipe], step: int | None
         pieces.append(Piece(name=STEP, global_shape=(), offsets=(), shape=(), dtype="I64"))
     pieces.sort(key=lambda piece: -ITEM_SIZE[piece.dtype])
     try:
-        return durable.write_part_blocks(tmp, 0, pieces, blocks).data_bytes
+        return write_part_blocks(tmp, 0, pieces, blocks).data_bytes
     except FtError as error:
         raise CheckpointError(str(error)) from error

@@ -12,6 +12,8 @@ from pydantic import ValidationError
 from ft import durable
 from ft.contents import Piece
 from ft.errors import FtError
+from ft.manifest import Part
+from ft.part_writer import write_part_blocks
 from trainer.convert.huggingface_config_out import with_dtype
 from trainer.convert.huggingface_folder import CONFIG, HuggingFaceFolder, dump_config
 from trainer.convert.native import PREFIX
@@ -115,9 +117,7 @@ def file_sum(path: Path, *, flush: bool = False) -> str:
     return seen.hexdigest()
 
 
-def _write(
-    tmp: Path, maker: Maker, recipes: Mapping[str, Recipe], hashes: dict[str, str], progress: Progress
-) -> durable.Part:
+def _write(tmp: Path, maker: Maker, recipes: Mapping[str, Recipe], hashes: dict[str, str], progress: Progress) -> Part:
     total, done = sum(maker.bytes(recipe) for recipe in recipes.values()), 0
     as_stored = {name: xxhash.xxh3_64() for name, recipe in recipes.items() if not maker.keeps(recipe)}
 
@@ -146,7 +146,7 @@ def _write(
                 progress(done, total)
 
         try:
-            part = durable.write_part_blocks(tmp, 0, pieces, blocks)
+            part = write_part_blocks(tmp, 0, pieces, blocks)
         except FtError as error:
             raise CheckpointError(str(error)) from error
     hashes.update({name: sums.hexdigest() for name, sums in as_stored.items()})

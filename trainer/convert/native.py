@@ -14,6 +14,8 @@ import xxhash
 from ft import durable
 from ft.contents import ITEM_SIZE, Bytes, Piece, move_bytes, plan
 from ft.errors import FtError
+from ft.manifest import MANIFEST, Entry, Part, read_manifest
+from ft.part_reader import read_part
 from trainer.convert.huggingface_folder import read_exactly
 from trainer.errors import CheckpointError
 
@@ -27,13 +29,13 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    if (path / durable.MANIFEST).is_file():
+    if (path / MANIFEST).is_file():
         return path
     for root in (path, path / "checkpoints"):
         found = durable.latest(root) if root.is_dir() else None
         if found is not None:
             return found
-    raise CheckpointError(f"{path}: neither a checkpoint ({durable.MANIFEST}) nor a folder with checkpoints in it")
+    raise CheckpointError(f"{path}: neither a checkpoint ({MANIFEST}) nor a folder with checkpoints in it")
 
 
 @dataclass(kw_only=True)
@@ -42,7 +44,7 @@ class Tensor:
 
     dtype: str
     shape: tuple[int, ...]
-    pieces: list[tuple[durable.Part, durable.Entry]] = field(default_factory=list)
+    pieces: list[tuple[Part, Entry]] = field(default_factory=list)
 
     @property
     def bytes(self) -> int:
@@ -55,7 +57,7 @@ class _Progress:
 
     read: int
     seen: Any
-    whole: tuple[durable.Part, durable.Entry] | None
+    whole: tuple[Part, Entry] | None
     assembled: Bytes | None
 
 
@@ -70,7 +72,7 @@ class NativeCheckpoint:
     def __init__(self, path: Path, scratch: Path | None = None) -> None:
         self.path = find_checkpoint(path)
         try:
-            self.manifest = durable.read_manifest(self.path)
+            self.manifest = read_manifest(self.path)
         except FtError as error:
             raise CheckpointError(str(error)) from error
         self._scratch = scratch
@@ -125,7 +127,7 @@ class NativeCheckpoint:
             raise CheckpointError(f"{self.path}: {name} is missing")
         return self.tensors[name]
 
-    def _add(self, part: durable.Part, entry: durable.Entry) -> None:
+    def _add(self, part: Part, entry: Entry) -> None:
         piece = entry.piece
         tensor = self.tensors.setdefault(piece.name, Tensor(dtype=piece.dtype, shape=piece.global_shape))
         if (tensor.dtype, tensor.shape) != (piece.dtype, piece.global_shape):
@@ -173,7 +175,7 @@ class NativeCheckpoint:
                     move_bytes(move, held[start:stop], out)
         return out
 
-    def _descriptor(self, part: durable.Part) -> int:
+    def _descriptor(self, part: Part) -> int:
         """A file that holds the data of a part; without its header when it was compressed."""
         if part.file not in self._descriptors:
             try:
@@ -186,9 +188,9 @@ class NativeCheckpoint:
                 raise CheckpointError(f"{self.path / part.file}: {error.strerror}") from error
         return self._descriptors[part.file]
 
-    def _expanded(self, part: durable.Part) -> int:
+    def _expanded(self, part: Part) -> int:
         with tempfile.TemporaryFile(dir=self._scratch) as file:
-            for _, blocks in durable.read_part(self.path, part):
+            for _, blocks in read_part(self.path, part):
                 for block in blocks:
                     file.write(block)
             file.flush()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ft.contents import ITEM_SIZE, Bytes
-from ft.durable import begin_writeback
+from ft.part_writer import begin_writeback
 from trainer.errors import CheckpointError
 
 HEADER_LIMIT = 100_000_000

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 import xxhash
 
-from ft import durable
 from ft.contents import Bytes
+from ft.manifest import MANIFEST
 from trainer.convert.dcp_writer import write_dcp
 from trainer.convert.dialects import DIALECTS, MODEL, MOMENTS, Chunk, Theirs, sections
 from trainer.convert.from_dcp import COMMON, STEP
@@ -160,7 +160,7 @@ def _note(native: NativeCheckpoint, spec: ModelSpec, kind: str) -> dict[str, Any
         "parent": {
             "format": "native",
             "path": str(native.path.resolve()),
-            "hash": xxhash.xxh3_128_hexdigest((native.path / durable.MANIFEST).read_bytes()),
+            "hash": xxhash.xxh3_128_hexdigest((native.path / MANIFEST).read_bytes()),
             "run": manifest.run,
             "epoch": manifest.epoch,
             "step": manifest.step,

@@ -9,8 +9,8 @@ from typing import Any
 
 import xxhash
 
-from ft import durable
 from ft.contents import ITEM_SIZE
+from ft.manifest import MANIFEST
 from trainer.convert.dtypes import NAMES
 from trainer.convert.from_huggingface import FILES, Progress, carry, file_sum, silent
 from trainer.convert.huggingface_config_out import config_for, fits, in_both_dialects, with_dtype
@@ -84,13 +84,11 @@ def model_spec_of(native: NativeCheckpoint) -> ModelSpec:
     Raises:
         CheckpointError: neither says so.
     """
-    fields, origin = native.manifest.meta.get("model"), native.path / durable.MANIFEST
+    fields, origin = native.manifest.meta.get("model"), native.path / MANIFEST
     if fields is None:
         origin = native.path.resolve().parent.parent / "run.json"
         if not origin.is_file():
-            raise CheckpointError(
-                f"{native.path}: {durable.MANIFEST} does not describe the model, and {origin} is missing"
-            )
+            raise CheckpointError(f"{native.path}: {MANIFEST} does not describe the model, and {origin} is missing")
         fields = strict_json_file(origin).get("model")
     try:
         return ModelSpec.model_validate_json(json.dumps(fields))
@@ -182,9 +180,9 @@ def _carry(path: Path, parent: dict[str, Any], tmp: Path) -> list[str]:
     sums = parent.get("files", {})
     for name, expected in sums.items():
         if not _CARRIED_NAME.fullmatch(name):
-            raise CheckpointError(f"{path / durable.MANIFEST}: {name!r} is not the name of a file")
+            raise CheckpointError(f"{path / MANIFEST}: {name!r} is not the name of a file")
         if file_sum(path / FILES / name) != expected:
-            raise CheckpointError(f"{path / FILES / name}: does not match its checksum in {durable.MANIFEST}")
+            raise CheckpointError(f"{path / FILES / name}: does not match its checksum in {MANIFEST}")
     carry(path / FILES, list(sums), tmp)
     return list(sums)
 
@@ -195,7 +193,7 @@ def _note(native: NativeCheckpoint) -> dict[str, Any]:
         "parent": {
             "format": "native",
             "path": str(native.path.resolve()),
-            "hash": xxhash.xxh3_128_hexdigest((native.path / durable.MANIFEST).read_bytes()),
+            "hash": xxhash.xxh3_128_hexdigest((native.path / MANIFEST).read_bytes()),
             "run": manifest.run,
             "epoch": manifest.epoch,
             "step": manifest.step,

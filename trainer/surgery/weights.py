@@ -10,6 +10,8 @@ import numpy.typing as npt
 from ft import durable
 from ft.contents import ITEM_SIZE, Piece
 from ft.errors import FtError
+from ft.manifest import MANIFEST
+from ft.part_writer import write_part_blocks
 from trainer.convert.dtypes import as_float32, cast
 from trainer.convert.from_huggingface import FILES, carry
 from trainer.convert.native import PREFIX, NativeCheckpoint
@@ -102,7 +104,7 @@ def write(
     }
     with new_folder(destination) as tmp:
         try:
-            part = durable.write_part_blocks(tmp, 0, pieces, blocks)
+            part = write_part_blocks(tmp, 0, pieces, blocks)
         except FtError as error:
             raise CheckpointError(str(error)) from error
         if keep_files and (kept := first.manifest.meta.get(FILES)):
@@ -134,9 +136,9 @@ def _carry(native: NativeCheckpoint, kept: dict[str, Any], tmp: Path) -> dict[st
     sums: dict[str, str] = kept.get("files", {})
     for name in sums:
         if Path(name).name != name:
-            raise CheckpointError(f"{native.path / durable.MANIFEST}: {name!r} is not the name of a file")
+            raise CheckpointError(f"{native.path / MANIFEST}: {name!r} is not the name of a file")
     copied = carry(native.path / FILES, list(sums), tmp / FILES)
     for name, found in copied.items():
         if found != sums[name]:
-            raise CheckpointError(f"{native.path / FILES / name}: does not match its checksum in {durable.MANIFEST}")
+            raise CheckpointError(f"{native.path / FILES / name}: does not match its checksum in {MANIFEST}")
     return copied

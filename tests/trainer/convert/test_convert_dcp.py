@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from typer.testing import CliRunner
 
 from ft import durable
+from ft.manifest import read_manifest
 from parallel.spec import ParallelSpec
 from tests.support.layouts import Case, State, whole_state, write_checkpoint
 from trainer.convert.__main__ import app
@@ -119,7 +120,7 @@ def test_weights_alone(tmp_path: Path, run: tuple[State, Path], dtype: str | Non
     assert_same(read_dcp(tmp_path / "dcp"), weights)
     from_dcp(tmp_path / "dcp", tmp_path / "native", kind="dcp")
     assert_same(native_state(tmp_path / "native"), weights)
-    assert durable.read_manifest(tmp_path / "native").meta["weights_only"]
+    assert read_manifest(tmp_path / "native").meta["weights_only"]
 
 
 def test_torchtitan_has_its_names_and_comes_back(tmp_path: Path, run: tuple[State, Path]) -> None:
@@ -175,7 +176,7 @@ def test_the_command_converts_both_ways(tmp_path: Path, run: tuple[State, Path],
     )
     assert json.loads(ran.stdout)["moments"] == ["exp_avg", "exp_avg_sq"]
     assert_same(native_state(back), run[0])
-    assert durable.read_manifest(back).meta["parent"]["format"] == kind
+    assert read_manifest(back).meta["parent"]["format"] == kind
 
 
 def test_models_that_torchtitan_lacks_are_refused(tmp_path: Path, run: tuple[State, Path]) -> None:

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 
 from ft import durable
+from ft.manifest import read_manifest
 from tests.support.hf_models import CASES, hf_model, old_dialect
 from tests.support.models import load_parameters
 from trainer.convert.from_huggingface import from_huggingface
@@ -196,13 +197,13 @@ def test_files_beside_the_weights_are_carried_and_the_rest_is_named(tmp_path: Pa
 def test_every_artefact_knows_its_parent(tmp_path: Path) -> None:
     saved(tmp_path / "hf", "llama")
     from_huggingface(tmp_path / "hf", tmp_path / "native")
-    meta = durable.read_manifest(tmp_path / "native").meta
+    meta = read_manifest(tmp_path / "native").meta
     assert meta["parent"]["path"] == str(tmp_path / "hf")
     assert meta["weights_only"]
     to_huggingface(tmp_path / "native", tmp_path / "back")
     assert json.loads((tmp_path / "back/keepwarm.json").read_text())["parent"]["path"] == str(tmp_path / "native")
     from_huggingface(tmp_path / "hf", tmp_path / "half", dtype="BF16")
-    assert durable.read_manifest(tmp_path / "half").meta["parent"]["hash"] == meta["parent"]["hash"]
+    assert read_manifest(tmp_path / "half").meta["parent"]["hash"] == meta["parent"]["hash"]
 
 
 def test_a_stored_copy_of_a_tied_head_returns_and_a_different_one_is_refused(tmp_path: Path) -> None:
