@@ -28,6 +28,7 @@ class Format(StrEnum):
     DCP = "dcp"
     TORCHTITAN = "torchtitan"
     MEGATRON = "megatron"
+    DEEPSPEED = "deepspeed"
 
 
 @app.command()
@@ -38,10 +39,12 @@ def command(
     wanted: Annotated[Format, typer.Option("--to", help="format of DST")],
     dtype: Annotated[str | None, typer.Option(help="bf16, fp32 or fp16; default: as stored")] = None,
     max_shard_size: Annotated[str, typer.Option(help="to hf: largest file, as 5GB or 500MB")] = "5GB",
-    model_type: Annotated[str | None, typer.Option(help="to hf: llama, qwen3, ...; default: the parent's")] = None,
+    model_type: Annotated[
+        str | None, typer.Option(help="to hf, deepspeed: llama, qwen3, ...; default: the parent's")
+    ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="from dcp, torchtitan, megatron: config.json or model spec; default: found in SRC"),
+        typer.Option(help="from all but hf: config.json or model spec; default: found in SRC"),
     ] = None,
     weights_only: Annotated[bool, typer.Option("--weights-only", help="leave the optimizer state behind")] = False,
     trust_pickle: Annotated[
@@ -60,7 +63,8 @@ def command(
     keepwarm convert --from torchtitan --to native outputs/checkpoint/step-1000 checkpoints/llama --config config.json
 
     Formats: hf (folder of transformers), native (keepwarm), dcp (torch.distributed.checkpoint with keepwarm's names),
-    torchtitan (Llama 3), megatron (Megatron Core torch_dist, GPT). All but hf carry AdamW's state.
+    torchtitan (Llama 3), megatron (Megatron Core torch_dist, GPT), deepspeed (universal checkpoint, with the names of a
+    Hugging Face model). All but hf carry AdamW's state.
     """
     began = time.perf_counter()
     progress = _bar() if sys.stderr.isatty() and not as_json else lambda done, total: None
@@ -76,7 +80,7 @@ def command(
                 model_type=model_type,
                 progress=progress,
             )
-        case ((Format.DCP | Format.TORCHTITAN | Format.MEGATRON), Format.NATIVE):
+        case ((Format.DCP | Format.TORCHTITAN | Format.MEGATRON | Format.DEEPSPEED), Format.NATIVE):
             from trainer.convert.from_dcp import from_dcp
 
             done = from_dcp(
@@ -94,6 +98,14 @@ def command(
 
             done = to_dcp(
                 source, destination, kind=wanted, dtype=_dtype(dtype), weights_only=weights_only, progress=progress
+            )
+        case Format.NATIVE, Format.DEEPSPEED:
+            from trainer.convert.to_deepspeed import to_deepspeed
+
+            if dtype is not None:
+                raise SpecError("--dtype: a universal checkpoint of DeepSpeed is fp32 throughout")
+            done = to_deepspeed(
+                source, destination, model_type=model_type, weights_only=weights_only, progress=progress
             )
         case _:
             raise SpecError(f"--from {given} --to {wanted}: nothing to convert; one of them must be native")

@@ -155,7 +155,7 @@ def _titan_into(spec: ModelSpec) -> list[Recipe]:
 def _titan_out(spec: ModelSpec) -> list[Theirs]:
     _check_titan(spec)
     return [
-        _whole(Recipe(name=_titan_name(name), shape=shape, runs=_titan_runs(name, shape, name, spec, True)))
+        whole(Recipe(name=_titan_name(name), shape=shape, runs=_titan_runs(name, shape, name, spec, True)))
         for name, shape in parameter_shapes(spec).items()
     ]
 
@@ -233,7 +233,7 @@ def _megatron_out(spec: ModelSpec) -> list[Theirs]:
         module, _, kind = name.rpartition(".")
         if module in _MEGATRON_TOP:
             theirs = f"{_MEGATRON_TOP[module]}{kind}"
-            made.append(_whole(Recipe(name=theirs, shape=shape, runs=((name, 0, math.prod(shape)),))))
+            made.append(whole(Recipe(name=theirs, shape=shape, runs=((name, 0, math.prod(shape)),))))
     layers = [list(_megatron_layer(spec, index)) for index in range(spec.layers)]
     for same in zip(*layers, strict=True):
         shape = (spec.layers, *same[0].shape)
@@ -286,7 +286,8 @@ def per_layer(recipes: list[Recipe], spec: ModelSpec) -> list[Recipe]:
     return made
 
 
-def _whole(recipe: Recipe) -> Theirs:
+def whole(recipe: Recipe) -> Theirs:
+    """A tensor of theirs in one chunk."""
     chunk = Chunk(offsets=(0,) * len(recipe.shape), recipe=recipe)
     return Theirs(name=recipe.name, shape=recipe.shape, chunks=(chunk,))
 
@@ -299,7 +300,7 @@ def _require(spec: ModelSpec, who: str, **fields: object) -> None:
 
 def _own(spec: ModelSpec) -> list[Theirs]:
     return [
-        _whole(Recipe(name=MODEL + name, shape=shape, runs=((name, 0, math.prod(shape)),)))
+        whole(Recipe(name=MODEL + name, shape=shape, runs=((name, 0, math.prod(shape)),)))
         for name, shape in parameter_shapes(spec).items()
     ]
 

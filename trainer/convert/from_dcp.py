@@ -1,4 +1,4 @@
-"""A checkpoint of torch's DCP, torchtitan or Megatron Core to a native one, with the optimizer state if it has one."""
+"""A checkpoint of DCP, torchtitan, Megatron Core or DeepSpeed to a native one; the optimizer state comes along."""
 
 import argparse
 import dataclasses
@@ -16,13 +16,15 @@ from ft.contents import ITEM_SIZE, Piece
 from ft.errors import FtError
 from ft.part_writer import write_part_blocks
 from trainer.convert.dcp_folder import DcpFolder
+from trainer.convert.deepspeed_folder import DeepSpeedFolder, names_of
 from trainer.convert.dialects import DIALECTS, MODEL, MOMENTS, Dialect, per_layer, with_moments
-from trainer.convert.from_huggingface import Progress, silent
+from trainer.convert.from_huggingface import Progress, silent, whole_piece
+from trainer.convert.huggingface_config_out import config_for
 from trainer.convert.huggingface_folder import NOTE, strict_json_file
 from trainer.convert.output_folder import new_folder
 from trainer.convert.recipes import Recipe
 from trainer.convert.streaming import Maker
-from trainer.convert.whole import Whole
+from trainer.convert.whole import Folder, Whole
 from trainer.errors import CheckpointError, SpecError
 from trainer.model.huggingface_config import model_spec_from_hf_config
 from trainer.model.spec import ModelSpec
@@ -49,7 +51,7 @@ def from_dcp(
     """Write the checkpoint folder `destination`; returns what was done, with what was left behind.
 
     Args:
-        kind: a name in `trainer.convert.dialects.DIALECTS`.
+        kind: a name in `trainer.convert.dialects.DIALECTS`, or deepspeed.
         config: a config.json or model spec that says what the model is; not needed for what keepwarm exported.
         weights_only: leave the optimizer state behind.
         trust_pickle: see `DcpFolder`.
@@ -59,9 +61,13 @@ def from_dcp(
         CheckpointError: a tensor or file is missing, left over, damaged or does not fit; names it.
         OutputError: `destination` exists or cannot be written; nothing is left there.
     """
-    folder, dialect = DcpFolder(source, trust_pickle=trust_pickle), DIALECTS[kind]
     note = strict_json_file(source / NOTE) if (source / NOTE).is_file() else {}
     spec = _spec(config, note, source)
+    folder: Folder
+    if kind == "deepspeed":
+        folder, dialect = DeepSpeedFolder(source, trust_pickle=trust_pickle), names_of(_model_type(config, note, spec))
+    else:
+        folder, dialect = DcpFolder(source, trust_pickle=trust_pickle), DIALECTS[kind]
     recipes, masters = _recipes(folder, dialect, kind, spec, weights_only)
     moments = () if weights_only else _moments(folder, dialect, recipes)
     if moments and dtype is not None:
@@ -88,7 +94,8 @@ def from_dcp(
         "dtypes": sorted({folder.dtype(name) for name in taken} if dtype is None else {dtype}),
         "moments": list(moments),
         "carried": [],
-        "left": sorted(set(folder.tensors) - taken - {STEP}) + sorted(folder.objects),
+        "left": sorted(name for name in set(folder.tensors) - taken if step is None or not name.endswith(".step"))
+        + sorted(folder.objects),
     }
 
 
@@ -110,8 +117,14 @@ def _spec(config: Path | None, note: dict[str, Any], source: Path) -> ModelSpec:
     return load_model(config)
 
 
+def _model_type(config: Path | None, note: dict[str, Any], spec: ModelSpec) -> str:
+    """Of the Hugging Face class whose names the parameters have."""
+    fields = strict_json_file(config) if config is not None and config.suffix == ".json" else {}
+    return str(fields.get("model_type") or note.get("model_type") or config_for(spec)["model_type"])
+
+
 def _recipes(
-    folder: DcpFolder, dialect: Dialect, kind: str, spec: ModelSpec, weights_only: bool
+    folder: Folder, dialect: Dialect, kind: str, spec: ModelSpec, weights_only: bool
 ) -> tuple[list[Recipe], bool]:
     """Recipes of the parameters, checked against the folder, and whether weights of full precision are there."""
     recipes = dialect.into(spec)
@@ -134,7 +147,7 @@ def _recipes(
         and dialect.master is not None
         and all(dialect.master + name in folder.tensors for name in shapes)
     )
-    if kind == "megatron" and not apart:
+    if isinstance(folder, DcpFolder) and kind == "megatron" and not apart:
         for name in folder.tensors:
             if ".decoder.layers." in f".{name}":
                 folder.stack(name)
@@ -154,7 +167,7 @@ def _their_shapes(dialect: Dialect, spec: ModelSpec, apart: bool) -> dict[str, t
     }
 
 
-def _moments(folder: DcpFolder, dialect: Dialect, recipes: list[Recipe]) -> tuple[str, ...]:
+def _moments(folder: Folder, dialect: Dialect, recipes: list[Recipe]) -> tuple[str, ...]:
     """The moments that are there for every parameter; raises when one is there for some only."""
     names = sorted({name for recipe in recipes for name, *_ in recipe.runs})
     found = []
@@ -179,12 +192,15 @@ def _with_masters(recipes: list[Recipe], dialect: Dialect) -> list[Recipe]:
     ]
 
 
-def _step(folder: DcpFolder, kind: str, source: Path, trust_pickle: bool) -> int:
+def _step(folder: Folder, kind: str, source: Path, trust_pickle: bool) -> int:
     """Updates that the optimizer has done."""
     if kind == "megatron":
         return _common_step(source / COMMON, trust_pickle)
-    names = [STEP] if kind == "dcp" else [name for name in folder.tensors if name.endswith(".step")]
-    steps = {folder.number(name) for name in names if name in folder.tensors}
+    if isinstance(folder, DeepSpeedFolder):
+        steps = {float(step) for step in folder.steps()}
+    else:
+        names = [STEP] if kind == "dcp" else [name for name in folder.tensors if name.endswith(".step")]
+        steps = {folder.number(name) for name in names if name in folder.tensors}
     if len(steps) != 1:
         raise CheckpointError(
             f"{folder.path}: {len(steps)} different step counts of the optimizer; --weights-only leaves it behind"
@@ -231,16 +247,7 @@ def _meta(note: dict[str, Any], spec: ModelSpec, source: Path, kind: str, comple
 
 
 def _write(tmp: Path, maker: Maker, recipes: dict[str, Recipe], step: int | None, progress: Progress) -> int:
-    pieces = [
-        Piece(
-            name=name,
-            global_shape=recipe.shape,
-            offsets=(0,) * len(recipe.shape),
-            shape=recipe.shape,
-            dtype=maker.dtype(recipe),
-        )
-        for name, recipe in recipes.items()
-    ]
+    pieces = [whole_piece(name, recipe, maker) for name, recipe in recipes.items()]
     total, done = sum(piece.bytes for piece in pieces), 0
 
     def blocks(piece: Piece) -> Iterator[Any]:

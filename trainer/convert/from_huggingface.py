@@ -117,20 +117,22 @@ def file_sum(path: Path, *, flush: bool = False) -> str:
     return seen.hexdigest()
 
 
+def whole_piece(name: str, recipe: Recipe, maker: Maker) -> Piece:
+    """The one piece of a tensor that is made whole."""
+    return Piece(
+        name=name,
+        global_shape=recipe.shape,
+        offsets=(0,) * len(recipe.shape),
+        shape=recipe.shape,
+        dtype=maker.dtype(recipe),
+    )
+
+
 def _write(tmp: Path, maker: Maker, recipes: Mapping[str, Recipe], hashes: dict[str, str], progress: Progress) -> Part:
     total, done = sum(maker.bytes(recipe) for recipe in recipes.values()), 0
     as_stored = {name: xxhash.xxh3_64() for name, recipe in recipes.items() if not maker.keeps(recipe)}
 
-    pieces = [
-        Piece(
-            name=name,
-            global_shape=recipe.shape,
-            offsets=(0,) * len(recipe.shape),
-            shape=recipe.shape,
-            dtype=maker.dtype(recipe),
-        )
-        for name, recipe in recipes.items()
-    ]
+    pieces = [whole_piece(name, recipe, maker) for name, recipe in recipes.items()]
 
     def seen(recipe: Recipe) -> Callable[[Any], object] | None:
         sums = as_stored.get(PREFIX + recipe.name)

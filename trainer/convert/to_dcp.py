@@ -26,7 +26,7 @@ from trainer.model.spec import ModelSpec
 _FLOAT_STEP = "optimizer.step as F32"
 
 
-class _Native:
+class NativeUnits:
     """The tensors of a checkpoint as `trainer.convert.whole.Units`: each is one."""
 
     def __init__(self, native: NativeCheckpoint) -> None:
@@ -70,17 +70,17 @@ def to_dcp(
     with new_folder(destination) as tmp, NativeCheckpoint(source, scratch=tmp) as native:
         spec = model_spec_of(native)
         check_tensors(native, spec)
-        moments = () if weights_only else _moments(native)
+        moments = () if weights_only else moments_of(native)
         if moments and dtype is not None:
             raise SpecError("--dtype converts weights alone; add --weights-only")
         theirs = dialect.out(spec)
         tensors = sections(theirs, dialect, moments)
         if moments:
             tensors += _steps(kind, theirs)
-        size = write_dcp(tmp, tensors, Maker(Whole(_Native(native)), dtype), progress)
+        size = write_dcp(tmp, tensors, Maker(Whole(NativeUnits(native)), dtype), progress)
         if kind == "megatron":
             _write_megatron(tmp, native.manifest.step, step_of(native) if moments else None)
-        write_file(tmp / NOTE, dump_config(_note(native, spec, kind)))
+        write_file(tmp / NOTE, dump_config(note_of(native, spec, kind)))
         taken = {run[0] for tensor in tensors for chunk in tensor.chunks for run in chunk.recipe.runs}
         left = sorted(set(native.tensors) - taken - {STEP})
     return {
@@ -108,8 +108,8 @@ def step_of(native: NativeCheckpoint) -> int:
     return int(out.view("<i8")[0])
 
 
-def _moments(native: NativeCheckpoint) -> tuple[str, ...]:
-    """The moments that are there for every parameter; raises when one is there for some only."""
+def moments_of(native: NativeCheckpoint) -> tuple[str, ...]:
+    """The optimizer's moments that are there for every parameter; raises when one is there for some only."""
     parameters = [name.removeprefix(MODEL) for name in native.tensors if name.startswith(MODEL)]
     found = []
     for moment in (*MOMENTS, "momentum"):
@@ -148,7 +148,8 @@ def _write_megatron(folder: Path, iteration: int, step: int | None) -> None:
     )
 
 
-def _note(native: NativeCheckpoint, spec: ModelSpec, kind: str) -> dict[str, Any]:
+def note_of(native: NativeCheckpoint, spec: ModelSpec, kind: str) -> dict[str, Any]:
+    """What an export says of itself and its parent, so that it comes back as it was."""
     manifest = native.manifest
     return {
         "format": kind,

@@ -1,7 +1,9 @@
 """Random access to tensors that can only be made whole: the last few are kept."""
 
 from collections import OrderedDict
-from typing import Protocol
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
 
 from ft.contents import Bytes
 
@@ -20,6 +22,24 @@ class Units(Protocol):
 
     def unit(self, name: str, index: int) -> Bytes:
         """The bytes of one unit, checked."""
+
+
+class Folder(Units, Protocol):
+    """An open foreign checkpoint with its optimizer state."""
+
+    path: Path
+    objects: list[str]
+    """What is not a tensor, and is left behind."""
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """By name."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a whole tensor."""
+
+    def number(self, name: str) -> float:
+        """The value of a tensor with one element."""
 
 
 class Whole:
