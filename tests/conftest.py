@@ -14,10 +14,17 @@ LONGEST = ("science", "slurm", "dist")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: where files are dealt out to several processes, none has one left at the end."""
+    """Where groups of tests are dealt out to several processes: the longest first, so that none is left at the end.
+
+    A file is a group, but those of `parallel` are one together: two worlds of ranks at once would thrash the cores.
+    """
+    for item in items:
+        ranks = item.path.parent.name == "parallel"
+        item.add_marker(pytest.mark.xdist_group("parallel" if ranks else str(item.path)))
     files = {item.path: index for index, item in enumerate(items)}
     long = {item.path for item in items if any(item.get_closest_marker(name) for name in LONGEST)}
-    items.sort(key=lambda item: (item.path not in long, files[item.path]))
+    parallel = {item.path for item in items if item.path.parent.name == "parallel"}
+    items.sort(key=lambda item: (item.path not in parallel, item.path not in long, files[item.path]))
 
 
 @pytest.fixture(scope="session", autouse=True)
