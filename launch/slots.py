@@ -113,8 +113,10 @@ def join(table: Table, node: str, wish: Wish, *, after_round: int = -1) -> Table
 def fill(table: Table) -> Table:
     """Spares take the vacant slots."""
     while table.vacant and table.spares and table.ended is None:
-        first, *rest = table.spares
-        table = _change(table, owners=_owners(table, table.vacant[0], first), spares=tuple(rest))
+        slot, (first, *rest) = table.vacant[0], table.spares
+        # Under a store that follows another, nobody else says that the owner was lost together with the store before.
+        moved = tuple(sorted({*table.moved, slot})) if table.begun else ()
+        table = _change(table, owners=_owners(table, slot, first), spares=tuple(rest), moved=moved)
     return table
 
 

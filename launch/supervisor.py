@@ -201,10 +201,13 @@ def recovery(table: Table, now: float) -> dict[str, object]:
     """What the supervisors know of a recovery when its workers are started; rank 0 adds what it restores."""
     failures = table.gravest
     slots = sorted(set(table.moved) | {failure.slot for failure in failures})
+    unsaid = "the store was lost"
+    if slots:
+        unsaid += f", and with it the {'node' if len(slots) == 1 else 'nodes'} of {', '.join(map(str, slots))}"
     noticed = min((failure.time for failure in failures), default=now)
     return {
         "rung": 2 if table.moved else 1,
-        "why": "; ".join(dict.fromkeys(failure.cause for failure in failures)) or "the store was lost",
+        "why": "; ".join(dict.fromkeys(failure.cause for failure in failures)) or unsaid,
         "slots": slots,
         "started": now,
         "phases": {

@@ -119,6 +119,14 @@ def test_a_new_store_is_filled_by_those_who_remember() -> None:
     assert slots.fill(table).owners[1] == "s0"
 
 
+def test_a_spare_in_the_slot_of_who_was_lost_with_the_store_is_said_to_have_replaced_it() -> None:
+    table = Table(slots=2, max_restarts=0)
+    table = slots.join(table, "b", 1, after_round=4)
+    table = slots.fill(slots.join(table, "s", "spare"))
+    assert (table.owners, table.moved, table.failures) == ({0: "s", 1: "b"}, (0,), ())
+    assert slots.fill(slots.join(Table(slots=1, max_restarts=0), "s", "spare")).moved == ()  # nobody was there before
+
+
 NODES = [f"n{number}" for number in range(6)]
 
 
