@@ -4,10 +4,15 @@ import os
 import sys
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 # Read by torch when it is imported. Several threads spin against the ranks on a machine of few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# How long an example takes says more of the machine than of the code.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 LONGEST = ("science", "slurm", "dist")
 """Markers of the tests that take longest."""
