@@ -14,23 +14,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
 
-LONGEST = ("science", "slurm", "dist")
-"""Markers of the tests that take longest."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where groups of tests are dealt out to several processes: the longest first, so that none is left at the end.
-
-    A file is a group, but those of `parallel` are one together: two worlds of ranks at once would thrash the cores.
-    """
-    for item in items:
-        ranks = item.path.parent.name == "parallel"
-        item.add_marker(pytest.mark.xdist_group("parallel" if ranks else str(item.path)))
-    files = {item.path: index for index, item in enumerate(items)}
-    long = {item.path for item in items if any(item.get_closest_marker(name) for name in LONGEST)}
-    parallel = {item.path for item in items if item.path.parent.name == "parallel"}
-    items.sort(key=lambda item: (item.path not in parallel, item.path not in long, files[item.path]))
-
 
 @pytest.fixture(scope="session", autouse=True)
 def _end_rank_processes() -> Iterator[None]:
