@@ -2,14 +2,16 @@
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ft.agent_memory import HostMemory, host_memory
 from ft.placement import groups_of
 from parallel.layout import Coordinates, Layout, split_layers, stages_of
 from trainer.estimate import RankEstimate, estimate_rank, state_bytes, total_parameters
 from trainer.spec import JobSpec
 from trainer.stages import StagePlan, global_size_at, plan_stages
+
+if TYPE_CHECKING:
+    from ft.agent_memory import HostMemory
 
 SMALL_STATE = 1 << 20
 """Bytes that a snapshot has for what is not tensors; `ft.snapshot.META_BYTES`."""
@@ -42,7 +44,7 @@ class Plan:
         return tuple(estimate_rank(self.job, pipeline) for pipeline in range(self.layout.pipeline))
 
     @cached_property
-    def host_memory(self) -> HostMemory | None:
+    def host_memory(self) -> "HostMemory | None":
         """What the snapshot agent of a node takes, at most; None without snapshots.
 
         Raises:
@@ -51,6 +53,8 @@ class Plan:
         spec, layout = self.job.snapshot, self.layout
         if spec == "off":
             return None
+        from ft.agent_memory import host_memory  # imports NumPy, which a plan without snapshots needs not
+
         parts = [-(-(state_bytes(self.job, at) + SMALL_STATE) // spec.bucket) for at in range(layout.pipeline)]
         buckets = [0] * layout.nodes
         for rank in range(layout.world_size):
