@@ -77,6 +77,8 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 _MAGIC = b"keepwarm"
 HEAD_BYTES = 16
 """Magic and u64 length in front of the encoded contents."""
+META_BYTES = 1 << 20
+"""Room for the small state in the contents, unless the caller knows better."""
 
 
 def encode_contents(contents: Contents) -> bytes:

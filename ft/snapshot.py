@@ -19,7 +19,7 @@ import xxhash
 
 from ft.buffers import register_host_memory
 from ft.client import AgentClient
-from ft.contents import ITEM_SIZE, Bytes, Contents, Move, Piece, encode_contents, move_bytes
+from ft.contents import ITEM_SIZE, META_BYTES, Bytes, Contents, Move, Piece, encode_contents, move_bytes
 from ft.errors import AgentError, ForeignSnapshot, FtError, IncompleteError, SlotBusy
 from ft.messages import Refused, SnapshotId
 from ft.snapshot_reader import Reader, Stored
@@ -32,7 +32,6 @@ DTYPES: dict[torch.dtype, str] = {
 WHOLE_BELOW = 1 << 16
 """Bytes under which replicas do not split a shard; they take turns."""
 _ALIGNMENT = 64
-META_BYTES = 1 << 20
 
 
 class Shard(Protocol):

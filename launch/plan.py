@@ -13,8 +13,6 @@ from trainer.stages import StagePlan, global_size_at, plan_stages
 if TYPE_CHECKING:
     from ft.agent_memory import HostMemory
 
-SMALL_STATE = 1 << 20
-"""Bytes that a snapshot has for what is not tensors; `ft.snapshot.META_BYTES`."""
 CURVE_POINTS = 64
 """Steps at which a stage's learning rate is sampled for the plan, first and last included."""
 
@@ -53,9 +51,11 @@ class Plan:
         spec, layout = self.job.snapshot, self.layout
         if spec == "off":
             return None
-        from ft.agent_memory import host_memory  # imports NumPy, which a plan without snapshots needs not
+        # They import NumPy, which a plan without snapshots needs not.
+        from ft.agent_memory import host_memory
+        from ft.contents import META_BYTES
 
-        parts = [-(-(state_bytes(self.job, at) + SMALL_STATE) // spec.bucket) for at in range(layout.pipeline)]
+        parts = [-(-(state_bytes(self.job, at) + META_BYTES) // spec.bucket) for at in range(layout.pipeline)]
         buckets = [0] * layout.nodes
         for rank in range(layout.world_size):
             buckets[layout.node_of(rank)] += parts[layout.coordinates(rank).pipeline]

@@ -73,14 +73,13 @@ def estimate_rank(job: JobSpec, pipeline: int) -> RankEstimate:
 
 
 def state_bytes(job: JobSpec, pipeline: int) -> int:
-    """What every rank at this pipeline coordinate stores in a snapshot: stored weights and moments, one copy of each.
+    """What every rank at this pipeline coordinate stores in a snapshot: weights, moments and moving average, once each.
 
     Ranks that hold the same share the storing, so that it does not depend on how the data axis keeps the state.
     """
-    stages = stages_of(pipeline, job.parallel)
-    elements = sum(_elements(_local_shapes(job, stage).values()) for stage in stages)
     master, _ = _bytes_of(job.numerics)
-    return ceil(elements / job.parallel.data) * master * (1 + _moments(job.optimizer))
+    copies = 1 + _moments(job.optimizer) + (job.moving_average is not None)
+    return ceil(_whole(job, pipeline) / job.parallel.data) * master * copies
 
 
 def _estimate_flattened(job: JobSpec, pipeline: int) -> RankEstimate:
@@ -91,7 +90,7 @@ def _estimate_flattened(job: JobSpec, pipeline: int) -> RankEstimate:
     """
     parallel = job.parallel
     master, compute = _bytes_of(job.numerics)
-    whole = sum(_elements(_local_shapes(job, stage).values()) for stage in stages_of(pipeline, parallel))
+    whole = _whole(job, pipeline)
     share = whole if parallel.data_mode == "replicate" else ceil(whole / parallel.data)
     zero = parallel.zero_stage if parallel.engine == "deepspeed" else 1
     masters = share * master if parallel.engine == "deepspeed" or compute != master else 0
@@ -172,6 +171,11 @@ def _local_shapes(job: JobSpec, stage: int) -> Shapes:
     plan = tensor_plan(job.model)
     shapes = stage_shapes(job, stage)
     return {name: local_shape(name, shape, plan, job.parallel.tensor) for name, shape in shapes.items()}
+
+
+def _whole(job: JobSpec, pipeline: int) -> int:
+    """Elements at one pipeline coordinate, split by the tensor axis alone."""
+    return sum(_elements(_local_shapes(job, stage).values()) for stage in stages_of(pipeline, job.parallel))
 
 
 def _sharded(job: JobSpec, shape: tuple[int, ...]) -> tuple[int, ...]:

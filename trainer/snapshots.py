@@ -30,7 +30,6 @@ from trainer.checkpoint import OPTIONAL
 from trainer.run_state import RunState
 from trainer.world import World
 
-META_BYTES = 1 << 20
 EPOCH = "KEEPWARM_EPOCH"
 """Environment variable of rank 0: what this epoch restores, a supervisor has had the agents settle already."""
 TEMPLATE = "template.json"
@@ -103,7 +102,6 @@ class Snapshots:
             nodes=layout.nodes,
             bucket_bytes=config.bucket_bytes,
             busy=self._spec.busy,
-            meta_bytes=META_BYTES,
             deadline=self._spec.commit_deadline,
             optional=OPTIONAL,
         )

@@ -17,8 +17,7 @@ import torch
 from ft.agent_config import DurableConfig
 from ft.agent_memory import host_memory
 from ft.snapshot import plan_part
-from tests.support import ft_nodes
-from tests.support.ft_nodes import Nodes, Tensor, nodes, together
+from tests.support.ft_nodes import Tensor, nodes, together
 
 BUCKET = 4 << 20
 CODES = ((2, 1), (3, 1), (4, 2))
@@ -82,7 +81,6 @@ def measure(
                     one.join()
                     one.client.wait_committed(one.sealed, 120.0)
         shared, _ = resident(world.pids[0])
-        close(world)
     plan = host_memory(stored, members=members, parity=parity, bucket_bytes=BUCKET, durable=durable)
     slots = plan.total - plan.receiving
     return {
@@ -93,13 +91,7 @@ def measure(
     }  # fmt: skip
 
 
-def close(world: Nodes) -> None:
-    for client in world.clients:
-        client.close()
-
-
 def main(mebibytes: int) -> dict[str, object]:
-    ft_nodes.BUCKET = BUCKET
     found = []
     for members, parity in CODES:
         for durable in (False, True):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ft.messages import Bucket, Committed, Hello, Known, Part, Pin, Seal, SnapshotId, encode
+
 RUNS = 100_000
 TARGET = """
 import socket, sys
@@ -62,8 +64,6 @@ def test_no_stream_of_bytes_breaks_the_reader(tmp_path: Path) -> None:
 
 def seeds() -> list[bytes]:
     """One frame of each kind to begin from, as the target reads its input from both ends."""
-    from ft.messages import Bucket, Committed, Hello, Known, Part, Pin, Seal, SnapshotId, encode
-
     snapshot = SnapshotId("run", 1, 2, "layout")
     messages = [
         Hello(role="agent", run="run", slot=1, epoch=0, boot=2, nonce=b"n" * 32),

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.plan import SMALL_STATE, Plan, sampled_steps
+from ft.contents import META_BYTES
+from launch.plan import Plan, sampled_steps
 from launch.plan_plot import draw_plan
 from launch.plan_text import chart, count, print_plan, size
 from trainer.errors import OutputError
@@ -92,7 +93,7 @@ def test_host_memory_is_the_snapshots_of_the_largest_node() -> None:
     made = plan("parallel.data=4", "cluster.ranks_per_node=1", f"snapshot={snapshot}")
     host = made.host_memory
     assert host is not None
-    state = made.parameters * 12 / 4 + SMALL_STATE
+    state = made.parameters * 12 / 4 + META_BYTES
     assert state <= host.durable < state + 3 * bucket
     assert (host.data, host.parity) == (2 * host.durable, 2 * host.durable)
     assert plan().host_memory is None

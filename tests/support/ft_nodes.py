@@ -80,7 +80,8 @@ class Nodes:
         def make(rank: int) -> Snapshotter:
             return Snapshotter(
                 self.connect(rank), states[rank], layout=layout, rank=rank, world=self.world, workers=self.workers,
-                node=rank // self.workers, nodes=self.nodes, bucket_bytes=BUCKET,
+                node=rank // self.workers, nodes=self.nodes,
+                bucket_bytes=self.configs[0].bucket_bytes,
                 **{"deadline": 120.0, "meta_bytes": 1024} | options,
             )  # fmt: skip
 

@@ -8,7 +8,8 @@ import pytest
 
 from ft import durable
 from ft.manifest import read_manifest
-from tests.trainer.test_run import TINY, keepwarm, run, steps_of
+from tests.support.run_contents import steps_of
+from tests.trainer.test_run import TINY, keepwarm, run
 
 pytestmark = [
     pytest.mark.skipif(

@@ -3,7 +3,6 @@
 Faults come from outside, by SIGKILL to the pids that the supervisors wrote down, after steps that metrics.jsonl shows.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -18,9 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
-from ft import durable
 from launch import events, node_record
 from launch.node_record import NodeRecord
+from tests.support.run_contents import steps_of, tensors_of
 
 JOB = Path(__file__).parents[2] / "configs" / "ci" / "snapshot.yaml"
 ROOT = JOB.parents[2]
@@ -34,19 +33,6 @@ def command(folder: Path, *options: str) -> list[str]:
     return [
         sys.executable, "-P", "-m", "launch.cli", "train", str(JOB), f"output={folder}", *OVERRIDES, *options,
     ]  # fmt: skip
-
-
-def steps_of(folder: Path) -> list[dict[str, Any]]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if key != "step_time_s"} for line in lines]
-
-
-def tensors_of(folder: Path) -> dict[object, str]:
-    newest = durable.latest(folder / "checkpoints")
-    assert newest is not None
-    manifest = durable.verify(newest)
-    pieces = [(entry.piece, entry.xxh3) for part in manifest.parts for entry in part.entries]
-    return {(piece.name, piece.offsets, piece.flat): checksum for piece, checksum in pieces}
 
 
 class Run:

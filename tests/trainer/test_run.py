@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from ft import durable
+from tests.support.run_contents import steps_of, tensors_of
 
 TINY = Path(__file__).parents[2] / "configs" / "ci" / "tiny.yaml"
 DEADLINE = 280.0
@@ -27,21 +27,6 @@ def keepwarm(*arguments: str) -> list[str]:
 
 def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, cwd=TINY.parents[2])
-
-
-def steps_of(folder: Path) -> list[dict[str, Any]]:
-    """Every line of metrics.jsonl without the times."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if key != "step_time_s"} for line in lines]
-
-
-def tensors_of(folder: Path) -> dict[object, str]:
-    """Checksum of every stored piece of the newest checkpoint, after all bytes were verified against them."""
-    newest = durable.latest(folder / "checkpoints")
-    assert newest is not None
-    manifest = durable.verify(newest)
-    pieces = [(entry.piece, entry.xxh3) for part in manifest.parts for entry in part.entries]
-    return {(piece.name, piece.offsets, piece.flat): checksum for piece, checksum in pieces}
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:

@@ -1,0 +1,22 @@
+"""What a run folder holds, to compare two runs by."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ft import durable
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    """Every line of metrics.jsonl without the times."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key != "step_time_s"} for line in lines]
+
+
+def tensors_of(folder: Path) -> dict[object, str]:
+    """Checksum of every stored piece of the newest checkpoint, after all bytes were verified against them."""
+    newest = durable.latest(folder / "checkpoints")
+    assert newest is not None
+    manifest = durable.verify(newest)
+    pieces = [(entry.piece, entry.xxh3) for part in manifest.parts for entry in part.entries]
+    return {(piece.name, piece.offsets, piece.flat): checksum for piece, checksum in pieces}
