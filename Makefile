@@ -26,8 +26,8 @@ demo: .venv/installed $(DOMAINS:%=$(DEMO_DATA)/%.idx) ## train the demo job: 8 r
 demo-quick: demo ## the same
 
 test: lint ## lint, and all tests but those of test-long
-	@echo "==> tests"
-	@$(VENV)/python -m pytest
+	@echo "==> tests, in two processes"
+	@$(VENV)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 lint: .venv/installed-dev ## format, lint, types and import rules
 	@echo "==> ruff, mypy, import-linter"
