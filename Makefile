@@ -27,7 +27,7 @@ demo-quick: demo ## the same
 
 test: lint ## lint, and all tests but those of test-long
 	@echo "==> tests, in two processes"
-	@$(VENV)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	@$(VENV)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 lint: .venv/installed-dev ## format, lint, types and import rules
 	@echo "==> ruff, mypy, import-linter"

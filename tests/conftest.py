@@ -3,10 +3,11 @@
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import hypothesis
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 # Read by torch when it is imported. Several threads spin against the ranks on a machine of few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,24 +16,30 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
 
-TESTS = Path(__file__).parent
 FIRST = ("parallel", "science", "slurm", "drills", "trainer", "launch", "ft")
 """Folders with the longest tests, so that two processes end together."""
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the markers in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give two processes (`-n 2 --dist loadgroup`) whole files, and all of tests/parallel to one of them.
+    items.sort(key=lambda item: (*FIRST, _folder(item.nodeid)).index(_folder(item.nodeid)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """Give each of several processes (`-n 2`) whole files, and all of tests/parallel to one of them.
 
     Two worlds of eight ranks side by side on two cores spend two thirds of their time in the kernel.
     """
-    items.sort(key=lambda item: (*FIRST, _folder(item)).index(_folder(item)))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ranks" if _folder(item) == "parallel" else str(item.path)))
+    return _ByFile(config, log)
 
 
-def _folder(item: pytest.Item) -> str:
-    return item.path.relative_to(TESTS).parts[0]
+class _ByFile(LoadScopeScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        return "ranks" if _folder(nodeid) == "parallel" else nodeid.partition("::")[0]
+
+
+def _folder(nodeid: str) -> str:
+    return nodeid.removeprefix("tests/").partition("/")[0]
 
 
 @pytest.fixture(scope="session", autouse=True)
