@@ -1,6 +1,7 @@
 """What the fork server imports once, so that no rank has to. It must not compute: threads do not survive a fork."""
 
 import ctypes
+import gc
 import os
 import signal
 
@@ -24,3 +25,5 @@ def die_with(parent: int) -> None:
 
 if (_parent := os.environ.get("KEEPWARM_TEST_PROCESS")) and int(_parent) == os.getppid():
     die_with(int(_parent))
+
+gc.freeze()  # what is imported stays: collections in the ranks need not look at it, nor copy its pages

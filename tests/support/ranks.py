@@ -6,6 +6,7 @@ a rendezvous, not an import. After a failure all processes of that world are kil
 
 import atexit
 import faulthandler
+import gc
 import os
 import pickle
 import random
@@ -17,6 +18,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import connection, forkserver, get_context
 from pathlib import Path
@@ -33,6 +35,8 @@ ROOT = Path(__file__).parents[2]
 ALLOWED_WARNINGS: tuple[tuple[str, type[Warning]], ...] = ()
 """Regular expression and category of the warnings that do not fail a rank; every other one does."""
 
+_END = b""
+"""Sent to a rank when all have finished a case: only now may one of them end the groups that others used."""
 _context = get_context("forkserver")
 _pools: dict[int, "_Pool"] = {}
 
@@ -117,6 +121,9 @@ class _Pool:
                     failures.append(f"rank {rank} of {self.world_size} raised:\n{value}")
             if failures:
                 raise RankFailure("\n".join(failures))
+        for pipe in self.pipes:
+            with suppress(BrokenPipeError):  # who has ended since is reported by the next case
+                pipe.send_bytes(_END)
         return [results[rank] for rank in range(self.world_size)]
 
     def kill(self) -> None:
@@ -194,7 +201,11 @@ def _serve(pipe: Any, rank: int, world_size: int, folder: str) -> None:
         faulthandler.enable(stack, all_threads=True)
         while True:
             try:
-                fn, args, rendezvous, deadline = pickle.loads(pipe.recv_bytes())  # noqa: S301 (our own parent's pipe)
+                order = pipe.recv_bytes()
+                if order == _END:
+                    _end_groups()
+                    continue
+                fn, args, rendezvous, deadline = pickle.loads(order)  # noqa: S301 (our own parent's pipe)
             except EOFError:
                 return
             except BaseException:
@@ -212,9 +223,6 @@ def _serve(pipe: Any, rank: int, world_size: int, folder: str) -> None:
 def _case(
     fn: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, rendezvous: str, deadline: float
 ) -> Any:
-    # The last case's groups end here, when every rank is known to have finished with them.
-    if dist.is_initialized():
-        dist.destroy_process_group()
     random.seed(0)
     torch.manual_seed(0)
     store = FileStore(rendezvous, world_size)
@@ -227,6 +235,16 @@ def _case(
             "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=2 * deadline)
         )
         return fn(*args)
+
+
+def _end_groups() -> None:
+    """End the groups of a case and their threads, which wake up hundreds of times a second while they live.
+
+    Wrapped modules hold groups in reference cycles: without the collection thousands of threads pile up.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()
 
 
 atexit.register(close_pools)
