@@ -182,8 +182,9 @@ def test_more_losses_than_parity_are_said_with_the_reason(tmp_path: Path) -> Non
         take(snapshotters, 1)
         for each in world.clients:
             each.close()
-        for slot in (0, 2):
+        for slot in (0, 2):  # both before one comes back, or it is rebuilt in between
             world.kill(slot)
+        for slot in (0, 2):
             world.start(slot)
         fresh = [random_state(rank, 3, seed=9) for rank in range(3)]
         restored = settle(world, world.snapshotters(fresh), 5)
