@@ -1,11 +1,8 @@
 """Ranks as processes of this machine: started, watched, ended together, as torchrun would."""
 
 import contextlib
-import ctypes
 import os
-import selectors
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from launch.errors import RanksFailed
+from launch.nursery import PRELOADED, Nursery, Worker
 
 FAILURE_GRACE = 10.0
 """Seconds the other ranks have to end by themselves after one failed: they may be about to say the same."""
@@ -22,18 +20,28 @@ TERMINATION_GRACE = 10.0
 """Seconds between SIGTERM and SIGKILL."""
 TAIL_LINES = 20
 """Lines of a failed rank's log that are shown."""
+LOOK = 0.2
+"""Seconds between looks at what signals have asked for; ranks that end are seen at once."""
+KILL_DEADLINE = 30.0
 
 INTERRUPTED = 130
 _KEPT_CODES = (2, 3, 4, INTERRUPTED)
-_PR_SET_PDEATHSIG = 1
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def run_ranks(
-    arguments: Sequence[str], *, world_size: int, threads_per_rank: int, logs: Path, max_restarts: int = 0
+    arguments: Sequence[str],
+    *,
+    world_size: int,
+    threads_per_rank: int,
+    logs: Path,
+    max_restarts: int = 0,
+    module: str = "trainer",
+    preloaded: Sequence[str] = PRELOADED,
 ) -> None:
-    """Run `python -P -m trainer ARGUMENTS` once per rank and return when all have ended with 0.
+    """Run `python -P -m MODULE ARGUMENTS` once per rank and return when all have ended with 0.
 
+    Ranks are forked from one process that has imported `preloaded`, so that a machine pays for the imports once.
     Rank 0 writes to this process's own stdout and stderr, the others to `logs/rank_NNNNN.log`. The ranks meet through
     a FileStore in a private temporary folder, named by KEEPWARM_STORE. The first signal that asks this process to end
     is passed on to every rank as SIGTERM, so that they finish their step and save; the second kills them. They die
@@ -43,17 +51,23 @@ def run_ranks(
     Raises:
         RanksFailed: a rank failed; the others have ended too. Its exit code is the rank's own 2, 3 or 4, 130 when a
             signal ended the run, and 4 for a crash.
+        LaunchError: no rank could be started.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="keepwarm-") as meeting_place:
+    common = _environment(world_size, threads_per_rank)
+    with (
+        # In this order: what the nursery's processes inherit, they clean up when they end.
+        contextlib.closing(Nursery(preloaded, common)) as nursery,
+        tempfile.TemporaryDirectory(prefix="keepwarm-") as meeting_place,
+    ):
         for restart in range(max_restarts + 1):
             with contextlib.ExitStack() as stack:
-                ranks = _Ranks(logs=logs, restarts_left=max_restarts - restart)
-                stack.enter_context(ranks.signals_forwarded())
+                ranks = _Ranks(nursery, logs=logs, restarts_left=max_restarts - restart)
+                stack.enter_context(ranks.signals_counted())
                 stack.callback(ranks.kill)
-                store = Path(meeting_place) / f"store-{restart}"
+                own = {"KEEPWARM_STORE": f"{meeting_place}/store-{restart}", "TORCHELASTIC_RESTART_COUNT": str(restart)}
                 for rank in range(world_size):
-                    ranks.start(rank, arguments, _environment(rank, world_size, threads_per_rank, store, restart))
+                    ranks.start(rank, module, arguments, own)
                 ranks.watch()
                 if not ranks.crashed:
                     ranks.judge()
@@ -67,45 +81,39 @@ def _say_restart(ranks: "_Ranks", restart: int, limit: int) -> None:
     print(f"keepwarm: rank {rank} ended with {how}; starting all ranks again ({restart} of {limit})", file=sys.stderr)
 
 
-def _environment(rank: int, world_size: int, threads: int, store: Path, restart: int) -> dict[str, str]:
+def _environment(world_size: int, threads: int) -> dict[str, str]:
     ours = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "KEEPWARM_STORE": str(store),
-        "TORCHELASTIC_RESTART_COUNT": str(restart),
         "OMP_NUM_THREADS": str(threads),
-        "PYTHONUNBUFFERED": "1",
     }
     only_this_machine = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-    return only_this_machine | dict(os.environ) | ours
+    return {name: value for name, value in only_this_machine.items() if name not in os.environ} | ours
 
 
 @dataclass
 class _Ranks:
     """The processes, and in which order they ended."""
 
+    nursery: Nursery
     logs: Path
-    processes: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
-    failures: list[tuple[int, int]] = field(default_factory=list)
-    """(rank, return code) of those that did not end with 0, first to last."""
-    signalled: bool = False
+    pids: dict[int, int] = field(default_factory=dict)
+    """By rank."""
+    codes: dict[int, int] = field(default_factory=dict)
+    """Exit codes by rank of those that have ended, first to last; negative for a signal."""
+    signals: int = 0
+    """How urgently this process was asked to end: 1 to save before, 2 at once."""
     restarts_left: int = 0
 
-    def start(self, rank: int, arguments: Sequence[str], environment: dict[str, str]) -> None:
-        with contextlib.ExitStack() as stack:
-            log = None if rank == 0 else stack.enter_context(self.log(rank).open("ab"))
-            self.processes[rank] = subprocess.Popen(
-                [sys.executable, "-P", "-m", "trainer", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT if log else None,
-                env=environment,
-                start_new_session=True,
-                preexec_fn=_die_with_parent(),
-            )
+    def start(self, rank: int, module: str, arguments: Sequence[str], environment: dict[str, str]) -> None:
+        worker = Worker(
+            module=module,
+            arguments=tuple(arguments),
+            environment=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            log=str(self.log(rank)) if rank else None,
+        )
+        self.pids[rank] = self.nursery.start(worker)
 
     def log(self, rank: int) -> Path:
         return self.logs / f"rank_{rank:05d}.log"
@@ -114,34 +122,37 @@ class _Ranks:
         """Until every rank has ended. After a failure the others get two graces, then SIGKILL."""
         deadlines: Iterator[tuple[float, Callable[[], None]]] | None = None
         due: tuple[float, Callable[[], None]] | None = None
-        with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
-            for rank, process in self.processes.items():
-                handle = os.pidfd_open(process.pid)
-                stack.callback(os.close, handle)
-                selector.register(handle, selectors.EVENT_READ, rank)
-            while selector.get_map():
-                timeout = max(0.0, due[0] - time.monotonic()) if due else None
-                ended = selector.select(timeout)
-                for key, _ in ended:
-                    selector.unregister(key.fileobj)
-                self._note({key.data for key, _ in ended})
-                if self.failures and deadlines is None:
-                    deadlines = self._deadlines()
-                    due = next(deadlines)
-                elif due and time.monotonic() >= due[0]:
-                    due[1]()
-                    due = next(deadlines, None) if deadlines else None
+        forwarded = 0
+        while not self.look(LOOK):
+            if self.signals > forwarded:
+                forwarded = self.signals
+                self.send(signal.SIGTERM if forwarded == 1 else signal.SIGKILL)
+            if self.failures and deadlines is None:
+                deadlines = self._deadlines()
+                due = next(deadlines)
+            elif due and time.monotonic() >= due[0]:
+                due[1]()
+                due = next(deadlines, None) if deadlines else None
 
-    def _note(self, ended: set[int]) -> None:
-        codes = [(rank, self.processes[rank].wait()) for rank in sorted(ended)]
-        failed = [(rank, code) for rank, code in codes if code]
-        self.failures += sorted(failed, key=lambda failure: failure[1] >= 0)
+    def look(self, seconds: float) -> bool:
+        """Whether all ranks have ended; waits at most so long for one that does."""
+        self.nursery.poll(seconds)
+        ended = {rank: self.nursery.ended[pid] for rank, pid in self.pids.items() if pid in self.nursery.ended}
+        # Of those that ended together, who was killed has not done so because of the others.
+        news = sorted(ended.keys() - self.codes.keys(), key=lambda rank: (ended[rank] >= 0, rank))
+        self.codes |= {rank: ended[rank] for rank in news}
+        return len(self.codes) == len(self.pids)
+
+    @property
+    def failures(self) -> list[tuple[int, int]]:
+        """(rank, exit code) of those that did not end with 0, first to last."""
+        return [(rank, code) for rank, code in self.codes.items() if code]
 
     @property
     def crashed(self) -> bool:
         """A rank crashed, nobody asked for the end, and the ranks may be started again."""
         codes = [code for _, code in self.failures]
-        return self.restarts_left > 0 and not self.signalled and bool(codes) and not set(codes) & set(_KEPT_CODES)
+        return self.restarts_left > 0 and not self.signals and bool(codes) and not set(codes) & set(_KEPT_CODES)
 
     def _deadlines(self) -> Iterator[tuple[float, Callable[[], None]]]:
         start = time.monotonic()
@@ -154,40 +165,36 @@ class _Ranks:
 
     def send(self, number: signal.Signals) -> None:
         """To every rank that still runs."""
-        for process in self.processes.values():
-            if process.poll() is None:
-                process.send_signal(number)
+        self.nursery.send(list(self.pids.values()), number)
 
     def kill(self) -> None:
         """End what still runs, and wait for it."""
         self.send(signal.SIGKILL)
-        for process in self.processes.values():
-            process.wait()
+        end = time.monotonic() + KILL_DEADLINE
+        while not self.look(LOOK) and time.monotonic() < end:
+            pass
 
     @contextlib.contextmanager
-    def signals_forwarded(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._forward) for number in _FORWARDED}
+    def signals_counted(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._count) for number in _FORWARDED}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _forward(self, number: int, frame: FrameType | None) -> None:
-        if self.signalled and number in (signal.SIGINT, signal.SIGTERM):
-            self.send(signal.SIGKILL)
-            return
-        self.signalled = True
-        if number == signal.SIGINT:
+    def _count(self, number: int, frame: FrameType | None) -> None:
+        again = self.signals > 0
+        self.signals = 2 if again and number in (signal.SIGINT, signal.SIGTERM) else max(1, self.signals)
+        if number == signal.SIGINT and not again:
             notice = "\ninterrupted: ending after this step with the state saved; once more ends at once\n"
             os.write(sys.stderr.fileno(), notice.encode())
-        self.send(signal.SIGTERM)
 
     def judge(self) -> None:
         """Raise for the rank that failed first, with the end of its log unless rank 0 said the same."""
         if not self.failures:
             return
-        if self.signalled:
+        if self.signals:
             raise RanksFailed("interrupted", INTERRUPTED)
         rank, code = self.failures[0]
         kept = code if code in _KEPT_CODES else 4
@@ -196,7 +203,7 @@ class _Ranks:
         if kept != 4 and (0, code) in self.failures:
             raise RanksFailed("", kept)
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        message = f"rank {rank} of {len(self.processes)} {how}"
+        message = f"rank {rank} of {len(self.pids)} {how}"
         if rank:
             message += f"; the end of {self.log(rank)}:\n{_tail(self.log(rank))}"
         raise RanksFailed(message, kept)
@@ -208,16 +215,3 @@ def _tail(log: Path) -> str:
     except OSError as error:
         return f"  (cannot be read: {error.strerror})"
     return "\n".join(f"  {line}" for line in lines[-TAIL_LINES:]) or "  (empty)"
-
-
-def _die_with_parent() -> Callable[[], None]:
-    """For a child between fork and exec: the kernel kills it when this process ends."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    parent = os.getpid()
-
-    def ask_kernel() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return ask_kernel

@@ -1,4 +1,4 @@
-"""Processes of a node that start at once: forked from one that has imported torch and the trainer, and nothing more.
+"""Workers of a machine that start at once: forked from one that has imported torch and the trainer, and nothing more.
 
 Importing takes seconds, longer still when all ranks of a machine do it together, and a restart would pay for it. The
 nursery has a single thread and has never computed anything, so that a fork of it is as good as a new process. It dies
@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,14 +26,16 @@ import msgspec
 from launch.errors import LaunchError
 
 PRELOADED = ("trainer.session", "torch.utils.tensorboard")
+START_DEADLINE = 300.0
+"""Seconds that a start may take, the imports included: from a slow shared disk they take minutes."""
 _PR_SET_PDEATHSIG = 1
 _MESSAGE = 1 << 18
 _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
 
 
-def preload() -> None:
+def preload(modules: Sequence[str] = PRELOADED) -> None:
     """Import what workers need; `trainer` by name, as `launch` does not depend on torch elsewhere."""
-    for module in PRELOADED:
+    for module in modules:
         importlib.import_module(module)
 
 
@@ -70,15 +72,21 @@ class _Answer(msgspec.Struct, frozen=True):
 
 
 class Nursery:
-    """The supervisor's side. Not thread-safe. Make it while the process has one thread and has imported enough."""
+    """The side of who wants processes. Not thread-safe. Make it while this process has one thread.
 
-    def __init__(self) -> None:
+    What is not imported in this process yet, the nursery imports by itself, with `environment`.
+    """
+
+    def __init__(self, modules: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         parent = os.getpid()
+        sys.stdout.flush()
+        sys.stderr.flush()
         self.pid = os.fork()
         if not self.pid:
             self._socket.close()
-            _Tender(theirs, parent).run()
+            os.environ.update(environment or {})
+            _Tender(theirs, parent).run(modules)
         theirs.close()
         self.ended: dict[int, int] = {}
         """Exit code by pid of the processes that have ended; negative for a signal."""
@@ -107,16 +115,20 @@ class Nursery:
                 self._socket.settimeout(0.0)
 
     def close(self) -> None:
-        """End the nursery and its workers."""
+        """End the nursery, which may still be importing, and its workers."""
         self._socket.close()
-        with contextlib.suppress(ChildProcessError):
+        with contextlib.suppress(ChildProcessError, ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
 
     def _started(self, order: _Order) -> int:
-        self._socket.settimeout(30.0)
-        self._socket.send(msgspec.json.encode(order))
-        while (pid := self._receive()) is None:
-            pass
+        self._socket.settimeout(START_DEADLINE)
+        try:
+            self._socket.send(msgspec.json.encode(order))
+            while (pid := self._receive()) is None:
+                pass
+        except TimeoutError:
+            raise LaunchError(f"process {self.pid} has not started a worker in {START_DEADLINE:g} s") from None
         return pid
 
     def _receive(self) -> int | None:
@@ -140,9 +152,10 @@ class _Tender:
         self._selector = selectors.DefaultSelector()
         self._selector.register(connection, selectors.EVENT_READ, None)
 
-    def run(self) -> NoReturn:
+    def run(self, modules: Sequence[str]) -> NoReturn:
         code = 0
         try:
+            preload(modules)
             while self._turn():
                 pass
         except BaseException:
@@ -219,6 +232,9 @@ def _become(action: Callable[[], None]) -> NoReturn:
         for number in _HANDLED:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        # By line, so that a killed worker has said everything; errors as a new interpreter has them.
+        sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
         action()
         code = 0
     except SystemExit as exit:

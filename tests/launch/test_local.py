@@ -1,6 +1,6 @@
 """Ranks as processes: what becomes of all of them when one fails, on a signal, and when the launcher dies.
 
-The ranks here are small scripts in the place of `python -m trainer`, found through PYTHONPATH and a package `trainer`.
+The ranks here are small scripts in the place of `python -m trainer`.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.errors import RanksFailed
+from launch.errors import LaunchError, RanksFailed
 from launch.local import run_ranks
 
 DEADLINE = 60.0
@@ -22,19 +22,22 @@ DEADLINE = 60.0
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file whose text every rank runs, with `rank` and `folder` at hand."""
-    package = tmp_path / "ranks" / "trainer"
-    package.mkdir(parents=True)
+    folder = tmp_path / "ranks"
+    folder.mkdir()
     main = "import os, pathlib, signal, sys, time\nrank = int(os.environ['RANK'])\nfolder = pathlib.Path(sys.argv[1])\n"
     main += "exec((folder / 'program.py').read_text())\n"
-    (package / "__main__.py").write_text(main)
-    (package / "__init__.py").write_text("")
-    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    (folder / "stand_in.py").write_text(main)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
     return tmp_path / "program.py"
 
 
 def run(program: Path, text: str, world_size: int = 2) -> None:
     program.write_text(textwrap.dedent(text))
-    run_ranks([str(program.parent)], world_size=world_size, threads_per_rank=3, logs=program.parent / "logs")
+    logs = program.parent / "logs"
+    run_ranks(
+        [str(program.parent)], world_size=world_size, threads_per_rank=3, logs=logs, module="stand_in", preloaded=()
+    )
 
 
 def ended(pid: int) -> bool:
@@ -114,7 +117,8 @@ from launch.errors import RanksFailed
 from launch.local import run_ranks
 folder = Path(sys.argv[1])
 try:
-    run_ranks([str(folder)], world_size=2, threads_per_rank=1, logs=folder / "logs")
+    logs = folder / "logs"
+    run_ranks([str(folder)], world_size=2, threads_per_rank=1, logs=logs, module="stand_in", preloaded=())
 except RanksFailed as error:
     print(error)
     sys.exit(error.exit_code)
@@ -126,9 +130,7 @@ def launcher(program: Path, text: str) -> subprocess.Popen[str]:
     program.write_text(textwrap.dedent(text))
     root = str(Path(__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": f"{os.environ['PYTHONPATH']}:{root}"}
-    # The stand-in for `trainer` comes first on the path of the ranks, and must not hide the launcher's own.
-    script = f"import sys; sys.path.insert(0, {root!r})\n{LAUNCHER}"
-    command = [sys.executable, "-c", script, str(program.parent)]
+    command = [sys.executable, "-c", LAUNCHER, str(program.parent)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     await_that(lambda: all((program.parent / f"ready{rank}").exists() for rank in range(2)), "both ranks to start")
     return process
@@ -167,6 +169,13 @@ def test_a_second_interrupt_kills(program: Path) -> None:
     process.communicate(timeout=DEADLINE)
     assert process.returncode == 130
     assert all(map(ended, pids(program)))
+
+
+def test_a_module_that_cannot_be_imported_is_named(program: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    logs = program.parent / "logs"
+    with pytest.raises(LaunchError, match="has died"):
+        run_ranks([], world_size=2, threads_per_rank=1, logs=logs, module="stand_in", preloaded=("no_such_module",))
+    assert "no_such_module" in capfd.readouterr().err
 
 
 def test_ranks_die_with_a_killed_launcher(program: Path) -> None:

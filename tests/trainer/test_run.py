@@ -75,8 +75,12 @@ def disturbed(
 
 
 def rank_1_of(launcher: int) -> int:
-    """The pid of rank 1 among a launcher's children."""
-    return next(child.pid for child in psutil.Process(launcher).children() if child.environ().get("RANK") == "1")
+    """The pid of rank 1 among the processes that a launcher has started: who writes its log, or was told its rank."""
+    return next(
+        child.pid
+        for child in psutil.Process(launcher).children(recursive=True)
+        if child.environ().get("RANK") == "1" or any("rank_00001.log" in file.path for file in child.open_files())
+    )
 
 
 def agent_lives(folder: Path, slot: int | str = "*") -> list[int]:
