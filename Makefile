@@ -8,7 +8,7 @@ MAKEFLAGS += --no-builtin-rules
 
 PYTHON ?= $(firstword $(shell command -v python3.11 >/dev/null && echo python3.11) python3)
 VENV := .venv/bin
-PIP := $(VENV)/python -m pip --disable-pip-version-check install --quiet
+PIP := $(VENV)/python -m pip --disable-pip-version-check install --quiet --no-compile
 CORPORA := configs/corpora
 DEMO_DATA := runs/demo-data
 DOMAINS := en de en.valid de.valid
