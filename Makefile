@@ -8,7 +8,9 @@ MAKEFLAGS += --no-builtin-rules
 
 PYTHON ?= $(firstword $(shell command -v python3.11 >/dev/null && echo python3.11) python3)
 VENV := .venv/bin
+# pip compiles on one core. Compiling belongs to the installation: a later import would show the packages' own warnings.
 PIP := $(VENV)/python -m pip --disable-pip-version-check install --quiet --no-compile
+COMPILE := $(VENV)/python -W ignore -m compileall -qq -j 0 .venv/lib
 CORPORA := configs/corpora
 DEMO_DATA := runs/demo-data
 DOMAINS := en de en.valid de.valid
@@ -69,11 +71,13 @@ clean: ## remove the virtual environment and the demo's outputs
 .venv/installed: .venv/torch pyproject.toml
 	@echo "==> installing keepwarm"
 	@$(PIP) -c constraints.txt -e .
+	@$(COMPILE) || true # some packages ship templates that are no Python
 	@touch $@
 
 .venv/installed-dev: .venv/torch pyproject.toml
 	@echo "==> installing keepwarm with what its tests need"
 	@$(PIP) -c constraints.txt -e '.[dev]'
+	@$(COMPILE) || true
 	@touch $@ .venv/installed
 
 $(DEMO_DATA)/tokenizer.json: $(CORPORA)/handbook_en.jsonl.zst $(CORPORA)/handbook_de.jsonl.zst | .venv/installed
