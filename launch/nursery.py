@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 import traceback
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -146,6 +147,8 @@ class _Tender:
 
     def __init__(self, connection: socket.socket, parent: int) -> None:
         die_with(parent)
+        # What the parent cleans up when it ends, as temporary folders, is not for its forks to clean up.
+        weakref.finalize._registry.clear()  # type: ignore[attr-defined]
         for number in _HANDLED:
             signal.signal(number, signal.SIG_IGN if number != signal.SIGCHLD else signal.SIG_DFL)
         self._socket, self._me = connection, os.getpid()

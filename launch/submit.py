@@ -98,7 +98,8 @@ def check_cluster(job: JobSpec, offered: Sequence[slurm.Node], excluded: Collect
     wanted = asked.partition.split(",") if asked.partition else [node.partition for node in offered if node.default]
     unknown = [name for name in wanted if name not in known]
     if unknown:
-        raise ClusterError(f"cluster.slurm.partition = {unknown[0]}: no such partition; there are {', '.join(known)}")
+        there = ", ".join(sorted(known))
+        raise ClusterError(f"cluster.slurm.partition = {unknown[0]}: no such partition; there are {there}")
     nodes = [node for node in offered if node.partition in wanted and node.name not in excluded]
     needed, where = job.layout.nodes + asked.spares, f"partition {','.join(dict.fromkeys(wanted))}"
     if len({node.name for node in nodes}) < needed:
