@@ -8,7 +8,7 @@ MAKEFLAGS += --no-builtin-rules
 
 PYTHON ?= $(firstword $(shell command -v python3.11 >/dev/null && echo python3.11) python3)
 VENV := .venv/bin
-# pip compiles on one core. Compiling belongs to the installation: a later import would show the packages' own warnings.
+# pip compiles on one core, what is never imported too: COMPILE does so on all.
 PIP := $(VENV)/python -m pip --disable-pip-version-check install --quiet --no-compile
 COMPILE := $(VENV)/python -W ignore -m compileall -qq -j 0 .venv/lib
 CORPORA := configs/corpora
