@@ -56,7 +56,6 @@ def run_ranks(
     logs.mkdir(parents=True, exist_ok=True)
     common = _environment(world_size, threads_per_rank)
     with (
-        # In this order: what the nursery's processes inherit, they clean up when they end.
         contextlib.closing(Nursery(preloaded, common)) as nursery,
         tempfile.TemporaryDirectory(prefix="keepwarm-") as meeting_place,
     ):
