@@ -194,8 +194,11 @@ def check_stored(turn: Turn, copy: Copy) -> None:
 
 
 def on_stored(turn: Turn, sender: int, stored: Stored) -> None:
+    """Also when word of the commit was faster: a chunk that rots later is repaired from what the members stored."""
     copy = turn.state.copy(stored.snapshot)
-    if copy is None or not copy.open or sender not in copy.group.members or sender in copy.members:
+    if copy is None or sender not in copy.group.members or sender in copy.members:
+        return
+    if not copy.open and copy.phase is not Phase.COMMITTED:
         return
     if {record.stripe for record in stored.chunks} != set(range(copy.group.size)):
         turn.log("error", f"slot {sender} says Stored for other stripes than its group has")
