@@ -147,8 +147,10 @@ class _Tender:
 
     def __init__(self, connection: socket.socket, parent: int) -> None:
         die_with(parent)
-        # What the parent cleans up when it ends, as temporary folders, is not for its forks to clean up.
+        # What the parent does when it ends, as removing folders and ending its processes, is not for its forks to do.
+        atexit._clear()
         weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+        weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
         for number in _HANDLED:
             signal.signal(number, signal.SIG_IGN if number != signal.SIGCHLD else signal.SIG_DFL)
         self._socket, self._me = connection, os.getpid()

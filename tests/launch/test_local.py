@@ -3,12 +3,14 @@
 The ranks here are small scripts in the place of `python -m trainer`.
 """
 
+import atexit
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -85,7 +87,8 @@ def test_the_code_of_the_failed_rank_is_kept_and_its_last_words_are_shown(progra
 
 def test_a_crash_names_the_signal(program: Path) -> None:
     with pytest.raises(RanksFailed, match="rank 1 of 2 was ended by SIGSEGV") as caught:
-        run(program, "if rank == 1: os.kill(os.getpid(), signal.SIGSEGV)")
+        # pytest's fault handler would write the stacks into its output.
+        run(program, "import faulthandler; faulthandler.disable()\nif rank == 1: os.kill(os.getpid(), signal.SIGSEGV)")
     assert caught.value.exit_code == 4
 
 
@@ -176,6 +179,27 @@ def test_a_module_that_cannot_be_imported_is_named(program: Path, capfd: pytest.
     with pytest.raises(LaunchError, match="has died"):
         run_ranks([], world_size=2, threads_per_rank=1, logs=logs, module="stand_in", preloaded=("no_such_module",))
     assert "no_such_module" in capfd.readouterr().err
+
+
+def test_ranks_clean_up_after_themselves_and_not_after_their_launcher(program: Path) -> None:
+    def clean_up(folder: Path = program.parent) -> None:
+        (folder / f"launcher-{os.getpid()}").touch()
+
+    atexit.register(clean_up)
+    finalizer = weakref.finalize(clean_up, clean_up)
+    try:
+        run(
+            program,
+            """
+            import atexit, weakref
+            atexit.register((folder / f"exit-{rank}").touch)
+            weakref.finalize(pathlib, (folder / f"finalizer-{rank}").touch)
+            """,
+        )
+    finally:
+        atexit.unregister(clean_up)
+        finalizer.detach()
+    assert {path.name for path in program.parent.rglob("*-*")} == {"exit-0", "exit-1", "finalizer-0", "finalizer-1"}
 
 
 def test_ranks_die_with_a_killed_launcher(program: Path) -> None:
