@@ -64,7 +64,7 @@ def choose(
         return Wait(tuple(sorted(missing)))
     if best is not None:
         return Choice(best, _lost(here, groups, best) or 0)
-    return FallBack(_why_not(here, groups, seen, missing))
+    return FallBack(_why_not(here, groups, seen) + _unheard(missing, deadline_passed))
 
 
 def plan(
@@ -177,12 +177,9 @@ def _possible(
     return {s for s in group.members if s in missing or _record(inventories, s, snapshot, stripe) is not None}
 
 
-def _why_not(
-    inventories: Mapping[int, Inventory], groups: Sequence[Group], seen: Sequence[SnapshotId], missing: frozenset[int]
-) -> str:
-    unheard = f"; slots {sorted(missing)} did not answer in time" if missing else ""
+def _why_not(inventories: Mapping[int, Inventory], groups: Sequence[Group], seen: Sequence[SnapshotId]) -> str:
     if not seen:
-        return f"no agent holds a snapshot in memory{unheard}"
+        return "no agent holds a snapshot in memory"
     for group in groups:
         for stripe in range(group.size):
             matching = stripe_state(inventories, group, seen[0], stripe).holders
@@ -191,6 +188,13 @@ def _why_not(
                 mixed = ", which do not belong together" if len(held) >= group.data else ""
                 return (
                     f"snapshot {seen[0]}: stripe {stripe} of group {group.index} needs {group.data} good chunks and "
-                    f"has {len(held)}{mixed}; those of slots {sorted(set(group.members) - held)} are lost{unheard}"
+                    f"has {len(held)}{mixed}; those of slots {sorted(set(group.members) - held)} are lost"
                 )
-    return f"no snapshot in memory is complete{unheard}"
+    return "no snapshot in memory is complete"
+
+
+def _unheard(missing: frozenset[int], deadline_passed: bool) -> str:
+    if not missing:
+        return ""
+    how = "did not answer in time" if deadline_passed else "had not answered yet, and alone cannot change that"
+    return f"; slots {sorted(missing)} {how}"

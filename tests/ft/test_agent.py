@@ -1,5 +1,6 @@
 """Real agent processes: snapshots are committed, survive their workers, come back to the bit, and leave nothing."""
 
+import re
 import socket
 import subprocess
 import sys
@@ -188,7 +189,9 @@ def test_more_losses_than_parity_are_said_with_the_reason(tmp_path: Path) -> Non
             world.start(slot)
         fresh = [random_state(rank, 3, seed=9) for rank in range(3)]
         restored = settle(world, world.snapshotters(fresh), 5)
-        assert all("needs 2 good chunks and has 1" in text for text in restored)
+        # The second when the two empty agents answered before the one that has a chunk, which then is not waited for.
+        reason = r"needs 2 good chunks and has 1|slots \[1\] had not answered yet, and alone cannot change that"
+        assert all(re.search(reason, text) for text in restored), restored
         assert all(equal(state, random_state(rank, 3, seed=9)) for rank, state in enumerate(fresh))
 
 

@@ -93,6 +93,14 @@ def test_fall_back_names_the_stripe_and_the_slots() -> None:
     assert choose({}, GROUPS, (), True) == FallBack("no agent holds a snapshot in memory")
 
 
+def test_fall_back_says_who_was_not_waited_for() -> None:
+    empty = without(everything(), 3)
+    none = "no agent holds a snapshot in memory; slots [3]"
+    early = FallBack(f"{none} had not answered yet, and alone cannot change that")
+    assert choose(empty, GROUPS, range(8), False) == early
+    assert choose(empty, GROUPS, range(8), True) == FallBack(f"{none} did not answer in time")
+
+
 def test_waits_only_for_those_who_matter() -> None:
     one_away = without(everything(NEW), 0)
     assert choose(one_away, GROUPS, range(8), False) == Choice(NEW, 1)
