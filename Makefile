@@ -8,9 +8,10 @@ MAKEFLAGS += --no-builtin-rules
 
 PYTHON ?= $(firstword $(shell command -v python3.11 >/dev/null && echo python3.11) python3)
 VENV := .venv/bin
-# pip compiles on one core, what is never imported too: COMPILE does so on all.
+# pip compiles on one core, what is never imported too. COMPILE does so on all, and leaves to the first import what is
+# large and seldom imported; it begins while pip waits for the network.
 PIP := $(VENV)/python -m pip --disable-pip-version-check install --quiet --no-compile
-COMPILE := $(VENV)/python -W ignore -m compileall -qq -j 0 .venv/lib
+COMPILE := $(VENV)/python -W ignore -m compileall -qq -x '/(transformers/models|scipy|matplotlib|fontTools|networkx|pip|setuptools)/' .venv/lib
 CORPORA := configs/corpora
 DEMO_DATA := runs/demo-data
 DOMAINS := en de en.valid de.valid
@@ -27,16 +28,13 @@ demo: .venv/installed $(DOMAINS:%=$(DEMO_DATA)/%.idx) ## train the demo job: 8 r
 
 demo-quick: demo ## the same
 
-test: lint ## lint, and all tests but those of test-long
+test: .venv/installed-dev ## all tests but those of test-long, lint among them
 	@echo "==> tests, in two processes"
 	@$(VENV)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 lint: .venv/installed-dev ## format, lint, types and import rules
 	@echo "==> ruff, mypy, import-linter"
-	@$(VENV)/python -m ruff format --check .
-	@$(VENV)/python -m ruff check .
-	@$(VENV)/python -m mypy
-	@$(VENV)/lint-imports
+	@$(VENV)/python -m pytest -p no:xdist -q tests/test_lint.py
 
 test-long: .venv/installed-dev ## every test but the benchmarks; the result goes to docs/test-long.md
 	@echo "==> all tests (hours)"
@@ -70,14 +68,14 @@ clean: ## remove the virtual environment and the demo's outputs
 
 .venv/installed: .venv/torch pyproject.toml
 	@echo "==> installing keepwarm"
-	@$(PIP) -c constraints.txt -e .
-	@$(COMPILE) || true # some packages ship templates that are no Python
+	@$(COMPILE) & $(PIP) -c constraints.txt -e . && { wait $$! || true; }
+	@$(COMPILE) -j 0 || true # some packages ship templates that are no Python
 	@touch $@
 
 .venv/installed-dev: .venv/torch pyproject.toml
 	@echo "==> installing keepwarm with what its tests need"
-	@$(PIP) -c constraints.txt -e '.[dev]'
-	@$(COMPILE) || true
+	@$(COMPILE) & $(PIP) -c constraints.txt -e '.[dev]' && { wait $$! || true; }
+	@$(COMPILE) -j 0 || true
 	@touch $@ .venv/installed
 
 $(DEMO_DATA)/tokenizer.json: $(CORPORA)/handbook_en.jsonl.zst $(CORPORA)/handbook_de.jsonl.zst | .venv/installed

@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
 
-FIRST = ("parallel", "science", "slurm", "drills", "trainer", "launch", "ft")
+FIRST = ("parallel", "test_lint.py", "science", "slurm", "drills", "trainer", "launch", "ft")
 """Folders with the longest tests, so that two processes end together."""
 
 
