@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -16,12 +17,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
 
-FIRST = ("parallel", "test_lint.py", "science", "slurm", "drills", "trainer", "launch", "ft")
+FIRST = ("parallel", "test_lint.py", "test_wheel.py", "science", "slurm", "drills", "trainer", "launch", "ft")
 """Folders with the longest tests, so that two processes end together."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (*FIRST, _folder(item.nodeid)).index(_folder(item.nodeid)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported stays
 
 
 @pytest.hookimpl(optionalhook=True)
