@@ -1,98 +1,17 @@
-"""Runs on emulated nodes that lose parts of themselves, against one that does not: every loss and weight to the bit.
-
-Faults come from outside, by SIGKILL to the pids that the supervisors wrote down, after steps that metrics.jsonl shows.
-"""
+"""Runs on emulated nodes that lose parts of themselves, against one that does not: every loss and weight to the bit."""
 
 import os
-import shutil
 import signal
 import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
 from launch import events, node_record
-from launch.node_record import NodeRecord
-from tests.support.run_contents import steps_of, tensors_of
+from tests.support.node_run import DEADLINE, ROOT, Run, assert_equal, assert_nothing_left, command, runs
 
-JOB = Path(__file__).parents[2] / "configs" / "ci" / "snapshot.yaml"
-ROOT = JOB.parents[2]
-DEADLINE = 280.0
-STEPS = 30
-OVERRIDES = (f"stages.0.tokens={STEPS * 512}", "log.tensorboard=false", "evaluation.samples=8")
 pytestmark = [pytest.mark.timeout(900), pytest.mark.dist]
-
-
-def command(folder: Path, *options: str) -> list[str]:
-    return [
-        sys.executable, "-P", "-m", "launch.cli", "train", str(JOB), f"output={folder}", *OVERRIDES, *options,
-    ]  # fmt: skip
-
-
-class Run:
-    """A run with its launcher, and the faults that are done to it."""
-
-    def __init__(self, folder: Path, *options: str) -> None:
-        self.folder = folder
-        self.log = folder.with_suffix(".out")
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command(folder, *options), stdout=log, stderr=log, cwd=ROOT)
-        self.pids: set[int] = set()
-
-    def until(self, ready: Callable[[], Any], what: str) -> Any:
-        end = time.monotonic() + DEADLINE
-        while not (found := ready()):
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < end, f"waited {DEADLINE:g} s for {what}:\n{self.log.read_text()}"
-            time.sleep(0.02)
-        return found
-
-    def after(self, step: int) -> None:
-        def reached() -> bool:
-            path = self.folder / "metrics.jsonl"
-            return path.exists() and max((line["step"] for line in steps_of(self.folder)), default=0) >= step
-
-        self.until(reached, f"step {step}")
-
-    def events(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in events.read(self.folder) if event["event"] == kind]
-
-    def recovered(self, count: int) -> dict[str, Any]:
-        return self.until(lambda: self.events("recovery")[count - 1 :], f"recovery {count}")[0]
-
-    def owner(self, slot: int) -> NodeRecord:
-        """The node that has a slot, once its supervisor knows its agent."""
-
-        def found() -> list[NodeRecord]:
-            records = [record for record in node_record.read_all(self.folder) if record.slot == slot]
-            return [record for record in records if record.state == "running" and record.agent is not None]
-
-        # A killed node cannot take its record back: the later generation has the slot.
-        records: list[NodeRecord] = self.until(found, f"a node in slot {slot}")
-        record = max(records, key=lambda each: each.generation)
-        self.pids |= {record.supervisor, *record.workers.values()} | ({record.agent} if record.agent else set())
-        return record
-
-    def lose_node(self, slot: int, *, with_store: bool = False) -> None:
-        record = self.owner(slot)
-        victims = [record.supervisor, record.agent, *record.workers.values()]
-        if with_store:
-            store = node_record.newest_store(self.folder)
-            assert store is not None
-            victims.append(store.pid)
-        for pid in victims:
-            assert pid is not None
-            os.kill(pid, signal.SIGKILL)
-
-    def done(self) -> None:
-        code = self.process.wait(DEADLINE)
-        assert code == 0, self.log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -105,42 +24,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Run]]:
-    runtime = tempfile.mkdtemp(prefix="kw-")  # short, as the paths of sockets must be
-    monkeypatch.setenv("XDG_RUNTIME_DIR", runtime)
-    runs: list[Run] = []
-
-    def begin(*options: str) -> Run:
-        runs.append(Run(tmp_path / "run", *options))
-        return runs[-1]
-
-    yield begin
-    for run in runs:
-        run.process.kill()
-        run.process.wait()
-    shutil.rmtree(runtime)
-
-
-def assert_equal(run: Run, whole: Path) -> None:
-    assert steps_of(run.folder) == steps_of(whole)
-    assert tensors_of(run.folder) == tensors_of(whole)
-
-
-def assert_nothing_left(run: Run) -> None:
-    """No process of the run, and no folder of an agent."""
-    store = node_record.newest_store(run.folder)
-    assert store is not None
-    records = node_record.read_all(run.folder)
-    pids = run.pids | {store.pid} | {record.supervisor for record in records}
-    end = time.monotonic() + 60
-
-    def lives(pid: int) -> bool:
-        return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-    while left := [pid for pid in pids if lives(pid)]:
-        assert time.monotonic() < end, f"processes {left} outlived the run"
-        time.sleep(0.05)
-    assert list(Path(os.environ["XDG_RUNTIME_DIR"]).rglob("*.sock")) == []
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    with runs(tmp_path) as begin:
+        yield begin
 
 
 @pytest.mark.ci

@@ -1,0 +1,149 @@
+"""A run of the small job on emulated nodes, and the faults that are done to it from outside.
+
+Faults come by SIGKILL to the pids that the supervisors wrote down, after steps that metrics.jsonl shows.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from launch import events, node_record
+from launch.node_record import NodeRecord
+from tests.support.run_contents import steps_of, tensors_of
+
+JOB = Path(__file__).parents[2] / "configs" / "ci" / "snapshot.yaml"
+ROOT = JOB.parents[2]
+DEADLINE = 280.0
+STEPS = 30
+OVERRIDES = (f"stages.0.tokens={STEPS * 512}", "log.tensorboard=false", "evaluation.samples=8")
+
+
+def command(folder: Path, *options: str) -> list[str]:
+    return [
+        sys.executable, "-P", "-m", "launch.cli", "train", str(JOB), f"output={folder}", *OVERRIDES, *options,
+    ]  # fmt: skip
+
+
+class Run:
+    """A run with its launcher, and the faults that are done to it."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.folder = folder
+        self.log = folder.with_suffix(".out")
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command(folder, *options), stdout=log, stderr=log, cwd=ROOT)
+        self.pids: set[int] = set()
+
+    def until(self, ready: Callable[[], Any], what: str) -> Any:
+        end = time.monotonic() + DEADLINE
+        while not (found := ready()):
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < end, f"waited {DEADLINE:g} s for {what}:\n{self.log.read_text()}"
+            time.sleep(0.02)
+        return found
+
+    def after(self, step: int) -> None:
+        self.until(lambda: self.newest() >= step, f"step {step}")
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in events.read(self.folder) if event["event"] == kind]
+
+    def recovered(self, count: int) -> dict[str, Any]:
+        return self.until(lambda: self.events("recovery")[count - 1 :], f"recovery {count}")[0]
+
+    def owner(self, slot: int) -> NodeRecord:
+        """The node that has a slot, once its supervisor knows its agent."""
+
+        def found() -> list[NodeRecord]:
+            records = [record for record in node_record.read_all(self.folder) if record.slot == slot]
+            return [record for record in records if record.state == "running" and record.agent is not None]
+
+        # A killed node cannot take its record back: the later generation has the slot.
+        records: list[NodeRecord] = self.until(found, f"a node in slot {slot}")
+        record = max(records, key=lambda each: each.generation)
+        self.pids |= {record.supervisor, *record.workers.values()} | ({record.agent} if record.agent else set())
+        return record
+
+    def newest(self) -> int:
+        """The last step that metrics.jsonl shows."""
+        path = self.folder / "metrics.jsonl"
+        return max((line["step"] for line in steps_of(self.folder)), default=0) if path.exists() else 0
+
+    def lose_agents(self, slots: Collection[int]) -> None:
+        """The agents of these slots, and all that they hold."""
+        agents = [self.owner(slot).agent for slot in slots]
+        for agent in agents:
+            assert agent is not None
+            os.kill(agent, signal.SIGKILL)
+
+    def lose_worker(self, rank: int, ranks_per_node: int = 1) -> None:
+        os.kill(self.owner(rank // ranks_per_node).workers[rank], signal.SIGKILL)
+
+    def lose_node(self, slot: int, *, with_store: bool = False) -> None:
+        record = self.owner(slot)
+        victims = [record.supervisor, record.agent, *record.workers.values()]
+        if with_store:
+            store = node_record.newest_store(self.folder)
+            assert store is not None
+            victims.append(store.pid)
+        for pid in victims:
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+
+    def done(self) -> None:
+        code = self.process.wait(DEADLINE)
+        assert code == 0, self.log.read_text()
+
+
+@contextlib.contextmanager
+def runs(folder: Path) -> Iterator[Callable[..., Run]]:
+    """Starts `folder / "run"` with the options it is called with; the launcher is killed in the end."""
+    runtime = tempfile.mkdtemp(prefix="kw-")  # short, as the paths of sockets must be
+    begun: list[Run] = []
+
+    def begin(*options: str) -> Run:
+        begun.append(Run(folder / "run", *options))
+        return begun[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", runtime)
+        try:
+            yield begin
+        finally:
+            for run in begun:
+                run.process.kill()
+                run.process.wait()
+            shutil.rmtree(runtime)
+
+
+def assert_equal(run: Run, whole: Path) -> None:
+    assert steps_of(run.folder) == steps_of(whole)
+    assert tensors_of(run.folder) == tensors_of(whole)
+
+
+def assert_nothing_left(run: Run) -> None:
+    """No process of the run, and no folder of an agent."""
+    store = node_record.newest_store(run.folder)
+    assert store is not None
+    records = node_record.read_all(run.folder)
+    pids = run.pids | {store.pid} | {record.supervisor for record in records}
+    end = time.monotonic() + 60
+
+    def lives(pid: int) -> bool:
+        return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+    while left := [pid for pid in pids if lives(pid)]:
+        assert time.monotonic() < end, f"processes {left} outlived the run"
+        time.sleep(0.05)
+    assert list(Path(os.environ["XDG_RUNTIME_DIR"]).rglob("*.sock")) == []
