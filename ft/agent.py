@@ -21,7 +21,7 @@ from ft.agent_durable import DurableWriter
 from ft.agent_effects import Arrived, Effects
 from ft.agent_folder import clear, sweep, take_lock
 from ft.agent_log import Journal
-from ft.agent_memory import RECEIVE_BUFFERS, Memory, Shape
+from ft.agent_memory import Memory, Shape
 from ft.agent_reads import Reads
 from ft.agent_registry import Registry
 from ft.agent_repair import Repair
@@ -81,7 +81,6 @@ class Agent:
         self._feeding = False
         self._free: list[Bytes] = []
         self._receiving: dict[Link, Bytes] = {}
-        self._ahead: collections.Counter[Link] = collections.Counter()
         self._missing: dict[int, float] = {}
         mine = Hello(role="agent", run=config.run, slot=config.slot, epoch=0, boot=self.state.boot, nonce=nonce())
         self.network = Network(
@@ -266,9 +265,7 @@ class Agent:
         """Checksum a bucket on a thread, then let the protocol decide what becomes of it."""
         assert link.theirs is not None
         sender, boot, data = link.slot, link.theirs.boot, self._receiving.pop(link)
-        self._ahead[link] += 1
-        if self._ahead[link] >= RECEIVE_BUFFERS:
-            link.pause()
+        link.pause()  # what follows waits in the sockets: one bucket of a peer takes memory here
 
         def arrived(intact: bool) -> None:
             bucket = Arrived(data[: message.size], lambda: self._done_with(link, data))
@@ -280,11 +277,7 @@ class Agent:
 
     def _done_with(self, link: Link, data: Bytes) -> None:
         self.release(data)
-        self._ahead[link] -= 1
-        if self._ahead[link] < RECEIVE_BUFFERS:
-            link.resume()
-        if not self._ahead[link]:
-            del self._ahead[link]
+        link.resume()
 
     def _gone(self, link: Link) -> None:
         self.outbox.forget(link)

@@ -6,9 +6,6 @@ from ft.buffers import Slot, require_memory
 from ft.contents import Bytes
 from ft.state import Group
 
-RECEIVE_BUFFERS = 2
-"""Buckets of one peer that may lie in receive buffers before it is made to wait."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
@@ -56,7 +53,7 @@ def host_memory(state_bytes: int, *, members: int, parity: int, bucket_bytes: in
 
     `state_bytes` is S, what the ranks of the largest node of the group store; it is rounded up to whole chunks. The
     slots are taken at the agent's start; `receiving` is the most that lies in receive buffers while a snapshot is
-    coded, `RECEIVE_BUFFERS` of a bucket for each peer of the group.
+    coded, one bucket for each peer of the group.
     """
     group = Group(0, tuple(range(members)), parity if members > 1 else 0)
     shape = Shape.of(state_bytes, bucket_bytes, group)
@@ -64,7 +61,7 @@ def host_memory(state_bytes: int, *, members: int, parity: int, bucket_bytes: in
         data=2 * shape.data_bytes,
         parity=2 * shape.parity_bytes,
         durable=shape.data_bytes if durable else 0,
-        receiving=(members - 1) * RECEIVE_BUFFERS * bucket_bytes if group.parity else 0,
+        receiving=(members - 1) * bucket_bytes if group.parity else 0,
     )
 
 
