@@ -151,8 +151,9 @@ class Settler:
             return
         snapshot = answer.snapshot if isinstance(answer, recovery.Choice) else None
         if isinstance(answer, recovery.FallBack):
-            agent.registry.explain(self._epoch, answer.reason)
-            agent.journal.write("info", "nothing in memory is restored", epoch=self._epoch, reason=answer.reason)
+            reason = self._whole_reason(answer.reason)
+            agent.registry.explain(self._epoch, reason)
+            agent.journal.write("info", "nothing in memory is restored", epoch=self._epoch, reason=reason)
         lives = tuple(
             self._inventories[slot].boot if slot in self._inventories else 0 for slot in range(topology.slots)
         )
@@ -163,6 +164,16 @@ class Settler:
         for link in agent.network.links.values():
             link.send(choice.pin)
         self._settled(choice)
+
+    def _whole_reason(self, reason: str) -> str:
+        """With that of the epoch before, when it had nothing to restore and so gave up what was left."""
+        registry = self._agent.registry
+        before = registry.newest_epoch()
+        choice = registry.choice(before)
+        if not reason.startswith(recovery.NOTHING_HELD) or choice is None or choice.pin.snapshot is not None:
+            return reason
+        earlier = registry.reason(before)
+        return earlier if earlier.startswith(recovery.NOTHING_HELD) else f"{reason}; in epoch {before}: {earlier}"
 
     def _unheard(self, now: float) -> bool:
         """Whether agents that can be expected to answer at once have not."""

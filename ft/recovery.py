@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ft.messages import ChunkRecord, Decode, Inventory, SnapshotId
 from ft.state import Group
 
+NOTHING_HELD = "no agent holds a snapshot in memory"
 Version = tuple[tuple[int, int], ...]
 """(digest, count) of the k data chunks of a stripe, by column: what makes chunks belong together."""
 
@@ -179,7 +180,7 @@ def _possible(
 
 def _why_not(inventories: Mapping[int, Inventory], groups: Sequence[Group], seen: Sequence[SnapshotId]) -> str:
     if not seen:
-        return "no agent holds a snapshot in memory"
+        return NOTHING_HELD
     for group in groups:
         for stripe in range(group.size):
             matching = stripe_state(inventories, group, seen[0], stripe).holders

@@ -91,16 +91,18 @@ def _ranks_of(processes: Processes, slot: int) -> list[int]:
 
 def _newest_committed(folder: Path, agent: Found) -> Held:
     """What the agent holds, once nothing newer is under way that could still be committed."""
-    end = time.monotonic() + DEADLINE
+    end, before = time.monotonic() + DEADLINE, None
     while True:
         held = [snapshot for snapshot in _status(folder, agent).held if snapshot.data is not None]
         committed = [snapshot for snapshot in held if snapshot.phase == "committed"]
         newest = max(committed, key=_age, default=None)
         settled = newest and not any(_age(h) > _age(newest) and h.phase in ("sealed", "prepared") for h in held)
-        if newest and (settled or time.monotonic() > end):
+        # At the second look the agent has read what its workers had sent before they stood still.
+        if newest and ((settled and newest == before) or time.monotonic() > end):
             return newest
         if time.monotonic() > end:
             raise DrillError(f"the agent of process {agent.pid} holds no committed snapshot that could be corrupted")
+        before = newest if settled else None
         select.select([], [], [], 0.02)
 
 
