@@ -12,6 +12,8 @@ VENV := .venv/bin
 # large and seldom imported; it begins while pip waits for the network.
 PIP := $(VENV)/python -m pip --disable-pip-version-check install --quiet --no-compile
 COMPILE := $(VENV)/python -W ignore -m compileall -qq -x '/(transformers/models|scipy|matplotlib|fontTools|networkx|pip|setuptools)/' .venv/lib
+# Some packages ship templates that are no Python, which is no failure; a failing pip takes the compiling with it.
+INSTALL = $(COMPILE) & trap "kill $$! 2>/dev/null || true" EXIT; $(PIP) -c constraints.txt -e '$(1)'; wait $$! || true; $(COMPILE) -j 0 || true
 CORPORA := configs/corpora
 DEMO_DATA := runs/demo-data
 DOMAINS := en de en.valid de.valid
@@ -68,14 +70,12 @@ clean: ## remove the virtual environment and the demo's outputs
 
 .venv/installed: .venv/torch pyproject.toml
 	@echo "==> installing keepwarm"
-	@$(COMPILE) & $(PIP) -c constraints.txt -e . && { wait $$! || true; }
-	@$(COMPILE) -j 0 || true # some packages ship templates that are no Python
+	@$(call INSTALL,.)
 	@touch $@
 
 .venv/installed-dev: .venv/torch pyproject.toml
 	@echo "==> installing keepwarm with what its tests need"
-	@$(COMPILE) & $(PIP) -c constraints.txt -e '.[dev]' && { wait $$! || true; }
-	@$(COMPILE) -j 0 || true
+	@$(call INSTALL,.[dev])
 	@touch $@ .venv/installed
 
 $(DEMO_DATA)/tokenizer.json: $(CORPORA)/handbook_en.jsonl.zst $(CORPORA)/handbook_de.jsonl.zst | .venv/installed

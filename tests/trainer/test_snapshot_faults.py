@@ -143,7 +143,7 @@ def test_rotten_chunks_of_data_and_of_parity(whole: Path, start: Callable[..., R
     # A rank that stands still lets no other snapshot be committed; what is to rot is what will be restored.
     victim = run.owner(1).workers[2]
     os.kill(victim, signal.SIGSTOP)
-    step = run.until(lambda: at_rest(run, 1), "all agents to have committed what they can")
+    run.until(lambda: at_rest(run, 1), "all agents to have committed what they can")
     # By now its agent has read what its workers had sent before.
     step = run.until(lambda: at_rest(run, 1), "all agents to have committed what they can")
     rot(agents[first], "data", group.data, 0)
