@@ -19,7 +19,8 @@ from launch.errors import DrillError
 from trainer.spec_file import RUN_FILE, load_run
 
 DEADLINE = 10.0
-"""Seconds that an agent has to answer, and to commit its newest snapshot once the workers stand still."""
+"""Seconds that an agent has to answer, and a drill to find it with its newest snapshot committed."""
+LOOKS = 10
 BROKEN_BYTES = 64
 CHECKPOINTS = "checkpoints"
 
@@ -71,15 +72,25 @@ def _wake(frozen: list[Found]) -> None:
 def corrupt(processes: Processes, slot: int) -> float:
     """Break bytes of the newest committed snapshot in a node's memory and kill a worker of that node; returns when.
 
-    The workers stand still meanwhile, so that this is still the newest one when they restart.
+    The workers stand still meanwhile. A newer snapshot that others could complete without the victim must not be under
+    way then, or that one would be restored: they go on for a moment until none is.
     """
     agent = processes.agent(slot)[0]
     ranks = _ranks_of(processes, slot)
     victim = processes.worker(ranks[-1])
-    with paused(processes.workers()):
-        held = _newest_committed(processes.folder, agent)
-        _break(_memory(agent.pid, f"data{held.data}"))
-        return _send(victim, signal.SIGKILL)
+    end = time.monotonic() + DEADLINE
+    while True:
+        with paused(processes.workers()):
+            held = _newest_committed(processes.folder, agent, alone=len(ranks) == 1)
+            if held is None and time.monotonic() > end:
+                raise DrillError(
+                    f"the agent of process {agent.pid} had no moment in {DEADLINE:g} s in which its newest snapshot "
+                    "was committed and could be corrupted"
+                )
+            if held is not None:
+                _break(_memory(agent.pid, f"data{held.data}"))
+                return _send(victim, signal.SIGKILL)
+        select.select([], [], [], 0.05)
 
 
 def _ranks_of(processes: Processes, slot: int) -> list[int]:
@@ -89,21 +100,24 @@ def _ranks_of(processes: Processes, slot: int) -> list[int]:
     return list(range(slot * each, (slot + 1) * each))
 
 
-def _newest_committed(folder: Path, agent: Found) -> Held:
-    """What the agent holds, once nothing newer is under way that could still be committed."""
-    end, before = time.monotonic() + DEADLINE, None
-    while True:
+def _newest_committed(folder: Path, agent: Found, *, alone: bool) -> Held | None:
+    """What the agent holds; None while a newer one could be committed without one of the node's workers, who stand
+    still. That one is not sealed, and if the worker is not `alone`, not even begun.
+    """
+    before: Held | None = None
+    for _ in range(LOOKS):
         held = [snapshot for snapshot in _status(folder, agent).held if snapshot.data is not None]
-        committed = [snapshot for snapshot in held if snapshot.phase == "committed"]
-        newest = max(committed, key=_age, default=None)
-        settled = newest and not any(_age(h) > _age(newest) and h.phase in ("sealed", "prepared") for h in held)
-        # At the second look the agent has read what its workers had sent before they stood still.
-        if newest and ((settled and newest == before) or time.monotonic() > end):
+        newest = max((snapshot for snapshot in held if snapshot.phase == "committed"), key=_age, default=None)
+        harmless = ("filling", "draining") if alone else ("draining",)
+        if newest is None or any(_age(each) > _age(newest) and each.phase not in harmless for each in held):
+            before = None
+        elif newest == before:
+            # At the second look the agent has read what its workers had sent before they stood still.
             return newest
-        if time.monotonic() > end:
-            raise DrillError(f"the agent of process {agent.pid} holds no committed snapshot that could be corrupted")
-        before = newest if settled else None
+        else:
+            before = newest
         select.select([], [], [], 0.02)
+    return None
 
 
 def _age(held: Held) -> tuple[int, int]:
