@@ -312,7 +312,7 @@ def _receive(turn: Turn, event: Received) -> None:
             coding.on_end(turn, sender, message)
         case ChunkLost() if not turn.foreign(message.snapshot):
             coding.on_lost_chunk(turn, sender, message)
-        case Stored() if not turn.foreign(message.snapshot):
+        case Stored() if message.snapshot == turn.state.pinned or not turn.foreign(message.snapshot):
             coding.on_stored(turn, sender, message)
         case Known() if not turn.foreign(message.snapshot):
             _know(turn, sender, message)
@@ -376,7 +376,10 @@ def _pin(turn: Turn, pin: Pin) -> None:
         return
     turn.set(newest=max(turn.state.newest, pin.snapshot.age))
     phase = Phase.COMMITTED if len(chosen.good) == chosen.group.size else Phase.REBUILT
-    chosen = turn.put(replace(chosen, phase=phase, coding={}, finishing=frozenset()))
+    # What the members had stored before may be lost by now: they say again what they have.
+    chosen = turn.put(replace(chosen, phase=phase, coding={}, finishing=frozenset(), members={}))
+    if phase is Phase.COMMITTED:
+        chosen = coding.say_stored(turn, chosen)
     turn.emit(Pinned(pin.epoch, pin.snapshot, chosen.data, whole=_data_whole(turn, chosen)))
 
 
@@ -405,7 +408,7 @@ def _rebuilt(turn: Turn, event: ChunkRebuilt) -> None:
     if not whole and _data_whole(turn, copy) and state.pinned == copy.snapshot:
         turn.emit(Pinned(state.pinned_epoch, copy.snapshot, copy.data, whole=True))
     if len(copy.good) == copy.group.size:
-        turn.put(replace(copy, phase=Phase.COMMITTED))
+        coding.say_stored(turn, turn.put(replace(copy, phase=Phase.COMMITTED)))
         turn.log("info", f"snapshot {copy.snapshot} is whole again on slot {state.slot}")
 
 

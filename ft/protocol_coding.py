@@ -184,26 +184,35 @@ def on_parity_verified(turn: Turn, event: ParityVerified) -> None:
 
 def check_stored(turn: Turn, copy: Copy) -> None:
     """Once data and all parity of this agent are good it says so, and never takes it back."""
-    slot = turn.state.slot
-    if copy.phase is not Phase.SEALED or len(copy.good) < copy.group.size or slot in copy.members:
-        return
+    if copy.phase is Phase.SEALED and len(copy.good) == copy.group.size and turn.state.slot not in copy.members:
+        check_prepared(turn, say_stored(turn, copy))
+
+
+def say_stored(turn: Turn, copy: Copy) -> Copy:
     records = tuple(copy.good[stripe] for stripe in sorted(copy.good))
-    copy = turn.put(replace(copy, members={**copy.members, slot: records}))
     turn.send_group(Stored(snapshot=copy.snapshot, chunks=records))
-    check_prepared(turn, copy)
+    return turn.put(replace(copy, members={**copy.members, turn.state.slot: records}))
 
 
 def on_stored(turn: Turn, sender: int, stored: Stored) -> None:
-    """Also when word of the commit was faster: a chunk that rots later is repaired from what the members stored."""
+    """Also when word of the commit was faster: a chunk that rots later is repaired from what the members stored.
+
+    Of a snapshot that was chosen at recovery members say it when they have all of it again. Whoever learns it so
+    answers: word of the choice may have been slower than what this agent said.
+    """
     copy = turn.state.copy(stored.snapshot)
     if copy is None or sender not in copy.group.members or sender in copy.members:
         return
-    if not copy.open and copy.phase is not Phase.COMMITTED:
+    if not copy.open and not copy.settled:
         return
     if {record.stripe for record in stored.chunks} != set(range(copy.group.size)):
         turn.log("error", f"slot {sender} says Stored for other stripes than its group has")
         return
-    check_prepared(turn, turn.put(replace(copy, members={**copy.members, sender: stored.chunks})))
+    copy = turn.put(replace(copy, members={**copy.members, sender: stored.chunks}))
+    own = copy.members.get(turn.state.slot)
+    if own is not None and copy.snapshot == turn.state.pinned:
+        turn.emit(Send(sender, Stored(snapshot=copy.snapshot, chunks=own)))
+    check_prepared(turn, copy)
 
 
 def check_prepared(turn: Turn, copy: Copy) -> None:

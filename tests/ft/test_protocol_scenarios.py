@@ -105,6 +105,9 @@ def event(words: list[str]) -> ev.Event:
                 snapshot=snapshot(which), prepared=prepared, committed="committed" in given, void="void" in given
             )
             return heard(known)
+        case "rebuilt", [which]:
+            (record,) = records(given["chunk"])
+            return ev.ChunkRebuilt(snapshot(which), record, (int(given.get("sum", "0")),))
         case "scrubbed", [which]:
             return ev.Scrubbed(snapshot(which), int(given["stripe"]), intact=False)
         case "durable-started", [which]:
