@@ -15,7 +15,7 @@ from typing import Any
 from ft import isal
 from ft.contents import Bytes
 from ft.erasure import Codec
-from ft.galois import NumpyKernel, Region, generator_matrix
+from ft.galois import NumpyKernel, generator_matrix, region_of
 
 Job = tuple[Callable[[], Any], Callable[[Any], None] | None, Callable[[], None] | None]
 """Work, what follows from its result, and what must be done in the loop in any case, also when the job is dropped."""
@@ -128,8 +128,7 @@ class RowCoder:
 
     def accumulate(self, parity: Bytes, column: int, data: Bytes) -> None:
         """Add the bytes of data column `column` into parity bytes of the same place; both have one size."""
-        source, target = Region(data, data.ctypes.data), Region(parity, parity.ctypes.data)
-        self._kernel.accumulate(self._tables, column, source, [target], 0, len(data))
+        self._kernel.accumulate(self._tables, column, region_of(data), [region_of(parity)], 0, 0, len(data))
 
 
 @functools.lru_cache(maxsize=64)

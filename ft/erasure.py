@@ -6,22 +6,23 @@ Chunk indices: 0..k-1 are data, k..k+m-1 parity. All buffers belong to the calle
 are never copied or kept; read-only ones serve as inputs. One `Codec` may be used by several threads at once.
 """
 
-import ctypes
 import functools
 import os
+import queue
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Literal
-
-import numpy as np
 
 from ft import isal
 from ft.errors import CodecError, KernelUnavailable
-from ft.galois import Bytes, NumpyKernel, Region, generator_matrix, invert, matmul
+from ft.galois import NumpyKernel, Region, Tables, generator_matrix, invert, matmul, region_of
 
 Kernel = isal.IsalKernel | NumpyKernel
 Buffer = Any  # anything with a C-contiguous buffer: memoryview, mmap, bytearray, bytes, ndarray
+
+_Job = tuple[Callable[[int, int], None], tuple[int, int], "queue.SimpleQueue[BaseException | None]"]
+"""What to do, on which range, and where to say that it is done."""
 
 MAX_CHUNKS = 32
 
@@ -59,7 +60,7 @@ class Codec:
         self.kernel = self._kernel.name
         self._tables = self._kernel.prepare(generator_matrix(k, m)[k:])
         # Starts its threads at the first call that uses them; they end when the codec is collected.
-        self._pool = ThreadPoolExecutor(self.threads - 1, "codec") if self.threads > 1 else None
+        self._pool = _Threads(self.threads - 1) if self.threads > 1 else None
 
     def encode(self, data: Sequence[Buffer], parity: Sequence[Buffer]) -> None:
         """Writes the m parity chunks of k data chunks, all of one size.
@@ -88,17 +89,16 @@ class Codec:
         whole = [_region("parity chunk", i, chunk, write=True) for i, chunk in enumerate(parity, self.k)]
         if not whole:
             return
-        length, size = source.array.size, _common_size(whole)
+        length, size = source[2], _common_size(whole)
         if not 0 <= offset <= size - length:
             raise CodecError(
                 f"data chunk {index}: {length} bytes at offset {offset} leave parity chunks of {size} bytes"
             )
-        outputs = [Region(array[offset : offset + length], address + offset) for array, address in whole]
-        _refuse_overlap([source], outputs)
+        _refuse_overlap([source], whole, length, offset)
         self._split(
             length,
             1 + self.m,
-            lambda start, stop: self._kernel.accumulate(self._tables, index, source, outputs, start, stop),
+            lambda start, stop: self._kernel.accumulate(self._tables, index, source, whole, offset, start, stop),
         )
 
     def decode(self, present: Mapping[int, Buffer], missing: Mapping[int, Buffer]) -> None:
@@ -123,9 +123,9 @@ class Codec:
         if outputs:
             self._multiply(_decoder(self._kernel, self.k, self.m, survivors, tuple(wanted)), inputs, outputs)
 
-    def _multiply(self, tables: Region, inputs: list[Region], outputs: list[Region]) -> None:
+    def _multiply(self, tables: Tables, inputs: list[Region], outputs: list[Region]) -> None:
         size = _common_size(inputs + outputs)
-        _refuse_overlap(inputs, outputs)
+        _refuse_overlap(inputs, outputs, size)
         if outputs:
             self._split(
                 size,
@@ -141,19 +141,63 @@ class Codec:
                 work(0, size)
             return
         step = -(-size // parts // _CACHE_LINE) * _CACHE_LINE
-        ranges = [(start, min(start + step, size)) for start in range(0, size, step)]
-        others = [self._pool.submit(work, start, stop) for start, stop in ranges[1:]]
+        self._pool.run(work, [(start, min(start + step, size)) for start in range(0, size, step)])
+
+
+class _Threads:
+    """Threads that wait for ranges to work on: queues in C, as the calls take milliseconds. They end with this."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._started = False
+
+    def run(self, work: Callable[[int, int], None], ranges: Sequence[tuple[int, int]]) -> None:
+        """The first one on this thread; returns, or raises what one of them raised, when all are done."""
+        self._start()
+        done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        for part in ranges[1:]:
+            self._jobs.put((work, part, done))
+        failures: list[BaseException | None] = []
         try:
             work(*ranges[0])
         finally:
             # The caller may free its buffers as soon as this returns or raises.
-            wait(others)
-        for other in others:
-            other.result()
+            failures += [done.get() for _ in ranges[1:]]
+        for failure in failures:
+            if failure is not None:
+                raise failure
+
+    def _start(self) -> None:
+        if self._started:
+            return
+        with self._lock:
+            if not self._started:
+                for _ in range(self._count):
+                    threading.Thread(target=_serve, args=(self._jobs,), name="codec", daemon=True).start()
+                self._started = True
+
+    def __del__(self) -> None:
+        for _ in range(self._count):
+            self._jobs.put(None)
+
+
+def _serve(jobs: "queue.SimpleQueue[_Job | None]") -> None:
+    while (job := jobs.get()) is not None:
+        work, part, done = job
+        try:
+            work(*part)
+        except BaseException as error:
+            done.put(error)
+        else:
+            done.put(None)
+        # The next job may be long in coming, and these keep the caller's buffers.
+        del job, work, done
 
 
 @functools.lru_cache(maxsize=1024)
-def _decoder(kernel: Kernel, k: int, m: int, survivors: tuple[int, ...], wanted: tuple[int, ...]) -> Region:
+def _decoder(kernel: Kernel, k: int, m: int, survivors: tuple[int, ...], wanted: tuple[int, ...]) -> Tables:
     """Survivors = G[survivors] data, so wanted = G[wanted] G[survivors]^-1 survivors."""
     generator = generator_matrix(k, m)
     inverse = invert(generator[list(survivors)])
@@ -184,32 +228,32 @@ def _choose_kernel(kernel: Literal["auto", "isal", "numpy"]) -> Kernel:
 
 def _region(what: str, index: int, buffer: Buffer, *, write: bool = False) -> Region:
     try:
-        array: Bytes = np.frombuffer(buffer, np.uint8)
+        region = region_of(buffer)
     except (TypeError, ValueError, BufferError) as error:
         raise CodecError(f"{what} {index}: not a contiguous buffer of bytes: {error}") from error
-    writable = array.flags.writeable
-    if write and not writable:
+    if write and region[0].readonly:
         raise CodecError(f"{what} {index}: the buffer is read-only")
-    if writable and array.size:
-        # Five times faster than NumPy's own way to the address, which shows in calls of few milliseconds.
-        return Region(array, ctypes.addressof(ctypes.c_char.from_buffer(array.data)))
-    return Region(array, array.ctypes.data)
+    return region
 
 
 def _common_size(regions: list[Region]) -> int:
-    sizes = {region.array.size for region in regions}
+    sizes = {size for _, _, size in regions}
     if len(sizes) != 1:
         raise CodecError(f"chunks of one stripe have one size, got {sorted(sizes)} bytes")
     return sizes.pop()
 
 
-def _refuse_overlap(inputs: list[Region], outputs: list[Region]) -> None:
-    """An output that shares memory with another buffer would be coded from half-written bytes."""
-    spans = [(region.address, region.array.size, False) for region in inputs]
-    spans += [(region.address, region.array.size, True) for region in outputs]
+def _refuse_overlap(inputs: list[Region], outputs: list[Region], size: int, shift: int = 0) -> None:
+    """An output that shares memory with another buffer would be coded from half-written bytes.
+
+    Of every buffer `size` bytes are meant, of outputs those from `shift` on.
+    """
+    starts = [(address, False) for _, address, _ in inputs]
+    starts += [(address + shift, True) for _, address, _ in outputs]
+    starts.sort()
     end, end_is_output = 0, False
-    for start, size, is_output in sorted(spans):
-        if size and start < end and (is_output or end_is_output):
+    for start, is_output in starts if size else ():
+        if start < end and (is_output or end_is_output):
             raise CodecError("an output buffer overlaps another buffer of the same call")
-        if size and start + size > end:
-            end, end_is_output = start + size, is_output
+        # Of two inputs that overlap, the later one reaches further: all are equally long.
+        end, end_is_output = start + size, is_output

@@ -6,13 +6,14 @@ ctypes drops the GIL for the length of each call.
 
 import ctypes
 import functools
+import struct
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
 from ft.errors import KernelUnavailable
-from ft.galois import Bytes, Region
+from ft.galois import Bytes, Region, Tables
 
 # The releases that this binding was written against: 2.30 to 2.39.
 MAJOR = 2
@@ -54,15 +55,15 @@ class IsalKernel:
         check_version(self.version)
         self._library = library
 
-    def prepare(self, rows: Bytes) -> Region:
+    def prepare(self, rows: Bytes) -> Tables:
         """Multiplication tables of shape (outputs, inputs, 32) for coefficient rows of shape (outputs, inputs)."""
         outputs, inputs = rows.shape
         coefficients = np.ascontiguousarray(rows)
         tables = np.zeros((outputs, inputs, _TABLE), np.uint8)
         self._library.ec_init_tables(inputs, outputs, coefficients.ctypes.data, tables.ctypes.data)
-        return Region(tables, tables.ctypes.data)
+        return Tables(tables, tables.ctypes.data)
 
-    def multiply(self, tables: Region, inputs: list[Region], outputs: list[Region], start: int, stop: int) -> None:
+    def multiply(self, tables: Tables, inputs: list[Region], outputs: list[Region], start: int, stop: int) -> None:
         """outputs[i][start:stop] = sum over j of rows[i, j] * inputs[j][start:stop]."""
         for at in range(start, stop, MAX_LENGTH):
             length = min(MAX_LENGTH, stop - at)
@@ -71,14 +72,14 @@ class IsalKernel:
             )
 
     def accumulate(
-        self, tables: Region, index: int, source: Region, outputs: list[Region], start: int, stop: int
+        self, tables: Tables, index: int, source: Region, outputs: list[Region], shift: int, start: int, stop: int
     ) -> None:
-        """outputs[i][start:stop] += rows[i, index] * source[start:stop]."""
+        """outputs[i][shift + start : shift + stop] += rows[i, index] * source[start:stop]."""
         rows, columns, _ = tables.array.shape
         for at in range(start, stop, MAX_LENGTH):
             length = min(MAX_LENGTH, stop - at)
             self._library.ec_encode_data_update(
-                length, columns, rows, index, tables.address, source.address + at, _pointers(outputs, at)
+                length, columns, rows, index, tables.address, source[1] + at, _pointers(outputs, shift + at)
             )
 
 
@@ -123,5 +124,9 @@ def load() -> IsalKernel:
     return IsalKernel(bundled_library())
 
 
-def _pointers(regions: list[Region], at: int) -> "ctypes.Array[ctypes.c_void_p]":
-    return (_pointer * len(regions))(*[region.address + at for region in regions])
+def _pointers(regions: list[Region], at: int) -> bytes:
+    """Their addresses, from byte `at` on, as the kernels' arrays of pointers: cheaper than an array of ctypes."""
+    return _PACKERS[len(regions)].pack(*[address + at for _, address, _ in regions])
+
+
+_PACKERS = [struct.Struct(f"{count}P") for count in range(33)]

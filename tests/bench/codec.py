@@ -1,10 +1,10 @@
 """Speed of the codec against ISA-L in a bare ctypes loop and against memcpy, as JSON on standard output.
 
-    python -P tests/bench/codec.py [--chunk-mib 8] [--rounds 18]
+    python -P tests/bench/codec.py [--chunk-mib 64] [--rounds 18]
 
 Every case times, in turn and in every round, our codec, the bare loop on the same buffers with pointers and tables made
-beforehand, and a memcpy of the data chunks; ratios are those of the medians. `vs_bare` is speed over the bare loop's
-(1 is parity), `vs_memcpy` speed over memcpy's on as many threads. GB/s count the data that go in: k chunks.
+beforehand, and a memcpy of the data chunks; ratios are medians of those of the rounds. `vs_bare` is speed over the bare
+loop's (1 is parity), `vs_memcpy` speed over memcpy's on as many threads. GB/s count the data that go in: k chunks.
 """
 
 import argparse
@@ -99,8 +99,8 @@ def copies(inputs: list[Bytes], outputs: list[Bytes], start: int, stop: int) -> 
     return run
 
 
-def medians(contenders: dict[str, Call], rounds: int, least: float = 0.004) -> dict[str, float]:
-    """Seconds per call, after an untimed one that leaves the caches as the contender's own.
+def timings(contenders: dict[str, Call], rounds: int, least: float = 0.004) -> dict[str, list[float]]:
+    """Seconds per call in every round, after an untimed one that leaves the caches as the contender's own.
 
     Rounds interleave in all orders, so that drift of the machine strikes all alike.
     """
@@ -119,7 +119,12 @@ def medians(contenders: dict[str, Call], rounds: int, least: float = 0.004) -> d
             for _ in range(repeats[name]):
                 contenders[name]()
             times[name].append((time.perf_counter() - started) / repeats[name])
-    return {name: statistics.median(found) for name, found in times.items()}
+    return times
+
+
+def ratio(one: list[float], other: list[float]) -> float:
+    """How many times faster the other is: the median over rounds, as the machine drifts from round to round."""
+    return round(statistics.median(a / b for a, b in zip(one, other, strict=True)), 3)
 
 
 def cases(k: int, m: int, size: int, threads: int, pool: ThreadPoolExecutor) -> Iterator[tuple[str, dict[str, Call]]]:
@@ -175,15 +180,16 @@ def measure(size: int, rounds: int) -> list[dict[str, object]]:
         with ThreadPoolExecutor(max(1, threads - 1)) as pool:
             for k, m in CODES:
                 for operation, contenders in cases(k, m, size, threads, pool):
-                    found = medians(contenders, rounds)
+                    found = timings(contenders, rounds)
+                    speeds = {name: k * size / statistics.median(seconds) / 1e9 for name, seconds in found.items()}
                     results.append(
                         {
                             "code": [k, m],
                             "threads": threads,
                             "operation": operation,
-                            "vs_bare": round(found["bare"] / found["ours"], 3),
-                            "vs_memcpy": round(found["memcpy"] / found["ours"], 3),
-                            **{f"{name}_gb_s": round(k * size / seconds / 1e9, 2) for name, seconds in found.items()},
+                            "vs_bare": ratio(found["bare"], found["ours"]),
+                            "vs_memcpy": ratio(found["memcpy"], found["ours"]),
+                            **{f"{name}_gb_s": round(speed, 2) for name, speed in speeds.items()},
                         }
                     )
     return results
@@ -198,14 +204,14 @@ def fallback(size: int, rounds: int) -> list[dict[str, object]]:
             "isal": functools.partial(Codec(k, m, kernel="isal", threads=1).encode, *chunks),
             "numpy": functools.partial(Codec(k, m, kernel="numpy", threads=1).encode, *chunks),
         }
-        found = medians(contenders, rounds)
-        results.append({"code": [k, m], "times_slower": round(found["numpy"] / found["isal"], 1)})
+        found = timings(contenders, rounds)
+        results.append({"code": [k, m], "times_slower": round(ratio(found["numpy"], found["isal"]), 1)})
     return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chunk-mib", type=int, default=8, help="size of one chunk; default %(default)s")
+    parser.add_argument("--chunk-mib", type=int, default=64, help="size of one chunk; default %(default)s")
     parser.add_argument("--rounds", type=int, default=18, help="timings of each contender; default %(default)s")
     options = parser.parse_args()
     size = options.chunk_mib << 20
