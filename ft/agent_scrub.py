@@ -15,6 +15,9 @@ from ft.state import Copy
 if TYPE_CHECKING:
     from ft.agent import Agent
 
+READ_AT_ONCE = 32 << 20
+"""Bytes that one thread reads of a chunk while others read on."""
+
 
 class Scrub:
     """One chunk at a time on a thread of the crew; a pass begins every `config.scrub` seconds."""
@@ -80,12 +83,31 @@ def verify_all(agent: "Agent", then: Callable[[], None]) -> None:
             continue
         for record in copy.good.values():
             chunk = agent.memory.chunk(copy.data, copy.parity, record.stripe)
-            buckets = agent.memory.buckets(chunk)[: record.count]
             waiting += 1
-            agent.crew.run(functools.partial(_same, buckets, record), functools.partial(told, copy.snapshot, record))
+            _verify(agent, chunk, record, functools.partial(told, copy.snapshot, record))
     if not waiting:
         agent.crew.run(lambda: None, lambda _: then())
 
 
+def _verify(agent: "Agent", chunk: Bytes, record: ChunkRecord, then: Callable[[bool], None]) -> None:
+    """Read one chunk on all threads of the crew: at a start, everyone waits for it."""
+    buckets = agent.memory.buckets(chunk)[: record.count]
+    share = max(1, READ_AT_ONCE // agent.config.bucket_bytes)
+    parts = [buckets[at : at + share] for at in range(0, len(buckets), share)] or [[]]
+    sums: dict[int, list[int]] = {}
+
+    def summed(part: int, found: list[int]) -> None:
+        sums[part] = found
+        if len(sums) == len(parts):
+            then(digest(each for part in range(len(parts)) for each in sums[part]) == record.digest)
+
+    for number, part in enumerate(parts):
+        agent.crew.run(functools.partial(_sums, part), functools.partial(summed, number))
+
+
 def _same(buckets: list[Bytes], record: ChunkRecord) -> bool:
-    return digest(xxhash.xxh3_64_intdigest(bucket.data) for bucket in buckets) == record.digest
+    return digest(_sums(buckets)) == record.digest
+
+
+def _sums(buckets: list[Bytes]) -> list[int]:
+    return [xxhash.xxh3_64_intdigest(bucket.data) for bucket in buckets]

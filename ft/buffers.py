@@ -24,13 +24,12 @@ import xxhash
 
 from ft.contents import Bytes
 from ft.errors import AgentError, MemoryTooSmall
+from ft.mapping import POPULATE_READ, POPULATE_WRITE, MappedMemory, view
 
-# MADV_POPULATE_*, Linux 5.14. Through ctypes: the mmap module holds the interpreter's lock meanwhile.
-_POPULATE_READ, _POPULATE_WRITE = 22, 23
 _SO_PEERPIDFD = 77  # Linux 6.5
 _CREDENTIALS = struct.Struct("3i")
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+_EMPTY: Bytes = np.empty(0, np.uint8)
 
 
 class Slot:
@@ -43,9 +42,9 @@ class Slot:
         if actual < size:
             os.close(descriptor)
             raise AgentError(f"a slot of {size} bytes was announced, the memory handed over has {actual}")
-        self._map = mmap.mmap(descriptor, size) if size else None
+        self._map = MappedMemory(descriptor, size) if size else None
         self._faulted = False
-        self.data: Bytes = np.frombuffer(self._map if self._map is not None else b"", np.uint8)
+        self.data: Bytes = view(self._map) if self._map is not None else _EMPTY
 
     @classmethod
     def create(cls, size: int, label: str) -> "Slot":
@@ -54,6 +53,8 @@ class Slot:
         os.ftruncate(descriptor, size)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         slot = cls(descriptor, size)
+        if slot._map is not None:
+            slot._map.gather(slot.data)
         slot.fault_in()
         return slot
 
@@ -65,26 +66,18 @@ class Slot:
         if self._faulted or self._map is None:
             return
         self._faulted = True
-        if not self._populate(0, self.size, _POPULATE_WRITE):
+        if not self._map.populate(0, self.size, POPULATE_WRITE):
             pages = self.data[:: mmap.PAGESIZE]
             pages[...] = pages
 
     def fault_in_to_read(self, start: int, stop: int) -> None:
         """Map the bytes from `start` to `stop` for reading, which is several times cheaper; they must have memory."""
         if not self._faulted and self._map is not None:
-            self._populate(start - start % mmap.PAGESIZE, stop, _POPULATE_READ)
-
-    def _populate(self, start: int, stop: int, advice: int) -> bool:
-        address = self.data.ctypes.data + start
-        return bool(_libc.madvise(address, stop - start, advice) == 0)
+            self._map.populate(start - start % mmap.PAGESIZE, stop, POPULATE_READ)
 
     def close(self) -> None:
-        self.data = np.frombuffer(b"", np.uint8)
-        if self._map is not None:
-            # A view that someone still holds keeps the mapping alive; it goes with the last view.
-            with contextlib.suppress(BufferError):
-                self._map.close()
-            self._map = None
+        # A view that someone still holds keeps the mapping alive.
+        self.data, self._map = _EMPTY, None
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1

@@ -141,6 +141,15 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
         start = self.read.start + _ravel(first, self.read.shape)
         return start * self.item_size, (self.read.start + _ravel(last, self.read.shape) + 1) * self.item_size
 
+    @property
+    def run(self) -> tuple[int, int] | None:
+        """The bytes (start, stop) of the target piece that this move writes, where it is a plain copy of `span`."""
+        if not (_contiguous(self.shape, self.read.shape) and _contiguous(self.shape, self.write.shape)):
+            return None
+        first = [o - b for o, b in zip(self.offsets, self.write.offsets, strict=True)]
+        start = (self.write.start + _ravel(first, self.write.shape)) * self.item_size
+        return start, start + math.prod(self.shape) * self.item_size
+
 
 def boxes(piece: Piece) -> list[Box]:
     """The piece as boxes, in the order of its own memory; at most 2 x dimensions - 1 of them."""
@@ -198,14 +207,12 @@ def plan(target: Piece, sources: Sequence[Piece]) -> list[Move]:
 
 def move_bytes(move: Move, source: Bytes, target: Bytes) -> None:
     """Carry out a move; `source` holds the bytes `move.span` of the source piece, `target` the whole target piece."""
+    run = move.run
+    if run is not None:
+        np.copyto(target[run[0] : run[1]], source[: run[1] - run[0]])
+        return
     shift = move.span[0] // move.item_size
     first = [o - b for o, b in zip(move.offsets, move.read.offsets, strict=True)]
-    if _contiguous(move.shape, move.read.shape) and _contiguous(move.shape, move.write.shape):
-        start = [o - b for o, b in zip(move.offsets, move.write.offsets, strict=True)]
-        begin = (move.write.start + _ravel(start, move.write.shape)) * move.item_size
-        count = math.prod(move.shape) * move.item_size
-        np.copyto(target[begin : begin + count], source[:count])
-        return
     # A strided view onto the span alone: the source may be a part of the piece, too short for the whole box.
     strides = _strides(move.read.shape, move.item_size)
     skip = (move.read.start + _ravel(first, move.read.shape) - shift) * move.item_size

@@ -22,7 +22,7 @@ from ft.client import AgentClient
 from ft.contents import ITEM_SIZE, META_BYTES, Bytes, Contents, Move, Piece, encode_contents, move_bytes
 from ft.errors import AgentError, ForeignSnapshot, FtError, IncompleteError, SlotBusy
 from ft.messages import Refused, SnapshotId
-from ft.snapshot_reader import Reader, Stored
+from ft.snapshot_reader import Moves, Reader, Stored
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL",
@@ -155,6 +155,7 @@ class Snapshotter:
         self._thread: threading.Thread | None = None
         self._cancelled = threading.Event()
         self._failed: BaseException | None = None
+        self._rotten: FtError | None = None
         self._sealed: SnapshotId | None = None
 
     # ---- taking
@@ -182,8 +183,14 @@ class Snapshotter:
         """Wait until the running copy is done and the tensors may change; returns the seconds that took.
 
         With `busy: wait` that includes the wait for a slot. What fails in a snapshot is no end of training: it is
-        kept in `failure`.
+        kept in `failure`. After a restore, raises `ChunkCorrupt` when what was restored was not what is recorded.
         """
+        blocked = self._wait()
+        if self._rotten is not None:
+            raise self._rotten
+        return blocked
+
+    def _wait(self) -> float:
         if self._thread is None:
             return 0.0
         began = time.perf_counter()
@@ -198,9 +205,10 @@ class Snapshotter:
         return blocked
 
     def cancel(self) -> None:
-        """Give up a running copy, as after a failure elsewhere."""
+        """Give up a running copy, as after a failure elsewhere, and what was restored."""
         self._cancelled.set()
-        self.join()
+        self._wait()
+        self._rotten = None
 
     @property
     def failure(self) -> BaseException | None:
@@ -288,8 +296,9 @@ class Snapshotter:
     def restore(self, epoch: int) -> Restoration | str:
         """Write what epoch `epoch` restores into the live shards; the reason, in words, when nothing is in memory.
 
-        Everything is found, and what lies on this node checked, before the first byte is written. Raises
-        `ForeignSnapshot` when the snapshot is of another model, `ChunkCorrupt` when bytes do not match their checksums.
+        Everything is found before the first byte is written. The agents have verified their memory in this epoch; what
+        is copied from this node's is checked once more while the first step runs, and `join` tells. Raises
+        `ForeignSnapshot` when the snapshot is of another model, `ChunkCorrupt` when other bytes do not match.
         """
         self.cancel()
         answer = self.client.restore(epoch, deadline=self.deadline)
@@ -306,17 +315,44 @@ class Snapshotter:
             moves, meta, local = source.find(targets, self.optional)
         except IncompleteError as error:
             raise ForeignSnapshot(f"snapshot {answer.snapshot} does not fit this model: {error}") from error
-        with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // self.workers), "restore") as threads:
-            source.check(moves, threads)
-            # In parallel what lies on this node and goes straight into the tensors; the rest is read one by one.
-            at_once = {name for name in moves if source.local(moves[name]) and _direct(self.state[name])}
-            copies = [threads.submit(_write, self.state[n], moves[n], source) for n in moves if n in at_once]
-            for name in moves:
-                if name not in at_once:
-                    _write(self.state[name], moves[name], source)
-            for copy in copies:
-                copy.result()
+        with self._threads() as threads:
+            whole, rest = self._sorted(moves, source)
+            source.fill(whole, threads)
+            source.check(source.spans(rest), threads)
+            for name in rest:
+                _write(self.state[name], rest[name], source)
+        self._thread = threading.Thread(target=self._check_after, args=(source, whole), name="check", daemon=True)
+        self._thread.start()
         return Restoration(epoch=answer.snapshot.epoch, step=answer.snapshot.step, meta=meta, local=local)
+
+    def _check_after(self, source: Reader, copied: Sequence[tuple[int, Bytes]]) -> None:
+        """Memory that is whole after it was copied was whole before; nobody writes into it until `join`."""
+        try:
+            with self._threads() as threads:
+                source.check([(start, start + len(target)) for start, target in copied], threads)
+        except FtError as error:
+            self._rotten = error
+
+    def _threads(self) -> ThreadPoolExecutor:
+        """This worker's share of the cores."""
+        return ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // self.workers), "restore")
+
+    def _sorted(self, moves: Moves, source: Reader) -> tuple[list[tuple[int, Bytes]], Moves]:
+        """What can be copied from this node's slot, from which byte on, straight into shards; moves for the rest."""
+        whole: list[tuple[int, Bytes]] = []
+        rest: dict[str, Sequence[tuple[Move, Stored]]] = {}
+        for name, each in moves.items():
+            runs = [move.run for move, _ in each]
+            if source.local(each) and _direct(self.state[name]) and None not in runs:
+                target = self.state[name].local.detach().reshape(-1).view(torch.uint8).numpy()
+                whole += [
+                    (stored.start + move.span[0], target[run[0] : run[1]])
+                    for (move, stored), run in zip(each, runs, strict=True)
+                    if run is not None
+                ]
+            else:
+                rest[name] = each
+        return whole, rest
 
 
 class _Stopped(FtError):

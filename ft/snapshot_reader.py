@@ -6,6 +6,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import xxhash
 
 from ft.client import AgentClient
@@ -79,17 +80,36 @@ class Reader:
         """Whether all bytes lie on this node."""
         return all(stored.owner == self._node for _, stored in moves)
 
-    def check(self, moves: Moves, threads: Executor) -> None:
-        """Check all buckets of this node that the moves read, in parallel. Raises `ChunkCorrupt`."""
-        spans = [
+    def spans(self, moves: Moves) -> list[tuple[int, int]]:
+        """The bytes of this node's slot that the moves read."""
+        return [
             (stored.start + move.span[0], stored.start + move.span[1])
             for per_shard in moves.values()
             for move, stored in per_shard
             if stored.owner == self._node
         ]
+
+    def check(self, spans: Iterable[tuple[int, int]], threads: Executor) -> None:
+        """Check all buckets of this node with bytes of these spans, in parallel. Raises `ChunkCorrupt`."""
         buckets = {index for start, stop in spans for index in self._buckets(start, stop)}
         run_all(threads, self._check, sorted(buckets - self._checked))
         self._checked |= buckets
+
+    def fill(self, copies: Sequence[tuple[int, Bytes]], threads: Executor) -> None:
+        """Copy the bytes of this node's slot from each start on into its target, in parallel and without a check."""
+        parts = [
+            (start + at, target[at : at + self._size])
+            for start, target in copies
+            for at in range(0, len(target), self._size)
+        ]
+
+        def fill(part: tuple[int, Bytes]) -> None:
+            start, target = part
+            stop = start + len(target)
+            self._slot.fault_in_to_read(start, stop)
+            np.copyto(target, self._slot.data[start:stop])
+
+        run_all(threads, fill, parts)
 
     def bytes(self, owner: int, start: int, stop: int) -> Bytes:
         """Bytes of a node's data slot, checked; those of another node by one thread at a time."""

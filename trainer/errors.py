@@ -5,6 +5,7 @@ TrainerError
 ├── DataError            2  a data file or tokenizer is missing, foreign, truncated or does not fit
 ├── OutputError          2  the run folder exists, is read-only or full
 ├── CheckpointError      2  a saved state is missing, damaged or does not fit
+├── RestoreFailed        1  state could not be restored from memory; another start may succeed
 ├── TrainingStopped      3  training stopped itself: NaN, a gate
 └── UnrecoverableFault   4  a fault that no rung of the recovery ladder mends
 """
@@ -30,6 +31,12 @@ class OutputError(TrainerError):
 
 class CheckpointError(TrainerError):
     """A saved state cannot be used; names the file."""
+
+
+class RestoreFailed(TrainerError):
+    """Agents, peers or bytes were lost while state was restored: a fault like any other, ranks start again."""
+
+    exit_code = 1
 
 
 class TrainingStopped(TrainerError):

@@ -10,23 +10,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ft import durable
-from ft.errors import ChunkCorrupt, ForeignSnapshot, FtError
+from ft.errors import ForeignSnapshot, FtError
 from ft.manifest import read_manifest
 from parallel.shard import Shard
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoints
-from trainer.errors import CheckpointError, TrainerError
+from trainer.errors import CheckpointError, RestoreFailed
 from trainer.snapshots import Snapshots
 from trainer.world import World
 
 Start = Literal["anew", "resume", "restart"]
 """anew: a fresh run; resume: a user continues it, so there must be something; restart: a launcher started it again."""
-
-
-class RestoreFailed(TrainerError):
-    """Agents or peers were lost while state was restored: a fault like any other, after which ranks start again."""
-
-    exit_code = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +96,7 @@ def _fill(
     if snapshots is not None:
         try:
             restored = snapshots.restore()
-        except (ForeignSnapshot, ChunkCorrupt) as error:
+        except ForeignSnapshot as error:
             raise CheckpointError(f"rank {world.rank}: restoring from memory failed: {error}") from error
         except FtError as error:
             raise RestoreFailed(f"rank {world.rank}: restoring from memory failed: {error}") from error

@@ -27,6 +27,7 @@ from ft.spec import SnapshotSpec
 from parallel.layout import Layout
 from parallel.shard import Shard
 from trainer.checkpoint import OPTIONAL
+from trainer.errors import RestoreFailed
 from trainer.run_state import RunState
 from trainer.world import World
 
@@ -143,8 +144,14 @@ class Snapshots:
         return found
 
     def before_update(self) -> None:
-        """Join the running copy: the optimizer is about to change the tensors."""
-        self._snapshotter.join()
+        """Join the running copy: the optimizer is about to change the tensors.
+
+        Raises `RestoreFailed` when what was restored at the start turns out to have rotted on the way.
+        """
+        try:
+            self._snapshotter.join()
+        except FtError as error:
+            raise RestoreFailed(f"rank {self._world.rank}: restoring from memory failed: {error}") from error
 
     def offer(self, state: RunState, meta: dict[str, Any], step_seconds: float) -> None:
         """Begin a snapshot when one is due after this step; copied while training goes on."""
@@ -207,7 +214,7 @@ class Snapshots:
 
     def close(self, *, finished: bool) -> None:
         """Take leave of the agent; it ends when a finished job's workers all have."""
-        self._snapshotter.join()
+        self.before_update()
         self._client.close(end_of_job=finished)
 
     def _slot_bytes(self, part: int) -> int:

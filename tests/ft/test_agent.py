@@ -14,9 +14,9 @@ import torch
 from ft import durable
 from ft.agent_config import AgentConfig, DurableConfig, GroupConfig
 from ft.client import AgentClient, ensure_agent
-from ft.errors import AgentError, AuthenticationFailed, ForeignSnapshot, MemoryTooSmall
+from ft.errors import AgentError, AuthenticationFailed, ChunkCorrupt, ForeignSnapshot, MemoryTooSmall
 from ft.part_reader import read_tensor
-from tests.support.ft_nodes import Nodes, equal, nodes, random_state, together
+from tests.support.ft_nodes import BUCKET, Nodes, equal, nodes, random_state, together
 
 
 def settle(world: Nodes, snapshotters: list[Any], epoch: int) -> list[Any]:
@@ -50,6 +50,25 @@ def test_one_node_commits_and_restores(tmp_path: Path) -> None:
         assert all(equal(a, random_state(rank, 2)) for rank, a in enumerate(fresh))
 
 
+def test_memory_that_rots_after_it_was_chosen_is_found_before_the_next_update(tmp_path: Path) -> None:
+    with nodes(tmp_path, 1) as world:
+        (snapshotter,) = world.snapshotters([random_state(0, 1)])
+        settle(world, [snapshotter], 1)
+        take([snapshotter], 5)
+        chosen = snapshotter.client.restore(2)
+        slot = snapshotter.client.slots[chosen.slot].data
+        # Not in the bucket of the contents, which is checked before they are read.
+        last = max(at for _, at in snapshotter.plan.entries)
+        assert last > BUCKET
+        slot[last] ^= 1
+        assert snapshotter.restore(2).step == 5
+        with pytest.raises(ChunkCorrupt, match="does not match its checksum"):
+            snapshotter.join()
+        # The agents find it as well when they settle the next epoch, and here there is no parity.
+        assert snapshotter.restore(3) == "no agent holds a snapshot in memory"
+        snapshotter.join()
+
+
 @pytest.mark.parametrize(
     ("count", "parity", "together"),
     [(2, 1, True), (3, 1, True), (4, 2, True), pytest.param(4, 2, False, marks=pytest.mark.long)],
@@ -79,7 +98,7 @@ WORKER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from tests.support.ft_nodes import Nodes, random_state
+from tests.support.ft_nodes import BUCKET, Nodes, random_state
 rank, moment = int(sys.argv[3]), sys.argv[4]
 world = Nodes(Path(sys.argv[2]), 2, groups=[((0, 1), 1)])
 import ft.snapshot
