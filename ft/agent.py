@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ft import agent_config, events
@@ -53,6 +54,8 @@ from ft.protocol import step
 from ft.state import State, initial
 
 TICK = 0.05
+FAREWELL = 60.0
+"""Seconds that an agent which was asked to end leaves its workers to save and end."""
 
 
 class Agent:
@@ -104,14 +107,22 @@ class Agent:
         self.registry.publish(config.slot, self.network.address, self.state.boot)
         self.connect_peers(everyone=False)
         self._ended = ""
+        self._leaves: tuple[str, float] | None = None
+        """The signal that asked this agent to end, and when."""
         self.journal.write("info", "started", pid=os.getpid(), bytes=self.memory.bytes, address=self.network.address)
 
     # ---- life
 
     def run(self) -> str:
-        """Serve until the job ends, the lease runs out or SIGTERM comes; returns why."""
+        """Serve until the job ends, the lease runs out or SIGTERM comes; returns why.
+
+        Batch systems signal every process of a job. What they say is meant for those who train and are about to save:
+        asked to end, an agent does so once its workers have left and what they gave it is on disk.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, _: self.end(signal.Signals(number).name))
+            signal.signal(number, self._asked)
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
         next_tick = 0.0
         while not self._ended:
             for key, mask in self.selector.select(TICK):
@@ -125,6 +136,9 @@ class Agent:
 
     def end(self, reason: str) -> None:
         self._ended = reason
+
+    def _asked(self, number: int, frame: FrameType | None) -> None:
+        self._leaves = self._leaves or (signal.Signals(number).name, time.monotonic())
 
     def close(self) -> None:
         """Leave nothing behind: sockets, endpoint, folder and, with the last mapping, the memory."""
@@ -149,6 +163,8 @@ class Agent:
         busy = self.durable is not None and self.durable.busy
         if self.desk.ended and not self.desk.workers and not busy:
             self.end("end of the job")
+        elif self._leaves and ((not self.desk.workers and not busy) or now - self._leaves[1] > FAREWELL):
+            self.end(self._leaves[0])
         elif now - self.desk.last_seen > self.config.lease and not busy:
             self.end(f"nobody has needed this agent for {self.config.lease:g} s")
 

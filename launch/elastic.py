@@ -164,9 +164,13 @@ class NodeAgent(SimpleElasticAgent):
         self._ended_at = self._ended_at or time.monotonic()
         return time.monotonic() - self._ended_at > FAILURE_GRACE
 
-    def signalled(self) -> None:
-        """For a signal handler: the first one asks the workers to save and end, the second kills them."""
-        self._signals += 1
+    def signalled(self, number: int) -> None:
+        """For a signal handler: the first one asks the workers to save and end, a second Ctrl-C kills them.
+
+        Of other signals there may be several without anybody's insisting: batch systems repeat themselves.
+        """
+        if not self._signals or number == signal.SIGINT:
+            self._signals += 1
 
     @property
     def asked(self) -> bool:

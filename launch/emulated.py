@@ -72,7 +72,6 @@ class Nodes:
         self._parent = os.getpid()
         self._pids = [self._fork(options, job) for options in everyone]
         self._codes: dict[int, int] = {}
-        self._signals = 0
 
     def _fork(self, options: Options, job: JobSpec) -> int:
         pid = os.fork()
@@ -111,11 +110,12 @@ class Nodes:
         return max(set(survivors), key=survivors.count, default=LOST)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        self._signals += 1
+        """SIGINT as what it is: said twice, it kills."""
+        passed = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
         for pid in self._pids:
             if pid not in self._codes:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM)
+                    os.kill(pid, passed)
 
 
 def sweep(folder: Path, nodes: Sequence[str], slots: int) -> None:

@@ -10,6 +10,7 @@ the run folder opens the next one, and the supervisors fill it with what they kn
 import contextlib
 import os
 import selectors
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -56,7 +57,12 @@ def read(store: TCPStore) -> Table | None:
 
 
 def serve(order: StoreOrder) -> None:
-    """Open the store, say where, and look after it until nobody needs it."""
+    """Open the store, say where, and look after it until nobody needs it.
+
+    Batch systems signal every process of a job: supervisors act on that, and need their store meanwhile.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     listener = socket.create_server((order.host, 0))
     port = listener.getsockname()[1]
     store = TCPStore(

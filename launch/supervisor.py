@@ -120,7 +120,7 @@ class Supervisor(Plan):
             self._say(why)
 
     def _signal(self, number: int, frame: FrameType | None) -> None:
-        self._agent.signalled()
+        self._agent.signalled(number)
 
     # ---- what the handler and the elastic agent ask for
 

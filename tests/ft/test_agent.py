@@ -1,6 +1,8 @@
 """Real agent processes: snapshots are committed, survive their workers, come back to the bit, and leave nothing."""
 
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -48,6 +50,21 @@ def test_one_node_commits_and_restores(tmp_path: Path) -> None:
         restored = settle(world, world.snapshotters(fresh), 2)
         assert [(r.step, r.meta) for r in restored] == [(5, b"meta 5 0"), (5, b"meta 5 1")]
         assert all(equal(a, random_state(rank, 2)) for rank, a in enumerate(fresh))
+
+
+def test_an_agent_that_is_asked_to_end_serves_its_workers_until_they_leave(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2) as world:
+        snapshotters = world.snapshotters([random_state(rank, 2) for rank in range(2)])
+        settle(world, snapshotters, 1)
+        for slot in range(2):
+            for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+                os.kill(world.pids[slot], number)
+        take(snapshotters, 5)
+        for each in world.clients:
+            each.close()
+        for slot in range(2):
+            world.wait_dead(slot)
+            assert '"text": "ended", "reason": "SIGTERM"' in world.log(slot)
 
 
 def test_memory_that_rots_after_it_was_chosen_is_found_before_the_next_update(tmp_path: Path) -> None:

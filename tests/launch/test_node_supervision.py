@@ -22,9 +22,18 @@ DEADLINE = 120.0
 pytestmark = pytest.mark.timeout(300)
 
 WORKER = """
-import os, pathlib, sys, time
+import os, pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1]).parent
 me = f"{os.environ['RANK']}-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+
+def save(*_):
+    (folder / f"asked-{me}").touch()
+    while not (folder / "saved").exists():
+        time.sleep(0.01)
+    sys.exit(130)
+
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, save)
 (folder / f".{me}").write_text(str(os.getpid()))
 (folder / f".{me}").rename(folder / f"ran-{me}")
 while not (folder / "code").exists():
@@ -95,6 +104,9 @@ class Cluster:
         (self.folder / ".code").write_text(str(code))
         (self.folder / ".code").rename(self.folder / "code")
         assert self.process.wait(DEADLINE) == code, self.log.read_text()
+        self.assert_nothing_left()
+
+    def assert_nothing_left(self) -> None:
         pids = {int(path.read_text()) for path in self.folder.glob("ran-*")}
         pids |= {record.supervisor for record in node_record.read_all(self.folder)}
         store = node_record.newest_store(self.folder)
@@ -128,6 +140,25 @@ def cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
     for each in made:
         each.process.kill()
         each.process.wait()
+
+
+def test_who_signals_every_process_gets_a_run_that_saves_and_ends(cluster: Callable[..., Cluster]) -> None:
+    """As SLURM does, more than once: before a time limit, at it, and when a job is cancelled or requeued."""
+    run = cluster()
+    owners = run.running(0)
+    store = node_record.newest_store(run.folder)
+    assert store is not None
+    supervisors = [record.supervisor for record in node_record.read_all(run.folder)]
+    workers = [pid for record in owners.values() for pid in record.workers.values()]
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+        for pid in (store.pid, *supervisors, *workers):
+            os.kill(pid, number)
+    run.until(lambda: all((run.folder / f"asked-{rank}-0").exists() for rank in range(3)), "all ranks to save")
+    assert alive(store.pid)
+    (run.folder / "saved").touch()
+    assert run.process.wait(DEADLINE) == 130, run.log.read_text()
+    assert [event for event in events.read(run.folder) if event["event"] == "failure"] == []
+    run.assert_nothing_left()
 
 
 def test_nodes_workers_and_stores_die_one_after_the_other(cluster: Callable[..., Cluster]) -> None:
