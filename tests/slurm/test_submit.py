@@ -14,6 +14,7 @@ TINY = str(ROOT / "configs" / "ci" / "tiny.yaml")
 SLURM = str(ROOT / "configs" / "ci" / "slurm.yaml")
 RANKS = "cluster.slurm.launcher=rank"
 SMALL = ("stages.0.tokens=3072", "log.tensorboard=false", "evaluation.samples=2")
+TWO = ("parallel.pipeline=2", "cluster.ranks_per_node=1")
 FOUR = ("parallel.data=2", "parallel.pipeline=2", "cluster.ranks_per_node=1")
 EIGHT = ("parallel.data=2", "parallel.pipeline=2", "parallel.tensor=2", "cluster.ranks_per_node=2")
 
@@ -54,15 +55,19 @@ def slot_of(run: Path, node: str) -> int | None:
     return next((record.slot for record in node_record.read_all(run) if record.node == node), None)
 
 
-@pytest.mark.parametrize("layout", [FOUR, pytest.param(EIGHT, marks=pytest.mark.long)], ids=["four", "eight"])
-def test_ranks_on_four_nodes_train_as_on_one_machine(
-    cluster: SlurmCluster, folder: Path, layout: tuple[str, ...]
+@pytest.mark.parametrize(
+    ("nodes", "layout"),
+    [(2, TWO), pytest.param(4, FOUR, marks=pytest.mark.long), pytest.param(4, EIGHT, marks=pytest.mark.long)],
+    ids=["two", "four", "eight"],
+)
+def test_ranks_on_several_nodes_train_as_on_one_machine(
+    cluster: SlurmCluster, folder: Path, nodes: int, layout: tuple[str, ...]
 ) -> None:
     run = folder / "run"
     job = submitted(cluster, run, *layout)
     assert cluster.await_end(job, 600) == "COMPLETED", words(run)
     assert losses(run / "metrics.jsonl") == on_this_machine(cluster, folder / "local", *layout)
-    assert happened(run, "slurm start")[0]["nodes"] == ["node0", "node1", "node2", "node3"]
+    assert happened(run, "slurm start")[0]["nodes"] == [f"node{index}" for index in range(nodes)]
     cluster.await_idle()
 
 
