@@ -22,12 +22,12 @@ from ft.state import Group
 from tests.support.node_run import ROOT, Run, assert_equal, assert_nothing_left, command, runs
 
 CODES = [(2, 2), (3, 1), (1, 1)]
-STEPS, SHORT = 60, 24
+STEPS, LONG = 60, 160
 RANKS_PER_NODE = 2
 JOB = ("parallel={tensor: 2, data: 4}", f"cluster.ranks_per_node={RANKS_PER_NODE}")
 MOMENTS = ("granted", "copying", "sealed", "coding", "stored", "prepared", "committed")
 """On the way of a copy. In a single group, what is prepared is committed with the same event."""
-CAMPAIGNS = 100
+CAMPAIGNS, IN_A_ROW = 100, 10
 pytestmark = [pytest.mark.dist, pytest.mark.long, pytest.mark.timeout(1800)]
 
 
@@ -49,8 +49,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return uninterrupted(tmp_path_factory.mktemp("short") / "run", SHORT)
+def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return uninterrupted(tmp_path_factory.mktemp("long") / "run", LONG)
 
 
 @pytest.fixture
@@ -198,19 +198,25 @@ def test_more_agents_lost_than_parity(whole: Path, start: Callable[..., Run], co
     assert_nothing_left(run)
 
 
-@pytest.mark.parametrize("seed", range(CAMPAIGNS))
-def test_a_random_campaign(short: Path, start: Callable[..., Run], seed: int) -> None:
-    """Up to three times, at random steps, a rank dies, and with it no agents or some that the code can bear."""
-    print(f"seed {seed}")
-    rng = random.Random(seed)
-    code = CODES[seed % len(CODES)]
-    run = start(code, SHORT)
-    for count in range(1, rng.randint(1, 3) + 1):
-        run.after(run.newest() + rng.randint(3, 5))
-        newest = run.newest()
-        run.lose_agents(rng.choice([(), *bearable(code)]))
-        run.lose_worker(rng.randrange(8), RANKS_PER_NODE)
-        assert_from_memory(run, count, newest)
+@pytest.mark.parametrize("first", range(0, CAMPAIGNS, IN_A_ROW))
+def test_random_campaigns_in_a_row(long: Path, start: Callable[..., Run], first: int) -> None:
+    """In each, up to three times, at random steps, a rank dies, and with it no agents or some that the code can bear.
+
+    Several of them strike one run, so that a start is paid once.
+    """
+    code = CODES[first // IN_A_ROW % len(CODES)]
+    run, count = start(code, LONG), 0
+    for seed in range(first, first + IN_A_ROW):
+        rng = random.Random(seed)
+        for _ in range(rng.randint(1, 3)):
+            run.after(run.newest() + rng.randint(3, 5))
+            newest, slots, rank = run.newest(), rng.choice([(), *bearable(code)]), rng.randrange(8)
+            print(f"seed {seed}: code {code}, step {newest}: agents {slots}, rank {rank}", flush=True)
+            run.lose_agents(slots)
+            run.lose_worker(rank, RANKS_PER_NODE)
+            count += 1
+            assert_from_memory(run, count, newest)
     run.done()
-    assert_equal(run, short)
+    assert len(run.events("recovery")) == count
+    assert_equal(run, long)
     assert_nothing_left(run)
