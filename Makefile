@@ -8,12 +8,14 @@ MAKEFLAGS += --no-builtin-rules
 
 PYTHON ?= $(firstword $(shell command -v python3.11 >/dev/null && echo python3.11) python3)
 VENV := .venv/bin
-# pip compiles on one core, what is never imported too. COMPILE does so on all, and leaves to the first import what is
-# large and seldom imported; it begins while pip waits for the network.
 PIP := $(VENV)/python -m pip --disable-pip-version-check install --quiet --no-compile
-COMPILE := $(VENV)/python -W ignore -m compileall -qq -x '/(transformers/models|scipy|matplotlib|fontTools|networkx|pip|setuptools)/' .venv/lib
-# Some packages ship templates that are no Python, which is no failure; a failing pip takes the compiling with it.
-INSTALL = $(COMPILE) & trap "kill $$! 2>/dev/null || true" EXIT; $(PIP) -c constraints.txt -e '$(1)'; wait $$! || true; $(COMPILE) -j 0 || true
+# uv settles in seconds what takes pip minutes, but does not read pip's configuration: where it fails, pip goes on.
+UV := $(VENV)/python -m uv pip install --quiet --python $(VENV)/python
+# On all cores, which pip and uv do not; what is large and seldom imported is left to its first import.
+RARE := transformers/models|scipy|matplotlib|fontTools|networkx|pip|setuptools|tests?|testing|onnx|_inductor|ao|deepspeed|physics|lexers|mypyc?
+COMPILE := $(VENV)/python -W ignore -m compileall -qq -j 0 -x '/($(RARE))/' .venv/lib
+# Some packages ship templates that are no Python, which is no failure.
+INSTALL = { $(PIP) uv && $(UV) -c constraints.txt -e '$(1)'; } || $(PIP) -c constraints.txt -e '$(1)'; $(COMPILE) || true
 CORPORA := configs/corpora
 DEMO_DATA := runs/demo-data
 DOMAINS := en de en.valid de.valid
