@@ -22,7 +22,7 @@ from ft.state import Group
 from tests.support.node_run import ROOT, Run, assert_equal, assert_nothing_left, command, runs
 
 CODES = [(2, 2), (3, 1), (1, 1)]
-STEPS, LONG = 60, 160
+STEPS, LONG = 60, 110
 RANKS_PER_NODE = 2
 JOB = ("parallel={tensor: 2, data: 4}", f"cluster.ranks_per_node={RANKS_PER_NODE}")
 MOMENTS = ("granted", "copying", "sealed", "coding", "stored", "prepared", "committed")
