@@ -15,10 +15,11 @@ from typing import Any
 from ft import durable
 from ft.errors import DurableError, FtError
 from ft.manifest import MANIFEST, Manifest, decode_manifest
-from trainer.checkpoint_store import filesystem, is_url
+from trainer.checkpoint_store import filesystem
 from trainer.convert.from_huggingface import FILES
 from trainer.convert.native import find_checkpoint
 from trainer.errors import CheckpointError, OutputError
+from trainer.url import is_url
 
 Progress = Callable[[int, int], object]
 """Called with the bytes copied so far and those of all files."""

@@ -5,7 +5,6 @@ A part of a piece is read in whole chunks, each checked against its own checksum
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,13 +16,7 @@ from ft.contents import Bytes
 from ft.errors import DurableError
 from ft.manifest import CHUNK, MANIFEST, Entry, Part, decode_manifest
 from ft.part_reader import expand
-
-_URL = re.compile(r"[a-z][a-z0-9+.-]*(::|://)", re.IGNORECASE)
-
-
-def is_url(where: str | Path) -> bool:
-    """Whether fsspec is meant: `s3://bucket/run`, `memory://run`, `file:///run`."""
-    return isinstance(where, str) and _URL.match(where) is not None
+from trainer.url import is_url
 
 
 class Store(Protocol):

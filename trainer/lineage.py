@@ -12,6 +12,7 @@ from ft.errors import DurableError
 from ft.manifest import MANIFEST, Manifest, read_manifest
 from trainer.convert.huggingface_folder import NOTE
 from trainer.errors import CheckpointError
+from trainer.url import is_url
 
 RUN_FILE = "run.json"
 DEPTH = 4
@@ -187,7 +188,8 @@ def _parents(records: Any, how: str) -> list[Parent]:
     for record in records if isinstance(records, list) else [records]:
         if isinstance(record, dict) and isinstance(record.get("path"), str):
             step = record.get("step")
-            owner = _owner(Path(record["path"]).resolve())
+            where = Path(record["path"])
+            owner = where if is_url(record["path"]) else _owner(where.resolve())
             found.append(Parent(path=owner, how=how, step=step if isinstance(step, int) and step else None))
     return found
 
@@ -195,6 +197,8 @@ def _parents(records: Any, how: str) -> list[Parent]:
 def _unknown(path: Path) -> Artefact:
     if (path / "config.json").is_file():
         return Artefact(path=path, kind="Hugging Face model")
+    if is_url(_short(path)):
+        return Artefact(path=path, kind="at a URL")
     return Artefact(path=path, kind="folder" if path.exists() else "gone")
 
 
@@ -214,6 +218,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _short(path: Path) -> str:
-    """Relative to where the user is, when it lies there."""
+    """Relative to where the user is, when it lies there; of a URL as it was."""
+    if not path.is_absolute() and path.parts and path.parts[0].endswith(":"):
+        return f"{path.parts[0]}//{Path(*path.parts[1:])}"
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -1,5 +1,4 @@
-"""Starting from another run of ours, a native checkpoint or a Hugging Face folder: its weights, its optimizer state,
-what it saw.
+"""Starting from a run of ours, a native checkpoint (also at a URL) or a Hugging Face folder: weights, optimizer, past.
 
 Nothing is ever written into the parent.
 """
@@ -19,12 +18,15 @@ from ft.manifest import MANIFEST, read_manifest
 from parallel.model import ModelParts
 from parallel.shard import Shard
 from trainer import checkpoint
+from trainer.checkpoint_copy import find
+from trainer.checkpoint_store import opened
 from trainer.convert.from_huggingface import from_huggingface
 from trainer.convert.huggingface_folder import CONFIG
 from trainer.data.ledger import Ledger
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import CheckpointError, DataError, TrainerError
 from trainer.spec import JobSpec
+from trainer.url import is_url
 from trainer.world import World
 
 MODEL, OPTIMIZER = "model.", "optimizer."
@@ -50,6 +52,12 @@ def adopt(job: JobSpec, model: ModelParts, shards: Mapping[str, Shard], tokenize
         CheckpointError: there is no complete checkpoint, or it is of another architecture or tokenizer.
     """
     assert job.init_from is not None
+    if is_url(job.init_from):
+        try:
+            url = find(job.init_from)
+        except (FtError, CheckpointError, OSError) as error:
+            raise CheckpointError(f"init_from: {error}") from error
+        return _adopt(job, url, model, shards, tokenizer)
     origin = Path(job.init_from)
     if (origin / CONFIG).is_file():
         with _converted(origin, Path(job.output) / "parent", world) as path:
@@ -60,9 +68,12 @@ def adopt(job: JobSpec, model: ModelParts, shards: Mapping[str, Shard], tokenize
     return _adopt(job, _newest(origin), model, shards, tokenizer)
 
 
-def _adopt(job: JobSpec, path: Path, model: ModelParts, shards: Mapping[str, Shard], tokenizer: str | None) -> Parent:
+def _adopt(
+    job: JobSpec, path: Path | str, model: ModelParts, shards: Mapping[str, Shard], tokenizer: str | None
+) -> Parent:
     try:
-        manifest = read_manifest(path)
+        with opened(path) as parent:
+            manifest = parent.manifest
     except FtError as error:
         raise CheckpointError(f"init_from: {error}") from error
     stored = {entry.piece.name: entry.piece.global_shape for part in manifest.parts for entry in part.entries}
@@ -148,7 +159,7 @@ def _shapes(model: ModelParts) -> dict[str, tuple[int, ...]]:
 
 
 def _check_architecture(
-    path: Path, stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+    path: Path | str, stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
     found = {name: shape for name, shape in stored.items() if name.startswith(MODEL)}
     for name in sorted(found.keys() | expected.keys()):

@@ -151,7 +151,7 @@ class JobSpec(Section):
     name: str = Field(min_length=1)
     output: str = Field(description="run folder; relative to the working directory")
     seed: NonNegativeInt = 1
-    init_from: str | None = Field(None, description="run folder or checkpoint whose weights and history to begin with")
+    init_from: str | None = Field(None, description="run, checkpoint or URL whose weights and history to begin with")
     model: ModelSpec
     data: DataSpec
     batch: BatchSpec

@@ -10,6 +10,7 @@ from ft.placement import groups_of
 from parallel.engine_support import refusals
 from parallel.errors import LayoutError
 from parallel.layout import Layout, check_micro_batches, split_layers
+from trainer.url import is_url
 
 if TYPE_CHECKING:
     from trainer.spec import JobSpec, StageSpec
@@ -93,7 +94,7 @@ def _data(job: "JobSpec") -> Iterator[str]:
 
 def _parent(job: "JobSpec") -> Iterator[str]:
     # Starting anew with --force empties the output folder.
-    if job.init_from is None:
+    if job.init_from is None or is_url(job.init_from):
         return
     parent, output = Path(job.init_from), Path(job.output)
     if output in (parent, *parent.parents):

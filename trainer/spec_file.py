@@ -17,6 +17,7 @@ from trainer.spec import JobSpec
 from trainer.spec_errors import explain
 from trainer.spec_override import Override
 from trainer.spec_yaml import Document, read_document
+from trainer.url import is_url
 
 RUN_FILE = "run.json"
 """Name of the resolved spec in a run folder."""
@@ -55,7 +56,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
             change.apply(document)
     _anchor_data(document.values, Path.cwd())
     for key in ("output", "init_from"):
-        if isinstance(document.values.get(key), str):
+        if isinstance(document.values.get(key), str) and not (key == "init_from" and is_url(document.values[key])):
             document.values[key] = _anchored(document.values[key], Path.cwd())
     return _validate(JobSpec, document, path)
 

@@ -88,9 +88,19 @@ def test_a_run_that_starts_from_another_has_its_weights_and_replays_what_it_saw(
     assert files_of(parent) == before
 
 
+def test_a_run_starts_from_a_url(tmp_path: Path, parent: Path) -> None:
+    train([*job(tmp_path, "child", GERMAN.replace(f"{4 * STEP}", f"{STEP}")), f"init_from={parent.as_uri()}"])
+    assert evaluations_of(tmp_path / "child")[0][1] == evaluations_of(parent)[-1][1]
+    record = manifest_of(tmp_path / "child").meta["run"]["parent"]
+    assert record["path"] == f"{parent.as_uri()}/checkpoints/iter_0000001"
+    assert (record["run"], record["ledger"]) == ("one", True)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
+        ("init_from=nosuch://bucket/run", CheckpointError, "init_from: nosuch://bucket/run: "),
+        ("init_from=memory://nowhere", CheckpointError, "init_from: memory://nowhere: neither a checkpoint"),
         ("model.hidden_size=48", CheckpointError, "another architecture: model.embedding"),
         ("model.layers=3", CheckpointError, "another architecture: model.layers.3"),
         ("model.layers=5", CheckpointError, r"model\.layers\.4.* is nothing of that name there"),
