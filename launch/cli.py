@@ -342,7 +342,7 @@ def inspect(context: typer.Context) -> None:
 
 @app.command(context_settings=_PASSED_THROUGH)
 def convert(context: typer.Context) -> None:
-    """Convert from and to Hugging Face, DCP, torchtitan and Megatron Core."""
+    """Convert from and to Hugging Face, DCP, torchtitan, Megatron Core and DeepSpeed."""
     _run_tool("trainer.convert", context.args)
 
 
@@ -356,6 +356,12 @@ def surgery(context: typer.Context) -> None:
 def sample(context: typer.Context) -> None:
     """Continue a prompt with the newest checkpoint of a run."""
     _run_tool("trainer.sample", context.args)
+
+
+@app.command("eval", context_settings=_PASSED_THROUGH)
+def evaluate(context: typer.Context) -> None:
+    """Export the newest checkpoint of a run and score it with the LM Evaluation Harness."""
+    _run_tool("trainer.harness", context.args)
 
 
 @app.command(context_settings=_PASSED_THROUGH)

@@ -8,16 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from trainer.convert.from_huggingface import FILES
-from trainer.convert.huggingface_folder import strict_json_file
 from trainer.convert.native import NativeCheckpoint
+from trainer.convert.run_tokenizer import find_tokenizer
 from trainer.data import tool
-from trainer.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import CheckpointError, DataError, SpecError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-_CARRIED = ("tokenizer.json", "tokenizer.model")
 
 
 @app.command()
@@ -71,38 +68,6 @@ def command(
             typer.echo(f"{text}{sample['text']}\n")
     if as_json:
         typer.echo(json.dumps(found))
-
-
-def find_tokenizer(native: NativeCheckpoint) -> Tokenizer:
-    """The tokenizer that a checkpoint's model was trained with: carried in it, or named by its run.
-
-    Raises:
-        DataError: it is not known, or is another one now.
-    """
-    for name in _CARRIED:
-        if name in ((native.manifest.meta.get(FILES) or {}).get("files") or {}):
-            return load_tokenizer(str(native.path / FILES / name))
-    file = native.path.resolve().parent.parent / "run.json"
-    if not file.is_file():
-        raise DataError(f"{native.path}: does not say which tokenizer its model was trained with: give --tokenizer")
-    data = strict_json_file(file).get("data") or {}
-    found = load_tokenizer(_named(data, file))
-    wanted = (native.manifest.meta.get("run") or {}).get("tokenizer")
-    if wanted is not None and found.hash != wanted:
-        raise DataError(f"{found.name}: is not the tokenizer that {native.path} was trained with: give --tokenizer")
-    return found
-
-
-def _named(data: dict[str, Any], file: Path) -> str:
-    """What the job says, or what made its token files."""
-    name = str(data.get("tokenizer", ByteTokenizer.name))
-    if name != ByteTokenizer.name:
-        return name
-    for source in (data.get("sources") or {}).values():
-        sidecar = Path(f"{source}.json")
-        if sidecar.is_file():
-            return str(strict_json_file(sidecar).get("tokenizer") or name)
-    return name
 
 
 def _device(name: str | None) -> Any:

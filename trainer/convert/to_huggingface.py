@@ -18,6 +18,7 @@ from trainer.convert.huggingface_folder import CONFIG, INDEX, NOTE, SINGLE, dump
 from trainer.convert.native import PREFIX, NativeCheckpoint
 from trainer.convert.output_folder import new_folder, write_file
 from trainer.convert.recipes import Recipe, into_huggingface
+from trainer.convert.run_tokenizer import CARRIED, write_tokenizer
 from trainer.convert.safetensors_file import write_tensors
 from trainer.convert.streaming import Maker
 from trainer.errors import CheckpointError
@@ -61,9 +62,13 @@ def to_huggingface(
         shards = _shards({name: maker.bytes(recipe) for name, recipe in recipes.items()}, max_shard_bytes)
         _write(tmp, maker, recipes, shards, progress)
         carried = _carry(native.path, parent, tmp)
+        left = sorted(name for name in native.tensors if not name.startswith(PREFIX))
+        if not set(carried) & set(CARRIED):
+            files, fields, without = write_tokenizer(native, tmp, spec.max_sequence_length)
+            carried, left = carried + files, left + without
+            config |= {name: value for name, value in fields.items() if config.get(name) is None}
         write_file(tmp / CONFIG, dump_config(config))
         write_file(tmp / NOTE, dump_config(_note(native)))
-        left = sorted(name for name in native.tensors if not name.startswith(PREFIX))
     return {
         "source": str(native.path),
         "destination": str(destination),

@@ -15,12 +15,17 @@ import torch
 
 from ft import durable
 from ft.manifest import read_manifest
+from parallel.spec import ParallelSpec
 from tests.support.hf_models import CASES, hf_model, old_dialect
+from tests.support.layouts import Case as LayoutCase
+from tests.support.layouts import whole_state, write_checkpoint
 from tests.support.models import load_parameters
 from trainer.convert.from_huggingface import from_huggingface
 from trainer.convert.huggingface_config_out import computes, config_for
 from trainer.convert.native import NativeCheckpoint
 from trainer.convert.to_huggingface import model_spec_of, to_huggingface
+from trainer.data.tokenizer import load_tokenizer
+from trainer.data.train_tokenizer import train_tokenizer
 from trainer.errors import CheckpointError, SpecError
 from trainer.model import huggingface
 from trainer.model.decoder import Decoder
@@ -192,6 +197,34 @@ def test_files_beside_the_weights_are_carried_and_the_rest_is_named(tmp_path: Pa
     with pytest.raises(CheckpointError, match=r"merges\.txt: does not match"):
         to_huggingface(tmp_path / "native", tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_an_export_of_a_run_has_its_tokenizer(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    text = tmp_path / "text.txt"
+    text.write_text("the tokenizer goes along with the model that knows its tokens " * 20)
+    train_tokenizer([text], tmp_path / "words.json", 270)
+    ours = load_tokenizer(str(tmp_path / "words.json"))
+    spec = ModelSpec(
+        layers=1, hidden_size=16, heads=2, ffn_size=16, vocabulary_size=ours.vocabulary_size, max_sequence_length=24
+    )
+    data = {"sources": {}, "tokenizer": str(tmp_path / "words.json")}
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps({"model": spec.model_dump(mode="json"), "data": data}))
+    meta: dict[str, object] = {"run": {"tokenizer": ours.hash}}
+    write_checkpoint(run / "checkpoints", spec, LayoutCase(spec=ParallelSpec()), whole_state(spec, 1), meta)
+    done = to_huggingface(run, tmp_path / "hf")
+    assert done["carried"] == ["tokenizer.json", "tokenizer_config.json"]
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs("the model")["input_ids"] == ours.encode_batch(["the model"])[0]
+    assert (theirs.eos_token_id, theirs.model_max_length) == (ours.end_of_document, 24)
+    assert AutoConfig.from_pretrained(tmp_path / "hf").eos_token_id == ours.end_of_document
+
+    (tmp_path / "words.json").unlink()
+    done = to_huggingface(run, tmp_path / "without")
+    assert any("no such tokenizer file" in one for one in done["left"])
 
 
 def test_every_artefact_knows_its_parent(tmp_path: Path) -> None:
