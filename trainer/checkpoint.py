@@ -93,8 +93,7 @@ class Checkpoints:
         """Raise on all ranks when one of them failed."""
         if self._world.any(failure is not None):
             raise OutputError(
-                f"rank {self._world.rank}: checkpoint to {self.root} failed: "
-                f"{failure or 'on another rank'}; earlier checkpoints are untouched"
+                f"checkpoint to {self.root} failed: {failure or 'on another rank'}; earlier checkpoints are untouched"
             )
 
     def latest(self) -> Path | None:

@@ -40,7 +40,9 @@ class Faults:
     def strike(self, what: str) -> None:
         if self.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), what)
+        # A disk that is full, or a folder that may no longer be written to.
+        number = errno.ENOSPC if self.at % 2 else errno.EACCES
+        raise OSError(number, os.strerror(number), what)
 
     def around(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:

@@ -1,15 +1,22 @@
 """Durable checkpoints of live shards: any layout loads any layout, damage is named."""
 
+import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from ft import durable
 from ft.manifest import read_manifest
+from ft.part_writer import write_part
+from ft.snapshot import piece_of
 from parallel.shard import Shard
 from tests.support.ranks import run_ranks
 from trainer import checkpoint
@@ -18,6 +25,7 @@ from trainer.errors import CheckpointError, OutputError
 from trainer.spec import CheckpointSpec
 from trainer.world import World
 
+SECOND = r"rank_00001.safetensors"
 ONE_RANK = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
@@ -100,6 +108,60 @@ def test_a_flipped_bit_is_named_and_nothing_passes_for_whole(tmp_path: Path) -> 
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors.*checksum"):
         checkpoint.load(path, whole_of("w", torch.zeros(4, 4)))
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    table = json.loads((path / "manifest.json").read_text())
+    change(table)
+    (path / "manifest.json").write_text(json.dumps(table))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (lambda p: os.truncate(p / SECOND, (p / SECOND).stat().st_size - 1), SECOND + ": ends 1 bytes too"),
+    "empty": (lambda p: os.truncate(p / SECOND, 0), SECOND + ": ends"),
+    "missing shard": (lambda p: (p / SECOND).unlink(), SECOND + ": missing"),
+    "no manifest": (lambda p: (p / "manifest.json").unlink(), r"manifest\.json: missing; .* never completed"),
+    "half a manifest": (lambda p: os.truncate(p / "manifest.json", 100), r"manifest\.json: "),
+    "foreign version": (
+        lambda p: edit(p, lambda m: m.update(version=2)),
+        r"manifest\.json: format version 2",
+    ),
+    "a field nobody knows": (lambda p: edit(p, lambda m: m.update(extra=2)), r"manifest\.json: .*extra"),
+    "a part elsewhere": (
+        lambda p: edit(p, lambda m: m["parts"][1].update(file="../../rank_00001.safetensors")),
+        r"manifest\.json: '\.\./\.\./rank_00001",
+    ),
+    "a lie about the header": (
+        lambda p: edit(p, lambda m: m["parts"][1].update(header_bytes=2**40)),
+        SECOND + ": ",
+    ),
+    "a lie about the size": (
+        lambda p: edit(p, lambda m: m["parts"][1]["entries"][0].update(stop=2**40)),
+        r"manifest\.json: rank_00001.* has 1099511627776 bytes instead of 32",
+    ),
+    "a piece lost": (
+        lambda p: edit(p, lambda m: m["parts"][1]["entries"].clear()),
+        "w",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_an_error_that_names_the_file(tmp_path: Path, damage: str) -> None:
+    tmp = durable.staging(tmp_path, 0, 1)
+    tmp.mkdir()
+    whole = torch.arange(16.0).reshape(4, 4)
+    for rank in range(2):
+        row = shard("w", whole, slice(2 * rank, 2 * rank + 2), slice(0, 4))
+        write_part(tmp, rank, [(piece_of(row), checkpoint.host_bytes(row.local))])
+    durable.write_manifest(tmp, run="r", epoch=0, step=1, layout="l", ranks=2, meta={})
+    live = whole_of("w", torch.zeros(4, 4))
+    checkpoint.load(tmp, live)
+    assert torch.equal(live["w"].local, whole)
+    harm, message = DAMAGE[damage]
+    harm(tmp)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load(tmp, whole_of("w", torch.zeros(4, 4)))
 
 
 def test_another_models_state_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.hf_models import CASES, hf_model
 from tests.support.models import load_parameters
 from trainer.errors import CheckpointError, SpecError
 from trainer.model.decoder import Decoder
@@ -18,57 +19,6 @@ from trainer.model.shapes import parameter_shapes
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "intermediate_size": 112,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
-SMALL_GPT2: dict[str, Any] = {
-    "vocab_size": 96,
-    "n_embd": 64,
-    "n_layer": 3,
-    "n_head": 8,
-    "n_positions": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "resid_pdrop": 0.0,
-    "embd_pdrop": 0.0,
-    "attn_pdrop": 0.0,
-}
-
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "llama-grouped-tied": ("llama", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
-    "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
-    "llama-head-dim-theta": ("llama", {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
-    "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": None}),
-    "mistral-window": ("mistral", {"num_key_value_heads": 2, "sliding_window": 7}),
-    "qwen2": ("qwen2", {"num_key_value_heads": 2}),
-    "qwen2-window": (
-        "qwen2",
-        {"num_key_value_heads": 4, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0},
-    ),
-    "qwen3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}),
-    "olmo2": ("olmo2", {"num_key_value_heads": 4}),
-    "gpt-neox": ("gpt_neox", {}),
-    "gpt-neox-serial-tanh": (
-        "gpt_neox",
-        {"use_parallel_residual": False, "hidden_act": "gelu_new", "attention_bias": False},
-    ),
-    "gpt-neox-half-rotary": (
-        "gpt_neox",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-    ),
-    "gpt2": ("gpt2", {}),
-    "gpt2-untied-gelu": ("gpt2", {"tie_word_embeddings": False, "activation_function": "gelu", "n_inner": 96}),
-}
-
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
@@ -77,24 +27,10 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def their_model(kind: str, changes: dict[str, Any]) -> Any:
-    """A `transformers` model with weights far enough from their start that every one of them matters."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(kind, **{**(SMALL_GPT2 if kind == "gpt2" else SMALL), **changes})
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            spread = 0.3 if parameter.ndim == 1 else 0.1
-            parameter.copy_(torch.randn_like(parameter) * spread + float("norm" in name or "ln_" in name))
-    return model
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_those_of_transformers(case: str) -> None:
     kind, changes = CASES[case]
-    theirs = their_model(kind, changes)
+    theirs = hf_model(kind, changes)
     spec = model_spec_from_hf_config(theirs.config.to_dict())
     ours = Decoder(spec, seed=1).part(range(spec.layers), embed=True, head=True)
     load_parameters(ours, from_huggingface(theirs.state_dict(), kind, spec))
@@ -111,7 +47,7 @@ def test_parameters_return_unchanged(case: str, tmp_path: Any) -> None:
     from safetensors.torch import load_file, save_file
 
     kind, changes = CASES[case]
-    theirs = their_model(kind, changes)
+    theirs = hf_model(kind, changes)
     theirs.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     spec = model_spec_from_hf_config(json.loads((tmp_path / "config.json").read_text()))
@@ -206,7 +142,7 @@ def test_what_does_not_fit_is_refused_by_name(changes: dict[str, Any], named: st
 
 
 def test_tensors_that_do_not_fit_are_refused_by_name() -> None:
-    theirs = their_model("gpt_neox", {})
+    theirs = hf_model("gpt_neox", {})
     spec = model_spec_from_hf_config(theirs.config.to_dict())
     state = dict(theirs.state_dict())
     with pytest.raises(CheckpointError, match=r"adapter\.weight has no place"):

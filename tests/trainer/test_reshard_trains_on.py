@@ -1,0 +1,84 @@
+"""A run saved in one layout trains on in another as the uninterrupted run of that other layout, through files."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from parallel.engine import StepResult
+from tests.support import parity
+from tests.support.parity import Case, HeldShard, Outcome
+from tests.support.ranks import run_ranks
+from trainer import checkpoint
+from trainer.checkpoint import Checkpoints
+from trainer.spec import CheckpointSpec
+from trainer.world import World
+
+pytestmark = pytest.mark.dist
+
+STOP, END = 3, 6
+COMMON = {"tied": True, "clipped": True, "optimizer": "adamw"}
+
+
+def case(tensor: int, pipeline: int, data: int, **fields: object) -> Case:
+    return Case(tensor=tensor, pipeline=pipeline, data=data, **COMMON, **fields)  # type: ignore[arg-type]
+
+
+PAIRS = [
+    (case(1, 1, 2), case(1, 1, 2)),
+    (case(2, 1, 1), case(1, 2, 1)),
+    pytest.param((case(1, 2, 2), case(2, 1, 1, sequence=True)), marks=pytest.mark.long),
+    pytest.param((case(2, 2, 1), case(1, 1, 4, data_mode="hsdp")), marks=pytest.mark.long),
+    pytest.param((case(1, 1, 4, data_mode="replicate"), case(1, 2, 2, schedule="zero_bubble")), marks=pytest.mark.long),
+    pytest.param((case(1, 2, 1, schedule="interleaved"), case(2, 1, 2)), marks=pytest.mark.long),
+    pytest.param((case(2, 2, 2), case(1, 1, 1)), marks=pytest.mark.long),
+    pytest.param((case(2, 2, 2, sequence=True), case(2, 2, 2, sequence=True)), marks=pytest.mark.long),
+]
+
+
+def _leg(of: Case, steps: range, root: Path) -> tuple[list[StepResult], list[HeldShard]]:
+    """Continue from the newest durable checkpoint, if there is one, and leave another."""
+    engine = parity.make_engine(of)
+    world = World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=0, device=torch.device("cpu"))
+    checkpoints = Checkpoints(root, CheckpointSpec(), world, run="run", layout=str(of))
+    if steps.start:
+        newest = checkpoints.latest()
+        assert newest is not None
+        checkpoint.load(newest, engine.state())
+        engine.restored()
+    results = [parity.train_step(engine, of, step) for step in steps]
+    checkpoints.save(steps.stop, engine.state(), {})
+    shards = parity.held_shards(engine)
+    engine.close()
+    return results, shards
+
+
+def _run(of: Case, steps: range, root: Path) -> Outcome:
+    ranks = run_ranks(of.world_size, _leg, of, steps, root, deadline=200.0)
+    return Outcome(ranks[0][0], parity.assemble([shards for _, shards in ranks]))
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0]}-to-{pair[1]}")
+def test_a_saved_run_trains_on_as_the_uninterrupted_run_of_the_target(pair: tuple[Case, Case], tmp_path: Path) -> None:
+    source, target = pair
+    whole = parity.run_case(target, steps=range(END))
+    half = _run(source, range(STOP), tmp_path)
+    rest = _run(target, range(STOP, END), tmp_path)
+    # fp64: 1e-9 relative of losses, norms and weights.
+    assert parity.violations(target, whole, Outcome(half.steps + rest.steps, rest.state)) == []
+    assert rest.state["optimizer.step"] == END
+    if source == target:
+        assert half.steps + rest.steps == whole.steps
+        assert parity.differing(rest.state, whole.state) == []
+
+
+def test_a_checkpoint_that_lost_a_moment_is_told_from_a_whole_one(tmp_path: Path) -> None:
+    """The comparison has teeth: the target with fresh moments is not the uninterrupted run."""
+    target = replace(PAIRS[0][1])  # type: ignore[index]
+    whole = parity.run_case(target, steps=range(END))
+    half = parity.run_case(target, steps=range(STOP))
+    spoilt = {name: t.zero_() if "exp_avg." in name else t for name, t in half.state.items()}
+    rest = parity.run_case(target, steps=range(STOP, END), start=spoilt)
+    assert parity.violations(target, whole, Outcome(half.steps + rest.steps, rest.state)) != []
