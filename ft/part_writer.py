@@ -11,7 +11,7 @@ import msgspec
 import xxhash
 import zstandard
 
-from ft.contents import ITEM_SIZE, Piece, as_bytes
+from ft.contents import ITEM_SIZE, Bytes, Piece, as_bytes
 from ft.errors import DurableError
 from ft.manifest import CHUNK, Entry, Part
 
@@ -35,38 +35,59 @@ def write_part(
     The caller makes sure that the buffers do not change meanwhile. A part of the same rank is overwritten.
     """
     pairs = sorted(tensors, key=lambda pair: (-ITEM_SIZE[pair[0].dtype], pair[0].name))
+    pieces, views = [piece for piece, _ in pairs], {piece.name: as_bytes(buffer) for piece, buffer in pairs}
+    for piece in pieces:
+        if len(views[piece.name]) != piece.bytes:
+            raise DurableError(f"{piece.name}: {len(views[piece.name])} bytes given, its piece has {piece.bytes}")
+    if compress:
+        return _write_compressed(directory, rank, pieces, views, dict(meta or {}))
+    return write_part_blocks(directory, rank, pieces, lambda piece: _blocks(views[piece.name]), meta=meta)
+
+
+def _blocks(view: Bytes) -> Iterator[Any]:
+    for at in range(0, len(view), _WRITEBACK):
+        yield view.data[at : at + _WRITEBACK]
+
+
+def _write_compressed(
+    directory: Path, rank: int, pieces: Sequence[Piece], views: Mapping[str, Bytes], meta: dict[str, str]
+) -> Part:
+    """Nothing can be put before what is compressed already: the sums are computed first."""
+    _check_names(rank, pieces)
     entries, start = [], 0
-    views = []
-    for piece, buffer in pairs:
-        view = as_bytes(buffer)
-        if len(view) != piece.bytes:
-            raise DurableError(f"{piece.name}: {len(view)} bytes given, its piece has {piece.bytes}")
+    for piece in pieces:
         sums = Sums()
-        sums.update(view.data)
-        entries.append(Entry(piece=piece, start=start, stop=start + len(view), xxh3=sums.whole(), chunks=sums.chunks()))
-        views.append(view)
-        start += len(view)
-    if len({entry.piece.name for entry in entries}) != len(entries):
-        raise DurableError(f"rank {rank} has two pieces of one name")
-    header = _header(rank, entries, dict(meta or {}))
-    name = f"rank_{rank:05d}.safetensors" + (".zst" if compress else "")
-    with _new_part(directory, rank, name) as file, _writer(file, compress) as out:
+        sums.update(views[piece.name].data)
+        stop = start + piece.bytes
+        entries.append(Entry(piece=piece, start=start, stop=stop, xxh3=sums.whole(), chunks=sums.chunks()))
+        start = stop
+    header = _header(rank, entries, meta)
+    name = f"rank_{rank:05d}.safetensors.zst"
+    packer = zstandard.ZstdCompressor(level=1, write_checksum=True)
+    with _new_part(directory, rank, name) as file, packer.stream_writer(file, closefd=False) as out:
         out.write(header)
         under_way = 0
-        for view in views:
-            for at in range(0, len(view), _WRITEBACK):
-                out.write(view.data[at : at + _WRITEBACK])
+        for piece in pieces:
+            for block in _blocks(views[piece.name]):
+                out.write(block)
                 under_way = begin_writeback(file, under_way)
     return _part(name, rank, header, entries)
 
 
+def _check_names(rank: int, pieces: Sequence[Piece]) -> None:
+    if len({piece.name for piece in pieces}) != len(pieces):
+        raise DurableError(f"rank {rank} has two pieces of one name")
+
+
 def write_part_blocks(
-    directory: Path, rank: int, pieces: Sequence[Piece], blocks: Callable[[Piece], Iterable[Any]]
-) -> Part:
+    directory: Path, rank: int, pieces: Sequence[Piece], blocks: Callable[[Piece], Iterable[Any]], *,
+    meta: Mapping[str, str] | None = None,
+) -> Part:  # fmt: skip
     """`write_part` for pieces larger than memory: `blocks(piece)` gives the bytes of each in turn, in any portions.
 
     Pieces lie in the file in the order given. A block may be overwritten by its maker once the next one is asked for.
     """
+    _check_names(rank, pieces)
     # Sums are known last and stand first: as many characters are kept free for them.
     unknown = xxhash.xxh3_64_hexdigest(b"")
     entries, start = [], 0
@@ -74,11 +95,9 @@ def write_part_blocks(
         chunks = (unknown,) * -(-piece.bytes // CHUNK) if piece.bytes > CHUNK else ()
         entries.append(Entry(piece=piece, start=start, stop=start + piece.bytes, xxh3=unknown, chunks=chunks))
         start += piece.bytes
-    if len({piece.name for piece in pieces}) != len(pieces):
-        raise DurableError(f"rank {rank} has two pieces of one name")
     name = f"rank_{rank:05d}.safetensors"
     with _new_part(directory, rank, name) as file:
-        room = len(_header(rank, entries, {}))
+        room = len(_header(rank, entries, dict(meta or {})))
         file.seek(room)
         under_way = room
         for index, entry in enumerate(entries):
@@ -91,7 +110,7 @@ def write_part_blocks(
             if written != entry.piece.bytes:
                 raise DurableError(f"{entry.piece.name}: {written} bytes given, its piece has {entry.piece.bytes}")
             entries[index] = msgspec.structs.replace(entry, xxh3=sums.whole(), chunks=sums.chunks())
-        header = _header(rank, entries, {})
+        header = _header(rank, entries, dict(meta or {}))
         file.seek(0)
         file.write(header)
     return _part(name, rank, header, entries)
@@ -183,12 +202,3 @@ def _part(name: str, rank: int, header: bytes, entries: list[Entry]) -> Part:
         data_bytes=entries[-1].stop if entries else 0,
         entries=tuple(entries),
     )
-
-
-@contextlib.contextmanager
-def _writer(file: IO[bytes], compress: bool) -> Iterator[Any]:
-    if not compress:
-        yield file
-        return
-    with zstandard.ZstdCompressor(level=1, write_checksum=True).stream_writer(file, closefd=False) as out:
-        yield out
