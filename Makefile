@@ -40,7 +40,7 @@ lint: .venv/installed-dev ## format, lint, types and import rules
 	@echo "==> ruff, mypy, import-linter"
 	@$(VENV)/python -m pytest -p no:xdist -q tests/test_lint.py
 
-test-long: .venv/installed-dev ## every test but the benchmarks; the result goes to docs/test-long.md
+test-long: .venv/installed-long ## every test but the benchmarks; the result goes to docs/test-long.md
 	@echo "==> all tests (hours)"
 	@status=0; $(VENV)/python -m pytest -m "not bench" 2>&1 | tee .venv/test-long.log || status=$$?; \
 	printf '# make test-long\n\nCommit %s, %s, %s cores:\n\n```\n%s\n```\n' "$$(git rev-parse --short HEAD)" \
@@ -79,6 +79,11 @@ clean: ## remove the virtual environment and the demo's outputs
 	@echo "==> installing keepwarm with what its tests need"
 	@$(call INSTALL,.[dev])
 	@touch $@ .venv/installed
+
+.venv/installed-long: .venv/torch pyproject.toml
+	@echo "==> installing keepwarm with what its long tests need"
+	@$(call INSTALL,.[long])
+	@touch $@ .venv/installed-dev .venv/installed
 
 $(DEMO_DATA)/tokenizer.json: $(CORPORA)/handbook_en.jsonl.zst $(CORPORA)/handbook_de.jsonl.zst | .venv/installed
 	@echo "==> training a tokenizer of 4,096 tokens on the embedded corpus"

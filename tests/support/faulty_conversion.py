@@ -1,18 +1,20 @@
-"""Convert with a fault at every write, sync and rename in turn; run as a process of its own, without torch.
+"""Convert with a fault at every write, sync and rename in turn; run as a process of its own, without torch for `hf`.
 
-    python -m tests.support.faulty_conversion to-native|to-hf kill|error SRC FOLDER
+    python -m tests.support.faulty_conversion from|to FORMAT kill|error SRC FOLDER
 
 Prints how many faults there were. Fails when FOLDER/out is there after a fault and not complete, or when the next
 conversion does not succeed or leaves anything beside it.
 """
 
-import contextlib
 import errno
+import functools
 import io
+import json
 import os
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ from trainer.convert.huggingface_folder import HuggingFaceFolder
 from trainer.convert.to_huggingface import to_huggingface
 from trainer.errors import TrainerError
 
+WRITES = 60
+"""Writes that fail in turn; a conversion by our own writers has no more."""
+
 
 class Faults:
     """Counts operations; at the one numbered `at` the process dies or the operation fails."""
@@ -32,9 +37,11 @@ class Faults:
     ) -> None:
         """`operations` are functions of `os`; writes count always."""
         self.at, self.kind, self.count, self.operations = at, kind, 0, operations
+        self.seen: list[str] = []
 
     def now(self, what: str) -> bool:
         self.count += 1
+        self.seen.append(what)
         return self.count == self.at
 
     def strike(self, what: str) -> None:
@@ -90,52 +97,115 @@ def inject(faults: Faults) -> None:
     shutil.copyfile = faults.around("copyfile", shutil.copyfile)
 
 
-def complete(direction: str, out: Path) -> None:
+def converter(direction: str, format: str) -> Callable[[Path, Path], object]:
+    """What converts a folder from or to a format."""
+    if format == "hf":
+        return from_huggingface if direction == "from" else to_huggingface
+    # With torch, which those above do without.
+    from trainer.convert.from_dcp import from_dcp
+    from trainer.convert.to_dcp import to_dcp
+    from trainer.convert.to_deepspeed import to_deepspeed
+
+    if direction == "from":
+        return functools.partial(from_dcp, kind=format, trust_pickle=True)
+    return to_deepspeed if format == "deepspeed" else functools.partial(to_dcp, kind=format)
+
+
+def complete(direction: str, format: str, out: Path) -> None:
     """Raises when what is there is not whole."""
-    if direction == "to-native":
+    if direction == "from":
         checkpoint_report.verify(out, lambda done, total: None)
         return
-    with HuggingFaceFolder(out) as folder:
-        assert folder.tensors
-        assert (out / "keepwarm.json").is_file()
+    if format == "hf":
+        with HuggingFaceFolder(out) as folder:
+            assert folder.tensors
+            assert (out / "keepwarm.json").is_file()
+        return
+    back = out.with_name("back")
+    converter("from", format)(out, back)
+    checkpoint_report.verify(back, lambda done, total: None)
+    shutil.rmtree(back)
 
 
 def in_child(convert: Callable[[], object], faults: Faults) -> int:
     """Exit status of a child that converts: 0 no fault came, 4 done in spite of it, 1 an error of ours, -9 killed."""
+
+    def faulty() -> int:
+        inject(faults)
+        try:
+            convert()
+        except TrainerError:
+            return 1
+        return 0 if faults.count < faults.at else 4
+
+    return _forked(faulty)
+
+
+def _forked(action: Callable[[], int]) -> int:
+    """Exit status of a child that does it: this process never computes, so that it can be forked again."""
     child = os.fork()
     if child == 0:
         status = 3
-        with contextlib.suppress(BaseException):
-            inject(faults)
-            try:
-                convert()
-                status = 0 if faults.count < faults.at else 4
-            except TrainerError:
-                status = 1
-        os._exit(status)
+        try:
+            status = action()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def main(direction: str, kind: str, source: Path, folder: Path) -> int:
-    convert = from_huggingface if direction == "to-native" else to_huggingface
+def main(direction: str, format: str, kind: str, source: Path, folder: Path) -> int:
+    convert = converter(direction, format)
     out = folder / "out"
-    for at in range(1, 10_000):
-        status = in_child(lambda: convert(source, out), Faults(at, kind))
-        if status == 0:
-            break
+
+    def whole() -> int:
+        complete(direction, format, out)
+        return 0
+
+    points = chosen(operations_of(convert, source, out))
+    for at in points:
+        status = in_child(lambda at=at: convert(source, out), Faults(at, kind))  # type: ignore[misc]
         # A folder that is there already need not be made: that fault is survived.
         assert status in ((-9,) if kind == "kill" else (1, 4)), f"fault {at} ended with {status}"
         assert status != 4 or out.exists()
         if out.exists():
-            complete(direction, out)
+            assert _forked(whole) == 0
             shutil.rmtree(out)
         if kind == "error":
             assert not list(folder.iterdir()), f"fault {at} left {list(folder.iterdir())}"
-    assert "torch" not in sys.modules
-    complete(direction, out)
+    assert format != "hf" or "torch" not in sys.modules
+    assert in_child(lambda: convert(source, out), Faults(0, kind)) == 4
+    assert _forked(whole) == 0
     assert [path.name for path in folder.iterdir()] == ["out"]
-    return at - 1
+    return len(points)
+
+
+def operations_of(convert: Callable[[Path, Path], object], source: Path, out: Path) -> list[str]:
+    """What a conversion does that may fail, in order; its output is deleted again."""
+    told = out.with_name("operations")
+
+    def listed() -> int:
+        faults = Faults(0, "none")
+        inject(faults)
+        convert(source, out)
+        seen = list(faults.seen)
+        told.write_text(json.dumps(seen))
+        return 0
+
+    assert _forked(listed) == 0
+    found: list[str] = json.loads(told.read_text())
+    told.unlink()
+    shutil.rmtree(out)
+    return found
+
+
+def chosen(operations: list[str]) -> list[int]:
+    """The numbers of those to fail: all, but of a great many writes, as archives are made of, evenly some."""
+    writes = [number for number, what in enumerate(operations, 1) if what == "write"]
+    others = [number for number, what in enumerate(operations, 1) if what != "write"]
+    return sorted({*others, *writes[:: -(-len(writes) // WRITES)]})
 
 
 if __name__ == "__main__":
-    print(main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])))
+    print(main(sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4]), Path(sys.argv[5])))

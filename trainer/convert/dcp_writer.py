@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
@@ -69,5 +70,10 @@ def write_dcp(folder: Path, tensors: Sequence[Theirs], maker: Maker, progress: C
     with warnings.catch_warnings():
         # It wonders whether one process is meant: it is.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        save({}, storage_writer=FileSystemWriter(folder), planner=planner, no_dist=True)
+        try:
+            save({}, storage_writer=FileSystemWriter(folder), planner=planner, no_dist=True)
+        except CheckpointException as error:
+            # What happened on the only rank, as if it had been done without DCP.
+            failure, _ = next(iter(error.failures.values()))
+            raise failure from error
     return total

@@ -35,9 +35,23 @@ def new_folder(final: Path) -> Iterator[Path]:
             sync(tmp)
             tmp.rename(final)
             sync(final.parent)
-        except OSError as error:
-            where = error.filename or final
-            raise OutputError(f"{where}: {error.strerror or error}; nothing was written to {final}") from error
+        except (OSError, RuntimeError) as error:
+            why = _write_failure(error, final)
+            if why is None:
+                raise
+            raise OutputError(f"{why}; nothing was written to {final}") from error
+
+
+def _write_failure(error: BaseException, final: Path) -> str | None:
+    """What went wrong on the disk. Of a failed write torch's archives may say only that their position is odd."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        return f"{cause.filename or final}: {cause.strerror or cause}"
+    if "inline_container" in str(error):
+        return f"{final}: the disk did not take all that was written ({str(error).splitlines()[0]})"
+    return None
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from parallel.spec import ParallelSpec
+from tests.support.faulty_conversion import converter
 from tests.support.hf_models import CASES, hf_model
+from tests.support.layouts import Case, whole_state, write_checkpoint
 from trainer.convert.from_huggingface import from_huggingface
 from trainer.convert.to_huggingface import to_huggingface
 from trainer.errors import CheckpointError, OutputError, SpecError, TrainerError
+from trainer.model.spec import ModelSpec
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -213,27 +217,44 @@ def test_what_exists_is_never_overwritten(tmp_path: Path, sharded: Path) -> None
         from_huggingface(sharded, tmp_path / "file/below")
 
 
+def faults(direction: str, format: str, kind: str, source: Path, target: Path) -> int:
+    """How many there were, one after the other."""
+    target.mkdir()
+    command = ["-m", "tests.support.faulty_conversion", direction, format, kind, str(source), str(target)]
+    ran = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=900)
+    assert ran.returncode == 0, ran.stderr
+    return int(ran.stdout)
+
+
 @pytest.mark.parametrize("kind", ["kill", "error"])
-@pytest.mark.parametrize("direction", ["to-native", "to-hf"])
+@pytest.mark.parametrize("direction", ["from", "to"])
 def test_no_fault_leaves_half_of_a_folder(
     tmp_path: Path, sharded: Path, native: Path, direction: str, kind: str
 ) -> None:
-    (tmp_path / "target").mkdir()
-    source = sharded if direction == "to-native" else native
-    ran = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "tests.support.faulty_conversion",
-            direction,
-            kind,
-            str(source),
-            str(tmp_path / "target"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert ran.returncode == 0, ran.stderr
+    found = faults(direction, "hf", kind, sharded if direction == "from" else native, tmp_path / "target")
     # One for each of the 21 tensors at least, and those of the manifest or config, the folder and the name.
-    assert int(ran.stdout) > 26
+    assert found > 26
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of two ranks with optimizer state."""
+    model = ModelSpec(layers=1, hidden_size=16, heads=2, ffn_size=24, vocabulary_size=24, max_sequence_length=8)
+    meta: dict[str, object] = {"model": model.model_dump(mode="json"), "ledger": {"seed": 7}}
+    case = Case(spec=ParallelSpec(tensor=2))
+    return write_checkpoint(tmp_path_factory.mktemp("trained"), model, case, whole_state(model, 5), meta)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize("kind", ["kill", "error"])
+@pytest.mark.parametrize("direction", ["from", "to"])
+@pytest.mark.parametrize("format", ["dcp", "torchtitan", "megatron", "deepspeed"])
+def test_no_fault_leaves_half_of_a_folder_of_others(
+    tmp_path: Path, trained: Path, format: str, direction: str, kind: str
+) -> None:
+    source = trained
+    if direction == "from":
+        source = tmp_path / "source"
+        converter("to", format)(trained, source)
+    assert faults(direction, format, kind, source, tmp_path / "target") > 5
