@@ -5,12 +5,15 @@ Whoever cannot reach the present store must stop its workers: every method then 
 """
 
 import contextlib
+import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed import DistError
@@ -29,6 +32,7 @@ FIRST_GRACE = 60.0
 NEXT_GRACE = 3.0
 """The same under a later store: who owned a slot has noticed with the others that the one before is lost."""
 POLL = 0.05
+T = TypeVar("T")
 
 
 class StoreLost(LaunchError):
@@ -51,6 +55,7 @@ class Membership:
         self.record: StoreRecord | None = None
         self._client: TCPStore | None = None
         self._beats: _Beats | None = None
+        self._line: _Line | None = None
         self._entered = 0.0
         self._lock = threading.Lock()
 
@@ -89,7 +94,7 @@ class Membership:
         except (OSError, DistError):
             self.leave(politely=False)
             return False
-        self.record, self._entered = record, time.monotonic()
+        self.record, self._entered, self._line = record, time.monotonic(), _Line()
         return True
 
     @property
@@ -111,12 +116,10 @@ class Membership:
 
     def change(self, step: Callable[[Table], Table]) -> tuple[Table, bool]:
         """Change the table; (the table as it is then, whether this changed it)."""
-        with self._explained():
-            return store.change(self.store, self._first, step)
+        return self._ask(lambda client: store.change(client, self._first, step))
 
     def read(self) -> Table:
-        with self._explained():
-            return store.read(self.store) or self._first
+        return self._ask(store.read) or self._first
 
     def say_active(self) -> None:
         """Workers are started under this store: those who are still with an earlier one must stop theirs."""
@@ -128,17 +131,57 @@ class Membership:
         """Say farewell, so that the store does not take this node for dead; or be gone."""
         if self._beats is not None:
             self._beats.close(politely=politely)
-        self._beats = self._client = None
+        if self._line is not None:
+            self._line.close()
+        self._beats = self._client = self._line = None
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _ask(self, question: Callable[[TCPStore], T]) -> T:
+        """What the store answers; no longer than the store is known to live, which torch's client does not see to."""
         with self._lock:
-            if self._beats is None or self._beats.lost:
-                raise StoreLost(f"{self.node}: {self._beats.lost if self._beats else 'not connected to a store'}")
+            beats, line, client = self._beats, self._line, self._client
+            if beats is None or line is None or client is None:
+                raise StoreLost(f"{self.node}: not connected to a store")
+            answer = line.ask(lambda: question(client))
+            while not beats.lost:
+                try:
+                    return answer.result(POLL)
+                except TimeoutError:
+                    continue
+                except DistError as error:
+                    raise StoreLost(f"{self.node}: the store does not answer: {error}") from error
+            raise StoreLost(f"{self.node}: {beats.lost}")
+
+
+class _Line:
+    """Asks one question after the other on a thread of its own, which stays behind with one that is never answered.
+
+    Torch's client waits for an answer without a deadline; where the network swallows everything, for a quarter of an
+    hour.
+    """
+
+    def __init__(self) -> None:
+        self._questions: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="store", daemon=True).start()
+
+    def ask(self, question: Callable[[], T]) -> "Future[T]":
+        answer: Future[T] = Future()
+
+        def put() -> None:
             try:
-                yield
-            except DistError as error:
-                raise StoreLost(f"{self.node}: the store does not answer: {error}") from error
+                answer.set_result(question())
+            except BaseException as error:
+                answer.set_exception(error)
+
+        self._questions.put(put)
+        return answer
+
+    def close(self) -> None:
+        """The thread ends after what was asked."""
+        self._questions.put(None)
+
+    def _run(self) -> None:
+        while (question := self._questions.get()) is not None:
+            question()
 
 
 class _Beats:
