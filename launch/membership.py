@@ -20,7 +20,7 @@ from torch.distributed import DistError
 
 from launch import node_record, store
 from launch.errors import LaunchError
-from launch.node_record import StoreRecord
+from launch.node_record import EndRecord, StoreRecord
 from launch.slots import Table
 
 OPENING = 60.0
@@ -41,6 +41,14 @@ class StoreLost(LaunchError):
     exit_code = 4
 
 
+class RunEnded(LaunchError):
+    """The run has ended under a store that this node could not reach."""
+
+    def __init__(self, end: EndRecord) -> None:
+        super().__init__(end.reason)
+        self.exit_code = end.code
+
+
 class Membership:
     """The present store as this node sees it. `change` and `read` may be called from any thread."""
 
@@ -57,12 +65,14 @@ class Membership:
         self._beats: _Beats | None = None
         self._line: _Line | None = None
         self._entered = 0.0
+        self._first_store: int | None = None
         self._lock = threading.Lock()
 
     def enter(self) -> None:
         """Reach the present store, or open the next one when it cannot be reached.
 
         Raises:
+            RunEnded: meanwhile, for the nodes that could.
             StoreLost: none could be reached for `GIVE_UP` seconds.
         """
         self.leave(politely=False)
@@ -70,6 +80,7 @@ class Membership:
         began = time.monotonic()
         claimed_at = began, node_record.newest_claim(self.folder)
         while time.monotonic() < began + GIVE_UP:
+            self.check_end()
             record, claim = node_record.newest_store(self.folder), node_record.newest_claim(self.folder)
             if claim != claimed_at[1]:
                 claimed_at = time.monotonic(), claim
@@ -95,7 +106,20 @@ class Membership:
             self.leave(politely=False)
             return False
         self.record, self._entered, self._line = record, time.monotonic(), _Line()
+        if self._first_store is None:
+            self._first_store = record.number
         return True
+
+    def check_end(self) -> None:
+        """Raise `RunEnded` when the nodes of another store have done the job since this node first had one."""
+        end = node_record.read_end(self.folder)
+        if end is not None and self._first_store is not None and end.number >= self._first_store:
+            raise RunEnded(end)
+
+    def say_end(self, code: int, reason: str) -> None:
+        """The job was done, or ended for good, by workers of this node, under its store."""
+        assert self.record is not None
+        node_record.write_end(self.folder, EndRecord(number=self.record.number, code=code, reason=reason))
 
     @property
     def store(self) -> TCPStore:

@@ -2,12 +2,14 @@
 
     RUN/nodes/<node>.json      the node's slot and the pids of its supervisor, snapshot agent and workers
     RUN/nodes/store-<n>.json   the n-th store process of the run; the highest n is the present one
+    RUN/nodes/store-end.json   how the run ended, and under which store, for nodes that could not reach it then
 
 Torch-free. A record may be older than what it speaks of: a killed node cannot say so.
 """
 
 import contextlib
 import os
+import socket
 from pathlib import Path
 from typing import Literal
 
@@ -53,6 +55,15 @@ class StoreRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Node that started it."""
 
 
+class EndRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """How a run ended."""
+
+    number: int
+    """Of the store that was told. A later start of the same run opens a later one."""
+    code: int
+    reason: str
+
+
 def make_folder(folder: Path) -> Path:
     """The folder of the records in a run folder; for its owner alone."""
     nodes = folder / FOLDER
@@ -84,6 +95,21 @@ def write_store(folder: Path, record: StoreRecord) -> None:
     beside = path.with_name(f".store-{record.number}.{os.getpid()}")
     beside.write_bytes(msgspec.json.encode(record))
     beside.replace(path)
+
+
+def write_end(folder: Path, record: EndRecord) -> None:
+    """Every supervisor that knows of the end says so."""
+    path = folder / FOLDER / "store-end.json"
+    beside = path.with_name(f".store-end.{socket.gethostname()}-{os.getpid()}")
+    beside.write_bytes(msgspec.json.encode(record))
+    beside.replace(path)
+
+
+def read_end(folder: Path) -> EndRecord | None:
+    """How this or an earlier start of the run ended; None while none has."""
+    with contextlib.suppress(OSError, msgspec.DecodeError):
+        return msgspec.json.decode((folder / FOLDER / "store-end.json").read_bytes(), type=EndRecord)
+    return None
 
 
 def claim_store(folder: Path, number: int) -> bool:

@@ -22,6 +22,8 @@ from launch.membership import POLL, Membership
 from launch.slots import Table, Wish
 
 BACKEND = "keepwarm"
+LOOK = 1.0
+"""Seconds between two looks for an end of the run elsewhere."""
 
 
 class Fenced(LaunchError):
@@ -57,6 +59,7 @@ class SlotRendezvous(RendezvousHandler):
         """Told the state that this node waits in, and its slot."""
         self.asked_to_leave: Callable[[], bool] = lambda: False
         self._member = False
+        self._next_look = 0.0
 
     def get_backend(self) -> str:
         return BACKEND
@@ -73,6 +76,7 @@ class SlotRendezvous(RendezvousHandler):
 
         Raises:
             RendezvousClosedError: the run has ended, or this node was asked to leave.
+            RunEnded: it has ended without this node.
             StoreLost, Fenced, NoSpareLeft: this node cannot go on as it is.
         """
         vacant_since: float | None = None
@@ -140,6 +144,9 @@ class SlotRendezvous(RendezvousHandler):
         if table.spares:
             self._change(slots.fill)
             return None
+        if time.monotonic() > self._next_look:
+            self._next_look = time.monotonic() + LOOK
+            self.membership.check_end()
         since = time.monotonic() if since is None else since
         if time.monotonic() - since > self._patience:
             lost = ", ".join(map(str, table.vacant))

@@ -16,7 +16,7 @@ from ft.errors import FtError
 from launch import events, node_record
 from launch.elastic import INTERRUPTED, NodeAgent, Plan
 from launch.errors import LaunchError
-from launch.membership import Membership, StoreLost
+from launch.membership import Membership, RunEnded, StoreLost
 from launch.node_options import Options
 from launch.node_record import NodeRecord, State
 from launch.nursery import Nursery, StoreOrder
@@ -70,8 +70,9 @@ class Supervisor(Plan):
             code, why = self._rounds()
         except (NoSpareLeft, StoreLost, FtError, LaunchError) as error:
             code, why = getattr(error, "exit_code", 2), str(error)
-            if isinstance(error, NoSpareLeft):
-                self._handler.end(code, why)
+            if isinstance(error, NoSpareLeft | RunEnded):
+                with contextlib.suppress(StoreLost):
+                    self._handler.end(code, why)
         finally:
             self._leave(code, why)
         return code
@@ -82,6 +83,8 @@ class Supervisor(Plan):
             try:
                 self._agent.run()
                 ended = self._handler.ended()
+                if ended is not None:
+                    self._membership.say_end(ended.code, ended.reason)
             except RendezvousClosedError as error:
                 ended = self._handler.ended()
                 if ended is None:
