@@ -101,8 +101,10 @@ def _ranks_of(processes: Processes, slot: int) -> list[int]:
 
 
 def _newest_committed(folder: Path, agent: Found, *, alone: bool) -> Held | None:
-    """What the agent holds; None while a newer one could be committed without one of the node's workers, who stand
-    still. That one is not sealed, and if the worker is not `alone`, not even begun.
+    """What the agent holds; None while a newer one may be committed though one of the node's workers dies.
+
+    It may not be while that worker has not written its part: nothing newer is sealed, or, if there are other workers
+    (not `alone`), even begun.
     """
     before: Held | None = None
     for _ in range(LOOKS):

@@ -15,14 +15,11 @@ import torch.distributed as dist
 
 from parallel.engine import IGNORED, Batch, StepResult
 from tests.support import parity
+from tests.support.legs import train_leg
 from tests.support.parity import Case, HeldShard, Outcome
 from tests.support.ranks import run_ranks
-from trainer import checkpoint
-from trainer.checkpoint import Checkpoints
 from trainer.errors import SpecError
-from trainer.spec import CheckpointSpec
 from trainer.spec_file import load_job
-from trainer.world import World
 
 pytestmark = [
     pytest.mark.skipif(
@@ -223,28 +220,12 @@ def test_a_bad_step_is_skipped_by_all_ranks_and_leaves_no_trace(of: Case) -> Non
         assert steps == expected.steps
 
 
-def _leg(of: Case, steps: range, root: Path) -> list[StepResult]:
-    """Continue from the newest durable checkpoint, if there is one, and leave another."""
-    engine = parity.make_engine(of)
-    world = World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=0, device=torch.device("cpu"))
-    checkpoints = Checkpoints(root, CheckpointSpec(), world, run="relay", layout=str(of))
-    if steps.start:
-        newest = checkpoints.latest()
-        assert newest is not None
-        checkpoint.load(newest, engine.state())
-        engine.restored()
-    results = [parity.train_step(engine, of, step) for step in steps]
-    checkpoints.save(steps.stop, engine.state(), {})
-    engine.close()
-    return results
-
-
 def _relay(legs: list[Case], root: Path, length: int) -> None:
     whole = parity.run_case(legs[0].reference, steps=range(length * len(legs)))
     steps: list[StepResult] = []
     for at, of in enumerate(legs):
-        first, *_ = run_ranks(of.world_size, _leg, of, range(at * length, (at + 1) * length), root, deadline=250.0)
-        steps += first
+        ranks = run_ranks(of.world_size, train_leg, of, range(at * length, (at + 1) * length), root, deadline=250.0)
+        steps += ranks[0][0]
     assert [step.loss for step in steps] == pytest.approx([step.loss for step in whole.steps], rel=1e-5)
 
 

@@ -4,17 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 
-from parallel.engine import StepResult
 from tests.support import parity
-from tests.support.parity import Case, HeldShard, Outcome
+from tests.support.legs import train_leg
+from tests.support.parity import Case, Outcome
 from tests.support.ranks import run_ranks
-from trainer import checkpoint
-from trainer.checkpoint import Checkpoints
-from trainer.spec import CheckpointSpec
-from trainer.world import World
 
 pytestmark = pytest.mark.dist
 
@@ -38,25 +32,8 @@ PAIRS = [
 ]
 
 
-def _leg(of: Case, steps: range, root: Path) -> tuple[list[StepResult], list[HeldShard]]:
-    """Continue from the newest durable checkpoint, if there is one, and leave another."""
-    engine = parity.make_engine(of)
-    world = World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=0, device=torch.device("cpu"))
-    checkpoints = Checkpoints(root, CheckpointSpec(), world, run="run", layout=str(of))
-    if steps.start:
-        newest = checkpoints.latest()
-        assert newest is not None
-        checkpoint.load(newest, engine.state())
-        engine.restored()
-    results = [parity.train_step(engine, of, step) for step in steps]
-    checkpoints.save(steps.stop, engine.state(), {})
-    shards = parity.held_shards(engine)
-    engine.close()
-    return results, shards
-
-
 def _run(of: Case, steps: range, root: Path) -> Outcome:
-    ranks = run_ranks(of.world_size, _leg, of, steps, root, deadline=200.0)
+    ranks = run_ranks(of.world_size, train_leg, of, steps, root, deadline=200.0)
     return Outcome(ranks[0][0], parity.assemble([shards for _, shards in ranks]))
 
 
