@@ -3,8 +3,6 @@
 import contextlib
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from types import FrameType
 
@@ -13,11 +11,14 @@ from rich.console import Console
 from launch import node_record
 from launch.errors import PreflightError, RanksFailed
 from launch.events import read
+from launch.nursery import Nursery, Worker
 from launch.preflight import check_data_exists, check_engine
 from launch.run_folder import Mode, prepared
 from trainer.spec import JobSpec
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+LOOK = 0.2
+"""Seconds between looks at what signals have come; the end of the nodes is seen at once."""
 
 
 def run_on_nodes(job: JobSpec, mode: Mode, console: Console, *, nodes: int, spares: int) -> None:
@@ -40,13 +41,9 @@ def run_on_nodes(job: JobSpec, mode: Mode, console: Console, *, nodes: int, spar
             f"{'rank' if job.layout.ranks_per_node == 1 else 'ranks'} and {spares} "
             f"{'spare' if spares == 1 else 'spares'}; outputs in {folder}"
         )
-        command = [sys.executable, "-P", "-m", "launch.emulated", str(folder), "--slots", str(nodes)]
-        command += ["--spares", str(spares), *(["--resume"] if mode == "resume" else [])]
-        with (
-            subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True) as process,
-            _forwarded(process),
-        ):
-            code = process.wait()
+        resume = ("--resume",) if mode == "resume" else ()
+        arguments = (str(folder), "--slots", str(nodes), "--spares", str(spares), *resume)
+        code = _run(Worker(module="launch.emulated", arguments=arguments, environment={}))
         if code:
             last = [line for line in read(folder)[seen:] if line["event"] == "ended" and line.get("code") == code]
             why = last[-1]["why"] if last else "every node was lost; --resume continues from the newest checkpoint"
@@ -68,15 +65,28 @@ def check_nodes(job: JobSpec, nodes: int, spares: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def _forwarded(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    def forward(number: int, frame: FrameType | None) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(number)
+def _run(worker: Worker) -> int:
+    """Run one process until it ends, passing signals on; its exit code."""
+    with contextlib.closing(Nursery()) as nursery, _noted() as noted:
+        pid = nursery.start(worker)
+        while pid not in nursery.ended:
+            nursery.poll(LOOK)
+            while noted:
+                nursery.send([pid], noted.pop(0))
+        return nursery.ended[pid]
 
-    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+
+@contextlib.contextmanager
+def _noted() -> Iterator[list[signal.Signals]]:
+    """The signals that come meanwhile, in their order."""
+    noted: list[signal.Signals] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(signal.Signals(number))
+
+    before = {number: signal.signal(number, note) for number in _FORWARDED}
     try:
-        yield
+        yield noted
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

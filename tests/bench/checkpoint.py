@@ -1,7 +1,8 @@
 """Save and load of one rank's training state against `torch.distributed.checkpoint` of the same tensors.
 
-Prints one JSON object: medians of seconds and ratios. Every round does both, in turns, and both sync their files. Ours
-also computes checksums, reads everything back and compares, and publishes under the final name; that is `save`. Loads
+Prints one JSON object: medians of seconds and ratios. Every round does both, in turns; both sync their files and delete
+the checkpoint of the round before, as a run does that keeps one. Ours also computes checksums, reads everything back
+and compares, and publishes under the final name: all that is `save`; `save_only` is without deletion, of both. Loads
 are into memory that is there already, once from the cache of the kernel and once after the files were dropped from it.
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
+from ft import durable
 from parallel.shard import Shard
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoints
@@ -81,25 +83,28 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_FOLDER")) as name:
         root = Path(name)
-        for step in range(1, ROUNDS + 1):
-            ours = Checkpoints(root / "ours", CheckpointSpec(keep=1), world, run="run", layout="any")
-            note("save", lambda ours=ours, step=step: ours.save(step, shards(tensors), {}))
-            note("save_dcp", lambda: dcp.save(dict(tensors), checkpoint_id=root / "theirs", no_dist=True))
+        for step in range(ROUNDS + 1):
+            if step == 1:
+                found.clear()  # the first round had nothing to delete
+            ours = Checkpoints(root / "ours", CheckpointSpec(keep=2), world, run="run", layout="any")
+            old, new = root / f"theirs-{step - 1}", root / f"theirs-{step}"
+            note("save_only", lambda ours=ours, step=step: ours.save(step + 1, shards(tensors), {}))
+            note("deletion", lambda: durable.prune(root / "ours", 1))
+            note("save_only_dcp", lambda new=new: dcp.save(dict(tensors), checkpoint_id=new, no_dist=True))
+            note("deletion_dcp", lambda old=old: shutil.rmtree(old, ignore_errors=True))
             path = ours.latest()
             assert path is not None
             note("load", lambda path=path: checkpoint.load(path, shards(into)))
             assert all(torch.equal(into[name], tensor) for name, tensor in tensors.items())
-            note("load_dcp", lambda: dcp.load(into, checkpoint_id=root / "theirs", no_dist=True))
+            note("load_dcp", lambda new=new: dcp.load(into, checkpoint_id=new, no_dist=True))
             drop(root)
             note("load_cold", lambda path=path: checkpoint.load(path, shards(into)))
-            note("load_dcp_cold", lambda: dcp.load(into, checkpoint_id=root / "theirs", no_dist=True))
-            shutil.rmtree(root / "theirs")
+            note("load_cold_dcp", lambda new=new: dcp.load(into, checkpoint_id=new, no_dist=True))
+    for side in ("", "_dcp"):
+        found[f"save{side}"] = list(map(sum, zip(found[f"save_only{side}"], found[f"deletion{side}"], strict=True)))
     middle = {what: statistics.median(times) for what, times in found.items()}
     size = sum(tensor.nbytes for tensor in tensors.values())
-    ratios = {
-        what: middle[f"{what.replace('load', 'load_dcp') if 'load' in what else 'save_dcp'}"] / middle[what]
-        for what in ("save", "load", "load_cold")
-    }
+    ratios = {what: middle[f"{what}_dcp"] / middle[what] for what in ("save", "save_only", "load", "load_cold")}
     print(json.dumps({"bytes": size, "seconds": middle, "times_faster_than_dcp": ratios}, indent=1))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import warm
 from trainer.errors import SpecError
 from trainer.launcher_environment import PORTS, first_host, own_address, ranks_from
 from trainer.spec_file import load_job, save_job
@@ -120,9 +121,8 @@ def with_keepwarm(folder: Path) -> list[str]:
     job = folder / "job" / "run.json"
     job.parent.mkdir(parents=True)
     save_job(load_job(ROOT / "configs/ci/tiny.yaml", [*SMALL, f"output={folder / 'run'}"]), job)
-    command = [sys.executable, "-P", "-m", "launch.cli", "train", str(job), f"output={folder / 'run'}"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
+    result = warm.run(["train", str(job), f"output={folder / 'run'}"], timeout=240)
+    assert result.returncode == 0, result.stdout
     records = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
     return [json.dumps({key: value for key, value in record.items() if key != "step_time_s"}) for record in records]
 

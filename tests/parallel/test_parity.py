@@ -21,7 +21,7 @@ GIVEN = [
     Case(tensor=2, pipeline=2, data=2, schedule="interleaved", data_mode="keep", documents=True, precision="fp32"),
     Case(tensor=2, pipeline=2, data=2, schedule="zero_bubble", data_mode="replicate", sequence=True, clipped=True),
 ]
-COVERING = covering_cases(GIVEN, seed=9)
+COVERING = covering_cases(GIVEN, seed=0)
 EXTRA = [
     Case(data=4, data_mode="hsdp", clipped=True),
     Case(data=4, data_mode="hsdp", optimizer="adamw", tied=True, documents=True),

@@ -20,6 +20,7 @@ import pytest
 
 from launch import events, node_record
 from launch.node_record import NodeRecord
+from tests.support import warm
 from tests.support.run_contents import steps_of, tensors_of
 
 JOB = Path(__file__).parents[2] / "configs" / "ci" / "snapshot.yaml"
@@ -30,19 +31,24 @@ OVERRIDES = (f"stages.0.tokens={STEPS * 512}", "log.tensorboard=false", "evaluat
 
 
 def command(folder: Path, *options: str) -> list[str]:
-    return [
-        sys.executable, "-P", "-m", "launch.cli", "train", str(JOB), f"output={folder}", *OVERRIDES, *options,
-    ]  # fmt: skip
+    """What `keepwarm` is told."""
+    return ["train", str(JOB), f"output={folder}", *OVERRIDES, *options]
 
 
 class Run:
     """A run with its launcher, and the faults that are done to it."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, cold: bool = False) -> None:
+        """`cold` starts an interpreter, which imports under the environment of now."""
         self.folder = folder
         self.log = folder.with_suffix(".out")
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command(folder, *options), stdout=log, stderr=log, cwd=ROOT)
+        self.process: warm.Process | subprocess.Popen[bytes]
+        if cold:
+            interpreter = [sys.executable, "-P", "-m", "launch.cli"]
+            with self.log.open("wb") as log:
+                self.process = subprocess.Popen([*interpreter, *command(folder, *options)], stdout=log, stderr=log)
+        else:
+            self.process = warm.Process(command(folder, *options), self.log)
         self.pids: set[int] = set()
 
     def until(self, ready: Callable[[], Any], what: str) -> Any:
@@ -112,8 +118,8 @@ def runs(folder: Path) -> Iterator[Callable[..., Run]]:
     runtime = tempfile.mkdtemp(prefix="kw-")  # short, as the paths of sockets must be
     begun: list[Run] = []
 
-    def begin(*options: str) -> Run:
-        begun.append(Run(folder / "run", *options))
+    def begin(*options: str, cold: bool = False) -> Run:
+        begun.append(Run(folder / "run", *options, cold=cold))
         return begun[-1]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -123,7 +129,7 @@ def runs(folder: Path) -> Iterator[Callable[..., Run]]:
         finally:
             for run in begun:
                 run.process.kill()
-                run.process.wait()
+                run.process.wait(DEADLINE)
             shutil.rmtree(runtime)
 
 

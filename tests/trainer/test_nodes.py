@@ -2,14 +2,14 @@
 
 import os
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from launch import events, node_record
-from tests.support.node_run import DEADLINE, ROOT, Run, assert_equal, assert_nothing_left, command, runs
+from tests.support import warm
+from tests.support.node_run import DEADLINE, Run, assert_equal, assert_nothing_left, command, runs
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.dist]
 
@@ -18,8 +18,8 @@ pytestmark = [pytest.mark.timeout(900), pytest.mark.dist]
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing happens to."""
     folder = tmp_path_factory.mktemp("nodes") / "whole"
-    done = subprocess.run(command(folder, "--nodes", "4"), capture_output=True, text=True, timeout=DEADLINE, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    done = warm.run(command(folder, "--nodes", "4"), timeout=DEADLINE)
+    assert done.returncode == 0, done.stdout
     return folder
 
 
@@ -132,8 +132,8 @@ def test_more_nodes_than_parity_are_lost(whole: Path, start: Callable[..., Run])
 
 
 def test_another_number_of_nodes_is_refused(tmp_path: Path) -> None:
-    done = subprocess.run(command(tmp_path / "run", "--nodes", "3"), capture_output=True, text=True, cwd=ROOT)
+    done = warm.run(command(tmp_path / "run", "--nodes", "3"), timeout=DEADLINE)
     assert done.returncode == 2
-    assert "the layout has 4 ranks" in done.stderr
-    assert "give --nodes 4" in done.stderr
+    assert "the layout has 4 ranks" in done.stdout
+    assert "give --nodes 4" in done.stdout
     assert not (tmp_path / "run").exists()

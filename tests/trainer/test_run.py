@@ -1,5 +1,6 @@
 """Whole runs of the tiny job as real processes: stopped and continued, started by one launcher or another."""
 
+import contextlib
 import json
 import math
 import os
@@ -7,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from tests.support import warm
 from tests.support.run_contents import steps_of, tensors_of
 
 TINY = Path(__file__).parents[2] / "configs" / "ci" / "tiny.yaml"
@@ -21,18 +23,40 @@ DEADLINE = 280.0
 pytestmark = pytest.mark.timeout(600)
 
 
+Process = warm.Process | subprocess.Popen[bytes]
+
+
 def keepwarm(*arguments: str) -> list[str]:
-    return [sys.executable, "-P", "-m", "launch.cli", "train", *arguments]
+    return ["keepwarm", "train", *arguments]
 
 
-def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, cwd=TINY.parents[2])
+@contextlib.contextmanager
+def started(command: Sequence[str], log: Path) -> Iterator[Process]:
+    """A process whose output goes to a file, and which does not outlive its test."""
+    process: Process
+    if command[0] == "keepwarm":
+        process = warm.Process(command[1:], log)
+    else:
+        with log.open("wb") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=file, cwd=TINY.parents[2])
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(timeout=DEADLINE)
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+def run(command: Sequence[str], log: Path) -> tuple[int, str]:
+    """(exit code, output) of a whole run."""
+    with started(command, log) as process:
+        code = process.wait(timeout=DEADLINE)
+    return code, log.read_text()
+
+
+def wait_for_step(folder: Path, step: int, process: Process, log: Path) -> None:
     deadline = time.monotonic() + DEADLINE
     while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, log.read_text()
         if (folder / "metrics.jsonl").exists() and max((line["step"] for line in steps_of(folder)), default=0) >= step:
             return
         time.sleep(0.05)
@@ -53,8 +77,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of two ranks under torchrun, never interrupted, with a profile of its second step."""
     folder = tmp_path_factory.mktemp("run") / "whole"
     profile = "profile={start: 1, steps: 1}"
-    done = run(torchrun("-m", "trainer", str(TINY), f"output={folder}", *TWO_RANKS, profile))
-    assert done.returncode == 0, done.stderr
+    command = torchrun("-m", "trainer", str(TINY), f"output={folder}", *TWO_RANKS, profile)
+    code, output = run(command, folder.with_suffix(".out"))
+    assert code == 0, output
     return folder
 
 
@@ -62,16 +87,12 @@ def disturbed(
     command: list[str], folder: Path, number: signal.Signals, victim: Callable[[int], int]
 ) -> tuple[int, str]:
     """Run a command and signal a victim, found by the command's pid, after the third step; (exit code, output)."""
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=TINY.parents[2]
-    ) as process:
-        try:
-            wait_for_step(folder, 3, process)
-            os.kill(victim(process.pid), number)
-            output, _ = process.communicate(timeout=DEADLINE)
-        finally:
-            process.kill()
-    return process.returncode, output
+    log = folder.with_suffix(".out")
+    with started(command, log) as process:
+        wait_for_step(folder, 3, process, log)
+        os.kill(victim(process.pid), number)
+        code = process.wait(timeout=DEADLINE)
+    return code, log.read_text()
 
 
 def rank_1_of(launcher: int) -> int:
@@ -115,11 +136,11 @@ def test_interrupted_and_resumed_equals_torchrun_uninterrupted(whole: Path, tmp_
     code, output = disturbed(command, parts, signal.SIGINT, lambda pid: pid)
     assert code == 130, output
     assert 3 <= steps_of(parts)[-1]["step"] < 20
-    refused = run(command)
-    assert refused.returncode == 2
-    assert "--resume" in refused.stderr
-    done = run([*command, "--resume"])
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, output = run(command, tmp_path / "refused.out")
+    assert code == 2
+    assert "--resume" in output
+    code, output = run([*command, "--resume"], tmp_path / "resumed.out")
+    assert code == 0, output
 
     assert steps_of(parts) == steps_of(whole)
     assert tensors_of(parts) == tensors_of(whole)
@@ -163,11 +184,12 @@ def test_a_killed_agent_is_replaced_while_training_goes_on(whole: Path, tmp_path
 def test_a_run_that_is_not_finite_stops_itself(tmp_path: Path) -> None:
     output = tmp_path / "run"
     rate = "stages.0.lr={schedule: constant, max: 1e30, warmup: 0.0}"
-    done = run(keepwarm(str(TINY), f"output={output}", rate, "optimizer.name=sgd", "health.max_skipped=3"))
-    assert done.returncode == 3, done.stderr
-    assert "3 steps in a row were not finite" in done.stderr
-    assert "rank 0" in done.stderr
-    assert "Traceback" not in done.stderr
+    command = keepwarm(str(TINY), f"output={output}", rate, "optimizer.name=sgd", "health.max_skipped=3")
+    code, said = run(command, tmp_path / "run.out")
+    assert code == 3, said
+    assert "3 steps in a row were not finite" in said
+    assert "rank 0" in said
+    assert "Traceback" not in said
     events = [json.loads(line)["event"] for line in (output / "events.jsonl").read_text().splitlines()]
     assert events[-1] == "stop"
     assert all(line["loss"] is None or math.isfinite(line["loss"]) for line in steps_of(output) if "loss" in line)

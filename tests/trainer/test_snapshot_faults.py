@@ -19,6 +19,7 @@ import pytest
 from ft import durable
 from ft.placement import place
 from ft.state import Group
+from tests.support import warm
 from tests.support.node_run import ROOT, Run, assert_equal, assert_nothing_left, command, runs
 
 CODES = [(2, 2), (3, 1), (1, 1)]
@@ -34,8 +35,8 @@ pytestmark = [pytest.mark.dist, pytest.mark.long, pytest.mark.timeout(1800)]
 def uninterrupted(folder: Path, steps: int) -> Path:
     """The run that nothing happens to; without snapshots, so that it depends on no code."""
     job = command(folder, *JOB, tokens(steps), "snapshot=off")
-    done = subprocess.run(job, capture_output=True, text=True, timeout=1500, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    done = warm.run(job, timeout=1500)
+    assert done.returncode == 0, done.stdout
     return folder
 
 
@@ -57,9 +58,10 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     with runs(tmp_path) as begin:
 
-        def protected(code: tuple[int, int], steps: int = STEPS) -> Run:
+        def protected(code: tuple[int, int], steps: int = STEPS, *, cold: bool = False) -> Run:
             spelled = f"snapshot.code={{data: {code[0]}, parity: {code[1]}}}"
-            return begin("--nodes", "4", *JOB, tokens(steps), spelled, "snapshot.busy=wait", "cluster.max_restarts=50")
+            patient = ("snapshot.busy=wait", "cluster.max_restarts=50")
+            return begin("--nodes", "4", *JOB, tokens(steps), spelled, *patient, cold=cold)
 
         yield protected
 
@@ -97,7 +99,7 @@ def test_a_worker_killed_at_every_moment(
     monkeypatch.setenv("KEEPWARM_TEST_RANK", "3")
     monkeypatch.setenv("KEEPWARM_TEST_RANKS_PER_NODE", str(RANKS_PER_NODE))
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests/support/moments"), prepend=os.pathsep)
-    run = start(code)
+    run = start(code, cold=True)
     run.done()
     told = [re.fullmatch(r"done (\w+)@\d+ of step (\d+)", path.name) for path in sorted(moments.iterdir())]
     assert all(told), list(moments.iterdir())

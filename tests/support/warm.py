@@ -1,0 +1,101 @@
+"""keepwarm as a process that need not import: forked, as its workers are, from one that has torch and the trainer.
+
+Importing takes most of the time of a tiny run. What starts here is otherwise the same as `python -P -m MODULE`: a
+process and session of its own, with its own signals, ended by the kernel with the process of the tests. Tests of the
+start itself, and those by torchrun, mpirun and SLURM, start interpreters.
+"""
+
+import atexit
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from launch.nursery import PRELOADED, Nursery, Worker
+
+ROOT = Path(__file__).parents[2]
+_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+"""From before any test has changed it."""
+_MODULES = (*PRELOADED, "launch.cli", "launch.emulated", "launch.supervisor")
+_PROGRAM = f"""
+import os, socket, sys
+from launch.nursery import _Tender
+_Tender(socket.socket(fileno=int(sys.argv[1])), os.getppid()).run({_MODULES})
+"""
+
+
+class _Nursery(Nursery):
+    """One in an interpreter of its own: the process of the tests has threads, and has computed."""
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _PROGRAM, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env=_ENVIRONMENT,
+                cwd=ROOT,
+            )
+        self.pid = self._process.pid
+        self.ended: dict[int, int] = {}
+
+    def close(self) -> None:
+        self._socket.close()
+        self._process.kill()
+        self._process.wait()
+
+
+@cache
+def _nursery() -> _Nursery:
+    nursery = _Nursery()
+    atexit.register(nursery.close)
+    return nursery
+
+
+class Process:
+    """A started command, as `subprocess.Popen` has it; its output lies in a file."""
+
+    def __init__(self, arguments: Sequence[str], log: Path, *, module: str = "launch.cli") -> None:
+        self.log = log
+        log.write_bytes(b"")
+        changed = {name: value for name, value in os.environ.items() if _ENVIRONMENT.get(name) != value}
+        worker = Worker(module=module, arguments=tuple(arguments), environment=changed, log=str(log))
+        self.pid = _nursery().start(worker)
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        _nursery().poll()
+        return _nursery().ended.get(self.pid)
+
+    def wait(self, timeout: float) -> int:
+        end = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if (left := end - time.monotonic()) <= 0:
+                self.kill()
+                raise TimeoutError(f"process {self.pid} has not ended in {timeout:g} s:\n{self.output}")
+            _nursery().poll(left)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        _nursery().send([self.pid], signal.Signals(number))
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def run(arguments: Sequence[str], *, timeout: float, module: str = "launch.cli") -> subprocess.CompletedProcess[str]:
+    """`keepwarm ARGUMENTS`; what it wrote to stdout and stderr, in one, is the result's `stdout`."""
+    with tempfile.TemporaryDirectory(prefix="keepwarm-warm-") as folder:
+        process = Process(arguments, Path(folder) / "log", module=module)
+        code = process.wait(timeout)
+        return subprocess.CompletedProcess(list(arguments), code, process.output, "")
