@@ -30,25 +30,26 @@ STEPS = 30
 OVERRIDES = (f"stages.0.tokens={STEPS * 512}", "log.tensorboard=false", "evaluation.samples=8")
 
 
-def command(folder: Path, *options: str) -> list[str]:
+def command(folder: Path, *options: str, job: Path = JOB) -> list[str]:
     """What `keepwarm` is told."""
-    return ["train", str(JOB), f"output={folder}", *OVERRIDES, *options]
+    return ["train", str(job), f"output={folder}", *OVERRIDES, *options]
 
 
 class Run:
     """A run with its launcher, and the faults that are done to it."""
 
-    def __init__(self, folder: Path, *options: str, cold: bool = False) -> None:
+    def __init__(self, folder: Path, *options: str, job: Path = JOB, cold: bool = False) -> None:
         """`cold` starts an interpreter, which imports under the environment of now."""
+        arguments = command(folder, *options, job=job)
         self.folder = folder
         self.log = folder.with_suffix(".out")
         self.process: warm.Process | subprocess.Popen[bytes]
         if cold:
             interpreter = [sys.executable, "-P", "-m", "launch.cli"]
             with self.log.open("wb") as log:
-                self.process = subprocess.Popen([*interpreter, *command(folder, *options)], stdout=log, stderr=log)
+                self.process = subprocess.Popen([*interpreter, *arguments], stdout=log, stderr=log)
         else:
-            self.process = warm.Process(command(folder, *options), self.log)
+            self.process = warm.Process(arguments, self.log)
         self.pids: set[int] = set()
 
     def until(self, ready: Callable[[], Any], what: str) -> Any:
@@ -113,13 +114,13 @@ class Run:
 
 
 @contextlib.contextmanager
-def runs(folder: Path) -> Iterator[Callable[..., Run]]:
+def runs(folder: Path, job: Path = JOB) -> Iterator[Callable[..., Run]]:
     """Starts `folder / "run"` with the options it is called with; the launcher is killed in the end."""
     runtime = tempfile.mkdtemp(prefix="kw-")  # short, as the paths of sockets must be
     begun: list[Run] = []
 
     def begin(*options: str, cold: bool = False) -> Run:
-        begun.append(Run(folder / "run", *options, cold=cold))
+        begun.append(Run(folder / "run", *options, job=job, cold=cold))
         return begun[-1]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -22,7 +22,7 @@ from launch.nursery import PRELOADED, Nursery, Worker
 ROOT = Path(__file__).parents[2]
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 """From before any test has changed it."""
-_MODULES = (*PRELOADED, "launch.cli", "launch.emulated", "launch.supervisor")
+_MODULES = (*PRELOADED, "typer", "rich.console", "launch.train", "launch.train_nodes", "launch.supervisor")
 _PROGRAM = f"""
 import os, socket, sys
 from launch.nursery import _Tender

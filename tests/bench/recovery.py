@@ -1,0 +1,79 @@
+"""From a kill to the next step: a worker, and a node with its memory.
+
+    python -m tests.bench.recovery [--rounds 10]
+
+Trains `configs/ci/drill.yaml`, 4 nodes of 2 ranks on this machine, with a snapshot after every step, and does the same
+in every round, by SIGKILL. There are as many spares as nodes are lost; a round begins when the redundancy is back.
+Seconds are those between the kill and the end of the first step after it. Prints one JSON object. The comparison with
+stock torchrun and a DCP checkpoint is not here yet.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from launch.events import PHASES
+from tests.support.node_run import DEADLINE, ROOT, Run, runs
+
+DRILL = ROOT / "configs" / "ci" / "drill.yaml"
+NODES = 4
+ENDLESS = (
+    "stages.0.tokens=100_000_000", "cluster.max_restarts=1000", "evaluation.samples=8", "log.tensorboard=false",
+)  # fmt: skip
+GOALS = {"worker": 2.0, "node": 4.0, "detect": 1.5}
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    return {"median": round(statistics.median(seconds), 2), "max": round(max(seconds), 2)}
+
+
+def recoveries(folder: Path, what: str, rounds: int) -> dict[str, Any]:
+    """Lose a worker or a node in every round."""
+    totals: list[float] = []
+    phases: dict[str, list[float]] = {phase: [] for phase in PHASES}
+    with runs(folder, DRILL) as start:
+        run: Run = start(*ENDLESS, "--nodes", str(NODES), "--spares", str(rounds if what == "node" else 0))
+        run.after(3)
+        for count in range(1, rounds + 1):
+            slot = count % NODES
+            record = run.owner(slot)
+            began = time.time()
+            if what == "node":
+                run.lose_node(slot)
+            else:
+                os.kill(min(record.workers.values()), signal.SIGKILL)
+            event = run.recovered(count)
+            assert event["source"] == "memory", event
+            totals.append(event["time"] - began)
+            for phase in PHASES:
+                phases[phase].append(event["phases"].get(phase, 0.0))
+            if what == "node":
+                run.until(lambda count=count: len(run.events("whole")) >= count, "redundancy to be back")
+            run.after(event["step"] + 3)
+        run.process.send_signal(signal.SIGTERM)
+        run.process.wait(DEADLINE)
+    return {"seconds": summary(totals), "phases": {phase: summary(values) for phase, values in phases.items()}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10)
+    options = parser.parse_args()
+    load = os.getloadavg()[0]
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="keepwarm-bench-", ignore_cleanup_errors=True) as name:
+        for what in ("worker", "node"):
+            (Path(name) / what).mkdir()
+            found[what] = recoveries(Path(name) / what, what, options.rounds)
+    result = {"cpus": os.cpu_count(), "load_before": load, **found, "goals": GOALS}
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
