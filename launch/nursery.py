@@ -93,7 +93,7 @@ class Nursery:
         if not self.pid:
             self._socket.close()
             os.environ.update(environment or {})
-            _Tender(theirs, parent).run(modules)
+            Tender(theirs, parent).run(modules)
         theirs.close()
         self.ended: dict[int, int] = {}
         """Exit code by pid of the processes that have ended; negative for a signal."""
@@ -148,8 +148,8 @@ class Nursery:
         return answer.started
 
 
-class _Tender:
-    """The nursery's own side: forks, waits and tells."""
+class Tender:
+    """The nursery's own side, at the other end of its socket: forks, waits and tells."""
 
     def __init__(self, connection: socket.socket, parent: int) -> None:
         die_with(parent)

@@ -47,7 +47,7 @@ class Run:
         if cold:
             interpreter = [sys.executable, "-P", "-m", "launch.cli"]
             with self.log.open("wb") as log:
-                self.process = subprocess.Popen([*interpreter, *arguments], stdout=log, stderr=log)
+                self.process = subprocess.Popen([*interpreter, *arguments], stdout=log, stderr=log, cwd=ROOT)
         else:
             self.process = warm.Process(arguments, self.log)
         self.pids: set[int] = set()

@@ -1,6 +1,6 @@
 """keepwarm as a process that need not import: forked, as its workers are, from one that has torch and the trainer.
 
-Importing takes most of the time of a tiny run. What starts here is otherwise the same as `python -P -m MODULE`: a
+Importing takes most of the time of a tiny run. What starts here is otherwise the same as `python -P -m launch.cli`: a
 process and session of its own, with its own signals, ended by the kernel with the process of the tests. Tests of the
 start itself, and those by torchrun, mpirun and SLURM, start interpreters.
 """
@@ -25,8 +25,8 @@ _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 _MODULES = (*PRELOADED, "typer", "rich.console", "launch.train", "launch.train_nodes", "launch.supervisor")
 _PROGRAM = f"""
 import os, socket, sys
-from launch.nursery import _Tender
-_Tender(socket.socket(fileno=int(sys.argv[1])), os.getppid()).run({_MODULES})
+from launch.nursery import Tender
+Tender(socket.socket(fileno=int(sys.argv[1])), os.getppid()).run({_MODULES})
 """
 
 
@@ -61,11 +61,11 @@ def _nursery() -> _Nursery:
 class Process:
     """A started command, as `subprocess.Popen` has it; its output lies in a file."""
 
-    def __init__(self, arguments: Sequence[str], log: Path, *, module: str = "launch.cli") -> None:
+    def __init__(self, arguments: Sequence[str], log: Path) -> None:
         self.log = log
         log.write_bytes(b"")
         changed = {name: value for name, value in os.environ.items() if _ENVIRONMENT.get(name) != value}
-        worker = Worker(module=module, arguments=tuple(arguments), environment=changed, log=str(log))
+        worker = Worker(module="launch.cli", arguments=tuple(arguments), environment=changed, log=str(log))
         self.pid = _nursery().start(worker)
 
     @property
@@ -93,9 +93,9 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
-def run(arguments: Sequence[str], *, timeout: float, module: str = "launch.cli") -> subprocess.CompletedProcess[str]:
+def run(arguments: Sequence[str], *, timeout: float) -> subprocess.CompletedProcess[str]:
     """`keepwarm ARGUMENTS`; what it wrote to stdout and stderr, in one, is the result's `stdout`."""
     with tempfile.TemporaryDirectory(prefix="keepwarm-warm-") as folder:
-        process = Process(arguments, Path(folder) / "log", module=module)
+        process = Process(arguments, Path(folder) / "log")
         code = process.wait(timeout)
         return subprocess.CompletedProcess(list(arguments), code, process.output, "")
