@@ -8,18 +8,14 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from launch import node_record
+from tests.support.stand_ins import StandIns, alive, wait_until_dead
 
-ROOT = Path(__file__).parents[2]
-DEADLINE = 200.0
 SLOTS = 4
 HALF = 2
 """Nodes 0 and 1 are on one side with all spares, nodes 2 and 3 on the other."""
@@ -30,16 +26,6 @@ pytestmark = [
     ),
 ]
 
-WORKER = """
-import os, pathlib, sys, time
-folder = pathlib.Path(sys.argv[1]).parent
-me = f"{os.environ['RANK']}-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
-(folder / f".{me}").write_text(str(os.getpid()))
-(folder / f".{me}").rename(folder / f"ran-{me}")
-while not (folder / "code").exists():
-    time.sleep(0.01)
-sys.exit(int((folder / "code").read_text()))
-"""
 LAUNCHER = """
 import ctypes, os, sys
 from pathlib import Path
@@ -109,26 +95,11 @@ class Network:
             ip("netns", "del", namespace)
 
 
-class Cluster:
+class Cluster(StandIns):
     """Four slots on nodes that are apart."""
 
     def __init__(self, folder: Path, network: Network) -> None:
-        self.folder, self.log = folder, folder / "log"
-        (folder / "stand_in.py").write_text(WORKER)
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}:{folder}"}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", LAUNCHER, str(folder), *network.nodes],
-                env=environment, cwd=ROOT, stdout=log, stderr=log,
-            )  # fmt: skip
-
-    def until(self, ready: Callable[[], Any], what: str) -> Any:
-        end = time.monotonic() + DEADLINE
-        while not (found := ready()):
-            assert time.monotonic() < end, f"waited {DEADLINE:g} s for {what}:\n{self.log.read_text()}"
-            assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.02)
-        return found
+        super().__init__(folder, LAUNCHER, *network.nodes)
 
     def workers(self) -> dict[int, dict[int, int]]:
         """Pid by rank, of each round."""
@@ -145,18 +116,6 @@ class Cluster:
 
     def owners(self, round: int) -> set[str]:
         return {record.node for record in node_record.read_all(self.folder) if record.generation == round}
-
-    def end(self) -> None:
-        (self.folder / ".code").write_text("0")
-        (self.folder / ".code").rename(self.folder / "code")
-        assert self.process.wait(DEADLINE) == 0, self.log.read_text()
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @pytest.fixture
@@ -177,9 +136,7 @@ def apart(tmp_path: Path) -> Iterator[Callable[[int], tuple[Network, Cluster]]]:
     for network, cluster in made:
         cluster.process.kill()
         cluster.process.wait()
-        for record in node_record.read_all(tmp_path):
-            while alive(record.supervisor):
-                time.sleep(0.02)
+        wait_until_dead({record.supervisor for record in node_record.read_all(tmp_path)})
         store = node_record.newest_store(tmp_path)
         if store is not None and alive(store.pid):
             os.kill(store.pid, signal.SIGKILL)

@@ -1,45 +1,18 @@
-"""Supervisors as processes, with stand-ins for workers: who takes which slot when something dies or freezes.
-
-The stand-in says that it runs (its pid in `ran-<rank>-<round>`), and ends with the code in `code` once there is one.
-"""
+"""Supervisors as processes, with stand-ins for workers: who takes which slot when something dies or freezes."""
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from launch import events, node_record
 from launch.node_record import NodeRecord
+from tests.support.stand_ins import DEADLINE, StandIns, alive, wait_until_dead
 
-ROOT = Path(__file__).parents[2]
-DEADLINE = 120.0
 pytestmark = pytest.mark.timeout(300)
 
-WORKER = """
-import os, pathlib, signal, sys, time
-folder = pathlib.Path(sys.argv[1]).parent
-me = f"{os.environ['RANK']}-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
-
-def save(*_):
-    (folder / f"asked-{me}").touch()
-    while not (folder / "saved").exists():
-        time.sleep(0.01)
-    sys.exit(130)
-
-for number in (signal.SIGTERM, signal.SIGUSR1):
-    signal.signal(number, save)
-(folder / f".{me}").write_text(str(os.getpid()))
-(folder / f".{me}").rename(folder / f"ran-{me}")
-while not (folder / "code").exists():
-    time.sleep(0.01)
-sys.exit(int((folder / "code").read_text()))
-"""
 LAUNCHER = """
 import sys
 from pathlib import Path
@@ -62,25 +35,11 @@ sys.exit(Nodes(everyone, job).run())
 """
 
 
-class Cluster:
+class Cluster(StandIns):
     """Three slots and some spares."""
 
     def __init__(self, folder: Path, spares: int, silence: float) -> None:
-        self.folder = folder
-        (folder / "stand_in.py").write_text(WORKER)
-        self.log = folder / "log"
-        command = [sys.executable, "-c", LAUNCHER, str(folder), str(silence), str(spares)]
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}:{folder}"}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log)
-
-    def until(self, ready: Callable[[], Any], what: str) -> Any:
-        end = time.monotonic() + DEADLINE
-        while not (found := ready()):
-            assert time.monotonic() < end, f"waited {DEADLINE:g} s for {what}:\n{self.log.read_text()}"
-            assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.02)
-        return found
+        super().__init__(folder, LAUNCHER, str(silence), str(spares))
 
     def running(self, round: int) -> dict[int, NodeRecord]:
         """The owners by slot, once all workers of a round run."""
@@ -100,28 +59,15 @@ class Cluster:
     def pid(self, rank: int, round: int) -> int:
         return int((self.folder / f"ran-{rank}-{round}").read_text())
 
-    def end(self, code: int) -> None:
-        (self.folder / ".code").write_text(str(code))
-        (self.folder / ".code").rename(self.folder / "code")
-        assert self.process.wait(DEADLINE) == code, self.log.read_text()
+    def end(self, code: int = 0) -> None:
+        super().end(code)
         self.assert_nothing_left()
 
     def assert_nothing_left(self) -> None:
-        pids = {int(path.read_text()) for path in self.folder.glob("ran-*")}
-        pids |= {record.supervisor for record in node_record.read_all(self.folder)}
         store = node_record.newest_store(self.folder)
         assert store is not None
-        deadline = time.monotonic() + DEADLINE
-        while left := [pid for pid in (pids | {store.pid}) if alive(pid)]:
-            assert time.monotonic() < deadline, f"processes {left} outlived the run"
-            time.sleep(0.02)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+        workers = {int(path.read_text()) for path in self.folder.glob("ran-*")}
+        wait_until_dead({store.pid} | workers | {record.supervisor for record in node_record.read_all(self.folder)})
 
 
 def names(owners: dict[int, NodeRecord]) -> list[str]:

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from parallel.engine import StepResult
 from tests.support import parity
+from tests.support.covering import VALUES, covering_cases, is_valid, pairs_of
 from tests.support.models import whole_model
-from tests.support.parity import CLIP_NORM, SEED, STEPS, VALUES, Case, Outcome, covering_cases, is_valid, pairs_of
+from tests.support.parity import CLIP_NORM, SEED, STEPS, Case, Outcome
 
 pytestmark = pytest.mark.dist
 

@@ -1,0 +1,76 @@
+"""Supervisors as processes, with stand-ins for workers.
+
+The stand-in says that it runs (its pid in `ran-<rank>-<round>`), and ends with the code in `code` once there is one.
+Asked to end, it says so (`asked-<rank>-<round>`), and ends as soon as there is `saved`.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+DEADLINE = 200.0
+
+WORKER = """
+import os, pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1]).parent
+me = f"{os.environ['RANK']}-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+
+def save(*_):
+    (folder / f"asked-{me}").touch()
+    while not (folder / "saved").exists():
+        time.sleep(0.01)
+    sys.exit(130)
+
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, save)
+(folder / f".{me}").write_text(str(os.getpid()))
+(folder / f".{me}").rename(folder / f"ran-{me}")
+while not (folder / "code").exists():
+    time.sleep(0.01)
+sys.exit(int((folder / "code").read_text()))
+"""
+
+
+class StandIns:
+    """Nodes that a program starts; it finds the folder in its first argument, and workers in the module `stand_in`."""
+
+    def __init__(self, folder: Path, launcher: str, *arguments: str) -> None:
+        self.folder, self.log = folder, folder / "log"
+        (folder / "stand_in.py").write_text(WORKER)
+        command = [sys.executable, "-c", launcher, str(folder), *arguments]
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}:{folder}"}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log)
+
+    def until(self, ready: Callable[[], Any], what: str) -> Any:
+        end = time.monotonic() + DEADLINE
+        while not (found := ready()):
+            assert time.monotonic() < end, f"waited {DEADLINE:g} s for {what}:\n{self.log.read_text()}"
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.02)
+        return found
+
+    def end(self, code: int = 0) -> None:
+        """Let all workers end with this code, which is then the run's."""
+        (self.folder / ".code").write_text(str(code))
+        (self.folder / ".code").rename(self.folder / "code")
+        assert self.process.wait(DEADLINE) == code, self.log.read_text()
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until_dead(pids: set[int]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while left := [pid for pid in pids if alive(pid)]:
+        assert time.monotonic() < deadline, f"processes {left} outlived the run"
+        time.sleep(0.02)
