@@ -26,11 +26,16 @@ help: ## show this
 	@echo "keepwarm: make TARGET"
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' Makefile | expand -t 14
 
-demo: .venv/installed $(DOMAINS:%=$(DEMO_DATA)/%.idx) ## train the demo job: 8 ranks as tensor 2 x pipeline 2 x data 2, on CPU
-	@echo "==> training configs/jobs/demo.yaml (about 5 minutes on 2 cores)"
-	@$(VENV)/keepwarm train configs/jobs/demo.yaml --force
+demo: demo-quick ## English on 8 ranks, a node lost and recovered, German on one with replay, what was forgotten
+	@echo "==> losing a node of configs/ci/drill.yaml, against a run that loses none (about 2 minutes)"
+	@$(VENV)/keepwarm drill configs/ci/drill.yaml output=runs/demo-drill --kill node:2@12 --fresh
+	@echo "==> training configs/jobs/demo-german.yaml (about 3 minutes)"
+	@$(VENV)/keepwarm train configs/jobs/demo-german.yaml --force
+	@$(VENV)/keepwarm report runs/demo-german
 
-demo-quick: demo ## the same
+demo-quick: .venv/installed $(DOMAINS:%=$(DEMO_DATA)/%.idx) ## its first part: tensor 2 x pipeline 2 x data 2, on CPU
+	@echo "==> training configs/jobs/demo.yaml (about 4 minutes on 2 cores)"
+	@$(VENV)/keepwarm train configs/jobs/demo.yaml --force
 
 test: .venv/installed-dev ## all tests but those of test-long, lint among them
 	@echo "==> tests, in two processes"
@@ -54,7 +59,7 @@ bench: .venv/installed-dev ## speed against peers in the same run, as JSON
 	@for file in tests/bench/*.py; do echo "==> $$file"; $(VENV)/python "$$file"; done
 
 clean: ## remove the virtual environment and the demo's outputs
-	rm -rf .venv runs/demo $(DEMO_DATA)
+	rm -rf .venv runs/demo runs/demo-drill runs/demo-german $(DEMO_DATA)
 
 .venv/made:
 	@command -v "$(PYTHON)" >/dev/null || { echo "keepwarm needs Python 3.11 or newer: apt-get install python3 python3-venv" >&2; exit 1; }

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from trainer.data import tool
 from trainer.errors import OutputError
@@ -52,8 +54,30 @@ def command(
     if as_json:
         typer.echo(json.dumps(data(report) | {"files": [str(path) for path in written]}))
     else:
+        show_losses(report, Console())
         for path in written:
             typer.echo(str(path))
+
+
+def show_losses(report: RunReport, console: Console) -> None:
+    """Print what every stage learnt and forgot, as the page has it."""
+    before, *after = report.matrix()
+    if not after:
+        return
+    table = Table(title="loss by domain (nats per token), and its change over each stage: positive is forgetting")
+    for column in ("", *report.domains):
+        table.add_column(column, justify="right" if column else "left")
+    parent = report.parent
+    start = "at the start" if parent is None else f"after {Path(str(parent.get('path') or parent.get('run'))).name}"
+    table.add_row(start, *(_shown(value) for value in before))
+    for plan, now, then in zip(report.finished, after, (before, *after), strict=False):
+        changes = [_less(one, other) for one, other in zip(now, then, strict=True)]
+        cells = [
+            _shown(one) + ("" if change is None else f" ({change:+.3f})")
+            for one, change in zip(now, changes, strict=True)
+        ]
+        table.add_row(f"after {plan.name}", *cells)
+    console.print(table)
 
 
 def data(report: RunReport) -> dict[str, Any]:

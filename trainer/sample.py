@@ -21,6 +21,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def command(
     path: Annotated[Path, typer.Argument(metavar="RUN", help="run folder, or checkpoint")],
     prompt: Annotated[list[str], typer.Option(help="text to continue; may be given several times")],
+    prefix: Annotated[
+        str, typer.Option(help="before each prompt, special tokens recognised: the control token it was trained with")
+    ] = "",
     tokens: Annotated[int, typer.Option(min=1, help="most tokens to add")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="only the k likeliest tokens")] = None,
@@ -38,6 +41,8 @@ def command(
     keepwarm sample runs/demo --prompt "The first thing to know"
 
     keepwarm sample runs/demo/checkpoints/iter_0000300 --prompt "Die" --temperature 0 --json
+
+    keepwarm sample runs/polite --prefix "<|good|>" --prompt "You"
     """
     if not 0 < top_p <= 1:
         raise SpecError(f"--top-p {top_p}: must be above 0 and at most 1")
@@ -59,7 +64,7 @@ def command(
             "give the one it was trained with as --tokenizer"
         )
     for text in prompt:
-        ids = words.encode_batch([text])[0] or [words.end_of_document]
+        ids = [*words.encode_marked(prefix), *words.encode_batch([text])[0]] or [words.end_of_document]
         drawn = generate(part, ids, sampling, seed=seed, stop=lambda token: token == words.end_of_document)
         new = list(itertools.islice(drawn, tokens))
         sample = {"prompt": text, "text": words.decode(new), "tokens": new, "ended": len(new) < tokens}

@@ -167,13 +167,13 @@ def test_a16_linear_is_as_good_as_cosine(seed: int, tmp_path: Path) -> None:
 def test_a17_upsampling_at_the_end_lifts_a_domain(seed: int, tmp_path: Path) -> None:
     """Blakeney et al. (2024): a small domain in the last 15 %, and what leaving data out tells of them."""
     usual = {"t0": 0.60, "t1": 0.35, "t2": 0.05}
-    heavy = {"t0": 0.35, "t1": 0.20, "t2": 0.45}
+    heavy = {"t0": 0.47, "t1": 0.28, "t2": 0.25}
     arms: dict[str, dict[str, Any]] = {
         "base": {"mixture": usual},
         "end": {"mixture": usual, "mixture_steps": ({"at": 0.85, "mixture": heavy},)},
         "all": {"mixture": heavy},
-        "end without t2": {"mixture": usual, "mixture_steps": ({"at": 0.85, "mixture": {"t0": 0.35, "t1": 0.20}},)},
-        "end without t1": {"mixture": usual, "mixture_steps": ({"at": 0.85, "mixture": {"t0": 0.35, "t2": 0.45}},)},
+        "end without t2": {"mixture": usual, "mixture_steps": ({"at": 0.85, "mixture": {"t0": 0.47, "t1": 0.28}},)},
+        "end without t1": {"mixture": usual, "mixture_steps": ({"at": 0.85, "mixture": {"t0": 0.47, "t2": 0.25}},)},
     }
     last = {}
     for name, clauses in arms.items():

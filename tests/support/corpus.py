@@ -54,6 +54,9 @@ class MemoryTokens:
     def read(self, start: int, count: int) -> Ints:
         return self.stream[start : start + count]
 
+    def prefixes_between(self, start: int, end: int) -> list[tuple[int, int]]:
+        return []
+
     def starts_between(self, start: int, end: int) -> Ints:
         starts = {sum(map(len, self.documents[:i])) for i in range(len(self.documents))}
         return np.array(sorted(s for s in starts if start <= s < end), np.int64)

@@ -2,9 +2,13 @@
 
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib.image
+import numpy as np
 import pytest
 
 from trainer.errors import OutputError
@@ -13,6 +17,7 @@ from trainer.report_data import gather
 from trainer.session import run_session
 from trainer.spec_file import shipped_configs
 
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 STEP = 8 * 64
 STAGES = (
     f"stages=[{{name: first, tokens: {4 * STEP}, mixture: {{en: 1}}, lr: {{max: 3e-3}}}},"
@@ -85,7 +90,9 @@ def test_the_tables_follow_from_the_run(run: Path) -> None:
 
 def test_the_page_is_whole_and_loads_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command(run, None, True, False)
-    written = [Path(line) for line in capsys.readouterr().out.split()]
+    shown = capsys.readouterr().out
+    written = [Path(line) for line in shown.splitlines() if line.startswith("/")]
+    assert re.search(r"after first +.*\(-\d\.\d{3}\)", shown)
     assert [path.name for path in written] == ["report.html", "report-validation.png", "report-training.png"]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written[1:])
     text = written[0].read_text()
@@ -101,6 +108,24 @@ def test_the_page_is_whole_and_loads_nothing(run: Path, capsys: pytest.CaptureFi
     assert text.count("<svg") == 2
     command(run, None, False, False)
     assert written[0].read_text() == text
+
+
+@pytest.mark.long
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium")
+def test_a_browser_without_a_network_shows_all_of_it(run: Path, tmp_path: Path) -> None:
+    command(run, tmp_path / "report.html", False, False)
+    browser = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+               "--proxy-server=127.0.0.1:9", "--enable-logging=stderr", "--virtual-time-budget=2000"]  # fmt: skip
+    page = (tmp_path / "report.html").as_uri()
+    shown = subprocess.run([*browser, "--dump-dom", page], capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in shown.stderr
+    for text in ("after first", "after &lt;second&gt;", "replay of first (uniform)", "Loss of every domain"):
+        assert text in shown.stdout
+    picture = tmp_path / "page.png"
+    subprocess.run([*browser, f"--screenshot={picture}", "--window-size=1000,2400", page], timeout=120, check=True)
+    pixels = matplotlib.image.imread(picture)
+    # White paper alone would have one colour; the curves alone have two more.
+    assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 100
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, run: Path) -> None:

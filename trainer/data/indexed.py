@@ -45,6 +45,8 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     documents: int
     tokens: int
     max_id: int
+    prefixed: int = 0
+    """Documents of two sequences, of which the first is a prefix that carries no loss; the others have one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,19 @@ class TokenFile:
         """Tokens in `[start, end)` that begin a document, ascending; found by binary search."""
         first, last = self._bisect(start), self._bisect(end)
         return self._starts(np.arange(first, last))
+
+    def prefixes_between(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Ranges of tokens in `[start, end)` that stand before a document and carry no loss, ascending."""
+        if self.sidecar is None or not self.sidecar.prefixed:
+            return []
+        found = []
+        index = self._dataset.index
+        for document in range(max(0, self._bisect(start + 1) - 1), self._bisect(end)):
+            first, after = (int(sequence) for sequence in index.document_indices[document : document + 2])
+            if after - first == 2:
+                low, high = (int(index.sequence_pointers[one]) // self._itemsize for one in (first, first + 1))
+                found.append((max(low, start), min(high, end)))
+        return [(low, high) for low, high in found if low < high]
 
     def _starts(self, documents: Ints) -> Ints:
         """First token of each document; the number of tokens for the one past the last."""

@@ -37,6 +37,7 @@ def inspect(prefix: Path, *, document: int = 0, length: int = 64, tokenizer_name
         "tokenizer": sidecar.tokenizer if sidecar else None,
         "vocabulary_size": sidecar.vocabulary_size if sidecar else None,
         "max_id": sidecar.max_id if sidecar else None,
+        "prefixed": sidecar.prefixed if sidecar else None,
         "sample": {
             "document": document,
             "document_tokens": len(whole),
@@ -73,6 +74,8 @@ def command(
         return
     typer.echo(f"{prefix}: {found['documents']:,} documents, {found['tokens']:,} tokens")
     typer.echo(f"tokenizer: {found['tokenizer'] or 'unknown'}   content: {found['content']}")
+    if found["prefixed"]:
+        typer.echo(f"{found['prefixed']:,} documents have a prefix that carries no loss")
     sample = found["sample"]
     typer.echo(f"document {document} ({sample['document_tokens']:,} tokens) begins with ids {sample['ids']}")
     typer.echo(sample["text"] if sample["text"] is not None else "(give --tokenizer to see it decoded)")

@@ -26,7 +26,7 @@ class Samples:
 
     tokens: Ints
     targets: Ints
-    """The next token; IGNORED where, with a document mask, it belongs to another document."""
+    """The next token; IGNORED where it is of a prefix, or, with a document mask, of another document."""
     documents: npt.NDArray[np.int32] | None
     """Number of the document that each token belongs to, from 0 in each sample; None without a document mask."""
 
@@ -55,6 +55,10 @@ class Tokens(Protocol):
 
     def starts_between(self, start: int, end: int) -> Ints:
         """Tokens in `[start, end)` that begin a document, ascending."""
+        ...
+
+    def prefixes_between(self, start: int, end: int) -> Sequence[tuple[int, int]]:
+        """Ranges of tokens in `[start, end)` that stand before a document and carry no loss, ascending."""
         ...
 
 
@@ -126,6 +130,10 @@ class PackedSource:
         for row, window in zip(rows, indices.tolist(), strict=True):
             row[:] = self.tokens.read(window * length, length + 1)
         tokens, targets = rows[:, :-1], rows[:, 1:].copy()
+        for target, window in zip(targets, indices.tolist(), strict=True):
+            first = window * length + 1
+            for low, high in self.tokens.prefixes_between(first, first + length):
+                target[low - first : high - first] = IGNORED
         if not self.document_mask:
             return Samples(np.ascontiguousarray(tokens), targets, None)
         begins = np.zeros((len(indices), length + 1), np.bool_)

@@ -26,11 +26,11 @@ class Keep(msgspec.Struct, frozen=True, kw_only=True):
     """The lowest score that is kept."""
 
 
-def score_of(document: dict[str, Any], key: str, where: str) -> float:
+def score_of(document: dict[str, Any], key: str, where: str, option: str = "--score-key") -> float:
     """The score of a document; raises DataError, naming the line, where it has none."""
     value = document.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"{where}: no number at {key!r} (--score-key); its keys are {sorted(document)}")
+        raise DataError(f"{where}: no number at {key!r} ({option}); its keys are {sorted(document)}")
     return float(value)
 
 

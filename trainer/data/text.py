@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 import zstandard
 
+from trainer.data.prefix import Prefix, prefix_of
 from trainer.data.score import Keep, score_of
 from trainer.errors import DataError
 
@@ -32,6 +33,8 @@ class TextPart:
     """Bytes of the file, as it lies on disk, that were read to come this far."""
     keep: Keep | None = None
     """Which of its documents to take; None: all."""
+    prefix: Prefix | None = None
+    """What to put before each of them."""
 
 
 def is_text(path: str | Path) -> bool:
@@ -39,7 +42,7 @@ def is_text(path: str | Path) -> bool:
     return _kind(Path(path)) in SUFFIXES
 
 
-def parts(path: Path, part_bytes: int, keep: Keep | None = None) -> Iterator[TextPart]:
+def parts(path: Path, part_bytes: int, keep: Keep | None = None, prefix: Prefix | None = None) -> Iterator[TextPart]:
     """The file in pieces: JSON lines in runs of about `part_bytes`, plain text whole, since it is one document.
 
     Raises:
@@ -50,10 +53,12 @@ def parts(path: Path, part_bytes: int, keep: Keep | None = None) -> Iterator[Tex
         raise DataError(f"{path}: unknown kind of text file; known are {kinds}, as they are or with .gz or .zst")
     if keep is not None and _kind(path) != ".jsonl":
         raise DataError(f"{path}: plain text has no scores; --score-key is for JSON lines")
+    if prefix is not None and _kind(path) != ".jsonl":
+        raise DataError(f"{path}: plain text has no fields; --prefix and --control-key are for JSON lines")
     try:
         with path.open("rb") as raw:
             found = _json_parts(path, raw, part_bytes) if _kind(path) == ".jsonl" else _plain(path, raw)
-            yield from (replace(part, keep=keep) for part in found)
+            yield from (replace(part, keep=keep, prefix=prefix) for part in found)
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise DataError(f"{path}: damaged or truncated: {error}") from None
     except OSError as error:
@@ -61,22 +66,27 @@ def parts(path: Path, part_bytes: int, keep: Keep | None = None) -> Iterator[Tex
 
 
 def documents(part: TextPart, text_key: str) -> list[str]:
-    """Texts of a part, those left out that are empty or not to be kept.
+    """Texts of a part, without prefixes; otherwise as `prefixed_documents`."""
+    return [text for _, text in prefixed_documents(part, text_key)]
+
+
+def prefixed_documents(part: TextPart, text_key: str) -> list[tuple[str, str]]:
+    """Prefix and text of each document of a part, those left out that are empty or not to be kept.
 
     Raises:
         DataError: a line is not a JSON object with a string at `text_key`; names file and line.
     """
     if not part.json_lines:
-        return [text] if (text := _decoded(part.payload, part.path)) else []
-    texts = (
-        _document(line, f"{part.path}:{number}", text_key, part.keep)
+        return [("", text)] if (text := _decoded(part.payload, part.path)) else []
+    found = (
+        _document(line, f"{part.path}:{number}", text_key, part)
         for number, line in enumerate(part.payload.split(b"\n"), part.first_line)
         if line.strip()
     )
-    return [text for text in texts if text]
+    return [(prefix, text) for prefix, text in found if text]
 
 
-def _document(line: bytes, where: str, text_key: str, keep: Keep | None) -> str:
+def _document(line: bytes, where: str, text_key: str, part: TextPart) -> tuple[str, str]:
     try:
         value = json.loads(_decoded(line, where))
     except (json.JSONDecodeError, RecursionError) as error:
@@ -84,14 +94,15 @@ def _document(line: bytes, where: str, text_key: str, keep: Keep | None) -> str:
     if not isinstance(value, dict) or not isinstance(value.get(text_key), str):
         keys = f"; its keys are {sorted(value)}" if isinstance(value, dict) else ""
         raise DataError(f"{where}: not an object with a string at {text_key!r} (--text-key){keys}")
-    if keep is not None and score_of(value, keep.key, where) < keep.least:
-        return ""
+    if part.keep is not None and score_of(value, part.keep.key, where) < part.keep.least:
+        return "", ""
     text: str = value[text_key]
+    prefix = "" if part.prefix is None else prefix_of(value, text, part.prefix, where)
     try:
-        text.encode("utf-8")
+        (prefix + text).encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: not text: {error}") from None
-    return text
+    return prefix, text
 
 
 def _decoded(raw: bytes, where: str) -> str:

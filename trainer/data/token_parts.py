@@ -14,11 +14,12 @@ import numpy.typing as npt
 import xxhash
 
 from trainer.data.indexed import Sidecar, content_hash, megatron_indexed
-from trainer.data.text import TextPart, documents
+from trainer.data.prefix import Control
+from trainer.data.text import TextPart, prefixed_documents
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError
 
-_FORMAT = 1
+_FORMAT = 2
 """Of the parts; another one makes the parts of an older version be ignored."""
 
 LONGEST = 2**31 - 1
@@ -33,8 +34,8 @@ def dtype_for(vocabulary_size: int) -> type[np.uint16] | type[np.int32]:
 def part_path(folder: Path, part: TextPart, tokenizer: Tokenizer, text_key: str) -> Path:
     """Where the tokens of a part belong."""
     digest = xxhash.xxh3_128(part.payload)
-    kept = [] if part.keep is None else [part.keep]
-    digest.update(msgspec.json.encode([_FORMAT, tokenizer.hash, text_key, part.json_lines, *kept]))
+    chosen = [one for one in (part.keep, part.prefix) if one is not None]
+    digest.update(msgspec.json.encode([_FORMAT, tokenizer.hash, text_key, part.json_lines, *chosen]))
     return folder / f"{digest.hexdigest()}.npz"
 
 
@@ -45,19 +46,30 @@ def write_part(path: Path, part: TextPart, tokenizer: Tokenizer, text_key: str) 
         DataError: the text is not what it should be; names file and line.
         OSError: the folder cannot be written.
     """
-    encoded = tokenizer.encode_batch(documents(part, text_key))
-    lengths = np.array([len(ids) + 1 for ids in encoded], np.int64)
+    found = prefixed_documents(part, text_key)
+    before = _encoded_prefixes(part, tokenizer, sorted({prefix for prefix, _ in found}))
+    texts = tokenizer.encode_batch([text for _, text in found])
+    encoded = [(before[prefix], ids) for (prefix, _), ids in zip(found, texts, strict=True)]
+    prefixes = np.array([len(prefix) for prefix, _ in encoded], np.int64)
+    lengths = np.array([len(prefix) + len(ids) + 1 for prefix, ids in encoded], np.int64)
     if lengths.max(initial=0) > LONGEST:
         raise DataError(f"{part.path}: a document of more than {LONGEST:,} tokens does not fit the file format")
     tokens: npt.NDArray[np.int64] = np.full(int(lengths.sum()), tokenizer.end_of_document, np.int64)
     begin = 0
-    for ids in encoded:
-        tokens[begin : begin + len(ids)] = ids
-        begin += len(ids) + 1
+    for (prefix, ids), length in zip(encoded, lengths.tolist(), strict=True):
+        tokens[begin : begin + length - 1] = [*prefix, *ids]
+        begin += length
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     with unfinished.open("wb") as stream:
-        np.savez(stream, tokens=tokens.astype(dtype_for(tokenizer.vocabulary_size)), lengths=lengths)
+        np.savez(stream, tokens=tokens.astype(dtype_for(tokenizer.vocabulary_size)), lengths=lengths, prefixes=prefixes)
     unfinished.replace(path)
+
+
+def _encoded_prefixes(part: TextPart, tokenizer: Tokenizer, prefixes: Sequence[str]) -> dict[str, list[int]]:
+    """Ids by prefix. Control tokens are the user's own words; metadata are data, in which no special token counts."""
+    if isinstance(part.prefix, Control):
+        return {prefix: tokenizer.encode_marked(prefix) for prefix in prefixes}
+    return dict(zip(prefixes, tokenizer.encode_batch(prefixes), strict=True))
 
 
 def merge(folder: Path, paths: Sequence[Path], prefix: Path, tokenizer: Tokenizer) -> Sidecar:
@@ -68,13 +80,15 @@ def merge(folder: Path, paths: Sequence[Path], prefix: Path, tokenizer: Tokenize
     """
     new_bin, new_idx, new_json = (folder / f"merged.{suffix}" for suffix in ("bin", "idx", "json"))
     builder = megatron_indexed().IndexedDatasetBuilder(str(new_bin), dtype=dtype_for(tokenizer.vocabulary_size))
-    count, tokens, max_id = 0, 0, 0
+    count, tokens, max_id, prefixed = 0, 0, 0, 0
     for path in paths:
         with np.load(path, allow_pickle=False) as part:
-            stream, lengths = part["tokens"], part["lengths"]
-        for document in np.split(stream, np.cumsum(lengths)[:-1]) if len(lengths) else []:
-            builder.add_document(document, [len(document)])
+            stream, lengths, prefixes = part["tokens"], part["lengths"], part["prefixes"]
+        split = np.split(stream, np.cumsum(lengths)[:-1]) if len(lengths) else []
+        for document, before in zip(split, prefixes.tolist(), strict=True):
+            builder.add_document(document, [before, len(document) - before] if before else [len(document)])
         count, tokens = count + len(lengths), tokens + len(stream)
+        prefixed += int(np.count_nonzero(prefixes))
         max_id = max(max_id, int(stream.max(initial=0)))
     builder.finalize(str(new_idx))
     if not count:
@@ -90,6 +104,7 @@ def merge(folder: Path, paths: Sequence[Path], prefix: Path, tokenizer: Tokenize
         documents=count,
         tokens=tokens,
         max_id=max_id,
+        prefixed=prefixed,
     )
     new_json.write_bytes(msgspec.json.format(msgspec.json.encode(sidecar)) + b"\n")
     for new, suffix in ((new_bin, ".bin"), (new_json, ".json"), (new_idx, ".idx")):

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from trainer.data import tool
 from trainer.data.indexed import Sidecar
+from trainer.data.prefix import Control, Prefix, metadata
 from trainer.data.score import Keep, least_of_top
 from trainer.data.text import TextPart, parts
 from trainer.data.token_parts import merge, part_path, write_part
@@ -29,6 +30,7 @@ from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.errors import DataError, OutputError, SpecError, UnrecoverableFault
 
 PART_BYTES = 4 << 20
+GOOD_BAD = "<|good|>,<|bad|>"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -40,6 +42,7 @@ def tokenize(
     *,
     text_key: str = "text",
     keep: Keep | None = None,
+    before: Prefix | None = None,
     processes: int = 1,
     part_bytes: int = PART_BYTES,
     on_read: Callable[[int], None] = lambda _: None,
@@ -51,6 +54,7 @@ def tokenize(
 
     Args:
         keep: which documents to take, by a score that each has; default: all.
+        before: text put before each document, which carries no loss when it is trained on.
         inputs: `.jsonl` (one document a line) or `.txt` (one document a file), as they are or with .gz or .zst.
         on_read: told the number of bytes of the input that were just gone through.
 
@@ -65,7 +69,7 @@ def tokenize(
             raise DataError(f"{path}: no such file")
     try:
         with _parts_folder(prefix) as folder:
-            texts = (parts(path, part_bytes, keep) for path in inputs)
+            texts = (parts(path, part_bytes, keep, before) for path in inputs)
             paths = list(_tokenized(texts, folder, tokenizer, text_key, processes, on_read))
             sidecar = merge(folder, paths, prefix, tokenizer)
             for part in folder.glob("*.npz"):
@@ -183,6 +187,17 @@ def command(
     top: Annotated[
         float | None, typer.Option(min=0, max=1, help="with --score-key: fraction of the documents that is kept")
     ] = None,
+    prefix: Annotated[
+        str | None, typer.Option(help=r"put before each document, without loss: as 'URL: {url}\n\n' (MeCo)")
+    ] = None,
+    control_key: Annotated[
+        str | None, typer.Option(help="key of a score in each JSON line, to put a control token before each document")
+    ] = None,
+    control_least: Annotated[float, typer.Option(help="with --control-key: lowest score that is good")] = 0.0,
+    control: Annotated[str, typer.Option(help="with --control-key: what stands before the good, the bad")] = GOOD_BAD,
+    unmarked: Annotated[
+        float, typer.Option(min=0, max=1, help="with --control-key: fraction of documents that get none")
+    ] = 0.01,
     processes: Annotated[int, typer.Option(min=1, help="tokenizing processes")] = os.cpu_count() or 1,
     text_key: Annotated[str, typer.Option(help="key of the text in each JSON line")] = "text",
     json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
@@ -192,6 +207,7 @@ def command(
     JSON lines hold one document each, a .txt file is one document. Killed and started again, it goes on where it was.
     """
     keep = _keep(input, score_key, min_score, top)
+    before = _before(prefix, control_key, control_least, control, unmarked)
     columns = (TextColumn("tokenize"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     total = sum(path.stat().st_size for path in input if path.is_file())
@@ -203,6 +219,7 @@ def command(
             tokenizer,
             text_key=text_key,
             keep=keep,
+            before=before,
             processes=processes,
             on_read=lambda read: progress.advance(task, read),
         )
@@ -210,6 +227,17 @@ def command(
         typer.echo(msgspec.json.encode({"prefix": str(output_prefix), **msgspec.structs.asdict(sidecar)}).decode())
     else:
         typer.echo(f"{output_prefix}: {sidecar.documents:,} documents, {sidecar.tokens:,} tokens ({sidecar.tokenizer})")
+
+
+def _before(template: str | None, key: str | None, least: float, control: str, unmarked: float) -> Prefix | None:
+    if key is None:
+        return None if template is None else metadata(template)
+    if template is not None:
+        raise SpecError("--prefix and --control-key: a document has one prefix; give one of them")
+    good, *bad = control.split(",")
+    if len(bad) != 1 or not good or not bad[0] or good == bad[0]:
+        raise SpecError(f"--control {control}: give two different texts with a comma between them, as {GOOD_BAD}")
+    return Control(key=key, least=least, good=good, bad=bad[0], unmarked=unmarked)
 
 
 def _keep(inputs: Sequence[Path], key: str | None, least: float | None, top: float | None) -> Keep | None:

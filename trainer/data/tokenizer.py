@@ -42,6 +42,10 @@ class Tokenizer(Protocol):
         """Ids of each text; no special tokens are added, and none are recognised in the text."""
         ...
 
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of text that is not data but ours, as a control token: special tokens in it are recognised."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
@@ -71,6 +75,9 @@ class ByteTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode("utf-8")) for text in texts]
+
+    def encode_marked(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
 
     def decode(self, ids: Sequence[int]) -> str:
         pieces = bytes(id for id in ids if id < 256)
@@ -103,6 +110,14 @@ class HuggingFaceTokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def encode_marked(self, text: str) -> list[int]:
+        self._tokenizer.encode_special_tokens = False
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        finally:
+            self._tokenizer.encode_special_tokens = True
+        return ids
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
@@ -127,6 +142,9 @@ class SentencePieceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encoded: list[list[int]] = self._processor.encode(list(texts), num_threads=1)
         return encoded
+
+    def encode_marked(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._processor.decode([id for id in ids if id != self.end_of_document])

@@ -17,17 +17,22 @@ if TYPE_CHECKING:
 
 PART_BYTES = 4 << 20
 SPECIAL_TOKENS = (END_OF_DOCUMENT[0], "<|padding|>")
-SMALLEST = 256 + len(SPECIAL_TOKENS)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def train_tokenizer(
-    inputs: Sequence[Path], output: Path, vocabulary_size: int, *, text_key: str = "text", show_progress: bool = False
+    inputs: Sequence[Path],
+    output: Path,
+    vocabulary_size: int,
+    *,
+    special: Sequence[str] = (),
+    text_key: str = "text",
+    show_progress: bool = False,
 ) -> int:
     """Train a byte-level BPE (Sennrich et al., 2016; bytes as in GPT-2) and write it to `output`.
 
-    Any text can be encoded: the vocabulary holds the special tokens, all 256 bytes, and merges.
+    Any text can be encoded: the vocabulary holds the special tokens, `special` among them, all 256 bytes, and merges.
 
     Returns:
         The vocabulary's size, smaller than asked for where the text offers too few merges.
@@ -39,9 +44,11 @@ def train_tokenizer(
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    if vocabulary_size < SMALLEST:
+    specials = list(dict.fromkeys((*SPECIAL_TOKENS, *special)))
+    if vocabulary_size < 256 + len(specials):
         raise DataError(
-            f"--vocabulary-size {vocabulary_size}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens need {SMALLEST}"
+            f"--vocabulary-size {vocabulary_size}: 256 bytes and {len(specials)} special tokens need "
+            f"{256 + len(specials)}"
         )
     if output.suffix != ".json":
         raise OutputError(f"{output}: a tokenizer is told by its suffix: name it .json")
@@ -52,7 +59,7 @@ def train_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=specials,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=show_progress,
     )
@@ -95,10 +102,15 @@ def command(
     input: Annotated[list[Path], typer.Option(help="text file, may be given again: .jsonl or .txt, plain, .gz, .zst")],
     output: Annotated[Path, typer.Option(help="the tokenizer.json to write")],
     vocabulary_size: Annotated[int, typer.Option(help="tokens, the special ones included")] = 8192,
+    special: Annotated[
+        list[str] | None, typer.Option(help="a token that no text contains, as <|good|>; may be given several times")
+    ] = None,
     text_key: Annotated[str, typer.Option(help="key of the text in each JSON line")] = "text",
 ) -> None:
     """Train a byte-level BPE tokenizer on text."""
-    size = train_tokenizer(input, output, vocabulary_size, text_key=text_key, show_progress=os.isatty(2))
+    size = train_tokenizer(
+        input, output, vocabulary_size, special=special or (), text_key=text_key, show_progress=os.isatty(2)
+    )
     typer.echo(f"{output}: vocabulary of {size:,}; documents end with {SPECIAL_TOKENS[0]}")
 
 

@@ -25,6 +25,9 @@ class Endless:
     def read(self, start: int, count: int) -> Ints:
         return np.arange(start, start + count)
 
+    def prefixes_between(self, start: int, end: int) -> list[tuple[int, int]]:
+        return []
+
     def starts_between(self, start: int, end: int) -> Ints:
         return np.arange(-(-start // 1000) * 1000, end, 1000)
 

@@ -1,0 +1,117 @@
+"""A20: text that is told what it is, through tokenizing, training and sampling."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ft import durable
+from tests.support import toy
+from tests.support.text_run import CORPORA, NARROW, train
+from trainer.convert.native import NativeCheckpoint
+from trainer.data.prefix import Control, metadata
+from trainer.data.text import documents, parts
+from trainer.data.tokenize import tokenize
+from trainer.generate import Sampling, generate, load_model
+
+pytestmark = [
+    pytest.mark.science,
+    pytest.mark.long,
+    pytest.mark.timeout(3600),
+    pytest.mark.parametrize("seed", [1, 2, 3]),
+]
+LETTERS = 40
+"""Of a document."""
+BAD, BAD_RATE = "z", 0.25
+END = 256
+
+
+def letters(table: torch.Tensor, seed: int, count: int) -> list[str]:
+    """Documents of one chain."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randint(0, toy.VOCABULARY, (count,), generator=generator) for _ in range(2)]
+    while len(drawn) < LETTERS:
+        context = table[drawn[-2] * toy.VOCABULARY + drawn[-1]]
+        drawn.append(torch.multinomial(context, 1, generator=generator)[:, 0])
+    return ["".join(chr(ord("a") + token) for token in row) for row in torch.stack(drawn, 1).tolist()]
+
+
+def write(path: Path, lines: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a20_text_without_metadata_costs_nothing_after_the_cooldown(seed: int, tmp_path: Path) -> None:
+    """MeCo, Gao et al. (2025): metadata for nine tenths of the steps, the plain text for the last tenth.
+
+    Paragraphs in two languages, of which the metadata tell the language.
+    """
+    seen = write(tmp_path / "seen.jsonl", paragraphs(".jsonl.zst"))
+    held_out = write(tmp_path / "held-out.jsonl", paragraphs(".valid.jsonl.zst"))
+    tokenize([seen], tmp_path / "plain", "bytes")
+    tokenize([seen], tmp_path / "told", "bytes", before=metadata("language: {language}\n"))
+    steps, sources = 800, {"plain": tmp_path / "plain", "told": tmp_path / "told"}
+    stages: dict[str, dict[str, Any]] = {
+        "plain": {"mixture": {"plain": 1}},
+        "told": {"mixture": {"told": 1}},
+        "cooled": {"mixture": {"told": 1}, "mixture_steps": [{"at": 0.9, "mixture": {"plain": 1}}]},
+    }
+    found = {}
+    for name, stage in stages.items():
+        run = tmp_path / f"run-{name}"
+        _, found[name] = train(run, steps, NARROW, seed=seed, sources=sources, validation=held_out, **stage)
+    print(f"A20 seed {seed}: loss on plain text {found}")
+    assert found["cooled"] <= found["plain"] + 0.02
+
+
+def paragraphs(end: str) -> list[dict[str, Any]]:
+    """Of both languages, in turn, as documents with their language."""
+    found = []
+    for language in ("en", "de"):
+        texts = (
+            text for part in parts(CORPORA / f"handbook_{language}{end}", 1 << 20) for text in documents(part, "text")
+        )
+        lines = [line.strip() for text in texts for line in text.split("\n")]
+        found.append([{"text": line, "language": language} for line in lines if 100 <= len(line) <= 400])
+    return [line for pair in zip(*found, strict=False) for line in pair]
+
+
+def test_a20_a_good_control_token_halves_what_is_bad(seed: int, tmp_path: Path) -> None:
+    """Korbak et al. (2023): conditional training against maximum likelihood on the same documents."""
+    random = np.random.default_rng(7)
+    texts = letters(toy.table(toy.SEEDS["t0"]), 30, 8000)
+    lines = []
+    for text in texts:
+        spoilt = random.random(LETTERS) < (BAD_RATE if random.random() < 0.4 else 0.0)
+        text = "".join(BAD if bad else letter for bad, letter in zip(spoilt, text, strict=True))
+        lines.append({"text": text, "clean": 1 - text.count(BAD) / LETTERS})
+    corpus = write(tmp_path / "corpus.jsonl", lines)
+    tokenize([corpus], tmp_path / "plain", "bytes")
+    before = Control(key="clean", least=0.999, good="+", bad="-", unmarked=0.01)
+    tokenize([corpus], tmp_path / "told", "bytes", before=before)
+    rates = {}
+    for name in ("plain", "told"):
+        run = tmp_path / f"run-{name}"
+        train(run, 600, NARROW, seed=seed, sources={name: tmp_path / name}, validation=corpus)
+        rates[name] = rate_of(run, [END] if name == "plain" else [END, ord("+")])
+    print(f"A20 seed {seed}: rate of bad letters, maximum likelihood and conditional on the good: {rates}")
+    assert rates["plain"] > 0.02
+    assert rates["told"] <= rates["plain"] / 2
+
+
+def rate_of(run: Path, prompt: list[int]) -> float:
+    """Share of bad letters in 60 documents that the model writes after `prompt`."""
+    newest = durable.latest(run / "checkpoints")
+    assert newest is not None
+    with NativeCheckpoint(newest) as native:
+        part = load_model(native, dtype=torch.float32, device=torch.device("cpu"))
+    written: list[int] = []
+    for seed in range(60):
+        drawn = generate(part, prompt, Sampling(temperature=1.0), seed=seed, stop=lambda token: token == END)
+        written += itertools.islice(drawn, LETTERS)
+    return written.count(ord(BAD)) / len(written)
