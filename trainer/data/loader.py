@@ -218,8 +218,7 @@ class BatchLoader:
             ]
             parts.append(assembled(cut, read))
             places.append(rows)
-        for index in np.unique(draw.source[whole]):
-            own = np.flatnonzero(whole & (draw.source == index))
+        for index, own in _grouped(draw.source, np.flatnonzero(whole)):
             source = self._by_identity[draw.identities[index]]
             parts.append(source.read(draw.k[own], seed=ledger.seed))
             places.append(own)
@@ -235,6 +234,15 @@ class BatchLoader:
                 level = logging.INFO if past > 0 else logging.WARNING
                 text = "source %s repeats: epoch %d of its %d samples begins at sample %d of the run"
                 log.log(level, text, origin.name, done + 1, origin.size, self._ledger.position)
+
+
+def _grouped(sources: Ints, rows: Ints) -> Iterator[tuple[int, Ints]]:
+    """`rows` by their source; each group ascending."""
+    ordered = rows[np.argsort(sources[rows], kind="stable")]
+    found = sources[ordered]
+    begins = np.flatnonzero(np.diff(found, prepend=-1)).tolist()
+    for begin, end in zip(begins, [*begins[1:], len(ordered)], strict=True):
+        yield int(found[begin]), ordered[begin:end]
 
 
 def evaluation_batches(

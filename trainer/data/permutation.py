@@ -16,6 +16,9 @@ import numpy.typing as npt
 from trainer.data.table import Ints
 
 ROUNDS = 8
+_FEW = 16
+"""Indices up to which Python's own integers are faster: a mixture of hundreds of sources asks each for one or two."""
+_MASK = 2**64 - 1
 _Words = npt.NDArray[np.uint64]
 
 
@@ -28,6 +31,8 @@ class Permutation:
 
     def forward(self, indices: Ints) -> Ints:
         """Image of each index, int64 of the same shape."""
+        if indices.size <= _FEW:
+            return np.array([self.image(int(index)) for index in indices.flat], np.int64).reshape(indices.shape)
         return self._walk(indices, self._encrypt)
 
     def inverse(self, images: Ints) -> Ints:
@@ -43,6 +48,23 @@ class Permutation:
             out[outside] = apply(out[outside])
             outside = outside[out[outside] >= self.size]
         return out.astype(np.int64).reshape(values.shape)
+
+    def image(self, index: int) -> int:
+        """`forward` of one index."""
+        if not 0 <= index < self.size:
+            raise IndexError(f"index outside [0, {self.size})")
+        high_size, low_size = (int(half) for half in _halves(self.size))
+        words = [int(word) for word in _round_words(self.key)]
+        while True:
+            high, low = divmod(index, low_size)
+            for turn, word in enumerate(words):
+                if turn % 2:
+                    low = (low + _mix_one(high, word) % low_size) % low_size
+                else:
+                    high = (high + _mix_one(low, word) % high_size) % high_size
+            index = high * low_size + low
+            if index < self.size:
+                return index
 
     def _encrypt(self, values: _Words) -> _Words:
         high_size, low_size = _halves(self.size)
@@ -85,6 +107,14 @@ def _mix(values: _Words, word: np.uint64) -> _Words:
     return z ^ (z >> np.uint64(31))
 
 
+def _mix_one(value: int, word: int) -> int:
+    """`_mix` of one value."""
+    z = ((value + 1) * 0x9E3779B97F4A7C15 + word) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
 def counter_words(key: bytes, counters: Ints) -> _Words:
     """Uniform 64-bit words, one for each counter, from a counter-based generator with this key."""
     first, second, *_ = _round_words(key)
@@ -93,10 +123,16 @@ def counter_words(key: bytes, counters: Ints) -> _Words:
 
 def window_at(k: Ints, *, seed: int, identity: str, size: int) -> Ints:
     """Window that a source gives as its k-th sample: each epoch of `size` samples has a permutation of its own."""
+
+    def of_epoch(epoch: int) -> Permutation:
+        return Permutation(size, f"{seed}/{identity}/{epoch}".encode())
+
+    if k.size <= _FEW:
+        wanted = (divmod(one, size) for one in k.flat)
+        return np.array([of_epoch(int(epoch)).image(int(place)) for epoch, place in wanted], np.int64).reshape(k.shape)
     epochs, places = np.divmod(k, size)
     windows = np.empty_like(places)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
-        key = f"{seed}/{identity}/{int(epoch)}".encode()
-        windows[chosen] = Permutation(size, key).forward(places[chosen])
+        windows[chosen] = of_epoch(int(epoch)).forward(places[chosen])
     return windows

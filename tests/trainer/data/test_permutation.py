@@ -33,6 +33,16 @@ def test_random_access_and_inverse_at_any_size(size: int, data: st.DataObject) -
     assert [int(permutation.forward(indices[i : i + 1])[0]) for i in range(len(indices))] == images.tolist()
 
 
+@settings(deadline=None)
+@given(st.integers(1, 2**62), st.binary(max_size=8), st.data())
+@example(2**62, b"", None)
+def test_few_indices_have_the_images_that_many_have(size: int, key: bytes, data: st.DataObject | None) -> None:
+    wanted = [size - 1] if data is None else data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=16))
+    permutation = Permutation(size, key)
+    many = permutation.forward(np.array((wanted * 17)[:17], np.int64))
+    assert permutation.forward(np.array(wanted, np.int64)).tolist() == many[: len(wanted)].tolist()
+
+
 def test_indices_outside_are_refused() -> None:
     for index in (-1, 10):
         with pytest.raises(IndexError):
