@@ -22,6 +22,7 @@ from torch.distributed.elastic.agent.server.api import (
 from launch.nursery import Nursery, Worker
 from launch.rendezvous import SlotRendezvous
 from launch.slots import Kind
+from trainer.watchdog import HANG
 
 MONITOR = 0.03
 """Seconds between two looks at the workers."""
@@ -145,7 +146,8 @@ class NodeAgent(SimpleElasticAgent):
             self._wait_for_others()
             self._handler.end(code, f"rank {rank}: {FINAL.get(code, 'bad input')} (exit code {code})")
         else:
-            self._fail("failed", f"rank {rank} ended with exit code {code}")
+            what = "saw that training hangs" if code == HANG else f"ended with exit code {code}"
+            self._fail("failed", f"rank {rank} {what}")
 
     def _fail(self, kind: Kind, cause: str) -> None:
         first = self._handler.fail(kind, cause)

@@ -6,6 +6,7 @@ Every line has `time` (seconds since 1970), `event`, and what belongs to it; lin
     failure   cause, slots          workers of these slots are lost, and why
     recovery  rung, why, slots, step, bytes_decoded, phases   training goes on; phases are seconds by name
     whole     epoch, step           every chunk of the restored snapshot is back: the redundancy is what it was
+    hang      silent, late, reason  no rank made progress: ranks that did not answer, and that others wait for
     ended     why                   a supervisor left
 
 Torch-free.
@@ -13,24 +14,14 @@ Torch-free.
 
 import contextlib
 import json
-import os
-import time
 from pathlib import Path
 from typing import Any
 
-FILE = "events.jsonl"
+from trainer.events import FILE
+from trainer.events import append as append
+
 PHASES = ("detect", "rendezvous", "start", "fetch", "decode", "verify", "resume")
 """Phases of a recovery, in the order in which they come."""
-
-
-def append(folder: Path, event: str, **fields: Any) -> None:
-    """Add one line, in one write: lines of several processes do not mix on a local or a POSIX shared file system."""
-    line = json.dumps({"time": time.time(), "event": event, **fields}) + "\n"
-    descriptor = os.open(folder / FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        os.write(descriptor, line.encode())
-    finally:
-        os.close(descriptor)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

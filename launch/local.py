@@ -13,6 +13,7 @@ from types import FrameType
 
 from launch.errors import RanksFailed
 from launch.nursery import PRELOADED, Nursery, Worker
+from trainer.watchdog import HANG
 
 FAILURE_GRACE = 10.0
 """Seconds the other ranks have to end by themselves after one failed: they may be about to say the same."""
@@ -76,7 +77,9 @@ def run_ranks(
 
 def _say_restart(ranks: "_Ranks", restart: int, limit: int) -> None:
     rank, code = ranks.failures[0]
-    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    how = (
+        signal.Signals(-code).name if code < 0 else f"exit code {code}" + (" as training hung" if code == HANG else "")
+    )
     print(f"keepwarm: rank {rank} ended with {how}; starting all ranks again ({restart} of {limit})", file=sys.stderr)
 
 

@@ -105,12 +105,12 @@ class Mesh:
         if self._hybrid:
             ranks = whole.view(-1, self.shard_size, *self.layout.shape[1:])
             names = ("replicate", "shard", "pipeline", "tensor")
-            self._groups["data"] = self._new(_lines(whole, 0))
+            self._groups["data"] = self._new("data", _lines(whole, 0))
         for dim, name in enumerate(names):
-            self._groups[name] = self._new(_lines(ranks, dim))
+            self._groups[name] = self._new(name, _lines(ranks, dim))
         if self.layout.pipeline > 1:
-            self._groups["ends"] = self._new(_lines(whole[:, [0, -1]], 1))
-        self._groups["world"] = self._new([whole.flatten().tolist()])
+            self._groups["ends"] = self._new("ends", _lines(whole[:, [0, -1]], 1))
+        self._groups["world"] = self._new("world", [whole.flatten().tolist()])
         self._root = DeviceMesh.from_group(
             [group for name in names if (group := self._groups[name]) is not None],
             self._device.type,
@@ -118,7 +118,7 @@ class Mesh:
             mesh_dim_names=names,
         )
 
-    def _new(self, lines: list[list[int]]) -> dist.ProcessGroup | None:
+    def _new(self, name: str, lines: list[list[int]]) -> dist.ProcessGroup | None:
         """Make one group of each line and return this rank's, as torch's own meshes do.
 
         Every rank takes part in making every group: names are then counted and never used again. Groups made by
@@ -126,7 +126,7 @@ class Mesh:
         """
         mine: dist.ProcessGroup | None = None
         for line in lines:
-            group = dist.new_group(line, timeout=self._timeout)
+            group = dist.new_group(line, timeout=self._timeout, group_desc=name)
             if self.rank in line:
                 mine = group
                 self._owned.append(group)

@@ -32,22 +32,30 @@ from trainer.snapshots import Snapshots
 from trainer.spec import JobSpec
 from trainer.speed import Speed
 from trainer.stages import StagePlan, global_size_at, plan_stages
-from trainer.world import TIMEOUT, World
+from trainer.watchdog import Watchdog
+from trainer.world import TIMEOUT, World, restarts
 
 
 class DurableSaver:
     """Writes a durable checkpoint when one is due, and always after the last step."""
 
     def __init__(
-        self, checkpoints: Checkpoints, engine: Engine, random: RandomState, average: MovingAverage | None
+        self,
+        checkpoints: Checkpoints,
+        engine: Engine,
+        random: RandomState,
+        average: MovingAverage | None,
+        watchdog: Watchdog,
     ) -> None:
         self._checkpoints = checkpoints
+        self._watchdog = watchdog
         self._engine = engine
         self._random = random
         self._beside = random.shards() | (average.shards() if average else {})
 
     def after_step(self, state: RunState, meta: dict[str, Any], *, last: bool) -> None:
         if last or self._checkpoints.due(state.step):
+            self._watchdog.relax()
             self._random.capture()
             self._checkpoints.save(state.step, {**self._engine.state(), **self._beside}, meta)
 
@@ -90,6 +98,7 @@ def build(job: JobSpec, world: World, *, start: Start) -> Run:
     if snapshots is not None:
         checkpoints.epoch = snapshots.epoch
     _open_segments(job, plans, loader)
+    watchdog = Watchdog(job.health, folder, rank=world.rank, size=world.size, restart=restarts())
     run = Run(
         job=job,
         world=world,
@@ -98,7 +107,7 @@ def build(job: JobSpec, world: World, *, start: Start) -> Run:
         engine=engine,
         loader=loader,
         evaluator=Evaluator(engine, data.validation, job, world),
-        savers=[DurableSaver(checkpoints, engine, random, average)],
+        savers=[DurableSaver(checkpoints, engine, random, average, watchdog)],
         snapshots=snapshots,
         average=average,
         beginning=beginning,
@@ -108,6 +117,7 @@ def build(job: JobSpec, world: World, *, start: Start) -> Run:
         console=RunConsole(rank=world.rank, steps=plans[-1].end_step, done=state.step, log_every=job.log.every),
         profile=ProfileWindow(job.profile, folder / "profile", world.rank),
         speed=Speed.of(model_flops_per_token(job.model, job.data.sequence_length), gpus=world.size),
+        watchdog=watchdog,
     )
     _tell(run, changes)
     return run

@@ -23,6 +23,7 @@ from trainer.snapshots import Snapshots
 from trainer.spec import GateSpec, JobSpec
 from trainer.speed import Speed
 from trainer.stages import StagePlan, global_size_at
+from trainer.watchdog import Watchdog
 from trainer.world import World
 
 
@@ -51,6 +52,7 @@ class Run:
     console: RunConsole
     profile: ProfileWindow
     speed: Speed
+    watchdog: Watchdog
 
     @property
     def last_step(self) -> int:
@@ -80,6 +82,7 @@ def train(run: Run, interrupt: Interrupt, timeline: Timeline) -> bool:
     if (run.state.step == 0 or _evaluation_is_due(run)) and (reason := _evaluate(run, timeline)):
         raise TrainingStopped(reason)
     while run.state.step < run.last_step:
+        run.watchdog.beat(run.state.step)
         _step(run)
         timeline.step(run.state.step, 0.0 if run.snapshots is None else run.snapshots.timings()["blocked_s"])
         interrupted = run.world.any(interrupt.received is not None)
@@ -191,6 +194,7 @@ def _evaluation_is_due(run: Run) -> bool:
 
 def _evaluate(run: Run, timeline: Timeline) -> str | None:
     """Evaluate, and judge the gate of the stage that was trained last; returns why training must stop."""
+    run.watchdog.relax()
     step, boundary = run.state.step, _at_boundary(run)
     stage = run.job.stages[stage_at(run.plans, max(step - 1, 0)).index]
     losses = run.evaluator.losses(None if boundary else stage.evaluate)

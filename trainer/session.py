@@ -41,6 +41,7 @@ def run_session(path: Path, overrides: Sequence[str], *, resume: bool) -> bool:
         _account(run, timeline)
         raise
     finally:
+        run.watchdog.close()
         run.profile.close()
         run.metrics.close()
         run.loader.close()

@@ -120,6 +120,10 @@ class HealthSpec(Section):
 
     max_skipped: PositiveInt = Field(5, description="non-finite steps in a row before training stops")
     spike_factor: float = Field(2.0, gt=1, description="warn when the loss exceeds its running mean by this factor")
+    hang_floor: PositiveFloat | None = Field(
+        120.0, description="seconds that any step may take before training is taken to hang; null: for ever"
+    )
+    hang_factor: float = Field(10.0, gt=1, description="and times the median step, whichever is longer")
 
 
 class ProfileSpec(Section):

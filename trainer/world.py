@@ -13,6 +13,7 @@ from torch.distributed.rendezvous import rendezvous
 from parallel.spec import NumericsSpec
 from trainer.errors import SpecError
 from trainer.launcher_environment import adopt_launcher
+from trainer.watchdog import record_flights
 
 TIMEOUT = timedelta(minutes=10)
 """Deadline of every collective; a rank that does not arrive is named by the error."""
@@ -76,6 +77,7 @@ def join(expected: int, numerics: NumericsSpec) -> World:
     if cuda:
         torch.cuda.set_device(device)
     if size > 1:
+        record_flights()
         _connect(rank, size, "cpu:gloo,cuda:nccl" if cuda else "gloo")
     return World(rank=rank, size=size, local_rank=local_rank, device=device)
 

@@ -51,22 +51,25 @@ def test_a20_text_without_metadata_costs_nothing_after_the_cooldown(seed: int, t
 
     Paragraphs in two languages, of which the metadata tell the language.
     """
-    seen = write(tmp_path / "seen.jsonl", paragraphs(".jsonl.zst"))
+    lines = paragraphs(".jsonl.zst")
+    cut = len(lines) * 9 // 10
+    told = write(tmp_path / "told.jsonl", lines[:cut])
+    rest = write(tmp_path / "rest.jsonl", lines[cut:])
     held_out = write(tmp_path / "held-out.jsonl", paragraphs(".valid.jsonl.zst"))
-    tokenize([seen], tmp_path / "plain", "bytes")
-    tokenize([seen], tmp_path / "told", "bytes", before=metadata("language: {language}\n"))
-    steps, sources = 800, {"plain": tmp_path / "plain", "told": tmp_path / "told"}
+    tokenize([told, rest], tmp_path / "plain", "bytes")
+    tokenize([told], tmp_path / "told", "bytes", before=metadata("{language}|"))
+    tokenize([rest], tmp_path / "rest", "bytes")
     stages: dict[str, dict[str, Any]] = {
         "plain": {"mixture": {"plain": 1}},
-        "told": {"mixture": {"told": 1}},
-        "cooled": {"mixture": {"told": 1}, "mixture_steps": [{"at": 0.9, "mixture": {"plain": 1}}]},
+        "told": {"mixture": {"told": 1}, "mixture_steps": [{"at": 0.9, "mixture": {"rest": 1}}]},
     }
     found = {}
     for name, stage in stages.items():
+        sources = {one: tmp_path / one for one in ("plain", "told", "rest")}
         run = tmp_path / f"run-{name}"
-        _, found[name] = train(run, steps, NARROW, seed=seed, sources=sources, validation=held_out, **stage)
+        _, found[name] = train(run, 1000, NARROW, seed=seed, sources=sources, validation=held_out, **stage)
     print(f"A20 seed {seed}: loss on plain text {found}")
-    assert found["cooled"] <= found["plain"] + 0.02
+    assert found["told"] <= found["plain"] + 0.02
 
 
 def paragraphs(end: str) -> list[dict[str, Any]]:

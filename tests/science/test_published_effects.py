@@ -95,13 +95,18 @@ class TestContinued:
         assert losses[-1] - losses[0] <= 0.03
 
     def test_a10_the_stability_gap_is_found(self, base: tuple[int, toy.Result], continued: Continue) -> None:
-        """Guo et al. (2024): a subset for several epochs, reported without a claim."""
+        """Guo et al. (2024): replay; a subset and a better one for several epochs are reported without a claim."""
         run = continued(0.25)
         gap = stability_gap([step for step, _ in run.evaluations], run.losses("t0"), tolerance=0.01)
         print(f"A10 seed {base[0]}: {gap}")
         assert gap.depth >= 0.1
         assert gap.recovery_step is not None
         assert gap.worst_step < gap.recovery_step
+
+    for other in ("t1/some", "t1/best"):
+        run = continued(0.0, source=other)
+        gap = stability_gap([step for step, _ in run.evaluations], run.losses("t1"), tolerance=0.01)
+        print(f"A10 seed {base[0]}: {other} for several epochs, without replay: t1 {gap}, in the end {run.last}")
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

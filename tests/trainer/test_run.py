@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -175,6 +176,25 @@ def test_a_killed_agent_is_replaced_while_training_goes_on(whole: Path, tmp_path
     assert len(agent_lives(folder, 1)) == 2
     commits = [json.loads(line) for line in (folder / "agents" / "agent-1.log").read_text().splitlines()]
     assert any(line["text"] == "committed" and line["epoch"] > 1 for line in commits)
+    assert steps_of(folder) == steps_of(whole)
+    assert tensors_of(folder) == tensors_of(whole)
+    assert_no_agents(folder)
+
+
+@pytest.mark.dist
+@pytest.mark.ci
+def test_a_frozen_rank_is_named_and_replaced(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "frozen"
+    command = keepwarm(str(TINY), f"output={folder}", *TWO_RANKS, IN_MEMORY, "health.hang_floor=8.0")
+    code, output = disturbed(command, folder, signal.SIGSTOP, rank_1_of)
+    assert code == 0, output
+    (hang,) = [event for event in events_of(folder) if event["event"] == "hang"]
+    assert (hang["silent"], hang["late"]) == ([1], [])
+    assert re.search(r"rank 1 did not answer.*; rank 0 in gloo:\w+ number \d+ of group ", hang["reason"])
+    (report,) = Path(hang["reports"]).glob("rank_*.json")
+    assert "most recent call first" in json.loads(report.read_text())["stacks"]
+    began = [event for event in events_of(folder) if event["event"] == "began"]
+    assert [event["source"] for event in began] == ["nothing", "memory"]
     assert steps_of(folder) == steps_of(whole)
     assert tensors_of(folder) == tensors_of(whole)
     assert_no_agents(folder)

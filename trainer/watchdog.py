@@ -1,0 +1,175 @@
+"""A thread of each rank that sees when training hangs: it writes down where the rank stands, and ends it.
+
+A rank that is frozen writes nothing, which is how the others know it. Whoever ends with `HANG` is started again by its
+launcher like any worker that failed, and with it all other ranks.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from faulthandler import dump_traceback
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from trainer import events, hang
+from trainer.hang import Report, Waiting
+from trainer.spec import HealthSpec
+
+HANG = 5
+"""Exit code of a rank that ended because training hung; no launcher ends a run for it."""
+FOLDER = "hangs"
+RELAXED = 1800.0
+"""Seconds for what takes its own time: evaluation, checkpoints. Collectives have a deadline of their own."""
+RECORDED = 512
+"""Collectives that torch's flight recorder keeps."""
+
+
+def record_flights() -> None:
+    """Have torch keep the newest collectives; to be called before the process group is made."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED))
+
+
+class Watchdog:
+    """Owns its thread from `beat` on, until `close`."""
+
+    def __init__(
+        self,
+        spec: HealthSpec,
+        folder: Path,
+        *,
+        rank: int,
+        size: int,
+        restart: int,
+        end: Callable[[int], Any] = os._exit,
+    ) -> None:
+        self._spec, self._folder, self._rank, self._size, self._end = spec, folder, rank, size, end
+        self._restart = restart
+        self._seconds: deque[float] = deque(maxlen=hang.WINDOW)
+        self._step = 0
+        self._since = time.monotonic()
+        self._limit: float | None = None
+        self._usual = False
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def beat(self, step: int) -> None:
+        """Step number `step`, from 0, begins."""
+        floor = self._spec.hang_floor
+        if floor is None:
+            return
+        now = time.monotonic()
+        if self._usual:
+            self._seconds.append(now - self._since)
+        limit = hang.deadline(tuple(self._seconds), floor=floor, factor=self._spec.hang_factor)
+        self._step, self._usual = step, True
+        self._since, self._limit = now, limit
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._watch, args=(floor,), name="watchdog", daemon=True)
+            self._thread.start()
+
+    def relax(self) -> None:
+        """Something begins that takes longer than a step, and whose duration says nothing about steps."""
+        self._usual = False
+        self._limit = None if self._limit is None else max(RELAXED, self._limit)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join(10)
+
+    def _watch(self, floor: float) -> None:
+        while not self._closed.wait(min(1.0, floor / 8)):
+            limit, seconds = self._limit, time.monotonic() - self._since
+            if limit is not None and seconds > limit:
+                self._found(seconds, grace=max(2.0, limit / 4))
+                return
+
+    def _found(self, seconds: float, grace: float) -> None:
+        """Write this rank's report, wait for those of the others, let the lowest rank that wrote one say what it is."""
+        folder = self._folder / FOLDER / f"restart_{self._restart:03d}_step_{self._step + 1:07d}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write(folder, report(self._rank, self._step, seconds))
+            end = time.monotonic() + grace
+            while len(found := read(folder)) < self._size and time.monotonic() < end:
+                time.sleep(0.05)
+            if min(one.rank for one in found) == self._rank:
+                self._say(folder, found)
+            else:
+                # The lowest rank ends first: its launcher knows why before it hears of the others.
+                self._closed.wait(grace)
+        except OSError as error:
+            print(f"error: rank {self._rank}: training hangs, and {folder} cannot be written: {error}", file=sys.stderr)
+        if not self._closed.is_set():
+            self._end(HANG)
+
+    def _say(self, folder: Path, found: list[Report]) -> None:
+        verdict = hang.judge(found, self._size)
+        (folder / "verdict.json").write_text(json.dumps(msgspec.to_builtins(verdict), indent=1) + "\n")
+        events.append(
+            self._folder,
+            "hang",
+            step=self._step,
+            silent=list(verdict.silent),
+            late=list(verdict.late),
+            reason=verdict.text,
+            reports=str(folder),
+        )
+        print(f"error: rank {self._rank}: {verdict.text}; stacks in {folder}", file=sys.stderr, flush=True)
+
+
+def report(rank: int, step: int, seconds: float) -> Report:
+    """Where this process stands."""
+    waiting, reached = flights()
+    return Report(rank=rank, step=step, seconds=seconds, waiting=waiting, reached=reached, stacks=stacks())
+
+
+def flights() -> tuple[tuple[Waiting, ...], dict[str, int]]:
+    """What torch's flight recorder knows: collectives that have not ended, and by group the newest one begun."""
+    recorded: list[dict[str, Any]] = []
+    with contextlib.suppress(Exception):  # whatever it cannot say must not keep the rank from ending
+        from torch._C import _distributed_c10d
+
+        dump = getattr(_distributed_c10d, "_dump_fr_trace_json")  # noqa: B009 (torch declares no type for it)
+        dumped = dump(includeCollectives=True)
+        recorded = json.loads(dumped)["entries"]
+    waiting, reached = [], dict[str, int]()
+    for entry in recorded:
+        name, description = entry["process_group"]
+        group = f"{description or 'all'} ({name})"
+        number = entry["p2p_seq_id"] if entry["is_p2p"] else entry["collective_seq_id"]
+        if not entry["is_p2p"]:
+            reached[group] = max(number, reached.get(group, 0))
+        if not entry["retired"]:
+            waiting.append(Waiting(group=group, operation=entry["profiling_name"], number=number))
+    return tuple(waiting), reached
+
+
+def stacks() -> str:
+    """Of all threads of this process, newest call first."""
+    with tempfile.TemporaryFile() as file:
+        dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read().decode(errors="replace")
+
+
+def write(folder: Path, one: Report) -> None:
+    """Whole or not at all."""
+    path = folder / f"rank_{one.rank:05d}.json"
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_bytes(msgspec.json.format(msgspec.json.encode(one)))
+    unfinished.replace(path)
+
+
+def read(folder: Path) -> list[Report]:
+    """The reports so far, by rank."""
+    return [msgspec.json.decode(path.read_bytes(), type=Report) for path in sorted(folder.glob("rank_*.json"))]
