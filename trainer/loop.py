@@ -1,13 +1,18 @@
 """The training loop: steps through the stages, and what happens between two steps."""
 
+import os
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
 import torch
 
+from ft.agent_config import NODE
 from parallel.engine import Engine, StepResult
+from trainer import flight_recorder
 from trainer.console import LogLine, RunConsole
 from trainer.data.loader import BatchLoader
 from trainer.errors import TrainingStopped
@@ -23,6 +28,7 @@ from trainer.snapshots import Snapshots
 from trainer.spec import GateSpec, JobSpec
 from trainer.speed import Speed
 from trainer.stages import StagePlan, global_size_at
+from trainer.stragglers import Begun, Trace, stragglers
 from trainer.watchdog import Watchdog
 from trainer.world import World
 
@@ -118,6 +124,7 @@ def _step(run: Run) -> None:
     run.speed.add(size * plan.sequence_length, elapsed)
     _report(run, plan, result, lr, size, elapsed)
     _judge(run, result)
+    _look_for_stragglers(run)
     if run.snapshots is not None:
         run.snapshots.offer(state, run.meta(), elapsed)
         if (news := run.snapshots.news()) is not None:
@@ -168,6 +175,23 @@ def _judge(run: Run, result: StepResult) -> None:
             f"{health.skipped_in_a_row} steps in a row were not finite (health.max_skipped), the last one "
             f"iteration {step} on {ranks}: {seen}; look at the data and the learning rate of these steps in "
             "metrics.jsonl"
+        )
+
+
+def _look_for_stragglers(run: Run) -> None:
+    every, world = run.job.health.straggler_every, run.world
+    if every is None or run.state.step % every or world.size == 1:
+        return
+    stage = run.job.layout.coordinates(world.rank).pipeline
+    host = os.environ.get(NODE) or socket.gethostname()
+    begun = tuple(Begun(one.group, one.number, one.began, one.message) for one in flight_recorder.read())
+    traces = world.gather(msgspec.json.encode(Trace(world.rank, stage, host, begun)))
+    decoded = [msgspec.json.decode(trace, type=Trace) for trace in traces]
+    for one in stragglers(decoded, run.job.health.straggler_factor):
+        run.metrics.event("straggler", step=run.state.step, **msgspec.structs.asdict(one))
+        run.console.say(
+            f" WARNING: rank {one.rank} on {one.host} is slow: it computes {one.share:.0%} of the time, "
+            f"{one.ratio:.1f} times the median of its stage"
         )
 
 

@@ -26,7 +26,8 @@ td.worse { background: #fbe3e0 } td.better { background: #e3f3e4 } svg { max-wid
 h1 { margin-bottom: 0 } .quiet { color: #666 }
 """
 
-RECOVERY = ("began", "failure", "recovery", "interrupted", "skipped", "spike", "snapshot failed", "gate", "lr_changed")
+RECOVERY = ("began", "failure", "recovery", "interrupted", "skipped", "spike", "snapshot failed", "gate", "lr_changed",
+            "hang", "straggler")  # fmt: skip
 """Beginnings of the kinds of events that the page lists."""
 
 

@@ -124,6 +124,8 @@ class HealthSpec(Section):
         120.0, description="seconds that any step may take before training is taken to hang; null: for ever"
     )
     hang_factor: float = Field(10.0, gt=1, description="and times the median step, whichever is longer")
+    straggler_every: PositiveInt | None = Field(100, description="steps between looks for slow ranks; null: never")
+    straggler_factor: float = Field(1.5, gt=1, description="name ranks that compute this much longer than the median")
 
 
 class ProfileSpec(Section):

@@ -4,7 +4,6 @@ A rank that is frozen writes nothing, which is how the others know it. Whoever e
 launcher like any worker that failed, and with it all other ranks.
 """
 
-import contextlib
 import json
 import os
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from trainer import events, hang
+from trainer import events, flight_recorder, hang
 from trainer.hang import Report, Waiting
 from trainer.spec import HealthSpec
 
@@ -28,13 +27,6 @@ HANG = 5
 FOLDER = "hangs"
 RELAXED = 1800.0
 """Seconds for what takes its own time: evaluation, checkpoints. Collectives have a deadline of their own."""
-RECORDED = 512
-"""Collectives that torch's flight recorder keeps."""
-
-
-def record_flights() -> None:
-    """Have torch keep the newest collectives; to be called before the process group is made."""
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED))
 
 
 class Watchdog:
@@ -129,29 +121,20 @@ class Watchdog:
 
 def report(rank: int, step: int, seconds: float) -> Report:
     """Where this process stands."""
-    waiting, reached = flights()
-    return Report(rank=rank, step=step, seconds=seconds, waiting=waiting, reached=reached, stacks=stacks())
-
-
-def flights() -> tuple[tuple[Waiting, ...], dict[str, int]]:
-    """What torch's flight recorder knows: collectives that have not ended, and by group the newest one begun."""
-    recorded: list[dict[str, Any]] = []
-    with contextlib.suppress(Exception):  # whatever it cannot say must not keep the rank from ending
-        from torch._C import _distributed_c10d
-
-        dump = getattr(_distributed_c10d, "_dump_fr_trace_json")  # noqa: B009 (torch declares no type for it)
-        dumped = dump(includeCollectives=True)
-        recorded = json.loads(dumped)["entries"]
-    waiting, reached = [], dict[str, int]()
-    for entry in recorded:
-        name, description = entry["process_group"]
-        group = f"{description or 'all'} ({name})"
-        number = entry["p2p_seq_id"] if entry["is_p2p"] else entry["collective_seq_id"]
-        if not entry["is_p2p"]:
-            reached[group] = max(number, reached.get(group, 0))
-        if not entry["retired"]:
-            waiting.append(Waiting(group=group, operation=entry["profiling_name"], number=number))
-    return tuple(waiting), reached
+    flights = flight_recorder.read()
+    waiting = (one for one in flights if not one.ended)
+    reached: dict[str, int] = {}
+    for one in flights:
+        if not one.message:
+            reached[one.group] = max(one.number, reached.get(one.group, 0))
+    return Report(
+        rank=rank,
+        step=step,
+        seconds=seconds,
+        waiting=tuple(Waiting(group=one.group, operation=one.operation, number=one.number) for one in waiting),
+        reached=reached,
+        stacks=stacks(),
+    )
 
 
 def stacks() -> str:

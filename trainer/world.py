@@ -11,9 +11,9 @@ from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from parallel.spec import NumericsSpec
+from trainer import flight_recorder
 from trainer.errors import SpecError
 from trainer.launcher_environment import adopt_launcher
-from trainer.watchdog import record_flights
 
 TIMEOUT = timedelta(minutes=10)
 """Deadline of every collective; a rank that does not arrive is named by the error."""
@@ -39,6 +39,20 @@ class World:
         number = torch.tensor([value], device=self.device)
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
         return int(number.item())
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """What every rank gives, by rank; empty on ranks other than 0. Collective."""
+        if self.size == 1:
+            return [data]
+        length = self.largest(len(data))
+        mine = torch.zeros(length + 8, dtype=torch.uint8)
+        mine[:8] = torch.frombuffer(bytearray(len(data).to_bytes(8, "little")), dtype=torch.uint8)
+        mine[8 : 8 + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        mine = mine.to(self.device)
+        whole = [torch.empty_like(mine) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(mine, whole, dst=0)
+        found = (one.cpu().numpy().tobytes() for one in whole or ())
+        return [one[8 : 8 + int.from_bytes(one[:8], "little")] for one in found]
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -77,7 +91,7 @@ def join(expected: int, numerics: NumericsSpec) -> World:
     if cuda:
         torch.cuda.set_device(device)
     if size > 1:
-        record_flights()
+        flight_recorder.enable()
         _connect(rank, size, "cpu:gloo,cuda:nccl" if cuda else "gloo")
     return World(rank=rank, size=size, local_rank=local_rank, device=device)
 

@@ -175,3 +175,56 @@ def test_a_node_that_crashes_is_survived_from_memory(cluster: SlurmCluster, fold
     local = cluster.keepwarm("train", SLURM, *longer, f"output={folder / 'local'}", timeout=600)
     assert local.returncode == 0, local.stderr
     assert losses(run / "metrics.jsonl") == losses(folder / "local" / "metrics.jsonl")
+
+
+@pytest.mark.long
+def test_a_rank_that_hangs_is_named_and_cured(cluster: SlurmCluster, folder: Path) -> None:
+    run = folder / "run"
+    longer = ("stages.0.tokens=23_040", "evaluation.samples=2", "log.tensorboard=false", "health.hang_floor=10.0")
+    result = cluster.keepwarm("submit", SLURM, *longer, f"output={run}")
+    assert result.returncode == 0, result.stderr
+    await_that(lambda: step_of(run) >= 7, "seven steps", 300)
+    node, worker = worker_of(run, 1)
+    assert cluster.on(node, "kill", "-STOP", str(worker)).returncode == 0
+    assert cluster.await_end(result.stdout.strip(), 600) == "COMPLETED", words(run)
+    (hang,) = happened(run, "hang")
+    assert hang["silent"] == [1]
+    assert "rank 1 did not answer" in str(hang["reason"])
+    assert [line["source"] for line in happened(run, "began")] == ["nothing", "memory"]
+    local = cluster.keepwarm("train", SLURM, *longer, f"output={folder / 'local'}", timeout=600)
+    assert local.returncode == 0, local.stderr
+    assert losses(run / "metrics.jsonl") == losses(folder / "local" / "metrics.jsonl")
+
+
+@pytest.mark.long
+def test_a_rank_beside_a_hog_is_named(cluster: SlurmCluster, folder: Path) -> None:
+    run = folder / "run"
+    longer = ("stages.0.tokens=307_200", "evaluation.samples=2", "log.tensorboard=false", "health.straggler_every=10")
+    result = cluster.keepwarm("submit", SLURM, *longer, f"output={run}")
+    assert result.returncode == 0, result.stderr
+    await_that(lambda: step_of(run) >= 3, "three steps", 300)
+    # The nodes share this machine's processors: one of them is the slow node's alone, with the hogs on it.
+    for rank in range(3):
+        node, worker = worker_of(run, rank)
+        assert cluster.on(node, "taskset", "-apc", "0" if rank == 1 else "1", str(worker)).returncode == 0
+    node, _ = worker_of(run, 1)
+    hogs = "for i in 1 2 3 4 5 6; do timeout 120 sh -c 'while :; do :; done' & done; wait"
+    hog = cluster.start_on(node, "taskset", "-c", "0", "sh", "-c", hogs, output=folder / "hogs")
+    try:
+        await_that(lambda: bool(happened(run, "straggler")), "a straggler to be named", 200)
+    finally:
+        hog.kill()
+        assert cluster.on(node, "pkill", "-f", "while :; do").returncode == 0
+    named = happened(run, "straggler")
+    assert {line["rank"] for line in named} == {1}
+    assert named[0]["host"] == node
+    assert f"rank 1 on {node} is slow" in words(run)
+    assert cluster.keepwarm("cancel", str(run)).returncode == 0
+    cluster.await_end(result.stdout.strip(), 300)
+    cluster.await_idle()
+
+
+def worker_of(run: Path, rank: int) -> tuple[str, int]:
+    """Node and pid, as the node itself counts, of a rank of a job with one rank on each node."""
+    record = next(one for one in node_record.read_all(run) if rank in one.workers and one.slot == rank)
+    return record.node, record.workers[rank]

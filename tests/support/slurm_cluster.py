@@ -135,9 +135,13 @@ class SlurmCluster:
 
     def start(self, *command: str, output: Path) -> subprocess.Popen[bytes]:
         """Start a command on the login node; it ends with the cluster."""
+        return self.start_on(_LOGIN, *command, output=output)
+
+    def start_on(self, name: str, *command: str, output: Path) -> subprocess.Popen[bytes]:
+        """Start a command on a node; it ends with the cluster."""
         with output.open("wb") as file:
             process = subprocess.Popen(
-                [*self._enter(_LOGIN), *command],
+                [*self._enter(name), *command],
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                 env=self._environment,
             )  # fmt: skip
