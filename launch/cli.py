@@ -194,6 +194,9 @@ def submit(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Empty the output folder and start anew.")] = False,
     chain: Annotated[int, typer.Option("--chain", min=1, help="Jobs that continue one another.")] = 1,
+    backend: Annotated[
+        Literal["slurm", "kubernetes"], typer.Option("--backend", help="kubernetes: with --dry-run, for kubectl.")
+    ] = "slurm",
     debug: Debug = False,
 ) -> None:
     """Hand a job to SLURM, after checking it against its files and the cluster; prints the job's number.
@@ -203,9 +206,18 @@ def submit(
     keepwarm submit job.yaml cluster.slurm.time=24:00:00 cluster.slurm.spares=1
 
     keepwarm submit runs/second --resume
-    """
-    from launch.submit import submit_here
 
+    keepwarm submit job.yaml --backend kubernetes --dry-run | kubectl apply -f -
+    """
+    from launch.submit import show_manifests, submit_here
+
+    if backend == "kubernetes":
+        if not dry_run or resume or force or chain > 1:
+            raise typer.BadParameter(
+                "--backend kubernetes takes --dry-run alone: what it prints is for `kubectl apply -f -`"
+            )
+        show_manifests(job, overrides or [])
+        return
     if resume and force:
         raise typer.BadParameter("--resume continues a run and --force starts it anew: give one of them")
     mode: Literal["new", "resume", "force"] = "resume" if resume else "force" if force else "new"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch import slurm
+from launch import kubernetes, slurm
 from launch.errors import ClusterError
 from launch.node_check import MARK
 from launch.preflight import check_data_exists, check_engine, check_installation
@@ -67,6 +67,18 @@ def submit_here(path: Path, overrides: Sequence[str], mode: Mode, *, chain: int 
             _write(folder, record)
     console.print(f"keepwarm: {job.name}: submitted as job {', '.join(jobs_of(folder))}; outputs in {folder}")
     print(jobs_of(folder)[0])
+
+
+def show_manifests(path: Path, overrides: Sequence[str]) -> None:
+    """Print what Kubernetes would be given; writes nothing. Data files may lie where only the pods see them.
+
+    Raises:
+        SpecError: the job does not fit together, or lacks what Kubernetes needs.
+    """
+    check_installation()
+    job = load_job(job_file(path), overrides)
+    check_engine(job)
+    print(kubernetes.render(job), end="")
 
 
 def command(folder: Path, chain: int = 1) -> list[str]:

@@ -50,3 +50,20 @@ class SlurmSpec(Section):
     container: ContainerSpec | None = None
     extra: tuple[Option, ...] = Field((), description="further options of sbatch, as --mem=0")
     notice: PositiveInt = Field(120, description="seconds before the time limit at which the state is saved")
+
+
+class KubernetesSpec(Section):
+    """What `keepwarm submit --backend kubernetes` asks for: a pod for each of the layout's nodes, and `spares` more."""
+
+    image: Word = Field(description="holds the same keepwarm as the run was planned with")
+    claim: Word = Field(description="persistent volume claim that all pods share, ReadWriteMany")
+    mount: Word = Field(description="where the pods see it; output and data must lie below")
+    namespace: Word | None = None
+    python: Word = Field("python3", description="interpreter inside the image")
+    spares: NonNegativeInt = Field(0, description="pods that wait to take the place of one that dies")
+    gpus_per_node: PositiveInt | None = Field(None, description="default: none are asked for")
+    gpu_resource: Word = Field("nvidia.com/gpu", description="what GPUs are called there")
+    cpus_per_node: PositiveInt | None = Field(None, description="default: numerics.threads_per_rank for each rank")
+    memory: Word | None = Field(None, description="as 900Gi")
+    service_account: Word | None = None
+    node_selector: dict[Word, Word] = Field(default_factory=dict, description="labels that every machine must have")

@@ -14,7 +14,7 @@ from pydantic import (
 from ft.spec import SnapshotSpec
 from parallel.layout import Layout
 from parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec, Section
-from trainer.cluster_spec import SlurmSpec
+from trainer.cluster_spec import KubernetesSpec, SlurmSpec
 from trainer.data.spec import DataSpec, ReplaySpec
 from trainer.model.spec import ModelSpec
 from trainer.schedule import LrSpec
@@ -149,6 +149,7 @@ class ClusterSpec(Section):
     ranks_per_node: PositiveInt | None = Field(None, description="default: all ranks on one node")
     max_restarts: NonNegativeInt = Field(3, description="times that crashed ranks start again; only with snapshots")
     slurm: SlurmSpec = SlurmSpec()
+    kubernetes: KubernetesSpec | None = None
 
 
 class JobSpec(Section):

@@ -1,0 +1,165 @@
+"""A run as manifests for Kubernetes: a JobSet whose pods are the run's nodes, each with a supervisor. Pure.
+
+A pod that dies is made anew by its Job and comes back as a node without a slot: as a spare, which takes the slot that
+became vacant. JobSet: jobset.x-k8s.io/v1alpha2.
+"""
+
+import io
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.scalarstring import LiteralScalarString
+
+from trainer.cluster_spec import KubernetesSpec
+from trainer.errors import SpecError
+from trainer.spec import JobSpec
+from trainer.spec_file import RUN_FILE
+
+LONGEST = 40
+"""Characters of the JobSet's name: those of its pods add theirs, and 63 is the limit of a host name."""
+REPLACED = 1000
+"""Pods that may die before the Job gives up."""
+GRACE = 120
+"""Seconds that a pod that is asked to end has to save its state."""
+_SPEC = "/etc/keepwarm"
+
+
+def render(job: JobSpec) -> str:
+    """The manifests as one YAML stream, for `kubectl apply -f -`.
+
+    The resolved job is part of them: the run folder need not be seen from here.
+
+    Raises:
+        SpecError: a key that Kubernetes needs is missing or does not fit; names it.
+    """
+    asked = job.cluster.kubernetes
+    if asked is None:
+        raise SpecError("cluster.kubernetes: is missing; it needs at least image, claim and mount")
+    if not Path(job.output).is_relative_to(asked.mount):
+        raise SpecError(
+            f"output={job.output}: must lie below cluster.kubernetes.mount = {asked.mount}, where the pods see "
+            "the volume that they share"
+        )
+    yaml = YAML()
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.width = 1000
+    stream = io.StringIO()
+    yaml.dump_all(manifests(job, asked), stream)
+    return stream.getvalue()
+
+
+def manifests(job: JobSpec, asked: KubernetesSpec) -> list[dict[str, Any]]:
+    """The ConfigMap with the job, and the JobSet."""
+    name = object_name(job.name)
+    about = {"name": name, **({"namespace": asked.namespace} if asked.namespace else {})}
+    data = {RUN_FILE: LiteralScalarString(job.model_dump_json(indent=2) + "\n")}
+    config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": about, "data": data}
+    pods = job.layout.nodes + asked.spares
+    return [
+        config,
+        {
+            "apiVersion": "jobset.x-k8s.io/v1alpha2",
+            "kind": "JobSet",
+            "metadata": dict(about),
+            "spec": {
+                "failurePolicy": {"maxRestarts": job.cluster.max_restarts},
+                "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
+                "replicatedJobs": [
+                    {
+                        "name": "node",
+                        "replicas": 1,
+                        "template": {
+                            "spec": {
+                                "completionMode": "Indexed",
+                                "completions": pods,
+                                "parallelism": pods,
+                                "backoffLimit": REPLACED,
+                                "podFailurePolicy": _failures(),
+                                "template": {"spec": _pod(job, asked, name)},
+                            }
+                        },
+                    }
+                ],
+            },
+        },
+    ]
+
+
+def object_name(text: str) -> str:
+    """A name of Kubernetes's kind, a DNS label, from that of a job."""
+    name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:LONGEST].strip("-")
+    return name if name[:1].isalpha() else f"run-{name}".strip("-")
+
+
+def _failures() -> dict[str, Any]:
+    """Bad input and a run that stopped itself are final; pods that a node loses are nobody's fault."""
+    return {
+        "rules": [
+            {"action": "FailJob", "onExitCodes": {"containerName": "node", "operator": "In", "values": [2, 3]}},
+            {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        ]
+    }
+
+
+def _pod(job: JobSpec, asked: KubernetesSpec, name: str) -> dict[str, Any]:
+    limits: dict[str, Any] = {}
+    if asked.gpus_per_node is not None:
+        limits[asked.gpu_resource] = str(asked.gpus_per_node)
+    requests = {
+        "cpu": str(asked.cpus_per_node or job.layout.ranks_per_node * job.numerics.threads_per_rank),
+        **({"memory": asked.memory} if asked.memory else {}),
+    }
+    container = {
+        "name": "node",
+        "image": asked.image,
+        "command": ["sh", "-euc", LiteralScalarString(_start(job, asked))],
+        "env": [
+            {"name": "NODE", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
+            {"name": "HOST", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
+        ],
+        "resources": {"requests": requests, **({"limits": limits} if limits else {})},
+        "volumeMounts": [
+            {"name": "shared", "mountPath": asked.mount},
+            {"name": "job", "mountPath": _SPEC, "readOnly": True},
+            {"name": "memory", "mountPath": "/dev/shm"},
+        ],
+    }
+    return {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": GRACE,
+        **({"serviceAccountName": asked.service_account} if asked.service_account else {}),
+        **({"nodeSelector": dict(asked.node_selector)} if asked.node_selector else {}),
+        # Two pods on one machine would be lost together.
+        "topologySpreadConstraints": [
+            {
+                "maxSkew": 1,
+                "topologyKey": "kubernetes.io/hostname",
+                "whenUnsatisfiable": "DoNotSchedule",
+                "labelSelector": {"matchLabels": {"jobset.sigs.k8s.io/jobset-name": name}},
+            }
+        ],
+        "containers": [container],
+        "volumes": [
+            {"name": "shared", "persistentVolumeClaim": {"claimName": asked.claim}},
+            {"name": "job", "configMap": {"name": name}},
+            {"name": "memory", "emptyDir": {"medium": "Memory"}},
+        ],
+    }
+
+
+def _start(job: JobSpec, asked: KubernetesSpec) -> str:
+    """What each pod does. Whoever comes first puts the job into the run folder, whole or not at all."""
+    folder = shlex.quote(job.output)
+    return (
+        f"mkdir -p {folder}\n"
+        f'cp {_SPEC}/{RUN_FILE} {folder}/.{RUN_FILE}."$NODE"\n'
+        f'ln {folder}/.{RUN_FILE}."$NODE" {folder}/{RUN_FILE} 2>/dev/null || true\n'
+        f'rm {folder}/.{RUN_FILE}."$NODE"\n'
+        "resume=\n"
+        f"if [ -e {folder}/metrics.jsonl ]; then resume=--resume; fi\n"
+        f"exec {shlex.quote(asked.python)} -P -m launch.node {folder} --slots={job.layout.nodes} "
+        '--node="$NODE" --host="$HOST" $resume\n'
+    )
