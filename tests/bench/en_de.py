@@ -30,8 +30,8 @@ COSINE = {"schedule": "cosine", "max": PEAK, "min": FLOOR, "warmup": 0.01}
 INFINITE = {"schedule": "infinite", "max": PEAK, "constant": CONSTANT, "min": FLOOR, "warmup": 0.01}
 HELD = {"schedule": "infinite", "max": CONSTANT, "constant": CONSTANT, "min": FLOOR, "warmup": 0.0, "cooldown_end": 0.0}
 LOW = {"schedule": "constant", "max": FLOOR, "warmup": 0.0}
-EVERY = 25
-"""Steps between evaluations."""
+EVERY, SAMPLES = 40, 128
+"""Steps between evaluations, and samples of each domain."""
 
 Losses = list[tuple[int, dict[str, float]]]
 Figures = dict[str, float]
@@ -81,7 +81,15 @@ def prepare(corpora: Path, work: Path) -> list[str]:
     ]
 
 
-def run_seed(work: Path, common: Sequence[str], tokens: int, seed: int) -> dict[str, Losses]:
+def families(tokens: int) -> dict[str, list[str]]:
+    """Arms by the one without a parent that they go back to, largest family first; each after what it starts from."""
+    found: dict[str, list[str]] = {}
+    for name, (parent, _) in arms(tokens).items():
+        found.setdefault(parent or name, []).append(name)
+    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+
+
+def run_family(work: Path, common: Sequence[str], tokens: int, seed: int, family: Sequence[str]) -> dict[str, Losses]:
     """Losses by arm: (step, by domain) at every evaluation of its last stage."""
     import contextlib
     import io
@@ -89,12 +97,13 @@ def run_seed(work: Path, common: Sequence[str], tokens: int, seed: int) -> dict[
     from trainer.session import run_session
 
     found: dict[str, Losses] = {}
-    for name, (parent, clause) in arms(tokens).items():
+    for name in family:
+        parent, clause = arms(tokens)[name]
         output = work / f"seed-{seed}" / name.replace(" ", "-").replace("%", "percent").replace(",", "")
         own = [f"output={output}", f"seed={seed}", f"stages={json.dumps([clause])}", f"evaluation.every={EVERY}"]
         if parent is not None:
             own.append(f"init_from={work / f'seed-{seed}' / parent.replace(' ', '-').replace(',', '')}")
-        settings = ["checkpoint.every=null", "evaluation.samples=256", "log.tensorboard=false"]
+        settings = ["checkpoint.every=null", f"evaluation.samples={SAMPLES}", "log.tensorboard=false"]
         with contextlib.redirect_stdout(io.StringIO()):
             assert run_session(JOB, [*common, *settings, *own], resume=False)
         lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
@@ -189,13 +198,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         common = prepare(options.corpora.resolve(), work)
-        with multiprocessing.get_context("spawn").Pool(min(options.processes, len(seeds)), maxtasksperchild=1) as pool:
-            results = pool.starmap(run_seed, [(work, common, options.tokens, seed) for seed in seeds], chunksize=1)
-    report = summary(dict(zip(seeds, results, strict=True))) | {
+        tasks = [(seed, family) for family in families(options.tokens).values() for seed in seeds]
+        with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
+            asked = [(work, common, options.tokens, seed, family) for seed, family in tasks]
+            results = pool.starmap(run_family, asked, chunksize=1)
+    found: dict[int, dict[str, Losses]] = {seed: {} for seed in seeds}
+    for (seed, _), losses in zip(tasks, results, strict=True):
+        found[seed] |= losses
+    report = summary(found) | {
         "corpora": "the embedded handbook" if options.corpora == EMBEDDED else "full corpora",
         "tokens": options.tokens,
         "seeds": seeds,
-        "processes": min(options.processes, len(seeds)),
+        "processes": options.processes,
         "minutes": (time.monotonic() - began) / 60,
     }
     print(json.dumps(report))
