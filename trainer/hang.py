@@ -51,6 +51,14 @@ def deadline(seconds: Sequence[float], *, floor: float, factor: float) -> float 
     return max(floor, factor * statistics.median(seconds[-WINDOW:]))
 
 
+def was_frozen(waited: float, *, asked: float, floor: float) -> bool:
+    """Whether a thread that asked to wait so long was itself stopped meanwhile, as all ranks are by Ctrl-Z.
+
+    What the others did in that time it cannot know, so that its deadline begins anew.
+    """
+    return waited > asked + floor / 4
+
+
 def judge(reports: Sequence[Report], ranks: int) -> Verdict:
     """Who keeps the others waiting."""
     answered = {report.rank: report for report in reports}

@@ -79,8 +79,14 @@ class Watchdog:
             self._thread.join(10)
 
     def _watch(self, floor: float) -> None:
-        while not self._closed.wait(min(1.0, floor / 8)):
-            limit, seconds = self._limit, time.monotonic() - self._since
+        every = min(1.0, floor / 8)
+        before = time.monotonic()
+        while not self._closed.wait(every):
+            now = time.monotonic()
+            if hang.was_frozen(now - before, asked=every, floor=floor):
+                self._since = now
+            before = now
+            limit, seconds = self._limit, now - self._since
             if limit is not None and seconds > limit:
                 self._found(seconds, grace=max(2.0, limit / 4))
                 return

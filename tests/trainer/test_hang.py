@@ -33,6 +33,11 @@ def test_the_deadline_follows_the_median_of_the_newest_steps(seconds: list[float
     assert hang.deadline(seconds, floor=120.0, factor=10.0) == expected
 
 
+@pytest.mark.parametrize(("waited", "frozen"), [(1.0, False), (30.9, False), (31.1, True)])
+def test_who_was_stopped_itself_begins_anew(waited: float, frozen: bool) -> None:
+    assert hang.was_frozen(waited, asked=1.0, floor=120.0) is frozen
+
+
 def test_who_wrote_no_report_is_silent() -> None:
     verdict = hang.judge([report(0, REDUCE), report(2, REDUCE)], 3)
     assert (verdict.silent, verdict.late) == ((1,), ())

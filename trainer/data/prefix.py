@@ -66,7 +66,7 @@ def prefix_of(document: dict[str, Any], text: str, prefix: Prefix, where: str) -
     if isinstance(prefix, Control):
         good = score_of(document, prefix.key, where, option="--control-key") >= prefix.least
         # By the text alone: the same documents are unmarked however the work is cut and wherever it runs.
-        drawn = xxhash.xxh3_64_intdigest(text.encode()) / 2**64
+        drawn = xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) / 2**64
         return "" if drawn < prefix.unmarked else prefix.good if good else prefix.bad
     values = {field: document.get(field) for field in fields_of(prefix.template)}
     for field, value in values.items():
