@@ -22,7 +22,7 @@ from torch.distributed.elastic.agent.server.api import (
 from launch.nursery import Nursery, Worker
 from launch.rendezvous import SlotRendezvous
 from launch.slots import Kind
-from trainer.watchdog import HANG
+from trainer.hang import HANG
 
 MONITOR = 0.03
 """Seconds between two looks at the workers."""

@@ -13,7 +13,7 @@ from types import FrameType
 
 from launch.errors import RanksFailed
 from launch.nursery import PRELOADED, Nursery, Worker
-from trainer.watchdog import HANG
+from trainer.hang import HANG
 
 FAILURE_GRACE = 10.0
 """Seconds the other ranks have to end by themselves after one failed: they may be about to say the same."""

@@ -19,11 +19,9 @@ from typing import Any
 import msgspec
 
 from trainer import events, flight_recorder, hang
-from trainer.hang import Report, Waiting
+from trainer.hang import HANG, Report, Waiting
 from trainer.spec import HealthSpec
 
-HANG = 5
-"""Exit code of a rank that ended because training hung; no launcher ends a run for it."""
 FOLDER = "hangs"
 RELAXED = 1800.0
 """Seconds for what takes its own time: evaluation, checkpoints. Collectives have a deadline of their own."""

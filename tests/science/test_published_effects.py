@@ -102,11 +102,10 @@ class TestContinued:
         assert gap.depth >= 0.1
         assert gap.recovery_step is not None
         assert gap.worst_step < gap.recovery_step
-
-    for other in ("t1/some", "t1/best"):
-        run = continued(0.0, source=other)
-        gap = stability_gap([step for step, _ in run.evaluations], run.losses("t1"), tolerance=0.01)
-        print(f"A10 seed {base[0]}: {other} for several epochs, without replay: t1 {gap}, in the end {run.last}")
+        for other in ("t1/some", "t1/best"):
+            run = continued(0.0, source=other)
+            gap = stability_gap([step for step, _ in run.evaluations], run.losses("t1"), tolerance=0.01)
+            print(f"A10 seed {base[0]}: {other} for several epochs, without replay: t1 {gap}, in the end {run.last}")
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

@@ -7,9 +7,9 @@ import pytest
 
 from launch import events
 from trainer import hang
-from trainer.hang import Report, Waiting
+from trainer.hang import HANG, Report, Waiting
 from trainer.spec import HealthSpec
-from trainer.watchdog import HANG, Watchdog
+from trainer.watchdog import Watchdog
 
 REDUCE = Waiting(group="data (3)", operation="gloo:all_reduce", number=7)
 DEADLINE = 60.0

@@ -241,7 +241,7 @@ def _grouped(sources: Ints, rows: Ints) -> Iterator[tuple[int, Ints]]:
     ordered = rows[np.argsort(sources[rows], kind="stable")]
     found = sources[ordered]
     begins = np.flatnonzero(np.diff(found, prepend=-1)).tolist()
-    for begin, end in zip(begins, [*begins[1:], len(ordered)], strict=True):
+    for begin, end in zip(begins, [*begins, len(ordered)][1:], strict=True):
         yield int(found[begin]), ordered[begin:end]
 
 
