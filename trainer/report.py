@@ -69,7 +69,7 @@ def show_losses(report: RunReport, console: Console) -> None:
     for column in ("", *report.domains):
         table.add_column(column, justify="right" if column else "left")
     parent = report.parent
-    start = "at the start" if parent is None else f"after {Path(str(parent.get('path') or parent.get('run'))).name}"
+    start = "at the start" if parent is None else f"after {parent.get('run')}"
     table.add_row(start, *(_shown(value) for value in before))
     for plan, now, then in zip(report.finished, after, (before, *after), strict=False):
         changes = [_less(one, other) for one, other in zip(now, then, strict=True)]
