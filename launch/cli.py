@@ -10,6 +10,9 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from launch.cli_arguments import PASSED_THROUGH, WITH_OVERRIDES, Debug, Job, Overrides, RunFolder
+from launch.cli_cluster import cluster
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -40,16 +43,7 @@ data = typer.Typer(
 """,
 )
 app.add_typer(data, name="data")
-
-_WITH_OVERRIDES = {"ignore_unknown_options": True}
-_PASSED_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
-
-Job = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, or the name of a shipped job such as ci/tiny.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace those of the job file, as parallel.tensor=2."),
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (also KEEPWARM_DEBUG=1).")]
+app.add_typer(cluster)
 
 
 def _version(wanted: bool) -> None:
@@ -69,7 +63,7 @@ def _options(
     pass
 
 
-@app.command(context_settings=_WITH_OVERRIDES)
+@app.command(context_settings=WITH_OVERRIDES)
 def plan(
     job: Job,
     overrides: Overrides = None,
@@ -103,7 +97,7 @@ def plan(
         print_plan(made)
 
 
-@app.command(context_settings=_WITH_OVERRIDES)
+@app.command(context_settings=WITH_OVERRIDES)
 def train(
     job: Job,
     overrides: Overrides = None,
@@ -139,7 +133,7 @@ def train(
     train_here(job, overrides or [], mode, nodes=nodes, spares=spares)
 
 
-@app.command(context_settings=_WITH_OVERRIDES)
+@app.command(context_settings=WITH_OVERRIDES)
 def branch(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder; it is only read.")],
     at: Annotated[int, typer.Option("--at", min=1, help="Completed steps of the run, in a constant phase.")],
@@ -158,25 +152,25 @@ def branch(
     branch_here(run, at, anneal, overrides or [])
 
 
-@app.command(context_settings=_PASSED_THROUGH)
+@app.command(context_settings=PASSED_THROUGH)
 def report(context: typer.Context) -> None:
     """Write one page about a run: losses by domain, schedule, forgetting, data drawn, goodput."""
     _run_tool("trainer.report", context.args)
 
 
-@app.command(context_settings=_PASSED_THROUGH)
+@app.command(context_settings=PASSED_THROUGH)
 def refine(context: typer.Context) -> None:
     """Refine a learning-rate schedule from the gradient norms of a run."""
     _run_tool("trainer.refine", context.args)
 
 
-@app.command(context_settings=_PASSED_THROUGH)
+@app.command(context_settings=PASSED_THROUGH)
 def average(context: typer.Context) -> None:
     """Average the weights of several branches into one checkpoint."""
     _run_tool("trainer.average_tool", context.args)
 
 
-@app.command(context_settings=_PASSED_THROUGH)
+@app.command(context_settings=PASSED_THROUGH)
 def simulate(context: typer.Context) -> None:
     """Simulate goodput and survival on 8 to 100,000 GPUs: codes, replicas, disk, spares. Starts nothing."""
     from launch.simulate import main as run
@@ -184,105 +178,7 @@ def simulate(context: typer.Context) -> None:
     run(context.args)
 
 
-@app.command(context_settings=_WITH_OVERRIDES)
-def submit(
-    job: Job,
-    overrides: Overrides = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the script and the command, submit nothing.")
-    ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Empty the output folder and start anew.")] = False,
-    chain: Annotated[int, typer.Option("--chain", min=1, help="Jobs that continue one another.")] = 1,
-    backend: Annotated[
-        Literal["slurm", "kubernetes"], typer.Option("--backend", help="kubernetes: with --dry-run, for kubectl.")
-    ] = "slurm",
-    debug: Debug = False,
-) -> None:
-    """Hand a job to SLURM, after checking it against its files and the cluster; prints the job's number.
-
-    keepwarm submit job.yaml cluster.ranks_per_node=8 cluster.slurm.partition=gpu --dry-run
-
-    keepwarm submit job.yaml cluster.slurm.time=24:00:00 cluster.slurm.spares=1
-
-    keepwarm submit runs/second --resume
-
-    keepwarm submit job.yaml --backend kubernetes --dry-run | kubectl apply -f -
-    """
-    from launch.submit import show_manifests, submit_here
-
-    if backend == "kubernetes":
-        if not dry_run or resume or force or chain > 1:
-            raise typer.BadParameter(
-                "--backend kubernetes takes --dry-run alone: what it prints is for `kubectl apply -f -`"
-            )
-        show_manifests(job, overrides or [])
-        return
-    if resume and force:
-        raise typer.BadParameter("--resume continues a run and --force starts it anew: give one of them")
-    mode: Literal["new", "resume", "force"] = "resume" if resume else "force" if force else "new"
-    submit_here(job, overrides or [], mode, chain=chain, dry_run=dry_run)
-
-
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
-Now = Annotated[bool, typer.Option("--now", help="At once, without the steps since the last saved state.")]
-
-
-@app.command()
-def runs(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run, or a folder of runs.")] = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
-    debug: Debug = False,
-) -> None:
-    """List runs: state of their SLURM job, nodes, restarts, step, loss, speed, time left."""
-    from launch.runs import show_runs
-
-    show_runs(folder, as_json=as_json)
-
-
-@app.command()
-def watch(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run, or a folder of runs.")] = Path("runs"),
-    every: Annotated[float, typer.Option("--every", min=0.1, metavar="SECONDS", help="Between two looks.")] = 5.0,
-    debug: Debug = False,
-) -> None:
-    """List runs again and again, until none of their jobs is going."""
-    from launch.runs import watch as watch_runs
-
-    watch_runs(folder, every)
-
-
-@app.command()
-def logs(
-    run: RunFolder,
-    rank: Annotated[int | None, typer.Option("--rank", min=0, help="Of this rank; default: of the job.")] = None,
-    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="From the end.")] = 50,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is added.")] = False,
-    debug: Debug = False,
-) -> None:
-    """Print the end of the log of a run's SLURM job, or of one of its ranks."""
-    from launch.logs import show_log
-
-    show_log(run, rank, lines, follow=follow)
-
-
-@app.command()
-def cancel(run: RunFolder, now: Now = False, debug: Debug = False) -> None:
-    """End a run's SLURM job, with its state saved."""
-    from launch.runs import cancel as cancel_run
-
-    print(cancel_run(run, now=now))
-
-
-@app.command()
-def requeue(run: RunFolder, now: Now = False, debug: Debug = False) -> None:
-    """Put a run's SLURM job back into the queue, with its state saved."""
-    from launch.runs import requeue as requeue_run
-
-    print(requeue_run(run, now=now))
-
-
-@app.command(context_settings=_PASSED_THROUGH)
+@app.command(context_settings=PASSED_THROUGH)
 def drill(context: typer.Context) -> None:
     """Kill workers, nodes, memory on purpose, and compare with a run that nothing happens to."""
     from launch.drill.command import main as run
@@ -292,7 +188,7 @@ def drill(context: typer.Context) -> None:
 
 @app.command()
 def status(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    run: RunFolder,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -319,7 +215,7 @@ def doctor(
 
 @app.command()
 def snapshots(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    run: RunFolder,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -334,55 +230,55 @@ def snapshots(
     show(run, as_json=as_json)
 
 
-@data.command("train-tokenizer", context_settings=_PASSED_THROUGH)
+@data.command("train-tokenizer", context_settings=PASSED_THROUGH)
 def train_tokenizer(context: typer.Context) -> None:
     """Train a byte-level BPE tokenizer on text."""
     _run_tool("trainer.data.train_tokenizer", context.args)
 
 
-@data.command(context_settings=_PASSED_THROUGH)
+@data.command(context_settings=PASSED_THROUGH)
 def tokenize(context: typer.Context) -> None:
     """Turn JSON lines or text into Megatron .bin and .idx files."""
     _run_tool("trainer.data.tokenize", context.args)
 
 
-@data.command(context_settings=_PASSED_THROUGH)
+@data.command(context_settings=PASSED_THROUGH)
 def inspect(context: typer.Context) -> None:
     """Show documents, tokens and a decoded sample of tokenized data."""
     _run_tool("trainer.data.inspect", context.args)
 
 
-@app.command(context_settings=_PASSED_THROUGH)
+@app.command(context_settings=PASSED_THROUGH)
 def convert(context: typer.Context) -> None:
     """Convert from and to Hugging Face, DCP, torchtitan, Megatron Core and DeepSpeed."""
     _run_tool("trainer.convert", context.args)
 
 
-@app.command(context_settings=_PASSED_THROUGH)
+@app.command(context_settings=PASSED_THROUGH)
 def surgery(context: typer.Context) -> None:
     """Make models from models: task vectors, growth, pruning, other vocabularies."""
     _run_tool("trainer.surgery", context.args)
 
 
-@app.command(context_settings=_PASSED_THROUGH)
+@app.command(context_settings=PASSED_THROUGH)
 def sample(context: typer.Context) -> None:
     """Continue a prompt with the newest checkpoint of a run."""
     _run_tool("trainer.sample", context.args)
 
 
-@app.command("eval", context_settings=_PASSED_THROUGH)
+@app.command("eval", context_settings=PASSED_THROUGH)
 def evaluate(context: typer.Context) -> None:
     """Export the newest checkpoint of a run and score it with the LM Evaluation Harness."""
     _run_tool("trainer.harness", context.args)
 
 
-@app.command(context_settings=_PASSED_THROUGH)
+@app.command(context_settings=PASSED_THROUGH)
 def lineage(context: typer.Context) -> None:
     """Show what a run, checkpoint or export was made from, and what was made from that."""
     _run_tool("trainer.lineage_tool", context.args)
 
 
-@app.command(context_settings=_PASSED_THROUGH)
+@app.command(context_settings=PASSED_THROUGH)
 def checkpoint(context: typer.Context) -> None:
     """Verify, show, diff or prune checkpoints."""
     _run_tool("trainer.checkpoint_tool", context.args)

@@ -146,8 +146,9 @@ class NodeAgent(SimpleElasticAgent):
             self._wait_for_others()
             self._handler.end(code, f"rank {rank}: {FINAL.get(code, 'bad input')} (exit code {code})")
         else:
-            what = "saw that training hangs" if code == HANG else f"ended with exit code {code}"
-            self._fail("failed", f"rank {rank} {what}")
+            hung = code == HANG
+            what = "saw that training hangs" if hung else f"ended with exit code {code}"
+            self._fail("hung" if hung else "failed", f"rank {rank} {what}")
 
     def _fail(self, kind: Kind, cause: str) -> None:
         first = self._handler.fail(kind, cause)

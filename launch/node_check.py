@@ -1,4 +1,4 @@
-"""One node's own view of itself before a run starts: `python -P -m launch.node_check RUN DIGEST`, one JSON line.
+"""One node's own view of itself before a run starts: `python -P -m launch.node_check RUN [HOST:PORT]`, one JSON line.
 
 Imports nothing heavy: it runs on every node at every start.
 """
@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from launch import network_check
+
 PACKAGES = ("keepwarm", "torch", "megatron-core", "numpy")
 MARK = "keepwarm-node "
 """Before the JSON, so that what setup lines print does not matter."""
@@ -29,8 +31,9 @@ def digest(folder: Path) -> str | None:
         return None
 
 
-def look(folder: Path) -> dict[str, Any]:
-    """What nodes must agree on, and what each must have."""
+def look(folder: Path, echo: str | None = None) -> dict[str, Any]:
+    """What nodes must agree on, and what each must have; `echo` is where the first node sends back what it gets."""
+    speed, wrong = (None, None) if echo is None else network_check.ask(echo)
     return {
         "host": socket.gethostname().partition(".")[0],
         "node": os.environ.get("SLURMD_NODENAME", socket.gethostname()),
@@ -41,6 +44,8 @@ def look(folder: Path) -> dict[str, Any]:
         "memory_free": _memory_free(),
         "disk_free": shutil.disk_usage("/tmp").free,
         "arithmetic": _arithmetic(),
+        "network": speed,
+        "network_wrong": wrong,
     }
 
 
@@ -48,13 +53,15 @@ AGREE = ("spec", "python", *PACKAGES, "arithmetic")
 """Keys that must be equal on all nodes."""
 
 
-def problems(seen: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Why a node cannot take part; empty when it can. Pure."""
+def problems(seen: dict[str, Any], wanted: dict[str, Any], memory: int = 0) -> list[str]:
+    """Why a node cannot take part that must have so many bytes of memory free; empty when it can. Pure."""
     if seen["spec"] is None:
         return ["does not see the run folder: it must be on storage that all nodes share"]
     found = [f"{key} is {seen[key]}, not {wanted[key]}" for key in AGREE if seen.get(key) != wanted[key]]
     if not seen["writable"]:
         found.append("cannot write to the run folder")
+    if seen["memory_free"] < memory:
+        found.append(f"has {seen['memory_free'] / 2**30:.1f} GiB of free memory, the run needs {memory / 2**30:.1f}")
     return found
 
 
@@ -82,7 +89,7 @@ def _arithmetic() -> str:
 
 def main() -> None:
     started = time.perf_counter()
-    seen = look(Path(sys.argv[1]))
+    seen = look(Path(sys.argv[1]), sys.argv[2] if sys.argv[2:] else None)
     print(MARK + json.dumps(seen | {"seconds": round(time.perf_counter() - started, 3)}), flush=True)
 
 

@@ -72,6 +72,21 @@ class Plan:
         )
         return max(possible, key=lambda memory: memory.total)
 
+    def node_memory(self, *, gpus: bool) -> int:
+        """Bytes of host memory that a node needs for its snapshots, and without GPUs for what its ranks hold.
+
+        Raises:
+            PlacementError: the code does not fit the nodes.
+        """
+        host = 0 if self.host_memory is None else self.host_memory.total
+        return host + (0 if gpus else self.layout.ranks_per_node * max(each.total for each in self.estimates))
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of one durable checkpoint, uncompressed."""
+        each = (state_bytes(self.job, at) for at in range(self.layout.pipeline))
+        return sum(each) * self.layout.data * self.layout.tensor
+
     def layers_at(self, pipeline: int) -> list[range]:
         """Layers of the pipeline stages on one pipeline coordinate."""
         split = split_layers(self.job.model.layers, self.job.parallel)

@@ -2,10 +2,12 @@
 
 import importlib.metadata
 import importlib.util
+import shutil
 from pathlib import Path
 
 from launch.doctor import APEX_INSTALL, APEX_KERNELS
 from launch.errors import PreflightError
+from launch.plan import Plan
 from parallel.engine_support import require
 from parallel.errors import EngineUnavailable
 from trainer.data.spec import DataSpec
@@ -31,6 +33,30 @@ def check_installation() -> None:
                 f"the package {package!r} also belongs to {', '.join(others)}, which overwrites keepwarm's: "
                 f"pip uninstall {' '.join(others)}, then install keepwarm again"
             )
+
+
+def check_job(job: JobSpec) -> None:
+    """All that this machine, which sees data and outputs, can say before a job is started.
+
+    Raises:
+        PreflightError, DataError: it cannot run, and why.
+    """
+    check_engine(job)
+    check_data_exists(job.data)
+    check_disk(job)
+
+
+def check_disk(job: JobSpec) -> None:
+    """Raise PreflightError when not even one checkpoint fits where the outputs go."""
+    folder = Path(job.output).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    needed, free = Plan(job).checkpoint_bytes, shutil.disk_usage(folder).free
+    if needed > free:
+        raise PreflightError(
+            f"a checkpoint of this job takes {needed / 2**30:.1f} GiB, and {folder} has {free / 2**30:.1f} GiB free: "
+            "make room, or choose another place with output=PATH"
+        )
 
 
 def check_engine(job: JobSpec) -> None:

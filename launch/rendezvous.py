@@ -38,6 +38,12 @@ class NoSpareLeft(LaunchError):
     exit_code = 4
 
 
+class LeftOut(LaunchError):
+    """Workers of this node ended one start after another: a spare has its slot."""
+
+    exit_code = 4
+
+
 def _ignore(*_: object) -> None:
     return
 
@@ -77,7 +83,7 @@ class SlotRendezvous(RendezvousHandler):
         Raises:
             RendezvousClosedError: the run has ended, or this node was asked to leave.
             RunEnded: it has ended without this node.
-            StoreLost, Fenced, NoSpareLeft: this node cannot go on as it is.
+            StoreLost, Fenced, LeftOut, NoSpareLeft: this node cannot go on as it is.
         """
         vacant_since: float | None = None
         while True:
@@ -87,6 +93,8 @@ class SlotRendezvous(RendezvousHandler):
             if self.asked_to_leave():
                 self._leave()
             slot = table.slot_of(self.membership.node)
+            if self.membership.node in table.left_out:
+                raise LeftOut(f"{self.membership.node} is left out: {table.left_out[self.membership.node]}")
             if not table.knows(self.membership.node):
                 self._join()
                 continue

@@ -10,14 +10,18 @@ they are made. The rules:
   ends the workers of one slot begins the next round for all.
 - A node that was given up is in no table. When it wakes up it finds that out before it does anything else: it is
   fenced, ends what it started, and may come back as a spare.
+- A node whose workers end one start after another makes room for a spare, and does not come back.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
-Kind = Literal["lost", "killed", "failed"]
-"""What happened to the workers of a slot, the gravest first: their node is gone, a signal ended one, one gave up."""
+Kind = Literal["lost", "killed", "failed", "hung"]
+"""What happened to the workers of a slot, the gravest first: their node is gone, a signal ended one, one gave up, one
+saw that training hangs, which is no fault of its node."""
+BLAMED_FOR = 86_400.0
+"""Seconds for which a node is blamed for a start that ended because of its workers."""
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +49,8 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     slots: int
     max_restarts: int
     """Rounds that may fail without a node being lost; more end the run."""
+    max_node_failures: int | None = None
+    """Rounds that workers of one node may end, before a spare takes its slot; None: any number."""
     round: int = 0
     owners: dict[int, str] = {}
     """Node by slot."""
@@ -58,6 +64,10 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     """Since the last round that was complete."""
     moved: tuple[int, ...] = ()
     """Slots that lost their owner since then."""
+    blamed: dict[str, tuple[float, ...]] = {}
+    """When rounds ended because of workers of a node, by node."""
+    left_out: dict[str, str] = {}
+    """Nodes that take no part any more, and why."""
     restarts: int = 0
     begun: bool = False
     """A round was complete once, so that vacant slots are those of lost nodes."""
@@ -82,7 +92,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def gravest(self) -> tuple[Failure, ...]:
         """The failures that explain the others: a lost node makes workers elsewhere fail, and so does a killed one."""
-        for kind in ("lost", "killed", "failed"):
+        for kind in get_args(Kind):
             found = tuple(failure for failure in self.failures if failure.kind == kind)
             if found:
                 return found
@@ -100,7 +110,7 @@ def join(table: Table, node: str, wish: Wish, *, after_round: int = -1) -> Table
     """
     if after_round >= table.round:
         table = _change(table, round=after_round + 1, arrived=(), finished=(), begun=True)
-    if table.knows(node):
+    if table.knows(node) or node in table.left_out:
         return table
     slot = wish if isinstance(wish, int) and wish in table.vacant else None
     if wish == "any" or (isinstance(wish, int) and table.begun):
@@ -125,6 +135,8 @@ def arrive(table: Table, node: str, round: int) -> Table:
     if table.slot_of(node) is None or table.round != round or node in table.arrived or table.ended is not None:
         return table
     table = _change(table, arrived=(*table.arrived, node))
+    if table.complete:
+        table = _blame(table)
     if not table.complete:
         return table
     restarts = table.restarts + (table.begun and bool(table.failures) and not table.moved)
@@ -132,6 +144,22 @@ def arrive(table: Table, node: str, round: int) -> Table:
         cause = table.gravest[0].cause
         return end(table, 4, f"{cause}, after {table.max_restarts} restarts (cluster.max_restarts)")
     return _change(table, restarts=restarts, begun=True)
+
+
+def _blame(table: Table) -> Table:
+    """Remember whose workers ended the round before this one; who did so too often makes room for a spare."""
+    found = () if table.moved else tuple(one for one in table.gravest if one.kind in ("killed", "failed"))
+    # A worker that is killed makes others fail; of those that failed, the first one may have made the others.
+    for failure in found if found and found[0].kind == "killed" else found[:1]:
+        node = table.owners[failure.slot]
+        times = (*(at for at in table.blamed.get(node, ()) if failure.time - at < BLAMED_FOR), failure.time)
+        table = _change(table, blamed={**table.blamed, node: times})
+        if table.max_node_failures is not None and len(times) >= table.max_node_failures and table.spares:
+            why = f"its workers ended {len(times)} starts, the last one: {failure.cause}"
+            others = tuple(owner for owner in table.arrived if owner != node)
+            table = _change(table, arrived=others, left_out={**table.left_out, node: why})
+            table = lose(table, node, f"{node} is left out: {why}", failure.time)
+    return table
 
 
 def fail(table: Table, node: str, round: int, kind: Kind, cause: str, now: float) -> Table:

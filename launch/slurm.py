@@ -4,7 +4,7 @@ import re
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launch.errors import ClusterError
 
@@ -119,11 +119,13 @@ def job(identity: str) -> Job | None:
         ClusterError: the controller cannot be asked.
     """
     try:
-        return parse_job(ask("scontrol", "show", "job", "--oneliner", identity))
+        found = parse_job(ask("scontrol", "show", "job", "--oneliner", identity))
     except ClusterError as error:
         if "Invalid job id" in str(error):
             return None
         raise
+    # A task of an array is known under two numbers, and shares one with the others until it starts.
+    return replace(found, id=identity)
 
 
 def parse_job(line: str) -> Job:

@@ -7,29 +7,23 @@ nothing, the same again on the nodes that are left, or a requeue of the job.
 import json
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
-from launch import events, slurm
+from launch import slurm
+from launch.allocation import START, Allocation
 from launch.errors import ClusterError
-from launch.node_check import MARK, look, problems
 from launch.run_folder import STARTED_FILE
-from launch.slurm_script import in_container, node_step, rank_step
+from launch.slurm_script import node_step, rank_step
+from trainer import events
 from trainer.errors import SpecError
-from trainer.spec import JobSpec
 from trainer.spec_file import RUN_FILE, load_run
 from trainer.stages import plan_stages
 
 RECORD = "slurm.json"
 """In the run folder: what `keepwarm submit` did."""
 INTERRUPTED = 130
-CHECK_DEADLINE = 120.0
-"""Seconds that a node has to say how it is."""
 REQUEUE_GRACE = 60.0
 """Seconds that SLURM has to end this process once it has put the job back into the queue."""
 
@@ -59,76 +53,6 @@ def verdict(code: int, *, ending: bool, failures: int, limit: int) -> tuple[Verd
     return "again", f"ranks ended with exit code {code}"
 
 
-@dataclass
-class Allocation:
-    """The nodes of this job, and what this process was told about its end."""
-
-    folder: Path
-    job: JobSpec
-    nodes: list[str]
-    ending: bool = False
-    bad: dict[str, str] = field(default_factory=dict)
-    """Why a node is left out."""
-
-    def say(self, text: str) -> None:
-        print(f"keepwarm: {text}", flush=True)
-
-    def note(self, event: str, **values: Any) -> None:
-        events.append(self.folder, event, slurm_job=os.environ["SLURM_JOB_ID"], **values)
-
-    def note_end(self, number: int, frame: FrameType | None) -> None:
-        self.ending = True
-
-    def healthy(self) -> list[str]:
-        """The nodes that can take part, in SLURM's order; those that cannot are named in the log."""
-        wanted = look(self.folder)
-        seen = self._ask(self.nodes)
-        silent = [name for name in self.nodes if name not in seen]
-        if silent:
-            # A node that is dead makes srun give up the whole step: the others are asked one by one.
-            for name in silent:
-                seen |= self._ask([name])
-        found = []
-        for name in self.nodes:
-            why = problems(seen[name], wanted) if name in seen else ["does not answer"]
-            if why and name not in self.bad:
-                self.say(f"node {name} is left out: it {'; '.join(why)}")
-                self.note("node left out", host=name, why="; ".join(why))
-                self.bad[name] = "; ".join(why)
-            elif not why:
-                self.bad.pop(name, None)
-                found.append(name)
-        return found
-
-    def _ask(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-        command = [
-            "srun", f"--nodes={len(names)}", f"--ntasks={len(names)}", "--ntasks-per-node=1", "--no-kill",
-            f"--nodelist={','.join(names)}", "--overlap", "--kill-on-bad-exit=0",
-            *in_container(self.job.cluster.slurm, self.folder, sys.executable),
-            *("-P", "-m", "launch.node_check", str(self.folder)),
-        ]  # fmt: skip
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
-            try:
-                output, _ = process.communicate(timeout=CHECK_DEADLINE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                output, _ = process.communicate()
-        lines = [line.partition(MARK)[2] for line in output.splitlines() if MARK in line]
-        return {record["node"]: record for record in map(json.loads, lines)}
-
-    def run(self, command: Sequence[str], restarts: int) -> int:
-        """Run the step to its end; its exit code, 128 + n for a signal."""
-        environment = os.environ | {
-            "TORCHELASTIC_RESTART_COUNT": str(restarts),
-            "OMP_NUM_THREADS": str(self.job.numerics.threads_per_rank),
-            "PYTHONUNBUFFERED": "1",
-        }
-        # Its own session: the signal that ends the batch shell must not make srun kill ranks that are about to save.
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
-        code = process.wait()
-        return code if code >= 0 else 128 - code
-
-
 def steps_done(folder: Path) -> int:
     """The last step in the metrics; 0 before the first."""
     try:
@@ -149,7 +73,7 @@ def run_job(folder: Path) -> int:
     here = Allocation(folder, job, slurm.host_names(os.environ["SLURM_JOB_NODELIST"]))
     signal.signal(signal.SIGTERM, here.note_end)
     requeues = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    here.note("slurm start", nodes=here.nodes, requeues=requeues)
+    here.note(START, nodes=here.nodes, requeues=requeues)
     resume = json.loads((folder / RECORD).read_text(encoding="utf-8"))["resume"]
     failures = attempts = 0
     while True:
@@ -158,7 +82,7 @@ def run_job(folder: Path) -> int:
             return _requeue(here, f"{len(nodes)} of {len(here.nodes)} nodes are fit, the layout has {job.layout.nodes}")
         begun = steps_done(folder)
         restarts = max(requeues + attempts, 1 if begun else 0)
-        code = here.run(_step(here, nodes, resume=resume, begun=begun > 0, restarts=restarts), restarts)
+        code, guilty = here.run(_step(here, nodes, resume=resume, begun=begun > 0, restarts=restarts), restarts)
         if code and steps_done(folder) >= plan_stages(job)[-1].end_step and _finished(folder):
             code = 0  # of a node that was lost on the way
         attempts += 1
@@ -170,6 +94,8 @@ def run_job(folder: Path) -> int:
             return _requeue(here, why)
         if what != "again":
             return code
+        if guilty is not None and job.cluster.slurm.launcher == "rank":
+            here.blame(guilty)
 
 
 def _step(here: Allocation, nodes: list[str], *, resume: bool, begun: bool, restarts: int) -> list[str]:

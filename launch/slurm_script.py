@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
@@ -14,7 +15,20 @@ SCRIPT = "job.sbatch"
 LOG = "slurm-%j.log"
 
 
-def render(job: JobSpec, folder: Path, *, python: str = sys.executable) -> str:
+CODE = "code"
+"""Folder of the copied code in the run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Array:
+    """Runs that are submitted together, in the folders 0, 1... below one."""
+
+    members: int
+    at_once: int | None = None
+    """How many of them run at the same time; None: as many as there is room for."""
+
+
+def render(job: JobSpec, folder: Path, *, array: Array | None = None, python: str = sys.executable) -> str:
     """The whole script. Inside the allocation `launch.slurm_job` decides what is started where."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -29,16 +43,18 @@ def render(job: JobSpec, folder: Path, *, python: str = sys.executable) -> str:
         nodes=job.layout.nodes,
         ranks_per_node=job.layout.ranks_per_node,
         spares=job.cluster.slurm.spares,
-        options=options(job, folder),
+        options=options(job, folder, array),
+        code=shlex.quote(str(folder / CODE)) if job.cluster.slurm.copy_code else None,
         setup=job.cluster.slurm.setup,
-        command=shlex.join([python, "-P", "-m", "launch.slurm_job", str(folder)]),
+        command=shlex.join([python, "-P", "-m", "launch.slurm_job", str(folder)])
+        + ('/"$SLURM_ARRAY_TASK_ID"' if array is not None else ""),
     )
 
 
-def options(job: JobSpec, folder: Path) -> list[str]:
+def options(job: JobSpec, folder: Path, array: Array | None = None) -> list[str]:
     """What the script asks of SLURM, one option each, quoted as sbatch reads them."""
     slurm = job.cluster.slurm
-    logs = str(folder / "logs").replace("%", "%%")
+    logs = str(folder).replace("%", "%%") + ("" if array is None else "/%a")
     asked = {
         "job-name": "-".join(job.name.split()),
         "nodes": str(job.layout.nodes + slurm.spares),
@@ -51,7 +67,8 @@ def options(job: JobSpec, folder: Path) -> list[str]:
         "time": slurm.time,
         "constraint": slurm.constraint,
         "exclude": ",".join(slurm.exclude) or None,
-        "output": f"{logs}/{LOG}",
+        "output": f"{logs}/logs/{LOG}",
+        "array": None if array is None else _array(array),
         "open-mode": "append",
         # To the ranks alone: what ends the batch shell would end the ranks before they have saved.
         "signal": f"USR1@{slurm.notice}",
@@ -59,6 +76,10 @@ def options(job: JobSpec, folder: Path) -> list[str]:
     named = [f"--{key}={shlex.quote(str(value))}" for key, value in asked.items() if value is not None]
     # The death of a node must not end the job: the others hold its state.
     return [*named, "--no-kill", "--requeue", *slurm.extra]
+
+
+def _array(array: Array) -> str:
+    return f"0-{array.members - 1}" + ("" if array.at_once is None else f"%{array.at_once}")
 
 
 def cpus_per_rank(job: JobSpec) -> int:

@@ -20,10 +20,11 @@ from pathlib import Path
 import msgspec
 from torch._C._distributed_c10d import TCPStore
 
-from launch import events, node_record, slots
+from launch import node_record, slots
 from launch.node_record import StoreRecord
 from launch.nursery import StoreOrder
 from launch.slots import Table
+from trainer import events
 
 KEY = "keepwarm/table"
 TURN = 0.05

@@ -13,16 +13,17 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
 from ft.agent_config import NODE
 from ft.errors import FtError
-from launch import events, node_record
+from launch import node_record
 from launch.elastic import INTERRUPTED, NodeAgent, Plan
 from launch.errors import LaunchError
 from launch.membership import Membership, RunEnded, StoreLost
 from launch.node_options import Options
 from launch.node_record import NodeRecord, State
 from launch.nursery import Nursery, StoreOrder
-from launch.rendezvous import Fenced, NoSpareLeft, SlotRendezvous, make
+from launch.rendezvous import Fenced, LeftOut, NoSpareLeft, SlotRendezvous, make
 from launch.slots import Kind, Table
 from launch.snapshot_agent import SnapshotAgent
+from trainer import events
 from trainer.spec import JobSpec
 from trainer.spec_file import RUN_FILE
 
@@ -47,8 +48,8 @@ class Supervisor(Plan):
         self._silence = silence
         self._guard = SnapshotAgent(folder, options.host)
         self._membership = Membership(
-            folder, options.node, slots=options.slots, max_restarts=job.cluster.max_restarts, silence=silence,
-            open_store=self._open_store,
+            folder, options.node, slots=options.slots, max_restarts=job.cluster.max_restarts,
+            max_node_failures=job.cluster.max_node_failures, silence=silence, open_store=self._open_store,
         )  # fmt: skip
         self._handler = make(self._membership, job.name, options.slots, wish=options.wish, patience=options.patience)
         self._handler.prepare, self._handler.waiting = self._prepare, self._waiting
@@ -70,6 +71,8 @@ class Supervisor(Plan):
             code, why = self._rounds()
         except (NoSpareLeft, StoreLost, FtError, LaunchError) as error:
             code, why = getattr(error, "exit_code", 2), str(error)
+            if isinstance(error, LeftOut):
+                events.append(self._options.folder, "node left out", host=self._options.node, why=why)
             if isinstance(error, NoSpareLeft | RunEnded):
                 with contextlib.suppress(StoreLost):
                     self._handler.end(code, why)

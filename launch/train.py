@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.local import run_ranks
-from launch.preflight import check_data_exists, check_engine, check_installation
+from launch.preflight import check_installation, check_job
 from launch.run_folder import Mode, changes, prepared, stored_job
 from launch.train_nodes import run_on_nodes
 from trainer.errors import SpecError
@@ -34,8 +34,7 @@ def train_here(path: Path, overrides: Sequence[str], mode: Mode, *, nodes: int |
 
 def run_here(job: JobSpec, mode: Mode, console: Console) -> None:
     """Make the run folder of a validated job and run its ranks to the end; raises as `train_here`."""
-    check_engine(job)
-    check_data_exists(job.data)
+    check_job(job)
     with prepared(job, mode) as folder:
         world_size = job.layout.world_size
         console.print(

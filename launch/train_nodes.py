@@ -10,10 +10,10 @@ from rich.console import Console
 
 from launch import node_record
 from launch.errors import PreflightError, RanksFailed
-from launch.events import read
 from launch.nursery import Nursery, Worker
-from launch.preflight import check_data_exists, check_engine
+from launch.preflight import check_job
 from launch.run_folder import Mode, prepared
+from trainer.events import read
 from trainer.spec import JobSpec
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -29,8 +29,7 @@ def run_on_nodes(job: JobSpec, mode: Mode, console: Console, *, nodes: int, spar
         RanksFailed: the run ended early; with its exit code.
     """
     check_nodes(job, nodes, spares)
-    check_engine(job)
-    check_data_exists(job.data)
+    check_job(job)
     with prepared(job, mode) as folder:
         # Of an earlier start of the run; the lock on the folder says that none of its supervisors lives.
         shutil.rmtree(folder / node_record.FOLDER, ignore_errors=True)

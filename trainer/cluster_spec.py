@@ -48,6 +48,7 @@ class SlurmSpec(Section):
     cpus_per_rank: PositiveInt | None = Field(None, description="default: numerics.threads_per_rank")
     setup: tuple[Line, ...] = Field((), description="shell lines before the start, as `module load cuda`")
     container: ContainerSpec | None = None
+    copy_code: bool = Field(False, description="run a copy of keepwarm, taken at submission, in the run folder")
     extra: tuple[Option, ...] = Field((), description="further options of sbatch, as --mem=0")
     notice: PositiveInt = Field(120, description="seconds before the time limit at which the state is saved")
 

@@ -1,5 +1,20 @@
-"""`RUN/events.jsonl`: what happened to a run, one JSON object a line; many processes append to it. Torch-free."""
+"""`RUN/events.jsonl`: what happened to a run, one JSON object a line, appended by every supervisor and by ranks.
 
+Every line has `time` (seconds since 1970), `event`, and what belongs to it; lines of supervisors have their `node`.
+
+    started   slots, nodes          a supervisor began to run
+    failure   cause, slots          workers of these slots are lost, and why
+    recovery  rung, why, slots, step, bytes_decoded, phases   training goes on; phases are seconds by name
+    whole     epoch, step           every chunk of the restored snapshot is back: the redundancy is what it was
+    hang      silent, late, reason  no rank made progress: ranks that did not answer, and that others wait for
+    straggler rank, host, ratio     a rank computes for longer than others of its stage
+    node left out   host, why       a node that the run goes on without
+    ended     why                   a supervisor left
+
+Torch-free.
+"""
+
+import contextlib
 import json
 import os
 import time
@@ -7,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 FILE = "events.jsonl"
+PHASES = ("detect", "rendezvous", "start", "fetch", "decode", "verify", "resume")
+"""Phases of a recovery, in the order in which they come."""
 
 
 def append(folder: Path, event: str, **fields: Any) -> None:
@@ -17,3 +34,13 @@ def append(folder: Path, event: str, **fields: Any) -> None:
         os.write(descriptor, line.encode())
     finally:
         os.close(descriptor)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """All complete lines, oldest first; a torn last one is left out, a missing file is an empty list."""
+    found = []
+    with contextlib.suppress(FileNotFoundError), (folder / FILE).open(encoding="utf-8") as lines:
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):
+                found.append(json.loads(line))
+    return found

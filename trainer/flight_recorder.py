@@ -11,7 +11,7 @@ RECORDED = 512
 """Collectives that it keeps."""
 
 
-class Flight(msgspec.Struct, frozen=True, kw_only=True):
+class Flight(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """A collective, or a message between two ranks."""
 
     group: str

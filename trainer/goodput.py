@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from trainer import events
+
 FILE = "goodput.jsonl"
 RESULT = "goodput.json"
 
@@ -282,16 +284,13 @@ def read_outages(folder: Path) -> list[Outage]:
     """What supervisors recorded of failures: `failure` events, and the detection time of the `recovery` after them."""
     found: list[Outage] = []
     pending: list[float] = []
-    with contextlib.suppress(FileNotFoundError), (folder / "events.jsonl").open(encoding="utf-8") as lines:
-        for line in lines:
-            with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
-                event = json.loads(line)
-                if event["event"] == "failure":
-                    pending.append(float(event["time"]))
-                elif event["event"] == "recovery" and pending:
-                    # Failures that nobody had to restart for are told apart by when they were noticed.
-                    found += [Outage(noticed, float(event["phases"].get("detect", 0.0))) for noticed in pending]
-                    pending.clear()
+    for event in events.read(folder):
+        if event["event"] == "failure":
+            pending.append(float(event["time"]))
+        elif event["event"] == "recovery" and pending:
+            # Failures that nobody had to restart for are told apart by when they were noticed.
+            found += [Outage(noticed, float(event["phases"].get("detect", 0.0))) for noticed in pending]
+            pending.clear()
     return [*found, *(Outage(noticed, 0.0) for noticed in pending)]
 
 

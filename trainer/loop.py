@@ -1,7 +1,5 @@
 """The training loop: steps through the stages, and what happens between two steps."""
 
-import os
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +8,8 @@ from typing import Any, Protocol
 import msgspec
 import torch
 
-from ft.agent_config import NODE
 from parallel.engine import Engine, StepResult
-from trainer import flight_recorder
+from trainer import straggler_watch
 from trainer.console import LogLine, RunConsole
 from trainer.data.loader import BatchLoader
 from trainer.errors import TrainingStopped
@@ -28,7 +25,6 @@ from trainer.snapshots import Snapshots
 from trainer.spec import GateSpec, JobSpec
 from trainer.speed import Speed
 from trainer.stages import StagePlan, global_size_at
-from trainer.stragglers import Begun, Trace, stragglers
 from trainer.watchdog import Watchdog
 from trainer.world import World
 
@@ -183,11 +179,7 @@ def _look_for_stragglers(run: Run) -> None:
     if every is None or run.state.step % every or world.size == 1:
         return
     stage = run.job.layout.coordinates(world.rank).pipeline
-    host = os.environ.get(NODE) or socket.gethostname()
-    begun = tuple(Begun(one.group, one.number, one.began, one.message) for one in flight_recorder.read())
-    traces = world.gather(msgspec.json.encode(Trace(world.rank, stage, host, begun)))
-    decoded = [msgspec.json.decode(trace, type=Trace) for trace in traces]
-    for one in stragglers(decoded, run.job.health.straggler_factor):
+    for one in straggler_watch.look(world, stage=stage, factor=run.job.health.straggler_factor):
         run.metrics.event("straggler", step=run.state.step, **msgspec.structs.asdict(one))
         run.console.say(
             f" WARNING: rank {one.rank} on {one.host} is slow: it computes {one.share:.0%} of the time, "

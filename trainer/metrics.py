@@ -2,11 +2,11 @@
 
 import json
 import math
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from trainer import events
 from trainer.errors import SpecError
 from trainer.spec import LogSpec
 
@@ -48,7 +48,7 @@ class Metrics:
         if resume_step is not None:
             drop_after(path, resume_step)
         self._steps = path.open("a", encoding="utf-8", buffering=1)
-        self._events = (folder / "events.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._folder = folder
         if spec.tensorboard:
             self._sinks.append(TensorBoard(folder / "tensorboard", resume_step))
         if spec.wandb:
@@ -75,7 +75,7 @@ class Metrics:
     def event(self, kind: str, **values: Any) -> None:
         """Record something that happened, with the time of day."""
         if self._active:
-            self._events.write(json.dumps({"time": time.time(), "event": kind, **values}) + "\n")
+            events.append(self._folder, kind, **values)
 
     def close(self) -> None:
         """Flush and close every file."""
@@ -84,7 +84,6 @@ class Metrics:
         for sink in self._sinks:
             sink.close()
         self._steps.close()
-        self._events.close()
 
 
 def drop_after(path: Path, step: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ft import durable
 from ft.manifest import read_manifest
+from trainer import events
 from trainer.data.ledger import Ledger
 from trainer.data.segment import ReplayShare, Segment, Share
 from trainer.data.table import UNITS
@@ -122,7 +123,7 @@ def gather(folder: Path) -> RunReport:
         plans=plan_stages(job),
         steps=[line for line in lines if "loss" in line],
         evaluations={line["step"]: line["eval"] for line in lines if "eval" in line},
-        events=_lines(folder / "events.jsonl"),
+        events=events.read(folder),
         parent=meta.get("run", {}).get("parent"),
         ledger=Ledger.load(meta["ledger"]) if "ledger" in meta else None,
         goodput=of_run(folder).data(),

@@ -13,7 +13,7 @@ from ft import durable
 from ft.errors import ForeignSnapshot, FtError
 from ft.manifest import read_manifest
 from parallel.shard import Shard
-from trainer import checkpoint
+from trainer import checkpoint, events
 from trainer.checkpoint import Checkpoints
 from trainer.errors import CheckpointError, RestoreFailed
 from trainer.snapshots import Snapshots
@@ -35,7 +35,6 @@ class Beginning:
 
 RECOVERY = "KEEPWARM_RECOVERY"
 """Environment variable of rank 0: what the supervisors know of the recovery that this start is part of, as JSON."""
-EVENTS = "events.jsonl"
 
 
 def begin(
@@ -78,13 +77,18 @@ def _report(
     phases["resume"] = max(0.0, now - entered - sum(slowest.values()))
     memory = beginning.source == "memory"
     why = told["why"] if memory else f"{told['why']}; {beginning.reason}"
-    event = {
-        "time": now, "node": None, "event": "recovery", "rung": told["rung"] if memory else 3, "why": why,
-        "slots": told["slots"], "source": beginning.source, "step": beginning.step,
-        "bytes_decoded": snapshots.decoded() if snapshots is not None and memory else 0, "phases": phases,
-    }  # fmt: skip
-    with (folder / EVENTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(event) + "\n")
+    events.append(
+        folder,
+        "recovery",
+        node=None,
+        rung=told["rung"] if memory else 3,
+        why=why,
+        slots=told["slots"],
+        source=beginning.source,
+        step=beginning.step,
+        bytes_decoded=snapshots.decoded() if snapshots is not None and memory else 0,
+        phases=phases,
+    )
 
 
 def _fill(

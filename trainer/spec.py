@@ -148,6 +148,9 @@ class ClusterSpec(Section):
 
     ranks_per_node: PositiveInt | None = Field(None, description="default: all ranks on one node")
     max_restarts: NonNegativeInt = Field(3, description="times that crashed ranks start again; only with snapshots")
+    max_node_failures: PositiveInt = Field(
+        3, description="starts that ranks of one node may end within a day before a spare takes its place"
+    )
     slurm: SlurmSpec = SlurmSpec()
     kubernetes: KubernetesSpec | None = None
 

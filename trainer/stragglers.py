@@ -11,19 +11,10 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from trainer.flight_recorder import Flight
+
 LEAST = 0.2
 """Share of its time that a straggler computes, at least: where all wait for something else, nobody is one."""
-
-
-class Begun(msgspec.Struct, frozen=True, array_like=True):
-    """A collective, or a message, that a rank has begun."""
-
-    group: str
-    number: int
-    at: int
-    """Nanoseconds since 1970."""
-    message: bool
-    """Between two ranks: when it ended is not known, nor what was computed after it."""
 
 
 class Trace(msgspec.Struct, frozen=True, array_like=True):
@@ -33,7 +24,7 @@ class Trace(msgspec.Struct, frozen=True, array_like=True):
     stage: int
     """Pipeline coordinate: ranks of one stage have equal work."""
     host: str
-    begun: tuple[Begun, ...]
+    flights: tuple[Flight, ...]
 
 
 class Straggler(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,20 +39,23 @@ class Straggler(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def computing(traces: Sequence[Trace]) -> dict[int, float]:
-    """By rank, the share of its time that it did not wait for others; without ranks of fewer than two collectives."""
+    """By rank, the share of its time that it did not wait for others; without ranks of fewer than two collectives.
+
+    What follows a message between two ranks is left out: when it ended is not known.
+    """
     last: dict[tuple[str, int], int] = {}
     for trace in traces:
-        for one in trace.begun:
+        for one in trace.flights:
             if not one.message:
                 key = (one.group, one.number)
-                last[key] = max(one.at, last.get(key, 0))
+                last[key] = max(one.began, last.get(key, 0))
     found = {}
     for trace in traces:
         spent = known = 0
-        for one, following in zip(trace.begun, trace.begun[1:], strict=False):
+        for one, following in zip(trace.flights, trace.flights[1:], strict=False):
             if not one.message:
-                spent += max(0, following.at - last[(one.group, one.number)])
-                known += following.at - one.at
+                spent += max(0, following.began - last[(one.group, one.number)])
+                known += following.began - one.began
         if known > 0:
             found[trace.rank] = min(1.0, spent / known)
     return found

@@ -7,19 +7,17 @@ launcher like any worker that failed, and with it all other ranks.
 import json
 import os
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from faulthandler import dump_traceback
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from trainer import events, flight_recorder, hang
-from trainer.hang import HANG, Report, Waiting
+from trainer import events, hang, hang_report
+from trainer.hang import HANG, Report
 from trainer.spec import HealthSpec
 
 FOLDER = "hangs"
@@ -94,9 +92,9 @@ class Watchdog:
         folder = self._folder / FOLDER / f"restart_{self._restart:03d}_step_{self._step + 1:07d}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write(folder, report(self._rank, self._step, seconds))
+            hang_report.write(folder, hang_report.take(self._rank, self._step, seconds))
             end = time.monotonic() + grace
-            while len(found := read(folder)) < self._size and time.monotonic() < end:
+            while len(found := hang_report.read(folder)) < self._size and time.monotonic() < end:
                 time.sleep(0.05)
             if min(one.rank for one in found) == self._rank:
                 self._say(folder, found)
@@ -121,42 +119,3 @@ class Watchdog:
             reports=str(folder),
         )
         print(f"error: rank {self._rank}: {verdict.text}; stacks in {folder}", file=sys.stderr, flush=True)
-
-
-def report(rank: int, step: int, seconds: float) -> Report:
-    """Where this process stands."""
-    flights = flight_recorder.read()
-    waiting = (one for one in flights if not one.ended)
-    reached: dict[str, int] = {}
-    for one in flights:
-        if not one.message:
-            reached[one.group] = max(one.number, reached.get(one.group, 0))
-    return Report(
-        rank=rank,
-        step=step,
-        seconds=seconds,
-        waiting=tuple(Waiting(group=one.group, operation=one.operation, number=one.number) for one in waiting),
-        reached=reached,
-        stacks=stacks(),
-    )
-
-
-def stacks() -> str:
-    """Of all threads of this process, newest call first."""
-    with tempfile.TemporaryFile() as file:
-        dump_traceback(file, all_threads=True)
-        file.seek(0)
-        return file.read().decode(errors="replace")
-
-
-def write(folder: Path, one: Report) -> None:
-    """Whole or not at all."""
-    path = folder / f"rank_{one.rank:05d}.json"
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_bytes(msgspec.json.format(msgspec.json.encode(one)))
-    unfinished.replace(path)
-
-
-def read(folder: Path) -> list[Report]:
-    """The reports so far, by rank."""
-    return [msgspec.json.decode(path.read_bytes(), type=Report) for path in sorted(folder.glob("rank_*.json"))]

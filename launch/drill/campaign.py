@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch import events
 from launch.drill.compare import differences
 from launch.drill.faults import Fault
 from launch.drill.outcome import Outcome, Struck, outcomes
 from launch.drill.processes import TOKEN, Found, living, wait_until_gone
 from launch.drill.strike import Undo, strike
 from launch.errors import DrillError, RanksFailed
+from trainer import events
 from trainer.goodput import Goodput, of_run, read_marks
 from trainer.spec import JobSpec
 from trainer.spec_file import RUN_FILE
@@ -112,8 +112,12 @@ def _run(drill: Drill, *, fresh: bool, say: Say) -> Result:
     whole, faulty = drill.folder / UNINTERRUPTED, drill.folder / WITH_FAULTS
     _uninterrupted(drill, whole, fresh=fresh, say=say)
     say(f"run with {len(drill.faults)} {'fault' if len(drill.faults) == 1 else 'faults'} in {faulty}")
-    restarts = f"cluster.max_restarts={drill.job.cluster.max_restarts + 2 * len(drill.faults)}"
-    with _Trial(drill, faulty, [restarts, *drill.launch]) as trial:
+    cluster, more = drill.job.cluster, 2 * len(drill.faults)
+    endured = [
+        f"cluster.max_restarts={cluster.max_restarts + more}",
+        f"cluster.max_node_failures={cluster.max_node_failures + more}",
+    ]
+    with _Trial(drill, faulty, [*endured, *drill.launch]) as trial:
         struck = trial.suffer(drill.faults, say)
     found = outcomes(struck, list(read_marks(faulty)), events.read(faulty))
     return Result(

@@ -14,7 +14,7 @@ from launch.drill import campaign, faults
 from launch.drill.faults import Action, Stage
 from launch.drill.report import print_result, write_html
 from launch.errors import DrillError, RanksFailed
-from launch.preflight import check_data_exists, check_engine, check_installation
+from launch.preflight import check_installation, check_job
 from trainer.spec import JobSpec
 from trainer.spec_file import RUN_FILE, load_job
 from trainer.stages import plan_stages
@@ -75,8 +75,7 @@ def drill(
     """
     check_installation()
     spec = load_job(job, overrides or [])
-    check_engine(spec)
-    check_data_exists(spec.data)
+    check_job(spec)
     stage = _stage(spec, DRAWN_SPARES if spares is None else spares)
     given: list[tuple[Action, list[str] | None]] = [
         ("kill", kill),

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from launch.drill.campaign import Result
 from launch.drill.outcome import WHAT, Outcome
-from launch.events import PHASES
+from trainer.events import PHASES
 from trainer.goodput import KINDS
 
 WIDTH = 160

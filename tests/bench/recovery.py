@@ -18,13 +18,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch.events import PHASES
 from tests.support.node_run import DEADLINE, ROOT, Run, runs
+from trainer.events import PHASES
 
 DRILL = ROOT / "configs" / "ci" / "drill.yaml"
 NODES = 4
 ENDLESS = (
-    "stages.0.tokens=100_000_000", "cluster.max_restarts=1000", "evaluation.samples=8", "log.tensorboard=false",
+    "stages.0.tokens=100_000_000", "cluster.max_restarts=1000", "cluster.max_node_failures=1000",
+    "evaluation.samples=8", "log.tensorboard=false",
 )  # fmt: skip
 GOALS = {"worker": 2.0, "node": 4.0, "detect": 1.5}
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import msgspec
 
-from launch import events, node_record
+from launch import node_record
 from launch.node_record import NodeRecord, StoreRecord
+from trainer import events
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +43,7 @@ def test_the_newest_store_is_the_one_with_the_highest_number(tmp_path: Path) -> 
 
 def test_lines_of_many_processes_do_not_mix(tmp_path: Path) -> None:
     assert events.read(tmp_path) == []
-    code = "import sys; from pathlib import Path; from launch import events\n"
+    code = "import sys; from pathlib import Path; from trainer import events\n"
     code += "for i in range(200): events.append(Path(sys.argv[1]), 'e', node=sys.argv[2], i=i, text='x' * 500)"
     writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(n)], cwd=ROOT) for n in range(3)]
     assert [writer.wait(60) for writer in writers] == [0, 0, 0]

@@ -127,6 +127,41 @@ def test_a_spare_in_the_slot_of_who_was_lost_with_the_store_is_said_to_have_repl
     assert slots.fill(slots.join(Table(slots=1, max_restarts=0), "s", "spare")).moved == ()  # nobody was there before
 
 
+def failing(table: Table, node: str, kind: slots.Kind, now: float) -> Table:
+    return arrived(slots.fail(table, node, table.round, kind, "it broke", now))
+
+
+def test_a_node_that_fails_again_and_again_makes_room_for_a_spare() -> None:
+    table = Table(slots=2, max_restarts=9, max_node_failures=3)
+    for node, wish in (("a", 0), ("b", 1), ("s", "spare"), ("t", "spare")):
+        table = slots.join(table, node, wish)
+    table = failing(failing(arrived(table), "b", "failed", 1.0), "b", "killed", 2.0)
+    assert table.owners == {0: "a", 1: "b"}
+    table = slots.fail(table, "b", table.round, "killed", "it broke", 3.0)
+    table = arrived(table)
+    assert table.left_out == {"b": "its workers ended 3 starts, the last one: it broke"}
+    assert (table.owners, table.moved, table.complete) == ({0: "a", 1: "s"}, (1,), False)
+    assert slots.join(table, "b", "any") == table
+    assert arrived(table).complete
+    assert table.restarts == 2  # what a node is left out for counts as its loss
+
+
+def test_a_node_is_not_left_out_without_blame_or_without_a_spare() -> None:
+    table = Table(slots=2, max_restarts=9, max_node_failures=2)
+    for node, wish in (("a", 0), ("b", 1)):
+        table = slots.join(table, node, wish)
+    table = failing(failing(failing(arrived(table), "a", "failed", 0.0), "a", "failed", 1.0), "a", "failed", 2.0)
+    assert (table.left_out, table.complete) == ({}, True)
+    table = slots.join(table, "s", "spare")
+    table = failing(failing(table, "b", "hung", 3.0), "b", "hung", 4.0)
+    table = failing(failing(table, "b", "failed", 5.0), "b", "failed", 5.0 + slots.BLAMED_FOR)
+    assert (table.left_out, table.complete) == ({}, True)
+    # Both fail, one because of the other: the first one is to blame, or the one that a signal ended.
+    table = slots.fail(table, "b", table.round, "failed", "lost its peer", 6.0 + slots.BLAMED_FOR)
+    table = arrived(slots.fail(table, "a", table.round - 1, "killed", "it broke", 7.0 + slots.BLAMED_FOR))
+    assert table.blamed == {"a": (7.0 + slots.BLAMED_FOR,), "b": (5.0 + slots.BLAMED_FOR,)}
+
+
 NODES = [f"n{number}" for number in range(6)]
 
 
@@ -135,13 +170,13 @@ class History(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = Table(slots=3, max_restarts=3)
+        self.table = Table(slots=3, max_restarts=3, max_node_failures=2)
 
     def become(self, after: Table, gone: str | None = None) -> None:
         before, self.table = self.table, after
         assert after.round >= before.round
         for slot, owner in before.owners.items():
-            assert after.owners.get(slot) == owner or owner == gone
+            assert after.owners.get(slot) == owner or owner == gone or owner in after.left_out
         assert before.ended in (None, after.ended)
         if before.complete and not after.complete:
             assert after.round == before.round + 1
@@ -150,7 +185,7 @@ class History(RuleBasedStateMachine):
     def join(self, node: str, wish: Any, seen: int) -> None:
         if seen < self.table.round:
             self.become(slots.join(self.table, node, wish, after_round=seen))
-            assert self.table.knows(node)
+            assert self.table.knows(node) == (node not in self.table.left_out)
 
     @rule()
     def fill(self) -> None:
@@ -160,7 +195,7 @@ class History(RuleBasedStateMachine):
     def arrive(self, node: str, late: int) -> None:
         self.become(slots.arrive(self.table, node, self.table.round - late))
 
-    @rule(node=st.sampled_from(NODES), late=st.integers(0, 1), kind=st.sampled_from(["killed", "failed"]))
+    @rule(node=st.sampled_from(NODES), late=st.integers(0, 1), kind=st.sampled_from(["killed", "failed", "hung"]))
     def fail(self, node: str, late: int, kind: Any) -> None:
         self.become(slots.fail(self.table, node, self.table.round - late, kind, "because", 0.0))
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import events, node_record
+from launch import node_record
 from launch.node_record import NodeRecord
 from tests.support.stand_ins import DEADLINE, StandIns, alive, wait_until_dead
+from trainer import events
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -105,6 +106,20 @@ def test_who_signals_every_process_gets_a_run_that_saves_and_ends(cluster: Calla
     assert run.process.wait(DEADLINE) == 130, run.log.read_text()
     assert [event for event in events.read(run.folder) if event["event"] == "failure"] == []
     run.assert_nothing_left()
+
+
+def test_a_node_whose_workers_die_again_and_again_is_left_out(cluster: Callable[..., Cluster]) -> None:
+    run = cluster()
+    (supervisor,) = (record.supervisor for record in run.running(0).values() if record.slot == 1)
+    for round in range(3):
+        assert names(run.running(round)) == ["n0", "n1", "n2"]
+        os.kill(run.pid(1, round), signal.SIGKILL)
+    assert names(run.running(3)) == ["n0", "n3", "n2"]
+    run.until(lambda: not alive(supervisor), "the supervisor of the node that was left out")
+    (left_out,) = (event for event in events.read(run.folder) if event["event"] == "node left out")
+    assert left_out["host"] == "n1"
+    assert "ended 3 starts, the last one: rank 1 was ended by SIGKILL" in left_out["why"]
+    run.end()
 
 
 def test_nodes_workers_and_stores_die_one_after_the_other(cluster: Callable[..., Cluster]) -> None:

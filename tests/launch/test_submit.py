@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from launch.cluster_check import check_cluster
 from launch.errors import ClusterError
 from launch.node_check import look, problems
 from launch.slurm import Node, gpus_in, parse_job
 from launch.slurm_job import Verdict, steps_done, verdict
 from launch.slurm_node import supervisor
-from launch.slurm_script import in_container, node_step, rank_step, render
-from launch.submit import check_cluster, command
+from launch.slurm_script import Array, in_container, node_step, rank_step, render
+from launch.submit import command
+from launch.sweep import combinations
 from trainer.errors import SpecError
 from trainer.spec import JobSpec
 from trainer.spec_file import load_job, save_job
@@ -45,6 +47,39 @@ def test_scripts_are_as_the_golden_files(name: str, overrides: Sequence[str]) ->
     assert rendered == (GOLDEN / f"{name}.sbatch").read_text()
     syntax = subprocess.run(["bash", "-n"], input=rendered, text=True, capture_output=True, check=False, timeout=60)
     assert syntax.stderr == ""
+
+
+def test_the_script_of_a_sweep_leads_each_task_to_its_run() -> None:
+    rendered = render(job("cluster.slurm.copy_code=true"), FOLDER, array=Array(members=6, at_once=2), python="python")
+    assert "#SBATCH --array=0-5%2\n" in rendered
+    assert f"#SBATCH --output='{FOLDER}/%a/logs/slurm-%j.log'\n" in rendered
+    assert f"export PYTHONPATH='{FOLDER}/code'${{PYTHONPATH:+:$PYTHONPATH}}\n" in rendered
+    assert rendered.endswith(f"""launch.slurm_job '{FOLDER}'/"$SLURM_ARRAY_TASK_ID"\n""")
+
+
+def test_a_sweep_is_every_combination_of_its_values() -> None:
+    assert combinations(["seed=[1, 2]", "model.layers=[4]", "stages.0.lr.max=[1e-3, 3e-4]"]) == [
+        {"seed": seed, "model.layers": 4, "stages.0.lr.max": rate} for seed in (1, 2) for rate in (1e-3, 3e-4)
+    ]
+
+
+@pytest.mark.parametrize("text", ["seed", "seed=", "seed=1,2", "seed=[]", "=[1]", "seed=[1", "output=[a, b]"])
+def test_a_sweep_that_says_no_values_is_refused(text: str) -> None:
+    with pytest.raises(SpecError, match="--sweep"):
+        combinations([text])
+
+
+def test_a_sweep_of_layouts_or_into_a_folder_that_exists_is_refused(tmp_path: Path) -> None:
+    layouts = keepwarm("submit", str(TINY), f"output={tmp_path}/runs", "--sweep=parallel.data=[1, 2]", "--dry-run")
+    assert layouts.returncode == 2
+    assert "submit runs of different layouts one by one" in layouts.stderr
+    wrong = keepwarm("submit", str(TINY), f"output={tmp_path}/runs", "--sweep=stages.0.lr.mx=[1, 2]", "--dry-run")
+    assert wrong.returncode == 2
+    assert "stages.0.lr.mx" in wrong.stderr
+    shown = keepwarm("submit", str(TINY), f"output={tmp_path}/runs", "--sweep=seed=[1, 2]", "--dry-run")
+    assert shown.returncode == 0, shown.stderr
+    assert f"# {tmp_path}/runs/1: seed=2\n" in shown.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ranks_are_started_on_the_nodes_that_were_chosen() -> None:
@@ -186,6 +221,9 @@ def test_nodes_must_agree(tmp_path: Path) -> None:
     assert problems(here | {"torch": "1.0"}, here) == [f"torch is 1.0, not {here['torch']}"]
     assert problems(here | {"arithmetic": "0"}, here)[0].startswith("arithmetic is 0")
     assert problems(here | {"writable": False}, here) == ["cannot write to the run folder"]
+    assert problems(here | {"memory_free": 1 << 30}, here, memory=3 << 29) == [
+        "has 1.0 GiB of free memory, the run needs 1.5"
+    ]
 
 
 def keepwarm(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -21,8 +21,8 @@ EIGHT = ("parallel.data=2", "parallel.pipeline=2", "parallel.tensor=2", "cluster
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 
-def submitted(cluster: SlurmCluster, run: Path, *overrides: str) -> str:
-    result = cluster.keepwarm("submit", TINY, *SMALL, *overrides, f"output={run}")
+def submitted(cluster: SlurmCluster, run: Path, *overrides: str, job: str = TINY) -> str:
+    result = cluster.keepwarm("submit", job, *SMALL, *overrides, f"output={run}")
     assert result.returncode == 0, result.stderr + result.stdout
     return result.stdout.strip()
 
@@ -31,9 +31,9 @@ def words(run: Path) -> str:
     return show(sorted((run / "logs").iterdir()))
 
 
-def on_this_machine(cluster: SlurmCluster, run: Path, *overrides: str) -> list[str]:
+def on_this_machine(cluster: SlurmCluster, run: Path, *overrides: str, job: str = TINY) -> list[str]:
     """The same job under `keepwarm train`, on the login node alone."""
-    result = cluster.keepwarm("train", TINY, *SMALL, *overrides, f"output={run}", timeout=600)
+    result = cluster.keepwarm("train", job, *SMALL, *overrides, f"output={run}", timeout=600)
     assert result.returncode == 0, result.stderr
     return losses(run / "metrics.jsonl")
 
@@ -160,11 +160,9 @@ def test_a_spare_takes_the_place_of_a_node_that_crashes(cluster: SlurmCluster, f
 @pytest.mark.long
 def test_a_node_that_crashes_is_survived_from_memory(cluster: SlurmCluster, folder: Path) -> None:
     run = folder / "run"
-    longer = ("stages.0.tokens=23_040", "evaluation.samples=2", "log.tensorboard=false", "snapshot.durable=null")
+    longer = ("stages.0.tokens=23_040", "snapshot.durable=null")
     nodes = 'cluster.slurm.extra=["--nodelist=node[0-3]"]'
-    result = cluster.keepwarm("submit", SLURM, *longer, nodes, f"output={run}")
-    assert result.returncode == 0, result.stderr
-    job = result.stdout.strip()
+    job = submitted(cluster, run, *longer, nodes, job=SLURM)
     await_that(lambda: step_of(run) >= 7, "seven steps", 300)
     holder = next(node for node in ("node1", "node2", "node3") if slot_of(run, node) is not None)
     cluster.crash(holder)
@@ -172,36 +170,29 @@ def test_a_node_that_crashes_is_survived_from_memory(cluster: SlurmCluster, fold
     assert [line["requeues"] for line in happened(run, "slurm start")] == [0]
     assert [line["source"] for line in happened(run, "began")] == ["nothing", "memory"]
     assert len(happened(run, "slurm end")) == 1
-    local = cluster.keepwarm("train", SLURM, *longer, f"output={folder / 'local'}", timeout=600)
-    assert local.returncode == 0, local.stderr
-    assert losses(run / "metrics.jsonl") == losses(folder / "local" / "metrics.jsonl")
+    assert losses(run / "metrics.jsonl") == on_this_machine(cluster, folder / "local", *longer, job=SLURM)
 
 
 @pytest.mark.long
 def test_a_rank_that_hangs_is_named_and_cured(cluster: SlurmCluster, folder: Path) -> None:
     run = folder / "run"
-    longer = ("stages.0.tokens=23_040", "evaluation.samples=2", "log.tensorboard=false", "health.hang_floor=10.0")
-    result = cluster.keepwarm("submit", SLURM, *longer, f"output={run}")
-    assert result.returncode == 0, result.stderr
+    longer = ("stages.0.tokens=23_040", "health.hang_floor=10.0")
+    job = submitted(cluster, run, *longer, job=SLURM)
     await_that(lambda: step_of(run) >= 7, "seven steps", 300)
     node, worker = worker_of(run, 1)
     assert cluster.on(node, "kill", "-STOP", str(worker)).returncode == 0
-    assert cluster.await_end(result.stdout.strip(), 600) == "COMPLETED", words(run)
+    assert cluster.await_end(job, 600) == "COMPLETED", words(run)
     (hang,) = happened(run, "hang")
     assert hang["silent"] == [1]
     assert "rank 1 did not answer" in str(hang["reason"])
     assert [line["source"] for line in happened(run, "began")] == ["nothing", "memory"]
-    local = cluster.keepwarm("train", SLURM, *longer, f"output={folder / 'local'}", timeout=600)
-    assert local.returncode == 0, local.stderr
-    assert losses(run / "metrics.jsonl") == losses(folder / "local" / "metrics.jsonl")
+    assert losses(run / "metrics.jsonl") == on_this_machine(cluster, folder / "local", *longer, job=SLURM)
 
 
 @pytest.mark.long
 def test_a_rank_beside_a_hog_is_named(cluster: SlurmCluster, folder: Path) -> None:
     run = folder / "run"
-    longer = ("stages.0.tokens=307_200", "evaluation.samples=2", "log.tensorboard=false", "health.straggler_every=10")
-    result = cluster.keepwarm("submit", SLURM, *longer, f"output={run}")
-    assert result.returncode == 0, result.stderr
+    job = submitted(cluster, run, "stages.0.tokens=307_200", "health.straggler_every=10", job=SLURM)
     await_that(lambda: step_of(run) >= 3, "three steps", 300)
     # The nodes share this machine's processors: one of them is the slow node's alone, with the hogs on it.
     for rank in range(3):
@@ -220,7 +211,7 @@ def test_a_rank_beside_a_hog_is_named(cluster: SlurmCluster, folder: Path) -> No
     assert named[0]["host"] == node
     assert f"rank 1 on {node} is slow" in words(run)
     assert cluster.keepwarm("cancel", str(run)).returncode == 0
-    cluster.await_end(result.stdout.strip(), 300)
+    cluster.await_end(job, 300)
     cluster.await_idle()
 
 

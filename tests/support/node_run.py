@@ -18,10 +18,11 @@ from typing import Any
 import psutil
 import pytest
 
-from launch import events, node_record
+from launch import node_record
 from launch.node_record import NodeRecord
 from tests.support import warm
 from tests.support.run_contents import steps_of, tensors_of
+from trainer import events
 
 JOB = Path(__file__).parents[2] / "configs" / "ci" / "snapshot.yaml"
 ROOT = JOB.parents[2]

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import events
-from trainer import hang
+from trainer import events, hang
 from trainer.hang import HANG, Report, Waiting
 from trainer.spec import HealthSpec
 from trainer.watchdog import Watchdog

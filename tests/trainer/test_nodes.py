@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import events, node_record
+from launch import node_record
 from tests.support import warm
 from tests.support.node_run import DEADLINE, Run, assert_equal, assert_nothing_left, command, runs
+from trainer import events
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.dist]
 

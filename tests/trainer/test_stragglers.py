@@ -9,24 +9,30 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.test_run import DEADLINE, TINY, TWO_RANKS, events_of, keepwarm, rank_1_of, started, wait_for_step
-from trainer.stragglers import Begun, Trace, computing, stragglers
+from trainer.flight_recorder import Flight
+from trainer.stragglers import Trace, computing, stragglers
 
 MILLISECOND = 1_000_000
+
+
+def flight(group: str, number: int, began: int, message: bool = False) -> Flight:
+    return Flight(group=group, operation="all_reduce", number=number, message=message, began=began, ended=True)
 
 
 def traces(seconds: Sequence[Sequence[int]], stages: Sequence[int] | None = None, groups: int = 1) -> list[Trace]:
     """Of ranks that compute for so many milliseconds before each collective of their group, and then wait for it."""
     now = [0] * len(seconds)
-    begun: list[list[Begun]] = [[] for _ in seconds]
+    flights: list[list[Flight]] = [[] for _ in seconds]
     for number in range(len(seconds[0])):
         arrivals = [now[rank] + own[number] * MILLISECOND for rank, own in enumerate(seconds)]
         for group in range(groups):
             members = range(group, len(seconds), groups)
             for rank in members:
-                begun[rank].append(Begun(str(group), number, arrivals[rank], False))
+                flights[rank].append(flight(str(group), number, arrivals[rank]))
                 now[rank] = max(arrivals[one] for one in members)
     return [
-        Trace(rank, 0 if stages is None else stages[rank], f"node-{rank}", tuple(own)) for rank, own in enumerate(begun)
+        Trace(rank, 0 if stages is None else stages[rank], f"node-{rank}", tuple(own))
+        for rank, own in enumerate(flights)
     ]
 
 
@@ -58,8 +64,8 @@ def test_equal_ranks_and_short_traces_have_no_straggler() -> None:
 
 
 def test_what_follows_a_message_is_not_judged() -> None:
-    begun = (Begun("a", 0, 0, False), Begun("b", 0, 10, True), Begun("a", 1, 5000, False))
-    assert computing([Trace(0, 0, "", begun)]) == pytest.approx({0: 1.0})
+    flights = (flight("a", 0, 0), flight("b", 0, 10, message=True), flight("a", 1, 5000))
+    assert computing([Trace(0, 0, "", flights)]) == pytest.approx({0: 1.0})
 
 
 @pytest.mark.dist

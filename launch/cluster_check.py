@@ -1,0 +1,101 @@
+"""What the cluster says of a job before it is submitted: partitions, nodes, GPUs, whether nodes see the run folder."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from launch import slurm
+from launch.errors import ClusterError
+from launch.node_check import MARK
+from launch.slurm_script import cpus_per_rank, in_container, options
+from trainer.spec import JobSpec
+
+PROBE_WAIT = 5
+"""Seconds that a node is waited for that could say whether it sees the run folder."""
+
+
+def check_offered(job: JobSpec, console: Console, *, dry_run: bool) -> None:
+    """As `check_cluster`; without a cluster a dry run says so and goes on."""
+    try:
+        offered = slurm.nodes()
+    except ClusterError as error:
+        if not dry_run:
+            raise
+        console.print(f"keepwarm: not checked against a cluster: {error}")
+    else:
+        check_cluster(job, offered, frozenset(_excluded(job)))
+
+
+def check_cluster(job: JobSpec, offered: Sequence[slurm.Node], excluded: Collection[str] = ()) -> None:
+    """Raise ClusterError, naming the key, when the cluster cannot give what the job asks for, however long it waits."""
+    asked = job.cluster.slurm
+    known = slurm.partitions(offered)
+    if asked.partition is None and not any(node.default for node in offered):
+        raise ClusterError(f"cluster.slurm.partition: this cluster has no default one: choose of {', '.join(known)}")
+    wanted = asked.partition.split(",") if asked.partition else [node.partition for node in offered if node.default]
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        there = ", ".join(sorted(known))
+        raise ClusterError(f"cluster.slurm.partition = {unknown[0]}: no such partition; there are {there}")
+    nodes = [node for node in offered if node.partition in wanted and node.name not in excluded]
+    needed, where = job.layout.nodes + asked.spares, f"partition {','.join(dict.fromkeys(wanted))}"
+    if len({node.name for node in nodes}) < needed:
+        spares = f" and cluster.slurm.spares = {asked.spares}" if asked.spares else ""
+        raise ClusterError(
+            f"the layout has {job.layout.nodes} nodes{spares}, {needed} together, but {where} has "
+            f"{len({node.name for node in nodes})}; change parallel.*, cluster.ranks_per_node or the partition"
+        )
+    gpus = max(node.gpus for node in nodes)
+    if (asked.gpus_per_node or 0) > gpus:
+        raise ClusterError(
+            f"cluster.slurm.gpus_per_node = {asked.gpus_per_node}: the nodes of {where} have {gpus or 'none'}"
+        )
+    cpus, each = max(node.cpus for node in nodes), job.layout.ranks_per_node * cpus_per_rank(job)
+    if each > cpus:
+        raise ClusterError(
+            f"{job.layout.ranks_per_node} ranks on a node need {each} CPUs, the nodes of {where} have {cpus}; "
+            "change cluster.ranks_per_node, cluster.slurm.cpus_per_rank or numerics.threads_per_rank"
+        )
+
+
+def _excluded(job: JobSpec) -> list[str]:
+    return slurm.host_names(",".join(job.cluster.slurm.exclude))
+
+
+def probe(job: JobSpec, folder: Path, console: Console) -> None:
+    """Ask one free node whether it sees the run folder. With none free, the job asks all of them when it starts."""
+    only = [
+        text for text in options(job, folder) if text.startswith(("--partition", "--account", "--qos", "--exclude"))
+    ]
+    asked = [
+        *("srun", "--nodes=1", "--ntasks=1", "--time=2", f"--immediate={PROBE_WAIT}", "--job-name=keepwarm-probe"),
+        *("--chdir=/", *only, *in_container(job.cluster.slurm, folder, sys.executable)),
+        *("-P", "-m", "launch.node_check", str(folder)),
+    ]
+    try:
+        done = subprocess.run(
+            asked, capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        console.print("keepwarm: no node answered whether it sees the run folder; the job asks again when it starts")
+        return
+    lines = [json.loads(line.partition(MARK)[2]) for line in done.stdout.splitlines() if MARK in line]
+    if lines and lines[0]["spec"] is None:
+        raise ClusterError(
+            f"{folder}: node {lines[0]['node']} does not see the run folder: choose an output on storage that all "
+            "nodes share"
+        )
+    if "execve" in done.stderr and "No such file" in done.stderr:
+        raise ClusterError(
+            f"{sys.executable} is not on the nodes: install keepwarm on storage that all nodes share, or name an image "
+            "in cluster.slurm.container"
+        )
+    if not lines:
+        why = done.stderr.strip().splitlines()[-1:] or ["no answer"]
+        console.print(
+            f"keepwarm: no node was asked whether it sees the run folder ({why[0]}); the job asks when it starts"
+        )
