@@ -182,8 +182,8 @@ def _look_for_stragglers(run: Run) -> None:
     for one in straggler_watch.look(world, stage=stage, factor=run.job.health.straggler_factor):
         run.metrics.event("straggler", step=run.state.step, **msgspec.structs.asdict(one))
         run.console.say(
-            f" WARNING: rank {one.rank} on {one.host} is slow: it computes {one.share:.0%} of the time, "
-            f"{one.ratio:.1f} times the median of its stage"
+            f" WARNING: rank {one.rank} on {one.host} is slow: everything takes {one.ratio:.1f} times as long "
+            f"because of it"
         )
 
 

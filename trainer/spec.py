@@ -125,7 +125,7 @@ class HealthSpec(Section):
     )
     hang_factor: float = Field(10.0, gt=1, description="and times the median step, whichever is longer")
     straggler_every: PositiveInt | None = Field(100, description="steps between looks for slow ranks; null: never")
-    straggler_factor: float = Field(1.5, gt=1, description="name ranks that compute this much longer than the median")
+    straggler_factor: float = Field(1.3, gt=1, description="name ranks because of which steps take so much longer")
 
 
 class ProfileSpec(Section):

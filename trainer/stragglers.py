@@ -1,20 +1,18 @@
 """Which ranks keep the others waiting while training goes on, from when each rank began each collective.
 
-All members of a collective leave it when the last one has come. So what a rank computed between two collectives is the
-time from the last arrival at the first to its own arrival at the second; the rest of its time it waited. Clocks of the
-nodes are taken to agree to within a millisecond or two, as NTP keeps them. Pure, and torch-free.
+All members of a collective leave it together, some time after the last one has come. So what a rank needs longer than
+the fastest member until each begins its next collective is its own doing: `excess`. What communication takes, a slow
+network or a starved thread of it included, is in nobody's excess. Clocks of the nodes are taken to agree to within a
+millisecond or two, as NTP keeps them. Pure, and torch-free.
 """
 
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
 from trainer.flight_recorder import Flight
-
-LEAST = 0.2
-"""Share of its time that a straggler computes, at least: where all wait for something else, nobody is one."""
 
 
 class Trace(msgspec.Struct, frozen=True, array_like=True):
@@ -28,42 +26,43 @@ class Trace(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Straggler(msgspec.Struct, frozen=True, kw_only=True):
-    """A rank that computes for longer than others of its stage."""
+    """A rank that is slower than others of its stage."""
 
     rank: int
     host: str
     share: float
-    """Of its time that it computed, 0 to 1."""
+    """Of the time that training would save if it was as fast as the median of its stage, 0 to 1."""
     ratio: float
-    """To the median of its stage."""
+    """How many times longer everything takes because of it."""
 
 
-def computing(traces: Sequence[Trace]) -> dict[int, float]:
-    """By rank, the share of its time that it did not wait for others; without ranks of fewer than two collectives.
+def excess(traces: Sequence[Trace]) -> dict[int, float]:
+    """By rank, the share of its time by which it was slower than the fastest members of the collectives it left.
 
-    What follows a message between two ranks is left out: when it ended is not known.
+    Without ranks of fewer than two collectives. What follows a message between two ranks is left out: when it ended is
+    not known.
     """
     last: dict[tuple[str, int], int] = {}
+    first: dict[tuple[str, int], int] = {}
     for trace in traces:
         for one in trace.flights:
-            if not one.message:
-                key = (one.group, one.number)
-                last[key] = max(one.began, last.get(key, 0))
+            last[_key(one)] = max(one.began, last.get(_key(one), 0))
+        for one, following in _pairs(trace):
+            first[_key(one)] = min(following.began, first.get(_key(one), following.began))
     found = {}
     for trace in traces:
-        spent = known = 0
-        for one, following in zip(trace.flights, trace.flights[1:], strict=False):
-            if not one.message:
-                spent += max(0, following.began - last[(one.group, one.number)])
-                known += following.began - one.began
+        slower = known = 0
+        for one, following in _pairs(trace):
+            slower += max(0, following.began - max(last[_key(one)], first[_key(one)]))
+            known += following.began - one.began
         if known > 0:
-            found[trace.rank] = min(1.0, spent / known)
+            found[trace.rank] = slower / known
     return found
 
 
 def stragglers(traces: Sequence[Trace], factor: float) -> list[Straggler]:
-    """Ranks that compute for more than `factor` times the median of their stage, by rank."""
-    shares = computing(traces)
+    """Ranks because of which everything takes more than `factor` times as long, by rank."""
+    shares = excess(traces)
     stages: Mapping[int, list[Trace]] = defaultdict(list)
     for trace in traces:
         if trace.rank in shares:
@@ -73,8 +72,18 @@ def stragglers(traces: Sequence[Trace], factor: float) -> list[Straggler]:
         # The lower one of two middles: of two ranks the faster is what the other is compared with.
         median = statistics.median_low([shares[trace.rank] for trace in stage])
         for trace in stage:
-            share = shares[trace.rank]
-            if share >= LEAST and share > factor * median:
-                ratio = share / max(median, 1e-3)
+            share = shares[trace.rank] - median
+            if (ratio := 1 / max(1 - share, 1e-3)) > factor:
                 found.append(Straggler(rank=trace.rank, host=trace.host, share=share, ratio=ratio))
     return sorted(found, key=lambda one: one.rank)
+
+
+def _key(flight: Flight) -> tuple[str, int]:
+    return flight.group, flight.number
+
+
+def _pairs(trace: Trace) -> Iterator[tuple[Flight, Flight]]:
+    """Each collective of a rank, and what it began next."""
+    return (
+        (one, following) for one, following in zip(trace.flights, trace.flights[1:], strict=False) if not one.message
+    )

@@ -192,14 +192,16 @@ def test_a_rank_that_hangs_is_named_and_cured(cluster: SlurmCluster, folder: Pat
 @pytest.mark.long
 def test_a_rank_beside_a_hog_is_named(cluster: SlurmCluster, folder: Path) -> None:
     run = folder / "run"
-    job = submitted(cluster, run, "stages.0.tokens=307_200", "health.straggler_every=10", job=SLURM)
+    large = ("model.hidden_size=256", "data.sequence_length=256", "stages.0.tokens=768_000")
+    job = submitted(cluster, run, *large, "health.straggler_every=10", job=SLURM)
     await_that(lambda: step_of(run) >= 3, "three steps", 300)
     # The nodes share this machine's processors: one of them is the slow node's alone, with the hogs on it.
     for rank in range(3):
         node, worker = worker_of(run, rank)
         assert cluster.on(node, "taskset", "-apc", "0" if rank == 1 else "1", str(worker)).returncode == 0
     node, _ = worker_of(run, 1)
-    hogs = "for i in 1 2 3 4 5 6; do timeout 120 sh -c 'while :; do :; done' & done; wait"
+    # A session each: the kernel shares a processor between sessions, however many processes they have.
+    hogs = "for i in 1 2 3 4 5 6; do setsid timeout 120 sh -c 'while :; do :; done' & done; wait"
     hog = cluster.start_on(node, "taskset", "-c", "0", "sh", "-c", hogs, output=folder / "hogs")
     try:
         await_that(lambda: bool(happened(run, "straggler")), "a straggler to be named", 200)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.trainer.test_run import DEADLINE, TINY, TWO_RANKS, events_of, keepwarm, rank_1_of, started, wait_for_step
 from trainer.flight_recorder import Flight
-from trainer.stragglers import Trace, computing, stragglers
+from trainer.stragglers import Trace, excess, stragglers
 
 MILLISECOND = 1_000_000
 
@@ -19,7 +19,9 @@ def flight(group: str, number: int, began: int, message: bool = False) -> Flight
     return Flight(group=group, operation="all_reduce", number=number, message=message, began=began, ended=True)
 
 
-def traces(seconds: Sequence[Sequence[int]], stages: Sequence[int] | None = None, groups: int = 1) -> list[Trace]:
+def traces(
+    seconds: Sequence[Sequence[int]], stages: Sequence[int] | None = None, groups: int = 1, communication: int = 0
+) -> list[Trace]:
     """Of ranks that compute for so many milliseconds before each collective of their group, and then wait for it."""
     now = [0] * len(seconds)
     flights: list[list[Flight]] = [[] for _ in seconds]
@@ -29,7 +31,7 @@ def traces(seconds: Sequence[Sequence[int]], stages: Sequence[int] | None = None
             members = range(group, len(seconds), groups)
             for rank in members:
                 flights[rank].append(flight(str(group), number, arrivals[rank]))
-                now[rank] = max(arrivals[one] for one in members)
+                now[rank] = max(arrivals[one] for one in members) + communication * MILLISECOND
     return [
         Trace(rank, 0 if stages is None else stages[rank], f"node-{rank}", tuple(own))
         for rank, own in enumerate(flights)
@@ -37,7 +39,12 @@ def traces(seconds: Sequence[Sequence[int]], stages: Sequence[int] | None = None
 
 
 def test_what_is_waited_does_not_count() -> None:
-    assert computing(traces([[10] * 11, [30] * 11])) == pytest.approx({0: 1 / 3, 1: 1.0})
+    assert excess(traces([[10] * 11, [30] * 11])) == pytest.approx({0: 0.0, 1: 2 / 3})
+
+
+def test_what_communication_takes_is_nobodys() -> None:
+    found = excess(traces([[10] * 11, [30] * 11], communication=30))
+    assert found == pytest.approx({0: 0.0, 1: 1 / 3})
 
 
 def test_a_slow_rank_is_named_with_its_host() -> None:
@@ -47,10 +54,9 @@ def test_a_slow_rank_is_named_with_its_host() -> None:
 
 
 def test_groups_of_their_own_wait_for_their_own_members() -> None:
-    found = stragglers(traces([[10] * 9, [10] * 9, [40] * 9, [10] * 9], groups=2), 1.5)
-    # Ranks 1 and 3 never wait: they are as busy as the slow one, which alone is slower than who shares its group.
-    assert computing(traces([[10] * 9, [10] * 9, [40] * 9, [10] * 9], groups=2))[0] == pytest.approx(0.25)
-    assert [one.rank for one in found] == []
+    (found,) = stragglers(traces([[10] * 9, [10] * 9, [40] * 9, [10] * 9], groups=2), 1.5)
+    assert found.rank == 2
+    assert found.ratio == pytest.approx(4)
 
 
 def test_stages_have_work_of_their_own() -> None:
@@ -65,7 +71,7 @@ def test_equal_ranks_and_short_traces_have_no_straggler() -> None:
 
 def test_what_follows_a_message_is_not_judged() -> None:
     flights = (flight("a", 0, 0), flight("b", 0, 10, message=True), flight("a", 1, 5000))
-    assert computing([Trace(0, 0, "", flights)]) == pytest.approx({0: 1.0})
+    assert excess([Trace(0, 0, "", flights)]) == {0: 0.0}
 
 
 @pytest.mark.dist
