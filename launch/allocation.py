@@ -131,8 +131,9 @@ class Allocation:
 
 
 def culprit(line: str) -> str | None:
-    """The node whose task srun says has failed. Pure."""
-    found = re.match(r"srun: error: ([^\s:]+): tasks? [\d,\-\[\]]+: ", line)
+    """The node whose task srun says has failed; None for one that ended because it was asked to. Pure."""
+    asked = r"Terminated|User defined signal|Exited with exit code 130\b"
+    found = re.match(rf"srun: error: ([^\s:]+): tasks? [\d,\-\[\]]+: (?!{asked})", line)
     return None if found is None else found.group(1)
 
 

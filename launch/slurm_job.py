@@ -31,11 +31,12 @@ Verdict = Literal["done", "again", "requeue", "give up"]
 _POLITE = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
-def verdict(code: int, *, ending: bool, failures: int, limit: int) -> tuple[Verdict, str]:
+def verdict(code: int, *, crashed: bool, ending: bool, failures: int, limit: int) -> tuple[Verdict, str]:
     """What follows when the ranks ended with `code`, and why. Pure.
 
     Args:
-        code: of srun; 128 + n when a signal ended it.
+        code: of srun, the largest of its tasks; 128 + n when a signal ended it.
+        crashed: a task ended by itself first; what srun did to the others then says nothing.
         ending: SLURM ends the job by itself, by scancel, preemption or requeue: what comes next is its decision.
         failures: starts in a row, this one included, that failed without a step in between.
         limit: of `failures`.
@@ -44,7 +45,7 @@ def verdict(code: int, *, ending: bool, failures: int, limit: int) -> tuple[Verd
         return "done", "finished"
     if ending:
         return "give up", "SLURM ends the job"
-    if code == INTERRUPTED or code in [128 + number for number in _POLITE]:
+    if not crashed and (code == INTERRUPTED or code in [128 + number for number in _POLITE]):
         return "requeue", "the state is saved, the time limit is near or somebody asked for it"
     if code in (2, 3):
         return "give up", "bad input" if code == 2 else "training stopped itself"
@@ -87,7 +88,13 @@ def run_job(folder: Path) -> int:
             code = 0  # of a node that was lost on the way
         attempts += 1
         failures = 1 if steps_done(folder) > begun else failures + 1
-        what, why = verdict(code, ending=here.ending, failures=failures, limit=job.cluster.max_restarts)
+        what, why = verdict(
+            code,
+            crashed=guilty is not None,
+            ending=here.ending,
+            failures=failures,
+            limit=job.cluster.max_restarts,
+        )
         here.note("slurm end", code=code, verdict=what, why=why)
         here.say(f"the ranks ended with exit code {code}: {what}: {why}")
         if what == "requeue":

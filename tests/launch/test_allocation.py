@@ -15,6 +15,8 @@ from launch.allocation import culprit, left_out
         ("srun: error: node1: task 3: Killed\n", "node1"),
         ("srun: error: gpu-07: tasks 8-15: Exited with exit code 1\n", "gpu-07"),
         ("srun: error: n2: tasks 1,[4-6]: Aborted\n", "n2"),
+        ("srun: error: n2: task 1: Exited with exit code 130\n", None),
+        ("srun: error: n2: task 1: Terminated\n", None),
         ("srun: error: Node failure on node1\n", None),
         ("srun: Job step aborted: Waiting up to 22 seconds for job step to finish.\n", None),
         ("iteration 3: srun: error: node1: task 3: Killed\n", None),

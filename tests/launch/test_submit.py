@@ -188,21 +188,22 @@ def test_a_job_as_the_controller_prints_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "ending", "failures", "what"),
+    ("code", "crashed", "ending", "failures", "what"),
     [
-        (0, False, 1, "done"),
-        (130, False, 1, "requeue"),
-        (128 + 10, False, 1, "requeue"),
-        (130, True, 1, "give up"),
-        (2, False, 1, "give up"),
-        (3, False, 1, "give up"),
-        (4, False, 1, "again"),
-        (137, False, 3, "again"),
-        (137, False, 4, "give up"),
+        (0, False, False, 1, "done"),
+        (130, False, False, 1, "requeue"),
+        (128 + 10, False, False, 1, "requeue"),
+        (128 + 15, True, False, 1, "again"),
+        (130, False, True, 1, "give up"),
+        (2, True, False, 1, "give up"),
+        (3, True, False, 1, "give up"),
+        (4, True, False, 1, "again"),
+        (137, True, False, 3, "again"),
+        (137, True, False, 4, "give up"),
     ],
 )
-def test_what_follows_when_the_ranks_end(code: int, ending: bool, failures: int, what: Verdict) -> None:
-    assert verdict(code, ending=ending, failures=failures, limit=3)[0] == what
+def test_what_follows_when_the_ranks_end(code: int, crashed: bool, ending: bool, failures: int, what: Verdict) -> None:
+    assert verdict(code, crashed=crashed, ending=ending, failures=failures, limit=3)[0] == what
 
 
 def test_the_last_step_in_the_metrics(tmp_path: Path) -> None:

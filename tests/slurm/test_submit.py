@@ -8,6 +8,7 @@ import pytest
 
 from launch import node_record
 from tests.support.slurm_cluster import SlurmCluster, await_that, losses, show
+from trainer import events
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "ci" / "tiny.yaml")
@@ -39,8 +40,7 @@ def on_this_machine(cluster: SlurmCluster, run: Path, *overrides: str, job: str 
 
 
 def happened(run: Path, event: str) -> list[dict[str, object]]:
-    lines = map(json.loads, (run / "events.jsonl").read_text().splitlines())
-    return [line for line in lines if line["event"] == event]
+    return [line for line in events.read(run) if line["event"] == event]
 
 
 def step_of(run: Path) -> int:
@@ -72,6 +72,7 @@ def test_ranks_on_several_nodes_train_as_on_one_machine(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("launcher", ["rank", "node"])
 @pytest.mark.parametrize(
     "command",
     [
@@ -82,10 +83,11 @@ def test_ranks_on_several_nodes_train_as_on_one_machine(
     ids=["signal", "requeue", "preemption"],
 )
 def test_a_run_that_is_interrupted_continues_exactly(
-    cluster: SlurmCluster, folder: Path, command: tuple[str, ...]
+    cluster: SlurmCluster, folder: Path, command: tuple[str, ...], launcher: str
 ) -> None:
     run = folder / "run"
-    longer = ("parallel.data=4", "cluster.ranks_per_node=1", "stages.0.tokens=30_720", "checkpoint.every=2")
+    four = ("parallel.data=4", "cluster.ranks_per_node=1", f"cluster.slurm.launcher={launcher}")
+    longer = (*four, "stages.0.tokens=30_720", "checkpoint.every=2")
     job = submitted(cluster, run, *longer)
     await_that(lambda: step_of(run) >= 3, "three steps", 300)
     cluster.login(*(job if word == "JOB" else word for word in command))
@@ -215,6 +217,69 @@ def test_a_rank_beside_a_hog_is_named(cluster: SlurmCluster, folder: Path) -> No
     assert cluster.keepwarm("cancel", str(run)).returncode == 0
     cluster.await_end(job, 300)
     cluster.await_idle()
+
+
+@pytest.mark.long
+def test_a_node_whose_ranks_fail_again_and_again_is_left_out(cluster: SlurmCluster, folder: Path) -> None:
+    run = folder / "run"
+    two = ("parallel.data=2", "cluster.ranks_per_node=1", "stages.0.tokens=30_720", "checkpoint.every=2", RANKS)
+    spare = ("cluster.slurm.spares=1", "cluster.max_node_failures=2", 'cluster.slurm.extra=["--nodelist=node[0-2]"]')
+    job = submitted(cluster, run, *two, *spare)
+    for start in (1, 2):
+        await_that(lambda: len(happened(run, "began")) == start, f"start {start}", 300)  # noqa: B023
+        reached = step_of(run) + 3
+        await_that(lambda: step_of(run) >= reached, "three more steps", 300)  # noqa: B023
+        assert cluster.on("node1", "pkill", "-KILL", "-f", "m trainer").returncode == 0
+    assert cluster.await_end(job, 600) == "COMPLETED", words(run)
+    (left_out,) = happened(run, "node left out")
+    assert (left_out["host"], left_out["why"]) == ("node1", "ended 2 starts")
+    assert "starting 2 ranks on node0, node2" in words(run)
+    assert losses(run / "metrics.jsonl") == on_this_machine(cluster, folder / "local", *two)
+
+
+@pytest.mark.long
+def test_a_sweep_is_an_array_of_runs(cluster: SlurmCluster, folder: Path) -> None:
+    root = folder / "sweep"
+    asked = ("--sweep", "stages.0.lr.max=[1e-3, 3e-3]", "--sweep", "seed=[1, 2]", "--at-once", "2")
+    hold = ("cluster.slurm.copy_code=true", "cluster.slurm.extra=['--hold']")
+    result = cluster.keepwarm("submit", TINY, *SMALL, *TWO, *hold, *asked, f"output={root}")
+    assert result.returncode == 0, result.stderr
+    job = result.stdout.strip()
+    # What runs is the copy, whatever becomes of the code that it was taken from.
+    marker = root / "code" / "launch" / "slurm_job.py"
+    marker.write_text('print("this is the copy")\n' + marker.read_text())
+    cluster.login("scontrol", "release", job)
+    for number in range(4):
+        assert cluster.await_end(f"{job}_{number}", 600) == "COMPLETED", words(root / str(number))
+        assert "this is the copy" in words(root / str(number))
+    shown = json.loads(cluster.keepwarm("runs", str(root), "--json").stdout)
+    assert [(one["name"], one["job"]["id"]) for one in shown] == [(f"tiny-{i}", f"{job}_{i}") for i in range(4)]
+    assert json.loads((root / "sweep.json").read_text())["3"] == {"stages.0.lr.max": 3e-3, "seed": 2}
+    last = on_this_machine(cluster, folder / "local", *TWO, "stages.0.lr.max=3e-3", "seed=2")
+    assert losses(root / "3" / "metrics.jsonl") == last
+    assert len({tuple(losses(root / str(number) / "metrics.jsonl")) for number in range(4)}) == 4
+
+
+@pytest.mark.long
+def test_fifty_submissions_leave_nothing_behind(cluster: SlurmCluster, folder: Path) -> None:
+    small = ("stages.0.tokens=768", "snapshot={every: 1}", "cluster.slurm.launcher=node", "cluster.ranks_per_node=1")
+    before = {name: cluster.on(name, "sh", "-c", LEFT).stdout for name in NODES}
+    jobs = []
+    for number in range(50):
+        jobs.append(submitted(cluster, folder / f"run{number}", *small))
+        # The queue never holds more than a few: what they write is looked at when all have ended.
+        await_that(lambda: len(cluster.login("squeue", "--noheader").stdout.splitlines()) < 4, "room in the queue", 300)
+    for number, job in enumerate(jobs):
+        assert cluster.await_end(job, 300) == "COMPLETED", words(folder / f"run{number}")
+    cluster.await_idle()
+    assert {name: cluster.on(name, "sh", "-c", LEFT).stdout for name in NODES} == before
+    kept = {tuple(sorted(path.name for path in (folder / f"run{number}").iterdir())) for number in range(50)}
+    assert len(kept) == 1, kept
+
+
+NODES = ("node0", "node1", "node2", "node3")
+LEFT = "ls -A /tmp | grep -v ^keepwarm-; find /dev/shm /tmp/keepwarm-* -mindepth 1; grep keepwarm /proc/net/unix; true"
+"""What a run may leave on a node: memory, sockets, folders."""
 
 
 def worker_of(run: Path, rank: int) -> tuple[str, int]:
