@@ -8,6 +8,7 @@ from pathlib import Path
 from launch.doctor import APEX_INSTALL, APEX_KERNELS
 from launch.errors import PreflightError
 from launch.plan import Plan
+from launch.plan_text import size
 from parallel.engine_support import require
 from parallel.errors import EngineUnavailable
 from trainer.data.spec import DataSpec
@@ -51,10 +52,10 @@ def check_disk(job: JobSpec) -> None:
     folder = Path(job.output).absolute()
     while not folder.is_dir():
         folder = folder.parent
-    needed, free = Plan(job).checkpoint_bytes, shutil.disk_usage(folder).free
-    if needed > free:
+    needed, disk = Plan(job).checkpoint_bytes, shutil.disk_usage(folder)
+    if needed > disk.free and disk.total:  # what has no size is no disk
         raise PreflightError(
-            f"a checkpoint of this job takes {needed / 2**30:.1f} GiB, and {folder} has {free / 2**30:.1f} GiB free: "
+            f"a checkpoint of this job takes {size(needed)}, and {folder} has {size(disk.free)} free: "
             "make room, or choose another place with output=PATH"
         )
 

@@ -31,8 +31,8 @@ class ContainerSpec(Section):
 class SlurmSpec(Section):
     """How `keepwarm submit` asks SLURM for nodes: cluster.ranks_per_node gives their number, and `spares` more."""
 
-    launcher: Literal["rank", "node"] = Field(
-        "rank", description="one task per rank, or one per node: a supervisor that survives the loss of other nodes"
+    launcher: Literal["node", "rank"] = Field(
+        "node", description="one task per node: a supervisor that survives the loss of others; or one task per rank"
     )
     partition: Word | None = Field(None, description="default: the cluster's own")
     account: Word | None = None

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from launch.errors import PreflightError
-from launch.preflight import check_installation
+from launch.preflight import check_disk, check_installation
+from trainer.spec_file import load_job
 
 
 def test_this_installation_is_clean() -> None:
@@ -24,3 +25,9 @@ def test_a_second_owner_of_a_package_is_named(tmp_path: Path, monkeypatch: pytes
     assert "trainer" in metadata.packages_distributions()["trainer"]
     with pytest.raises(PreflightError, match=r"'trainer' also belongs to trainer.*pip uninstall trainer"):
         check_installation()
+
+
+def test_a_job_of_which_no_checkpoint_fits_is_refused(tmp_path: Path) -> None:
+    check_disk(load_job(Path("ci/tiny"), [f"output={tmp_path}/not/yet/there"]))
+    with pytest.raises(PreflightError, match=rf"takes \d.* and {tmp_path} has .* free"):
+        check_disk(load_job(Path("mt-nlg-530b"), [f"output={tmp_path}/runs/large"]))
