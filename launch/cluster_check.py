@@ -27,7 +27,21 @@ def check_offered(job: JobSpec, console: Console, *, dry_run: bool) -> None:
             raise
         console.print(f"keepwarm: not checked against a cluster: {error}")
     else:
-        check_cluster(job, offered, frozenset(_excluded(job)))
+        check_cluster(job, offered, excluded := frozenset(_excluded(job)))
+        if (why := waits_for(job, [node for node in offered if node.name not in excluded])) is not None:
+            console.print(f"keepwarm: the job will wait: {why}")
+
+
+def waits_for(job: JobSpec, offered: Sequence[slurm.Node]) -> str | None:
+    """Why a job that the cluster can run would not start now even if nobody else had one; None when it would. Pure."""
+    wanted = (job.cluster.slurm.partition or "").split(",")
+    there = {node.name: node for node in offered if node.partition in wanted or (wanted == [""] and node.default)}
+    needed = job.layout.nodes + job.cluster.slurm.spares
+    away = [node for node in there.values() if not node.usable]
+    if len(there) - len(away) >= needed:
+        return None
+    states = ", ".join(f"{node.name} is {node.state}" for node in away)
+    return f"it needs {needed} nodes, of {len(there)} only {len(there) - len(away)} are fit: {states}"
 
 
 def check_cluster(job: JobSpec, offered: Sequence[slurm.Node], excluded: Collection[str] = ()) -> None:

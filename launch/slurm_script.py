@@ -13,6 +13,8 @@ from trainer.spec import JobSpec
 SCRIPT = "job.sbatch"
 """Name of the rendered script in the run folder."""
 LOG = "slurm-%j.log"
+PATIENCE = 10.0
+"""Seconds that a slot may stay vacant inside an allocation."""
 
 
 CODE = "code"
@@ -126,7 +128,8 @@ def node_step(job: JobSpec, folder: Path, nodes: list[str], *, resume: bool, pyt
         "--open-mode=append",
         f"--output={logs}/node_%N.log",
         *in_container(job.cluster.slurm, folder, python),
-        *("-P", "-m", "launch.slurm_node", str(folder)),
+        # A node that comes back later cannot join the step: without a spare the job is requeued.
+        *("-P", "-m", "launch.slurm_node", str(folder), f"--patience={PATIENCE:g}"),
         *(["--resume"] if resume else []),
     ]
 

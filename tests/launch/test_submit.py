@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from launch.cluster_check import check_cluster
+from launch.cluster_check import check_cluster, waits_for
 from launch.errors import ClusterError
 from launch.node_check import look, problems
 from launch.slurm import Node, gpus_in, parse_job
@@ -94,7 +95,7 @@ def test_supervisors_are_started_on_every_node() -> None:
         job(*PLAIN, "cluster.slurm.cpus_per_rank=3"), FOLDER, ["n1", "n2", "n4"], resume=False, python="py"
     )
     assert {"--nodes=3", "--ntasks=3", "--cpus-per-task=6", "--nodelist=n1,n2,n4", "--no-kill"} <= set(step)
-    assert step[-5:] == ["py", "-P", "-m", "launch.slurm_node", str(FOLDER)]
+    assert step[-6:] == ["py", "-P", "-m", "launch.slurm_node", str(FOLDER), "--patience=10"]
 
 
 def test_a_supervisor_is_told_its_name_and_address() -> None:
@@ -163,6 +164,15 @@ def test_what_the_cluster_cannot_give_is_refused(overrides: list[str], words: li
     with pytest.raises(ClusterError) as caught:
         check_cluster(job(*overrides), CLUSTER)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_nodes_that_are_away_are_waited_for() -> None:
+    four = job("parallel.data=4", "cluster.ranks_per_node=1")
+    assert waits_for(four, CLUSTER) is None
+    away = [replace(one, state="drained") if one.name == "n2" else one for one in CLUSTER]
+    assert waits_for(four, away) == "it needs 4 nodes, of 4 only 3 are fit: n2 is drained"
+    assert waits_for(job("parallel.data=2", "cluster.ranks_per_node=1"), away) is None
+    assert waits_for(job("cluster.slurm.partition=gpu", "cluster.slurm.spares=1"), CLUSTER) is None
 
 
 def test_excluded_nodes_do_not_count() -> None:

@@ -9,6 +9,7 @@ import pytest
 from launch import node_record
 from tests.support.slurm_cluster import SlurmCluster, await_that, losses, show
 from trainer import events
+from trainer.spec_file import load_job, save_job
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "ci" / "tiny.yaml")
@@ -173,6 +174,62 @@ def test_a_node_that_crashes_is_survived_from_memory(cluster: SlurmCluster, fold
     assert [line["source"] for line in happened(run, "began")] == ["nothing", "memory"]
     assert len(happened(run, "slurm end")) == 1
     assert losses(run / "metrics.jsonl") == on_this_machine(cluster, folder / "local", *longer, job=SLURM)
+
+
+@pytest.mark.long
+def test_without_a_spare_a_node_that_crashes_costs_a_requeue(cluster: SlurmCluster, folder: Path) -> None:
+    run = folder / "run"
+    longer = ("stages.0.tokens=23_040", "cluster.slurm.spares=0")
+    job = submitted(cluster, run, *longer, job=SLURM)
+    await_that(lambda: step_of(run) >= 13, "two durable snapshots", 300)
+    cluster.crash("node1")
+    await_that(lambda: len(happened(run, "slurm start")) == 2, "the second start", 300)
+    assert cluster.await_end(job, 600) == "COMPLETED", words(run)
+    assert [line["nodes"] for line in happened(run, "slurm start")] == [
+        ["node0", "node1", "node2"],
+        ["node0", "node2", "node3"],
+    ]
+    assert [line["source"] for line in happened(run, "began")] == ["nothing", "disk"]
+    assert losses(run / "metrics.jsonl") == on_this_machine(cluster, folder / "local", *longer, job=SLURM)
+
+
+@pytest.mark.long
+def test_a_run_that_is_longer_than_its_limit_continues_exactly(cluster: SlurmCluster, folder: Path) -> None:
+    run = folder / "run"
+    longer = (*TWO, "stages.0.tokens=614_400", "cluster.slurm.time=1", "cluster.slurm.notice=20")
+    job = submitted(cluster, run, *longer)
+    assert cluster.await_end(job, 800) == "COMPLETED", words(run)
+    saved, again = happened(run, "interrupted"), happened(run, "began")[1:]
+    assert saved
+    assert [line["step"] for line in again] == [line["step"] for line in saved]
+    assert losses(run / "metrics.jsonl") == on_this_machine(cluster, folder / "local", *longer)
+
+
+@pytest.mark.long
+def test_a_drained_node_is_not_waited_for(cluster: SlurmCluster, folder: Path) -> None:
+    run = folder / "run"
+    cluster.login("scontrol", "update", "NodeName=node1", "State=DRAIN", "Reason=test")
+    try:
+        job = submitted(cluster, run, *TWO)
+        assert cluster.await_end(job, 300) == "COMPLETED", words(run)
+        assert happened(run, "slurm start")[0]["nodes"] == ["node0", "node2"]
+        four = cluster.keepwarm("submit", TINY, *SMALL, *FOUR, f"output={folder / 'all'}")
+        assert four.returncode == 0, four.stderr
+        assert "node1 is drained" in four.stderr
+    finally:
+        cluster.login("scontrol", "update", "NodeName=node1", "State=RESUME")
+    assert cluster.await_end(four.stdout.strip(), 300) == "COMPLETED", words(folder / "all")
+
+
+@pytest.mark.long
+def test_srun_by_hand_trains_as_keepwarm_does(cluster: SlurmCluster, folder: Path) -> None:
+    run = folder / "run"
+    run.mkdir()
+    save_job(load_job(Path(TINY), [*SMALL, *TWO, f"output={run}"]), run / "run.json")
+    ranks = (sys.executable, "-P", "-m", "trainer", str(run / "run.json"))
+    done = cluster.login("srun", "--mpi=pmi2", "--nodes=2", "--ntasks-per-node=1", *ranks, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert losses(run / "metrics.jsonl") == on_this_machine(cluster, folder / "local", *TWO)
 
 
 @pytest.mark.long
