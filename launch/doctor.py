@@ -9,12 +9,49 @@ from pathlib import Path
 
 from parallel.engine_support import ENGINES
 
-APEX_KERNELS = "amp_C"
-"""Extension module that Apex's fused optimizers are compiled into."""
-
-APEX_INSTALL = (
+_APEX = (
     "build NVIDIA's Apex from source with its CUDA extensions, https://github.com/NVIDIA/apex "
     "(the package `apex` on PyPI is another project)"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kernel:
+    """What a job can have computed by a package that is not required."""
+
+    name: str
+    module: str
+    """That is there when it is installed; for Apex the extension that the kernels are compiled into."""
+    install: str
+    key: str
+    value: str | bool
+    """Of `key`, which asks for it."""
+
+    @property
+    def missing(self) -> bool:
+        return importlib.util.find_spec(self.module) is None
+
+    @property
+    def asked(self) -> str:
+        return f"{self.key} = {'true' if self.value is True else self.value}"
+
+
+KERNELS = (
+    Kernel(name="Apex FusedAdam", module="amp_C", install=_APEX, key="optimizer.implementation", value="apex"),
+    Kernel(
+        name="Apex FusedRMSNorm, FusedLayerNorm",
+        module="fused_layer_norm_cuda",
+        install=_APEX,
+        key="numerics.norms",
+        value="apex",
+    ),
+    Kernel(
+        name="Transformer Engine",
+        module="transformer_engine",
+        install="pip install --no-build-isolation 'transformer_engine[pytorch]'",
+        key="parallel.transformer_engine",
+        value=True,
+    ),
 )
 
 
@@ -59,12 +96,9 @@ def findings() -> Iterator[Finding]:
             usable=not problems,
             detail="; ".join(problems) or versions or f"torch {_version('torch')}",
         )
-    yield _kernel("Apex FusedAdam", APEX_KERNELS, APEX_INSTALL, "optimizer.implementation = apex")
-
-
-def _kernel(name: str, module: str, install: str, used_by: str) -> Finding:
-    there = importlib.util.find_spec(module) is not None
-    return Finding(kind="kernel", name=name, usable=there, detail=used_by if there else f"not installed: {install}")
+    for kernel in KERNELS:
+        detail = f"not installed: {kernel.install}" if kernel.missing else kernel.asked
+        yield Finding(kind="kernel", name=kernel.name, usable=not kernel.missing, detail=detail)
 
 
 def _version(distribution: str) -> str:

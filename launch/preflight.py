@@ -1,11 +1,11 @@
 """What must be right on this machine before a rank is started; each check raises with one readable sentence."""
 
 import importlib.metadata
-import importlib.util
+import operator
 import shutil
 from pathlib import Path
 
-from launch.doctor import APEX_INSTALL, APEX_KERNELS
+from launch.doctor import KERNELS
 from launch.errors import PreflightError
 from launch.plan import Plan
 from launch.plan_text import size
@@ -66,10 +66,9 @@ def check_engine(job: JobSpec) -> None:
         require(job.parallel.engine)
     except EngineUnavailable as error:
         raise PreflightError(str(error)) from error
-    if job.optimizer.implementation == "apex" and importlib.util.find_spec(APEX_KERNELS) is None:
-        raise PreflightError(
-            f"optimizer.implementation = apex: its kernels are not installed: {APEX_INSTALL}; or set torch"
-        )
+    for kernel in KERNELS:
+        if operator.attrgetter(kernel.key)(job) == kernel.value and kernel.missing:
+            raise PreflightError(f"{kernel.asked}: {kernel.name} is not installed: {kernel.install}; or leave it out")
 
 
 def check_data_exists(spec: DataSpec) -> None:

@@ -130,15 +130,19 @@ def _requeue(here: Allocation, why: str) -> int:
     identity = os.environ["SLURM_JOB_ID"]
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
-        if here.bad:
-            excluded = ",".join([*here.job.cluster.slurm.exclude, *here.bad])
-            slurm.ask("scontrol", "update", f"JobId={identity}", f"ExcNodeList={excluded}")
+        slurm.ask("scontrol", "requeue", identity)
         here.note("requeue", why=why, left_out=sorted(here.bad))
         here.say(f"requeued: {why}")
-        slurm.ask("scontrol", "requeue", identity)
     except ClusterError as error:
         here.say(f"not requeued: {error}; keepwarm submit {here.folder} --resume goes on from the saved state")
         return INTERRUPTED
+    if here.bad:
+        excluded = ",".join([*here.job.cluster.slurm.exclude, *here.bad])
+        try:
+            # Only now: a running job that has lost a node cannot be changed where nothing keeps accounts.
+            slurm.ask("scontrol", "update", f"JobId={identity}", f"ExcNodeList={excluded}")
+        except ClusterError as error:
+            here.say(f"the next start may get {excluded} again: {error}")
     # SLURM ends this process now; until it says so the job must not end by itself.
     signal.sigtimedwait([signal.SIGTERM], REQUEUE_GRACE)
     return INTERRUPTED

@@ -70,6 +70,9 @@ def refusals(job: Job) -> list[str]:
 
 def _torch(job: Job) -> Iterator[str]:
     yield from _zero_elsewhere(job.parallel)
+    yield from _transformer_engine_elsewhere(job.parallel)
+    if job.numerics.norms == "apex" and job.parallel.sequence:
+        yield "numerics.norms = apex: with parallel.sequence its norms are split by DTensor; set torch"
 
 
 def _megatron(job: Job) -> Iterator[str]:
@@ -87,6 +90,8 @@ def _megatron(job: Job) -> Iterator[str]:
         )
     if job.optimizer.name == "sgd" and parallel.data_mode != "replicate":
         yield "optimizer.name = sgd: the distributed optimizer knows AdamW alone; set parallel.data_mode = replicate"
+    if parallel.transformer_engine and job.numerics.norms == "apex":
+        yield "numerics.norms = apex: parallel.transformer_engine brings its own norms; set one of them"
     if job.numerics.precision == "fp64":
         yield "numerics.precision: fp32 or bf16; its optimizers refuse fp64"
     if job.numerics.compile:
@@ -95,6 +100,7 @@ def _megatron(job: Job) -> Iterator[str]:
 
 def _deepspeed(job: Job) -> Iterator[str]:
     parallel = job.parallel
+    yield from _transformer_engine_elsewhere(parallel)
     if parallel.sequence:
         yield "parallel.sequence: activations stay whole between the matrices; set false"
     if parallel.pipeline > 1 and (parallel.schedule != "1f1b" or parallel.stages != parallel.pipeline):
@@ -116,6 +122,11 @@ def _deepspeed(job: Job) -> Iterator[str]:
 def _zero_elsewhere(parallel: ParallelSpec) -> Iterator[str]:
     if parallel.zero_stage != 1 or parallel.offload_optimizer:
         yield "parallel.zero_stage, parallel.offload_optimizer: for parallel.engine = deepspeed alone"
+
+
+def _transformer_engine_elsewhere(parallel: ParallelSpec) -> Iterator[str]:
+    if parallel.transformer_engine:
+        yield "parallel.transformer_engine: for parallel.engine = megatron alone"
 
 
 def _families_of_gpt_model(model: Architecture) -> Iterator[str]:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from parallel import apex
 from parallel.megatron_import import SelfAttention
 
 
@@ -63,12 +64,27 @@ class RMSNorm(nn.RMSNorm):
         _mark(self, config)
 
 
+class ApexRMSNorm(RMSNorm):
+    """The same through Apex's fused kernel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.eps is not None
+        return apex.rms_norm()(x, self.normalized_shape, self.weight, self.eps)
+
+
 class LayerNorm(nn.LayerNorm):
     """As `RMSNorm`."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float, **options: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         _mark(self, config)
+
+
+class ApexLayerNorm(LayerNorm):
+    """As `ApexRMSNorm`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return apex.layer_norm()(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 def _mark(norm: nn.Module, config: Any) -> None:

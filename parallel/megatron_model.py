@@ -1,6 +1,7 @@
 """Megatron Core's `GPTModel` for our models: its configuration, its layers and the stages of one rank."""
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,14 @@ from parallel.megatron_import import (
     TransformerLayerSubmodules,
     get_bias_dropout_add,
 )
-from parallel.megatron_layers import LayerNorm, QueryKeyValueAttention, RMSNorm, ScaledDotProductAttention
+from parallel.megatron_layers import (
+    ApexLayerNorm,
+    ApexRMSNorm,
+    LayerNorm,
+    QueryKeyValueAttention,
+    RMSNorm,
+    ScaledDotProductAttention,
+)
 from parallel.model import ModelParts
 from parallel.recompute import recomputed
 from parallel.spec import NumericsSpec, ParallelSpec
@@ -97,10 +105,12 @@ def _build(
     layers: int,
 ) -> Any:
     spec = model.spec
-    norm = RMSNorm if spec.norm == "rms" else LayerNorm
+    using = building_blocks(spec, parallel, numerics)
     gpt = GPTModel(
         config=config,
-        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[_layer(spec)] * layers, layer_norm=norm),
+        transformer_layer_spec=TransformerBlockSubmodules(
+            layer_specs=[_layer(spec, using)] * layers, layer_norm=using.norm
+        ),
         vocab_size=spec.vocabulary_size,
         max_sequence_length=spec.max_sequence_length,
         pre_process=stage == 0,
@@ -120,8 +130,36 @@ def _build(
     return gpt
 
 
-def _layer(spec: Architecture) -> Any:
-    norm = RMSNorm if spec.norm == "rms" else LayerNorm
+@dataclass(frozen=True, kw_only=True)
+class BuildingBlocks:
+    """The classes that layers are put together from."""
+
+    norm: Any
+    column: Any
+    row: Any
+
+
+def building_blocks(spec: Architecture, parallel: ParallelSpec, numerics: NumericsSpec) -> BuildingBlocks:
+    """Megatron Core's own linear layers with PyTorch's or Apex's norms, or Transformer Engine's of both.
+
+    Transformer Engine's attention is not among them: PyTorch's kernels take the masks of documents as they are.
+
+    Raises:
+        EngineUnavailable: what is asked for is not installed.
+    """
+    if parallel.transformer_engine:
+        from parallel.megatron_transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
+
+        return BuildingBlocks(norm=TENorm, column=TEColumnParallelLinear, row=TERowParallelLinear)
+    own = {"rms": RMSNorm, "layer": LayerNorm} if numerics.norms == "torch" else _OF_APEX
+    return BuildingBlocks(norm=own[spec.norm], column=ColumnParallelLinear, row=RowParallelLinear)
+
+
+_OF_APEX = {"rms": ApexRMSNorm, "layer": ApexLayerNorm}
+
+
+def _layer(spec: Architecture, using: BuildingBlocks) -> Any:
+    norm = using.norm
     head_norm = norm if spec.qk_norm == "head" else None
     return ModuleSpec(
         module=TransformerLayer,
@@ -131,9 +169,9 @@ def _layer(spec: Architecture) -> Any:
                 module=QueryKeyValueAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=using.column,
                     core_attention=ScaledDotProductAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=using.row,
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
                 ),
@@ -143,7 +181,7 @@ def _layer(spec: Architecture) -> Any:
             mlp=ModuleSpec(
                 module=MLP,
                 params={"ffn_hidden_size": spec.ffn_size},
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+                submodules=MLPSubmodules(linear_fc1=using.column, linear_fc2=using.row),
             ),
             mlp_bda=get_bias_dropout_add,
         ),

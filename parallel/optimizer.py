@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from parallel.errors import EngineUnavailable
+from parallel import apex
 from parallel.model import ModelParts
 from parallel.parameter import Held
 from parallel.shard import Shard
@@ -118,18 +118,8 @@ def make_optimizer(spec: OptimizerSpec, groups: list[dict[str, Any]], device: to
     if spec.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=spec.momentum, foreach=True)
     if spec.implementation == "apex":
-        fused: torch.optim.Optimizer = _apex()(groups, lr=0.0, betas=spec.betas, eps=spec.eps, adam_w_mode=True)
+        fused: torch.optim.Optimizer = apex.fused_adam()(
+            groups, lr=0.0, betas=spec.betas, eps=spec.eps, adam_w_mode=True
+        )
         return fused
     return torch.optim.AdamW(groups, lr=0.0, betas=spec.betas, eps=spec.eps, fused=device.type in ("cpu", "cuda"))
-
-
-def _apex() -> Any:
-    try:
-        from apex.optimizers import FusedAdam
-    except ImportError as error:
-        raise EngineUnavailable(
-            "optimizer.implementation = apex needs NVIDIA's Apex, which is built from source "
-            "(https://github.com/NVIDIA/apex; the package `apex` on PyPI is another project); "
-            "or set optimizer.implementation = torch"
-        ) from error
-    return FusedAdam

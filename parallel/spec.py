@@ -37,6 +37,7 @@ class ParallelSpec(Section):
         1, description="deepspeed: what is sharded over data: optimizer state, gradients too, weights too"
     )
     offload_optimizer: bool = Field(False, description="deepspeed: keep and update the optimizer state in host memory")
+    transformer_engine: bool = Field(False, description="megatron: Transformer Engine's linear layers and norms")
 
     @property
     def stages(self) -> int:
@@ -67,6 +68,7 @@ class NumericsSpec(Section):
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="activations computed again in backward: nothing, attention only, whole layers"
     )
+    norms: Literal["torch", "apex"] = Field("torch", description="apex: FusedRMSNorm, FusedLayerNorm, on a GPU")
     compile: bool = Field(False, description="torch.compile each layer")
     deterministic: bool = Field(False, description="CUDA: bitwise repeatable kernels")
     threads_per_rank: PositiveInt = Field(1, description="CPU threads of each rank; part of what fixes the bits")

@@ -72,7 +72,7 @@ def build(job: JobSpec, world: World, *, start: Start) -> Run:
     torch.manual_seed(job.seed + world.rank)
     data = prepare_sources(job.data, job.model.vocabulary_size, folder / "data")
     plans = plan_stages(job)
-    model = Decoder(job.model, job.seed)
+    model = Decoder(job.model, job.seed, norms=job.numerics.norms)
     engine = make_engine(job, world, model)
     loader = _loader(job, world, data)
     random = RandomState(world.rank, world.device)

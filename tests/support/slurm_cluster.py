@@ -158,7 +158,7 @@ class SlurmCluster:
 
     def await_end(self, job: str, deadline: float = 280.0) -> str:
         """The state that the job ended with."""
-        going = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "")
+        going = ("PENDING", "CONFIGURING", "RUNNING", "SIGNALING", "COMPLETING", "REQUEUED", "SUSPENDED", "")
         await_that(lambda: self.job_state(job) not in going, f"job {job} to end", deadline)
         return self.job_state(job)
 

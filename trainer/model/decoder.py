@@ -1,7 +1,7 @@
 """The decoder-only transformer, whole or in the parts that pipeline stages hold."""
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from trainer.model.attention import Attention, Context, context
 from trainer.model.head import Head
 from trainer.model.initial import normal
 from trainer.model.mlp import mlp
-from trainer.model.norm import norm
+from trainer.model.norm import norm, use_apex
 from trainer.model.rotary import positions_in, rotation
 from trainer.model.shapes import tensor_plan
 from trainer.model.spec import ModelSpec
@@ -117,9 +117,10 @@ class Decoder:
     canonical name, given by `canonical`, is then `embedding.weight`, of which the two are replicas.
     """
 
-    def __init__(self, spec: ModelSpec, seed: int) -> None:
+    def __init__(self, spec: ModelSpec, seed: int, *, norms: Literal["torch", "apex"] = "torch") -> None:
         self.spec = spec
         self.seed = seed
+        self.norms = norms
         self.layers = spec.layers
         self.hidden_size = spec.hidden_size
         self.heads = spec.heads
@@ -129,7 +130,10 @@ class Decoder:
 
     def part(self, layers: range, *, embed: bool, head: bool) -> Part:
         """See `parallel.model.ModelParts`; values are not those of `initial` until someone writes these in."""
-        return Part(self.spec, layers, embed=embed, head=head)
+        part = Part(self.spec, layers, embed=embed, head=head)
+        if self.norms == "apex":
+            use_apex(part)
+        return part
 
     def tensor_plan(self) -> Mapping[str, TensorStyle]:
         """See `parallel.model.ModelParts`."""

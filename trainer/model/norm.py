@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from parallel import apex
 from trainer.model.collective import local, sum_over
 from trainer.model.spec import ModelSpec
 
@@ -24,19 +25,44 @@ class RMSNorm(nn.Module):
         self.features = features
         self.eps = eps
         self.reduce_group: dist.ProcessGroup | None = None
+        self.kernel = F.rms_norm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # A DTensor input (torch's SequenceParallel style) needs the DTensor weight; a plain one, the local weight.
         weight = self.weight if isinstance(x, DTensor) else local(self.weight)
         if self.reduce_group is None:
-            return F.rms_norm(x, (self.features,), weight, self.eps)
+            return self.kernel(x, (self.features,), weight, self.eps)
         wide = x if x.dtype == torch.float64 else x.float()
         mean = sum_over(wide.square().sum(-1, keepdim=True), self.reduce_group) / self.features
         return (wide * torch.rsqrt(mean + self.eps) * weight).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, with a kernel that can be replaced."""
+
+    def __init__(self, features: int, eps: float) -> None:
+        super().__init__(features, eps=eps)
+        self.kernel = F.layer_norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.kernel(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def use_apex(model: nn.Module) -> None:
+    """Have Apex's fused kernels compute the norms of a model on a GPU.
+
+    Raises:
+        EngineUnavailable: Apex is not installed.
+    """
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.kernel = apex.rms_norm()  # type: ignore[assignment]
+        elif isinstance(module, LayerNorm):
+            module.kernel = apex.layer_norm()  # type: ignore[assignment]
 
 
 def norm(spec: ModelSpec, features: int) -> nn.Module:
     """The norm of this family over `features` values."""
     if spec.norm == "rms":
         return RMSNorm(features, spec.norm_eps)
-    return nn.LayerNorm(features, eps=spec.norm_eps)
+    return LayerNorm(features, spec.norm_eps)

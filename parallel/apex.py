@@ -1,0 +1,48 @@
+"""NVIDIA's Apex: what is used of it, and what to do where it is missing."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from parallel.errors import EngineUnavailable
+
+Shape = tuple[int, ...]
+
+
+def fused_adam() -> Any:
+    """The optimizer's class.
+
+    Raises:
+        EngineUnavailable: Apex is not installed.
+    """
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError as error:
+        raise _missing("optimizer.implementation") from error
+    return FusedAdam
+
+
+def rms_norm() -> Callable[[torch.Tensor, Shape, torch.Tensor, float], torch.Tensor]:
+    """Takes what `torch.nn.functional.rms_norm` takes; raises as `fused_adam`."""
+    try:
+        from apex.normalization.fused_layer_norm import fused_rms_norm_affine
+    except ImportError as error:
+        raise _missing("numerics.norms") from error
+    return lambda x, shape, weight, eps: fused_rms_norm_affine(x, weight, shape, eps)
+
+
+def layer_norm() -> Callable[[torch.Tensor, Shape, torch.Tensor, torch.Tensor, float], torch.Tensor]:
+    """Takes what `torch.nn.functional.layer_norm` takes; raises as `fused_adam`."""
+    try:
+        from apex.normalization.fused_layer_norm import fused_layer_norm_affine
+    except ImportError as error:
+        raise _missing("numerics.norms") from error
+    return lambda x, shape, weight, bias, eps: fused_layer_norm_affine(x, weight, bias, shape, eps)
+
+
+def _missing(key: str) -> EngineUnavailable:
+    return EngineUnavailable(
+        f"{key} = apex needs NVIDIA's Apex, which is built from source (https://github.com/NVIDIA/apex; the package "
+        f"`apex` on PyPI is another project); or set {key} = torch"
+    )
