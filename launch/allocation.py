@@ -19,6 +19,7 @@ from launch.plan import Plan
 from launch.slots import BLAMED_FOR
 from launch.slurm_script import in_container
 from trainer import events
+from trainer.elastic import layouts
 from trainer.launcher_environment import own_address
 from trainer.spec import JobSpec
 
@@ -80,7 +81,8 @@ class Allocation:
     def _unfit(self) -> dict[str, str]:
         """Nodes that cannot take part, and why: asked all together, and one by one when that goes wrong."""
         first = self.nodes[0]
-        memory = Plan(self.job).node_memory(gpus=bool(self.job.cluster.slurm.gpus_per_node))
+        gpus = bool(self.job.cluster.slurm.gpus_per_node)
+        memory = max(Plan(one).node_memory(gpus=gpus) for one in layouts(self.job).values())
         wanted = look(self.folder)
         host = own_address(self.nodes[1]) if self.nodes[1:] else None
         with network_check.echo(host or "127.0.0.1") as echo:

@@ -71,6 +71,8 @@ class NodeAgent(SimpleElasticAgent):
         self._handler, self._nursery, self._plan = handler, nursery, plan
         self._pids: dict[int, int] = {}
         self._signals = self._forwarded = 0
+        self.saving = False
+        """Workers were asked to save their state and end, so that a round of more slots can begin."""
         self._ended_at: float | None = None
 
     # ---- hooks
@@ -85,7 +87,7 @@ class NodeAgent(SimpleElasticAgent):
             "GROUP_RANK": str(worker_group.group_rank),
             "LOCAL_WORLD_SIZE": str(self._plan.ranks_per_node),
         }
-        self._pids, self._ended_at, self._forwarded = {}, None, self._signals
+        self._pids, self._ended_at, self._forwarded, self.saving = {}, None, self._signals, False
         by_rank = {}
         for worker in worker_group.workers:
             own = {"RANK": worker.global_rank, "LOCAL_RANK": worker.local_rank, "WORLD_SIZE": worker.world_size}
@@ -142,6 +144,9 @@ class NodeAgent(SimpleElasticAgent):
         rank, code = min(failed.items(), key=lambda item: (item[1] >= 0, item[0]))
         if code < 0:
             self._fail("killed", f"rank {rank} was ended by {signal.Signals(-code).name}")
+        elif code == INTERRUPTED and self.saving and not self.asked:
+            self._wait_for_others()
+            self._handler.saved()
         elif code in FINAL or (code == 2 and self._handler.round == 0):
             self._wait_for_others()
             self._handler.end(code, f"rank {rank}: {FINAL.get(code, 'bad input')} (exit code {code})")
@@ -166,6 +171,11 @@ class NodeAgent(SimpleElasticAgent):
             return False
         self._ended_at = self._ended_at or time.monotonic()
         return time.monotonic() - self._ended_at > FAILURE_GRACE
+
+    def save(self) -> None:
+        """Ask the workers to save their state and end; the next round goes on from there."""
+        self.saving = True
+        self._nursery.send(list(self._pids.values()), signal.SIGTERM)
 
     def signalled(self, number: int) -> None:
         """For a signal handler: the first one asks the workers to save and end, a second Ctrl-C kills them.

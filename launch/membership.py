@@ -53,12 +53,14 @@ class Membership:
     """The present store as this node sees it. `change` and `read` may be called from any thread."""
 
     def __init__(
-        self, folder: Path, node: str, *, slots: int, max_restarts: int, max_node_failures: int, silence: float,
-        open_store: Callable[[int], None],
-    ) -> None:  # fmt: skip
-        """`open_store(n)` opens the n-th store of the run on this node; it may fail, others then open another."""
+        self, folder: Path, node: str, first: Table, *, silence: float, open_store: Callable[[int], None]
+    ) -> None:
+        """`open_store(n)` opens the n-th store of the run on this node; it may fail, others then open another.
+
+        `first`: the table of a store that has none yet.
+        """
         self.folder, self.node, self.silence = folder, node, silence
-        self._first = Table(slots=slots, max_restarts=max_restarts, max_node_failures=max_node_failures)
+        self._first = first
         self._open_store = open_store
         self.record: StoreRecord | None = None
         self._client: TCPStore | None = None

@@ -15,7 +15,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.errors import LaunchError
 from launch.node_options import LOOPBACK, PATIENCE, Options
+from launch.preflight import check_memory
 from trainer.errors import TrainerError
 from trainer.spec import JobSpec
 from trainer.spec_file import RUN_FILE, load_run
@@ -45,7 +47,8 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     try:
         job = load_run(given.folder.absolute() / RUN_FILE)
-    except TrainerError as error:
+        check_memory(job, emulated=False)
+    except (TrainerError, LaunchError) as error:
         print(f"keepwarm: {error}", file=sys.stderr)
         return error.exit_code
     layout = job.layout

@@ -41,7 +41,7 @@ def look(folder: Path, echo: str | None = None) -> dict[str, Any]:
         "writable": os.access(folder, os.W_OK),
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
-        "memory_free": _memory_free(),
+        "memory_free": memory_free(),
         "disk_free": shutil.disk_usage("/tmp").free,
         "arithmetic": _arithmetic(),
         "network": speed,
@@ -72,7 +72,8 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _memory_free() -> int:
+def memory_free() -> int:
+    """Bytes of host memory that processes could still take; 0 where the kernel does not say."""
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

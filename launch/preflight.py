@@ -7,11 +7,13 @@ from pathlib import Path
 
 from launch.doctor import KERNELS
 from launch.errors import PreflightError
+from launch.node_check import memory_free
 from launch.plan import Plan
 from launch.plan_text import size
 from parallel.engine_support import require
 from parallel.errors import EngineUnavailable
 from trainer.data.spec import DataSpec
+from trainer.elastic import layouts
 from trainer.errors import DataError
 from trainer.spec import JobSpec
 
@@ -45,6 +47,24 @@ def check_job(job: JobSpec) -> None:
     check_engine(job)
     check_data_exists(job.data)
     check_disk(job)
+
+
+def check_memory(job: JobSpec, *, emulated: bool) -> None:
+    """Raise PreflightError when a layout that the job may shrink to needs more memory than is free on this machine.
+
+    `emulated`: all nodes of the layout are on it.
+    """
+    if job.cluster.elastic == "wait":
+        return
+    gpus, free = Path("/proc/driver/nvidia/gpus").is_dir(), memory_free()
+    for nodes, smaller in layouts(job).items():
+        needed = Plan(smaller).node_memory(gpus=gpus) * (nodes if emulated else 1)
+        if needed > free:
+            raise PreflightError(
+                f"cluster.elastic = shrink: with parallel.data = {smaller.parallel.data} on {nodes} nodes each one "
+                f"needs about {size(needed // (nodes if emulated else 1))} of host memory, and {size(free)} are free "
+                "here: raise cluster.least_data"
+            )
 
 
 def check_disk(job: JobSpec) -> None:

@@ -51,9 +51,13 @@ def _ignore(*_: object) -> None:
 class SlotRendezvous(RendezvousHandler):
     """One node's place in the run."""
 
-    def __init__(self, membership: Membership, run: str, *, wish: Wish, patience: float) -> None:
-        """`patience`: seconds that a slot may stay vacant before the run is given up."""
+    def __init__(self, membership: Membership, run: str, *, wish: Wish, patience: float, shrink_after: float) -> None:
+        """`patience`: seconds that a slot may stay vacant before the run is given up.
+
+        `shrink_after`: before it goes on with fewer slots, where the table has allowed sizes.
+        """
         self.membership, self._run, self._wish, self._patience = membership, run, wish, patience
+        self._shrink_after = shrink_after
         self.slot: int | None = None
         self.round = -1
         """Of the workers that this node has started last."""
@@ -64,6 +68,8 @@ class SlotRendezvous(RendezvousHandler):
         self.waiting: Callable[[str, int | None], None] = _ignore
         """Told the state that this node waits in, and its slot."""
         self.asked_to_leave: Callable[[], bool] = lambda: False
+        self.resized: Callable[[Table], None] = _ignore
+        """Told the table when this node has changed the number of slots."""
         self._member = False
         self._next_look = 0.0
 
@@ -101,6 +107,9 @@ class SlotRendezvous(RendezvousHandler):
             self.slot = slot
             if slot is not None and table.complete and table.round > self.round:
                 return self._start(table, slot)
+            if table.growing and table.round == self.round:
+                time.sleep(POLL)  # the node of rank 0 says when all is saved
+                continue
             if slot is not None and table.complete:
                 self.fail("failed", "its supervisor lost the store for a moment")
                 continue
@@ -156,10 +165,13 @@ class SlotRendezvous(RendezvousHandler):
             self._next_look = time.monotonic() + LOOK
             self.membership.check_end()
         since = time.monotonic() if since is None else since
-        if time.monotonic() - since > self._patience:
+        waited = time.monotonic() - since
+        if waited > self._shrink_after and self._resize(slots.shrink):
+            return None
+        if waited > (max(self._patience, self._shrink_after) if table.sizes else self._patience):
             lost = ", ".join(map(str, table.vacant))
             raise NoSpareLeft(
-                f"waited {self._patience:g} s for a node to take slot {lost}: no spare is left. Start as many nodes as "
+                f"waited {waited:.0f} s for a node to take slot {lost}: no spare is left. Start as many nodes as "
                 "are missing and continue with --resume: what the others hold in memory is used while their agents "
                 "live, else the newest checkpoint on disk"
             )
@@ -178,6 +190,24 @@ class SlotRendezvous(RendezvousHandler):
             lambda now: slots.fail(now, self.membership.node, before, kind, cause, time.time())
         )
         return changed and len(table.failures) == 1
+
+    def want_more(self) -> bool:
+        """Whether workers shall save their state so that more slots can begin; said by slot 0, seen by all."""
+        if self.slot == 0:
+            self._change(slots.want_more)
+        table = self.membership.read()
+        return table.growing and table.round == self.round
+
+    def saved(self) -> None:
+        """The workers of this node have saved their state and ended, because more slots are to begin."""
+        if self.slot == 0:
+            self._resize(lambda now: slots.grow(now, self.round))
+
+    def _resize(self, step: Callable[[Table], Table]) -> bool:
+        table, changed = self._change(step)
+        if changed:
+            self.resized(table)
+        return changed
 
     def finish(self) -> Table:
         """The node's workers are done: wait for those of all others, or for a reason to start again."""
@@ -221,17 +251,23 @@ class SlotRendezvous(RendezvousHandler):
 def _create(parameters: RendezvousParameters) -> RendezvousHandler:
     config = parameters.config
     return SlotRendezvous(
-        config["membership"], parameters.run_id, wish=config["wish"], patience=float(config["patience"])
+        config["membership"],
+        parameters.run_id,
+        wish=config["wish"],
+        patience=float(config["patience"]),
+        shrink_after=float(config["shrink_after"]),
     )
 
 
 rendezvous_handler_registry.register(BACKEND, _create)
 
 
-def make(membership: Membership, run: str, nodes: int, *, wish: Wish, patience: float) -> SlotRendezvous:
+def make(
+    membership: Membership, run: str, nodes: int, *, wish: Wish, patience: float, shrink_after: float
+) -> SlotRendezvous:
     """The handler, from torch's registry of rendezvous backends."""
     parameters = RendezvousParameters(
-        BACKEND, "", run, nodes, nodes, membership=membership, wish=wish, patience=patience
+        BACKEND, "", run, nodes, nodes, membership=membership, wish=wish, patience=patience, shrink_after=shrink_after
     )
     handler = rendezvous_handler_registry.create_handler(parameters)
     assert isinstance(handler, SlotRendezvous)

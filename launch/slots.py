@@ -10,6 +10,8 @@ they are made. The rules:
   ends the workers of one slot begins the next round for all.
 - A node that was given up is in no table. When it wakes up it finds that out before it does anything else: it is
   fenced, ends what it started, and may come back as a spare.
+- Where the job allows, vacant slots that nobody takes are given up: the run goes on with fewer, from what is on disk,
+  and gets them back once there are nodes for them and its workers have saved their state.
 - A node whose workers end one start after another makes room for a spare, and does not come back.
 """
 
@@ -51,6 +53,12 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     """Rounds that may fail without a node being lost; more end the run."""
     max_node_failures: int | None = None
     """Rounds that workers of one node may end, before a spare takes its slot; None: any number."""
+    sizes: tuple[int, ...] = ()
+    """Numbers of slots that the job may run with, the full one first."""
+    growing: bool = False
+    """Workers have been asked to save their state and end, so that more slots can begin."""
+    resized: bool = False
+    """This round begins with another number of slots than the last one had: nothing in memory fits it."""
     round: int = 0
     owners: dict[int, str] = {}
     """Node by slot."""
@@ -130,6 +138,54 @@ def fill(table: Table) -> Table:
     return table
 
 
+def shrink(table: Table) -> Table:
+    """Give up slots until those that are left have owners; unchanged where no allowed number is small enough."""
+    here = len(table.owners)
+    size = next((size for size in table.sizes if size <= here), None)
+    if not table.vacant or table.spares or size is None or not table.begun or table.ended is not None:
+        return table
+    return _resize(table, size)
+
+
+def want_more(table: Table) -> Table:
+    """Where waiting nodes allow for more slots, have the workers save their state."""
+    if not table.complete or table.growing or table.ended is not None or _largest(table) <= table.slots:
+        return table
+    return _change(table, growing=True)
+
+
+def grow(table: Table, round: int) -> Table:
+    """The workers of a round have saved their state: begin the next one with as many slots as there are nodes for."""
+    if not table.growing or table.round != round or table.ended is not None:
+        return table
+    size = _largest(table)
+    table = _next_round(table)
+    return _resize(table, size) if size > table.slots else table
+
+
+def _largest(table: Table) -> int:
+    here = len(table.owners) + len(table.spares)
+    return next((size for size in table.sizes if size <= here), table.slots)
+
+
+def _resize(table: Table, size: int) -> Table:
+    """Owners keep their slots where these stay; the others, and then the spares, take what is vacant."""
+    owners = {slot: node for slot, node in table.owners.items() if slot < size}
+    waiting = [node for slot, node in table.owners.items() if slot >= size] + list(table.spares)
+    for slot in range(size):
+        if slot not in owners and waiting:
+            owners[slot] = waiting.pop(0)
+    return _change(
+        table,
+        slots=size,
+        owners=dict(sorted(owners.items())),
+        spares=tuple(waiting),
+        resized=True,
+        moved=(),
+        arrived=(),
+    )
+
+
 def arrive(table: Table, node: str, round: int) -> Table:
     """The node's slot is ready for its workers of a round. The last one to arrive makes the round complete."""
     if table.slot_of(node) is None or table.round != round or node in table.arrived or table.ended is not None:
@@ -139,7 +195,8 @@ def arrive(table: Table, node: str, round: int) -> Table:
         table = _blame(table)
     if not table.complete:
         return table
-    restarts = table.restarts + (table.begun and bool(table.failures) and not table.moved)
+    at_fault = table.begun and bool(table.failures) and not table.moved and not table.resized
+    restarts = table.restarts + at_fault
     if restarts > table.max_restarts:
         cause = table.gravest[0].cause
         return end(table, 4, f"{cause}, after {table.max_restarts} restarts (cluster.max_restarts)")
@@ -209,7 +266,9 @@ def end(table: Table, code: int, reason: str) -> Table:
 
 
 def _next_round(table: Table) -> Table:
-    return _change(table, round=table.round + 1, arrived=(), finished=(), failures=(), moved=())
+    return _change(
+        table, round=table.round + 1, arrived=(), finished=(), failures=(), moved=(), growing=False, resized=False
+    )
 
 
 def _owners(table: Table, slot: int, node: str) -> dict[int, str]:

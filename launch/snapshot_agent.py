@@ -118,6 +118,15 @@ class SnapshotAgent:
         self._forget()
         self._slot = None
 
+    def discard(self) -> None:
+        """End the slot's agent, and forget what one was told: the next workers say it anew. Waits until it is dead."""
+        pid = self.pid
+        self.kill()
+        (self._folder / FOLDER / TEMPLATE).unlink(missing_ok=True)
+        end = time.monotonic() + DEADLINE
+        while pid is not None and Path(f"/proc/{pid}").exists() and time.monotonic() < end:
+            time.sleep(0.01)
+
     def close(self) -> None:
         """Leave the agent to its lease."""
         self._forget()

@@ -24,6 +24,7 @@ from launch.rendezvous import Fenced, LeftOut, NoSpareLeft, SlotRendezvous, make
 from launch.slots import Kind, Table
 from launch.snapshot_agent import SnapshotAgent
 from trainer import events
+from trainer.elastic import layouts
 from trainer.spec import JobSpec
 from trainer.spec_file import RUN_FILE
 
@@ -31,6 +32,8 @@ SILENCE = 5.0
 """Seconds without a sign of life after which a node is dead, unless `snapshot.silence` says otherwise."""
 LOOK = 0.25
 """Seconds between two looks at the agent."""
+GROW_AFTER = 5.0
+"""Seconds that workers run before they are asked to make room for more."""
 
 
 class Supervisor(Plan):
@@ -47,17 +50,25 @@ class Supervisor(Plan):
         silence = SILENCE if job.snapshot == "off" else job.snapshot.silence
         self._silence = silence
         self._guard = SnapshotAgent(folder, options.host)
-        self._membership = Membership(
-            folder, options.node, slots=options.slots, max_restarts=job.cluster.max_restarts,
-            max_node_failures=job.cluster.max_node_failures, silence=silence, open_store=self._open_store,
+        cluster = job.cluster
+        first = Table(
+            slots=options.slots,
+            max_restarts=cluster.max_restarts,
+            max_node_failures=cluster.max_node_failures,
+            sizes=tuple(layouts(job)) if cluster.elastic == "shrink" else (),
+        )
+        self._membership = Membership(folder, options.node, first, silence=silence, open_store=self._open_store)
+        self._handler = make(
+            self._membership, job.name, options.slots, wish=options.wish, patience=options.patience,
+            shrink_after=cluster.shrink_after,
         )  # fmt: skip
-        self._handler = make(self._membership, job.name, options.slots, wish=options.wish, patience=options.patience)
+        self._handler.resized = self._resized
         self._handler.prepare, self._handler.waiting = self._prepare, self._waiting
         self._agent = NodeAgent(self._handler, nursery, self)
         self._handler.asked_to_leave = lambda: self._agent.asked
         self._record = NodeRecord(node=options.node, host=options.host, slot=None, supervisor=os.getpid())
         self._unwhole = False
-        self._looked = 0.0
+        self._looked = self._started = 0.0
 
     def run(self) -> int:
         """Until the run has ended; returns its exit code."""
@@ -133,12 +144,20 @@ class Supervisor(Plan):
     def _prepare(self, slot: int) -> None:
         """Before workers start: the agent runs, so that it fills its memory while they do."""
         if self._snapshots:
+            table = self._handler.membership.read()
+            if table.resized:
+                self._guard.discard()
             self._guard.take(slot)
-            if self._handler.membership.read().begun:
+            if table.begun and not table.resized:
                 self._guard.ensure()
         self._note(slot=slot, agent=self._guard.pid)
 
+    def _resized(self, table: Table) -> None:
+        self._event("resized", slots=table.slots, why=_why(table))
+
     def _waiting(self, state: str, slot: int | None) -> None:
+        if slot is None and self._record.slot is not None:
+            self._guard.discard()
         self._note(state=msgspec.convert(state, State), slot=slot, workers={})
 
     def environment(self, handler: SlotRendezvous) -> dict[str, str]:
@@ -158,6 +177,7 @@ class Supervisor(Plan):
     def started(self, workers: dict[int, int]) -> None:
         slot, table = self._handler.slot, self._handler.table
         assert table is not None
+        self._started = time.monotonic()
         self._unwhole = self._snapshots and slot in table.moved
         self._note(state="running", workers=workers, generation=table.round, agent=self._guard.pid)
 
@@ -167,9 +187,13 @@ class Supervisor(Plan):
     def look(self) -> None:
         """Now and then: the agent's pid, whether it still runs, whether its memory is whole again."""
         now = time.monotonic()
-        if not self._snapshots or now - self._looked < LOOK:
+        if now - self._looked < LOOK:
             return
         self._looked = now
+        if now - self._started > GROW_AFTER and not self._agent.saving and self._handler.want_more():
+            self._agent.save()
+        if not self._snapshots:
+            return
         if not self._guard.look():
             cause = f"the snapshot agent of slot {self._handler.slot} has died"
             self._event("failure", kind="agent", cause=cause, slots=[self._handler.slot])
@@ -212,8 +236,8 @@ def recovery(table: Table, now: float) -> dict[str, object]:
         unsaid += f", and with it the {'node' if len(slots) == 1 else 'nodes'} of {', '.join(map(str, slots))}"
     noticed = min((failure.time for failure in failures), default=now)
     return {
-        "rung": 2 if table.moved else 1,
-        "why": "; ".join(dict.fromkeys(failure.cause for failure in failures)) or unsaid,
+        "rung": 4 if table.resized else 2 if table.moved else 1,
+        "why": _why(table) if table.resized else "; ".join(dict.fromkeys(one.cause for one in failures)) or unsaid,
         "slots": slots,
         "started": now,
         "phases": {
@@ -221,6 +245,12 @@ def recovery(table: Table, now: float) -> dict[str, object]:
             "rendezvous": max(0.0, now - noticed),
         },
     }
+
+
+def _why(table: Table) -> str:
+    """What made a run go on with another number of slots."""
+    causes = "; ".join(dict.fromkeys(one.cause for one in table.failures))
+    return f"{causes or 'nodes are back'}: {table.slots} of {max(table.sizes)} slots"
 
 
 def supervise(options: Options, job: JobSpec) -> int:

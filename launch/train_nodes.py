@@ -11,7 +11,7 @@ from rich.console import Console
 from launch import node_record
 from launch.errors import PreflightError, RanksFailed
 from launch.nursery import Nursery, Worker
-from launch.preflight import check_job
+from launch.preflight import check_job, check_memory
 from launch.run_folder import Mode, prepared
 from trainer.events import read
 from trainer.spec import JobSpec
@@ -30,6 +30,7 @@ def run_on_nodes(job: JobSpec, mode: Mode, console: Console, *, nodes: int, spar
     """
     check_nodes(job, nodes, spares)
     check_job(job)
+    check_memory(job, emulated=True)
     with prepared(job, mode) as folder:
         # Of an earlier start of the run; the lock on the folder says that none of its supervisors lives.
         shutil.rmtree(folder / node_record.FOLDER, ignore_errors=True)

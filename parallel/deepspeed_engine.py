@@ -87,6 +87,11 @@ class DeepSpeedEngine:
         materialise(self._torch, optimizer, self._partition.buffers[0].device, self._partition.buffers)
         self._pending: _Step | None = None
         self._update = self._zero.step
+        self._norm = math.nan
+        if parallel.zero_stage < 3:
+            # DeepSpeed agrees on the norm of one parameter group after the other; stages between the first and the last
+            # have none for tied embeddings, and all would wait for ever. What is agreed here says the same.
+            self._zero.scaled_global_norm = lambda: torch.tensor(self._norm, device=self._device)
         self._zero.step = self._decide
 
     @property
@@ -231,6 +236,7 @@ class DeepSpeedEngine:
         if step.before_update is not None:
             step.before_update()
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        self._norm = math.nan if skipped else norm
         if skipped:
             self._partition.discard()
         else:

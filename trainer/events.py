@@ -9,6 +9,7 @@ Every line has `time` (seconds since 1970), `event`, and what belongs to it; lin
     hang      silent, late, reason  no rank made progress: ranks that did not answer, and that others wait for
     straggler rank, host, ratio     a rank computes for longer than others of its stage
     node left out   host, why       a node that the run goes on without
+    resized   slots, why            the run goes on with another number of slots, from disk
     ended     why                   a supervisor left
 
 Torch-free.

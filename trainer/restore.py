@@ -81,7 +81,7 @@ def _report(
         folder,
         "recovery",
         node=None,
-        rung=told["rung"] if memory else 3,
+        rung=told["rung"] if memory or told["rung"] == 4 else 3,
         why=why,
         slots=told["slots"],
         source=beginning.source,

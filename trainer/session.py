@@ -2,10 +2,12 @@
 
 import contextlib
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.build import build
+from trainer.elastic import resized
 from trainer.errors import OutputError, TrainingStopped
 from trainer.goodput import Timeline, process_start, write_result
 from trainer.interrupt import Interrupt
@@ -24,6 +26,8 @@ def run_session(path: Path, overrides: Sequence[str], *, resume: bool) -> bool:
         TrainerError: with the exit code of its kind.
     """
     job = load_run(path, overrides) if path.name == RUN_FILE else load_job(path, overrides)
+    if job.cluster.elastic == "shrink":
+        job = resized(job, int(os.environ.get("WORLD_SIZE", job.layout.world_size)))
     logging.basicConfig(format=" %(levelname)s: %(message)s", level=logging.WARNING)
     world = join(job.layout.world_size, job.numerics)
     start = _start(job, resume)

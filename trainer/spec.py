@@ -151,6 +151,11 @@ class ClusterSpec(Section):
     max_node_failures: PositiveInt = Field(
         3, description="starts that ranks of one node may end within a day before a spare takes its place"
     )
+    elastic: Literal["wait", "shrink"] = Field(
+        "wait", description="shrink: with no spare left, go on with fewer data-parallel replicas until nodes are back"
+    )
+    least_data: PositiveInt = Field(1, description="elastic: shrink: data-parallel replicas that are enough")
+    shrink_after: PositiveFloat = Field(30.0, description="elastic: shrink: seconds that a node is waited for before")
     slurm: SlurmSpec = SlurmSpec()
     kubernetes: KubernetesSpec | None = None
 

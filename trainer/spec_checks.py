@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 
 def check_job(job: "JobSpec") -> None:
     """Raise ValueError with a line for everything that does not fit, the keys named."""
-    problems = [*_layout(job), *_tensor(job), *_batch(job), *_data(job), *_snapshot(job), *refusals(job)]
+    problems = [
+        *_layout(job),
+        *_tensor(job),
+        *_batch(job),
+        *_data(job),
+        *_snapshot(job),
+        *_elastic(job),
+        *refusals(job),
+    ]
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -47,6 +55,18 @@ def _tensor(job: "JobSpec") -> Iterator[str]:
     for key, length in _lengths(job):
         if job.parallel.sequence and length % tensor:
             yield f"parallel.sequence: {key} = {length} does not divide by parallel.tensor = {tensor}"
+
+
+def _elastic(job: "JobSpec") -> Iterator[str]:
+    cluster = job.cluster
+    durable = job.snapshot != "off" and job.snapshot.durable is not None
+    if cluster.elastic == "shrink" and not durable and job.checkpoint.every is None:
+        yield (
+            "cluster.elastic = shrink: another layout begins from a checkpoint on disk; set snapshot.durable.every or "
+            "checkpoint.every"
+        )
+    if cluster.elastic == "shrink" and cluster.least_data > job.parallel.data:
+        yield f"cluster.least_data = {cluster.least_data}: there are {job.parallel.data} replicas (parallel.data)"
 
 
 def _lengths(job: "JobSpec") -> Iterator[tuple[str, int]]:

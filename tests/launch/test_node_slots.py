@@ -162,6 +162,50 @@ def test_a_node_is_not_left_out_without_blame_or_without_a_spare() -> None:
     assert table.blamed == {"a": (7.0 + slots.BLAMED_FOR,), "b": (5.0 + slots.BLAMED_FOR,)}
 
 
+def elastic(count: int = 4) -> Table:
+    table = Table(slots=count, max_restarts=2, sizes=(4, 2, 1))
+    for slot in range(count):
+        table = slots.join(table, f"n{slot}", slot)
+    return arrived(table)
+
+
+def test_slots_that_nobody_takes_are_given_up() -> None:
+    table = elastic()
+    assert slots.shrink(table) == table  # nothing is vacant
+    table = slots.lose(table, "n0", "gone", 1.0)
+    table = slots.shrink(table)
+    assert (table.slots, table.owners, table.spares) == (2, {0: "n2", 1: "n1"}, ("n3",))
+    assert (table.resized, table.moved, table.arrived) == (True, (), ())
+    table = arrived(table)
+    assert (table.complete, table.restarts) == (True, 0)
+    # Now there is a spare, so that the next loss costs no slot.
+    table = slots.lose(table, "n1", "gone", 2.0)
+    assert (table.slots, table.owners, table.resized) == (2, {0: "n2", 1: "n3"}, False)
+    table = slots.shrink(slots.lose(arrived(table), "n2", "gone", 3.0))
+    assert (table.slots, table.owners) == (1, {0: "n3"})
+    last = slots.lose(arrived(table), "n3", "gone", 4.0)
+    assert slots.shrink(last) == last  # nobody is left
+    fixed = slots.lose(started(spares=0), "n1", "gone", 1.0)
+    assert slots.shrink(fixed) == fixed
+
+
+def test_slots_come_back_once_their_nodes_have_and_all_is_saved() -> None:
+    table = arrived(slots.shrink(slots.lose(elastic(), "n0", "gone", 1.0)))
+    assert slots.want_more(table) == table  # one spare is not enough for four
+    table = slots.want_more(slots.join(table, "back", "spare"))
+    assert table.growing
+    assert table.complete  # its workers are still saving
+    assert slots.grow(table, table.round - 1) == table
+    grown = slots.grow(table, table.round)
+    assert (grown.slots, grown.round, grown.resized, grown.growing) == (4, table.round + 1, True, False)
+    assert grown.owners == {0: "n2", 1: "n1", 2: "n3", 3: "back"}
+    assert arrived(grown).complete
+    assert arrived(grown).restarts == table.restarts  # that was no failure
+    # A node that is lost meanwhile is mended first.
+    lost = slots.lose(table, "n1", "gone", 2.0)
+    assert (lost.growing, lost.owners) == (False, {0: "n2", 1: "n3"})
+
+
 NODES = [f"n{number}" for number in range(6)]
 
 
@@ -170,7 +214,7 @@ class History(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = Table(slots=3, max_restarts=3, max_node_failures=2)
+        self.table = Table(slots=3, max_restarts=3, max_node_failures=2, sizes=(3, 2, 1))
 
     def become(self, after: Table, gone: str | None = None) -> None:
         before, self.table = self.table, after
@@ -203,6 +247,24 @@ class History(RuleBasedStateMachine):
     def lose(self, node: str) -> None:
         self.become(slots.lose(self.table, node, "gone", 0.0), gone=node)
         assert self.table.ended is not None or self.table.slot_of(node) is None
+
+    @rule()
+    def shrink(self) -> None:
+        self.resize(slots.shrink(self.table))
+
+    @rule(late=st.integers(0, 1))
+    def grow(self, late: int) -> None:
+        self.become(slots.want_more(self.table))
+        self.resize(slots.grow(self.table, self.table.round - late))
+
+    def resize(self, after: Table) -> None:
+        """Nobody is forgotten, and who keeps a slot that there is keeps it."""
+        before, self.table = self.table, after
+        assert after.round >= before.round
+        assert {*after.owners.values(), *after.spares} == {*before.owners.values(), *before.spares}
+        for slot, owner in before.owners.items():
+            assert slot >= after.slots or after.owners[slot] == owner
+        assert after.slots == before.slots or (after.resized and not after.vacant)
 
     @rule(node=st.sampled_from(NODES))
     def finish(self, node: str) -> None:

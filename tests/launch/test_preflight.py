@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launch.errors import PreflightError
-from launch.preflight import check_disk, check_installation
+from launch.preflight import check_disk, check_installation, check_memory
 from trainer.spec_file import load_job
 
 
@@ -31,3 +31,11 @@ def test_a_job_of_which_no_checkpoint_fits_is_refused(tmp_path: Path) -> None:
     check_disk(load_job(Path("ci/tiny"), [f"output={tmp_path}/not/yet/there"]))
     with pytest.raises(PreflightError, match=rf"takes \d.* and {tmp_path} has .* free"):
         check_disk(load_job(Path("mt-nlg-530b"), [f"output={tmp_path}/runs/large"]))
+
+
+def test_a_layout_to_shrink_to_that_needs_more_memory_than_there_is_is_refused() -> None:
+    shrink = ["cluster.elastic=shrink", "checkpoint.every=10", "cluster.ranks_per_node=8"]
+    check_memory(load_job(Path("ci/tiny"), ["parallel.data=2", *shrink[:2]]), emulated=True)
+    large = load_job(Path("mt-nlg-530b"), shrink)
+    with pytest.raises(PreflightError, match=r"parallel\.data = .* raise cluster\.least_data"):
+        check_memory(large, emulated=False)

@@ -232,7 +232,9 @@ def test_a_family_computes_what_torch_computes(family: str) -> None:
         ranks = run_ranks(one.world_size, _family, one, FAMILIES[family], deadline=280.0)
         runs.append(Outcome(ranks[0][0], parity.assemble([shards for _, shards in ranks])))
     found = parity.violations(case, *runs)
-    if FAMILIES[family].get("position") == "learned":
-        # Softmax does not see what is added to all keys of a query: the gradient is rounding alone.
-        found = [text for text in found if "attention.key.bias" not in text]
-    assert found == []
+    # Softmax does not see what is added to all keys of a query alike: the gradient of their bias is rounding alone, and
+    # where rotary positions turn it, little more.
+    bound = float("inf") if FAMILIES[family].get("position") == "learned" else 1e-5
+    keys = [text for text in found if "attention.key.bias" in text]
+    assert [text for text in found if text not in keys] == []
+    assert all(float(text.rpartition(" ")[2]) <= bound for text in keys), keys

@@ -1,0 +1,43 @@
+"""Layouts that a job may go on with while nodes are missing: fewer data-parallel replicas, all else the same.
+
+The global batch and the order of samples do not depend on the layout, so that a run which shrinks and grows sees what
+any other one sees. Pure and torch-free.
+"""
+
+import json
+
+from pydantic import ValidationError
+
+from trainer.spec import JobSpec
+
+
+def layouts(job: JobSpec) -> dict[int, JobSpec]:
+    """The job by number of nodes, largest first, itself included: with as many replicas as fit on so many nodes.
+
+    Where the nodes are too few for the code of the snapshots, it becomes the strongest that they allow.
+    """
+    found = {job.layout.nodes: job}
+    if job.cluster.elastic == "shrink":
+        for data in range(job.parallel.data - 1, job.cluster.least_data - 1, -1):
+            smaller = _with_replicas(job, data)
+            if smaller is not None:
+                found.setdefault(smaller.layout.nodes, smaller)
+    return found
+
+
+def resized(job: JobSpec, world_size: int) -> JobSpec:
+    """The job as it is run by so many ranks; unchanged where no layout has them."""
+    return next((one for one in layouts(job).values() if one.layout.world_size == world_size), job)
+
+
+def _with_replicas(job: JobSpec, data: int) -> JobSpec | None:
+    values = job.model_dump(mode="json")
+    values["parallel"]["data"] = data
+    for code in ({}, {"code": None}):
+        if isinstance(values["snapshot"], dict):
+            values["snapshot"] |= code
+        try:
+            return JobSpec.model_validate_json(json.dumps(values))
+        except (ValidationError, ValueError):
+            continue
+    return None
