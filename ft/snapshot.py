@@ -92,7 +92,7 @@ class Timings:
 
 def plan_part(state: Mapping[str, Shard], rank: int, bucket_bytes: int, *, meta_bytes: int = META_BYTES) -> PartPlan:
     """Which bytes `rank` stores of `state`; `meta_bytes` is room for the small state."""
-    pieces = [piece for turn, shard in enumerate(state.values()) if (piece := share(shard, rank, turn)) is not None]
+    pieces = [piece for shard in state.values() if (piece := share(shard, rank)) is not None]
     header = len(encode_contents(_contents(pieces, 0, 0, 0, b""))) + 16 * len(pieces) + meta_bytes + 64
     at = header = _up(header, _ALIGNMENT)
     entries = []
@@ -104,8 +104,11 @@ def plan_part(state: Mapping[str, Shard], rank: int, bucket_bytes: int, *, meta_
     )
 
 
-def share(shard: Shard, rank: int, turn: int) -> Piece | None:
-    """The piece of a shard that `rank` stores of what its replicas hold alike; None when it stores none of it."""
+def share(shard: Shard, rank: int) -> Piece | None:
+    """The piece of a shard that `rank` stores of what its replicas hold alike; None when it stores none of it.
+
+    Depends on the shard alone: replicas may hold different numbers of others, as pipeline stages do.
+    """
     dtype = DTYPES[shard.local.dtype]
     start, stop = shard.flat or (0, shard.local.numel())
     flat: tuple[int, int] | None = shard.flat
@@ -113,6 +116,7 @@ def share(shard: Shard, rank: int, turn: int) -> Piece | None:
     if len(replicas) > 1:
         place, size = replicas.index(rank), stop - start
         if size * ITEM_SIZE[dtype] < WHOLE_BELOW:
+            turn = xxhash.xxh3_64_intdigest(f"{shard.name} {tuple(shard.offsets)} {flat}".encode())
             if place != turn % len(replicas):
                 return None
         else:

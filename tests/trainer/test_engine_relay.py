@@ -8,8 +8,9 @@ import pytest
 
 from ft import durable
 from ft.manifest import read_manifest
+from tests.support import warm
 from tests.support.run_contents import steps_of
-from tests.trainer.test_run import TINY, keepwarm, run
+from tests.trainer.test_run import DEADLINE, TINY
 
 pytestmark = [
     pytest.mark.skipif(
@@ -35,8 +36,8 @@ JOB = ("stages.0.lr={schedule: constant, max: 1e-3, warmup: 0}", "batch.micro_si
 
 
 def train(*arguments: str) -> None:
-    done = run(keepwarm(*arguments))
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = warm.run(["train", *arguments], timeout=DEADLINE)
+    assert done.returncode == 0, done.stdout
 
 
 def until(step: int) -> str:
