@@ -33,7 +33,7 @@ from trainer.spec import JobSpec
 from trainer.speed import Speed
 from trainer.stages import StagePlan, global_size_at, plan_stages
 from trainer.watchdog import Watchdog
-from trainer.world import TIMEOUT, World, restarts
+from trainer.world import TIMEOUT, World
 
 
 class DurableSaver:
@@ -98,7 +98,7 @@ def build(job: JobSpec, world: World, *, start: Start) -> Run:
     if snapshots is not None:
         checkpoints.epoch = snapshots.epoch
     _open_segments(job, plans, loader)
-    watchdog = Watchdog(job.health, folder, rank=world.rank, size=world.size, restart=restarts())
+    watchdog = Watchdog(job.health, folder, rank=world.rank, size=world.size, restart=world.restarts)
     run = Run(
         job=job,
         world=world,

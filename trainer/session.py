@@ -16,7 +16,7 @@ from trainer.metrics import evaluations
 from trainer.restore import Start
 from trainer.spec import JobSpec
 from trainer.spec_file import RUN_FILE, load_job, load_run, save_job
-from trainer.world import World, join, restarts
+from trainer.world import World, join
 
 
 def run_session(path: Path, overrides: Sequence[str], *, resume: bool) -> bool:
@@ -30,7 +30,7 @@ def run_session(path: Path, overrides: Sequence[str], *, resume: bool) -> bool:
         job = resized(job, int(os.environ.get("WORLD_SIZE", job.layout.world_size)))
     logging.basicConfig(format=" %(levelname)s: %(message)s", level=logging.WARNING)
     world = join(job.layout.world_size, job.numerics)
-    start = _start(job, resume)
+    start = _start(job, world, resume)
     _open_folder(job, world)
     timeline = _timeline(job, world, start)
     run = build(job, world, start=start)
@@ -54,9 +54,9 @@ def run_session(path: Path, overrides: Sequence[str], *, resume: bool) -> bool:
     return finished
 
 
-def _start(job: JobSpec, resume: bool) -> Start:
+def _start(job: JobSpec, world: World, resume: bool) -> Start:
     """A rank that a launcher started again goes on by itself; a user who starts a run twice must say what is meant."""
-    if restarts() > 0:
+    if world.restarts > 0:
         return "restart"
     if resume:
         return "resume"

@@ -1,7 +1,7 @@
 """The ranks of a run as this process sees them: who am I, on what device, how do I reach the others."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch.distributed.rendezvous import rendezvous
 from parallel.spec import NumericsSpec
 from trainer import flight_recorder
 from trainer.errors import SpecError
+from trainer.generation import agree
 from trainer.launcher_environment import adopt_launcher
 
 TIMEOUT = timedelta(minutes=10)
@@ -27,6 +28,8 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    restarts: int = 0
+    """How often launchers have started ranks of this run again, by those that counted most."""
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on at least one rank. Collective."""
@@ -93,7 +96,9 @@ def join(expected: int, numerics: NumericsSpec) -> World:
     if size > 1:
         flight_recorder.enable()
         _connect(rank, size, "cpu:gloo,cuda:nccl" if cuda else "gloo")
-    return World(rank=rank, size=size, local_rank=local_rank, device=device)
+    world = World(rank=rank, size=size, local_rank=local_rank, device=device)
+    # A node that takes the place of a lost one has counted nothing yet.
+    return replace(world, restarts=world.largest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))))
 
 
 _REPEATABLE = {"NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -110,11 +115,5 @@ def _connect(rank: int, size: int, backend: str) -> None:
         store = FileStore(str(Path(file)), size)
     else:
         shared, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
-        # torchrun keeps its store across restarts, and with it the addresses of ranks that are dead.
-        store = PrefixStore(f"keepwarm/{restarts()}", shared)
+        store = PrefixStore(f"keepwarm/{agree(shared, rank, size, TIMEOUT)}", shared)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-
-
-def restarts() -> int:
-    """How often the launcher has started this rank again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
