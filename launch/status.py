@@ -1,6 +1,9 @@
-"""`keepwarm status RUN`: how far a run is, which nodes it is on, and where its time went."""
+"""`keepwarm status RUN`: how far a run is, what is saved of it, which nodes it is on, and where its time went."""
 
+import contextlib
 import json
+from collections.abc import Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +11,14 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from launch.errors import StatusError
+from ft import durable
+from launch.errors import SnapshotsError, StatusError
 from launch.node_record import read_all
+from launch.runs import progress
+from launch.snapshots import ask
+from trainer import events
 from trainer.goodput import Goodput, of_run
 from trainer.spec_file import RUN_FILE, load_run
-from trainer.stages import plan_stages
 
 
 def show(folder: Path, *, as_json: bool) -> None:
@@ -29,21 +35,44 @@ def show(folder: Path, *, as_json: bool) -> None:
 
 
 def status(folder: Path) -> dict[str, Any]:
-    """Plain values: the run's name, completed steps of how many, nodes, goodput.
+    """Plain values: the run's name, completed steps of how many, speed, what is saved, restarts, nodes, goodput.
 
     Raises:
         StatusError: as `show`.
     """
     if not (folder / RUN_FILE).is_file():
         raise StatusError(f"{folder}: there is no run here ({RUN_FILE} is missing)")
-    job = load_run(folder / RUN_FILE)
+    job, far = load_run(folder / RUN_FILE), progress(folder)
+    saved = durable.checkpoints(folder / "checkpoints")
     return {
         "run": job.name,
         "step": completed(folder),
-        "last_step": plan_stages(job)[-1].end_step,
+        "last_step": far.last_step,
+        "loss": far.loss,
+        "tokens_per_s": far.tokens_per_s,
+        "eta_s": far.eta_s,
+        "committed": committed(folder),
+        "checkpoint": saved[-1].name if saved else None,
+        "restarts": restarts(events.read(folder)),
         "nodes": [msgspec.to_builtins(record, str_keys=True) for record in read_all(folder)],
         "goodput": of_run(folder).data(),
     }
+
+
+def committed(folder: Path) -> tuple[int, int] | None:
+    """(epoch, step) of the newest snapshot that agents on this machine know to be committed; None without agents."""
+    with contextlib.suppress(SnapshotsError):
+        return max((one.committed for one in ask(folder)[0] if one.committed is not None), default=None)
+    return None
+
+
+def restarts(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """When the ranks began again, from which rung, and why, as supervisors or the batch job recorded it. Pure."""
+    return [
+        {"time": line["time"], "rung": line.get("rung"), "why": line["why"]}
+        for line in lines
+        if line["event"] in ("recovery", "requeue") or (line["event"] == "slurm end" and line["verdict"] == "again")
+    ]
 
 
 def completed(folder: Path) -> int:
@@ -58,6 +87,15 @@ def completed(folder: Path) -> int:
 def _print(found: dict[str, Any], account: Goodput) -> None:
     console = Console(highlight=False, markup=False)
     console.print(f"{found['run']}: {found['step']} of {found['last_step']} steps", soft_wrap=True)
+    if found["loss"] is not None:
+        left = timedelta(seconds=round(found["eta_s"]))
+        console.print(f"loss {found['loss']:.4f}, {found['tokens_per_s']:.0f} tokens/s, {left} left", soft_wrap=True)
+    memory = "none known here" if found["committed"] is None else f"step {found['committed'][1]}"
+    console.print(f"saved: in memory {memory}, on disk {found['checkpoint'] or 'nothing'}", soft_wrap=True)
+    for one in found["restarts"]:
+        when = datetime.fromtimestamp(one["time"]).strftime("%Y-%m-%d %H:%M:%S")
+        rung = "" if one["rung"] is None else f" (rung {one['rung']})"
+        console.print(f"restarted {when}{rung}: {one['why']}", soft_wrap=True)
     if found["nodes"]:
         table = Table(title="nodes")
         for column in ("node", "host", "slot", "state", "ranks", "generation"):

@@ -11,6 +11,7 @@ from launch import node_record
 from launch.errors import StatusError
 from launch.node_record import NodeRecord
 from launch.status import completed, show, status
+from trainer import events
 from trainer.goodput import Timeline
 from trainer.spec_file import load_job, save_job
 
@@ -21,7 +22,10 @@ ROOT = Path(__file__).parents[2]
 def run(tmp_path: Path) -> Path:
     """A run that has completed two of its steps on one of two nodes."""
     save_job(load_job(ROOT / "configs" / "ci" / "drill.yaml", [f"output={tmp_path}"]), tmp_path / "run.json")
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 3.0, "tokens": 512, "step_time_s": 0.5}\n'
+        '{"step": 2, "loss": 2.0, "tokens": 512, "step_time_s": 0.5}\n{"step": 3, "lo'
+    )
     timeline = Timeline(tmp_path, rank=0, began=1000.0, restart=False, anew=True)
     timeline.restored(0)
     timeline.step(1, 0.0)
@@ -29,6 +33,8 @@ def run(tmp_path: Path) -> Path:
     timeline.close(2, ended=False)
     node_record.write(tmp_path, NodeRecord(node="a", host="h", slot=0, supervisor=1, workers={0: 7}, state="running"))
     node_record.write(tmp_path, NodeRecord(node="b", host="h", slot=None, supervisor=2, state="spare"))
+    events.append(tmp_path, "recovery", rung=2, why="node b is gone")
+    events.append(tmp_path, "requeue", why="no node is left")
     return tmp_path
 
 
@@ -37,11 +43,20 @@ def test_shows_steps_nodes_and_goodput(run: Path, capsys: pytest.CaptureFixture[
     assert (found["run"], found["step"], found["last_step"]) == ("drill", 2, 24)
     assert [node["state"] for node in found["nodes"]] == ["running", "spare"]
     assert found["goodput"]["steps"] == 2
+    assert (found["loss"], found["tokens_per_s"], found["eta_s"]) == (2.0, 1024.0, 11.0)
+    assert (found["committed"], found["checkpoint"]) == (None, None)
+    assert [(one["rung"], one["why"]) for one in found["restarts"]] == [
+        (2, "node b is gone"),
+        (None, "no node is left"),
+    ]
     show(run, as_json=True)
     assert json.loads(capsys.readouterr().out) == found
     show(run, as_json=False)
     shown = capsys.readouterr().out
     assert "drill: 2 of 24 steps" in shown
+    assert "loss 2.0000, 1024 tokens/s, 0:00:11 left" in shown
+    assert "saved: in memory none known here, on disk nothing" in shown
+    assert "(rung 2): node b is gone" in shown
     assert "2 steps kept, 0 lost, 0 restarts" in shown
     assert "start-up" in shown
 
