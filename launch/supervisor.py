@@ -157,7 +157,7 @@ class Supervisor(Plan):
 
     def _waiting(self, state: str, slot: int | None) -> None:
         if slot is None and self._record.slot is not None:
-            self._guard.discard()
+            self._guard.kill()
         self._note(state=msgspec.convert(state, State), slot=slot, workers={})
 
     def environment(self, handler: SlotRendezvous) -> dict[str, str]:
