@@ -19,6 +19,8 @@ def layouts(job: JobSpec) -> dict[int, JobSpec]:
     found = {job.layout.nodes: job}
     if job.cluster.elastic == "shrink":
         for data in range(job.parallel.data - 1, job.cluster.least_data - 1, -1):
+            if job.batch.global_size % (data * job.batch.micro_size):
+                continue  # what the validation of the job would say, in a thousandth of the time
             smaller = _with_replicas(job, data)
             if smaller is not None:
                 found.setdefault(smaller.layout.nodes, smaller)
@@ -27,7 +29,10 @@ def layouts(job: JobSpec) -> dict[int, JobSpec]:
 
 def resized(job: JobSpec, world_size: int) -> JobSpec:
     """The job as it is run by so many ranks; unchanged where no layout has them."""
-    return next((one for one in layouts(job).values() if one.layout.world_size == world_size), job)
+    data, rest = divmod(world_size, job.parallel.tensor * job.parallel.pipeline)
+    if rest or not job.cluster.least_data <= data < job.parallel.data:
+        return job
+    return _with_replicas(job, data) or job
 
 
 def _with_replicas(job: JobSpec, data: int) -> JobSpec | None:

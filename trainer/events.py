@@ -7,7 +7,7 @@ Every line has `time` (seconds since 1970), `event`, and what belongs to it; lin
     recovery  rung, why, slots, step, bytes_decoded, phases   training goes on; phases are seconds by name
     whole     epoch, step           every chunk of the restored snapshot is back: the redundancy is what it was
     hang      silent, late, reason  no rank made progress: ranks that did not answer, and that others wait for
-    straggler rank, host, ratio     a rank computes for longer than others of its stage
+    straggler rank, host, ratio     everything takes `ratio` times as long because of a rank
     node left out   host, why       a node that the run goes on without
     resized   slots, why            the run goes on with another number of slots, from disk
     ended     why                   a supervisor left
