@@ -34,8 +34,8 @@ def check_offered(job: JobSpec, console: Console, *, dry_run: bool) -> None:
 
 def waits_for(job: JobSpec, offered: Sequence[slurm.Node]) -> str | None:
     """Why a job that the cluster can run would not start now even if nobody else had one; None when it would. Pure."""
-    wanted = (job.cluster.slurm.partition or "").split(",")
-    there = {node.name: node for node in offered if node.partition in wanted or (wanted == [""] and node.default)}
+    wanted = _partitions(job, offered)
+    there = {node.name: node for node in offered if node.partition in wanted}
     needed = job.layout.nodes + job.cluster.slurm.spares
     away = [node for node in there.values() if not node.usable]
     if len(there) - len(away) >= needed:
@@ -50,7 +50,7 @@ def check_cluster(job: JobSpec, offered: Sequence[slurm.Node], excluded: Collect
     known = slurm.partitions(offered)
     if asked.partition is None and not any(node.default for node in offered):
         raise ClusterError(f"cluster.slurm.partition: this cluster has no default one: choose of {', '.join(known)}")
-    wanted = asked.partition.split(",") if asked.partition else [node.partition for node in offered if node.default]
+    wanted = _partitions(job, offered)
     unknown = [name for name in wanted if name not in known]
     if unknown:
         there = ", ".join(sorted(known))
@@ -74,6 +74,12 @@ def check_cluster(job: JobSpec, offered: Sequence[slurm.Node], excluded: Collect
             f"{job.layout.ranks_per_node} ranks on a node need {each} CPUs, the nodes of {where} have {cpus}; "
             "change cluster.ranks_per_node, cluster.slurm.cpus_per_rank or numerics.threads_per_rank"
         )
+
+
+def _partitions(job: JobSpec, offered: Sequence[slurm.Node]) -> list[str]:
+    """Those that the job may go to."""
+    asked = job.cluster.slurm.partition
+    return asked.split(",") if asked else list(dict.fromkeys(node.partition for node in offered if node.default))
 
 
 def _excluded(job: JobSpec) -> list[str]:

@@ -1,58 +1,13 @@
 """`keepwarm doctor`: which engines and fused kernels this machine can use, and how to install what is missing."""
 
 import importlib.metadata
-import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from parallel.engine_support import ENGINES
-
-_APEX = (
-    "build NVIDIA's Apex from source with its CUDA extensions, https://github.com/NVIDIA/apex "
-    "(the package `apex` on PyPI is another project)"
-)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Kernel:
-    """What a job can have computed by a package that is not required."""
-
-    name: str
-    module: str
-    """That is there when it is installed; for Apex the extension that the kernels are compiled into."""
-    install: str
-    key: str
-    value: str | bool
-    """Of `key`, which asks for it."""
-
-    @property
-    def missing(self) -> bool:
-        return importlib.util.find_spec(self.module) is None
-
-    @property
-    def asked(self) -> str:
-        return f"{self.key} = {'true' if self.value is True else self.value}"
-
-
-KERNELS = (
-    Kernel(name="Apex FusedAdam", module="amp_C", install=_APEX, key="optimizer.implementation", value="apex"),
-    Kernel(
-        name="Apex FusedRMSNorm, FusedLayerNorm",
-        module="fused_layer_norm_cuda",
-        install=_APEX,
-        key="numerics.norms",
-        value="apex",
-    ),
-    Kernel(
-        name="Transformer Engine",
-        module="transformer_engine",
-        install="pip install --no-build-isolation 'transformer_engine[pytorch]'",
-        key="parallel.transformer_engine",
-        value=True,
-    ),
-)
+from parallel.kernels import KERNELS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,13 +5,13 @@ import operator
 import shutil
 from pathlib import Path
 
-from launch.doctor import KERNELS
 from launch.errors import PreflightError
 from launch.node_check import memory_free
 from launch.plan import Plan
 from launch.plan_text import size
 from parallel.engine_support import require
 from parallel.errors import EngineUnavailable
+from parallel.kernels import KERNELS
 from trainer.data.spec import DataSpec
 from trainer.elastic import layouts
 from trainer.errors import DataError
@@ -88,7 +88,7 @@ def check_engine(job: JobSpec) -> None:
         raise PreflightError(str(error)) from error
     for kernel in KERNELS:
         if operator.attrgetter(kernel.key)(job) == kernel.value and kernel.missing:
-            raise PreflightError(f"{kernel.asked}: {kernel.name} is not installed: {kernel.install}; or leave it out")
+            raise PreflightError(kernel.problem)
 
 
 def check_data_exists(spec: DataSpec) -> None:

@@ -46,7 +46,7 @@ def status(folder: Path) -> dict[str, Any]:
     saved = durable.checkpoints(folder / "checkpoints")
     return {
         "run": job.name,
-        "step": completed(folder),
+        "step": far.step,
         "last_step": far.last_step,
         "loss": far.loss,
         "tokens_per_s": far.tokens_per_s,
@@ -73,15 +73,6 @@ def restarts(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for line in lines
         if line["event"] in ("recovery", "requeue") or (line["event"] == "slurm end" and line["verdict"] == "again")
     ]
-
-
-def completed(folder: Path) -> int:
-    """Steps that the run has completed and not lost again, as metrics.jsonl says."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return 0
-    with path.open(encoding="utf-8") as lines:
-        return max((json.loads(line)["step"] for line in lines if line.endswith("}\n")), default=0)
 
 
 def _print(found: dict[str, Any], account: Goodput) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from parallel.errors import EngineUnavailable
+from parallel.kernels import ADAM, NORMS
 
 Shape = tuple[int, ...]
 
@@ -19,7 +20,7 @@ def fused_adam() -> Any:
     try:
         from apex.optimizers import FusedAdam
     except ImportError as error:
-        raise _missing("optimizer.implementation") from error
+        raise EngineUnavailable(ADAM.problem) from error
     return FusedAdam
 
 
@@ -28,7 +29,7 @@ def rms_norm() -> Callable[[torch.Tensor, Shape, torch.Tensor, float], torch.Ten
     try:
         from apex.normalization.fused_layer_norm import fused_rms_norm_affine
     except ImportError as error:
-        raise _missing("numerics.norms") from error
+        raise EngineUnavailable(NORMS.problem) from error
     return lambda x, shape, weight, eps: fused_rms_norm_affine(x, weight, shape, eps)
 
 
@@ -37,12 +38,5 @@ def layer_norm() -> Callable[[torch.Tensor, Shape, torch.Tensor, torch.Tensor, f
     try:
         from apex.normalization.fused_layer_norm import fused_layer_norm_affine
     except ImportError as error:
-        raise _missing("numerics.norms") from error
+        raise EngineUnavailable(NORMS.problem) from error
     return lambda x, shape, weight, bias, eps: fused_layer_norm_affine(x, weight, bias, shape, eps)
-
-
-def _missing(key: str) -> EngineUnavailable:
-    return EngineUnavailable(
-        f"{key} = apex needs NVIDIA's Apex, which is built from source (https://github.com/NVIDIA/apex; the package "
-        f"`apex` on PyPI is another project); or set {key} = torch"
-    )

@@ -10,7 +10,7 @@ import pytest
 from launch import node_record
 from launch.errors import StatusError
 from launch.node_record import NodeRecord
-from launch.status import completed, show, status
+from launch.status import show, status
 from trainer import events
 from trainer.goodput import Timeline
 from trainer.spec_file import load_job, save_job
@@ -61,8 +61,12 @@ def test_shows_steps_nodes_and_goodput(run: Path, capsys: pytest.CaptureFixture[
     assert "start-up" in shown
 
 
-def test_a_run_that_has_not_begun_has_no_steps(tmp_path: Path) -> None:
-    assert completed(tmp_path) == 0
+def test_a_run_that_has_not_begun_has_no_steps(run: Path) -> None:
+    (run / "metrics.jsonl").unlink()
+    assert (status(run)["step"], status(run)["loss"]) == (0, None)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StatusError, match=r"there is no run here \(run.json is missing\)"):
         status(tmp_path)
 

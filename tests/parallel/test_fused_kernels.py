@@ -6,8 +6,8 @@ from datetime import timedelta
 import pytest
 import torch
 
-from launch.doctor import KERNELS
 from parallel.engine_support import ENGINES
+from parallel.kernels import ADAM, NORMS, TRANSFORMER_ENGINE, Kernel
 from parallel.layout import Layout
 from parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
 from tests.support import parity
@@ -20,9 +20,8 @@ pytestmark = [
 ]
 
 
-def there(index: int) -> pytest.MarkDecorator:
+def there(kernel: Kernel) -> pytest.MarkDecorator:
     """Skip where these kernels are missing."""
-    kernel = KERNELS[index]
     return pytest.mark.skipif(kernel.missing, reason=f"{kernel.name} is not installed: {kernel.install}")
 
 
@@ -47,19 +46,19 @@ def losses(engine: str, *, adam: str = "torch", norms: str = "torch", transforme
     return [step.loss for step in steps]
 
 
-@there(0)
+@there(ADAM)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_fused_adam_of_apex_computes_what_torch_computes(engine: str) -> None:
     assert losses(engine, adam="apex") == pytest.approx(losses(engine), rel=1e-5)
 
 
-@there(1)
+@there(NORMS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_fused_norms_of_apex_compute_what_torch_computes(engine: str) -> None:
     assert losses(engine, norms="apex") == pytest.approx(losses(engine), rel=1e-5)
 
 
-@there(2)
+@there(TRANSFORMER_ENGINE)
 def test_the_layers_of_transformer_engine_compute_what_megatron_core_computes() -> None:
     fused = losses("megatron", transformer_engine=True)
     assert fused == pytest.approx(losses("megatron"), rel=1e-3)  # its products of fp32 matrices may be in TF32
