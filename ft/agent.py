@@ -161,11 +161,15 @@ class Agent:
         self.settler.tick(now)
         self.scrub.tick(now)
         busy = self.durable is not None and self.durable.busy
-        if self.desk.ended and not self.desk.workers and not busy:
+        over = self.desk.ended and not self.desk.workers
+        unneeded = now - self.desk.last_seen > self.config.lease
+        if self.durable is not None and (over or unneeded) and not self.network.links:
+            self.durable.abandon()
+        if over and not busy:
             self.end("end of the job")
         elif self._leaves and ((not self.desk.workers and not busy) or now - self._leaves[1] > FAREWELL):
             self.end(self._leaves[0])
-        elif now - self.desk.last_seen > self.config.lease and not busy:
+        elif unneeded and not busy:
             self.end(f"nobody has needed this agent for {self.config.lease:g} s")
 
     @property

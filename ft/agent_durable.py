@@ -6,6 +6,7 @@ verifies and publishes. A disk that fails, is full or slow costs a warning and a
 
 import contextlib
 import shutil
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import msgspec
 from ft import durable, events
 from ft.agent_config import DurableConfig
 from ft.contents import Bytes, Contents, contents_length, decode_contents
-from ft.errors import FtError
+from ft.errors import DurableError, FtError
 from ft.messages import SnapshotId
 from ft.part_writer import write_part
 
@@ -46,6 +47,7 @@ class DurableWriter:
         self._pool = ThreadPoolExecutor(1, "durable")
         self.busy = False
         self._owed = False
+        self._abandoned = threading.Event()
         self.report = Report()
 
     def committed(self, snapshot: SnapshotId) -> None:
@@ -65,6 +67,10 @@ class DurableWriter:
         agent.crew.follow(
             self._pool.submit(self._write, snapshot, data, first), lambda error: self._written(snapshot, error)
         )
+
+    def abandon(self) -> None:
+        """The job is over and all other agents have left: parts that are missing will not come."""
+        self._abandoned.set()
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -106,7 +112,9 @@ class DurableWriter:
     def _publish(self, snapshot: SnapshotId, tmp: Path, contents: Contents) -> None:
         deadline = time.monotonic() + self._config.deadline
         wanted = set(range(contents.world))
-        while wanted - {int(path.name[5:].split(".")[0]) for path in tmp.glob("rank_*")}:
+        while missing := wanted - {int(path.name[5:].split(".")[0]) for path in tmp.glob("rank_*")}:
+            if self._abandoned.is_set():
+                raise DurableError(f"the job is over, and all agents left that could write ranks {sorted(missing)}")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"waited {self._config.deadline:g} s for the parts of all {contents.world} ranks")
             time.sleep(0.05)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from ft import durable
 from ft.agent_config import AgentConfig, DurableConfig, GroupConfig
@@ -333,6 +334,27 @@ def test_committed_snapshots_become_checkpoints(tmp_path: Path) -> None:
         out = torch.empty_like(states[1]["w"].local)
         read_tensor(latest, manifest.parts[1], "w", out.reshape(-1).view(torch.uint8).numpy())
         assert torch.equal(out, states[1]["w"].local)
+
+
+def test_an_agent_does_not_outlive_the_job_for_parts_that_nobody_will_write(tmp_path: Path) -> None:
+    """The other one passes a due snapshot over, as while it writes another, and the job ends before the next."""
+    config = DurableConfig(root=str(tmp_path / "checkpoints"), every=2)
+    world = Nodes(tmp_path, 2, durable=config)
+    world.configs[1] = replace(world.configs[1], durable=replace(config, every=3))
+    try:
+        world.start_all()
+        snapshotters = world.snapshotters([random_state(rank, 2) for rank in range(2)])
+        settle(world, snapshotters, 1)
+        take(snapshotters, 2)
+        wait_for(lambda: any((tmp_path / "checkpoints").glob("tmp-*/rank_00000*")))
+        for client in world.clients:
+            client.close(end_of_job=True)
+        for slot in range(2):
+            world.wait_dead(slot, 60.0)
+        assert "the job is over, and all agents left that could write ranks [1]" in world.log(0)
+        assert durable.latest(tmp_path / "checkpoints") is None
+    finally:
+        world.close()
 
 
 def test_a_failing_disk_is_a_warning(tmp_path: Path) -> None:
