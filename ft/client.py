@@ -124,7 +124,7 @@ class AgentClient:
         self._revoked: set[SnapshotId] = set()
         self._reads: dict[int, tuple[Bytes, int, set[int]]] = {}
         self._why = ""
-        self._open = False
+        self._open = self._interrupted = False
         self._tasks: collections.deque[Callable[[], None]] = collections.deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector = selectors.DefaultSelector()
@@ -225,17 +225,28 @@ class AgentClient:
         self._until(seen, deadline, f"snapshot {snapshot} to be committed")
         return found[-1]
 
+    def interrupt(self) -> None:
+        """Have all calls that wait, and those to come, raise `AgentError` at once."""
+        with self._news:
+            self._interrupted = True
+            self._news.notify_all()
+
     def close(self, *, end_of_job: bool = False) -> None:
         """Unmap the slots and say so; with `end_of_job` the agent ends when all workers have."""
         for slot in self.slots:
             slot.close()
-        self.slots = []
+        self.slots, self._interrupted = [], False
         if not self.gone:
             self._send(Farewell(reason=END_OF_JOB if end_of_job else "this worker is done"))
             with contextlib.suppress(AgentError):
                 self._until(lambda: self.gone, 5.0, "the agent to take leave")
+        if self._wake < 0:
+            return
         self._post(lambda: self._link.close("closed"))
         self._thread.join(5.0)
+        if not self._thread.is_alive():
+            os.close(self._wake)
+            self._wake = -1
 
     # ---- Handler, on the thread
 
@@ -314,7 +325,8 @@ class AgentClient:
 
     def _post(self, task: Callable[[], None]) -> None:
         self._tasks.append(task)
-        os.eventfd_write(self._wake, 1)
+        if self._wake >= 0:
+            os.eventfd_write(self._wake, 1)
 
     def _send(self, message: Wire) -> None:
         if self.gone:
@@ -324,8 +336,10 @@ class AgentClient:
     def _until(self, ready: Callable[[], bool], deadline: float | None, what: str) -> None:
         limit = self.deadline if deadline is None else deadline
         with self._news:
-            if not self._news.wait_for(lambda: ready() or self.gone, limit):
+            if not self._news.wait_for(lambda: ready() or self.gone or self._interrupted, limit):
                 raise AgentError(f"worker {self.worker} waited {limit:g} s for {what}")
+            if self._interrupted and not ready():
+                raise AgentError(f"worker {self.worker} was interrupted while it waited for {what}")
             if not ready():
                 raise AgentError(f"worker {self.worker} waited for {what}, the agent has gone: {self._why}")
 

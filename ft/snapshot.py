@@ -214,6 +214,11 @@ class Snapshotter:
         self._wait()
         self._rotten = None
 
+    def abandon(self) -> None:
+        """As `cancel`, and the copy does not wait for its slot either: the client is of use for `close` alone."""
+        self.client.interrupt()
+        self.cancel()
+
     @property
     def failure(self) -> BaseException | None:
         """Why the last snapshot was not taken; None when it was sealed."""

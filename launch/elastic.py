@@ -21,13 +21,17 @@ from torch.distributed.elastic.agent.server.api import (
 
 from launch.nursery import Nursery, Worker
 from launch.rendezvous import SlotRendezvous
-from launch.slots import Kind
+from launch.slots import Kind, workers_are_sound
 from trainer.hang import HANG
 
 MONITOR = 0.03
 """Seconds between two looks at the workers."""
 FAILURE_GRACE = 10.0
 """Seconds that other workers have to end by themselves once the run has ended: they may be about to say the same."""
+HALT = 2.0
+"""Seconds that workers have to come to rest when others have died; those that need more are killed."""
+KILLED = 30.0
+"""Seconds in which a killed worker is dead."""
 UNLIMITED = 1 << 30
 INTERRUPTED = 130
 FINAL = {3: "training stopped itself", 4: "a fault that could not be recovered", INTERRUPTED: "interrupted"}
@@ -37,8 +41,12 @@ FINAL = {3: "training stopped itself", 4: "a fault that could not be recovered",
 class Plan(ABC):
     """What the workers of a node are told, and what is told of them; the supervisor fills it in."""
 
-    def __init__(self, module: str, arguments: tuple[str, ...], logs: str, ranks_per_node: int) -> None:
+    def __init__(
+        self, module: str, arguments: tuple[str, ...], logs: str, ranks_per_node: int, *, stay: bool
+    ) -> None:  # fmt: skip
+        """`stay`: workers begin again in the same process when others have died."""
         self.module, self.arguments, self.logs, self.ranks_per_node = module, arguments, logs, ranks_per_node
+        self.stay = stay
 
     @abstractmethod
     def environment(self, handler: SlotRendezvous) -> dict[str, str]:
@@ -70,6 +78,9 @@ class NodeAgent(SimpleElasticAgent):
         super().__init__(spec)
         self._handler, self._nursery, self._plan = handler, nursery, plan
         self._pids: dict[int, int] = {}
+        """By local rank."""
+        self._resting: dict[int, int] = {}
+        """Workers of the last round that can begin the next one, by rank."""
         self._signals = self._forwarded = 0
         self.saving = False
         """Workers were asked to save their state and end, so that a round of more slots can begin."""
@@ -97,9 +108,11 @@ class NodeAgent(SimpleElasticAgent):
                 environment=common | {key: str(value) for key, value in own.items()},
                 log=log,
                 module=self._plan.module,
+                stays=self._plan.stay,
             )
-            pid = self._nursery.start(order)
+            pid = self._begin(worker.global_rank, order)
             self._pids[worker.local_rank] = by_rank[worker.global_rank] = pid
+        self._shut(self._resting)  # of a slot that this node has no more
         self._plan.started(by_rank)
         return dict(self._pids)
 
@@ -120,17 +133,34 @@ class NodeAgent(SimpleElasticAgent):
         self._report(failed)
         return RunResult(state=WorkerState.FAILED)
 
+    def _begin(self, rank: int, order: Worker) -> int:
+        pid = self._resting.pop(rank, None)
+        if pid is None or pid in self._nursery.ended:
+            return self._nursery.start(order)
+        self._nursery.again(pid, order.environment)
+        return pid
+
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
-        self._shutdown()
+        """Have those come to rest that can begin the next round; the others are killed."""
+        rank_of = {self._pids[one.local_rank]: one.global_rank for one in worker_group.workers if self._pids}
+        sound = workers_are_sound(self._handler.membership.read())
+        resting = self._nursery.halt(list(rank_of), HALT) if sound else set()
+        self._resting |= {rank_of[pid]: pid for pid in resting}
+        self._pids = {local: pid for local, pid in self._pids.items() if pid not in resting}
+        self._shut(self._pids)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, timeout: int = 30) -> None:
-        """Kill the workers and wait until they are dead: their slot's agent then knows who may write."""
-        alive = [pid for pid in self._pids.values() if pid not in self._nursery.ended]
+        self._shut(self._pids)
+        self._shut(self._resting)
+
+    def _shut(self, pids: dict[int, int]) -> None:
+        """Kill workers and wait until they are dead: their slot's agent then knows who may write."""
+        alive = [pid for pid in pids.values() if pid not in self._nursery.ended]
         self._nursery.send(alive, signal.SIGKILL)
-        end = time.monotonic() + timeout
+        end = time.monotonic() + KILLED
         while any(pid not in self._nursery.ended for pid in alive) and time.monotonic() < end:
             self._nursery.poll(0.1)
-        self._pids = {}
+        pids.clear()
 
     def _exit_barrier(self) -> None:
         """Wait for the workers of all nodes; the supervisor looks at what came of it."""

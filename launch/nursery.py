@@ -17,15 +17,18 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
 
 from launch.errors import LaunchError
+from trainer.in_process import ORDERS, Begin, Halt, Said
 
 PRELOADED = ("trainer.session", "torch.utils.tensorboard")
 START_DEADLINE = 300.0
@@ -53,6 +56,8 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     environment: dict[str, str]
     module: str = "trainer"
     log: str | None = None
+    stays: bool = False
+    """It can be halted, and begin again in the same process; see `trainer.in_process`."""
 
 
 class StoreOrder(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,12 +75,17 @@ class _Order(msgspec.Struct, frozen=True):
     store: StoreOrder | None = None
     end: tuple[int, int] | None = None
     """(pid, signal)"""
+    halt: int | None = None
+    again: tuple[int, dict[str, str]] | None = None
+    """(pid, environment)"""
 
 
 class _Answer(msgspec.Struct, frozen=True):
     started: int | None = None
     ended: tuple[int, int] | None = None
     """(pid, exit code, negative for a signal)"""
+    said: tuple[int, str] | None = None
+    """(pid, what `trainer.in_process.Said` says)"""
 
 
 class Nursery:
@@ -97,10 +107,30 @@ class Nursery:
         theirs.close()
         self.ended: dict[int, int] = {}
         """Exit code by pid of the processes that have ended; negative for a signal."""
+        self._said: dict[int, str] = {}
 
     def start(self, worker: Worker) -> int:
         """Fork a worker; its pid."""
         return self._started(_Order(worker=worker))
+
+    def halt(self, pids: Sequence[int], seconds: float) -> set[int]:
+        """Have workers come to rest, which then begin `again`; returns those that did within so many seconds.
+
+        The others have ended, are not training or take longer: they are to be killed.
+        """
+        self.poll()
+        asked = {pid for pid in pids if self._said.get(pid) == "training"}
+        for pid in asked:
+            self._socket.send(msgspec.json.encode(_Order(halt=pid)))
+        end = time.monotonic() + seconds
+        while any(self._said.get(pid) == "training" for pid in asked) and time.monotonic() < end:
+            self.poll(0.1)
+        return {pid for pid in asked if self._said.get(pid) == "resting"}
+
+    def again(self, pid: int, environment: dict[str, str]) -> None:
+        """Begin the next start of a worker that rests; it may have ended since, and is then found in `ended`."""
+        self._said.pop(pid, None)
+        self._socket.send(msgspec.json.encode(_Order(again=(pid, environment))))
 
     def open_store(self, order: StoreOrder) -> int:
         """Fork a store that lives on when this node dies; its pid."""
@@ -145,6 +175,9 @@ class Nursery:
         answer = msgspec.json.decode(data, type=_Answer)
         if answer.ended is not None:
             self.ended[answer.ended[0]] = answer.ended[1]
+            self._said.pop(answer.ended[0], None)
+        if answer.said is not None:
+            self._said[answer.said[0]] = answer.said[1]
         return answer.started
 
 
@@ -161,7 +194,9 @@ class Tender:
             signal.signal(number, signal.SIG_IGN if number != signal.SIGCHLD else signal.SIG_DFL)
         self._socket, self._me = connection, os.getpid()
         self._selector = selectors.DefaultSelector()
-        self._selector.register(connection, selectors.EVENT_READ, None)
+        self._selector.register(connection, selectors.EVENT_READ, self._ordered)
+        self._lines: dict[int, socket.socket] = {}
+        """To each process, by pid."""
 
     def run(self, modules: Sequence[str]) -> NoReturn:
         code = 0
@@ -176,56 +211,96 @@ class Tender:
             os._exit(code)
 
     def _turn(self) -> bool:
-        for key, _ in self._selector.select():
-            if key.data is not None:
-                self._buried(key.fd, key.data)
-            elif not (data := self._socket.recv(_MESSAGE)):
-                return False
-            else:
-                self._obey(msgspec.json.decode(data, type=_Order))
-        return True
+        return all(key.data() for key, _ in self._selector.select())
+
+    def _ordered(self) -> bool:
+        """Do what the other side wants; False when it has gone."""
+        if data := self._socket.recv(_MESSAGE):
+            self._obey(msgspec.json.decode(data, type=_Order))
+        return bool(data)
 
     def _obey(self, order: _Order) -> None:
         if order.end is not None:
             # It may have ended, but it has not been waited for: the pid is still its own.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(*order.end)
-            return
-        action = self._store(order.store) if order.store is not None else self._worker(order.worker)
+        elif order.halt is not None:
+            self._tell(order.halt, Halt())
+        elif order.again is not None:
+            self._tell(order.again[0], Begin(order.again[1]))
+        else:
+            self._fork(order)
+
+    def _tell(self, pid: int, message: Halt | Begin) -> None:
+        if pid in self._lines:
+            with contextlib.suppress(ConnectionError):
+                self._lines[pid].send(msgspec.json.encode(message))
+
+    def _fork(self, order: _Order) -> None:
+        line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        action = self._store(order.store, theirs) if order.store is not None else self._worker(order.worker, theirs)
         pid = os.fork()
         if not pid:
             self._selector.close()
-            self._socket.close()
+            for mine in (self._socket, line, *self._lines.values()):
+                mine.close()
             _become(action)
-        self._selector.register(os.pidfd_open(pid), selectors.EVENT_READ, pid)
-        self._socket.send(msgspec.json.encode(_Answer(started=pid)))
+        theirs.close()
+        self._lines[pid] = line
+        self._selector.register(line, selectors.EVENT_READ, partial(self._heard, pid))
+        descriptor = os.pidfd_open(pid)
+        self._selector.register(descriptor, selectors.EVENT_READ, partial(self._buried, descriptor, pid))
+        self._answer(_Answer(started=pid))
 
-    def _worker(self, worker: Worker | None) -> Callable[[], None]:
+    def _answer(self, answer: _Answer) -> None:
+        self._socket.send(msgspec.json.encode(answer))
+
+    def _worker(self, worker: Worker | None, line: socket.socket) -> Callable[[], None]:
         assert worker is not None
 
         def train() -> None:
             die_with(self._me)
             _redirect(worker.log)
             os.environ.update(worker.environment)
+            if worker.stays:
+                os.environ[ORDERS] = str(line.detach())
+            else:
+                line.close()
             sys.argv = [worker.module, *worker.arguments]
             runpy.run_module(worker.module, run_name="__main__", alter_sys=True)
 
         return train
 
     @staticmethod
-    def _store(order: StoreOrder) -> Callable[[], None]:
+    def _store(order: StoreOrder, line: socket.socket) -> Callable[[], None]:
         def serve() -> None:
+            line.close()
             _redirect(str(Path(order.folder) / "nodes" / f"store-{order.number}.log"))
             importlib.import_module("launch.store").serve(order)
 
         return serve
 
-    def _buried(self, descriptor: int, pid: int) -> None:
+    def _heard(self, pid: int) -> bool:
+        data = b""
+        with contextlib.suppress(ConnectionError):
+            data = self._lines[pid].recv(_MESSAGE)
+        if data:
+            self._answer(_Answer(said=(pid, msgspec.json.decode(data, type=Said).state)))
+        else:
+            self._selector.unregister(self._lines[pid])  # it is about to end
+        return True
+
+    def _buried(self, descriptor: int, pid: int) -> bool:
         self._selector.unregister(descriptor)
         os.close(descriptor)
+        if (line := self._lines.pop(pid, None)) is not None:
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(line)
+            line.close()
         _, status = os.waitpid(pid, 0)
         code = os.waitstatus_to_exitcode(status)
-        self._socket.send(msgspec.json.encode(_Answer(ended=(pid, code))))
+        self._answer(_Answer(ended=(pid, code)))
+        return True
 
 
 def die_with(parent: int) -> None:

@@ -107,6 +107,14 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
         return ()
 
 
+def workers_are_sound(table: Table) -> bool:
+    """Whether the round before this one ended by faults from outside: workers were killed, or nodes lost.
+
+    One that failed by itself may have done so because of what its process, or that of another, has become.
+    """
+    return any(failure.kind in ("lost", "killed") for failure in table.gravest)
+
+
 Wish = int | Literal["any", "spare"]
 """The slot a node wants, any vacant one, or none before a node is lost."""
 

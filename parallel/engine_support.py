@@ -52,6 +52,8 @@ class EngineInfo:
     name: str
     """Of the class."""
     requirements: tuple[Requirement, ...]
+    in_process: bool
+    """It can be closed after a failure and made again in the same process: nothing of it lives in module globals."""
     refuses: Callable[[Job], Iterator[str]]
 
 
@@ -158,14 +160,21 @@ DEEPSPEED = Requirement(
 )
 
 ENGINES: Mapping[EngineName, EngineInfo] = {
-    "torch": EngineInfo(module="parallel.torch_engine", name="TorchEngine", requirements=(), refuses=_torch),
+    "torch": EngineInfo(
+        module="parallel.torch_engine", name="TorchEngine", requirements=(), in_process=True, refuses=_torch
+    ),
     "megatron": EngineInfo(
-        module="parallel.megatron_engine", name="MegatronEngine", requirements=(MEGATRON,), refuses=_megatron
+        module="parallel.megatron_engine",
+        name="MegatronEngine",
+        requirements=(MEGATRON,),
+        in_process=True,
+        refuses=_megatron,
     ),
     "deepspeed": EngineInfo(
         module="parallel.deepspeed_engine",
         name="DeepSpeedEngine",
         requirements=(DEEPSPEED, MEGATRON),
+        in_process=False,
         refuses=_deepspeed,
     ),
 }

@@ -16,10 +16,19 @@ def main(arguments: list[str]) -> int:
     from ft.errors import FtError
     from parallel.errors import ParallelError
     from trainer.errors import TrainerError
+    from trainer.in_process import Halted, Orders
     from trainer.session import run_session
 
+    orders = Orders.inherited()
     try:
-        return 0 if run_session(options.job, options.override, resume=options.resume) else INTERRUPTED
+        while True:
+            try:
+                finished = run_session(options.job, options.override, resume=options.resume, orders=orders)
+                return 0 if finished else INTERRUPTED
+            except Halted as halted:
+                rank = os.environ.get("RANK", "0")
+                print(f"rank {rank}: peers have gone ({halted}); starts again in this process", file=sys.stderr)
+            orders.next_start()
     except (TrainerError, ParallelError, FtError) as error:
         if os.environ.get("KEEPWARM_DEBUG"):
             traceback.print_exc()

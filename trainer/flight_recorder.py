@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import time
 from typing import Any
 
 import msgspec
@@ -24,8 +25,14 @@ class Flight(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     ended: bool
 
 
+_since = 0
+"""Nanoseconds since 1970: what began earlier belongs to process groups that are no more."""
+
+
 def enable() -> None:
     """To be called before the process group is made."""
+    global _since
+    _since = time.time_ns()
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED))
 
 
@@ -36,7 +43,7 @@ def read() -> list[Flight]:
 
         dump = getattr(_distributed_c10d, "_dump_fr_trace_json")  # noqa: B009 (torch declares no type for it)
         entries: list[dict[str, Any]] = json.loads(dump(includeCollectives=True)).get("entries", [])
-        return [_flight(entry) for entry in entries]
+        return [flight for entry in entries if (flight := _flight(entry)).began >= _since]
     return []
 
 

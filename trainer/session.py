@@ -4,12 +4,14 @@ import contextlib
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from trainer.build import build
 from trainer.elastic import resized
 from trainer.errors import OutputError, TrainingStopped
-from trainer.goodput import Timeline, process_start, write_result
+from trainer.goodput import Timeline, write_result
+from trainer.in_process import Halted, Orders
 from trainer.interrupt import Interrupt
 from trainer.loop import Run, train
 from trainer.metrics import evaluations
@@ -19,11 +21,12 @@ from trainer.spec_file import RUN_FILE, load_job, load_run, save_job
 from trainer.world import World, join
 
 
-def run_session(path: Path, overrides: Sequence[str], *, resume: bool) -> bool:
+def run_session(path: Path, overrides: Sequence[str], *, resume: bool, orders: Orders) -> bool:
     """Train; False when a signal ended the run early with its state saved.
 
     Raises:
         TrainerError: with the exit code of its kind.
+        Halted: peers have died; nothing of the run is left in this process, which may begin anew.
     """
     job = load_run(path, overrides) if path.name == RUN_FILE else load_job(path, overrides)
     if job.cluster.elastic == "shrink":
@@ -32,17 +35,20 @@ def run_session(path: Path, overrides: Sequence[str], *, resume: bool) -> bool:
     world = join(job.layout.world_size, job.numerics)
     start = _start(job, world, resume)
     _open_folder(job, world)
-    timeline = _timeline(job, world, start)
+    timeline = _timeline(job, world, start, orders.began)
     run = build(job, world, start=start)
     try:
         # Not earlier: a rank that waits for others in a library must end at the first signal.
-        with Interrupt() as interrupt:
+        with Interrupt() as interrupt, _halts(job, world, orders):
             finished = _train(run, interrupt, timeline)
         _leave_agents(run)
         _account(run, timeline)
     except TrainingStopped:
         _leave_agents(run)
         _account(run, timeline)
+        raise
+    except Halted:
+        _abandon(run, timeline)
         raise
     finally:
         run.watchdog.close()
@@ -73,9 +79,24 @@ def _leave_agents(run: Run) -> None:
         run.snapshots.close(finished=True)
 
 
-def _timeline(job: JobSpec, world: World, start: Start) -> Timeline:
-    # From the start of the process on: imports are part of what a start costs.
-    began = process_start()
+def _halts(job: JobSpec, world: World, orders: Orders) -> AbstractContextManager[None]:
+    """While it lasts, this worker can be halted: with a GPU, where that has never been tried, only if asked for."""
+    if world.device.type != "cpu" and job.cluster.in_process != "on":
+        return contextlib.nullcontext()
+    return orders.training(world.interrupt)
+
+
+def _abandon(run: Run, timeline: Timeline) -> None:
+    """Leave the agent and the peers, who may be dead, without waiting for any of them."""
+    timeline.close(run.state.step, ended=False)
+    if run.snapshots is not None:
+        run.snapshots.abandon()
+    run.engine.close()
+    run.world.leave()
+
+
+def _timeline(job: JobSpec, world: World, start: Start, began: float) -> Timeline:
+    # From the start of the process on, if it is the first of this process: imports are part of what a start costs.
     return Timeline(Path(job.output), rank=world.rank, began=began, restart=start == "restart", anew=start == "anew")
 
 

@@ -156,6 +156,9 @@ class ClusterSpec(Section):
     )
     least_data: PositiveInt = Field(1, description="elastic: shrink: data-parallel replicas that are enough")
     shrink_after: PositiveFloat = Field(30.0, description="elastic: shrink: seconds that a node is waited for before")
+    in_process: Literal["auto", "on", "off"] = Field(
+        "auto", description="workers start again in their process when others have died; auto: those without a GPU"
+    )
     slurm: SlurmSpec = SlurmSpec()
     kubernetes: KubernetesSpec | None = None
 

@@ -1,6 +1,9 @@
 """The ranks of a run as this process sees them: who am I, on what device, how do I reach the others."""
 
+import contextlib
 import os
+import socket
+import stat
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -62,10 +65,31 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def interrupt(self) -> None:
+        """Have every collective of this process fail that waits or is begun from now on. For another thread.
+
+        gloo knows no abort (torch 2.13): the TCP connections under it are shut, the store's among them, as if all
+        peers had died. NCCL's communicators are aborted.
+        """
+        for descriptor in (int(path.name) for path in Path("/proc/self/fd").iterdir()):
+            with contextlib.suppress(OSError):
+                if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                    _shut(descriptor)
+        if self.device.type == "cuda" and dist.is_initialized():
+            dist.distributed_c10d._abort_process_group()
+
     def leave(self) -> None:
         """Destroy the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _shut(descriptor: int) -> None:
+    """End a TCP connection, and leave its descriptor to its owner."""
+    with socket.socket(fileno=os.dup(descriptor)) as connection:
+        # A listening socket has no peer; when it is shut, gloo ends the process.
+        if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getpeername():
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 def join(expected: int, numerics: NumericsSpec) -> World:

@@ -1,11 +1,11 @@
 """From a kill to the next step: a worker, and a node with its memory.
 
-    python -m tests.bench.recovery [--rounds 10]
+    python -m tests.bench.recovery [--rounds 10] [--stock-rounds 3]
 
 Trains `configs/ci/drill.yaml`, 4 nodes of 2 ranks on this machine, with a snapshot after every step, and does the same
 in every round, by SIGKILL. There are as many spares as nodes are lost; a round begins when the redundancy is back.
-Seconds are those between the kill and the end of the first step after it. Prints one JSON object. The comparison with
-stock torchrun and a DCP checkpoint is not here yet.
+Seconds are those between the kill and the end of the first step after it. The same is then done to stock torchrun with
+one spare and a DCP checkpoint after every step. Prints one JSON object.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.bench import torchrun
 from tests.support.node_run import DEADLINE, ROOT, Run, runs
 from trainer.events import PHASES
 
@@ -65,6 +66,7 @@ def recoveries(folder: Path, what: str, rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--stock-rounds", type=int, default=3, help="of torchrun, whose recoveries take long; 0: none")
     options = parser.parse_args()
     load = os.getloadavg()[0]
     found: dict[str, Any] = {}
@@ -72,6 +74,11 @@ def main() -> None:
         for what in ("worker", "node"):
             (Path(name) / what).mkdir()
             found[what] = recoveries(Path(name) / what, what, options.rounds)
+            if options.stock_rounds:
+                (Path(name) / f"{what}_stock").mkdir()
+                stock = torchrun.recoveries(Path(name) / f"{what}_stock", what, options.stock_rounds)
+                ratio = statistics.median(stock) / found[what]["seconds"]["median"]
+                found[what] |= {"torchrun": summary(stock), "times_faster": round(ratio, 1)}
     result = {"cpus": os.cpu_count(), "load_before": load, **found, "goals": GOALS}
     print(json.dumps(result, indent=2))
 

@@ -24,6 +24,7 @@ WITHOUT_DEEPSPEED = pytest.mark.skipif(
         pytest.param("torch", STAGES, id="torch-pipeline"),
         pytest.param("megatron", NODE_OF_ONE, id="megatron-distributed-optimizer"),
         pytest.param("megatron", ("parallel.tensor=2", *NODE_OF_TWO), id="megatron-tensor"),
+        pytest.param("megatron", STAGES, id="megatron-pipeline"),
         pytest.param("deepspeed", STAGES, id="deepspeed-zero-1-pipeline", marks=WITHOUT_DEEPSPEED),
         pytest.param(
             "deepspeed", ("parallel.zero_stage=3", *NODE_OF_ONE), id="deepspeed-zero-3", marks=WITHOUT_DEEPSPEED

@@ -9,7 +9,7 @@ import pytest
 
 from launch import node_record
 from launch.node_record import NodeRecord
-from tests.support.stand_ins import DEADLINE, StandIns, alive, wait_until_dead
+from tests.support.stand_ins import DEADLINE, STAYS, WORKER, StandIns, alive, wait_until_dead
 from trainer import events
 
 pytestmark = pytest.mark.timeout(300)
@@ -39,8 +39,8 @@ sys.exit(Nodes(everyone, job).run())
 class Cluster(StandIns):
     """Three slots and some spares."""
 
-    def __init__(self, folder: Path, spares: int, silence: float) -> None:
-        super().__init__(folder, LAUNCHER, str(silence), str(spares))
+    def __init__(self, folder: Path, spares: int, silence: float, worker: str) -> None:
+        super().__init__(folder, LAUNCHER, str(silence), str(spares), worker=worker)
 
     def running(self, round: int) -> dict[int, NodeRecord]:
         """The owners by slot, once all workers of a round run."""
@@ -79,8 +79,8 @@ def names(owners: dict[int, NodeRecord]) -> list[str]:
 def cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
     made: list[Cluster] = []
 
-    def make(spares: int = 1, silence: float = 30.0) -> Cluster:
-        made.append(Cluster(tmp_path, spares, silence))
+    def make(spares: int = 1, silence: float = 30.0, worker: str = WORKER) -> Cluster:
+        made.append(Cluster(tmp_path, spares, silence, worker))
         return made[-1]
 
     yield make
@@ -156,6 +156,31 @@ def test_nodes_workers_and_stores_die_one_after_the_other(cluster: Callable[...,
     assert ("killed", [2]) in failures
     assert ("store", []) in failures
     run.end(0)
+
+
+def test_workers_stay_where_a_fault_was_elsewhere_and_are_replaced_when_one_failed_by_itself(
+    cluster: Callable[..., Cluster],
+) -> None:
+    run = cluster(spares=1, worker=STAYS)
+    supervisor = run.running(0)[0].supervisor
+    os.kill(run.pid(1, 0), signal.SIGKILL)
+    run.running(1)
+    assert [run.pid(rank, 1) == run.pid(rank, 0) for rank in range(3)] == [True, False, True]
+
+    os.kill(supervisor, signal.SIGKILL)  # and with it the node's worker
+    run.running(2)
+    assert [run.pid(rank, 2) == run.pid(rank, 1) for rank in range(3)] == [False, True, True]
+
+    os.kill(run.pid(2, 2), signal.SIGSTOP)  # it cannot come to rest
+    os.kill(run.pid(1, 2), signal.SIGKILL)
+    run.running(3)
+    assert [run.pid(rank, 3) == run.pid(rank, 2) for rank in range(3)] == [True, False, False]
+
+    (run.folder / "fail-0-3").touch()
+    run.running(4)
+    assert not {run.pid(rank, 4) for rank in range(3)} & {run.pid(rank, 3) for rank in range(3)}
+    assert not any(alive(run.pid(rank, 3)) for rank in range(3))
+    run.end()
 
 
 def test_a_frozen_node_is_fenced_and_becomes_a_spare(cluster: Callable[..., Cluster]) -> None:

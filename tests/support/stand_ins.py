@@ -36,12 +36,37 @@ sys.exit(int((folder / "code").read_text()))
 """
 
 
+STAYS = """
+import os, pathlib, sys, threading, time
+from trainer.in_process import Halted, Orders
+folder = pathlib.Path(sys.argv[1]).parent
+orders = Orders.inherited()
+while True:
+    me = f"{os.environ['RANK']}-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    interrupted = threading.Event()
+    try:
+        with orders.training(interrupted.set):
+            (folder / f".{me}").write_text(str(os.getpid()))
+            (folder / f".{me}").rename(folder / f"ran-{me}")
+            while not (folder / "code").exists():
+                if (folder / f"fail-{me}").exists():
+                    sys.exit(1)
+                if interrupted.wait(0.01):
+                    raise RuntimeError("a collective failed")
+            sys.exit(int((folder / "code").read_text()))
+    except Halted:
+        pass
+    orders.next_start()
+"""
+"""One that begins again in its process, and fails when there is `fail-<rank>-<round>`."""
+
+
 class StandIns:
     """Nodes that a program starts; it finds the folder in its first argument, and workers in the module `stand_in`."""
 
-    def __init__(self, folder: Path, launcher: str, *arguments: str) -> None:
+    def __init__(self, folder: Path, launcher: str, *arguments: str, worker: str = WORKER) -> None:
         self.folder, self.log = folder, folder / "log"
-        (folder / "stand_in.py").write_text(WORKER)
+        (folder / "stand_in.py").write_text(worker)
         command = [sys.executable, "-c", launcher, str(folder), *arguments]
         environment = os.environ | {"PYTHONPATH": f"{ROOT}:{folder}"}
         with self.log.open("wb") as log:

@@ -44,6 +44,7 @@ class _Nursery(Nursery):
             )
         self.pid = self._process.pid
         self.ended: dict[int, int] = {}
+        self._said: dict[int, str] = {}
 
     def close(self) -> None:
         self._socket.close()

@@ -1,10 +1,12 @@
 """Runs on emulated nodes that lose parts of themselves, against one that does not: every loss and weight to the bit."""
 
+import operator
 import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launch import node_record
@@ -30,10 +32,21 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
         yield begin
 
 
+def workers(run: Run) -> dict[int, int]:
+    """Pids by rank."""
+    return {rank: pid for slot in range(4) for rank, pid in run.owner(slot).workers.items()}
+
+
+def changed(before: dict[int, int], after: dict[int, int]) -> set[int]:
+    """Ranks that have another process."""
+    return {rank for rank in before if before[rank] != after[rank]}
+
+
 @pytest.mark.ci
 def test_the_first_node_is_lost_and_then_a_worker(whole: Path, start: Callable[..., Run]) -> None:
     run = start("--nodes", "4", "--spares", "1")
     run.after(3)
+    before = workers(run)
     run.lose_node(0)
     first = run.recovered(1)
     assert (first["rung"], first["slots"], first["source"]) == (2, [0], "memory")
@@ -41,14 +54,69 @@ def test_the_first_node_is_lost_and_then_a_worker(whole: Path, start: Callable[.
     assert run.owner(0).node == "node-4"
     run.until(lambda: [event for event in run.events("whole") if event["slots"] == [0]], "redundancy to be back")
 
-    os.kill(next(iter(run.owner(2).workers.values())), signal.SIGKILL)
+    replaced = workers(run)
+    assert changed(before, replaced) == {0}, "workers of other nodes begin again in the same process"
+    os.kill(replaced[2], signal.SIGKILL)
     second = run.recovered(2)
     assert (second["rung"], second["slots"], second["source"]) == (1, [2], "memory")
     assert second["bytes_decoded"] == 0
     assert "SIGKILL" in second["why"]
+    assert changed(replaced, workers(run)) == {2}
     run.done()
     assert_equal(run, whole)
     assert_nothing_left(run)
+
+
+def test_a_worker_begins_again_and_again_in_its_process_and_keeps_nothing(
+    whole: Path, start: Callable[..., Run]
+) -> None:
+    run = start("--nodes", "4")
+    run.after(3)
+    first = workers(run)
+    survivor = psutil.Process(first[3])
+
+    def held() -> tuple[int, int, int]:
+        return survivor.num_threads(), survivor.num_fds(), len(survivor.net_connections("tcp"))
+
+    before = held()
+    for count in range(1, 4):
+        run.lose_worker(1)
+        run.recovered(count)
+        run.after(run.newest() + 2)
+        # Threads that copy come and go; what is kept stays.
+        run.until(
+            lambda: all(map(operator.le, held(), before)), f"threads, descriptors and connections as before: {before}"
+        )
+    assert changed(first, workers(run)) == {1}
+    run.done()
+    assert_equal(run, whole)
+    assert_nothing_left(run)
+
+
+@pytest.mark.long
+def test_a_worker_that_does_not_come_to_rest_is_replaced(whole: Path, start: Callable[..., Run]) -> None:
+    run = start("--nodes", "4")
+    run.after(3)
+    before = workers(run)
+    os.kill(before[3], signal.SIGSTOP)
+    os.kill(before[1], signal.SIGKILL)
+    run.recovered(1)
+    assert changed(before, workers(run)) == {1, 3}
+    run.done()
+    assert_equal(run, whole)
+    assert_nothing_left(run)
+
+
+@pytest.mark.long
+def test_workers_are_replaced_where_the_job_says_so(whole: Path, start: Callable[..., Run]) -> None:
+    run = start("--nodes", "4", "cluster.in_process=off")
+    run.after(3)
+    before = workers(run)
+    run.lose_worker(1)
+    run.recovered(1)
+    assert changed(before, workers(run)) == {0, 1, 2, 3}
+    run.done()
+    assert_equal(run, whole)
 
 
 @pytest.mark.long
