@@ -45,6 +45,7 @@ from ft.messages import (
     Part,
     Read,
     Restore,
+    Save,
     Seal,
     StatusRequest,
     Wire,
@@ -54,6 +55,8 @@ from ft.protocol import step
 from ft.state import State, initial
 
 TICK = 0.05
+LOOK = 0.25
+"""Seconds between two looks of an agent without workers whether its slot is still its own."""
 FAREWELL = 60.0
 """Seconds that an agent which was asked to end leaves its workers to save and end."""
 
@@ -107,6 +110,7 @@ class Agent:
         self.registry.publish(config.slot, self.network.address, self.state.boot)
         self.connect_peers(everyone=False)
         self._ended = ""
+        self._next_look = 0.0
         self._leaves: tuple[str, float] | None = None
         """The signal that asked this agent to end, and when."""
         self.journal.write("info", "started", pid=os.getpid(), bytes=self.memory.bytes, address=self.network.address)
@@ -171,6 +175,12 @@ class Agent:
             self.end(self._leaves[0])
         elif unneeded and not busy:
             self.end(f"nobody has needed this agent for {self.config.lease:g} s")
+        elif not self.desk.workers and now >= self._next_look:
+            self._next_look = now + LOOK
+            endpoint = self.registry.endpoint(self.config.slot)
+            if endpoint is not None and endpoint.boot > self.state.boot:
+                # Its supervisor has died. Peers that stay connected with this agent would not meet the other one.
+                self.end("the slot has another agent, on another node")
 
     @property
     def _near(self) -> set[int]:
@@ -312,6 +322,10 @@ class Agent:
             return
         if isinstance(message, Restore) and guest.role == "supervisor":
             self.settler.begin(message.epoch)
+            return
+        if isinstance(message, Save) and guest.role == "supervisor":
+            if self.durable is not None:
+                self.durable.save(message.epoch)
             return
         if guest.attach is None or not guest.attached:
             guest.link.close(f"{type(message).__name__} before it was attached")

@@ -45,10 +45,17 @@ class DurableWriter:
         self._agent, self._config = agent, config
         self._root = Path(config.root)
         self._pool = ThreadPoolExecutor(1, "durable")
-        self.busy = False
+        self._under_way = 0
         self._owed = False
+        self._saves: int | None = None
+        """The epoch that a supervisor wants on disk."""
         self._abandoned = threading.Event()
+        """Of the checkpoint that was begun last."""
         self.report = Report()
+
+    @property
+    def busy(self) -> bool:
+        return self._under_way > 0
 
     def committed(self, snapshot: SnapshotId) -> None:
         """Begin to write a snapshot that is due; one that comes while another is written is passed over."""
@@ -56,27 +63,49 @@ class DurableWriter:
         if not due or self.busy:
             self._owed = self._owed or due
             return
+        self._begin(snapshot, snapshot.epoch)
+
+    def save(self, epoch: int) -> None:
+        """Write what an epoch restores, due or not, as soon as this agent has it whole."""
+        self._saves = epoch
+        self.pinned()
+
+    def pinned(self) -> None:
+        """An epoch's choice is in force."""
+        pinned = self._agent.effects.pinned
+        if self._saves is None or pinned is None or pinned.epoch < self._saves or not pinned.whole:
+            return
+        asked, self._saves = self._saves, None
+        if pinned.snapshot is not None:
+            self.abandon()  # what is under way may wait for an agent that is lost
+            self._begin(pinned.snapshot, asked)
+
+    def _begin(self, snapshot: SnapshotId, epoch: int) -> None:
+        """`epoch`: the snapshot's, or the later one that a supervisor wants on disk; all write into one folder."""
         copy = self._agent.state.copy(snapshot)
         if copy is None or copy.data is None:
             return
-        self.busy, self._owed = True, False
+        self._under_way, self._owed = self._under_way + 1, False
+        self._abandoned = threading.Event()
         agent = self._agent
         agent.feed(events.DurableStarted(snapshot))
         data = agent.memory.data[copy.data].data
+        tmp = durable.staging(self._root, epoch, snapshot.step)
         first = min([agent.config.slot, *agent.network.links]) == agent.config.slot
         agent.crew.follow(
-            self._pool.submit(self._write, snapshot, data, first), lambda error: self._written(snapshot, error)
+            self._pool.submit(self._write, snapshot, tmp, data, self._abandoned if first else None),
+            lambda error: self._written(snapshot, error),
         )
 
     def abandon(self) -> None:
-        """The job is over and all other agents have left: parts that are missing will not come."""
+        """Parts that are missing will not come: the agents that were to write them have left."""
         self._abandoned.set()
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _written(self, snapshot: SnapshotId, error: str) -> None:
-        self.busy = False
+        self._under_way -= 1
         if error:
             self._owed = True
             self.report.failed += 1
@@ -89,10 +118,9 @@ class DurableWriter:
             self.report.last_step = snapshot.step
         self._agent.feed(events.DurableEnded(snapshot))
 
-    def _write(self, snapshot: SnapshotId, data: Bytes, first: bool) -> str:
-        """On the thread: returns what went wrong, or nothing."""
+    def _write(self, snapshot: SnapshotId, tmp: Path, data: Bytes, publishes: threading.Event | None) -> str:
+        """On the thread: returns what went wrong, or nothing. `publishes`, unless that event says to give it up."""
         began = time.monotonic()
-        tmp = durable.staging(self._root, snapshot.epoch, snapshot.step)
         try:
             tmp.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = parts(data)
@@ -100,21 +128,21 @@ class DurableWriter:
                 tensors = [(piece, part[start : start + piece.bytes]) for piece, start in contents.entries]
                 meta = {"keepwarm.meta": contents.meta.decode()}
                 write_part(tmp, contents.rank, tensors, meta=meta, compress=self._config.compress)
-            if first:
-                self._publish(snapshot, tmp, found[0][0])
+            if publishes is not None:
+                self._publish(snapshot, tmp, found[0][0], publishes)
         except (OSError, FtError, ValueError) as error:
-            if first:
+            if publishes is not None:
                 shutil.rmtree(tmp, ignore_errors=True)
             return f"{type(error).__name__}: {error}"
         self.report.last_seconds = time.monotonic() - began
         return ""
 
-    def _publish(self, snapshot: SnapshotId, tmp: Path, contents: Contents) -> None:
+    def _publish(self, snapshot: SnapshotId, tmp: Path, contents: Contents, abandoned: threading.Event) -> None:
         deadline = time.monotonic() + self._config.deadline
         wanted = set(range(contents.world))
         while missing := wanted - {int(path.name[5:].split(".")[0]) for path in tmp.glob("rank_*")}:
-            if self._abandoned.is_set():
-                raise DurableError(f"the job is over, and all agents left that could write ranks {sorted(missing)}")
+            if abandoned.is_set():
+                raise DurableError(f"the agents have left that were to write ranks {sorted(missing)}")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"waited {self._config.deadline:g} s for the parts of all {contents.world} ranks")
             time.sleep(0.05)

@@ -102,6 +102,8 @@ class Effects:
                 self.pinned = effect
                 agent.journal.write("info", "chosen", epoch=effect.epoch, snapshot=effect.snapshot, whole=effect.whole)
                 self.answer_restores()
+                if agent.durable is not None:
+                    agent.durable.pinned()
                 agent.repair.take_orders()
                 agent.reads.answer_early()
             case events.StartDecode(order):

@@ -46,6 +46,7 @@ from ft.messages import (
     Restore,
     Restored,
     Revoked,
+    Save,
     Seal,
     SnapshotId,
     StatusRequest,
@@ -91,7 +92,7 @@ def start_agent(config: AgentConfig) -> "tuple[subprocess.Popen[bytes], Path]":
             [sys.executable, "-P", "-m", "ft.agent", str(path)],
             stdin=subprocess.DEVNULL, stdout=err, stderr=err, start_new_session=True, cwd="/",
         )  # fmt: skip
-    _children.append(process)
+    _children[:] = [*(child for child in _children if child.poll() is None), process]
     return process, words
 
 
@@ -190,6 +191,10 @@ class AgentClient:
     def begin(self, epoch: int) -> None:
         """For a supervisor: have the agents settle what epoch `epoch` restores before its workers ask."""
         self._send(Restore(epoch=epoch))
+
+    def save(self, epoch: int) -> None:
+        """For a supervisor: have the agent write to disk what epoch `epoch` restores, once it has it."""
+        self._send(Save(epoch=epoch))
 
     def read(
         self, *, epoch: int, snapshot: SnapshotId, owner: int, first: int, count: int, deadline: float | None = None

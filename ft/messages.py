@@ -358,6 +358,12 @@ class EpochBegan(Wire, frozen=True):
     epoch: Count
 
 
+class Save(Wire, frozen=True):
+    """A supervisor to its agent: write to disk what this epoch restores, as the layout is about to change."""
+
+    epoch: Count
+
+
 class StatusRequest(Wire, frozen=True):
     """What `keepwarm snapshots` asks."""
 
@@ -370,7 +376,7 @@ AgentMessage: TypeAlias = (
 
 WorkerMessage: TypeAlias = (
     Hello | Proof | Farewell | Attach | Attached | Open | Granted | Refused | Seal | Cancel | Revoked | Committed
-    | EpochBegan | Restore | Restored | Read | Part | StatusRequest
+    | EpochBegan | Restore | Restored | Read | Part | Save | StatusRequest
 )  # fmt: skip
 """What goes over the Unix socket between a worker and its agent."""
 

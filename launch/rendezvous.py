@@ -70,6 +70,11 @@ class SlotRendezvous(RendezvousHandler):
         self.asked_to_leave: Callable[[], bool] = lambda: False
         self.resized: Callable[[Table], None] = _ignore
         """Told the table when this node has changed the number of slots."""
+        self.rescue: Callable[[], None] = _ignore
+        """Called when this node is to have memory written to disk; returns when that is done, or cannot be."""
+        self.save: Callable[[int], None] = _ignore
+        """Called with the epoch of snapshots that this node's agent shall write."""
+        self._saved = 0
         self._member = False
         self._next_look = 0.0
 
@@ -166,7 +171,7 @@ class SlotRendezvous(RendezvousHandler):
             self.membership.check_end()
         since = time.monotonic() if since is None else since
         waited = time.monotonic() - since
-        if waited > self._shrink_after and self._resize(slots.shrink):
+        if waited > self._shrink_after and self._shrink(table):
             return None
         if waited > (max(self._patience, self._shrink_after) if table.sizes else self._patience):
             lost = ", ".join(map(str, table.vacant))
@@ -176,6 +181,23 @@ class SlotRendezvous(RendezvousHandler):
                 "live, else the newest checkpoint on disk"
             )
         return since
+
+    def _shrink(self, table: Table) -> bool:
+        """Go on with fewer slots; before that, one node has what is in memory written to disk."""
+        node = self.membership.node
+        if table.saving and table.saving != self._saved:
+            self._saved = table.saving
+            self.save(table.saving)
+        if not self._change(lambda now: slots.rescue(now, node))[1]:
+            return False
+        self.rescue()
+        # With another node lost meanwhile there is another memory to rescue.
+        return self._resize(lambda now: slots.shrink(now) if now.rescuer == node else now)
+
+    def save_all(self, epoch: int) -> None:
+        """Have the agents of all nodes write what an epoch restores; said by the node that rescues."""
+        self._saved = epoch
+        self._change(lambda now: slots.save(now, self.membership.node, epoch))
 
     def num_nodes_waiting(self) -> int:
         """1 when workers must start again; spares are not waiting, they are where they belong."""

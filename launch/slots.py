@@ -57,6 +57,10 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     """Numbers of slots that the job may run with, the full one first."""
     growing: bool = False
     """Workers have been asked to save their state and end, so that more slots can begin."""
+    rescuer: str | None = None
+    """The node that has what is in memory written to disk, before there are fewer slots."""
+    saving: int = 0
+    """The epoch of snapshots that all agents shall write."""
     resized: bool = False
     """This round begins with another number of slots than the last one had: nothing in memory fits it."""
     round: int = 0
@@ -146,6 +150,18 @@ def fill(table: Table) -> Table:
     return table
 
 
+def rescue(table: Table, node: str) -> Table:
+    """A node sees to it that what is in memory is on disk before the slots become fewer; unchanged when they cannot."""
+    if table.rescuer is not None or not table.knows(node) or shrink(table) is table:
+        return table
+    return _change(table, rescuer=node)
+
+
+def save(table: Table, node: str, epoch: int) -> Table:
+    """The rescuer says that the lost slots have agents, whose memory is decoded."""
+    return _change(table, saving=epoch) if table.rescuer == node else table
+
+
 def shrink(table: Table) -> Table:
     """Give up slots until those that are left have owners; unchanged where no allowed number is small enough."""
     here = len(table.owners)
@@ -189,6 +205,8 @@ def _resize(table: Table, size: int) -> Table:
         owners=dict(sorted(owners.items())),
         spares=tuple(waiting),
         resized=True,
+        rescuer=None,
+        saving=0,
         moved=(),
         arrived=(),
     )
@@ -208,7 +226,7 @@ def arrive(table: Table, node: str, round: int) -> Table:
     if restarts > table.max_restarts:
         cause = table.gravest[0].cause
         return end(table, 4, f"{cause}, after {table.max_restarts} restarts (cluster.max_restarts)")
-    return _change(table, restarts=restarts, begun=True)
+    return _change(table, restarts=restarts, begun=True, rescuer=None, saving=0)
 
 
 def _blame(table: Table) -> Table:
@@ -256,6 +274,8 @@ def lose(table: Table, node: str, cause: str, now: float, *, silence: float = 0.
         finished=tuple(owner for owner in table.finished if owner != node),
         failures=(*table.failures, failure) if table.begun else (),
         moved=tuple(sorted({*table.moved, slot})) if table.begun else (),
+        rescuer=None,
+        saving=0,
     )
     return fill(table) if table.begun else table
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import signal
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from ft.agent_registry import FOLDER, Registry
 from ft.auth import SECRET, load_secret, run_identity
 from ft.client import AgentClient, ensure_agent, start_agent
 from ft.errors import FtError
+from ft.state import Mode
 
 TEMPLATE = "template.json"
 """In the run's folder of agents: what the workers told theirs, written by rank 0. Only slot, host and folder differ."""
@@ -110,6 +112,23 @@ class SnapshotAgent:
                 return status.committed
         return None
 
+    def save(self, epoch: int) -> None:
+        """Have the agent write to disk what an epoch restores; nothing when there is none."""
+        if self._client is not None and not self._client.gone:
+            with contextlib.suppress(FtError):
+                self._client.save(epoch)
+
+    def settled(self, epoch: int) -> tuple[int, int] | str | None:
+        """(epoch, step) that an epoch restores, once this agent holds every chunk of it; why there is nothing."""
+        if self._client is None or self._client.gone:
+            return "the agent has died"
+        with contextlib.suppress(FtError):
+            status = self._client.status(DEADLINE)
+            if status.epoch < epoch or status.mode != Mode.ACTIVE.value:
+                return None
+            return self.whole() if status.committed else Registry(self._folder).reason(epoch)
+        return None
+
     def kill(self) -> None:
         """End this node's agent and its memory: it is not the slot's agent any more."""
         if self._client is not None and not self._client.gone and self.pid is not None:
@@ -120,12 +139,15 @@ class SnapshotAgent:
 
     def discard(self) -> None:
         """End the slot's agent, and forget what one was told: the next workers say it anew. Waits until it is dead."""
-        pid = self.pid
-        self.kill()
-        (self._folder / FOLDER / TEMPLATE).unlink(missing_ok=True)
-        end = time.monotonic() + DEADLINE
-        while pid is not None and Path(f"/proc/{pid}").exists() and time.monotonic() < end:
-            time.sleep(0.01)
+        with contextlib.ExitStack() as stack:
+            process = None
+            if self.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    process = stack.enter_context(os.fdopen(os.pidfd_open(self.pid)))
+            self.kill()
+            (self._folder / FOLDER / TEMPLATE).unlink(missing_ok=True)
+            if process is not None:  # it can be read once the process has ended, whether its parent cares or not
+                select.select([process], [], [], DEADLINE)
 
     def close(self) -> None:
         """Leave the agent to its lease."""

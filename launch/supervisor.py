@@ -21,6 +21,7 @@ from launch.node_options import Options
 from launch.node_record import NodeRecord, State
 from launch.nursery import Nursery, StoreOrder
 from launch.rendezvous import Fenced, LeftOut, NoSpareLeft, SlotRendezvous, make
+from launch.rescue import rescue
 from launch.slots import Kind, Table
 from launch.snapshot_agent import SnapshotAgent
 from parallel.engine_support import ENGINES
@@ -63,7 +64,7 @@ class Supervisor(Plan):
             self._membership, job.name, options.slots, wish=options.wish, patience=options.patience,
             shrink_after=cluster.shrink_after,
         )  # fmt: skip
-        self._handler.resized = self._resized
+        self._handler.resized, self._handler.rescue, self._handler.save = self._resized, self._rescue, self._guard.save
         self._handler.prepare, self._handler.waiting = self._prepare, self._waiting
         self._agent = NodeAgent(self._handler, nursery, self)
         self._handler.asked_to_leave = lambda: self._agent.asked
@@ -155,6 +156,26 @@ class Supervisor(Plan):
 
     def _resized(self, table: Table) -> None:
         self._event("resized", slots=table.slots, why=_why(table))
+
+    def _rescue(self) -> None:
+        """Have what is in memory written to disk, before there are fewer slots."""
+        job, handler = self._job, self._handler
+        if job.snapshot == "off" or job.snapshot.durable is None:
+            return
+        vacant = handler.membership.read().vacant
+        options = self._options
+        substitutes = [SnapshotAgent(options.folder, options.host) for _ in vacant]
+        for slot, substitute in zip(vacant, substitutes, strict=True):
+            substitute.take(slot)
+        found = rescue(
+            self._guard, substitutes, options.folder / "checkpoints", everyone=handler.save_all,
+            needed=lambda: not self._agent.asked and handler.membership.read().vacant == vacant,
+            deadline=job.snapshot.durable.deadline,
+        )  # fmt: skip
+        if isinstance(found, int):
+            self._event("rescued", step=found, slots=list(vacant))
+        else:
+            self._event("not rescued", why=found, slots=list(vacant))
 
     def _waiting(self, state: str, slot: int | None) -> None:
         if slot is None and self._record.slot is not None:

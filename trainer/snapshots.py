@@ -123,10 +123,22 @@ class Snapshots:
         verified = min(max(0.0, self._chosen_at() - began), waited)
         fetched = time.perf_counter()
         restored = self._snapshotter.restore(epoch)
+        self._agree(restored)
         self.phases = {
             "fetch": time.perf_counter() - fetched, "decode": waited - verified, "verify": verified,
         }  # fmt: skip
         return restored
+
+    def _agree(self, restored: Restoration | str) -> None:
+        """One coherent step or none: agents that had lost each other may have settled different epochs.
+
+        Raises `RestoreFailed` on all ranks when they were not told the same.
+        """
+        mine = -1 if isinstance(restored, str) else restored.epoch << 40 | restored.step
+        newest, oldest = self._world.largest(mine), -self._world.largest(-mine)
+        if newest != oldest:
+            what = restored if isinstance(restored, str) else f"step {restored.step} of epoch {restored.epoch}"
+            raise RestoreFailed(f"rank {self._world.rank}: agents do not agree on what is restored, here: {what}")
 
     def _chosen_at(self) -> float:
         """When the present epoch was settled, in seconds since 1970; 0 when that cannot be told."""

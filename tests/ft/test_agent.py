@@ -252,6 +252,26 @@ def test_a_restarted_agent_is_filled_by_the_next_snapshot(tmp_path: Path) -> Non
         assert {held.step for held in world.status(1).held} >= {3}
 
 
+def test_an_agent_whose_slot_went_to_another_node_makes_way(tmp_path: Path) -> None:
+    """Its supervisor died alone. Nobody dials the highest slot anew while it is connected with the former agent."""
+    with nodes(tmp_path, 3) as world:
+        states = [random_state(rank, 3) for rank in range(3)]
+        snapshotters = world.snapshotters(states)
+        settle(world, snapshotters, 1)
+        take(snapshotters, 1)
+        snapshotters[2].client.close()
+        former = Path(world.configs[2].folder)
+        world.configs[2] = replace(world.configs[2], folder=str(tmp_path / "runtime" / "another node"))
+        world.start(2)
+        wait_for(lambda: not former.exists())
+        assert "the slot has another agent, on another node" in world.log(2)
+        state = random_state(2, 3, seed=1)
+        again = world.snapshotters([*states[:2], state], only=2)[0]
+        restored = settle(world, [*snapshotters[:2], again], 9)
+        assert [found.step for found in restored] == [1, 1, 1]
+        assert torch.equal(state["w"].local, states[2]["w"].local)
+
+
 def test_nothing_is_left_when_the_job_ends_or_everything_is_killed(tmp_path: Path) -> None:
     with nodes(tmp_path, 2) as world:
         snapshotters = world.snapshotters([random_state(rank, 2) for rank in range(2)])
@@ -351,7 +371,7 @@ def test_an_agent_does_not_outlive_the_job_for_parts_that_nobody_will_write(tmp_
             client.close(end_of_job=True)
         for slot in range(2):
             world.wait_dead(slot, 60.0)
-        assert "the job is over, and all agents left that could write ranks [1]" in world.log(0)
+        assert "the agents have left that were to write ranks [1]" in world.log(0)
         assert durable.latest(tmp_path / "checkpoints") is None
     finally:
         world.close()

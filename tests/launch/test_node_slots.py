@@ -189,6 +189,25 @@ def test_slots_that_nobody_takes_are_given_up() -> None:
     assert slots.shrink(fixed) == fixed
 
 
+def test_one_node_has_memory_saved_before_slots_are_given_up() -> None:
+    whole = arrived(elastic())
+    assert slots.rescue(whole, "n1") == whole  # nothing is vacant
+    table = slots.lose(whole, "n2", "gone", 1.0)
+    assert slots.rescue(table, "stranger") == table
+    table = slots.rescue(table, "n1")
+    assert slots.rescue(table, "n0") == table
+    assert slots.save(table, "n0", 7) == table
+    table = slots.save(table, "n1", 7)
+    assert (table.rescuer, table.saving) == ("n1", 7)
+    for other in (
+        slots.shrink(table),
+        arrived(slots.fill(slots.join(table, "back", "spare"))),
+        slots.lose(table, "n3", "gone", 2.0),  # what is in memory now is less
+        slots.lose(table, "n1", "gone", 2.0),
+    ):
+        assert (other.rescuer, other.saving) == (None, 0)
+
+
 def test_slots_come_back_once_their_nodes_have_and_all_is_saved() -> None:
     table = arrived(slots.shrink(slots.lose(elastic(), "n0", "gone", 1.0)))
     assert slots.want_more(table) == table  # one spare is not enough for four

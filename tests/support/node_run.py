@@ -73,13 +73,14 @@ class Run:
     def owner(self, slot: int) -> NodeRecord:
         """The node that has a slot, once its supervisor knows its agent."""
 
-        def found() -> list[NodeRecord]:
+        def found() -> NodeRecord | None:
             records = [record for record in node_record.read_all(self.folder) if record.slot == slot]
-            return [record for record in records if record.state == "running" and record.agent is not None]
+            # A killed node cannot take its record back: the later generation has the slot.
+            newest = max(records, key=lambda each: each.generation, default=None)
+            ready = newest is not None and newest.state == "running" and newest.agent is not None
+            return newest if ready else None
 
-        # A killed node cannot take its record back: the later generation has the slot.
-        records: list[NodeRecord] = self.until(found, f"a node in slot {slot}")
-        record = max(records, key=lambda each: each.generation)
+        record: NodeRecord = self.until(found, f"a node in slot {slot}")
         self.pids |= {record.supervisor, *record.workers.values()} | ({record.agent} if record.agent else set())
         return record
 

@@ -1,0 +1,70 @@
+"""Before a run goes on with fewer slots: what lies in memory is written to disk, what lost nodes held included.
+
+Snapshots are coded for the layout that ends, and the next one cannot read them where they are. So every vacant slot
+gets an agent on this node, the group decodes its memory as it does for a spare, and all agents write their parts, as
+they do those of a durable snapshot. Then nothing is lost but what was not committed.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ft import durable
+from ft.errors import FtError
+from ft.manifest import read_manifest
+from launch.snapshot_agent import SnapshotAgent
+
+POLL = 0.05
+
+
+def rescue(
+    agent: SnapshotAgent, substitutes: Sequence[SnapshotAgent], checkpoints: Path, *, everyone: Callable[[int], None],
+    needed: Callable[[], bool], deadline: float,
+) -> int | str:  # fmt: skip
+    """The step that is on disk when this returns; else why memory could not be saved.
+
+    Args:
+        agent: this node's.
+        substitutes: agents for the vacant slots, not yet started; they are killed in the end.
+        checkpoints: where agents publish.
+        everyone: called with the epoch that the agents of all nodes are to write.
+        needed: False once nobody needs this any more.
+        deadline: seconds for all of it.
+    """
+    end = time.monotonic() + deadline
+    try:
+        for substitute in substitutes:
+            substitute.ensure()
+        epoch = agent.begin_epoch()
+        if epoch is None:
+            return "no agent runs"
+        step = 0
+        for one in (agent, *substitutes):
+            while (found := one.settled(epoch)) is None:
+                if time.monotonic() > end or not needed():
+                    return f"memory was not whole after {deadline:g} s"
+                time.sleep(POLL)
+            if isinstance(found, str):
+                return found
+            step = found[1]
+        everyone(epoch)
+        for one in (agent, *substitutes):
+            one.save(epoch)
+        while not _published(checkpoints, step):
+            if time.monotonic() > end or not needed():
+                return f"step {step} was not on disk after {deadline:g} s"
+            time.sleep(POLL)
+        return step
+    except FtError as error:
+        return str(error)
+    finally:
+        for substitute in substitutes:
+            substitute.kill()
+
+
+def _published(checkpoints: Path, step: int) -> bool:
+    with contextlib.suppress(FtError, OSError):
+        newest = durable.latest(checkpoints)
+        return newest is not None and read_manifest(newest).step >= step
+    return False
