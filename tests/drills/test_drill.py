@@ -125,9 +125,24 @@ def test_faults_of_one_kind_and_together(folder: Path, arguments: list[str], run
     assert_survived(drill(folder / "four", FOUR_NODES, *arguments), rungs)
 
 
+TWELVE_STEPS = "stages.0.tokens=6_144"
+ONE_RANK_A_NODE = ("parallel.tensor=1", "cluster.ranks_per_node=1")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(200))
 def test_drawn_campaigns(folder: Path, seed: int) -> None:
-    found = drill(folder / "four", FOUR_NODES, "--random", "3", "--seed", str(seed))
+    assert_campaign(folder / "drawn", seed, TWELVE_STEPS)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("seed", range(20))
+def test_drawn_campaigns_of_four_ranks(folder: Path, seed: int) -> None:
+    assert_campaign(folder / "drawn_small", seed, TWELVE_STEPS, *ONE_RANK_A_NODE)
+
+
+def assert_campaign(folder: Path, seed: int, *overrides: str) -> None:
+    found = drill(folder, FOUR_NODES, *overrides, "--random", "3", "--seed", str(seed))
+    print(f"seed {seed}:", ", ".join(fault["fault"] for fault in found["faults"]))
     assert found["bitwise_equal"], (seed, found)
     assert found["residue"] == []
