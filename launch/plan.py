@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ft.placement import groups_of
 from parallel.layout import Coordinates, Layout, split_layers, stages_of
+from trainer.elastic import layouts
 from trainer.estimate import RankEstimate, estimate_rank, state_bytes, total_parameters
 from trainer.spec import JobSpec
 from trainer.stages import StagePlan, global_size_at, plan_stages
@@ -87,6 +88,11 @@ class Plan:
         each = (state_bytes(self.job, at) for at in range(self.layout.pipeline))
         return sum(each) * self.layout.data * self.layout.tensor
 
+    @cached_property
+    def smaller(self) -> tuple["Plan", ...]:
+        """What the job may go on as while nodes are missing, the largest layout first."""
+        return tuple(Plan(job) for job in layouts(self.job).values() if job is not self.job)
+
     def layers_at(self, pipeline: int) -> list[range]:
         """Layers of the pipeline stages on one pipeline coordinate."""
         split = split_layers(self.job.model.layers, self.job.parallel)
@@ -125,6 +131,14 @@ class Plan:
                 for pipeline, estimate in enumerate(self.estimates)
             ],
             "host_memory": None if (host := self.host_memory) is None else {**asdict(host), "total": host.total},
+            "smaller": [
+                {
+                    "nodes": one.layout.nodes,
+                    "data": one.layout.data,
+                    "host_memory": None if (host := one.host_memory) is None else host.total,
+                }
+                for one in self.smaller
+            ],
             "stages": [self._stage(stage) for stage in self.stages],
         }
 

@@ -118,6 +118,7 @@ def _memory(plan: Plan) -> list[str]:
         f"parameters: {count(plan.parameters)} ({plan.parameters:,}) in total; estimate for each rank, by pipeline:",
         *table(("pipeline", "parameters", "weights", "gradients", "optimizer", "activations", "memory"), rows),
         *_host_memory(plan),
+        *_smaller(plan),
     ]
 
 
@@ -128,6 +129,20 @@ def _host_memory(plan: Plan) -> list[str]:
     parts = {"data slots": host.data, "parity slots": host.parity, "durable": host.durable, "receiving": host.receiving}
     shown = ", ".join(f"{name} {size(value)}" for name, value in parts.items() if value)
     return ["", f"snapshots: {size(host.total)} of each node's host memory: {shown}"]
+
+
+def _smaller(plan: Plan) -> list[str]:
+    rows = [
+        [
+            str(one.layout.nodes),
+            str(one.layout.data),
+            size(max(each.total for each in one.estimates)),
+            "-" if one.host_memory is None else size(one.host_memory.total),
+        ]
+        for one in plan.smaller
+    ]
+    header = ("nodes", "data", "memory of a rank", "snapshots on a node")
+    return ["", "while nodes are missing (cluster.elastic: shrink):", *table(header, rows)] if rows else []
 
 
 def _stages(plan: Plan) -> list[str]:

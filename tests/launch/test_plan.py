@@ -69,6 +69,17 @@ def test_replay_mixtures_and_the_whole_curve_are_in_the_text(capsys: pytest.Capt
     assert made.data()["stages"][1]["mixtures"][1] == {"sample": 160, "weights": {"de": 3, "en": 1}}
 
 
+def test_layouts_that_a_run_may_shrink_to_are_in_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    whole, elastic = plan(job="ci/snapshot"), plan("cluster.elastic=shrink", job="ci/snapshot")
+    assert whole.data()["smaller"] == []
+    assert [(one["nodes"], one["data"]) for one in elastic.data()["smaller"]] == [(2, 2), (1, 1)]
+    print_plan(elastic)
+    text = capsys.readouterr().out
+    assert "while nodes are missing (cluster.elastic: shrink):" in text
+    print_plan(whole)
+    assert "while nodes are missing" not in capsys.readouterr().out
+
+
 def test_the_curve_of_a_job_as_an_image(tmp_path: Path) -> None:
     draw_plan(plan(JOB), tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
