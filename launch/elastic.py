@@ -28,8 +28,6 @@ MONITOR = 0.03
 """Seconds between two looks at the workers."""
 FAILURE_GRACE = 10.0
 """Seconds that other workers have to end by themselves once the run has ended: they may be about to say the same."""
-HALT = 2.0
-"""Seconds that workers have to come to rest when others have died; those that need more are killed."""
 KILLED = 30.0
 """Seconds in which a killed worker is dead."""
 UNLIMITED = 1 << 30
@@ -144,7 +142,7 @@ class NodeAgent(SimpleElasticAgent):
         """Have those come to rest that can begin the next round; the others are killed."""
         rank_of = {self._pids[one.local_rank]: one.global_rank for one in worker_group.workers if self._pids}
         sound = workers_are_sound(self._handler.membership.read())
-        resting = self._nursery.halt(list(rank_of), HALT) if sound else set()
+        resting = self._nursery.halt(list(rank_of)) if sound else set()
         self._resting |= {rank_of[pid]: pid for pid in resting}
         self._pids = {local: pid for local, pid in self._pids.items() if pid not in resting}
         self._shut(self._pids)

@@ -6,15 +6,19 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+
+import msgspec
 
 from launch.errors import RanksFailed
 from launch.nursery import PRELOADED, Nursery, Worker
 from trainer.hang import HANG
 
+PIDS = "pids.json"
+"""In the folder of logs: the pid of every rank."""
 FAILURE_GRACE = 10.0
 """Seconds the other ranks have to end by themselves after one failed: they may be about to say the same."""
 TERMINATION_GRACE = 10.0
@@ -39,6 +43,7 @@ def run_ranks(
     max_restarts: int = 0,
     module: str = "trainer",
     preloaded: Sequence[str] = PRELOADED,
+    stay: bool = False,
 ) -> None:
     """Run `python -P -m MODULE ARGUMENTS` once per rank and return when all have ended with 0.
 
@@ -47,7 +52,8 @@ def run_ranks(
     a FileStore in a private temporary folder, named by KEEPWARM_STORE. The first signal that asks this process to end
     is passed on to every rank as SIGTERM, so that they finish their step and save; the second kills them. They die
     with this process, however it ends. When a rank crashes, all are ended and started again, up to `max_restarts`
-    times; as under torchrun, TORCHELASTIC_RESTART_COUNT tells them so.
+    times; as under torchrun, TORCHELASTIC_RESTART_COUNT tells them so. With `stay`, ranks begin again in their process
+    when others were killed.
 
     Raises:
         RanksFailed: a rank failed; the others have ended too. Its exit code is the rank's own 2, 3 or 4, 130 when a
@@ -60,19 +66,37 @@ def run_ranks(
         contextlib.closing(Nursery(preloaded, common)) as nursery,
         tempfile.TemporaryDirectory(prefix="keepwarm-") as meeting_place,
     ):
+        resting: dict[int, int] = {}
         for restart in range(max_restarts + 1):
             with contextlib.ExitStack() as stack:
-                ranks = _Ranks(nursery, logs=logs, restarts_left=max_restarts - restart)
+                ranks = _Ranks(nursery, logs=logs, restarts_left=max_restarts - restart, stay=stay, resting=resting)
                 stack.enter_context(ranks.signals_counted())
                 stack.callback(ranks.kill)
                 own = {"KEEPWARM_STORE": f"{meeting_place}/store-{restart}", "TORCHELASTIC_RESTART_COUNT": str(restart)}
                 for rank in range(world_size):
                     ranks.start(rank, module, arguments, own)
+                _write_pids(logs, ranks.pids)
                 ranks.watch()
                 if not ranks.crashed:
                     ranks.judge()
                     return
                 _say_restart(ranks, restart + 1, max_restarts)
+                resting = ranks.resting
+
+
+def _write_pids(logs: Path, pids: Mapping[int, int]) -> None:
+    """For those who look for a rank: a forked process shows the environment of its parent."""
+    beside = logs / f".{PIDS}"
+    beside.write_bytes(msgspec.json.encode(pids))
+    beside.replace(logs / PIDS)
+
+
+def read_pids(logs: Path) -> dict[int, int]:
+    """Pids by rank of the ranks that were started last; none where nobody started any."""
+    try:
+        return msgspec.json.decode((logs / PIDS).read_bytes(), type=dict[int, int])
+    except (OSError, msgspec.DecodeError):
+        return {}
 
 
 def _say_restart(ranks: "_Ranks", restart: int, limit: int) -> None:
@@ -107,6 +131,9 @@ class _Ranks:
     signals: int = 0
     """How urgently this process was asked to end: 1 to save before, 2 at once."""
     restarts_left: int = 0
+    stay: bool = False
+    resting: dict[int, int] = field(default_factory=dict)
+    """Processes that can begin again, by rank."""
 
     def start(self, rank: int, module: str, arguments: Sequence[str], environment: dict[str, str]) -> None:
         worker = Worker(
@@ -114,8 +141,14 @@ class _Ranks:
             arguments=tuple(arguments),
             environment=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             log=str(self.log(rank)) if rank else None,
+            stays=self.stay,
         )
-        self.pids[rank] = self.nursery.start(worker)
+        pid = self.resting.pop(rank, None)
+        if pid is None or pid in self.nursery.ended:
+            pid = self.nursery.start(worker)
+        else:
+            self.nursery.again(pid, worker.environment)
+        self.pids[rank] = pid
 
     def log(self, rank: int) -> Path:
         return self.logs / f"rank_{rank:05d}.log"
@@ -160,7 +193,7 @@ class _Ranks:
         start = time.monotonic()
         if self.crashed:
             # Their state is read back from memory or disk; there is nothing that they could still save.
-            yield start, self.kill
+            yield start, self.rest
             return
         yield start + FAILURE_GRACE, lambda: self.send(signal.SIGTERM)
         yield start + FAILURE_GRACE + TERMINATION_GRACE, self.kill
@@ -168,6 +201,14 @@ class _Ranks:
     def send(self, number: signal.Signals) -> None:
         """To every rank that still runs."""
         self.nursery.send(list(self.pids.values()), number)
+
+    def rest(self) -> None:
+        """Have those come to rest that can begin again, if the fault was from outside; end the others."""
+        if all(code < 0 for _, code in self.failures):
+            resting = self.nursery.halt([pid for rank, pid in self.pids.items() if rank not in self.codes])
+            self.resting = {rank: pid for rank, pid in self.pids.items() if pid in resting}
+            self.pids = {rank: pid for rank, pid in self.pids.items() if pid not in resting}
+        self.kill()
 
     def kill(self) -> None:
         """End what still runs, and wait for it."""

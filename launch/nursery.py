@@ -33,6 +33,8 @@ from trainer.in_process import ORDERS, Begin, Halt, Said
 PRELOADED = ("trainer.session", "torch.utils.tensorboard")
 START_DEADLINE = 300.0
 """Seconds that a start may take, the imports included: from a slow shared disk they take minutes."""
+HALT = 2.0
+"""Seconds that workers have to come to rest when others have died."""
 _PR_SET_PDEATHSIG = 1
 _MESSAGE = 1 << 18
 _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
@@ -113,8 +115,8 @@ class Nursery:
         """Fork a worker; its pid."""
         return self._started(_Order(worker=worker))
 
-    def halt(self, pids: Sequence[int], seconds: float) -> set[int]:
-        """Have workers come to rest, which then begin `again`; returns those that did within so many seconds.
+    def halt(self, pids: Sequence[int]) -> set[int]:
+        """Have workers come to rest, which then begin `again`; returns those that did within `HALT` seconds.
 
         The others have ended, are not training or take longer: they are to be killed.
         """
@@ -122,7 +124,7 @@ class Nursery:
         asked = {pid for pid in pids if self._said.get(pid) == "training"}
         for pid in asked:
             self._socket.send(msgspec.json.encode(_Order(halt=pid)))
-        end = time.monotonic() + seconds
+        end = time.monotonic() + HALT
         while any(self._said.get(pid) == "training" for pid in asked) and time.monotonic() < end:
             self.poll(0.1)
         return {pid for pid in asked if self._said.get(pid) == "resting"}

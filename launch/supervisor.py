@@ -24,9 +24,9 @@ from launch.rendezvous import Fenced, LeftOut, NoSpareLeft, SlotRendezvous, make
 from launch.rescue import rescue
 from launch.slots import Kind, Table
 from launch.snapshot_agent import SnapshotAgent
-from parallel.engine_support import ENGINES
 from trainer import events
 from trainer.elastic import layouts
+from trainer.in_process import may_stay
 from trainer.spec import JobSpec
 from trainer.spec_file import RUN_FILE
 
@@ -47,7 +47,7 @@ class Supervisor(Plan):
         logs = folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         arguments = (str(folder / RUN_FILE), *(["--resume"] if options.resume else []))
-        super().__init__(options.module, arguments, str(logs), options.ranks_per_node, stay=_stay(job))
+        super().__init__(options.module, arguments, str(logs), options.ranks_per_node, stay=may_stay(job))
         self._snapshots = job.snapshot != "off"
         silence = SILENCE if job.snapshot == "off" else job.snapshot.silence
         self._silence = silence
@@ -247,11 +247,6 @@ class Supervisor(Plan):
 
     def _say(self, text: str) -> None:
         print(f"keepwarm: {self._options.node}: {text}", file=sys.stderr, flush=True)
-
-
-def _stay(job: JobSpec) -> bool:
-    """Whether workers may begin again in their process; whether they have a GPU they know themselves."""
-    return job.cluster.in_process != "off" and ENGINES[job.parallel.engine].in_process
 
 
 def recovery(table: Table, now: float) -> dict[str, object]:

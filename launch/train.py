@@ -10,6 +10,7 @@ from launch.preflight import check_installation, check_job
 from launch.run_folder import Mode, changes, prepared, stored_job
 from launch.train_nodes import run_on_nodes
 from trainer.errors import SpecError
+from trainer.in_process import may_stay
 from trainer.spec import JobSpec
 from trainer.spec_file import RUN_FILE, load_job
 
@@ -46,6 +47,7 @@ def run_here(job: JobSpec, mode: Mode, console: Console) -> None:
             threads_per_rank=job.numerics.threads_per_rank,
             logs=folder / "logs",
             max_restarts=job.cluster.max_restarts if job.snapshot != "off" else 0,
+            stay=may_stay(job),
         )
 
 

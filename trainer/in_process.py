@@ -18,7 +18,9 @@ from typing import Literal
 
 import msgspec
 
+from parallel.engine_support import ENGINES
 from trainer.goodput import process_start
+from trainer.spec import JobSpec
 
 ORDERS = "KEEPWARM_ORDERS"
 """Environment variable: the descriptor of the socket on which a supervisor speaks to its worker."""
@@ -29,6 +31,11 @@ PATIENCE = 5.0
 HALTED = 1
 """Exit code of a worker that was to halt when it could not stay."""
 _MESSAGE = 1 << 18
+
+
+def may_stay(job: JobSpec) -> bool:
+    """Whether workers of a job may begin again in their process; whether they have a GPU they know themselves."""
+    return job.cluster.in_process != "off" and ENGINES[job.parallel.engine].in_process
 
 
 class Halt(msgspec.Struct, frozen=True, tag=True):

@@ -13,6 +13,7 @@ import psutil
 
 from launch import node_record
 from launch.errors import DrillError
+from launch.local import read_pids
 from launch.node_record import NodeRecord
 
 TOKEN = "KEEPWARM_DRILL"
@@ -84,15 +85,17 @@ class Processes:
             DrillError: none runs.
         """
         recorded = [record.workers[rank] for record in self.records if rank in record.workers]
-        found = [self.all[pid] for pid in recorded if pid in self.all] if self.records else self._by_rank(rank)
+        if not self.records:
+            recorded = [pid for each, pid in read_pids(self.folder / "logs").items() if each == rank]
+        found = [self.all[pid] for pid in recorded if pid in self.all]
         return self._or_raise(found[-1:], f"worker of rank {rank}")
 
     def workers(self) -> list[Found]:
         """All workers that run."""
-        if self.records:
-            pids = {pid for record in self.records for pid in record.workers.values()}
-            return [self.all[pid] for pid in sorted(pids) if pid in self.all]
-        return [found for found in self.all.values() if _module(found) == "trainer"]
+        pids = {pid for record in self.records for pid in record.workers.values()}
+        if not self.records:
+            pids = set(read_pids(self.folder / "logs").values())
+        return [self.all[pid] for pid in sorted(pids) if pid in self.all]
 
     def agent(self, slot: int) -> list[Found]:
         """The snapshot agent of a slot."""
@@ -137,9 +140,6 @@ class Processes:
         if not owners:
             raise DrillError(f"no node owns slot {slot} right now")
         return max(owners, key=lambda record: record.generation)
-
-    def _by_rank(self, rank: int) -> list[Found]:
-        return [found for found in self.workers() if found.environment.get("RANK") == str(rank)]
 
     @staticmethod
     def _or_raise(found: list[Found], what: str) -> list[Found]:

@@ -1,9 +1,10 @@
-"""From a kill to the next step: a worker, and a node with its memory.
+"""From a kill to the next step: a worker, a node with its memory, and a node that freezes.
 
     python -m tests.bench.recovery [--rounds 10] [--stock-rounds 3]
 
 Trains `configs/ci/drill.yaml`, 4 nodes of 2 ranks on this machine, with a snapshot after every step, and does the same
-in every round, by SIGKILL. There are as many spares as nodes are lost; a round begins when the redundancy is back.
+in every round, by SIGKILL or SIGSTOP. There are as many spares as nodes are lost; a round begins when the redundancy is
+back, and silence is a death after one second. `noticed` is when the first supervisor wrote the failure down.
 Seconds are those between the kill and the end of the first step after it. The same is then done to stock torchrun with
 one spare and a DCP checkpoint after every step. Prints one JSON object.
 """
@@ -26,9 +27,9 @@ DRILL = ROOT / "configs" / "ci" / "drill.yaml"
 NODES = 4
 ENDLESS = (
     "stages.0.tokens=100_000_000", "cluster.max_restarts=1000", "cluster.max_node_failures=1000",
-    "evaluation.samples=8", "log.tensorboard=false",
+    "evaluation.samples=8", "log.tensorboard=false", "snapshot.silence=1",
 )  # fmt: skip
-GOALS = {"worker": 2.0, "node": 4.0, "detect": 1.5}
+GOALS = {"worker": 2.0, "node": 4.0, "noticed": 1.5}
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
@@ -38,29 +39,36 @@ def summary(seconds: list[float]) -> dict[str, float]:
 def recoveries(folder: Path, what: str, rounds: int) -> dict[str, Any]:
     """Lose a worker or a node in every round."""
     totals: list[float] = []
+    noticed: list[float] = []
     phases: dict[str, list[float]] = {phase: [] for phase in PHASES}
     with runs(folder, DRILL) as start:
-        run: Run = start(*ENDLESS, "--nodes", str(NODES), "--spares", str(rounds if what == "node" else 0))
+        run: Run = start(*ENDLESS, "--nodes", str(NODES), "--spares", str(0 if what == "worker" else rounds))
         run.after(3)
         for count in range(1, rounds + 1):
             slot = count % NODES
             record = run.owner(slot)
             began = time.time()
-            if what == "node":
-                run.lose_node(slot)
-            else:
-                os.kill(min(record.workers.values()), signal.SIGKILL)
+            everything = [record.supervisor, *([record.agent] if record.agent else []), *record.workers.values()]
+            for pid in everything if what != "worker" else [min(record.workers.values())]:
+                os.kill(pid, signal.SIGSTOP if what == "frozen" else signal.SIGKILL)
             event = run.recovered(count)
             assert event["source"] == "memory", event
             totals.append(event["time"] - began)
+            noticed.append(next(one["time"] for one in run.events("failure") if one["time"] > began) - began)
             for phase in PHASES:
                 phases[phase].append(event["phases"].get(phase, 0.0))
-            if what == "node":
+            for pid in everything if what == "frozen" else ():
+                os.kill(pid, signal.SIGKILL)
+            if what != "worker":
                 run.until(lambda count=count: len(run.events("whole")) >= count, "redundancy to be back")
             run.after(event["step"] + 3)
         run.process.send_signal(signal.SIGTERM)
         run.process.wait(DEADLINE)
-    return {"seconds": summary(totals), "phases": {phase: summary(values) for phase, values in phases.items()}}
+    return {
+        "seconds": summary(totals),
+        "noticed": summary(noticed),
+        "phases": {phase: summary(values) for phase, values in phases.items()},
+    }
 
 
 def main() -> None:
@@ -71,10 +79,10 @@ def main() -> None:
     load = os.getloadavg()[0]
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="keepwarm-bench-", ignore_cleanup_errors=True) as name:
-        for what in ("worker", "node"):
+        for what in ("worker", "node", "frozen"):
             (Path(name) / what).mkdir()
             found[what] = recoveries(Path(name) / what, what, options.rounds)
-            if options.stock_rounds:
+            if options.stock_rounds and what != "frozen":
                 (Path(name) / f"{what}_stock").mkdir()
                 stock = torchrun.recoveries(Path(name) / f"{what}_stock", what, options.stock_rounds)
                 ratio = statistics.median(stock) / found[what]["seconds"]["median"]

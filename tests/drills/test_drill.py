@@ -71,6 +71,15 @@ def test_a_worker_a_node_with_its_memory_and_rotten_memory(folder: Path) -> None
     assert carriers() == []
 
 
+def test_ranks_of_one_launcher(folder: Path) -> None:
+    snapshot = "snapshot={every: 1, bucket: 65536}"
+    found = drill(
+        folder / "one", "ci/tiny", "parallel.data=2", snapshot, "--kill", "worker:1@5", "--kill", "worker:0@12"
+    )
+    assert_survived(found, [1, 1])
+    assert carriers() == []
+
+
 FOUR_NODES = "ci/drill"
 CODES = ("{data: 2, parity: 2}", "{data: 3, parity: 1}")
 
