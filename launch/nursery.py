@@ -283,13 +283,16 @@ class Tender:
         return serve
 
     def _heard(self, pid: int) -> bool:
+        line = self._lines.get(pid)
+        if line is None:
+            return True  # it was buried a moment ago, in the same turn
         data = b""
         with contextlib.suppress(ConnectionError):
-            data = self._lines[pid].recv(_MESSAGE)
+            data = line.recv(_MESSAGE)
         if data:
             self._answer(_Answer(said=(pid, msgspec.json.decode(data, type=Said).state)))
         else:
-            self._selector.unregister(self._lines[pid])  # it is about to end
+            self._selector.unregister(line)  # it is about to end
         return True
 
     def _buried(self, descriptor: int, pid: int) -> bool:
