@@ -89,6 +89,9 @@ class Mesh:
         _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
         self._root = None
         self._groups.clear()
+        if not dist.is_initialized():  # all groups were aborted, after a failure
+            self._owned.clear()
+            return
         while self._owned:
             dist.destroy_process_group(self._owned.pop())
         if self._own_world:
