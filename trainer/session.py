@@ -21,8 +21,8 @@ from trainer.spec_file import RUN_FILE, load_job, load_run, save_job
 from trainer.world import World, join
 
 
-def run_session(path: Path, overrides: Sequence[str], *, resume: bool, orders: Orders) -> bool:
-    """Train; False when a signal ended the run early with its state saved.
+def run_session(path: Path, overrides: Sequence[str], *, resume: bool, orders: Orders | None = None) -> bool:
+    """Train; False when a signal ended the run early with its state saved. Without `orders` nobody can halt it.
 
     Raises:
         TrainerError: with the exit code of its kind.
@@ -35,6 +35,7 @@ def run_session(path: Path, overrides: Sequence[str], *, resume: bool, orders: O
     world = join(job.layout.world_size, job.numerics)
     start = _start(job, world, resume)
     _open_folder(job, world)
+    orders = orders or Orders(None)
     timeline = _timeline(job, world, start, orders.began)
     run = build(job, world, start=start)
     try:
