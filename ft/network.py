@@ -26,6 +26,8 @@ class Peer(msgspec.Struct):
     retry_at: float = 0.0
     delay: float = 0.05
     link: Link | None = None
+    dialled: tuple[str, int] | None = None
+    """The address that `link` was made to, if it was made from here."""
     needed: float | None = None
     """Since when there is no way without a link."""
 
@@ -89,6 +91,7 @@ class Network:
         for link in list(self._links):
             link.tick(now)
         for peer in self._peers.values():
+            self._give_up_former(peer)
             idle = peer.link is None or peer.link.closed
             mine = peer.slot > self.mine.slot or (peer.needed is not None and now > peer.needed + self.PATIENCE)
             if mine and idle and now >= peer.retry_at:
@@ -102,7 +105,7 @@ class Network:
         if old is not None and old.open and old is not link and _boot(link) < _boot(old):
             link.close("a later life of this slot is connected")
             return
-        peer.link, peer.delay = link, 0.05
+        peer.link, peer.delay, peer.dialled = link, 0.05, None
         if old is not None and old is not link:
             old.close("replaced by a newer connection")
 
@@ -116,6 +119,15 @@ class Network:
         for link in list(self._links):
             link.close("this agent is leaving")
 
+    def _give_up_former(self, peer: Peer) -> None:
+        """A frozen agent takes connections, in its kernel, and never says hello: the slot may have another by now."""
+        link = peer.link
+        if link is None or link.open or link.closed or peer.dialled is None:
+            return
+        if self._resolve(peer.slot) not in (None, peer.dialled):
+            peer.retry_at, peer.delay = 0.0, 0.05
+            link.close("the slot has another agent")
+
     def _dial(self, peer: Peer) -> None:
         address = self._resolve(peer.slot)
         if address is None:
@@ -128,6 +140,7 @@ class Network:
                 connection.connect(address)
             label = f"slot {peer.slot} at {address[0]}:{address[1]}"
             peer.link = self._add(connection, label, dialled=True, expected=peer.slot)
+            peer.dialled = address
 
     def _add(self, connection: socket.socket, label: str, *, dialled: bool, expected: int | None = None) -> Link:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

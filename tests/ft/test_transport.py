@@ -1,6 +1,7 @@
 """Links between agents over real loopback sockets: who gets in, what is refused, and that the others keep working."""
 
 import contextlib
+import select
 import selectors
 import socket
 import struct
@@ -160,6 +161,20 @@ def test_a_later_life_replaces_an_earlier_one_and_not_the_other_way_round(world:
     assert one.network.links[1].theirs is not None
     assert one.network.links[1].theirs.boot == 5
     assert late.losses == []
+
+
+def test_a_frozen_agent_is_not_waited_for_once_its_slot_has_another(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ft.link.HANDSHAKE_DEADLINE", 1e9)
+    one = world.add(0)
+    with socket.create_server(("127.0.0.1", 0)) as frozen:  # its kernel takes connections, nobody answers
+        world.addresses[1] = frozen.getsockname()[:2]
+        one.network.set_peers([1])
+        world.until(lambda: select.select([frozen], [], [], 0)[0])
+        two = world.add(1, boot=2)
+        two.network.set_peers([0])
+        world.until(lambda: one.network.links and two.network.links)
 
 
 def dial(to: Recorder, **change: Any) -> None:
