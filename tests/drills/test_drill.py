@@ -1,6 +1,7 @@
 """Real drills: processes die, memory rots, and the run ends as if nothing had happened."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,10 +11,10 @@ from typing import Any
 import psutil
 import pytest
 
-from launch.drill.processes import TOKEN
-
 ROOT = Path(__file__).parents[2]
 DEADLINE = 1500.0
+MARK = "KEEPWARM_TEST_DRILL"
+"""Environment variable of everything that these tests start."""
 TWO_NODES = ("parallel.data=2", "cluster.ranks_per_node=1", "snapshot={every: 1, bucket: 65536}")
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(3600)]
 
@@ -21,7 +22,8 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(3600)]
 def drill(folder: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
     """What `keepwarm drill --json` prints."""
     command = [sys.executable, "-P", "-m", "launch.cli", "drill", *arguments, f"output={folder}", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=2 * DEADLINE)
+    environment = os.environ | {MARK: str(os.getpid())}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=2 * DEADLINE, env=environment)
     assert done.returncode == code, done.stdout + done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -38,11 +40,12 @@ def assert_survived(found: dict[str, Any], rungs: Sequence[int | None]) -> None:
 
 
 def carriers() -> list[int]:
-    """Processes that a drill has started and that still run."""
+    """Processes that a drill of these tests has started and that still run; others may run drills at the same time."""
     found = []
     for process in psutil.process_iter():
         try:
-            if TOKEN in process.environ() and process.status() != psutil.STATUS_ZOMBIE:
+            mine = process.environ().get(MARK) == str(os.getpid())
+            if mine and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process.pid)
         except psutil.Error:
             continue
