@@ -108,7 +108,7 @@ class NodeAgent(SimpleElasticAgent):
                 module=self._plan.module,
                 stays=self._plan.stay,
             )
-            pid = self._begin(worker.global_rank, order)
+            pid = self._nursery.start(order, self._resting.pop(worker.global_rank, None))
             self._pids[worker.local_rank] = by_rank[worker.global_rank] = pid
         self._shut(self._resting)  # of a slot that this node has no more
         self._plan.started(by_rank)
@@ -130,13 +130,6 @@ class NodeAgent(SimpleElasticAgent):
             return RunResult(state=WorkerState.FAILED if self._too_late() else WorkerState.HEALTHY)
         self._report(failed)
         return RunResult(state=WorkerState.FAILED)
-
-    def _begin(self, rank: int, order: Worker) -> int:
-        pid = self._resting.pop(rank, None)
-        if pid is None or pid in self._nursery.ended:
-            return self._nursery.start(order)
-        self._nursery.again(pid, order.environment)
-        return pid
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         """Have those come to rest that can begin the next round; the others are killed."""

@@ -143,12 +143,7 @@ class _Ranks:
             log=str(self.log(rank)) if rank else None,
             stays=self.stay,
         )
-        pid = self.resting.pop(rank, None)
-        if pid is None or pid in self.nursery.ended:
-            pid = self.nursery.start(worker)
-        else:
-            self.nursery.again(pid, worker.environment)
-        self.pids[rank] = pid
+        self.pids[rank] = self.nursery.start(worker, self.resting.pop(rank, None))
 
     def log(self, rank: int) -> Path:
         return self.logs / f"rank_{rank:05d}.log"

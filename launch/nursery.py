@@ -107,16 +107,24 @@ class Nursery:
             os.environ.update(environment or {})
             Tender(theirs, parent).run(modules)
         theirs.close()
+        self._know_nobody()
+
+    def _know_nobody(self) -> None:
         self.ended: dict[int, int] = {}
         """Exit code by pid of the processes that have ended; negative for a signal."""
         self._said: dict[int, str] = {}
+        """What workers that can be halted have said last, by pid."""
 
-    def start(self, worker: Worker) -> int:
-        """Fork a worker; its pid."""
-        return self._started(_Order(worker=worker))
+    def start(self, worker: Worker, resting: int | None = None) -> int:
+        """Begin a worker, in the process `resting` if that one still lives, else in a new one; its pid."""
+        if resting is None or resting in self.ended:
+            return self._started(_Order(worker=worker))
+        self._said.pop(resting, None)
+        self._socket.send(msgspec.json.encode(_Order(again=(resting, worker.environment))))
+        return resting
 
     def halt(self, pids: Sequence[int]) -> set[int]:
-        """Have workers come to rest, which then begin `again`; returns those that did within `HALT` seconds.
+        """Have workers come to rest, to be started again; returns those that did within `HALT` seconds.
 
         The others have ended, are not training or take longer: they are to be killed.
         """
@@ -128,11 +136,6 @@ class Nursery:
         while any(self._said.get(pid) == "training" for pid in asked) and time.monotonic() < end:
             self.poll(0.1)
         return {pid for pid in asked if self._said.get(pid) == "resting"}
-
-    def again(self, pid: int, environment: dict[str, str]) -> None:
-        """Begin the next start of a worker that rests; it may have ended since, and is then found in `ended`."""
-        self._said.pop(pid, None)
-        self._socket.send(msgspec.json.encode(_Order(again=(pid, environment))))
 
     def open_store(self, order: StoreOrder) -> int:
         """Fork a store that lives on when this node dies; its pid."""

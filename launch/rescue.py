@@ -16,6 +16,7 @@ from ft.manifest import read_manifest
 from launch.snapshot_agent import SnapshotAgent
 
 POLL = 0.05
+CHANGED = "the nodes have changed meanwhile, or this one was asked to end"
 
 
 def rescue(
@@ -42,7 +43,9 @@ def rescue(
         step = 0
         for one in (agent, *substitutes):
             while (found := one.settled(epoch)) is None:
-                if time.monotonic() > end or not needed():
+                if not needed():
+                    return CHANGED
+                if time.monotonic() > end:
                     return f"memory was not whole after {deadline:g} s"
                 time.sleep(POLL)
             if isinstance(found, str):
@@ -52,7 +55,9 @@ def rescue(
         for one in (agent, *substitutes):
             one.save(epoch)
         while not _published(checkpoints, step):
-            if time.monotonic() > end or not needed():
+            if not needed():
+                return CHANGED
+            if time.monotonic() > end:
                 return f"step {step} was not on disk after {deadline:g} s"
             time.sleep(POLL)
         return step

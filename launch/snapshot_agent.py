@@ -15,6 +15,7 @@ from ft.agent_registry import FOLDER, Registry
 from ft.auth import SECRET, load_secret, run_identity
 from ft.client import AgentClient, ensure_agent, start_agent
 from ft.errors import FtError
+from ft.inspect import Status
 from ft.state import Mode
 
 TEMPLATE = "template.json"
@@ -106,10 +107,7 @@ class SnapshotAgent:
         if self._client is None or self._client.gone:
             return None
         with contextlib.suppress(FtError):
-            status = self._client.status(DEADLINE)
-            whole = [(held.epoch, held.step) for held in status.held if held.phase == "committed"]
-            if status.committed in whole:
-                return status.committed
+            return _whole(self._client.status(DEADLINE))
         return None
 
     def save(self, epoch: int) -> None:
@@ -126,7 +124,7 @@ class SnapshotAgent:
             status = self._client.status(DEADLINE)
             if status.epoch < epoch or status.mode != Mode.ACTIVE.value:
                 return None
-            return self.whole() if status.committed else Registry(self._folder).reason(epoch)
+            return _whole(status) if status.committed else Registry(self._folder).reason(epoch)
         return None
 
     def kill(self) -> None:
@@ -157,3 +155,9 @@ class SnapshotAgent:
         if self._client is not None:
             self._client.close()
         self._client, self.pid = None, None
+
+
+def _whole(status: Status) -> tuple[int, int] | None:
+    """(epoch, step) of the committed snapshot, when this agent holds every chunk of it."""
+    whole = [(held.epoch, held.step) for held in status.held if held.phase == "committed"]
+    return status.committed if status.committed in whole else None

@@ -26,7 +26,7 @@ from launch.slots import Kind, Table
 from launch.snapshot_agent import SnapshotAgent
 from trainer import events
 from trainer.elastic import layouts
-from trainer.in_process import may_stay
+from trainer.in_process import EPOCH, RECOVERY, may_stay
 from trainer.spec import JobSpec
 from trainer.spec_file import RUN_FILE
 
@@ -191,9 +191,9 @@ class Supervisor(Plan):
         if host.startswith("127."):
             found |= {key: os.environ.get(key, "lo") for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
         if slot == 0 and table.round > 0 and self._snapshots and (epoch := self._guard.begin_epoch()) is not None:
-            found["KEEPWARM_EPOCH"] = str(epoch)
+            found[EPOCH] = str(epoch)
         if slot == 0 and table.round > 0:
-            found["KEEPWARM_RECOVERY"] = json.dumps(recovery(table, time.time()))
+            found[RECOVERY] = json.dumps(recovery(table, time.time()))
         return found
 
     def started(self, workers: dict[int, int]) -> None:

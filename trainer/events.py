@@ -9,6 +9,8 @@ Every line has `time` (seconds since 1970), `event`, and what belongs to it; lin
     hang      silent, late, reason  no rank made progress: ranks that did not answer, and that others wait for
     straggler rank, host, ratio     everything takes `ratio` times as long because of a rank
     node left out   host, why       a node that the run goes on without
+    rescued   step, slots           before a run shrinks: memory is on disk, that of lost slots included
+    not rescued   why, slots        before a run shrinks: memory could not be saved
     resized   slots, why            the run goes on with another number of slots, from disk
     ended     why                   a supervisor left
 

@@ -24,8 +24,12 @@ from trainer.spec import JobSpec
 
 ORDERS = "KEEPWARM_ORDERS"
 """Environment variable: the descriptor of the socket on which a supervisor speaks to its worker."""
-PER_START = ("KEEPWARM_EPOCH", "KEEPWARM_RECOVERY")
-"""Environment variables that one start is told and the next one need not be."""
+EPOCH = "KEEPWARM_EPOCH"
+"""Environment variable of rank 0: what this epoch restores, a supervisor has had the agents settle already."""
+RECOVERY = "KEEPWARM_RECOVERY"
+"""Environment variable of rank 0: what the supervisors know of the recovery that this start is part of, as JSON."""
+PER_START = (EPOCH, RECOVERY)
+"""What one start is told, and the next one need not be."""
 PATIENCE = 5.0
 """Seconds that a worker whose collective has failed waits to hear that the fault is elsewhere, before it gives up."""
 HALTED = 1

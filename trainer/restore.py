@@ -16,6 +16,7 @@ from parallel.shard import Shard
 from trainer import checkpoint, events
 from trainer.checkpoint import Checkpoints
 from trainer.errors import CheckpointError, RestoreFailed
+from trainer.in_process import RECOVERY
 from trainer.snapshots import Snapshots
 from trainer.world import World
 
@@ -31,10 +32,6 @@ class Beginning:
     reason: str
     step: int = 0
     meta: dict[str, Any] | None = None
-
-
-RECOVERY = "KEEPWARM_RECOVERY"
-"""Environment variable of rank 0: what the supervisors know of the recovery that this start is part of, as JSON."""
 
 
 def begin(

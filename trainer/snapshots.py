@@ -28,11 +28,10 @@ from parallel.layout import Layout
 from parallel.shard import Shard
 from trainer.checkpoint import OPTIONAL
 from trainer.errors import RestoreFailed
+from trainer.in_process import EPOCH
 from trainer.run_state import RunState
 from trainer.world import World
 
-EPOCH = "KEEPWARM_EPOCH"
-"""Environment variable of rank 0: what this epoch restores, a supervisor has had the agents settle already."""
 TEMPLATE = "template.json"
 """In the run's folder of agents: what they are told, for supervisors that start one before its workers."""
 

@@ -43,8 +43,7 @@ class _Nursery(Nursery):
                 cwd=ROOT,
             )
         self.pid = self._process.pid
-        self.ended: dict[int, int] = {}
-        self._said: dict[int, str] = {}
+        self._know_nobody()
 
     def close(self) -> None:
         self._socket.close()
