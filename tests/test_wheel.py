@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OURS = {"trainer", "launch", "parallel", "ft"}
+OURS = {"keepwarm", "trainer", "launch", "parallel", "ft"}
 
 
 @pytest.fixture(scope="module")
