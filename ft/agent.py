@@ -17,7 +17,7 @@ from typing import Any
 from ft import agent_config, events
 from ft.agent_chunks import READ_STRIPE, Outbox
 from ft.agent_coding import Crew
-from ft.agent_config import AgentConfig
+from ft.agent_config import AgentConfig, AgentExit
 from ft.agent_durable import DurableWriter
 from ft.agent_effects import Arrived, Effects
 from ft.agent_folder import clear, sweep, take_lock
@@ -351,15 +351,15 @@ class Agent:
 def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -P -m ft.agent CONFIG.json", file=sys.stderr)
-        return 2
+        return AgentExit.BAD_CONFIG
     try:
         agent = Agent(agent_config.load(Path(arguments[0])))
     except AgentError as error:
         print(error, file=sys.stderr)
-        return 3
+        return AgentExit.TAKEN
     except FtError as error:
         print(error, file=sys.stderr)
-        return 4 if isinstance(error, MemoryTooSmall) else 2
+        return AgentExit.MEMORY_TOO_SMALL if isinstance(error, MemoryTooSmall) else AgentExit.BAD_CONFIG
     try:
         agent.run()
     except Exception as error:

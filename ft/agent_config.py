@@ -3,18 +3,29 @@
 import hashlib
 import os
 import stat
+from enum import IntEnum
 from pathlib import Path
 
 import msgspec
 
 from ft.errors import AgentError
 from ft.state import Group, Topology
+from keepwarm.files import atomic_write
 
 SOCKET = "agent.sock"
 SOCKET_BYTES = 107
 """Bytes that the path of a Unix socket may have: `sun_path` of unix(7) without its last zero."""
 LOCK = "lock"
 LOG = "agent.log"
+
+
+class AgentExit(IntEnum):
+    """What an agent process ends with when it cannot begin; the process that started it acts on the code."""
+
+    BAD_CONFIG = 2
+    TAKEN = 3
+    """The agent of the slot runs already, or its folder cannot be used."""
+    MEMORY_TOO_SMALL = 4
 
 
 class GroupConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -106,10 +117,7 @@ def write(config: AgentConfig) -> Path:
     """Store the config in the agent's folder, which is made, readable by its owner alone."""
     folder = private_folder(Path(config.folder))
     path = folder / "agent.json"
-    beside = folder / f".agent.json.{os.getpid()}"
-    beside.write_bytes(msgspec.json.format(msgspec.json.encode(config)))
-    beside.chmod(0o600)
-    beside.replace(path)
+    atomic_write(path, msgspec.json.format(msgspec.json.encode(config)))
     return path
 
 

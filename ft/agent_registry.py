@@ -1,16 +1,19 @@
 """Where agents find each other and what is decided once per epoch: small files in the folder that all nodes share."""
 
 import contextlib
-import os
-import time
 from pathlib import Path
 
 import msgspec
 
 from ft.errors import AgentError
 from ft.messages import Decode, Pin
+from keepwarm.files import atomic_create, atomic_write
 
-FOLDER = "agents"
+AGENTS_FOLDER = "agents"
+"""In the run folder."""
+TEMPLATE_FILE = "template.json"
+"""In the folder of agents: the config that rank 0 gave its agent, from which supervisors start others. Only slot, host
+and runtime folder differ."""
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,12 +38,12 @@ class Registry:
     """The files: `<slot>.json` says where an agent listens, `choice-<epoch>.json` what that epoch restores."""
 
     def __init__(self, shared: Path) -> None:
-        self.folder = shared / FOLDER
+        self.folder = shared / AGENTS_FOLDER
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def publish(self, slot: int, address: tuple[str, int], boot: int) -> None:
         endpoint = Endpoint(host=address[0], port=address[1], boot=boot)
-        self._write(self.folder / f"{slot}.json", msgspec.json.encode(endpoint)).replace(self.folder / f"{slot}.json")
+        atomic_write(self.folder / f"{slot}.json", msgspec.json.encode(endpoint), durable=True)
 
     def withdraw(self, slot: int, boot: int) -> None:
         """Remove the endpoint, unless a later life has published its own."""
@@ -59,12 +62,7 @@ class Registry:
     def choose(self, choice: Choice) -> Choice:
         """Compare-and-set of the choice of an epoch: the first one stands and is returned to everybody."""
         path = self.folder / f"choice-{choice.pin.epoch}.json"
-        beside = self._write(path, msgspec.json.encode(choice))
-        try:
-            with contextlib.suppress(FileExistsError):
-                os.link(beside, path)
-        finally:
-            beside.unlink()
+        atomic_create(path, msgspec.json.encode(choice))
         chosen = self.choice(choice.pin.epoch)
         if chosen is None:
             raise AgentError(f"{path}: cannot be read back")
@@ -77,8 +75,7 @@ class Registry:
 
     def explain(self, epoch: int, reason: str) -> None:
         """Keep the words of a choice that restores nothing."""
-        path = self.folder / f"reason-{epoch}.txt"
-        self._write(path, reason.encode()).replace(path)
+        atomic_write(self.folder / f"reason-{epoch}.txt", reason.encode(), durable=True)
 
     def reason(self, epoch: int) -> str:
         with contextlib.suppress(OSError, UnicodeDecodeError):
@@ -89,12 +86,3 @@ class Registry:
         with contextlib.suppress(OSError):
             return msgspec.json.decode((self.folder / f"choice-{epoch}.json").read_bytes(), type=Choice)
         return None
-
-    @staticmethod
-    def _write(path: Path, content: bytes) -> Path:
-        beside = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
-        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        return beside

@@ -5,7 +5,6 @@ is and both `Hello` frames as they were sent, the connecting side's first. So a 
 roles, slots, run and epoch, and is worthless in any other connection, direction or job.
 """
 
-import contextlib
 import hashlib
 import hmac
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from ft.errors import AuthenticationFailed
 from ft.messages import Hello, Proof, encode
+from keepwarm.files import atomic_create
 
 SECRET = "secret"
 """File in the run folder; a run that starts anew gets another, and with it another identity."""
@@ -27,16 +27,7 @@ _PURPOSE = b"keepwarm agent 1"
 
 def create_secret(path: Path) -> bytes:
     """Write a fresh secret to a new 0600 file, unless there is one already; returns what the file holds."""
-    with contextlib.suppress(FileExistsError):
-        # Linked into place complete: whoever sees the name sees all of the secret.
-        beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secrets.token_hex(_SECRET_BYTES).encode())
-            os.fsync(file.fileno())
-        try:
-            os.link(beside, path)
-        finally:
-            beside.unlink()
+    atomic_create(path, secrets.token_hex(_SECRET_BYTES).encode())
     return load_secret(path)
 
 

@@ -22,8 +22,8 @@ import xxhash
 
 from ft import agent_config, auth
 from ft.agent_chunks import READ_STRIPE
-from ft.agent_config import AgentConfig
-from ft.agent_registry import FOLDER
+from ft.agent_config import AgentConfig, AgentExit
+from ft.agent_registry import AGENTS_FOLDER
 from ft.buffers import Slot
 from ft.channel import Channel, decoder_of
 from ft.contents import Bytes
@@ -70,9 +70,10 @@ def ensure_agent(config: AgentConfig, deadline: float = DEADLINE) -> None:
     end = time.monotonic() + deadline
     while not _answers(config.socket):
         code = process.poll()
-        if code is not None and code != 3:  # 3: another process was faster
+        if code is not None and code != AgentExit.TAKEN:  # else another process was faster
             text = words.read_text().strip().splitlines()
-            raise (MemoryTooSmall if code == 4 else AgentError)(text[-1] if text else f"the agent ended with {code}")
+            kind = MemoryTooSmall if code == AgentExit.MEMORY_TOO_SMALL else AgentError
+            raise kind(text[-1] if text else f"the agent ended with {code}")
         if time.monotonic() > end:
             raise AgentError(f"waited {deadline:g} s for the agent of slot {config.slot} to open {config.socket}")
         time.sleep(0.02)
@@ -81,10 +82,10 @@ def ensure_agent(config: AgentConfig, deadline: float = DEADLINE) -> None:
 def start_agent(config: AgentConfig) -> "tuple[subprocess.Popen[bytes], Path]":
     """Start the agent of a slot, detached, and do not wait for it; returns it and the file for its last words.
 
-    One that finds the slot's agent running ends with code 3.
+    One that finds the slot's agent running ends with `AgentExit.TAKEN`.
     """
     path = agent_config.write(config)
-    logs = Path(config.shared) / FOLDER
+    logs = Path(config.shared) / AGENTS_FOLDER
     logs.mkdir(mode=0o700, parents=True, exist_ok=True)
     words = logs / f"agent-{config.slot}.err"
     with words.open("wb") as err:

@@ -25,6 +25,7 @@ import xxhash
 from ft.errors import DurableError
 from ft.manifest import MANIFEST, VERSION, Manifest, read_manifest
 from ft.part_reader import BLOCK, compare, read_header, read_part
+from keepwarm.files import atomic_write, sync_directory
 
 LATEST = "latest"
 _REPLACED = "tmp-old-"
@@ -47,7 +48,7 @@ def write_manifest(
     manifest = Manifest(
         version=VERSION, run=run, epoch=epoch, step=step, layout=layout, meta=dict(meta), parts=tuple(parts)
     )
-    _write_file(directory / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+    atomic_write(directory / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=1), durable=True)
     return manifest
 
 
@@ -105,7 +106,7 @@ def publish(tmp: Path, final: Path) -> bool:
 
 def _publish(tmp: Path, final: Path) -> bool:
     manifest = read_manifest(tmp)
-    _sync(tmp)
+    sync_directory(tmp)
     newest = latest(final.parent)
     if newest is not None:
         other = read_manifest(newest)
@@ -123,9 +124,9 @@ def _publish(tmp: Path, final: Path) -> bool:
         shutil.rmtree(old)
     else:
         tmp.rename(final)
-    _sync(final.parent)
+    sync_directory(final.parent)
     if forward:
-        _write_file(final.parent / LATEST, f"{final.name}\n".encode())
+        atomic_write(final.parent / LATEST, f"{final.name}\n".encode(), durable=True)
     return forward
 
 
@@ -203,22 +204,3 @@ def sweep(root: Path) -> list[Path]:
     for path in left:
         shutil.rmtree(path)
     return left
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    """Replace a file at once: readers see the old content or the new."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    _sync(path.parent)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,7 +4,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What a keepwarm process ends with. Documented in README; scripts may rely on the numbers."""
+    """What a keepwarm process ends with. Documented in docs/reference.md; scripts may rely on the numbers."""
 
     DONE = 0
     FAULT = 1
@@ -15,5 +15,12 @@ class ExitCode(IntEnum):
     """Training stopped itself: non-finite values, or a gate that was not passed."""
     UNRECOVERABLE = 4
     """A fault that no level of recovery mends."""
+    HUNG = 5
+    """A rank that ended itself because training hung. Launchers start the ranks again and never end with it."""
     INTERRUPTED = 130
     """Ctrl-C or a signal that asked for the end; the state is saved where that was possible."""
+
+    @classmethod
+    def of_run(cls) -> "tuple[ExitCode, ...]":
+        """Codes of a rank that end the whole run; with any other the ranks are started again."""
+        return cls.BAD_INPUT, cls.TRAINING_STOPPED, cls.UNRECOVERABLE, cls.INTERRUPTED

@@ -1,32 +1,62 @@
 """Atomic replacement of files: readers see the old content or the new, never half of one."""
 
+import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+READABLE = 0o666
+"""Mode of a file that others may read as far as the umask lets them, as `open` makes it."""
 
 
 def atomic_write(path: Path, content: bytes, *, mode: int = 0o600, durable: bool = False) -> None:
-    """Replace `path` with `content` by writing a temporary sibling and renaming it.
+    """Replace `path` with `content`; the rest as `atomic_file`."""
+    with atomic_file(path, mode=mode, durable=durable) as file:
+        file.write(content)
 
-    The temporary file is created with `mode` and is removed if anything fails; `path` is then what it was. With
-    `durable` the bytes and the directory entry are flushed to the disk first, so that they survive a loss of power.
+
+@contextlib.contextmanager
+def atomic_file(path: Path, *, mode: int = 0o600, durable: bool = False) -> Iterator[BinaryIO]:
+    """Yield a temporary sibling `.NAME.PID.RANDOM.tmp` of `path` that is renamed to it when the block ends.
+
+    The temporary file is created with `mode`, less the umask, and is removed if anything fails; `path` is then what
+    it was. With `durable` the bytes and the directory entry are flushed to the disk, so that they survive a loss of
+    power.
 
     Raises OSError.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = _sibling(path)
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
+        with _new_file(temporary, mode, durable=durable) as file:
+            yield file
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     if durable:
         sync_directory(path.parent)
+
+
+def atomic_create(path: Path, content: bytes, *, mode: int = 0o600) -> bool:
+    """Create `path` with `content`, flushed to the disk, unless it exists; return whether this call created it.
+
+    Of several processes, on several nodes too, exactly one creates the file, and readers see all of it or nothing.
+
+    Raises OSError.
+    """
+    temporary = _sibling(path)
+    try:
+        with _new_file(temporary, mode, durable=True) as file:
+            file.write(content)
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
+    return True
 
 
 def sync_directory(folder: Path) -> None:
@@ -36,3 +66,16 @@ def sync_directory(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sibling(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+
+
+@contextlib.contextmanager
+def _new_file(path: Path, mode: int, *, durable: bool) -> Iterator[BinaryIO]:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        yield file
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())

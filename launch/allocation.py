@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from keepwarm.exit_code import ExitCode
 from launch import network_check
 from launch.node_check import MARK, look, problems
 from launch.plan import Plan
@@ -25,7 +26,6 @@ from trainer.spec import JobSpec
 
 CHECK_DEADLINE = 120.0
 """Seconds that a node has to say how it is."""
-START, LEFT_OUT = "slurm start", "node left out"
 
 
 @dataclass
@@ -44,8 +44,12 @@ class Allocation:
     def say(self, text: str) -> None:
         print(f"keepwarm: {text}", flush=True)
 
-    def note(self, event: str, **values: Any) -> None:
-        events.append(self.folder, event, slurm_job=os.environ["SLURM_JOB_ID"], **values)
+    @property
+    def slurm_job(self) -> str:
+        return os.environ["SLURM_JOB_ID"]
+
+    def note(self, event: events.Event) -> None:
+        events.append(self.folder, event)
 
     def note_end(self, number: int, frame: FrameType | None) -> None:
         self.ending = True
@@ -62,7 +66,7 @@ class Allocation:
         for name, why in unfit.items():
             if name not in self.bad:
                 self.say(f"node {name} is left out: it {why}")
-                self.note(LEFT_OUT, host=name, why=why)
+                self.note(events.NodeExcluded(host=name, why=why, slurm_job=self.slurm_job))
         self.bad = unfit
         return [name for name in self.nodes if name not in unfit]
 
@@ -75,7 +79,7 @@ class Allocation:
         limit, now = self.job.cluster.max_node_failures, time.time()
         counts = {name: sum(now - at < BLAMED_FOR for at in times) for name, times in self.blamed.items()}
         return {name: f"ended {count} starts" for name, count in counts.items() if count >= limit} | left_out(
-            events.read(self.folder)
+            events.read(self.folder).events
         )
 
     def _unfit(self) -> dict[str, str]:
@@ -134,17 +138,17 @@ class Allocation:
 
 def culprit(line: str) -> str | None:
     """The node whose task srun says has failed; None for one that ended because it was asked to. Pure."""
-    asked = r"Terminated|User defined signal|Exited with exit code 130\b"
+    asked = rf"Terminated|User defined signal|Exited with exit code {ExitCode.INTERRUPTED:d}\b"
     found = re.match(rf"srun: error: ([^\s:]+): tasks? [\d,\-\[\]]+: (?!{asked})", line)
     return None if found is None else found.group(1)
 
 
-def left_out(lines: Sequence[dict[str, Any]]) -> dict[str, str]:
+def left_out(log: Sequence[events.Event]) -> dict[str, str]:
     """Nodes that supervisors left out since the job was submitted last, and why. Pure."""
     found: dict[str, str] = {}
-    for line in lines:
-        if line["event"] == START and not line["requeues"]:
+    for event in log:
+        if isinstance(event, events.BatchStarted) and not event.requeues:
             found.clear()
-        elif line["event"] == LEFT_OUT and "slurm_job" not in line:
-            found[line["host"]] = line["why"]
+        elif isinstance(event, events.NodeExcluded) and event.slurm_job is None:
+            found[event.host] = event.why
     return found

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from keepwarm.exit_code import ExitCode
 from launch.cli_arguments import PASSED_THROUGH, WITH_OVERRIDES, Debug, Job, Overrides, RunFolder
 from launch.cli_cluster import cluster
 
@@ -296,7 +297,7 @@ def main() -> None:
     from parallel.errors import ParallelError
     from trainer.errors import TrainerError
 
-    signal.signal(signal.SIGINT, lambda number, frame: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda number, frame: sys.exit(ExitCode.INTERRUPTED))
     try:
         app(prog_name="keepwarm")
     except (LaunchError, TrainerError, ParallelError) as error:
@@ -304,7 +305,7 @@ def main() -> None:
             traceback.print_exc()
         elif str(error):
             print(f"keepwarm: {error}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 2))
+        sys.exit(getattr(error, "exit_code", ExitCode.BAD_INPUT))
 
 
 if __name__ == "__main__":

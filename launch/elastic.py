@@ -19,10 +19,10 @@ from torch.distributed.elastic.agent.server.api import (
     WorkerState,
 )
 
+from keepwarm.exit_code import ExitCode
 from launch.nursery import Nursery, Worker
 from launch.rendezvous import SlotRendezvous
 from launch.slots import Kind, workers_are_sound
-from trainer.hang import HANG
 
 MONITOR = 0.03
 """Seconds between two looks at the workers."""
@@ -31,8 +31,11 @@ FAILURE_GRACE = 10.0
 KILLED = 30.0
 """Seconds in which a killed worker is dead."""
 UNLIMITED = 1 << 30
-INTERRUPTED = 130
-FINAL = {3: "training stopped itself", 4: "a fault that could not be recovered", INTERRUPTED: "interrupted"}
+FINAL: dict[int, str] = {
+    ExitCode.TRAINING_STOPPED: "training stopped itself",
+    ExitCode.UNRECOVERABLE: "a fault that could not be recovered",
+    ExitCode.INTERRUPTED: "interrupted",
+}
 """Exit codes of a worker that end the run for all."""
 
 
@@ -165,14 +168,14 @@ class NodeAgent(SimpleElasticAgent):
         rank, code = min(failed.items(), key=lambda item: (item[1] >= 0, item[0]))
         if code < 0:
             self._fail("killed", f"rank {rank} was ended by {signal.Signals(-code).name}")
-        elif code == INTERRUPTED and self.saving and not self.asked:
+        elif code == ExitCode.INTERRUPTED and self.saving and not self.asked:
             self._wait_for_others()
             self._handler.saved()
-        elif code in FINAL or (code == 2 and self._handler.round == 0):
+        elif code in FINAL or (code == ExitCode.BAD_INPUT and self._handler.round == 0):
             self._wait_for_others()
             self._handler.end(code, f"rank {rank}: {FINAL.get(code, 'bad input')} (exit code {code})")
         else:
-            hung = code == HANG
+            hung = code == ExitCode.HUNG
             what = "saw that training hangs" if hung else f"ended with exit code {code}"
             self._fail("hung" if hung else "failed", f"rank {rank} {what}")
 
@@ -216,5 +219,5 @@ class NodeAgent(SimpleElasticAgent):
             number = signal.SIGTERM if self._signals == 1 else signal.SIGKILL
             self._nursery.send(list(self._pids.values()), number)
             if self._signals > 1:
-                self._handler.end(INTERRUPTED, "interrupted")
+                self._handler.end(ExitCode.INTERRUPTED, "interrupted")
             self._forwarded = self._signals

@@ -21,12 +21,13 @@ from ft.agent_config import NODE, runtime_folder
 from ft.agent_folder import clear, take_lock
 from ft.auth import SECRET, load_secret, run_identity
 from ft.errors import FtError
+from keepwarm.exit_code import ExitCode
 from launch.node import set_environment
 from launch.node_options import PATIENCE, Options
+from trainer.run_folder import RunFolder
 from trainer.spec import JobSpec
-from trainer.spec_file import RUN_FILE, load_run
+from trainer.spec_file import load_run
 
-LOST = 4
 AGENTS_LEAVE = 30.0
 """Seconds that the agents of a run have to end after its supervisors."""
 
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--patience", type=float, default=PATIENCE)
     given = parser.parse_args(arguments)
     folder = given.folder.absolute()
-    job = load_run(folder / RUN_FILE)
+    job = load_run(RunFolder(folder).run_file)
     set_environment(job)
     from launch.nursery import die_with, preload
 
@@ -77,7 +78,7 @@ class Nodes:
         pid = os.fork()
         if pid:
             return pid
-        code = 1
+        code: int = ExitCode.FAULT
         try:
             from launch.nursery import die_with
             from launch.supervisor import supervise
@@ -107,7 +108,7 @@ class Nodes:
         survivors = [code for code in self._codes.values() if code >= 0]
         if not survivors:
             print("keepwarm: every node was lost; --resume continues from the newest checkpoint", file=sys.stderr)
-        return max(set(survivors), key=survivors.count, default=LOST)
+        return max(set(survivors), key=survivors.count, default=ExitCode.UNRECOVERABLE)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         """SIGINT as what it is: said twice, it kills."""

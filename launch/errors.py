@@ -10,11 +10,13 @@ LaunchError
 └── RanksFailed      2,3,4  a rank ended before the job was done; the code is the rank's own
 """
 
+from keepwarm.exit_code import ExitCode
+
 
 class LaunchError(Exception):
     """Base of every error raised by this package; the message says what to do next."""
 
-    exit_code = 2
+    exit_code: int = ExitCode.BAD_INPUT
 
 
 class PreflightError(LaunchError):

@@ -13,10 +13,11 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import LiteralScalarString
 
+from keepwarm.exit_code import ExitCode
 from trainer.cluster_spec import KubernetesSpec
 from trainer.errors import SpecError
+from trainer.run_folder import METRICS_FILE, RUN_FILE
 from trainer.spec import JobSpec
-from trainer.spec_file import RUN_FILE
 
 LONGEST = 40
 """Characters of the JobSet's name: those of its pods add theirs, and 63 is the limit of a host name."""
@@ -96,9 +97,10 @@ def object_name(text: str) -> str:
 
 def _failures() -> dict[str, Any]:
     """Bad input and a run that stopped itself are final; pods that a node loses are nobody's fault."""
+    final = [int(ExitCode.BAD_INPUT), int(ExitCode.TRAINING_STOPPED)]
     return {
         "rules": [
-            {"action": "FailJob", "onExitCodes": {"containerName": "node", "operator": "In", "values": [2, 3]}},
+            {"action": "FailJob", "onExitCodes": {"containerName": "node", "operator": "In", "values": final}},
             {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
         ]
     }
@@ -159,7 +161,7 @@ def _start(job: JobSpec, asked: KubernetesSpec) -> str:
         f'ln {folder}/.{RUN_FILE}."$NODE" {folder}/{RUN_FILE} 2>/dev/null || true\n'
         f'rm {folder}/.{RUN_FILE}."$NODE"\n'
         "resume=\n"
-        f"if [ -e {folder}/metrics.jsonl ]; then resume=--resume; fi\n"
+        f"if [ -e {folder}/{METRICS_FILE} ]; then resume=--resume; fi\n"
         f"exec {shlex.quote(asked.python)} -P -m launch.node {folder} --slots={job.layout.nodes} "
         '--node="$NODE" --host="$HOST" $resume\n'
     )

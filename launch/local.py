@@ -13,9 +13,10 @@ from types import FrameType
 
 import msgspec
 
+from keepwarm.exit_code import ExitCode
+from keepwarm.files import READABLE, atomic_write
 from launch.errors import RanksFailed
 from launch.nursery import PRELOADED, Nursery, Worker
-from trainer.hang import HANG
 
 PIDS = "pids.json"
 """In the folder of logs: the pid of every rank."""
@@ -28,9 +29,6 @@ TAIL_LINES = 20
 LOOK = 0.2
 """Seconds between looks at what signals have asked for; ranks that end are seen at once."""
 KILL_DEADLINE = 30.0
-
-INTERRUPTED = 130
-_KEPT_CODES = (2, 3, 4, INTERRUPTED)
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -86,9 +84,7 @@ def run_ranks(
 
 def _write_pids(logs: Path, pids: Mapping[int, int]) -> None:
     """For those who look for a rank: a forked process shows the environment of its parent."""
-    beside = logs / f".{PIDS}"
-    beside.write_bytes(msgspec.json.encode(pids))
-    beside.replace(logs / PIDS)
+    atomic_write(logs / PIDS, msgspec.json.encode(pids), mode=READABLE)
 
 
 def read_pids(logs: Path) -> dict[int, int]:
@@ -102,7 +98,9 @@ def read_pids(logs: Path) -> dict[int, int]:
 def _say_restart(ranks: "_Ranks", restart: int, limit: int) -> None:
     rank, code = ranks.failures[0]
     how = (
-        signal.Signals(-code).name if code < 0 else f"exit code {code}" + (" as training hung" if code == HANG else "")
+        signal.Signals(-code).name
+        if code < 0
+        else f"exit code {code}" + (" as training hung" if code == ExitCode.HUNG else "")
     )
     print(f"keepwarm: rank {rank} ended with {how}; starting all ranks again ({restart} of {limit})", file=sys.stderr)
 
@@ -182,7 +180,7 @@ class _Ranks:
     def crashed(self) -> bool:
         """A rank crashed, nobody asked for the end, and the ranks may be started again."""
         codes = [code for _, code in self.failures]
-        return self.restarts_left > 0 and not self.signals and bool(codes) and not set(codes) & set(_KEPT_CODES)
+        return self.restarts_left > 0 and not self.signals and bool(codes) and not set(codes) & set(ExitCode.of_run())
 
     def _deadlines(self) -> Iterator[tuple[float, Callable[[], None]]]:
         start = time.monotonic()
@@ -233,12 +231,12 @@ class _Ranks:
         if not self.failures:
             return
         if self.signals:
-            raise RanksFailed("interrupted", INTERRUPTED)
+            raise RanksFailed("interrupted", ExitCode.INTERRUPTED)
         rank, code = self.failures[0]
-        kept = code if code in _KEPT_CODES else 4
-        if code == INTERRUPTED:
-            raise RanksFailed("interrupted", INTERRUPTED)
-        if kept != 4 and (0, code) in self.failures:
+        kept = code if code in ExitCode.of_run() else ExitCode.UNRECOVERABLE
+        if code == ExitCode.INTERRUPTED:
+            raise RanksFailed("interrupted", ExitCode.INTERRUPTED)
+        if kept != ExitCode.UNRECOVERABLE and (0, code) in self.failures:
             raise RanksFailed("", kept)
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         message = f"rank {rank} of {len(self.pids)} {how}"

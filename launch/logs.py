@@ -8,6 +8,7 @@ from pathlib import Path
 
 from launch.node_record import read_all
 from trainer.errors import OutputError
+from trainer.run_folder import RunFolder
 
 _PAUSE = 0.5
 
@@ -18,7 +19,7 @@ def log_file(folder: Path, rank: int | None) -> Path:
     Raises:
         OutputError: there is none; names those that there are.
     """
-    logs = folder / "logs"
+    logs = RunFolder(folder).logs
     wanted = "slurm-*.log" if rank is None else f"rank_{rank:05d}.log"
     found = sorted(logs.glob(wanted), key=lambda path: path.stat().st_mtime)
     if not found and not rank:

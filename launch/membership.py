@@ -18,10 +18,12 @@ from typing import TypeVar
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed import DistError
 
+from keepwarm.exit_code import ExitCode
 from launch import node_record, store
 from launch.errors import LaunchError
 from launch.node_record import EndRecord, StoreRecord
 from launch.slots import Table
+from trainer.run_folder import RunFolder
 
 OPENING = 60.0
 """Seconds that whoever claimed the next store has to open it."""
@@ -38,7 +40,7 @@ T = TypeVar("T")
 class StoreLost(LaunchError):
     """The store has died, is silent, or another one has taken its place."""
 
-    exit_code = 4
+    exit_code = ExitCode.UNRECOVERABLE
 
 
 class RunEnded(LaunchError):
@@ -151,7 +153,7 @@ class Membership:
         """Workers are started under this store: those who are still with an earlier one must stop theirs."""
         assert self.record is not None
         if self.record.number:
-            (self.folder / node_record.FOLDER / f"store-{self.record.number}.active").touch()
+            (RunFolder(self.folder).nodes / f"store-{self.record.number}.active").touch()
 
     def leave(self, *, politely: bool) -> None:
         """Say farewell, so that the store does not take this node for dead; or be gone."""
@@ -264,7 +266,7 @@ class _Beats:
         newest = node_record.newest_store(self._folder)
         if newest is None or newest.number <= self._record.number:
             return
-        active = (self._folder / node_record.FOLDER / f"store-{newest.number}.active").exists()
+        active = (RunFolder(self._folder).nodes / f"store-{newest.number}.active").exists()
         with contextlib.suppress(OSError):
             socket.create_connection((newest.host, newest.desk), timeout=self._silence).close()
             active = True

@@ -15,12 +15,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from keepwarm.exit_code import ExitCode
 from launch.errors import LaunchError
 from launch.node_options import LOOPBACK, PATIENCE, Options
 from launch.preflight import check_memory
 from trainer.errors import TrainerError
+from trainer.run_folder import RunFolder
 from trainer.spec import JobSpec
-from trainer.spec_file import RUN_FILE, load_run
+from trainer.spec_file import load_run
 
 
 def set_environment(job: JobSpec) -> None:
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     given = parser.parse_args(arguments)
     try:
-        job = load_run(given.folder.absolute() / RUN_FILE)
+        job = load_run(RunFolder(given.folder.absolute()).run_file)
         check_memory(job, emulated=False)
     except (TrainerError, LaunchError) as error:
         print(f"keepwarm: {error}", file=sys.stderr)
@@ -54,12 +56,12 @@ def main(arguments: Sequence[str]) -> int:
     layout = job.layout
     if given.slots != layout.nodes or given.ranks_per_node not in (None, layout.ranks_per_node):
         print(
-            f"keepwarm: {given.folder / RUN_FILE}: the layout has {layout.nodes} nodes of {layout.ranks_per_node} "
-            f"ranks (parallel.*, cluster.ranks_per_node), asked for were {given.slots} slots of "
-            f"{given.ranks_per_node or layout.ranks_per_node}",
+            f"keepwarm: {RunFolder(given.folder).run_file}: the layout has {layout.nodes} nodes of "
+            f"{layout.ranks_per_node} ranks (parallel.*, cluster.ranks_per_node), asked for were {given.slots} "
+            f"slots of {given.ranks_per_node or layout.ranks_per_node}",
             file=sys.stderr,
         )
-        return 2
+        return ExitCode.BAD_INPUT
     options = Options(
         folder=given.folder.absolute(),
         slots=given.slots,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import network_check
+from trainer.run_folder import RunFolder
 
 PACKAGES = ("keepwarm", "torch", "megatron-core", "numpy")
 MARK = "keepwarm-node "
@@ -26,7 +27,7 @@ _SIZE = 256
 def digest(folder: Path) -> str | None:
     """Of the spec in a run folder; None when this node does not see it."""
     try:
-        return hashlib.sha256((folder / "run.json").read_bytes()).hexdigest()[:16]
+        return hashlib.sha256(RunFolder(folder).run_file.read_bytes()).hexdigest()[:16]
     except OSError:
         return None
 

@@ -9,13 +9,13 @@ Torch-free. A record may be older than what it speaks of: a killed node cannot s
 
 import contextlib
 import os
-import socket
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-FOLDER = "nodes"
+from keepwarm.files import READABLE, atomic_write
+from trainer.run_folder import RunFolder
 
 State = Literal["joining", "spare", "starting", "running", "restarting", "fenced", "ended"]
 """joining: looks for a store and a slot; spare: no slot is vacant; starting: workers are being started; running: they
@@ -66,23 +66,20 @@ class EndRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 def make_folder(folder: Path) -> Path:
     """The folder of the records in a run folder; for its owner alone."""
-    nodes = folder / FOLDER
+    nodes = RunFolder(folder).nodes
     nodes.mkdir(mode=0o700, parents=True, exist_ok=True)
     return nodes
 
 
 def write(folder: Path, record: NodeRecord) -> None:
     """Replace a node's record in a run folder, whole or not at all."""
-    nodes = make_folder(folder)
-    beside = nodes / f".{record.node}.{os.getpid()}"
-    beside.write_bytes(msgspec.json.encode(record))
-    beside.replace(nodes / f"{record.node}.json")
+    atomic_write(make_folder(folder) / f"{record.node}.json", msgspec.json.encode(record), mode=READABLE)
 
 
 def read_all(folder: Path) -> list[NodeRecord]:
     """The records of a run folder in the order of their names; none when no supervisor has ever run there."""
     found = []
-    for path in sorted((folder / FOLDER).glob("*.json")):
+    for path in sorted(RunFolder(folder).nodes.glob("*.json")):
         if not path.name.startswith("store-"):
             with contextlib.suppress(OSError, msgspec.DecodeError):
                 found.append(msgspec.json.decode(path.read_bytes(), type=NodeRecord))
@@ -91,24 +88,18 @@ def read_all(folder: Path) -> list[NodeRecord]:
 
 def write_store(folder: Path, record: StoreRecord) -> None:
     """Say where a store listens, once it does."""
-    path = folder / FOLDER / f"store-{record.number}.json"
-    beside = path.with_name(f".store-{record.number}.{os.getpid()}")
-    beside.write_bytes(msgspec.json.encode(record))
-    beside.replace(path)
+    atomic_write(RunFolder(folder).nodes / f"store-{record.number}.json", msgspec.json.encode(record), mode=READABLE)
 
 
 def write_end(folder: Path, record: EndRecord) -> None:
     """Every supervisor that knows of the end says so."""
-    path = folder / FOLDER / "store-end.json"
-    beside = path.with_name(f".store-end.{socket.gethostname()}-{os.getpid()}")
-    beside.write_bytes(msgspec.json.encode(record))
-    beside.replace(path)
+    atomic_write(RunFolder(folder).nodes / "store-end.json", msgspec.json.encode(record), mode=READABLE)
 
 
 def read_end(folder: Path) -> EndRecord | None:
     """How this or an earlier start of the run ended; None while none has."""
     with contextlib.suppress(OSError, msgspec.DecodeError):
-        return msgspec.json.decode((folder / FOLDER / "store-end.json").read_bytes(), type=EndRecord)
+        return msgspec.json.decode((RunFolder(folder).nodes / "store-end.json").read_bytes(), type=EndRecord)
     return None
 
 
@@ -124,14 +115,14 @@ def claim_store(folder: Path, number: int) -> bool:
 
 def newest_claim(folder: Path) -> int:
     """The highest number of a store that anyone has opened, or is about to; -1 when none was."""
-    numbers = (path.stem.removeprefix("store-") for path in (folder / FOLDER).glob("store-*.claim"))
+    numbers = (path.stem.removeprefix("store-") for path in RunFolder(folder).nodes.glob("store-*.claim"))
     return max((int(number) for number in numbers if number.isdigit()), default=-1)
 
 
 def newest_store(folder: Path) -> StoreRecord | None:
     """The present store of a run; None before the first one is open."""
     found = []
-    for path in (folder / FOLDER).glob("store-*.json"):
+    for path in RunFolder(folder).nodes.glob("store-*.json"):
         with contextlib.suppress(OSError, msgspec.DecodeError):
             found.append(msgspec.json.decode(path.read_bytes(), type=StoreRecord))
     return max(found, key=lambda record: record.number, default=None)

@@ -23,12 +23,14 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import msgspec
 
+from keepwarm.exit_code import ExitCode
 from launch.errors import LaunchError
 from trainer.in_process import ORDERS, Begin, Halt, Said
+from trainer.run_folder import RunFolder
 
 PRELOADED = ("trainer.session", "torch.utils.tensorboard")
 START_DEADLINE = 300.0
@@ -204,14 +206,14 @@ class Tender:
         """To each process, by pid."""
 
     def run(self, modules: Sequence[str]) -> NoReturn:
-        code = 0
+        code = ExitCode.DONE
         try:
             preload(modules)
             while self._turn():
                 pass
         except BaseException:
             traceback.print_exc()
-            code = 1
+            code = ExitCode.FAULT
         finally:
             os._exit(code)
 
@@ -280,7 +282,7 @@ class Tender:
     def _store(order: StoreOrder, line: socket.socket) -> Callable[[], None]:
         def serve() -> None:
             line.close()
-            _redirect(str(Path(order.folder) / "nodes" / f"store-{order.number}.log"))
+            _redirect(str(RunFolder(Path(order.folder)).nodes / f"store-{order.number}.log"))
             importlib.import_module("launch.store").serve(order)
 
         return serve
@@ -315,12 +317,12 @@ def die_with(parent: int) -> None:
     """Have the kernel kill this process when its parent ends, however it ends."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
-        os._exit(1)
+        os._exit(ExitCode.FAULT)
 
 
 def _become(action: Callable[[], None]) -> NoReturn:
     """Be a process of its own from here on, and end as a new interpreter would."""
-    code: Any = 1
+    code: int = ExitCode.FAULT
     try:
         os.setsid()
         for number in _HANDLED:

@@ -16,6 +16,7 @@ from torch.distributed.elastic.rendezvous import (
     rendezvous_handler_registry,
 )
 
+from keepwarm.exit_code import ExitCode
 from launch import slots
 from launch.errors import LaunchError
 from launch.membership import POLL, Membership
@@ -29,19 +30,19 @@ LOOK = 1.0
 class Fenced(LaunchError):
     """This node was given up: another one may have its slot."""
 
-    exit_code = 4
+    exit_code = ExitCode.UNRECOVERABLE
 
 
 class NoSpareLeft(LaunchError):
     """A slot stayed vacant for too long."""
 
-    exit_code = 4
+    exit_code = ExitCode.UNRECOVERABLE
 
 
 class LeftOut(LaunchError):
     """Workers of this node ended one start after another: a spare has its slot."""
 
-    exit_code = 4
+    exit_code = ExitCode.UNRECOVERABLE
 
 
 def _ignore(*_: object) -> None:
@@ -202,7 +203,7 @@ class SlotRendezvous(RendezvousHandler):
     def num_nodes_waiting(self) -> int:
         """1 when workers must start again; spares are not waiting, they are where they belong."""
         table = self.membership.read()
-        gone = table.ended is not None and table.ended.code == 4
+        gone = table.ended is not None and table.ended.code == ExitCode.UNRECOVERABLE
         return int(gone or (table.ended is None and table.round != self.round))
 
     def fail(self, kind: slots.Kind, cause: str) -> bool:

@@ -6,19 +6,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from launch import slurm
 from launch.errors import ClusterError
-from launch.run_folder import STARTED_FILE
 from launch.submit import jobs_of
 from trainer.errors import OutputError
-from trainer.spec_file import RUN_FILE, load_run
+from trainer.run_folder import RUN_FILE, RunFolder
+from trainer.spec_file import load_run
 from trainer.stages import plan_stages
 
 RECENT = 20
 """Steps whose times are averaged."""
-_TAIL = 64 << 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +61,8 @@ def slurm_job_of(folder: Path) -> slurm.Job | None:
 
 def progress(folder: Path) -> Progress:
     """From the end of metrics.jsonl."""
-    job = load_run(folder / RUN_FILE)
-    steps = [record for record in _records(folder / STARTED_FILE) if "loss" in record][-RECENT:]
+    job = load_run(RunFolder(folder).run_file)
+    steps = [record for record in RunFolder(folder).recent_metrics() if "loss" in record][-RECENT:]
     last_step = plan_stages(job)[-1].end_step
     if not steps:
         return Progress(step=0, last_step=last_step, loss=None, tokens_per_s=None, eta_s=None)
@@ -79,21 +77,6 @@ def progress(folder: Path) -> Progress:
     )
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """The complete lines at the end of a metrics file."""
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        start = max(0, path.stat().st_size - _TAIL)
-        file.seek(start)
-        lines = file.read().decode(errors="replace").splitlines()
-    for line in lines[1 if start else 0 :]:
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue
-
-
 def runs_in(root: Path) -> list[RunRow]:
     """The runs in a folder and the folders right below it, or the run that the folder is, by name.
 
@@ -101,14 +84,15 @@ def runs_in(root: Path) -> list[RunRow]:
         OutputError: there is none.
         ClusterError: one was submitted, and SLURM cannot be asked.
     """
-    folders = [path.parent for path in (root / RUN_FILE, *sorted(root.glob(f"*/{RUN_FILE}"))) if path.is_file()]
+    files = (root / RUN_FILE, *sorted(root.glob(f"*/{RUN_FILE}")))
+    folders = [path.parent for path in files if path.is_file()]
     if not folders:
         raise OutputError(f"{root}: there is no run here or right below (no {RUN_FILE})")
     return [_row(folder) for folder in folders]
 
 
 def _row(folder: Path) -> RunRow:
-    name = load_run(folder / RUN_FILE).name
+    name = load_run(RunFolder(folder).run_file).name
     return RunRow(folder=str(folder), name=name, progress=progress(folder), job=slurm_job_of(folder))
 
 

@@ -68,7 +68,7 @@ def simulate(
         str | None, typer.Option(help="From then until redundancy is whole. [default: the next snapshot]")
     ] = None,
     drill: Annotated[
-        Path | None, typer.Option(help="Detection and recovery from `keepwarm drill --json`, medians by rung.")
+        Path | None, typer.Option(help="Detection and recovery from `keepwarm drill --json`, medians by level.")
     ] = None,
     drill_scale: Annotated[float, typer.Option(help="Bytes of state of a node over those in the drill.")] = 1.0,
     disk_interval: Annotated[str, typer.Option(help="Training between checkpoints on disk alone.")] = "auto",

@@ -11,19 +11,19 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from keepwarm.exit_code import ExitCode
 from launch import slurm
-from launch.allocation import START, Allocation
+from launch.allocation import Allocation
 from launch.errors import ClusterError
-from launch.run_folder import STARTED_FILE
 from launch.slurm_script import node_step, rank_step
 from trainer import events
 from trainer.errors import SpecError
-from trainer.spec_file import RUN_FILE, load_run
+from trainer.run_folder import RunFolder
+from trainer.spec_file import load_run
 from trainer.stages import plan_stages
 
 RECORD = "slurm.json"
 """In the run folder: what `keepwarm submit` did."""
-INTERRUPTED = 130
 REQUEUE_GRACE = 60.0
 """Seconds that SLURM has to end this process once it has put the job back into the queue."""
 
@@ -41,53 +41,39 @@ def verdict(code: int, *, crashed: bool, ending: bool, failures: int, limit: int
         failures: starts in a row, this one included, that failed without a step in between.
         limit: of `failures`.
     """
-    if code == 0:
+    if code == ExitCode.DONE:
         return "done", "finished"
     if ending:
         return "give up", "SLURM ends the job"
-    if not crashed and (code == INTERRUPTED or code in [128 + number for number in _POLITE]):
+    if not crashed and (code == ExitCode.INTERRUPTED or code in [128 + number for number in _POLITE]):
         return "requeue", "the state is saved, the time limit is near or somebody asked for it"
-    if code in (2, 3):
-        return "give up", "bad input" if code == 2 else "training stopped itself"
+    if code in (ExitCode.BAD_INPUT, ExitCode.TRAINING_STOPPED):
+        return "give up", "bad input" if code == ExitCode.BAD_INPUT else "training stopped itself"
     if failures > limit:
         return "give up", f"{failures} starts in a row failed without a step (cluster.max_restarts = {limit})"
     return "again", f"ranks ended with exit code {code}"
 
 
-def steps_done(folder: Path) -> int:
-    """The last step in the metrics; 0 before the first."""
-    try:
-        lines = (folder / STARTED_FILE).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return 0
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["step"])
-        except (json.JSONDecodeError, KeyError):
-            continue
-    return 0
-
-
 def run_job(folder: Path) -> int:
     """The whole life of one start of the job; its exit code."""
-    job = load_run(folder / RUN_FILE)
+    job = load_run(RunFolder(folder).run_file)
     here = Allocation(folder, job, slurm.host_names(os.environ["SLURM_JOB_NODELIST"]))
     signal.signal(signal.SIGTERM, here.note_end)
     requeues = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    here.note(START, nodes=here.nodes, requeues=requeues)
+    here.note(events.BatchStarted(slurm_job=here.slurm_job, nodes=tuple(here.nodes), requeues=requeues))
     resume = json.loads((folder / RECORD).read_text(encoding="utf-8"))["resume"]
     failures = attempts = 0
     while True:
         nodes = here.healthy()
         if len(nodes) < job.layout.nodes:
             return _requeue(here, f"{len(nodes)} of {len(here.nodes)} nodes are fit, the layout has {job.layout.nodes}")
-        begun = steps_done(folder)
+        begun = RunFolder(folder).last_step()
         restarts = max(requeues + attempts, 1 if begun else 0)
         code, guilty = here.run(_step(here, nodes, resume=resume, begun=begun > 0, restarts=restarts), restarts)
-        if code and steps_done(folder) >= plan_stages(job)[-1].end_step and _finished(folder):
-            code = 0  # of a node that was lost on the way
+        if code and RunFolder(folder).last_step() >= plan_stages(job)[-1].end_step and _finished(folder):
+            code = ExitCode.DONE  # of a node that was lost on the way
         attempts += 1
-        failures = 1 if steps_done(folder) > begun else failures + 1
+        failures = 1 if RunFolder(folder).last_step() > begun else failures + 1
         what, why = verdict(
             code,
             crashed=guilty is not None,
@@ -95,7 +81,7 @@ def run_job(folder: Path) -> int:
             failures=failures,
             limit=job.cluster.max_restarts,
         )
-        here.note("slurm end", code=code, verdict=what, why=why)
+        here.note(events.BatchEnded(slurm_job=here.slurm_job, code=code, verdict=what, why=why))
         here.say(f"the ranks ended with exit code {code}: {what}: {why}")
         if what == "requeue":
             return _requeue(here, why)
@@ -112,30 +98,30 @@ def _step(here: Allocation, nodes: list[str], *, resume: bool, begun: bool, rest
         here.say(f"{job.name}: starting {job.layout.world_size} ranks on {', '.join(nodes[: job.layout.nodes])}")
         return rank_step(job, folder, nodes[: job.layout.nodes], resume=resume and not restarts)
     here.say(f"{job.name}: starting supervisors on {', '.join(nodes)} for {job.layout.nodes} slots")
-    saved = (folder / "checkpoints" / "latest").exists()
+    saved = (RunFolder(folder).checkpoints / "latest").exists()
     if begun and not saved:
         # Nothing was saved before everything was lost: the run begins anew, and so does its record.
-        (folder / STARTED_FILE).unlink()
+        RunFolder(folder).metrics_file.unlink()
     return node_step(job, folder, nodes, resume=saved)
 
 
 def _finished(folder: Path) -> bool:
     """Whether rank 0 has said so since the last start."""
-    names = [line["event"] for line in events.read(folder) if line["event"] in ("began", "finished")]
-    return names[-1:] == ["finished"]
+    told = [type(event) for event in events.read(folder).of(events.Began, events.Finished)]
+    return told[-1:] == [events.Finished]
 
 
 def _requeue(here: Allocation, why: str) -> int:
     """Put the job back into the queue, without the nodes that are not fit; it goes on from where it is saved."""
-    identity = os.environ["SLURM_JOB_ID"]
+    identity = here.slurm_job
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
         slurm.ask("scontrol", "requeue", identity)
-        here.note("requeue", why=why, left_out=sorted(here.bad))
+        here.note(events.Requeue(slurm_job=identity, why=why, excluded=tuple(sorted(here.bad))))
         here.say(f"requeued: {why}")
     except ClusterError as error:
         here.say(f"not requeued: {error}; keepwarm submit {here.folder} --resume goes on from the saved state")
-        return INTERRUPTED
+        return ExitCode.INTERRUPTED
     if here.bad:
         excluded = ",".join([*here.job.cluster.slurm.exclude, *here.bad])
         try:
@@ -145,7 +131,7 @@ def _requeue(here: Allocation, why: str) -> int:
             here.say(f"the next start may get {excluded} again: {error}")
     # SLURM ends this process now; until it says so the job must not end by itself.
     signal.sigtimedwait([signal.SIGTERM], REQUEUE_GRACE)
-    return INTERRUPTED
+    return ExitCode.INTERRUPTED
 
 
 def main() -> None:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from trainer.launcher_environment import first_host, own_address
-from trainer.spec_file import RUN_FILE, load_run
+from trainer.run_folder import RunFolder
+from trainer.spec_file import load_run
 
 
 def supervisor(arguments: list[str], slots: int, environment: Mapping[str, str]) -> list[str]:
@@ -21,7 +22,7 @@ def supervisor(arguments: list[str], slots: int, environment: Mapping[str, str])
 
 def main() -> None:
     """Replace this process, so that SLURM's signals reach the supervisor itself."""
-    slots = load_run(Path(sys.argv[1]) / RUN_FILE).layout.nodes
+    slots = load_run(RunFolder(Path(sys.argv[1])).run_file).layout.nodes
     told = supervisor(sys.argv[1:], slots, os.environ)
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-P", "-m", "launch.node", *told])

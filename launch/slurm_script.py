@@ -8,6 +8,7 @@ from pathlib import Path
 import jinja2
 
 from trainer.cluster_spec import SlurmSpec
+from trainer.run_folder import RunFolder
 from trainer.spec import JobSpec
 
 SCRIPT = "job.sbatch"
@@ -90,7 +91,7 @@ def cpus_per_rank(job: JobSpec) -> int:
 
 def rank_step(job: JobSpec, folder: Path, nodes: list[str], *, resume: bool, python: str = sys.executable) -> list[str]:
     """The srun command that starts one task per rank on these nodes; ranks count along the nodes in SLURM's order."""
-    logs = str(folder / "logs").replace("%", "%%")
+    logs = str(RunFolder(folder).logs).replace("%", "%%")
     return [
         "srun",
         f"--nodes={job.layout.nodes}",
@@ -106,14 +107,14 @@ def rank_step(job: JobSpec, folder: Path, nodes: list[str], *, resume: bool, pyt
         "--open-mode=append",
         f"--output={logs}/rank_%5t.log",
         *in_container(job.cluster.slurm, folder, python),
-        *("-P", "-m", "trainer", str(folder / "run.json")),
+        *("-P", "-m", "trainer", str(RunFolder(folder).run_file)),
         *(["--resume"] if resume else []),
     ]
 
 
 def node_step(job: JobSpec, folder: Path, nodes: list[str], *, resume: bool, python: str = sys.executable) -> list[str]:
     """The srun command that starts one supervisor per node, spares included; each starts the ranks of its slot."""
-    logs = str(folder / "logs").replace("%", "%%")
+    logs = str(RunFolder(folder).logs).replace("%", "%%")
     return [
         "srun",
         f"--nodes={len(nodes)}",

@@ -11,15 +11,13 @@ import msgspec
 
 from ft import agent_config
 from ft.agent_config import AgentConfig, runtime_folder
-from ft.agent_registry import FOLDER, Registry
+from ft.agent_registry import AGENTS_FOLDER, TEMPLATE_FILE, Registry
 from ft.auth import SECRET, load_secret, run_identity
 from ft.client import AgentClient, ensure_agent, start_agent
 from ft.errors import FtError
 from ft.inspect import Status
 from ft.state import Mode
 
-TEMPLATE = "template.json"
-"""In the run's folder of agents: what the workers told theirs, written by rank 0. Only slot, host and folder differ."""
 DEADLINE = 5.0
 LEAVING = 0.5
 """Seconds after which an agent that left by itself has cleaned up."""
@@ -57,7 +55,7 @@ class SnapshotAgent:
     def _config(self) -> AgentConfig | None:
         """What the slot's agent is told; None before workers have said how large it is."""
         assert self._slot is not None
-        template = self._folder / FOLDER / TEMPLATE
+        template = self._folder / AGENTS_FOLDER / TEMPLATE_FILE
         if not template.is_file():
             return None
         config = msgspec.json.decode(template.read_bytes(), type=AgentConfig)
@@ -143,7 +141,7 @@ class SnapshotAgent:
                 with contextlib.suppress(ProcessLookupError):
                     process = stack.enter_context(os.fdopen(os.pidfd_open(self.pid)))
             self.kill()
-            (self._folder / FOLDER / TEMPLATE).unlink(missing_ok=True)
+            (self._folder / AGENTS_FOLDER / TEMPLATE_FILE).unlink(missing_ok=True)
             if process is not None:  # it can be read once the process has ended, whether its parent cares or not
                 select.select([process], [], [], DEADLINE)
 

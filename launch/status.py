@@ -18,7 +18,8 @@ from launch.runs import progress
 from launch.snapshots import ask
 from trainer import events
 from trainer.goodput import Goodput, of_run
-from trainer.spec_file import RUN_FILE, load_run
+from trainer.run_folder import RUN_FILE, RunFolder
+from trainer.spec_file import load_run
 
 
 def show(folder: Path, *, as_json: bool) -> None:
@@ -40,10 +41,11 @@ def status(folder: Path) -> dict[str, Any]:
     Raises:
         StatusError: as `show`.
     """
-    if not (folder / RUN_FILE).is_file():
+    if not RunFolder(folder).exists:
         raise StatusError(f"{folder}: there is no run here ({RUN_FILE} is missing)")
-    job, far = load_run(folder / RUN_FILE), progress(folder)
-    saved = durable.checkpoints(folder / "checkpoints")
+    log = events.read(folder)
+    job, far = load_run(RunFolder(folder).run_file), progress(folder)
+    saved = durable.checkpoints(RunFolder(folder).checkpoints)
     return {
         "run": job.name,
         "step": far.step,
@@ -53,7 +55,8 @@ def status(folder: Path) -> dict[str, Any]:
         "eta_s": far.eta_s,
         "committed": committed(folder),
         "checkpoint": saved[-1].name if saved else None,
-        "restarts": restarts(events.read(folder)),
+        "restarts": restarts(log.events),
+        "unknown_events": log.unknown,
         "nodes": [msgspec.to_builtins(record, str_keys=True) for record in read_all(folder)],
         "goodput": of_run(folder).data(),
     }
@@ -66,12 +69,13 @@ def committed(folder: Path) -> tuple[int, int] | None:
     return None
 
 
-def restarts(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """When the ranks began again, from which rung, and why, as supervisors or the batch job recorded it. Pure."""
+def restarts(log: Sequence[events.Event]) -> list[dict[str, Any]]:
+    """When the ranks began again, at which level, and why, as supervisors or the batch job recorded it. Pure."""
     return [
-        {"time": line["time"], "rung": line.get("rung"), "why": line["why"]}
-        for line in lines
-        if line["event"] in ("recovery", "requeue") or (line["event"] == "slurm end" and line["verdict"] == "again")
+        {"time": event.time, "level": event.level if isinstance(event, events.Recovery) else None, "why": event.why}
+        for event in log
+        if isinstance(event, events.Recovery | events.Requeue)
+        or (isinstance(event, events.BatchEnded) and event.verdict == "again")
     ]
 
 
@@ -85,8 +89,10 @@ def _print(found: dict[str, Any], account: Goodput) -> None:
     console.print(f"saved: in memory {memory}, on disk {found['checkpoint'] or 'nothing'}", soft_wrap=True)
     for one in found["restarts"]:
         when = datetime.fromtimestamp(one["time"]).strftime("%Y-%m-%d %H:%M:%S")
-        rung = "" if one["rung"] is None else f" (rung {one['rung']})"
-        console.print(f"restarted {when}{rung}: {one['why']}", soft_wrap=True)
+        level = "" if one["level"] is None else f" (level {one['level']})"
+        console.print(f"restarted {when}{level}: {one['why']}", soft_wrap=True)
+    if found["unknown_events"]:
+        console.print(f"{found['unknown_events']} events are not known to this version", soft_wrap=True)
     if found["nodes"]:
         table = Table(title="nodes")
         for column in ("node", "host", "slot", "state", "ranks", "generation"):

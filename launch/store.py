@@ -171,7 +171,7 @@ class Desk:
 
         first = Table(slots=1, max_restarts=0)
         if read(self._store) is not None and change(self._store, first, lost)[1] and slot[0] is not None:
-            events.append(self._folder, "failure", node=guest.name, kind="lost", cause=cause, slots=[slot[0]])
+            events.append(self._folder, events.Failure(node=guest.name, kind="lost", cause=cause, slots=(slot[0],)))
 
     def _forget(self, guest: _Guest) -> None:
         self._guests.pop(guest.connection.fileno(), None)

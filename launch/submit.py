@@ -9,14 +9,16 @@ from pathlib import Path
 
 from rich.console import Console
 
+from keepwarm.files import READABLE, atomic_write
 from launch import kubernetes, slurm
 from launch.cluster_check import check_offered, probe
 from launch.errors import ClusterError
 from launch.preflight import PACKAGES, check_engine, check_installation, check_job
-from launch.run_folder import Mode, prepared
+from launch.prepare import Mode, prepared
 from launch.slurm_job import RECORD
 from launch.slurm_script import CODE, SCRIPT, render
 from launch.train import continued, job_file
+from trainer.run_folder import RunFolder
 from trainer.spec import JobSpec
 from trainer.spec_file import load_job
 
@@ -45,7 +47,7 @@ def submit_here(path: Path, overrides: Sequence[str], mode: Mode, *, chain: int 
     if mode != "new":
         _refuse_while_going(folder)
     with prepared(job, mode) as folder:
-        (folder / "logs").mkdir(exist_ok=True)
+        RunFolder(folder).logs.mkdir(exist_ok=True)
         (folder / SCRIPT).write_text(render(job, folder), encoding="utf-8")
         copy_code(job, folder)
         probe(job, folder, console)
@@ -86,9 +88,7 @@ def jobs_of(folder: Path) -> list[str]:
 
 def write_record(folder: Path, record: object) -> None:
     """What was submitted from a run folder."""
-    beside = folder / f".{RECORD}"
-    beside.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    beside.replace(folder / RECORD)
+    atomic_write(folder / RECORD, (json.dumps(record) + "\n").encode(), mode=READABLE)
 
 
 def copy_code(job: JobSpec, folder: Path) -> None:

@@ -7,14 +7,16 @@ import signal
 import sys
 import time
 from types import FrameType
+from typing import Literal
 
 import msgspec
 from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
 from ft.agent_config import NODE
 from ft.errors import FtError
+from keepwarm.exit_code import ExitCode
 from launch import node_record
-from launch.elastic import INTERRUPTED, NodeAgent, Plan
+from launch.elastic import NodeAgent, Plan
 from launch.errors import LaunchError
 from launch.membership import Membership, RunEnded, StoreLost
 from launch.node_options import Options
@@ -27,8 +29,8 @@ from launch.snapshot_agent import SnapshotAgent
 from trainer import events
 from trainer.elastic import layouts
 from trainer.in_process import EPOCH, RECOVERY, may_stay
+from trainer.run_folder import RunFolder
 from trainer.spec import JobSpec
-from trainer.spec_file import RUN_FILE
 
 SILENCE = 5.0
 """Seconds without a sign of life after which a node is dead, unless `snapshot.silence` says otherwise."""
@@ -44,9 +46,9 @@ class Supervisor(Plan):
     def __init__(self, options: Options, job: JobSpec, nursery: Nursery) -> None:
         self._options, self._job, self._nursery = options, job, nursery
         folder = options.folder
-        logs = folder / "logs"
+        logs = RunFolder(folder).logs
         logs.mkdir(parents=True, exist_ok=True)
-        arguments = (str(folder / RUN_FILE), *(["--resume"] if options.resume else []))
+        arguments = (str(RunFolder(folder).run_file), *(["--resume"] if options.resume else []))
         super().__init__(options.module, arguments, str(logs), options.ranks_per_node, stay=may_stay(job))
         self._snapshots = job.snapshot != "off"
         silence = SILENCE if job.snapshot == "off" else job.snapshot.silence
@@ -76,16 +78,16 @@ class Supervisor(Plan):
         """Until the run has ended; returns its exit code."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._signal)
-        code, why = 4, "a defect"
+        code, why = int(ExitCode.UNRECOVERABLE), "a defect"
         try:
             self._note(state="joining")
             self._membership.enter()
-            events.append(self._options.folder, "started", node=self._options.node, slots=self._options.slots)
+            self._event(events.SupervisorStarted(node=self._options.node, slots=self._options.slots))
             code, why = self._rounds()
         except (NoSpareLeft, StoreLost, FtError, LaunchError) as error:
-            code, why = getattr(error, "exit_code", 2), str(error)
+            code, why = getattr(error, "exit_code", ExitCode.BAD_INPUT), str(error)
             if isinstance(error, LeftOut):
-                events.append(self._options.folder, "node left out", host=self._options.node, why=why)
+                self._event(events.NodeExcluded(host=self._options.node, why=why))
             if isinstance(error, NoSpareLeft | RunEnded):
                 with contextlib.suppress(StoreLost):
                     self._handler.end(code, why)
@@ -104,7 +106,7 @@ class Supervisor(Plan):
             except RendezvousClosedError as error:
                 ended = self._handler.ended()
                 if ended is None:
-                    return INTERRUPTED, str(error)
+                    return ExitCode.INTERRUPTED, str(error)
             except Fenced as error:
                 self._say(str(error))
                 self._note(state="fenced", slot=None, workers={}, agent=None)
@@ -133,9 +135,9 @@ class Supervisor(Plan):
         with contextlib.suppress(StoreLost):
             self._handler.give_up_slot(why)
         self._membership.leave(politely=True)
-        events.append(self._options.folder, "ended", node=self._options.node, code=code, why=why)
+        self._event(events.SupervisorEnded(node=self._options.node, code=code, why=why))
         self._note(state="ended", workers={})
-        if code and code != INTERRUPTED and self._record.slot in (0, None):
+        if code and code != ExitCode.INTERRUPTED and self._record.slot in (0, None):
             self._say(why)
 
     def _signal(self, number: int, frame: FrameType | None) -> None:
@@ -155,7 +157,7 @@ class Supervisor(Plan):
         self._note(slot=slot, agent=self._guard.pid)
 
     def _resized(self, table: Table) -> None:
-        self._event("resized", slots=table.slots, why=_why(table))
+        self._event(events.Resized(node=self._options.node, slots=table.slots, why=_why(table)))
 
     def _rescue(self) -> None:
         """Have what is in memory written to disk, before there are fewer slots."""
@@ -168,14 +170,14 @@ class Supervisor(Plan):
         for slot, substitute in zip(vacant, substitutes, strict=True):
             substitute.take(slot)
         found = rescue(
-            self._guard, substitutes, options.folder / "checkpoints", everyone=handler.save_all,
+            self._guard, substitutes, RunFolder(options.folder).checkpoints, everyone=handler.save_all,
             needed=lambda: not self._agent.asked and handler.membership.read().vacant == vacant,
             deadline=job.snapshot.durable.deadline,
         )  # fmt: skip
         if isinstance(found, int):
-            self._event("rescued", step=found, slots=list(vacant))
+            self._event(events.MemorySaved(node=options.node, step=found, slots=vacant))
         else:
-            self._event("not rescued", why=found, slots=list(vacant))
+            self._event(events.MemoryNotSaved(node=options.node, why=found, slots=vacant))
 
     def _waiting(self, state: str, slot: int | None) -> None:
         if slot is None and self._record.slot is not None:
@@ -204,7 +206,7 @@ class Supervisor(Plan):
         self._note(state="running", workers=workers, generation=table.round, agent=self._guard.pid)
 
     def failed(self, kind: Kind, cause: str) -> None:
-        self._event("failure", kind=kind, cause=cause, slots=[self._handler.slot])
+        self._failure(kind, cause)
 
     def look(self) -> None:
         """Now and then: the agent's pid, whether it still runs, whether its memory is whole again."""
@@ -218,17 +220,19 @@ class Supervisor(Plan):
             return
         if not self._guard.look():
             cause = f"the snapshot agent of slot {self._handler.slot} has died"
-            self._event("failure", kind="agent", cause=cause, slots=[self._handler.slot])
+            self._failure("agent", cause)
             self._guard.restart()
             self._unwhole = True
         self._note(agent=self._guard.pid)
         if self._unwhole and (whole := self._guard.whole()) is not None:
             self._unwhole = False
-            self._event("whole", slots=[self._handler.slot], epoch=whole[0], step=whole[1])
+            slots = (self._handler.slot,)
+            self._event(events.Whole(node=self._options.node, slots=slots, epoch=whole[0], step=whole[1]))
 
     def _open_store(self, number: int) -> None:
         if number:
-            self._event("failure", kind="store", cause=f"store {number - 1} cannot be reached", slots=[])
+            cause = f"store {number - 1} cannot be reached"
+            self._event(events.Failure(node=self._options.node, kind="store", cause=cause, slots=()))
         options = self._options
         self._nursery.open_store(
             StoreOrder(
@@ -242,8 +246,12 @@ class Supervisor(Plan):
             self._record = after
             node_record.write(self._options.folder, after)
 
-    def _event(self, event: str, **fields: object) -> None:
-        events.append(self._options.folder, event, node=self._options.node, **fields)
+    def _failure(self, kind: Kind | Literal["agent"], cause: str) -> None:
+        slots = (self._handler.slot,)
+        self._event(events.Failure(node=self._options.node, kind=kind, cause=cause, slots=slots))
+
+    def _event(self, event: events.Event) -> None:
+        events.append(self._options.folder, event)
 
     def _say(self, text: str) -> None:
         print(f"keepwarm: {self._options.node}: {text}", file=sys.stderr, flush=True)
@@ -256,9 +264,10 @@ def recovery(table: Table, now: float) -> dict[str, object]:
     unsaid = "the store was lost"
     if slots:
         unsaid += f", and with it the {'node' if len(slots) == 1 else 'nodes'} of {', '.join(map(str, slots))}"
+    level: events.Level = "resized" if table.resized else "decoded" if table.moved else "local"
     noticed = min((failure.time for failure in failures), default=now)
     return {
-        "rung": 4 if table.resized else 2 if table.moved else 1,
+        "level": level,
         "why": _why(table) if table.resized else "; ".join(dict.fromkeys(one.cause for one in failures)) or unsaid,
         "slots": slots,
         "started": now,

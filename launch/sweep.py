@@ -15,10 +15,11 @@ from rich.console import Console
 from launch import slurm, submit
 from launch.cluster_check import check_offered, probe
 from launch.preflight import check_installation, check_job
-from launch.run_folder import prepared
+from launch.prepare import prepared
 from launch.slurm_script import SCRIPT, Array, render
 from launch.train import job_file
 from trainer.errors import OutputError, SpecError
+from trainer.run_folder import RunFolder
 from trainer.spec import JobSpec
 from trainer.spec_file import load_job
 from trainer.spec_yaml import parse_value
@@ -97,7 +98,7 @@ def _submit(
     with contextlib.ExitStack() as stack:
         folders = [stack.enter_context(prepared(job, "new")) for job in jobs]
         for folder in folders:
-            (folder / "logs").mkdir()
+            RunFolder(folder).logs.mkdir()
         submit.copy_code(jobs[0], root)
         probe(jobs[0], folders[0], console)
         # The tasks read this when they start, which may be before sbatch has said their number.

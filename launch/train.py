@@ -7,12 +7,13 @@ from rich.console import Console
 
 from launch.local import run_ranks
 from launch.preflight import check_installation, check_job
-from launch.run_folder import Mode, changes, prepared, stored_job
+from launch.prepare import Mode, changes, prepared, stored_job
 from launch.train_nodes import run_on_nodes
 from trainer.errors import SpecError
 from trainer.in_process import may_stay
+from trainer.run_folder import RunFolder
 from trainer.spec import JobSpec
-from trainer.spec_file import RUN_FILE, load_job
+from trainer.spec_file import load_job
 
 
 def train_here(path: Path, overrides: Sequence[str], mode: Mode, *, nodes: int | None = None, spares: int = 0) -> None:
@@ -42,10 +43,10 @@ def run_here(job: JobSpec, mode: Mode, console: Console) -> None:
             f"keepwarm: {job.name}: starting {world_size} {'rank' if world_size == 1 else 'ranks'}; outputs in {folder}"
         )
         run_ranks(
-            [str(folder / RUN_FILE), *(["--resume"] if mode == "resume" else [])],
+            [str(RunFolder(folder).run_file), *(["--resume"] if mode == "resume" else [])],
             world_size=world_size,
             threads_per_rank=job.numerics.threads_per_rank,
-            logs=folder / "logs",
+            logs=RunFolder(folder).logs,
             max_restarts=job.cluster.max_restarts if job.snapshot != "off" else 0,
             stay=may_stay(job),
         )
@@ -53,7 +54,7 @@ def run_here(job: JobSpec, mode: Mode, console: Console) -> None:
 
 def job_file(path: Path) -> Path:
     """`path`, unless it is a run folder, which a new run cannot begin with."""
-    if (path / RUN_FILE).is_file():
+    if RunFolder(path).exists:
         raise SpecError(f"{path}: this is a run folder; --resume continues it")
     return path
 

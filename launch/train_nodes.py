@@ -8,12 +8,14 @@ from types import FrameType
 
 from rich.console import Console
 
+from keepwarm.exit_code import ExitCode
 from launch import node_record
 from launch.errors import PreflightError, RanksFailed
 from launch.nursery import Nursery, Worker
 from launch.preflight import check_job, check_memory
-from launch.run_folder import Mode, prepared
-from trainer.events import read
+from launch.prepare import Mode, prepared
+from trainer import events
+from trainer.run_folder import RunFolder
 from trainer.spec import JobSpec
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -33,9 +35,9 @@ def run_on_nodes(job: JobSpec, mode: Mode, console: Console, *, nodes: int, spar
     check_memory(job, emulated=True)
     with prepared(job, mode) as folder:
         # Of an earlier start of the run; the lock on the folder says that none of its supervisors lives.
-        shutil.rmtree(folder / node_record.FOLDER, ignore_errors=True)
+        shutil.rmtree(RunFolder(folder).nodes, ignore_errors=True)
         node_record.make_folder(folder)
-        seen = len(read(folder))
+        seen = len(events.read(folder).of(events.SupervisorEnded))
         console.print(
             f"keepwarm: {job.name}: starting {nodes} nodes of {job.layout.ranks_per_node} "
             f"{'rank' if job.layout.ranks_per_node == 1 else 'ranks'} and {spares} "
@@ -45,9 +47,10 @@ def run_on_nodes(job: JobSpec, mode: Mode, console: Console, *, nodes: int, spar
         arguments = (str(folder), "--slots", str(nodes), "--spares", str(spares), *resume)
         code = _run(Worker(module="launch.emulated", arguments=arguments, environment={}))
         if code:
-            last = [line for line in read(folder)[seen:] if line["event"] == "ended" and line.get("code") == code]
-            why = last[-1]["why"] if last else "every node was lost; --resume continues from the newest checkpoint"
-            raise RanksFailed(why, code if code in (2, 3, 4, 130) else 4)
+            ended = events.read(folder).of(events.SupervisorEnded)[seen:]
+            last = [event.why for event in ended if event.code == code]
+            why = last[-1] if last else "every node was lost; --resume continues from the newest checkpoint"
+            raise RanksFailed(why, code if code in ExitCode.of_run() else ExitCode.UNRECOVERABLE)
 
 
 def check_nodes(job: JobSpec, nodes: int, spares: int) -> None:

@@ -19,6 +19,8 @@ TORCH_FREE = [
     "trainer.schedule",
     "trainer.stages",
     "trainer.estimate",
+    "trainer.events",
+    "trainer.run_folder",
     "trainer.errors",
     "parallel.layout",
     "parallel.spec",

@@ -6,7 +6,7 @@ import sys
 import traceback
 from pathlib import Path
 
-INTERRUPTED = 130
+from keepwarm.exit_code import ExitCode
 
 
 def main(arguments: list[str]) -> int:
@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
         while True:
             try:
                 finished = run_session(options.job, options.override, resume=options.resume, orders=orders)
-                return 0 if finished else INTERRUPTED
+                return ExitCode.DONE if finished else ExitCode.INTERRUPTED
             except Halted as halted:
                 rank = os.environ.get("RANK", "0")
                 print(f"rank {rank}: peers have gone ({halted}); starts again in this process", file=sys.stderr)
@@ -33,9 +33,9 @@ def main(arguments: list[str]) -> int:
         if os.environ.get("KEEPWARM_DEBUG"):
             traceback.print_exc()
         print(f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code if isinstance(error, TrainerError) else 2
+        return error.exit_code if isinstance(error, TrainerError) else ExitCode.BAD_INPUT
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return ExitCode.INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:

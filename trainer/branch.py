@@ -14,9 +14,10 @@ from ft import durable
 from ft.errors import FtError
 from ft.manifest import MANIFEST, read_manifest
 from trainer.errors import CheckpointError, OutputError, SpecError
+from trainer.run_folder import RUN_FILE, RunFolder
 from trainer.schedule import LrCurve
 from trainer.spec import JobSpec
-from trainer.spec_file import RUN_FILE, load_job, load_run
+from trainer.spec_file import load_job, load_run
 from trainer.stages import StagePlan, global_size_at, plan_stages
 
 
@@ -48,10 +49,10 @@ def branched(folder: Path, step: int, tokens: int, overrides: Sequence[str] = ()
         SpecError: the step lies outside the constant phase, the branch would write into the run, or an override is
             wrong.
     """
-    if not (folder / RUN_FILE).is_file():
+    if not RunFolder(folder).exists:
         raise OutputError(f"{folder}: not a run folder ({RUN_FILE} is missing)")
     folder = folder.resolve()
-    parent = load_run(folder / RUN_FILE)
+    parent = load_run(RunFolder(folder).run_file)
     point = branch_point(folder, parent, step)
     name = f"{parent.name}-anneal-{step}"
     made = {
@@ -62,7 +63,9 @@ def branched(folder: Path, step: int, tokens: int, overrides: Sequence[str] = ()
         "batch.ramp": None,
         "stages": [_stage(parent, point, tokens)],
     }
-    job = load_job(folder / RUN_FILE, [*(f"{key}={json.dumps(value)}" for key, value in made.items()), *overrides])
+    job = load_job(
+        RunFolder(folder).run_file, [*(f"{key}={json.dumps(value)}" for key, value in made.items()), *overrides]
+    )
     if folder in (Path(job.output).resolve(), *Path(job.output).resolve().parents):
         raise SpecError(f"output = {job.output} lies in {folder}, from which the branch begins; choose another")
     return job
@@ -70,9 +73,9 @@ def branched(folder: Path, step: int, tokens: int, overrides: Sequence[str] = ()
 
 def branch_point(folder: Path, job: JobSpec, step: int) -> BranchPoint:
     """The checkpoint of `step`, which lies in the constant phase; raises as `branched`."""
-    path = durable.folder(folder / "checkpoints", step)
+    path = durable.folder(RunFolder(folder).checkpoints, step)
     if not (path / MANIFEST).is_file():
-        found = [int(have.name.removeprefix("iter_")) for have in durable.checkpoints(folder / "checkpoints")]
+        found = [int(have.name.removeprefix("iter_")) for have in durable.checkpoints(RunFolder(folder).checkpoints)]
         has = f"there are those of steps {', '.join(map(str, sorted(found)))}" if found else "there are none"
         raise CheckpointError(f"{folder}: no checkpoint of step {step}; {has} (checkpoint.every and checkpoint.keep)")
     try:

@@ -11,6 +11,7 @@ from parallel.engine import Engine
 from parallel.engine_support import ENGINES, require
 from parallel.model import ModelParts
 from parallel.shard import Shard
+from trainer import events
 from trainer.checkpoint import Checkpoints, layout_hash
 from trainer.console import RunConsole
 from trainer.data.ledger import Ledger
@@ -27,6 +28,7 @@ from trainer.parent import adopt
 from trainer.profile import ProfileWindow
 from trainer.random_state import RandomState
 from trainer.restore import Start, begin
+from trainer.run_folder import RunFolder
 from trainer.run_state import RunState
 from trainer.snapshots import Snapshots
 from trainer.spec import JobSpec
@@ -78,7 +80,9 @@ def build(job: JobSpec, world: World, *, start: Start) -> Run:
     random = RandomState(world.rank, world.device)
     average = MovingAverage(job.moving_average.decay, engine.state()) if job.moving_average else None
     shards = {**engine.state(), **random.shards(), **(average.shards() if average else {})}
-    checkpoints = Checkpoints(folder / "checkpoints", job.checkpoint, world, run=job.name, layout=layout_hash(job))
+    checkpoints = Checkpoints(
+        RunFolder(folder).checkpoints, job.checkpoint, world, run=job.name, layout=layout_hash(job)
+    )
     if start != "restart":
         checkpoints.sweep()
     snapshots = _snapshots(job, world, shards, random)
@@ -157,11 +161,11 @@ def _begin_with_parent(
 def _tell(run: Run, changes: Sequence[str]) -> None:
     """Say what a reader of the log must know about where this run comes from."""
     if (parent := run.state.parent) is not None and run.state.step == 0:
-        run.metrics.event("parent", **parent)
+        run.metrics.event(events.Parent(**parent))
         what = "weights and optimizer state" if parent["optimizer_state"] else "weights alone"
         run.console.say(f" begins with the {what} of {parent['run']} at iteration {parent['step']}: {parent['path']}")
     for line in changes:
-        run.metrics.event("lr_changed", step=run.state.step, change=line)
+        run.metrics.event(events.LrChanged(step=run.state.step, change=line))
         run.console.say(f" changed on continuation: {line}")
     for replay in run.loader.ledger.replays:
         if not replay.known:

@@ -8,9 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from ft import durable
+from keepwarm.exit_code import ExitCode
 from trainer import checkpoint_copy, checkpoint_report
 from trainer.data import tool
 from trainer.errors import CheckpointError, OutputError
+from trainer.run_folder import RunFolder
 
 app = typer.Typer(
     add_completion=False,
@@ -76,7 +78,7 @@ def diff(
         typer.echo(json.dumps(found))
     else:
         _print_diff(found)
-    raise typer.Exit(0 if found["equal"] else 1)
+    raise typer.Exit(ExitCode.DONE if found["equal"] else ExitCode.FAULT)
 
 
 @app.command()
@@ -98,7 +100,7 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Delete old checkpoints; never the one that `latest` names."""
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    root = RunFolder(path).checkpoints if RunFolder(path).checkpoints.is_dir() else path
     if not durable.checkpoints(root):
         raise CheckpointError(f"{root}: holds no complete checkpoint")
     try:

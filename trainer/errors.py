@@ -7,14 +7,16 @@ TrainerError
 ├── CheckpointError      2  a saved state is missing, damaged or does not fit
 ├── RestoreFailed        1  state could not be restored from memory; another start may succeed
 ├── TrainingStopped      3  training stopped itself: NaN, a gate
-└── UnrecoverableFault   4  a fault that no rung of the recovery ladder mends
+└── UnrecoverableFault   4  a fault that no level of recovery mends
 """
+
+from keepwarm.exit_code import ExitCode
 
 
 class TrainerError(Exception):
     """Base of every error raised by this package; the message says what to do next."""
 
-    exit_code = 2
+    exit_code = ExitCode.BAD_INPUT
 
 
 class SpecError(TrainerError):
@@ -36,16 +38,16 @@ class CheckpointError(TrainerError):
 class RestoreFailed(TrainerError):
     """Agents, peers or bytes were lost while state was restored: a fault like any other, ranks start again."""
 
-    exit_code = 1
+    exit_code = ExitCode.FAULT
 
 
 class TrainingStopped(TrainerError):
     """Training stopped itself; names the step and the ranks."""
 
-    exit_code = 3
+    exit_code = ExitCode.TRAINING_STOPPED
 
 
 class UnrecoverableFault(TrainerError):
     """A fault that could not be recovered."""
 
-    exit_code = 4
+    exit_code = ExitCode.UNRECOVERABLE

@@ -17,10 +17,9 @@ from typing import Any, Literal
 
 import msgspec
 
+from keepwarm.files import READABLE, atomic_write
 from trainer import events
-
-FILE = "goodput.jsonl"
-RESULT = "goodput.json"
+from trainer.run_folder import RunFolder
 
 Kind = Literal["productive", "snapshot stall", "lost work", "detection", "recovery", "start-up", "evaluation"]
 KINDS: tuple[Kind, ...] = (
@@ -84,7 +83,7 @@ class Timeline:
             return
         # A frozen process that wakes up and a new one write to the same file: lines must not mix.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if anew else 0)
-        self._descriptor = os.open(folder / FILE, flags, 0o644)
+        self._descriptor = os.open(RunFolder(folder).timeline_file, flags, 0o644)
         self._session = time.time_ns()
         self._write("start", at=began, restart=restart)
 
@@ -274,7 +273,7 @@ class _Account:
 
 def read_marks(folder: Path) -> Iterator[Mark]:
     """The marks of a run folder, oldest first; torn lines are left out, without a file there are none."""
-    with contextlib.suppress(FileNotFoundError), (folder / FILE).open("rb") as lines:
+    with contextlib.suppress(FileNotFoundError), RunFolder(folder).timeline_file.open("rb") as lines:
         for line in lines:
             with contextlib.suppress(msgspec.DecodeError):
                 yield msgspec.json.decode(line, type=Mark)
@@ -284,12 +283,12 @@ def read_outages(folder: Path) -> list[Outage]:
     """What supervisors recorded of failures: `failure` events, and the detection time of the `recovery` after them."""
     found: list[Outage] = []
     pending: list[float] = []
-    for event in events.read(folder):
-        if event["event"] == "failure":
-            pending.append(float(event["time"]))
-        elif event["event"] == "recovery" and pending:
+    for event in events.read(folder).of(events.Failure, events.Recovery):
+        if isinstance(event, events.Failure):
+            pending.append(event.time)
+        elif isinstance(event, events.Recovery) and pending:
             # Failures that nobody had to restart for are told apart by when they were noticed.
-            found += [Outage(noticed, float(event["phases"].get("detect", 0.0))) for noticed in pending]
+            found += [Outage(noticed, event.phases.get("detect", 0.0)) for noticed in pending]
             pending.clear()
     return [*found, *(Outage(noticed, 0.0) for noticed in pending)]
 
@@ -302,7 +301,5 @@ def of_run(folder: Path) -> Goodput:
 def write_result(folder: Path) -> Goodput:
     """Store the account as `goodput.json` and return it."""
     found = of_run(folder)
-    beside = folder / f".{RESULT}.{os.getpid()}"
-    beside.write_text(json.dumps(found.data()) + "\n", encoding="utf-8")
-    beside.replace(folder / RESULT)
+    atomic_write(RunFolder(folder).goodput_file, (json.dumps(found.data()) + "\n").encode(), mode=READABLE)
     return found

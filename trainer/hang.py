@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import msgspec
 
-HANG = 5
-"""Exit code of a rank that ended because training hung; no launcher ends a run for it."""
 KNOWN = 3
 """Steps of known duration before there is a deadline: the first ones compile, allocate and connect."""
 WINDOW = 32

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from keepwarm.files import READABLE, atomic_write
 from trainer import flight_recorder
 from trainer.hang import Report, Waiting
 
@@ -38,10 +39,7 @@ def stacks() -> str:
 
 def write(folder: Path, one: Report) -> None:
     """Whole or not at all."""
-    path = folder / f"rank_{one.rank:05d}.json"
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_bytes(msgspec.json.format(msgspec.json.encode(one)))
-    unfinished.replace(path)
+    atomic_write(folder / f"rank_{one.rank:05d}.json", msgspec.json.format(msgspec.json.encode(one)), mode=READABLE)
 
 
 def read(folder: Path) -> list[Report]:

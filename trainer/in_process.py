@@ -18,6 +18,7 @@ from typing import Literal
 
 import msgspec
 
+from keepwarm.exit_code import ExitCode
 from parallel.engine_support import ENGINES
 from trainer.goodput import process_start
 from trainer.spec import JobSpec
@@ -32,8 +33,6 @@ PER_START = (EPOCH, RECOVERY)
 """What one start is told, and the next one need not be."""
 PATIENCE = 5.0
 """Seconds that a worker whose collective has failed waits to hear that the fault is elsewhere, before it gives up."""
-HALTED = 1
-"""Exit code of a worker that was to halt when it could not stay."""
 _MESSAGE = 1 << 18
 
 
@@ -132,6 +131,6 @@ class Orders:
                 continue
             with self._lock:
                 if self._interrupt is None:
-                    os._exit(HALTED)
+                    os._exit(ExitCode.FAULT)  # it was to halt and cannot stay
                 self._halted.set()
                 self._interrupt()

@@ -12,9 +12,9 @@ from ft.errors import DurableError
 from ft.manifest import MANIFEST, Manifest, read_manifest
 from trainer.convert.huggingface_folder import NOTE
 from trainer.errors import CheckpointError
+from trainer.run_folder import RUN_FILE, RunFolder
 from trainer.url import is_url
 
-RUN_FILE = "run.json"
 DEPTH = 4
 """Folders below one another that are searched for descendants."""
 
@@ -43,7 +43,7 @@ class Parent:
 def describe(path: Path) -> Artefact | None:
     """What lies in a folder; None when it is nothing of ours. A checkpoint of a run stands for the run."""
     path = _owner(path.resolve())
-    if (path / RUN_FILE).is_file():
+    if RunFolder(path).exists:
         return _run(path)
     if (path / MANIFEST).is_file():
         return _checkpoint(path)
@@ -149,15 +149,15 @@ def as_data(members: dict[Path, Artefact]) -> list[dict[str, Any]]:
 def _owner(path: Path) -> Path:
     """The run that a checkpoint, or a folder of checkpoints, belongs to; else the path itself."""
     for folder in (path, path.parent, path.parent.parent):
-        if (folder / RUN_FILE).is_file() and (folder == path or path.is_relative_to(folder / "checkpoints")):
+        if RunFolder(folder).exists and (folder == path or path.is_relative_to(RunFolder(folder).checkpoints)):
             return folder
     return path
 
 
 def _run(path: Path) -> Artefact:
-    job = _json(path / RUN_FILE)
+    job = _json(RunFolder(path).run_file)
     stages = [str(stage.get("name")) for stage in job.get("stages", []) if isinstance(stage, dict)]
-    newest = durable.latest(path / "checkpoints") if (path / "checkpoints").is_dir() else None
+    newest = durable.latest(RunFolder(path).checkpoints) if RunFolder(path).checkpoints.is_dir() else None
     artefact = Artefact(path=path, kind="run", detail=" > ".join(stages))
     record: Any = None
     if newest is not None:

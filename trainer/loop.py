@@ -9,7 +9,7 @@ import msgspec
 import torch
 
 from parallel.engine import Engine, StepResult
-from trainer import straggler_watch
+from trainer import events, straggler_watch
 from trainer.console import LogLine, RunConsole
 from trainer.data.loader import BatchLoader
 from trainer.errors import TrainingStopped
@@ -96,7 +96,7 @@ def train(run: Run, interrupt: Interrupt, timeline: Timeline) -> bool:
         if reason is not None:
             raise TrainingStopped(reason)
         if interrupted and run.state.step < run.last_step:
-            run.metrics.event("interrupted", step=run.state.step)
+            run.metrics.event(events.Interrupted(step=run.state.step))
             run.console.say(f" interrupted after iteration {run.state.step}; state saved, continue with --resume")
             return False
     return True
@@ -124,7 +124,7 @@ def _step(run: Run) -> None:
     if run.snapshots is not None:
         run.snapshots.offer(state, run.meta(), elapsed)
         if (news := run.snapshots.news()) is not None:
-            run.metrics.event("snapshot failed", step=state.step, reason=news)
+            run.metrics.event(events.SnapshotFailed(step=state.step, reason=news))
             run.console.say(f" WARNING: no snapshot: {news}; training goes on")
 
 
@@ -159,7 +159,8 @@ def _judge(run: Run, result: StepResult) -> None:
     verdict = health.judge(result.loss, result.skipped)
     if verdict == "good":
         return
-    run.metrics.event(verdict, step=step, loss=repr(result.loss), grad_norm=repr(result.grad_norm))
+    event = {"skipped": events.Skipped, "spike": events.Spike, "stop": events.Stopped}[verdict]
+    run.metrics.event(event(step=step, loss=repr(result.loss), grad_norm=repr(result.grad_norm)))
     ranks = f"ranks 0-{run.world.size - 1}" if run.world.size > 1 else "rank 0"
     seen = f"loss {result.loss}, gradient norm {result.grad_norm}"
     if verdict == "spike":
@@ -180,7 +181,7 @@ def _look_for_stragglers(run: Run) -> None:
         return
     stage = run.job.layout.coordinates(world.rank).pipeline
     for one in straggler_watch.look(world, stage=stage, factor=run.job.health.straggler_factor):
-        run.metrics.event("straggler", step=run.state.step, **msgspec.structs.asdict(one))
+        run.metrics.event(events.Straggler(step=run.state.step, **msgspec.structs.asdict(one)))
         run.console.say(
             f" WARNING: rank {one.rank} on {one.host} is slow: everything takes {one.ratio:.1f} times as long "
             f"because of it"
@@ -235,8 +236,9 @@ def _forgotten(run: Run, stage: str, gate: GateSpec, losses: dict[str, float]) -
         f"{run.state.step} ({before:.4f} at the beginning of the stage, {now:.4f} now), more than "
         f"max_forgetting = {gate.max_forgetting:g}"
     )
+    step = run.state.step
     run.metrics.event(
-        "gate", step=run.state.step, stage=stage, domain=gate.domain, action=gate.action, before=before, now=now
+        events.Gate(step=step, stage=stage, domain=gate.domain, action=gate.action, before=before, now=now)
     )
     if gate.action == "warn":
         run.console.say(f" WARNING: {reason}")

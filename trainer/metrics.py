@@ -4,10 +4,12 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from trainer import events
 from trainer.errors import SpecError
+from trainer.events import Event
+from trainer.run_folder import RunFolder
 from trainer.spec import LogSpec
 
 
@@ -44,13 +46,13 @@ class Metrics:
         self._sinks: list[MetricSink] = []
         if not self._active:
             return
-        path = folder / "metrics.jsonl"
+        run = RunFolder(folder)
         if resume_step is not None:
-            drop_after(path, resume_step)
-        self._steps = path.open("a", encoding="utf-8", buffering=1)
+            run.drop_metrics_after(resume_step)
+        self._steps = run.metrics_file.open("a", encoding="utf-8", buffering=1)
         self._folder = folder
         if spec.tensorboard:
-            self._sinks.append(TensorBoard(folder / "tensorboard", resume_step))
+            self._sinks.append(TensorBoard(run.tensorboard, resume_step))
         if spec.wandb:
             self._sinks.append(WeightsAndBiases(spec.wandb, name, folder))
 
@@ -72,10 +74,10 @@ class Metrics:
         for sink in self._sinks:
             sink.scalars(step, {f"eval/{domain}": loss for domain, loss in losses.items()})
 
-    def event(self, kind: str, **values: Any) -> None:
+    def event(self, event: Event) -> None:
         """Record something that happened, with the time of day."""
         if self._active:
-            events.append(self._folder, kind, **values)
+            events.append(self._folder, event)
 
     def close(self) -> None:
         """Flush and close every file."""
@@ -84,29 +86,6 @@ class Metrics:
         for sink in self._sinks:
             sink.close()
         self._steps.close()
-
-
-def drop_after(path: Path, step: int) -> None:
-    """Rewrite a metrics file as it was right after `step`, before its evaluation, and without a torn last line."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if record["step"] < step or (record["step"] == step and "eval" not in record):
-            kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
-
-
-def evaluations(path: Path) -> list[dict[str, float]]:
-    """Validation losses by domain, in the order in which they were recorded."""
-    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [record["eval"] for record in records if "eval" in record]
 
 
 class TensorBoard:

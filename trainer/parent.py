@@ -25,6 +25,7 @@ from trainer.convert.huggingface_folder import CONFIG
 from trainer.data.ledger import Ledger
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import CheckpointError, DataError, TrainerError
+from trainer.run_folder import RunFolder
 from trainer.spec import JobSpec
 from trainer.url import is_url
 from trainer.world import World
@@ -143,7 +144,7 @@ def _newest(path: Path) -> Path:
     """A checkpoint itself, or the newest of a run folder or a folder of checkpoints."""
     if (path / MANIFEST).is_file():
         return path
-    for folder in (path / "checkpoints", path):
+    for folder in (RunFolder(path).checkpoints, path):
         if folder.is_dir() and (newest := durable.latest(folder)) is not None:
             return newest
     raise CheckpointError(

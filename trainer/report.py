@@ -6,10 +6,12 @@ from html import escape
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from trainer import events
 from trainer.data import tool
 from trainer.errors import OutputError
 from trainer.report_data import Drawn, RunReport, gather
@@ -26,9 +28,20 @@ td.worse { background: #fbe3e0 } td.better { background: #e3f3e4 } svg { max-wid
 h1 { margin-bottom: 0 } .quiet { color: #666 }
 """
 
-RECOVERY = ("began", "failure", "recovery", "interrupted", "skipped", "spike", "snapshot failed", "gate", "lr_changed",
-            "hang", "straggler")  # fmt: skip
-"""Beginnings of the kinds of events that the page lists."""
+LISTED = (
+    events.Began,
+    events.Failure,
+    events.Recovery,
+    events.Interrupted,
+    events.Skipped,
+    events.Spike,
+    events.SnapshotFailed,
+    events.Gate,
+    events.LrChanged,
+    events.Hang,
+    events.Straggler,
+)
+"""Events that the page lists."""
 
 
 @app.command()
@@ -203,12 +216,13 @@ def _goodput(goodput: Mapping[str, Any]) -> list[str]:
     return ["<h2>Goodput</h2>", *_table(["", "value"], rows)] if rows else []
 
 
-def _events(events: Sequence[Mapping[str, Any]]) -> list[str]:
+def _events(log: Sequence[events.Event]) -> list[str]:
     rows = []
-    for event in events:
-        if str(event.get("event", "")).startswith(RECOVERY):
-            rest = {key: value for key, value in event.items() if key not in ("time", "event")}
-            rows.append(_row(str(event["event"]), [f"<td>{escape(json.dumps(rest))}</td>"]))
+    for event in log:
+        if isinstance(event, LISTED):
+            line = msgspec.to_builtins(event)
+            rest = {key: value for key, value in line.items() if key not in ("time", "event")}
+            rows.append(_row(line["event"], [f"<td>{escape(json.dumps(rest))}</td>"]))
     return ["<h2>Events</h2>", *_table(["event", ""], rows)] if rows else []
 
 

@@ -1,6 +1,5 @@
 """What a run folder tells about a run, gathered for its report: losses, forgetting, data drawn. Torch-free."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,11 @@ from trainer.data.segment import ReplayShare, Segment, Share
 from trainer.data.table import UNITS
 from trainer.errors import OutputError
 from trainer.evaluation_metrics import StabilityGap, backward_transfer, forward_transfer, stability_gap
+from trainer.events import Event
 from trainer.goodput import of_run
+from trainer.run_folder import RUN_FILE, RunFolder
 from trainer.spec import JobSpec
-from trainer.spec_file import RUN_FILE, load_run
+from trainer.spec_file import load_run
 from trainer.stages import StagePlan, plan_stages
 
 
@@ -44,7 +45,7 @@ class RunReport:
     """Lines of metrics.jsonl, one for each step."""
     evaluations: Mapping[int, Mapping[str, float]]
     """Losses by domain, by completed steps."""
-    events: Sequence[Mapping[str, Any]]
+    events: Sequence[Event]
     parent: Mapping[str, Any] | None
     ledger: Ledger | None
     goodput: Mapping[str, Any]
@@ -108,14 +109,14 @@ def gather(folder: Path) -> RunReport:
     Raises:
         OutputError: it is not a run folder, or nothing was recorded in it.
     """
-    if not (folder / RUN_FILE).is_file():
+    if not RunFolder(folder).exists:
         raise OutputError(f"{folder}: not a run folder ({RUN_FILE} is missing)")
-    job = load_run(folder / RUN_FILE)
-    lines = _lines(folder / "metrics.jsonl")
+    job = load_run(RunFolder(folder).run_file)
+    lines = RunFolder(folder).metrics()
     if not lines:
         raise OutputError(f"{folder}: nothing was recorded yet (metrics.jsonl is missing or empty)")
     meta: dict[str, Any] = {}
-    if (newest := durable.latest(folder / "checkpoints")) is not None:
+    if (newest := durable.latest(RunFolder(folder).checkpoints)) is not None:
         meta = read_manifest(newest).meta
     return RunReport(
         folder=folder,
@@ -123,19 +124,11 @@ def gather(folder: Path) -> RunReport:
         plans=plan_stages(job),
         steps=[line for line in lines if "loss" in line],
         evaluations={line["step"]: line["eval"] for line in lines if "eval" in line},
-        events=events.read(folder),
+        events=events.read(folder).events,
         parent=meta.get("run", {}).get("parent"),
         ledger=Ledger.load(meta["ledger"]) if "ledger" in meta else None,
         goodput=of_run(folder).data(),
     )
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    # A line that is being written has no end yet.
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def _of_stage(ledger: Ledger, stage: str, start: int, end: int) -> list[Drawn]:

@@ -74,18 +74,16 @@ def _report(
     phases["resume"] = max(0.0, now - entered - sum(slowest.values()))
     memory = beginning.source == "memory"
     why = told["why"] if memory else f"{told['why']}; {beginning.reason}"
-    events.append(
-        folder,
-        "recovery",
-        node=None,
-        rung=told["rung"] if memory or told["rung"] == 4 else 3,
+    recovery = events.Recovery(
+        level=told["level"] if memory or told["level"] == "resized" else "disk",
         why=why,
-        slots=told["slots"],
+        slots=tuple(told["slots"]),
         source=beginning.source,
         step=beginning.step,
         bytes_decoded=snapshots.decoded() if snapshots is not None and memory else 0,
         phases=phases,
     )
+    events.append(folder, recovery)
 
 
 def _fill(

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import msgspec
+
+from trainer import events
 from trainer.build import build
 from trainer.elastic import resized
 from trainer.errors import OutputError, TrainingStopped
@@ -14,10 +17,10 @@ from trainer.goodput import Timeline, write_result
 from trainer.in_process import Halted, Orders
 from trainer.interrupt import Interrupt
 from trainer.loop import Run, train
-from trainer.metrics import evaluations
 from trainer.restore import Start
+from trainer.run_folder import RUN_FILE, RunFolder
 from trainer.spec import JobSpec
-from trainer.spec_file import RUN_FILE, load_job, load_run, save_job
+from trainer.spec_file import load_job, load_run, save_job
 from trainer.world import World, join
 
 
@@ -68,7 +71,7 @@ def _start(job: JobSpec, world: World, resume: bool) -> Start:
     if resume:
         return "resume"
     folder = Path(job.output)
-    if (folder / "metrics.jsonl").exists():
+    if RunFolder(folder).metrics_file.exists():
         raise OutputError(f"{folder} holds a run already: continue it with --resume, or start it anew with --force")
     return "anew"
 
@@ -76,7 +79,7 @@ def _start(job: JobSpec, world: World, resume: bool) -> Start:
 def _leave_agents(run: Run) -> None:
     """The job is over, or its state is on disk: nobody needs the agents' memory any more."""
     if run.snapshots is not None:
-        run.metrics.event("snapshots", **run.snapshots.timings())
+        run.metrics.event(msgspec.convert(run.snapshots.timings(), events.Snapshots))
         run.snapshots.close(finished=True)
 
 
@@ -116,22 +119,18 @@ def _open_folder(job: JobSpec, world: World) -> None:
     folder = Path(job.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / RUN_FILE).exists():
-            save_job(job, folder / RUN_FILE)
+        if not RunFolder(folder).exists:
+            save_job(job, RunFolder(folder).run_file)
     except OSError as error:
         raise OutputError(f"output={folder}: cannot be written: {error.strerror}") from error
 
 
 def _train(run: Run, interrupt: Interrupt, timeline: Timeline) -> bool:
     layout = run.job.parallel
-    run.metrics.event(
-        "started",
-        step=run.state.step,
-        ranks=run.world.size,
-        layout=[layout.data, layout.pipeline, layout.tensor],
-    )
+    axes = (layout.data, layout.pipeline, layout.tensor)
+    run.metrics.event(events.TrainingStarted(step=run.state.step, ranks=run.world.size, layout=axes))
     beginning = run.beginning
-    run.metrics.event("began", source=beginning.source, step=beginning.step, reason=beginning.reason)
+    run.metrics.event(events.Began(source=beginning.source, step=beginning.step, reason=beginning.reason))
     if beginning.source != "nothing":
         run.console.say(f" continues after iteration {beginning.step} from {beginning.source}: {beginning.reason}")
     if run.snapshots is not None and not run.snapshots.protected:
@@ -139,13 +138,13 @@ def _train(run: Run, interrupt: Interrupt, timeline: Timeline) -> bool:
     with run.console:
         finished = train(run, interrupt, timeline)
     if finished:
-        run.metrics.event("finished", step=run.state.step, tokens_per_s=run.speed.tokens_per_s)
+        run.metrics.event(events.Finished(step=run.state.step, tokens_per_s=run.speed.tokens_per_s))
         if run.world.rank == 0:
             _summarise(run)
     return finished
 
 
 def _summarise(run: Run) -> None:
-    losses = evaluations(Path(run.job.output) / "metrics.jsonl")
+    losses = RunFolder(Path(run.job.output)).evaluations()
     before, after = (losses[0], losses[-1]) if losses else ({}, {})
     run.console.summary(before, after, run.speed.tokens_per_s, run.job.output)

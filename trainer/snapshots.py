@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ft.agent_config import AgentConfig, DurableConfig, GroupConfig, runtime_folder
-from ft.agent_registry import FOLDER, Registry
+from ft.agent_registry import AGENTS_FOLDER, TEMPLATE_FILE, Registry
 from ft.auth import SECRET, create_secret, load_secret, run_identity
 from ft.client import AgentClient, ensure_agent
 from ft.errors import AgentError, FtError
@@ -24,16 +24,15 @@ from ft.interval import Interval
 from ft.placement import Group, groups_of
 from ft.snapshot import Restoration, Snapshotter, plan_part
 from ft.spec import SnapshotSpec
+from keepwarm.files import READABLE, atomic_write
 from parallel.layout import Layout
 from parallel.shard import Shard
 from trainer.checkpoint import OPTIONAL
 from trainer.errors import RestoreFailed
 from trainer.in_process import EPOCH
+from trainer.run_folder import RunFolder
 from trainer.run_state import RunState
 from trainer.world import World
-
-TEMPLATE = "template.json"
-"""In the run's folder of agents: what they are told, for supervisors that start one before its workers."""
 
 
 class Snapshots:
@@ -253,10 +252,7 @@ class Snapshots:
 
 
 def _write_template(folder: Path, config: AgentConfig) -> None:
-    path = folder / FOLDER / TEMPLATE
-    beside = path.with_name(f".{TEMPLATE}.{os.getpid()}")
-    beside.write_bytes(msgspec.json.encode(config))
-    beside.replace(path)
+    atomic_write(folder / AGENTS_FOLDER / TEMPLATE_FILE, msgspec.json.encode(config), mode=READABLE)
 
 
 def _agent_config(
@@ -283,7 +279,7 @@ def _agent_config(
         durable=None
         if durable is None
         else DurableConfig(
-            root=str(folder / "checkpoints"),
+            root=str(RunFolder(folder).checkpoints),
             every=durable.every,
             keep=durable.keep,
             keep_every=durable.keep_every,

@@ -1,6 +1,5 @@
 """Job and model specs as files: YAML in, overrides applied, `run.json` out. Torch-free."""
 
-import contextlib
 import difflib
 import json
 import os
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from keepwarm.files import READABLE, atomic_write
 from parallel.errors import LayoutError
 from trainer.errors import OutputError, SpecError
 from trainer.model.spec import ModelSpec
@@ -19,7 +19,6 @@ from trainer.spec_override import Override
 from trainer.spec_yaml import Document, read_document
 from trainer.url import is_url
 
-RUN_FILE = "run.json"
 """Name of the resolved spec in a run folder."""
 
 _Spec = TypeVar("_Spec", bound=BaseModel)
@@ -86,16 +85,9 @@ def save_job(job: JobSpec, path: Path) -> None:
     Raises:
         OutputError: the folder is missing, read-only or full.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(job.model_dump_json(indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        atomic_write(path, (job.model_dump_json(indent=2) + "\n").encode(), mode=READABLE, durable=True)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 

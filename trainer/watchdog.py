@@ -1,7 +1,7 @@
 """A thread of each rank that sees when training hangs: it writes down where the rank stands, and ends it.
 
-A rank that is frozen writes nothing, which is how the others know it. Whoever ends with `HANG` is started again by its
-launcher like any worker that failed, and with it all other ranks.
+A rank that is frozen writes nothing, which is how the others know it. A rank that ends with `ExitCode.HUNG` is started
+again by its launcher like any worker that failed, and with it all other ranks.
 """
 
 import json
@@ -16,11 +16,12 @@ from typing import Any
 
 import msgspec
 
+from keepwarm.exit_code import ExitCode
 from trainer import events, hang, hang_report
-from trainer.hang import HANG, Report
+from trainer.hang import Report
+from trainer.run_folder import RunFolder
 from trainer.spec import HealthSpec
 
-FOLDER = "hangs"
 RELAXED = 1800.0
 """Seconds for what takes its own time: evaluation, checkpoints. Collectives have a deadline of their own."""
 
@@ -89,7 +90,7 @@ class Watchdog:
 
     def _found(self, seconds: float, grace: float) -> None:
         """Write this rank's report, wait for those of the others, let the lowest rank that wrote one say what it is."""
-        folder = self._folder / FOLDER / f"restart_{self._restart:03d}_step_{self._step + 1:07d}"
+        folder = RunFolder(self._folder).hangs / f"restart_{self._restart:03d}_step_{self._step + 1:07d}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             hang_report.write(folder, hang_report.take(self._rank, self._step, seconds))
@@ -104,18 +105,13 @@ class Watchdog:
         except OSError as error:
             print(f"error: rank {self._rank}: training hangs, and {folder} cannot be written: {error}", file=sys.stderr)
         if not self._closed.is_set():
-            self._end(HANG)
+            self._end(ExitCode.HUNG)
 
     def _say(self, folder: Path, found: list[Report]) -> None:
         verdict = hang.judge(found, self._size)
         (folder / "verdict.json").write_text(json.dumps(msgspec.to_builtins(verdict), indent=1) + "\n")
-        events.append(
-            self._folder,
-            "hang",
-            step=self._step,
-            silent=list(verdict.silent),
-            late=list(verdict.late),
-            reason=verdict.text,
-            reports=str(folder),
+        found_hanging = events.Hang(
+            step=self._step, silent=verdict.silent, late=verdict.late, reason=verdict.text, reports=str(folder)
         )
+        events.append(self._folder, found_hanging)
         print(f"error: rank {self._rank}: {verdict.text}; stacks in {folder}", file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from keepwarm.exit_code import ExitCode
 from launch.drill.compare import differences
 from launch.drill.faults import Fault
 from launch.drill.outcome import Outcome, Struck, outcomes
@@ -23,16 +24,14 @@ from launch.drill.strike import Undo, strike
 from launch.errors import DrillError, RanksFailed
 from trainer import events
 from trainer.goodput import Goodput, of_run, read_marks
+from trainer.run_folder import RunFolder
 from trainer.spec import JobSpec
-from trainer.spec_file import RUN_FILE
 
 UNINTERRUPTED, WITH_FAULTS = "uninterrupted", "faults"
 GRACE = 20.0
 """Seconds that what belongs to a run may take to end after it, before it counts as left behind. An agent whose node
 has died has its lease besides."""
 POLL = 0.02
-TAIL = 65536
-"""Bytes of metrics.jsonl in which the newest line is looked for."""
 LOG_LINES = 20
 
 Say = Callable[[str], None]
@@ -174,7 +173,7 @@ class _Trial:
     def __enter__(self) -> "_Trial":
         self.log = self.folder.with_suffix(".log")
         command = [sys.executable, "-P", "-m", "launch.cli", "train", str(self.drill.source), *self.drill.overrides]
-        if (self.folder / RUN_FILE).is_file():
+        if RunFolder(self.folder).exists:
             shutil.rmtree(self.folder)  # now: the metrics of an earlier drill must not be taken for this one's
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -276,19 +275,14 @@ class _Trial:
         if code:
             lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
             shown = "".join(f"\n    {line}" for line in lines)
-            raise RanksFailed(f"the run in {self.folder} ended with exit code {code}; end of {self.log}:{shown}", 4)
+            raise RanksFailed(
+                f"the run in {self.folder} ended with exit code {code}; end of {self.log}:{shown}",
+                ExitCode.UNRECOVERABLE,
+            )
 
     def _step(self) -> int:
         """Completed steps, as the newest line of metrics.jsonl says."""
-        with contextlib.suppress(FileNotFoundError), (self.folder / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
-            return max((step for line in file.read().splitlines() for step in _step_of(line)), default=0)
-        return 0
-
-
-def _step_of(line: bytes) -> Iterator[int]:
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        yield int(json.loads(line)["step"])
+        return RunFolder(self.folder).last_step()
 
 
 def _session_at(marks: Sequence[Any], moment: float) -> int:

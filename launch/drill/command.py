@@ -10,13 +10,15 @@ from typing import Annotated
 
 import typer
 
+from keepwarm.exit_code import ExitCode
 from launch.drill import campaign, faults
 from launch.drill.faults import Action, Stage
 from launch.drill.report import print_result, write_html
 from launch.errors import DrillError, RanksFailed
 from launch.preflight import check_installation, check_job
+from trainer.run_folder import RunFolder
 from trainer.spec import JobSpec
-from trainer.spec_file import RUN_FILE, load_job
+from trainer.spec_file import load_job
 from trainer.stages import plan_stages
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
@@ -90,7 +92,7 @@ def drill(
     lost = sum(len(fault.numbers) for fault in wanted if fault.target in ("node", "supervisor"))
     faults.check(wanted, replace(stage, spares=lost if spares is None else spares))
     folder = Path(spec.output)
-    if (folder / RUN_FILE).exists():
+    if RunFolder(folder).exists:
         raise DrillError(f"{folder}: this is the folder of a run; give the drill one of its own with output=PATH")
     kept = [text for text in overrides or [] if not text.removeprefix("--").startswith("output=")]
     nodes = ["--nodes", str(stage.nodes), "--spares", str(lost if spares is None else spares)]
@@ -111,7 +113,7 @@ def drill(
     else:
         print_result(result, spec.name)
     if not result.bitwise_equal or result.residue:
-        raise RanksFailed("the drill found a difference or processes left behind, see above", 4)
+        raise RanksFailed("the drill found a difference or processes left behind, see above", ExitCode.UNRECOVERABLE)
 
 
 def _stage(job: JobSpec, spares: int) -> Stage:

@@ -1,6 +1,5 @@
 """Whether two runs of one job computed the same, to the bit."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from ft import durable
 from ft.errors import FtError
 from launch.errors import DrillError
+from trainer.run_folder import RunFolder
 
 SHOWN = 3
 """Differences of each kind that are named."""
@@ -32,7 +32,7 @@ def _first(found: Iterator[str]) -> list[str]:
 
 def _steps(folder: Path) -> list[dict[str, Any]]:
     """Every line of metrics.jsonl without the time, the one value in which equal runs differ."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    lines = RunFolder(folder).metrics()
     return [{key: value for key, value in line.items() if key != "step_time_s"} for line in lines]
 
 
@@ -51,7 +51,7 @@ Place = tuple[str, tuple[int, ...], tuple[int, int] | None]
 
 def _state(folder: Path) -> dict[Place, str]:
     """The checksum of every piece of the newest checkpoint."""
-    newest = durable.latest(folder / "checkpoints")
+    newest = durable.latest(RunFolder(folder).checkpoints)
     if newest is None:
         raise DrillError(f"{folder}: the run has left no complete checkpoint to compare")
     try:

@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launch.drill.faults import Fault
+from trainer.events import Began, EventLog, Level, Recovery
 from trainer.goodput import Mark
 
-WHAT = {1: "memory", 2: "decoded", 3: "from disk", 4: "other layout"}
-"""The rungs of the recovery ladder, in a word."""
-_BY_SOURCE = {"memory": 1, "disk": 3, "nothing": 3}
+_BY_SOURCE: dict[str, Level] = {"memory": "local", "disk": "disk", "nothing": "disk"}
 UNDISTURBED = 2
 """Steps that a session must still complete after a fault to have been undisturbed by it: one may be under way."""
 
@@ -27,8 +26,8 @@ class Outcome:
     """What a fault cost."""
 
     fault: Fault
-    rung: int | None = None
-    """Of the recovery ladder; None: training went on without a restart."""
+    level: Level | None = None
+    """Of the recovery; None: training went on without a restart."""
     why: str = "training went on"
     steps_lost: int = 0
     """Completed steps that had to be computed again."""
@@ -41,7 +40,7 @@ class Outcome:
         """Plain values, for JSON."""
         return {
             "fault": str(self.fault),
-            "rung": self.rung,
+            "level": self.level,
             "steps_lost": self.steps_lost,
             "seconds": {phase: round(value, 3) for phase, value in self.seconds.items()},
             "total_s": round(self.total, 3),
@@ -49,12 +48,12 @@ class Outcome:
         }
 
 
-def outcomes(struck: Sequence[Struck], marks: Sequence[Mark], events: Sequence[Mapping[str, Any]]) -> list[Outcome]:
+def outcomes(struck: Sequence[Struck], marks: Sequence[Mark], log: EventLog) -> list[Outcome]:
     """One for each fault. Faults that fall into one outage share its recovery: each counts from its own moment on."""
-    return [_outcome(each, marks, events) for each in struck]
+    return [_outcome(each, marks, log) for each in struck]
 
 
-def _outcome(struck: Struck, marks: Sequence[Mark], events: Sequence[Mapping[str, Any]]) -> Outcome:
+def _outcome(struck: Struck, marks: Sequence[Mark], log: EventLog) -> Outcome:
     before = [mark for mark in marks if mark.time <= struck.time]
     session = before[-1].session if before else 0
     steps = [mark for mark in marks if mark.mark == "step"]
@@ -64,32 +63,24 @@ def _outcome(struck: Struck, marks: Sequence[Mark], events: Sequence[Mapping[str
         return Outcome(fault=struck.fault)
     restored = next(mark for mark in marks if mark.session == resumed.session and mark.mark == "restored")
     completed = max((mark.step for mark in steps if mark.session == session), default=0)
-    recovery = _after(events, "recovery", struck.time)
-    began = _after(events, "began", struck.time, until=resumed.time) or {}
+    recovery = next((event for event in log.of(Recovery) if event.time > struck.time), None)
+    began = next((event for event in reversed(log.of(Began)) if struck.time < event.time <= resumed.time), None)
     return Outcome(
         fault=struck.fault,
-        rung=recovery.get("rung") if recovery else _BY_SOURCE.get(str(began.get("source"))),
-        why=str((recovery or began).get("why") or began.get("reason") or "restarted"),
+        level=recovery.level if recovery else _BY_SOURCE[began.source] if began else None,
+        why=recovery.why if recovery else began.reason if began else "restarted",
         steps_lost=max(0, completed - restored.step),
         seconds=_phases(recovery, struck.time, marks, restored, resumed),
         total=resumed.time - struck.time,
     )
 
 
-def _after(
-    events: Sequence[Mapping[str, Any]], kind: str, start: float, until: float = float("inf")
-) -> Mapping[str, Any] | None:
-    """The last event of a kind up to `until`, or the first one after `start` without an end."""
-    found = [event for event in events if event["event"] == kind and start < event["time"] <= until]
-    return (found[0] if until == float("inf") else found[-1]) if found else None
-
-
 def _phases(
-    recovery: Mapping[str, Any] | None, struck: float, marks: Sequence[Mark], restored: Mark, resumed: Mark
+    recovery: Recovery | None, struck: float, marks: Sequence[Mark], restored: Mark, resumed: Mark
 ) -> Mapping[str, float]:
     """As the supervisors measured them; without supervisors what can be seen from outside."""
     if recovery is not None:
-        return {phase: float(value) for phase, value in recovery["phases"].items()}
+        return recovery.phases
     started = next(mark.time for mark in marks if mark.session == resumed.session and mark.mark == "start")
     started = min(max(started, struck), restored.time)
     return {

@@ -15,6 +15,7 @@ from launch import node_record
 from launch.errors import DrillError
 from launch.local import read_pids
 from launch.node_record import NodeRecord
+from trainer.run_folder import RunFolder
 
 TOKEN = "KEEPWARM_DRILL"
 """Environment variable that every process of a drill inherits."""
@@ -86,7 +87,7 @@ class Processes:
         """
         recorded = [record.workers[rank] for record in self.records if rank in record.workers]
         if not self.records:
-            recorded = [pid for each, pid in read_pids(self.folder / "logs").items() if each == rank]
+            recorded = [pid for each, pid in read_pids(RunFolder(self.folder).logs).items() if each == rank]
         found = [self.all[pid] for pid in recorded if pid in self.all]
         return self._or_raise(found[-1:], f"worker of rank {rank}")
 
@@ -94,7 +95,7 @@ class Processes:
         """All workers that run."""
         pids = {pid for record in self.records for pid in record.workers.values()}
         if not self.records:
-            pids = set(read_pids(self.folder / "logs").values())
+            pids = set(read_pids(RunFolder(self.folder).logs).values())
         return [self.all[pid] for pid in sorted(pids) if pid in self.all]
 
     def agent(self, slot: int) -> list[Found]:

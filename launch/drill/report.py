@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.drill.campaign import Result
-from launch.drill.outcome import WHAT, Outcome
+from launch.drill.outcome import Outcome
 from trainer.events import PHASES
 from trainer.goodput import KINDS
 
@@ -24,7 +24,7 @@ def print_result(result: Result, name: str) -> None:
         console = Console(highlight=False, markup=False, width=max(console.width, WIDTH))
     phases = phases_of(result.outcomes)
     table = Table(title=f"fire drill of {name}, in seconds")
-    for column in ("fault", "rung"):
+    for column in ("fault", "level"):
         table.add_column(column, no_wrap=True)
     for column in ("steps lost", *phases, "total", "bitwise equal"):
         table.add_column(column, justify="right")
@@ -50,11 +50,11 @@ def phases_of(outcomes: Sequence[Outcome]) -> list[str]:
 
 def _cells(outcome: Outcome, phases: Sequence[str]) -> list[str]:
     seconds = [f"{outcome.seconds[phase]:.2f}" if phase in outcome.seconds else "-" for phase in phases]
-    return [str(outcome.fault), _rung(outcome), str(outcome.steps_lost), *seconds, f"{outcome.total:.2f}"]
+    return [str(outcome.fault), _level(outcome), str(outcome.steps_lost), *seconds, f"{outcome.total:.2f}"]
 
 
-def _rung(outcome: Outcome) -> str:
-    return "no restart" if outcome.rung is None else f"{outcome.rung} {WHAT.get(outcome.rung, '')}"
+def _level(outcome: Outcome) -> str:
+    return outcome.level or "no restart"
 
 
 def _yes(equal: bool) -> str:
@@ -65,7 +65,7 @@ def write_html(result: Result, name: str, path: Path) -> None:
     """One page without scripts and without anything fetched."""
     phases = phases_of(result.outcomes)
     colours = dict(zip(PHASES, COLOURS, strict=True))
-    heads = ["fault", "rung", "steps lost", *phases, "total", "bitwise equal"]
+    heads = ["fault", "level", "steps lost", *phases, "total", "bitwise equal"]
     slowest = max((sum(outcome.seconds.values()) for outcome in result.outcomes), default=0.0)
     rows = "".join(
         f"<tr>{_tags('td', [*_cells(outcome, phases), _yes(result.bitwise_equal)])}</tr>"

@@ -16,13 +16,13 @@ from ft.inspect import Held, Status
 from launch.drill.faults import Fault
 from launch.drill.processes import Found, Processes, paused
 from launch.errors import DrillError
-from trainer.spec_file import RUN_FILE, load_run
+from trainer.run_folder import RunFolder
+from trainer.spec_file import load_run
 
 DEADLINE = 10.0
 """Seconds that an agent has to answer, and a drill to find it with its newest snapshot committed."""
 LOOKS = 10
 BROKEN_BYTES = 64
-CHECKPOINTS = "checkpoints"
 
 Undo = Callable[[], None]
 
@@ -35,7 +35,7 @@ def strike(fault: Fault, folder: Path, token: str) -> tuple[float, Undo | None]:
     """
     processes = Processes.look(folder, token)
     if fault.target == "disk":
-        return time.time(), stop_disk(folder / CHECKPOINTS)
+        return time.time(), stop_disk(RunFolder(folder).checkpoints)
     if fault.target == "chunk":
         return corrupt(processes, fault.numbers[0]), None
     if fault.action == "freeze":
@@ -96,7 +96,7 @@ def corrupt(processes: Processes, slot: int) -> float:
 def _ranks_of(processes: Processes, slot: int) -> list[int]:
     if processes.records:
         return processes.ranks(slot)
-    each = load_run(processes.folder / RUN_FILE).layout.ranks_per_node
+    each = load_run(RunFolder(processes.folder).run_file).layout.ranks_per_node
     return list(range(slot * each, (slot + 1) * each))
 
 

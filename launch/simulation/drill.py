@@ -8,15 +8,17 @@ from typing import Any
 
 from launch.errors import SimulationError
 from launch.simulation.scheme import Restart, Times
+from trainer.events import LEVELS
 
 PER_BYTE = ("fetch", "decode", "verify")
 """Phases that grow with the state of a node."""
 DETECT = "detect"
-RUNGS = {1: "worker", 2: "node", 3: "durable"}
+RESTARTS = {"local": "worker", "decoded": "node", "disk": "durable"}
+"""The restart of the simulator that a level of recovery is."""
 
 
 def apply_drill(times: Times, path: Path, scale: float = 1.0) -> Times:
-    """`times` with the median detection and recovery of every rung that the drill climbed.
+    """`times` with the median detection and recovery of every level of recovery that the drill saw.
 
     `scale` multiplies the phases that move bytes: the bytes of state of a node there over those in the drill.
 
@@ -27,10 +29,12 @@ def apply_drill(times: Times, path: Path, scale: float = 1.0) -> Times:
     restarts: dict[str, list[Restart]] = {}
     for number, fault in enumerate(faults, start=1):
         where = f"{path}, fault {number}"
-        if (rung := _rung(fault, where)) in RUNGS:
-            restarts.setdefault(RUNGS[rung], []).append(_restart(fault, scale, where))
+        if (level := _level(fault, where)) in RESTARTS:
+            restarts.setdefault(RESTARTS[level], []).append(_restart(fault, scale, where))
     if not restarts:
-        raise SimulationError(f"{path}: no fault was recovered from on rung 1, 2 or 3; use a drill with some --kill")
+        raise SimulationError(
+            f"{path}: no fault was recovered from at level {', '.join(RESTARTS)}; use a drill with some --kill"
+        )
     return replace(
         times,
         worker=_typical(restarts.get("worker"), times.worker),
@@ -60,14 +64,13 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return faults
 
 
-def _rung(fault: dict[str, Any], where: str) -> int | None:
-    rung = fault.get("rung")
-    if rung is None:
-        return None
-    digit = str(rung).strip()[:1]
-    if not digit.isdigit():
-        raise SimulationError(f"{where}: rung is {rung!r}, expected a number from 1 to 4")
-    return int(digit)
+def _level(fault: dict[str, Any], where: str) -> str | None:
+    if "rung" in fault:
+        raise SimulationError(f"{where}: `rung` is now `level`, with a name instead of a number; repeat the drill")
+    level = fault.get("level")
+    if level is not None and level not in LEVELS:
+        raise SimulationError(f"{where}: level is {level!r}, expected one of {', '.join(LEVELS)}")
+    return level
 
 
 def _restart(fault: dict[str, Any], scale: float, where: str) -> Restart:

@@ -29,13 +29,13 @@ def drill(folder: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
     return found
 
 
-def assert_survived(found: dict[str, Any], rungs: Sequence[int | None]) -> None:
+def assert_survived(found: dict[str, Any], levels: Sequence[str | None]) -> None:
     assert found["bitwise_equal"], found["differences"]
     assert found["residue"] == []
-    assert [fault["rung"] for fault in found["faults"]] == list(rungs)
+    assert [fault["level"] for fault in found["faults"]] == list(levels)
     # With a snapshot of every step at most two are lost: the one under way, and one that was not committed.
-    assert all(fault["steps_lost"] <= 2 for fault in found["faults"] if fault["rung"] in (1, 2)), found
-    assert all(fault["total_s"] > 0 for fault in found["faults"] if fault["rung"])
+    assert all(fault["steps_lost"] <= 2 for fault in found["faults"] if fault["level"] in ("local", "decoded")), found
+    assert all(fault["total_s"] > 0 for fault in found["faults"] if fault["level"])
     assert sum(found["goodput"]["seconds"].values()) == pytest.approx(found["goodput"]["wall_s"])
 
 
@@ -64,7 +64,7 @@ def test_a_worker_a_node_with_its_memory_and_rotten_memory(folder: Path) -> None
     page = folder / "drill.html"
     found = drill(folder / "two", "ci/tiny", *TWO_NODES, *faults, "--html", str(page))
     assert [fault["fault"] for fault in found["faults"]] == ["kill worker:1@4", "kill node:1@8", "corrupt chunk:0@14"]
-    assert_survived(found, [1, 2, 1])
+    assert_survived(found, ["local", "decoded", "local"])
     assert found["goodput"]["restarts"] == 3
     assert "corrupt chunk:0@14" in page.read_text()
     events = map(json.loads, (folder / "two" / "faults" / "events.jsonl").read_text().splitlines())
@@ -79,7 +79,7 @@ def test_ranks_of_one_launcher(folder: Path) -> None:
     found = drill(
         folder / "one", "ci/tiny", "parallel.data=2", snapshot, "--kill", "worker:1@5", "--kill", "worker:0@12"
     )
-    assert_survived(found, [1, 1])
+    assert_survived(found, ["local", "local"])
     assert carriers() == []
 
 
@@ -92,7 +92,7 @@ CODES = ("{data: 2, parity: 2}", "{data: 3, parity: 1}")
 def test_every_single_node(folder: Path, code: str) -> None:
     kills = [f"node:{slot}@{3 + 5 * slot}" for slot in range(4)]
     found = drill(folder / "four", FOUR_NODES, f"snapshot.code={code}", *options("--kill", kills))
-    assert_survived(found, [2] * 4)
+    assert_survived(found, ["decoded"] * 4)
 
 
 @pytest.mark.long
@@ -104,7 +104,7 @@ def test_every_pair_of_nodes(folder: Path, pairs: Sequence[tuple[int, int]], at_
     for step, (one, other) in zip((3, 10, 17), pairs, strict=True):
         kills += [f"nodes:{one},{other}@{step}"] if at_once else [f"node:{one}@{step}", f"node:{other}@{step}+1"]
     found = drill(folder / "four", FOUR_NODES, *options("--kill", kills))
-    assert_survived(found, [2] * len(kills))
+    assert_survived(found, ["decoded"] * len(kills))
 
 
 def options(name: str, values: Sequence[str]) -> list[str]:
@@ -115,26 +115,26 @@ def options(name: str, values: Sequence[str]) -> list[str]:
 def test_more_nodes_than_parity_go_back_to_disk(folder: Path) -> None:
     found = drill(folder / "four", FOUR_NODES, "snapshot.code={data: 3, parity: 1}", "--kill", "nodes:1,2@10")
     assert found["bitwise_equal"], found["differences"]
-    assert [fault["rung"] for fault in found["faults"]] == [3]
+    assert [fault["level"] for fault in found["faults"]] == ["disk"]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("arguments", "rungs"),
+    ("arguments", "levels"),
     [
-        (["--kill", "worker:2@8", "--kill", "node:3@8"], [2, 2]),
+        (["--kill", "worker:2@8", "--kill", "node:3@8"], ["decoded", "decoded"]),
         (["--kill", "agent:1@8"], [None]),
-        (["--kill", "supervisor:2@8"], [2]),
-        (["--kill", "store@8"], [1]),
-        (["--kill", "store@8", "--kill", "node:1@8"], [2, 2]),
-        (["--kill", "node:1@8", "--kill", "node:1@8+1"], [2, 2]),
-        (["--freeze", "node:1@8"], [2]),
+        (["--kill", "supervisor:2@8"], ["decoded"]),
+        (["--kill", "store@8"], ["local"]),
+        (["--kill", "store@8", "--kill", "node:1@8"], ["decoded", "decoded"]),
+        (["--kill", "node:1@8", "--kill", "node:1@8+1"], ["decoded", "decoded"]),
+        (["--freeze", "node:1@8"], ["decoded"]),
         (["--stop", "disk@8"], [None]),
     ],
     ids=lambda value: " ".join(map(str, value)),
 )
-def test_faults_of_one_kind_and_together(folder: Path, arguments: list[str], rungs: list[int | None]) -> None:
-    assert_survived(drill(folder / "four", FOUR_NODES, *arguments), rungs)
+def test_faults_of_one_kind_and_together(folder: Path, arguments: list[str], levels: list[str | None]) -> None:
+    assert_survived(drill(folder / "four", FOUR_NODES, *arguments), levels)
 
 
 TWELVE_STEPS = "stages.0.tokens=6_144"

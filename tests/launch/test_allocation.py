@@ -7,6 +7,7 @@ import pytest
 
 from launch import network_check
 from launch.allocation import culprit, left_out
+from trainer.events import BatchStarted, NodeExcluded
 
 
 @pytest.mark.parametrize(
@@ -27,10 +28,10 @@ def test_srun_names_the_node_whose_task_failed(line: str, node: str | None) -> N
 
 
 def test_nodes_that_supervisors_left_out_stay_out_until_the_run_is_submitted_again() -> None:
-    start = {"event": "slurm start", "requeues": 0}
-    gone = {"event": "node left out", "host": "n1", "why": "its workers ended 3 starts"}
-    unfit = {"event": "node left out", "host": "n2", "why": "does not answer", "slurm_job": "7"}
-    assert left_out([start, gone, unfit, start | {"requeues": 1}]) == {"n1": "its workers ended 3 starts"}
+    start, requeued = (BatchStarted(slurm_job="7", nodes=("n1", "n2"), requeues=count) for count in (0, 1))
+    gone = NodeExcluded(host="n1", why="its workers ended 3 starts")
+    unfit = NodeExcluded(host="n2", why="does not answer", slurm_job="7")
+    assert left_out([start, gone, unfit, requeued]) == {"n1": "its workers ended 3 starts"}
     assert left_out([start, gone, start]) == {}
 
 

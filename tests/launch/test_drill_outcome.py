@@ -19,6 +19,7 @@ from launch.drill.report import phases_of, print_result, write_html
 from launch.errors import DrillError
 from launch.simulation.drill import apply_drill
 from launch.simulation.scheme import Restart, Times
+from trainer.events import Began, EventLog, Failure, Recovery
 from trainer.goodput import Mark, goodput
 
 
@@ -33,49 +34,52 @@ def steps(session: int, start: float, first: int, last: int) -> list[Mark]:
 
 FIRST = [mark(1, 90, "start"), mark(1, 100, "restored"), *steps(1, 101, 1, 6)]
 SECOND = [mark(2, 109, "start"), mark(2, 112, "restored", 5), *steps(2, 113, 6, 10)]
-BEGAN = {"time": 112, "event": "began", "source": "memory", "step": 5, "reason": "committed snapshot"}
+BEGAN = Began(time=112.0, source="memory", step=5, reason="committed snapshot")
 WORKER = parse("kill", "worker:1@6")
 
 
 def test_without_supervisors_phases_are_what_can_be_seen() -> None:
-    (found,) = outcomes([Struck(fault=WORKER, time=106.5)], [*FIRST, *SECOND], [BEGAN])
-    assert (found.rung, found.why, found.steps_lost) == (1, "committed snapshot", 1)
+    (found,) = outcomes([Struck(fault=WORKER, time=106.5)], [*FIRST, *SECOND], EventLog((BEGAN,)))
+    assert (found.level, found.why, found.steps_lost) == ("local", "committed snapshot", 1)
     assert found.seconds == {"detect": 2.5, "start": 3.0, "resume": 1.0}
     assert found.total == 6.5 == sum(found.seconds.values())
 
 
 def test_supervisors_say_what_they_did() -> None:
     phases = {"detect": 1.0, "rendezvous": 0.5, "decode": 0.25}
-    failure = {"time": 107.5, "event": "failure", "slots": [2]}
-    recovery = {"time": 113.0, "event": "recovery", "rung": 2, "why": "node lost", "phases": phases}
+    failure = Failure(time=107.5, node="a", kind="lost", cause="node lost", slots=(2,))
+    recovery = Recovery(
+        time=113.0, level="decoded", why="node lost", slots=(2,), source="memory", step=5, bytes_decoded=1,
+        phases=phases,
+    )  # fmt: skip
     node = parse("kill", "node:2@6")
-    (found,) = outcomes([Struck(fault=node, time=106.5)], [*FIRST, *SECOND], [failure, BEGAN, recovery])
-    assert (found.rung, found.why, found.seconds, found.total) == (2, "node lost", phases, 6.5)
+    (found,) = outcomes([Struck(fault=node, time=106.5)], [*FIRST, *SECOND], EventLog((failure, BEGAN, recovery)))
+    assert (found.level, found.why, found.seconds, found.total) == ("decoded", "node lost", phases, 6.5)
 
 
 def test_faults_of_one_outage_share_its_recovery() -> None:
     struck = [Struck(fault=WORKER, time=106.5), Struck(fault=parse("kill", "worker:2@6+2"), time=108.5)]
-    first, second = outcomes(struck, [*FIRST, *SECOND], [BEGAN])
-    assert (first.rung, second.rung) == (1, 1)
+    first, second = outcomes(struck, [*FIRST, *SECOND], EventLog((BEGAN,)))
+    assert (first.level, second.level) == ("local", "local")
     assert (first.total, second.total) == (6.5, 4.5)
 
 
-def test_a_fault_that_stops_nobody_has_no_rung() -> None:
+def test_a_fault_that_stops_nobody_has_no_level() -> None:
     struck = [Struck(fault=parse("kill", "agent:1@3"), time=103.5), Struck(fault=WORKER, time=106.5)]
-    agent, worker = outcomes(struck, [*FIRST, *SECOND], [BEGAN])
-    assert (agent.rung, agent.total, agent.steps_lost, dict(agent.seconds)) == (None, 0.0, 0, {})
-    assert worker.rung == 1
+    agent, worker = outcomes(struck, [*FIRST, *SECOND], EventLog((BEGAN,)))
+    assert (agent.level, agent.total, agent.steps_lost, dict(agent.seconds)) == (None, 0.0, 0, {})
+    assert worker.level == "local"
 
 
 def test_a_restart_that_failed_as_well_is_part_of_the_outage() -> None:
     third = [mark(3, 120, "start"), mark(3, 121, "restored", 5), *steps(3, 122, 6, 10)]
-    began = {"time": 121, "event": "began", "source": "disk", "step": 5, "reason": "two nodes lost"}
-    (found,) = outcomes([Struck(fault=WORKER, time=106.5)], [*FIRST, *SECOND[:2], *third], [BEGAN, began])
-    assert (found.rung, found.total) == (3, 15.5)
+    began = Began(time=121.0, source="disk", step=5, reason="two nodes lost")
+    (found,) = outcomes([Struck(fault=WORKER, time=106.5)], [*FIRST, *SECOND[:2], *third], EventLog((BEGAN, began)))
+    assert (found.level, found.total) == ("disk", 15.5)
 
 
 def result(**changes: Any) -> Result:
-    found = outcomes([Struck(fault=WORKER, time=106.5)], [*FIRST, *SECOND], [BEGAN])
+    found = outcomes([Struck(fault=WORKER, time=106.5)], [*FIRST, *SECOND], EventLog((BEGAN,)))
     other = Outcome(fault=parse("kill", "agent:1@3"))
     made = Result(outcomes=[*found, other], differences=(), residue=(), goodput=goodput([*FIRST, *SECOND]))
     return replace(made, **changes)
@@ -86,7 +90,7 @@ def test_the_json_is_what_the_simulator_reads(tmp_path: Path) -> None:
     assert data["bitwise_equal"] is True
     assert data["faults"][0] == {
         "fault": "kill worker:1@6",
-        "rung": 1,
+        "level": "local",
         "steps_lost": 1,
         "seconds": {"detect": 2.5, "start": 3.0, "resume": 1.0},
         "total_s": 6.5,

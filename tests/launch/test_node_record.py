@@ -1,17 +1,11 @@
 """What supervisors leave in the run folder for those who watch."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import msgspec
 
 from launch import node_record
 from launch.node_record import NodeRecord, StoreRecord
-from trainer import events
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_records_are_replaced_and_read_by_name(tmp_path: Path) -> None:
@@ -39,19 +33,3 @@ def test_the_newest_store_is_the_one_with_the_highest_number(tmp_path: Path) -> 
     assert newest is not None
     assert newest.number == 10
     assert node_record.read_all(tmp_path) == []
-
-
-def test_lines_of_many_processes_do_not_mix(tmp_path: Path) -> None:
-    assert events.read(tmp_path) == []
-    code = "import sys; from pathlib import Path; from trainer import events\n"
-    code += "for i in range(200): events.append(Path(sys.argv[1]), 'e', node=sys.argv[2], i=i, text='x' * 500)"
-    writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(n)], cwd=ROOT) for n in range(3)]
-    assert [writer.wait(60) for writer in writers] == [0, 0, 0]
-    with (tmp_path / events.FILE).open("a") as file:
-        file.write('{"event": "torn')
-    lines = events.read(tmp_path)
-    assert len(lines) == 600
-    for node in "012":
-        assert [line["i"] for line in lines if line["node"] == node] == list(range(200))
-    assert all(set(line) == {"time", "event", "node", "i", "text"} for line in lines)
-    assert json.dumps(lines[0])

@@ -104,7 +104,7 @@ def test_who_signals_every_process_gets_a_run_that_saves_and_ends(cluster: Calla
     assert alive(store.pid)
     (run.folder / "saved").touch()
     assert run.process.wait(DEADLINE) == 130, run.log.read_text()
-    assert [event for event in events.read(run.folder) if event["event"] == "failure"] == []
+    assert events.read(run.folder).of(events.Failure) == []
     run.assert_nothing_left()
 
 
@@ -116,9 +116,9 @@ def test_a_node_whose_workers_die_again_and_again_is_left_out(cluster: Callable[
         os.kill(run.pid(1, round), signal.SIGKILL)
     assert names(run.running(3)) == ["n0", "n3", "n2"]
     run.until(lambda: not alive(supervisor), "the supervisor of the node that was left out")
-    (left_out,) = (event for event in events.read(run.folder) if event["event"] == "node left out")
-    assert left_out["host"] == "n1"
-    assert "ended 3 starts, the last one: rank 1 was ended by SIGKILL" in left_out["why"]
+    (excluded,) = events.read(run.folder).of(events.NodeExcluded)
+    assert excluded.host == "n1"
+    assert "ended 3 starts, the last one: rank 1 was ended by SIGKILL" in excluded.why
     run.end()
 
 
@@ -151,10 +151,10 @@ def test_nodes_workers_and_stores_die_one_after_the_other(cluster: Callable[...,
         os.kill(pid, signal.SIGKILL)
     assert names(run.running(4)) == [replacement, last, "n2"]
 
-    failures = [(event["kind"], event["slots"]) for event in events.read(run.folder) if event["event"] == "failure"]
-    assert ("lost", [0]) in failures
-    assert ("killed", [2]) in failures
-    assert ("store", []) in failures
+    failures = [(event.kind, event.slots) for event in events.read(run.folder).of(events.Failure)]
+    assert ("lost", (0,)) in failures
+    assert ("killed", (2,)) in failures
+    assert ("store", ()) in failures
     run.end(0)
 
 

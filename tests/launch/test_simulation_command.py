@@ -105,13 +105,13 @@ def drill(tmp_path, **changes):
     faults = [
         {
             "fault": "worker:1@20",
-            "rung": 1,
+            "level": "local",
             "steps_lost": 1,
             "seconds": {"detect": 0.25, "resume": 0.5},
             "total_s": 0.75,
         },
-        {"fault": "node:2@35", "rung": 2, "steps_lost": 1, "seconds": phases, "total_s": 6.0},
-        {"fault": "stop disk@70", "rung": None, "steps_lost": 0, "seconds": {}, "total_s": 0.0},
+        {"fault": "node:2@35", "level": "decoded", "steps_lost": 1, "seconds": phases, "total_s": 6.0},
+        {"fault": "stop disk@70", "level": None, "steps_lost": 0, "seconds": {}, "total_s": 0.0},
     ]
     path = tmp_path / "drill.json"
     path.write_text(json.dumps({"bitwise_equal": True, "faults": faults} | changes))
@@ -136,8 +136,12 @@ def test_a_drill_gives_detection_and_recovery(tmp_path, capsys):
         ({"bitwise_equal": False}, "did not end bitwise equal"),
         ({"faults": []}, "no fault was recovered from"),
         ({"faults": 3}, "expected what `keepwarm drill --json` prints"),
-        ({"faults": [{"fault": "a", "rung": "two", "seconds": {}}]}, "fault 1: rung is 'two'"),
-        ({"faults": [{"fault": "a", "rung": 2, "seconds": {"detect": "x"}}]}, "fault 1: expected seconds by phase"),
+        ({"faults": [{"fault": "a", "level": "two", "seconds": {}}]}, "fault 1: level is 'two', expected one of local"),
+        ({"faults": [{"fault": "a", "rung": 2, "seconds": {}}]}, "fault 1: `rung` is now `level`"),
+        (
+            {"faults": [{"fault": "a", "level": "decoded", "seconds": {"detect": "x"}}]},
+            "fault 1: expected seconds by phase",
+        ),
     ],
 )
 def test_a_drill_that_says_nothing_is_refused(tmp_path, changes, message):

@@ -33,8 +33,13 @@ def run(tmp_path: Path) -> Path:
     timeline.close(2, ended=False)
     node_record.write(tmp_path, NodeRecord(node="a", host="h", slot=0, supervisor=1, workers={0: 7}, state="running"))
     node_record.write(tmp_path, NodeRecord(node="b", host="h", slot=None, supervisor=2, state="spare"))
-    events.append(tmp_path, "recovery", rung=2, why="node b is gone")
-    events.append(tmp_path, "requeue", why="no node is left")
+    recovery = events.Recovery(
+        level="decoded", why="node b is gone", slots=(1,), source="memory", step=1, bytes_decoded=1, phases={}
+    )
+    events.append(tmp_path, recovery)
+    events.append(tmp_path, events.Requeue(slurm_job="1", why="no node is left", excluded=()))
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"event": "of another version", "time": 1.0}\n')
     return tmp_path
 
 
@@ -45,10 +50,11 @@ def test_shows_steps_nodes_and_goodput(run: Path, capsys: pytest.CaptureFixture[
     assert found["goodput"]["steps"] == 2
     assert (found["loss"], found["tokens_per_s"], found["eta_s"]) == (2.0, 1024.0, 11.0)
     assert (found["committed"], found["checkpoint"]) == (None, None)
-    assert [(one["rung"], one["why"]) for one in found["restarts"]] == [
-        (2, "node b is gone"),
+    assert [(one["level"], one["why"]) for one in found["restarts"]] == [
+        ("decoded", "node b is gone"),
         (None, "no node is left"),
     ]
+    assert found["unknown_events"] == 1
     show(run, as_json=True)
     assert json.loads(capsys.readouterr().out) == found
     show(run, as_json=False)
@@ -56,7 +62,7 @@ def test_shows_steps_nodes_and_goodput(run: Path, capsys: pytest.CaptureFixture[
     assert "drill: 2 of 24 steps" in shown
     assert "loss 2.0000, 1024 tokens/s, 0:00:11 left" in shown
     assert "saved: in memory none known here, on disk nothing" in shown
-    assert "(rung 2): node b is gone" in shown
+    assert "(level decoded): node b is gone" in shown
     assert "2 steps kept, 0 lost, 0 restarts" in shown
     assert "start-up" in shown
 

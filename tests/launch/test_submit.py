@@ -14,7 +14,7 @@ from launch.cluster_check import check_cluster, waits_for
 from launch.errors import ClusterError
 from launch.node_check import look, problems
 from launch.slurm import Node, gpus_in, parse_job
-from launch.slurm_job import Verdict, steps_done, verdict
+from launch.slurm_job import Verdict, verdict
 from launch.slurm_node import supervisor
 from launch.slurm_script import Array, in_container, node_step, rank_step, render
 from launch.submit import command
@@ -214,12 +214,6 @@ def test_a_job_as_the_controller_prints_it() -> None:
 )
 def test_what_follows_when_the_ranks_end(code: int, crashed: bool, ending: bool, failures: int, what: Verdict) -> None:
     assert verdict(code, crashed=crashed, ending=ending, failures=failures, limit=3)[0] == what
-
-
-def test_the_last_step_in_the_metrics(tmp_path: Path) -> None:
-    assert steps_done(tmp_path) == 0
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval": {}}\n{"step": 1}\n{"step": 2, "lo')
-    assert steps_done(tmp_path) == 1
 
 
 def test_nodes_must_agree(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from launch import node_record
@@ -41,7 +42,7 @@ def on_this_machine(cluster: SlurmCluster, run: Path, *overrides: str, job: str 
 
 
 def happened(run: Path, event: str) -> list[dict[str, object]]:
-    return [line for line in events.read(run) if line["event"] == event]
+    return [json.loads(msgspec.json.encode(each)) for each in events.read(run).of(events.KINDS[event])]
 
 
 def step_of(run: Path) -> int:
@@ -68,7 +69,7 @@ def test_ranks_on_several_nodes_train_as_on_one_machine(
     job = submitted(cluster, run, *layout)
     assert cluster.await_end(job, 600) == "COMPLETED", words(run)
     assert losses(run / "metrics.jsonl") == on_this_machine(cluster, folder / "local", *layout)
-    assert happened(run, "slurm start")[0]["nodes"] == [f"node{index}" for index in range(nodes)]
+    assert happened(run, "batch_started")[0]["nodes"] == [f"node{index}" for index in range(nodes)]
     cluster.await_idle()
 
 
@@ -92,7 +93,7 @@ def test_a_run_that_is_interrupted_continues_exactly(
     job = submitted(cluster, run, *longer)
     await_that(lambda: step_of(run) >= 3, "three steps", 300)
     cluster.login(*(job if word == "JOB" else word for word in command))
-    await_that(lambda: len(happened(run, "slurm start")) == 2, "the second start", 300)
+    await_that(lambda: len(happened(run, "batch_started")) == 2, "the second start", 300)
     assert cluster.await_end(job, 600) == "COMPLETED", words(run)
     # SLURM gives the ranks KillWait seconds: on a slow machine they may not get to save a last time.
     saved = happened(run, "interrupted")
@@ -113,7 +114,7 @@ def test_an_unfit_node_is_left_out_and_a_cancelled_run_is_saved(cluster: SlurmCl
     try:
         cluster.login("scontrol", "release", job)
         await_that(lambda: step_of(run) >= 2, "two steps", 300)
-        (unfit,) = happened(run, "node left out")
+        (unfit,) = happened(run, "node_excluded")
         assert unfit["host"] == "node1"
         assert "starting 2 ranks on node0, node2" in cluster.keepwarm("logs", str(run)).stdout
         assert cluster.processes("node1") == []
@@ -154,8 +155,8 @@ def test_a_spare_takes_the_place_of_a_node_that_crashes(cluster: SlurmCluster, f
     await_that(lambda: step_of(run) >= 7, "seven steps", 300)
     cluster.crash("node1")
     assert cluster.await_end(job, 600) == "COMPLETED", words(run)
-    assert [line["requeues"] for line in happened(run, "slurm start")] == [0]
-    assert happened(run, "node left out")[0]["host"] == "node1"
+    assert [line["requeues"] for line in happened(run, "batch_started")] == [0]
+    assert happened(run, "node_excluded")[0]["host"] == "node1"
     assert [line["source"] for line in happened(run, "began")] == ["nothing", "disk"]
     assert losses(run / "metrics.jsonl") == on_this_machine(cluster, folder / "local", *two)
 
@@ -170,9 +171,9 @@ def test_a_node_that_crashes_is_survived_from_memory(cluster: SlurmCluster, fold
     holder = next(node for node in ("node1", "node2", "node3") if slot_of(run, node) is not None)
     cluster.crash(holder)
     assert cluster.await_end(job, 600) == "COMPLETED", words(run)
-    assert [line["requeues"] for line in happened(run, "slurm start")] == [0]
+    assert [line["requeues"] for line in happened(run, "batch_started")] == [0]
     assert [line["source"] for line in happened(run, "began")] == ["nothing", "memory"]
-    assert len(happened(run, "slurm end")) == 1
+    assert len(happened(run, "batch_ended")) == 1
     assert losses(run / "metrics.jsonl") == on_this_machine(cluster, folder / "local", *longer, job=SLURM)
 
 
@@ -183,9 +184,9 @@ def test_without_a_spare_a_node_that_crashes_costs_a_requeue(cluster: SlurmClust
     job = submitted(cluster, run, *longer, job=SLURM)
     await_that(lambda: step_of(run) >= 13, "two durable snapshots", 300)
     cluster.crash("node1")
-    await_that(lambda: len(happened(run, "slurm start")) == 2, "the second start", 300)
+    await_that(lambda: len(happened(run, "batch_started")) == 2, "the second start", 300)
     assert cluster.await_end(job, 600) == "COMPLETED", words(run)
-    assert [line["nodes"] for line in happened(run, "slurm start")] == [
+    assert [line["nodes"] for line in happened(run, "batch_started")] == [
         ["node0", "node1", "node2"],
         ["node0", "node2", "node3"],
     ]
@@ -212,7 +213,7 @@ def test_a_drained_node_is_not_waited_for(cluster: SlurmCluster, folder: Path) -
     try:
         job = submitted(cluster, run, *TWO)
         assert cluster.await_end(job, 300) == "COMPLETED", words(run)
-        assert "node1" not in str(happened(run, "slurm start")[0]["nodes"])
+        assert "node1" not in str(happened(run, "batch_started")[0]["nodes"])
         four = cluster.keepwarm("submit", TINY, *SMALL, *FOUR, f"output={folder / 'all'}")
         assert four.returncode == 0, four.stderr
         assert "node1 is drained" in four.stderr
@@ -288,7 +289,7 @@ def test_a_node_whose_ranks_fail_again_and_again_is_left_out(cluster: SlurmClust
         await_that(lambda: step_of(run) >= reached, "three more steps", 300)  # noqa: B023
         assert cluster.on("node1", "pkill", "-KILL", "-f", "m trainer").returncode == 0
     assert cluster.await_end(job, 600) == "COMPLETED", words(run)
-    (left_out,) = happened(run, "node left out")
+    (left_out,) = happened(run, "node_excluded")
     assert (left_out["host"], left_out["why"]) == ("node1", "ended 2 starts")
     assert "starting 2 ranks on node0, node2" in words(run)
     assert losses(run / "metrics.jsonl") == on_this_machine(cluster, folder / "local", *two)

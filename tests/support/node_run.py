@@ -4,6 +4,7 @@ Faults come by SIGKILL to the pids that the supervisors wrote down, after steps 
 """
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
@@ -65,7 +67,8 @@ class Run:
         self.until(lambda: self.newest() >= step, f"step {step}")
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in events.read(self.folder) if event["event"] == kind]
+        found = events.read(self.folder).of(events.KINDS[kind])
+        return [json.loads(msgspec.json.encode(event)) for event in found]
 
     def recovered(self, count: int) -> dict[str, Any]:
         return self.until(lambda: self.events("recovery")[count - 1 :], f"recovery {count}")[0]

@@ -58,15 +58,15 @@ def test_two_replicas_become_one_and_two_again(tmp_path: Path, start: Callable[.
     run.after(15)
     run.lose_node(0)
     smaller = run.recovered(1)
-    assert (smaller["rung"], smaller["source"]) == (4, "disk")
-    (rescued,) = run.events("rescued")
+    assert (smaller["level"], smaller["source"]) == ("resized", "disk")
+    (rescued,) = run.events("memory_saved")
     assert smaller["step"] == rescued["step"] >= 14  # of the 15 that were done at least
     assert run.owner(0).node == "node-1"
     back = [sys.executable, "-P", "-m", "launch.node", str(run.folder), "--slots=2", "--node=back", "--spare"]
     node = subprocess.Popen(back, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     try:
         larger = run.recovered(2)
-        assert (larger["rung"], larger["source"]) == (4, "disk")
+        assert (larger["level"], larger["source"]) == ("resized", "disk")
         (saved,) = run.events("interrupted")
         assert larger["step"] == saved["step"]  # nothing was lost
         run.done()
@@ -75,7 +75,7 @@ def test_two_replicas_become_one_and_two_again(tmp_path: Path, start: Callable[.
         node.kill()
         node.wait(DEADLINE)
     assert [event["slots"] for event in run.events("resized")] == [1, 2]
-    assert [event["ranks"] for event in run.events("started") if "ranks" in event] == [2, 1, 2]
+    assert [event["ranks"] for event in run.events("training_started")] == [2, 1, 2]
     assert_close(run.folder, whole)
     assert_nothing_left(run)
 
@@ -102,13 +102,13 @@ def test_four_replicas_shrink_and_lose_what_parity_cannot_mend(
     for slot in lost:
         run.lose_node(slot)
     smaller = run.recovered(1)
-    assert (smaller["rung"], smaller["source"]) == (4, "disk")
+    assert (smaller["level"], smaller["source"]) == ("resized", "disk")
     if len(lost) <= 2:
-        (rescued,) = run.events("rescued")
+        (rescued,) = run.events("memory_saved")
         assert rescued["slots"] == list(lost)
         assert smaller["step"] == rescued["step"] >= 14
     else:
-        (event,) = run.events("not rescued")
+        (event,) = run.events("memory_not_saved")
         assert "needs 2 good chunks and has 1; those of slots [0, 1, 2] are lost" in event["why"]
         assert smaller["step"] == 10
     run.done()

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer import events
 from trainer.goodput import KINDS, Mark, Outage, Timeline, goodput, of_run, read_marks, spans, write_result
 
 
@@ -173,11 +175,14 @@ def test_outages_come_from_the_events_of_supervisors(tmp_path: Path) -> None:
     ]
     text = [json.dumps({key: getattr(mark, key) for key in mark.__struct_fields__}) for mark in lines]
     (tmp_path / "goodput.jsonl").write_text("\n".join(text) + "\n")
-    events = [
-        {"time": 99, "event": "started", "slots": [0]},
-        {"time": 126, "event": "failure", "cause": "node", "slots": [1]},
-        {"time": 126.5, "event": "failure", "cause": "node", "slots": [2]},
-        {"time": 137, "event": "recovery", "rung": 2, "phases": {"detect": 1.0, "start": 3.0}},
-    ]
-    (tmp_path / "events.jsonl").write_text("\n".join(map(json.dumps, events)) + "\n{")
+    log: list[events.Event] = [
+        events.SupervisorStarted(time=99.0, node="a", slots=3),
+        events.Failure(time=126.0, node="a", kind="lost", cause="node", slots=(1,)),
+        events.Failure(time=126.5, node="a", kind="lost", cause="node", slots=(2,)),
+        events.Recovery(
+            time=137.0, level="decoded", why="node", slots=(1, 2), source="memory", step=2, bytes_decoded=1,
+            phases={"detect": 1.0, "start": 3.0},
+        ),
+    ]  # fmt: skip
+    (tmp_path / "events.jsonl").write_bytes(b"\n".join(map(msgspec.json.encode, log)) + b"\n{")
     assert of_run(tmp_path) == goodput(lines, [Outage(126, 1.0)])

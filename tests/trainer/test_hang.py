@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from keepwarm.exit_code import ExitCode
 from trainer import events, hang
-from trainer.hang import HANG, Report, Waiting
+from trainer.hang import Report, Waiting
 from trainer.spec import HealthSpec
 from trainer.watchdog import Watchdog
 
@@ -84,15 +85,15 @@ def test_ranks_that_hang_end_and_the_lowest_says_why(tmp_path: Path) -> None:
             dog.beat(step)
     for one in ended:
         assert one.event.wait(DEADLINE)
-        assert one.code == HANG
-    (event,) = events.read(tmp_path)
-    assert (event["event"], event["step"], event["silent"]) == ("hang", hang.KNOWN, [])
-    assert sorted(path.name for path in Path(event["reports"]).iterdir()) == [
+        assert one.code == ExitCode.HUNG
+    (event,) = events.read(tmp_path).of(events.Hang)
+    assert (event.step, event.silent) == (hang.KNOWN, ())
+    assert sorted(path.name for path in Path(event.reports).iterdir()) == [
         "rank_00000.json",
         "rank_00001.json",
         "verdict.json",
     ]
-    assert "test_hang.py" in (Path(event["reports"]) / "rank_00000.json").read_text()
+    assert "test_hang.py" in (Path(event.reports) / "rank_00000.json").read_text()
 
 
 def test_what_takes_its_own_time_is_left_alone(tmp_path: Path) -> None:
@@ -105,4 +106,4 @@ def test_what_takes_its_own_time_is_left_alone(tmp_path: Path) -> None:
             dog.relax()
         assert not ended.event.wait(1.0)
         dog.close()
-    assert not events.read(tmp_path)
+    assert events.read(tmp_path).events == ()

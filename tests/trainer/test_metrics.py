@@ -5,8 +5,10 @@ import math
 import re
 from pathlib import Path
 
+from trainer import events
 from trainer.console import LogLine
-from trainer.metrics import Metrics, StepMetrics, evaluations
+from trainer.metrics import Metrics, StepMetrics
+from trainer.run_folder import RunFolder
 from trainer.spec import LogSpec
 
 
@@ -31,7 +33,7 @@ def test_resuming_drops_later_lines_and_a_torn_one(tmp_path: Path) -> None:
     second.step(at(3))
     second.close()
     assert steps_in(tmp_path) == [0, 1, 2, 3]
-    assert evaluations(tmp_path / "metrics.jsonl") == [{"en": 3.0}]
+    assert RunFolder(tmp_path).evaluations() == [{"en": 3.0}]
 
 
 def test_a_loss_that_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
@@ -55,7 +57,7 @@ def test_tensorboard_events_are_written(tmp_path: Path) -> None:
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, LogSpec(), "run", rank=1, resume_step=None)
     metrics.step(at(1))
-    metrics.event("x")
+    metrics.event(events.Interrupted(step=1))
     metrics.close()
     assert list(tmp_path.iterdir()) == []
 

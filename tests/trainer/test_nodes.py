@@ -49,7 +49,7 @@ def test_the_first_node_is_lost_and_then_a_worker(whole: Path, start: Callable[.
     before = workers(run)
     run.lose_node(0)
     first = run.recovered(1)
-    assert (first["rung"], first["slots"], first["source"]) == (2, [0], "memory")
+    assert (first["level"], first["slots"], first["source"]) == ("decoded", [0], "memory")
     assert set(first["phases"]) == set(events.PHASES)
     assert run.owner(0).node == "node-4"
     run.until(lambda: [event for event in run.events("whole") if event["slots"] == [0]], "redundancy to be back")
@@ -58,7 +58,7 @@ def test_the_first_node_is_lost_and_then_a_worker(whole: Path, start: Callable[.
     assert changed(before, replaced) == {0}, "workers of other nodes begin again in the same process"
     os.kill(replaced[2], signal.SIGKILL)
     second = run.recovered(2)
-    assert (second["rung"], second["slots"], second["source"]) == (1, [2], "memory")
+    assert (second["level"], second["slots"], second["source"]) == ("local", [2], "memory")
     assert second["bytes_decoded"] == 0
     assert "SIGKILL" in second["why"]
     assert changed(replaced, workers(run)) == {2}
@@ -174,7 +174,7 @@ def test_a_frozen_node_is_fenced_when_it_wakes_up(whole: Path, start: Callable[.
     for pid in frozen:
         os.kill(pid, signal.SIGSTOP)
     recovery = run.recovered(1)
-    assert (recovery["rung"], recovery["slots"]) == (2, [2])
+    assert (recovery["level"], recovery["slots"]) == ("decoded", [2])
     assert recovery["phases"]["detect"] == 2.0
     for pid in frozen:
         os.kill(pid, signal.SIGCONT)
@@ -193,7 +193,7 @@ def test_more_nodes_than_parity_are_lost(whole: Path, start: Callable[..., Run])
     for slot in (0, 1, 2):
         run.lose_node(slot)
     recovery = run.recovered(1)
-    assert recovery["rung"] == 3
+    assert recovery["level"] == "disk"
     assert recovery["source"] in ("disk", "nothing")
     assert "needs 2 good chunks" in recovery["why"] or "no agent holds" in recovery["why"]
     run.done()

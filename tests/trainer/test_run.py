@@ -211,7 +211,7 @@ def test_a_run_that_is_not_finite_stops_itself(tmp_path: Path) -> None:
     assert "rank 0" in said
     assert "Traceback" not in said
     events = [json.loads(line)["event"] for line in (output / "events.jsonl").read_text().splitlines()]
-    assert events[-1] == "stop"
+    assert events[-1] == "stopped"
     assert all(line["loss"] is None or math.isfinite(line["loss"]) for line in steps_of(output) if "loss" in line)
 
 

@@ -18,6 +18,7 @@ from ft.manifest import MANIFEST, Entry, Part, read_manifest
 from ft.part_reader import read_part
 from trainer.convert.huggingface_folder import read_exactly
 from trainer.errors import CheckpointError
+from trainer.run_folder import RunFolder
 
 PREFIX = "model."
 """Before the name of a parameter; other names belong to the optimizer and to the ranks."""
@@ -31,7 +32,7 @@ def find_checkpoint(path: Path) -> Path:
     """
     if (path / MANIFEST).is_file():
         return path
-    for root in (path, path / "checkpoints"):
+    for root in (path, RunFolder(path).checkpoints):
         found = durable.latest(root) if root.is_dir() else None
         if found is not None:
             return found

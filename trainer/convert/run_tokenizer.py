@@ -11,6 +11,7 @@ from trainer.convert.native import NativeCheckpoint
 from trainer.convert.output_folder import sync_file, write_file
 from trainer.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from trainer.errors import DataError
+from trainer.run_folder import RunFolder
 
 CARRIED = ("tokenizer.json", "tokenizer.model")
 """What tokenizer files that are carried along are called."""
@@ -68,7 +69,7 @@ def write_tokenizer(
 
 def run_file(native: NativeCheckpoint) -> Path:
     """Where the job stands of the run that a checkpoint lies in, if it lies in one."""
-    return native.path.resolve().parent.parent / "run.json"
+    return RunFolder(native.path.resolve().parent.parent).run_file
 
 
 def _named(data: dict[str, Any], file: Path) -> str:

@@ -24,6 +24,7 @@ from trainer.convert.streaming import Maker
 from trainer.errors import CheckpointError
 from trainer.model.shapes import parameter_shapes
 from trainer.model.spec import ModelSpec
+from trainer.run_folder import RunFolder
 
 SHARD_BYTES = 5 * 10**9
 """Default size at which a file is full, as in transformers 4."""
@@ -91,7 +92,7 @@ def model_spec_of(native: NativeCheckpoint) -> ModelSpec:
     """
     fields, origin = native.manifest.meta.get("model"), native.path / MANIFEST
     if fields is None:
-        origin = native.path.resolve().parent.parent / "run.json"
+        origin = RunFolder(native.path.resolve().parent.parent).run_file
         if not origin.is_file():
             raise CheckpointError(f"{native.path}: {MANIFEST} does not describe the model, and {origin} is missing")
         fields = strict_json_file(origin).get("model")

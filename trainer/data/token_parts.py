@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from keepwarm.files import READABLE, atomic_file
 from trainer.data.indexed import Sidecar, content_hash, megatron_indexed
 from trainer.data.prefix import Control
 from trainer.data.text import TextPart, prefixed_documents
@@ -59,10 +60,8 @@ def write_part(path: Path, part: TextPart, tokenizer: Tokenizer, text_key: str) 
     for (prefix, ids), length in zip(encoded, lengths.tolist(), strict=True):
         tokens[begin : begin + length - 1] = [*prefix, *ids]
         begin += length
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    with unfinished.open("wb") as stream:
+    with atomic_file(path, mode=READABLE) as stream:
         np.savez(stream, tokens=tokens.astype(dtype_for(tokenizer.vocabulary_size)), lengths=lengths, prefixes=prefixes)
-    unfinished.replace(path)
 
 
 def _encoded_prefixes(part: TextPart, tokenizer: Tokenizer, prefixes: Sequence[str]) -> dict[str, list[int]]:

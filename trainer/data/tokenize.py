@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from keepwarm.exit_code import ExitCode
 from trainer.data import tool
 from trainer.data.indexed import Sidecar
 from trainer.data.prefix import Control, Prefix, metadata
@@ -170,7 +171,7 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
-    os._exit(1)
+    os._exit(ExitCode.FAULT)
 
 
 def _work(path: Path, part: TextPart, text_key: str) -> None:

@@ -5,6 +5,7 @@ from typing import NoReturn
 
 import typer
 
+from keepwarm.exit_code import ExitCode
 from trainer.errors import TrainerError
 
 
@@ -17,5 +18,5 @@ def run(app: typer.Typer) -> NoReturn:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
+        sys.exit(ExitCode.INTERRUPTED)
+    sys.exit(ExitCode.DONE)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from keepwarm.files import READABLE, atomic_write
 from trainer.data import tool
 from trainer.data.text import documents, parts
 from trainer.data.tokenizer import END_OF_DOCUMENT
@@ -87,13 +88,10 @@ class _Texts:
 
 
 def _save(tokenizer: "tokenizers.Tokenizer", output: Path) -> None:
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
-        unfinished.replace(output)
+        atomic_write(output, (tokenizer.to_str(pretty=True) + "\n").encode(), mode=READABLE)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise OutputError(f"{output}: cannot write: {error.strerror or error}") from None
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.run_folder import Mode, changes, prepared, stored_job
+from launch.prepare import Mode, changes, prepared, stored_job
 from trainer.errors import OutputError
 from trainer.spec import JobSpec
 from trainer.spec_file import load_job

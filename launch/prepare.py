@@ -1,4 +1,4 @@
-"""The run folder: made new, continued or refused; and which values an override of a continued run changes."""
+"""Prepare the run folder: create, continue or refuse it; and which values an override of a continued run changes."""
 
 import contextlib
 import fcntl
@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.errors import OutputError
+from trainer.run_folder import RUN_FILE, RunFolder
 from trainer.spec import JobSpec
-from trainer.spec_file import RUN_FILE, load_run, save_job
+from trainer.spec_file import load_run, save_job
 
 Mode = Literal["new", "resume", "force"]
-
-STARTED_FILE = "metrics.jsonl"
-"""Has lines from the first evaluation or step on."""
 
 
 @contextlib.contextmanager
@@ -40,10 +38,10 @@ def prepared(job: JobSpec, mode: Mode) -> Iterator[Path]:
             with _explained(folder):
                 if mode == "force":
                     _clear(folder)
-                save_job(job, folder / RUN_FILE)
+                save_job(job, RunFolder(folder).run_file)
             yield folder
         except BaseException:
-            if mode != "resume" and not _has_begun(folder):
+            if mode != "resume" and not RunFolder(folder).has_begun:
                 _undo(folder, made)
             raise
 
@@ -55,7 +53,7 @@ def stored_job(folder: Path, overrides: list[str]) -> tuple[JobSpec, JobSpec]:
         OutputError: there is no run in the folder.
         SpecError: the overrides do not fit it.
     """
-    file = folder / RUN_FILE
+    file = RunFolder(folder).run_file
     if not file.is_file():
         raise OutputError(
             f"{folder}: there is no run to resume ({RUN_FILE} is missing); leave out --resume to start one"
@@ -79,7 +77,7 @@ def _admit(folder: Path, mode: Mode) -> None:
         raise OutputError(f"{folder}: cannot be read: {error.strerror}") from error
     if mode == "new" and used:
         raise OutputError(f"{folder}: the run folder exists; --resume continues it, --force starts it anew")
-    if mode == "force" and used and not (folder / RUN_FILE).is_file():
+    if mode == "force" and used and not RunFolder(folder).exists:
         raise OutputError(f"{folder}: --force empties run folders only, and this has no {RUN_FILE}; choose another")
 
 
@@ -102,11 +100,6 @@ def _held(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _has_begun(folder: Path) -> bool:
-    file = folder / STARTED_FILE
-    return file.is_file() and file.stat().st_size > 0
 
 
 def _clear(folder: Path) -> None:

@@ -1,0 +1,55 @@
+"""Atomic replacement and creation of files."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from keepwarm.files import READABLE, atomic_create, atomic_file, atomic_write
+
+
+def test_atomic_write_existing_file_is_replaced_and_no_sibling_stays(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    atomic_write(path, b"old")
+    atomic_write(path, b"new", durable=True)
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("mode", "expected"), [(0o600, 0o600), (READABLE, 0o640)])
+def test_atomic_write_mode_is_that_of_open(tmp_path: Path, mode: int, expected: int) -> None:
+    before = os.umask(0o027)
+    try:
+        atomic_write(tmp_path / "a", b"", mode=mode)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == expected
+
+
+def test_atomic_file_error_inside_keeps_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    atomic_write(path, b"old")
+
+    def fail_halfway() -> None:
+        with atomic_file(path) as file:
+            file.write(b"half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_halfway()
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_create_second_call_keeps_the_first_content(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    assert atomic_create(path, b"first")
+    assert not atomic_create(path, b"second")
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_create_missing_folder_raises(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        atomic_create(tmp_path / "none" / "a", b"")
