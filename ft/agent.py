@@ -55,7 +55,7 @@ from ft.protocol import step
 from ft.state import State, initial
 
 TICK = 0.05
-LOOK = 0.25
+SLOT_POLL_INTERVAL_S = 0.25
 """Seconds between two looks of an agent without workers whether its slot is still its own."""
 FAREWELL = 60.0
 """Seconds that an agent which was asked to end leaves its workers to save and end."""
@@ -176,7 +176,7 @@ class Agent:
         elif unneeded and not busy:
             self.end(f"nobody has needed this agent for {self.config.lease:g} s")
         elif not self.desk.workers and now >= self._next_look:
-            self._next_look = now + LOOK
+            self._next_look = now + SLOT_POLL_INTERVAL_S
             endpoint = self.registry.endpoint(self.config.slot)
             if endpoint is not None and endpoint.boot > self.state.boot:
                 # Its supervisor has died. Peers that stay connected with this agent would not meet the other one.

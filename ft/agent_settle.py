@@ -16,7 +16,7 @@ from ft.state import Mode
 if TYPE_CHECKING:
     from ft.agent import Agent
 
-POLL = 0.3
+SETTLE_POLL_INTERVAL_S = 0.3
 """Seconds between looks at the shared folder while an epoch is not settled."""
 CONNECTED_GRACE = 5.0
 """Seconds that the choice waits for a connected agent whose answer could not change it: left out, it would need
@@ -128,7 +128,7 @@ class Settler:
             self.begin(max(agent.state.epoch, agent.registry.newest_epoch()) + 1)
         if not self._epoch or self.choice is not None or now < self._next_look:
             return
-        self._next_look = now + POLL
+        self._next_look = now + SETTLE_POLL_INTERVAL_S
         written = agent.registry.choice(self._epoch)
         if written is not None:
             self._settled(written)

@@ -24,7 +24,7 @@ from ft.messages import Attach, Attached, Farewell, Hello, Wire, WorkerMessage
 from ft.state import Geometry
 
 ROLES = frozenset({"worker", "supervisor", "onlooker"})
-GRACE = 5.0
+WORKER_EXIT_GRACE_S = 5.0
 """Seconds that a process may live on after its socket closed, before it is killed."""
 decode = decoder_of(WorkerMessage | Status)
 
@@ -102,7 +102,7 @@ class Desk:
         for guest in list(self._leaving):
             if not guest.holder.alive:
                 self._buried(guest)
-            elif guest.left_at is not None and now - guest.left_at > GRACE:
+            elif guest.left_at is not None and now - guest.left_at > WORKER_EXIT_GRACE_S:
                 self._log("warning", "killing a worker that left its socket and stayed", pid=guest.holder.pid)
                 guest.holder.kill()
                 guest.left_at = now

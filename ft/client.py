@@ -54,12 +54,12 @@ from ft.messages import (
     WorkerMessage,
 )  # fmt: skip
 
-DEADLINE = 60.0
+AGENT_START_TIMEOUT_S = 60.0
 END_OF_JOB = "end of the job"
 M = TypeVar("M", bound=Wire)
 
 
-def ensure_agent(config: AgentConfig, deadline: float = DEADLINE) -> None:
+def ensure_agent(config: AgentConfig, deadline: float = AGENT_START_TIMEOUT_S) -> None:
     """Start the agent of a slot, detached, unless one runs already; returns once its socket answers.
 
     Raises `MemoryTooSmall` with the agent's own words when the host cannot hold the slots, `AgentError` otherwise.
@@ -113,7 +113,7 @@ class AgentClient:
 
     def __init__(
         self, path: Path, *, run: str, secret: bytes, worker: int = 0, role: str = "worker",
-        deadline: float = DEADLINE,
+        deadline: float = AGENT_START_TIMEOUT_S,
     ) -> None:  # fmt: skip
         """Connect and prove that both sides know the secret; raises `AgentError` or `AuthenticationFailed`."""
         self.run, self.worker, self.deadline = run, worker, deadline

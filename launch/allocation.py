@@ -24,7 +24,7 @@ from trainer.elastic import layouts
 from trainer.launcher_environment import own_address
 from trainer.spec import JobSpec
 
-CHECK_DEADLINE = 120.0
+NODE_CHECK_TIMEOUT_S = 120.0
 """Seconds that a node has to say how it is."""
 
 
@@ -108,7 +108,7 @@ class Allocation:
         ]  # fmt: skip
         with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
             try:
-                output, _ = process.communicate(timeout=CHECK_DEADLINE)
+                output, _ = process.communicate(timeout=NODE_CHECK_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 output, _ = process.communicate()

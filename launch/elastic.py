@@ -20,16 +20,12 @@ from torch.distributed.elastic.agent.server.api import (
 )
 
 from keepwarm.exit_code import ExitCode
-from launch.nursery import Nursery, Worker
+from launch.nursery import FAILURE_GRACE_S, KILL_TIMEOUT_S, Nursery, Worker
 from launch.rendezvous import SlotRendezvous
 from launch.slots import Kind, workers_are_sound
 
 MONITOR = 0.03
 """Seconds between two looks at the workers."""
-FAILURE_GRACE = 10.0
-"""Seconds that other workers have to end by themselves once the run has ended: they may be about to say the same."""
-KILLED = 30.0
-"""Seconds in which a killed worker is dead."""
 UNLIMITED = 1 << 30
 FINAL: dict[int, str] = {
     ExitCode.TRAINING_STOPPED: "training stopped itself",
@@ -151,7 +147,7 @@ class NodeAgent(SimpleElasticAgent):
         """Kill workers and wait until they are dead: their slot's agent then knows who may write."""
         alive = [pid for pid in pids.values() if pid not in self._nursery.ended]
         self._nursery.send(alive, signal.SIGKILL)
-        end = time.monotonic() + KILLED
+        end = time.monotonic() + KILL_TIMEOUT_S
         while any(pid not in self._nursery.ended for pid in alive) and time.monotonic() < end:
             self._nursery.poll(0.1)
         pids.clear()
@@ -185,7 +181,7 @@ class NodeAgent(SimpleElasticAgent):
             self._plan.failed(kind, cause)
 
     def _wait_for_others(self) -> None:
-        end = time.monotonic() + FAILURE_GRACE
+        end = time.monotonic() + FAILURE_GRACE_S
         while any(pid not in self._nursery.ended for pid in self._pids.values()) and time.monotonic() < end:
             self._nursery.poll(0.1)
 
@@ -194,7 +190,7 @@ class NodeAgent(SimpleElasticAgent):
         if self._handler.ended() is None:
             return False
         self._ended_at = self._ended_at or time.monotonic()
-        return time.monotonic() - self._ended_at > FAILURE_GRACE
+        return time.monotonic() - self._ended_at > FAILURE_GRACE_S
 
     def save(self) -> None:
         """Ask the workers to save their state and end; the next round goes on from there."""

@@ -23,7 +23,7 @@ from ft.auth import SECRET, load_secret, run_identity
 from ft.errors import FtError
 from keepwarm.exit_code import ExitCode
 from launch.node import set_environment
-from launch.node_options import PATIENCE, Options
+from launch.node_options import VACANCY_TIMEOUT_S, Options
 from trainer.run_folder import RunFolder
 from trainer.spec import JobSpec
 from trainer.spec_file import load_run
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--slots", type=int, required=True)
     parser.add_argument("--spares", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--patience", type=float, default=PATIENCE)
+    parser.add_argument("--patience", type=float, default=VACANCY_TIMEOUT_S)
     given = parser.parse_args(arguments)
     folder = given.folder.absolute()
     job = load_run(RunFolder(folder).run_file)

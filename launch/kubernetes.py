@@ -23,7 +23,7 @@ LONGEST = 40
 """Characters of the JobSet's name: those of its pods add theirs, and 63 is the limit of a host name."""
 REPLACED = 1000
 """Pods that may die before the Job gives up."""
-GRACE = 120
+POD_GRACE_S = 120
 """Seconds that a pod that is asked to end has to save its state."""
 _SPEC = "/etc/keepwarm"
 
@@ -131,7 +131,7 @@ def _pod(job: JobSpec, asked: KubernetesSpec, name: str) -> dict[str, Any]:
     }
     return {
         "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": GRACE,
+        "terminationGracePeriodSeconds": POD_GRACE_S,
         **({"serviceAccountName": asked.service_account} if asked.service_account else {}),
         **({"nodeSelector": dict(asked.node_selector)} if asked.node_selector else {}),
         # Two pods on one machine would be lost together.

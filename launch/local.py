@@ -16,19 +16,16 @@ import msgspec
 from keepwarm.exit_code import ExitCode
 from keepwarm.files import READABLE, atomic_write
 from launch.errors import RanksFailed
-from launch.nursery import PRELOADED, Nursery, Worker
+from launch.nursery import FAILURE_GRACE_S, KILL_TIMEOUT_S, PRELOADED, Nursery, Worker
 
 PIDS = "pids.json"
 """In the folder of logs: the pid of every rank."""
-FAILURE_GRACE = 10.0
-"""Seconds the other ranks have to end by themselves after one failed: they may be about to say the same."""
-TERMINATION_GRACE = 10.0
+TERMINATION_GRACE_S = 10.0
 """Seconds between SIGTERM and SIGKILL."""
 TAIL_LINES = 20
 """Lines of a failed rank's log that are shown."""
-LOOK = 0.2
+SIGNAL_POLL_INTERVAL_S = 0.2
 """Seconds between looks at what signals have asked for; ranks that end are seen at once."""
-KILL_DEADLINE = 30.0
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -151,7 +148,7 @@ class _Ranks:
         deadlines: Iterator[tuple[float, Callable[[], None]]] | None = None
         due: tuple[float, Callable[[], None]] | None = None
         forwarded = 0
-        while not self.look(LOOK):
+        while not self.look(SIGNAL_POLL_INTERVAL_S):
             if self.signals > forwarded:
                 forwarded = self.signals
                 self.send(signal.SIGTERM if forwarded == 1 else signal.SIGKILL)
@@ -188,8 +185,8 @@ class _Ranks:
             # Their state is read back from memory or disk; there is nothing that they could still save.
             yield start, self.rest
             return
-        yield start + FAILURE_GRACE, lambda: self.send(signal.SIGTERM)
-        yield start + FAILURE_GRACE + TERMINATION_GRACE, self.kill
+        yield start + FAILURE_GRACE_S, lambda: self.send(signal.SIGTERM)
+        yield start + FAILURE_GRACE_S + TERMINATION_GRACE_S, self.kill
 
     def send(self, number: signal.Signals) -> None:
         """To every rank that still runs."""
@@ -206,8 +203,8 @@ class _Ranks:
     def kill(self) -> None:
         """End what still runs, and wait for it."""
         self.send(signal.SIGKILL)
-        end = time.monotonic() + KILL_DEADLINE
-        while not self.look(LOOK) and time.monotonic() < end:
+        end = time.monotonic() + KILL_TIMEOUT_S
+        while not self.look(SIGNAL_POLL_INTERVAL_S) and time.monotonic() < end:
             pass
 
     @contextlib.contextmanager

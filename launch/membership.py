@@ -33,7 +33,7 @@ FIRST_GRACE = 60.0
 """Seconds that spares leave the slots of the first round to the nodes that were meant for them."""
 NEXT_GRACE = 3.0
 """The same under a later store: who owned a slot has noticed with the others that the one before is lost."""
-POLL = 0.05
+STORE_POLL_INTERVAL_S = 0.05
 T = TypeVar("T")
 
 
@@ -94,7 +94,7 @@ class Membership:
                 unreachable.add(claim)
             opening = claim >= 0 and (record is None or record.number < claim)
             if opening and time.monotonic() < claimed_at[0] + OPENING:
-                time.sleep(POLL)
+                time.sleep(STORE_POLL_INTERVAL_S)
             elif node_record.claim_store(self.folder, claim + 1):
                 self._open_store(claim + 1)
         raise StoreLost(f"{self.node} waited {GIVE_UP:g} s for a store of the run in {self.folder} that it can reach")
@@ -172,7 +172,7 @@ class Membership:
             answer = line.ask(lambda: question(client))
             while not beats.lost:
                 try:
-                    return answer.result(POLL)
+                    return answer.result(STORE_POLL_INTERVAL_S)
                 except TimeoutError:
                     continue
                 except DistError as error:

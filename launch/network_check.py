@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping
 
 BYTES = 4 << 20
 """Sent by each node, and sent back."""
-DEADLINE = 20.0
+NETWORK_CHECK_TIMEOUT_S = 20.0
 """Seconds that one node may take for it."""
 
 
 class _Echo(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         connection: socket.socket = self.request
-        connection.settimeout(DEADLINE)
+        connection.settimeout(NETWORK_CHECK_TIMEOUT_S)
         left = BYTES
         with contextlib.suppress(OSError):
             while left and (data := connection.recv(min(left, 1 << 16))):
@@ -41,7 +41,7 @@ def echo(host: str) -> Iterator[str]:
             yield f"{host}:{server.server_address[1]}"
         finally:
             server.shutdown()
-            thread.join(DEADLINE)
+            thread.join(NETWORK_CHECK_TIMEOUT_S)
 
 
 def ask(address: str) -> tuple[float | None, str | None]:
@@ -51,12 +51,12 @@ def ask(address: str) -> tuple[float | None, str | None]:
     received = bytearray()
     started = time.perf_counter()
     try:
-        with socket.create_connection((host, int(port)), timeout=DEADLINE) as connection:
+        with socket.create_connection((host, int(port)), timeout=NETWORK_CHECK_TIMEOUT_S) as connection:
             sender = threading.Thread(target=_send, args=(connection, sent), daemon=True)
             sender.start()
             while len(received) < BYTES and (data := connection.recv(1 << 16)):
                 received += data
-            sender.join(DEADLINE)
+            sender.join(NETWORK_CHECK_TIMEOUT_S)
     except OSError as error:
         return None, f"cannot reach {address}: {error}"
     if received != sent:

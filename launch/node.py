@@ -17,7 +17,7 @@ from pathlib import Path
 
 from keepwarm.exit_code import ExitCode
 from launch.errors import LaunchError
-from launch.node_options import LOOPBACK, PATIENCE, Options
+from launch.node_options import LOOPBACK, VACANCY_TIMEOUT_S, Options
 from launch.preflight import check_memory
 from trainer.errors import TrainerError
 from trainer.run_folder import RunFolder
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     place.add_argument("--spare", action="store_true", help="take no slot before a node is lost")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     parser.add_argument(
-        "--patience", type=float, default=PATIENCE, metavar="SECONDS", help="how long a slot may stay vacant"
+        "--patience", type=float, default=VACANCY_TIMEOUT_S, metavar="SECONDS", help="how long a slot may stay vacant"
     )
     given = parser.parse_args(arguments)
     try:

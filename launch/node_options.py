@@ -6,7 +6,7 @@ import msgspec
 
 from launch.slots import Wish
 
-PATIENCE = 600.0
+VACANCY_TIMEOUT_S = 600.0
 """Seconds that a slot may stay vacant."""
 LOOPBACK = "127.0.0.1"
 
@@ -24,6 +24,6 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     ranks_per_node: int
     wish: Wish = "any"
     resume: bool = False
-    patience: float = PATIENCE
+    patience: float = VACANCY_TIMEOUT_S
     module: str = "trainer"
     """What workers run."""

@@ -32,8 +32,12 @@ from launch.errors import LaunchError
 from trainer.in_process import ORDERS, Begin, Halt, Said
 from trainer.run_folder import RunFolder
 
+FAILURE_GRACE_S = 10.0
+"""How long the other workers may take to end by themselves once one has failed: they may be about to say the same."""
+KILL_TIMEOUT_S = 30.0
+"""How long a killed worker may take to die."""
 PRELOADED = ("trainer.session", "torch.utils.tensorboard")
-START_DEADLINE = 300.0
+WORKER_START_TIMEOUT_S = 300.0
 """Seconds that a start may take, the imports included: from a slow shared disk they take minutes."""
 HALT = 2.0
 """Seconds that workers have to come to rest when others have died."""
@@ -166,13 +170,13 @@ class Nursery:
             os.waitpid(self.pid, 0)
 
     def _started(self, order: _Order) -> int:
-        self._socket.settimeout(START_DEADLINE)
+        self._socket.settimeout(WORKER_START_TIMEOUT_S)
         try:
             self._socket.send(msgspec.json.encode(order))
             while (pid := self._receive()) is None:
                 pass
         except TimeoutError:
-            raise LaunchError(f"process {self.pid} has not started a worker in {START_DEADLINE:g} s") from None
+            raise LaunchError(f"process {self.pid} has not started a worker in {WORKER_START_TIMEOUT_S:g} s") from None
         return pid
 
     def _receive(self) -> int | None:

@@ -19,11 +19,11 @@ from torch.distributed.elastic.rendezvous import (
 from keepwarm.exit_code import ExitCode
 from launch import slots
 from launch.errors import LaunchError
-from launch.membership import POLL, Membership
+from launch.membership import STORE_POLL_INTERVAL_S, Membership
 from launch.slots import Table, Wish
 
 BACKEND = "keepwarm"
-LOOK = 1.0
+END_POLL_INTERVAL_S = 1.0
 """Seconds between two looks for an end of the run elsewhere."""
 
 
@@ -114,7 +114,7 @@ class SlotRendezvous(RendezvousHandler):
             if slot is not None and table.complete and table.round > self.round:
                 return self._start(table, slot)
             if table.growing and table.round == self.round:
-                time.sleep(POLL)  # the node of rank 0 says when all is saved
+                time.sleep(STORE_POLL_INTERVAL_S)  # the node of rank 0 says when all is saved
                 continue
             if slot is not None and table.complete:
                 self.fail("failed", "its supervisor lost the store for a moment")
@@ -126,7 +126,7 @@ class SlotRendezvous(RendezvousHandler):
                 continue
             self.waiting("spare" if slot is None else "starting" if self.round < 0 else "restarting", slot)
             vacant_since = self._fill(table, vacant_since)
-            time.sleep(POLL)
+            time.sleep(STORE_POLL_INTERVAL_S)
 
     def _arrive(self, round: int) -> None:
         self._change(lambda now: slots.arrive(now, self.membership.node, round))
@@ -168,7 +168,7 @@ class SlotRendezvous(RendezvousHandler):
             self._change(slots.fill)
             return None
         if time.monotonic() > self._next_look:
-            self._next_look = time.monotonic() + LOOK
+            self._next_look = time.monotonic() + END_POLL_INTERVAL_S
             self.membership.check_end()
         since = time.monotonic() if since is None else since
         waited = time.monotonic() - since
@@ -239,7 +239,7 @@ class SlotRendezvous(RendezvousHandler):
             table = self.membership.read()
             if table.ended is not None or table.round != self.round:
                 return table
-            time.sleep(POLL)
+            time.sleep(STORE_POLL_INTERVAL_S)
 
     def end(self, code: int, reason: str) -> Table:
         """The run is over for all."""

@@ -15,7 +15,7 @@ from ft.errors import FtError
 from ft.manifest import read_manifest
 from launch.snapshot_agent import SnapshotAgent
 
-POLL = 0.05
+DISK_POLL_INTERVAL_S = 0.05
 CHANGED = "the nodes have changed meanwhile, or this one was asked to end"
 
 
@@ -47,7 +47,7 @@ def rescue(
                     return CHANGED
                 if time.monotonic() > end:
                     return f"memory was not whole after {deadline:g} s"
-                time.sleep(POLL)
+                time.sleep(DISK_POLL_INTERVAL_S)
             if isinstance(found, str):
                 return found
             step = found[1]
@@ -59,7 +59,7 @@ def rescue(
                 return CHANGED
             if time.monotonic() > end:
                 return f"step {step} was not on disk after {deadline:g} s"
-            time.sleep(POLL)
+            time.sleep(DISK_POLL_INTERVAL_S)
         return step
     except FtError as error:
         return str(error)

@@ -25,7 +25,7 @@ LARGEST = 100_000
 """GPUs."""
 GOODPUT, SURVIVAL = 0.9, 0.999
 """Targets where only the other one is given."""
-PATIENCE = 2.0
+PROGRESS_DELAY_S = 2.0
 """Seconds of computing after which progress is shown."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
@@ -247,7 +247,7 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
         nonlocal done, shown
         done += 1
         now = monotonic()
-        if now - began > PATIENCE and now - shown > (0.2 if live else 5 * PATIENCE):
+        if now - began > PROGRESS_DELAY_S and now - shown > (0.2 if live else 5 * PROGRESS_DELAY_S):
             shown = now
             line = f"simulating: {min(done / total, 1):.0%} after {now - began:.0f} s"
             print(f"\r{line}" if live else line, end="" if live else "\n", file=sys.stderr, flush=True)

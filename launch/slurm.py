@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 from launch.errors import ClusterError
 
-DEADLINE = 30.0
+COMMAND_TIMEOUT_S = 30.0
 """Seconds that one command may take."""
-PATIENCE = 60.0
+CONTROLLER_TIMEOUT_S = 60.0
 """Seconds that a controller which does not answer, as while it restarts, is asked again."""
 _PAUSE = 1.0
 _UNCONFIGURED = ("Could not establish a configuration source", "No such file or directory: slurm.conf")
@@ -18,7 +18,7 @@ _ELSEWHERE = "submit from a login node of the cluster, or run the job here with 
 _SILENT = ("Unable to contact slurm controller", "Connection refused", "Zero Bytes were transmitted")
 
 
-def ask(*command: str, stdin: str | None = None, patience: float = PATIENCE) -> str:
+def ask(*command: str, stdin: str | None = None, patience: float = CONTROLLER_TIMEOUT_S) -> str:
     """The standard output of a SLURM command.
 
     Raises:
@@ -28,7 +28,7 @@ def ask(*command: str, stdin: str | None = None, patience: float = PATIENCE) -> 
     while True:
         try:
             done = subprocess.run(
-                command, input=stdin, capture_output=True, text=True, timeout=DEADLINE, check=False,
+                command, input=stdin, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False,
                 stdin=subprocess.DEVNULL if stdin is None else None,
             )  # fmt: skip
         except FileNotFoundError as error:
@@ -36,7 +36,8 @@ def ask(*command: str, stdin: str | None = None, patience: float = PATIENCE) -> 
                 f"SLURM is not on this machine (there is no command {command[0]}); {_ELSEWHERE}"
             ) from error
         except subprocess.TimeoutExpired as error:
-            raise ClusterError(f"{command[0]} gave no answer within {DEADLINE:g} s; is the controller up?") from error
+            message = f"{command[0]} gave no answer within {COMMAND_TIMEOUT_S:g} s; is the controller up?"
+            raise ClusterError(message) from error
         if done.returncode == 0:
             return done.stdout
         said = " ".join(line.removeprefix(f"{command[0]}: ") for line in done.stderr.strip().splitlines())

@@ -24,7 +24,7 @@ from trainer.stages import plan_stages
 
 RECORD = "slurm.json"
 """In the run folder: what `keepwarm submit` did."""
-REQUEUE_GRACE = 60.0
+REQUEUE_GRACE_S = 60.0
 """Seconds that SLURM has to end this process once it has put the job back into the queue."""
 
 Verdict = Literal["done", "again", "requeue", "give up"]
@@ -130,7 +130,7 @@ def _requeue(here: Allocation, why: str) -> int:
         except ClusterError as error:
             here.say(f"the next start may get {excluded} again: {error}")
     # SLURM ends this process now; until it says so the job must not end by itself.
-    signal.sigtimedwait([signal.SIGTERM], REQUEUE_GRACE)
+    signal.sigtimedwait([signal.SIGTERM], REQUEUE_GRACE_S)
     return ExitCode.INTERRUPTED
 
 

@@ -14,7 +14,7 @@ from trainer.spec import JobSpec
 SCRIPT = "job.sbatch"
 """Name of the rendered script in the run folder."""
 LOG = "slurm-%j.log"
-PATIENCE = 10.0
+ALLOCATION_VACANCY_TIMEOUT_S = 10.0
 """Seconds that a slot may stay vacant inside an allocation."""
 
 
@@ -130,7 +130,7 @@ def node_step(job: JobSpec, folder: Path, nodes: list[str], *, resume: bool, pyt
         f"--output={logs}/node_%N.log",
         *in_container(job.cluster.slurm, folder, python),
         # A node that comes back later cannot join the step: without a spare the job is requeued.
-        *("-P", "-m", "launch.slurm_node", str(folder), f"--patience={PATIENCE:g}"),
+        *("-P", "-m", "launch.slurm_node", str(folder), f"--patience={ALLOCATION_VACANCY_TIMEOUT_S:g}"),
         *(["--resume"] if resume else []),
     ]
 

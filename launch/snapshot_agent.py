@@ -18,7 +18,7 @@ from ft.errors import FtError
 from ft.inspect import Status
 from ft.state import Mode
 
-DEADLINE = 5.0
+ANSWER_TIMEOUT_S = 5.0
 LEAVING = 0.5
 """Seconds after which an agent that left by itself has cleaned up."""
 
@@ -82,9 +82,9 @@ class SnapshotAgent:
         socket = runtime_folder(run, slot) / agent_config.SOCKET
         if not socket.exists():
             return
-        client = AgentClient(socket, run=run, secret=secret, worker=slot, role="supervisor", deadline=DEADLINE)
+        client = AgentClient(socket, run=run, secret=secret, worker=slot, role="supervisor", deadline=ANSWER_TIMEOUT_S)
         try:
-            self.pid = client.status(DEADLINE).pid
+            self.pid = client.status(ANSWER_TIMEOUT_S).pid
         except FtError:
             client.close()
             raise
@@ -105,7 +105,7 @@ class SnapshotAgent:
         if self._client is None or self._client.gone:
             return None
         with contextlib.suppress(FtError):
-            return _whole(self._client.status(DEADLINE))
+            return _whole(self._client.status(ANSWER_TIMEOUT_S))
         return None
 
     def save(self, epoch: int) -> None:
@@ -119,7 +119,7 @@ class SnapshotAgent:
         if self._client is None or self._client.gone:
             return "the agent has died"
         with contextlib.suppress(FtError):
-            status = self._client.status(DEADLINE)
+            status = self._client.status(ANSWER_TIMEOUT_S)
             if status.epoch < epoch or status.mode != Mode.ACTIVE.value:
                 return None
             return _whole(status) if status.committed else Registry(self._folder).reason(epoch)
@@ -143,7 +143,7 @@ class SnapshotAgent:
             self.kill()
             (self._folder / AGENTS_FOLDER / TEMPLATE_FILE).unlink(missing_ok=True)
             if process is not None:  # it can be read once the process has ended, whether its parent cares or not
-                select.select([process], [], [], DEADLINE)
+                select.select([process], [], [], ANSWER_TIMEOUT_S)
 
     def close(self) -> None:
         """Leave the agent to its lease."""

@@ -14,7 +14,7 @@ from ft.inspect import Status
 from launch.errors import SnapshotsError
 from launch.plan_text import size
 
-DEADLINE = 10.0
+AGENT_TIMEOUT_S = 10.0
 """Seconds that each agent has for its handshake, and again for its answer."""
 
 
@@ -58,7 +58,7 @@ def ask(folder: Path) -> tuple[list[Status], dict[int, str]]:
 
 
 def _status(path: Path, run: str, secret: bytes) -> Status:
-    client = AgentClient(path, run=run, secret=secret, role="onlooker", deadline=DEADLINE)
+    client = AgentClient(path, run=run, secret=secret, role="onlooker", deadline=AGENT_TIMEOUT_S)
     try:
         return client.status()
     finally:

@@ -34,7 +34,7 @@ from trainer.spec import JobSpec
 
 SILENCE = 5.0
 """Seconds without a sign of life after which a node is dead, unless `snapshot.silence` says otherwise."""
-LOOK = 0.25
+AGENT_POLL_INTERVAL_S = 0.25
 """Seconds between two looks at the agent."""
 GROW_AFTER = 5.0
 """Seconds that workers run before they are asked to make room for more."""
@@ -211,7 +211,7 @@ class Supervisor(Plan):
     def look(self) -> None:
         """Now and then: the agent's pid, whether it still runs, whether its memory is whole again."""
         now = time.monotonic()
-        if now - self._looked < LOOK:
+        if now - self._looked < AGENT_POLL_INTERVAL_S:
             return
         self._looked = now
         if now - self._started > GROW_AFTER and not self._agent.saving and self._handler.want_more():

@@ -19,7 +19,7 @@ from trainer.run_folder import RunFolder
 from trainer.spec import JobSpec
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-LOOK = 0.2
+SIGNAL_POLL_INTERVAL_S = 0.2
 """Seconds between looks at what signals have come; the end of the nodes is seen at once."""
 
 
@@ -73,7 +73,7 @@ def _run(worker: Worker) -> int:
     with contextlib.closing(Nursery()) as nursery, _noted() as noted:
         pid = nursery.start(worker)
         while pid not in nursery.ended:
-            nursery.poll(LOOK)
+            nursery.poll(SIGNAL_POLL_INTERVAL_S)
             while noted:
                 nursery.send([pid], noted.pop(0))
         return nursery.ended[pid]

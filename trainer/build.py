@@ -35,7 +35,7 @@ from trainer.spec import JobSpec
 from trainer.speed import Speed
 from trainer.stages import StagePlan, global_size_at, plan_stages
 from trainer.watchdog import Watchdog
-from trainer.world import TIMEOUT, World
+from trainer.world import COLLECTIVE_TIMEOUT, World
 
 
 class DurableSaver:
@@ -137,7 +137,7 @@ def make_engine(job: JobSpec, world: World, model: ModelParts) -> Engine:
     require(job.parallel.engine)
     info = ENGINES[job.parallel.engine]
     made: Engine = getattr(importlib.import_module(info.module), info.name)(
-        model, job.parallel, job.optimizer, job.numerics, job.layout, device=world.device, timeout=TIMEOUT
+        model, job.parallel, job.optimizer, job.numerics, job.layout, device=world.device, timeout=COLLECTIVE_TIMEOUT
     )
     return made
 

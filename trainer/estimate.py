@@ -10,12 +10,9 @@ from math import ceil, prod
 
 from parallel.layout import split_layers, stages_of
 from parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
-from trainer.model.shapes import Shapes, local_shape, parameter_shapes, tensor_plan
+from trainer.model.shapes import LOGITS_AT_ONCE, Shapes, local_shape, parameter_shapes, tensor_plan
 from trainer.model.spec import ModelSpec
 from trainer.spec import JobSpec
-
-LOGITS_AT_ONCE = 1 << 26
-"""Logits that the head computes in one chunk, at most; `trainer.model.head.CHUNK`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,7 @@ from torch.distributed import DistError
 
 from trainer.errors import TrainerError
 
-POLL = 0.005
+STORE_POLL_INTERVAL_S = 0.005
 
 
 def agree(store: Store, rank: int, size: int, deadline: timedelta) -> str:
@@ -47,5 +47,5 @@ def agree(store: Store, rank: int, size: int, deadline: timedelta) -> str:
                     answered[one] = who
         if time.monotonic() > end:
             raise TrainerError(f"rank 0: waited {deadline} for ranks {', '.join(map(str, missing))} to start")
-        time.sleep(POLL)
+        time.sleep(STORE_POLL_INTERVAL_S)
     return name

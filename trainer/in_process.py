@@ -31,7 +31,7 @@ RECOVERY = "KEEPWARM_RECOVERY"
 """Environment variable of rank 0: what the supervisors know of the recovery that this start is part of, as JSON."""
 PER_START = (EPOCH, RECOVERY)
 """What one start is told, and the next one need not be."""
-PATIENCE = 5.0
+HALT_TIMEOUT_S = 5.0
 """Seconds that a worker whose collective has failed waits to hear that the fault is elsewhere, before it gives up."""
 _MESSAGE = 1 << 18
 
@@ -98,7 +98,7 @@ class Orders:
             yield
         except Exception as error:
             # A collective fails when its peer dies, often before the supervisors know.
-            if self._halted.wait(PATIENCE if isinstance(error, RuntimeError) else 0.0):
+            if self._halted.wait(HALT_TIMEOUT_S if isinstance(error, RuntimeError) else 0.0):
                 raise Halted((str(error).strip() or type(error).__name__).splitlines()[0]) from error
             raise
         finally:

@@ -19,7 +19,7 @@ from trainer.errors import SpecError
 from trainer.generation import agree
 from trainer.launcher_environment import adopt_launcher
 
-TIMEOUT = timedelta(minutes=10)
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """Deadline of every collective; a rank that does not arrive is named by the error."""
 
 
@@ -138,6 +138,6 @@ def _connect(rank: int, size: int, backend: str) -> None:
     if file is not None:
         store = FileStore(str(Path(file)), size)
     else:
-        shared, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
-        store = PrefixStore(f"keepwarm/{agree(shared, rank, size, TIMEOUT)}", shared)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        shared, rank, size = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+        store = PrefixStore(f"keepwarm/{agree(shared, rank, size, COLLECTIVE_TIMEOUT)}", shared)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)

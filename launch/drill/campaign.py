@@ -28,10 +28,10 @@ from trainer.run_folder import RunFolder
 from trainer.spec import JobSpec
 
 UNINTERRUPTED, WITH_FAULTS = "uninterrupted", "faults"
-GRACE = 20.0
+RESIDUE_GRACE_S = 20.0
 """Seconds that what belongs to a run may take to end after it, before it counts as left behind. An agent whose node
 has died has its lease besides."""
-POLL = 0.02
+RUN_POLL_INTERVAL_S = 0.02
 LOG_LINES = 20
 
 Say = Callable[[str], None]
@@ -193,7 +193,7 @@ class _Trial:
             for found in living(self.token):
                 found.send(signal.SIGKILL)
         lease = 0.0 if self.drill.job.snapshot == "off" else self.drill.job.snapshot.lease
-        self.residue = wait_until_gone(self.token, GRACE + lease)
+        self.residue = wait_until_gone(self.token, RESIDUE_GRACE_S + lease)
         for found in self.residue:
             found.send(signal.SIGKILL)
         self.process.wait()
@@ -214,7 +214,7 @@ class _Trial:
 
     def _strike(self, fault: Fault) -> Struck:
         """Do it, as soon as its aim exists."""
-        end = min(self.end, time.monotonic() + GRACE)
+        end = min(self.end, time.monotonic() + RESIDUE_GRACE_S)
         while True:
             try:
                 moment, undo = strike(fault, self.folder, self.token)
@@ -232,7 +232,7 @@ class _Trial:
             self._pause()
         later = time.monotonic() + fault.after
         while time.monotonic() < later:
-            self._pause(min(POLL, max(0.0, later - time.monotonic())))
+            self._pause(min(RUN_POLL_INTERVAL_S, max(0.0, later - time.monotonic())))
 
     def _undo_recovered(self, struck: Sequence[Struck]) -> None:
         """Wake frozen nodes and give back disks, once the run has gone on without them for some steps."""
@@ -257,7 +257,7 @@ class _Trial:
             self._pause(0.2)
         self._judge()
 
-    def _pause(self, seconds: float = POLL) -> None:
+    def _pause(self, seconds: float = RUN_POLL_INTERVAL_S) -> None:
         """Let time pass; raises when the run ends or has taken too long."""
         try:
             self.process.wait(seconds)

@@ -19,7 +19,7 @@ from launch.errors import DrillError
 from trainer.run_folder import RunFolder
 from trainer.spec_file import load_run
 
-DEADLINE = 10.0
+AGENT_TIMEOUT_S = 10.0
 """Seconds that an agent has to answer, and a drill to find it with its newest snapshot committed."""
 LOOKS = 10
 BROKEN_BYTES = 64
@@ -78,14 +78,14 @@ def corrupt(processes: Processes, slot: int) -> float:
     agent = processes.agent(slot)[0]
     ranks = _ranks_of(processes, slot)
     victim = processes.worker(ranks[-1])
-    end = time.monotonic() + DEADLINE
+    end = time.monotonic() + AGENT_TIMEOUT_S
     while True:
         with paused(processes.workers()):
             held = _newest_committed(processes.folder, agent, alone=len(ranks) == 1)
             if held is None and time.monotonic() > end:
                 raise DrillError(
-                    f"the agent of process {agent.pid} had no moment in {DEADLINE:g} s in which its newest snapshot "
-                    "was committed and could be corrupted"
+                    f"the agent of process {agent.pid} had no moment in {AGENT_TIMEOUT_S:g} s in which its newest "
+                    "snapshot was committed and could be corrupted"
                 )
             if held is not None:
                 _break(_memory(agent.pid, f"data{held.data}"))
@@ -131,7 +131,7 @@ def _status(folder: Path, agent: Found) -> Status:
     try:
         secret = load_secret(folder / SECRET)
         run = run_identity(secret)
-        client = AgentClient(socket, run=run, secret=secret, role="onlooker", deadline=DEADLINE)
+        client = AgentClient(socket, run=run, secret=secret, role="onlooker", deadline=AGENT_TIMEOUT_S)
     except FtError as error:
         raise DrillError(f"the agent of process {agent.pid} cannot be asked: {error}") from error
     try:

@@ -93,8 +93,8 @@ def test_a_crash_names_the_signal(program: Path) -> None:
 
 
 def test_the_others_are_ended_after_a_failure(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.local.FAILURE_GRACE", 0.2)
-    monkeypatch.setattr("launch.local.TERMINATION_GRACE", 0.2)
+    monkeypatch.setattr("launch.local.FAILURE_GRACE_S", 0.2)
+    monkeypatch.setattr("launch.local.TERMINATION_GRACE_S", 0.2)
     text = """
         (folder / f"pid{rank}").write_text(str(os.getpid()))
         if rank == 2:

@@ -36,7 +36,7 @@ from trainer.spec import JobSpec
 from trainer.speed import Speed
 from trainer.stages import plan_stages
 from trainer.watchdog import Watchdog
-from trainer.world import TIMEOUT, World
+from trainer.world import COLLECTIVE_TIMEOUT, World
 
 VOCABULARY, WINDOW, EMBEDDING, HIDDEN, BATCH = 24, 6, 24, 192, 256
 PEAK, FLOOR, CONSTANT = 3e-3, 3e-4, 1.65e-3
@@ -231,7 +231,7 @@ def run(
     plans = plan_stages(job)
     model = ToyParts(seed)
     engine = TorchEngine(
-        model, job.parallel, job.optimizer, NumericsSpec(), job.layout, device=world.device, timeout=TIMEOUT
+        model, job.parallel, job.optimizer, NumericsSpec(), job.layout, device=world.device, timeout=COLLECTIVE_TIMEOUT
     )
     loader = BatchLoader(
         {name: source(name) for name in names},

@@ -13,7 +13,6 @@ from torch import nn
 from parallel.layout import split_layers
 from tests.support.models import whole_model
 from trainer.estimate import (
-    LOGITS_AT_ONCE,
     estimate_rank,
     flops_per_iteration,
     in_flight,
@@ -23,7 +22,6 @@ from trainer.estimate import (
     stage_shapes,
     total_parameters,
 )
-from trainer.model import head
 from trainer.model.decoder import Decoder
 from trainer.model.spec import ModelSpec
 from trainer.spec import JobSpec
@@ -254,10 +252,6 @@ def test_model_flops_are_those_of_the_best_public_figure() -> None:
     """10,471 tokens/s of Llama 3 8B at sequence 8,192 on one H200 are given as 57.8 % MFU."""
     spec = load_model(shipped_configs() / "models" / "llama-3-8b.yaml")
     assert 10_471 * model_flops_per_token(spec, 8192) / 989e12 == pytest.approx(0.578, abs=0.001)
-
-
-def test_the_head_computes_as_many_logits_at_once_as_planned() -> None:
-    assert head.CHUNK == LOGITS_AT_ONCE
 
 
 def test_planning_needs_no_torch() -> None:

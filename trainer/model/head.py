@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from trainer.model.collective import local
+from trainer.model.shapes import LOGITS_AT_ONCE
 
 IGNORED = -100
-CHUNK = 1 << 26
-"""Logits that exist at once, at most: 256 MB in fp32."""
 
 
 class Head(nn.Module):
@@ -27,7 +26,7 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocabulary_size, hidden_size))
         self.z_loss = z_loss
-        self.chunk = CHUNK
+        self.chunk = LOGITS_AT_ONCE
         self.vocabulary_group: dist.ProcessGroup | None = None
         self.vocabulary_start = 0
 

@@ -8,6 +8,9 @@ from trainer.model.spec import ModelSpec
 
 Shapes = dict[str, tuple[int, ...]]
 
+LOGITS_AT_ONCE = 1 << 26
+"""Logits that the head computes in one chunk, at most: 256 MB in fp32."""
+
 
 def parameter_shapes(spec: ModelSpec, layers: range | None = None, *, embed: bool = True, head: bool = True) -> Shapes:
     """Parameters of a part by module name, in the order in which it registers them; by default the whole model.
