@@ -16,13 +16,12 @@ from launch.allocation import START, Allocation
 from launch.errors import ClusterError
 from launch.run_folder import STARTED_FILE
 from launch.slurm_script import node_step, rank_step
+from launch.submission import read_submission
 from trainer import events
 from trainer.errors import SpecError
 from trainer.spec_file import RUN_FILE, load_run
 from trainer.stages import plan_stages
 
-RECORD = "slurm.json"
-"""In the run folder: what `keepwarm submit` did."""
 INTERRUPTED = 130
 REQUEUE_GRACE = 60.0
 """Seconds that SLURM has to end this process once it has put the job back into the queue."""
@@ -75,7 +74,8 @@ def run_job(folder: Path) -> int:
     signal.signal(signal.SIGTERM, here.note_end)
     requeues = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     here.note(START, nodes=here.nodes, requeues=requeues)
-    resume = json.loads((folder / RECORD).read_text(encoding="utf-8"))["resume"]
+    recorded = read_submission(folder)
+    resume = recorded is not None and recorded.resume
     failures = attempts = 0
     while True:
         nodes = here.healthy()
