@@ -6,12 +6,22 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from keepwarm.exit_code import ExitCode
-from launch.cli_arguments import PASSED_THROUGH, WITH_OVERRIDES, Debug, Job, Overrides, RunFolder
+from launch.cli_arguments import (
+    PASSED_THROUGH,
+    WITH_OVERRIDES,
+    Debug,
+    Force,
+    Job,
+    Overrides,
+    Resume,
+    RunFolder,
+    start_mode,
+)
 from launch.cli_cluster import cluster
 
 app = typer.Typer(
@@ -70,11 +80,11 @@ def plan(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     png: Annotated[
-        Path | None, typer.Option("--png", help="Also draw learning rate and mixture; needs keepwarm[plot].")
+        Path | None, typer.Option("--png", help="Also plot learning rate and mixture to this file (keepwarm[plot]).")
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Show what a job would do: spec, rank layout, parameters, memory, steps, learning rates. Starts nothing.
+    """Show a job's spec, rank layout, parameters, memory, steps and learning rates without starting anything.
 
     keepwarm plan configs/jobs/mt-nlg-530b.yaml
 
@@ -102,17 +112,17 @@ def plan(
 def train(
     job: Job,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Empty the output folder and start anew.")] = False,
+    resume: Resume = False,
+    force: Force = False,
     nodes: Annotated[
-        int | None, typer.Option("--nodes", min=1, help="Emulate the nodes of the layout, each with a supervisor.")
+        int | None, typer.Option("--nodes", min=1, help="Emulate the layout's nodes, each with its own supervisor.")
     ] = None,
     spares: Annotated[
-        int, typer.Option("--spares", min=0, max=64, help="Nodes that take the slot of one that is lost.")
+        int, typer.Option("--spares", min=0, max=64, help="Number of nodes that wait to replace a lost one.")
     ] = 0,
     debug: Debug = False,
 ) -> None:
-    """Run a job on this machine: starts its ranks, waits for them, ends with their exit code.
+    """Run a job on this machine: start its ranks, wait for them and exit with their code.
 
         keepwarm train configs/jobs/demo.yaml
 
@@ -128,21 +138,18 @@ def train(
     """
     from launch.train import train_here
 
-    if resume and force:
-        raise typer.BadParameter("--resume continues a run and --force starts it anew: give one of them")
-    mode: Literal["new", "resume", "force"] = "resume" if resume else "force" if force else "new"
-    train_here(job, overrides or [], mode, nodes=nodes, spares=spares)
+    train_here(job, overrides or [], start_mode(resume=resume, force=force), nodes=nodes, spares=spares)
 
 
 @app.command(context_settings=WITH_OVERRIDES)
 def branch(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder; it is only read.")],
-    at: Annotated[int, typer.Option("--at", min=1, help="Completed steps of the run, in a constant phase.")],
-    anneal: Annotated[int, typer.Option("--anneal", min=1, help="Tokens over which the rate falls.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder; it is not changed.")],
+    at: Annotated[int, typer.Option("--at", min=1, help="Step of the checkpoint, in a constant phase.")],
+    anneal: Annotated[int, typer.Option("--anneal", min=1, help="Tokens over which the learning rate decays.")],
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
-    """Start a new run from a checkpoint in the constant phase of another, by default to anneal it for a release.
+    """Start a new run from a checkpoint in another run's constant phase, and anneal it for a release.
 
     keepwarm branch runs/base --at 6000 --anneal 2_000_000_000
 
@@ -155,7 +162,7 @@ def branch(
 
 @app.command(context_settings=PASSED_THROUGH)
 def report(context: typer.Context) -> None:
-    """Write one page about a run: losses by domain, schedule, forgetting, data drawn, goodput."""
+    """Write a one-page report about a run: losses by domain, schedule, forgetting, data drawn, goodput."""
     _run_tool("trainer.report", context.args)
 
 
@@ -173,7 +180,7 @@ def average(context: typer.Context) -> None:
 
 @app.command(context_settings=PASSED_THROUGH)
 def simulate(context: typer.Context) -> None:
-    """Simulate goodput and survival on 8 to 100,000 GPUs: codes, replicas, disk, spares. Starts nothing."""
+    """Simulate goodput and survival of codes, replicas, disk and spares on 8 to 100,000 GPUs."""
     from launch.simulate import main as run
 
     run(context.args)
@@ -181,7 +188,7 @@ def simulate(context: typer.Context) -> None:
 
 @app.command(context_settings=PASSED_THROUGH)
 def drill(context: typer.Context) -> None:
-    """Kill workers, nodes, memory on purpose, and compare with a run that nothing happens to."""
+    """Inject faults into a run and compare the result with that of an uninterrupted run."""
     from launch.drill.command import main as run
 
     run(context.args)
@@ -193,7 +200,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Show how far a run is, and where its time went.
+    """Show the progress of a run and where its time went.
 
     keepwarm status runs/demo
 
@@ -208,7 +215,7 @@ def status(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:
-    """Show which engines and fused kernels this machine can use, and how to install what is missing."""
+    """Show which engines and fused kernels this machine can use and how to install the missing ones."""
     from launch.doctor import show
 
     show(as_json=as_json)
@@ -220,7 +227,7 @@ def snapshots(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Show the snapshots that a run's agents hold in the memory of this machine.
+    """Show the snapshots that a run's agents hold in this machine's memory.
 
     keepwarm snapshots runs/demo
 
@@ -239,25 +246,25 @@ def train_tokenizer(context: typer.Context) -> None:
 
 @data.command(context_settings=PASSED_THROUGH)
 def tokenize(context: typer.Context) -> None:
-    """Turn JSON lines or text into Megatron .bin and .idx files."""
+    """Tokenize JSON lines or text into Megatron .bin and .idx files."""
     _run_tool("trainer.data.tokenize", context.args)
 
 
 @data.command(context_settings=PASSED_THROUGH)
 def inspect(context: typer.Context) -> None:
-    """Show documents, tokens and a decoded sample of tokenized data."""
+    """Show the documents, tokens and a decoded sample of tokenized data."""
     _run_tool("trainer.data.inspect", context.args)
 
 
 @app.command(context_settings=PASSED_THROUGH)
 def convert(context: typer.Context) -> None:
-    """Convert from and to Hugging Face, DCP, torchtitan, Megatron Core and DeepSpeed."""
+    """Convert checkpoints from and to Hugging Face, DCP, torchtitan, Megatron Core and DeepSpeed."""
     _run_tool("trainer.convert", context.args)
 
 
 @app.command(context_settings=PASSED_THROUGH)
 def surgery(context: typer.Context) -> None:
-    """Make models from models: task vectors, growth, pruning, other vocabularies."""
+    """Derive models from models: task vectors, growth, pruning, other vocabularies."""
     _run_tool("trainer.surgery", context.args)
 
 
@@ -275,7 +282,7 @@ def evaluate(context: typer.Context) -> None:
 
 @app.command(context_settings=PASSED_THROUGH)
 def lineage(context: typer.Context) -> None:
-    """Show what a run, checkpoint or export was made from, and what was made from that."""
+    """Show what a run, checkpoint or export was derived from, and what was derived from it."""
     _run_tool("trainer.lineage_tool", context.args)
 
 

@@ -1,7 +1,7 @@
-"""What several commands take."""
+"""Arguments and options that several commands share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,3 +15,12 @@ Overrides = Annotated[
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (also KEEPWARM_DEBUG=1).")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")]
+Force = Annotated[bool, typer.Option("--force", help="Empty the output folder and start the run again.")]
+
+
+def start_mode(*, resume: bool, force: bool) -> Literal["new", "resume", "force"]:
+    """How a run begins. Raises typer.BadParameter if both options are given."""
+    if resume and force:
+        raise typer.BadParameter("--resume continues a run and --force starts it again: give one of them")
+    return "resume" if resume else "force" if force else "new"

@@ -1,39 +1,42 @@
 """The commands for runs on a cluster. Importing this loads neither torch nor what they plan with."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from launch.cli_arguments import WITH_OVERRIDES, Debug, Job, Overrides, RunFolder
+from launch.cli_arguments import WITH_OVERRIDES, Debug, Force, Job, Overrides, Resume, RunFolder, start_mode
 
 cluster = typer.Typer()
-Now = Annotated[bool, typer.Option("--now", help="At once, without the steps since the last saved state.")]
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the script and the command, and submit nothing.")]
+Chain = Annotated[int, typer.Option("--chain", min=1, help="Number of jobs to submit, each continuing the one before.")]
+Sweep = Annotated[
+    list[str] | None,
+    typer.Option("--sweep", metavar="KEY=[VALUE, VALUE]", help="Submit one run per value, as tasks of one array job."),
+]
+AtOnce = Annotated[int | None, typer.Option(min=1, help="Maximum number of sweep runs to execute concurrently.")]
+Backend = Annotated[
+    str, typer.Option("--backend", metavar="NAME", help="Batch system: slurm, kubernetes, or one that is installed.")
+]
+Runs = Annotated[Path, typer.Argument(metavar="FOLDER", help="A run folder, or a folder of run folders.")]
+Now = Annotated[bool, typer.Option("--now", help="Stop immediately and discard steps since the last saved state.")]
 
 
 @cluster.command(context_settings=WITH_OVERRIDES)
 def submit(
     job: Job,
     overrides: Overrides = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the script and the command, submit nothing.")
-    ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Empty the output folder and start anew.")] = False,
-    chain: Annotated[int, typer.Option("--chain", min=1, help="Jobs that continue one another.")] = 1,
-    sweep: Annotated[
-        list[str] | None,
-        typer.Option("--sweep", metavar="KEY=[VALUE, VALUE]", help="A run for each value, as tasks of one array job."),
-    ] = None,
-    at_once: Annotated[
-        int | None, typer.Option("--at-once", min=1, help="Runs of a sweep that go on at the same time, at most.")
-    ] = None,
-    backend: Annotated[
-        Literal["slurm", "kubernetes"], typer.Option("--backend", help="kubernetes: with --dry-run, for kubectl.")
-    ] = "slurm",
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    force: Force = False,
+    chain: Chain = 1,
+    sweep: Sweep = None,
+    at_once: AtOnce = None,
+    backend: Backend = "slurm",
     debug: Debug = False,
 ) -> None:
-    """Hand a job to SLURM, after checking it against its files and the cluster; or print it for Kubernetes.
+    """Submit a job to a batch system after checking it against its files and the cluster.
 
     keepwarm submit job.yaml cluster.ranks_per_node=8 cluster.slurm.partition=gpu --dry-run
 
@@ -45,35 +48,27 @@ def submit(
 
     keepwarm submit job.yaml --backend kubernetes --dry-run | kubectl apply -f -
     """
-    from launch.submit import show_manifests, submit_here
+    from launch.submit import SubmitOptions, submit_run
+    from launch.sweep import submit_sweep
 
-    if backend == "kubernetes":
-        if not dry_run or resume or force or sweep or chain > 1:
-            raise typer.BadParameter(
-                "--backend kubernetes takes --dry-run alone: what it prints is for `kubectl apply -f -`"
-            )
-        show_manifests(job, overrides or [])
-        return
-    if resume and force:
-        raise typer.BadParameter("--resume continues a run and --force starts it anew: give one of them")
-    if sweep:
-        from launch.sweep import submit_sweep
-
-        if resume or force or chain > 1:
-            raise typer.BadParameter("--sweep starts new runs; continue one with keepwarm submit SWEEP/0 --resume")
-        submit_sweep(job, overrides or [], sweep, at_once=at_once, dry_run=dry_run)
-        return
-    mode: Literal["new", "resume", "force"] = "resume" if resume else "force" if force else "new"
-    submit_here(job, overrides or [], mode, chain=chain, dry_run=dry_run)
+    options = SubmitOptions(
+        backend=backend,
+        mode=start_mode(resume=resume, force=force),
+        chain=chain,
+        sweep=sweep or (),
+        at_once=at_once,
+        dry_run=dry_run,
+    )
+    (submit_sweep if options.sweep else submit_run)(job, overrides or [], options)
 
 
 @cluster.command()
 def runs(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run, or a folder of runs.")] = Path("runs"),
+    folder: Runs = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
     debug: Debug = False,
 ) -> None:
-    """List runs: state of their SLURM job, nodes, restarts, step, loss, speed, time left."""
+    """List runs with the state of their job, nodes, restarts, step, loss, speed and time left."""
     from launch.runs import show_runs
 
     show_runs(folder, as_json=as_json)
@@ -81,12 +76,12 @@ def runs(
 
 @cluster.command()
 def watch(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run, or a folder of runs.")] = Path("runs"),
-    every: Annotated[float, typer.Option("--every", min=0.1, metavar="SECONDS", help="Between two looks.")] = 5.0,
+    folder: Runs = Path("runs"),
+    every: Annotated[float, typer.Option("--every", min=0.1, metavar="SECONDS", help="Time between refreshes.")] = 5.0,
     debug: Debug = False,
 ) -> None:
-    """List runs again and again, until none of their jobs is going."""
-    from launch.runs import watch as watch_runs
+    """List runs and refresh the list until none of their jobs is active."""
+    from launch.watch import watch as watch_runs
 
     watch_runs(folder, every)
 
@@ -94,12 +89,14 @@ def watch(
 @cluster.command()
 def logs(
     run: RunFolder,
-    rank: Annotated[int | None, typer.Option("--rank", min=0, help="Of this rank; default: of the job.")] = None,
-    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="From the end.")] = 50,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is added.")] = False,
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=0, help="Show this rank's log instead of the job's.")
+    ] = None,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Number of lines to show.")] = 50,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing what is added, until Ctrl-C.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Print the end of the log of a run's SLURM job, or of one of its ranks."""
+    """Print the end of the log of a run's job, or of one of its ranks."""
     from launch.logs import show_log
 
     show_log(run, rank, lines, follow=follow)
@@ -107,15 +104,15 @@ def logs(
 
 @cluster.command()
 def cancel(run: RunFolder, now: Now = False, debug: Debug = False) -> None:
-    """End a run's SLURM job, with its state saved."""
-    from launch.runs import cancel as cancel_run
+    """Save the state of a run and end its job."""
+    from launch.jobs import cancel as cancel_run
 
     print(cancel_run(run, now=now))
 
 
 @cluster.command()
 def requeue(run: RunFolder, now: Now = False, debug: Debug = False) -> None:
-    """Put a run's SLURM job back into the queue, with its state saved."""
-    from launch.runs import requeue as requeue_run
+    """Save the state of a run and put its job back into the queue."""
+    from launch.jobs import requeue as requeue_run
 
     print(requeue_run(run, now=now))

@@ -6,8 +6,6 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from launch import slurm
 from launch.errors import ClusterError
 from launch.node_check import MARK
@@ -18,18 +16,17 @@ PROBE_WAIT = 5
 """Seconds that a node is waited for that could say whether it sees the run folder."""
 
 
-def check_offered(job: JobSpec, console: Console, *, dry_run: bool) -> None:
-    """As `check_cluster`; without a cluster a dry run says so and goes on."""
+def check_offered(job: JobSpec, *, dry_run: bool) -> list[str]:
+    """As `check_cluster`; return remarks for the user, of which the absence of a cluster is one in a dry run."""
     try:
         offered = slurm.nodes()
     except ClusterError as error:
         if not dry_run:
             raise
-        console.print(f"keepwarm: not checked against a cluster: {error}")
-    else:
-        check_cluster(job, offered, excluded := frozenset(_excluded(job)))
-        if (why := waits_for(job, [node for node in offered if node.name not in excluded])) is not None:
-            console.print(f"keepwarm: the job will wait: {why}")
+        return [f"not checked against a cluster: {error}"]
+    check_cluster(job, offered, excluded := frozenset(_excluded(job)))
+    why = waits_for(job, [node for node in offered if node.name not in excluded])
+    return [] if why is None else [f"the job will wait: {why}"]
 
 
 def waits_for(job: JobSpec, offered: Sequence[slurm.Node]) -> str | None:
@@ -86,8 +83,14 @@ def _excluded(job: JobSpec) -> list[str]:
     return slurm.host_names(",".join(job.cluster.slurm.exclude))
 
 
-def probe(job: JobSpec, folder: Path, console: Console) -> None:
-    """Ask one free node whether it sees the run folder. With none free, the job asks all of them when it starts."""
+def probe(job: JobSpec, folder: Path) -> list[str]:
+    """Ask one free node whether it sees the run folder; return remarks for the user.
+
+    With no node free, the job asks all of them when it starts.
+
+    Raises:
+        ClusterError: the node does not see the run folder, or keepwarm.
+    """
     only = [
         text for text in options(job, folder) if text.startswith(("--partition", "--account", "--qos", "--exclude"))
     ]
@@ -101,8 +104,7 @@ def probe(job: JobSpec, folder: Path, console: Console) -> None:
             asked, capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        console.print("keepwarm: no node answered whether it sees the run folder; the job asks again when it starts")
-        return
+        return ["no node answered whether it sees the run folder; the job asks again when it starts"]
     lines = [json.loads(line.partition(MARK)[2]) for line in done.stdout.splitlines() if MARK in line]
     if lines and lines[0]["spec"] is None:
         raise ClusterError(
@@ -114,8 +116,7 @@ def probe(job: JobSpec, folder: Path, console: Console) -> None:
             f"{sys.executable} is not on the nodes: install keepwarm on storage that all nodes share, or name an image "
             "in cluster.slurm.container"
         )
-    if not lines:
-        why = done.stderr.strip().splitlines()[-1:] or ["no answer"]
-        console.print(
-            f"keepwarm: no node was asked whether it sees the run folder ({why[0]}); the job asks when it starts"
-        )
+    if lines:
+        return []
+    why = done.stderr.strip().splitlines()[-1:] or ["no answer"]
+    return [f"no node was asked whether it sees the run folder ({why[0]}); the job asks when it starts"]

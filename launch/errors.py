@@ -6,7 +6,8 @@ LaunchError
 ├── SnapshotsError       2  there are no agents to ask about snapshots
 ├── StatusError          2  there is no run to tell about
 ├── DrillError           2  a fault that cannot happen to the job, or a drill that could not be carried out
-├── ClusterError         2  SLURM cannot be asked, or cannot give what the job asks for
+├── ClusterError         2  a batch system cannot be asked, or cannot give what the job asks for
+├── OptionError          2  options of a command contradict each other
 └── RanksFailed      2,3,4  a rank ended before the job was done; the code is the rank's own
 """
 
@@ -40,7 +41,11 @@ class DrillError(LaunchError):
 
 
 class ClusterError(LaunchError):
-    """SLURM is absent, does not answer or refuses; names the key of the spec or the command. Nothing was submitted."""
+    """A batch system is absent, does not answer or refuses; names the key or the command. Nothing was submitted."""
+
+
+class OptionError(LaunchError):
+    """Options of a command contradict each other; names them. Nothing was started."""
 
 
 class RanksFailed(LaunchError):

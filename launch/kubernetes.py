@@ -1,7 +1,7 @@
-"""A run as manifests for Kubernetes: a JobSet whose pods are the run's nodes, each with a supervisor. Pure.
+"""Kubernetes as a batch system: a run as a JobSet whose pods are the run's nodes, each with a supervisor.
 
-A pod that dies is made anew by its Job and comes back as a node without a slot: as a spare, which takes the slot that
-became vacant. JobSet: jobset.x-k8s.io/v1alpha2.
+keepwarm prints the manifests and leaves the rest to kubectl. The Job replaces a pod that dies; the new one comes back
+as a node without a slot, a spare, which takes the slot that became vacant. JobSet: jobset.x-k8s.io/v1alpha2.
 """
 
 import io
@@ -14,6 +14,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import LiteralScalarString
 
 from keepwarm.exit_code import ExitCode
+from launch.batch_system import BatchSystem, Request
+from launch.errors import ClusterError
 from trainer.cluster_spec import KubernetesSpec
 from trainer.errors import SpecError
 from trainer.run_folder import METRICS_FILE, RUN_FILE
@@ -26,6 +28,38 @@ REPLACED = 1000
 POD_GRACE_S = 120
 """Seconds that a pod that is asked to end has to save its state."""
 _SPEC = "/etc/keepwarm"
+
+
+class Kubernetes(BatchSystem):
+    """Prints manifests for `kubectl apply -f -`; submits nothing itself."""
+
+    name = "kubernetes"
+    title = "Kubernetes"
+    options = KubernetesSpec
+    sees_files = False
+
+    def check(self, request: Request, *, dry_run: bool) -> list[str]:
+        if not dry_run:
+            raise ClusterError(
+                "keepwarm does not submit to Kubernetes itself: add --dry-run and pipe the output to kubectl apply -f -"
+            )
+        if request.mode != "new":
+            raise ClusterError(
+                f"--{request.mode} is not possible with Kubernetes: the pods continue a run whose folder exists"
+            )
+        return []
+
+    def render(self, request: Request) -> str:
+        return render(request.job)
+
+    def advice(self, job: JobSpec, command: str) -> str | None:
+        asked = job.cluster.kubernetes
+        name, namespace = object_name(job.name), f" -n {asked.namespace}" if asked and asked.namespace else ""
+        return {
+            "cancel": f"kubectl delete jobset {name}{namespace}",
+            "requeue": f"kubectl delete jobset {name}{namespace}, then apply its manifests again",
+            "logs": f"kubectl logs -l jobset.sigs.k8s.io/jobset-name={name}{namespace} --prefix",
+        }.get(command)
 
 
 def render(job: JobSpec) -> str:

@@ -29,17 +29,23 @@ SIGNAL_POLL_INTERVAL_S = 0.2
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
-def run_ranks(
-    arguments: Sequence[str],
-    *,
-    world_size: int,
-    threads_per_rank: int,
-    logs: Path,
-    max_restarts: int = 0,
-    module: str = "trainer",
-    preloaded: Sequence[str] = PRELOADED,
-    stay: bool = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class RankOptions:
+    """How many ranks are started, and how."""
+
+    world_size: int
+    threads_per_rank: int
+    logs: Path
+    max_restarts: int = 0
+    """Times that all ranks start again after one crashed."""
+    module: str = "trainer"
+    preloaded: Sequence[str] = PRELOADED
+    """Modules that are imported once, before the ranks are forked."""
+    stay: bool = False
+    """Whether ranks begin again in their process when others were killed."""
+
+
+def run_ranks(arguments: Sequence[str], options: RankOptions) -> None:
     """Run `python -P -m MODULE ARGUMENTS` once per rank and return when all have ended with 0.
 
     Ranks are forked from one process that has imported `preloaded`, so that a machine pays for the imports once.
@@ -47,35 +53,36 @@ def run_ranks(
     a FileStore in a private temporary folder, named by KEEPWARM_STORE. The first signal that asks this process to end
     is passed on to every rank as SIGTERM, so that they finish their step and save; the second kills them. They die
     with this process, however it ends. When a rank crashes, all are ended and started again, up to `max_restarts`
-    times; as under torchrun, TORCHELASTIC_RESTART_COUNT tells them so. With `stay`, ranks begin again in their process
-    when others were killed.
+    times; as under torchrun, TORCHELASTIC_RESTART_COUNT tells them so.
 
     Raises:
         RanksFailed: a rank failed; the others have ended too. Its exit code is the rank's own 2, 3 or 4, 130 when a
             signal ended the run, and 4 for a crash.
         LaunchError: no rank could be started.
     """
+    logs, limit = options.logs, options.max_restarts
     logs.mkdir(parents=True, exist_ok=True)
-    common = _environment(world_size, threads_per_rank)
+    common = _environment(options.world_size, options.threads_per_rank)
     with (
-        contextlib.closing(Nursery(preloaded, common)) as nursery,
+        contextlib.closing(Nursery(options.preloaded, common)) as nursery,
         tempfile.TemporaryDirectory(prefix="keepwarm-") as meeting_place,
     ):
         resting: dict[int, int] = {}
-        for restart in range(max_restarts + 1):
+        for restart in range(limit + 1):
             with contextlib.ExitStack() as stack:
-                ranks = _Ranks(nursery, logs=logs, restarts_left=max_restarts - restart, stay=stay, resting=resting)
+                left = limit - restart
+                ranks = _Ranks(nursery, logs=logs, restarts_left=left, stay=options.stay, resting=resting)
                 stack.enter_context(ranks.signals_counted())
                 stack.callback(ranks.kill)
                 own = {"KEEPWARM_STORE": f"{meeting_place}/store-{restart}", "TORCHELASTIC_RESTART_COUNT": str(restart)}
-                for rank in range(world_size):
-                    ranks.start(rank, module, arguments, own)
+                for rank in range(options.world_size):
+                    ranks.start(rank, options.module, arguments, own)
                 _write_pids(logs, ranks.pids)
                 ranks.watch()
                 if not ranks.crashed:
                     ranks.judge()
                     return
-                _say_restart(ranks, restart + 1, max_restarts)
+                _say_restart(ranks, restart + 1, limit)
                 resting = ranks.resting
 
 

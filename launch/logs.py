@@ -6,7 +6,10 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
+from launch.batch_system import batch_system
+from launch.jobs import advice
 from launch.node_record import read_all
+from launch.submission import read_submission
 from trainer.errors import OutputError
 from trainer.run_folder import RunFolder
 
@@ -14,22 +17,21 @@ _PAUSE = 0.5
 
 
 def log_file(folder: Path, rank: int | None) -> Path:
-    """The log of a rank, or of the newest job: that of its nodes, restarts and requeues.
+    """The log of a rank, or of the newest job; without a job or its log, that of rank 0.
 
     Raises:
         OutputError: there is none; names those that there are.
+        ClusterError: the batch system that the run was submitted to is not installed here.
     """
-    logs = RunFolder(folder).logs
-    wanted = "slurm-*.log" if rank is None else f"rank_{rank:05d}.log"
-    found = sorted(logs.glob(wanted), key=lambda path: path.stat().st_mtime)
-    if not found and not rank:
-        # Rank 0 writes to the output of its node's supervisor, where there are supervisors.
-        first = [logs / f"node_{record.node}.log" for record in read_all(folder) if record.slot == 0]
-        found = [path for path in (logs / "rank_00000.log", *first) if path.is_file()]
+    found = _job_logs(folder) if rank is None else _rank_logs(folder, rank)
+    if not found and rank is None:
+        found = _rank_logs(folder, 0)
     if not found:
+        logs = RunFolder(folder).logs
         there = ", ".join(sorted(path.name for path in logs.glob("*.log"))) or "none"
-        raise OutputError(f"{logs}: no log {wanted}; there are: {there}")
-    return found[-1]
+        wanted = "of a job" if rank is None else f"rank_{rank:05d}.log"
+        raise OutputError(f"{logs}: no log {wanted}; there are: {there}{advice(folder, 'logs')}")
+    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def show_log(folder: Path, rank: int | None, lines: int, *, follow: bool) -> None:
@@ -40,6 +42,18 @@ def show_log(folder: Path, rank: int | None, lines: int, *, follow: bool) -> Non
         with contextlib.suppress(KeyboardInterrupt):
             for text in _added(file) if follow else ():
                 print(text, end="", flush=True)
+
+
+def _job_logs(folder: Path) -> list[Path]:
+    recorded = read_submission(folder)
+    return [] if recorded is None else batch_system(recorded.batch_system).logs(folder)
+
+
+def _rank_logs(folder: Path, rank: int) -> list[Path]:
+    own = RunFolder(folder).logs / f"rank_{rank:05d}.log"
+    # Rank 0 writes to the output of its node's supervisor, where there are supervisors.
+    node = [RunFolder(folder).logs / f"node_{record.node}.log" for record in read_all(folder) if record.slot == 0]
+    return [path for path in (own, *(node if rank == 0 else ())) if path.is_file()]
 
 
 def _added(file: Iterator[str]) -> Iterator[str]:

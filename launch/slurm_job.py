@@ -4,7 +4,6 @@ Checks the nodes, starts the ranks on as many healthy ones as the layout has, an
 nothing, the same again on the nodes that are left, or a requeue of the job.
 """
 
-import json
 import os
 import signal
 import sys
@@ -16,14 +15,13 @@ from launch import slurm
 from launch.allocation import Allocation
 from launch.errors import ClusterError
 from launch.slurm_script import node_step, rank_step
+from launch.submission import read_submission
 from trainer import events
 from trainer.errors import SpecError
 from trainer.run_folder import RunFolder
 from trainer.spec_file import load_run
 from trainer.stages import plan_stages
 
-RECORD = "slurm.json"
-"""In the run folder: what `keepwarm submit` did."""
 REQUEUE_GRACE_S = 60.0
 """Seconds that SLURM has to end this process once it has put the job back into the queue."""
 
@@ -61,7 +59,8 @@ def run_job(folder: Path) -> int:
     signal.signal(signal.SIGTERM, here.note_end)
     requeues = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     here.note(events.BatchStarted(slurm_job=here.slurm_job, nodes=tuple(here.nodes), requeues=requeues))
-    resume = json.loads((folder / RECORD).read_text(encoding="utf-8"))["resume"]
+    recorded = read_submission(folder)
+    resume = recorded is not None and recorded.resume
     failures = attempts = 0
     while True:
         nodes = here.healthy()

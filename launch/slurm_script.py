@@ -2,11 +2,11 @@
 
 import shlex
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
+from launch.batch_system import Array
 from trainer.cluster_spec import SlurmSpec
 from trainer.run_folder import RunFolder
 from trainer.spec import JobSpec
@@ -16,19 +16,8 @@ SCRIPT = "job.sbatch"
 LOG = "slurm-%j.log"
 ALLOCATION_VACANCY_TIMEOUT_S = 10.0
 """Seconds that a slot may stay vacant inside an allocation."""
-
-
 CODE = "code"
 """Folder of the copied code in the run folder."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Array:
-    """Runs that are submitted together, in the folders 0, 1... below one."""
-
-    members: int
-    at_once: int | None = None
-    """How many of them run at the same time; None: as many as there is room for."""
 
 
 def render(job: JobSpec, folder: Path, *, array: Array | None = None, python: str = sys.executable) -> str:

@@ -14,7 +14,7 @@ from rich.table import Table
 from ft import durable
 from launch.errors import SnapshotsError, StatusError
 from launch.node_record import read_all
-from launch.runs import progress
+from launch.progress import progress
 from launch.snapshots import ask
 from trainer import events
 from trainer.goodput import Goodput, of_run

@@ -1,4 +1,4 @@
-"""`keepwarm submit --sweep`: one run for each combination of values, as the tasks of one SLURM array job."""
+"""`keepwarm submit --sweep`: one run for each combination of values, as the tasks of one array job."""
 
 import contextlib
 import itertools
@@ -7,16 +7,17 @@ import shlex
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from launch import slurm, submit
-from launch.cluster_check import check_offered, probe
+from launch.batch_system import Array, BatchSystem, Request, batch_system
 from launch.preflight import check_installation, check_job
 from launch.prepare import prepared
-from launch.slurm_script import SCRIPT, Array, render
+from launch.submission import Submission
+from launch.submit import SubmitOptions, admit, messages
 from launch.train import job_file
 from trainer.errors import OutputError, SpecError
 from trainer.run_folder import RunFolder
@@ -46,42 +47,42 @@ def combinations(sweeps: Sequence[str]) -> list[dict[str, Any]]:
     return [dict(zip(asked, values, strict=True)) for values in itertools.product(*asked.values())]
 
 
-def submit_sweep(
-    path: Path, overrides: Sequence[str], sweeps: Sequence[str], *, at_once: int | None, dry_run: bool
-) -> None:
-    """Make a run folder for every combination, below the job's output, and hand them to SLURM as one array job.
+def submit_sweep(path: Path, overrides: Sequence[str], options: SubmitOptions) -> None:
+    """Create a run folder for every combination, below the job's output, and submit them as one array job.
 
     Raises:
         SpecError, DataError, OutputError, PreflightError, ClusterError: nothing was submitted.
     """
-    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    console = messages()
     check_installation()
+    system = batch_system(options.backend)
     base = load_job(job_file(path), overrides)
-    root, values = Path(base.output), combinations(sweeps)
+    values = combinations(options.sweep)
     jobs = [_member(path, overrides, base, number, each) for number, each in enumerate(values)]
-    array = Array(members=len(jobs), at_once=at_once)
-    scripts = {render(job.model_copy(update={"name": base.name}), root, array=array) for job in jobs}
-    if len(scripts) > 1:
-        raise SpecError("--sweep: all runs of an array get the same nodes; submit runs of different layouts one by one")
-    for job in jobs:
+    array = Array(members=len(jobs), at_once=options.at_once)
+    request = Request(job=_named(jobs[0], base.name), folder=Path(base.output), array=array)
+    for job in jobs[1:]:
         check_job(job)
-    check_offered(jobs[0], console, dry_run=dry_run)
-    (script,) = scripts
-    if dry_run:
-        print(script, end="")
-        print("".join(f"\n# {root / str(number)}: {_shown(each)}" for number, each in enumerate(values)))
-        print(f"# {shlex.join(submit.command(root))}")
+    admit(system, request, console, dry_run=options.dry_run)
+    script = system.render(request)
+    if any(system.render(replace(request, job=_named(job, base.name))) != script for job in jobs):
+        raise SpecError("--sweep: all runs of an array get the same nodes; submit runs of different layouts one by one")
+    if options.dry_run:
+        _print_dry_run(system, request, values)
         return
+    root = request.folder
     if root.exists():
-        raise OutputError(f"{root}: the folder exists, and a sweep starts anew; choose another with output=PATH")
+        raise OutputError(f"{root}: the folder exists, and a sweep starts new runs; choose another with output=PATH")
     root.mkdir(parents=True)
     try:
-        number_of = _submit(root, script, jobs, values, console)
+        (root / system.script).write_text(script, encoding="utf-8")
+        (root / TABLE).write_text(json.dumps(dict(enumerate(values)), indent=1) + "\n", encoding="utf-8")
+        job_id = _submit(system, request, jobs, console)
     except BaseException:
         shutil.rmtree(root)
         raise
-    console.print(f"keepwarm: {base.name}: {len(jobs)} runs submitted as job {number_of}; outputs in {root}")
-    print(number_of)
+    console.print(f"keepwarm: {base.name}: {len(jobs)} runs submitted as job {job_id}; outputs in {root}")
+    print(job_id)
 
 
 def _member(path: Path, overrides: Sequence[str], base: JobSpec, number: int, values: dict[str, Any]) -> JobSpec:
@@ -90,25 +91,33 @@ def _member(path: Path, overrides: Sequence[str], base: JobSpec, number: int, va
     return load_job(path, [*overrides, *own, f"output={json.dumps(output)}", f"name={json.dumps(name)}"])
 
 
-def _submit(
-    root: Path, script: str, jobs: Sequence[JobSpec], values: Sequence[dict[str, Any]], console: Console
-) -> str:
-    (root / SCRIPT).write_text(script, encoding="utf-8")
-    (root / TABLE).write_text(json.dumps(dict(enumerate(values)), indent=1) + "\n", encoding="utf-8")
+def _named(job: JobSpec, name: str) -> JobSpec:
+    """The job under the name of the sweep, by which the script of all runs is rendered."""
+    return job.model_copy(update={"name": name})
+
+
+def _print_dry_run(system: BatchSystem, request: Request, values: Sequence[dict[str, Any]]) -> None:
+    print(system.render(request), end="")
+    print("".join(f"\n# {request.folder / str(number)}: {_shown(each)}" for number, each in enumerate(values)))
+    if command := system.command(request):
+        print(f"# {shlex.join(command)}")
+
+
+def _submit(system: BatchSystem, request: Request, jobs: Sequence[JobSpec], console: Console) -> str:
     with contextlib.ExitStack() as stack:
         folders = [stack.enter_context(prepared(job, "new")) for job in jobs]
         for folder in folders:
             RunFolder(folder).logs.mkdir()
-        submit.copy_code(jobs[0], root)
-        probe(jobs[0], folders[0], console)
-        # The tasks read this when they start, which may be before sbatch has said their number.
-        records = [{"submitted": time.time(), "resume": False, "jobs": list[str]()} for _ in folders]
-        for folder, record in zip(folders, records, strict=True):
-            submit.write_record(folder, record)
-        identity = slurm.ask(*submit.command(root)).strip().partition(";")[0]
-        for number, (folder, record) in enumerate(zip(folders, records, strict=True)):
-            submit.write_record(folder, record | {"jobs": [f"{identity}_{number}"]})
-    return identity
+        for remark in system.stage(request, folders[0]):
+            console.print(f"keepwarm: {remark}")
+        record = Submission(batch_system=system.name, submitted=time.time(), resume=False)
+        # The tasks read this when they start, which may be before their IDs are known here.
+        for folder in folders:
+            record.write(folder)
+        job_id = system.submit(request)
+        for number, folder in enumerate(folders):
+            record.with_job(system.member(job_id, number)).write(folder)
+    return job_id
 
 
 def _shown(values: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.local import run_ranks
+from launch.local import RankOptions, run_ranks
 from launch.preflight import check_installation, check_job
 from launch.prepare import Mode, changes, prepared, stored_job
 from launch.train_nodes import run_on_nodes
@@ -44,11 +44,13 @@ def run_here(job: JobSpec, mode: Mode, console: Console) -> None:
         )
         run_ranks(
             [str(RunFolder(folder).run_file), *(["--resume"] if mode == "resume" else [])],
-            world_size=world_size,
-            threads_per_rank=job.numerics.threads_per_rank,
-            logs=RunFolder(folder).logs,
-            max_restarts=job.cluster.max_restarts if job.snapshot != "off" else 0,
-            stay=may_stay(job),
+            RankOptions(
+                world_size=world_size,
+                threads_per_rank=job.numerics.threads_per_rank,
+                logs=RunFolder(folder).logs,
+                max_restarts=job.cluster.max_restarts if job.snapshot != "off" else 0,
+                stay=may_stay(job),
+            ),
         )
 
 

@@ -15,16 +15,18 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def command(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="checkpoints, or run folders for the newest one")
+        list[Path], typer.Argument(metavar="RUN...", help="Checkpoints, or run folders for their newest one.")
     ],
-    output: Annotated[Path, typer.Option(help="checkpoint folder to make; must not exist")],
-    weight: Annotated[list[float] | None, typer.Option(help="of each run, in order; default: all equal")] = None,
+    output: Annotated[Path, typer.Option(help="Checkpoint folder to create; must not exist.")],
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Weight of each run, in order; default: all equal.")
+    ] = None,
     moving: Annotated[
-        bool, typer.Option("--moving", help="take the moving averages that the runs kept, not their last weights")
+        bool, typer.Option("--moving", help="Average the runs' moving averages instead of their last weights.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Average the weights of several branches of one run. The runs are only read.
+    """Average the weights of several branches of one run. The runs are not changed.
 
     keepwarm average runs/base-anneal-6000 runs/second runs/third --output runs/soup
 

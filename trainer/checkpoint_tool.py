@@ -21,13 +21,13 @@ app = typer.Typer(
     help="Verify, show, compare and prune checkpoints. PATH is a checkpoint, or a run folder for its newest one.",
 )
 
-AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
-Where = Annotated[Path, typer.Argument(metavar="PATH", help="checkpoint, or folder of checkpoints, or run folder")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Where = Annotated[Path, typer.Argument(metavar="PATH", help="Checkpoint, folder of checkpoints, or run folder.")]
 
 
 @app.command()
 def verify(path: Where, as_json: AsJson = False) -> None:
-    """Read every byte and compare it with the checksums of the manifest."""
+    """Verify every byte against the checksums of the manifest."""
     shown = -1
 
     def progress(done: int, total: int) -> None:
@@ -48,7 +48,7 @@ def verify(path: Where, as_json: AsJson = False) -> None:
 
 @app.command()
 def show(path: Where, as_json: AsJson = False) -> None:
-    """What a checkpoint holds: step, layout, tensors, ledger. Data are not read."""
+    """Show what a checkpoint holds: step, layout, tensors, ledger. Data are not read."""
     found = checkpoint_report.show(path)
     if as_json:
         typer.echo(json.dumps(found))
@@ -69,10 +69,10 @@ def show(path: Where, as_json: AsJson = False) -> None:
 @app.command()
 def diff(
     one: Where,
-    two: Annotated[Path, typer.Argument(metavar="OTHER", help="what to compare it with, of any layout")],
+    two: Annotated[Path, typer.Argument(metavar="OTHER", help="Checkpoint to compare with, of any layout.")],
     as_json: AsJson = False,
 ) -> None:
-    """Compare names, shapes and values, tensor by tensor. Exit code 1 when something differs."""
+    """Compare names, shapes and values, tensor by tensor. Exit with 1 if anything differs."""
     found = checkpoint_report.diff(one, two)
     if as_json:
         typer.echo(json.dumps(found))
@@ -83,23 +83,23 @@ def diff(
 
 @app.command()
 def copy(
-    source: Annotated[str, typer.Argument(metavar="PATH", help="checkpoint, run folder, or URL of either")],
-    destination: Annotated[str, typer.Argument(metavar="DST", help="folder or URL to put it into, beside others")],
+    source: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint or run folder, or the URL of either.")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="Folder or URL to copy it into.")],
     as_json: AsJson = False,
 ) -> None:
-    """Copy a checkpoint from or to any URL that fsspec knows, as s3://bucket/run; verified, and whole or not there."""
+    """Copy a checkpoint from or to any fsspec URL, as s3://bucket/run; verified, and whole or not at all."""
     done = checkpoint_copy.copy(source, destination, lambda done, total: None)
     typer.echo(json.dumps(done) if as_json else f"{done['path']}: step {done['step']}, {_size(done['bytes'])}")
 
 
 @app.command()
 def prune(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="folder of checkpoints, or run folder")],
-    keep: Annotated[int, typer.Option(min=1, help="newest checkpoints to keep")],
-    every: Annotated[int | None, typer.Option(min=1, help="keep those of every n-th step too")] = None,
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of checkpoints, or run folder.")],
+    keep: Annotated[int, typer.Option(min=1, help="Number of newest checkpoints to keep.")],
+    every: Annotated[int | None, typer.Option(min=1, help="Also keep the checkpoints of every n-th step.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Delete old checkpoints; never the one that `latest` names."""
+    """Delete old checkpoints, but never the one that `latest` names."""
     root = RunFolder(path).checkpoints if RunFolder(path).checkpoints.is_dir() else path
     if not durable.checkpoints(root):
         raise CheckpointError(f"{root}: holds no complete checkpoint")

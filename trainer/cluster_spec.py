@@ -1,10 +1,29 @@
 """What a cluster is asked for. Torch-free."""
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, StringConstraints
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from keepwarm import section
+from keepwarm.registry import Registry, UnusableComponent
 from parallel.spec import Section
+
+ADDED_BATCH_SYSTEMS: Registry[Any] = Registry("batch system", "keepwarm.batch_systems", {})
+"""Batch systems of other packages. Each has the section of its options as its attribute `options`."""
 
 Line = Annotated[str, StringConstraints(pattern=r"^[^\n\r]*$")]
 """One line of a script."""
@@ -68,3 +87,62 @@ class KubernetesSpec(Section):
     memory: Word | None = Field(None, description="as 900Gi")
     service_account: Word | None = None
     node_selector: dict[Word, Word] = Field(default_factory=dict, description="labels that every machine must have")
+
+
+class BatchSections(Section):
+    """Base of the section `cluster`: takes a section for each batch system that another package added, by its name."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @classmethod
+    def added_names(cls) -> list[str]:
+        """Keys that other packages added; imports none of them."""
+        return ADDED_BATCH_SYSTEMS.names()
+
+    @classmethod
+    def added_section(cls, name: str) -> type[section.Section] | None:
+        """The class of an added section; None if no installed package added it or it cannot be imported."""
+        try:
+            return _options_of(name) if name in ADDED_BATCH_SYSTEMS else None
+        except UnusableComponent:
+            return None
+
+    def batch_options(self, name: str) -> BaseModel | None:
+        """The options of a batch system; None if the job has none for it."""
+        found = getattr(self, name, None)
+        return found if isinstance(found, BaseModel) else None
+
+    @model_validator(mode="after")
+    def _validate_added(self, info: ValidationInfo) -> Self:
+        added = self.__pydantic_extra__ or {}
+        for name, value in added.items():
+            added[name] = _validated(name, value, as_json=info.mode == "json")
+        return self
+
+
+def _options_of(name: str) -> type[section.Section]:
+    """Raises UnusableComponent if the batch system cannot be imported or declares no options."""
+    options = getattr(ADDED_BATCH_SYSTEMS.get(name), "options", None)
+    if not (isinstance(options, type) and issubclass(options, section.Section)):
+        raise UnusableComponent(f"batch system {name!r} declares no section of options")
+    return options
+
+
+def _validated(name: str, value: Any, *, as_json: bool) -> section.Section | None:
+    """Raises ValidationError with locations that begin with the name."""
+    if name not in ADDED_BATCH_SYSTEMS:
+        raise _at(name, "extra_forbidden", value)
+    try:
+        options = _options_of(name)
+    except UnusableComponent as error:
+        raise _at(name, PydanticCustomError("unusable", "{reason}", {"reason": str(error)}), value) from error
+    if value is None or isinstance(value, options):
+        return value
+    # A model of this one key, so that errors are located below it.
+    around = create_model("cluster", **{name: (options, ...)})  # type: ignore[call-overload]
+    found = around.model_validate_json(json.dumps({name: value})) if as_json else around.model_validate({name: value})
+    return getattr(found, name)  # type: ignore[no-any-return]
+
+
+def _at(name: str, kind: str | PydanticCustomError, value: Any) -> ValidationError:
+    return ValidationError.from_exception_data("cluster", [InitErrorDetails(type=kind, loc=(name,), input=value)])

@@ -24,21 +24,23 @@ _TEXT_METRICS = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 
 @app.command()
 def command(
-    path: Annotated[Path, typer.Argument(metavar="RUN", help="run folder, checkpoint, or Hugging Face folder")],
-    tasks: Annotated[list[str] | None, typer.Option(help="task of lm-eval; may be given several times")] = None,
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, checkpoint or Hugging Face folder.")],
+    tasks: Annotated[list[str] | None, typer.Option(help="Task of lm-eval; repeatable.")] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=FILE", help="perplexity of the documents in a .jsonl or .txt (.gz, .zst) file"),
+        typer.Option(metavar="NAME=FILE", help="Compute the perplexity of a .jsonl or .txt (.gz, .zst) file."),
     ] = None,
-    include_path: Annotated[Path | None, typer.Option(help="folder with task files of your own")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="documents of each task")] = None,
-    shots: Annotated[int | None, typer.Option(min=0, help="examples before each question; default: the task's")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="requests computed at once")] = 8,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto, to compute in")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda")] = "",
-    online: Annotated[bool, typer.Option("--online", help="let lm-eval download the data of its tasks")] = False,
-    output: Annotated[Path | None, typer.Option(help="also write the JSON to this file")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with your own task files.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of documents per task.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Number of examples before each question; default: the task's.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of requests to compute at once.")] = 8,
+    dtype: Annotated[str, typer.Option(help="Compute in float32, bfloat16 or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device: cpu or cuda.")] = "",
+    online: Annotated[bool, typer.Option("--online", help="Let lm-eval download the data of its tasks.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Export the newest checkpoint of a run and score it with the LM Evaluation Harness.
 

@@ -1,4 +1,4 @@
-"""Which rank this process is, from the environment of whoever started it: torchrun, srun, Open MPI or MPICH.
+"""Which rank this process is, from the environment that its launcher set: torchrun, srun, Open MPI, MPICH or another's.
 
 torchrun's variables are the common language: `adopt_launcher` writes them where another launcher left its own.
 """
@@ -7,9 +7,10 @@ import os
 import re
 import socket
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from keepwarm.registry import Registry, UnusableComponent
 from trainer.errors import SpecError
 
 PORTS = range(20_000, 32_000)
@@ -31,14 +32,26 @@ class Ranks:
     restarts: int = 0
 
 
+ADDED_LAUNCHERS: Registry[Callable[[Mapping[str, str]], Ranks | None]] = Registry("launcher", "keepwarm.launchers", {})
+"""Functions of other packages that read a rank from the environment; None where it was not set by their launcher."""
+
+
 def ranks_from(environment: Mapping[str, str]) -> Ranks | None:
     """What a launcher other than torchrun says; None without one, and when torchrun's variables are there.
 
-    Open MPI comes first: inside a SLURM allocation its ranks see SLURM's variables as well, those of another program.
+    Open MPI comes first: inside an allocation its ranks see the batch system's variables as well, those of another
+    program. MPICH comes last: others set its variables too, for MPI libraries.
+
+    Raises:
+        SpecError: a launcher that another package added cannot be imported.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return None
-    for read in (_open_mpi, _slurm, _mpich):
+    try:
+        added = [ADDED_LAUNCHERS.get(name) for name in ADDED_LAUNCHERS.names()]
+    except UnusableComponent as error:
+        raise SpecError(str(error)) from error
+    for read in (_open_mpi, *added, _slurm, _mpich):
         found = read(environment)
         if found is not None:
             return found

@@ -14,13 +14,13 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def command(
-    path: Annotated[Path, typer.Argument(metavar="RUN", help="run folder, checkpoint or export")],
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, checkpoint or export.")],
     below: Annotated[
-        Path | None, typer.Option("--in", help="folder to search for descendants; default: the one that RUN lies in")
+        Path | None, typer.Option("--in", help="Folder to search for descendants; default: the parent of RUN.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what a run, checkpoint or export was made from, and what was made from that.
+    """Show what a run, checkpoint or export was derived from, and what was derived from it.
 
     keepwarm lineage runs/demo
 

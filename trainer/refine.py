@@ -69,9 +69,9 @@ def clause(norms: Sequence[float], peak: float, *, power: int = 1, points: int =
 
 @app.command()
 def command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder with metrics.jsonl")],
-    stage: Annotated[str | None, typer.Option(help="stage whose norms to take; default: the first")] = None,
-    points: Annotated[int, typer.Option(min=2, help="points of the curve")] = 33,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder with metrics.jsonl.")],
+    stage: Annotated[str | None, typer.Option(help="Stage whose gradient norms to use; default: the first.")] = None,
+    points: Annotated[int, typer.Option(min=2, help="Number of points of the curve.")] = 33,
 ) -> None:
     """Print a learning-rate clause refined from the gradient norms of a run, for the next run like it.
 

@@ -46,12 +46,14 @@ LISTED = (
 
 @app.command()
 def command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder; the run may still be going on")],
-    html: Annotated[Path | None, typer.Option("--html", help="page to write; default: RUN/report.html")] = None,
-    png: Annotated[bool, typer.Option("--png", help="also write the figures as PNG beside the page")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print the tables as one JSON object")] = False,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder; the run may still be in progress.")],
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write the page to this file; default: RUN/report.html.")
+    ] = None,
+    png: Annotated[bool, typer.Option("--png", help="Also write the figures as PNG files beside the page.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the tables as one JSON object.")] = False,
 ) -> None:
-    """Write one page: losses by domain, schedule, forgetting, mixture and replay realised against asked, goodput.
+    """Write a one-page report: losses by domain, schedule, forgetting, realized mixture and replay, goodput.
 
     keepwarm report runs/en_de
 

@@ -19,22 +19,27 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def command(
-    path: Annotated[Path, typer.Argument(metavar="RUN", help="run folder, or checkpoint")],
-    prompt: Annotated[list[str], typer.Option(help="text to continue; may be given several times")],
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder or checkpoint.")],
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; repeatable.")],
     prefix: Annotated[
-        str, typer.Option(help="before each prompt, special tokens recognised: the control token it was trained with")
+        str,
+        typer.Option(help="Text to put before each prompt, such as a control token; special tokens are recognized."),
     ] = "",
-    tokens: Annotated[int, typer.Option(min=1, help="most tokens to add")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, help="only the k likeliest tokens")] = None,
-    top_p: Annotated[float, typer.Option(help="only the likeliest tokens of this total probability")] = 1.0,
-    seed: Annotated[int, typer.Option(help="another seed, another text")] = 0,
+    tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Sampling temperature; 0: always the likeliest token.")
+    ] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k likeliest tokens only.")] = None,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens of this total probability only.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 0,
     tokenizer: Annotated[
-        str | None, typer.Option(help="`bytes`, tokenizer.json or .model; default: that of the run")
+        str | None, typer.Option(help="Tokenizer: `bytes`, tokenizer.json or .model; default: the run's.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16, to compute in")] = "fp32",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda; default: cuda where there is one")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    dtype: Annotated[str, typer.Option(help="Compute in fp32 or bf16.")] = "fp32",
+    device: Annotated[str | None, typer.Option(help="Device: cpu or cuda; default: cuda if there is one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Continue a prompt with the newest checkpoint of a run.
 

@@ -14,7 +14,7 @@ from pydantic import (
 from ft.spec import SnapshotSpec
 from parallel.layout import Layout
 from parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec, Section
-from trainer.cluster_spec import KubernetesSpec, SlurmSpec
+from trainer.cluster_spec import BatchSections, KubernetesSpec, SlurmSpec
 from trainer.data.spec import DataSpec, ReplaySpec
 from trainer.model.spec import ModelSpec
 from trainer.schedule import LrSpec
@@ -143,7 +143,7 @@ class LogSpec(Section):
     wandb: str | None = Field(None, description="Weights & Biases project; needs the extra `wandb`")
 
 
-class ClusterSpec(Section):
+class ClusterSpec(BatchSections):
     """The machines that a job is planned for."""
 
     ranks_per_node: PositiveInt | None = Field(None, description="default: all ranks on one node")

@@ -97,12 +97,18 @@ def _members(annotation: Any) -> list[Any]:
 def _children(annotation: Any, part: int | str) -> list[Any]:
     if _is_section(annotation):
         fields = {field.alias or name: field for name, field in annotation.model_fields.items()}
-        return [fields[str(part)].annotation] if part in fields else []
+        return [fields[str(part)].annotation] if part in fields else _added(annotation, str(part))
     if get_origin(annotation) in (tuple, list):
         return [argument for argument in get_args(annotation) if argument is not Ellipsis]
     if get_origin(annotation) is dict:
         return [get_args(annotation)[1]]
     return []
+
+
+def _added(section: Any, name: str) -> list[Any]:
+    """The section that another package added to this one under a name, if any."""
+    found = section.added_section(name) if hasattr(section, "added_section") else None
+    return [] if found is None else [found]
 
 
 def _inside(value: Any, part: int | str) -> Any:
@@ -167,5 +173,8 @@ def _paths(annotations: list[Any], keys: Keys) -> Iterator[Keys]:
                 for name, field in member.model_fields.items():
                     yield (*keys, field.alias or name)
                     yield from _paths([field.annotation], (*keys, field.alias or name))
+                for name in member.added_names() if hasattr(member, "added_names") else ():
+                    yield (*keys, name)
+                    yield from _paths(_added(member, name), (*keys, name))
             elif get_origin(member) in (tuple, list, dict):
                 yield from _paths(_children(member, 0), (*keys, "*"))

@@ -1,10 +1,10 @@
-"""`keepwarm drill`: what would happen if. Scripted faults, compared with a run that nothing happens to."""
+"""`keepwarm drill`: inject scripted faults into a run and compare it with an uninterrupted one."""
 
 import json
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +12,7 @@ import typer
 
 from keepwarm.exit_code import ExitCode
 from launch.drill import campaign, faults
-from launch.drill.faults import Action, Stage
+from launch.drill.faults import Action, Fault, Stage
 from launch.drill.report import print_result, write_html
 from launch.errors import DrillError, RanksFailed
 from launch.preflight import check_installation, check_job
@@ -23,97 +23,152 @@ from trainer.stages import plan_stages
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 DRAWN_SPARES = 3
-"""Nodes that drawn faults may take when nobody says how many spares there are."""
+"""Spare nodes assumed when faults are drawn and --spares is not given."""
 _SETTINGS = {"help_option_names": ["-h", "--help"], "ignore_unknown_options": True}
 
 
+Faults = list[str] | None
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, or the name of a shipped job.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace those of the job file.")
+]
+Kill = Annotated[
+    Faults,
+    typer.Option(help="Kill worker:RANK@STEP, node:SLOT@STEP, agent:SLOT@STEP, supervisor:.. or store@STEP."),
+]
+Freeze = Annotated[Faults, typer.Option(help="Freeze node:SLOT@STEP until it was replaced.")]
+Corrupt = Annotated[Faults, typer.Option(help="Corrupt chunk:SLOT@STEP of the newest snapshot, then kill a worker.")]
+Stop = Annotated[Faults, typer.Option(help="Stop disk@STEP: let no checkpoint be written for two steps.")]
+Spares = Annotated[
+    int | None,
+    typer.Option(min=0, max=64, help="Number of nodes that wait to replace a lost one. [default: as many as are lost]"),
+]
+Random = Annotated[int, typer.Option(min=0, help="Number of faults to draw at random.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed; the same seed draws the same faults.")]
+Timeout = Annotated[float, typer.Option(min=1, help="Maximum duration of each of the two runs, in seconds.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Repeat the uninterrupted run even if its result exists.")]
+Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result to this file as one page.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """As given on the command line."""
+
+    job: Path
+    overrides: Faults
+    kill: Faults
+    freeze: Faults
+    corrupt: Faults
+    stop: Faults
+    spares: int | None
+    random: int
+    seed: int
+    timeout: float
+    fresh: bool
+    html: Path | None
+    as_json: bool
+
+    @property
+    def changes(self) -> list[str]:
+        """The overrides of the job, apart from that of its output folder."""
+        return [text for text in self.overrides or [] if not text.removeprefix("--").startswith("output=")]
+
+
 def main(arguments: Sequence[str]) -> None:
-    """Runs the command. Raises DrillError on bad input, RanksFailed when the run was not the same."""
+    """Run the command. Raises DrillError on bad input, RanksFailed when the run was not the same."""
     app(args=list(arguments), prog_name="keepwarm drill", standalone_mode=True)
 
 
 @app.command(context_settings=_SETTINGS)
 def drill(
-    job: Annotated[Path, typer.Argument(metavar="JOB", help="Job file, or the name of a shipped job.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-    kill: Annotated[
-        list[str] | None, typer.Option(help="worker:RANK@STEP, node:SLOT@STEP, agent:.., supervisor:.., store@STEP.")
-    ] = None,
-    freeze: Annotated[list[str] | None, typer.Option(help="node:SLOT@STEP; it wakes up once it was replaced.")] = None,
-    corrupt: Annotated[
-        list[str] | None, typer.Option(help="chunk:SLOT@STEP of the newest snapshot, and kill a worker right after.")
-    ] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="disk@STEP: no checkpoint can be written for two steps.")
-    ] = None,
-    spares: Annotated[
-        int | None,
-        typer.Option(min=0, max=64, help="Nodes that can take the slot of a lost one. [default: as many as are lost]"),
-    ] = None,
-    random: Annotated[int, typer.Option(min=0, help="Draw that many faults.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same faults.")] = 0,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds that each of the two runs may take.")] = 1800.0,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Repeat the uninterrupted run even if it is there.")] = False,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as one page.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    job: JobFile,
+    overrides: Overrides = None,
+    kill: Kill = None,
+    freeze: Freeze = None,
+    corrupt: Corrupt = None,
+    stop: Stop = None,
+    spares: Spares = None,
+    random: Random = 0,
+    seed: Seed = 0,
+    timeout: Timeout = 1800.0,
+    fresh: Fresh = False,
+    html: Html = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Run a job while things fail, and compare with a run of the same job that nothing happens to.
+    """Inject faults into a run and compare the result with that of an uninterrupted run of the same job.
 
-    What does a dead worker cost, and is the result the same?
+    keepwarm drill ci/drill --kill worker:1@5
 
-        keepwarm drill ci/drill --kill worker:1@5
+    keepwarm drill ci/drill --kill node:2@8 --corrupt chunk:1@16 --html drill.html
 
-    A node that dies with its memory, a chunk that rots and is found when it is needed:
+    keepwarm drill ci/drill --random 3 --seed 7 --json
 
-        keepwarm drill ci/drill --kill node:2@8 --corrupt chunk:1@16 --html drill.html
+    A fault happens after the step is completed; `@20+1.5` is one and a half seconds later. Write several at once as
+    `workers:0,3@20`. Both runs are kept in the job's output folder. Exit code 0 means that losses and final state are
+    bitwise equal and no process was left behind. See docs/drills.md.
+    """
+    run(Options(**locals()))
 
-    Faults that were drawn, the same for the same seed:
 
-        keepwarm drill ci/drill --random 3 --seed 7 --json
+def run(options: Options) -> None:
+    """Carry out the drill and print its result.
 
-    The step is the one after whose completion the fault happens; `@20+1.5` is one and a half seconds later. Several
-    at once are written `workers:0,3@20`. Both runs are kept in the job's output folder. Exit code 0 means that
-    losses and final state are bitwise equal and no process was left behind. docs/drills.md says more.
+    Raises:
+        SpecError, DataError, PreflightError, DrillError: nothing was started.
+        RanksFailed: the run with faults was not the same as the one without.
     """
     check_installation()
-    spec = load_job(job, overrides or [])
-    check_job(spec)
-    stage = _stage(spec, DRAWN_SPARES if spares is None else spares)
-    given: list[tuple[Action, list[str] | None]] = [
-        ("kill", kill),
-        ("freeze", freeze),
-        ("corrupt", corrupt),
-        ("stop", stop),
-    ]
-    wanted = [faults.parse(action, text) for action, texts in given for text in texts or []]
-    wanted += faults.draw(random, seed, stage, _parity(spec)) if random else []
-    if not wanted:
-        raise DrillError("a drill needs a fault: --kill worker:1@20, --corrupt chunk:1@20, or --random 3")
-    lost = sum(len(fault.numbers) for fault in wanted if fault.target in ("node", "supervisor"))
-    faults.check(wanted, replace(stage, spares=lost if spares is None else spares))
-    folder = Path(spec.output)
-    if RunFolder(folder).exists:
-        raise DrillError(f"{folder}: this is the folder of a run; give the drill one of its own with output=PATH")
-    kept = [text for text in overrides or [] if not text.removeprefix("--").startswith("output=")]
-    nodes = ["--nodes", str(stage.nodes), "--spares", str(lost if spares is None else spares)]
-    plan = campaign.Drill(
-        job=spec,
-        source=job,
-        overrides=kept,
-        faults=wanted,
-        launch=nodes if stage.supervised else (),
-        timeout=timeout,
-    )
+    job = load_job(options.job, options.overrides or [])
+    check_job(job)
+    plan = _plan(options, job)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the run as well
-    result = campaign.run(plan, fresh=fresh, say=lambda text: print(f"drill: {text}", file=sys.stderr, flush=True))
-    if html is not None:
-        write_html(result, spec.name, html)
-    if as_json:
+    result = campaign.run(
+        plan, fresh=options.fresh, say=lambda text: print(f"drill: {text}", file=sys.stderr, flush=True)
+    )
+    if options.html is not None:
+        write_html(result, job.name, options.html)
+    if options.as_json:
         print(json.dumps(result.data(), allow_nan=False))
     else:
-        print_result(result, spec.name)
+        print_result(result, job.name)
     if not result.bitwise_equal or result.residue:
         raise RanksFailed("the drill found a difference or processes left behind, see above", ExitCode.UNRECOVERABLE)
+
+
+def _plan(options: Options, job: JobSpec) -> campaign.Drill:
+    """Raises DrillError if there is no fault, one cannot happen to the job, or the output folder is that of a run."""
+    stage = _stage(job, DRAWN_SPARES if options.spares is None else options.spares)
+    wanted = _faults(options, job, stage)
+    lost = sum(len(fault.numbers) for fault in wanted if fault.target in ("node", "supervisor"))
+    spares = lost if options.spares is None else options.spares
+    faults.check(wanted, replace(stage, spares=spares))
+    folder = Path(job.output)
+    if RunFolder(folder).exists:
+        raise DrillError(f"{folder}: this is the folder of a run; give the drill one of its own with output=PATH")
+    return campaign.Drill(
+        job=job,
+        source=options.job,
+        overrides=options.changes,
+        faults=wanted,
+        launch=["--nodes", str(stage.nodes), "--spares", str(spares)] if stage.supervised else (),
+        timeout=options.timeout,
+    )
+
+
+def _faults(options: Options, job: JobSpec, stage: Stage) -> list[Fault]:
+    """Those that are given and those that are drawn."""
+    given: list[tuple[Action, Faults]] = [
+        ("kill", options.kill),
+        ("freeze", options.freeze),
+        ("corrupt", options.corrupt),
+        ("stop", options.stop),
+    ]
+    wanted = [faults.parse(action, text) for action, texts in given for text in texts or []]
+    wanted += faults.draw(options.random, options.seed, stage, _parity(job)) if options.random else []
+    if not wanted:
+        raise DrillError("a drill needs a fault: --kill worker:1@20, --corrupt chunk:1@20, or --random 3")
+    return wanted
 
 
 def _stage(job: JobSpec, spares: int) -> Stage:

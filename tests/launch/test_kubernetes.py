@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,11 +14,15 @@ import pytest
 from kubeflow_trainer_api.models import IoK8sApiCoreV1ConfigMap, JobsetV1alpha2JobSet
 from ruamel.yaml import YAML
 
+from launch.cli_cluster import cluster
+from launch.errors import ClusterError
+from launch.jobs import cancel, requeue
 from launch.kubernetes import LONGEST, object_name, render
+from launch.logs import log_file
 from tests.support.run_contents import steps_of
-from trainer.errors import SpecError
+from trainer.errors import OutputError, SpecError
 from trainer.spec import JobSpec
-from trainer.spec_file import load_job
+from trainer.spec_file import load_job, save_job
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "ci" / "tiny.yaml"
@@ -85,6 +90,41 @@ def test_names_are_dns_labels(text: str, name: str) -> None:
 def test_what_is_missing_is_named(overrides: Sequence[str], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         render(job(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "add --dry-run and pipe the output to kubectl apply -f -"),
+        (["--dry-run", "--force"], "--force is not possible with Kubernetes"),
+        (["--dry-run", "--chain", "2"], "--chain: keepwarm submits no chains to Kubernetes"),
+        (["--dry-run", "--sweep", "seed=[1, 2]"], "--sweep: keepwarm submits no arrays to Kubernetes"),
+    ],
+)
+def test_kubernetes_submit_refuses_what_it_cannot_do_in_one_sentence(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ClusterError, match=re.escape(message)):
+        submit_to_kubernetes(*options)
+    assert capsys.readouterr() == ("", "")
+
+
+def submit_to_kubernetes(*options: str) -> None:
+    cluster(["submit", str(TINY), *ASKED, "--backend", "kubernetes", *options], standalone_mode=False)
+
+
+def test_kubernetes_dry_run_prints_the_manifests_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    submit_to_kubernetes("--dry-run")
+    assert capsys.readouterr() == (render(job(*ASKED)), "")
+
+
+def test_kubernetes_run_is_not_cancelled_but_the_command_is_named(tmp_path: Path) -> None:
+    save_job(job(*FULL), tmp_path / "run.json")
+    for action, command in ((cancel, "delete"), (requeue, "delete")):
+        with pytest.raises(ClusterError, match=f"if it runs on Kubernetes: kubectl {command} jobset two-words -n lab"):
+            action(tmp_path, now=False)
+    with pytest.raises(OutputError, match=r"kubectl logs -l jobset\.sigs\.k8s\.io/jobset-name=two-words -n lab"):
+        log_file(tmp_path, None)
 
 
 @pytest.mark.long

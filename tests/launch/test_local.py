@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from launch.errors import LaunchError, RanksFailed
-from launch.local import run_ranks
+from launch.local import RankOptions, run_ranks
 
 DEADLINE = 60.0
 
@@ -37,9 +37,8 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(program: Path, text: str, world_size: int = 2) -> None:
     program.write_text(textwrap.dedent(text))
     logs = program.parent / "logs"
-    run_ranks(
-        [str(program.parent)], world_size=world_size, threads_per_rank=3, logs=logs, module="stand_in", preloaded=()
-    )
+    options = RankOptions(world_size=world_size, threads_per_rank=3, logs=logs, module="stand_in", preloaded=())
+    run_ranks([str(program.parent)], options)
 
 
 def ended(pid: int) -> bool:
@@ -117,11 +116,12 @@ LAUNCHER = """
 import sys
 from pathlib import Path
 from launch.errors import RanksFailed
-from launch.local import run_ranks
+from launch.local import RankOptions, run_ranks
 folder = Path(sys.argv[1])
 try:
     logs = folder / "logs"
-    run_ranks([str(folder)], world_size=2, threads_per_rank=1, logs=logs, module="stand_in", preloaded=())
+    options = RankOptions(world_size=2, threads_per_rank=1, logs=logs, module="stand_in", preloaded=())
+    run_ranks([str(folder)], options)
 except RanksFailed as error:
     print(error)
     sys.exit(error.exit_code)
@@ -176,8 +176,9 @@ def test_a_second_interrupt_kills(program: Path) -> None:
 
 def test_a_module_that_cannot_be_imported_is_named(program: Path, capfd: pytest.CaptureFixture[str]) -> None:
     logs = program.parent / "logs"
+    unknown = ("no_such_module",)
     with pytest.raises(LaunchError, match="has died"):
-        run_ranks([], world_size=2, threads_per_rank=1, logs=logs, module="stand_in", preloaded=("no_such_module",))
+        run_ranks([], RankOptions(world_size=2, threads_per_rank=1, logs=logs, module="stand_in", preloaded=unknown))
     assert "no_such_module" in capfd.readouterr().err
 
 

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from launch.batch_system import Array, Request
 from launch.cluster_check import check_cluster, waits_for
 from launch.errors import ClusterError
 from launch.node_check import look, problems
 from launch.slurm import Node, gpus_in, parse_job
 from launch.slurm_job import Verdict, verdict
 from launch.slurm_node import supervisor
-from launch.slurm_script import Array, in_container, node_step, rank_step, render
-from launch.submit import command
+from launch.slurm_script import in_container, node_step, rank_step, render
+from launch.slurm_system import Slurm
 from launch.sweep import combinations
 from trainer.errors import SpecError
 from trainer.spec import JobSpec
@@ -117,8 +118,9 @@ def test_containers() -> None:
 
 
 def test_chains_wait_for_one_another() -> None:
-    assert command(FOLDER) == ["sbatch", "--parsable", f"--chdir={FOLDER}", f"{FOLDER}/job.sbatch"]
-    assert "--dependency=singleton" in command(FOLDER, chain=3)
+    request = Request(job=job(), folder=FOLDER)
+    assert Slurm().command(request) == ["sbatch", "--parsable", f"--chdir={FOLDER}", f"{FOLDER}/job.sbatch"]
+    assert "--dependency=singleton" in Slurm().command(replace(request, chain=3))
 
 
 @pytest.mark.parametrize(

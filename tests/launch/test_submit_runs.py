@@ -7,9 +7,12 @@ import pytest
 
 from launch import node_record
 from launch.errors import ClusterError
+from launch.jobs import cancel, requeue
 from launch.logs import log_file, show_log
 from launch.node_record import NodeRecord
-from launch.runs import cancel, progress, requeue, runs_in, show_runs, table
+from launch.progress import progress
+from launch.runs import runs_in, show_runs, table
+from launch.submission import Submission
 from trainer.errors import OutputError
 from trainer.spec_file import load_job, save_job
 
@@ -67,6 +70,7 @@ def test_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         log_file(folder, 3)
     show_log(folder, 0, 2, follow=False)
     assert capsys.readouterr().out == "second\nthird\n"
+    Submission(batch_system="slurm", submitted=0.0, resume=False, jobs=("12",)).write(folder)
     (logs / "slurm-12.log").write_text("job\n")
     assert log_file(folder, None).name == "slurm-12.log"
 

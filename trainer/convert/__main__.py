@@ -33,26 +33,28 @@ class Format(StrEnum):
 
 @app.command()
 def command(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="model folder, checkpoint or run folder")],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="folder to make; must not exist")],
-    given: Annotated[Format, typer.Option("--from", help="format of SRC")],
-    wanted: Annotated[Format, typer.Option("--to", help="format of DST")],
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp32 or fp16; default: as stored")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="to hf: largest file, as 5GB or 500MB")] = "5GB",
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Model folder, checkpoint or run folder.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to create; must not exist.")],
+    given: Annotated[Format, typer.Option("--from", help="Format of SRC.")],
+    wanted: Annotated[Format, typer.Option("--to", help="Format of DST.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of the weights: bf16, fp32 or fp16; default: as stored.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="To hf: maximum size of a file, as 5GB or 500MB.")] = "5GB",
     model_type: Annotated[
-        str | None, typer.Option(help="to hf, deepspeed: llama, qwen3, ...; default: the parent's")
+        str | None, typer.Option(help="To hf, deepspeed: model family, as llama or qwen3; default: the parent's.")
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="from all but hf: config.json or model spec; default: found in SRC"),
+        typer.Option(help="From all but hf: config.json or model spec; default: found in SRC."),
     ] = None,
-    weights_only: Annotated[bool, typer.Option("--weights-only", help="leave the optimizer state behind")] = False,
+    weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave out the optimizer state.")] = False,
     trust_pickle: Annotated[
-        bool, typer.Option("--trust-pickle", help="let pickles in SRC run code: only for files you made yourself")
+        bool, typer.Option("--trust-pickle", help="Let pickles in SRC run code: only for files you trust.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Convert checkpoints from and to what other programs use. DST appears whole or not at all.
+    """Convert checkpoints from and to the formats of other programs. DST is written whole or not at all.
 
     keepwarm convert --from hf --to native ~/models/Qwen3-8B checkpoints/qwen3-8b
 

@@ -61,13 +61,13 @@ def _tokenizer(tokens: TokenFile, name: str | None) -> Tokenizer | None:
 
 @app.command()
 def command(
-    prefix: Annotated[Path, typer.Argument(help="path of the token file without .bin and .idx")],
-    document: Annotated[int, typer.Option(help="document to show, from 0")] = 0,
-    length: Annotated[int, typer.Option(min=1, help="tokens of it to show")] = 64,
-    tokenizer: Annotated[str | None, typer.Option(help="default: the one it was made with")] = None,
-    json: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
+    prefix: Annotated[Path, typer.Argument(help="Path of the token file without .bin and .idx.")],
+    document: Annotated[int, typer.Option(help="Index of the document to show, from 0.")] = 0,
+    length: Annotated[int, typer.Option(min=1, help="Number of its tokens to show.")] = 64,
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer; default: the one that wrote the file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show documents, tokens and a decoded sample of a token file."""
+    """Show the documents, tokens and a decoded sample of a token file."""
     found = inspect(prefix, document=document, length=length, tokenizer_name=tokenizer)
     if json:
         typer.echo(msgspec.json.encode(found).decode())

@@ -180,28 +180,32 @@ def _work(path: Path, part: TextPart, text_key: str) -> None:
 
 @app.command()
 def command(
-    input: Annotated[list[Path], typer.Option(help="text file, may be given again: .jsonl or .txt, plain, .gz, .zst")],
-    output_prefix: Annotated[Path, typer.Option(help="what is written: PREFIX.bin, PREFIX.idx and PREFIX.json")],
-    tokenizer: Annotated[str, typer.Option(help="`bytes`, a tokenizer.json or a SentencePiece .model")] = "bytes",
-    score_key: Annotated[str | None, typer.Option(help="key of a score in each JSON line, to keep the best")] = None,
-    min_score: Annotated[float | None, typer.Option(help="with --score-key: lowest score that is kept")] = None,
+    input: Annotated[list[Path], typer.Option(help="Text file, .jsonl or .txt, plain, .gz or .zst; repeatable.")],
+    output_prefix: Annotated[Path, typer.Option(help="Prefix of the output: PREFIX.bin, PREFIX.idx and PREFIX.json.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="Tokenizer: `bytes`, a tokenizer.json or a SentencePiece .model.")
+    ] = "bytes",
+    score_key: Annotated[
+        str | None, typer.Option(help="Key of a score in each JSON line, to keep the best documents.")
+    ] = None,
+    min_score: Annotated[float | None, typer.Option(help="With --score-key: minimum score to keep.")] = None,
     top: Annotated[
-        float | None, typer.Option(min=0, max=1, help="with --score-key: fraction of the documents that is kept")
+        float | None, typer.Option(min=0, max=1, help="With --score-key: fraction of documents to keep.")
     ] = None,
     prefix: Annotated[
-        str | None, typer.Option(help=r"put before each document, without loss: as 'URL: {url}\n\n' (MeCo)")
+        str | None, typer.Option(help=r"Text before each document, without loss, as 'URL: {url}\n\n' (MeCo).")
     ] = None,
     control_key: Annotated[
-        str | None, typer.Option(help="key of a score in each JSON line, to put a control token before each document")
+        str | None, typer.Option(help="Key of a score in each JSON line that selects a control token for the document.")
     ] = None,
-    control_least: Annotated[float, typer.Option(help="with --control-key: lowest score that is good")] = 0.0,
-    control: Annotated[str, typer.Option(help="with --control-key: what stands before the good, the bad")] = GOOD_BAD,
+    control_least: Annotated[float, typer.Option(help="With --control-key: minimum score of a good document.")] = 0.0,
+    control: Annotated[str, typer.Option(help="With --control-key: tokens for good and bad ones.")] = GOOD_BAD,
     unmarked: Annotated[
-        float, typer.Option(min=0, max=1, help="with --control-key: fraction of documents that get none")
+        float, typer.Option(min=0, max=1, help="With --control-key: fraction of documents without a control token.")
     ] = 0.01,
-    processes: Annotated[int, typer.Option(min=1, help="tokenizing processes")] = os.cpu_count() or 1,
-    text_key: Annotated[str, typer.Option(help="key of the text in each JSON line")] = "text",
-    json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Number of processes.")] = os.cpu_count() or 1,
+    text_key: Annotated[str, typer.Option(help="Key of the text in each JSON line.")] = "text",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Tokenize text into Megatron's .bin and .idx files.
 

@@ -97,13 +97,13 @@ def _save(tokenizer: "tokenizers.Tokenizer", output: Path) -> None:
 
 @app.command()
 def command(
-    input: Annotated[list[Path], typer.Option(help="text file, may be given again: .jsonl or .txt, plain, .gz, .zst")],
-    output: Annotated[Path, typer.Option(help="the tokenizer.json to write")],
-    vocabulary_size: Annotated[int, typer.Option(help="tokens, the special ones included")] = 8192,
+    input: Annotated[list[Path], typer.Option(help="Text file, .jsonl or .txt, plain, .gz or .zst; repeatable.")],
+    output: Annotated[Path, typer.Option(help="Write the tokenizer.json to this file.")],
+    vocabulary_size: Annotated[int, typer.Option(help="Number of tokens, special ones included.")] = 8192,
     special: Annotated[
-        list[str] | None, typer.Option(help="a token that no text contains, as <|good|>; may be given several times")
+        list[str] | None, typer.Option(help="Special token that no text contains, as <|good|>; repeatable.")
     ] = None,
-    text_key: Annotated[str, typer.Option(help="key of the text in each JSON line")] = "text",
+    text_key: Annotated[str, typer.Option(help="Key of the text in each JSON line.")] = "text",
 ) -> None:
     """Train a byte-level BPE tokenizer on text."""
     size = train_tokenizer(

@@ -20,24 +20,26 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Make models from models: task vectors, more or fewer layers, wider ones, other vocabularies.",
+    help="Derive models from models: task vectors, more or fewer layers, wider ones, other vocabularies.",
 )
 
-Source = Annotated[Path, typer.Argument(metavar="SRC", help="native checkpoint, or run folder for its newest one")]
-Destination = Annotated[Path, typer.Option("--to", metavar="DST", help="checkpoint to make; must not exist")]
-Dtype = Annotated[str | None, typer.Option(help="bf16, fp32 or fp16; default: as the first SRC has it")]
-AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
-Size = Annotated[int | None, typer.Option(min=1)]
+Source = Annotated[Path, typer.Argument(metavar="SRC", help="Native checkpoint, or run folder for its newest one.")]
+Destination = Annotated[Path, typer.Option("--to", metavar="DST", help="Checkpoint to create; must not exist.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="Type of the weights: bf16, fp32 or fp16; default: that of the first SRC.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Size = Annotated[int | None, typer.Option(min=1, help="New value; default: unchanged.")]
 
 
 @app.command()
 def difference(
     source: Source,
-    base: Annotated[Path, typer.Option(help="what is subtracted")],
+    base: Annotated[Path, typer.Option(help="Checkpoint to subtract.")],
     to: Destination,
     as_json: AsJson = False,
 ) -> None:
-    """What training from BASE to SRC changed, as a task vector."""
+    """Write what training from BASE to SRC changed as a task vector."""
     with _Opened([source, base]) as (one, two):
         _tell(arithmetic.difference(one, two, to), as_json)
 
@@ -45,13 +47,15 @@ def difference(
 @app.command()
 def add(
     source: Source,
-    vectors: Annotated[list[Path], typer.Option("--vector", help="made by `difference`; may be given several times")],
+    vectors: Annotated[
+        list[Path], typer.Option("--vector", help="Task vector, the output of `difference`; repeatable.")
+    ],
     to: Destination,
-    scales: Annotated[str | None, typer.Option(help="as 1,-0.5; default: 1 each")] = None,
+    scales: Annotated[str | None, typer.Option(help="Factor of each vector, as 1,-0.5; default: 1 each.")] = None,
     dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:
-    """Put task vectors onto a model; a negative scale takes the task away."""
+    """Add task vectors to a model; a negative scale removes the task."""
     numbers = [1.0] * len(vectors) if scales is None else _numbers("--scales", scales)
     with _Opened([source, *vectors]) as models:
         _tell(arithmetic.add(models[0], models[1:], numbers, to, _dtype(dtype)), as_json)
@@ -60,11 +64,11 @@ def add(
 @app.command()
 def prune(
     source: Source,
-    keep: Annotated[str, typer.Option(help="layers that stay, as 0-3,6")],
+    keep: Annotated[str, typer.Option(help="Layers to keep, as 0-3,6.")],
     to: Destination,
     as_json: AsJson = False,
 ) -> None:
-    """Keep some layers only."""
+    """Keep only the given layers."""
     with _Opened([source]) as (model,):
         _tell(depth.keep_layers(model, depth.parse_layers(keep), to), as_json)
 
@@ -72,9 +76,9 @@ def prune(
 @app.command()
 def deepen(
     source: Source,
-    layers: Annotated[int, typer.Option(min=1, help="of the new model")],
+    layers: Annotated[int, typer.Option(min=1, help="Number of layers of the new model.")],
     to: Destination,
-    how: Annotated[str, typer.Option(help="identity (same function), stack or repeat")] = "identity",
+    how: Annotated[str, typer.Option(help="Method: identity (same function), stack or repeat.")] = "identity",
     as_json: AsJson = False,
 ) -> None:
     """Add layers: silent copies that keep the function, or the whole stack again."""
@@ -91,10 +95,12 @@ def widen(
     hidden: Size = None,
     ffn: Size = None,
     heads: Size = None,
-    how: Annotated[str, typer.Option(help="fpi (same function) or aki (new units from the layer above)")] = "fpi",
+    how: Annotated[
+        str, typer.Option(help="Method: fpi (same function) or aki (new units from the layer above).")
+    ] = "fpi",
     as_json: AsJson = False,
 ) -> None:
-    """Make hidden size, feed-forward size or the number of heads larger, as bert2BERT does."""
+    """Increase hidden size, feed-forward size or the number of heads, as bert2BERT does."""
     if how not in ("fpi", "aki"):
         raise SpecError(f"--how {how}: not known; it may be fpi or aki")
     with _Opened([source]) as (model,):
@@ -111,7 +117,7 @@ def coalesce(
     heads: Size = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a model smaller by merging neighbouring layers, or units: undoes `deepen --how repeat`, or `widen`."""
+    """Shrink a model by merging neighbouring layers or units; undoes `deepen --how repeat` or `widen`."""
     if (layers is None) == (hidden is None and ffn is None and heads is None):
         raise SpecError("coalesce: give --layers, or some of --hidden, --ffn and --heads")
     with _Opened([source]) as (model,):
@@ -124,14 +130,18 @@ def coalesce(
 @app.command("vocabulary")
 def vocabulary_(
     source: Source,
-    old: Annotated[Path, typer.Option(help="tokenizer.json of SRC")],
-    new: Annotated[Path, typer.Option(help="tokenizer.json of DST")],
+    old: Annotated[Path, typer.Option(help="The tokenizer.json of SRC.")],
+    new: Annotated[Path, typer.Option(help="The tokenizer.json of DST.")],
     to: Destination,
-    size: Annotated[int | None, typer.Option(min=1, help="rows of the embedding; default: what the ids need")] = None,
-    start: Annotated[str, typer.Option(help="of new tokens: neighbours (alike in their text) or mean")] = "neighbours",
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Number of rows of the embedding; default: what the IDs need.")
+    ] = None,
+    start: Annotated[
+        str, typer.Option(help="Initial rows of new tokens: neighbours (similar in text) or mean.")
+    ] = "neighbours",
     as_json: AsJson = False,
 ) -> None:
-    """Give a model another vocabulary; tokens that both have keep their rows."""
+    """Give a model another vocabulary; tokens in both keep their rows."""
     if start not in ("mean", "neighbours"):
         raise SpecError(f"--start {start}: not known; it may be neighbours or mean")
     before, after = vocabulary.read_vocabulary(old), vocabulary.read_vocabulary(new)
@@ -142,9 +152,11 @@ def vocabulary_(
 @app.command()
 def rope(
     source: Source,
-    theta: Annotated[float, typer.Option(min=1, help="new base; 500000 for 8 x the context of 10000")],
+    theta: Annotated[float, typer.Option(min=1, help="New base; 500000 for 8 times the context of 10000.")],
     to: Destination,
-    max_sequence_length: Annotated[int | None, typer.Option(min=1, help="default: as it was")] = None,
+    max_sequence_length: Annotated[
+        int | None, typer.Option(min=1, help="New maximum sequence length; default: unchanged.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Change the base of the rotary embedding before training on longer sequences (ABF, Xiong et al., 2023)."""

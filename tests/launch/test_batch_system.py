@@ -1,0 +1,147 @@
+"""A batch system of another package: found by its entry point, submitted to, asked, and made to cancel."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launch.submission import read_submission
+
+ROOT = Path(__file__).parents[2]
+PLUGIN = ROOT / "tests" / "support" / "local_queue.py"
+JOB = ("ci/tiny", "parallel.data=2", "log.tensorboard=false", "evaluation.samples=2")
+BACKEND = ("--backend", "local_queue")
+DEADLINE = 240.0
+ENTRY_POINTS = """\
+[keepwarm.batch_systems]
+local_queue = local_queue:LocalQueue
+
+[keepwarm.launchers]
+local_queue = local_queue:rank_from
+"""
+
+
+class Machine:
+    """A machine on which the distribution `keepwarm-local-queue` is installed."""
+
+    def __init__(self, root: Path) -> None:
+        info = root / "site" / "keepwarm_local_queue-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: keepwarm-local-queue\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(ENTRY_POINTS)
+        (info.parent / "local_queue.py").write_text(PLUGIN.read_text())
+        (root / "spool").mkdir()
+        self.environment = os.environ | {
+            "PYTHONPATH": str(info.parent),
+            "LOCAL_QUEUE_SPOOL": str(root / "spool"),
+        }
+
+    def keepwarm(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-P", "-m", "launch.cli", *arguments],
+            capture_output=True, text=True, check=False, timeout=DEADLINE, env=self.environment,
+        )  # fmt: skip
+
+    def row(self, run: Path) -> dict[str, object]:
+        """The run as `keepwarm runs` lists it."""
+        listed = self.keepwarm("runs", str(run), "--json")
+        assert listed.returncode == 0, listed.stderr
+        (row,) = json.loads(listed.stdout)
+        assert isinstance(row, dict)
+        return row
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    yield Machine(tmp_path)
+    submitted = read_submission(tmp_path / "run")
+    for job in submitted.jobs if submitted else ():
+        if not (tmp_path / "spool" / job).exists():  # a test failed before the job ended
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(int(job), signal.SIGKILL)
+
+
+def words(run: Path) -> str:
+    return "\n".join(path.read_text() for path in sorted((run / "logs").iterdir()))
+
+
+@pytest.mark.dist
+def test_added_batch_system_runs_lists_and_shows_a_job(machine: Machine, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    small = ("stages.0.tokens=1024", 'cluster.local_queue.setup=["export SAID=hello"]')
+    submitted = machine.keepwarm("submit", *JOB, *small, f"output={run}", *BACKEND)
+    assert submitted.returncode == 0, submitted.stderr
+    assert "keepwarm: the local queue has room" in submitted.stderr
+    job = submitted.stdout.strip()
+    watched = machine.keepwarm("watch", str(run), "--every", "0.1")
+    assert watched.returncode == 0, watched.stderr
+    row = machine.row(run)
+    assert (row["state"], row["progress"]["step"]) == ("completed", row["progress"]["last_step"]), words(run)  # type: ignore[index]
+    assert f"job {job} started 2 ranks, setup said hello" in machine.keepwarm("logs", str(run)).stdout
+    assert machine.keepwarm("logs", str(run), "--rank", "1").returncode == 0
+    assert "no job of this run is pending or running" in machine.keepwarm("cancel", str(run)).stderr
+
+
+@pytest.mark.dist
+def test_added_batch_system_cancels_a_job_with_its_state_saved(machine: Machine, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    submitted = machine.keepwarm("submit", *JOB, "stages.0.tokens=1_024_000", f"output={run}", *BACKEND)
+    assert submitted.returncode == 0, submitted.stderr
+    end = time.monotonic() + DEADLINE
+    while machine.row(run)["progress"]["step"] < 1:  # type: ignore[index]
+        assert time.monotonic() < end, words(run)
+        assert machine.row(run)["state"] == "running", words(run)
+    again = machine.keepwarm("submit", str(run), "--resume", *BACKEND)
+    assert (again.returncode, again.stderr.count("\n")) == (2, 2)
+    assert f"keepwarm cancel {run} ends it first" in again.stderr
+    requeued = machine.keepwarm("requeue", str(run))
+    assert (requeued.returncode, requeued.stderr) == (
+        2, "keepwarm: keepwarm requeue is not possible with the local queue\n"
+    )  # fmt: skip
+    cancelled = machine.keepwarm("cancel", str(run))
+    assert "ends once its state is saved" in cancelled.stdout, cancelled.stderr
+    assert machine.keepwarm("watch", str(run), "--every", "0.1").returncode == 0
+    assert machine.row(run)["state"] == "failed", words(run)
+    assert (run / "checkpoints" / "latest").exists(), words(run)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["cluster.local_queue.stup=[]"], "stup: unknown key; did you mean cluster.local_queue.setup?"),
+        (["cluster.local_queue.setup=3"], "cluster.local_queue.setup: expected a valid"),
+        (["cluster.local_que.setup=[]"], "cluster.local_que: unknown key; did you mean cluster.local_queue?"),
+        (["--sweep", "seed=[1, 2]"], "--sweep: keepwarm submits no arrays to the local queue"),
+        (["--chain", "2"], "--chain: keepwarm submits no chains to the local queue"),
+    ],
+)
+def test_added_batch_system_refuses_wrong_options_in_one_sentence(
+    machine: Machine, tmp_path: Path, options: list[str], message: str
+) -> None:
+    refused = machine.keepwarm("submit", *JOB, *options, f"output={tmp_path}/run", *BACKEND)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+    assert message in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_batch_system_lists_those_that_are_installed(machine: Machine, tmp_path: Path) -> None:
+    refused = machine.keepwarm("submit", *JOB, f"output={tmp_path}/run", "--backend", "slrm")
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        "keepwarm: unknown batch system 'slrm'; did you mean 'slurm'? there are: slurm, kubernetes, local_queue\n"
+    )
+
+
+def test_broken_batch_system_names_its_package(machine: Machine, tmp_path: Path) -> None:
+    (tmp_path / "site" / "local_queue.py").write_text("import no_such_module\n")
+    for arguments in (BACKEND, ("cluster.local_queue.setup=[]",)):
+        refused = machine.keepwarm("submit", *JOB, f"output={tmp_path}/run", *arguments)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+        assert "'local_queue' of the package keepwarm-local-queue cannot be loaded: No module named" in refused.stderr
