@@ -17,7 +17,7 @@ from types import FrameType
 from keepwarm.section import Section
 from launch.batch_system import BatchJob, BatchSystem, Request
 from trainer.launcher_environment import PORTS, Ranks
-from trainer.spec_file import RUN_FILE, load_run
+from trainer.run_folder import RUN_FILE, load_run
 
 
 class LocalQueueOptions(Section):
