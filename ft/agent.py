@@ -1,7 +1,7 @@
 """The snapshot agent of one node: `python -P -m ft.agent CONFIG.json`.
 
-The shell around `ft.protocol`: it owns the sockets, the memory, the threads and the clock, feeds what happens into the
-pure protocol one event at a time and carries out what the protocol wants done. It decides nothing about snapshots.
+The shell around `ft.protocol`: it owns the sockets, the memory, the threads and the clock, hands events to the pure
+protocol one at a time and carries out what the protocol wants done. It decides nothing about snapshots.
 """
 
 import collections
@@ -16,7 +16,7 @@ from typing import Any
 
 from ft import agent_config, events
 from ft.agent_chunks import READ_STRIPE, Outbox
-from ft.agent_coding import Crew
+from ft.agent_coding import WorkPool
 from ft.agent_config import AgentConfig
 from ft.agent_durable import DurableWriter
 from ft.agent_effects import Arrived, Effects
@@ -27,8 +27,8 @@ from ft.agent_reads import Reads
 from ft.agent_registry import Registry
 from ft.agent_repair import Repair
 from ft.agent_scrub import Scrub
-from ft.agent_settle import Settler
-from ft.agent_workers import Desk, Guest
+from ft.agent_settle import RecoveryElection
+from ft.agent_workers import Session, WorkerSessions
 from ft.auth import load_secret, nonce
 from ft.contents import Bytes
 from ft.errors import AgentError, FtError, MemoryTooSmall
@@ -62,7 +62,7 @@ FAREWELL = 60.0
 
 
 class Agent:
-    """One life of one slot's memory."""
+    """The agent of one slot; its memory is one incarnation of the slot's."""
 
     def __init__(self, config: AgentConfig) -> None:
         """Takes the memory and opens the sockets. Raises `AgentError` when the slot's agent runs already."""
@@ -77,18 +77,20 @@ class Agent:
         topology = config.topology
         durable = config.durable is not None
         self.state: State = initial(config.run, config.slot, time.time_ns(), topology, durable=durable)
-        shape = Shape.of(config.slot_bytes, config.bucket_bytes, self.state.group)
-        slots = {"data_slots": self.state.data_slots, "parity_slots": self.state.parity_slots}
+        shape = Shape.of(config.state_bytes, config.bucket_bytes, self.state.group)
+        slots = {"data_buffers": self.state.data_buffers, "parity_buffers": self.state.parity_buffers}
         self.memory = Memory(shape, config.slot, **slots)
         self.selector = selectors.DefaultSelector()
-        self.crew = Crew(self.selector, config.threads)
+        self.pool = WorkPool(self.selector, config.threads)
         self.outbox = Outbox()
         self._events: collections.deque[tuple[events.Event, Arrived | None]] = collections.deque()
-        self._feeding = False
+        self._dispatching = False
         self._free: list[Bytes] = []
         self._receiving: dict[Link, Bytes] = {}
         self._missing: dict[int, float] = {}
-        mine = Hello(role="agent", run=config.run, slot=config.slot, epoch=0, boot=self.state.boot, nonce=nonce())
+        mine = Hello(
+            role="agent", run=config.run, slot=config.slot, epoch=0, incarnation=self.state.incarnation, nonce=nonce()
+        )
         self.network = Network(
             self.selector, self, mine=mine, secret=secret, bind=(config.host, config.port),
             resolve=self.registry.resolve, payload_limit=config.bucket_bytes, rate=config.rate,
@@ -97,17 +99,17 @@ class Agent:
         self.effects = Effects(self)
         self.repair = Repair(self)
         self.reads = Reads(self)
-        self.settler = Settler(self)
+        self.election = RecoveryElection(self)
         self.scrub = Scrub(self)
         self.durable = DurableWriter(self, config.durable) if config.durable is not None else None
-        self.desk = Desk(
+        self.sessions = WorkerSessions(
             self.selector, config.socket, mine=mine, secret=secret, payload_limit=config.bucket_bytes,
-            on_geometry=self.effects.configured, on_lost=lambda worker: self.feed(events.WorkerLost(worker)),
-            on_message=self._from_guest, on_drained=self.outbox.drained, on_gone=self._gone,
+            on_geometry=self.effects.configured, on_lost=lambda worker: self.dispatch(events.WorkerLost(worker)),
+            on_message=self._from_worker, on_drained=self.outbox.drained, on_gone=self._gone,
             log=self.journal.write, descriptors=lambda: [slot.descriptor for slot in self.memory.data],
             capacity=(shape.chunk * shape.group.data, shape.chunk),
         )  # fmt: skip
-        self.registry.publish(config.slot, self.network.address, self.state.boot)
+        self.registry.publish(config.slot, self.network.address, self.state.incarnation)
         self.connect_peers(everyone=False)
         self._ended = ""
         self._next_look = 0.0
@@ -115,7 +117,7 @@ class Agent:
         """The signal that asked this agent to end, and when."""
         self.journal.write("info", "started", pid=os.getpid(), bytes=self.memory.bytes, address=self.network.address)
 
-    # ---- life
+    # ---- from start to end
 
     def run(self) -> str:
         """Serve until the job ends, the lease runs out or SIGTERM comes; returns why.
@@ -149,36 +151,36 @@ class Agent:
         self.journal.write("info", "ended", reason=self._ended)
         if self.durable is not None:
             self.durable.close()
-        self.desk.close()
+        self.sessions.close()
         self.network.close()
-        self.crew.close()
+        self.pool.close()
         self.selector.close()
         self.memory.close()
-        self.registry.withdraw(self.config.slot, self.state.boot)
+        self.registry.withdraw(self.config.slot, self.state.incarnation)
         clear(self.folder, self._lock)
         self.journal.close()
 
     def _tick(self, now: float) -> None:
         self.network.tick(now)
-        self.desk.tick(now)
+        self.sessions.tick(now)
         self._look_for_peers(now)
-        self.settler.tick(now)
+        self.election.tick(now)
         self.scrub.tick(now)
         busy = self.durable is not None and self.durable.busy
-        over = self.desk.ended and not self.desk.workers
-        unneeded = now - self.desk.last_seen > self.config.lease
+        over = self.sessions.ended and not self.sessions.workers
+        unneeded = now - self.sessions.last_seen > self.config.lease
         if self.durable is not None and (over or unneeded) and not self.network.links:
             self.durable.abandon()
         if over and not busy:
             self.end("end of the job")
-        elif self._leaves and ((not self.desk.workers and not busy) or now - self._leaves[1] > FAREWELL):
+        elif self._leaves and ((not self.sessions.workers and not busy) or now - self._leaves[1] > FAREWELL):
             self.end(self._leaves[0])
         elif unneeded and not busy:
             self.end(f"nobody has needed this agent for {self.config.lease:g} s")
-        elif not self.desk.workers and now >= self._next_look:
+        elif not self.sessions.workers and now >= self._next_look:
             self._next_look = now + LOOK
             endpoint = self.registry.endpoint(self.config.slot)
-            if endpoint is not None and endpoint.boot > self.state.boot:
+            if endpoint is not None and endpoint.incarnation > self.state.incarnation:
                 # Its supervisor has died. Peers that stay connected with this agent would not meet the other one.
                 self.end("the slot has another agent, on another node")
 
@@ -198,16 +200,16 @@ class Agent:
         self._missing = {slot: self._missing.get(slot, now) for slot in missing}
         for slot, since in self._missing.items():
             if now - since > self.config.silence and slot not in self.state.away:
-                self.feed(events.PeerAway(slot))
+                self.dispatch(events.PeerAway(slot))
 
     # ---- the protocol
 
-    def feed(self, event: events.Event, arrived: Arrived | None = None) -> None:
+    def dispatch(self, event: events.Event, arrived: Arrived | None = None) -> None:
         """One event after the other, and of each all effects before the next; `arrived` belongs to `event`."""
         self._events.append((event, arrived))
-        if self._feeding:
+        if self._dispatching:
             return
-        self._feeding = True
+        self._dispatching = True
         try:
             while self._events:
                 event, arrived = self._events.popleft()
@@ -216,21 +218,21 @@ class Agent:
                 for effect in effects:
                     self.effects.carry_out(effect)
         finally:
-            self._feeding = False
+            self._dispatching = False
 
-    def deliver(self, sender: int, boot: int, message: Any) -> None:
+    def route(self, sender: int, incarnation: int, message: Any) -> None:
         """A message of an agent, this one included."""
         if isinstance(message, (Decode, Fetch, Read)):
-            self.settler.catch_up(message.epoch)
+            self.election.catch_up(message.epoch)
         if isinstance(message, Inventory):
-            self.settler.inventory(message)
+            self.election.inventory(message)
         elif isinstance(message, InventoryRequest):
-            self.settler.asked(sender, message)
+            self.election.asked(sender, message)
         elif isinstance(message, Read):
             self.reads.for_peer(sender, message)
         else:
-            self.feed(events.Received(sender, boot, message))
-            self.settler.heard(message)
+            self.dispatch(events.Received(sender, incarnation, message))
+            self.election.heard(message)
 
     # ---- Handler of the links to other agents
 
@@ -238,8 +240,8 @@ class Agent:
         self.network.opened(link)
         if not link.closed and link.theirs is not None:
             self.journal.write("info", "connected", peer=link.slot)
-            self.feed(events.PeerConnected(link.slot, link.theirs.boot))
-            self.settler.connected(link.slot)
+            self.dispatch(events.PeerConnected(link.slot, link.theirs.incarnation))
+            self.election.connected(link.slot)
             self.repair.connected(link.slot)
             self.reads.connected(link.slot)
 
@@ -249,8 +251,8 @@ class Agent:
         self.network.forget(link)
         self.journal.write("warning", "lost a peer", peer=slot, reason=reason)
         if slot not in self.network.links:
-            self.feed(events.PeerLost(slot))
-            self.settler.lost(slot)
+            self.dispatch(events.PeerLost(slot))
+            self.election.lost(slot)
 
     def refused(self, link: Link, reason: str) -> None:
         self.network.forget(link)
@@ -261,7 +263,7 @@ class Agent:
         if isinstance(message, Part):
             if message.stripe == READ_STRIPE:
                 return self.reads.target(message, size)
-            self.settler.catch_up(message.epoch)
+            self.election.catch_up(message.epoch)
             return self.repair.target(message, size)
         if isinstance(message, Bucket) and size <= self.config.bucket_bytes:
             self._receiving[link] = self.buffer()
@@ -270,16 +272,16 @@ class Agent:
 
     def received(self, link: Link, message: Wire, payload: memoryview | None) -> None:
         assert link.theirs is not None
-        sender, boot = link.slot, link.theirs.boot
+        sender, incarnation = link.slot, link.theirs.incarnation
         strand = ("link", id(link))
         if isinstance(message, Bucket) and payload is not None:
             self._bucket(link, strand, message, payload)
         elif isinstance(message, Part):
             (self.reads if message.stripe == READ_STRIPE else self.repair).part(message, payload)
-        elif self.crew.busy(strand):
-            self.crew.order(strand, lambda: None, lambda _: self.deliver(sender, boot, message))
+        elif self.pool.busy(strand):
+            self.pool.order(strand, lambda: None, lambda _: self.route(sender, incarnation, message))
         else:
-            self.deliver(sender, boot, message)
+            self.route(sender, incarnation, message)
 
     def drained(self, link: Link) -> None:
         self.outbox.drained(link)
@@ -294,16 +296,16 @@ class Agent:
     def _bucket(self, link: Link, strand: Any, message: Bucket, payload: memoryview) -> None:
         """Checksum a bucket on a thread, then let the protocol decide what becomes of it."""
         assert link.theirs is not None
-        sender, boot, data = link.slot, link.theirs.boot, self._receiving.pop(link)
+        sender, incarnation, data = link.slot, link.theirs.incarnation, self._receiving.pop(link)
         link.pause()  # what follows waits in the sockets: one bucket of a peer takes memory here
 
         def arrived(intact: bool) -> None:
             bucket = Arrived(data[: message.size], lambda: self._done_with(link, data))
-            self.feed(events.BucketArrived(sender, boot, message, intact), bucket)
+            self.dispatch(events.BucketArrived(sender, incarnation, message, intact), bucket)
             if not bucket.wanted:
                 bucket.done()
 
-        self.crew.order(strand, lambda: self.effects.intact(message, payload), arrived)
+        self.pool.order(strand, lambda: self.effects.intact(message, payload), arrived)
 
     def _done_with(self, link: Link, data: Bytes) -> None:
         self.release(data)
@@ -316,36 +318,36 @@ class Agent:
 
     # ---- messages of workers
 
-    def _from_guest(self, guest: Guest, message: Wire) -> None:
+    def _from_worker(self, session: Session, message: Wire) -> None:
         if isinstance(message, StatusRequest):
-            guest.link.send(self.effects.status())
+            session.link.send(self.effects.status())
             return
-        if isinstance(message, Restore) and guest.role == "supervisor":
-            self.settler.begin(message.epoch)
+        if isinstance(message, Restore) and session.role == "supervisor":
+            self.election.begin(message.epoch)
             return
-        if isinstance(message, Save) and guest.role == "supervisor":
+        if isinstance(message, Save) and session.role == "supervisor":
             if self.durable is not None:
                 self.durable.save(message.epoch)
             return
-        if guest.attach is None or not guest.attached:
-            guest.link.close(f"{type(message).__name__} before it was attached")
+        if session.attach is None or not session.attached:
+            session.link.close(f"{type(message).__name__} before it was attached")
             return
-        worker = guest.attach.worker
+        worker = session.attach.worker
         if isinstance(message, Open):
-            self.feed(events.WorkerOpened(worker, message.snapshot, message.wait))
+            self.dispatch(events.WorkerOpened(worker, message.snapshot, message.wait))
         elif isinstance(message, Seal):
-            self.feed(events.WorkerSealed(worker, message.snapshot, message.sums))
+            self.dispatch(events.WorkerSealed(worker, message.snapshot, message.sums))
         elif isinstance(message, Cancel):
-            self.feed(events.WorkerCancelled(worker, message.snapshot))
+            self.dispatch(events.WorkerCancelled(worker, message.snapshot))
         elif isinstance(message, Restore):
-            guest.waits_for_epoch = message.epoch
+            session.waits_for_epoch = message.epoch
             if message.epoch > self.state.epoch:
-                self.settler.begin(message.epoch)
+                self.election.begin(message.epoch)
             self.effects.answer_restores()
         elif isinstance(message, Read):
-            self.reads.for_worker(guest.link, message)
+            self.reads.for_worker(session.link, message)
         else:
-            guest.link.close(f"{type(message).__name__} is not for agents")
+            session.link.close(f"{type(message).__name__} is not for agents")
 
 
 def main(arguments: list[str]) -> int:

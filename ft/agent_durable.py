@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Report:
-    """What became of the checkpoints of this agent's life."""
+    """What became of the checkpoints since this agent began."""
 
     written: int = 0
     published: int = 0
@@ -68,17 +68,17 @@ class DurableWriter:
     def save(self, epoch: int) -> None:
         """Write what an epoch restores, due or not, as soon as this agent has it whole."""
         self._saves = epoch
-        self.pinned()
+        self.decided()
 
-    def pinned(self) -> None:
+    def decided(self) -> None:
         """An epoch's choice is in force."""
-        pinned = self._agent.effects.pinned
-        if self._saves is None or pinned is None or pinned.epoch < self._saves or not pinned.whole:
+        decided = self._agent.effects.decided
+        if self._saves is None or decided is None or decided.epoch < self._saves or not decided.whole:
             return
         asked, self._saves = self._saves, None
-        if pinned.snapshot is not None:
+        if decided.snapshot is not None:
             self.abandon()  # what is under way may wait for an agent that is lost
-            self._begin(pinned.snapshot, asked)
+            self._begin(decided.snapshot, asked)
 
     def _begin(self, snapshot: SnapshotId, epoch: int) -> None:
         """`epoch`: the snapshot's, or the later one that a supervisor wants on disk; all write into one folder."""
@@ -88,11 +88,11 @@ class DurableWriter:
         self._under_way, self._owed = self._under_way + 1, False
         self._abandoned = threading.Event()
         agent = self._agent
-        agent.feed(events.DurableStarted(snapshot))
+        agent.dispatch(events.DurableStarted(snapshot))
         data = agent.memory.data[copy.data].data
         tmp = durable.staging(self._root, epoch, snapshot.step)
         first = min([agent.config.slot, *agent.network.links]) == agent.config.slot
-        agent.crew.follow(
+        agent.pool.follow(
             self._pool.submit(self._write, snapshot, tmp, data, self._abandoned if first else None),
             lambda error: self._written(snapshot, error),
         )
@@ -116,7 +116,7 @@ class DurableWriter:
         else:
             self.report.written += 1
             self.report.last_step = snapshot.step
-        self._agent.feed(events.DurableEnded(snapshot))
+        self._agent.dispatch(events.DurableEnded(snapshot))
 
     def _write(self, snapshot: SnapshotId, tmp: Path, data: Bytes, publishes: threading.Event | None) -> str:
         """On the thread: returns what went wrong, or nothing. `publishes`, unless that event says to give it up."""
@@ -162,7 +162,7 @@ class DurableWriter:
 
 
 def parts(data: Bytes) -> list[tuple[Contents, Bytes]]:
-    """The workers' parts of a data slot; every part says how long it is."""
+    """The workers' parts of a data buffer; every part says how long it is."""
     found = []
     at = 0
     while at + 16 <= len(data):

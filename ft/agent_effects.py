@@ -55,7 +55,7 @@ class Effects:
         self._agent = agent
         self.arrived: Arrived | None = None
         """The bucket that belongs to the event being carried out."""
-        self.pinned: events.Pinned | None = None
+        self.decided: events.Decided | None = None
         self._strands: dict[SnapshotId, set[Any]] = {}
         self._begun: dict[SnapshotId, float] = {}
         self.commits: collections.deque[Commit] = collections.deque(maxlen=REMEMBERED)
@@ -63,13 +63,13 @@ class Effects:
     def carry_out(self, effect: events.Effect) -> None:
         agent = self._agent
         match effect:
-            case events.Grant(worker, snapshot, slot, _):
+            case events.Grant(worker, snapshot, buffer, _):
                 self._begun.setdefault(snapshot, time.monotonic())
-                agent.desk.send(worker, Granted(snapshot=snapshot, slot=slot))
+                agent.sessions.send(worker, Granted(snapshot=snapshot, buffer=buffer))
             case events.Refuse(worker, snapshot, reason):
-                agent.desk.send(worker, Refused(snapshot=snapshot, reason=reason.name, text=reason.value))
+                agent.sessions.send(worker, Refused(snapshot=snapshot, reason=reason.name, text=reason.value))
             case events.Revoke(worker, snapshot):
-                agent.desk.send(worker, Revoked(snapshot=snapshot))
+                agent.sessions.send(worker, Revoked(snapshot=snapshot))
             case events.Send(to, message):
                 self._send(to, message)
             case events.SendChunk():
@@ -77,33 +77,33 @@ class Effects:
             case events.StopCoding(snapshot):
                 agent.outbox.stop(lambda job: job.snapshot == snapshot)
                 gone = self._strands.pop(snapshot, set())
-                agent.crew.drop(lambda strand: strand in gone)
-            case events.Verify(snapshot, slot, sums):
-                self._verify(snapshot, slot, sums)
-            case events.ClearParity(snapshot, stripe, slot):
-                strand = self._strand(snapshot, slot, stripe)
-                agent.crew.drop(lambda other: other == strand)
-                agent.crew.order(strand, lambda: agent.memory.parity_chunk(slot, stripe).fill(0))
+                agent.pool.drop(lambda strand: strand in gone)
+            case events.Verify(snapshot, buffer, sums):
+                self._verify(snapshot, buffer, sums)
+            case events.ClearParity(snapshot, stripe, buffer):
+                strand = self._strand(snapshot, buffer, stripe)
+                agent.pool.drop(lambda other: other == strand)
+                agent.pool.order(strand, lambda: agent.memory.parity_chunk(buffer, stripe).fill(0))
             case events.Accumulate():
                 self._accumulate(effect)
-            case events.FinishParity(snapshot, stripe, slot):
-                chunk = agent.memory.parity_chunk(slot, stripe)
-                agent.crew.order(
-                    self._strand(snapshot, slot, stripe),
+            case events.FinishParity(snapshot, stripe, buffer):
+                chunk = agent.memory.parity_chunk(buffer, stripe)
+                agent.pool.order(
+                    self._strand(snapshot, buffer, stripe),
                     lambda: digest(bucket_sums(chunk, agent.config.bucket_bytes)),
-                    lambda value: agent.feed(events.ParityVerified(snapshot, stripe, value)),
+                    lambda value: agent.dispatch(events.ParityVerified(snapshot, stripe, value)),
                 )
             case events.Commit(snapshot):
                 self._committed(snapshot)
             case events.Release(snapshot, _, _):
                 self._begun.pop(snapshot, None)
                 self._strands.pop(snapshot, None)
-            case events.Pinned():
-                self.pinned = effect
+            case events.Decided():
+                self.decided = effect
                 agent.journal.write("info", "chosen", epoch=effect.epoch, snapshot=effect.snapshot, whole=effect.whole)
                 self.answer_restores()
                 if agent.durable is not None:
-                    agent.durable.pinned()
+                    agent.durable.decided()
                 agent.repair.take_orders()
                 agent.reads.answer_early()
             case events.StartDecode(order):
@@ -111,10 +111,10 @@ class Effects:
             case events.SendPart(to, snapshot, stripe, start):
                 agent.repair.send_chunk(to, snapshot, stripe, start)
             case events.BeginEpoch(epoch):
-                agent.desk.send_all(EpochBegan(epoch=epoch))
-                agent.settler.began(epoch)
+                agent.sessions.send_all(EpochBegan(epoch=epoch))
+                agent.election.began(epoch)
             case events.RequestEpoch(reason):
-                agent.settler.request(reason)
+                agent.election.request(reason)
             case events.Log(level, text):
                 agent.journal.write(level, text)
 
@@ -134,26 +134,26 @@ class Effects:
     def configured(self, geometry: Geometry) -> Attached:
         """All workers of a layout are here."""
         agent = self._agent
-        agent.feed(events.Configured(geometry))
+        agent.dispatch(events.Configured(geometry))
         shape = agent.memory.shape
         return Attached(
             epoch=max(agent.state.epoch, agent.registry.newest_epoch()),
-            slots=len(agent.memory.data),
-            slot_bytes=shape.data_bytes,
+            buffers=len(agent.memory.data),
+            buffer_bytes=shape.data_bytes,
             bucket_bytes=shape.bucket_bytes,
             first=0,
         )
 
-    def _strand(self, snapshot: SnapshotId, slot: int, stripe: int) -> Any:
+    def _strand(self, snapshot: SnapshotId, buffer: int, stripe: int) -> Any:
         """Work on one chunk of parity memory, whatever snapshot it is for, goes in order."""
-        strand = ("parity", slot, stripe)
+        strand = ("parity", buffer, stripe)
         self._strands.setdefault(snapshot, set()).add(strand)
         return strand
 
     def _send(self, to: int, message: Any) -> None:
         agent = self._agent
         if to == agent.config.slot:
-            agent.deliver(to, agent.state.boot, message)
+            agent.route(to, agent.state.incarnation, message)
         elif (link := agent.network.links.get(to)) is not None:
             link.send(message)
 
@@ -167,22 +167,22 @@ class Effects:
             effect.stripe,
             effect.sums,
             effect.start,
-            lambda index: agent.memory.data_bucket(effect.slot, effect.first + index),
+            lambda index: agent.memory.data_bucket(effect.buffer, effect.first + index),
         )
         agent.outbox.add(link, Job(effect.snapshot, effect.stripe, pieces), replace=True)
 
-    def _verify(self, snapshot: SnapshotId, slot: int, sums: tuple[int, ...]) -> None:
+    def _verify(self, snapshot: SnapshotId, buffer: int, sums: tuple[int, ...]) -> None:
         agent = self._agent
         size = agent.config.bucket_bytes
-        data = agent.memory.data[slot].data[: len(sums) * size]
-        strand = ("data", slot)
+        data = agent.memory.data[buffer].data[: len(sums) * size]
+        strand = ("data", buffer)
         self._strands.setdefault(snapshot, set()).add(strand)
 
         def read() -> tuple[int, ...]:
             seen = bucket_sums(data, size)
             return tuple(i for i, (a, b) in enumerate(zip(seen, sums, strict=True)) if a != b)
 
-        agent.crew.order(strand, read, lambda bad: agent.feed(events.DataVerified(snapshot, bad)))
+        agent.pool.order(strand, read, lambda bad: agent.dispatch(events.DataVerified(snapshot, bad)))
 
     def _accumulate(self, effect: events.Accumulate) -> None:
         agent = self._agent
@@ -192,9 +192,9 @@ class Effects:
         row = group.parities(effect.stripe).index(agent.config.slot)
         coder = row_coder(group.data, group.parity, row)
         start = effect.index * agent.config.bucket_bytes
-        target = agent.memory.parity_chunk(effect.slot, effect.stripe)[start : start + len(data)]
-        strand = self._strand(effect.snapshot, effect.slot, effect.stripe)
-        agent.crew.order(strand, functools.partial(coder.accumulate, target, effect.column, data), None, arrived.done)
+        target = agent.memory.parity_chunk(effect.buffer, effect.stripe)[start : start + len(data)]
+        strand = self._strand(effect.snapshot, effect.buffer, effect.stripe)
+        agent.pool.order(strand, functools.partial(coder.accumulate, target, effect.column, data), None, arrived.done)
 
     # ---- workers
 
@@ -203,34 +203,38 @@ class Effects:
         seconds = time.monotonic() - self._begun.pop(snapshot, time.monotonic())
         self.commits.append(Commit(epoch=snapshot.epoch, step=snapshot.step, committed=seconds))
         agent.journal.write("info", "committed", epoch=snapshot.epoch, step=snapshot.step, seconds=round(seconds, 4))
-        agent.desk.send_all(Committed(snapshot=snapshot, seconds=seconds))
+        agent.sessions.send_all(Committed(snapshot=snapshot, seconds=seconds))
         if agent.durable is not None:
             agent.durable.committed(snapshot)
 
     def answer_restores(self) -> None:
         """Answer the workers that wait for the choice of the present epoch, once it is known and whole here."""
-        agent, pinned = self._agent, self.pinned
-        if pinned is None or pinned.epoch != agent.state.epoch or (pinned.snapshot is not None and not pinned.whole):
+        agent, decided = self._agent, self.decided
+        if (
+            decided is None
+            or decided.epoch != agent.state.epoch
+            or (decided.snapshot is not None and not decided.whole)
+        ):
             return
-        waiting = [guest for guest in agent.desk.workers.values() if guest.waits_for_epoch is not None]
+        waiting = [session for session in agent.sessions.workers.values() if session.waits_for_epoch is not None]
         if not waiting:
             return
-        if pinned.snapshot is None or pinned.slot is None:
-            answer = Restored(epoch=pinned.epoch, snapshot=None, text=agent.registry.reason(pinned.epoch))
+        if decided.snapshot is None or decided.buffer is None:
+            answer = Restored(epoch=decided.epoch, snapshot=None, text=agent.registry.reason(decided.epoch))
         else:
-            copy = agent.state.copy(pinned.snapshot)
+            copy = agent.state.copy(decided.snapshot)
             if copy is None:
-                agent.settler.request(f"what epoch {pinned.epoch} chose has been replaced, and a worker asks for it")
+                agent.election.request(f"what epoch {decided.epoch} chose has been replaced, and a worker asks for it")
                 return
             sums = self._sums(copy)
-            answer = Restored(epoch=pinned.epoch, snapshot=pinned.snapshot, slot=pinned.slot, sums=sums)
-        for guest in waiting:
-            if guest.waits_for_epoch is not None and guest.waits_for_epoch <= pinned.epoch:
-                guest.waits_for_epoch = None
-                guest.link.send(answer)
+            answer = Restored(epoch=decided.epoch, snapshot=decided.snapshot, buffer=decided.buffer, sums=sums)
+        for session in waiting:
+            if session.waits_for_epoch is not None and session.waits_for_epoch <= decided.epoch:
+                session.waits_for_epoch = None
+                session.link.send(answer)
 
     def _sums(self, copy: Copy) -> tuple[int, ...]:
-        """Checksums of all buckets of a data slot."""
+        """Checksums of all buckets of a data buffer."""
         stripes = copy.group.data_stripes(self._agent.config.slot)
         return tuple(value for stripe in stripes for value in copy.chunk_sums(self._agent.config.slot, stripe))
 
@@ -243,15 +247,15 @@ class Effects:
             run=state.run,
             slot=state.slot,
             pid=os.getpid(),
-            boot=state.boot,
+            incarnation=state.incarnation,
             epoch=state.epoch,
             mode=state.mode.value,
             group=state.group.members,
             parity=state.group.parity,
             peers=tuple(sorted(agent.network.links)),
-            workers=tuple(sorted(agent.desk.workers)),
-            slots=len(agent.memory.data),
-            slot_bytes=agent.memory.shape.data_bytes,
+            workers=tuple(sorted(agent.sessions.workers)),
+            buffers=len(agent.memory.data),
+            buffer_bytes=agent.memory.shape.data_bytes,
             memory_bytes=agent.memory.bytes,
             resident_bytes=process.rss - process.shared,
             held=tuple(_held(copy) for copy in state.copies),

@@ -108,8 +108,8 @@ class Reads:
 
     def _answer(self, link: Link, read: Read) -> None:
         agent = self._agent
-        slot = self._whole(read.snapshot)
-        if slot is None:
+        buffer = self._whole(read.snapshot)
+        if buffer is None:
             # Until this node's data are back; a later epoch may have begun meanwhile, its choice is the same.
             if (link, read) not in self._early:
                 self._early.append((link, read))
@@ -118,15 +118,15 @@ class Reads:
         pieces = part_pieces(
             read.epoch, read.snapshot, READ_STRIPE, agent.config.slot,
             range(read.first, min(read.first + read.count, total)), total,
-            lambda index: agent.memory.data_bucket(slot, index),
+            lambda index: agent.memory.data_bucket(buffer, index),
         )  # fmt: skip
         agent.outbox.add(link, Job(read.snapshot, READ_STRIPE, pieces))
 
     def _whole(self, snapshot: SnapshotId) -> int | None:
-        """The data slot of a settled snapshot all of whose data are here."""
+        """The data buffer of a committed snapshot if all of this node's data are here."""
         state = self._agent.state
         copy = state.copy(snapshot)
-        if copy is None or not copy.settled:
+        if copy is None or not copy.committed:
             return None
         return copy.data if all(stripe in copy.good for stripe in state.group.data_stripes(state.slot)) else None
 

@@ -94,10 +94,10 @@ class Repair:
 
     def take_orders(self) -> None:
         """Once the choice is in force and its orders are known: expect what others decode, decode what is asked."""
-        agent, choice = self._agent, self._agent.settler.choice
+        agent, choice = self._agent, self._agent.election.choice
         if self._ordered or choice is None or agent.state.mode is not Mode.ACTIVE:
             return
-        if not choice.pin.epoch == agent.state.epoch == agent.state.pinned_epoch:
+        if not choice.decision.epoch == agent.state.epoch == agent.state.decided_epoch:
             return
         self._ordered = True
         for decoder, order in choice.orders:
@@ -140,7 +140,7 @@ class Repair:
         self._absent = {slot: self._absent.get(slot, now) for slot in awaited}
         for slot, since in self._absent.items():
             if now - since > agent.config.silence:
-                agent.settler.request(f"slot {slot} has gone, and chunks that are being rebuilt need it")
+                agent.election.request(f"slot {slot} has gone, and chunks that are being rebuilt need it")
                 return
 
     # ---- decoding
@@ -185,7 +185,7 @@ class Repair:
                 decoding.chunks[slot][:count] = chunk[:count]
                 decoding.done.add(slot)
             else:
-                agent.settler.request(f"slot {slot} has lost its chunk of stripe {order.stripe}, which others need")
+                agent.election.request(f"slot {slot} has lost its chunk of stripe {order.stripe}, which others need")
         if decoding.complete:
             self._solve(decoding)
 
@@ -228,7 +228,7 @@ class Repair:
                 return
             if isinstance(out, str):
                 agent.journal.write("error", "a stripe cannot be repaired", stripe=order.stripe, reason=out)
-                agent.settler.request(f"stripe {order.stripe} cannot be repaired: {out}")
+                agent.election.request(f"stripe {order.stripe} cannot be repaired: {out}")
                 del self._decoding[key]
             else:
                 for slot, chunk in out.items():
@@ -242,7 +242,7 @@ class Repair:
                 del self._decoding[key]
             self._next()
 
-        agent.crew.run(solve, send)
+        agent.pool.run(solve, send)
 
     def _deliver(self, order: Decode, slot: int, chunk: Bytes, count: int) -> None:
         """Bring a decoded chunk to its owner, here or elsewhere; an empty one as a single empty part."""
@@ -321,7 +321,7 @@ class Repair:
             column = group.sources(part.stripe).index(agent.config.slot)
             if (value, part.count) != (order.digests[column], order.counts[column]):
                 agent.journal.write("error", "a rebuilt chunk is not the one that was lost", stripe=part.stripe)
-                agent.settler.request(
+                agent.election.request(
                     f"slot {filling.decoder} sent another chunk of stripe {part.stripe} than was lost"
                 )
                 return
@@ -330,7 +330,7 @@ class Repair:
             record = ChunkRecord(part.stripe, value, order.digests, part.count, order.counts)
         self.rebuilt += 1
         agent.journal.write("info", "a chunk is back", snapshot=part.snapshot, stripe=part.stripe)
-        agent.feed(events.ChunkRebuilt(part.snapshot, record, sums))
+        agent.dispatch(events.ChunkRebuilt(part.snapshot, record, sums))
 
     # ---- what others ask for
 
@@ -347,8 +347,8 @@ class Repair:
 
         def send(value: int) -> None:
             if value != record.digest:
-                agent.feed(events.Scrubbed(snapshot, stripe, False))
-                agent.settler.request(f"stripe {stripe} of slot {agent.config.slot} has rotted")
+                agent.dispatch(events.Scrubbed(snapshot, stripe, False))
+                agent.election.request(f"stripe {stripe} of slot {agent.config.slot} has rotted")
             else:
                 pieces = part_pieces(
                     epoch, snapshot, stripe, agent.config.slot, range(start, max(record.count, 1)), record.count,
@@ -356,7 +356,7 @@ class Repair:
                 )  # fmt: skip
                 agent.outbox.add(link, Job(snapshot, stripe, pieces))
 
-        agent.crew.run(lambda: digest(bucket_sums(chunk, size)), send)
+        agent.pool.run(lambda: digest(bucket_sums(chunk, size)), send)
 
 
 def _wrong(chunk: Bytes, column: int, order: Decode, size: int) -> str | None:

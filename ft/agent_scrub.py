@@ -20,7 +20,7 @@ READ_AT_ONCE = 32 << 20
 
 
 class Scrub:
-    """One chunk at a time on a thread of the crew; a pass begins every `config.scrub` seconds."""
+    """One chunk at a time on a thread of the pool; a pass begins every `config.scrub` seconds."""
 
     def __init__(self, agent: "Agent") -> None:
         self._agent = agent
@@ -37,13 +37,13 @@ class Scrub:
             self._queue = [
                 (copy.snapshot, record)
                 for copy in self._agent.state.copies
-                if copy.settled
+                if copy.committed
                 for record in copy.good.values()
             ]
         while self._queue and not self._running:
             snapshot, record = self._queue.pop()
             copy = self._agent.state.copy(snapshot)
-            if copy is not None and copy.settled and record in copy.good.values():
+            if copy is not None and copy.committed and record in copy.good.values():
                 self._check(copy, record)
 
     def _check(self, copy: Copy, record: ChunkRecord) -> None:
@@ -55,14 +55,14 @@ class Scrub:
             self._running = False
             now = agent.state.copy(copy.snapshot)
             if now is None or (now.data, now.parity) != (copy.data, copy.parity):
-                return  # the slot may hold another snapshot by now
+                return  # the buffer may hold another snapshot by now
             self.checked += 1
             self.damaged += not intact
             if not intact:
                 agent.journal.write("warning", "a chunk has rotted", snapshot=copy.snapshot, stripe=record.stripe)
-            agent.feed(events.Scrubbed(copy.snapshot, record.stripe, intact))
+            agent.dispatch(events.Scrubbed(copy.snapshot, record.stripe, intact))
 
-        agent.crew.run(functools.partial(_same, buckets, record), tell)
+        agent.pool.run(functools.partial(_same, buckets, record), tell)
 
 
 def verify_all(agent: "Agent", then: Callable[[], None]) -> None:
@@ -74,7 +74,7 @@ def verify_all(agent: "Agent", then: Callable[[], None]) -> None:
         waiting -= 1
         if not intact:
             agent.journal.write("warning", "a chunk has rotted", snapshot=snapshot, stripe=record.stripe)
-            agent.feed(events.Scrubbed(snapshot, record.stripe, False))
+            agent.dispatch(events.Scrubbed(snapshot, record.stripe, False))
         if not waiting:
             then()
 
@@ -86,11 +86,11 @@ def verify_all(agent: "Agent", then: Callable[[], None]) -> None:
             waiting += 1
             _verify(agent, chunk, record, functools.partial(told, copy.snapshot, record))
     if not waiting:
-        agent.crew.run(lambda: None, lambda _: then())
+        agent.pool.run(lambda: None, lambda _: then())
 
 
 def _verify(agent: "Agent", chunk: Bytes, record: ChunkRecord, then: Callable[[bool], None]) -> None:
-    """Read one chunk on all threads of the crew: at a start, everyone waits for it."""
+    """Read one chunk on all threads of the pool: at a start, everyone waits for it."""
     buckets = agent.memory.buckets(chunk)[: record.count]
     share = max(1, READ_AT_ONCE // agent.config.bucket_bytes)
     parts = [buckets[at : at + share] for at in range(0, len(buckets), share)] or [[]]
@@ -102,7 +102,7 @@ def _verify(agent: "Agent", chunk: Bytes, record: ChunkRecord, then: Callable[[b
             then(digest(each for part in range(len(parts)) for each in sums[part]) == record.digest)
 
     for number, part in enumerate(parts):
-        agent.crew.run(functools.partial(_sums, part), functools.partial(summed, number))
+        agent.pool.run(functools.partial(_sums, part), functools.partial(summed, number))
 
 
 def _same(buckets: list[Bytes], record: ChunkRecord) -> bool:

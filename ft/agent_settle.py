@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ft import events, recovery
 from ft.agent_registry import Choice
 from ft.agent_scrub import verify_all
-from ft.messages import Inventory, InventoryRequest, Pin
+from ft.messages import Decision, Inventory, InventoryRequest
 from ft.state import Mode
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ KNOWN_GRACE = 0.5
 """The same for an agent that has published where it listens and is not connected (yet)."""
 
 
-class Settler:
+class RecoveryElection:
     """One epoch at a time: ask, collect, choose, tell."""
 
     def __init__(self, agent: "Agent") -> None:
@@ -36,9 +36,9 @@ class Settler:
         self._inventories: dict[int, Inventory] = {}
         self._began = self._verified_at = self._deadline = 0.0
         self._next_look = 0.0
-        self._pin: Pin | None = None
+        self._decide: Decision | None = None
         self.choice: Choice | None = None
-        """Of the present epoch, once it was read: the pin may be known before."""
+        """Of the present epoch, once it was read: the decision may be known before."""
         self._wanted: str = ""
         self._ready = False
 
@@ -46,7 +46,7 @@ class Settler:
 
     def begin(self, epoch: int) -> None:
         """A worker, a supervisor or the protocol begins an epoch; nothing when it has begun already."""
-        self._agent.feed(events.EpochAdvanced(epoch))
+        self._agent.dispatch(events.EpochAdvanced(epoch))
 
     def request(self, reason: str) -> None:
         """The protocol needs the next epoch to go on; asked for once, at the next tick."""
@@ -57,7 +57,7 @@ class Settler:
     def began(self, epoch: int) -> None:
         """The protocol has begun an epoch: verify the memory, then take part in the choice."""
         agent = self._agent
-        self._epoch, self._pin, self.choice, self._wanted = epoch, None, None, ""
+        self._epoch, self._decide, self.choice, self._wanted = epoch, None, None, ""
         self._inventories, self._asked, self._ready = {}, set(), False
         self._began = time.monotonic()
         self._deadline = self._began + agent.config.inventory_deadline
@@ -73,10 +73,10 @@ class Settler:
             self._deadline = max(self._deadline, self._patience(CONNECTED_GRACE))
             agent = self._agent
             for slot in self._asked:
-                boot = agent.state.boot if slot == agent.config.slot else self._boot(slot)
-                agent.feed(events.Received(slot, boot, InventoryRequest(epoch=epoch)))
+                incarnation = agent.state.incarnation if slot == agent.config.slot else self._incarnation(slot)
+                agent.dispatch(events.Received(slot, incarnation, InventoryRequest(epoch=epoch)))
             self._asked.clear()
-            agent.feed(events.Received(agent.config.slot, agent.state.boot, InventoryRequest(epoch=epoch)))
+            agent.dispatch(events.Received(agent.config.slot, agent.state.incarnation, InventoryRequest(epoch=epoch)))
 
     def asked(self, sender: int, request: InventoryRequest) -> None:
         """Someone wants this agent's inventory: it gets it once the memory has been verified."""
@@ -85,7 +85,7 @@ class Settler:
         if request.epoch != self._epoch:
             return
         if self._ready:
-            self._agent.feed(events.Received(sender, self._boot(sender), request))
+            self._agent.dispatch(events.Received(sender, self._incarnation(sender), request))
         else:
             self._asked.add(sender)
 
@@ -93,18 +93,18 @@ class Settler:
         link = self._agent.network.links.get(slot)
         if link is None or not self._epoch:
             return
-        if self._pin is None:
+        if self._decide is None:
             link.send(InventoryRequest(epoch=self._epoch))
         else:
-            link.send(self._pin)
+            link.send(self._decide)
 
     def lost(self, slot: int) -> None:
         """What an agent said counts while it is there: it may come back with an empty memory, or not at all."""
-        if self._pin is None:
+        if self._decide is None:
             self._inventories.pop(slot, None)
 
     def catch_up(self, epoch: int) -> None:
-        """Someone acts on a choice whose pin, on another link, has not come yet: read it where it was written first."""
+        """A peer acts on a decision that has not come over its own link yet: read it where it was written first."""
         agent = self._agent
         if epoch < agent.state.epoch or (epoch == self._epoch and self.choice is not None):
             return
@@ -123,8 +123,8 @@ class Settler:
     def tick(self, now: float) -> None:
         agent = self._agent
         agent.repair.tick(now)
-        # One epoch is settled before the next: also by an agent that the choice left out, which stays SETTLING.
-        if self._wanted and (agent.state.mode is not Mode.SETTLING or self._pin is not None):
+        # One epoch is settled before the next: also by an agent that the choice left out, which stays RECOVERING.
+        if self._wanted and (agent.state.mode is not Mode.RECOVERING or self._decide is not None):
             self.begin(max(agent.state.epoch, agent.registry.newest_epoch()) + 1)
         if not self._epoch or self.choice is not None or now < self._next_look:
             return
@@ -132,7 +132,7 @@ class Settler:
         written = agent.registry.choice(self._epoch)
         if written is not None:
             self._settled(written)
-        elif self._pin is None:
+        elif self._decide is None:
             self._choose(now)
 
     def _choose(self, now: float) -> None:
@@ -140,7 +140,7 @@ class Settler:
         agent = self._agent
         first = min([agent.config.slot, *agent.network.links]) == agent.config.slot
         late = now > self._deadline + (0.0 if first else agent.config.inventory_deadline)
-        if self._pin is not None or not self._ready or not (first or late):
+        if self._decide is not None or not self._ready or not (first or late):
             return
         topology = agent.state.topology
         if self._unheard(now):
@@ -154,15 +154,15 @@ class Settler:
             reason = self._whole_reason(answer.reason)
             agent.registry.explain(self._epoch, reason)
             agent.journal.write("info", "nothing in memory is restored", epoch=self._epoch, reason=reason)
-        lives = tuple(
-            self._inventories[slot].boot if slot in self._inventories else 0 for slot in range(topology.slots)
+        incarnations = tuple(
+            self._inventories[slot].incarnation if slot in self._inventories else 0 for slot in range(topology.slots)
         )
-        present = [slot for slot, boot in enumerate(lives) if boot]
+        present = [slot for slot, incarnation in enumerate(incarnations) if incarnation]
         orders = recovery.plan(self._inventories, topology.groups, snapshot, self._epoch, present) if snapshot else ()
-        pin = Pin(epoch=self._epoch, snapshot=snapshot, lives=lives)
-        choice = agent.registry.choose(Choice(pin=pin, orders=orders))
+        decision = Decision(epoch=self._epoch, snapshot=snapshot, incarnations=incarnations)
+        choice = agent.registry.choose(Choice(decision=decision, orders=orders))
         for link in agent.network.links.values():
-            link.send(choice.pin)
+            link.send(choice.decision)
         self._settled(choice)
 
     def _whole_reason(self, reason: str) -> str:
@@ -170,7 +170,7 @@ class Settler:
         registry = self._agent.registry
         before = registry.newest_epoch()
         choice = registry.choice(before)
-        if not reason.startswith(recovery.NOTHING_HELD) or choice is None or choice.pin.snapshot is not None:
+        if not reason.startswith(recovery.NOTHING_HELD) or choice is None or choice.decision.snapshot is not None:
             return reason
         earlier = registry.reason(before)
         return earlier if earlier.startswith(recovery.NOTHING_HELD) else f"{reason}; in epoch {before}: {earlier}"
@@ -189,20 +189,20 @@ class Settler:
 
     def _settled(self, choice: Choice) -> None:
         agent = self._agent
-        self._pin, self.choice = choice.pin, choice
-        agent.feed(events.Received(agent.config.slot, agent.state.boot, choice.pin))
+        self._decide, self.choice = choice.decision, choice
+        agent.dispatch(events.Received(agent.config.slot, agent.state.incarnation, choice.decision))
         agent.connect_peers(everyone=False)
         agent.repair.take_orders()
 
     def heard(self, message: Any) -> None:
-        """A pin that came from another agent settles the epoch here as well; its orders are read when they can be."""
-        if not isinstance(message, Pin) or message.epoch != self._epoch:
+        """A decision that came from another agent ends the election here as well; its orders are read from the folder."""
+        if not isinstance(message, Decision) or message.epoch != self._epoch:
             return
-        if self._pin is None:
-            self._pin = message
+        if self._decide is None:
+            self._decide = message
             self._agent.connect_peers(everyone=False)
         self.catch_up(message.epoch)
 
-    def _boot(self, slot: int) -> int:
+    def _incarnation(self, slot: int) -> int:
         link = self._agent.network.links.get(slot)
-        return link.theirs.boot if link is not None and link.theirs is not None else 0
+        return link.theirs.incarnation if link is not None and link.theirs is not None else 0

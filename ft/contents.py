@@ -56,7 +56,7 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Contents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What stands at the head of every worker's part of a slot: who wrote it, and which bytes hold which piece.
+    """What stands at the head of every worker's part of a buffer: who wrote it, and which bytes hold which piece.
 
     Coded with the data, so that whoever has a part of a snapshot can read it without asking anyone.
     """
@@ -65,7 +65,7 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     rank: int
     world: int
     workers: int
-    """Of the node: as many parts stand one after the other in a slot."""
+    """Of the node: as many parts stand one after the other in a buffer."""
     size: int
     """Bytes of the whole part, header included; a multiple of the bucket size."""
     entries: tuple[tuple[Piece, int], ...]

@@ -102,8 +102,8 @@ class Network:
         """To be called by the handler for every open link: the newest link of a slot is the link of that slot."""
         peer = self._peers.setdefault(link.slot, Peer(link.slot))
         old = peer.link
-        if old is not None and old.open and old is not link and _boot(link) < _boot(old):
-            link.close("a later life of this slot is connected")
+        if old is not None and old.open and old is not link and _incarnation(link) < _incarnation(old):
+            link.close("a later incarnation of this slot is connected")
             return
         peer.link, peer.delay, peer.dialled = link, 0.05, None
         if old is not None and old is not link:
@@ -161,5 +161,5 @@ class Network:
         return link
 
 
-def _boot(link: Link) -> int:
-    return link.theirs.boot if link.theirs is not None else -1
+def _incarnation(link: Link) -> int:
+    return link.theirs.incarnation if link.theirs is not None else -1

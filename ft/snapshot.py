@@ -1,6 +1,6 @@
-"""The worker's side of a snapshot: copies live shards into the granted slot while training runs on, and back.
+"""The worker's side of a snapshot: copies live shards into the granted buffer while training runs on, and back.
 
-A worker's part of a slot begins with its `Contents` (what lies where, and the caller's small state), followed by the
+A worker's part of a buffer begins with its `Contents` (what lies where, and the caller's small state), followed by the
 pieces. Data-parallel replicas split between them what they hold alike, so each copies and stores its share alone.
 The only module of `ft` that imports torch.
 """
@@ -20,7 +20,7 @@ import xxhash
 from ft.buffers import register_host_memory
 from ft.client import AgentClient
 from ft.contents import ITEM_SIZE, META_BYTES, Bytes, Contents, Move, Piece, encode_contents, move_bytes
-from ft.errors import AgentError, ForeignSnapshot, FtError, IncompleteError, SlotBusy
+from ft.errors import AgentError, BufferBusy, ForeignSnapshot, FtError, IncompleteError
 from ft.messages import Refused, SnapshotId
 from ft.snapshot_reader import Moves, Reader, Stored
 
@@ -55,7 +55,7 @@ class Shard(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PartPlan:
-    """What one rank stores and where in its part of a slot; a pure function of the state's shapes and the rank."""
+    """What one rank stores and where in its part of a buffer; a pure function of the state's shapes and the rank."""
 
     entries: tuple[tuple[Piece, int], ...]
     header_bytes: int
@@ -153,8 +153,8 @@ class Snapshotter:
         self._first = attached.first * bucket_bytes
         self._device = next((s.local.device for s in self.state.values() if s.local.is_cuda), None)
         if self._device is not None:
-            for slot in client.slots:
-                register_host_memory(slot)
+            for buffer in client.buffers:
+                register_host_memory(buffer)
         self._stream: Any = torch.cuda.Stream(self._device) if self._device is not None else None  # type: ignore[no-untyped-call]
         self._thread: threading.Thread | None = None
         self._cancelled = threading.Event()
@@ -186,7 +186,7 @@ class Snapshotter:
     def join(self) -> float:
         """Wait until the running copy is done and the tensors may change; returns the seconds that took.
 
-        With `busy: wait` that includes the wait for a slot. What fails in a snapshot is no end of training: it is
+        With `busy: wait` that includes the wait for a buffer. What fails in a snapshot is no end of training: it is
         kept in `failure`. After a restore, raises `ChunkCorrupt` when what was restored was not what is recorded.
         """
         blocked = self._wait()
@@ -215,7 +215,7 @@ class Snapshotter:
         self._rotten = None
 
     def abandon(self) -> None:
-        """As `cancel`, and the copy does not wait for its slot either: the client is of use for `close` alone."""
+        """As `cancel`, and the copy does not wait for its buffer either: the client is of use for `close` alone."""
         self.client.interrupt()
         self.cancel()
 
@@ -238,17 +238,17 @@ class Snapshotter:
         return head
 
     def _take(self, snapshot: SnapshotId, head: bytes, ready: Any) -> None:
-        """On the thread: get a slot, copy, seal."""
+        """On the thread: get a buffer, copy, seal."""
         self._failed = None
         try:
             answer = self.client.open(snapshot, wait=self.busy == "wait", deadline=self.deadline)
             if isinstance(answer, Refused):
-                raise SlotBusy(f"snapshot of step {snapshot.step} was refused: {answer.text}")
+                raise BufferBusy(f"snapshot of step {snapshot.step} was refused: {answer.text}")
             began = time.perf_counter()
-            slot = self.client.slots[answer.slot]
-            slot.fault_in()
+            buffer = self.client.buffers[answer.buffer]
+            buffer.fault_in()
             try:
-                sums = self._copy(snapshot, slot.data, head, ready)
+                sums = self._copy(snapshot, buffer.data, head, ready)
             except _Stopped:
                 self.client.cancel(snapshot)
                 raise
@@ -260,9 +260,9 @@ class Snapshotter:
             self.timings.skipped += 1
             self._failed = error
 
-    def _copy(self, snapshot: SnapshotId, slot: Bytes, head: bytes, ready: Any) -> tuple[int, ...]:
+    def _copy(self, snapshot: SnapshotId, buffer: Bytes, head: bytes, ready: Any) -> tuple[int, ...]:
         """Copy header and pieces in buckets, checksumming each bucket as soon as it is full."""
-        part = slot[self._first : self._first + self.plan.size]
+        part = buffer[self._first : self._first + self.plan.size]
         size = self.plan.bucket_bytes
         sums: list[int] = []
 
@@ -347,7 +347,7 @@ class Snapshotter:
         return ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // self.workers), "restore")
 
     def _sorted(self, moves: Moves, source: Reader) -> tuple[list[tuple[int, Bytes]], Moves]:
-        """What can be copied from this node's slot, from which byte on, straight into shards; moves for the rest."""
+        """What can be copied from this node's buffer, from which byte on, straight into shards; moves for the rest."""
         whole: list[tuple[int, Bytes]] = []
         rest: dict[str, Sequence[tuple[Move, Stored]]] = {}
         for name, each in moves.items():

@@ -63,7 +63,7 @@ def measure(folder: Path, size: int) -> dict[str, Any]:
     warm: list[float] = []
     shares: list[float] = []
     with tempfile.TemporaryDirectory() as short:  # a socket's path must be short
-        world = Nodes(Path(short), 1, slot_bytes=plan_part(state, 0, BUCKET).size, bucket_bytes=BUCKET, lease=600.0)
+        world = Nodes(Path(short), 1, state_bytes=plan_part(state, 0, BUCKET).size, bucket_bytes=BUCKET, lease=600.0)
         try:
             world.start_all()
             Worker(world, state).leave_a_snapshot()

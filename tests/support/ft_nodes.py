@@ -39,7 +39,7 @@ class Nodes:
 
     def __init__(
         self, folder: Path, nodes: int, *, workers: int = 1, groups: Sequence[tuple[Sequence[int], int]] | None = None,
-        slot_bytes: int = 4 << 20, **options: Any,
+        state_bytes: int = 4 << 20, **options: Any,
     ) -> None:  # fmt: skip
         self.nodes, self.workers, self.world = nodes, workers, nodes * workers
         self.run, self.folder = "test-run", folder
@@ -51,7 +51,7 @@ class Nodes:
                 run=self.run, slot=slot, folder=str(folder / "runtime" / str(slot)), shared=str(folder / "shared"),
                 secret=str(self.secret_path),
                 groups=tuple(GroupConfig(members=tuple(members), parity=parity) for members, parity in chosen),
-                slot_bytes=slot_bytes, **{"bucket_bytes": BUCKET, "lease": 300.0, "scrub": None} | options,
+                state_bytes=state_bytes, **{"bucket_bytes": BUCKET, "lease": 300.0, "scrub": None} | options,
             )
             for slot in range(nodes)
         ]  # fmt: skip
