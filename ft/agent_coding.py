@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from ft import isal
-from ft.contents import Bytes
+from ft.arrays import Bytes
 from ft.erasure import Codec
 from ft.galois import NumpyKernel, generator_matrix, region_of
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from ft.arrays import Bytes
 from ft.buffers import SharedBuffer, require_memory
-from ft.contents import Bytes
 from ft.state import Group
 
 
@@ -19,6 +19,11 @@ class Shape:
     def of(cls, state_bytes: int, bucket_bytes: int, group: Group) -> "Shape":
         buckets = -(-state_bytes // bucket_bytes)
         return cls(bucket_bytes=bucket_bytes, chunk=-(-buckets // group.data), group=group)
+
+    @property
+    def buckets(self) -> int:
+        """Of a data buffer."""
+        return self.chunk * self.group.data
 
     @property
     def chunk_bytes(self) -> int:

@@ -9,18 +9,19 @@ import contextlib
 import selectors
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
-from ft import auth
+from ft.agent_log import Journal
+from ft.agent_memory import Memory
 from ft.buffers import Holder
 from ft.channel import Channel, decoder_of
 from ft.errors import AgentError
 from ft.inspect import Status
-from ft.link import Link
-from ft.messages import Attach, Attached, Farewell, Hello, Wire, WorkerMessage
+from ft.link import Credentials, FarEnd, Link
+from ft.messages import Attach, Attached, Farewell, Wire, WorkerMessage
 from ft.state import Geometry
 
 ROLES = frozenset({"worker", "supervisor", "onlooker"})
@@ -45,21 +46,36 @@ class Session:
         return self.link.theirs.role if self.link.theirs is not None and self.link.open else ""
 
 
+class SessionHandler(Protocol):
+    """What an agent learns from its sessions. Called from the thread that drives the selector."""
+
+    def configured(self, geometry: Geometry) -> Attached:
+        """All workers of a layout are here; returns what each is told, apart from the place of its part."""
+        ...
+
+    def worker_lost(self, worker: int) -> None:
+        """The worker cannot write into any buffer any more."""
+        ...
+
+    def worker_message(self, session: Session, message: Wire) -> None: ...
+
+    def session_drained(self, link: Link) -> None:
+        """Little is queued on the link: bulk data may follow."""
+        ...
+
+    def session_lost(self, link: Link) -> None: ...
+
+
 class WorkerSessions:
-    """Accepts processes, knows which worker is which, and tells `on_*` callbacks what an agent must know."""
+    """Accepts processes, knows which worker is which, and tells its handler what an agent must know."""
 
     def __init__(
-        self, selector: selectors.BaseSelector, path: Path, *, mine: Hello, secret: bytes, payload_limit: int,
-        on_geometry: Callable[[Geometry], Attached], on_lost: Callable[[int], None],
-        on_message: Callable[[Session, Wire], None], on_drained: Callable[[Link], None],
-        on_gone: Callable[[Link], None], log: Callable[..., None], descriptors: Callable[[], list[int]],
-        capacity: tuple[int, int],
+        self, selector: selectors.BaseSelector, path: Path, credentials: Credentials, memory: Memory,
+        handler: SessionHandler, journal: Journal,
     ) -> None:  # fmt: skip
-        """`capacity` is (buckets of a data buffer, buckets of a data chunk)."""
-        self._selector, self._path, self.mine, self._secret = selector, path, mine, secret
-        self._payload_limit, self._capacity = payload_limit, capacity
-        self._on_geometry, self._on_lost, self._on_message = on_geometry, on_lost, on_message
-        self._on_drained, self._on_gone, self._log, self._descriptors = on_drained, on_gone, log, descriptors
+        """Listen on the Unix socket `path`, which is made; workers that attach are handed the buffers of `memory`."""
+        self._selector, self._path, self._credentials = selector, path, credentials
+        self._memory, self._handler, self._journal = memory, handler, journal
         self.by_link: dict[Link, Session] = {}
         self._leaving: list[Session] = []
         self.last_seen = time.monotonic()
@@ -82,18 +98,11 @@ class WorkerSessions:
                 holder = Holder(connection)
             except AgentError as error:
                 connection.close()
-                self._log("warning", "refused a process on the socket", reason=str(error))
+                self._journal.write("warning", "refused a process on the socket", reason=str(error))
                 return
-            link = Link(
-                Channel(connection, decode, self._payload_limit),
-                self._selector,
-                self,
-                mine=msgspec.structs.replace(self.mine, nonce=auth.nonce()),
-                secret=self._secret,
-                roles=ROLES,
-                dialled=False,
-                label=f"process {holder.pid}",
-            )
+            far = FarEnd(label=f"process {holder.pid}", dialled=False)
+            channel = Channel(connection, decode, self._memory.shape.bucket_bytes)
+            link = Link(channel, self._selector, self, self._credentials, far)
             self.by_link[link] = Session(link, holder)
 
     def tick(self, now: float) -> None:
@@ -103,7 +112,9 @@ class WorkerSessions:
             if not session.holder.alive:
                 self._reaped(session)
             elif session.left_at is not None and now - session.left_at > GRACE:
-                self._log("warning", "killing a worker that left its socket and stayed", pid=session.holder.pid)
+                self._journal.write(
+                    "warning", "killing a worker that left its socket and stayed", pid=session.holder.pid
+                )
                 session.holder.kill()
                 session.left_at = now
         if self.workers or self._leaving or any(session.role == "supervisor" for session in self.by_link.values()):
@@ -117,22 +128,24 @@ class WorkerSessions:
     def refused(self, link: Link, reason: str) -> None:
         session = self.by_link.pop(link)
         if link.channel.received:  # who only looked whether someone answers is no stranger
-            self._log("warning", "refused a process on the socket", pid=session.holder.pid, reason=reason)
+            self._journal.write("warning", "refused a process on the socket", pid=session.holder.pid, reason=reason)
         session.holder.close()
 
     def lost(self, link: Link, reason: str) -> None:
         session = self.by_link.pop(link)
-        self._on_gone(link)
+        self._handler.session_lost(link)
         if session.attach is None or session.released:
             if session.attach is not None and session.attached:
-                self._on_lost(session.attach.worker)
+                self._handler.worker_lost(session.attach.worker)
             session.holder.close()
             self._attach_all()
             return
         session.left_at = time.monotonic()
         self._leaving.append(session)
         self._selector.register(session.holder.fileno(), selectors.EVENT_READ, _DeathWatch(self))
-        self._log("info", "a worker has gone", worker=session.attach.worker, pid=session.holder.pid, reason=reason)
+        self._journal.write(
+            "info", "a worker has gone", worker=session.attach.worker, pid=session.holder.pid, reason=reason
+        )
 
     def target(self, link: Link, message: Wire, size: int) -> memoryview | None:
         return None
@@ -147,10 +160,10 @@ class WorkerSessions:
                 self.ended = True
             link.close(message.reason)
         else:
-            self._on_message(session, message)
+            self._handler.worker_message(session, message)
 
     def drained(self, link: Link) -> None:
-        self._on_drained(link)
+        self._handler.session_drained(link)
 
     # ---- workers
 
@@ -180,17 +193,17 @@ class WorkerSessions:
         self._path.unlink(missing_ok=True)
 
     def _attach(self, session: Session, attach: Attach) -> None:
-        buffer_buckets, _ = self._capacity
+        buffer_buckets, run = self._memory.shape.buckets, self._credentials.hello.run
         reason = ""
         if session.role != "worker":
             reason = f"a {session.role} cannot attach"
-        elif attach.run != self.mine.run:
-            reason = f"this agent serves run {self.mine.run!r}, not {attach.run!r}"
+        elif attach.run != run:
+            reason = f"this agent serves run {run!r}, not {attach.run!r}"
         elif attach.worker >= attach.workers:
             reason = f"worker {attach.worker} of {attach.workers} cannot be"
         elif attach.buckets > buffer_buckets:
             reason = (
-                f"worker {attach.worker} needs {attach.buckets} buckets of {self._payload_limit} bytes, "
+                f"worker {attach.worker} needs {attach.buckets} buckets of {self._memory.shape.bucket_bytes} bytes, "
                 f"a buffer has {buffer_buckets}"
             )
         if reason:
@@ -199,7 +212,9 @@ class WorkerSessions:
         session.attach, session.attached, self.ended = attach, False, False
         for other in [*self.by_link.values(), *self._leaving]:
             if other is not session and other.attach is not None and other.attach.worker == attach.worker:
-                self._log("info", "a new process takes a worker's place", worker=attach.worker, pid=other.holder.pid)
+                self._journal.write(
+                    "info", "a new process takes a worker's place", worker=attach.worker, pid=other.holder.pid
+                )
                 other.holder.kill()
         self._attach_all()
 
@@ -222,20 +237,21 @@ class WorkerSessions:
             return
         ordered = [group[worker] for worker in range(wanted.workers)]
         parts = tuple(g.attach.buckets for g in ordered if g.attach is not None)
-        buffer_buckets, chunk = self._capacity
+        buffer_buckets = self._memory.shape.buckets
         if sum(parts) > buffer_buckets:
             for session in ordered:
                 reason = f"the workers need {' + '.join(map(str, parts))} buckets, a buffer has {buffer_buckets}"
                 session.link.send(Farewell(reason=reason))
                 session.attach = None
             return
-        geometry = Geometry(layout=wanted.layout, parts=parts, chunk=chunk)
-        answer = self._on_geometry(geometry)
+        geometry = Geometry(layout=wanted.layout, parts=parts, chunk=self._memory.shape.chunk)
+        answer = self._handler.configured(geometry)
+        descriptors = [buffer.descriptor for buffer in self._memory.data]
         for worker, session in enumerate(ordered):
             if not session.attached:
                 session.attached = True
                 session.link.send(
-                    msgspec.structs.replace(answer, first=geometry.first(worker)), descriptors=self._descriptors()
+                    msgspec.structs.replace(answer, first=geometry.first(worker)), descriptors=descriptors
                 )
 
     def _reaped(self, session: Session) -> None:
@@ -244,7 +260,7 @@ class WorkerSessions:
         self._selector.unregister(session.holder.fileno())
         session.holder.close()
         if session.attached and session.attach is not None:
-            self._on_lost(session.attach.worker)
+            self._handler.worker_lost(session.attach.worker)
         self._attach_all()
 
 

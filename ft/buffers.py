@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 import xxhash
 
-from ft.contents import Bytes
+from ft.arrays import Bytes
 from ft.errors import AgentError, MemoryTooSmall
 from ft.mapping import POPULATE_READ, POPULATE_WRITE, MappedMemory, view
 

@@ -21,16 +21,16 @@ import numpy as np
 import xxhash
 
 from ft import agent_config, auth
-from ft.agent_chunks import READ_STRIPE
 from ft.agent_config import AgentConfig
 from ft.agent_registry import FOLDER
+from ft.arrays import Bytes
 from ft.buffers import SharedBuffer
 from ft.channel import Channel, decoder_of
-from ft.contents import Bytes
 from ft.errors import AgentError, AuthenticationFailed, MemoryTooSmall
 from ft.inspect import Status
-from ft.link import Link
+from ft.link import Credentials, FarEnd, Link
 from ft.messages import (
+    READ_STRIPE,
     Attach,
     Attached,
     Cancel,
@@ -137,10 +137,9 @@ class AgentClient:
             raise AgentError(f"{path}: no agent answers: {error.strerror}") from error
         self._selector.register(self._wake, selectors.EVENT_READ, None)
         mine = Hello(role=role, run=run, slot=worker, epoch=0, incarnation=0, nonce=auth.nonce())
-        self._link = Link(
-            Channel(connection, decoder_of(WorkerMessage | Status), 64 << 20), self._selector, self, mine=mine,
-            secret=secret, roles=frozenset({"agent"}), dialled=True, label=str(path),
-        )  # fmt: skip
+        credentials = Credentials(hello=mine, secret=secret, roles=frozenset({"agent"}))
+        channel = Channel(connection, decoder_of(WorkerMessage | Status), 64 << 20)
+        self._link = Link(channel, self._selector, self, credentials, FarEnd(label=str(path), dialled=True))
         self._thread = threading.Thread(target=self._serve, name="agent-client", daemon=True)
         self._thread.start()
         with self._news:

@@ -7,16 +7,13 @@ the other in its own memory, so that filling one piece from others is the inters
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
+from ft.arrays import Bytes as Bytes
 from ft.errors import IncompleteError
-
-Bytes: TypeAlias = npt.NDArray[np.uint8]
-"""A one-dimensional array over the memory of a piece."""
 
 ITEM_SIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1,

@@ -9,7 +9,7 @@ import enum
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from ft.messages import AgentMessage, Bucket, ChunkRecord, Decode, SnapshotId
+from ft.messages import AgentMessage, Bucket, ChunkRecord, Decision, Decode, SnapshotId
 from ft.state import Geometry, Topology
 
 
@@ -159,6 +159,22 @@ class EpochAdvanced:
 
 
 @dataclass(frozen=True, slots=True)
+class EpochNeeded:
+    """Something was found in `epoch` that only the next epoch can mend. Nothing when another one has begun."""
+
+    epoch: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRead:
+    """A decision was read where it was written, with its plan: (decoder, order) of every chunk that is rebuilt."""
+
+    decision: Decision
+    orders: tuple[tuple[int, Decode], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class DurableStarted:
     """The durable tier begins to read a committed snapshot's data buffer."""
 
@@ -175,7 +191,7 @@ class DurableEnded:
 Event: TypeAlias = (
     Configured | WorkerOpened | WorkerSealed | WorkerCancelled | WorkerLost | DataVerified | ParityVerified
     | PeerConnected | PeerLost | PeerAway | Received | BucketArrived | Scrubbed | ChunkRebuilt | EpochAdvanced
-    | DurableStarted | DurableEnded
+    | EpochNeeded | PlanRead | DurableStarted | DurableEnded
 )  # fmt: skip
 
 
@@ -301,7 +317,7 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Decided:
-    """The choice of this epoch is in force: answer workers' `Restore` from it when `whole`.
+    """The decision of this epoch is in force: answer workers' `Restore` from the state when `whole`.
 
     `whole` is False while own data chunks are missing; another `Decided` follows when they are back.
     """
@@ -310,6 +326,16 @@ class Decided:
     snapshot: SnapshotId | None
     buffer: int | None
     whole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FollowOrders:
+    """Once per epoch, when its decision is in force: decode what `orders` ask of this agent, expect what others decode.
+
+    Each is (decoder, order).
+    """
+
+    orders: tuple[tuple[int, Decode], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,5 +379,5 @@ class Log:
 
 Effect: TypeAlias = (
     Grant | Refuse | Revoke | Send | SendChunk | StopCoding | Verify | ClearParity | Accumulate | FinishParity
-    | Commit | Release | Decided | StartDecode | SendPart | BeginEpoch | RequestEpoch | Log
+    | Commit | Release | Decided | FollowOrders | StartDecode | SendPart | BeginEpoch | RequestEpoch | Log
 )  # fmt: skip

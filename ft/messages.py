@@ -342,6 +342,10 @@ class Restored(Wire, frozen=True):
     text: Text = ""
 
 
+READ_STRIPE = 1_000_000
+"""Stands for the stripe in a `Part` that answers a `Read`: its index counts from the start of the owner's data."""
+
+
 class Read(Wire, frozen=True):
     """Send me buckets `first ... first + count` of slot `owner`'s data of the decided snapshot, as `Part`s."""
 

@@ -25,12 +25,15 @@ from ft.events import (
     DurableStarted,
     Effect,
     EpochAdvanced,
+    EpochNeeded,
     Event,
+    FollowOrders,
     Grant,
     ParityVerified,
     PeerAway,
     PeerConnected,
     PeerLost,
+    PlanRead,
     Reason,
     Received,
     Refuse,
@@ -121,6 +124,11 @@ def _handle(transition: Transition, event: Event) -> None:
             _receive(transition, event)
         case EpochAdvanced(epoch):
             _advance(transition, epoch)
+        case EpochNeeded(epoch, reason):
+            if epoch == transition.state.epoch:
+                transition.emit(RequestEpoch(reason))
+        case PlanRead(decision, orders):
+            _plan(transition, decision, orders)
         case Scrubbed(snapshot, stripe, intact):
             if not intact:
                 _scrubbed(transition, snapshot, stripe)
@@ -371,13 +379,14 @@ def _decide(transition: Transition, decision: Decision) -> None:
         incarnations=decision.incarnations,
         decided_epoch=decision.epoch,
         decided=decision.snapshot,
+        decided_whole=False,
         committed=decision.snapshot,
     )
     for copy in state.copies:
         if copy.snapshot != decision.snapshot:
             transition.drop(replace(copy, phase=Phase.COMMITTED) if copy.open else copy)
     if decision.snapshot is None:
-        transition.emit(Decided(decision.epoch, None, None, whole=True))
+        _announce(transition, None, whole=True)
         return
     chosen = transition.state.copy(decision.snapshot) or _empty_copy(transition, decision.snapshot)
     if chosen is None:
@@ -390,7 +399,24 @@ def _decide(transition: Transition, decision: Decision) -> None:
     chosen = transition.put(replace(chosen, phase=phase, coding={}, finishing=frozenset(), members={}))
     if phase is Phase.COMMITTED:
         chosen = coding.say_stored(transition, chosen)
-    transition.emit(Decided(decision.epoch, decision.snapshot, chosen.data, whole=_data_whole(transition, chosen)))
+    _announce(transition, chosen, whole=_data_whole(transition, chosen))
+
+
+def _announce(transition: Transition, copy: Copy | None, *, whole: bool) -> None:
+    """Say what the decision in force means here: `copy` is restored, or nothing in memory."""
+    transition.set(decided_whole=whole)
+    snapshot, buffer = (copy.snapshot, copy.data) if copy is not None else (None, None)
+    transition.emit(Decided(transition.state.decided_epoch, snapshot, buffer, whole))
+
+
+def _plan(transition: Transition, decision: Decision, orders: tuple[tuple[int, Decode], ...]) -> None:
+    """The plan is read with the decision; it is followed once, by agents for which the decision is in force."""
+    _decide(transition, decision)
+    state = transition.state
+    in_force = state.mode is Mode.ACTIVE and state.decided_epoch == decision.epoch
+    if in_force and state.planned_epoch != decision.epoch:
+        transition.set(planned_epoch=decision.epoch)
+        transition.emit(FollowOrders(orders))
 
 
 def _empty_copy(transition: Transition, snapshot: SnapshotId) -> Copy | None:
@@ -416,7 +442,7 @@ def _rebuilt(transition: Transition, event: ChunkRebuilt) -> None:
     rebuilt = {**copy.rebuilt, stripe: event.sums} if stripe in copy.group.data_stripes(state.slot) else copy.rebuilt
     copy = transition.put(replace(copy, good={**copy.good, stripe: event.record}, rebuilt=rebuilt))
     if not whole and _data_whole(transition, copy) and state.decided == copy.snapshot:
-        transition.emit(Decided(state.decided_epoch, copy.snapshot, copy.data, whole=True))
+        _announce(transition, copy, whole=True)
     if len(copy.good) == copy.group.size:
         coding.say_stored(transition, transition.put(replace(copy, phase=Phase.COMMITTED)))
         transition.log("info", f"snapshot {copy.snapshot} is whole again on slot {state.slot}")

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 import xxhash
 
+from ft.arrays import Bytes
 from ft.buffers import register_host_memory
 from ft.client import AgentClient
-from ft.contents import ITEM_SIZE, META_BYTES, Bytes, Contents, Move, Piece, encode_contents, move_bytes
+from ft.contents import ITEM_SIZE, META_BYTES, Contents, Move, Piece, encode_contents, move_bytes
 from ft.errors import AgentError, BufferBusy, ForeignSnapshot, FtError, IncompleteError
 from ft.messages import Refused, SnapshotId
 from ft.snapshot_reader import Moves, Reader, Stored

@@ -9,10 +9,10 @@ from typing import TypeVar
 import numpy as np
 import xxhash
 
+from ft.arrays import Bytes
 from ft.client import AgentClient
 from ft.contents import (
     HEAD_BYTES,
-    Bytes,
     Contents,
     Move,
     Piece,

@@ -215,6 +215,11 @@ class State:
     """The newest snapshot known to be committed, held here or not."""
     decided_epoch: int = 0
     decided: SnapshotId | None = None
+    """What the last decision restores, that of `decided_epoch`."""
+    decided_whole: bool = False
+    """Whether this node's data of `decided` were here when that was last looked at; True when nothing is restored."""
+    planned_epoch: int = 0
+    """Epoch whose decode orders this agent follows."""
 
     def copy(self, snapshot: SnapshotId | None) -> Copy | None:
         return next((copy for copy in self.copies if copy.snapshot == snapshot), None)
@@ -222,6 +227,11 @@ class State:
     @property
     def group(self) -> Group:
         return self.topology.group_of(self.slot)
+
+    @property
+    def restorable(self) -> bool:
+        """Whether the decision of this epoch is in force and this node has all of its data."""
+        return self.mode is Mode.ACTIVE and self.decided_whole
 
 
 def initial(run: str, slot: int, incarnation: int, topology: Topology, *, durable: bool = False) -> State:

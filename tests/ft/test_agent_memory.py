@@ -31,6 +31,6 @@ def test_agents_take_what_was_said(tmp_path: Path, members: int, parity: int, ch
             world.take(step)
         for agent in world.agents.values():
             assert agent.memory.bytes == said.data + said.parity
-            assert len(agent._free) * BUCKET <= said.receiving
+            assert agent.inbox.free * BUCKET <= said.receiving
     finally:
         world.close()

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from ft import auth
 from ft.bandwidth import TokenBucket
 from ft.errors import AuthenticationFailed
-from ft.link import Link
+from ft.link import Credentials, Link
 from ft.messages import Bucket, Farewell, Hello, Known, Proof, SnapshotId, encode
-from ft.network import Network
+from ft.network import Network, NetworkLimits
 
 SECRET = b"s" * 32
 SNAPSHOT = SnapshotId("run", 0, 1, "layout")
@@ -70,10 +70,11 @@ class World:
         self, slot: int, *, secret: bytes = SECRET, run: str = "run", incarnation: int = 0, **options: Any
     ) -> Recorder:
         handler = Recorder()
-        mine = Hello(role="agent", run=run, slot=slot, epoch=0, incarnation=incarnation, nonce=auth.nonce())
+        hello = Hello(role="agent", run=run, slot=slot, epoch=0, incarnation=incarnation, nonce=auth.nonce())
+        credentials = Credentials(hello=hello, secret=secret, roles=Network.ROLES)
         handler.network = Network(
-            self.selector, handler, mine=mine, secret=secret, bind=("127.0.0.1", 0), resolve=self.addresses.get,
-            payload_limit=LIMIT, **options,
+            self.selector, handler, credentials, bind=("127.0.0.1", 0), resolve=self.addresses.get,
+            limits=NetworkLimits(payload=LIMIT, **options),
         )  # fmt: skip
         self.addresses[slot] = handler.network.address
         self.all.append(handler)

@@ -47,8 +47,8 @@ class Team:
     def start(self, slot: int) -> None:
         """An agent with an empty memory."""
         agent = self.agents[slot] = Agent(self.configs[slot])
-        buckets = agent.memory.shape.chunk * agent.state.group.data
-        agent.effects.configured(Geometry(layout=LAYOUT, parts=(buckets,), chunk=agent.memory.shape.chunk))
+        buckets = agent.memory.shape.buckets
+        agent.configured(Geometry(layout=LAYOUT, parts=(buckets,), chunk=agent.memory.shape.chunk))
 
     def kill(self, slot: int) -> None:
         """Its memory is gone and its sockets closed, without a word."""
@@ -148,12 +148,12 @@ class Team:
     def check(self, step: int) -> None:
         """Every agent holds what its worker wrote."""
         for slot, agent in self.agents.items():
-            decided = agent.effects.decided
-            assert decided is not None, self.say()
-            assert decided.snapshot is not None, self.say()
-            assert (decided.snapshot.step, decided.whole) == (step, True)
-            assert decided.buffer is not None
-            assert np.array_equal(agent.memory.data[decided.buffer].data, self.content(slot, step))
+            copy = agent.state.copy(agent.state.decided)
+            assert agent.state.restorable, self.say()
+            assert copy is not None, self.say()
+            assert copy.snapshot.step == step
+            assert copy.data is not None
+            assert np.array_equal(agent.memory.data[copy.data].data, self.content(slot, step))
 
     def check_committed(self, step: int) -> None:
         """Every agent holds what its worker wrote of the newest committed snapshot."""
