@@ -28,6 +28,21 @@ CACHED = 8
 """Answers of other nodes that are kept: neighbouring tensors share buckets."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RankPlace:
+    """Where a rank stands: one of `world` ranks, on node `node` of `nodes`, each of which has `workers` ranks.
+
+    `node` is the slot of the node's agent; `bucket_bytes` must be that of the agents.
+    """
+
+    rank: int
+    world: int
+    workers: int
+    node: int
+    nodes: int
+    bucket_bytes: int
+
+
 @dataclass(frozen=True)
 class Stored:
     """A piece in some node's data buffer."""
@@ -45,12 +60,11 @@ class Reader:
     """Finds what fills a rank's shards, and gives the bytes, checked against their checksums."""
 
     def __init__(
-        self, client: AgentClient, restored: Restored, snapshot: SnapshotId, *, rank: int, world: int, node: int,
-        nodes: int, bucket_bytes: int, deadline: float,
-    ) -> None:  # fmt: skip
+        self, client: AgentClient, restored: Restored, snapshot: SnapshotId, place: RankPlace, deadline: float
+    ) -> None:
+        """`snapshot` is what `restored` says; `deadline` in seconds, for each answer of another node."""
         self._client, self._snapshot, self._epoch, self._sums = client, snapshot, restored.epoch, restored.sums
-        self._rank, self._world, self._node, self._nodes = rank, world, node, nodes
-        self._size, self._deadline = bucket_bytes, deadline
+        self._place, self._node, self._size, self._deadline = place, place.node, place.bucket_bytes, deadline
         self._buffer = client.buffers[restored.buffer]
         self._checked: set[int] = set()
         self._cache: dict[tuple[int, int, int], Bytes] = {}
@@ -62,18 +76,18 @@ class Reader:
         """
         own = self._parts(self._node)
         meta = {contents.rank: contents.meta for contents, _ in own}
-        same = all(contents.world == self._world for contents, _ in own)
+        same = all(contents.world == self._place.world for contents, _ in own)
         try:
-            if not same or self._rank not in meta:
+            if not same or self._place.rank not in meta:
                 raise IncompleteError("not all is here")
-            return _moves(own, targets, optional), meta[self._rank], True
+            return _moves(own, targets, optional), meta[self._place.rank], True
         except IncompleteError:
             found = [(self._node, own)]
-            found += [(owner, self._parts(owner)) for owner in range(self._nodes) if owner != self._node]
+            found += [(owner, self._parts(owner)) for owner in range(self._place.nodes) if owner != self._node]
         everything = [(contents, stored) for _, parts in found for contents, stored in parts]
         meta = {contents.rank: contents.meta for contents, _ in everything}
         worlds = {contents.world for contents, _ in everything}
-        own_meta = meta.get(self._rank) if worlds == {self._world} else None
+        own_meta = meta.get(self._place.rank) if worlds == {self._place.world} else None
         return _moves(everything, targets, optional), own_meta or meta[min(meta)], False
 
     def local(self, moves: Iterable[tuple[Move, Stored]]) -> bool:

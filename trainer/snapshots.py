@@ -22,7 +22,8 @@ from ft.client import AgentClient, ensure_agent
 from ft.errors import AgentError, FtError
 from ft.interval import Interval
 from ft.placement import Group, groups_of
-from ft.snapshot import Restoration, Snapshotter, plan_part
+from ft.snapshot import Restoration, SnapshotOptions, Snapshotter, plan_part
+from ft.snapshot_reader import RankPlace
 from ft.spec import SnapshotSpec
 from parallel.layout import Layout
 from parallel.shard import Shard
@@ -94,16 +95,16 @@ class Snapshots:
         self._snapshotter = Snapshotter(
             self._client,
             self._state,
+            RankPlace(
+                rank=self._world.rank,
+                world=self._world.size,
+                workers=layout.ranks_per_node,
+                node=self._node,
+                nodes=layout.nodes,
+                bucket_bytes=config.bucket_bytes,
+            ),
             layout=self._layout_hash,
-            rank=self._world.rank,
-            world=self._world.size,
-            workers=layout.ranks_per_node,
-            node=self._node,
-            nodes=layout.nodes,
-            bucket_bytes=config.bucket_bytes,
-            busy=self._spec.busy,
-            deadline=self._spec.commit_deadline,
-            optional=OPTIONAL,
+            options=SnapshotOptions(busy=self._spec.busy, deadline=self._spec.commit_deadline, optional=OPTIONAL),
         )
 
     @property

@@ -109,9 +109,7 @@ class Worker:
 
     def __init__(self, world: Nodes, state: dict[str, Tensor]) -> None:
         self.client = world.connect(0)
-        self.snapshotter = Snapshotter(
-            self.client, state, layout="bench", rank=0, world=1, workers=1, node=0, nodes=1, bucket_bytes=BUCKET
-        )
+        self.snapshotter = Snapshotter(self.client, state, world.place(0), layout="bench")
 
     def restore(self, epoch: int) -> None:
         restored = self.snapshotter.restore(epoch)

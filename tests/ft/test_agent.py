@@ -28,7 +28,7 @@ def recover(world: Nodes, snapshotters: list[Any], epoch: int) -> list[Any]:
 
 def take(snapshotters: list[Any], step: int) -> None:
     for snapshotter in snapshotters:
-        snapshotter.offer(step, f"meta {step} {snapshotter.rank}".encode())
+        snapshotter.offer(step, f"meta {step} {snapshotter.place.rank}".encode())
     for snapshotter in snapshotters:
         snapshotter.join()
         assert snapshotter.failure is None
@@ -120,11 +120,11 @@ from tests.support.ft_nodes import BUCKET, Nodes, random_state
 rank, moment = int(sys.argv[3]), sys.argv[4]
 world = Nodes(Path(sys.argv[2]), 2, groups=[((0, 1), 1)])
 import ft.snapshot
-from ft.snapshot import Snapshotter
+from ft.snapshot import SnapshotOptions, Snapshotter
 state = random_state(rank, 2)
 snapshotter = Snapshotter(
-    world.connect(rank), state, layout="layout", rank=rank, world=2, workers=1, node=rank, nodes=2,
-    bucket_bytes=65536, deadline=60.0, meta_bytes=1024,
+    world.connect(rank), state, world.place(rank), layout="layout",
+    options=SnapshotOptions(deadline=60.0, meta_bytes=1024),
 )
 snapshotter.restore(1)
 def say(text):

@@ -45,7 +45,7 @@ def watch_worker(module: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def copying(self: Any, snapshot: Any, *rest: Any) -> Any:
-        if self.rank != RANK:
+        if self.place.rank != RANK:
             return copy(self, snapshot, *rest)
         if due("granted", snapshot.step):
             die()
@@ -64,7 +64,7 @@ def watch_worker(module: Any) -> None:
 
     def written(shard: Any, moves: Any, source: Any) -> None:
         write(shard, moves, source)
-        if source._rank == RANK and due("restore", source._snapshot.step):
+        if source._place.rank == RANK and due("restore", source._snapshot.step):
             die()
 
     class Numpy:
