@@ -24,9 +24,10 @@ from ft.agent_durable import DurableWriter
 from ft.agent_effects import Effects, Parts
 from ft.agent_encoder import Encoder
 from ft.agent_folder import clear, sweep, take_lock
-from ft.agent_inbox import Inbox, strand
+from ft.agent_inbox import Inbox
 from ft.agent_log import Journal
 from ft.agent_memory import Memory, Shape
+from ft.agent_peers import PeerLinks
 from ft.agent_reads import Reads
 from ft.agent_registry import Registry
 from ft.agent_repair import Repair
@@ -39,9 +40,7 @@ from ft.auth import load_secret, nonce
 from ft.errors import AgentError, FtError, MemoryTooSmall
 from ft.link import Credentials, Link
 from ft.messages import (
-    READ_STRIPE,
     Attached,
-    Bucket,
     Cancel,
     Decode,
     Fetch,
@@ -49,7 +48,6 @@ from ft.messages import (
     Inventory,
     InventoryRequest,
     Open,
-    Part,
     Read,
     Restore,
     Save,
@@ -69,7 +67,7 @@ FAREWELL = 60.0
 
 
 class Agent:
-    """The agent of one slot, which implements `ft.agent_shell.Shell` for its parts and listens to links and sessions.
+    """The agent of one slot, which implements `ft.agent_shell.Shell` for its parts and listens to its workers.
 
     Its memory is one incarnation of the slot's.
     """
@@ -93,9 +91,21 @@ class Agent:
         self.outbox = Outbox()
         self._events: collections.deque[tuple[events.Event, Arrived | None]] = collections.deque()
         self._dispatching = False
-        self._missing: dict[int, float] = {}
-        self._open_sockets(secret)
-        self._make_parts()
+        self.inbox = Inbox(self)
+        self.repair = Repair(self)
+        self.reads = Reads(self)
+        self.election = RecoveryElection(self)
+        self.scrub = Scrub(self)
+        self.durable = DurableWriter(self, config.durable) if config.durable is not None else None
+        self.peers = PeerLinks(self, self.inbox, self.repair, self.reads, self.election)
+        self.network, self.sessions = self._open_sockets(secret)
+        self.restores = RestoreAnswers(self, self.sessions)
+        self.commits = agent_status.CommitTimes()
+        parts = Parts(
+            sessions=self.sessions, encoder=Encoder(self), repair=self.repair, reads=self.reads,
+            restores=self.restores, election=self.election, durable=self.durable, commits=self.commits,
+        )  # fmt: skip
+        self._effects = Effects(self, parts)
         self.registry.publish(config.slot, self.network.address, self.state.incarnation)
         self.connect_peers(everyone=False)
         self._ended = ""
@@ -104,31 +114,16 @@ class Agent:
         """The signal that asked this agent to end, and when."""
         self.journal.write("info", "started", pid=os.getpid(), bytes=self.memory.bytes, address=self.network.address)
 
-    def _open_sockets(self, secret: bytes) -> None:
+    def _open_sockets(self, secret: bytes) -> tuple[Network, WorkerSessions]:
         config, incarnation = self.config, self.state.incarnation
         hello = Hello(role="agent", run=config.run, slot=config.slot, epoch=0, incarnation=incarnation, nonce=nonce())
         to_peers = Credentials(hello=hello, secret=secret, roles=Network.ROLES)
-        self.network = Network(
-            self.selector, self, to_peers, bind=(config.host, config.port), resolve=self.registry.resolve,
+        network = Network(
+            self.selector, self.peers, to_peers, bind=(config.host, config.port), resolve=self.registry.resolve,
             limits=NetworkLimits(payload=config.bucket_bytes, rate=config.rate, silence=config.silence),
         )  # fmt: skip
         to_workers = dataclasses.replace(to_peers, roles=agent_workers.ROLES)
-        self.sessions = WorkerSessions(self.selector, config.socket, to_workers, self.memory, self, self.journal)
-
-    def _make_parts(self) -> None:
-        self.inbox = Inbox(self)
-        self.repair = Repair(self)
-        self.reads = Reads(self)
-        self.election = RecoveryElection(self)
-        self.scrub = Scrub(self)
-        self.restores = RestoreAnswers(self, self.sessions)
-        self.durable = DurableWriter(self, self.config.durable) if self.config.durable is not None else None
-        self.commits = agent_status.CommitTimes()
-        parts = Parts(
-            sessions=self.sessions, encoder=Encoder(self), repair=self.repair, reads=self.reads,
-            restores=self.restores, election=self.election, durable=self.durable, commits=self.commits,
-        )  # fmt: skip
-        self._effects = Effects(self, parts)
+        return network, WorkerSessions(self.selector, config.socket, to_workers, self.memory, self, self.journal)
 
     # ---- from start to end
 
@@ -176,7 +171,7 @@ class Agent:
     def _tick(self, now: float) -> None:
         self.network.tick(now)
         self.sessions.tick(now)
-        self._look_for_peers(now)
+        self.peers.tick(now)
         self.repair.tick(now)
         self.election.tick(now)
         self.scrub.tick(now)
@@ -198,23 +193,8 @@ class Agent:
                 # Its supervisor has died. Peers that stay connected with this agent would not meet the other one.
                 self.end("the slot has another agent, on another node")
 
-    @property
-    def _near(self) -> set[int]:
-        """The group and the neighbours in the tree: without them nothing is committed."""
-        return {*self.state.group.members, *self.state.topology.neighbours(self.config.slot)}
-
     def connect_peers(self, *, everyone: bool) -> None:
-        """Stay connected with those that commits need; with `everyone` with all, for as long as is needed."""
-        needed = self.reads.awaited | self.repair.awaited
-        wanted = range(self.state.topology.slots) if everyone else self._near | needed | self.network.links.keys()
-        self.network.set_peers(wanted, needed)
-
-    def _look_for_peers(self, now: float) -> None:
-        missing = self._near - self.network.links.keys() - {self.config.slot}
-        self._missing = {slot: self._missing.get(slot, now) for slot in missing}
-        for slot, since in self._missing.items():
-            if now - since > self.config.silence and slot not in self.state.away:
-                self.dispatch(events.PeerAway(slot))
+        self.peers.connect(everyone=everyone)
 
     # ---- the protocol
 
@@ -246,54 +226,6 @@ class Agent:
         else:
             self.dispatch(events.Received(sender, incarnation, message))
             self.election.heard(message)
-
-    # ---- Handler of the links to other agents
-
-    def connected(self, link: Link) -> None:
-        self.network.opened(link)
-        if not link.closed and link.theirs is not None:
-            self.journal.write("info", "connected", peer=link.slot)
-            self.dispatch(events.PeerConnected(link.slot, link.theirs.incarnation))
-            self.election.connected(link.slot)
-            self.repair.connected(link.slot)
-            self.reads.connected(link.slot)
-
-    def lost(self, link: Link, reason: str) -> None:
-        slot = link.theirs.slot if link.theirs is not None else -1
-        self.session_lost(link)
-        self.network.forget(link)
-        self.journal.write("warning", "lost a peer", peer=slot, reason=reason)
-        if slot not in self.network.links:
-            self.dispatch(events.PeerLost(slot))
-            self.election.lost(slot)
-
-    def refused(self, link: Link, reason: str) -> None:
-        self.network.forget(link)
-        if not link.dialled:
-            self.journal.write("warning", "refused a connection", peer=link.label, reason=reason)
-
-    def target(self, link: Link, message: Wire, size: int) -> memoryview | None:
-        if isinstance(message, Part):
-            if message.stripe == READ_STRIPE:
-                return self.reads.target(message, size)
-            self.election.catch_up(message.epoch)
-            return self.repair.target(message, size)
-        return self.inbox.target(link, size) if isinstance(message, Bucket) else None
-
-    def received(self, link: Link, message: Wire, payload: memoryview | None) -> None:
-        assert link.theirs is not None
-        sender, incarnation = link.slot, link.theirs.incarnation
-        if isinstance(message, Bucket) and payload is not None:
-            self.inbox.received(link, message, payload)
-        elif isinstance(message, Part):
-            (self.reads if message.stripe == READ_STRIPE else self.repair).part(message, payload)
-        elif self.pool.busy(strand(link)):
-            self.pool.order(strand(link), lambda: None, lambda _: self.route(sender, incarnation, message))
-        else:
-            self.route(sender, incarnation, message)
-
-    def drained(self, link: Link) -> None:
-        self.outbox.drained(link)
 
     # ---- SessionHandler of the processes of this node
 

@@ -292,12 +292,12 @@ def test_nothing_is_left_when_the_job_ends_or_everything_is_killed(tmp_path: Pat
 def test_an_agent_ends_when_nobody_needs_it(tmp_path: Path) -> None:
     with nodes(tmp_path, 1, lease=0.3) as world:
         world.wait_dead(0)
-        assert "nobody has needed this agent" in world.log(0)
+        assert "no process has needed this agent" in world.log(0)
         assert not Path(world.configs[0].folder).exists()
 
 
 def test_too_little_memory_is_said_before_anything_begins(tmp_path: Path) -> None:
-    world = Nodes(tmp_path, 1, buffer_bytes=2**45)
+    world = Nodes(tmp_path, 1, state_bytes=2**45)
     with pytest.raises(MemoryTooSmall, match="is available"):
         world.start(0)
 
@@ -305,7 +305,7 @@ def test_too_little_memory_is_said_before_anything_begins(tmp_path: Path) -> Non
 def test_a_folder_too_deep_for_a_socket_is_said_before_anything_begins(tmp_path: Path) -> None:
     deep = tmp_path / ("deep" * 25)
     config = AgentConfig(
-        run="run", slot=0, folder=str(deep), shared=str(tmp_path), secret="", buffer_bytes=0,
+        run="run", slot=0, folder=str(deep), shared=str(tmp_path), secret="", state_bytes=0,
         groups=(GroupConfig(members=(0,), parity=0),),
     )  # fmt: skip
     with pytest.raises(AgentError, match=r"at most 107 bytes, this one .*: set XDG_RUNTIME_DIR to a folder"):
