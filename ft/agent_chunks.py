@@ -5,18 +5,26 @@ left to send. Buckets of a chunk go in order; chunks of one link one after the o
 """
 
 import collections
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import xxhash
 
-from ft.contents import Bytes
+from ft.arrays import Bytes
 from ft.link import Link
 from ft.messages import Bucket, ChunkEnd, Part, SnapshotId, Wire, digest
 
 Piece = tuple[Wire, "memoryview | None"]
 
-READ_STRIPE = 1_000_000
-"""Stands for the stripe in a `Part` that answers a `Read`: its index counts from the start of the owner's data."""
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+    """The chunk of slot `owner` that parts are sent of, and the epoch in which they are asked for."""
+
+    epoch: int
+    snapshot: SnapshotId
+    stripe: int
+    owner: int
 
 
 class Job:
@@ -83,19 +91,16 @@ def chunk_pieces(
     yield ChunkEnd(snapshot=snapshot, stripe=stripe, count=len(sums), digest=digest(sums)), None
 
 
-def part_pieces(
-    epoch: int, snapshot: SnapshotId, stripe: int, owner: int, indices: range, count: int,
-    bucket: Callable[[int], Bytes],
-) -> Iterator[Piece]:  # fmt: skip
-    """Buckets `indices` of slot `owner`'s chunk of `count` buckets, each with the checksum of what is in memory now."""
+def part_pieces(source: Source, indices: range, count: int, bucket: Callable[[int], Bytes]) -> Iterator[Piece]:
+    """Buckets `indices` of a chunk of `count` buckets, each with the checksum of what is in memory now."""
     for index in indices:
         data = bucket(index)
         yield (
             Part(
-                epoch=epoch,
-                snapshot=snapshot,
-                stripe=stripe,
-                owner=owner,
+                epoch=source.epoch,
+                snapshot=source.snapshot,
+                stripe=source.stripe,
+                owner=source.owner,
                 index=index,
                 count=count,
                 sum=xxhash.xxh3_64_intdigest(data.data),

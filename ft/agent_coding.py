@@ -1,7 +1,7 @@
 """What the agent computes outside its loop: checksums and parity, on a few threads that release the GIL.
 
 Work on one piece of memory runs in the order in which it was asked for (a `Strand`); different pieces run in parallel.
-Results come back through `Crew.collect`, in the thread that drives the selector.
+Results come back through `WorkPool.collect`, in the thread that drives the selector.
 """
 
 import collections
@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from ft import isal
-from ft.contents import Bytes
+from ft.arrays import Bytes
 from ft.erasure import Codec
 from ft.galois import NumpyKernel, generator_matrix, region_of
 
@@ -21,7 +21,7 @@ Job = tuple[Callable[[], Any], Callable[[Any], None] | None, Callable[[], None] 
 """Work, what follows from its result, and what must be done in the loop in any case, also when the job is dropped."""
 
 
-class Crew:
+class WorkPool:
     """A few threads, strands of ordered work, and an event descriptor that wakes the selector."""
 
     def __init__(self, selector: selectors.BaseSelector, threads: int) -> None:

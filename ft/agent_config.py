@@ -57,7 +57,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     shared: str
     secret: str
     groups: tuple[GroupConfig, ...]
-    slot_bytes: int
+    state_bytes: int
     """S: bytes of the largest node state of the job."""
     bucket_bytes: int = 4 << 20
     host: str = "127.0.0.1"
@@ -79,8 +79,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def __post_init__(self) -> None:
         if self.bucket_bytes < 4096 or self.bucket_bytes % 4096 or self.bucket_bytes > 64 << 20:
             raise ValueError(f"bucket_bytes is {self.bucket_bytes}, must be a multiple of 4096 of at most 64 MiB")
-        if self.slot_bytes < 0 or self.threads < 1 or self.lease <= 0 or self.silence <= 0:
-            raise ValueError("slot_bytes, threads, lease and silence must be positive")
+        if self.state_bytes < 0 or self.threads < 1 or self.lease <= 0 or self.silence <= 0:
+            raise ValueError("state_bytes, threads, lease and silence must be positive")
         slots = sorted(slot for group in self.groups for slot in group.members)
         if slots != list(range(len(slots))) or self.slot not in slots:
             raise ValueError(f"groups must hold each slot once, from 0 on, and slot {self.slot} among them")

@@ -11,24 +11,23 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from ft import durable, events
 from ft.agent_config import DurableConfig
-from ft.contents import Bytes, Contents, contents_length, decode_contents
+from ft.agent_shell import Shell
+from ft.arrays import Bytes
+from ft.contents import Contents, contents_length, decode_contents
 from ft.errors import DurableError, FtError
 from ft.messages import SnapshotId
 from ft.part_writer import write_part
 
-if TYPE_CHECKING:
-    from ft.agent import Agent
-
 
 @dataclass
 class Report:
-    """What became of the checkpoints of this agent's life."""
+    """What became of the checkpoints since this agent began."""
 
     written: int = 0
     published: int = 0
@@ -41,8 +40,8 @@ class Report:
 class DurableWriter:
     """One checkpoint at a time on a thread of its own."""
 
-    def __init__(self, agent: "Agent", config: DurableConfig) -> None:
-        self._agent, self._config = agent, config
+    def __init__(self, shell: Shell, config: DurableConfig) -> None:
+        self._shell, self._config = shell, config
         self._root = Path(config.root)
         self._pool = ThreadPoolExecutor(1, "durable")
         self._under_way = 0
@@ -68,31 +67,31 @@ class DurableWriter:
     def save(self, epoch: int) -> None:
         """Write what an epoch restores, due or not, as soon as this agent has it whole."""
         self._saves = epoch
-        self.pinned()
+        self.decided()
 
-    def pinned(self) -> None:
-        """An epoch's choice is in force."""
-        pinned = self._agent.effects.pinned
-        if self._saves is None or pinned is None or pinned.epoch < self._saves or not pinned.whole:
+    def decided(self) -> None:
+        """An epoch's decision is in force."""
+        state = self._shell.state
+        if self._saves is None or not state.restorable or state.epoch < self._saves:
             return
         asked, self._saves = self._saves, None
-        if pinned.snapshot is not None:
+        if state.decided is not None:
             self.abandon()  # what is under way may wait for an agent that is lost
-            self._begin(pinned.snapshot, asked)
+            self._begin(state.decided, asked)
 
     def _begin(self, snapshot: SnapshotId, epoch: int) -> None:
         """`epoch`: the snapshot's, or the later one that a supervisor wants on disk; all write into one folder."""
-        copy = self._agent.state.copy(snapshot)
+        copy = self._shell.state.copy(snapshot)
         if copy is None or copy.data is None:
             return
         self._under_way, self._owed = self._under_way + 1, False
         self._abandoned = threading.Event()
-        agent = self._agent
-        agent.feed(events.DurableStarted(snapshot))
-        data = agent.memory.data[copy.data].data
+        shell = self._shell
+        shell.dispatch(events.DurableStarted(snapshot))
+        data = shell.memory.data[copy.data].data
         tmp = durable.staging(self._root, epoch, snapshot.step)
-        first = min([agent.config.slot, *agent.network.links]) == agent.config.slot
-        agent.crew.follow(
+        first = min([shell.config.slot, *shell.network.links]) == shell.config.slot
+        shell.pool.follow(
             self._pool.submit(self._write, snapshot, tmp, data, self._abandoned if first else None),
             lambda error: self._written(snapshot, error),
         )
@@ -110,17 +109,17 @@ class DurableWriter:
             self._owed = True
             self.report.failed += 1
             self.report.last_error = error
-            self._agent.journal.write(
+            self._shell.journal.write(
                 "warning", "a checkpoint failed, the next is tried", step=snapshot.step, reason=error
             )
         else:
             self.report.written += 1
             self.report.last_step = snapshot.step
-        self._agent.feed(events.DurableEnded(snapshot))
+        self._shell.dispatch(events.DurableEnded(snapshot))
 
     def _write(self, snapshot: SnapshotId, tmp: Path, data: Bytes, publishes: threading.Event | None) -> str:
         """On the thread: returns what went wrong, or nothing. `publishes`, unless that event says to give it up."""
-        began = time.monotonic()
+        began = self._shell.clock()
         try:
             tmp.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = parts(data)
@@ -134,16 +133,16 @@ class DurableWriter:
             if publishes is not None:
                 shutil.rmtree(tmp, ignore_errors=True)
             return f"{type(error).__name__}: {error}"
-        self.report.last_seconds = time.monotonic() - began
+        self.report.last_seconds = self._shell.clock() - began
         return ""
 
     def _publish(self, snapshot: SnapshotId, tmp: Path, contents: Contents, abandoned: threading.Event) -> None:
-        deadline = time.monotonic() + self._config.deadline
+        deadline = self._shell.clock() + self._config.deadline
         wanted = set(range(contents.world))
         while missing := wanted - {int(path.name[5:].split(".")[0]) for path in tmp.glob("rank_*")}:
             if abandoned.is_set():
                 raise DurableError(f"the agents have left that were to write ranks {sorted(missing)}")
-            if time.monotonic() > deadline:
+            if self._shell.clock() > deadline:
                 raise TimeoutError(f"waited {self._config.deadline:g} s for the parts of all {contents.world} ranks")
             time.sleep(0.05)
         meta: dict[str, Any] = {}
@@ -157,12 +156,12 @@ class DurableWriter:
         final = durable.folder(self._root, snapshot.step)
         if durable.publish(tmp, final):
             self.report.published += 1
-            self._agent.journal.write("info", "published a checkpoint", folder=final)
+            self._shell.journal.write("info", "published a checkpoint", folder=final)
         durable.prune(self._root, self._config.keep, self._config.keep_every)
 
 
 def parts(data: Bytes) -> list[tuple[Contents, Bytes]]:
-    """The workers' parts of a data slot; every part says how long it is."""
+    """The workers' parts of a data buffer; every part says how long it is."""
     found = []
     at = 0
     while at + 16 <= len(data):

@@ -1,9 +1,9 @@
-"""The agent's slots by what lies where: data slots, parity slots, chunks of stripes, buckets of chunks."""
+"""The agent's buffers by what lies where: data buffers, parity buffers, chunks of stripes, buckets of chunks."""
 
 from dataclasses import dataclass
 
-from ft.buffers import Slot, require_memory
-from ft.contents import Bytes
+from ft.arrays import Bytes
+from ft.buffers import SharedBuffer, require_memory
 from ft.state import Group
 
 
@@ -16,9 +16,14 @@ class Shape:
     group: Group
 
     @classmethod
-    def of(cls, slot_bytes: int, bucket_bytes: int, group: Group) -> "Shape":
-        buckets = -(-slot_bytes // bucket_bytes)
+    def of(cls, state_bytes: int, bucket_bytes: int, group: Group) -> "Shape":
+        buckets = -(-state_bytes // bucket_bytes)
         return cls(bucket_bytes=bucket_bytes, chunk=-(-buckets // group.data), group=group)
+
+    @property
+    def buckets(self) -> int:
+        """Of a data buffer."""
+        return self.chunk * self.group.data
 
     @property
     def chunk_bytes(self) -> int:
@@ -52,7 +57,7 @@ def host_memory(state_bytes: int, *, members: int, parity: int, bucket_bytes: in
     """What snapshots take on a node of a group of `members` nodes, `parity` chunks to a stripe. Pure.
 
     `state_bytes` is S, what the ranks of the largest node of the group store; it is rounded up to whole chunks. The
-    slots are taken at the agent's start; `receiving` is the most that lies in receive buffers while a snapshot is
+    buffers are taken at the agent's start; `receiving` is the most that lies in receive buffers while a snapshot is
     coded, one bucket for each peer of the group.
     """
     group = Group(0, tuple(range(members)), parity if members > 1 else 0)
@@ -66,34 +71,34 @@ def host_memory(state_bytes: int, *, members: int, parity: int, bucket_bytes: in
 
 
 class Memory:
-    """Data slots of S bytes, which workers map, and parity slots of S * m / k bytes, which stay with the agent."""
+    """Data buffers of S bytes, which workers map, and parity buffers of S * m / k bytes, which stay with the agent."""
 
-    def __init__(self, shape: Shape, slot: int, *, data_slots: int, parity_slots: int) -> None:
+    def __init__(self, shape: Shape, slot: int, *, data_buffers: int, parity_buffers: int) -> None:
         """Takes all of it at once, faulted in. Raises `MemoryTooSmall` with the arithmetic before anything is taken."""
-        parts = {f"in {data_slots} data slots": data_slots * shape.data_bytes}
-        if parity_slots:
-            parts[f"in {parity_slots} parity slots"] = parity_slots * shape.parity_bytes
+        parts = {f"in {data_buffers} data buffers": data_buffers * shape.data_bytes}
+        if parity_buffers:
+            parts[f"in {parity_buffers} parity buffers"] = parity_buffers * shape.parity_bytes
         require_memory(parts)
         self.shape, self._slot = shape, slot
-        self.data = [Slot.create(shape.data_bytes, f"data{i}") for i in range(data_slots)]
-        self.parity = [Slot.create(shape.parity_bytes, f"parity{i}") for i in range(parity_slots)]
+        self.data = [SharedBuffer.create(shape.data_bytes, f"data{i}") for i in range(data_buffers)]
+        self.parity = [SharedBuffer.create(shape.parity_bytes, f"parity{i}") for i in range(parity_buffers)]
 
-    def data_bucket(self, slot: int, index: int) -> Bytes:
+    def data_bucket(self, buffer: int, index: int) -> Bytes:
         size = self.shape.bucket_bytes
-        return self.data[slot].data[index * size : (index + 1) * size]
+        return self.data[buffer].data[index * size : (index + 1) * size]
 
-    def data_chunk(self, slot: int, stripe: int) -> Bytes:
+    def data_chunk(self, buffer: int, stripe: int) -> Bytes:
         """This agent's data chunk of a stripe; raises `ValueError` when it holds parity there."""
-        return _part(self.data[slot], self.shape.group.data_stripes(self._slot).index(stripe), self.shape.chunk_bytes)
+        return _part(self.data[buffer], self.shape.group.data_stripes(self._slot).index(stripe), self.shape.chunk_bytes)
 
     def first_bucket(self, stripe: int) -> int:
-        """The bucket of a data slot at which this agent's data chunk of a stripe begins."""
+        """The bucket of a data buffer at which this agent's data chunk of a stripe begins."""
         return self.shape.group.data_stripes(self._slot).index(stripe) * self.shape.chunk
 
-    def parity_chunk(self, slot: int, stripe: int) -> Bytes:
+    def parity_chunk(self, buffer: int, stripe: int) -> Bytes:
         """This agent's parity chunk of a stripe; raises `ValueError` when it holds data there."""
         stripes = self.shape.group.parity_stripes(self._slot)
-        return _part(self.parity[slot], stripes.index(stripe), self.shape.chunk_bytes)
+        return _part(self.parity[buffer], stripes.index(stripe), self.shape.chunk_bytes)
 
     def chunk(self, data: int | None, parity: int | None, stripe: int) -> Bytes:
         """This agent's chunk of a stripe, data or parity."""
@@ -109,12 +114,12 @@ class Memory:
 
     @property
     def bytes(self) -> int:
-        return sum(slot.size for slot in (*self.data, *self.parity))
+        return sum(buffer.size for buffer in (*self.data, *self.parity))
 
     def close(self) -> None:
-        for slot in (*self.data, *self.parity):
-            slot.close()
+        for buffer in (*self.data, *self.parity):
+            buffer.close()
 
 
-def _part(slot: Slot, index: int, size: int) -> Bytes:
-    return slot.data[index * size : (index + 1) * size]
+def _part(buffer: SharedBuffer, index: int, size: int) -> Bytes:
+    return buffer.data[index * size : (index + 1) * size]

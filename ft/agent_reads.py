@@ -6,17 +6,14 @@ missing is asked for again when a bucket comes damaged and when a link to the ow
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 
-from ft.agent_chunks import READ_STRIPE, Job, part_pieces
+from ft.agent_chunks import Job, Source, part_pieces
+from ft.agent_shell import Shell
 from ft.link import Link
-from ft.messages import Part, Read, SnapshotId
-
-if TYPE_CHECKING:
-    from ft.agent import Agent
+from ft.messages import READ_STRIPE, Part, Read, SnapshotId
 
 
 @dataclass
@@ -30,8 +27,8 @@ class Wanted:
 class Reads:
     """Both ends: what workers of this node wait for, and what other agents asked this one for."""
 
-    def __init__(self, agent: "Agent") -> None:
-        self._agent = agent
+    def __init__(self, shell: Shell) -> None:
+        self._shell = shell
         self._wanted: dict[tuple[Link, int], Wanted] = {}
         self._early: list[tuple[Link, Read]] = []
 
@@ -44,14 +41,14 @@ class Reads:
     # ---- for workers of this node
 
     def for_worker(self, link: Link, read: Read) -> None:
-        if read.owner == self._agent.config.slot:
+        if read.owner == self._shell.config.slot:
             self._answer(link, read)
             return
         wanted = self._wanted.get((link, read.owner))
         if wanted is None or wanted.read.snapshot != read.snapshot:
             wanted = self._wanted[link, read.owner] = Wanted(read)
         wanted.missing.update(range(read.first, read.first + read.count))
-        self._agent.connect_peers(everyone=True)
+        self._shell.connect_peers(everyone=True)
         self._ask(read.owner, wanted, range(read.first, read.first + read.count))
 
     def connected(self, slot: int) -> None:
@@ -61,7 +58,7 @@ class Reads:
                 self._ask(owner, wanted, wanted.missing)
 
     def target(self, part: Part, size: int) -> memoryview | None:
-        fits = size <= self._agent.config.bucket_bytes
+        fits = size <= self._shell.config.bucket_bytes
         return np.empty(size, np.uint8).data if fits and self._waiting(part) else None
 
     def part(self, part: Part, payload: memoryview | None) -> None:
@@ -69,7 +66,7 @@ class Reads:
         if payload is None or not waiting:
             return
         if xxhash.xxh3_64_intdigest(payload) != part.sum:
-            self._agent.journal.write("warning", "a part was damaged on its way", owner=part.owner, index=part.index)
+            self._shell.journal.write("warning", "a part was damaged on its way", owner=part.owner, index=part.index)
             self._ask(part.owner, waiting[0][1], [part.index])
             return
         for link, wanted in waiting:
@@ -85,7 +82,7 @@ class Reads:
 
     def _ask(self, owner: int, wanted: Wanted, indices: Iterable[int]) -> None:
         """Without a link nothing is lost: `connected` asks."""
-        link = self._agent.network.links.get(owner)
+        link = self._shell.network.links.get(owner)
         if link is None:
             return
         for first, count in _runs(indices):
@@ -95,7 +92,7 @@ class Reads:
     # ---- for other agents
 
     def for_peer(self, sender: int, read: Read) -> None:
-        link = self._agent.network.links.get(sender)
+        link = self._shell.network.links.get(sender)
         if link is not None:
             self._answer(link, read)
 
@@ -107,26 +104,26 @@ class Reads:
                 self._answer(link, read)
 
     def _answer(self, link: Link, read: Read) -> None:
-        agent = self._agent
-        slot = self._whole(read.snapshot)
-        if slot is None:
+        shell = self._shell
+        buffer = self._whole(read.snapshot)
+        if buffer is None:
             # Until this node's data are back; a later epoch may have begun meanwhile, its choice is the same.
             if (link, read) not in self._early:
                 self._early.append((link, read))
             return
-        total = agent.memory.shape.chunk * agent.state.group.data
+        total = shell.memory.shape.buckets
         pieces = part_pieces(
-            read.epoch, read.snapshot, READ_STRIPE, agent.config.slot,
+            Source(read.epoch, read.snapshot, READ_STRIPE, shell.config.slot),
             range(read.first, min(read.first + read.count, total)), total,
-            lambda index: agent.memory.data_bucket(slot, index),
+            lambda index: shell.memory.data_bucket(buffer, index),
         )  # fmt: skip
-        agent.outbox.add(link, Job(read.snapshot, READ_STRIPE, pieces))
+        shell.outbox.add(link, Job(read.snapshot, READ_STRIPE, pieces))
 
     def _whole(self, snapshot: SnapshotId) -> int | None:
-        """The data slot of a settled snapshot all of whose data are here."""
-        state = self._agent.state
+        """The data buffer of a committed snapshot if all of this node's data are here."""
+        state = self._shell.state
         copy = state.copy(snapshot)
-        if copy is None or not copy.settled:
+        if copy is None or not copy.committed:
             return None
         return copy.data if all(stripe in copy.good for stripe in state.group.data_stripes(state.slot)) else None
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 
 from ft.errors import AgentError
-from ft.messages import Decode, Pin
+from ft.messages import Decision, Decode
 from keepwarm.files import atomic_create, atomic_write
 
 AGENTS_FOLDER = "agents"
@@ -17,11 +17,11 @@ and runtime folder differ."""
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the agent of a slot listens in its present life."""
+    """Where the agent of a slot listens in its present incarnation."""
 
     host: str
     port: int
-    boot: int
+    incarnation: int
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,7 +30,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     One file, so that whoever knows the choice knows the orders, whichever links or agents were lost meanwhile.
     """
 
-    pin: Pin
+    decision: Decision
     orders: tuple[tuple[int, Decode], ...] = ()
 
 
@@ -41,13 +41,13 @@ class Registry:
         self.folder = shared / AGENTS_FOLDER
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def publish(self, slot: int, address: tuple[str, int], boot: int) -> None:
-        endpoint = Endpoint(host=address[0], port=address[1], boot=boot)
+    def publish(self, slot: int, address: tuple[str, int], incarnation: int) -> None:
+        endpoint = Endpoint(host=address[0], port=address[1], incarnation=incarnation)
         atomic_write(self.folder / f"{slot}.json", msgspec.json.encode(endpoint), durable=True)
 
-    def withdraw(self, slot: int, boot: int) -> None:
-        """Remove the endpoint, unless a later life has published its own."""
-        if (endpoint := self.endpoint(slot)) is not None and endpoint.boot == boot:
+    def withdraw(self, slot: int, incarnation: int) -> None:
+        """Remove the endpoint, unless a later incarnation has published its own."""
+        if (endpoint := self.endpoint(slot)) is not None and endpoint.incarnation == incarnation:
             (self.folder / f"{slot}.json").unlink(missing_ok=True)
 
     def endpoint(self, slot: int) -> Endpoint | None:
@@ -61,15 +61,15 @@ class Registry:
 
     def choose(self, choice: Choice) -> Choice:
         """Compare-and-set of the choice of an epoch: the first one stands and is returned to everybody."""
-        path = self.folder / f"choice-{choice.pin.epoch}.json"
+        path = self.folder / f"choice-{choice.decision.epoch}.json"
         atomic_create(path, msgspec.json.encode(choice))
-        chosen = self.choice(choice.pin.epoch)
+        chosen = self.choice(choice.decision.epoch)
         if chosen is None:
             raise AgentError(f"{path}: cannot be read back")
         return chosen
 
     def newest_epoch(self) -> int:
-        """The highest epoch that was ever settled here; 0 when none was."""
+        """The highest epoch that was ever decided here; 0 when none was."""
         names = (path.stem.removeprefix("choice-") for path in self.folder.glob("choice-*.json"))
         return max((int(name) for name in names if name.isdigit()), default=0)
 

@@ -5,23 +5,19 @@ asks its decoder again while nothing comes, a decoder its sources; when one of t
 `silence`, the next epoch makes another plan.
 """
 
-import time
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 import xxhash
 
 from ft import events
-from ft.agent_chunks import Job, part_pieces
+from ft.agent_chunks import Job, Source, part_pieces
 from ft.agent_coding import codec
+from ft.agent_shell import Shell
+from ft.arrays import Bytes
 from ft.buffers import bucket_sums
-from ft.contents import Bytes
 from ft.messages import ChunkRecord, Decode, Fetch, Part, SnapshotId, digest
-from ft.state import Mode
-
-if TYPE_CHECKING:
-    from ft.agent import Agent
 
 RETRY = 1.0
 """Seconds without progress after which a fetch or a rebuilt chunk is asked for again."""
@@ -40,10 +36,10 @@ class Decoding:
         self.done: set[int] = set()
         self.heard = 0.0
 
-    def start(self) -> None:
-        """Takes the memory, which one stripe of an agent has at a time."""
+    def start(self, now: float) -> None:
+        """Take the memory, which one stripe of an agent has at a time."""
         self.chunks = {slot: np.zeros(self.buckets * self.bucket_bytes, np.uint8) for slot in self.order.sources}
-        self.heard = time.monotonic()
+        self.heard = now
 
     @property
     def complete(self) -> bool:
@@ -57,28 +53,26 @@ class Decoding:
 class Filling:
     """One chunk of this agent being filled by a decoder."""
 
-    def __init__(self, order: Decode, decoder: int) -> None:
-        self.order, self.decoder = order, decoder
-        self.heard = time.monotonic()
+    def __init__(self, order: Decode, decoder: int, now: float) -> None:
+        self.order, self.decoder, self.heard = order, decoder, now
         self.sums: dict[int, int] = {}
 
 
 class Repair:
     """Decodes for others and receives what others decoded."""
 
-    def __init__(self, agent: "Agent") -> None:
-        self._agent = agent
+    def __init__(self, shell: Shell) -> None:
+        self._shell = shell
         self._decoding: dict[Key, Decoding] = {}
         """In order; the first one is under way."""
         self._filling: dict[Key, Filling] = {}
         self._absent: dict[int, float] = {}
-        self._ordered = False
         self.rebuilt = 0
 
     @property
     def awaited(self) -> set[int]:
         """Slots without which what this epoch restores is not whole; what is repaired at rest has time."""
-        mine = self._agent.config.slot
+        mine = self._shell.config.slot
         found = {filling.decoder for filling in self._filling.values()}
         for decoding in self._decoding.values():
             if mine not in decoding.order.targets:
@@ -90,22 +84,20 @@ class Repair:
         self._decoding.clear()
         self._filling.clear()
         self._absent.clear()
-        self._ordered = False
 
-    def take_orders(self) -> None:
-        """Once the choice is in force and its orders are known: expect what others decode, decode what is asked."""
-        agent, choice = self._agent, self._agent.settler.choice
-        if self._ordered or choice is None or agent.state.mode is not Mode.ACTIVE:
-            return
-        if not choice.pin.epoch == agent.state.epoch == agent.state.pinned_epoch:
-            return
-        self._ordered = True
-        for decoder, order in choice.orders:
-            if decoder != agent.config.slot and agent.config.slot in order.targets:
-                self._filling[order.snapshot, order.stripe] = Filling(order, decoder)
-        for decoder, order in choice.orders:
-            if decoder == agent.config.slot:
+    def follow(self, orders: Sequence[tuple[int, Decode]]) -> None:
+        """Expect what others decode for this agent, then decode what is asked of it; `orders` are (decoder, order)."""
+        shell = self._shell
+        for decoder, order in orders:
+            if decoder != shell.config.slot and shell.config.slot in order.targets:
+                self._filling[order.snapshot, order.stripe] = Filling(order, decoder, shell.clock())
+        for decoder, order in orders:
+            if decoder == shell.config.slot:
                 self.decode(order)
+
+    def _request_epoch(self, reason: str) -> None:
+        """What this epoch restores cannot be made whole any more."""
+        self._shell.dispatch(events.EpochNeeded(self._shell.state.epoch, reason))
 
     def tick(self, now: float) -> None:
         for decoding in list(self._decoding.values())[:1]:
@@ -124,73 +116,73 @@ class Repair:
                 self._fetch(decoding)
         for filling in self._filling.values():
             if slot == filling.decoder:
-                self._ask(filling, time.monotonic())
+                self._ask(filling, self._shell.clock())
 
     def _ask(self, filling: Filling, now: float) -> None:
         """Ask the decoder for this agent's chunk (again); it ignores that while it is at it."""
         filling.heard = now
-        link = self._agent.network.links.get(filling.decoder)
+        link = self._shell.network.links.get(filling.decoder)
         if link is not None:
-            link.send(msgspec.structs.replace(filling.order, targets=(self._agent.config.slot,)))
+            link.send(msgspec.structs.replace(filling.order, targets=(self._shell.config.slot,)))
 
     def _look_for_absent(self, now: float) -> None:
         """An epoch whose decoders or sources have gone cannot end: another one makes another plan."""
-        agent = self._agent
-        awaited = self.awaited - agent.network.links.keys()
+        shell = self._shell
+        awaited = self.awaited - shell.network.links.keys()
         self._absent = {slot: self._absent.get(slot, now) for slot in awaited}
         for slot, since in self._absent.items():
-            if now - since > agent.config.silence:
-                agent.settler.request(f"slot {slot} has gone, and chunks that are being rebuilt need it")
+            if now - since > shell.config.silence:
+                self._request_epoch(f"slot {slot} has gone, and chunks that are being rebuilt need it")
                 return
 
     # ---- decoding
 
     def decode(self, order: Decode) -> None:
         """Rebuild a stripe for its targets, after those that were asked for before; nothing when that is under way."""
-        agent, key = self._agent, (order.snapshot, order.stripe)
-        if order.epoch != agent.state.epoch or agent.state.copy(order.snapshot) is None:
+        shell, key = self._shell, (order.snapshot, order.stripe)
+        if order.epoch != shell.state.epoch or shell.state.copy(order.snapshot) is None:
             return
-        if agent.config.slot in order.targets:
-            self._filling.setdefault(key, Filling(order, agent.config.slot))
+        if shell.config.slot in order.targets:
+            self._filling.setdefault(key, Filling(order, shell.config.slot, shell.clock()))
         if (running := self._decoding.get(key)) is not None:
             running.targets.update(order.targets)
             return
-        links = [agent.network.links.get(slot) for slot in order.targets]
-        if all(link is not None and agent.outbox.holds(link, *key) for link in links):
+        links = [shell.network.links.get(slot) for slot in order.targets]
+        if all(link is not None and shell.outbox.holds(link, *key) for link in links):
             return
-        self._decoding[key] = Decoding(order, agent.config.bucket_bytes)
+        self._decoding[key] = Decoding(order, shell.config.bucket_bytes)
         self._next()
 
     def _next(self) -> None:
         first = next(iter(self._decoding.values()), None)
         if first is not None and not first.chunks:
-            first.start()
+            first.start(self._shell.clock())
             self._fetch(first)
 
     def _fetch(self, decoding: Decoding) -> None:
         """Ask for what is missing of the sources; this agent's own chunk is copied."""
-        agent, order = self._agent, decoding.order
-        copy = agent.state.copy(order.snapshot)
+        shell, order = self._shell, decoding.order
+        copy = shell.state.copy(order.snapshot)
         for slot in order.sources:
             if slot in decoding.done:
                 continue
-            if slot != agent.config.slot:
-                link = agent.network.links.get(slot)
+            if slot != shell.config.slot:
+                link = shell.network.links.get(slot)
                 if link is not None:
                     start = decoding.next[slot]
                     link.send(Fetch(epoch=order.epoch, snapshot=order.snapshot, stripe=order.stripe, start=start))
             elif copy is not None and order.stripe in copy.good:
-                chunk = agent.memory.chunk(copy.data, copy.parity, order.stripe)
+                chunk = shell.memory.chunk(copy.data, copy.parity, order.stripe)
                 count = min(copy.good[order.stripe].count, decoding.buckets) * decoding.bucket_bytes
                 decoding.chunks[slot][:count] = chunk[:count]
                 decoding.done.add(slot)
             else:
-                agent.settler.request(f"slot {slot} has lost its chunk of stripe {order.stripe}, which others need")
+                self._request_epoch(f"slot {slot} has lost its chunk of stripe {order.stripe}, which others need")
         if decoding.complete:
             self._solve(decoding)
 
     def _gathered(self, part: Part, decoding: Decoding) -> None:
-        decoding.heard = time.monotonic()
+        decoding.heard = self._shell.clock()
         if part.index == decoding.next[part.owner]:
             decoding.next[part.owner] += 1
         if decoding.next[part.owner] >= min(part.count, decoding.buckets) and part.owner not in decoding.done:
@@ -199,11 +191,11 @@ class Repair:
                 self._solve(decoding)
 
     def _solve(self, decoding: Decoding) -> None:
-        agent, order = self._agent, decoding.order
-        group = agent.state.group
+        shell, order = self._shell, decoding.order
+        group = shell.state.group
         columns = {slot: column for column, slot in enumerate(group.sources(order.stripe))}
         columns |= {slot: group.data + row for row, slot in enumerate(group.parities(order.stripe))}
-        total = agent.memory.shape.chunk * decoding.bucket_bytes
+        total = shell.memory.shape.chunk * decoding.bucket_bytes
         targets = tuple(sorted(decoding.targets))
 
         def solve() -> dict[int, Bytes] | str:
@@ -227,13 +219,13 @@ class Repair:
             if self._decoding.get(key) is not decoding:
                 return
             if isinstance(out, str):
-                agent.journal.write("error", "a stripe cannot be repaired", stripe=order.stripe, reason=out)
-                agent.settler.request(f"stripe {order.stripe} cannot be repaired: {out}")
+                shell.journal.write("error", "a stripe cannot be repaired", stripe=order.stripe, reason=out)
+                self._request_epoch(f"stripe {order.stripe} cannot be repaired: {out}")
                 del self._decoding[key]
             else:
                 for slot, chunk in out.items():
                     column = columns[slot]
-                    count = order.counts[column] if column < group.data else agent.memory.shape.chunk
+                    count = order.counts[column] if column < group.data else shell.memory.shape.chunk
                     self._deliver(order, slot, chunk, count)
                 decoding.targets.difference_update(targets)
                 if decoding.targets:  # others asked while this went on
@@ -242,20 +234,20 @@ class Repair:
                 del self._decoding[key]
             self._next()
 
-        agent.crew.run(solve, send)
+        shell.pool.run(solve, send)
 
     def _deliver(self, order: Decode, slot: int, chunk: Bytes, count: int) -> None:
         """Bring a decoded chunk to its owner, here or elsewhere; an empty one as a single empty part."""
-        agent = self._agent
-        size = agent.config.bucket_bytes
+        shell = self._shell
+        size = shell.config.bucket_bytes
         pieces = part_pieces(
-            order.epoch, order.snapshot, order.stripe, slot, range(max(count, 1)), count,
+            Source(order.epoch, order.snapshot, order.stripe, slot), range(max(count, 1)), count,
             lambda index: chunk[index * size : (index + 1) * size if count else 0],
         )  # fmt: skip
-        if slot != agent.config.slot:
-            link = agent.network.links.get(slot)
+        if slot != shell.config.slot:
+            link = shell.network.links.get(slot)
             if link is not None:
-                agent.outbox.add(link, Job(order.snapshot, order.stripe, pieces))
+                shell.outbox.add(link, Job(order.snapshot, order.stripe, pieces))
             return
         for part, payload in pieces:
             assert isinstance(part, Part)
@@ -268,16 +260,16 @@ class Repair:
 
     def target(self, part: Part, size: int) -> memoryview | None:
         """Where the payload of a part goes: into the chunk it belongs to, or into the decoding that gathers it."""
-        agent = self._agent
+        shell = self._shell
         key = (part.snapshot, part.stripe)
-        start = part.index * agent.config.bucket_bytes
-        if size > agent.config.bucket_bytes or part.epoch != agent.state.epoch:
+        start = part.index * shell.config.bucket_bytes
+        if size > shell.config.bucket_bytes or part.epoch != shell.state.epoch:
             return None
-        if part.owner == agent.config.slot:
-            copy = agent.state.copy(part.snapshot)
+        if part.owner == shell.config.slot:
+            copy = shell.state.copy(part.snapshot)
             if key not in self._filling or copy is None or part.stripe in copy.good:
                 return None
-            chunk = agent.memory.chunk(copy.data, copy.parity, part.stripe)
+            chunk = shell.memory.chunk(copy.data, copy.parity, part.stripe)
             return chunk[start : start + size].data if start + size <= len(chunk) else None
         decoding = self._decoding.get(key)
         if decoding is None or part.owner not in decoding.chunks or part.owner in decoding.done:
@@ -290,10 +282,10 @@ class Repair:
         if payload is None:
             return
         if xxhash.xxh3_64_intdigest(payload) != part.sum:
-            self._agent.journal.write("warning", "a part was damaged on its way", owner=part.owner, index=part.index)
+            self._shell.journal.write("warning", "a part was damaged on its way", owner=part.owner, index=part.index)
             return
         key = (part.snapshot, part.stripe)
-        if part.owner != self._agent.config.slot:
+        if part.owner != self._shell.config.slot:
             if (decoding := self._decoding.get(key)) is not None:
                 self._gathered(part, decoding)
         elif (filling := self._filling.get(key)) is not None:
@@ -307,56 +299,55 @@ class Repair:
         """A decoder sends one chunk after the other: who waits for a later one need not ask."""
         for filling in self._filling.values():
             if filling.decoder == decoder:
-                filling.heard = time.monotonic()
+                filling.heard = self._shell.clock()
 
     def _filled(self, part: Part, filling: Filling) -> None:
-        agent, order = self._agent, filling.order
+        shell, order = self._shell, filling.order
         del self._filling[part.snapshot, part.stripe]
-        if agent.state.copy(part.snapshot) is None:
+        if shell.state.copy(part.snapshot) is None:
             return
         sums = tuple(filling.sums[index] for index in range(part.count))
-        group = agent.state.group
+        group = shell.state.group
         value = digest(sums)
-        if agent.config.slot in group.sources(part.stripe):
-            column = group.sources(part.stripe).index(agent.config.slot)
+        if shell.config.slot in group.sources(part.stripe):
+            column = group.sources(part.stripe).index(shell.config.slot)
             if (value, part.count) != (order.digests[column], order.counts[column]):
-                agent.journal.write("error", "a rebuilt chunk is not the one that was lost", stripe=part.stripe)
-                agent.settler.request(
-                    f"slot {filling.decoder} sent another chunk of stripe {part.stripe} than was lost"
-                )
+                shell.journal.write("error", "a rebuilt chunk is not the one that was lost", stripe=part.stripe)
+                self._request_epoch(f"slot {filling.decoder} sent another chunk of stripe {part.stripe} than was lost")
                 return
             record = ChunkRecord(part.stripe, value, (), part.count)
         else:
             record = ChunkRecord(part.stripe, value, order.digests, part.count, order.counts)
         self.rebuilt += 1
-        agent.journal.write("info", "a chunk is back", snapshot=part.snapshot, stripe=part.stripe)
-        agent.feed(events.ChunkRebuilt(part.snapshot, record, sums))
+        shell.journal.write("info", "a chunk is back", snapshot=part.snapshot, stripe=part.stripe)
+        shell.dispatch(events.ChunkRebuilt(part.snapshot, record, sums))
 
     # ---- what others ask for
 
     def send_chunk(self, to: int, snapshot: SnapshotId, stripe: int, start: int) -> None:
         """Check this agent's chunk against its digest, then send it; a chunk that has rotted is not sent."""
-        agent = self._agent
-        copy = agent.state.copy(snapshot)
-        link = agent.network.links.get(to)
-        if copy is None or stripe not in copy.good or link is None or agent.outbox.holds(link, snapshot, stripe):
+        shell = self._shell
+        copy = shell.state.copy(snapshot)
+        link = shell.network.links.get(to)
+        if copy is None or stripe not in copy.good or link is None or shell.outbox.holds(link, snapshot, stripe):
             return
-        record, size = copy.good[stripe], agent.config.bucket_bytes
-        chunk = agent.memory.chunk(copy.data, copy.parity, stripe)[: record.count * size]
-        epoch = agent.state.epoch
+        record, size = copy.good[stripe], shell.config.bucket_bytes
+        chunk = shell.memory.chunk(copy.data, copy.parity, stripe)[: record.count * size]
+        epoch = shell.state.epoch
 
         def send(value: int) -> None:
             if value != record.digest:
-                agent.feed(events.Scrubbed(snapshot, stripe, False))
-                agent.settler.request(f"stripe {stripe} of slot {agent.config.slot} has rotted")
+                shell.dispatch(events.Scrubbed(snapshot, stripe, False))
+                self._request_epoch(f"stripe {stripe} of slot {shell.config.slot} has rotted")
             else:
+                source = Source(epoch, snapshot, stripe, shell.config.slot)
                 pieces = part_pieces(
-                    epoch, snapshot, stripe, agent.config.slot, range(start, max(record.count, 1)), record.count,
+                    source, range(start, max(record.count, 1)), record.count,
                     lambda index: chunk[index * size : (index + 1) * size],
                 )  # fmt: skip
-                agent.outbox.add(link, Job(snapshot, stripe, pieces))
+                shell.outbox.add(link, Job(snapshot, stripe, pieces))
 
-        agent.crew.run(lambda: digest(bucket_sums(chunk, size)), send)
+        shell.pool.run(lambda: digest(bucket_sums(chunk, size)), send)
 
 
 def _wrong(chunk: Bytes, column: int, order: Decode, size: int) -> str | None:

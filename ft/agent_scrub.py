@@ -1,71 +1,67 @@
 """Reads the memory at rest again and again, so that a chunk that rots is found before it is needed."""
 
 import functools
-import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import xxhash
 
 from ft import events
-from ft.contents import Bytes
+from ft.agent_shell import Shell
+from ft.arrays import Bytes
 from ft.messages import ChunkRecord, SnapshotId, digest
 from ft.state import Copy
-
-if TYPE_CHECKING:
-    from ft.agent import Agent
 
 READ_AT_ONCE = 32 << 20
 """Bytes that one thread reads of a chunk while others read on."""
 
 
 class Scrub:
-    """One chunk at a time on a thread of the crew; a pass begins every `config.scrub` seconds."""
+    """One chunk at a time on a thread of the pool; a pass begins every `config.scrub` seconds."""
 
-    def __init__(self, agent: "Agent") -> None:
-        self._agent = agent
-        self._next = time.monotonic() + (agent.config.scrub or 0.0)
+    def __init__(self, shell: Shell) -> None:
+        self._shell = shell
+        self._next = shell.clock() + (shell.config.scrub or 0.0)
         self._queue: list[tuple[SnapshotId, ChunkRecord]] = []
         self._running = False
         self.checked = self.damaged = 0
 
     def tick(self, now: float) -> None:
-        if self._agent.config.scrub is None or self._running:
+        if self._shell.config.scrub is None or self._running:
             return
         if not self._queue and now >= self._next:
-            self._next = now + self._agent.config.scrub
+            self._next = now + self._shell.config.scrub
             self._queue = [
                 (copy.snapshot, record)
-                for copy in self._agent.state.copies
-                if copy.settled
+                for copy in self._shell.state.copies
+                if copy.committed
                 for record in copy.good.values()
             ]
         while self._queue and not self._running:
             snapshot, record = self._queue.pop()
-            copy = self._agent.state.copy(snapshot)
-            if copy is not None and copy.settled and record in copy.good.values():
+            copy = self._shell.state.copy(snapshot)
+            if copy is not None and copy.committed and record in copy.good.values():
                 self._check(copy, record)
 
     def _check(self, copy: Copy, record: ChunkRecord) -> None:
-        agent = self._agent
-        buckets = agent.memory.buckets(agent.memory.chunk(copy.data, copy.parity, record.stripe))[: record.count]
+        shell = self._shell
+        buckets = shell.memory.buckets(shell.memory.chunk(copy.data, copy.parity, record.stripe))[: record.count]
         self._running = True
 
         def tell(intact: bool) -> None:
             self._running = False
-            now = agent.state.copy(copy.snapshot)
+            now = shell.state.copy(copy.snapshot)
             if now is None or (now.data, now.parity) != (copy.data, copy.parity):
-                return  # the slot may hold another snapshot by now
+                return  # the buffer may hold another snapshot by now
             self.checked += 1
             self.damaged += not intact
             if not intact:
-                agent.journal.write("warning", "a chunk has rotted", snapshot=copy.snapshot, stripe=record.stripe)
-            agent.feed(events.Scrubbed(copy.snapshot, record.stripe, intact))
+                shell.journal.write("warning", "a chunk has rotted", snapshot=copy.snapshot, stripe=record.stripe)
+            shell.dispatch(events.Scrubbed(copy.snapshot, record.stripe, intact))
 
-        agent.crew.run(functools.partial(_same, buckets, record), tell)
+        shell.pool.run(functools.partial(_same, buckets, record), tell)
 
 
-def verify_all(agent: "Agent", then: Callable[[], None]) -> None:
+def verify_all(shell: Shell, then: Callable[[], None]) -> None:
     """Read every good chunk of every copy that recovery may choose; those that have rotted are told first."""
     waiting = 0
 
@@ -73,26 +69,26 @@ def verify_all(agent: "Agent", then: Callable[[], None]) -> None:
         nonlocal waiting
         waiting -= 1
         if not intact:
-            agent.journal.write("warning", "a chunk has rotted", snapshot=snapshot, stripe=record.stripe)
-            agent.feed(events.Scrubbed(snapshot, record.stripe, False))
+            shell.journal.write("warning", "a chunk has rotted", snapshot=snapshot, stripe=record.stripe)
+            shell.dispatch(events.Scrubbed(snapshot, record.stripe, False))
         if not waiting:
             then()
 
-    for copy in agent.state.copies:
+    for copy in shell.state.copies:
         if not copy.candidate:
             continue
         for record in copy.good.values():
-            chunk = agent.memory.chunk(copy.data, copy.parity, record.stripe)
+            chunk = shell.memory.chunk(copy.data, copy.parity, record.stripe)
             waiting += 1
-            _verify(agent, chunk, record, functools.partial(told, copy.snapshot, record))
+            _verify(shell, chunk, record, functools.partial(told, copy.snapshot, record))
     if not waiting:
-        agent.crew.run(lambda: None, lambda _: then())
+        shell.pool.run(lambda: None, lambda _: then())
 
 
-def _verify(agent: "Agent", chunk: Bytes, record: ChunkRecord, then: Callable[[bool], None]) -> None:
-    """Read one chunk on all threads of the crew: at a start, everyone waits for it."""
-    buckets = agent.memory.buckets(chunk)[: record.count]
-    share = max(1, READ_AT_ONCE // agent.config.bucket_bytes)
+def _verify(shell: Shell, chunk: Bytes, record: ChunkRecord, then: Callable[[bool], None]) -> None:
+    """Read one chunk on all threads of the pool: at a start, everyone waits for it."""
+    buckets = shell.memory.buckets(chunk)[: record.count]
+    share = max(1, READ_AT_ONCE // shell.config.bucket_bytes)
     parts = [buckets[at : at + share] for at in range(0, len(buckets), share)] or [[]]
     sums: dict[int, list[int]] = {}
 
@@ -102,7 +98,7 @@ def _verify(agent: "Agent", chunk: Bytes, record: ChunkRecord, then: Callable[[b
             then(digest(each for part in range(len(parts)) for each in sums[part]) == record.digest)
 
     for number, part in enumerate(parts):
-        agent.crew.run(functools.partial(_sums, part), functools.partial(summed, number))
+        shell.pool.run(functools.partial(_sums, part), functools.partial(summed, number))
 
 
 def _same(buckets: list[Bytes], record: ChunkRecord) -> bool:

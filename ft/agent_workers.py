@@ -1,7 +1,7 @@
-"""The processes of this node that talk to the agent: workers with a part of the slots, supervisors and onlookers.
+"""The processes of this node that talk to the agent: workers with a part of the buffers, supervisors and onlookers.
 
 They come over a 0600 Unix socket in a 0700 folder, must belong to the same user and know the job's secret. A worker
-that leaves without a word may still be able to write into the slots that it has mapped, so it counts as lost only
+that leaves without a word may still be able to write into the buffers that it has mapped, so it counts as lost only
 when its process is known to be dead; a process that left its socket and stays is killed.
 """
 
@@ -9,18 +9,19 @@ import contextlib
 import selectors
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
-from ft import auth
+from ft.agent_log import Journal
+from ft.agent_memory import Memory
 from ft.buffers import Holder
 from ft.channel import Channel, decoder_of
 from ft.errors import AgentError
 from ft.inspect import Status
-from ft.link import Link
-from ft.messages import Attach, Attached, Farewell, Hello, Wire, WorkerMessage
+from ft.link import Credentials, FarEnd, Link
+from ft.messages import Attach, Attached, Farewell, Wire, WorkerMessage
 from ft.state import Geometry
 
 ROLES = frozenset({"worker", "supervisor", "onlooker"})
@@ -29,14 +30,14 @@ WORKER_EXIT_GRACE_S = 5.0
 decode = decoder_of(WorkerMessage | Status)
 
 
-class Guest:
+class Session:
     """One process at the socket."""
 
     def __init__(self, link: Link, holder: Holder) -> None:
         self.link, self.holder = link, holder
         self.attach: Attach | None = None
         self.attached = self.released = False
-        """`released`: it said that it does not touch the slots any more."""
+        """`released`: it said that it does not touch the buffers any more."""
         self.left_at: float | None = None
         self.waits_for_epoch: int | None = None
 
@@ -45,23 +46,38 @@ class Guest:
         return self.link.theirs.role if self.link.theirs is not None and self.link.open else ""
 
 
-class Desk:
-    """Accepts processes, knows which worker is which, and tells `on_*` callbacks what an agent must know."""
+class SessionHandler(Protocol):
+    """What an agent learns from its sessions. Called from the thread that drives the selector."""
+
+    def configured(self, geometry: Geometry) -> Attached:
+        """All workers of a layout are here; returns what each is told, apart from the place of its part."""
+        ...
+
+    def worker_lost(self, worker: int) -> None:
+        """The worker cannot write into any buffer any more."""
+        ...
+
+    def worker_message(self, session: Session, message: Wire) -> None: ...
+
+    def session_drained(self, link: Link) -> None:
+        """Little is queued on the link: bulk data may follow."""
+        ...
+
+    def session_lost(self, link: Link) -> None: ...
+
+
+class WorkerSessions:
+    """Accepts processes, knows which worker is which, and tells its handler what an agent must know."""
 
     def __init__(
-        self, selector: selectors.BaseSelector, path: Path, *, mine: Hello, secret: bytes, payload_limit: int,
-        on_geometry: Callable[[Geometry], Attached], on_lost: Callable[[int], None],
-        on_message: Callable[[Guest, Wire], None], on_drained: Callable[[Link], None],
-        on_gone: Callable[[Link], None], log: Callable[..., None], descriptors: Callable[[], list[int]],
-        capacity: tuple[int, int],
+        self, selector: selectors.BaseSelector, path: Path, credentials: Credentials, memory: Memory,
+        handler: SessionHandler, journal: Journal,
     ) -> None:  # fmt: skip
-        """`capacity` is (buckets of a data slot, buckets of a data chunk)."""
-        self._selector, self._path, self.mine, self._secret = selector, path, mine, secret
-        self._payload_limit, self._capacity = payload_limit, capacity
-        self._on_geometry, self._on_lost, self._on_message = on_geometry, on_lost, on_message
-        self._on_drained, self._on_gone, self._log, self._descriptors = on_drained, on_gone, log, descriptors
-        self.guests: dict[Link, Guest] = {}
-        self._leaving: list[Guest] = []
+        """Listen on the Unix socket `path`, which is made; workers that attach are handed the buffers of `memory`."""
+        self._selector, self._path, self._credentials = selector, path, credentials
+        self._memory, self._handler, self._journal = memory, handler, journal
+        self.by_link: dict[Link, Session] = {}
+        self._leaving: list[Session] = []
         self.last_seen = time.monotonic()
         self.ended = False
         """All workers have said that the job is over."""
@@ -82,31 +98,26 @@ class Desk:
                 holder = Holder(connection)
             except AgentError as error:
                 connection.close()
-                self._log("warning", "refused a process on the socket", reason=str(error))
+                self._journal.write("warning", "refused a process on the socket", reason=str(error))
                 return
-            link = Link(
-                Channel(connection, decode, self._payload_limit),
-                self._selector,
-                self,
-                mine=msgspec.structs.replace(self.mine, nonce=auth.nonce()),
-                secret=self._secret,
-                roles=ROLES,
-                dialled=False,
-                label=f"process {holder.pid}",
-            )
-            self.guests[link] = Guest(link, holder)
+            far = FarEnd(label=f"process {holder.pid}", dialled=False)
+            channel = Channel(connection, decode, self._memory.shape.bucket_bytes)
+            link = Link(channel, self._selector, self, self._credentials, far)
+            self.by_link[link] = Session(link, holder)
 
     def tick(self, now: float) -> None:
-        for link in list(self.guests):
+        for link in list(self.by_link):
             link.tick(now)
-        for guest in list(self._leaving):
-            if not guest.holder.alive:
-                self._buried(guest)
-            elif guest.left_at is not None and now - guest.left_at > WORKER_EXIT_GRACE_S:
-                self._log("warning", "killing a worker that left its socket and stayed", pid=guest.holder.pid)
-                guest.holder.kill()
-                guest.left_at = now
-        if self.workers or self._leaving or any(guest.role == "supervisor" for guest in self.guests.values()):
+        for session in list(self._leaving):
+            if not session.holder.alive:
+                self._reaped(session)
+            elif session.left_at is not None and now - session.left_at > WORKER_EXIT_GRACE_S:
+                self._journal.write(
+                    "warning", "killing a worker that left its socket and stayed", pid=session.holder.pid
+                )
+                session.holder.kill()
+                session.left_at = now
+        if self.workers or self._leaving or any(session.role == "supervisor" for session in self.by_link.values()):
             self.last_seen = now
 
     # ---- Handler
@@ -115,55 +126,57 @@ class Desk:
         self.last_seen = time.monotonic()
 
     def refused(self, link: Link, reason: str) -> None:
-        guest = self.guests.pop(link)
+        session = self.by_link.pop(link)
         if link.channel.received:  # who only looked whether someone answers is no stranger
-            self._log("warning", "refused a process on the socket", pid=guest.holder.pid, reason=reason)
-        guest.holder.close()
+            self._journal.write("warning", "refused a process on the socket", pid=session.holder.pid, reason=reason)
+        session.holder.close()
 
     def lost(self, link: Link, reason: str) -> None:
-        guest = self.guests.pop(link)
-        self._on_gone(link)
-        if guest.attach is None or guest.released:
-            if guest.attach is not None and guest.attached:
-                self._on_lost(guest.attach.worker)
-            guest.holder.close()
-            self._settle()
+        session = self.by_link.pop(link)
+        self._handler.session_lost(link)
+        if session.attach is None or session.released:
+            if session.attach is not None and session.attached:
+                self._handler.worker_lost(session.attach.worker)
+            session.holder.close()
+            self._attach_all()
             return
-        guest.left_at = time.monotonic()
-        self._leaving.append(guest)
-        self._selector.register(guest.holder.fileno(), selectors.EVENT_READ, _Bell(self))
-        self._log("info", "a worker has gone", worker=guest.attach.worker, pid=guest.holder.pid, reason=reason)
+        session.left_at = time.monotonic()
+        self._leaving.append(session)
+        self._selector.register(session.holder.fileno(), selectors.EVENT_READ, _DeathWatch(self))
+        self._journal.write(
+            "info", "a worker has gone", worker=session.attach.worker, pid=session.holder.pid, reason=reason
+        )
 
     def target(self, link: Link, message: Wire, size: int) -> memoryview | None:
         return None
 
     def received(self, link: Link, message: Wire, payload: memoryview | None) -> None:
-        guest = self.guests[link]
+        session = self.by_link[link]
         if isinstance(message, Attach):
-            self._attach(guest, message)
+            self._attach(session, message)
         elif isinstance(message, Farewell):
-            guest.released = True
+            session.released = True
             if message.reason == END_OF_JOB:
                 self.ended = True
             link.close(message.reason)
         else:
-            self._on_message(guest, message)
+            self._handler.worker_message(session, message)
 
     def drained(self, link: Link) -> None:
-        self._on_drained(link)
+        self._handler.session_drained(link)
 
     # ---- workers
 
     @property
-    def workers(self) -> dict[int, Guest]:
+    def workers(self) -> dict[int, Session]:
         """Attached workers by their number."""
-        return {g.attach.worker: g for g in self.guests.values() if g.attach is not None and g.attached}
+        return {g.attach.worker: g for g in self.by_link.values() if g.attach is not None and g.attached}
 
     def send(self, worker: int, message: Wire) -> None:
         """Nothing when the worker has gone."""
-        guest = self.workers.get(worker)
-        if guest is not None:
-            guest.link.send(message)
+        session = self.workers.get(worker)
+        if session is not None:
+            session.link.send(message)
 
     def send_all(self, message: Wire) -> None:
         for worker in self.workers:
@@ -172,43 +185,45 @@ class Desk:
     def close(self) -> None:
         self._selector.unregister(self._listener)
         self._listener.close()
-        for link in list(self.guests):
+        for link in list(self.by_link):
             link.close("the agent is leaving")
-        for guest in self._leaving:
-            self._selector.unregister(guest.holder.fileno())
-            guest.holder.close()
+        for session in self._leaving:
+            self._selector.unregister(session.holder.fileno())
+            session.holder.close()
         self._path.unlink(missing_ok=True)
 
-    def _attach(self, guest: Guest, attach: Attach) -> None:
-        slot_buckets, _ = self._capacity
+    def _attach(self, session: Session, attach: Attach) -> None:
+        buffer_buckets, run = self._memory.shape.buckets, self._credentials.hello.run
         reason = ""
-        if guest.role != "worker":
-            reason = f"a {guest.role} cannot attach"
-        elif attach.run != self.mine.run:
-            reason = f"this agent serves run {self.mine.run!r}, not {attach.run!r}"
+        if session.role != "worker":
+            reason = f"a {session.role} cannot attach"
+        elif attach.run != run:
+            reason = f"this agent serves run {run!r}, not {attach.run!r}"
         elif attach.worker >= attach.workers:
             reason = f"worker {attach.worker} of {attach.workers} cannot be"
-        elif attach.buckets > slot_buckets:
+        elif attach.buckets > buffer_buckets:
             reason = (
-                f"worker {attach.worker} needs {attach.buckets} buckets of {self._payload_limit} bytes, "
-                f"a slot has {slot_buckets}"
+                f"worker {attach.worker} needs {attach.buckets} buckets of {self._memory.shape.bucket_bytes} bytes, "
+                f"a buffer has {buffer_buckets}"
             )
         if reason:
-            guest.link.send(Farewell(reason=reason))
+            session.link.send(Farewell(reason=reason))
             return
-        guest.attach, guest.attached, self.ended = attach, False, False
-        for other in [*self.guests.values(), *self._leaving]:
-            if other is not guest and other.attach is not None and other.attach.worker == attach.worker:
-                self._log("info", "a new process takes a worker's place", worker=attach.worker, pid=other.holder.pid)
+        session.attach, session.attached, self.ended = attach, False, False
+        for other in [*self.by_link.values(), *self._leaving]:
+            if other is not session and other.attach is not None and other.attach.worker == attach.worker:
+                self._journal.write(
+                    "info", "a new process takes a worker's place", worker=attach.worker, pid=other.holder.pid
+                )
                 other.holder.kill()
-        self._settle()
+        self._attach_all()
 
-    def _settle(self) -> None:
+    def _attach_all(self) -> None:
         """Attach the workers of a layout once all of them are here and all former ones are dead."""
-        if any(guest.attach is not None for guest in self._leaving):
+        if any(session.attach is not None for session in self._leaving):
             return
-        here = [guest for guest in self.guests.values() if guest.attach is not None]
-        fresh = [guest for guest in here if not guest.attached]
+        here = [session for session in self.by_link.values() if session.attach is not None]
+        fresh = [session for session in here if not session.attached]
         if not fresh:
             return
         wanted = fresh[-1].attach
@@ -222,40 +237,41 @@ class Desk:
             return
         ordered = [group[worker] for worker in range(wanted.workers)]
         parts = tuple(g.attach.buckets for g in ordered if g.attach is not None)
-        slot_buckets, chunk = self._capacity
-        if sum(parts) > slot_buckets:
-            for guest in ordered:
-                reason = f"the workers need {' + '.join(map(str, parts))} buckets, a slot has {slot_buckets}"
-                guest.link.send(Farewell(reason=reason))
-                guest.attach = None
+        buffer_buckets = self._memory.shape.buckets
+        if sum(parts) > buffer_buckets:
+            for session in ordered:
+                reason = f"the workers need {' + '.join(map(str, parts))} buckets, a buffer has {buffer_buckets}"
+                session.link.send(Farewell(reason=reason))
+                session.attach = None
             return
-        geometry = Geometry(layout=wanted.layout, parts=parts, chunk=chunk)
-        answer = self._on_geometry(geometry)
-        for worker, guest in enumerate(ordered):
-            if not guest.attached:
-                guest.attached = True
-                guest.link.send(
-                    msgspec.structs.replace(answer, first=geometry.first(worker)), descriptors=self._descriptors()
+        geometry = Geometry(layout=wanted.layout, parts=parts, chunk=self._memory.shape.chunk)
+        answer = self._handler.configured(geometry)
+        descriptors = [buffer.descriptor for buffer in self._memory.data]
+        for worker, session in enumerate(ordered):
+            if not session.attached:
+                session.attached = True
+                session.link.send(
+                    msgspec.structs.replace(answer, first=geometry.first(worker)), descriptors=descriptors
                 )
 
-    def _buried(self, guest: Guest) -> None:
+    def _reaped(self, session: Session) -> None:
         """The process is dead: nobody writes into what it held."""
-        self._leaving.remove(guest)
-        self._selector.unregister(guest.holder.fileno())
-        guest.holder.close()
-        if guest.attached and guest.attach is not None:
-            self._on_lost(guest.attach.worker)
-        self._settle()
+        self._leaving.remove(session)
+        self._selector.unregister(session.holder.fileno())
+        session.holder.close()
+        if session.attached and session.attach is not None:
+            self._handler.worker_lost(session.attach.worker)
+        self._attach_all()
 
 
 END_OF_JOB = "end of the job"
 
 
-class _Bell:
+class _DeathWatch:
     """A process that was waited for has died."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, sessions: WorkerSessions) -> None:
+        self._sessions = sessions
 
     def ready(self, mask: int) -> None:
-        self._desk.tick(time.monotonic())
+        self._sessions.tick(time.monotonic())

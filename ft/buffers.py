@@ -1,8 +1,8 @@
-"""Slots of anonymous shared memory: owned by the agent, mapped by the workers, freed with the last of them.
+"""Buffers of anonymous shared memory: owned by the agent, mapped by the workers, freed with the last of them.
 
-A slot is a memfd of fixed size, faulted in at start (a first write to a fresh page costs five times the copy) and
+A buffer is a memfd of fixed size, faulted in at start (a first write to a fresh page costs five times the copy) and
 sealed against resizing, so that no process can make another one fault by truncating it. It holds data alone; what lies
-where is said in messages. Nobody writes into a slot without having been granted it.
+where is said in messages. Nobody writes into a buffer without having been granted it.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 import xxhash
 
-from ft.contents import Bytes
+from ft.arrays import Bytes
 from ft.errors import AgentError, MemoryTooSmall
 from ft.mapping import POPULATE_READ, POPULATE_WRITE, MappedMemory, view
 
@@ -32,8 +32,8 @@ _CREDENTIALS = struct.Struct("3i")
 _EMPTY: Bytes = np.empty(0, np.uint8)
 
 
-class Slot:
-    """One mapped slot. `data` is writable memory of `size` bytes; every view of it must be dropped before `close`."""
+class SharedBuffer:
+    """One mapped buffer. `data` is writable memory of `size` bytes; every view of it must be dropped before `close`."""
 
     def __init__(self, descriptor: int, size: int) -> None:
         """Map the memfd `descriptor`, which this object owns from here on."""
@@ -41,22 +41,22 @@ class Slot:
         actual = os.fstat(descriptor).st_size
         if actual < size:
             os.close(descriptor)
-            raise AgentError(f"a slot of {size} bytes was announced, the memory handed over has {actual}")
+            raise AgentError(f"a buffer of {size} bytes was announced, the memory handed over has {actual}")
         self._map = MappedMemory(descriptor, size) if size else None
         self._faulted = False
         self.data: Bytes = view(self._map) if self._map is not None else _EMPTY
 
     @classmethod
-    def create(cls, size: int, label: str) -> "Slot":
+    def create(cls, size: int, label: str) -> "SharedBuffer":
         """New memory of `size` bytes, zeros, every page faulted in; `label` shows up in /proc/PID/maps."""
         descriptor = os.memfd_create(f"keepwarm:{label}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(descriptor, size)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        slot = cls(descriptor, size)
-        if slot._map is not None:
-            slot._map.gather(slot.data)
-        slot.fault_in()
-        return slot
+        buffer = cls(descriptor, size)
+        if buffer._map is not None:
+            buffer._map.gather(buffer.data)
+        buffer.fault_in()
+        return buffer
 
     def fault_in(self) -> None:
         """Give every page of this mapping its memory, once, for writing; other threads run meanwhile.
@@ -148,7 +148,7 @@ class Holder:
         """Kill the process if it still runs and wait until its mappings are gone; `deadline` in seconds."""
         self.kill()
         if not self._ended(deadline):
-            raise AgentError(f"process {self.pid} did not die within {deadline:g} s of SIGKILL; its slot stays taken")
+            raise AgentError(f"process {self.pid} did not die within {deadline:g} s of SIGKILL; its buffer stays taken")
 
     def _ended(self, deadline: float) -> bool:
         poll = select.poll()
@@ -161,15 +161,15 @@ class Holder:
             self._pidfd = -1
 
 
-def register_host_memory(slot: Slot) -> bool:
-    """Page-lock a slot for CUDA, so that device copies are asynchronous; False when there is no CUDA in this process.
+def register_host_memory(buffer: SharedBuffer) -> bool:
+    """Page-lock a buffer for CUDA, so that device copies are asynchronous; False when there is no CUDA in this process.
 
     The registration ends with the process. Uses the CUDA runtime that torch has loaded, if any.
     """
     with contextlib.suppress(OSError, AttributeError):
         runtime = ctypes.CDLL(_loaded("libcudart"))
-        address = slot.data.ctypes.data
-        return bool(runtime.cudaHostRegister(ctypes.c_void_p(address), ctypes.c_size_t(slot.size), 1) == 0)
+        address = buffer.data.ctypes.data
+        return bool(runtime.cudaHostRegister(ctypes.c_void_p(address), ctypes.c_size_t(buffer.size), 1) == 0)
     return False
 
 

@@ -1,6 +1,6 @@
 """A worker's side of the socket to its node's agent. Torch-free; one background thread does all reading and writing.
 
-An agent that dies is not the end of training: `gone` becomes true, waiting calls raise `AgentError`, the slots are
+An agent that dies is not the end of training: `gone` becomes true, waiting calls raise `AgentError`, the buffers are
 unmapped with their last view, and a new client may be made for the agent that starts next.
 """
 
@@ -21,16 +21,16 @@ import numpy as np
 import xxhash
 
 from ft import agent_config, auth
-from ft.agent_chunks import READ_STRIPE
 from ft.agent_config import AgentConfig, AgentExit
 from ft.agent_registry import AGENTS_FOLDER
-from ft.buffers import Slot
+from ft.arrays import Bytes
+from ft.buffers import SharedBuffer
 from ft.channel import Channel, decoder_of
-from ft.contents import Bytes
 from ft.errors import AgentError, AuthenticationFailed, MemoryTooSmall
 from ft.inspect import Status
-from ft.link import Link
+from ft.link import Credentials, FarEnd, Link
 from ft.messages import (
+    READ_STRIPE,
     Attach,
     Attached,
     Cancel,
@@ -62,7 +62,7 @@ M = TypeVar("M", bound=Wire)
 def ensure_agent(config: AgentConfig, deadline: float = AGENT_START_TIMEOUT_S) -> None:
     """Start the agent of a slot, detached, unless one runs already; returns once its socket answers.
 
-    Raises `MemoryTooSmall` with the agent's own words when the host cannot hold the slots, `AgentError` otherwise.
+    Raises `MemoryTooSmall` with the agent's own words when the host cannot hold the buffers, `AgentError` otherwise.
     """
     if _answers(config.socket):
         return
@@ -117,7 +117,7 @@ class AgentClient:
     ) -> None:  # fmt: skip
         """Connect and prove that both sides know the secret; raises `AgentError` or `AuthenticationFailed`."""
         self.run, self.worker, self.deadline = run, worker, deadline
-        self.slots: list[Slot] = []
+        self.buffers: list[SharedBuffer] = []
         self.epoch = 0
         self.attached: Attached | None = None
         self.commits: collections.deque[Committed] = collections.deque(maxlen=64)
@@ -137,11 +137,10 @@ class AgentClient:
             connection.close()
             raise AgentError(f"{path}: no agent answers: {error.strerror}") from error
         self._selector.register(self._wake, selectors.EVENT_READ, None)
-        mine = Hello(role=role, run=run, slot=worker, epoch=0, boot=0, nonce=auth.nonce())
-        self._link = Link(
-            Channel(connection, decoder_of(WorkerMessage | Status), 64 << 20), self._selector, self, mine=mine,
-            secret=secret, roles=frozenset({"agent"}), dialled=True, label=str(path),
-        )  # fmt: skip
+        mine = Hello(role=role, run=run, slot=worker, epoch=0, incarnation=0, nonce=auth.nonce())
+        credentials = Credentials(hello=mine, secret=secret, roles=frozenset({"agent"}))
+        channel = Channel(connection, decoder_of(WorkerMessage | Status), 64 << 20)
+        self._link = Link(channel, self._selector, self, credentials, FarEnd(label=str(path), dialled=True))
         self._thread = threading.Thread(target=self._serve, name="agent-client", daemon=True)
         self._thread.start()
         with self._news:
@@ -158,7 +157,7 @@ class AgentClient:
     # ---- requests
 
     def attach(self, *, layout: str, workers: int, buckets: int, deadline: float | None = None) -> Attached:
-        """Take this worker's place; returns once all workers of the node have. Maps the slots, not yet faulted in."""
+        """Take this worker's place; returns once all workers of the node have. Maps the buffers, not yet faulted in."""
         self._send(Attach(run=self.run, layout=layout, worker=self.worker, workers=workers, buckets=buckets))
         what = f"all {workers} workers of this node to attach"
         self.attached = self._wait(Attached, lambda _: True, deadline, what)
@@ -166,9 +165,9 @@ class AgentClient:
         return self.attached
 
     def open(self, snapshot: SnapshotId, *, wait: bool = True, deadline: float | None = None) -> Granted | Refused:
-        """Ask for a slot for this worker's part of a snapshot."""
+        """Ask for a buffer for this worker's part of a snapshot."""
         self._send(Open(snapshot=snapshot, wait=wait))
-        what = f"a slot for snapshot {snapshot}"
+        what = f"a buffer for snapshot {snapshot}"
         answer: Granted | Refused = self._wait((Granted, Refused), lambda m: m.snapshot == snapshot, deadline, what)
         return answer
 
@@ -190,7 +189,7 @@ class AgentClient:
         return answer
 
     def begin(self, epoch: int) -> None:
-        """For a supervisor: have the agents settle what epoch `epoch` restores before its workers ask."""
+        """For a supervisor: have the agents decide what epoch `epoch` restores before its workers ask."""
         self._send(Restore(epoch=epoch))
 
     def save(self, epoch: int) -> None:
@@ -238,10 +237,10 @@ class AgentClient:
             self._news.notify_all()
 
     def close(self, *, end_of_job: bool = False) -> None:
-        """Unmap the slots and say so; with `end_of_job` the agent ends when all workers have."""
-        for slot in self.slots:
-            slot.close()
-        self.slots, self._interrupted = [], False
+        """Unmap the buffers and say so; with `end_of_job` the agent ends when all workers have."""
+        for buffer in self.buffers:
+            buffer.close()
+        self.buffers, self._interrupted = [], False
         if not self.gone:
             self._send(Farewell(reason=END_OF_JOB if end_of_job else "this worker is done"))
             with contextlib.suppress(AgentError):
@@ -295,7 +294,7 @@ class AgentClient:
             else:
                 if isinstance(message, Attached):
                     descriptors, link.channel.descriptors = link.channel.descriptors, []
-                    self.slots = [Slot(descriptor, message.slot_bytes) for descriptor in descriptors]
+                    self.buffers = [SharedBuffer(descriptor, message.buffer_bytes) for descriptor in descriptors]
                 self._mail.append(message)
             self._news.notify_all()
 

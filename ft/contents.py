@@ -7,16 +7,13 @@ the other in its own memory, so that filling one piece from others is the inters
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
+from ft.arrays import Bytes as Bytes
 from ft.errors import IncompleteError
-
-Bytes: TypeAlias = npt.NDArray[np.uint8]
-"""A one-dimensional array over the memory of a piece."""
 
 ITEM_SIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1,
@@ -56,7 +53,7 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Contents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What stands at the head of every worker's part of a slot: who wrote it, and which bytes hold which piece.
+    """What stands at the head of every worker's part of a buffer: who wrote it, and which bytes hold which piece.
 
     Coded with the data, so that whoever has a part of a snapshot can read it without asking anyone.
     """
@@ -65,7 +62,7 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     rank: int
     world: int
     workers: int
-    """Of the node: as many parts stand one after the other in a slot."""
+    """Of the node: as many parts stand one after the other in a buffer."""
     size: int
     """Bytes of the whole part, header included; a multiple of the bucket size."""
     entries: tuple[tuple[Piece, int], ...]

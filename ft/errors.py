@@ -4,7 +4,7 @@ FtError
 ├── CodecError           buffers or losses that the code cannot work with
 │   └── KernelUnavailable    the compiled kernel was asked for by name and cannot be used
 ├── PlacementError       the code does not fit the nodes (bad input)
-├── MemoryTooSmall       host memory cannot hold the slots (bad input)
+├── MemoryTooSmall       host memory cannot hold the buffers (bad input)
 ├── ForeignSnapshot      a snapshot of another job, model or layout
 ├── ChunkCorrupt         a chunk's bytes do not match its checksum
 ├── TransportError       a link to an agent
@@ -12,7 +12,7 @@ FtError
 │   ├── FrameError            a frame is oversized, truncated or malformed
 │   └── PeerLost              the other side closed, or was silent past a deadline
 ├── AgentError           the agent of this node cannot be started or reached, or refused a request
-│   └── SlotBusy             no slot is free: the previous snapshot is not committed yet
+│   └── BufferBusy           no buffer is free: the previous snapshot is not committed yet
 ├── IncompleteError      the pieces at hand do not cover a tensor
 ├── DurableError         a durable checkpoint cannot be written or read
 └── NothingToRestore     no committed snapshot survived; the message says why
@@ -36,7 +36,7 @@ class PlacementError(FtError):
 
 
 class MemoryTooSmall(FtError):
-    """Host memory cannot hold the slots; shows the arithmetic."""
+    """Host memory cannot hold the buffers; shows the arithmetic."""
 
 
 class ForeignSnapshot(FtError):
@@ -67,8 +67,8 @@ class AgentError(FtError):
     """The snapshot agent of this node cannot be started or reached, or it refused a request."""
 
 
-class SlotBusy(AgentError):
-    """No slot is free, because the previous snapshot is not committed yet."""
+class BufferBusy(AgentError):
+    """No buffer is free, because the previous snapshot is not committed yet."""
 
 
 class IncompleteError(FtError):

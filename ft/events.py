@@ -1,6 +1,6 @@
 """What happens to an agent's protocol (events) and what it wants done (effects).
 
-The shell (`ft.agent`) feeds one event at a time into `ft.protocol.step` and carries the effects out in order. Every
+The shell (`ft.agent`) passes one event at a time to `ft.protocol.step` and carries the effects out in order. Every
 field is a value; an effect that needs no answer says nothing more, the others name the event that answers them. A
 snapshot that an effect's answer belongs to may be gone by then: `step` ignores answers it does not expect.
 """
@@ -9,7 +9,7 @@ import enum
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from ft.messages import AgentMessage, Bucket, ChunkRecord, Decode, SnapshotId
+from ft.messages import AgentMessage, Bucket, ChunkRecord, Decision, Decode, SnapshotId
 from ft.state import Geometry, Topology
 
 
@@ -19,7 +19,7 @@ class Reason(enum.Enum):
     BUSY = "the previous snapshot is not committed yet: skip this one"
     VOID = "another node cannot take part in this snapshot: skip it"
     EPOCH = "the snapshot belongs to another epoch: go on under the agent's epoch, after a restore if there was one"
-    SETTLING = "the agents are settling what to restore: offer the next step again"
+    RECOVERING = "the agents are deciding what to restore: offer the next step again"
     FOREIGN = "the snapshot belongs to another run or layout: attach again"
     STALE = "this step was offered before in this epoch"
 
@@ -37,7 +37,7 @@ class Configured:
 
 @dataclass(frozen=True, slots=True)
 class WorkerOpened:
-    """A worker asks for a slot. With `wait` it can wait until the previous snapshot is committed."""
+    """A worker asks for a buffer. With `wait` it can wait until the previous snapshot is committed."""
 
     worker: int
     snapshot: SnapshotId
@@ -55,7 +55,7 @@ class WorkerSealed:
 
 @dataclass(frozen=True, slots=True)
 class WorkerCancelled:
-    """A living worker gave up a snapshot (or its wait for one) and will not touch the slot again."""
+    """A living worker gave up a snapshot (or its wait for one) and will not touch the buffer again."""
 
     worker: int
     snapshot: SnapshotId
@@ -70,7 +70,7 @@ class WorkerLost:
 
 @dataclass(frozen=True, slots=True)
 class DataVerified:
-    """Answer to `Verify`: `bad` are the buckets of the data slot whose bytes do not match their checksum."""
+    """Answer to `Verify`: `bad` are the buckets of the data buffer whose bytes do not match their checksum."""
 
     snapshot: SnapshotId
     bad: tuple[int, ...] = ()
@@ -90,7 +90,7 @@ class PeerConnected:
     """A link to another agent is authenticated."""
 
     slot: int
-    boot: int
+    incarnation: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +109,10 @@ class PeerAway:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A message came over the link to `sender`, whose memory lives its life `boot`. Not for `Bucket`."""
+    """A message came over the link to `sender`, in its incarnation `incarnation`. Not for `Bucket`."""
 
     sender: int
-    boot: int
+    incarnation: int
     message: AgentMessage
 
 
@@ -124,7 +124,7 @@ class BucketArrived:
     """
 
     sender: int
-    boot: int
+    incarnation: int
     bucket: Bucket
     intact: bool
 
@@ -140,7 +140,7 @@ class Scrubbed:
 
 @dataclass(frozen=True, slots=True)
 class ChunkRebuilt:
-    """All `Part`s of this agent's chunk of `stripe` arrived and lie in the slot, each with its checksum.
+    """All `Part`s of this agent's chunk of `stripe` arrived and lie in the buffer, each with its checksum.
 
     `sums` are the checksums of its buckets, for data chunks; `record` identifies it. The shell has compared it with
     what the group recorded where that is known (`Decode.digests`).
@@ -159,8 +159,24 @@ class EpochAdvanced:
 
 
 @dataclass(frozen=True, slots=True)
+class EpochNeeded:
+    """Something was found in `epoch` that only the next epoch can mend. Nothing when another one has begun."""
+
+    epoch: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRead:
+    """A decision was read where it was written, with its plan: (decoder, order) of every chunk that is rebuilt."""
+
+    decision: Decision
+    orders: tuple[tuple[int, Decode], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class DurableStarted:
-    """The durable tier begins to read a committed snapshot's data slot."""
+    """The durable tier begins to read a committed snapshot's data buffer."""
 
     snapshot: SnapshotId
 
@@ -175,7 +191,7 @@ class DurableEnded:
 Event: TypeAlias = (
     Configured | WorkerOpened | WorkerSealed | WorkerCancelled | WorkerLost | DataVerified | ParityVerified
     | PeerConnected | PeerLost | PeerAway | Received | BucketArrived | Scrubbed | ChunkRebuilt | EpochAdvanced
-    | DurableStarted | DurableEnded
+    | EpochNeeded | PlanRead | DurableStarted | DurableEnded
 )  # fmt: skip
 
 
@@ -184,17 +200,17 @@ Event: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Tell the worker to write its part into data slot `slot`, from bucket `first` on (`messages.Granted`)."""
+    """Tell the worker to write its part into data buffer `buffer`, from bucket `first` on (`messages.Granted`)."""
 
     worker: int
     snapshot: SnapshotId
-    slot: int
+    buffer: int
     first: int
 
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """Tell the worker that it gets no slot (`messages.Refused`)."""
+    """Tell the worker that it gets no buffer (`messages.Refused`)."""
 
     worker: int
     snapshot: SnapshotId
@@ -221,7 +237,7 @@ class Send:
 class SendChunk:
     """Send this agent's data chunk of a stripe as `Bucket`s from bucket `start` on, then a `ChunkEnd`.
 
-    `sums` are those of all buckets of the chunk, from 0; `first` is the bucket of the data slot where it begins.
+    `sums` are those of all buckets of the chunk, from 0; `first` is the bucket of the data buffer where it begins.
     Replaces an unfinished sending of the same (snapshot, stripe, to). Staggering and bandwidth are the shell's.
     """
 
@@ -229,24 +245,24 @@ class SendChunk:
     snapshot: SnapshotId
     stripe: int
     start: int
-    slot: int
+    buffer: int
     first: int
     sums: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class StopCoding:
-    """Forget unfinished sending, verifying and coding of a snapshot; its slots may be given to another one."""
+    """Forget unfinished sending, verifying and coding of a snapshot; its buffers may be given to another one."""
 
     snapshot: SnapshotId
 
 
 @dataclass(frozen=True, slots=True)
 class Verify:
-    """Read the data slot against the workers' checksums. Answer: `DataVerified`."""
+    """Read the data buffer against the workers' checksums. Answer: `DataVerified`."""
 
     snapshot: SnapshotId
-    slot: int
+    buffer: int
     sums: tuple[int, ...]
 
 
@@ -256,7 +272,7 @@ class ClearParity:
 
     snapshot: SnapshotId
     stripe: int
-    slot: int
+    buffer: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +287,7 @@ class Accumulate:
     source: int
     column: int
     index: int
-    slot: int
+    buffer: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +296,7 @@ class FinishParity:
 
     snapshot: SnapshotId
     stripe: int
-    slot: int
+    buffer: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +308,7 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """A snapshot has left its slots (None: it had none, or keeps that one). They may be granted again."""
+    """A snapshot has left its buffers (None: it had none, or keeps that one). They may be granted again."""
 
     snapshot: SnapshotId
     data: int | None
@@ -300,16 +316,26 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
-class Pinned:
-    """The choice of this epoch is in force: answer workers' `Restore` from it when `whole`.
+class Decided:
+    """The decision of this epoch is in force: answer workers' `Restore` from the state when `whole`.
 
-    `whole` is False while own data chunks are missing; another `Pinned` follows when they are back.
+    `whole` is False while own data chunks are missing; another `Decided` follows when they are back.
     """
 
     epoch: int
     snapshot: SnapshotId | None
-    slot: int | None
+    buffer: int | None
     whole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FollowOrders:
+    """Once per epoch, when its decision is in force: decode what `orders` ask of this agent, expect what others decode.
+
+    Each is (decoder, order).
+    """
+
+    orders: tuple[tuple[int, Decode], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,5 +379,5 @@ class Log:
 
 Effect: TypeAlias = (
     Grant | Refuse | Revoke | Send | SendChunk | StopCoding | Verify | ClearParity | Accumulate | FinishParity
-    | Commit | Release | Pinned | StartDecode | SendPart | BeginEpoch | RequestEpoch | Log
+    | Commit | Release | Decided | FollowOrders | StartDecode | SendPart | BeginEpoch | RequestEpoch | Log
 )  # fmt: skip

@@ -34,17 +34,17 @@ class Status(Wire, frozen=True, kw_only=True):
     run: str
     slot: int
     pid: int
-    boot: int
+    incarnation: int
     epoch: int
     mode: str
     group: tuple[int, ...]
     parity: int
     peers: tuple[int, ...]
     workers: tuple[int, ...]
-    slots: int
-    slot_bytes: int
+    buffers: int
+    buffer_bytes: int
     memory_bytes: int
-    """In all slots, data and parity."""
+    """In all buffers, data and parity."""
     resident_bytes: int
     held: tuple[Held, ...]
     committed: tuple[int, int] | None

@@ -9,7 +9,10 @@ import selectors
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Protocol
+
+import msgspec
 
 from ft import auth
 from ft.bandwidth import TURN, TokenBucket
@@ -22,8 +25,38 @@ HANDSHAKE_LIMIT = 512
 HANDSHAKE_DEADLINE = 5.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Credentials:
+    """Who this side of a link is, the job's secret that proves it, and the roles that the other side may have."""
+
+    hello: Hello
+    """With any nonce: every link draws its own."""
+    secret: bytes
+    roles: frozenset[str]
+
+    def fresh(self) -> Hello:
+        return msgspec.structs.replace(self.hello, nonce=auth.nonce())
+
+
+@dataclass(frozen=True, kw_only=True)
+class FarEnd:
+    """The other side of a link, before it has said who it is; `expected` is the slot that must answer."""
+
+    label: str
+    dialled: bool
+    expected: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkLimits:
+    """The bandwidth that links share, and the seconds without a byte after which a link is lost (None: never)."""
+
+    cap: TokenBucket = field(default_factory=lambda: TokenBucket(None))
+    silence: float | None = None
+
+
 class Handler(Protocol):
-    """Whoever uses links. Called from the thread that drives the selector."""
+    """The user of links. Called from the thread that drives the selector."""
 
     def connected(self, link: "Link") -> None:
         """The other side has shown that it knows the secret; `link.theirs` says who it is."""
@@ -54,24 +87,24 @@ class Link:
     LOW_WATER = 1 << 20
 
     def __init__(
-        self, channel: Channel, selector: selectors.BaseSelector, handler: Handler, *, mine: Hello, secret: bytes,
-        roles: frozenset[str], dialled: bool, label: str, cap: TokenBucket | None = None,
-        silence: float | None = None, expected: int | None = None,
+        self, channel: Channel, selector: selectors.BaseSelector, handler: Handler, credentials: Credentials,
+        far: FarEnd, limits: LinkLimits | None = None,
     ) -> None:  # fmt: skip
-        """`expected` is the slot that must answer; `silence` the seconds without a byte after which it is lost."""
-        self._expected = expected
-        self.channel, self.mine, self.dialled, self.label = channel, mine, dialled, label
+        """Takes over `channel` and begins the handshake."""
+        limits = limits or LinkLimits()
+        self.channel, self.mine, self._credentials = channel, credentials.fresh(), credentials
+        self.dialled, self.label, self._expected = far.dialled, far.label, far.expected
         self.theirs: Hello | None = None
         self.open = self.closed = self.paused = False
         self.reason = ""
-        self._selector, self._handler, self._secret, self._roles = selector, handler, secret, roles
-        self._cap, self._silence = cap or TokenBucket(None), silence
+        self._selector, self._handler = selector, handler
+        self._cap, self._silence = limits.cap, limits.silence
         self._began = self._heard = self._spoke = time.monotonic()
-        self._connecting = dialled
+        self._connecting = far.dialled
         self._mask = 0
         channel.message_limit = HANDSHAKE_LIMIT
         channel.payload_limit, self._payload_limit = 0, channel.payload_limit
-        channel.send(mine)
+        channel.send(self.mine)
         self._watch(throttled=False)
 
     @property
@@ -166,14 +199,14 @@ class Link:
         if self.open:
             self._handler.received(self, message, payload)
         elif isinstance(message, Hello) and self.theirs is None:
-            auth.check_hello(self.mine, message, self._roles)
+            auth.check_hello(self.mine, message, self._credentials.roles)
             if self._expected not in (None, message.slot):
                 raise AuthenticationFailed(f"slot {self._expected} was expected, slot {message.slot} answered")
             self.theirs = message
-            self.channel.send(auth.proof(self._secret, self.mine, message, dialled=self.dialled))
+            self.channel.send(auth.proof(self._credentials.secret, self.mine, message, dialled=self.dialled))
             self._watch(throttled=False)
         elif isinstance(message, Proof) and self.theirs is not None:
-            auth.check_proof(self._secret, self.mine, self.theirs, message, dialled=self.dialled)
+            auth.check_proof(self._credentials.secret, self.mine, self.theirs, message, dialled=self.dialled)
             self.open = True
             self.channel.message_limit, self.channel.payload_limit = MESSAGE_LIMIT, self._payload_limit
             self._handler.connected(self)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ft.contents import Bytes
+from ft.arrays import Bytes
 
 # MADV_POPULATE_*, Linux 5.14, and MADV_COLLAPSE, Linux 6.1. Through ctypes: the mmap module knows none of them and
 # holds the lock of the interpreter meanwhile.

@@ -71,13 +71,13 @@ class SnapshotId(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_
 
 
 class Hello(Wire, frozen=True):
-    """First frame of either side. `boot` numbers the lives of a slot's memory: higher is later."""
+    """First frame of either side. `incarnation` numbers the incarnations of a slot's memory: higher is later."""
 
     role: Name
     run: Name
     slot: Small
     epoch: Count
-    boot: Count
+    incarnation: Count
     nonce: Nonce
 
 
@@ -99,7 +99,7 @@ class Farewell(Wire, frozen=True):
 class Want(Wire, frozen=True):
     """To a source: my parity of `stripe` has your buckets before `start`; send from there on.
 
-    Sent when the parity slot is granted, after a damaged bucket, after a reconnect and when a stripe starts over.
+    Sent when the parity buffer is granted, after a damaged bucket, after a reconnect and when a stripe starts over.
     """
 
     snapshot: SnapshotId
@@ -192,35 +192,35 @@ class Holding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_lik
 
 
 class Inventory(Wire, frozen=True):
-    """Everything that can be restored from slot `slot`. Until a `Pin` of this epoch nothing of it is given up.
+    """Everything that can be restored from slot `slot`. Until a `Decision` of this epoch nothing of it is given up.
 
-    `pinned_epoch` and `pinned` repeat the last choice that the sender was told of (0 and None: never).
+    `decided_epoch` and `decided` repeat the last choice that the sender was told of (0 and None: never).
     """
 
     slot: Small
-    boot: Count
+    incarnation: Count
     epoch: Count
     holdings: Annotated[tuple[Holding, ...], Meta(max_length=8)]
-    pinned_epoch: Count = 0
-    pinned: SnapshotId | None = None
+    decided_epoch: Count = 0
+    decided: SnapshotId | None = None
 
 
-class Pin(Wire, frozen=True):
+class Decision(Wire, frozen=True):
     """The choice of `epoch`, written by compare-and-set: keep `snapshot` alone (None: nothing in memory is used).
 
-    `lives[slot]` is the boot of the agent that takes part in this epoch, 0 where there is none. Within an epoch every
-    other life of a slot is fenced: what forgot its promises may not make new ones. It needs the next epoch.
+    `incarnations[slot]` is that of the agent that takes part in this epoch, 0 where there is none. Within an epoch
+    every other incarnation of a slot is fenced: what forgot its promises may not make new ones until the next epoch.
     """
 
     epoch: Count
     snapshot: SnapshotId | None
-    lives: Annotated[tuple[Count, ...], Meta(max_length=65_536)]
+    incarnations: Annotated[tuple[Count, ...], Meta(max_length=65_536)]
 
 
 class Decode(Wire, frozen=True):
     """To a survivor: rebuild the chunks of `targets` in `stripe` from those of `sources` and send them there.
 
-    Slots are node slots. `sources` are k members whose chunks are good, the receiver first if it is one of them;
+    `sources` are k members whose chunks are good, the receiver first if it is one of them;
     `digests` and `counts` are those of the stripe's data chunks by column, to check and to cut what comes out.
     """
 
@@ -259,7 +259,7 @@ class Part(Wire, frozen=True):
 
 
 class Attach(Wire, frozen=True):
-    """Worker `worker` (its local rank) of `workers` on this node joins; its part of a slot has `buckets` buckets."""
+    """Worker `worker` (its local rank) of `workers` on this node joins; its part of a buffer has `buckets` buckets."""
 
     run: Name
     layout: Name
@@ -269,27 +269,27 @@ class Attach(Wire, frozen=True):
 
 
 class Attached(Wire, frozen=True):
-    """The memfds of the slots come with this message; the worker's part starts at bucket `first` of each of them."""
+    """The memfds of the buffers come with this message; the worker's part starts at bucket `first` of each of them."""
 
     epoch: Count
-    slots: Small
-    slot_bytes: Count
+    buffers: Small
+    buffer_bytes: Count
     bucket_bytes: Count
     first: Small
 
 
 class Open(Wire, frozen=True):
-    """May I write `snapshot`? A step is offered once per epoch. With `wait` the answer comes when a slot is free."""
+    """May I write `snapshot`? A step is offered once per epoch. With `wait` the answer comes when a buffer is free."""
 
     snapshot: SnapshotId
     wait: bool = True
 
 
 class Granted(Wire, frozen=True):
-    """Write your part of `snapshot` into data slot `slot`; it is yours until `Seal` or `Cancel`."""
+    """Write your part of `snapshot` into data buffer `buffer`; it is yours until `Seal` or `Cancel`."""
 
     snapshot: SnapshotId
-    slot: Small
+    buffer: Small
 
 
 class Refused(Wire, frozen=True):
@@ -308,7 +308,7 @@ class Seal(Wire, frozen=True):
 
 
 class Cancel(Wire, frozen=True):
-    """The worker gives up `snapshot` and does not touch its slot again."""
+    """The worker gives up `snapshot` and does not touch its buffer again."""
 
     snapshot: SnapshotId
 
@@ -333,17 +333,21 @@ class Restore(Wire, frozen=True):
 
 
 class Restored(Wire, frozen=True):
-    """The pinned snapshot lies in data slot `slot`, bucket checksums `sums`; None: nothing in memory, see `text`."""
+    """The decided snapshot lies in data buffer `buffer` with bucket checksums `sums`; None: nothing is, see `text`."""
 
     epoch: Count
     snapshot: SnapshotId | None
-    slot: Small = 0
+    buffer: Small = 0
     sums: Sums = ()
     text: Text = ""
 
 
+READ_STRIPE = 1_000_000
+"""Stands for the stripe in a `Part` that answers a `Read`: its index counts from the start of the owner's data."""
+
+
 class Read(Wire, frozen=True):
-    """Send me buckets `first ... first + count` of node slot `owner`'s data of the pinned snapshot, as `Part`s."""
+    """Send me buckets `first ... first + count` of slot `owner`'s data of the decided snapshot, as `Part`s."""
 
     epoch: Count
     snapshot: SnapshotId
@@ -370,7 +374,7 @@ class StatusRequest(Wire, frozen=True):
 
 AgentMessage: TypeAlias = (
     Hello | Proof | Farewell | Want | Bucket | ChunkEnd | ChunkLost | Stored | Known
-    | InventoryRequest | Inventory | Pin | Decode | Fetch | Part | Read
+    | InventoryRequest | Inventory | Decision | Decode | Fetch | Part | Read
 )  # fmt: skip
 """What goes over TCP between agents."""
 

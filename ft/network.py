@@ -9,14 +9,14 @@ import selectors
 import socket
 import time
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 
 import msgspec
 
-from ft import auth
 from ft.bandwidth import TokenBucket
 from ft.channel import Channel
-from ft.link import Handler, Link
-from ft.messages import Hello, decode_agent
+from ft.link import Credentials, FarEnd, Handler, Link, LinkLimits
+from ft.messages import decode_agent
 
 
 class Peer(msgspec.Struct):
@@ -32,6 +32,15 @@ class Peer(msgspec.Struct):
     """Since when there is no way without a link."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class NetworkLimits:
+    """Bytes of a payload, bytes per second sent on all links together (None: no cap), seconds of silence of a peer."""
+
+    payload: int
+    rate: float | None = None
+    silence: float = 5.0
+
+
 class Network:
     """Links to the agents of other slots. Of two agents the one with the lower slot dials, again and again.
 
@@ -43,14 +52,13 @@ class Network:
     """Seconds that the higher slot waits for the lower one to dial."""
 
     def __init__(
-        self, selector: selectors.BaseSelector, handler: Handler, *, mine: Hello, secret: bytes, bind: tuple[str, int],
-        resolve: Callable[[int], tuple[str, int] | None], payload_limit: int, rate: float | None = None,
-        silence: float = 5.0,
+        self, selector: selectors.BaseSelector, handler: Handler, credentials: Credentials, *, bind: tuple[str, int],
+        resolve: Callable[[int], tuple[str, int] | None], limits: NetworkLimits,
     ) -> None:  # fmt: skip
         """`bind` is the address to listen on (port 0: any); `resolve(slot)` says where a peer listens, if known."""
-        self._selector, self._handler, self._secret = selector, handler, secret
-        self.mine, self._resolve, self._payload_limit, self._silence = mine, resolve, payload_limit, silence
-        self.cap = TokenBucket(rate)
+        self._selector, self._handler, self._credentials, self._resolve = selector, handler, credentials, resolve
+        self.slot, self._payload_limit = credentials.hello.slot, limits.payload
+        self._limits = LinkLimits(cap=TokenBucket(limits.rate), silence=limits.silence)
         self._peers: dict[int, Peer] = {}
         self._links: set[Link] = set()
         family = socket.getaddrinfo(*bind, type=socket.SOCK_STREAM)[0][0]
@@ -70,7 +78,7 @@ class Network:
 
     def set_peers(self, slots: Iterable[int], needed: Collection[int] = ()) -> None:
         """The slots to stay connected with, those `needed` in any case; links to others end."""
-        wanted = set(slots) - {self.mine.slot}
+        wanted = set(slots) - {self.slot}
         for slot in wanted - self._peers.keys():
             self._peers[slot] = Peer(slot)
         for slot in self._peers.keys() - wanted:
@@ -93,7 +101,7 @@ class Network:
         for peer in self._peers.values():
             self._give_up_former(peer)
             idle = peer.link is None or peer.link.closed
-            mine = peer.slot > self.mine.slot or (peer.needed is not None and now > peer.needed + self.PATIENCE)
+            mine = peer.slot > self.slot or (peer.needed is not None and now > peer.needed + self.PATIENCE)
             if mine and idle and now >= peer.retry_at:
                 peer.retry_at, peer.delay = now + peer.delay, min(1.0, peer.delay * 2)
                 self._dial(peer)
@@ -102,8 +110,8 @@ class Network:
         """To be called by the handler for every open link: the newest link of a slot is the link of that slot."""
         peer = self._peers.setdefault(link.slot, Peer(link.slot))
         old = peer.link
-        if old is not None and old.open and old is not link and _boot(link) < _boot(old):
-            link.close("a later life of this slot is connected")
+        if old is not None and old.open and old is not link and _incarnation(link) < _incarnation(old):
+            link.close("a later incarnation of this slot is connected")
             return
         peer.link, peer.delay, peer.dialled = link, 0.05, None
         if old is not None and old is not link:
@@ -144,22 +152,12 @@ class Network:
 
     def _add(self, connection: socket.socket, label: str, *, dialled: bool, expected: int | None = None) -> Link:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        link = Link(
-            Channel(connection, decode_agent, self._payload_limit),
-            self._selector,
-            self._handler,
-            mine=msgspec.structs.replace(self.mine, nonce=auth.nonce()),
-            secret=self._secret,
-            roles=self.ROLES,
-            dialled=dialled,
-            label=label,
-            cap=self.cap,
-            silence=self._silence,
-            expected=expected,
-        )
+        far = FarEnd(label=label, dialled=dialled, expected=expected)
+        channel = Channel(connection, decode_agent, self._payload_limit)
+        link = Link(channel, self._selector, self._handler, self._credentials, far, self._limits)
         self._links.add(link)
         return link
 
 
-def _boot(link: Link) -> int:
-    return link.theirs.boot if link.theirs is not None else -1
+def _incarnation(link: Link) -> int:
+    return link.theirs.incarnation if link.theirs is not None else -1

@@ -11,7 +11,8 @@ import msgspec
 import xxhash
 import zstandard
 
-from ft.contents import ITEM_SIZE, Bytes, Piece, as_bytes
+from ft.arrays import Bytes
+from ft.contents import ITEM_SIZE, Piece, as_bytes
 from ft.errors import DurableError
 from ft.manifest import CHUNK, Entry, Part
 

@@ -136,10 +136,10 @@ def _record(inventories: Mapping[int, Inventory], slot: int, snapshot: SnapshotI
 
 def _on_the_branch(inventories: Mapping[int, Inventory]) -> list[SnapshotId]:
     """Snapshots that somebody holds, newest first, without those that an earlier choice has given up."""
-    last = max(inventories.values(), key=lambda each: (each.pinned_epoch, each.slot), default=None)
+    last = max(inventories.values(), key=lambda each: (each.decided_epoch, each.slot), default=None)
     held = {holding.snapshot for inventory in inventories.values() for holding in inventory.holdings}
     if last is not None:
-        held = {each for each in held if each.epoch >= last.pinned_epoch or each == last.pinned}
+        held = {each for each in held if each.epoch >= last.decided_epoch or each == last.decided}
     return sorted(held, key=lambda each: (each.age, each.layout), reverse=True)
 
 

@@ -1,6 +1,6 @@
-"""The worker's side of a snapshot: copies live shards into the granted slot while training runs on, and back.
+"""The worker's side of a snapshot: copies live shards into the granted buffer while training runs on, and back.
 
-A worker's part of a slot begins with its `Contents` (what lies where, and the caller's small state), followed by the
+A worker's part of a buffer begins with its `Contents` (what lies where, and the caller's small state), followed by the
 pieces. Data-parallel replicas split between them what they hold alike, so each copies and stores its share alone.
 The only module of `ft` that imports torch.
 """
@@ -17,12 +17,13 @@ import numpy as np
 import torch
 import xxhash
 
+from ft.arrays import Bytes
 from ft.buffers import register_host_memory
 from ft.client import AgentClient
-from ft.contents import ITEM_SIZE, META_BYTES, Bytes, Contents, Move, Piece, encode_contents, move_bytes
-from ft.errors import AgentError, ForeignSnapshot, FtError, IncompleteError, SlotBusy
+from ft.contents import ITEM_SIZE, META_BYTES, Contents, Move, Piece, encode_contents, move_bytes
+from ft.errors import AgentError, BufferBusy, ForeignSnapshot, FtError, IncompleteError
 from ft.messages import Refused, SnapshotId
-from ft.snapshot_reader import Moves, Reader, Stored
+from ft.snapshot_reader import Moves, RankPlace, Reader, Stored
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL",
@@ -55,7 +56,7 @@ class Shard(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PartPlan:
-    """What one rank stores and where in its part of a slot; a pure function of the state's shapes and the rank."""
+    """What one rank stores and where in its part of a buffer; a pure function of the state's shapes and the rank."""
 
     entries: tuple[tuple[Piece, int], ...]
     header_bytes: int
@@ -93,7 +94,9 @@ class Timings:
 def plan_part(state: Mapping[str, Shard], rank: int, bucket_bytes: int, *, meta_bytes: int = META_BYTES) -> PartPlan:
     """Which bytes `rank` stores of `state`; `meta_bytes` is room for the small state."""
     pieces = [piece for shard in state.values() if (piece := share(shard, rank)) is not None]
-    header = len(encode_contents(_contents(pieces, 0, 0, 0, b""))) + 16 * len(pieces) + meta_bytes + 64
+    unplaced = tuple((piece, 0) for piece in pieces)
+    empty = Contents(rank=0, world=0, workers=0, size=0, meta=b"", entries=unplaced)
+    header = len(encode_contents(empty)) + 16 * len(pieces) + meta_bytes + 64
     at = header = _up(header, _ALIGNMENT)
     entries = []
     for piece in pieces:
@@ -130,31 +133,46 @@ def share(shard: Shard, rank: int) -> Piece | None:
     )  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class SnapshotOptions:
+    """How a worker takes part in snapshots; `deadline` in seconds, for a buffer and for the agents' answers."""
+
+    busy: Literal["wait", "skip"] = "wait"
+    """While the previous snapshot is not committed: wait for a buffer, or skip this snapshot."""
+    meta_bytes: int = META_BYTES
+    """Room for the small state."""
+    deadline: float = 600.0
+    optional: tuple[str, ...] = ()
+    """Names that begin with one of these may be missing from what is restored; they then keep their values."""
+
+
 class Snapshotter:
     """Takes and restores snapshots of the shards of one engine. Not thread-safe; one per process."""
 
     def __init__(
-        self, client: AgentClient, state: Mapping[str, Shard], *, layout: str, rank: int, world: int, workers: int,
-        node: int, nodes: int, bucket_bytes: int, busy: Literal["wait", "skip"] = "wait",
-        meta_bytes: int = META_BYTES, deadline: float = 600.0, optional: tuple[str, ...] = (),
+        self, client: AgentClient, state: Mapping[str, Shard], place: RankPlace, *, layout: str,
+        options: SnapshotOptions | None = None,
     ) -> None:  # fmt: skip
-        """Attach to the agent: returns when all `workers` of this node have. `node` is the agent's slot of `nodes`.
+        """Attach to the agent: returns when all workers of this node have. `layout` is the hash of the job's layout.
 
-        Names that begin with one of `optional` may be missing from what is restored; they then keep their values.
+        Raises `AgentError` when the agent refuses this worker.
         """
-        self.client, self.state, self.layout = client, dict(state), layout
-        self.rank, self.world, self.workers, self.node, self.nodes = rank, world, workers, node, nodes
-        self.busy, self.deadline, self.optional = busy, deadline, optional
-        self.plan = plan_part(self.state, rank, bucket_bytes, meta_bytes=meta_bytes)
+        options = options or SnapshotOptions()
+        self.client, self.state, self.place, self.layout = client, dict(state), place, layout
+        self._options = options
+        bucket_bytes = place.bucket_bytes
+        self.plan = plan_part(self.state, place.rank, bucket_bytes, meta_bytes=options.meta_bytes)
         self.timings = Timings(bytes=self.plan.size)
-        attached = client.attach(layout=layout, workers=workers, buckets=self.plan.buckets, deadline=deadline)
+        attached = client.attach(
+            layout=layout, workers=place.workers, buckets=self.plan.buckets, deadline=options.deadline
+        )
         if attached.bucket_bytes != bucket_bytes:
             raise AgentError(f"the agent has buckets of {attached.bucket_bytes} bytes, this worker of {bucket_bytes}")
         self._first = attached.first * bucket_bytes
         self._device = next((s.local.device for s in self.state.values() if s.local.is_cuda), None)
         if self._device is not None:
-            for slot in client.slots:
-                register_host_memory(slot)
+            for buffer in client.buffers:
+                register_host_memory(buffer)
         self._stream: Any = torch.cuda.Stream(self._device) if self._device is not None else None  # type: ignore[no-untyped-call]
         self._thread: threading.Thread | None = None
         self._cancelled = threading.Event()
@@ -186,7 +204,7 @@ class Snapshotter:
     def join(self) -> float:
         """Wait until the running copy is done and the tensors may change; returns the seconds that took.
 
-        With `busy: wait` that includes the wait for a slot. What fails in a snapshot is no end of training: it is
+        With `busy: wait` that includes the wait for a buffer. What fails in a snapshot is no end of training: it is
         kept in `failure`. After a restore, raises `ChunkCorrupt` when what was restored was not what is recorded.
         """
         blocked = self._wait()
@@ -198,7 +216,7 @@ class Snapshotter:
         if self._thread is None:
             return 0.0
         began = time.perf_counter()
-        self._thread.join(self.deadline)
+        self._thread.join(self._options.deadline)
         if self._thread.is_alive():
             self._cancelled.set()
             self._thread.join()
@@ -215,7 +233,7 @@ class Snapshotter:
         self._rotten = None
 
     def abandon(self) -> None:
-        """As `cancel`, and the copy does not wait for its slot either: the client is of use for `close` alone."""
+        """As `cancel`, and the copy does not wait for its buffer either: the client is of use for `close` alone."""
         self.client.interrupt()
         self.cancel()
 
@@ -230,25 +248,29 @@ class Snapshotter:
         return self._sealed
 
     def _head(self, meta: bytes) -> bytes:
+        place = self.place
         head = encode_contents(
-            _contents([], self.rank, self.world, self.workers, meta, self.plan.size, self.plan.entries)
-        )
+            Contents(
+                rank=place.rank, world=place.world, workers=place.workers, size=self.plan.size, meta=meta,
+                entries=self.plan.entries,
+            )
+        )  # fmt: skip
         if len(head) > self.plan.header_bytes:
             raise ValueError(f"the small state has {len(meta)} bytes, more than the {META_BYTES} that were planned for")
         return head
 
     def _take(self, snapshot: SnapshotId, head: bytes, ready: Any) -> None:
-        """On the thread: get a slot, copy, seal."""
+        """On the thread: get a buffer, copy, seal."""
         self._failed = None
         try:
-            answer = self.client.open(snapshot, wait=self.busy == "wait", deadline=self.deadline)
+            answer = self.client.open(snapshot, wait=self._options.busy == "wait", deadline=self._options.deadline)
             if isinstance(answer, Refused):
-                raise SlotBusy(f"snapshot of step {snapshot.step} was refused: {answer.text}")
+                raise BufferBusy(f"snapshot of step {snapshot.step} was refused: {answer.text}")
             began = time.perf_counter()
-            slot = self.client.slots[answer.slot]
-            slot.fault_in()
+            buffer = self.client.buffers[answer.buffer]
+            buffer.fault_in()
             try:
-                sums = self._copy(snapshot, slot.data, head, ready)
+                sums = self._copy(snapshot, buffer.data, head, ready)
             except _Stopped:
                 self.client.cancel(snapshot)
                 raise
@@ -260,9 +282,9 @@ class Snapshotter:
             self.timings.skipped += 1
             self._failed = error
 
-    def _copy(self, snapshot: SnapshotId, slot: Bytes, head: bytes, ready: Any) -> tuple[int, ...]:
+    def _copy(self, snapshot: SnapshotId, buffer: Bytes, head: bytes, ready: Any) -> tuple[int, ...]:
         """Copy header and pieces in buckets, checksumming each bucket as soon as it is full."""
-        part = slot[self._first : self._first + self.plan.size]
+        part = buffer[self._first : self._first + self.plan.size]
         size = self.plan.bucket_bytes
         sums: list[int] = []
 
@@ -310,18 +332,15 @@ class Snapshotter:
         `ForeignSnapshot` when the snapshot is of another model, `ChunkCorrupt` when other bytes do not match.
         """
         self.cancel()
-        answer = self.client.restore(epoch, deadline=self.deadline)
+        answer = self.client.restore(epoch, deadline=self._options.deadline)
         if answer.snapshot is None:
             return answer.text
         if answer.snapshot.run != self.client.run:
             raise ForeignSnapshot(f"snapshot {answer.snapshot} belongs to run {answer.snapshot.run!r}")
-        source = Reader(
-            self.client, answer, answer.snapshot, rank=self.rank, world=self.world, node=self.node, nodes=self.nodes,
-            bucket_bytes=self.plan.bucket_bytes, deadline=self.deadline,
-        )  # fmt: skip
+        source = Reader(self.client, answer, answer.snapshot, self.place, self._options.deadline)
         try:
             targets = {name: piece_of(shard) for name, shard in self.state.items()}
-            moves, meta, local = source.find(targets, self.optional)
+            moves, meta, local = source.find(targets, self._options.optional)
         except IncompleteError as error:
             raise ForeignSnapshot(f"snapshot {answer.snapshot} does not fit this model: {error}") from error
         with self._threads() as threads:
@@ -344,10 +363,10 @@ class Snapshotter:
 
     def _threads(self) -> ThreadPoolExecutor:
         """This worker's share of the cores."""
-        return ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // self.workers), "restore")
+        return ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // self.place.workers), "restore")
 
     def _sorted(self, moves: Moves, source: Reader) -> tuple[list[tuple[int, Bytes]], Moves]:
-        """What can be copied from this node's slot, from which byte on, straight into shards; moves for the rest."""
+        """What can be copied from this node's buffer, from which byte on, straight into shards; moves for the rest."""
         whole: list[tuple[int, Bytes]] = []
         rest: dict[str, Sequence[tuple[Move, Stored]]] = {}
         for name, each in moves.items():
@@ -403,16 +422,6 @@ def _bytes_of(shard: Shard, piece: Piece) -> Bytes:
     size = ITEM_SIZE[piece.dtype]
     first = piece.flat[0] - (shard.flat[0] if shard.flat else 0)
     return flat[first * size : (first + piece.elements) * size]
-
-
-def _contents(
-    pieces: Sequence[Piece], rank: int, world: int, workers: int, meta: bytes, size: int = 0,
-    entries: tuple[tuple[Piece, int], ...] | None = None,
-) -> Contents:  # fmt: skip
-    return Contents(
-        rank=rank, world=world, workers=workers, size=size, meta=meta,
-        entries=entries if entries is not None else tuple((piece, 0) for piece in pieces),
-    )  # fmt: skip
 
 
 def _up(value: int, multiple: int) -> int:

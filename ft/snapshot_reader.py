@@ -1,4 +1,4 @@
-"""The chosen snapshot as one rank sees it: its own node's slot, and the others' through the agent. Torch-free."""
+"""The chosen snapshot as one rank sees it: its own node's buffer, and the others' through the agent. Torch-free."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,10 +9,10 @@ from typing import TypeVar
 import numpy as np
 import xxhash
 
+from ft.arrays import Bytes
 from ft.client import AgentClient
 from ft.contents import (
     HEAD_BYTES,
-    Bytes,
     Contents,
     Move,
     Piece,
@@ -28,9 +28,24 @@ CACHED = 8
 """Answers of other nodes that are kept: neighbouring tensors share buckets."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RankPlace:
+    """Where a rank stands: one of `world` ranks, on node `node` of `nodes`, each of which has `workers` ranks.
+
+    `node` is the slot of the node's agent; `bucket_bytes` must be that of the agents.
+    """
+
+    rank: int
+    world: int
+    workers: int
+    node: int
+    nodes: int
+    bucket_bytes: int
+
+
 @dataclass(frozen=True)
 class Stored:
-    """A piece in some node's data slot."""
+    """A piece in some node's data buffer."""
 
     piece: Piece
     owner: int
@@ -45,13 +60,12 @@ class Reader:
     """Finds what fills a rank's shards, and gives the bytes, checked against their checksums."""
 
     def __init__(
-        self, client: AgentClient, restored: Restored, snapshot: SnapshotId, *, rank: int, world: int, node: int,
-        nodes: int, bucket_bytes: int, deadline: float,
-    ) -> None:  # fmt: skip
+        self, client: AgentClient, restored: Restored, snapshot: SnapshotId, place: RankPlace, deadline: float
+    ) -> None:
+        """`snapshot` is what `restored` says; `deadline` in seconds, for each answer of another node."""
         self._client, self._snapshot, self._epoch, self._sums = client, snapshot, restored.epoch, restored.sums
-        self._rank, self._world, self._node, self._nodes = rank, world, node, nodes
-        self._size, self._deadline = bucket_bytes, deadline
-        self._slot = client.slots[restored.slot]
+        self._place, self._node, self._size, self._deadline = place, place.node, place.bucket_bytes, deadline
+        self._buffer = client.buffers[restored.buffer]
         self._checked: set[int] = set()
         self._cache: dict[tuple[int, int, int], Bytes] = {}
 
@@ -62,18 +76,18 @@ class Reader:
         """
         own = self._parts(self._node)
         meta = {contents.rank: contents.meta for contents, _ in own}
-        same = all(contents.world == self._world for contents, _ in own)
+        same = all(contents.world == self._place.world for contents, _ in own)
         try:
-            if not same or self._rank not in meta:
+            if not same or self._place.rank not in meta:
                 raise IncompleteError("not all is here")
-            return _moves(own, targets, optional), meta[self._rank], True
+            return _moves(own, targets, optional), meta[self._place.rank], True
         except IncompleteError:
             found = [(self._node, own)]
-            found += [(owner, self._parts(owner)) for owner in range(self._nodes) if owner != self._node]
+            found += [(owner, self._parts(owner)) for owner in range(self._place.nodes) if owner != self._node]
         everything = [(contents, stored) for _, parts in found for contents, stored in parts]
         meta = {contents.rank: contents.meta for contents, _ in everything}
         worlds = {contents.world for contents, _ in everything}
-        own_meta = meta.get(self._rank) if worlds == {self._world} else None
+        own_meta = meta.get(self._place.rank) if worlds == {self._place.world} else None
         return _moves(everything, targets, optional), own_meta or meta[min(meta)], False
 
     def local(self, moves: Iterable[tuple[Move, Stored]]) -> bool:
@@ -81,7 +95,7 @@ class Reader:
         return all(stored.owner == self._node for _, stored in moves)
 
     def spans(self, moves: Moves) -> list[tuple[int, int]]:
-        """The bytes of this node's slot that the moves read."""
+        """The bytes of this node's buffer that the moves read."""
         return [
             (stored.start + move.span[0], stored.start + move.span[1])
             for per_shard in moves.values()
@@ -96,7 +110,7 @@ class Reader:
         self._checked |= buckets
 
     def fill(self, copies: Sequence[tuple[int, Bytes]], threads: Executor) -> None:
-        """Copy the bytes of this node's slot from each start on into its target, in parallel and without a check."""
+        """Copy the bytes of this node's buffer from each start on into its target, in parallel and without a check."""
         parts = [
             (start + at, target[at : at + self._size])
             for start, target in copies
@@ -106,20 +120,20 @@ class Reader:
         def fill(part: tuple[int, Bytes]) -> None:
             start, target = part
             stop = start + len(target)
-            self._slot.fault_in_to_read(start, stop)
-            np.copyto(target, self._slot.data[start:stop])
+            self._buffer.fault_in_to_read(start, stop)
+            np.copyto(target, self._buffer.data[start:stop])
 
         run_all(threads, fill, parts)
 
     def bytes(self, owner: int, start: int, stop: int) -> Bytes:
-        """Bytes of a node's data slot, checked; those of another node by one thread at a time."""
+        """Bytes of a node's data buffer, checked; those of another node by one thread at a time."""
         buckets = self._buckets(start, stop)
         if owner == self._node:
             for index in buckets:
                 if index not in self._checked:
                     self._check(index)
                     self._checked.add(index)
-            return self._slot.data[start:stop]
+            return self._buffer.data[start:stop]
         first, last = buckets.start, buckets.stop
         for (where, low, high), data in self._cache.items():
             if where == owner and low <= first and last <= high:
@@ -138,8 +152,8 @@ class Reader:
 
     def _check(self, index: int) -> None:
         start = index * self._size
-        self._slot.fault_in_to_read(start, start + self._size)
-        if xxhash.xxh3_64_intdigest(self._slot.data[start : start + self._size].data) != self._sums[index]:
+        self._buffer.fault_in_to_read(start, start + self._size)
+        if xxhash.xxh3_64_intdigest(self._buffer.data[start : start + self._size].data) != self._sums[index]:
             raise ChunkCorrupt(
                 f"snapshot {self._snapshot} on node {self._node}: bucket {index} does not match its checksum"
             )

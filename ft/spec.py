@@ -59,7 +59,7 @@ class SnapshotSpec(Section):
     silence: PositiveFloat = Field(5.0, description="seconds without a sign of life after which a peer is dead")
     inventory_deadline: PositiveFloat = Field(10.0, description="seconds that a recovery waits for silent agents")
     commit_deadline: PositiveFloat = Field(
-        120.0, description="seconds that a worker waits for a slot under busy: wait before it goes on without"
+        120.0, description="seconds that a worker waits for a buffer under busy: wait before it goes on without"
     )
     lease: PositiveFloat = Field(60.0, description="seconds that an agent outlives the last process of its job")
     port: NonNegativeInt = Field(0, le=65535, description="TCP port of the agents; 0: any free one")

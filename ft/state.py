@@ -1,4 +1,4 @@
-"""What one agent knows, as immutable values: groups and stripes, the copies in its slots, its peers' facts.
+"""What one agent knows, as immutable values: groups and stripes, the copies in its buffers, its peers' facts.
 
 Nothing here does I/O. Mappings are never changed in place; `ft.protocol.step` returns new values.
 """
@@ -75,9 +75,9 @@ class Topology:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How workers share a data slot: worker w owns `parts[w]` buckets after those of the workers before it.
+    """How workers share a data buffer: worker w owns `parts[w]` buckets after those of the workers before it.
 
-    Data chunk j is buckets [j * chunk, (j + 1) * chunk) of the slot; what lies behind the last part is zeros and is
+    Data chunk j is buckets [j * chunk, (j + 1) * chunk) of the buffer; what lies behind the last part is zeros and is
     neither sent nor coded. `layout` is the hash of the layout that snapshots of this geometry belong to.
     """
 
@@ -98,9 +98,9 @@ class Phase(enum.Enum):
     PREPARED = "prepared"
     COMMITTED = "committed"
     DRAINING = "draining"
-    """Given up; a worker may still write into the slot."""
+    """Given up; a worker may still write into the buffer."""
     DURABLE = "durable"
-    """Superseded; the data slot is still being written to disk, the parity is gone. Not restored from."""
+    """Superseded; the data buffer is still being written to disk, the parity is gone. Not restored from."""
     REBUILT = "rebuilt"
     """Chosen at recovery, and some of this agent's chunks are still missing. Counts as committed."""
 
@@ -110,7 +110,7 @@ class Mode(enum.Enum):
 
     JOINING = "joining"
     """Its memory is empty and it has not been told the choice of any epoch."""
-    SETTLING = "settling"
+    RECOVERING = "recovering"
     """An epoch began; nothing is given up until its choice is known."""
     ACTIVE = "active"
     """The choice is known; snapshots are taken."""
@@ -134,16 +134,16 @@ class Copy:
     group: Group
     phase: Phase
     data: int | None
-    """Data slot, and below the parity slot; None when the copy holds none."""
+    """Data buffer, and below the parity buffer; None when the copy holds none."""
     parity: int | None
     writers: frozenset[int] = frozenset()
-    """Workers that were granted the slot and have neither sealed, cancelled nor died."""
+    """Workers that were granted the buffer and have neither sealed, cancelled nor died."""
     sums: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     """Checksums of the buckets of each worker's sealed part."""
     rebuilt: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     """Checksums of the buckets of data chunks that came from peers, by stripe."""
     held: bool = False
-    """The durable tier reads the data slot."""
+    """The durable tier reads the data buffer."""
     verified: bool = False
     """The agent itself has read the data and found those checksums."""
     coding: Mapping[tuple[int, int], Progress] = field(default_factory=dict)
@@ -174,35 +174,35 @@ class Copy:
         return flat[first : first + self.geometry.chunk]
 
     @property
-    def settled(self) -> bool:
+    def committed(self) -> bool:
         """Whether it is committed, or was chosen at recovery."""
         return self.phase in (Phase.COMMITTED, Phase.REBUILT)
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Everything one agent decides from. `initial` makes the first one of a life."""
+    """Everything one agent decides from. `initial` makes the first one of an incarnation."""
 
     run: str
     slot: int
-    boot: int
+    incarnation: int
     topology: Topology
-    data_slots: int
-    parity_slots: int
+    data_buffers: int
+    parity_buffers: int
     geometry: Geometry | None = None
     """None until workers have attached: nothing is granted before."""
     mode: Mode = Mode.JOINING
     epoch: int = 0
-    lives: tuple[int, ...] = ()
-    """Boot of every slot in this epoch; messages of any other life are dropped."""
+    incarnations: tuple[int, ...] = ()
+    """Incarnation of every slot in this epoch; messages of any other incarnation are dropped."""
     peers: frozenset[int] = frozenset()
     """Slots that are connected."""
     away: frozenset[int] = frozenset()
     """Slots that have not been connected for long: no worker waits for a commit that needs them."""
     copies: tuple[Copy, ...] = ()
-    """At most `data_slots`, oldest first."""
+    """At most `data_buffers`, oldest first."""
     waiting: tuple[tuple[int, SnapshotId], ...] = ()
-    """(worker, snapshot) to be granted when a slot is free."""
+    """(worker, snapshot) to be granted when a buffer is free."""
     newest: tuple[int, int] = (-1, -1)
     """Age of the newest snapshot that was granted or that this agent vowed never to store."""
     known: Mapping[SnapshotId, frozenset[int]] = field(default_factory=dict)
@@ -213,8 +213,13 @@ class State:
     """First bucket that (snapshot, stripe, slot) waits for, of snapshots not yet sealed here."""
     committed: SnapshotId | None = None
     """The newest snapshot known to be committed, held here or not."""
-    pinned_epoch: int = 0
-    pinned: SnapshotId | None = None
+    decided_epoch: int = 0
+    decided: SnapshotId | None = None
+    """What the last decision restores, that of `decided_epoch`."""
+    decided_whole: bool = False
+    """Whether this node's data of `decided` were here when that was last looked at; True when nothing is restored."""
+    planned_epoch: int = 0
+    """Epoch whose decode orders this agent follows."""
 
     def copy(self, snapshot: SnapshotId | None) -> Copy | None:
         return next((copy for copy in self.copies if copy.snapshot == snapshot), None)
@@ -223,13 +228,23 @@ class State:
     def group(self) -> Group:
         return self.topology.group_of(self.slot)
 
+    @property
+    def restorable(self) -> bool:
+        """Whether the decision of this epoch is in force and this node has all of its data."""
+        return self.mode is Mode.ACTIVE and self.decided_whole
 
-def initial(run: str, slot: int, boot: int, topology: Topology, *, durable: bool = False) -> State:
+
+def initial(run: str, slot: int, incarnation: int, topology: Topology, *, durable: bool = False) -> State:
     """The state of an agent whose memory is empty.
 
-    `boot` is higher than that of every earlier life of the slot. With `durable` there is a third data slot.
+    `incarnation` is higher than every earlier one of the slot. With `durable` there is a third data buffer.
     """
-    parity_slots = 2 if topology.group_of(slot).parity else 0
+    parity_buffers = 2 if topology.group_of(slot).parity else 0
     return State(
-        run=run, slot=slot, boot=boot, topology=topology, data_slots=3 if durable else 2, parity_slots=parity_slots
+        run=run,
+        slot=slot,
+        incarnation=incarnation,
+        topology=topology,
+        data_buffers=3 if durable else 2,
+        parity_buffers=parity_buffers,
     )

@@ -8,7 +8,7 @@ from ft.messages import AgentMessage, Known, SnapshotId
 from ft.state import Copy, Mode, Phase, State
 
 
-class Turn:
+class Transition:
     """One event's worth of change. Lives no longer than the call of `ft.protocol.step` that made it."""
 
     def __init__(self, state: State) -> None:
@@ -33,15 +33,15 @@ class Turn:
     def send_group(self, message: AgentMessage) -> None:
         self.emit(*(Send(slot, message) for slot in self.state.group.members if slot != self.state.slot))
 
-    def free_slots(self) -> tuple[int | None, int | None]:
-        """A free data slot and a free parity slot; None where none is free (or the group has no parity)."""
+    def free_buffers(self) -> tuple[int | None, int | None]:
+        """A free data buffer and a free parity buffer; None where none is free (or the group has no parity)."""
         state = self.state
-        data = set(range(state.data_slots)) - {copy.data for copy in state.copies}
-        parity = set(range(state.parity_slots)) - {copy.parity for copy in state.copies}
+        data = set(range(state.data_buffers)) - {copy.data for copy in state.copies}
+        parity = set(range(state.parity_buffers)) - {copy.parity for copy in state.copies}
         return min(data, default=None), min(parity, default=None)
 
     def drop(self, copy: Copy) -> None:
-        """Give up a copy; its data slot stays taken while a worker may write it or the disk reads it."""
+        """Give up a copy; its data buffer stays taken while a worker may write it or the disk reads it."""
         if copy.open:
             self.emit(StopCoding(copy.snapshot))
         keep = copy.writers or copy.held
@@ -122,5 +122,5 @@ class Turn:
         self.put(replace(copy, phase=Phase.COMMITTED))
         self.emit(Commit(snapshot))
         for other in self.state.copies:
-            if other.settled and other.snapshot != snapshot:
+            if other.committed and other.snapshot != snapshot:
                 self.drop(other)

@@ -126,7 +126,12 @@ def _host_memory(plan: Plan) -> list[str]:
     host = plan.host_memory
     if host is None:
         return []
-    parts = {"data slots": host.data, "parity slots": host.parity, "durable": host.durable, "receiving": host.receiving}
+    parts = {
+        "data buffers": host.data,
+        "parity buffers": host.parity,
+        "durable": host.durable,
+        "receiving": host.receiving,
+    }
     shown = ", ".join(f"{name} {size(value)}" for name, value in parts.items() if value)
     return ["", f"snapshots: {size(host.total)} of each node's host memory: {shown}"]
 

@@ -42,7 +42,7 @@ def rescue(
             return "no agent runs"
         step = 0
         for one in (agent, *substitutes):
-            while (found := one.settled(epoch)) is None:
+            while (found := one.decided(epoch)) is None:
                 if not needed():
                     return CHANGED
                 if time.monotonic() > end:

@@ -91,7 +91,7 @@ class SnapshotAgent:
         self._client = client
 
     def begin_epoch(self) -> int | None:
-        """Have all agents settle the next restore plan now; its epoch, or None when there are no agents yet."""
+        """Have all agents decide on the next restore plan now; its epoch, or None when there are no agents yet."""
         if self._client is None or self._client.gone:
             return None
         epoch = Registry(self._folder).newest_epoch() + 1
@@ -114,7 +114,7 @@ class SnapshotAgent:
             with contextlib.suppress(FtError):
                 self._client.save(epoch)
 
-    def settled(self, epoch: int) -> tuple[int, int] | str | None:
+    def decided(self, epoch: int) -> tuple[int, int] | str | None:
         """(epoch, step) that an epoch restores, once this agent holds every chunk of it; why there is nothing."""
         if self._client is None or self._client.gone:
             return "the agent has died"

@@ -89,16 +89,16 @@ def _agents(found: Sequence[Status]) -> Rows:
         "parity",
         "peers",
         "workers",
-        "slots",
-        "slot size",
+        "buffers",
+        "buffer size",
         "memory",
         "resident",
     )
     for status in found:
         yield (
             str(status.slot), str(status.pid), str(status.epoch), status.mode, _numbers(status.group),
-            str(status.parity), _numbers(status.peers), _numbers(status.workers), str(status.slots),
-            size(status.slot_bytes), size(status.memory_bytes), size(status.resident_bytes),
+            str(status.parity), _numbers(status.peers), _numbers(status.workers), str(status.buffers),
+            size(status.buffer_bytes), size(status.memory_bytes), size(status.resident_bytes),
         )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from trainer.spec import JobSpec
 ORDERS = "KEEPWARM_ORDERS"
 """Environment variable: the descriptor of the socket on which a supervisor speaks to its worker."""
 EPOCH = "KEEPWARM_EPOCH"
-"""Environment variable of rank 0: what this epoch restores, a supervisor has had the agents settle already."""
+"""Environment variable of rank 0: what this epoch restores, a supervisor has had the agents decide already."""
 RECOVERY = "KEEPWARM_RECOVERY"
 """Environment variable of rank 0: what the supervisors know of the recovery that this start is part of, as JSON."""
 PER_START = (EPOCH, RECOVERY)

@@ -22,7 +22,8 @@ from ft.client import AgentClient, ensure_agent
 from ft.errors import AgentError, FtError
 from ft.interval import Interval
 from ft.placement import Group, groups_of
-from ft.snapshot import Restoration, Snapshotter, plan_part
+from ft.snapshot import Restoration, SnapshotOptions, Snapshotter, plan_part
+from ft.snapshot_reader import RankPlace
 from ft.spec import SnapshotSpec
 from keepwarm.files import READABLE, atomic_write
 from parallel.layout import Layout
@@ -65,13 +66,13 @@ class Snapshots:
         groups = groups_of(layout.nodes, spec)
         self.protected = all(group.protected for group in groups)
         """False on a single node: its memory has no parity anywhere else."""
-        slot_bytes = self._slot_bytes(plan_part(state, world.rank, spec.bucket).size)
+        state_bytes = self._state_bytes(plan_part(state, world.rank, spec.bucket).size)
         if world.rank == 0:
             create_secret(folder / SECRET)
         world.barrier()
         self._secret = load_secret(folder / SECRET)
         run = run_identity(self._secret)
-        self._config = _agent_config(spec, folder, run=run, slot=self._node, groups=groups, slot_bytes=slot_bytes)
+        self._config = _agent_config(spec, folder, run=run, slot=self._node, groups=groups, state_bytes=state_bytes)
         self._together(lambda: ensure_agent(self._config) if self._local == 0 else None)
         self._registry = Registry(folder)
         if world.rank == 0:
@@ -93,16 +94,16 @@ class Snapshots:
         self._snapshotter = Snapshotter(
             self._client,
             self._state,
+            RankPlace(
+                rank=self._world.rank,
+                world=self._world.size,
+                workers=layout.ranks_per_node,
+                node=self._node,
+                nodes=layout.nodes,
+                bucket_bytes=config.bucket_bytes,
+            ),
             layout=self._layout_hash,
-            rank=self._world.rank,
-            world=self._world.size,
-            workers=layout.ranks_per_node,
-            node=self._node,
-            nodes=layout.nodes,
-            bucket_bytes=config.bucket_bytes,
-            busy=self._spec.busy,
-            deadline=self._spec.commit_deadline,
-            optional=OPTIONAL,
+            options=SnapshotOptions(busy=self._spec.busy, deadline=self._spec.commit_deadline, optional=OPTIONAL),
         )
 
     @property
@@ -112,8 +113,8 @@ class Snapshots:
 
     def restore(self) -> Restoration | str:
         """Begin the next epoch and write what the agents have into the live shards; else why there is nothing."""
-        settled = int(os.environ.get(EPOCH, "0"))
-        epoch = self._world.largest(settled or self._registry.newest_epoch() + 1 if self._world.rank == 0 else 0)
+        decided = int(os.environ.get(EPOCH, "0"))
+        epoch = self._world.largest(decided or self._registry.newest_epoch() + 1 if self._world.rank == 0 else 0)
         began, waited = time.time(), time.perf_counter()
         self._client.restore(epoch, deadline=self._spec.commit_deadline)
         waited = time.perf_counter() - waited
@@ -128,7 +129,7 @@ class Snapshots:
         return restored
 
     def _agree(self, restored: Restoration | str) -> None:
-        """One coherent step or none: agents that had lost each other may have settled different epochs.
+        """One coherent step or none: agents that had lost each other may have decided on different epochs.
 
         Raises `RestoreFailed` on all ranks when they were not told the same.
         """
@@ -139,7 +140,7 @@ class Snapshots:
             raise RestoreFailed(f"rank {self._world.rank}: agents do not agree on what is restored, here: {what}")
 
     def _chosen_at(self) -> float:
-        """When the present epoch was settled, in seconds since 1970; 0 when that cannot be told."""
+        """When the present epoch was decided, in seconds since 1970; 0 when that cannot be told."""
         with contextlib.suppress(OSError):
             return (self._registry.folder / f"choice-{self._client.epoch}.json").stat().st_mtime
         return 0.0
@@ -232,7 +233,7 @@ class Snapshots:
         self.before_update()
         self._client.close(end_of_job=finished)
 
-    def _slot_bytes(self, part: int) -> int:
+    def _state_bytes(self, part: int) -> int:
         """Bytes of the largest node state: the sum over a node's ranks, the largest over the nodes."""
         parts = torch.zeros(self._world.size, dtype=torch.int64)
         parts[self._world.rank] = part
@@ -256,7 +257,7 @@ def _write_template(folder: Path, config: AgentConfig) -> None:
 
 
 def _agent_config(
-    spec: SnapshotSpec, folder: Path, *, run: str, slot: int, groups: tuple[Group, ...], slot_bytes: int
+    spec: SnapshotSpec, folder: Path, *, run: str, slot: int, groups: tuple[Group, ...], state_bytes: int
 ) -> AgentConfig:
     durable = spec.durable
     return AgentConfig(
@@ -267,7 +268,7 @@ def _agent_config(
         shared=str(folder),
         secret=str(folder / SECRET),
         groups=tuple(GroupConfig(members=group.members, parity=group.m) for group in groups),
-        slot_bytes=slot_bytes,
+        state_bytes=state_bytes,
         bucket_bytes=spec.bucket,
         rate=spec.bandwidth,
         silence=spec.silence,

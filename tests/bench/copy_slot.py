@@ -1,4 +1,4 @@
-"""Copy of live tensors into a slot, as a ratio to memcpy of the same bytes in the same run; page faults after warm-up.
+"""Copy of live tensors into a buffer, as a ratio to memcpy of the same bytes in the same run; faults after warm-up.
 
 `python tests/bench/copy.py [MiB]` prints one JSON object; medians of `ROUNDS` rounds.
 """
@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ft.buffers import Slot
+from ft.buffers import SharedBuffer
 from ft.snapshot import Snapshotter, plan_part
 from tests.support.ft_nodes import Tensor
 
@@ -33,7 +33,7 @@ def main(mebibytes: int) -> dict[str, float | int]:
     size = (mebibytes << 20) // count // 4
     state = {f"t{i}": Tensor(f"t{i}", (size,), (0,), (size,), torch.randn(size), (0,)) for i in range(count)}
     plan = plan_part(state, 0, BUCKET)
-    slot = Slot.create(plan.size, "bench")
+    buffer = SharedBuffer.create(plan.size, "bench")
     snapshotter = Snapshotter.__new__(Snapshotter)  # the copy alone, without an agent
     snapshotter.state, snapshotter.plan, snapshotter._first, snapshotter._stream = state, plan, 0, None
     snapshotter.client = _NeverRevoked()  # type: ignore[assignment]
@@ -41,14 +41,14 @@ def main(mebibytes: int) -> dict[str, float | int]:
     source = np.ones(count * size * 4, np.uint8)
 
     def memcpy() -> None:
-        ctypes.memmove(slot.data.ctypes.data, source.ctypes.data, len(source))
+        ctypes.memmove(buffer.data.ctypes.data, source.ctypes.data, len(source))
 
     def copy() -> None:
         for piece, at in plan.entries:
-            np.copyto(slot.data[at : at + piece.bytes], state[piece.name].local.view(torch.uint8).numpy())
+            np.copyto(buffer.data[at : at + piece.bytes], state[piece.name].local.view(torch.uint8).numpy())
 
     def with_sums() -> None:
-        snapshotter._copy(None, slot.data, b"head", None)  # type: ignore[arg-type]
+        snapshotter._copy(None, buffer.data, b"head", None)  # type: ignore[arg-type]
 
     works: dict[str, Callable[[], None]] = {"memcpy": memcpy, "copy": copy, "copy_with_checksum": with_sums}
     for work in works.values():

@@ -1,7 +1,7 @@
 """Memory of a snapshot agent against 2 S (1 + m/k), + S with the durable tier, + receive buffers.
 
 `python tests/bench/memory.py [MiB]` prints one JSON object: for each code, with and without the durable tier, the bytes
-of slots (shared memory that the agent has faulted in), the formula, their ratio, and the peak of what else the agent
+of buffers (shared memory that the agent has faulted in), the formula, their ratio, and the peak of what else the agent
 took above what it had before the first snapshot, beside the receive buffers that the plan allows. S is what the worker
 of a node stores, read at the end of several snapshots while all of it is committed and written.
 """
@@ -67,7 +67,7 @@ def measure(
     states = [state(rank, members, mebibytes) for rank in range(members)]
     stored = plan_part(states[0], 0, BUCKET, meta_bytes=1024).size
     options = {
-        "groups": [(range(members), parity)], "slot_bytes": stored, "bucket_bytes": BUCKET,
+        "groups": [(range(members), parity)], "state_bytes": stored, "bucket_bytes": BUCKET,
         "durable": DurableConfig(root=str(folder / "checkpoints"), every=1) if durable else None,
     }  # fmt: skip
     with nodes(folder, members, **options) as world:
@@ -82,10 +82,10 @@ def measure(
                     one.client.wait_committed(one.sealed, 120.0)
         shared, _ = resident(world.pids[0])
     plan = host_memory(stored, members=members, parity=parity, bucket_bytes=BUCKET, durable=durable)
-    slots = plan.total - plan.receiving
+    buffers = plan.total - plan.receiving
     return {
-        "code": f"({members - parity}, {parity})", "durable": durable, "state": stored, "slots": shared,
-        "formula": slots, "slots_to_formula": round(shared / slots, 4),
+        "code": f"({members - parity}, {parity})", "durable": durable, "state": stored, "buffers": shared,
+        "formula": buffers, "buffers_to_formula": round(shared / buffers, 4),
         "private_before": peak.before, "private_more_at_peak": peak.highest - peak.before,
         "receive_buffers_planned": plan.receiving,
     }  # fmt: skip

@@ -63,7 +63,7 @@ def measure(folder: Path, size: int) -> dict[str, Any]:
     warm: list[float] = []
     shares: list[float] = []
     with tempfile.TemporaryDirectory() as short:  # a socket's path must be short
-        world = Nodes(Path(short), 1, slot_bytes=plan_part(state, 0, BUCKET).size, bucket_bytes=BUCKET, lease=600.0)
+        world = Nodes(Path(short), 1, state_bytes=plan_part(state, 0, BUCKET).size, bucket_bytes=BUCKET, lease=600.0)
         try:
             world.start_all()
             Worker(world, state).leave_a_snapshot()
@@ -109,9 +109,7 @@ class Worker:
 
     def __init__(self, world: Nodes, state: dict[str, Tensor]) -> None:
         self.client = world.connect(0)
-        self.snapshotter = Snapshotter(
-            self.client, state, layout="bench", rank=0, world=1, workers=1, node=0, nodes=1, bucket_bytes=BUCKET
-        )
+        self.snapshotter = Snapshotter(self.client, state, world.place(0), layout="bench")
 
     def restore(self, epoch: int) -> None:
         restored = self.snapshotter.restore(epoch)

@@ -22,13 +22,13 @@ from ft.part_reader import read_tensor
 from tests.support.ft_nodes import BUCKET, Nodes, equal, nodes, random_state, together
 
 
-def settle(world: Nodes, snapshotters: list[Any], epoch: int) -> list[Any]:
+def recover(world: Nodes, snapshotters: list[Any], epoch: int) -> list[Any]:
     return together(lambda s: s.restore(epoch), snapshotters)
 
 
 def take(snapshotters: list[Any], step: int) -> None:
     for snapshotter in snapshotters:
-        snapshotter.offer(step, f"meta {step} {snapshotter.rank}".encode())
+        snapshotter.offer(step, f"meta {step} {snapshotter.place.rank}".encode())
     for snapshotter in snapshotters:
         snapshotter.join()
         assert snapshotter.failure is None
@@ -40,7 +40,7 @@ def test_one_node_commits_and_restores(tmp_path: Path) -> None:
     with nodes(tmp_path, 1, workers=2) as world:
         states = [random_state(rank, 2) for rank in range(2)]
         snapshotters = world.snapshotters(states)
-        assert settle(world, snapshotters, 1) == ["no agent holds a snapshot in memory"] * 2
+        assert recover(world, snapshotters, 1) == ["no agent holds a snapshot in memory"] * 2
         take(snapshotters, 5)
         for state in states:
             for tensor in state.values():
@@ -48,7 +48,7 @@ def test_one_node_commits_and_restores(tmp_path: Path) -> None:
         for each in world.clients:
             each.close()
         fresh = [random_state(rank, 2, seed=9) for rank in range(2)]
-        restored = settle(world, world.snapshotters(fresh), 2)
+        restored = recover(world, world.snapshotters(fresh), 2)
         assert [(r.step, r.meta) for r in restored] == [(5, b"meta 5 0"), (5, b"meta 5 1")]
         assert all(equal(a, random_state(rank, 2)) for rank, a in enumerate(fresh))
 
@@ -56,7 +56,7 @@ def test_one_node_commits_and_restores(tmp_path: Path) -> None:
 def test_an_agent_that_is_asked_to_end_serves_its_workers_until_they_leave(tmp_path: Path) -> None:
     with nodes(tmp_path, 2) as world:
         snapshotters = world.snapshotters([random_state(rank, 2) for rank in range(2)])
-        settle(world, snapshotters, 1)
+        recover(world, snapshotters, 1)
         for slot in range(2):
             for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
                 os.kill(world.pids[slot], number)
@@ -71,18 +71,18 @@ def test_an_agent_that_is_asked_to_end_serves_its_workers_until_they_leave(tmp_p
 def test_memory_that_rots_after_it_was_chosen_is_found_before_the_next_update(tmp_path: Path) -> None:
     with nodes(tmp_path, 1) as world:
         (snapshotter,) = world.snapshotters([random_state(0, 1)])
-        settle(world, [snapshotter], 1)
+        recover(world, [snapshotter], 1)
         take([snapshotter], 5)
         chosen = snapshotter.client.restore(2)
-        slot = snapshotter.client.slots[chosen.slot].data
+        buffer = snapshotter.client.buffers[chosen.buffer].data
         # Not in the bucket of the contents, which is checked before they are read.
         last = max(at for _, at in snapshotter.plan.entries)
         assert last > BUCKET
-        slot[last] ^= 1
+        buffer[last] ^= 1
         assert snapshotter.restore(2).step == 5
         with pytest.raises(ChunkCorrupt, match="does not match its checksum"):
             snapshotter.join()
-        # The agents find it as well when they settle the next epoch, and here there is no parity.
+        # The agents find it as well when they decide on the next epoch, and here there is no parity.
         assert snapshotter.restore(3) == "no agent holds a snapshot in memory"
         snapshotter.join()
 
@@ -95,7 +95,7 @@ def test_lost_agents_are_rebuilt_from_their_group(tmp_path: Path, count: int, pa
     with nodes(tmp_path, count, groups=[(range(count), parity)]) as world:
         states = [random_state(rank, count) for rank in range(count)]
         snapshotters = world.snapshotters(states)
-        settle(world, snapshotters, 1)
+        recover(world, snapshotters, 1)
         for step in (5, 6, 7):
             take(snapshotters, step)
         for each in world.clients:
@@ -107,7 +107,7 @@ def test_lost_agents_are_rebuilt_from_their_group(tmp_path: Path, count: int, pa
         for slot in range(parity) if together else ():
             world.start(slot)
         fresh = [random_state(rank, count, seed=9) for rank in range(count)]
-        restored = settle(world, world.snapshotters(fresh), 2)
+        restored = recover(world, world.snapshotters(fresh), 2)
         assert [(r.step, r.meta) for r in restored] == [(7, f"meta 7 {rank}".encode()) for rank in range(count)]
         assert all(equal(state, random_state(rank, count)) for rank, state in enumerate(fresh))
 
@@ -120,11 +120,11 @@ from tests.support.ft_nodes import BUCKET, Nodes, random_state
 rank, moment = int(sys.argv[3]), sys.argv[4]
 world = Nodes(Path(sys.argv[2]), 2, groups=[((0, 1), 1)])
 import ft.snapshot
-from ft.snapshot import Snapshotter
+from ft.snapshot import SnapshotOptions, Snapshotter
 state = random_state(rank, 2)
 snapshotter = Snapshotter(
-    world.connect(rank), state, layout="layout", rank=rank, world=2, workers=1, node=rank, nodes=2,
-    bucket_bytes=65536, deadline=60.0, meta_bytes=1024,
+    world.connect(rank), state, world.place(rank), layout="layout",
+    options=SnapshotOptions(deadline=60.0, meta_bytes=1024),
 )
 snapshotter.restore(1)
 def say(text):
@@ -184,7 +184,7 @@ def test_workers_killed_at_any_moment(tmp_path: Path, moment: str, allowed: set[
     with nodes(tmp_path, 2) as world:
         run_workers(world, moment)
         fresh = [random_state(rank, 2, seed=9) for rank in range(2)]
-        restored = settle(world, world.snapshotters(fresh), 2)
+        restored = recover(world, world.snapshotters(fresh), 2)
         (step,) = {r.step for r in restored}
         assert step in allowed
         for rank, state in enumerate(fresh):
@@ -199,16 +199,16 @@ def test_a_rotten_chunk_is_repaired_by_the_scrub_and_at_restore(tmp_path: Path) 
     with nodes(tmp_path, 3, groups=[((0, 1, 2), 1)], scrub=0.2) as world:
         states = [random_state(rank, 3) for rank in range(3)]
         snapshotters = world.snapshotters(states)
-        settle(world, snapshotters, 1)
+        recover(world, snapshotters, 1)
         take(snapshotters, 1)
-        snapshotters[1].client.slots[0].data[70_000] ^= 255
-        snapshotters[1].client.slots[1].data[70_000] ^= 255
+        snapshotters[1].client.buffers[0].data[70_000] ^= 255
+        snapshotters[1].client.buffers[1].data[70_000] ^= 255
         wait_for(lambda: "a chunk is back" in world.log(1))
         assert world.status(1).scrub["damaged"] >= 1
         for each in world.clients:
             each.close()
         fresh = [random_state(rank, 3, seed=9) for rank in range(3)]
-        restored = settle(world, world.snapshotters(fresh), 2)
+        restored = recover(world, world.snapshotters(fresh), 2)
         assert [r.step for r in restored] == [1] * 3
         assert all(equal(state, random_state(rank, 3)) for rank, state in enumerate(fresh))
 
@@ -216,7 +216,7 @@ def test_a_rotten_chunk_is_repaired_by_the_scrub_and_at_restore(tmp_path: Path) 
 def test_more_losses_than_parity_are_said_with_the_reason(tmp_path: Path) -> None:
     with nodes(tmp_path, 3, groups=[((0, 1, 2), 1)]) as world:
         snapshotters = world.snapshotters([random_state(rank, 3) for rank in range(3)])
-        settle(world, snapshotters, 1)
+        recover(world, snapshotters, 1)
         take(snapshotters, 1)
         for each in world.clients:
             each.close()
@@ -227,7 +227,7 @@ def test_more_losses_than_parity_are_said_with_the_reason(tmp_path: Path) -> Non
         # The agents find out by themselves, and give up what is left: whoever asks later is told why all the same.
         wait_for(lambda: any('"epoch": 2, "snapshot": null' in world.log(slot) for slot in range(3)))
         fresh = [random_state(rank, 3, seed=9) for rank in range(3)]
-        restored = settle(world, world.snapshotters(fresh), 5)
+        restored = recover(world, world.snapshotters(fresh), 5)
         # The second when the two empty agents answered before the one that has a chunk, which then is not waited for.
         reason = r"needs 2 good chunks and has 1|slots \[1\] had not answered yet, and alone cannot change that"
         assert all(re.search(reason, text) for text in restored), restored
@@ -238,7 +238,7 @@ def test_a_restarted_agent_is_filled_by_the_next_snapshot(tmp_path: Path) -> Non
     with nodes(tmp_path, 2) as world:
         states = [random_state(rank, 2) for rank in range(2)]
         snapshotters = world.snapshotters(states)
-        settle(world, snapshotters, 1)
+        recover(world, snapshotters, 1)
         take(snapshotters, 1)
         world.kill(1)
         assert snapshotters[1].client.gone or wait_for(lambda: snapshotters[1].client.gone) is None
@@ -257,7 +257,7 @@ def test_an_agent_whose_slot_went_to_another_node_makes_way(tmp_path: Path) -> N
     with nodes(tmp_path, 3) as world:
         states = [random_state(rank, 3) for rank in range(3)]
         snapshotters = world.snapshotters(states)
-        settle(world, snapshotters, 1)
+        recover(world, snapshotters, 1)
         take(snapshotters, 1)
         snapshotters[2].client.close()
         former = Path(world.configs[2].folder)
@@ -267,7 +267,7 @@ def test_an_agent_whose_slot_went_to_another_node_makes_way(tmp_path: Path) -> N
         assert "the slot has another agent, on another node" in world.log(2)
         state = random_state(2, 3, seed=1)
         again = world.snapshotters([*states[:2], state], only=2)[0]
-        restored = settle(world, [*snapshotters[:2], again], 9)
+        restored = recover(world, [*snapshotters[:2], again], 9)
         assert [found.step for found in restored] == [1, 1, 1]
         assert torch.equal(state["w"].local, states[2]["w"].local)
 
@@ -275,7 +275,7 @@ def test_an_agent_whose_slot_went_to_another_node_makes_way(tmp_path: Path) -> N
 def test_nothing_is_left_when_the_job_ends_or_everything_is_killed(tmp_path: Path) -> None:
     with nodes(tmp_path, 2) as world:
         snapshotters = world.snapshotters([random_state(rank, 2) for rank in range(2)])
-        settle(world, snapshotters, 1)
+        recover(world, snapshotters, 1)
         take(snapshotters, 1)
         snapshotters[0].client.close(end_of_job=True)
         world.wait_dead(0)
@@ -292,12 +292,12 @@ def test_nothing_is_left_when_the_job_ends_or_everything_is_killed(tmp_path: Pat
 def test_an_agent_ends_when_nobody_needs_it(tmp_path: Path) -> None:
     with nodes(tmp_path, 1, lease=0.3) as world:
         world.wait_dead(0)
-        assert "nobody has needed this agent" in world.log(0)
+        assert "no process has needed this agent" in world.log(0)
         assert not Path(world.configs[0].folder).exists()
 
 
 def test_too_little_memory_is_said_before_anything_begins(tmp_path: Path) -> None:
-    world = Nodes(tmp_path, 1, slot_bytes=2**45)
+    world = Nodes(tmp_path, 1, state_bytes=2**45)
     with pytest.raises(MemoryTooSmall, match="is available"):
         world.start(0)
 
@@ -305,7 +305,7 @@ def test_too_little_memory_is_said_before_anything_begins(tmp_path: Path) -> Non
 def test_a_folder_too_deep_for_a_socket_is_said_before_anything_begins(tmp_path: Path) -> None:
     deep = tmp_path / ("deep" * 25)
     config = AgentConfig(
-        run="run", slot=0, folder=str(deep), shared=str(tmp_path), secret="", slot_bytes=0,
+        run="run", slot=0, folder=str(deep), shared=str(tmp_path), secret="", state_bytes=0,
         groups=(GroupConfig(members=(0,), parity=0),),
     )  # fmt: skip
     with pytest.raises(AgentError, match=r"at most 107 bytes, this one .*: set XDG_RUNTIME_DIR to a folder"):
@@ -340,7 +340,7 @@ def test_committed_snapshots_become_checkpoints(tmp_path: Path) -> None:
     with nodes(tmp_path, 2, durable=config) as world:
         states = [random_state(rank, 2) for rank in range(2)]
         snapshotters = world.snapshotters(states)
-        settle(world, snapshotters, 1)
+        recover(world, snapshotters, 1)
         take(snapshotters, 1)
         take(snapshotters, 2)
         wait_for(lambda: durable.latest(tmp_path / "checkpoints") is not None)
@@ -364,7 +364,7 @@ def test_an_agent_does_not_outlive_the_job_for_parts_that_nobody_will_write(tmp_
     try:
         world.start_all()
         snapshotters = world.snapshotters([random_state(rank, 2) for rank in range(2)])
-        settle(world, snapshotters, 1)
+        recover(world, snapshotters, 1)
         take(snapshotters, 2)
         wait_for(lambda: any((tmp_path / "checkpoints").glob("tmp-*/rank_00000*")))
         for client in world.clients:
@@ -381,7 +381,7 @@ def test_a_failing_disk_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("not a folder")
     with nodes(tmp_path, 1, durable=DurableConfig(root=str(tmp_path / "checkpoints"))) as world:
         snapshotters = world.snapshotters([random_state(0, 1)])
-        settle(world, snapshotters, 1)
+        recover(world, snapshotters, 1)
         take(snapshotters, 1)
         wait_for(lambda: "a checkpoint failed, the next is tried" in world.log(0))
         (tmp_path / "checkpoints").unlink()
@@ -394,13 +394,13 @@ def test_another_layout_restores_by_name_and_offset(tmp_path: Path) -> None:
     with nodes(tmp_path, 2, workers=2) as world:
         states = [random_state(rank, 4) for rank in range(4)]
         snapshotters = world.snapshotters(states)
-        settle(world, snapshotters, 1)
+        recover(world, snapshotters, 1)
         take(snapshotters, 1)
         for each in world.clients:
             each.close()
         world.workers, world.world = 1, 2
         fresh = [random_state(rank, 2, seed=9) for rank in range(2)]
-        restored = settle(world, world.snapshotters(fresh, layout="other"), 2)
+        restored = recover(world, world.snapshotters(fresh, layout="other"), 2)
         assert [r.step for r in restored] == [1, 1]
         whole = torch.cat([state["w"].local for state in states])
         assert torch.equal(torch.cat([state["w"].local for state in fresh]), whole)
@@ -411,7 +411,7 @@ def test_another_layout_restores_by_name_and_offset(tmp_path: Path) -> None:
 def test_a_snapshot_of_another_model_overwrites_nothing(tmp_path: Path) -> None:
     with nodes(tmp_path, 1) as world:
         snapshotters = world.snapshotters([random_state(0, 1)])
-        settle(world, snapshotters, 1)
+        recover(world, snapshotters, 1)
         take(snapshotters, 1)
         world.clients[0].close()
         other = random_state(0, 1, seed=9, rows=32)

@@ -37,7 +37,7 @@ def test_every_combination_of_lost_agents(tmp_path: Path, lost: tuple[int, ...])
                 world.kill(slot)
             for slot in gone:
                 world.start(slot)
-            world.settle(epoch)
+            world.recover(epoch)
             world.check(2)
         world.take(3)
 
@@ -49,11 +49,11 @@ def test_rot_in_every_stripe(tmp_path: Path, kind: str) -> None:
         for slot, agent in world.agents.items():
             group = agent.state.group
             world.rot(slot, (group.data_stripes if kind == "data" else group.parity_stripes)(slot)[0])
-        world.settle(2)
+        world.recover(2)
         world.check(2)
         world.kill(1)
         world.start(1)
-        world.settle(3)
+        world.recover(3)
         world.check(2)
 
 
@@ -66,7 +66,7 @@ def test_campaign(tmp_path: Path, seed: int) -> None:
     world = Team(tmp_path, LAYOUTS[name])
     try:
         world.until(world.connected, "all links")
-        world.settle(1)
+        world.recover(1)
         world.take(1)
         step = 1
         for _ in range(5):
@@ -87,7 +87,7 @@ def test_campaign(tmp_path: Path, seed: int) -> None:
 
 
 def recover(world: Team, rng: random.Random, allowed: set[int]) -> int:
-    """Lose as much as the code bears, settle another epoch while links break; returns the step restored."""
+    """Lose as much as the code bears, recover in another epoch while links break; returns the step restored."""
     everywhere = world.committed(max(allowed))
     for group in next(iter(world.agents.values())).state.topology.groups:
         faults = rng.randrange(group.parity + 1)
@@ -107,7 +107,7 @@ def recover(world: Team, rng: random.Random, allowed: set[int]) -> int:
         for _ in range(rng.randrange(20)):
             world.turn()
         world.cut(*rng.sample(sorted(world.agents), 2))
-    world.until(lambda: world.settled(epoch), "the epoch", 200.0)
+    world.until(lambda: world.recovered(epoch), "the epoch", 200.0)
     step = world.chosen()
     assert step in ({max(allowed)} if everywhere else allowed), f"step {step} was restored, allowed are {allowed}"
     world.check(step)

@@ -9,9 +9,9 @@ import pytest
 
 from ft import agent_repair, agent_settle, events
 from ft.agent_chunks import Outbox
-from ft.agent_coding import Crew
+from ft.agent_coding import WorkPool
 from ft.link import Link
-from ft.messages import Decode, Fetch, Inventory, Part, Pin, Read, SnapshotId
+from ft.messages import Decision, Decode, Fetch, Inventory, Part, Read, SnapshotId
 from ft.state import Mode
 from tests.support.ft_team import LAYOUT, Team, team
 
@@ -42,7 +42,7 @@ def on_send(monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
 def test_one_decoder_rebuilds_data_and_parity_of_one_stripe(tmp_path: Path) -> None:
     with team(tmp_path, 4, 2) as world:
         replace(world, 0, 1)
-        world.settle(2)
+        world.recover(2)
         choice = world.agents[2].registry.choice(world.agents[2].state.epoch)
         assert choice is not None
         places = [(decoder, order.stripe) for decoder, order in choice.orders]
@@ -50,7 +50,7 @@ def test_one_decoder_rebuilds_data_and_parity_of_one_stripe(tmp_path: Path) -> N
         world.check(2)
 
 
-@pytest.mark.parametrize("lost", [Part, Fetch, Decode, Pin, Inventory])
+@pytest.mark.parametrize("lost", [Part, Fetch, Decode, Decision, Inventory])
 def test_a_link_that_breaks_once_on_each_side(tmp_path: Path, lost: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first message of a kind on every link is lost with the link."""
     with team(tmp_path, 3, 1) as world:
@@ -66,20 +66,20 @@ def test_a_link_that_breaks_once_on_each_side(tmp_path: Path, lost: type, monkey
             return True
 
         on_send(monkeypatch, act)
-        world.settle(2)
+        world.recover(2)
         world.check(2)
         assert broken or lost is Decode, "nothing was lost"  # orders travel only when someone asks again
 
 
 def test_parts_that_arrive_before_the_pin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No pin is ever sent: an agent learns of the choice from what others do about it."""
+    """No decision is ever sent: an agent learns of the choice from what others do about it."""
     with team(tmp_path, 3, 1) as world:
         replace(world, 2)
         monkeypatch.setattr(agent_settle, "POLL", 1e6)
-        on_send(monkeypatch, lambda link, message: isinstance(message, Pin) and link.slot == 2)
+        on_send(monkeypatch, lambda link, message: isinstance(message, Decision) and link.slot == 2)
         for agent in world.agents.values():
-            agent.settler._next_look = 0.0
-        world.settle(2)
+            agent.election._next_look = 0.0
+        world.recover(2)
         world.check(2)
 
 
@@ -103,7 +103,7 @@ def test_a_chooser_that_dies_when_it_has_chosen(tmp_path: Path, monkeypatch: pyt
         world.begin(2)
         world.until(lambda: died, "the choice")
         world.kill(0)
-        world.until(lambda: world.settled(2), "the others")
+        world.until(lambda: world.recovered(2), "the others")
         world.check(2)
         first = world.agents[1].registry.choice(2)
         assert first is not None
@@ -117,10 +117,10 @@ def test_a_decoder_that_dies_after_the_choice(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(agent_settle, "CONNECTED_GRACE", 0.5)
         on_send(monkeypatch, lambda link, message: isinstance(message, Part) and link.mine.slot == 1)
         world.begin(2)
-        world.until(lambda: world.agents[3].state.pinned_epoch == 2, "the choice")
-        assert not world.settled(2)
+        world.until(lambda: world.agents[3].state.decided_epoch == 2, "the choice")
+        assert not world.recovered(2)
         world.kill(1)
-        world.until(lambda: world.settled(2), "the others")
+        world.until(lambda: world.recovered(2), "the others")
         world.check(2)
 
 
@@ -139,7 +139,7 @@ def test_damaged_parts_are_asked_for_again(tmp_path: Path, monkeypatch: pytest.M
                 original(part, payload)
 
             monkeypatch.setattr(agent.repair, "part", part)
-        world.settle(2)
+        world.recover(2)
         world.check(2)
         assert {slot for slot, _, _ in damaged} == {0, 1, 2, 3}
 
@@ -173,11 +173,11 @@ def test_a_reader_gets_every_bucket_whatever_is_lost(tmp_path: Path, monkeypatch
 
         monkeypatch.setattr(reader.reads, "part", part)
         world.begin(2)
-        world.until(lambda: reader.state.pinned is not None and reader.state.pinned_epoch == 2, "the choice")
-        pinned = reader.state.pinned
-        assert pinned is not None
+        world.until(lambda: reader.state.decided is not None and reader.state.decided_epoch == 2, "the choice")
+        decided = reader.state.decided
+        assert decided is not None
         total = reader.memory.shape.chunk * 2
-        reader.reads.for_worker(link, Read(epoch=2, snapshot=pinned, owner=1, first=0, count=total))  # type: ignore[arg-type]
+        reader.reads.for_worker(link, Read(epoch=2, snapshot=decided, owner=1, first=0, count=total))  # type: ignore[arg-type]
         world.until(lambda: len(link.parts) == total, "all parts")
         assert b"".join(link.parts[index] for index in range(total)) == bytes(world.content(1, 2))
         assert seen.count(0) > 1
@@ -189,7 +189,7 @@ def test_a_read_outlives_the_next_epoch(tmp_path: Path, monkeypatch: pytest.Monk
     world = Team(tmp_path, [((0, 1), 1), ((2, 3), 1), ((4, 5), 1), ((6, 7), 1)])
     try:
         world.until(world.connected, "all links")
-        world.settle(1)
+        world.recover(1)
         world.take(1)
         reader, link = world.agents[7], WorkerLink()
         snapshot = reader.state.committed
@@ -211,9 +211,9 @@ def test_who_was_left_out_of_a_choice_gets_the_next(tmp_path: Path, monkeypatch:
             hasty.setattr(agent_settle, "CONNECTED_GRACE", 0.0)
             hasty.setattr(agent_settle, "KNOWN_GRACE", 0.0)
             world.begin(2)
-            world.until(lambda: world.agents[0].state.pinned_epoch == 2, "the choice")
-        assert world.agents[3].state.mode is Mode.SETTLING
-        world.until(lambda: world.settled(3), "the next choice")
+            world.until(lambda: world.agents[0].state.decided_epoch == 2, "the choice")
+        assert world.agents[3].state.mode is Mode.RECOVERING
+        world.until(lambda: world.recovered(3), "the next choice")
         world.check(2)
 
 
@@ -222,7 +222,7 @@ def test_a_new_epoch_while_buckets_wait_for_a_thread(tmp_path: Path, monkeypatch
     with team(tmp_path, 3, 1, chunk=8) as world:
         held: list[Any] = []
         target = world.agents[1]
-        order = target.crew.order
+        order = target.pool.order
 
         def hold(strand: Any, work: Any, then: Any = None, always: Any = None) -> None:
             if always is not None and not held:
@@ -232,30 +232,30 @@ def test_a_new_epoch_while_buckets_wait_for_a_thread(tmp_path: Path, monkeypatch
                 order(strand, lambda: gate.wait(20))
             order(strand, work, then, always)
 
-        monkeypatch.setattr(target.crew, "order", hold)
+        monkeypatch.setattr(target.pool, "order", hold)
         world.write(3)
         links = target.network.links.values()
         world.until(lambda: held and any(link.paused for link in links), "a paused link")
-        target.settler.begin(2)
+        target.election.begin(2)
         held[0].set()
-        world.until(lambda: world.settled(2), "the epoch")
+        world.until(lambda: world.recovered(2), "the epoch")
         assert not any(link.paused for link in target.network.links.values())
         world.take(4)
 
 
 def test_what_is_dropped_from_a_strand_is_released(tmp_path: Path) -> None:
     selector = selectors.DefaultSelector()
-    crew, seen, gate = Crew(selector, 1), [], threading.Event()
-    crew.order("strand", gate.wait, lambda _: seen.append("then"), lambda: seen.append("first"))
-    crew.order("strand", lambda: seen.append("work"), lambda _: seen.append("then"), lambda: seen.append("second"))
-    crew.drop(lambda strand: strand == "strand")
+    pool, seen, gate = WorkPool(selector, 1), [], threading.Event()
+    pool.order("strand", gate.wait, lambda _: seen.append("then"), lambda: seen.append("first"))
+    pool.order("strand", lambda: seen.append("work"), lambda _: seen.append("then"), lambda: seen.append("second"))
+    pool.drop(lambda strand: strand == "strand")
     assert seen == []
     gate.set()
     while len(seen) < 2:
         for key, mask in selector.select(5):
             key.data.ready(mask)
     assert sorted(seen) == ["first", "second"]
-    crew.close()
+    pool.close()
     selector.close()
 
 
@@ -274,14 +274,14 @@ def test_nobody_waits_for_a_slot_that_a_dead_agent_would_have_to_free(tmp_path: 
         world.kill(0)
         world.write(3)
         for agent in world.agents.values():
-            agent.feed(events.WorkerOpened(0, SnapshotId("run", 1, 4, LAYOUT)))
+            agent.dispatch(events.WorkerOpened(0, SnapshotId("run", 1, 4, LAYOUT)))
         assert all(agent.state.waiting for agent in world.agents.values())
         world.until(lambda: not any(agent.state.waiting for agent in world.agents.values()), "refusals", 30.0)
         world.until(lambda: all(agent.state.away for agent in world.agents.values()), "all to know", 30.0)
         for agent in world.agents.values():
-            agent.feed(events.WorkerOpened(0, SnapshotId("run", 1, 5, LAYOUT)))
+            agent.dispatch(events.WorkerOpened(0, SnapshotId("run", 1, 5, LAYOUT)))
             assert not agent.state.waiting
         world.start(0)
-        world.until(lambda: world.settled(2), "the next epoch")
+        world.until(lambda: world.recovered(2), "the next epoch")
         world.check(2)
         world.take(6)

@@ -26,11 +26,11 @@ def test_agents_take_what_was_said(tmp_path: Path, members: int, parity: int, ch
         said = host_memory(
             chunk * (members - parity) * BUCKET, members=members, parity=parity, bucket_bytes=BUCKET, durable=False
         )
-        world.settle(1)
+        world.recover(1)
         for step in range(1, 4):
             world.take(step)
         for agent in world.agents.values():
             assert agent.memory.bytes == said.data + said.parity
-            assert len(agent._free) * BUCKET <= said.receiving
+            assert agent.inbox.free * BUCKET <= said.receiving
     finally:
         world.close()

@@ -17,7 +17,7 @@ import xxhash
 
 from ft import buffers
 from ft.auth import create_secret, load_secret
-from ft.buffers import Holder, Slot
+from ft.buffers import Holder, SharedBuffer
 from ft.errors import AgentError, AuthenticationFailed, MemoryTooSmall
 
 WRITER = """
@@ -33,14 +33,14 @@ while True:
 """
 
 
-def writer(slot: Slot) -> tuple["subprocess.Popen[bytes]", Holder]:
-    """A process that maps the slot and writes into it for as long as it lives."""
+def writer(buffer: SharedBuffer) -> tuple["subprocess.Popen[bytes]", Holder]:
+    """A process that maps the buffer and writes into it for as long as it lives."""
     ours, theirs = socket.socketpair()
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(theirs.fileno())], pass_fds=[theirs.fileno()])
     theirs.close()
     with ours:
         ours.settimeout(20)
-        ours.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [slot.descriptor]))])
+        ours.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [buffer.descriptor]))])
         assert ours.recv(1) == b"!"
     left, right = socket.socketpair()
     with left, right:
@@ -52,58 +52,58 @@ def writer(slot: Slot) -> tuple["subprocess.Popen[bytes]", Holder]:
 
 
 def test_memory_stays_when_its_writer_is_killed() -> None:
-    slot = Slot.create(1 << 20, "test")
-    process, holder = writer(slot)
+    buffer = SharedBuffer.create(1 << 20, "test")
+    process, holder = writer(buffer)
     assert holder.alive
     holder.make_dead(10.0)
     assert not holder.alive
-    assert bytes(slot.data[:8]) == b"herebusy"
+    assert bytes(buffer.data[:8]) == b"herebusy"
     assert process.wait(10) == -signal.SIGKILL
-    slot.data[4:8] = 0
-    assert bytes(slot.data[4:8]) == bytes(4)
+    buffer.data[4:8] = 0
+    assert bytes(buffer.data[4:8]) == bytes(4)
     holder.close()
-    slot.close()
+    buffer.close()
 
 
-def test_a_slot_cannot_be_resized_by_anyone() -> None:
-    slot = Slot.create(1 << 16, "test")
+def test_a_buffer_cannot_be_resized_by_anyone() -> None:
+    buffer = SharedBuffer.create(1 << 16, "test")
     for size in (0, 1 << 17):
         with pytest.raises(PermissionError):
-            os.ftruncate(slot.descriptor, size)
+            os.ftruncate(buffer.descriptor, size)
     with pytest.raises(PermissionError):
-        fcntl.fcntl(slot.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
-    slot.close()
+        fcntl.fcntl(buffer.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    buffer.close()
 
 
 def test_memory_smaller_than_announced_is_refused() -> None:
-    slot = Slot.create(1 << 16, "test")
+    buffer = SharedBuffer.create(1 << 16, "test")
     with pytest.raises(AgentError, match="announced"):
-        Slot(os.dup(slot.descriptor), 1 << 17)
-    slot.close()
+        SharedBuffer(os.dup(buffer.descriptor), 1 << 17)
+    buffer.close()
 
 
 def test_no_page_is_faulted_in_after_creation() -> None:
     size = 16 << 20
-    slot = Slot.create(size, "test")
+    buffer = SharedBuffer.create(size, "test")
     source = np.ones(size, np.uint8)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    np.copyto(slot.data, source)
+    np.copyto(buffer.data, source)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < size // mmap.PAGESIZE // 100
-    slot.close()
+    buffer.close()
 
 
-def test_an_empty_slot() -> None:
-    slot = Slot.create(0, "test")
-    assert len(slot.data) == 0
-    slot.close()
+def test_an_empty_buffer() -> None:
+    buffer = SharedBuffer.create(0, "test")
+    assert len(buffer.data) == 0
+    buffer.close()
 
 
 def test_too_little_memory_is_refused_with_the_arithmetic() -> None:
-    buffers.require_memory({"data slots": 1 << 20})
+    buffers.require_memory({"data buffers": 1 << 20})
     with pytest.raises(
-        MemoryTooSmall, match=r"1048576\.00 GiB data slots \+ 524288\.00 GiB parity slots = 1572864\.00 GiB"
+        MemoryTooSmall, match=r"1048576\.00 GiB data buffers \+ 524288\.00 GiB parity buffers = 1572864\.00 GiB"
     ):
-        buffers.require_memory({"data slots": 2**50, "parity slots": 2**49})
+        buffers.require_memory({"data buffers": 2**50, "parity buffers": 2**49})
 
 
 def test_bucket_sums() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ft.messages import Bucket, Committed, Hello, Known, Part, Pin, Seal, SnapshotId, encode
+from ft.messages import Bucket, Committed, Decision, Hello, Known, Part, Seal, SnapshotId, encode
 
 RUNS = 100_000
 TARGET = """
@@ -66,9 +66,9 @@ def seeds() -> list[bytes]:
     """One frame of each kind to begin from, as the target reads its input from both ends."""
     snapshot = SnapshotId("run", 1, 2, "layout")
     messages = [
-        Hello(role="agent", run="run", slot=1, epoch=0, boot=2, nonce=b"n" * 32),
+        Hello(role="agent", run="run", slot=1, epoch=0, incarnation=2, nonce=b"n" * 32),
         Known(snapshot=snapshot, prepared=(0, 1)),
-        Pin(epoch=3, snapshot=snapshot, lives=(1, 2)),
+        Decision(epoch=3, snapshot=snapshot, incarnations=(1, 2)),
         Bucket(snapshot=snapshot, stripe=0, index=0, sum=1, size=5),
         Part(epoch=1, snapshot=snapshot, stripe=0, owner=1, index=0, count=1, sum=1, size=5),
         Seal(snapshot=snapshot, sums=(1, 2, 3)),

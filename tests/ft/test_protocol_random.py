@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from ft import events, protocol_coding
 from ft.state import Phase
-from ft.turn import Turn
+from ft.turn import Transition
 from tests.support.ft_campaign import WEIGHTS, campaign, heal, move
 from tests.support.ft_cluster import Broken, Cluster
 
@@ -73,7 +73,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def quiet(self) -> None:
-        self.cluster.settle()
+        self.cluster.drain()
 
     @rule(one=slot, other=slot)
     def reconnect(self, one: int, other: int) -> None:
@@ -149,22 +149,22 @@ def test_campaigns_at_length(shape: str) -> None:
 
 
 def _commit_after_one_group(patch: pytest.MonkeyPatch) -> None:
-    learn = Turn.learn
+    learn = Transition.learn
 
-    def eager(self: Turn, snapshot: Any, groups: frozenset[int], sender: int | None = None) -> None:
+    def eager(self: Transition, snapshot: Any, groups: frozenset[int], sender: int | None = None) -> None:
         learn(self, snapshot, frozenset(range(len(self.state.topology.groups))), sender)
 
-    patch.setattr(Turn, "learn", eager)
+    patch.setattr(Transition, "learn", eager)
 
 
 def _reuse_slots_when_sealed(patch: pytest.MonkeyPatch) -> None:
     sealed = protocol_coding.sealed
 
-    def early(turn: Turn, copy: Any) -> None:
-        sealed(turn, copy)
-        for other in turn.state.copies:
-            if other.settled:
-                turn.drop(other)
+    def early(transition: Transition, copy: Any) -> None:
+        sealed(transition, copy)
+        for other in transition.state.copies:
+            if other.committed:
+                transition.drop(other)
 
     patch.setattr(protocol_coding, "sealed", early)
 
@@ -172,33 +172,37 @@ def _reuse_slots_when_sealed(patch: pytest.MonkeyPatch) -> None:
 def _accumulate_repeats(patch: pytest.MonkeyPatch) -> None:
     on_bucket = protocol_coding.on_bucket
 
-    def twice(turn: Turn, event: events.BucketArrived) -> None:
-        bucket, copy = event.bucket, turn.state.copy(event.bucket.snapshot)
+    def twice(transition: Transition, event: events.BucketArrived) -> None:
+        bucket, copy = event.bucket, transition.state.copy(event.bucket.snapshot)
         progress = copy.coding.get((bucket.stripe, event.sender)) if copy else None
-        on_bucket(turn, event)
+        on_bucket(transition, event)
         if copy and copy.open and copy.parity is not None and progress and bucket.index < progress.next:
             column = copy.group.sources(bucket.stripe).index(event.sender)
-            turn.emit(events.Accumulate(copy.snapshot, bucket.stripe, event.sender, column, bucket.index, copy.parity))
+            transition.emit(
+                events.Accumulate(copy.snapshot, bucket.stripe, event.sender, column, bucket.index, copy.parity)
+            )
 
     patch.setattr(protocol_coding, "on_bucket", twice)
 
 
 def _take_damaged_buckets(patch: pytest.MonkeyPatch) -> None:
     on_bucket = protocol_coding.on_bucket
-    patch.setattr(protocol_coding, "on_bucket", lambda turn, event: on_bucket(turn, replace(event, intact=True)))
+    patch.setattr(
+        protocol_coding, "on_bucket", lambda transition, event: on_bucket(transition, replace(event, intact=True))
+    )
 
 
 def _prepared_without_the_group(patch: pytest.MonkeyPatch) -> None:
-    def alone(turn: Turn, copy: Any) -> None:
+    def alone(transition: Transition, copy: Any) -> None:
         if copy.phase is Phase.SEALED and copy.members:
-            turn.put(replace(copy, phase=Phase.PREPARED))
-            turn.learn(copy.snapshot, frozenset({copy.group.index}))
+            transition.put(replace(copy, phase=Phase.PREPARED))
+            transition.learn(copy.snapshot, frozenset({copy.group.index}))
 
     patch.setattr(protocol_coding, "check_prepared", alone)
 
 
 def _write_into_a_taken_slot(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Turn, "free_slots", lambda self: (0, 0 if self.state.parity_slots else None))
+    patch.setattr(Transition, "free_buffers", lambda self: (0, 0 if self.state.parity_buffers else None))
 
 
 DEFECTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {

@@ -53,18 +53,18 @@ def event(words: list[str]) -> ev.Event:
     name, rest = words[0], words[1:]
     given = dict(word.split("=") for word in rest if "=" in word)
     plain = [word for word in rest if "=" not in word]
-    sender, boot = int(given.get("from", "0")), int(given.get("boot", "1"))
+    sender, incarnation = int(given.get("from", "0")), int(given.get("incarnation", "1"))
 
     def heard(message: msg.AgentMessage) -> ev.Event:
-        return ev.Received(sender, boot, message)
+        return ev.Received(sender, incarnation, message)
 
     match name, plain:
         case "epoch", [epoch]:
             return ev.EpochAdvanced(int(epoch))
-        case "pin", [epoch, chosen]:
-            lives = tuple(int(life) for life in given["lives"].split(","))
+        case "decision", [epoch, chosen]:
+            incarnations = tuple(int(incarnation) for incarnation in given["incarnations"].split(","))
             choice = None if chosen == "none" else snapshot(chosen)
-            return heard(msg.Pin(epoch=int(epoch), snapshot=choice, lives=lives))
+            return heard(msg.Decision(epoch=int(epoch), snapshot=choice, incarnations=incarnations))
         case "inventory", [epoch]:
             return heard(msg.InventoryRequest(epoch=int(epoch)))
         case "open", [which]:
@@ -82,13 +82,13 @@ def event(words: list[str]) -> ev.Event:
         case "parity-verified", [which]:
             return ev.ParityVerified(snapshot(which), int(given["stripe"]), int(given["digest"]))
         case "connected", []:
-            return ev.PeerConnected(sender, boot)
+            return ev.PeerConnected(sender, incarnation)
         case "bucket" | "damaged-bucket", [which]:
             header = msg.Bucket(
                 snapshot=snapshot(which), stripe=int(given["stripe"]), index=int(given["index"]),
                 sum=int(given["sum"]), size=4,
             )  # fmt: skip
-            return ev.BucketArrived(sender, boot, header, name == "bucket")
+            return ev.BucketArrived(sender, incarnation, header, name == "bucket")
         case "end", [which]:
             sums = [int(s) for s in given["sums"].split(",")]
             end = msg.ChunkEnd(

@@ -37,7 +37,7 @@ def everything(*snapshots: SnapshotId) -> dict[int, Inventory]:
     return {
         slot: Inventory(
             slot=slot,
-            boot=1,
+            incarnation=1,
             epoch=2,
             holdings=tuple(Holding(snapshot, records(group, slot, snapshot)) for snapshot in snapshots),
         )
@@ -122,7 +122,7 @@ def test_late_inventories_count_as_missing() -> None:
 
 def test_what_an_earlier_choice_gave_up_does_not_come_back() -> None:
     inventories = everything(OLD, NEW)
-    inventories[3] = msgspec.structs.replace(inventories[3], pinned_epoch=2, pinned=OLD)
+    inventories[3] = msgspec.structs.replace(inventories[3], decided_epoch=2, decided=OLD)
     assert choose(inventories, GROUPS, range(8), True) == Choice(OLD, 0)
 
 
@@ -149,7 +149,7 @@ def test_a_replacement_receives_its_state_once(shape: tuple[int, int], data: st.
     group = Group(0, tuple(range(size)), m)
     lost = data.draw(st.sets(st.integers(0, size - 1), min_size=1, max_size=m))
     inventories = {
-        slot: Inventory(slot=slot, boot=1, epoch=2, holdings=(Holding(NEW, records(group, slot, NEW)),))
+        slot: Inventory(slot=slot, incarnation=1, epoch=2, holdings=(Holding(NEW, records(group, slot, NEW)),))
         for slot in group.members
         if slot not in lost
     }
@@ -177,14 +177,14 @@ def test_frozen_between_inventory_and_choice() -> None:
     for slot in range(8):
         for worker in range(2):
             cluster.offer(slot, worker, wait=True)
-    cluster.settle()
+    cluster.drain()
     for slot in range(8):
         for worker in range(2):
             cluster.write(slot, worker)
     for slot in range(8):
-        cluster.feed(slot, EpochAdvanced(9))
+        cluster.dispatch(slot, EpochAdvanced(9))
     before = [replace(node.state, peers=frozenset()) for node in cluster.nodes]
     said = [protocol.inventory(node.state) for node in cluster.nodes]
-    cluster.settle()
+    cluster.drain()
     assert [replace(node.state, peers=frozenset()) for node in cluster.nodes] == before
     assert [protocol.inventory(node.state) for node in cluster.nodes] == said

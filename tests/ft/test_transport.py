@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from ft import auth
 from ft.bandwidth import TokenBucket
 from ft.errors import AuthenticationFailed
-from ft.link import Link
+from ft.link import Credentials, Link
 from ft.messages import Bucket, Farewell, Hello, Known, Proof, SnapshotId, encode
-from ft.network import Network
+from ft.network import Network, NetworkLimits
 
 SECRET = b"s" * 32
 SNAPSHOT = SnapshotId("run", 0, 1, "layout")
@@ -66,12 +66,15 @@ class World:
         self.addresses: dict[int, tuple[str, int]] = {}
         self.all: list[Recorder] = []
 
-    def add(self, slot: int, *, secret: bytes = SECRET, run: str = "run", boot: int = 0, **options: Any) -> Recorder:
+    def add(
+        self, slot: int, *, secret: bytes = SECRET, run: str = "run", incarnation: int = 0, **options: Any
+    ) -> Recorder:
         handler = Recorder()
-        mine = Hello(role="agent", run=run, slot=slot, epoch=0, boot=boot, nonce=auth.nonce())
+        hello = Hello(role="agent", run=run, slot=slot, epoch=0, incarnation=incarnation, nonce=auth.nonce())
+        credentials = Credentials(hello=hello, secret=secret, roles=Network.ROLES)
         handler.network = Network(
-            self.selector, handler, mine=mine, secret=secret, bind=("127.0.0.1", 0), resolve=self.addresses.get,
-            payload_limit=LIMIT, **options,
+            self.selector, handler, credentials, bind=("127.0.0.1", 0), resolve=self.addresses.get,
+            limits=NetworkLimits(payload=LIMIT, **options),
         )  # fmt: skip
         self.addresses[slot] = handler.network.address
         self.all.append(handler)
@@ -153,13 +156,13 @@ def test_only_the_expected_slot_is_accepted(world: World) -> None:
 
 def test_a_later_life_replaces_an_earlier_one_and_not_the_other_way_round(world: World) -> None:
     one = world.add(0)
-    late = world.add(1, boot=5)
+    late = world.add(1, incarnation=5)
     one.network.set_peers([1])
     world.until(lambda: 1 in one.network.links)
-    dial(one, boot=4)
-    world.until(lambda: "a later life of this slot is connected" in one.losses)
+    dial(one, incarnation=4)
+    world.until(lambda: "a later incarnation of this slot is connected" in one.losses)
     assert one.network.links[1].theirs is not None
-    assert one.network.links[1].theirs.boot == 5
+    assert one.network.links[1].theirs.incarnation == 5
     assert late.losses == []
 
 
@@ -172,7 +175,7 @@ def test_a_frozen_agent_is_not_waited_for_once_its_slot_has_another(
         world.addresses[1] = frozen.getsockname()[:2]
         one.network.set_peers([1])
         world.until(lambda: select.select([frozen], [], [], 0)[0])
-        two = world.add(1, boot=2)
+        two = world.add(1, incarnation=2)
         two.network.set_peers([0])
         world.until(lambda: one.network.links and two.network.links)
 
@@ -182,7 +185,7 @@ def dial(to: Recorder, **change: Any) -> None:
 
     def talk() -> None:
         with socket.create_connection(to.network.address, timeout=10) as sock:
-            mine = Hello(role="agent", run="run", slot=1, epoch=0, nonce=auth.nonce(), **{"boot": 0} | change)
+            mine = Hello(role="agent", run="run", slot=1, epoch=0, nonce=auth.nonce(), **{"incarnation": 0} | change)
             write(sock, encode(mine))
             theirs = read(sock)
             write(sock, encode(auth.proof(SECRET, mine, theirs, dialled=True)))
@@ -226,8 +229,8 @@ def refused(world: World, to: Recorder, talk: Callable[[socket.socket], None]) -
 
 def test_a_recorded_proof_is_worthless_in_another_connection(world: World) -> None:
     one, _ = world.pair()
-    mine = Hello(role="agent", run="run", slot=7, epoch=0, boot=0, nonce=b"n" * 32)
-    theirs = Hello(role="agent", run="run", slot=0, epoch=0, boot=0, nonce=b"m" * 32)
+    mine = Hello(role="agent", run="run", slot=7, epoch=0, incarnation=0, nonce=b"n" * 32)
+    theirs = Hello(role="agent", run="run", slot=0, epoch=0, incarnation=0, nonce=b"m" * 32)
     recorded = auth.proof(SECRET, mine, theirs, dialled=True)
 
     def replay(sock: socket.socket) -> None:
@@ -238,14 +241,16 @@ def test_a_recorded_proof_is_worthless_in_another_connection(world: World) -> No
 
 
 def test_a_proof_sent_back_is_worthless() -> None:
-    mine = Hello(role="agent", run="run", slot=0, epoch=0, boot=0, nonce=b"n" * 32)
-    theirs = Hello(role="agent", run="run", slot=1, epoch=0, boot=0, nonce=b"m" * 32)
+    mine = Hello(role="agent", run="run", slot=0, epoch=0, incarnation=0, nonce=b"n" * 32)
+    theirs = Hello(role="agent", run="run", slot=1, epoch=0, incarnation=0, nonce=b"m" * 32)
     shown = auth.proof(SECRET, mine, theirs, dialled=True)
     auth.check_proof(SECRET, theirs, mine, shown, dialled=False)
     with pytest.raises(AuthenticationFailed):
         auth.check_proof(SECRET, mine, theirs, shown, dialled=True)
     with pytest.raises(AuthenticationFailed, match="our own nonce"):
-        auth.check_hello(mine, Hello(role="agent", run="run", slot=1, epoch=0, boot=0, nonce=b"n" * 32), Network.ROLES)
+        auth.check_hello(
+            mine, Hello(role="agent", run="run", slot=1, epoch=0, incarnation=0, nonce=b"n" * 32), Network.ROLES
+        )
 
 
 @pytest.mark.parametrize(

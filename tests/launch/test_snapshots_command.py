@@ -67,7 +67,7 @@ def test_shows_what_the_agents_hold(run: Run) -> None:
         assert agent["pid"] == run.pids[slot]
         assert (agent["group"], agent["parity"], agent["workers"]) == ([0, 1], 1, [0])
         # 2 S (1 + m/k) + S with the durable tier, k = m = 1.
-        assert agent["memory_bytes"] == 5 * agent["slot_bytes"]
+        assert agent["memory_bytes"] == 5 * agent["buffer_bytes"]
         newest = agent["held"][-1]
         assert (newest["step"], newest["phase"]) == (6, "committed")
         assert sorted(newest["chunks"]) == ["0", "1"]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from tests.support.ft_cluster import Broken, Cluster
 
 WEIGHTS = {
-    "offer": 30, "write": 30, "deliver": 60, "settle": 6, "work": 25, "duplicate": 8, "drop": 3, "damage": 10,
+    "offer": 30, "write": 30, "deliver": 60, "drain": 6, "work": 25, "duplicate": 8, "drop": 3, "damage": 10,
     "reconnect": 6, "crash": 2, "rot": 1, "kill_worker": 1, "cancel": 1, "recover": 2, "round": 2, "scrub": 1,
     "durable": 2,
 }  # fmt: skip
@@ -28,7 +28,7 @@ def campaign(seed: int, make: Callable[[], Cluster], moves: int = 120) -> Cluste
 
 def heal(cluster: Cluster) -> None:
     """Without faults every round is committed by all."""
-    cluster.settle()
+    cluster.drain()
     for _ in range(3):
         before = cluster.committed
         cluster.round()
@@ -56,8 +56,8 @@ def move(cluster: Cluster, name: str, rng: random.Random) -> None:
             cluster.drop_packet(place)
         case "work":
             cluster.work(slot, place)
-        case "settle":
-            cluster.settle()
+        case "drain":
+            cluster.drain()
         case "round":
             cluster.round()
         case "reconnect":

@@ -28,7 +28,7 @@ class Broken(AssertionError):
 @dataclass
 class Packet:
     sender: int
-    boot: int
+    incarnation: int
     to: int
     message: Any
     payload: bytes = b""
@@ -58,7 +58,7 @@ class Cluster:
             groups.append(Group(index, tuple(sorted(order[start : start + size])), m))
             start += size
         self.topology, self.m, self.third, self.chunk = Topology(tuple(groups)), m, durable, chunk
-        self.epoch, self.boots = 0, [0] * self.topology.slots
+        self.epoch, self.incarnations = 0, [0] * self.topology.slots
         self.packets: list[Packet] = []
         self.stored: dict[msg.SnapshotId, set[int]] = {}
         self.lost: dict[msg.SnapshotId, set[tuple[int, int]]] = {}
@@ -73,7 +73,7 @@ class Cluster:
     # ---- what the workers hold, and what nodes are made of
 
     def geometry(self, slot: int) -> Geometry:
-        """Two workers; nodes of unequal state, the largest of which fills its slot."""
+        """Two workers; nodes of unequal state, the largest of which fills its buffer."""
         buckets = self.topology.group_of(slot).data * self.chunk
         first = (buckets + 1) // 2
         return Geometry(LAYOUT, (first, max(0, buckets - first - slot % 2)), self.chunk)
@@ -85,17 +85,17 @@ class Cluster:
         return hashlib.shake_128(seed).digest(size).ljust(whole, b"\0")
 
     def _born(self, slot: int) -> Node:
-        self.boots[slot] += 1
+        self.incarnations[slot] += 1
         group = self.topology.group_of(slot)
-        state = initial("run", slot, self.boots[slot], self.topology, durable=self.third)
+        state = initial("run", slot, self.incarnations[slot], self.topology, durable=self.third)
         state, _ = protocol.step(state, ev.Configured(self.geometry(slot)))
         chunk = self.chunk * BUCKET
-        data = [bytearray(group.data * chunk) for _ in range(state.data_slots)]
-        return Node(state, data, [bytearray(group.parity * chunk) for _ in range(state.parity_slots)])
+        data = [bytearray(group.data * chunk) for _ in range(state.data_buffers)]
+        return Node(state, data, [bytearray(group.parity * chunk) for _ in range(state.parity_buffers)])
 
     # ---- events and effects
 
-    def feed(self, slot: int, event: ev.Event, payload: bytes = b"") -> None:
+    def dispatch(self, slot: int, event: ev.Event, payload: bytes = b"") -> None:
         node = self.nodes[slot]
         before = node.state
         node.state, effects = protocol.step(before, event)
@@ -104,7 +104,7 @@ class Cluster:
                 self._stored(slot, copy.snapshot)
         for effect in effects:
             self._carry_out(slot, effect, payload)
-        self.check_slots(node.state)
+        self.check_buffers(node.state)
 
     def _stored(self, slot: int, snapshot: msg.SnapshotId) -> None:
         """A member says Stored: what it holds must be what the workers of its group wrote, coded."""
@@ -129,11 +129,11 @@ class Cluster:
         codec(group).encode(data, parity)
         return bytes(parity[group.parities(stripe).index(slot)])
 
-    def check_slots(self, state: State) -> None:
+    def check_buffers(self, state: State) -> None:
         for kind in ("data", "parity"):
             used = [getattr(copy, kind) for copy in state.copies if getattr(copy, kind) is not None]
             if len(used) != len(set(used)):
-                raise Broken(f"two snapshots share a {kind} slot: {state.copies}")
+                raise Broken(f"two snapshots share a {kind} buffer: {state.copies}")
 
     def _carry_out(self, slot: int, effect: ev.Effect, payload: bytes) -> None:
         node = self.nodes[slot]
@@ -161,7 +161,7 @@ class Cluster:
                 node.waiting.discard(worker)
             case ev.Refuse(worker, _, reason):
                 node.waiting.discard(worker)
-                if reason not in (ev.Reason.SETTLING, ev.Reason.EPOCH):
+                if reason not in (ev.Reason.RECOVERING, ev.Reason.EPOCH):
                     node.step[worker] = node.step.get(worker, 0) + 1
             case ev.Revoke(worker, snapshot):
                 node.work.append(effect)
@@ -178,7 +178,7 @@ class Cluster:
 
     def _send(self, slot: int, to: int, message: Any, payload: bytes = b"") -> None:
         wire = msg.decode_agent(msg.encode(message))
-        self.packets.append(Packet(slot, self.boots[slot], to, wire, payload))
+        self.packets.append(Packet(slot, self.incarnations[slot], to, wire, payload))
 
     def _parity(self, slot: int, stripe: int, parity: int) -> memoryview:
         place = self.topology.group_of(slot).parity_stripes(slot).index(stripe)
@@ -209,7 +209,7 @@ class Cluster:
             return
         node.waiting.add(worker)
         snapshot = msg.SnapshotId("run", self.epoch, step, LAYOUT)
-        self.feed(slot, ev.WorkerOpened(worker, snapshot, wait))
+        self.dispatch(slot, ev.WorkerOpened(worker, snapshot, wait))
 
     def write(self, slot: int, worker: int, cancel: bool = False) -> None:
         node = self.nodes[slot]
@@ -218,24 +218,24 @@ class Cluster:
             return
         node.step[worker] = grant.snapshot.step + 1
         if cancel:
-            self.feed(slot, ev.WorkerCancelled(worker, grant.snapshot))
+            self.dispatch(slot, ev.WorkerCancelled(worker, grant.snapshot))
             return
         start = grant.first * BUCKET
         size = self.geometry(slot).parts[worker] * BUCKET
         part = self.content(slot, grant.snapshot)[start : start + size]
-        node.data[grant.slot][start : start + size] = part
+        node.data[grant.buffer][start : start + size] = part
         sums = tuple(xxhash.xxh3_64_intdigest(part[i : i + BUCKET]) for i in range(0, size, BUCKET))
-        self.feed(slot, ev.WorkerSealed(worker, grant.snapshot, sums))
+        self.dispatch(slot, ev.WorkerSealed(worker, grant.snapshot, sums))
 
     def kill_worker(self, slot: int, worker: int) -> None:
         """It dies in the middle of its copy: half of its part is overwritten."""
         node = self.nodes[slot]
         grant = node.granted.pop(worker, None)
         if grant is not None and self.geometry(slot).parts[worker]:
-            node.data[grant.slot][grant.first * BUCKET : grant.first * BUCKET + 2] = b"??"
+            node.data[grant.buffer][grant.first * BUCKET : grant.first * BUCKET + 2] = b"??"
         node.dead.add(worker)
         node.waiting.discard(worker)
-        self.feed(slot, ev.WorkerLost(worker))
+        self.dispatch(slot, ev.WorkerLost(worker))
 
     def deliver(self, place: int, *, keep: bool = False, damage: bool = False) -> None:
         if not self.packets:
@@ -247,10 +247,10 @@ class Cluster:
             if damage:
                 payload = bytes([payload[0] ^ 1]) + payload[1:]
             intact = xxhash.xxh3_64_intdigest(payload) == message.sum
-            event: ev.Event = ev.BucketArrived(packet.sender, packet.boot, message, intact)
+            event: ev.Event = ev.BucketArrived(packet.sender, packet.incarnation, message, intact)
         else:
-            event = ev.Received(packet.sender, packet.boot, message)
-        self.feed(packet.to, event, payload)
+            event = ev.Received(packet.sender, packet.incarnation, message)
+        self.dispatch(packet.to, event, payload)
 
     def drop_packet(self, place: int) -> None:
         if self.packets:
@@ -264,10 +264,10 @@ class Cluster:
             case ev.Verify(snapshot, data, sums):
                 found = [bytes(node.data[data][i * BUCKET : (i + 1) * BUCKET]) for i in range(len(sums))]
                 bad = tuple(i for i, b in enumerate(found) if xxhash.xxh3_64_intdigest(b) != sums[i])
-                self.feed(slot, ev.DataVerified(snapshot, bad))
+                self.dispatch(slot, ev.DataVerified(snapshot, bad))
             case ev.FinishParity(snapshot, stripe, parity):
                 view = self._parity(slot, stripe, parity)
-                self.feed(slot, ev.ParityVerified(snapshot, stripe, msg.digest(sums_of(view, self.chunk))))
+                self.dispatch(slot, ev.ParityVerified(snapshot, stripe, msg.digest(sums_of(view, self.chunk))))
             case ev.Revoke(worker, snapshot):
                 grant = node.granted.get(worker)
                 if grant is not None and grant.snapshot == snapshot:
@@ -279,15 +279,15 @@ class Cluster:
             return
         self.packets = [p for p in self.packets if {p.sender, p.to} != {one, other}]
         for slot, peer in ((one, other), (other, one)):
-            self.feed(slot, ev.PeerLost(peer))
+            self.dispatch(slot, ev.PeerLost(peer))
         for slot, peer in ((one, other), (other, one)):
-            self.feed(slot, ev.PeerConnected(peer, self.boots[peer]))
+            self.dispatch(slot, ev.PeerConnected(peer, self.incarnations[peer]))
 
     def away(self, slot: int, peer: int) -> None:
         """An agent has not heard of another one for long."""
         if slot != peer:
-            self.feed(slot, ev.PeerLost(peer))
-            self.feed(slot, ev.PeerAway(peer))
+            self.dispatch(slot, ev.PeerLost(peer))
+            self.dispatch(slot, ev.PeerAway(peer))
 
     def crash(self, slot: int) -> None:
         """The agent dies with its memory; an empty one starts. What it sent may still be under way."""
@@ -327,27 +327,27 @@ class Cluster:
                 if self.nodes[slot].state.copy(copy.snapshot) is None:
                     break
                 found = msg.digest(sums_of(self.chunk_view(slot, copy.snapshot, stripe), record.count))
-                self.feed(slot, ev.Scrubbed(copy.snapshot, stripe, found == record.digest))
+                self.dispatch(slot, ev.Scrubbed(copy.snapshot, stripe, found == record.digest))
 
     def durable(self, slot: int) -> None:
         """The disk begins with the newest committed snapshot, or ends with the one it has; it reads what it began."""
         state = self.nodes[slot].state
         held = next((copy for copy in state.copies if copy.held), None)
-        settled = next((copy for copy in reversed(state.copies) if copy.settled), None)
-        if held is None and settled is not None and len(settled.good) == settled.group.size:
-            self.feed(slot, ev.DurableStarted(settled.snapshot))
-            began = self.nodes[slot].state.copy(settled.snapshot)
+        committed = next((copy for copy in reversed(state.copies) if copy.committed), None)
+        if held is None and committed is not None and len(committed.good) == committed.group.size:
+            self.dispatch(slot, ev.DurableStarted(committed.snapshot))
+            began = self.nodes[slot].state.copy(committed.snapshot)
             if began is not None and began.held and began.data is not None:
                 bytes_ = bytes(self.nodes[slot].data[began.data])
-                self.reading[slot] = (settled.snapshot, self.boots[slot], self.rots[slot], bytes_)
+                self.reading[slot] = (committed.snapshot, self.incarnations[slot], self.rots[slot], bytes_)
         elif held is not None and held.data is not None:
             started, *since, bytes_ = self.reading[slot]
             found = bytes(self.nodes[slot].data[held.data])
-            if since == [self.boots[slot], self.rots[slot]] and found != bytes_:
+            if since == [self.incarnations[slot], self.rots[slot]] and found != bytes_:
                 raise Broken(f"{started}: slot {slot} changed while the disk read it")
-            self.feed(slot, ev.DurableEnded(started))
+            self.dispatch(slot, ev.DurableEnded(started))
 
-    def settle(self, limit: int = 20_000) -> None:
+    def drain(self, limit: int = 20_000) -> None:
         """Everything under way arrives in order, all computing is done, until nothing is left."""
         for _ in range(limit):
             if busy := [slot for slot, node in enumerate(self.nodes) if node.work]:
@@ -363,11 +363,11 @@ class Cluster:
         for slot in range(self.topology.slots):
             for worker in range(2):
                 self.offer(slot, worker, wait=True)
-        self.settle()
+        self.drain()
         for slot in range(self.topology.slots):
             for worker in range(2):
                 self.write(slot, worker)
-        self.settle()
+        self.drain()
 
     # ---- recovery
 
@@ -378,12 +378,12 @@ class Cluster:
         inventories = {}
         for slot in here:
             node = self.nodes[slot]
-            self.feed(slot, ev.EpochAdvanced(self.epoch))
+            self.dispatch(slot, ev.EpochAdvanced(self.epoch))
             for worker in range(2):
                 grant = node.granted.pop(worker, None)
-                self.feed(slot, ev.WorkerLost(worker))
+                self.dispatch(slot, ev.WorkerLost(worker))
                 if grant is not None and self.geometry(slot).parts[worker]:
-                    node.data[grant.slot][grant.first * BUCKET] ^= 0xFF
+                    node.data[grant.buffer][grant.first * BUCKET] ^= 0xFF
             node.dead, node.waiting, node.work = set(), set(), []
             self.scrub(slot)
             inventories[slot] = protocol.inventory(node.state)
@@ -398,7 +398,7 @@ class Cluster:
         self._check_choice(chosen, late)
         if chosen is not None:
             self._check_bytes(chosen, inventories)
-        self._pin(chosen, here, inventories)
+        self._decide(chosen, here, inventories)
         return chosen
 
     def _check_choice(self, chosen: msg.SnapshotId | None, late: tuple[int, ...]) -> None:
@@ -441,17 +441,17 @@ class Cluster:
         chunk[copy.good[stripe].count * BUCKET :] = 0
         return chunk
 
-    def _pin(self, chosen: msg.SnapshotId | None, here: list[int], inventories: dict[int, msg.Inventory]) -> None:
-        lives = tuple(self.boots[slot] if slot in here else 0 for slot in range(self.topology.slots))
-        pin = msg.Pin(epoch=self.epoch, snapshot=chosen, lives=lives)
+    def _decide(self, chosen: msg.SnapshotId | None, here: list[int], inventories: dict[int, msg.Inventory]) -> None:
+        incarnations = tuple(self.incarnations[slot] if slot in here else 0 for slot in range(self.topology.slots))
+        decision = msg.Decision(epoch=self.epoch, snapshot=chosen, incarnations=incarnations)
         self.promised = {each for each in self.promised if each == chosen}
         for slot in here:
-            self.feed(slot, ev.Received(slot, self.boots[slot], pin))
+            self.dispatch(slot, ev.Received(slot, self.incarnations[slot], decision))
             self.nodes[slot].step = dict.fromkeys(range(2), chosen.step + 1 if chosen else 0)
         for slot in here:
             for peer in here:
                 if peer != slot:
-                    self.feed(slot, ev.PeerConnected(peer, self.boots[peer]))
+                    self.dispatch(slot, ev.PeerConnected(peer, self.incarnations[peer]))
         if chosen is not None:
             for decoder, order in recovery.plan(inventories, self.topology.groups, chosen, self.epoch, here):
                 self._decode(decoder, order)
@@ -482,7 +482,7 @@ class Cluster:
             record = msg.ChunkRecord(order.stripe, msg.digest(sums), (), counts[place])
             if place >= group.data:
                 record = msg.ChunkRecord(order.stripe, msg.digest(sums), order.digests, counts[place], order.counts)
-            self.feed(target, ev.ChunkRebuilt(order.snapshot, record, sums if place < group.data else ()))
+            self.dispatch(target, ev.ChunkRebuilt(order.snapshot, record, sums if place < group.data else ()))
             self.lost.get(order.snapshot, set()).discard((target, order.stripe))
 
 

@@ -16,7 +16,8 @@ from ft.agent_config import AgentConfig, GroupConfig
 from ft.auth import create_secret
 from ft.client import AgentClient
 from ft.inspect import Status
-from ft.snapshot import Snapshotter, plan_part
+from ft.snapshot import SnapshotOptions, Snapshotter, plan_part
+from ft.snapshot_reader import RankPlace
 
 BUCKET = 65536
 
@@ -39,7 +40,7 @@ class Nodes:
 
     def __init__(
         self, folder: Path, nodes: int, *, workers: int = 1, groups: Sequence[tuple[Sequence[int], int]] | None = None,
-        slot_bytes: int = 4 << 20, **options: Any,
+        state_bytes: int = 4 << 20, **options: Any,
     ) -> None:  # fmt: skip
         self.nodes, self.workers, self.world = nodes, workers, nodes * workers
         self.run, self.folder = "test-run", folder
@@ -51,7 +52,7 @@ class Nodes:
                 run=self.run, slot=slot, folder=str(folder / "runtime" / str(slot)), shared=str(folder / "shared"),
                 secret=str(self.secret_path),
                 groups=tuple(GroupConfig(members=tuple(members), parity=parity) for members, parity in chosen),
-                slot_bytes=slot_bytes, **{"bucket_bytes": BUCKET, "lease": 300.0, "scrub": None} | options,
+                state_bytes=state_bytes, **{"bucket_bytes": BUCKET, "lease": 300.0, "scrub": None} | options,
             )
             for slot in range(nodes)
         ]  # fmt: skip
@@ -72,6 +73,12 @@ class Nodes:
         self.clients.append(made)
         return made
 
+    def place(self, rank: int) -> RankPlace:
+        return RankPlace(
+            rank=rank, world=self.world, workers=self.workers, node=rank // self.workers, nodes=self.nodes,
+            bucket_bytes=self.configs[0].bucket_bytes,
+        )  # fmt: skip
+
     def snapshotters(
         self, states: Sequence[dict[str, Tensor]], layout: str = "layout", only: int | None = None, **options: Any
     ) -> list[Snapshotter]:
@@ -79,10 +86,8 @@ class Nodes:
 
         def make(rank: int) -> Snapshotter:
             return Snapshotter(
-                self.connect(rank), states[rank], layout=layout, rank=rank, world=self.world, workers=self.workers,
-                node=rank // self.workers, nodes=self.nodes,
-                bucket_bytes=self.configs[0].bucket_bytes,
-                **{"deadline": 120.0, "meta_bytes": 1024} | options,
+                self.connect(rank), states[rank], self.place(rank), layout=layout,
+                options=SnapshotOptions(**{"deadline": 120.0, "meta_bytes": 1024} | options),
             )  # fmt: skip
 
         return together(make, range(self.world) if only is None else [only])

@@ -26,7 +26,7 @@ LAYOUT = "layout"
 
 
 class Team:
-    """Agents of groups of nodes; each has one worker whose part fills the slot."""
+    """Agents of groups of nodes; each has one worker whose part fills the buffer."""
 
     def __init__(self, folder: Path, groups: Sequence[tuple[Sequence[int], int]], *, chunk: int = 3, **options: Any):
         secret = folder / "secret"
@@ -37,7 +37,7 @@ class Team:
                 self.configs[slot] = AgentConfig(
                     run="run", slot=slot, folder=str(folder / "runtime" / str(slot)), shared=str(folder / "shared"),
                     secret=str(secret), groups=tuple(GroupConfig(members=tuple(m), parity=p) for m, p in groups),
-                    slot_bytes=chunk * (len(members) - parity) * BUCKET,
+                    state_bytes=chunk * (len(members) - parity) * BUCKET,
                     **{"bucket_bytes": BUCKET, "lease": 1e6, "scrub": None, "silence": 30.0} | options,
                 )  # fmt: skip
         self.agents: dict[int, Agent] = {}
@@ -47,8 +47,8 @@ class Team:
     def start(self, slot: int) -> None:
         """An agent with an empty memory."""
         agent = self.agents[slot] = Agent(self.configs[slot])
-        buckets = agent.memory.shape.chunk * agent.state.group.data
-        agent.effects.configured(Geometry(layout=LAYOUT, parts=(buckets,), chunk=agent.memory.shape.chunk))
+        buckets = agent.memory.shape.buckets
+        agent.configured(Geometry(layout=LAYOUT, parts=(buckets,), chunk=agent.memory.shape.chunk))
 
     def kill(self, slot: int) -> None:
         """Its memory is gone and its sockets closed, without a word."""
@@ -69,7 +69,7 @@ class Team:
 
     def say(self) -> str:
         return "; ".join(
-            f"{slot}: epoch {a.state.epoch} {a.state.mode.value} pinned {a.state.pinned} good "
+            f"{slot}: epoch {a.state.epoch} {a.state.mode.value} decided {a.state.decided} good "
             f"{[sorted(copy.good) for copy in a.state.copies]}"
             for slot, a in self.agents.items()
         )
@@ -90,36 +90,36 @@ class Team:
     # ---- what workers do
 
     def begin(self, epoch: int, slot: int = 0) -> None:
-        self.agents[slot].settler.begin(epoch)
+        self.agents[slot].election.begin(epoch)
 
-    def settled(self, epoch: int = 0) -> bool:
+    def recovered(self, epoch: int = 0) -> bool:
         """Everybody has the choice of one epoch in force, and all of it in memory."""
         newest = max(epoch, *(agent.state.epoch for agent in self.agents.values()))
         return all(
             agent.state.mode is Mode.ACTIVE
-            and agent.state.pinned_epoch == agent.state.epoch == newest
-            and all(len(copy.good) == copy.group.size for copy in agent.state.copies if copy.settled)
+            and agent.state.decided_epoch == agent.state.epoch == newest
+            and all(len(copy.good) == copy.group.size for copy in agent.state.copies if copy.committed)
             for agent in self.agents.values()
         )
 
-    def settle(self, epoch: int) -> None:
+    def recover(self, epoch: int) -> None:
         self.begin(epoch, min(self.agents))
-        self.until(lambda: self.settled(epoch), f"epoch {epoch} to be settled")
+        self.until(lambda: self.recovered(epoch), f"epoch {epoch} to be decided")
 
     def content(self, slot: int, step: int) -> Bytes:
         size = self.agents[slot].memory.shape.data_bytes
         return np.random.default_rng((slot, step)).integers(0, 256, size, np.uint8)
 
     def write(self, step: int) -> None:
-        """Every worker is granted a slot, writes it and seals it."""
+        """Every worker is granted a buffer, writes it and seals it."""
         for slot, agent in self.agents.items():
             snapshot = SnapshotId("run", agent.state.epoch, step, LAYOUT)
-            agent.feed(events.WorkerOpened(0, snapshot))
+            agent.dispatch(events.WorkerOpened(0, snapshot))
             copy = agent.state.copy(snapshot)
             assert copy is not None, self.say()
             assert copy.data is not None
             agent.memory.data[copy.data].data[:] = self.content(slot, step)
-            agent.feed(events.WorkerSealed(0, snapshot, bucket_sums(self.content(slot, step), BUCKET)))
+            agent.dispatch(events.WorkerSealed(0, snapshot, bucket_sums(self.content(slot, step), BUCKET)))
 
     def take(self, step: int) -> None:
         """A snapshot, committed everywhere."""
@@ -132,9 +132,9 @@ class Team:
 
     def chosen(self) -> int:
         """The step that was restored, on all agents."""
-        pinned = {agent.state.pinned for agent in self.agents.values()}
-        assert len(pinned) == 1, self.say()
-        (snapshot,) = pinned
+        decided = {agent.state.decided for agent in self.agents.values()}
+        assert len(decided) == 1, self.say()
+        (snapshot,) = decided
         assert snapshot is not None, self.say()
         return snapshot.step
 
@@ -148,12 +148,12 @@ class Team:
     def check(self, step: int) -> None:
         """Every agent holds what its worker wrote."""
         for slot, agent in self.agents.items():
-            pinned = agent.effects.pinned
-            assert pinned is not None, self.say()
-            assert pinned.snapshot is not None, self.say()
-            assert (pinned.snapshot.step, pinned.whole) == (step, True)
-            assert pinned.slot is not None
-            assert np.array_equal(agent.memory.data[pinned.slot].data, self.content(slot, step))
+            copy = agent.state.copy(agent.state.decided)
+            assert agent.state.restorable, self.say()
+            assert copy is not None, self.say()
+            assert copy.snapshot.step == step
+            assert copy.data is not None
+            assert np.array_equal(agent.memory.data[copy.data].data, self.content(slot, step))
 
     def check_committed(self, step: int) -> None:
         """Every agent holds what its worker wrote of the newest committed snapshot."""
@@ -175,7 +175,7 @@ def team(folder: Path, size: int, parity: int, **options: Any) -> Iterator[Team]
     made = Team(folder, [(range(size), parity)], **options)
     try:
         made.until(made.connected, "all links")
-        made.settle(1)
+        made.recover(1)
         made.take(1)
         made.take(2)
         yield made

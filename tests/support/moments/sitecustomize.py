@@ -45,7 +45,7 @@ def watch_worker(module: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def copying(self: Any, snapshot: Any, *rest: Any) -> Any:
-        if self.rank != RANK:
+        if self.place.rank != RANK:
             return copy(self, snapshot, *rest)
         if due("granted", snapshot.step):
             die()
@@ -64,7 +64,7 @@ def watch_worker(module: Any) -> None:
 
     def written(shard: Any, moves: Any, source: Any) -> None:
         write(shard, moves, source)
-        if source._rank == RANK and due("restore", source._snapshot.step):
+        if source._place.rank == RANK and due("restore", source._snapshot.step):
             die()
 
     class Numpy:
@@ -79,19 +79,19 @@ def watch_worker(module: Any) -> None:
     snapshotter._copy, module._write, module.np = copying, written, Numpy()
 
 
-desks: list[Any] = []
+sessions: list[Any] = []
 
 
-def watch_desk(module: Any) -> None:
+def watch_sessions(module: Any) -> None:
     """In `ft.agent_workers`: who knows the processes of the workers."""
-    desk: Any = module.Desk
-    init = desk.__init__
+    sessions: Any = module.WorkerSessions
+    init = sessions.__init__
 
     def made(self: Any, *arguments: Any, **more: Any) -> None:
         init(self, *arguments, **more)
-        desks.append(self)
+        sessions.append(self)
 
-    desk.__init__ = made
+    sessions.__init__ = made
 
 
 def watch_agent(module: Any) -> None:
@@ -100,9 +100,9 @@ def watch_agent(module: Any) -> None:
 
     def stepped(state: Any, event: Any) -> Any:
         after, effects = step(state, event)
-        guest = desks[0].workers.get(RANK % PER_NODE) if desks and after.slot == RANK // PER_NODE else None
-        if guest is not None and any(due(moment(copy, after.slot), copy.snapshot.step) for copy in after.copies):
-            guest.holder.kill()
+        session = sessions[0].workers.get(RANK % PER_NODE) if sessions and after.slot == RANK // PER_NODE else None
+        if session is not None and any(due(moment(copy, after.slot), copy.snapshot.step) for copy in after.copies):
+            session.holder.kill()
         return after, effects
 
     module.step = stepped
@@ -123,7 +123,7 @@ class Finder(importlib.abc.MetaPathFinder):
         self.watchers: dict[str, Callable[[Any], None]] = {
             "ft.snapshot": watch_worker,
             "ft.protocol": watch_agent,
-            "ft.agent_workers": watch_desk,
+            "ft.agent_workers": watch_sessions,
         }
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
