@@ -31,6 +31,7 @@ from ft.agent_settle import Settler
 from ft.agent_workers import Desk, Guest
 from ft.auth import load_secret, nonce
 from ft.contents import Bytes
+from ft.erasure import Codec
 from ft.errors import AgentError, FtError, MemoryTooSmall
 from ft.link import Link
 from ft.messages import (
@@ -77,7 +78,9 @@ class Agent:
         topology = config.topology
         durable = config.durable is not None
         self.state: State = initial(config.run, config.slot, time.time_ns(), topology, durable=durable)
-        shape = Shape.of(config.slot_bytes, config.bucket_bytes, self.state.group)
+        group = self.state.group
+        self.codec = Codec(group.data, group.parity, kernel=config.kernel)
+        shape = Shape.of(config.slot_bytes, config.bucket_bytes, group)
         slots = {"data_slots": self.state.data_slots, "parity_slots": self.state.parity_slots}
         self.memory = Memory(shape, config.slot, **slots)
         self.selector = selectors.DefaultSelector()

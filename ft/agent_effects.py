@@ -14,7 +14,6 @@ import xxhash
 
 from ft import events
 from ft.agent_chunks import Job, chunk_pieces
-from ft.agent_coding import row_coder
 from ft.buffers import bucket_sums
 from ft.contents import Bytes
 from ft.inspect import Commit, Held, Status
@@ -189,12 +188,11 @@ class Effects:
         arrived, group = self.arrived, agent.state.group
         assert arrived is not None
         data, arrived.wanted = arrived.data, True
-        row = group.parities(effect.stripe).index(agent.config.slot)
-        coder = row_coder(group.data, group.parity, row)
+        row = agent.codec.row(group.parities(effect.stripe).index(agent.config.slot))
         start = effect.index * agent.config.bucket_bytes
         target = agent.memory.parity_chunk(effect.slot, effect.stripe)[start : start + len(data)]
         strand = self._strand(effect.snapshot, effect.slot, effect.stripe)
-        agent.crew.order(strand, functools.partial(coder.accumulate, target, effect.column, data), None, arrived.done)
+        agent.crew.order(strand, functools.partial(row.accumulate, target, effect.column, data), None, arrived.done)
 
     # ---- workers
 

@@ -219,17 +219,6 @@ class AgentClient:
         answer: Status = self._wait(Status, lambda _: True, deadline, "the agent's status")
         return answer
 
-    def wait_committed(self, snapshot: SnapshotId, deadline: float | None = None) -> Committed:
-        """Wait until a snapshot, or a newer one, is committed."""
-        found: list[Committed] = []
-
-        def seen() -> bool:
-            found[:] = [commit for commit in self.commits if commit.snapshot.age >= snapshot.age]
-            return bool(found)
-
-        self._until(seen, deadline, f"snapshot {snapshot} to be committed")
-        return found[-1]
-
     def interrupt(self) -> None:
         """Have all calls that wait, and those to come, raise `AgentError` at once."""
         with self._news:

@@ -103,8 +103,6 @@ class Job:
     reason: str
     nodes: str
     restarts: int
-    run_time: str
-    time_limit: str
     exit_code: int
 
 
@@ -137,8 +135,6 @@ def parse_job(line: str) -> Job:
         reason="" if values.get("Reason") in (None, "None") else values["Reason"],
         nodes="" if values.get("NodeList") in (None, "(null)") else values["NodeList"],
         restarts=int(values.get("Restarts", "0")),
-        run_time=values.get("RunTime", ""),
-        time_limit=values.get("TimeLimit", ""),
         exit_code=int(values.get("ExitCode", "0:0").partition(":")[0]),
     )
 
