@@ -155,7 +155,7 @@ def _agrees(kernel: Kernel) -> bool:
 @functools.cache
 def _warn_of_fallback(reason: str) -> None:
     warnings.warn(
-        f"erasure coding falls back to NumPy, 20 to 60 times slower than ISA-L: {reason}", RuntimeWarning, stacklevel=4
+        f"erasure coding falls back to NumPy, 10 to 60 times slower than ISA-L: {reason}", RuntimeWarning, stacklevel=4
     )
 
 
