@@ -178,7 +178,7 @@ def test_an_optimizer_that_is_not_adamw_is_refused(tmp_path: Path) -> None:
 
     pairs = [(piece(n, t), t.reshape(-1).view(torch.uint8).numpy()) for n, t in state.items()]
     write_part(tmp, 0, pairs)
-    durable.write_manifest(tmp, run="r", epoch=0, step=1, layout="l", ranks=1, meta=META)
+    durable.write_manifest(tmp, durable.Identity(run="r", epoch=0, step=1, layout="l"), ranks=1, meta=META)
     with pytest.raises(SpecError, match=r"optimizer\.momentum: .*--weights-only"):
         to_deepspeed(tmp, tmp_path / "out")
     assert not (tmp_path / "out").exists()
