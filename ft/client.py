@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -56,7 +56,6 @@ from ft.messages import (
 
 DEADLINE = 60.0
 END_OF_JOB = "end of the job"
-M = TypeVar("M", bound=Wire)
 
 
 def ensure_agent(config: AgentConfig, deadline: float = DEADLINE) -> None:
