@@ -41,8 +41,8 @@ test: .venv/installed-dev ## all tests but those of test-long, lint among them
 	@echo "==> tests, in two processes"
 	@$(VENV)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-lint: .venv/installed-dev ## format, lint, types and import rules
-	@echo "==> ruff, mypy, import-linter"
+lint: .venv/installed-dev ## format, lint, types, import rules and dead code
+	@echo "==> ruff, mypy, import-linter, vulture"
 	@$(VENV)/python -m pytest -p no:xdist -q tests/test_lint.py
 
 test-long: .venv/installed-long ## every test but the benchmarks; the result goes to docs/test-long.md

@@ -37,6 +37,7 @@ from ft.agent_settle import RecoveryElection
 from ft.agent_shell import Arrived
 from ft.agent_workers import Session, WorkerSessions
 from ft.auth import load_secret, nonce
+from ft.erasure import Codec
 from ft.errors import AgentError, FtError, MemoryTooSmall
 from ft.link import Credentials, Link
 from ft.messages import (
@@ -83,7 +84,9 @@ class Agent:
             self.journal.write("info", "removed what a killed agent left", folder=left)
         secret, durable = load_secret(Path(config.secret)), config.durable is not None
         self.state: State = initial(config.run, config.slot, time.time_ns(), config.topology, durable=durable)
-        shape = Shape.of(config.state_bytes, config.bucket_bytes, self.state.group)
+        group = self.state.group
+        self.codec = Codec(group.data, group.parity, kernel=config.kernel)
+        shape = Shape.of(config.state_bytes, config.bucket_bytes, group)
         buffers = {"data_buffers": self.state.data_buffers, "parity_buffers": self.state.parity_buffers}
         self.memory = Memory(shape, config.slot, **buffers)
         self.selector = selectors.DefaultSelector()

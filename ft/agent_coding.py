@@ -5,17 +5,11 @@ Results come back through `WorkPool.collect`, in the thread that drives the sele
 """
 
 import collections
-import functools
 import os
 import selectors
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
-
-from ft import isal
-from ft.arrays import Bytes
-from ft.erasure import Codec
-from ft.galois import NumpyKernel, generator_matrix, region_of
 
 Job = tuple[Callable[[], Any], Callable[[Any], None] | None, Callable[[], None] | None]
 """Work, what follows from its result, and what must be done in the loop in any case, also when the job is dropped."""
@@ -116,26 +110,3 @@ class WorkPool:
             then(result)
         if always is not None:
             always()
-
-
-class RowCoder:
-    """One row of the parity of a code (k, m): what a single member of a stripe accumulates."""
-
-    def __init__(self, k: int, m: int, row: int) -> None:
-        # Codec chooses the kernel and warns once when it is the slow one.
-        self._kernel = isal.load() if codec(k, m).kernel == "isal" else NumpyKernel()
-        self._tables = self._kernel.prepare(generator_matrix(k, m)[k + row : k + row + 1])
-
-    def accumulate(self, parity: Bytes, column: int, data: Bytes) -> None:
-        """Add the bytes of data column `column` into parity bytes of the same place; both have one size."""
-        self._kernel.accumulate(self._tables, column, region_of(data), [region_of(parity)], 0, 0, len(data))
-
-
-@functools.lru_cache(maxsize=64)
-def codec(k: int, m: int) -> Codec:
-    return Codec(k, m, threads=1)
-
-
-@functools.lru_cache(maxsize=256)
-def row_coder(k: int, m: int, row: int) -> RowCoder:
-    return RowCoder(k, m, row)

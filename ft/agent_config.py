@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from ft.errors import AgentError
+from ft.kernel import AUTO
 from ft.state import Group, Topology
 from keepwarm.files import atomic_write
 
@@ -74,6 +75,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     scrub: float | None = 60.0
     """Seconds between two passes over the memory at rest; null: none."""
     threads: int = 2
+    kernel: str = AUTO
+    """Codec kernel: `auto`, or a name in `ft.kernel.KERNELS`."""
     durable: DurableConfig | None = None
 
     def __post_init__(self) -> None:

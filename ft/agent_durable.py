@@ -148,10 +148,8 @@ class DurableWriter:
         meta: dict[str, Any] = {}
         with contextlib.suppress(msgspec.DecodeError):
             meta = msgspec.json.decode(contents.meta, type=dict[str, Any])
-        durable.write_manifest(
-            tmp, run=snapshot.run, epoch=snapshot.epoch, step=snapshot.step, layout=snapshot.layout,
-            ranks=contents.world, meta=meta,
-        )  # fmt: skip
+        identity = durable.Identity(run=snapshot.run, epoch=snapshot.epoch, step=snapshot.step, layout=snapshot.layout)
+        durable.write_manifest(tmp, identity, ranks=contents.world, meta=meta)
         durable.verify(tmp)
         final = durable.folder(self._root, snapshot.step)
         if durable.publish(tmp, final):

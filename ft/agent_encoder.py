@@ -5,7 +5,6 @@ from collections.abc import Hashable
 
 from ft import events
 from ft.agent_chunks import Job, chunk_pieces
-from ft.agent_coding import row_coder
 from ft.agent_shell import Arrived, Shell
 from ft.buffers import bucket_sums
 from ft.messages import SnapshotId, digest
@@ -57,12 +56,11 @@ class Encoder:
         shell = self._shell
         group, data = shell.state.group, arrived.data
         arrived.wanted = True
-        row = group.parities(effect.stripe).index(shell.config.slot)
-        coder = row_coder(group.data, group.parity, row)
+        row = shell.codec.row(group.parities(effect.stripe).index(shell.config.slot))
         start = effect.index * shell.config.bucket_bytes
         target = shell.memory.parity_chunk(effect.buffer, effect.stripe)[start : start + len(data)]
         strand = self._parity_strand(effect.snapshot, effect.buffer, effect.stripe)
-        shell.pool.order(strand, functools.partial(coder.accumulate, target, effect.column, data), None, arrived.done)
+        shell.pool.order(strand, functools.partial(row.accumulate, target, effect.column, data), None, arrived.done)
 
     def finish(self, effect: events.FinishParity) -> None:
         """Read a parity chunk that is complete and checksum it."""

@@ -91,10 +91,6 @@ class Memory:
         """This agent's data chunk of a stripe; raises `ValueError` when it holds parity there."""
         return _part(self.data[buffer], self.shape.group.data_stripes(self._slot).index(stripe), self.shape.chunk_bytes)
 
-    def first_bucket(self, stripe: int) -> int:
-        """The bucket of a data buffer at which this agent's data chunk of a stripe begins."""
-        return self.shape.group.data_stripes(self._slot).index(stripe) * self.shape.chunk
-
     def parity_chunk(self, buffer: int, stripe: int) -> Bytes:
         """This agent's parity chunk of a stripe; raises `ValueError` when it holds data there."""
         stripes = self.shape.group.parity_stripes(self._slot)

@@ -13,7 +13,6 @@ import xxhash
 
 from ft import events
 from ft.agent_chunks import Job, Source, part_pieces
-from ft.agent_coding import codec
 from ft.agent_shell import Shell
 from ft.arrays import Bytes
 from ft.buffers import bucket_sums
@@ -206,9 +205,7 @@ class Repair:
             out = {slot: np.zeros(total, np.uint8) for slot in targets}
             length = decoding.buckets * size
             present = {columns[slot]: chunk for slot, chunk in decoding.chunks.items()}
-            codec(group.data, group.parity).decode(
-                present, {columns[slot]: chunk[:length] for slot, chunk in out.items()}
-            )
+            shell.codec.decode(present, {columns[slot]: chunk[:length] for slot, chunk in out.items()})
             for slot, chunk in out.items():
                 if (why := _wrong(chunk, columns[slot], order, size)) is not None:
                     return f"the chunk decoded for slot {slot} {why}"

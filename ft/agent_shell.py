@@ -11,6 +11,7 @@ from ft.agent_log import Journal
 from ft.agent_memory import Memory
 from ft.agent_registry import Registry
 from ft.arrays import Bytes
+from ft.erasure import Codec
 from ft.events import Event
 from ft.network import Network
 from ft.state import State
@@ -37,6 +38,8 @@ class Shell(Protocol):
 
     @property
     def memory(self) -> Memory: ...
+    @property
+    def codec(self) -> Codec: ...
     @property
     def network(self) -> Network: ...
     @property

@@ -137,23 +137,14 @@ class Holder:
 
     @property
     def alive(self) -> bool:
-        return not self._ended(0.0)
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return not poll.poll(0)
 
     def kill(self) -> None:
         """Send SIGKILL; the process is dead, and its mappings gone, when `fileno` is readable."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-
-    def make_dead(self, deadline: float) -> None:
-        """Kill the process if it still runs and wait until its mappings are gone; `deadline` in seconds."""
-        self.kill()
-        if not self._ended(deadline):
-            raise AgentError(f"process {self.pid} did not die within {deadline:g} s of SIGKILL; its buffer stays taken")
-
-    def _ended(self, deadline: float) -> bool:
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        return bool(poll.poll(deadline * 1000))
 
     def close(self) -> None:
         if self._pidfd >= 0:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -56,7 +56,6 @@ from ft.messages import (
 
 AGENT_START_TIMEOUT_S = 60.0
 END_OF_JOB = "end of the job"
-M = TypeVar("M", bound=Wire)
 
 
 def ensure_agent(config: AgentConfig, deadline: float = AGENT_START_TIMEOUT_S) -> None:
@@ -218,17 +217,6 @@ class AgentClient:
         self._send(StatusRequest())
         answer: Status = self._wait(Status, lambda _: True, deadline, "the agent's status")
         return answer
-
-    def wait_committed(self, snapshot: SnapshotId, deadline: float | None = None) -> Committed:
-        """Wait until a snapshot, or a newer one, is committed."""
-        found: list[Committed] = []
-
-        def seen() -> bool:
-            found[:] = [commit for commit in self.commits if commit.snapshot.age >= snapshot.age]
-            return bool(found)
-
-        self._until(seen, deadline, f"snapshot {snapshot} to be committed")
-        return found[-1]
 
     def interrupt(self) -> None:
         """Have all calls that wait, and those to come, raise `AgentError` at once."""

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,17 @@ _REPLACED = "tmp-old-"
 _FINAL = re.compile(r"iter_(\d{7,})")
 
 
-def write_manifest(
-    directory: Path, *, run: str, epoch: int, step: int, layout: str, ranks: int, meta: Mapping[str, Any]
-) -> Manifest:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """Which state a checkpoint holds: step `step` of a run's epoch, in the pieces of a layout."""
+
+    run: str
+    epoch: int
+    step: int
+    layout: str
+
+
+def write_manifest(directory: Path, identity: Identity, *, ranks: int, meta: Mapping[str, Any]) -> Manifest:
     """Collect the headers of the parts of all `ranks` into the manifest; raises when one is missing or another's."""
     parts = []
     for rank in range(ranks):
@@ -45,9 +54,7 @@ def write_manifest(
         if part.rank != rank:
             raise DurableError(f"{found[0]}: was written by rank {part.rank}")
         parts.append(part)
-    manifest = Manifest(
-        version=VERSION, run=run, epoch=epoch, step=step, layout=layout, meta=dict(meta), parts=tuple(parts)
-    )
+    manifest = Manifest(version=VERSION, **asdict(identity), meta=dict(meta), parts=tuple(parts))
     atomic_write(directory / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=1), durable=True)
     return manifest
 

@@ -14,8 +14,7 @@ FtError
 ├── AgentError           the agent of this node cannot be started or reached, or refused a request
 │   └── BufferBusy           no buffer is free: the previous snapshot is not committed yet
 ├── IncompleteError      the pieces at hand do not cover a tensor
-├── DurableError         a durable checkpoint cannot be written or read
-└── NothingToRestore     no committed snapshot survived; the message says why
+└── DurableError         a durable checkpoint cannot be written or read
 """
 
 
@@ -77,7 +76,3 @@ class IncompleteError(FtError):
 
 class DurableError(FtError):
     """A durable checkpoint cannot be written or read; names the file."""
-
-
-class NothingToRestore(FtError):
-    """No committed snapshot can be restored from memory; says what is missing."""

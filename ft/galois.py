@@ -4,12 +4,14 @@ The field is GF(2)[x] / (x^8 + x^4 + x^3 + x^2 + 1), 0x11d, as in ISA-L: additio
 """
 
 import ctypes
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ft.errors import CodecError
+from ft.kernel import Region
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -17,13 +19,6 @@ POLYNOMIAL = 0x11D
 
 # Keeps the kernel's pieces of input, product and sum in the first cache levels.
 _PIECE = 1 << 15
-
-
-Region = tuple[memoryview, int, int]
-"""A caller's buffer, the address of its first byte, and its size in bytes. The view keeps the buffer alive.
-
-A plain tuple, as one is made for every buffer of every call, with caches that the call before has filled with data.
-"""
 
 
 def region_of(buffer: Any) -> Region:
@@ -38,13 +33,6 @@ def region_of(buffer: Any) -> Region:
         return view, int(np.frombuffer(view, np.uint8).ctypes.data), size
     # Several times faster than NumPy's way to the address, which shows in calls of few milliseconds.
     return view, ctypes.addressof(ctypes.c_char.from_buffer(view)), size
-
-
-class Tables(NamedTuple):
-    """What a kernel has prepared for one matrix, shape (outputs, inputs, ...), and where that lies."""
-
-    array: Bytes
-    address: int
 
 
 def generator_matrix(k: int, m: int) -> Bytes:
@@ -114,26 +102,22 @@ class NumpyKernel:
 
     name = "numpy"
 
-    def prepare(self, rows: Bytes) -> Tables:
-        """Tables for coefficient rows of shape (outputs, inputs): the rows themselves."""
-        return Tables(rows, rows.ctypes.data)
+    def prepare(self, rows: Bytes) -> Bytes:
+        """Coefficient rows of shape (outputs, inputs) as they are."""
+        return rows
 
-    def multiply(self, tables: Tables, inputs: list[Region], outputs: list[Region], start: int, stop: int) -> None:
-        """outputs[i][start:stop] = sum over j of rows[i, j] * inputs[j][start:stop]."""
-        sources = [_bytes(source)[start:stop] for source in inputs]
-        for row, output in zip(tables.array, outputs, strict=True):
-            target = _bytes(output)[start:stop]
+    def multiply(self, tables: Bytes, inputs: Sequence[Region], outputs: Sequence[Region]) -> None:
+        """outputs[i] = sum over j of rows[i, j] * inputs[j]."""
+        sources = [_bytes(source) for source in inputs]
+        for row, output in zip(tables, outputs, strict=True):
+            target = _bytes(output)
             target[...] = 0
             for coefficient, source in zip(row, sources, strict=True):
                 _add_product(int(coefficient), source, target)
 
-    def accumulate(
-        self, tables: Tables, index: int, source: Region, outputs: list[Region], shift: int, start: int, stop: int
-    ) -> None:
-        """outputs[i][shift + start : shift + stop] += rows[i, index] * source[start:stop]."""
-        data = _bytes(source)[start:stop]
-        for row, output in zip(tables.array, outputs, strict=True):
-            _add_product(int(row[index]), data, _bytes(output)[shift + start : shift + stop])
+    def accumulate(self, tables: Bytes, column: int, source: Region, output: Region) -> None:
+        """output += rows[0, column] * source."""
+        _add_product(int(tables[0, column]), _bytes(source), _bytes(output))
 
 
 def _bytes(region: Region) -> Bytes:

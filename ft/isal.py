@@ -7,13 +7,16 @@ ctypes drops the GIL for the length of each call.
 import ctypes
 import functools
 import struct
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from ft.errors import KernelUnavailable
-from ft.galois import Bytes, Region, Tables
+from ft.galois import Bytes
+from ft.kernel import Region
 
 # The releases that this binding was written against: 2.30 to 2.39.
 MAJOR = 2
@@ -31,6 +34,13 @@ _SIGNATURES = {
 # Bytes of table per coefficient.
 _TABLE = 32
 _CACHE_LINE = 64
+
+
+class Tables(NamedTuple):
+    """ISA-L's multiplication tables for a matrix: of shape (outputs, inputs, 32), and where they lie."""
+
+    array: Bytes
+    address: int
 
 
 class IsalKernel:
@@ -67,23 +77,23 @@ class IsalKernel:
         self._library.ec_init_tables(inputs, outputs, coefficients.ctypes.data, tables.ctypes.data)
         return Tables(tables, tables.ctypes.data)
 
-    def multiply(self, tables: Tables, inputs: list[Region], outputs: list[Region], start: int, stop: int) -> None:
-        """outputs[i][start:stop] = sum over j of rows[i, j] * inputs[j][start:stop]."""
-        for at in range(start, stop, MAX_LENGTH):
-            length = min(MAX_LENGTH, stop - at)
+    def multiply(self, tables: Tables, inputs: Sequence[Region], outputs: Sequence[Region]) -> None:
+        """outputs[i] = sum over j of rows[i, j] * inputs[j]."""
+        size = outputs[0][2]
+        for at in range(0, size, MAX_LENGTH):
+            length = min(MAX_LENGTH, size - at)
             self._library.ec_encode_data(
                 length, len(inputs), len(outputs), tables.address, _pointers(inputs, at), _pointers(outputs, at)
             )
 
-    def accumulate(
-        self, tables: Tables, index: int, source: Region, outputs: list[Region], shift: int, start: int, stop: int
-    ) -> None:
-        """outputs[i][shift + start : shift + stop] += rows[i, index] * source[start:stop]."""
-        rows, columns, _ = tables.array.shape
-        for at in range(start, stop, MAX_LENGTH):
-            length = min(MAX_LENGTH, stop - at)
+    def accumulate(self, tables: Tables, column: int, source: Region, output: Region) -> None:
+        """output += rows[0, column] * source."""
+        _, address, size = source
+        columns = tables.array.shape[1]
+        for at in range(0, size, MAX_LENGTH):
+            length = min(MAX_LENGTH, size - at)
             self._library.ec_encode_data_update(
-                length, columns, rows, index, tables.address, source[1] + at, _pointers(outputs, shift + at)
+                length, columns, 1, column, tables.address, address + at, _pointers([output], at)
             )
 
 
@@ -128,7 +138,7 @@ def load() -> IsalKernel:
     return IsalKernel(bundled_library())
 
 
-def _pointers(regions: list[Region], at: int) -> bytes:
+def _pointers(regions: Sequence[Region], at: int) -> bytes:
     """Their addresses, from byte `at` on, as the kernels' arrays of pointers: cheaper than an array of ctypes."""
     return _PACKERS[len(regions)].pack(*[address + at for _, address, _ in regions])
 

@@ -387,7 +387,6 @@ WorkerMessage: TypeAlias = (
 T = TypeVar("T")
 _encoder = msgspec.msgpack.Encoder()
 _agent_decoder: msgspec.msgpack.Decoder[AgentMessage] = msgspec.msgpack.Decoder(AgentMessage)
-_worker_decoder: msgspec.msgpack.Decoder[WorkerMessage] = msgspec.msgpack.Decoder(WorkerMessage)
 
 
 def encode(message: Wire) -> bytes:
@@ -401,11 +400,6 @@ def encode(message: Wire) -> bytes:
 def decode_agent(data: bytes | bytearray | memoryview) -> AgentMessage:
     """The inverse of `encode` for what agents send. Raises `TransportError` on anything else."""
     return _decode(_agent_decoder, data)
-
-
-def decode_worker(data: bytes | bytearray | memoryview) -> WorkerMessage:
-    """The inverse of `encode` for what goes between worker and agent. Raises `TransportError` on anything else."""
-    return _decode(_worker_decoder, data)
 
 
 def _decode(decoder: "msgspec.msgpack.Decoder[T]", data: bytes | bytearray | memoryview) -> T:

@@ -39,23 +39,6 @@ def read_part(
             raise DurableError(f"{path}: longer than {MANIFEST} says")
 
 
-def read_tensor(directory: Path, part: Part, name: str, out: Bytes) -> None:
-    """Read one piece of a part into `out`, a writable uint8 array of exactly its size, and check its sum."""
-    entry = next((entry for entry in part.entries if entry.piece.name == name), None)
-    if entry is None:
-        raise DurableError(f"{directory / part.file}: holds no piece of {name}")
-    if len(out) != entry.stop - entry.start:
-        raise DurableError(f"{name}: {entry.stop - entry.start} bytes stored, room for {len(out)}")
-    path = directory / part.file
-    with _opened(path) as file:
-        if part.compressed:
-            _skip(file, part.header_bytes + entry.start, path)
-        else:
-            file.seek(part.header_bytes + entry.start)
-        _fill(file, out, path)
-    compare(directory, part, entry, xxhash.xxh3_64_hexdigest(out.data))
-
-
 def expand(file: IO[bytes], part: Part, entry: Entry, where: str, out: Bytes) -> None:
     """Read one piece out of a compressed part, open at its beginning, into `out`; the caller checks the sum."""
     try:

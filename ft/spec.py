@@ -2,7 +2,19 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from ft.kernel import AUTO, KERNELS
+from keepwarm.registry import UnknownName, UnusableComponent
 
 CODE_LIMIT = 32
 
@@ -16,12 +28,30 @@ class Section(BaseModel):
 class CodeSpec(Section):
     """Reed-Solomon code of a group of nodes: any `parity` of `data + parity` nodes may be lost at once."""
 
-    data: PositiveInt = Field(4, description="k: chunks that a node's state is split into")
-    parity: PositiveInt = Field(2, description="m: nodes of a group that may be lost; memory grows by m/k")
+    data: PositiveInt | None = Field(
+        None, description="k: chunks that a node's state is split into; null: 4, or as many as the nodes allow"
+    )
+    parity: PositiveInt | None = Field(
+        None,
+        description="m: nodes of a group that may be lost; memory grows by m/k; null: 2 from 4 nodes on, else 1",
+    )
+    kernel: str = Field(AUTO, description="what computes it: isal, numpy or a registered one; auto: isal, else numpy")
+
+    @field_validator("kernel")
+    @classmethod
+    def _is_registered(cls, name: str) -> str:
+        try:
+            if name != AUTO:
+                KERNELS.get(name)
+        except UnknownName as error:
+            raise ValueError(f"{error}, {AUTO}") from error
+        except UnusableComponent as error:
+            raise ValueError(str(error)) from error
+        return name
 
     @model_validator(mode="after")
     def _fits(self) -> "CodeSpec":
-        if self.data + self.parity > CODE_LIMIT:
+        if self.data is not None and self.parity is not None and self.data + self.parity > CODE_LIMIT:
             raise ValueError(
                 f"data + parity = {self.data} + {self.parity} = {self.data + self.parity}, at most {CODE_LIMIT} nodes "
                 "form a group; choose a smaller data"

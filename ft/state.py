@@ -14,9 +14,10 @@ from ft.messages import ChunkRecord, SnapshotId
 class Group:
     """Nodes that protect each other with `parity` (m) chunks in each of their `size` stripes, one stripe per member.
 
-    Parity rotates as in RAID-6: row r of stripe t lies on `members[(t + r) % size]`; the other k = size - m members,
-    in order of their place in `members`, hold the data chunks of columns 0 ... k-1. So every member holds one chunk of
-    every stripe, data in k of them and parity in m, as `ft.placement.stripes` lays them out.
+    Parity rotates as in RAID-6 (Chen et al., 1994, section 3): row r of stripe t lies on `members[(t + r) % size]`; the
+    other k = size - m members, in order of their place in `members`, hold the data chunks of columns 0 ... k-1. So
+    every member holds one chunk of every stripe, data in k of them and parity in m, and any m members may be lost. With
+    S the bytes of the largest member state, each member holds m S / k of parity and sends and receives m S.
     """
 
     index: int

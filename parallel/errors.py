@@ -2,8 +2,7 @@
 
 ParallelError
 ├── LayoutError          the spec asks for a layout that cannot be built (bad input)
-├── EngineUnavailable    the engine or an option of it is not installed (bad input)
-└── StateError           a tensor handed to restore does not fit the shard it is meant for
+└── EngineUnavailable    the engine or an option of it is not installed (bad input)
 """
 
 
@@ -17,7 +16,3 @@ class LayoutError(ParallelError):
 
 class EngineUnavailable(ParallelError):
     """The engine, or an option of it, needs something that is not installed."""
-
-
-class StateError(ParallelError):
-    """A saved tensor does not fit the live shard of the same name."""

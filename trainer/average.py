@@ -60,7 +60,7 @@ def average(
         try:
             part = write_part_blocks(tmp, 0, pieces, blocks)
             name = destination.resolve().name
-            durable.write_manifest(tmp, run=name, epoch=0, step=0, layout="whole", ranks=1, meta=meta)
+            durable.write_manifest(tmp, durable.Identity(run=name, epoch=0, step=0, layout="whole"), ranks=1, meta=meta)
         except FtError as error:
             raise CheckpointError(str(error)) from error
     return {

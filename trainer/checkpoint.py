@@ -83,7 +83,10 @@ class Checkpoints:
 
     def _publish(self, tmp: Path, final: Path, step: int, meta: dict[str, Any]) -> None:
         durable.write_manifest(
-            tmp, run=self._run, epoch=self.epoch, step=step, layout=self._layout, ranks=self._world.size, meta=meta
+            tmp,
+            durable.Identity(run=self._run, epoch=self.epoch, step=step, layout=self._layout),
+            ranks=self._world.size,
+            meta=meta,
         )
         durable.verify(tmp)
         durable.publish(tmp, final)

@@ -38,9 +38,9 @@ def resized(job: JobSpec, world_size: int) -> JobSpec:
 def _with_replicas(job: JobSpec, data: int) -> JobSpec | None:
     values = job.model_dump(mode="json")
     values["parallel"]["data"] = data
-    for code in ({}, {"code": None}):
-        if isinstance(values["snapshot"], dict):
-            values["snapshot"] |= code
+    for smaller_code in ({}, {"data": None, "parity": None}):
+        if isinstance(values["snapshot"], dict) and values["snapshot"]["code"] is not None:
+            values["snapshot"]["code"] |= smaller_code
         try:
             return JobSpec.model_validate_json(json.dumps(values))
         except (ValidationError, ValueError):

@@ -102,18 +102,6 @@ def _estimate_flattened(job: JobSpec, pipeline: int) -> RankEstimate:
     )
 
 
-def flops_per_iteration(spec: ModelSpec, *, batch: int, sequence: int, recompute: bool) -> float:
-    """Matrix-multiplication FLOPs of one step of `batch` samples (Narayanan et al., 2021, for any of our families).
-
-    Forward, backward at twice its cost, and with `recompute` the forward of every layer once more. Attention counts
-    in full, as if it were not causal. For GPT with a 4h MLP this is 96 B s l h^2 (1 + s / 6h + V / 16lh).
-    """
-    layer = _matrices(spec) + 2 * sequence * _queries(spec)
-    passes = 4 if recompute else 3
-    head = spec.vocabulary_size * spec.hidden_size
-    return 2.0 * batch * sequence * (passes * spec.layers * layer + 3 * head)
-
-
 def model_flops_per_token(spec: ModelSpec, sequence: int) -> float:
     """FLOPs that count towards MFU: 6 N + 6 L h s, all parameters, causal attention, recompute not counted."""
     return 6.0 * total_parameters(spec) + 6.0 * spec.layers * _queries(spec) * sequence
@@ -237,12 +225,6 @@ def _largest_layer(shapes: Shapes) -> int:
 
 def _queries(spec: ModelSpec) -> int:
     return spec.heads * spec.size_per_head
-
-
-def _matrices(spec: ModelSpec) -> int:
-    """Elements of the matrices of one layer."""
-    layer = parameter_shapes(spec, range(1), embed=False, head=False).values()
-    return _elements(shape for shape in layer if len(shape) == 2)
 
 
 def _activations(job: JobSpec, pipeline: int, compute: int) -> int:

@@ -108,6 +108,7 @@ def data(report: RunReport) -> dict[str, Any]:
             name: [_less(now, before) for now, before in zip(after, matrix[row], strict=True)]
             for row, (name, after) in enumerate(zip(stages, matrix[1:], strict=True))
         },
+        "forgetting_from_best": report.forgotten(),
         "backward_transfer": None if transfer is None else transfer[0],
         "forward_transfer": None if transfer is None else transfer[1],
         "stability_gaps": {
@@ -174,8 +175,14 @@ def _losses(report: RunReport) -> list[str]:
             shown = "" if change is None else f" ({change:+.3f})"
             cells.append(f'<td class="n{kind}">{_shown(now)}{shown}</td>')
         rows.append(_row(f"after {plan.name}", cells))
+    forgotten = report.forgotten()
+    if forgotten:
+        rows.append(_row("last minus best", [_cell(forgotten.get(domain)) for domain in report.domains]))
     lines = ["<h2>Losses by stage, and what each stage forgot</h2>"]
-    lines.append("<p>Nats per token; in brackets the change over the stage, positive is forgetting.</p>")
+    lines.append(
+        "<p>Nats per token; in brackets the change over the stage, positive is forgetting. Last minus best: how far "
+        "each domain ended from the lowest loss it ever had.</p>"
+    )
     lines += _table(["", *report.domains], rows)
     if (transfer := report.transfer()) is not None:
         lines.append(

@@ -12,7 +12,7 @@ from trainer.data.ledger import Ledger
 from trainer.data.segment import ReplayShare, Segment, Share
 from trainer.data.table import UNITS
 from trainer.errors import OutputError
-from trainer.evaluation_metrics import StabilityGap, backward_transfer, forward_transfer, stability_gap
+from trainer.evaluation_metrics import StabilityGap, backward_transfer, forgetting, forward_transfer, stability_gap
 from trainer.events import Event
 from trainer.goodput import of_run
 from trainer.run_folder import RUN_FILE, RunFolder
@@ -65,6 +65,15 @@ class RunReport:
         """P: losses by domain before the first stage and after each finished one."""
         steps = [0, *(plan.end_step for plan in self.finished)]
         return [[self.evaluations.get(step, {}).get(domain) for domain in self.domains] for step in steps]
+
+    def forgotten(self) -> dict[str, float]:
+        """By domain that was evaluated throughout: its last loss minus the best one before or after any stage."""
+        found = {}
+        for domain, column in zip(self.domains, zip(*self.matrix(), strict=True), strict=True):
+            losses = [loss for loss in column if loss is not None]
+            if len(losses) == len(column) > 1:
+                found[domain] = forgetting(losses)
+        return found
 
     def gaps(self, plan: StagePlan) -> dict[str, StabilityGap]:
         """By domain, the worst it came to inside a stage, and the way back."""

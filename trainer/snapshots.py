@@ -21,6 +21,7 @@ from ft.auth import SECRET, create_secret, load_secret, run_identity
 from ft.client import AgentClient, ensure_agent
 from ft.errors import AgentError, FtError
 from ft.interval import Interval
+from ft.kernel import AUTO
 from ft.placement import Group, groups_of
 from ft.snapshot import Restoration, SnapshotOptions, Snapshotter, plan_part
 from ft.snapshot_reader import RankPlace
@@ -276,6 +277,7 @@ def _agent_config(
         inventory_deadline=spec.inventory_deadline,
         scrub=spec.scrub,
         threads=spec.threads,
+        kernel=AUTO if spec.code is None else spec.code.kernel,
         port=spec.port,
         durable=None
         if durable is None

@@ -1,10 +1,12 @@
-"""Speed of the codec against ISA-L in a bare ctypes loop and against memcpy, as JSON on standard output.
+"""Speed of the agent's codec against ISA-L in a bare ctypes loop and against memcpy, as JSON on standard output.
 
     python -P tests/bench/codec.py [--chunk-mib 64] [--rounds 18]
 
-Every case times, in turn and in every round, our codec, the bare loop on the same buffers with pointers and tables made
-beforehand, and a memcpy of the data chunks; ratios are medians of those of the rounds. `vs_bare` is speed over the bare
-loop's (1 is parity), `vs_memcpy` speed over memcpy's on as many threads. GB/s count the data that go in: k chunks.
+What an agent runs is timed: every thread has a stripe of its own. `accumulate` adds k data chunks, bucket by bucket as
+they arrive, to the one parity chunk that the agent holds of the stripe; `decode` brings back lost chunks. Every round
+times, in turn, our codec, the bare loop on the same buffers with pointers and tables made beforehand, and a memcpy of
+the data chunks; ratios are medians of those of the rounds. `vs_bare` is speed over the bare loop's (1 is parity),
+`vs_memcpy` speed over memcpy's on as many threads. GB/s count the data that go in: k chunks of each thread.
 """
 
 import argparse
@@ -23,7 +25,9 @@ import numpy as np
 from ft import isal
 from ft.erasure import Codec
 from ft.galois import Bytes, generator_matrix, invert, matmul
+from tests.support.coding import encoded
 
+BUCKET = 8 << 20
 CODES = ((2, 1), (4, 1), (4, 2), (6, 2), (8, 2), (13, 3))
 ALIGNMENT = 4096
 
@@ -39,11 +43,6 @@ def buffers(count: int, size: int) -> list[Bytes]:
         start = -memory.ctypes.data % ALIGNMENT
         made.append(memory[start : start + size])
     return made
-
-
-def ranges(size: int, threads: int) -> list[tuple[int, int]]:
-    step = -(-size // threads // 64) * 64
-    return [(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 def on_threads(pool: ThreadPoolExecutor, calls: list[Call]) -> Call:
@@ -65,7 +64,7 @@ class Bare:
         self.library = ctypes.CDLL(str(isal.bundled_library()))
         self.keep: list[object] = []
 
-    def pointers(self, regions: list[Bytes], start: int) -> ctypes.c_void_p:
+    def pointers(self, regions: list[Bytes], start: int = 0) -> ctypes.c_void_p:
         array = (ctypes.c_void_p * len(regions))(*[region.ctypes.data + start for region in regions])
         self.keep.append(array)
         return ctypes.c_void_p(ctypes.addressof(array))
@@ -79,22 +78,35 @@ class Bare:
         self.keep.append(tables)
         return ctypes.c_void_p(tables.ctypes.data)
 
-    def multiply(self, rows: Bytes, inputs: list[Bytes], outputs: list[Bytes], start: int, stop: int) -> Call:
-        kernel, arguments = self.library.ec_encode_data, (stop - start, len(inputs), len(outputs), self.tables(rows))
-        sources, targets = self.pointers(inputs, start), self.pointers(outputs, start)
+    def multiply(self, rows: Bytes, inputs: list[Bytes], outputs: list[Bytes]) -> Call:
+        kernel, arguments = self.library.ec_encode_data, (inputs[0].size, len(inputs), len(outputs), self.tables(rows))
+        sources, targets = self.pointers(inputs), self.pointers(outputs)
         return lambda: kernel(*arguments, sources, targets)
 
-    def update(self, rows: Bytes, index: int, chunk: Bytes, outputs: list[Bytes], start: int, stop: int) -> Call:
-        kernel = self.library.ec_encode_data_update
-        arguments = (stop - start, rows.shape[1], len(outputs), index, self.tables(rows))
-        source, targets = ctypes.c_void_p(chunk.ctypes.data + start), self.pointers(outputs, start)
-        return lambda: kernel(*arguments, source, targets)
+    def accumulate(self, row: Bytes, data: list[Bytes], parity: Bytes) -> Call:
+        kernel, tables = self.library.ec_encode_data_update, self.tables(row[None, :])
+        calls = [
+            (len(bucket), row.size, 1, column, tables, ctypes.c_void_p(bucket.ctypes.data), self.pointers([parity], at))
+            for at, column, bucket in pieces(data)
+        ]
+
+        def run() -> None:
+            for arguments in calls:
+                kernel(*arguments)
+
+        return run
 
 
-def copies(inputs: list[Bytes], outputs: list[Bytes], start: int, stop: int) -> Call:
+def pieces(data: list[Bytes]) -> list[tuple[int, int, Bytes]]:
+    """(offset, column, bytes) of every bucket, in the order in which the senders' buckets come to a receiver."""
+    size = data[0].size
+    return [(at, column, chunk[at : at + BUCKET]) for at in range(0, size, BUCKET) for column, chunk in enumerate(data)]
+
+
+def copies(inputs: list[Bytes], outputs: list[Bytes]) -> Call:
     def run() -> None:
         for source, target in zip(inputs, outputs, strict=True):
-            ctypes.memmove(target.ctypes.data + start, source.ctypes.data + start, stop - start)
+            ctypes.memmove(target.ctypes.data, source.ctypes.data, source.size)
 
     return run
 
@@ -127,51 +139,51 @@ def ratio(one: list[float], other: list[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(one, other, strict=True)), 3)
 
 
+class Stripe:
+    """One stripe of the code (k, m) and the calls of one thread on it."""
+
+    def __init__(self, k: int, m: int, size: int, kernel: str = "isal") -> None:
+        self.codec, self.bare = Codec(k, m, kernel=kernel), Bare()
+        self.rows = generator_matrix(k, m)
+        self.data, self.spare, self.scratch = buffers(k, size), buffers(m, size), buffers(k, size)
+        self.chunks = self.data + encoded(self.codec, self.data)
+
+    def accumulate(self) -> dict[str, Call]:
+        row, parity, parts = self.codec.row(self.codec.m - 1), self.spare[0], pieces(self.data)
+
+        def ours() -> None:
+            for at, column, bucket in parts:
+                row.accumulate(parity[at : at + len(bucket)], column, bucket)
+
+        return {
+            "ours": ours,
+            "bare": self.bare.accumulate(self.rows[-1], self.data, parity),
+            "memcpy": copies(self.data, self.scratch),
+        }
+
+    def decode(self, lost: int) -> dict[str, Call]:
+        survivors = list(range(lost, self.codec.k + lost))
+        present, missing = {i: self.chunks[i] for i in survivors}, {i: self.spare[i] for i in range(lost)}
+        decoder = matmul(self.rows[:lost], invert(self.rows[survivors]))
+        self.codec.decode(present, missing)
+        assert all(map(np.array_equal, missing.values(), self.data))
+        return {
+            "ours": functools.partial(self.codec.decode, present, missing),
+            "bare": self.bare.multiply(decoder, [self.chunks[i] for i in survivors], self.spare[:lost]),
+            "memcpy": copies(self.data, self.scratch),
+        }
+
+
 def cases(k: int, m: int, size: int, threads: int, pool: ThreadPoolExecutor) -> Iterator[tuple[str, dict[str, Call]]]:
-    """Per operation, our call, the bare call and the memcpy, over the same chunks."""
-    codec, bare = Codec(k, m, kernel="isal", threads=threads), Bare()
-    data, parity, spare, scratch = (buffers(count, size) for count in (k, m, m, k))
-    rows, parts = generator_matrix(k, m), ranges(size, threads)
-    codec.encode(data, parity)
-    memcpy = on_threads(pool, [copies(data, scratch, *part) for part in parts])
+    """Per operation, our calls, the bare calls and the memcpys, each on all threads at once."""
+    stripes = [Stripe(k, m, size) for _ in range(threads)]
 
-    def update() -> None:
-        for index, chunk in enumerate(data):
-            codec.update(spare, index, chunk)
+    def together(calls: list[dict[str, Call]]) -> dict[str, Call]:
+        return {name: on_threads(pool, [each[name] for each in calls]) for name in calls[0]}
 
-    bare_updates = [
-        on_threads(pool, [bare.update(rows[k:], index, chunk, spare, *part) for part in parts])
-        for index, chunk in enumerate(data)
-    ]
-
-    def bare_update() -> None:
-        for call in bare_updates:
-            call()
-
-    def bare_multiply(matrix: Bytes, inputs: list[Bytes]) -> Call:
-        outputs = spare[: len(matrix)]
-        return on_threads(pool, [bare.multiply(matrix, inputs, outputs, *part) for part in parts])
-
-    yield (
-        "encode",
-        {"ours": lambda: codec.encode(data, spare), "bare": bare_multiply(rows[k:], data), "memcpy": memcpy},
-    )
-    yield "update", {"ours": update, "bare": bare_update, "memcpy": memcpy}
-    chunks = data + parity
+    yield "accumulate", together([stripe.accumulate() for stripe in stripes])
     for lost in range(1, m + 1):
-        survivors = list(range(lost, k + lost))
-        present, missing = {i: chunks[i] for i in survivors}, {i: spare[i] for i in range(lost)}
-        decoder = matmul(rows[:lost], invert(rows[survivors]))
-        yield (
-            f"decode {lost} lost",
-            {
-                "ours": functools.partial(codec.decode, present, missing),
-                "bare": bare_multiply(decoder, [chunks[i] for i in survivors]),
-                "memcpy": memcpy,
-            },
-        )
-        codec.decode(present, missing)
-        assert all(map(np.array_equal, missing.values(), data))
+        yield f"decode {lost} lost", together([stripe.decode(lost) for stripe in stripes])
 
 
 def measure(size: int, rounds: int) -> list[dict[str, object]]:
@@ -181,7 +193,9 @@ def measure(size: int, rounds: int) -> list[dict[str, object]]:
             for k, m in CODES:
                 for operation, contenders in cases(k, m, size, threads, pool):
                     found = timings(contenders, rounds)
-                    speeds = {name: k * size / statistics.median(seconds) / 1e9 for name, seconds in found.items()}
+                    speeds = {
+                        name: threads * k * size / statistics.median(seconds) / 1e9 for name, seconds in found.items()
+                    }
                     results.append(
                         {
                             "code": [k, m],
@@ -199,11 +213,7 @@ def fallback(size: int, rounds: int) -> list[dict[str, object]]:
     """How many times slower the NumPy kernel is: the cost that its warning names."""
     results: list[dict[str, object]] = []
     for k, m in CODES:
-        chunks = buffers(k, size), buffers(m, size)
-        contenders: dict[str, Call] = {
-            "isal": functools.partial(Codec(k, m, kernel="isal", threads=1).encode, *chunks),
-            "numpy": functools.partial(Codec(k, m, kernel="numpy", threads=1).encode, *chunks),
-        }
+        contenders = {kernel: Stripe(k, m, size, kernel).accumulate()["ours"] for kernel in ("isal", "numpy")}
         found = timings(contenders, rounds)
         results.append({"code": [k, m], "times_slower": round(ratio(found["numpy"], found["isal"]), 1)})
     return results

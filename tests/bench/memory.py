@@ -17,7 +17,7 @@ import torch
 from ft.agent_config import DurableConfig
 from ft.agent_memory import host_memory
 from ft.snapshot import plan_part
-from tests.support.ft_nodes import Tensor, nodes, together
+from tests.support.ft_nodes import Tensor, nodes, together, wait_committed
 
 BUCKET = 4 << 20
 CODES = ((2, 1), (3, 1), (4, 2))
@@ -79,7 +79,7 @@ def measure(
                     one.offer(step, b"small state")
                 for one in snapshotters:
                     one.join()
-                    one.client.wait_committed(one.sealed, 120.0)
+                    wait_committed(one)
         shared, _ = resident(world.pids[0])
     plan = host_memory(stored, members=members, parity=parity, bucket_bytes=BUCKET, durable=durable)
     buffers = plan.total - plan.receiving

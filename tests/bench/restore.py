@@ -25,7 +25,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from ft.snapshot import Snapshotter, plan_part
-from tests.support.ft_nodes import Nodes, Tensor
+from tests.support.ft_nodes import Nodes, Tensor, wait_committed
 
 ROUNDS = 5
 BUCKET = 8 << 20
@@ -121,7 +121,7 @@ class Worker:
         self.snapshotter.join()
         if self.snapshotter.failure is not None or self.snapshotter.sealed is None:
             raise RuntimeError(f"the snapshot was not taken: {self.snapshotter.failure}")
-        self.client.wait_committed(self.snapshotter.sealed)
+        wait_committed(self.snapshotter)
         self.close()
 
     def close(self) -> None:

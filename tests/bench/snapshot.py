@@ -28,6 +28,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from ft.snapshot import _bytes_of
+from tests.support.ft_nodes import wait_committed
 from tests.support.ranks import ROOT
 from trainer.build import build
 from trainer.loop import Run
@@ -91,7 +92,7 @@ class Ours(Nothing):
     def finish(self) -> None:
         self.before_update()
         if self.snapshotter.sealed is not None:
-            self.snapshotter.client.wait_committed(self.snapshotter.sealed)
+            wait_committed(self.snapshotter)
 
 
 class AsyncSave(Nothing):

@@ -18,8 +18,8 @@ from ft import durable
 from ft.agent_config import AgentConfig, DurableConfig, GroupConfig
 from ft.client import AgentClient, ensure_agent
 from ft.errors import AgentError, AuthenticationFailed, ChunkCorrupt, ForeignSnapshot, MemoryTooSmall
-from ft.part_reader import read_tensor
-from tests.support.ft_nodes import BUCKET, Nodes, equal, nodes, random_state, together
+from tests.support.checkpoint_bytes import stored_bytes
+from tests.support.ft_nodes import BUCKET, Nodes, equal, nodes, random_state, together, wait_committed
 
 
 def recover(world: Nodes, snapshotters: list[Any], epoch: int) -> list[Any]:
@@ -33,7 +33,7 @@ def take(snapshotters: list[Any], step: int) -> None:
         snapshotter.join()
         assert snapshotter.failure is None
     for snapshotter in snapshotters:
-        snapshotter.client.wait_committed(snapshotter.sealed, 120.0)
+        wait_committed(snapshotter)
 
 
 def test_one_node_commits_and_restores(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ WORKER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from tests.support.ft_nodes import BUCKET, Nodes, random_state
+from tests.support.ft_nodes import BUCKET, Nodes, random_state, wait_committed
 rank, moment = int(sys.argv[3]), sys.argv[4]
 world = Nodes(Path(sys.argv[2]), 2, groups=[((0, 1), 1)])
 import ft.snapshot
@@ -137,10 +137,10 @@ def take(step):
     assert snapshotter.failure is None, snapshotter.failure
 if moment == "committed":
     take(1)
-    snapshotter.client.wait_committed(snapshotter.sealed)
+    wait_committed(snapshotter)
     say("ready"); sys.stdin.read()
 take(1)
-snapshotter.client.wait_committed(snapshotter.sealed)
+wait_committed(snapshotter)
 if moment == "copying":
     original = ft.snapshot.np.copyto
     def stop(*arguments):
@@ -351,9 +351,8 @@ def test_committed_snapshots_become_checkpoints(tmp_path: Path) -> None:
         assert names == set(states[0])
         for rank, part in enumerate(manifest.parts):
             assert part.rank == rank
-        out = torch.empty_like(states[1]["w"].local)
-        read_tensor(latest, manifest.parts[1], "w", out.reshape(-1).view(torch.uint8).numpy())
-        assert torch.equal(out, states[1]["w"].local)
+        weight = states[1]["w"].local
+        assert stored_bytes(latest, manifest.parts[1])["w"] == weight.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def test_an_agent_does_not_outlive_the_job_for_parts_that_nobody_will_write(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import fcntl
 import mmap
 import os
 import resource
+import select
 import signal
 import socket
 import subprocess
@@ -55,7 +56,8 @@ def test_memory_stays_when_its_writer_is_killed() -> None:
     buffer = SharedBuffer.create(1 << 20, "test")
     process, holder = writer(buffer)
     assert holder.alive
-    holder.make_dead(10.0)
+    holder.kill()
+    assert select.select([holder], [], [], 10.0)[0] == [holder]  # its mappings are gone
     assert not holder.alive
     assert bytes(buffer.data[:8]) == b"herebusy"
     assert process.wait(10) == -signal.SIGKILL

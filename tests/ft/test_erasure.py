@@ -1,10 +1,8 @@
-"""The code against its definition: any k of n, both kernels to the byte, updates in any order."""
+"""The code against its definition: any k of n, both kernels to the byte, data added in any order."""
 
 import importlib.metadata
 import itertools
 import mmap
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,9 +14,10 @@ from hypothesis import strategies as st
 from ft import erasure, galois, isal
 from ft.erasure import Codec
 from ft.errors import CodecError, KernelUnavailable
+from tests.support.coding import encoded
 
 KERNELS = ("isal", "numpy")
-# Around the kernels' vector widths, the threads' cache lines and the NumPy kernel's pieces.
+# Around the kernels' vector widths, cache lines and the NumPy kernel's pieces.
 SIZES = (0, 1, 15, 31, 63, 64, 65, 127, 129, 1000, 4096, 32768 + 7)
 
 codes = st.integers(1, 32).flatmap(lambda k: st.tuples(st.just(k), st.integers(0, 32 - k)))
@@ -30,12 +29,6 @@ def random_chunks(count, size, seed, shift=0):
     """Chunks that start `shift`, 2 `shift` ... bytes off their allocation."""
     random = np.random.default_rng(seed)
     return [random.integers(0, 256, size + i * shift, np.uint8)[i * shift :] for i in range(count)]
-
-
-def encoded(codec, data):
-    parity = [np.full(data[0].size, 0xEE, np.uint8) for _ in range(codec.m)]
-    codec.encode(data, parity)
-    return parity
 
 
 def slow_product(a, b):
@@ -120,15 +113,16 @@ def test_every_combination_of_losses_decodes(kernel, k, m):
 @pytest.mark.parametrize("kernel", KERNELS)
 @given(codes, sizes, seeds, st.data())
 @settings(max_examples=50, deadline=None)
-def test_updates_in_any_order_and_cut_equal_encode(kernel, code, size, seed, draw):
+def test_row_accumulated_in_any_order_and_cut_equals_whole_chunks(kernel, code, size, seed, draw):
     k, m = code
     codec = Codec(k, m, kernel=kernel)
     data = random_chunks(k, size, seed)
     cuts = [0, *sorted(draw.draw(st.lists(st.integers(0, size), max_size=3))), size]
-    ranges = [(i, start, stop) for i in range(k) for start, stop in itertools.pairwise(cuts)]
+    ranges = [(i, slice(*cut)) for i in range(k) for cut in itertools.pairwise(cuts)]
     parity = [np.zeros(size, np.uint8) for _ in range(m)]
-    for i, start, stop in draw.draw(st.permutations(ranges)):
-        codec.update(parity, i, data[i][start:stop], start)
+    for i, part in draw.draw(st.permutations(ranges)):
+        for row in range(m):
+            codec.row(row).accumulate(parity[row][part], i, data[i][part])
     assert all(map(np.array_equal, parity, encoded(codec, data)))
 
 
@@ -146,43 +140,32 @@ def test_a_sub_range_decodes_into_the_callers_buffers(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_threads_change_no_byte(kernel):
-    # Odd, and enough bytes for the range to be split.
-    size = (1 << 20) + 13
-    data = random_chunks(4, size, seed=4)
-    one, three = Codec(4, 2, kernel=kernel, threads=1), Codec(4, 2, kernel=kernel, threads=3)
-    parity = encoded(one, data)
-    assert all(map(np.array_equal, parity, encoded(three, data)))
-    updated = [np.zeros(size, np.uint8) for _ in range(2)]
-    for i, chunk in enumerate(data):
-        three.update(updated, i, chunk)
-    assert all(map(np.array_equal, parity, updated))
-    missing = {i: np.empty(size, np.uint8) for i in (0, 3)}
-    three.decode({1: data[1], 2: data[2], 4: parity[0], 5: parity[1]}, missing)
-    assert np.array_equal(missing[0], data[0])
-    assert np.array_equal(missing[3], data[3])
-
-
-def test_threads_of_the_caller_share_one_codec():
-    codec = Codec(3, 2, threads=2)
+def test_threads_of_the_caller_share_one_codec(kernel):
+    codec, reference = Codec(3, 2, kernel=kernel), Codec(3, 2, kernel="numpy")
     inputs = [random_chunks(3, 300_000, seed) for seed in range(8)]
+
+    def coded_and_lost(data):
+        parity = encoded(codec, data)
+        found = {0: np.empty(300_000, np.uint8), 2: np.empty(300_000, np.uint8)}
+        codec.decode({1: data[1], 3: parity[0], 4: parity[1]}, found)
+        return parity, found
+
     with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda data: encoded(codec, data), inputs))
-    reference = Codec(3, 2, kernel="numpy")
-    for data, parity in zip(inputs, results, strict=True):
+        results = list(pool.map(coded_and_lost, inputs))
+    for data, (parity, found) in zip(inputs, results, strict=True):
         assert all(map(np.array_equal, parity, encoded(reference, data)))
+        assert all(np.array_equal(found[i], data[i]) for i in found)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_lengths_past_the_kernels_limit_are_cut(kernel, monkeypatch):
+def test_lengths_past_isals_limit_are_cut(monkeypatch):
     monkeypatch.setattr(isal, "MAX_LENGTH", 256)
-    codec = Codec(3, 2, kernel=kernel, threads=1)
+    codec = Codec(3, 2, kernel="isal")
     data = random_chunks(3, 1000, seed=5)
-    assert all(map(np.array_equal, encoded(codec, data), encoded(Codec(3, 2, kernel="numpy"), data)))
-    parity = [np.zeros(1000, np.uint8) for _ in range(2)]
-    for i, chunk in enumerate(data):
-        codec.update(parity, i, chunk)
-    assert all(map(np.array_equal, parity, encoded(codec, data)))
+    parity = encoded(codec, data)
+    assert all(map(np.array_equal, parity, encoded(Codec(3, 2, kernel="numpy"), data)))
+    found = {0: np.empty(1000, np.uint8), 1: np.empty(1000, np.uint8)}
+    codec.decode({2: data[2], 3: parity[0], 4: parity[1]}, found)
+    assert all(np.array_equal(found[i], data[i]) for i in found)
 
 
 def test_every_kind_of_buffer_serves_without_a_copy(tmp_path):
@@ -192,8 +175,9 @@ def test_every_kind_of_buffer_serves_without_a_copy(tmp_path):
     with (tmp_path / "chunk").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         shared = mmap.mmap(-1, 4096)
         floats = np.zeros((32, 32), np.float32)
-        data = [blocks[0].tobytes(), mapped, blocks[2].view(np.float64).reshape(8, 64)]
-        codec.encode(data, [shared, floats])
+        for row, target in enumerate((shared, floats)):
+            for column, source in enumerate((blocks[0].tobytes(), mapped, blocks[2].view(np.float64).reshape(8, 64))):
+                codec.row(row).accumulate(target, column, source)
         expected = encoded(codec, blocks)
         assert shared[:] == expected[0].tobytes()
         assert floats.tobytes() == expected[1].tobytes()
@@ -201,11 +185,7 @@ def test_every_kind_of_buffer_serves_without_a_copy(tmp_path):
 
 
 def test_no_parity_is_a_code_too():
-    codec = Codec(4, 0)
-    data = random_chunks(4, 10, seed=7)
-    codec.encode(data, [])
-    codec.update([], 2, data[2])
-    codec.decode(dict(enumerate(data)), {})
+    Codec(4, 0).decode(dict(enumerate(random_chunks(4, 10, seed=7))), {})
 
 
 @pytest.mark.parametrize(
@@ -214,15 +194,13 @@ def test_no_parity_is_a_code_too():
         (lambda: Codec(0, 1), "k >= 1"),
         (lambda: Codec(4, -1), "m >= 0"),
         (lambda: Codec(30, 3), r"k \+ m is 33"),
-        (lambda: Codec(2, 1, threads=0), "threads = 0"),
-        (lambda: Codec(2, 1).encode([bytes(4)] * 3, [bytearray(4)]), "3 data and 1 parity"),
-        (lambda: Codec(2, 1).encode([bytes(4), bytes(5)], [bytearray(4)]), r"\[4, 5\] bytes"),
-        (lambda: Codec(2, 1).encode([bytes(4), bytes(4)], [bytes(4)]), "parity chunk 2: the buffer is read-only"),
-        (lambda: Codec(2, 1).encode([np.zeros(8, "u1")[::2]] * 2, [bytearray(4)]), "data chunk 0: not a contiguous"),
-        (lambda: Codec(2, 1).encode([[1, 2]] * 2, [bytearray(2)]), "data chunk 0: not a contiguous"),
-        (lambda: Codec(2, 1).update([bytearray(4)], 2, bytes(4)), "data chunk 2"),
-        (lambda: Codec(2, 1).update([bytearray(4)], 0, bytes(3), 2), "3 bytes at offset 2 leave parity"),
-        (lambda: Codec(2, 1).update([bytearray(4)], 0, bytes(3), -1), "offset -1"),
+        (lambda: Codec(2, 1).row(0).accumulate(bytearray(4), 0, bytes(5)), r"\[4, 5\] bytes"),
+        (lambda: Codec(2, 1).row(0).accumulate(bytes(4), 0, bytes(4)), "parity chunk 2: the buffer is read-only"),
+        (lambda: Codec(2, 1).row(0).accumulate(bytearray(4), 1, np.zeros(8, "u1")[::2]), "data chunk 1: not a contig"),
+        (lambda: Codec(2, 1).row(0).accumulate(bytearray(2), 0, [1, 2]), "data chunk 0: not a contiguous"),
+        (lambda: Codec(2, 1).row(0).accumulate(bytearray(4), 2, bytes(4)), "no data chunk 2"),
+        (lambda: Codec(2, 1).row(0).accumulate(bytearray(4), -1, bytes(4)), "no data chunk -1"),
+        (lambda: Codec(2, 1).decode({0: bytes(4), 1: bytes(5)}, {2: bytearray(4)}), r"\[4, 5\] bytes"),
         (lambda: Codec(2, 1).decode({0: bytes(4)}, {1: bytearray(4)}), "1 chunks are left, any 2"),
         (lambda: Codec(2, 1).decode({0: bytes(4), 1: bytes(4), 3: b""}, {}), "no chunk 3"),
         (lambda: Codec(2, 1).decode({0: bytes(4), 1: bytes(4)}, {1: bytearray(4)}), "as present and as missing"),
@@ -236,17 +214,15 @@ def test_what_does_not_fit_is_refused(call, message):
 def test_an_output_over_another_buffer_is_refused_and_untouched():
     memory = bytearray(range(100))
     view, codec = memoryview(memory), Codec(2, 1)
-    for data, parity in (
-        ([view[:50], view[50:]], view[49:99]),
-        ([view[20:30], view[20:30]], view[29:39]),
-        ([view[20:30], view[0:10]], view[20:30]),
-    ):
+    for data, parity in ((view[:50], view[49:99]), (view[20:30], view[29:39]), (view[20:30], view[20:30])):
         with pytest.raises(CodecError, match="overlaps"):
-            codec.encode(data, [parity])
+            codec.row(0).accumulate(parity, 0, data)
+        with pytest.raises(CodecError, match="overlaps"):
+            codec.decode({0: data, 1: bytes(len(data))}, {2: parity})
     with pytest.raises(CodecError, match="overlaps"):
-        Codec(1, 2).encode([view[:10]], [view[20:30], view[25:35]])
+        Codec(1, 2).decode({0: view[:10]}, {1: view[20:30], 2: view[25:35]})
     assert memory == bytearray(range(100))
-    codec.encode([view[0:10], view[5:15]], [view[15:25]])  # inputs may share bytes, neighbours may touch
+    codec.decode({0: view[0:10], 1: view[5:15]}, {2: view[15:25]})  # inputs may share bytes, neighbours may touch
 
 
 @pytest.mark.parametrize("version", ["1.9.0", "2.29.1", "2.40.0", "3.0.0", "", "two"])
@@ -275,6 +251,7 @@ def test_without_isal_numpy_steps_in_with_one_warning(monkeypatch):
 
     monkeypatch.setattr(isal.metadata, "files", absent)
     isal.load.cache_clear()
+    erasure.load_kernel.cache_clear()
     erasure._warn_of_fallback.cache_clear()
     try:
         with pytest.raises(KernelUnavailable, match="not installed"):
@@ -282,20 +259,8 @@ def test_without_isal_numpy_steps_in_with_one_warning(monkeypatch):
         with pytest.warns(RuntimeWarning, match="times slower than ISA-L: pyeclib") as caught:
             codecs = [Codec(2, 1), Codec(4, 2)]
         assert len(caught) == 1
-        assert [codec.kernel for codec in codecs] == ["numpy", "numpy"]
+        assert [codec.kernel.name for codec in codecs] == ["numpy", "numpy"]
     finally:
         isal.load.cache_clear()
+        erasure.load_kernel.cache_clear()
         erasure._warn_of_fallback.cache_clear()
-
-
-def test_threads_end_with_the_codec():
-    program = (
-        "import threading; from ft.erasure import Codec\n"
-        "codec = Codec(2, 1, threads=3); big = bytearray(1 << 21)\n"
-        "codec.encode([bytes(big), bytes(big)], [big])\n"
-        "workers = [t for t in threading.enumerate() if t.name.startswith('codec')]; assert workers\n"
-        "del codec\n"
-        "for worker in workers: worker.join(30); assert not worker.is_alive()\n"
-        "import sys; assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from ft import protocol
 from ft.events import EpochAdvanced
 from ft.messages import ChunkRecord, Holding, Inventory, SnapshotId, digest
-from ft.placement import place, stripes
 from ft.recovery import Choice, FallBack, Wait, choose, plan, stripe_state
 from ft.state import Group
 from tests.support.ft_cluster import Cluster
@@ -60,17 +59,6 @@ def emptied(inventories: dict[int, Inventory], slot: int, snapshot: SnapshotId, 
         for each in inventory.holdings
     )
     return {**inventories, slot: msgspec.structs.replace(inventory, holdings=holdings)}
-
-
-def test_the_stripes_are_those_of_the_placement() -> None:
-    for nodes, k, m in ((4, 2, 2), (7, 3, 1), (9, 2, 2), (2, 1, 1), (1, 1, 1)):
-        for placed in place(nodes, k, m):
-            group = Group(0, placed.members, placed.m)
-            for index, stripe in enumerate(stripes(placed.size, placed.m)):
-                assert group.sources(index) == tuple(placed.members[member] for member, _ in stripe.sources)
-                assert group.parities(index) == tuple(placed.members[member] for member in stripe.parity)
-                for member, chunk in stripe.sources:
-                    assert group.data_stripes(placed.members[member])[chunk] == index
 
 
 def test_the_newest_complete_one_wins() -> None:

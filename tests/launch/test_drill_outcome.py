@@ -135,7 +135,7 @@ def checkpoint(folder: Path, value: int) -> None:
     for rank, flat in enumerate([(0, 3), (3, 4)]):
         piece = Piece(name="model.w", global_shape=(4,), offsets=(0,), shape=(4,), dtype="U8", flat=flat)
         write_part(tmp, rank, [(piece, np.full(piece.elements, 0 if rank else value, np.uint8))])
-    durable.write_manifest(tmp, run="r", epoch=1, step=2, layout="l", ranks=2, meta={})
+    durable.write_manifest(tmp, durable.Identity(run="r", epoch=1, step=2, layout="l"), ranks=2, meta={})
     durable.publish(tmp, final)
 
 

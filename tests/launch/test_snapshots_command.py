@@ -13,7 +13,7 @@ import pytest
 
 from ft.agent_config import DurableConfig, runtime_folder
 from ft.auth import run_identity
-from tests.support.ft_nodes import Nodes, random_state, together
+from tests.support.ft_nodes import Nodes, random_state, together, wait_committed
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,7 +56,7 @@ def test_shows_what_the_agents_hold(run: Run) -> None:
             each.offer(step, b"meta")
         for each in snapshotters:
             each.join()
-            each.client.wait_committed(each.sealed, 30.0)
+            wait_committed(each, 30.0)
 
     done = snapshots(str(run.folder), "--json")
     assert done.returncode == 0, done.stderr

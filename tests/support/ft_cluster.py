@@ -125,9 +125,10 @@ class Cluster:
             data.append(self.content(source, snapshot)[place : place + size])
         if slot in group.sources(stripe):
             return data[group.sources(stripe).index(slot)]
-        parity = [bytearray(size) for _ in range(group.parity)]
-        codec(group).encode(data, parity)
-        return bytes(parity[group.parities(stripe).index(slot)])
+        parity = bytearray(size)
+        for column, chunk in enumerate(data):
+            codec(group).row(group.parities(stripe).index(slot)).accumulate(parity, column, chunk)
+        return bytes(parity)
 
     def check_buffers(self, state: State) -> None:
         for kind in ("data", "parity"):
@@ -192,13 +193,9 @@ class Cluster:
 
     def _accumulate(self, slot: int, stripe: int, column: int, index: int, parity: int, payload: bytes) -> None:
         group = self.topology.group_of(slot)
-        row = group.parities(stripe).index(slot)
-        rows = [np.zeros(BUCKET, np.uint8) for _ in range(group.parity)]
-        codec(group).update(rows, column, np.frombuffer(payload, np.uint8))
-        view = np.frombuffer(self._parity(slot, stripe, parity), np.uint8)
-        view[index * BUCKET : (index + 1) * BUCKET] ^= rows[row]
-
-    # ---- moves
+        row = codec(group).row(group.parities(stripe).index(slot))
+        target = self._parity(slot, stripe, parity)[index * BUCKET : (index + 1) * BUCKET]
+        row.accumulate(target, column, payload)
 
     def offer(self, slot: int, worker: int, wait: bool) -> None:
         node = self.nodes[slot]
@@ -497,5 +494,5 @@ _codecs: dict[tuple[int, int], Codec] = {}
 def codec(group: Group) -> Codec:
     key = (group.data, group.parity)
     if key not in _codecs:
-        _codecs[key] = Codec(*key, kernel="numpy", threads=1)
+        _codecs[key] = Codec(*key, kernel="numpy")
     return _codecs[key]

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +34,15 @@ class Tensor:
     local: torch.Tensor
     replicas: tuple[int, ...]
     flat: tuple[int, int] | None = None
+
+
+def wait_committed(snapshotter: Snapshotter, deadline: float = 120.0) -> None:
+    """Return once the agent has said that what the snapshotter sealed last, or something newer, is committed."""
+    sealed, end = snapshotter.sealed, time.monotonic() + deadline
+    assert sealed is not None, snapshotter.failure
+    while not any(commit.snapshot.age >= sealed.age for commit in list(snapshotter.client.commits)):
+        assert time.monotonic() < end, f"{sealed} was not committed within {deadline:g} s"
+        time.sleep(0.001)
 
 
 class Nodes:

@@ -93,7 +93,9 @@ def write_checkpoint(root: Path, model: ModelSpec, case: Case, state: State, met
     for rank in range(case.layout.world_size):
         mine = [shard for shard in shards_of(rank, model, case, state).values() if shard.replicas[0] == rank]
         write_part(tmp, rank, [(piece_of(shard), host_bytes(shard.local)) for shard in mine])
-    durable.write_manifest(tmp, run="run", epoch=0, step=1, layout="any", ranks=case.layout.world_size, meta=meta)
+    durable.write_manifest(
+        tmp, durable.Identity(run="run", epoch=0, step=1, layout="any"), ranks=case.layout.world_size, meta=meta
+    )
     durable.publish(tmp, final)
     return final
 

@@ -154,7 +154,7 @@ def test_damage_is_an_error_that_names_the_file(tmp_path: Path, damage: str) -> 
     for rank in range(2):
         row = shard("w", whole, slice(2 * rank, 2 * rank + 2), slice(0, 4))
         write_part(tmp, rank, [(piece_of(row), checkpoint.host_bytes(row.local))])
-    durable.write_manifest(tmp, run="r", epoch=0, step=1, layout="l", ranks=2, meta={})
+    durable.write_manifest(tmp, durable.Identity(run="r", epoch=0, step=1, layout="l"), ranks=2, meta={})
     live = whole_of("w", torch.zeros(4, 4))
     checkpoint.load(tmp, live)
     assert torch.equal(live["w"].local, whole)

@@ -58,7 +58,7 @@ def large(root: Path, compress: bool = False) -> tuple[Path, torch.Tensor]:
     tmp.mkdir()
     whole = rows(matrix, 0, ROWS)
     write_part(tmp, 0, [(piece_of(whole), checkpoint.host_bytes(whole.local))], compress=compress)
-    durable.write_manifest(tmp, run="r", epoch=0, step=4, layout="l", ranks=1, meta={"note": 1})
+    durable.write_manifest(tmp, durable.Identity(run="r", epoch=0, step=4, layout="l"), ranks=1, meta={"note": 1})
     durable.publish(tmp, durable.folder(root, 4))
     return durable.folder(root, 4), matrix
 

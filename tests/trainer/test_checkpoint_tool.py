@@ -50,7 +50,9 @@ def write(
         counter = Piece(name="optimizer.step", global_shape=(), offsets=(), shape=(), dtype="I64")
         pairs = [(piece, np.ascontiguousarray(local)), (counter, np.array(step))]
         write_part(tmp, rank, pairs[: 2 if rank == 0 else 1], compress=compress)
-    durable.write_manifest(tmp, run="r", epoch=0, step=step, layout="l", ranks=ranks, meta={"ledger": LEDGER})
+    durable.write_manifest(
+        tmp, durable.Identity(run="r", epoch=0, step=step, layout="l"), ranks=ranks, meta={"ledger": LEDGER}
+    )
     durable.publish(tmp, durable.folder(root, step))
     return durable.folder(root, step)
 

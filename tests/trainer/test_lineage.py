@@ -17,7 +17,7 @@ from trainer.lineage_tool import app
 def checkpoint(path: Path, meta: dict[str, Any], step: int = 0) -> Path:
     path.mkdir(parents=True)
     write_part(path, 0, [])
-    durable.write_manifest(path, run=path.name, epoch=0, step=step, layout="l", ranks=1, meta=meta)
+    durable.write_manifest(path, durable.Identity(run=path.name, epoch=0, step=step, layout="l"), ranks=1, meta=meta)
     return path
 
 

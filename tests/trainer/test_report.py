@@ -71,6 +71,8 @@ def test_the_tables_follow_from_the_run(run: Path) -> None:
     assert tables["domains"] == ["en", "de"]
     assert tables["losses"] == [[losses[step]["en"], losses[step]["de"]] for step in (0, 4, 12)]
     assert tables["forgetting"]["<second>"] == [losses[12][name] - losses[4][name] for name in ("en", "de")]
+    ever = {name: [losses[step][name] for step in (0, 4, 12)] for name in ("en", "de")}
+    assert tables["forgetting_from_best"] == {name: column[-1] - min(column) for name, column in ever.items()}
     assert tables["backward_transfer"] == pytest.approx(losses[4]["en"] - losses[12]["en"])
     assert tables["forward_transfer"] == pytest.approx(losses[0]["de"] - losses[4]["de"])
     worst = max((losses[step]["de"], step) for step in (4, 6, 8, 10, 12))

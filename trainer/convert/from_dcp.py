@@ -82,7 +82,7 @@ def from_dcp(
         epoch, at = int(note.get("epoch", 0)), int(note.get("step", at))
     with new_folder(destination) as tmp:
         size = _write(tmp, Maker(Whole(folder), dtype), wanted, step, progress)
-        durable.write_manifest(tmp, run=run, epoch=epoch, step=at, layout="whole", ranks=1, meta=meta)
+        durable.write_manifest(tmp, durable.Identity(run=run, epoch=epoch, step=at, layout="whole"), ranks=1, meta=meta)
     taken = {name for recipe in wanted.values() for name, *_ in recipe.runs}
     return {
         "source": str(source),

@@ -76,7 +76,9 @@ def from_huggingface(
                     "tied_head": tied_head,
                 },
             }
-            durable.write_manifest(tmp, run=source.resolve().name, epoch=0, step=0, layout="whole", ranks=1, meta=meta)
+            durable.write_manifest(
+                tmp, durable.Identity(run=source.resolve().name, epoch=0, step=0, layout="whole"), ranks=1, meta=meta
+            )
     return {
         "source": str(source),
         "destination": str(destination),

@@ -307,11 +307,6 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                     cuts.append(cut)
         return Draw(tuple(self.sources), source, k, replayed, tuple(cuts))
 
-    def sample_at(self, position: int) -> tuple[str, int]:
-        """Identity of the source at `position`, and its sample number k."""
-        draw = self.samples_at(np.array([position], np.int64))
-        return draw.identities[int(draw.source[0])], int(draw.k[0])
-
     def given(self, position: int | None = None) -> dict[str, Given]:
         """By identity, what each source has given below `position` (default: the ledger's own)."""
         position = self.position if position is None else position

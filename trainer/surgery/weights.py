@@ -109,7 +109,9 @@ def write(
             raise CheckpointError(str(error)) from error
         if keep_files and (kept := first.manifest.meta.get(FILES)):
             meta[FILES] = kept | {"files": _carry(first, kept, tmp)}
-        durable.write_manifest(tmp, run=first.manifest.run, epoch=0, step=0, layout="whole", ranks=1, meta=meta)
+        durable.write_manifest(
+            tmp, durable.Identity(run=first.manifest.run, epoch=0, step=0, layout="whole"), ranks=1, meta=meta
+        )
     return {
         "destination": str(destination),
         "made_by": made_by,

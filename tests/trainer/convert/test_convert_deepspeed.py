@@ -15,13 +15,13 @@ from ft.part_writer import write_part
 from parallel.spec import ParallelSpec
 from tests.support import deepspeed_llama
 from tests.support.hf_models import CASES, hf_model
+from tests.support.huggingface_oracle import rearranged
 from tests.support.layouts import Case, whole_state, write_checkpoint
 from tests.support.ranks import run_ranks
 from trainer.convert.from_dcp import from_dcp
 from trainer.convert.native import NativeCheckpoint
 from trainer.convert.to_deepspeed import to_deepspeed
 from trainer.errors import CheckpointError, SpecError
-from trainer.model.huggingface import from_huggingface
 from trainer.model.huggingface_config import model_spec_from_hf_config
 from trainer.model.spec import ModelSpec
 
@@ -82,7 +82,7 @@ def test_what_deepspeed_saved_comes_in_goes_out_and_trains_on_with_the_same_bits
     for prefix, ours in (("", "model."), ("exp_avg.", "optimizer.exp_avg."), ("exp_avg_sq.", "optimizer.exp_avg_sq.")):
         whole = {name.removeprefix(prefix): value for name, value in half.items() if name.startswith(prefix)}
         whole = {name: value for name, value in whole.items() if not name.startswith("exp_avg")}
-        arranged = from_huggingface(whole, CASES[model][0], spec)
+        arranged = rearranged(whole, CASES[model][0], spec)
         expected |= {ours + name: value for name, value in arranged.items() if name != "head.weight" or not _tied(spec)}
     assert_same(native_state(tmp_path / "native"), expected)
 
@@ -178,7 +178,7 @@ def test_an_optimizer_that_is_not_adamw_is_refused(tmp_path: Path) -> None:
 
     pairs = [(piece(n, t), t.reshape(-1).view(torch.uint8).numpy()) for n, t in state.items()]
     write_part(tmp, 0, pairs)
-    durable.write_manifest(tmp, run="r", epoch=0, step=1, layout="l", ranks=1, meta=META)
+    durable.write_manifest(tmp, durable.Identity(run="r", epoch=0, step=1, layout="l"), ranks=1, meta=META)
     with pytest.raises(SpecError, match=r"optimizer\.momentum: .*--weights-only"):
         to_deepspeed(tmp, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -17,6 +17,7 @@ from ft import durable
 from ft.manifest import read_manifest
 from parallel.spec import ParallelSpec
 from tests.support.hf_models import CASES, hf_model, old_dialect
+from tests.support.huggingface_oracle import rearranged
 from tests.support.layouts import Case as LayoutCase
 from tests.support.layouts import whole_state, write_checkpoint
 from tests.support.models import load_parameters
@@ -27,7 +28,6 @@ from trainer.convert.to_huggingface import model_spec_of, to_huggingface
 from trainer.data.tokenizer import load_tokenizer
 from trainer.data.train_tokenizer import train_tokenizer
 from trainer.errors import CheckpointError, SpecError
-from trainer.model import huggingface
 from trainer.model.decoder import Decoder
 from trainer.model.spec import ModelSpec
 
@@ -116,7 +116,7 @@ def test_there_and_back(tmp_path: Path, case: str, dialect: int) -> None:
         assert (ours(tokens) - expected).abs().max() <= 1e-5
         assert torch.equal(again(tokens).logits, expected)
     # The oracle for the rearrangement: whole tensors, by torch.
-    oracle = huggingface.from_huggingface(tensors_of(tmp_path / "hf"), CASES[case][0], spec)
+    oracle = rearranged(tensors_of(tmp_path / "hf"), CASES[case][0], spec)
     assert_same(parameters, {name: oracle[name].contiguous() for name in parameters})
 
 

@@ -151,7 +151,7 @@ def test_a_renamed_source_goes_on_where_it_was() -> None:
 
 def test_drawing_without_a_segment_is_refused() -> None:
     with pytest.raises(ValueError, match="open one first"):
-        Ledger(seed=1).sample_at(0)
+        Ledger(seed=1).samples_at(np.array([0]))
 
 
 def _broken(change: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The oracle: equal logits with the `transformers` classes for random weights of every family."""
 
-import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -10,12 +9,11 @@ import pytest
 import torch
 
 from tests.support.hf_models import CASES, hf_model
+from tests.support.huggingface_oracle import rearranged
 from tests.support.models import load_parameters
-from trainer.errors import CheckpointError, SpecError
+from trainer.errors import SpecError
 from trainer.model.decoder import Decoder
-from trainer.model.huggingface import from_huggingface, to_huggingface
 from trainer.model.huggingface_config import model_spec_from_hf_config
-from trainer.model.shapes import parameter_shapes
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -33,33 +31,12 @@ def test_logits_equal_those_of_transformers(case: str) -> None:
     theirs = hf_model(kind, changes)
     spec = model_spec_from_hf_config(theirs.config.to_dict())
     ours = Decoder(spec, seed=1).part(range(spec.layers), embed=True, head=True)
-    load_parameters(ours, from_huggingface(theirs.state_dict(), kind, spec))
+    load_parameters(ours, rearranged(theirs.state_dict(), kind, spec))
     tokens = torch.randint(0, 96, (2, 48), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         expected, logits = theirs(tokens).logits, ours(tokens)
     assert expected.std() > 0.1
     assert (logits - expected).abs().max() <= 1e-5
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_parameters_return_unchanged(case: str, tmp_path: Any) -> None:
-    """Canonical and back is the identity, and `transformers` loads what we name from disk."""
-    from safetensors.torch import load_file, save_file
-
-    kind, changes = CASES[case]
-    theirs = hf_model(kind, changes)
-    theirs.save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "model.safetensors")
-    spec = model_spec_from_hf_config(json.loads((tmp_path / "config.json").read_text()))
-    canonical = from_huggingface(saved, kind, spec)
-    assert {name: tuple(tensor.shape) for name, tensor in canonical.items()} == parameter_shapes(spec)
-    back = to_huggingface(canonical, kind, spec)
-    assert back.keys() == saved.keys()
-    assert all(torch.equal(back[name], saved[name]) for name in saved)
-    save_file({name: tensor.contiguous() for name, tensor in back.items()}, tmp_path / "model.safetensors")
-    reloaded = type(theirs).from_pretrained(tmp_path)
-    expected = theirs.state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in reloaded.state_dict().items())
 
 
 LLAMA_3_8B = {
@@ -139,17 +116,3 @@ def test_both_dialects_give_one_spec() -> None:
 def test_what_does_not_fit_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(SpecError, match=named):
         model_spec_from_hf_config(LLAMA_3_8B | changes)
-
-
-def test_tensors_that_do_not_fit_are_refused_by_name() -> None:
-    theirs = hf_model("gpt_neox", {})
-    spec = model_spec_from_hf_config(theirs.config.to_dict())
-    state = dict(theirs.state_dict())
-    with pytest.raises(CheckpointError, match=r"adapter\.weight has no place"):
-        from_huggingface(state | {"adapter.weight": torch.zeros(1)}, "gpt_neox", spec)
-    fused = "gpt_neox.layers.1.attention.query_key_value.weight"
-    with pytest.raises(CheckpointError, match=fused):
-        from_huggingface(state | {fused: torch.zeros(8, 64)}, "gpt_neox", spec)
-    del state[fused]
-    with pytest.raises(CheckpointError, match=fused):
-        from_huggingface(state, "gpt_neox", spec)
