@@ -8,6 +8,7 @@ Every line has `time` (seconds since 1970), `event`, and what belongs to it; lin
     whole     epoch, step           every chunk of the restored snapshot is back: the redundancy is what it was
     hang      silent, late, reason  no rank made progress: ranks that did not answer, and that others wait for
     straggler rank, host, ratio     everything takes `ratio` times as long because of a rank
+    sink_failed sink, reason        a metric sink failed for the first time
     node left out   host, why       a node that the run goes on without
     rescued   step, slots           before a run shrinks: memory is on disk, that of lost slots included
     not rescued   why, slots        before a run shrinks: memory could not be saved
