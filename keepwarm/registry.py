@@ -84,7 +84,9 @@ class Registry(Generic[T]):
         if point is None:
             near = difflib.get_close_matches(name, self.names(), 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UnknownName(f"unknown {self.kind} {name!r}; {hint}there are: {', '.join(self.names())}")
+            listed = ", ".join(self.names())
+            known = f"there are: {listed}" if listed else f"no installed package offers one in {self.group}"
+            raise UnknownName(f"unknown {self.kind} {name!r}; {hint}{known}")
         try:
             return point.load()
         except Exception as error:

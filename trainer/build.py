@@ -2,8 +2,8 @@
 
 import importlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -11,120 +11,178 @@ from parallel.engine import Engine
 from parallel.engine_support import ENGINES, require
 from parallel.model import ModelParts
 from parallel.shard import Shard
-from trainer import events
+from trainer.callback import Callback, Callbacks, Run, registered_callbacks
 from trainer.checkpoint import Checkpoints, layout_hash
 from trainer.console import RunConsole
 from trainer.data.ledger import Ledger
 from trainer.data.loader import BatchLoader
 from trainer.data.prepare import PreparedData, prepare_sources
+from trainer.durable_saver import DurableSaver
 from trainer.estimate import model_flops_per_token
-from trainer.evaluation import Evaluator
+from trainer.evaluation import Evaluation, Evaluator
+from trainer.goodput import Timeline
 from trainer.health import Health
-from trainer.loop import Run
 from trainer.metrics import Metrics
 from trainer.model.decoder import Decoder
 from trainer.moving_average import MovingAverage
+from trainer.observers import HealthCheck, Heartbeat, Opening, Profiling, StepReport
 from trainer.parent import adopt
 from trainer.profile import ProfileWindow
 from trainer.random_state import RandomState
-from trainer.restore import Start, begin
+from trainer.restore import Beginning, Start, begin
 from trainer.run_folder import RunFolder
 from trainer.run_state import RunState
-from trainer.snapshots import Snapshots
+from trainer.snapshots import MemoryTier, Snapshots
 from trainer.spec import JobSpec
 from trainer.speed import Speed
 from trainer.stages import StagePlan, global_size_at, plan_stages
+from trainer.straggler_watch import StragglerWatch
 from trainer.watchdog import Watchdog
 from trainer.world import COLLECTIVE_TIMEOUT, World
 
 
-class DurableSaver:
-    """Writes a durable checkpoint when one is due, and always after the last step."""
-
-    def __init__(
-        self,
-        checkpoints: Checkpoints,
-        engine: Engine,
-        random: RandomState,
-        average: MovingAverage | None,
-        watchdog: Watchdog,
-    ) -> None:
-        self._checkpoints = checkpoints
-        self._watchdog = watchdog
-        self._engine = engine
-        self._random = random
-        self._beside = random.shards() | (average.shards() if average else {})
-
-    def after_step(self, state: RunState, meta: dict[str, Any], *, last: bool) -> None:
-        if last or self._checkpoints.due(state.step):
-            self._watchdog.relax()
-            self._random.capture()
-            self._checkpoints.save(state.step, {**self._engine.state(), **self._beside}, meta)
-
-
-def build(job: JobSpec, world: World, *, start: Start) -> Run:
-    """Everything a run consists of, where it begins: anew, or at the newest state that can be had.
+def build(job: JobSpec, world: World, *, start: Start, timeline: Timeline) -> Run:
+    """Put a job's run together, at its beginning or at the newest state that can be had. Collective.
 
     Raises:
         DataError: data or tokenizer cannot be used.
         CheckpointError: there is nothing to resume from, or it does not fit.
         FtError: the agents cannot be started, with the arithmetic where memory is too small.
     """
-    folder = Path(job.output)
     torch.manual_seed(job.seed + world.rank)
-    data = prepare_sources(job.data, job.model.vocabulary_size, folder / "data")
-    plans = plan_stages(job)
+    data = prepare_sources(job.data, job.model.vocabulary_size, Path(job.output) / "data")
     model = Decoder(job.model, job.seed, norms=job.numerics.norms)
-    engine = make_engine(job, world, model)
-    loader = _loader(job, world, data)
-    random = RandomState(world.rank, world.device)
-    average = MovingAverage(job.moving_average.decay, engine.state()) if job.moving_average else None
-    shards = {**engine.state(), **random.shards(), **(average.shards() if average else {})}
+    return assemble(job, world, model, data, start=start, timeline=timeline)
+
+
+def assemble(
+    job: JobSpec, world: World, model: ModelParts, data: PreparedData, *, start: Start, timeline: Timeline
+) -> Run:
+    """Put a run of any model and any sources together; `build` does so with those that the job names.
+
+    The order matters: what is restored is written into the shards of all that has state, so these come first; what is
+    derived from the state, such as curves and segments of the ledger, comes after.
+    """
+    registered = registered_callbacks(job.callbacks)
+    folder = Path(job.output)
+    plans = plan_stages(job)
+    parts = _stateful_parts(job, world, model, data)
     checkpoints = Checkpoints(
         RunFolder(folder).checkpoints, job.checkpoint, world, run=job.name, layout=layout_hash(job)
     )
     if start != "restart":
         checkpoints.sweep()
-    snapshots = _snapshots(job, world, shards, random)
-    beginning = begin(start, shards, checkpoints, snapshots, world)
-    state = RunState(step=0, curves=[plan.curve for plan in plans], health=Health(spec=job.health))
-    if beginning.meta is not None:
-        engine.restored()
-        random.restored()
-        loader.restore(beginning.meta["ledger"])
-        state = RunState.load(beginning.meta["run"], job.health)
-    elif job.init_from is not None:
-        _begin_with_parent(job, world, model, engine, loader, state, data.tokenizer)
-    if average is not None and (beginning.meta is None or beginning.meta.get("moving_average") is None):
-        average.begin()
+    memory = MemoryTier() if job.snapshot == "off" else Snapshots(job, world, parts.shards(), parts.random)
+    beginning = begin(start, parts.shards(), checkpoints, memory, world)
+    state = _first_state(job, plans, parts, beginning)
+    if beginning.meta is None and job.init_from is not None:
+        _begin_with_parent(job, world, model, parts, state, data.tokenizer)
+    _begin_averages(parts, beginning)
     state.tokenizer = data.tokenizer
     changes = state.adopt_curves(plans)
-    if snapshots is not None:
-        checkpoints.epoch = snapshots.epoch
-    _open_segments(job, plans, loader)
+    checkpoints.epoch = memory.epoch
+    _open_segments(job, plans, parts.loader)
     watchdog = Watchdog(job.health, folder, rank=world.rank, size=world.size, restart=world.restarts)
-    run = Run(
+    speed = Speed.of(model_flops_per_token(job.model, job.data.sequence_length), gpus=world.size)
+    resume_step = None if start == "anew" else state.step
+    return Run(
         job=job,
         world=world,
         plans=plans,
         state=state,
-        engine=engine,
-        loader=loader,
-        evaluator=Evaluator(engine, data.validation, job, world),
-        savers=[DurableSaver(checkpoints, engine, random, average, watchdog)],
-        snapshots=snapshots,
-        average=average,
-        beginning=beginning,
-        metrics=Metrics(
-            folder, job.log, job.name, rank=world.rank, resume_step=None if start == "anew" else state.step
-        ),
+        engine=parts.engine,
+        loader=parts.loader,
+        metrics=Metrics(folder, job.log, job.name, rank=world.rank, resume_step=resume_step),
         console=RunConsole(rank=world.rank, steps=plans[-1].end_step, done=state.step, log_every=job.log.every),
-        profile=ProfileWindow(job.profile, folder / "profile", world.rank),
-        speed=Speed.of(model_flops_per_token(job.model, job.data.sequence_length), gpus=world.size),
-        watchdog=watchdog,
+        timeline=timeline,
+        # The order is part of what a run computes: see the comments.
+        callbacks=Callbacks(
+            [
+                Opening(beginning, changes),
+                Heartbeat(watchdog),
+                *_profiling(job, world),
+                # The average is changed while no snapshot is being copied, and is in the snapshot of this step.
+                *parts.averages,
+                # The line of a step is written before a snapshot of it can be restored, or it would be missing.
+                StepReport(speed),
+                # A snapshot holds the health of its step, and none is taken of a step that stops training.
+                HealthCheck(),
+                StragglerWatch(),
+                # A checkpoint holds the losses that later gates judge against.
+                Evaluation(Evaluator(parts.engine, data.validation, job, world), watchdog),
+                *registered,
+                # Copies while training goes on: whatever changes the state comes before.
+                memory,
+                DurableSaver(checkpoints, parts.random, parts.beside_engine(), watchdog),
+            ]
+        ),
     )
-    _tell(run, changes)
-    return run
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What has state that snapshots and checkpoints hold."""
+
+    engine: Engine
+    loader: BatchLoader
+    random: RandomState
+    averages: tuple[MovingAverage, ...]
+    """One, or none."""
+
+    def beside_engine(self) -> dict[str, Shard]:
+        """Tensors besides the engine's."""
+        shards = self.random.shards()
+        for average in self.averages:
+            shards |= average.shards()
+        return shards
+
+    def shards(self) -> Mapping[str, Shard]:
+        """All tensors."""
+        return {**self.engine.state(), **self.beside_engine()}
+
+
+def _stateful_parts(job: JobSpec, world: World, model: ModelParts, data: PreparedData) -> _Parts:
+    engine = make_engine(job, world, model)
+    average = job.moving_average
+    return _Parts(
+        engine=engine,
+        loader=_loader(job, world, data),
+        random=RandomState(world.rank, world.device),
+        averages=() if average is None else (MovingAverage(average.decay, engine.state()),),
+    )
+
+
+def _first_state(job: JobSpec, plans: Sequence[StagePlan], parts: _Parts, beginning: Beginning) -> RunState:
+    """Continue what was written into the shards, or begin with step 0."""
+    if beginning.meta is None:
+        return RunState(step=0, curves=[plan.curve for plan in plans], health=Health(spec=job.health))
+    parts.engine.restored()
+    parts.random.restored()
+    parts.loader.restore(beginning.meta["ledger"])
+    return RunState.load(beginning.meta["run"], job.health)
+
+
+def _begin_with_parent(
+    job: JobSpec, world: World, model: ModelParts, parts: _Parts, state: RunState, tokenizer: str | None
+) -> None:
+    parent = adopt(job, model, parts.engine.state(), tokenizer, world)
+    parts.engine.restored()
+    if parent.ledger is not None:
+        parts.loader.restore(parent.ledger)
+    state.parent = parent.record
+
+
+def _begin_averages(parts: _Parts, beginning: Beginning) -> None:
+    """Start from the weights as they are now, unless an average was restored."""
+    if beginning.meta is None or beginning.meta.get("moving_average") is None:
+        for average in parts.averages:
+            average.begin()
+
+
+def _profiling(job: JobSpec, world: World) -> list[Callback]:
+    if job.profile is None:
+        return []
+    return [Profiling(ProfileWindow(job.profile, Path(job.output) / "profile", world.rank))]
 
 
 def make_engine(job: JobSpec, world: World, model: ModelParts) -> Engine:
@@ -140,50 +198,6 @@ def make_engine(job: JobSpec, world: World, model: ModelParts) -> Engine:
         model, job.parallel, job.optimizer, job.numerics, job.layout, device=world.device, timeout=COLLECTIVE_TIMEOUT
     )
     return made
-
-
-def _begin_with_parent(
-    job: JobSpec,
-    world: World,
-    model: ModelParts,
-    engine: Engine,
-    loader: BatchLoader,
-    state: RunState,
-    tokenizer: str | None,
-) -> None:
-    parent = adopt(job, model, engine.state(), tokenizer, world)
-    engine.restored()
-    if parent.ledger is not None:
-        loader.restore(parent.ledger)
-    state.parent = parent.record
-
-
-def _tell(run: Run, changes: Sequence[str]) -> None:
-    """Say what a reader of the log must know about where this run comes from."""
-    if (parent := run.state.parent) is not None and run.state.step == 0:
-        run.metrics.event(events.Parent(**parent))
-        what = "weights and optimizer state" if parent["optimizer_state"] else "weights alone"
-        run.console.say(f" begins with the {what} of {parent['run']} at iteration {parent['step']}: {parent['path']}")
-    for line in changes:
-        run.metrics.event(events.LrChanged(step=run.state.step, change=line))
-        run.console.say(f" changed on continuation: {line}")
-    for replay in run.loader.ledger.replays:
-        if not replay.known:
-            run.console.say(f" stage {replay.stage} replays a {replay.pools[0].stage}: not known to have been seen")
-
-
-def _snapshots(job: JobSpec, world: World, shards: Mapping[str, Shard], random: RandomState) -> Snapshots | None:
-    if job.snapshot == "off":
-        return None
-    return Snapshots(
-        job.snapshot,
-        Path(job.output),
-        world,
-        job.layout,
-        shards,
-        layout_hash=layout_hash(job),
-        capture=random.capture,
-    )
 
 
 def _loader(job: JobSpec, world: World, data: PreparedData) -> BatchLoader:

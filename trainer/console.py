@@ -1,15 +1,17 @@
 """What a run shows to people: Megatron's log line, a live progress line on a terminal, the closing table."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from trainer.metrics import StepMetrics
+from trainer.metric_sinks import StepMetrics
+from trainer.stragglers import Straggler
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,19 +85,49 @@ class RunConsole:
             speed=f"{line.tokens_per_s:.0f}",
         )
         if step.step % self._log_every == 0 or step.step == line.last_step:
-            self.say(line.text())
+            self.print(line.text())
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print one line."""
         if self._active:
             self._console.print(text)
             sys.stdout.flush()
 
-    def evaluation(self, step: int, losses: dict[str, float]) -> None:
+    def warn(self, text: str) -> None:
+        """Print a warning that does not stop the run."""
+        self.print(f" WARNING: {text}")
+
+    def continues(self, step: int, source: str, reason: str) -> None:
+        """Print which saved state the run continues."""
+        self.print(f" continues after iteration {step} from {source}: {reason}")
+
+    def parent(self, parent: Mapping[str, Any]) -> None:
+        """Print what the run was initialised from, as `RunState.parent` records it."""
+        what = "weights and optimizer state" if parent["optimizer_state"] else "weights alone"
+        self.print(f" begins with the {what} of {parent['run']} at iteration {parent['step']}: {parent['path']}")
+
+    def changed(self, change: str) -> None:
+        """Print a setting that is not what the saved state was trained with."""
+        self.print(f" changed on continuation: {change}")
+
+    def stand_in(self, stage: str, source: str) -> None:
+        """Print that a stage replays a source that stands in for data that are not known."""
+        self.print(f" stage {stage} replays a {source}: not known to have been seen")
+
+    def straggler(self, straggler: Straggler) -> None:
+        """Print which rank slows the job down."""
+        slower = f"{straggler.ratio:.1f}x"
+        self.warn(f"straggler: rank {straggler.rank} on {straggler.host} slows the job down {slower}")
+
+    def interrupted(self, step: int) -> None:
+        """Print that a signal has ended the run."""
+        self.print(f" interrupted after iteration {step}; state saved, continue with --resume")
+
+    def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
         """Print the validation loss of every domain."""
         if losses:
             values = " | ".join(f"{domain}: {loss:.4f}" for domain, loss in losses.items())
-            self.say(f" validation at iteration {step:8d} | lm loss | {values} |")
+            self.print(f" validation at iteration {step:8d} | lm loss | {values} |")
 
     def summary(self, before: dict[str, float], after: dict[str, float], tokens_per_s: float, output: str) -> None:
         """Print the closing table."""
@@ -112,5 +144,5 @@ class RunConsole:
                     domain, f"{start:.4f}" if known else "-", f"{loss:.4f}", f"{loss / start:.1%}" if start else "-"
                 )
             self._console.print(table)
-        self.say(f"tokens/s: {tokens_per_s:.0f}")
-        self.say(f"outputs: {output}")
+        self.print(f"tokens/s: {tokens_per_s:.0f}")
+        self.print(f"outputs: {output}")

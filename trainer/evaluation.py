@@ -3,9 +3,13 @@
 from collections.abc import Collection, Mapping
 
 from parallel.engine import Engine
+from trainer import events
+from trainer.callback import Callback, Run
 from trainer.data.loader import evaluation_batches
 from trainer.data.packing import PackedSource
+from trainer.gate import Forgetting, forgetting
 from trainer.spec import JobSpec
+from trainer.watchdog import Watchdog
 from trainer.world import World
 
 
@@ -37,3 +41,57 @@ class Evaluator:
             loss, tokens = self._engine.evaluate(batch)
             total, count = total + loss, count + tokens
         return total / count
+
+
+class Evaluation(Callback):
+    """Evaluates at the beginning and end of every stage and every `evaluation.every` steps, and judges the gates.
+
+    Calls `on_evaluation` of all callbacks.
+    """
+
+    def __init__(self, evaluator: Evaluator, watchdog: Watchdog) -> None:
+        super().__init__()
+        self._evaluator = evaluator
+        self._watchdog = watchdog
+
+    def on_start(self, run: Run) -> None:
+        self.at_boundary(run)
+
+    def at_boundary(self, run: Run) -> None:
+        every = run.job.evaluation.every
+        if run.at_stage_boundary or (every is not None and run.state.step % every == 0):
+            self._evaluate(run)
+
+    def _evaluate(self, run: Run) -> None:
+        """Evaluate, and judge the gate of the stage that was trained last."""
+        self._watchdog.suspend()
+        step, boundary = run.state.step, run.at_stage_boundary
+        stage = run.job.stages[run.stage_at(max(step - 1, 0)).index]
+        losses = self._evaluator.losses(None if boundary else stage.evaluate)
+        run.timeline.evaluation(step)
+        run.callbacks.on_evaluation(run, losses)
+        forgotten = forgetting(stage.gate, stage=stage.name, step=step, baseline=run.state.baseline, losses=losses)
+        if forgotten is not None:
+            _report(run, forgotten)
+        if forgotten is not None and forgotten.gate.action == "stop":
+            run.request_stop(
+                f"{forgotten.text()}; the state is saved: continue with --resume and more replay, a lower rate or "
+                "another gate"
+            )
+        elif boundary:
+            run.state.baseline = losses
+
+
+def _report(run: Run, forgotten: Forgetting) -> None:
+    gate = forgotten.gate
+    event = events.Gate(
+        step=forgotten.step,
+        stage=forgotten.stage,
+        domain=gate.domain,
+        action=gate.action,
+        before=forgotten.before,
+        now=forgotten.now,
+    )
+    run.metrics.event(event)
+    if gate.action == "warn":
+        run.console.warn(forgotten.text())

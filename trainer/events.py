@@ -155,6 +155,13 @@ class SnapshotFailed(Event, frozen=True, kw_only=True):
     reason: str
 
 
+class SinkFailed(Event, frozen=True, kw_only=True):
+    """A metric sink failed for the first time; the others and training go on."""
+
+    sink: str
+    reason: str
+
+
 class Recovery(Event, frozen=True, kw_only=True):
     """Training goes on after a failure: the level of recovery, the slots that failed, and the seconds of each phase."""
 

@@ -1,78 +1,78 @@
-"""What a run leaves for machines: metrics.jsonl, events.jsonl, TensorBoard events, Weights & Biases."""
+"""What a run leaves for machines: metrics.jsonl, events.jsonl, and whatever sinks its job names."""
 
+import contextlib
 import json
+import logging
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
+from keepwarm.options import parse_options
 from trainer import events
-from trainer.errors import SpecError
+from trainer.errors import SpecError, TrainerError
 from trainer.events import Event
+from trainer.extensions import METRIC_SINKS
+from trainer.metric_sinks import MetricSink, SinkContext, StepMetrics
 from trainer.run_folder import RunFolder
 from trainer.spec import LogSpec
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepMetrics:
-    """One line of metrics.jsonl; a value that is not finite becomes null. Equal runs differ in `step_time_s` only."""
+class JsonLines(MetricSink):
+    """metrics.jsonl: a line for every step and every evaluation."""
 
-    step: int
-    """Completed steps, this one included."""
-    stage: str
-    loss: float
-    """Nats per unmasked target."""
-    lr: float
-    grad_norm: float
-    tokens: int
-    """Unmasked targets of this step."""
-    step_time_s: float
+    def __init__(self, options: None, context: SinkContext) -> None:
+        run = RunFolder(context.folder)
+        if context.resume_step is not None:
+            run.drop_metrics_after(context.resume_step)
+        self._file = run.metrics_file.open("a", encoding="utf-8", buffering=1)
 
+    def step(self, metrics: StepMetrics) -> None:
+        unknown = {key: None for key, value in metrics.scalars().items() if not math.isfinite(value)}
+        self._file.write(json.dumps(asdict(metrics) | unknown) + "\n")
 
-class MetricSink(Protocol):
-    """Somewhere scalars go, by step."""
+    def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, "eval": losses}) + "\n")
 
-    def scalars(self, step: int, values: dict[str, float]) -> None: ...
-
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self._file.close()
 
 
 class Metrics:
-    """Writes one run folder's metrics. On ranks other than 0 every method does nothing."""
+    """Writes one run folder's metrics and events. On ranks other than 0 every method does nothing.
+
+    Metrics are written as well as they can be: a sink that fails never ends the training.
+    """
 
     def __init__(self, folder: Path, spec: LogSpec, name: str, *, rank: int, resume_step: int | None) -> None:
-        """Open the files; a resumed run first drops the lines of steps after `resume_step`."""
+        """Open the sinks; a resumed run first drops the lines of steps after `resume_step`.
+
+        Raises:
+            SpecError: a sink needs something that is not installed.
+            OSError: metrics.jsonl cannot be opened.
+        """
         self._active = rank == 0
-        self._sinks: list[MetricSink] = []
+        self._folder = folder
+        self._sinks: dict[str, MetricSink] = {}
+        self._failed: set[str] = set()
         if not self._active:
             return
-        run = RunFolder(folder)
-        if resume_step is not None:
-            run.drop_metrics_after(resume_step)
-        self._steps = run.metrics_file.open("a", encoding="utf-8", buffering=1)
-        self._folder = folder
-        if spec.tensorboard:
-            self._sinks.append(TensorBoard(run.tensorboard, resume_step))
-        if spec.wandb:
-            self._sinks.append(WeightsAndBiases(spec.wandb, name, folder))
+        context = SinkContext(folder=folder, run=name, resume_step=resume_step)
+        self._sinks["jsonl"] = JsonLines(None, context)
+        for sink, options in spec.chosen.items():
+            self._attempt(sink, partial(self._open, sink, options, context), fatal=(TrainerError,))
 
     def step(self, metrics: StepMetrics) -> None:
         """Record one step."""
-        if not self._active:
-            return
-        values = {key: value for key, value in asdict(metrics).items() if isinstance(value, float)}
-        unknown = {key: None for key, value in values.items() if not math.isfinite(value)}
-        self._steps.write(json.dumps(asdict(metrics) | unknown) + "\n")
-        for sink in self._sinks:
-            sink.scalars(metrics.step, values)
+        for name, sink in self._sinks.items():
+            self._attempt(name, partial(sink.step, metrics))
 
-    def evaluation(self, step: int, losses: dict[str, float]) -> None:
+    def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
         """Record the validation loss of every domain after `step` completed steps."""
-        if not self._active:
-            return
-        self._steps.write(json.dumps({"step": step, "eval": losses}) + "\n")
-        for sink in self._sinks:
-            sink.scalars(step, {f"eval/{domain}": loss for domain, loss in losses.items()})
+        for name, sink in self._sinks.items():
+            self._attempt(name, partial(sink.evaluation, step, losses))
 
     def event(self, event: Event) -> None:
         """Record something that happened, with the time of day."""
@@ -80,43 +80,31 @@ class Metrics:
             events.append(self._folder, event)
 
     def close(self) -> None:
-        """Flush and close every file."""
-        if not self._active:
-            return
-        for sink in self._sinks:
-            sink.close()
-        self._steps.close()
+        """Flush and close every sink."""
+        for name, sink in self._sinks.items():
+            self._attempt(name, sink.close)
+        self._sinks.clear()
 
+    def _open(self, name: str, options: Mapping[str, Any], context: SinkContext) -> None:
+        component = METRIC_SINKS.get(name)
+        if not issubclass(component, MetricSink):
+            raise SpecError(f"log.sinks.{name}: {component.__qualname__} is no subclass of MetricSink")
+        self._sinks[name] = component(parse_options(component, options), context)
 
-class TensorBoard:
-    """TensorBoard event files."""
+    def _attempt(self, name: str, write: Callable[[], None], *, fatal: tuple[type[Exception], ...] = ()) -> None:
+        """Do a write that training does not depend on, and warn of the first failure of a sink.
 
-    def __init__(self, folder: Path, resume_step: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        purge = None if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(str(folder), purge_step=purge)
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        for key, value in values.items():
-            self._writer.add_scalar(key, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class WeightsAndBiases:
-    """A Weights & Biases run; offline mode and credentials come from its own environment variables."""
-
-    def __init__(self, project: str, name: str, folder: Path) -> None:
+        The one place where metrics are written; errors of the kinds in `fatal` are raised.
+        """
         try:
-            import wandb
-        except ImportError as error:
-            raise SpecError("log.wandb is set, but wandb is missing: pip install 'keepwarm[wandb]'") from error
-        self._run = wandb.init(project=project, name=name, dir=str(folder), resume="allow")
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        self._run.log(values, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+            write()
+        except fatal:
+            raise
+        except Exception as error:
+            if name in self._failed:
+                return
+            self._failed.add(name)
+            reason = f"{type(error).__name__}: {error}"
+            logging.warning("metric sink %s failed: %s; training goes on", name, reason)
+            with contextlib.suppress(OSError):
+                self.event(events.SinkFailed(sink=name, reason=reason))

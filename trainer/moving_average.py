@@ -10,13 +10,15 @@ import torch
 
 from parallel.shard import Shard
 from trainer.average import MOVING
+from trainer.callback import Callback, Run, StepDone
 from trainer.checkpoint import WEIGHTS
 
 
-class MovingAverage:
+class MovingAverage(Callback):
     """Owns one buffer for each of this rank's shards of parameters; begins as a copy of them."""
 
     def __init__(self, decay: float, state: Mapping[str, Shard]) -> None:
+        super().__init__()
         self.decay = decay
         self._weights = {name: shard for name, shard in state.items() if name.startswith(WEIGHTS)}
         self._means = {name: shard.local.detach().clone() for name, shard in self._weights.items()}
@@ -26,6 +28,10 @@ class MovingAverage:
         with torch.no_grad():
             for name, mean in self._means.items():
                 mean.copy_(self._weights[name].local)
+
+    def after_step(self, run: Run, done: StepDone) -> None:
+        if not done.result.skipped:
+            self.update()
 
     def update(self) -> None:
         """Follow the weights; called after a step, when no snapshot of an earlier one is still being copied."""

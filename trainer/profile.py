@@ -9,9 +9,9 @@ from trainer.spec import ProfileSpec
 
 
 class ProfileWindow:
-    """Records steps `start` to `start + steps` into `folder`; does nothing without a spec."""
+    """Records steps `start` to `start + steps` into `folder`."""
 
-    def __init__(self, spec: ProfileSpec | None, folder: Path, rank: int) -> None:
+    def __init__(self, spec: ProfileSpec, folder: Path, rank: int) -> None:
         self._spec = spec
         self._folder = folder
         self._rank = rank
@@ -19,7 +19,7 @@ class ProfileWindow:
 
     def before(self, step: int) -> None:
         """Call before step `step`, counted from 0."""
-        if self._spec is None or step != self._spec.start:
+        if step != self._spec.start:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         activities = [ProfilerActivity.CPU]
@@ -31,7 +31,7 @@ class ProfileWindow:
 
     def after(self, step: int) -> None:
         """Call after step `step`; the last step of the window writes the files."""
-        if self._spec is not None and step == self._spec.start + self._spec.steps - 1:
+        if step == self._spec.start + self._spec.steps - 1:
             self.close()
 
     def close(self) -> None:

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ft import durable
-from ft.errors import ForeignSnapshot, FtError
 from ft.manifest import read_manifest
 from parallel.shard import Shard
 from trainer import checkpoint, events
 from trainer.checkpoint import Checkpoints
-from trainer.errors import CheckpointError, RestoreFailed
+from trainer.errors import CheckpointError
 from trainer.in_process import RECOVERY
-from trainer.snapshots import Snapshots
+from trainer.snapshots import MemoryTier
 from trainer.world import World
+
+MEMORY_IS_OLDER = "the newest checkpoint on disk is newer than the snapshot in memory"
 
 Start = Literal["anew", "resume", "restart"]
 """anew: a fresh run; resume: a user continues it, so there must be something; restart: a launcher started it again."""
@@ -35,7 +36,7 @@ class Beginning:
 
 
 def begin(
-    start: Start, shards: Mapping[str, Shard], checkpoints: Checkpoints, snapshots: Snapshots | None, world: World
+    start: Start, shards: Mapping[str, Shard], checkpoints: Checkpoints, memory: MemoryTier, world: World
 ) -> Beginning:
     """Fill the shards from the newest state there is. Collective, and decided alike on every rank.
 
@@ -46,25 +47,24 @@ def begin(
         RestoreFailed: agents or peers were lost on the way; another start may succeed.
     """
     entered = time.time()
-    beginning = _fill(start, shards, checkpoints, snapshots, world)
+    if start == "anew":
+        memory.begin_fresh()
+        return Beginning(source="nothing", reason="a fresh run")
+    beginning = _fill(start, shards, checkpoints, memory, world)
     if start == "restart":
-        phases = {} if snapshots is None else snapshots.phases
         names = ("fetch", "decode", "verify")
-        slowest = {name: world.largest(round(1e6 * phases.get(name, 0.0))) / 1e6 for name in names}
+        slowest = {name: world.largest(round(1e6 * memory.phases.get(name, 0.0))) / 1e6 for name in names}
         told = os.environ.get(RECOVERY)
         if told is not None and world.rank == 0:
             if beginning.source != "memory":
                 slowest["fetch"] = max(slowest["fetch"], time.time() - entered - sum(slowest.values()))
-            report = partial(_report, json.loads(told), checkpoints.root.parent, beginning, snapshots, entered, slowest)
-            if snapshots is None:
-                report()
-            else:
-                snapshots.resumed = report
+            folder = checkpoints.root.parent
+            memory.when_resumed(partial(_report, json.loads(told), folder, beginning, memory, entered, slowest))
     return beginning
 
 
 def _report(
-    told: dict[str, Any], folder: Path, beginning: Beginning, snapshots: Snapshots | None, entered: float,
+    told: dict[str, Any], folder: Path, beginning: Beginning, memory: MemoryTier, entered: float,
     slowest: dict[str, float],
 ) -> None:  # fmt: skip
     """Write what was recovered, from where and in which time; `resume` is the time of the first step and what else."""
@@ -72,51 +72,41 @@ def _report(
     start = max(0.0, entered - told["started"])
     phases = told["phases"] | {"start": start} | slowest
     phases["resume"] = max(0.0, now - entered - sum(slowest.values()))
-    memory = beginning.source == "memory"
-    why = told["why"] if memory else f"{told['why']}; {beginning.reason}"
+    from_memory = beginning.source == "memory"
+    why = told["why"] if from_memory else f"{told['why']}; {beginning.reason}"
     recovery = events.Recovery(
-        level=told["level"] if memory or told["level"] == "resized" else "disk",
+        level=told["level"] if from_memory or told["level"] == "resized" else "disk",
         why=why,
         slots=tuple(told["slots"]),
         source=beginning.source,
         step=beginning.step,
-        bytes_decoded=snapshots.decoded() if snapshots is not None and memory else 0,
+        bytes_decoded=memory.decoded() if from_memory else 0,
         phases=phases,
     )
     events.append(folder, recovery)
 
 
 def _fill(
-    start: Start, shards: Mapping[str, Shard], checkpoints: Checkpoints, snapshots: Snapshots | None, world: World
+    start: Start, shards: Mapping[str, Shard], checkpoints: Checkpoints, memory: MemoryTier, world: World
 ) -> Beginning:
-    reason = "no snapshots in memory: snapshot is off"
-    in_memory: tuple[int, int] | None = None
-    found = Beginning(source="nothing", reason="a fresh run")
-    if snapshots is not None:
-        try:
-            restored = snapshots.restore()
-        except ForeignSnapshot as error:
-            raise CheckpointError(f"rank {world.rank}: restoring from memory failed: {error}") from error
-        except FtError as error:
-            raise RestoreFailed(f"rank {world.rank}: restoring from memory failed: {error}") from error
-        if isinstance(restored, str):
-            reason = restored
-        else:
-            in_memory = restored.epoch, restored.step
-            where = "this node's memory" if restored.local else "the memory of this node and its peers"
-            meta = json.loads(restored.meta)
-            found = Beginning(source="memory", reason=f"committed snapshot in {where}", step=restored.step, meta=meta)
-    if start == "anew":
-        return Beginning(source="nothing", reason="a fresh run")
+    """Restore from memory, and from disk instead where that is newer."""
+    restored = memory.restore()
+    from_memory = None if isinstance(restored, str) else (restored.epoch, restored.step)
     newest = _newest_on_disk(checkpoints, world)
-    if newest is not None and (in_memory is None or newest[1] > in_memory):
+    if newest is not None and (from_memory is None or newest[1] > from_memory):
         meta = checkpoint.load(newest[0], shards)
+        reason = restored if isinstance(restored, str) else MEMORY_IS_OLDER
         return Beginning(source="disk", reason=reason, step=newest[1][1], meta=meta)
-    if found.source == "nothing" and start == "resume":
-        raise CheckpointError(
-            f"nothing to resume from: {checkpoints.root} holds no complete checkpoint, and {reason}; use --force"
-        )
-    return found if found.source == "memory" else Beginning(source="nothing", reason=reason)
+    if isinstance(restored, str):
+        if start == "resume":
+            raise CheckpointError(
+                f"nothing to resume from: {checkpoints.root} holds no complete checkpoint, and {restored}; use --force"
+            )
+        return Beginning(source="nothing", reason=restored)
+    where = "this node's memory" if restored.local else "the memory of this node and its peers"
+    return Beginning(
+        source="memory", reason=f"committed snapshot in {where}", step=restored.step, meta=json.loads(restored.meta)
+    )
 
 
 def _newest_on_disk(checkpoints: Checkpoints, world: World) -> tuple[Path, tuple[int, int]] | None:

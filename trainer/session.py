@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import msgspec
-
-from trainer import events
 from trainer.build import build
+from trainer.callback import Ending, Run
 from trainer.elastic import resized
 from trainer.errors import OutputError, TrainingStopped
 from trainer.goodput import Timeline, write_result
 from trainer.in_process import Halted, Orders
 from trainer.interrupt import Interrupt
-from trainer.loop import Run, train
+from trainer.loop import train
 from trainer.restore import Start
 from trainer.run_folder import RUN_FILE, RunFolder
 from trainer.spec import JobSpec
@@ -40,27 +38,21 @@ def run_session(path: Path, overrides: Sequence[str], *, resume: bool, orders: O
     _open_folder(job, world)
     orders = orders or Orders(None)
     timeline = _timeline(job, world, start, orders.began)
-    run = build(job, world, start=start)
+    run = build(job, world, start=start, timeline=timeline)
+    ending: Ending = "failed"
     try:
         # Not earlier: a rank that waits for others in a library must end at the first signal.
-        with Interrupt() as interrupt, _halts(job, world, orders):
-            finished = _train(run, interrupt, timeline)
-        _leave_agents(run)
-        _account(run, timeline)
+        with Interrupt() as interrupt, _halts(job, world, orders), run.console:
+            finished = train(run, interrupt)
+        ending = "finished" if finished else "stopped"
     except TrainingStopped:
-        _leave_agents(run)
-        _account(run, timeline)
+        ending = "stopped"
         raise
     except Halted:
-        _abandon(run, timeline)
+        ending = "halted"
         raise
     finally:
-        run.watchdog.close()
-        run.profile.close()
-        run.metrics.close()
-        run.loader.close()
-    run.engine.close()
-    world.leave()
+        _leave(run, ending)
     return finished
 
 
@@ -76,11 +68,20 @@ def _start(job: JobSpec, world: World, resume: bool) -> Start:
     return "anew"
 
 
-def _leave_agents(run: Run) -> None:
-    """The job is over, or its state is on disk: nobody needs the agents' memory any more."""
-    if run.snapshots is not None:
-        run.metrics.event(msgspec.convert(run.snapshots.timings(), events.Snapshots))
-        run.snapshots.close(finished=True)
+def _leave(run: Run, ending: Ending) -> None:
+    """Free what the run holds in this process, and say where the time went when it ends with its state saved."""
+    try:
+        run.callbacks.close(run, ending)
+    finally:
+        run.loader.close()
+    if ending == "failed":
+        return
+    run.timeline.close(run.state.step, ended=ending != "halted")
+    if ending != "halted" and run.world.rank == 0:
+        with contextlib.suppress(OSError):
+            run.console.print(write_result(Path(run.job.output)).text())
+    run.engine.close()
+    run.world.leave()
 
 
 def _halts(job: JobSpec, world: World, orders: Orders) -> AbstractContextManager[None]:
@@ -90,26 +91,9 @@ def _halts(job: JobSpec, world: World, orders: Orders) -> AbstractContextManager
     return orders.training(world.interrupt)
 
 
-def _abandon(run: Run, timeline: Timeline) -> None:
-    """Leave the agent and the peers, who may be dead, without waiting for any of them."""
-    timeline.close(run.state.step, ended=False)
-    if run.snapshots is not None:
-        run.snapshots.abandon()
-    run.engine.close()
-    run.world.leave()
-
-
 def _timeline(job: JobSpec, world: World, start: Start, began: float) -> Timeline:
     # From the start of the process on, if it is the first of this process: imports are part of what a start costs.
     return Timeline(Path(job.output), rank=world.rank, began=began, restart=start == "restart", anew=start == "anew")
-
-
-def _account(run: Run, timeline: Timeline) -> None:
-    """Say where the time went, now that the run ends with its state saved."""
-    timeline.close(run.state.step, ended=True)
-    if run.world.rank == 0:
-        with contextlib.suppress(OSError):
-            run.console.say(write_result(Path(run.job.output)).text())
 
 
 def _open_folder(job: JobSpec, world: World) -> None:
@@ -123,28 +107,3 @@ def _open_folder(job: JobSpec, world: World) -> None:
             save_job(job, RunFolder(folder).run_file)
     except OSError as error:
         raise OutputError(f"output={folder}: cannot be written: {error.strerror}") from error
-
-
-def _train(run: Run, interrupt: Interrupt, timeline: Timeline) -> bool:
-    layout = run.job.parallel
-    axes = (layout.data, layout.pipeline, layout.tensor)
-    run.metrics.event(events.TrainingStarted(step=run.state.step, ranks=run.world.size, layout=axes))
-    beginning = run.beginning
-    run.metrics.event(events.Began(source=beginning.source, step=beginning.step, reason=beginning.reason))
-    if beginning.source != "nothing":
-        run.console.say(f" continues after iteration {beginning.step} from {beginning.source}: {beginning.reason}")
-    if run.snapshots is not None and not run.snapshots.protected:
-        run.console.say(" WARNING: one node alone has no parity: its loss is survived by the durable checkpoint only")
-    with run.console:
-        finished = train(run, interrupt, timeline)
-    if finished:
-        run.metrics.event(events.Finished(step=run.state.step, tokens_per_s=run.speed.tokens_per_s))
-        if run.world.rank == 0:
-            _summarise(run)
-    return finished
-
-
-def _summarise(run: Run) -> None:
-    losses = RunFolder(Path(run.job.output)).evaluations()
-    before, after = (losses[0], losses[-1]) if losses else ({}, {})
-    run.console.summary(before, after, run.speed.tokens_per_s, run.job.output)

@@ -1,292 +1,163 @@
-"""Snapshots in memory as the loop sees them: offered after a step, joined before the next update, restored at a start.
-
-The worker's half of `ft`: it knows which node a rank is on and what its state is; agents do the rest.
-"""
+"""Snapshots in the memory of the nodes, as the loop sees them; `ft.checkpointer` does the work."""
 
 import contextlib
 import json
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import msgspec
-import torch
-import torch.distributed as dist
 
-from ft.agent_config import AgentConfig, DurableConfig, GroupConfig, runtime_folder
-from ft.agent_registry import AGENTS_FOLDER, TEMPLATE_FILE, Registry
-from ft.auth import SECRET, create_secret, load_secret, run_identity
-from ft.client import AgentClient, ensure_agent
-from ft.errors import AgentError, FtError
-from ft.interval import Interval
-from ft.kernel import AUTO
-from ft.placement import Group, groups_of
-from ft.snapshot import Restoration, SnapshotOptions, Snapshotter, plan_part
-from ft.snapshot_reader import RankPlace
-from ft.spec import SnapshotSpec
-from keepwarm.files import READABLE, atomic_write
-from parallel.layout import Layout
+from ft.checkpointer import Deployment, InMemoryCheckpointer
+from ft.errors import ForeignSnapshot, FtError
+from ft.snapshot import Restoration
 from parallel.shard import Shard
-from trainer.checkpoint import OPTIONAL
-from trainer.errors import RestoreFailed
+from trainer import events
+from trainer.callback import Callback, Ending, Run, StepDone
+from trainer.checkpoint import OPTIONAL, layout_hash
+from trainer.errors import CheckpointError, RestoreFailed
 from trainer.in_process import EPOCH
-from trainer.run_folder import RunFolder
-from trainer.run_state import RunState
+from trainer.random_state import RandomState
+from trainer.spec import JobSpec
 from trainer.world import World
 
 
-class Snapshots:
-    """One rank's link to the agent of its node. Every method is collective."""
+class MemoryTier(Callback):
+    """State in the memory of the nodes, as a start and the loop see it. This one, of `snapshot: off`, holds none."""
 
-    def __init__(
-        self,
-        spec: SnapshotSpec,
-        folder: Path,
-        world: World,
-        layout: Layout,
-        state: Mapping[str, Shard],
-        *,
-        layout_hash: str,
-        capture: Callable[[], None],
-    ) -> None:
-        """Start the agents that do not run yet, and attach to this node's.
+    @property
+    def epoch(self) -> int:
+        """Grows by one with every start of the workers; orders checkpoints of one step."""
+        return 0
+
+    def begin_fresh(self) -> None:
+        """Make ready to take snapshots, without restoring anything. Collective. Raises RestoreFailed."""
+
+    def restore(self) -> Restoration | str:
+        """Write the committed state into the live shards; else return why there is none. Collective.
+
+        Raises:
+            CheckpointError: the snapshot is of another model.
+            RestoreFailed: agents or peers were lost on the way; another start may succeed.
+        """
+        return "no snapshots in memory: snapshot is off"
+
+    def when_resumed(self, report: Callable[[], None]) -> None:
+        """Call `report` once the first step after a recovery is done, as far as this tier can tell."""
+        report()
+
+    @property
+    def phases(self) -> Mapping[str, float]:
+        """Seconds of the last `restore` on this rank by phase."""
+        return {}
+
+    def decoded(self) -> int:
+        """Bytes of chunks that were decoded for the present start, data and parity, on all nodes."""
+        return 0
+
+
+class Snapshots(MemoryTier):
+    """Takes a snapshot after a step when one is due, and joins the copy before the next update."""
+
+    def __init__(self, job: JobSpec, world: World, state: Mapping[str, Shard], random: RandomState) -> None:
+        """Start the agents that do not run yet, and attach to this node's. Collective.
 
         Args:
-            folder: the run folder, on storage that all nodes share.
             state: live shards; their names, shapes and memory stay what they are for the life of the engine.
-            capture: called right before a snapshot, to bring `state` up to date with what lies elsewhere.
 
         Raises:
             PlacementError, MemoryTooSmall, AgentError: with the arithmetic, before anything was changed.
         """
-        self._spec, self._world, self._layout, self._capture = spec, world, layout, capture
-        self._state, self._layout_hash = state, layout_hash
-        self._node, self._local = divmod(world.rank, layout.ranks_per_node)
-        groups = groups_of(layout.nodes, spec)
-        self.protected = all(group.protected for group in groups)
-        """False on a single node: its memory has no parity anywhere else."""
-        state_bytes = self._state_bytes(plan_part(state, world.rank, spec.bucket).size)
-        if world.rank == 0:
-            create_secret(folder / SECRET)
-        world.barrier()
-        self._secret = load_secret(folder / SECRET)
-        run = run_identity(self._secret)
-        self._config = _agent_config(spec, folder, run=run, slot=self._node, groups=groups, state_bytes=state_bytes)
-        self._together(lambda: ensure_agent(self._config) if self._local == 0 else None)
-        self._registry = Registry(folder)
-        if world.rank == 0:
-            _write_template(folder, self._config)
-        self.resumed: Callable[[], None] | None = None
-        """Called once, after the first step that follows a recovery."""
-        self._attach()
-        self.phases: dict[str, float] = {}
-        """Seconds of the last `restore` on this rank: waiting for the agents' choice, for lost chunks, copying."""
-        self._interval = Interval(mtbf=spec.mtbf)
-        self._next = 0
-        self._reported: str | None = None
-        self._lost: str | None = None
-
-    def _attach(self) -> None:
-        """Take this rank's place at its node's agent; returns when all ranks of the node have."""
-        config, layout = self._config, self._layout
-        self._client = AgentClient(config.socket, run=config.run, secret=self._secret, worker=self._local)
-        self._snapshotter = Snapshotter(
-            self._client,
-            self._state,
-            RankPlace(
-                rank=self._world.rank,
-                world=self._world.size,
-                workers=layout.ranks_per_node,
-                node=self._node,
-                nodes=layout.nodes,
-                bucket_bytes=config.bucket_bytes,
-            ),
-            layout=self._layout_hash,
-            options=SnapshotOptions(busy=self._spec.busy, deadline=self._spec.commit_deadline, optional=OPTIONAL),
+        super().__init__()
+        assert job.snapshot != "off"
+        self._rank = world.rank
+        deployment = Deployment(
+            folder=Path(job.output),
+            layout=layout_hash(job),
+            ranks_per_node=job.layout.ranks_per_node,
+            host=os.environ.get("KEEPWARM_HOST", "127.0.0.1"),
         )
+        self.checkpointer = InMemoryCheckpointer(
+            job.snapshot, state, deployment, capture=random.capture, optional=OPTIONAL
+        )
+        self._resumed: Callable[[], None] | None = None
+        self._reported: str | None = None
+
+    # ---- at a start
 
     @property
     def epoch(self) -> int:
-        """Grows by one with every start of the workers; part of a snapshot's identity."""
-        return self._client.epoch
+        return self.checkpointer.epoch
+
+    def begin_fresh(self) -> None:
+        with _restore_failures(self._rank):
+            self.checkpointer.begin_epoch(_settled_epoch())
 
     def restore(self) -> Restoration | str:
-        """Begin the next epoch and write what the agents have into the live shards; else why there is nothing."""
-        decided = int(os.environ.get(EPOCH, "0"))
-        epoch = self._world.largest(decided or self._registry.newest_epoch() + 1 if self._world.rank == 0 else 0)
-        began, waited = time.time(), time.perf_counter()
-        self._client.restore(epoch, deadline=self._spec.commit_deadline)
-        waited = time.perf_counter() - waited
-        # The agents first verify what they hold and then choose: the file of the choice has the time of that.
-        verified = min(max(0.0, self._chosen_at() - began), waited)
-        fetched = time.perf_counter()
-        restored = self._snapshotter.restore(epoch)
-        self._agree(restored)
-        self.phases = {
-            "fetch": time.perf_counter() - fetched, "decode": waited - verified, "verify": verified,
-        }  # fmt: skip
-        return restored
+        with _restore_failures(self._rank):
+            return self.checkpointer.restore(_settled_epoch())
 
-    def _agree(self, restored: Restoration | str) -> None:
-        """One coherent step or none: agents that had lost each other may have decided on different epochs.
+    def when_resumed(self, report: Callable[[], None]) -> None:
+        self._resumed = report
 
-        Raises `RestoreFailed` on all ranks when they were not told the same.
-        """
-        mine = -1 if isinstance(restored, str) else restored.epoch << 40 | restored.step
-        newest, oldest = self._world.largest(mine), -self._world.largest(-mine)
-        if newest != oldest:
-            what = restored if isinstance(restored, str) else f"step {restored.step} of epoch {restored.epoch}"
-            raise RestoreFailed(f"rank {self._world.rank}: agents do not agree on what is restored, here: {what}")
-
-    def _chosen_at(self) -> float:
-        """When the present epoch was decided, in seconds since 1970; 0 when that cannot be told."""
-        with contextlib.suppress(OSError):
-            return (self._registry.folder / f"choice-{self._client.epoch}.json").stat().st_mtime
-        return 0.0
+    @property
+    def phases(self) -> Mapping[str, float]:
+        return self.checkpointer.phases
 
     def decoded(self) -> int:
-        """Bytes of chunks that the present epoch's choice had decoded, data and parity, on all nodes."""
-        found = 0
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            choice = json.loads((self._registry.folder / f"choice-{self._client.epoch}.json").read_bytes())
-            for _, order in choice.get("orders", ()):
-                found += len(order["targets"]) * max(order["counts"], default=0) * self._config.bucket_bytes
-        return found
+        return self.checkpointer.decoded()
 
-    def before_update(self) -> None:
-        """Join the running copy: the optimizer is about to change the tensors.
+    @property
+    def blocked_s(self) -> float:
+        return self.checkpointer.timings()["blocked_s"]
+
+    # ---- hooks
+
+    def on_start(self, run: Run) -> None:
+        if not self.checkpointer.protected:
+            run.console.warn("one node alone has no parity: its loss is survived by the durable checkpoint only")
+
+    def before_update(self, run: Run) -> None:
+        """Join the running copy.
 
         Raises `RestoreFailed` when what was restored at the start turns out to have rotted on the way.
         """
-        try:
-            self._snapshotter.join()
-        except FtError as error:
-            raise RestoreFailed(f"rank {self._world.rank}: restoring from memory failed: {error}") from error
+        with _restore_failures(self._rank):
+            self.checkpointer.join()
 
-    def offer(self, state: RunState, meta: dict[str, Any], step_seconds: float) -> None:
-        """Begin a snapshot when one is due after this step; copied while training goes on."""
-        if self.resumed is not None:
-            self.resumed()
-            self.resumed = None
-        self._interval = self._interval.measured(step=step_seconds)
-        if state.step < self._next:
-            return
-        self._mend()
-        self._capture()
-        if not self._client.gone:
-            self._snapshotter.offer(state.step, json.dumps(meta).encode())
-        self._next = state.step + self._every()
+    def after_step(self, run: Run, done: StepDone) -> None:
+        if self._resumed is not None:
+            self._resumed()
+            self._resumed = None
+        self.checkpointer.maybe_snapshot(run.state.step, lambda: json.dumps(run.meta()).encode(), done.seconds)
+        error = self.checkpointer.last_error
+        if error is not None and error != self._reported:
+            run.metrics.event(events.SnapshotFailed(step=run.state.step, reason=error))
+            run.console.warn(f"no snapshot: {error}; training goes on")
+        self._reported = error
 
-    def _mend(self) -> None:
-        """Start the agents that have died, empty; the next snapshot fills them. Decided alike on all ranks."""
-        gone = torch.zeros(self._layout.nodes, dtype=torch.int64)
-        gone[self._node] = int(self._client.gone)
-        if self._world.size > 1:
-            dist.all_reduce(gone, op=dist.ReduceOp.MAX)
-        if not gone[self._node]:
-            return
-        self._client.close()
-        try:
-            ensure_agent(self._config)
-            self._attach()
-            self._lost = None
-        except FtError as error:
-            self._lost = str(error)
-
-    def _every(self) -> int:
-        """Steps to the next snapshot: as the spec says, or agreed from what all ranks measured."""
-        if isinstance(self._spec.every, int):
-            return self._spec.every
-        commits = [commit.seconds for commit in self._client.commits]
-        self._interval = self._interval.measured(
-            copy=self._snapshotter.timings.blocked, commit=commits[-1] if commits else None
-        )
-        return self._world.largest(self._interval.steps)
-
-    def news(self) -> str | None:
-        """Why the last snapshot was not taken, once for each new reason; training goes on without it."""
-        failure = self._snapshotter.failure
-        text = self._lost or (None if failure is None else str(failure))
-        fresh = text if text != self._reported else None
-        self._reported = text
-        return fresh
-
-    def timings(self) -> dict[str, float]:
-        """Seconds and bytes of this rank, for the event log."""
-        timings = self._snapshotter.timings
-        return {
-            "taken": timings.taken,
-            "skipped": timings.skipped,
-            "blocked_s": timings.total_blocked,
-            "last_copy_s": timings.copy,
-            "bytes": timings.bytes,
-        }
-
-    def abandon(self) -> None:
-        """Take leave of the agent at once: a running copy is given up, and nobody is waited for."""
-        self._snapshotter.abandon()
-        self._client.close()
-
-    def close(self, *, finished: bool) -> None:
-        """Take leave of the agent; it ends when a finished job's workers all have."""
-        self.before_update()
-        self._client.close(end_of_job=finished)
-
-    def _state_bytes(self, part: int) -> int:
-        """Bytes of the largest node state: the sum over a node's ranks, the largest over the nodes."""
-        parts = torch.zeros(self._world.size, dtype=torch.int64)
-        parts[self._world.rank] = part
-        if self._world.size > 1:
-            dist.all_reduce(parts)
-        return int(parts.view(self._layout.nodes, self._layout.ranks_per_node).sum(dim=1).max())
-
-    def _together(self, action: Callable[[], object]) -> None:
-        """Run an action that may fail on some ranks, and let all ranks know."""
-        failure: Exception | None = None
-        try:
-            action()
-        except Exception as error:
-            failure = error
-        if self._world.any(failure is not None):
-            raise failure or AgentError(f"rank {self._world.rank}: the agent of another node could not be started")
+    def close(self, run: Run, ending: Ending) -> None:
+        """Leave the agent. After a failure its memory stays: the next start is restored from it."""
+        if ending == "halted":
+            self.checkpointer.abandon()
+        elif ending != "failed":
+            # The job is over, or its state is on disk: the agents' memory is not needed any more.
+            run.metrics.event(msgspec.convert(self.checkpointer.timings(), events.Snapshots))
+            with _restore_failures(self._rank):
+                self.checkpointer.close(finished=True)
 
 
-def _write_template(folder: Path, config: AgentConfig) -> None:
-    atomic_write(folder / AGENTS_FOLDER / TEMPLATE_FILE, msgspec.json.encode(config), mode=READABLE)
+def _settled_epoch() -> int:
+    """The epoch that this node's supervisor has had the agents begin; 0: none."""
+    return int(os.environ.get(EPOCH, "0"))
 
 
-def _agent_config(
-    spec: SnapshotSpec, folder: Path, *, run: str, slot: int, groups: tuple[Group, ...], state_bytes: int
-) -> AgentConfig:
-    durable = spec.durable
-    return AgentConfig(
-        run=run,
-        slot=slot,
-        host=os.environ.get("KEEPWARM_HOST", "127.0.0.1"),
-        folder=str(runtime_folder(run, slot)),
-        shared=str(folder),
-        secret=str(folder / SECRET),
-        groups=tuple(GroupConfig(members=group.members, parity=group.m) for group in groups),
-        state_bytes=state_bytes,
-        bucket_bytes=spec.bucket,
-        rate=spec.bandwidth,
-        silence=spec.silence,
-        lease=spec.lease,
-        inventory_deadline=spec.inventory_deadline,
-        scrub=spec.scrub,
-        threads=spec.threads,
-        kernel=AUTO if spec.code is None else spec.code.kernel,
-        port=spec.port,
-        durable=None
-        if durable is None
-        else DurableConfig(
-            root=str(RunFolder(folder).checkpoints),
-            every=durable.every,
-            keep=durable.keep,
-            keep_every=durable.keep_every,
-            compress=durable.compress,
-            deadline=durable.deadline,
-        ),
-    )
+@contextlib.contextmanager
+def _restore_failures(rank: int) -> Iterator[None]:
+    """A snapshot of another model is the user's to solve; what was lost on the way may be there at another start."""
+    try:
+        yield
+    except ForeignSnapshot as error:
+        raise CheckpointError(f"rank {rank}: restoring from memory failed: {error}") from error
+    except FtError as error:
+        raise RestoreFailed(f"rank {rank}: restoring from memory failed: {error}") from error

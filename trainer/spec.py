@@ -1,6 +1,6 @@
 """The job spec: everything a run executes, in one strict, frozen, torch-free object."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import (
     Field,
@@ -8,14 +8,17 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
 from ft.spec import SnapshotSpec
+from keepwarm.options import check_options
 from parallel.layout import Layout
 from parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec, Section
 from trainer.cluster_spec import BatchSections, KubernetesSpec, SlurmSpec
 from trainer.data.spec import DataSpec, ReplaySpec
+from trainer.extensions import CALLBACKS, METRIC_SINKS
 from trainer.model.spec import ModelSpec
 from trainer.schedule import LrSpec
 
@@ -135,12 +138,33 @@ class ProfileSpec(Section):
     steps: PositiveInt
 
 
+ComponentOptions = dict[str, dict[str, Any]]
+"""Registered components by name, each with its options; `{}` where it has none."""
+
+
 class LogSpec(Section):
-    """Besides stdout and metrics.jsonl."""
+    """Where metrics go, besides stdout and metrics.jsonl."""
 
     every: PositiveInt = Field(1, description="steps between log lines; metrics.jsonl has every step")
-    tensorboard: bool = True
-    wandb: str | None = Field(None, description="Weights & Biases project; needs the extra `wandb`")
+    tensorboard: bool = Field(True, description="short for sinks: {tensorboard: {}}")
+    wandb: str | None = Field(
+        None,
+        description="Weights & Biases project, short for sinks: {wandb: {project: NAME}}; needs the extra `wandb`",
+    )
+    sinks: ComponentOptions = Field({}, description="metric sinks by name, each with its options")
+
+    @field_validator("sinks")
+    @classmethod
+    def _known_sinks(cls, sinks: ComponentOptions) -> ComponentOptions:
+        check_options(METRIC_SINKS, sinks)
+        return sinks
+
+    @property
+    def chosen(self) -> ComponentOptions:
+        """Every sink with its options, the short forms included; `sinks` overrules them."""
+        tensorboard: ComponentOptions = {"tensorboard": {}} if self.tensorboard else {}
+        wandb: ComponentOptions = {} if self.wandb is None else {"wandb": {"project": self.wandb}}
+        return tensorboard | wandb | self.sinks
 
 
 class ClusterSpec(BatchSections):
@@ -183,12 +207,19 @@ class JobSpec(Section):
     health: HealthSpec = HealthSpec()
     log: LogSpec = LogSpec()
     profile: ProfileSpec | None = None
+    callbacks: ComponentOptions = Field({}, description="loop callbacks of other packages by name, with their options")
     cluster: ClusterSpec = ClusterSpec()
     snapshot: SnapshotSpec | Literal["off"] = "off"
 
     @property
     def layout(self) -> Layout:
         return Layout.of(self.parallel, self.cluster.ranks_per_node)
+
+    @field_validator("callbacks")
+    @classmethod
+    def _known_callbacks(cls, callbacks: ComponentOptions) -> ComponentOptions:
+        check_options(CALLBACKS, callbacks)
+        return callbacks
 
     @model_validator(mode="after")
     def _fits_together(self) -> "JobSpec":

@@ -27,7 +27,7 @@ RELAXED = 1800.0
 
 
 class Watchdog:
-    """Owns its thread from `beat` on, until `close`."""
+    """Owns its thread from `heartbeat` on, until `close`."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Watchdog:
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def beat(self, step: int) -> None:
+    def heartbeat(self, step: int) -> None:
         """Step number `step`, from 0, begins."""
         floor = self._spec.hang_floor
         if floor is None:
@@ -64,7 +64,7 @@ class Watchdog:
             self._thread = threading.Thread(target=self._watch, args=(floor,), name="watchdog", daemon=True)
             self._thread.start()
 
-    def relax(self) -> None:
+    def suspend(self) -> None:
         """Something begins that takes longer than a step, and whose duration says nothing about steps."""
         self._usual = False
         self._limit = None if self._limit is None else max(RELAXED, self._limit)

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from parallel.engine_support import ENGINES
 from tests.bench.snapshot import Nothing, Ours, block
 from tests.support.ranks import ROOT
 from trainer.build import build
-from trainer.loop import Run
+from trainer.callback import Run
+from trainer.goodput import Timeline
 from trainer.spec_file import load_job
 from trainer.world import join
 
@@ -67,7 +69,8 @@ def rank(folder: Path, layout: str, size: str, rounds: int, steps: int) -> None:
     for engine, job in jobs.items():
         (folder / engine).mkdir(exist_ok=True)
         world.barrier()
-        runs[engine] = build(job, world, start="anew")
+        timeline = Timeline(folder / engine, rank=world.rank, began=time.time(), restart=False, anew=True)
+        runs[engine] = build(job, world, start="anew", timeline=timeline)
     turns: dict[tuple[str, str], Nothing] = {}
     for engine, run in runs.items():
         turns[engine, "without"], turns[engine, "with"] = Nothing(run, folder), Ours(run, folder)
@@ -82,9 +85,7 @@ def rank(folder: Path, layout: str, size: str, rounds: int, steps: int) -> None:
     if world.rank == 0:
         (folder / "times.json").write_text(json.dumps(times))
     for run in runs.values():
-        assert run.snapshots is not None
-        run.snapshots.close(finished=True)
-        run.metrics.close()
+        run.callbacks.close(run, "stopped")
         run.loader.close()
         run.engine.close()
     world.leave()

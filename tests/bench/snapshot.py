@@ -27,11 +27,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from ft.checkpointer import InMemoryCheckpointer
 from ft.snapshot import _bytes_of
 from tests.support.ft_nodes import wait_committed
 from tests.support.ranks import ROOT
 from trainer.build import build
-from trainer.loop import Run
+from trainer.callback import Run
+from trainer.goodput import Timeline
+from trainer.snapshots import Snapshots
 from trainer.spec_file import load_job
 from trainer.world import join
 
@@ -53,13 +56,17 @@ JOB = (
 )
 
 
+def checkpointer_of(run: Run) -> InMemoryCheckpointer:
+    return next(one.checkpointer for one in run.callbacks if isinstance(one, Snapshots))
+
+
 class Nothing:
     """Trains on without keeping anything; what the others do differently."""
 
     def __init__(self, run: Run, folder: Path) -> None:
-        assert run.snapshots is not None
         self.run, self.folder, self.blocked = run, folder, 0.0
-        self.snapshotter = run.snapshots._snapshotter
+        self.checkpointer = checkpointer_of(run)
+        self.snapshotter = self.checkpointer._snapshotter
         pieces = [(piece, self.snapshotter.state[piece.name]) for piece, _ in self.snapshotter.plan.entries]
         rank = run.world.rank
         self.state = {f"{rank}/{piece.name}": torch.from_numpy(_bytes_of(shard, piece)) for piece, shard in pieces}
@@ -77,17 +84,15 @@ class Nothing:
 class Ours(Nothing):
     def before_update(self) -> None:
         began = time.perf_counter()
-        assert self.run.snapshots is not None
-        self.run.snapshots.before_update()
+        self.checkpointer.join()
         self.blocked += time.perf_counter() - began
 
     def after_step(self, seconds: float) -> None:
         began = time.perf_counter()
-        assert self.run.snapshots is not None
-        self.run.snapshots.offer(self.run.state, self.run.meta(), seconds)
+        self.checkpointer.maybe_snapshot(self.run.state.step, lambda: json.dumps(self.run.meta()).encode(), seconds)
         self.blocked += time.perf_counter() - began
-        if (reason := self.run.snapshots.news()) is not None:
-            raise RuntimeError(reason)
+        if self.checkpointer.last_error is not None:
+            raise RuntimeError(self.checkpointer.last_error)
 
     def finish(self) -> None:
         self.before_update()
@@ -150,8 +155,8 @@ def rank(folder: Path, shared: Path, size: str, rounds: int, steps: int) -> None
     world = join(job.layout.world_size, job.numerics)
     (folder / "run").mkdir(exist_ok=True)
     world.barrier()
-    run = build(job, world, start="anew")
-    assert run.snapshots is not None
+    timeline = Timeline(folder / "run", rank=world.rank, began=time.time(), restart=False, anew=True)
+    run = build(job, world, start="anew", timeline=timeline)
     contestants = {name: make(run, shared) for name, make in CONTESTANTS.items()}
     for contestant in contestants.values():  # memory and files are touched for the first time
         block(contestant, 2)
@@ -165,7 +170,7 @@ def rank(folder: Path, shared: Path, size: str, rounds: int, steps: int) -> None
         stored = sum(tensor.numel() for tensor in contestants["nothing"].state.values())
         shapes = {shard.name: shard.global_shape for shard in run.engine.state().values()}
         parameters = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("model."))
-        commits = [commit.seconds for commit in run.snapshots._client.commits]
+        commits = checkpointer_of(run).commit_seconds
         result = {
             "parameters": parameters,
             "tokens_per_step": job.batch.global_size * job.data.sequence_length,
@@ -174,8 +179,7 @@ def rank(folder: Path, shared: Path, size: str, rounds: int, steps: int) -> None
             "times": times,
         }
         (folder / "result.json").write_text(json.dumps(result))
-    run.snapshots.close(finished=True)
-    run.metrics.close()
+    run.callbacks.close(run, "stopped")
     run.loader.close()
     run.engine.close()
     world.leave()

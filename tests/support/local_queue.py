@@ -17,7 +17,8 @@ from types import FrameType
 from keepwarm.section import Section
 from launch.batch_system import BatchJob, BatchSystem, Request
 from trainer.launcher_environment import PORTS, Ranks
-from trainer.run_folder import RUN_FILE, load_run
+from trainer.run_folder import RUN_FILE
+from trainer.spec_file import load_run
 
 
 class LocalQueueOptions(Section):

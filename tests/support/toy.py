@@ -1,8 +1,9 @@
 """A test bed for continual pretraining on a CPU: order-2 Markov sources and a fixed-window model of 70,488 parameters.
 
-Everything else that trains here is the product's own: ledger, loader, schedules, engine and loop.
+Everything else that trains here is the product's own, put together by `trainer.build`.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,29 +15,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from parallel.engine import IGNORED
-from parallel.spec import NumericsSpec
+from parallel.shard import Shard
 from parallel.style import TensorStyle
-from parallel.torch_engine import TorchEngine
-from trainer.console import RunConsole
+from trainer.build import assemble
+from trainer.checkpoint import Checkpoints
 from trainer.data.ledger import Ledger
-from trainer.data.loader import BatchLoader
 from trainer.data.packing import PackedSource, Samples
 from trainer.data.permutation import window_at
+from trainer.data.prepare import PreparedData
 from trainer.data.table import Ints
-from trainer.evaluation import Evaluator
 from trainer.goodput import Timeline
-from trainer.health import Health
 from trainer.interrupt import Interrupt
-from trainer.loop import Run, train
-from trainer.metrics import Metrics
-from trainer.profile import ProfileWindow
-from trainer.restore import Beginning
-from trainer.run_state import RunState
-from trainer.spec import JobSpec
-from trainer.speed import Speed
-from trainer.stages import plan_stages
-from trainer.watchdog import Watchdog
-from trainer.world import COLLECTIVE_TIMEOUT, World
+from trainer.loop import train
+from trainer.spec import CheckpointSpec, JobSpec
+from trainer.world import World
 
 VOCABULARY, WINDOW, EMBEDDING, HIDDEN, BATCH = 24, 6, 24, 192, 256
 PEAK, FLOOR, CONSTANT = 3e-3, 3e-4, 1.65e-3
@@ -69,6 +61,10 @@ class MarkovSource:
     name: str
     data: torch.Tensor
     sequence_length: int = WINDOW
+
+    def at_length(self, sequence_length: int) -> "MarkovSource":
+        assert sequence_length == WINDOW
+        return self
 
     @property
     def identity(self) -> str:
@@ -183,6 +179,23 @@ class Result:
     def losses(self, domain: str) -> list[float]:
         return [losses[domain] for _, losses in self.evaluations]
 
+    def save(self, folder: Path, world: World) -> None:
+        """Write a checkpoint that another run can begin with."""
+        shards = {
+            name: Shard(
+                name=name,
+                global_shape=tuple(value.shape),
+                offsets=(0,) * value.ndim,
+                shape=tuple(value.shape),
+                local=value,
+                replicas=(0,),
+            )
+            for name, value in self.state.items()
+        }
+        Checkpoints(folder, CheckpointSpec(), world, run="parent", layout="").save(
+            1, shards, {"ledger": self.ledger.save()}
+        )
+
     @property
     def last(self) -> dict[str, float]:
         return self.evaluations[-1][1]
@@ -201,11 +214,11 @@ def run(
     mixed = {name for one in stages for moved in (one, *one.get("mixture_steps", ())) for name in moved["mixture"]}
     seen = () if parent is None else (origin.name for origin in parent.ledger.sources.values())
     names = sorted({*mixed, *seen, "t0"})
-    ledger = Ledger(seed=seed) if parent is None else parent.ledger.continued("parent")
+    run_folder = folder / "run"
     job = JobSpec.model_validate(
         {
             "name": "toy",
-            "output": str(folder),
+            "output": str(run_folder),
             "seed": seed,
             "model": {
                 "layers": 1,
@@ -222,64 +235,31 @@ def run(
             },
             "batch": {"global_size": BATCH, "micro_size": BATCH},
             "stages": tuple(stages),
-            "init_from": None if parent is None else "parent",
+            "init_from": None if parent is None else str(folder / "parent"),
             "evaluation": {"every": every, "samples": 4096},
             "log": {"every": 10**9, "tensorboard": False},
         }
     )
+    run_folder.mkdir(parents=True)
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-    plans = plan_stages(job)
-    model = ToyParts(seed)
-    engine = TorchEngine(
-        model, job.parallel, job.optimizer, NumericsSpec(), job.layout, device=world.device, timeout=COLLECTIVE_TIMEOUT
+    data = PreparedData(
+        sources=cast(Mapping[str, PackedSource], {name: source(name) for name in names}),
+        validation=cast(Mapping[str, PackedSource], {name: held_out(name) for name in domains}),
+        tokenizer=None,
     )
-    loader = BatchLoader(
-        {name: source(name) for name in names},
-        ledger,
-        layout=job.layout,
-        rank=0,
-        micro_size=BATCH,
-        global_size_at=lambda _: BATCH,
-    )
-    for plan, spec in zip(plans, job.stages, strict=True):
-        for first, mixture in plan.mixtures:
-            start = plan.start_sample + first
-            loader.open_segment(mixture, start=start, replay=spec.replays, stage=spec.name, skip=spec.skip)
     if parent is not None:
-        for name, shard in engine.state().items():
-            shard.local.copy_(parent.state[name])
-        engine.restored()
-    validation = cast(Mapping[str, PackedSource], {name: held_out(name) for name in domains})
-    folder.mkdir(parents=True)
-    metrics = Metrics(folder, job.log, job.name, rank=0, resume_step=None)
-    found: list[tuple[int, dict[str, float]]] = []
-    metrics.evaluation = lambda step, losses: found.append((step, losses))  # type: ignore[method-assign]
-    state = RunState(step=0, curves=[plan.curve for plan in plans], health=Health(spec=job.health))
-    with loader, Interrupt() as interrupt:
-        train(
-            Run(
-                job=job,
-                world=world,
-                plans=plans,
-                state=state,
-                engine=engine,
-                loader=loader,
-                evaluator=Evaluator(engine, validation, job, world),
-                savers=[],
-                snapshots=None,
-                beginning=Beginning(source="nothing", reason="a fresh run"),
-                metrics=metrics,
-                console=RunConsole(rank=1, steps=plans[-1].end_step, done=0, log_every=10**9),
-                profile=ProfileWindow(None, folder / "profile", 0),
-                speed=Speed.of(1, gpus=1),
-                watchdog=Watchdog(job.health, folder, rank=0, size=1, restart=0),
-            ),
-            interrupt,
-            Timeline(folder, rank=1, began=0.0, restart=False, anew=True),
-        )
-    metrics.close()
+        parent.save(folder / "parent", world)
+    timeline = Timeline(run_folder, rank=1, began=0.0, restart=False, anew=True)
+    run = assemble(job, world, ToyParts(seed), data, start="anew", timeline=timeline)
+    with Interrupt() as interrupt:
+        train(run, interrupt)
+    run.callbacks.close(run, "finished")
+    run.loader.close()
+    records = map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())
     result = Result(
-        found, {name: shard.local.detach().clone() for name, shard in engine.state().items()}, loader.ledger
+        [(record["step"], record["eval"]) for record in records if "eval" in record],
+        {name: shard.local.detach().clone() for name, shard in run.engine.state().items()},
+        run.loader.ledger,
     )
-    engine.close()
+    run.engine.close()
     return result

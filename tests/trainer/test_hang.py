@@ -82,7 +82,7 @@ def test_ranks_that_hang_end_and_the_lowest_says_why(tmp_path: Path) -> None:
     dogs = [watchdog(tmp_path, one, rank) for rank, one in enumerate(ended)]
     for step in range(hang.KNOWN + 1):
         for dog in dogs:
-            dog.beat(step)
+            dog.heartbeat(step)
     for one in ended:
         assert one.event.wait(DEADLINE)
         assert one.code == ExitCode.HUNG
@@ -101,9 +101,9 @@ def test_what_takes_its_own_time_is_left_alone(tmp_path: Path) -> None:
     for relaxed, health in ((True, {}), (False, {"hang_floor": None})):
         dog = watchdog(tmp_path, ended, **health)
         for step in range(hang.KNOWN + 1):
-            dog.beat(step)
+            dog.heartbeat(step)
         if relaxed:
-            dog.relax()
+            dog.suspend()
         assert not ended.event.wait(1.0)
         dog.close()
     assert events.read(tmp_path).events == ()

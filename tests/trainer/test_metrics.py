@@ -3,13 +3,22 @@
 import json
 import math
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import ClassVar
 
+import pytest
+
+from keepwarm.section import Section
 from trainer import events
 from trainer.console import LogLine
-from trainer.metrics import Metrics, StepMetrics
+from trainer.errors import SpecError
+from trainer.extensions import METRIC_SINKS
+from trainer.metric_sinks import MetricSink, SinkContext, StepMetrics
+from trainer.metrics import Metrics
 from trainer.run_folder import RunFolder
 from trainer.spec import LogSpec
+from trainer.spec_file import load_job
 
 
 def at(step: int, loss: float = 2.0) -> StepMetrics:
@@ -73,3 +82,85 @@ def test_the_log_line_has_megatrons_grammar() -> None:
     found = re.search(megatron, line)
     assert found is not None
     assert found.groups() == ("7", "20", "56", "100.0", "1.000000E-03", "8", "2.000000E+00", "0.500")
+
+
+class FlakyOptions(Section):
+    """Steps at which the sink fails."""
+
+    fails_at: tuple[int, ...] = ()
+    fails_to_open: bool = False
+
+
+class Flaky(MetricSink):
+    """Remembers scalars, unless it fails."""
+
+    Options = FlakyOptions
+    seen: ClassVar[list[tuple[int, dict[str, float]]]] = []
+
+    def __init__(self, options: FlakyOptions, context: SinkContext) -> None:
+        if options.fails_to_open:
+            raise ConnectionError("no route")
+        self._fails_at = options.fails_at
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        if step in self._fails_at:
+            raise ConnectionError("gone")
+        self.seen.append((step, dict(values)))
+
+
+@pytest.fixture
+def flaky() -> Iterator[type[Flaky]]:
+    METRIC_SINKS.register("flaky")(Flaky)
+    Flaky.seen.clear()
+    yield Flaky
+    METRIC_SINKS.unregister("flaky")
+
+
+def log_spec(sinks: str) -> LogSpec:
+    return load_job(Path("ci/tiny"), ["log.tensorboard=false", f"log.sinks={sinks}"]).log
+
+
+def test_sink_that_fails_is_warned_of_once_and_called_again(
+    tmp_path: Path, flaky: type[Flaky], caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = Metrics(tmp_path, log_spec("{flaky: {fails_at: [1, 2]}}"), "run", rank=0, resume_step=None)
+    for step in (1, 2, 3):
+        metrics.step(at(step))
+    metrics.evaluation(3, {"en": 2.0})
+    metrics.close()
+    assert flaky.seen == [(3, at(3).scalars()), (3, {"eval/en": 2.0})]
+    assert steps_in(tmp_path) == [1, 2, 3, 3]
+    (failed,) = events.read(tmp_path).of(events.SinkFailed)
+    assert (failed.sink, failed.reason) == ("flaky", "ConnectionError: gone")
+    assert [record.getMessage() for record in caplog.records] == [
+        "metric sink flaky failed: ConnectionError: gone; training goes on"
+    ]
+
+
+def test_sink_that_cannot_be_opened_is_left_out(tmp_path: Path, flaky: type[Flaky]) -> None:
+    metrics = Metrics(tmp_path, log_spec("{flaky: {fails_to_open: true}}"), "run", rank=0, resume_step=None)
+    metrics.step(at(1))
+    metrics.close()
+    assert flaky.seen == []
+    assert steps_in(tmp_path) == [1]
+    assert [event.reason for event in events.read(tmp_path).of(events.SinkFailed)] == ["ConnectionError: no route"]
+
+
+@pytest.mark.parametrize(
+    ("sinks", "message"),
+    [
+        ("{tensorbord: {}}", "log.sinks.tensorbord: unknown metric sink 'tensorbord'; did you mean 'tensorboard'?"),
+        ("{wandb: {projekt: a}}", "log.sinks.wandb.projekt: unknown key; did you mean project?"),
+        ("{wandb: {}}", "log.sinks.wandb.project: this key is required"),
+    ],
+)
+def test_sink_wrong_name_or_option_is_refused(sinks: str, message: str) -> None:
+    with pytest.raises(SpecError) as refused:
+        log_spec(sinks)
+    assert message in str(refused.value)
+
+
+def test_sinks_short_forms_are_overruled_by_the_section() -> None:
+    assert LogSpec(wandb="p").chosen == {"tensorboard": {}, "wandb": {"project": "p"}}
+    sinks = {"wandb": {"project": "q", "tags": ["a"]}}
+    assert LogSpec(tensorboard=False, wandb="p", sinks=sinks).chosen == sinks

@@ -90,4 +90,4 @@ def test_a_rank_that_is_slowed_down_is_named(tmp_path: Path) -> None:
                 os.kill(victim, number)
                 time.sleep(seconds)
     assert named[0]["ratio"] > 1.3
-    assert f"rank 1 on {named[0]['host']} is slow" in log.read_text()
+    assert f"straggler: rank 1 on {named[0]['host']} slows the job down" in log.read_text()
