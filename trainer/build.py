@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from parallel.engine import Engine
+from parallel.engine import Engine, EngineConfig
 from parallel.engine_support import ENGINES, require
 from parallel.model import ModelParts
 from parallel.shard import Shard
@@ -72,7 +72,7 @@ def build(job: JobSpec, world: World, *, start: Start) -> Run:
     torch.manual_seed(job.seed + world.rank)
     data = prepare_sources(job.data, job.model.vocabulary_size, folder / "data")
     plans = plan_stages(job)
-    model = Decoder(job.model, job.seed, norms=job.numerics.norms)
+    model = Decoder(job.model, job.seed, norms=job.numerics.norms, z_loss=job.numerics.z_loss)
     engine = make_engine(job, world, model)
     loader = _loader(job, world, data)
     random = RandomState(world.rank, world.device)
@@ -132,9 +132,16 @@ def make_engine(job: JobSpec, world: World, model: ModelParts) -> Engine:
     """
     require(job.parallel.engine)
     info = ENGINES[job.parallel.engine]
-    made: Engine = getattr(importlib.import_module(info.module), info.name)(
-        model, job.parallel, job.optimizer, job.numerics, job.layout, device=world.device, timeout=TIMEOUT
+    config = EngineConfig(
+        model=model,
+        parallel=job.parallel,
+        optimizer=job.optimizer,
+        numerics=job.numerics,
+        layout=job.layout,
+        device=world.device,
+        timeout=TIMEOUT,
     )
+    made: Engine = getattr(importlib.import_module(info.module), info.name)(config)
     return made
 
 

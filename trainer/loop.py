@@ -9,6 +9,7 @@ import msgspec
 import torch
 
 from parallel.engine import Engine, StepResult
+from parallel.loss import MAIN
 from trainer import straggler_watch
 from trainer.console import LogLine, RunConsole
 from trainer.data.loader import BatchLoader
@@ -137,6 +138,7 @@ def _report(run: Run, plan: StagePlan, result: StepResult, lr: float, size: int,
         grad_norm=result.grad_norm,
         tokens=result.tokens,
         step_time_s=elapsed,
+        auxiliary={name: loss for name, loss in result.losses.items() if name != MAIN},
     )
     run.metrics.step(metrics)
     tokens_per_s = size * plan.sequence_length / elapsed

@@ -2,7 +2,8 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,8 @@ class StepMetrics:
     tokens: int
     """Unmasked targets of this step."""
     step_time_s: float
+    auxiliary: Mapping[str, float] = field(default_factory=dict)
+    """Losses besides the main one by name, per unmasked target and not weighted; written as `loss/NAME`."""
 
 
 class MetricSink(Protocol):
@@ -58,9 +61,11 @@ class Metrics:
         """Record one step."""
         if not self._active:
             return
-        values = {key: value for key, value in asdict(metrics).items() if isinstance(value, float)}
+        record = asdict(metrics)
+        record |= {f"loss/{name}": loss for name, loss in record.pop("auxiliary").items()}
+        values = {key: value for key, value in record.items() if isinstance(value, float)}
         unknown = {key: None for key, value in values.items() if not math.isfinite(value)}
-        self._steps.write(json.dumps(asdict(metrics) | unknown) + "\n")
+        self._steps.write(json.dumps(record | unknown) + "\n")
         for sink in self._sinks:
             sink.scalars(metrics.step, values)
 

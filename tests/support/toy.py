@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from parallel.engine import IGNORED
+from parallel.engine import EngineConfig
+from parallel.loss import MAIN
 from parallel.spec import NumericsSpec
 from parallel.style import TensorStyle
+from parallel.targets import IGNORED
 from parallel.torch_engine import TorchEngine
 from trainer.console import RunConsole
 from trainer.data.ledger import Ledger
@@ -125,12 +127,11 @@ class Net(nn.Module):
 
     def forward(
         self, x: torch.Tensor, documents: torch.Tensor | None = None, targets: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    ) -> dict[str, torch.Tensor]:
         hidden = F.gelu(self.window(self.embedding(x).flatten(1)))
         logits: torch.Tensor = self.head(self.norm(hidden + F.gelu(self.residual(hidden))))
         assert targets is not None
-        losses = F.cross_entropy(logits, targets[:, -1], reduction="none")
-        return torch.stack([losses, torch.zeros_like(losses)], dim=1)
+        return {MAIN: F.cross_entropy(logits, targets[:, -1], reduction="none")}
 
 
 class ToyParts:
@@ -141,12 +142,13 @@ class ToyParts:
     heads = kv_heads = 1
     vocabulary_size = VOCABULARY
     tied_embeddings = False
+    loss_weights: Mapping[str, float] = {MAIN: 1.0}
 
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
         self._values = {name: value.detach() for name, value in Net().named_parameters()}
 
-    def part(self, layers: range, *, embed: bool, head: bool) -> nn.Module:
+    def build_stage(self, layers: range, *, embed: bool, head: bool) -> nn.Module:
         return Net()
 
     def canonical(self, name: str) -> str:
@@ -231,7 +233,15 @@ def run(
     plans = plan_stages(job)
     model = ToyParts(seed)
     engine = TorchEngine(
-        model, job.parallel, job.optimizer, NumericsSpec(), job.layout, device=world.device, timeout=TIMEOUT
+        EngineConfig(
+            model=model,
+            parallel=job.parallel,
+            optimizer=job.optimizer,
+            numerics=NumericsSpec(),
+            layout=job.layout,
+            device=world.device,
+            timeout=TIMEOUT,
+        )
     )
     loader = BatchLoader(
         {name: source(name) for name in names},
