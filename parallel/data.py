@@ -1,7 +1,5 @@
 """Data parallelism: FSDP2, hybrid sharding and replication, with gradients summed instead of averaged."""
 
-from collections.abc import Iterable, Iterator
-
 import torch
 from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
@@ -9,11 +7,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from parallel.errors import LayoutError
+from parallel.parameter import layers_of, materialise, wrapped
 from parallel.spec import NumericsSpec, ParallelSpec
 
 
 def shard_size_of(spec: ParallelSpec) -> int:
-    """Ranks of the data axis over which one copy of the parameters is spread.
+    """Ranks of the data axis over which one copy of the parameters is sharding.
 
     Raises:
         LayoutError: `shard_size` does not fit the mode or the number of data-parallel ranks.
@@ -57,28 +56,6 @@ def wrap(part: nn.Module, mesh: DeviceMesh, spec: ParallelSpec, numerics: Numeri
     for managed in wrapped(part):
         managed.set_gradient_divide_factor(1.0)
         managed.set_force_sum_reduction_for_comms(True)
-
-
-def materialise(module: nn.Module, device: torch.device) -> None:
-    """Give the meta parameters of `module` memory on `device`, without values; shared parameters stay shared."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for owner in module.modules():
-        for key, parameter in list(owner._parameters.items()):
-            if parameter is not None and parameter.is_meta and parameter not in made:
-                made[parameter] = nn.Parameter(torch.empty_like(parameter.data, device=device))
-            if parameter is not None and parameter in made:
-                owner._parameters[key] = made[parameter]
-
-
-def layers_of(part: nn.Module) -> Iterable[nn.Module]:
-    """The layers of a stage, in order."""
-    layers: nn.ModuleDict = part.layers  # type: ignore[assignment]
-    return layers.values()
-
-
-def wrapped(part: nn.Module) -> Iterator[FSDPModule]:
-    """Every module of a stage that FSDP manages."""
-    return (module for module in part.modules() if isinstance(module, FSDPModule))
 
 
 def prepare_backward(part: nn.Module, *, last: bool) -> None:

@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from parallel.collective import copy_to
-from parallel.style import TensorStyle
-from parallel.tensor import SPLIT_DIM
+from parallel.style import SPLIT_DIM, TensorStyle
 
 with warnings.catch_warnings():
     for _message in (

@@ -14,19 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from parallel.parameter import Box
+from parallel.clip import Gradient
+from parallel.parameter import TensorSlice
 from parallel.shard import Shard
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Placed:
+class UnpartitionedParameter:
     """One parameter of this rank before ZeRO cuts it."""
 
     name: str
     """Canonical name."""
     parameter: nn.Parameter
     global_shape: tuple[int, ...]
-    box: Box
+    box: TensorSlice
     """What the tensor axis leaves of it."""
     replicas: tuple[int, ...]
     """Ranks of the same data coordinate that hold the same box, ascending."""
@@ -38,7 +39,7 @@ class Placed:
 class Fragment:
     """The elements `start` to `stop` of a parameter's box; they lie at `at` in flat buffer number `buffer`."""
 
-    placed: Placed
+    placed: UnpartitionedParameter
     buffer: int
     index: int
     """Among the parameters of the buffer."""
@@ -72,7 +73,7 @@ class Fragment:
 class Partition:
     """What ZeRO 1 or 2 leaves on this rank. The buffers live as long as the optimizer."""
 
-    def __init__(self, zero: Any, placed: Iterable[Placed]) -> None:
+    def __init__(self, zero: Any, placed: Iterable[UnpartitionedParameter]) -> None:
         """`zero` is DeepSpeed's optimizer over exactly the `placed` parameters."""
         self._zero = zero
         self.buffers: Sequence[torch.Tensor] = self._buffers()
@@ -80,24 +81,25 @@ class Partition:
         self.fragments = list(self._fragments({one.parameter: one for one in placed}))
         """Every element of this rank once, in the order of the buffers."""
 
-    def gradients(self) -> Iterator[tuple[Fragment, torch.Tensor]]:
-        """The gradient of every fragment after the last backward of a step; live, to be scaled in place."""
-        for fragment in self.fragments:
-            if self._offloads():
-                gradient = self.buffers[fragment.buffer].grad
-                assert gradient is not None
-                yield fragment, fragment.of(gradient)
-            else:
-                gradient, elements = self._zero.averaged_gradients[fragment.buffer][fragment.index], fragment.elements
-                yield fragment, gradient if gradient.numel() == elements else gradient[:elements]
+    def gradients(self) -> list[Gradient]:
+        """The gradient of every fragment after the last backward of a step."""
+        return [Gradient(self._gradient(one), one.placed.replicas) for one in self.fragments]
+
+    def _gradient(self, fragment: Fragment) -> torch.Tensor:
+        if self._offloads():
+            whole = self.buffers[fragment.buffer].grad
+            assert whole is not None
+            return fragment.of(whole)
+        gradient: torch.Tensor = self._zero.averaged_gradients[fragment.buffer][fragment.index]
+        return gradient if gradient.numel() == fragment.elements else gradient[: fragment.elements]
 
     def discard(self) -> None:
         """Let the coming step of DeepSpeed discard the gradient: that is what it does when its norm is not finite."""
         if self._offloads():
             norms: dict[int, torch.Tensor] = self._zero.norm_for_param_grads
             norms.update(dict.fromkeys(norms, torch.tensor(math.nan)))
-        for _, gradient in self.gradients():
-            gradient.fill_(math.nan)
+        for gradient in self.gradients():
+            gradient.tensor.fill_(math.nan)
 
     def refresh(self) -> None:
         """Give the model the weights that are in the buffers. Collective over the data axis."""
@@ -110,7 +112,7 @@ class Partition:
     def _offloads(self) -> bool:
         return bool(self._zero.cpu_offload)
 
-    def _fragments(self, placed: Mapping[nn.Parameter, Placed]) -> Iterator[Fragment]:
+    def _fragments(self, placed: Mapping[nn.Parameter, UnpartitionedParameter]) -> Iterator[Fragment]:
         for buffer, parameters in enumerate(self._zero.params_in_partition):
             for index, parameter in enumerate(parameters):
                 cut, flat = parameter._hp_mapping.lp_fragment_address, parameter._hp_mapping.hp_fragment_address
@@ -144,7 +146,7 @@ class PartitionByParameter(Partition):
     def _offloads(self) -> bool:
         return bool(self._zero.offload_optimizer)
 
-    def _fragments(self, placed: Mapping[nn.Parameter, Placed]) -> Iterator[Fragment]:
+    def _fragments(self, placed: Mapping[nn.Parameter, UnpartitionedParameter]) -> Iterator[Fragment]:
         for buffer, parameters in enumerate(self._zero.fp16_groups):
             at = 0
             for index, parameter in enumerate(parameters):
@@ -156,7 +158,7 @@ class PartitionByParameter(Partition):
                 at += size
 
 
-def groups_of(placed: Sequence[Placed], decay: Mapping[str, float]) -> list[dict[str, Any]]:
+def groups_of(placed: Sequence[UnpartitionedParameter], decay: Mapping[str, float]) -> list[dict[str, Any]]:
     """Groups of parameters for the optimizer: by weight decay, and what is tied across stages by itself.
 
     Where the cuts of a group fall depends on all that is in it; tied embeddings are replicas of each other only if they

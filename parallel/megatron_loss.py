@@ -1,9 +1,25 @@
-"""Cross-entropy over a vocabulary that the tensor axis splits; Megatron Core's own takes no process group."""
+"""Losses over a vocabulary that the tensor axis splits; Megatron Core's own cross-entropy takes no process group."""
 
 import torch
 import torch.distributed as dist
 
 from parallel.collective import reduce_from
+from parallel.engine import Batch
+from parallel.loss import MAIN, Z_LOSS
+from parallel.targets import IGNORED
+
+NAMES = (MAIN, Z_LOSS)
+"""The losses that `losses_of` returns."""
+
+
+def losses_of(logits: torch.Tensor, micro: Batch, group: dist.ProcessGroup) -> dict[str, torch.Tensor]:
+    """The losses of a micro-batch by name, fp32 `[micro, sequence]`, zero where the target is ignored.
+
+    `logits` are this rank's part, as for `cross_entropy`.
+    """
+    entropy, partition = cross_entropy(logits, micro.targets, group)
+    kept = micro.targets != IGNORED
+    return {MAIN: entropy.where(kept, 0), Z_LOSS: partition.where(kept, 0).square()}
 
 
 def cross_entropy(

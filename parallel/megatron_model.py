@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from parallel.architecture import Architecture
+from parallel.engine import EngineConfig
 from parallel.layout import split_layers
 from parallel.megatron_import import (
     MLP,
@@ -32,16 +33,16 @@ from parallel.megatron_layers import (
     RMSNorm,
     ScaledDotProductAttention,
 )
-from parallel.model import ModelParts
 from parallel.recompute import recomputed
 from parallel.spec import NumericsSpec, ParallelSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def transformer_config(model: ModelParts, parallel: ParallelSpec, numerics: NumericsSpec, device: torch.device) -> Any:
+def transformer_config(config: EngineConfig) -> Any:
     """What Megatron Core calls the configuration of model and parallelism; no dropout, no initialisation."""
-    spec, dtype = model.spec, DTYPES[numerics.precision]
+    spec, parallel, numerics = config.model.spec, config.parallel, config.numerics
+    dtype = DTYPES[numerics.precision]
     stages = parallel.stages // parallel.pipeline
     return TransformerConfig(
         num_layers=spec.layers,
@@ -66,7 +67,7 @@ def transformer_config(model: ModelParts, parallel: ParallelSpec, numerics: Nume
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=numerics.precision == "bf16",
-        use_cpu_initialization=device.type == "cpu",
+        use_cpu_initialization=config.device.type == "cpu",
         perform_initialization=False,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
@@ -83,31 +84,20 @@ def transformer_config(model: ModelParts, parallel: ParallelSpec, numerics: Nume
     )
 
 
-def build_stages(
-    model: ModelParts, parallel: ParallelSpec, numerics: NumericsSpec, config: Any, groups: Any, stages: tuple[int, ...]
-) -> list[Any]:
-    """The `GPTModel` of each of this rank's pipeline stages; their parameters hold no values yet."""
-    split = split_layers(model.layers, parallel)
-    return [
-        _build(model, parallel, numerics, config, groups, stage, chunk, len(split[stage]))
-        for chunk, stage in enumerate(stages)
-    ]
+def build_stages(config: EngineConfig, transformer: Any, groups: Any, stages: tuple[int, ...]) -> list[Any]:
+    """The `GPTModel` of each of this rank's pipeline stages; their parameters hold no values yet.
+
+    `transformer` is the `transformer_config`; `groups` are the process groups as Megatron Core collects them.
+    """
+    split = split_layers(config.model.layers, config.parallel)
+    return [_build(config, transformer, groups, stage, chunk, len(split[stage])) for chunk, stage in enumerate(stages)]
 
 
-def _build(
-    model: ModelParts,
-    parallel: ParallelSpec,
-    numerics: NumericsSpec,
-    config: Any,
-    groups: Any,
-    stage: int,
-    chunk: int,
-    layers: int,
-) -> Any:
-    spec = model.spec
+def _build(config: EngineConfig, transformer: Any, groups: Any, stage: int, chunk: int, layers: int) -> Any:
+    spec, parallel, numerics = config.model.spec, config.parallel, config.numerics
     using = building_blocks(spec, parallel, numerics)
     gpt = GPTModel(
-        config=config,
+        config=transformer,
         transformer_layer_spec=TransformerBlockSubmodules(
             layer_specs=[_layer(spec, using)] * layers, layer_norm=using.norm
         ),
@@ -120,7 +110,7 @@ def _build(
         rotary_percent=spec.rotary_fraction,
         rotary_base=spec.rope_theta,
         pg_collection=groups,
-        vp_stage=chunk if config.virtual_pipeline_model_parallel_size else None,
+        vp_stage=chunk if transformer.virtual_pipeline_model_parallel_size else None,
     )
     for layer in gpt.decoder.layers:
         if numerics.recompute == "selective":

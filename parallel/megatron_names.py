@@ -10,9 +10,8 @@ from math import prod
 
 from torch import nn
 
-from parallel.model import ModelParts
-from parallel.parameter import Box, Spread
-from parallel.stage import is_tied_across
+from parallel.model import ModelParts, is_tied_across
+from parallel.parameter import ShardingSpec, TensorSlice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +21,7 @@ class Piece:
     name: str
     """Canonical name."""
     global_shape: tuple[int, ...]
-    box: Box
+    box: TensorSlice
     """What this rank has of it."""
     replicas: tuple[int, ...]
     """Ranks that have the same box, ascending, where every data-parallel rank holds the whole parameter."""
@@ -36,14 +35,14 @@ class Piece:
 
 
 def pieces_of(
-    gpt: nn.Module, layers: range, model: ModelParts, spread: Spread
+    gpt: nn.Module, layers: range, model: ModelParts, sharding: ShardingSpec
 ) -> Iterator[tuple[nn.Parameter, list[Piece]]]:
     """Every parameter of a stage with our tensors in it, in the order in which the stage registers them."""
     for name, parameter in gpt.named_parameters():
         dim = _split_dim(name)
         start, pieces = 0, []
-        for ours, rows in _parts(name, layers, model, parameter.shape[0], spread):
-            piece = _piece(ours, (rows, *parameter.shape[1:]), dim, start, model, spread)
+        for ours, rows in _parts(name, layers, model, parameter.shape[0], sharding):
+            piece = _piece(ours, (rows, *parameter.shape[1:]), dim, start, model, sharding)
             pieces.append(piece)
             start = piece.stop
         if start != parameter.numel():
@@ -59,18 +58,22 @@ def _split_dim(name: str) -> int | None:
     return 1 if module in ("linear_proj", "linear_fc2") and kind == "weight" else None
 
 
-def _piece(name: str, shape: tuple[int, ...], dim: int | None, start: int, model: ModelParts, spread: Spread) -> Piece:
+def _piece(
+    name: str, shape: tuple[int, ...], dim: int | None, start: int, model: ModelParts, sharding: ShardingSpec
+) -> Piece:
     """The piece of `shape` on this rank, split over the tensor axis along `dim`."""
-    tensor = spread.layout.tensor
+    tensor = sharding.layout.tensor
     whole = tuple(size * tensor if at == dim else size for at, size in enumerate(shape))
-    box = Box.whole(whole) if dim is None else Box.whole(whole).cut(dim, tensor, spread.at.tensor)
-    tied = is_tied_across(name, model, spread.layout.pipeline)
-    holders = (0, spread.layout.pipeline - 1) if tied else (spread.at.pipeline,)
-    placed = Spread(layout=spread.layout, at=spread.at, split={} if dim is None else {name: dim}, shard_size=1)
+    box = TensorSlice.whole(whole) if dim is None else TensorSlice.whole(whole).cut(dim, tensor, sharding.at.tensor)
+    tied = is_tied_across(name, model, sharding.layout.pipeline)
+    holders = (0, sharding.layout.pipeline - 1) if tied else (sharding.at.pipeline,)
+    placed = ShardingSpec(
+        layout=sharding.layout, at=sharding.at, split={} if dim is None else {name: dim}, shard_size=1
+    )
     return Piece(name=name, global_shape=whole, box=box, replicas=placed.replicas(name, holders), start=start)
 
 
-def _parts(name: str, layers: range, model: ModelParts, rows: int, spread: Spread) -> Iterator[tuple[str, int]]:
+def _parts(name: str, layers: range, model: ModelParts, rows: int, sharding: ShardingSpec) -> Iterator[tuple[str, int]]:
     """Canonical names of what a parameter holds, with the rows of each on this rank."""
     found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
     if found is None:
@@ -78,7 +81,7 @@ def _parts(name: str, layers: range, model: ModelParts, rows: int, spread: Sprea
         return
     module, kind = f"layers.{layers[int(found[1])]}", found[3]
     if found[2] == "self_attention.linear_qkv":
-        tensor, size = spread.layout.tensor, model.spec.size_per_head
+        tensor, size = sharding.layout.tensor, model.spec.size_per_head
         for part, heads in (("query", model.heads), ("key", model.kv_heads), ("value", model.kv_heads)):
             yield f"{module}.attention.{part}.{kind}", heads * size // tensor
     elif found[2] == "mlp.linear_fc1" and model.spec.activation == "swiglu":

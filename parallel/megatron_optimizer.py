@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from parallel.clip import Gradient
+from parallel.engine import EngineConfig
 from parallel.megatron_import import (
     DistributedOptimizer,
     Float16OptimizerWithFloat16Params,
@@ -22,13 +24,12 @@ from parallel.megatron_names import Piece
 from parallel.mesh import Mesh
 from parallel.model import ModelParts
 from parallel.optimizer import counter_shard, make_optimizer, materialise, moments, set_step, weight_decay
-from parallel.parameter import Box, Held
 from parallel.shard import Shard
-from parallel.spec import NumericsSpec, OptimizerSpec
+from parallel.spec import OptimizerSpec, ParallelSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Main:
+class MainParameter:
     """What this rank updates of one parameter, in fp32: all of it, or a range of its elements."""
 
     parameter: nn.Parameter
@@ -67,17 +68,6 @@ class Main:
                 flat=flat,
             )
 
-    def held(self) -> Held:
-        """For norm and clipping, which know neither names nor boxes."""
-        return Held(
-            name=self.pieces[0].name,
-            parameter=self.parameter,
-            local=self.local,
-            global_shape=tuple(self.parameter.shape),
-            box=Box.whole(self.local.shape),
-            replicas=self.replicas,
-        )
-
     def write_back(self) -> None:
         """Copy into the parameter where it is not the same memory."""
         if self.local.dtype != self.parameter.dtype:
@@ -90,28 +80,25 @@ class MegatronUpdater:
 
     def __init__(
         self,
-        spec: OptimizerSpec,
-        numerics: NumericsSpec,
-        model: ModelParts,
+        config: EngineConfig,
         chunks: Sequence[Any],
         parameters: Sequence[tuple[nn.Parameter, list[Piece]]],
         mesh: Mesh,
-        *,
-        distributed: bool,
-        device: torch.device,
     ) -> None:
         """`chunks` are the stages, wrapped by Megatron Core's data parallelism; `parameters` are theirs."""
-        self._spec, self._chunks, self._distributed = spec, chunks, distributed
+        self._spec, self._chunks, self._distributed = config.optimizer, chunks, is_distributed(config.parallel)
         self.counter = torch.zeros((), dtype=torch.int64)
         """Updates done; part of the state."""
-        inner = make_optimizer(spec, _groups(spec, model, parameters), device)
+        inner = make_optimizer(self._spec, _groups(self._spec, config.model, parameters), config.device)
         with torch.no_grad():  # views that it makes of parameters are then leaves, as optimizers ask for
-            self._optimizer = _wrap(inner, spec, numerics, chunks, mesh, distributed=distributed)
-        materialise(inner, spec, device)
+            self._optimizer = _wrap(inner, config, chunks, mesh)
+        materialise(inner, self._spec, config.device)
         self._inner = inner
         self.mains = [main for one in parameters if (main := self._main(*one, mesh)) is not None]
-        self.held = [main.held() for main in self.mains]
-        """Its gradients are ready after `prepare`."""
+
+    def gradients(self) -> list[Gradient]:
+        """The gradients of what this rank updates; ready after `prepare`."""
+        return [Gradient(main.local.grad, main.replicas) for main in self.mains if main.local.grad is not None]
 
     def prepare(self) -> None:
         """Give what this rank updates the gradients that were reduced over the data axis."""
@@ -147,12 +134,12 @@ class MegatronUpdater:
                 yield from main.shards(f"optimizer.{key}", self._inner.state[main.local][stored])
         yield counter_shard(self.counter, ranks)
 
-    def _main(self, parameter: nn.Parameter, pieces: list[Piece], mesh: Mesh) -> Main | None:
+    def _main(self, parameter: nn.Parameter, pieces: list[Piece], mesh: Mesh) -> MainParameter | None:
         """None where this rank updates no element of the parameter."""
         replicas = pieces[0].replicas
         if not self._distributed:
             local = getattr(parameter, "main_param", parameter)
-            return Main(parameter=parameter, pieces=pieces, local=local, span=None, replicas=replicas)
+            return MainParameter(parameter=parameter, pieces=pieces, local=local, span=None, replicas=replicas)
         place = self._optimizer.model_param_group_index_map.get(parameter)
         if place is None:
             return None
@@ -160,7 +147,9 @@ class MegatronUpdater:
         span = self._optimizer.gbuf_ranges[buffer][dtypes][bucket]["param_map"][parameter]["param"]
         here = [rank for rank in replicas if mesh.layout.coordinates(rank).data == mesh.at.data]
         local = self._inner.param_groups[place[0]]["params"][place[1]]
-        return Main(parameter=parameter, pieces=pieces, local=local, span=(span.start, span.end), replicas=tuple(here))
+        return MainParameter(
+            parameter=parameter, pieces=pieces, local=local, span=(span.start, span.end), replicas=tuple(here)
+        )
 
 
 def _groups(
@@ -173,18 +162,16 @@ def _groups(
     return [{"params": params, "weight_decay": rate} for rate, params in sorted(groups.items())]
 
 
-def _wrap(
-    inner: torch.optim.Optimizer,
-    spec: OptimizerSpec,
-    numerics: NumericsSpec,
-    chunks: Sequence[Any],
-    mesh: Mesh,
-    *,
-    distributed: bool,
-) -> Any:
-    bf16 = numerics.precision == "bf16"
+def is_distributed(spec: ParallelSpec) -> bool:
+    """Whether the data axis shards the optimizer's state."""
+    return spec.data_mode == "fsdp"
+
+
+def _wrap(inner: torch.optim.Optimizer, engine: EngineConfig, chunks: Sequence[Any], mesh: Mesh) -> Any:
+    distributed = is_distributed(engine.parallel)
+    bf16 = engine.numerics.precision == "bf16"
     config = OptimizerConfig(
-        optimizer="adam" if spec.name == "adamw" else "sgd",
+        optimizer="adam" if engine.optimizer.name == "adamw" else "sgd",
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=distributed,

@@ -7,7 +7,7 @@ import torch
 
 from parallel import apex
 from parallel.model import ModelParts
-from parallel.parameter import Held
+from parallel.parameter import ShardedParameter
 from parallel.shard import Shard
 from parallel.spec import OptimizerSpec
 
@@ -18,7 +18,7 @@ class Updater:
     """One optimizer for all stages of a rank; its moments exist from construction on."""
 
     def __init__(
-        self, spec: OptimizerSpec, model: ModelParts, parameters: Sequence[Held], device: torch.device
+        self, spec: OptimizerSpec, model: ModelParts, parameters: Sequence[ShardedParameter], device: torch.device
     ) -> None:
         """Raises EngineUnavailable when the spec asks for Apex and it is not installed."""
         self._spec = spec
@@ -45,9 +45,9 @@ class Updater:
 
     def shards(self, ranks: Iterable[int]) -> Iterator[Shard]:
         """Moments and counter; `ranks` are all ranks of the world, which share the counter."""
-        for held in self._parameters:
+        for sharded in self._parameters:
             for key, stored in moments(self._spec).items():
-                yield held.shard(f"optimizer.{key}", self._optimizer.state[held.local][stored])
+                yield sharded.shard(f"optimizer.{key}", self._optimizer.state[sharded.local][stored])
         yield counter_shard(self.counter, ranks)
 
 
@@ -98,12 +98,12 @@ def weight_decay(spec: OptimizerSpec, model: ModelParts, name: str) -> float:
     return spec.weight_decay if decays else 0.0
 
 
-def _groups(spec: OptimizerSpec, model: ModelParts, parameters: Sequence[Held]) -> list[dict[str, Any]]:
+def _groups(spec: OptimizerSpec, model: ModelParts, parameters: Sequence[ShardedParameter]) -> list[dict[str, Any]]:
     """Parameters that decay and those that do not; empty groups are left out."""
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
-    for held in parameters:
-        (decayed if weight_decay(spec, model, held.name) else plain).append(held.local)
+    for sharded in parameters:
+        (decayed if weight_decay(spec, model, sharded.name) else plain).append(sharded.local)
     groups = [{"params": decayed, "weight_decay": spec.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

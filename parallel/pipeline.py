@@ -4,7 +4,7 @@ Shapes are given to the stages up front, so that no stage runs a trial forward o
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,12 @@ from torch.distributed.pipelining import (
 )
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
+from parallel.engine import Batch, EngineConfig
 from parallel.layout import check_micro_batches
-from parallel.spec import ParallelSpec
+from parallel.loss import Losses
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+"""Of the hidden states that are sent between stages."""
 
 MULTI: Mapping[str, type[PipelineScheduleMulti]] = {
     "interleaved": ScheduleInterleaved1F1B,
@@ -37,82 +41,59 @@ class Shape(NamedTuple):
     training: bool
 
 
-class Loss:
-    """The loss function of the last stage: sums cross-entropy for the record, returns what backward starts from."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.count = torch.ones((), device=device)
-        """Unmasked targets of the global batch."""
-        self.total = torch.zeros((), device=device, dtype=torch.float64)
-
-    def __call__(self, output: torch.Tensor, _targets: torch.Tensor | None = None) -> torch.Tensor:
-        """`output` is `[micro, 2]`: summed cross-entropy and z-loss of each sample."""
-        self.total += output[:, 0].detach().sum()
-        return output.sum() / self.count
-
-
 class Pipeline:
-    """The stages of one rank and its schedules, made anew when the micro-batches change in number or shape."""
+    """The stages of one rank and its schedules, built again when the micro-batches change in number or shape."""
 
     def __init__(
-        self,
-        parts: Mapping[int, nn.Module],
-        spec: ParallelSpec,
-        group: dist.ProcessGroup,
-        device: torch.device,
-        *,
-        hidden_size: int,
-        dtype: torch.dtype,
-        loss: Loss,
+        self, stages: Mapping[int, nn.Module], config: EngineConfig, group: dist.ProcessGroup, losses: Losses
     ) -> None:
-        """`parts` are this rank's stages by index; `dtype` is that of the hidden states sent between stages."""
-        self._parts = parts
-        self._spec = spec
+        """`stages` are this rank's modules by index; their forwards are `losses.collected`."""
+        self._stages = stages
+        self._spec = config.parallel
         self._group = group
-        self._device = device
-        self._hidden_size = hidden_size
-        self._dtype = dtype
-        self._loss = loss
+        self._device = config.device
+        self._hidden_size = config.model.hidden_size
+        self._dtype = DTYPES[config.numerics.precision]
+        self._losses = losses
         # One for training and one for evaluation: a schedule holds the buffers of all its micro-batches.
         self._schedules: dict[bool, tuple[Shape, PipelineScheduleSingle | PipelineScheduleMulti]] = {}
 
-    def train(self, tokens: torch.Tensor, targets: torch.Tensor, documents: torch.Tensor | None) -> None:
-        """Forward and backward of all micro-batches; the loss object collects the result on the last stage.
+    def train(self, batch: Batch) -> None:
+        """Forward and backward of all micro-batches.
 
         Raises:
             LayoutError: the schedule cannot run this number of micro-batches.
         """
-        check_micro_batches(tokens.shape[0], self._spec)
-        self._run(tokens, targets, documents, training=True)
+        check_micro_batches(len(batch.tokens), self._spec)
+        self._run(batch, training=True)
 
-    def evaluate(
-        self, tokens: torch.Tensor, targets: torch.Tensor, documents: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """Forward of all micro-batches: `[samples, 2]` as the head returns it on the last stage, else None."""
+    def evaluate(self, batch: Batch) -> None:
+        """Forward of all micro-batches."""
         with torch.no_grad():
-            return self._run(tokens, targets, documents, training=False)
+            table = self._run(batch, training=False)
+            if table is not None:
+                self._losses.add_table(table)
 
-    def _run(
-        self, tokens: torch.Tensor, targets: torch.Tensor, documents: torch.Tensor | None, *, training: bool
-    ) -> torch.Tensor | None:
-        count, size, length = tokens.shape
+    def _run(self, batch: Batch, *, training: bool) -> torch.Tensor | None:
+        """Return the table of losses of all samples on the last stage in an evaluation; in training, add them up."""
+        count, size, length = batch.tokens.shape
         schedule = self._schedule(Shape(count, size, length, training))
-        last = self._spec.stages - 1
-        # Keyword arguments reach every local stage, so `targets` goes only to ranks of the last stage; its other
-        # stages have no head and ignore it.
-        kwargs: dict[str, Any] = {} if documents is None else {"documents": documents.flatten(0, 1)}
-        if last in self._parts:
-            kwargs["targets"] = targets.flatten(0, 1)
-        args = (tokens.flatten(0, 1),) if 0 in self._parts else ()
-        target = targets.flatten(0, 1) if training and last in self._parts else None
-        result: torch.Tensor | None = schedule.step(*args, target=target, return_outputs=not training, **kwargs)
+        samples = batch.map(lambda tensor: tensor.flatten(0, 1))
+        args = (samples.tokens,) if 0 in self._stages else ()
+        target = samples.targets if training and self._spec.stages - 1 in self._stages else None
+        result: torch.Tensor | None = schedule.step(
+            *args, target=target, return_outputs=not training, **samples.keywords()
+        )
         return result
+
+    def _objective(self, table: torch.Tensor, _targets: torch.Tensor) -> torch.Tensor:
+        return self._losses.add_table(table)
 
     def _schedule(self, shape: Shape) -> PipelineScheduleSingle | PipelineScheduleMulti:
         known = self._schedules.pop(shape.training, None)
         if known is None or known[0] != shape:
-            stages = [self._stage(index, shape) for index in sorted(self._parts)]
-            loss = self._loss if shape.training else None
+            stages = [self._stage(index, shape) for index in sorted(self._stages)]
+            loss = self._objective if shape.training else None
             if self._spec.schedule == "1f1b":
                 single = Schedule1F1B if shape.training else ScheduleGPipe
                 known = shape, single(stages[0], shape.micro_batches, loss, scale_grads=False)
@@ -123,8 +104,8 @@ class Pipeline:
         return known[1]
 
     def _stage(self, index: int, shape: Shape) -> "_Stage":
-        part, last = self._parts[index], self._spec.stages - 1
-        shards = part.sequence_shards if isinstance(part.sequence_shards, int) else 1
+        module, last = self._stages[index], self._spec.stages - 1
+        shards = module.sequence_shards if isinstance(module.sequence_shards, int) else 1
         hidden = torch.empty(
             (shape.micro_size, shape.sequence // shards, self._hidden_size),
             dtype=self._dtype,
@@ -132,9 +113,9 @@ class Pipeline:
             requires_grad=shape.training,
         )
         tokens = torch.empty((shape.micro_size, shape.sequence), dtype=torch.int64, device="meta")
-        losses = torch.empty((shape.micro_size, 2), device="meta", requires_grad=shape.training)
+        losses = torch.empty((shape.micro_size, self._losses.columns), device="meta", requires_grad=shape.training)
         return _Stage(
-            part,
+            module,
             index,
             self._spec.stages,
             self._device,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from parallel.data import layers_of
+from parallel.parameter import layers_of
 from parallel.spec import NumericsSpec
 
 

@@ -8,12 +8,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from parallel import data
+from parallel.engine import EngineConfig
 from parallel.layout import split_layers
 from parallel.mesh import Mesh
-from parallel.model import ModelParts
-from parallel.parameter import Held, Spread, local_of
+from parallel.model import ModelParts, is_tied_across
+from parallel.parameter import ShardedParameter, ShardingSpec, local_of, materialise
 from parallel.recompute import apply_numerics
-from parallel.spec import NumericsSpec, ParallelSpec
 from parallel.tensor import TensorParallel
 
 
@@ -23,67 +23,55 @@ class Stage:
 
     index: int
     """Among all stages of the pipeline."""
-    part: nn.Module
-    held: tuple[Held, ...]
+    module: nn.Module
+    parameters: tuple[ShardedParameter, ...]
 
     @classmethod
-    def build(
-        cls,
-        index: int,
-        model: ModelParts,
-        spec: ParallelSpec,
-        numerics: NumericsSpec,
-        mesh: Mesh,
-        device: torch.device,
-    ) -> "Stage":
-        """Build on the meta device, split over the axes, and give what is left memory on `device`.
+    def build(cls, index: int, config: EngineConfig, mesh: Mesh) -> "Stage":
+        """Build on the meta device, split over the axes, and give what is left memory on the device of the config.
 
-        The parameters hold no values until `initialise`; with `device` meta they never do, which is how a layout of
+        The parameters hold no values until `initialise`; on the meta device they never do, which is how a layout of
         thousands of ranks is validated on one machine.
         """
+        model, spec, numerics = config.model, config.parallel, config.numerics
         with torch.device("meta"):
             layers = split_layers(model.layers, spec)[index]
-            part = model.part(layers, embed=index == 0, head=index == spec.stages - 1)
+            module = model.build_stage(layers, embed=index == 0, head=index == spec.stages - 1)
         if numerics.precision == "fp64":
-            part = part.double()
+            module = module.double()
         split: dict[str, int] = {}
         if spec.tensor > 1:
             tensor = TensorParallel(model.tensor_plan(), mesh.device_mesh("tensor"), sequence=spec.sequence)
-            split = tensor.apply(part)
-        apply_numerics(part, numerics)
+            split = tensor.apply(module)
+        apply_numerics(module, numerics)
         if data.is_wrapped(spec, numerics):
-            data.wrap(part, mesh.device_mesh("data"), spec, numerics, device)
+            data.wrap(module, mesh.device_mesh("data"), spec, numerics, config.device)
         else:
-            data.materialise(part, device)
-        spread = Spread(layout=mesh.layout, at=mesh.at, split=split, shard_size=mesh.shard_size)
-        held = (_hold(name, parameter, model, spread) for name, parameter in part.named_parameters())
-        return cls(index=index, part=part, held=tuple(held))
+            materialise(module, config.device)
+        sharding = ShardingSpec(layout=mesh.layout, at=mesh.at, split=split, shard_size=mesh.shard_size)
+        sharded = (_sharded(name, parameter, model, sharding) for name, parameter in module.named_parameters())
+        return cls(index=index, module=module, parameters=tuple(sharded))
 
     def initialise(self, model: ModelParts) -> None:
         """Write in the initial values of this rank's boxes."""
-        for held in self.held:
-            if held.local.numel():
-                values = model.initial(held.name, held.global_shape, held.box.offsets, held.box.shape)
-                held.local.data.copy_(values)
+        for sharded in self.parameters:
+            if sharded.local.numel():
+                values = model.initial(sharded.name, sharded.global_shape, sharded.box.offsets, sharded.box.shape)
+                sharded.local.data.copy_(values)
 
 
-def is_tied_across(name: str, model: ModelParts, pipeline: int) -> bool:
-    """Whether a parameter of this canonical name exists on the first and on the last pipeline rank."""
-    return pipeline > 1 and model.tied_embeddings and model.canonical("head.weight") == name
-
-
-def _hold(name: str, parameter: nn.Parameter, model: ModelParts, spread: Spread) -> Held:
-    box, local = spread.box(name, tuple(parameter.shape)), local_of(parameter.data)
+def _sharded(name: str, parameter: nn.Parameter, model: ModelParts, sharding: ShardingSpec) -> ShardedParameter:
+    box, local = sharding.box(name, tuple(parameter.shape)), local_of(parameter.data)
     if tuple(local.shape) != box.shape:
         raise AssertionError(f"{name}: torch holds {tuple(local.shape)} of it, the layout says {box.shape}")
-    canonical, pipeline = model.canonical(name), spread.layout.pipeline
+    canonical, pipeline = model.canonical(name), sharding.layout.pipeline
     tied = is_tied_across(canonical, model, pipeline)
-    holders: Sequence[int] = (0, pipeline - 1) if tied else (spread.at.pipeline,)
-    return Held(
+    holders: Sequence[int] = (0, pipeline - 1) if tied else (sharding.at.pipeline,)
+    return ShardedParameter(
         name=canonical,
         parameter=parameter,
         local=nn.Parameter(local) if isinstance(parameter, DTensor) else parameter,
         global_shape=tuple(parameter.shape),
         box=box,
-        replicas=spread.replicas(name, holders),
+        replicas=sharding.replicas(name, holders),
     )

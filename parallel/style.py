@@ -1,5 +1,6 @@
 """How tensor parallelism treats a module. Torch-free, so that planning counts what the engine will hold."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 TensorStyle = Literal["column", "row", "vocabulary", "head", "sequence", "column_norm", "per_head", "positions"]
@@ -18,3 +19,6 @@ per_head    a norm of each head by itself (Qwen3's QK norm): replicated weights,
 positions   the table of learned positions: replicated, its output added to the token embedding's and therefore
             split along the sequence when that one is
 """
+
+SPLIT_DIM: Mapping[TensorStyle, int] = {"column": 0, "row": 1, "vocabulary": 0, "head": 0, "column_norm": 0}
+"""Dim along which a style splits its parameters; one that lacks the dim (the bias of `row`) stays whole."""

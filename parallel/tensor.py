@@ -17,10 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from parallel.collective import SEQUENCE_DIM, copy_to, gather_sequence, reduce_from, scatter_sequence
-from parallel.model import TensorStyle
-
-SPLIT_DIM: Mapping[TensorStyle, int] = {"column": 0, "row": 1, "vocabulary": 0, "head": 0, "column_norm": 0}
-"""Dim along which a style splits its parameters; one that lacks the dim (the bias of `row`) stays whole."""
+from parallel.style import SPLIT_DIM, TensorStyle
 
 Forward = Callable[..., Any]
 

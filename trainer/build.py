@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from parallel.engine import Engine
+from parallel.engine import Engine, EngineConfig
 from parallel.engine_support import ENGINES, require
 from parallel.model import ModelParts
 from parallel.shard import Shard
@@ -51,7 +51,7 @@ def build(job: JobSpec, world: World, *, start: Start, timeline: Timeline) -> Ru
     """
     torch.manual_seed(job.seed + world.rank)
     data = prepare_sources(job.data, job.model.vocabulary_size, Path(job.output) / "data")
-    model = Decoder(job.model, job.seed, norms=job.numerics.norms)
+    model = Decoder(job.model, job.seed, norms=job.numerics.norms, z_loss=job.numerics.z_loss)
     return assemble(job, world, model, data, start=start, timeline=timeline)
 
 
@@ -194,9 +194,16 @@ def make_engine(job: JobSpec, world: World, model: ModelParts) -> Engine:
     """
     require(job.parallel.engine)
     info = ENGINES[job.parallel.engine]
-    made: Engine = getattr(importlib.import_module(info.module), info.name)(
-        model, job.parallel, job.optimizer, job.numerics, job.layout, device=world.device, timeout=COLLECTIVE_TIMEOUT
+    config = EngineConfig(
+        model=model,
+        parallel=job.parallel,
+        optimizer=job.optimizer,
+        numerics=job.numerics,
+        layout=job.layout,
+        device=world.device,
+        timeout=COLLECTIVE_TIMEOUT,
     )
+    made: Engine = getattr(importlib.import_module(info.module), info.name)(config)
     return made
 
 

@@ -38,8 +38,8 @@ class Evaluator:
             rank=self._world.rank,
             micro_size=self._job.batch.micro_size,
         ):
-            loss, tokens = self._engine.evaluate(batch)
-            total, count = total + loss, count + tokens
+            found = self._engine.evaluate(batch)
+            total, count = total + found.loss_sum, count + found.tokens
         return total / count
 
 

@@ -7,7 +7,7 @@ import torch
 
 from trainer.convert.native import PREFIX, NativeCheckpoint
 from trainer.convert.to_huggingface import check_tensors, model_spec_of
-from trainer.model.decoder import Decoder, Part
+from trainer.model.decoder import Decoder, StageModule
 
 _TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -24,7 +24,7 @@ class Sampling:
     """Only the likeliest whose probabilities add up to p (nucleus sampling, Holtzman et al., 2020)."""
 
 
-def load_model(native: NativeCheckpoint, *, dtype: torch.dtype, device: torch.device) -> Part:
+def load_model(native: NativeCheckpoint, *, dtype: torch.dtype, device: torch.device) -> StageModule:
     """The whole model of a checkpoint of any layout; tensors are read one at a time.
 
     Raises:
@@ -34,7 +34,7 @@ def load_model(native: NativeCheckpoint, *, dtype: torch.dtype, device: torch.de
     check_tensors(native, spec)
     decoder = Decoder(spec, seed=0)
     with torch.device("meta"):
-        part = decoder.part(range(spec.layers), embed=True, head=True)
+        part = decoder.build_stage(range(spec.layers), embed=True, head=True)
     part = part.to(dtype).to_empty(device=device)
     part.tie()
     with torch.no_grad():
@@ -47,7 +47,7 @@ def load_model(native: NativeCheckpoint, *, dtype: torch.dtype, device: torch.de
 
 
 def generate(
-    part: Part, prompt: Sequence[int], sampling: Sampling, *, seed: int, stop: Callable[[int], bool]
+    part: StageModule, prompt: Sequence[int], sampling: Sampling, *, seed: int, stop: Callable[[int], bool]
 ) -> Iterator[int]:
     """Tokens that follow `prompt` (at least one token), without end unless `stop` says so of one, which is not given.
 

@@ -6,7 +6,7 @@ Sinks of other packages are listed in the entry-point group `keepwarm.metric_sin
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,17 @@ class StepMetrics:
     tokens: int
     """Unmasked targets of this step."""
     step_time_s: float
+    auxiliary: Mapping[str, float] = field(default_factory=dict)
+    """Losses besides the main one by name, per unmasked target and not weighted; written as `loss/NAME`."""
+
+    def record(self) -> dict[str, Any]:
+        """All values by name, as a line of metrics.jsonl has them."""
+        values = asdict(self)
+        return values | {f"loss/{name}": loss for name, loss in values.pop("auxiliary").items()}
 
     def scalars(self) -> dict[str, float]:
         """The values that a curve is drawn of."""
-        return {key: value for key, value in asdict(self).items() if isinstance(value, float)}
+        return {key: value for key, value in self.record().items() if isinstance(value, float)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,6 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ class JsonLines(MetricSink):
 
     def step(self, metrics: StepMetrics) -> None:
         unknown = {key: None for key, value in metrics.scalars().items() if not math.isfinite(value)}
-        self._file.write(json.dumps(asdict(metrics) | unknown) + "\n")
+        self._file.write(json.dumps(metrics.record() | unknown) + "\n")
 
     def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, "eval": losses}) + "\n")

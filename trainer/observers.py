@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from parallel.loss import MAIN
 from trainer import events
 from trainer.callback import Callback, Ending, Run, StepDone
 from trainer.console import LogLine
@@ -90,6 +91,7 @@ class StepReport(Callback):
             grad_norm=result.grad_norm,
             tokens=result.tokens,
             step_time_s=done.seconds,
+            auxiliary={name: loss for name, loss in result.losses.items() if name != MAIN},
         )
         run.metrics.step(metrics)
         tokens_per_s = done.positions / done.seconds

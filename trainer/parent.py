@@ -155,7 +155,7 @@ def _newest(path: Path) -> Path:
 
 def _shapes(model: ModelParts) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        whole = model.part(range(model.layers), embed=True, head=True)
+        whole = model.build_stage(range(model.layers), embed=True, head=True)
     return {MODEL + model.canonical(name): tuple(value.shape) for name, value in whole.named_parameters()}
 
 

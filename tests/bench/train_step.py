@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from parallel.engine import Batch
+from parallel.engine import Batch, EngineConfig
 from parallel.layout import Layout
 from parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
 from parallel.torch_engine import TorchEngine
@@ -60,13 +60,15 @@ def random_batch(spec: ModelSpec, shape: tuple[int, int, int], seed: int = 0) ->
 
 def make_engine(spec: ModelSpec, parallel: ParallelSpec, numerics: NumericsSpec, device: str = "cpu") -> TorchEngine:
     return TorchEngine(
-        Decoder(spec, 0),
-        parallel,
-        OptimizerSpec(),
-        numerics,
-        Layout.of(parallel),
-        device=torch.device(device),
-        timeout=timedelta(minutes=5),
+        EngineConfig(
+            model=Decoder(spec, 0),
+            parallel=parallel,
+            optimizer=OptimizerSpec(),
+            numerics=numerics,
+            layout=Layout.of(parallel),
+            device=torch.device(device),
+            timeout=timedelta(minutes=5),
+        )
     )
 
 
@@ -80,7 +82,7 @@ def plain_single() -> Step:
     """The same model code in the loop that everybody writes."""
     tokens, targets = random_batch(SINGLE, SINGLE_BATCH)
     model = whole_model(SINGLE)
-    return _plain_step(model, tokens, lambda i: model(tokens[i], targets=targets[i]).sum() / targets.numel())
+    return _plain_step(model, tokens, lambda i: model(tokens[i], targets=targets[i])["main"].sum() / targets.numel())
 
 
 def transformers_single() -> Step:
@@ -275,7 +277,7 @@ def gpu() -> dict[str, Any]:
     per_second = torch.Size(shape).numel() / statistics.median(times[4:])
     with torch.device("meta"):
         parameters = sum(
-            p.numel() for p in Decoder(spec, 0).part(range(spec.layers), embed=True, head=True).parameters()
+            p.numel() for p in Decoder(spec, 0).build_stage(range(spec.layers), embed=True, head=True).parameters()
         )
     flops = 6 * parameters + 6 * spec.layers * spec.hidden_size * shape[2]
     return {

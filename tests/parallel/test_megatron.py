@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 
 from parallel import clip
-from parallel.engine import StepResult
-from parallel.parameter import Held
+from parallel.engine import Batch, Evaluation, StepResult
 from tests.support import parity
 from tests.support.parity import Case, Outcome
 from tests.support.ranks import run_ranks
@@ -88,8 +87,8 @@ def gradients_doubled(engine: Any) -> Iterator[None]:
 
     def doubling() -> None:
         prepare()
-        for held in updater.held:
-            held.local.grad.mul_(2)
+        for gradient in updater.gradients():
+            gradient.tensor.mul_(2)
 
     with patch.object(updater, "prepare", doubling):
         yield
@@ -100,8 +99,8 @@ def stage_left_out_of_norm(engine: Any) -> Iterator[None]:
     squared_norm = clip.squared_norm
     counts = 0 if engine.mesh.at.pipeline == 1 else 1
 
-    def of_other_stages(parameters: Sequence[Held], rank: int, device: torch.device) -> torch.Tensor:
-        return counts * squared_norm(parameters, rank, device)
+    def of_other_stages(gradients: Sequence[clip.Gradient], rank: int, device: torch.device) -> torch.Tensor:
+        return counts * squared_norm(gradients, rank, device)
 
     with patch.object(clip, "squared_norm", of_other_stages):
         yield
@@ -109,14 +108,14 @@ def stage_left_out_of_norm(engine: Any) -> Iterator[None]:
 
 @contextmanager
 def mean_of_means(engine: Any) -> Iterator[None]:
-    run = type(engine)._loss
+    run, losses = type(engine)._loss, engine._losses
 
-    def over_own_count(targets: torch.Tensor, logits: torch.Tensor) -> Any:
-        whole, engine._count = engine._count, (targets != -100).sum() * engine.layout.data * 2
+    def over_own_count(micro: Batch, logits: torch.Tensor) -> Any:
+        whole, losses.count = losses.count, (micro.targets != -100).sum() * engine.layout.data * 2
         try:
-            return run(engine, targets, logits)
+            return run(engine, micro, logits)
         finally:
-            engine._count = whole
+            losses.count = whole
 
     with patch.object(engine, "_loss", over_own_count):
         yield
@@ -155,7 +154,7 @@ def test_a_restored_state_continues_with_the_same_bits_and_in_the_torch_engine()
     assert parity.violations(CUBE, whole, Outcome(half.steps + elsewhere.steps, elsewhere.state)) == []
 
 
-def _life_of_an_engine(case: Case) -> tuple[bool, bool, StepResult, bool, tuple[float, int], tuple[float, int]]:
+def _life_of_an_engine(case: Case) -> tuple[bool, bool, StepResult, bool, Evaluation, StepResult]:
     """What happens to the state before an update and in a step that is skipped, and what evaluation returns."""
     engine, rank = parity.make_engine(case), dist.get_rank()
     before = parity.held_shards(engine)
@@ -177,7 +176,7 @@ def _life_of_an_engine(case: Case) -> tuple[bool, bool, StepResult, bool, tuple[
     engine.restored()
     again = same(parity.held_shards(engine), after)
     engine.close()
-    return unchanged and again, not same(after, before), skipped, nothing_done, losses, (step.loss, step.tokens)
+    return unchanged and again, not same(after, before), skipped, nothing_done, losses, step
 
 
 def same(a: list[parity.HeldShard], b: list[parity.HeldShard]) -> bool:
@@ -193,8 +192,8 @@ def test_nothing_changes_before_an_update_or_in_a_skipped_step(case: Case) -> No
         assert changed
         assert skipped.skipped
         assert nothing_done
-        assert losses[1] == trained[1]
-        assert losses[0] / losses[1] == pytest.approx(trained[0], rel=1e-6)
+        assert losses.tokens == trained.tokens
+        assert losses.loss_sum / losses.tokens == pytest.approx(trained.loss, rel=1e-6)
 
 
 FAMILIES: dict[str, dict[str, object]] = {

@@ -58,27 +58,31 @@ def plain_loop(case: Case) -> Outcome:
     for step in range(STEPS):
         tokens, targets, documents = parity.global_batch(case, step)
         logits = model(tokens, documents=documents)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
-        loss.backward()
+        losses = {"main": F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)}
+        if case.z_loss:
+            losses["z_loss"] = logits.logsumexp(-1)[targets != -100].square().mean()
+        (losses["main"] + (case.z_loss or 0) * losses.get("z_loss", 0)).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM if case.clipped else torch.inf)
         for group in optimizer.param_groups:
             group["lr"] = parity.learning_rate(case, step)
         optimizer.step()
         optimizer.zero_grad()
         tokens_counted = int((targets != -100).sum())
-        steps.append(StepResult(loss=loss.item(), tokens=tokens_counted, grad_norm=norm.item(), skipped=False))
+        means = {name: loss.item() for name, loss in losses.items()}
+        steps.append(StepResult(losses=means, tokens=tokens_counted, grad_norm=norm.item(), skipped=False))
     return Outcome(steps, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
 
 
 @pytest.mark.parametrize("precision", VALUES["precision"])
 @pytest.mark.parametrize("optimizer", VALUES["optimizer"])
-@pytest.mark.parametrize("variant", ["plain", "tied", "documents-clipped", "equal"])
+@pytest.mark.parametrize("variant", ["plain", "tied", "documents-clipped", "equal", "z-loss"])
 def test_one_rank_computes_what_a_plain_loop_computes(variant: str, optimizer: str, precision: str) -> None:
     case = Case(
         tied=variant == "tied",
         documents="documents" in variant,
         clipped="clipped" in variant,
         masks="equal" if variant == "equal" else "unequal",
+        z_loss=1e-2 if variant == "z-loss" else None,
         optimizer=optimizer,
         precision=precision,
     )

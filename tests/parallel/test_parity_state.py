@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from parallel import clip
-from parallel.engine import IGNORED, Batch, StepResult
-from parallel.parameter import Held
+from parallel.engine import Batch, StepResult
+from parallel.parameter import ShardedParameter
+from parallel.targets import IGNORED
 from parallel.torch_engine import TorchEngine
 from tests.support import parity
 from tests.support.parity import Case, HeldShard, Outcome
@@ -124,7 +125,7 @@ def _infinite_gradient_on_the_last_rank() -> Iterator[None]:
     """One element of one gradient of one rank; the loss stays finite."""
     finish = clip.finish
 
-    def spoil(parameters: list[Held]) -> None:
+    def spoil(parameters: list[ShardedParameter]) -> None:
         finish(parameters)
         gradient = next(held.local.grad for held in parameters if held.replicas[0] == dist.get_rank())
         assert gradient is not None

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from parallel import clip
-from parallel.parameter import Held
+from parallel.engine import Batch
+from parallel.parameter import ShardedParameter
 from parallel.torch_engine import TorchEngine
 from tests.support import parity
 from tests.support.parity import Case
@@ -25,7 +26,7 @@ Fault = Callable[[TorchEngine], AbstractContextManager[None]]
 def gradients_doubled(engine: TorchEngine) -> Iterator[None]:
     finish = clip.finish
 
-    def doubling(parameters: Iterable[Held]) -> None:
+    def doubling(parameters: Iterable[ShardedParameter]) -> None:
         held = list(parameters)
         finish(held)
         for one in held:
@@ -41,8 +42,8 @@ def stage_left_out_of_norm(engine: TorchEngine) -> Iterator[None]:
     squared_norm = clip.squared_norm
     counts = 0 if engine.layout.coordinates(dist.get_rank()).pipeline == 1 else 1
 
-    def of_other_stages(parameters: Sequence[Held], rank: int, device: torch.device) -> torch.Tensor:
-        return counts * squared_norm(parameters, rank, device)
+    def of_other_stages(gradients: Sequence[clip.Gradient], rank: int, device: torch.device) -> torch.Tensor:
+        return counts * squared_norm(gradients, rank, device)
 
     with patch.object(clip, "squared_norm", of_other_stages):
         yield
@@ -65,10 +66,10 @@ def tied_gradient_twice_in_norm(engine: TorchEngine) -> Iterator[None]:
     squared_norm = clip.squared_norm
     on_last_stage = engine.layout.coordinates(dist.get_rank()).pipeline == engine.layout.pipeline - 1
 
-    def of_each_copy(parameters: Sequence[Held], rank: int, device: torch.device) -> torch.Tensor:
-        tied = [held for held in parameters if held.name == "embedding.weight"]
+    def of_each_copy(gradients: Sequence[clip.Gradient], rank: int, device: torch.device) -> torch.Tensor:
+        tied = [one for one in gradients if len(one.replicas) == engine.layout.pipeline]
         again = squared_norm(tied, tied[0].replicas[0], device) if tied and on_last_stage else 0
-        return squared_norm(parameters, rank, device) + again
+        return squared_norm(gradients, rank, device) + again
 
     with patch.object(clip, "squared_norm", of_each_copy):
         yield
@@ -78,11 +79,9 @@ def tied_gradient_twice_in_norm(engine: TorchEngine) -> Iterator[None]:
 def mean_of_means(engine: TorchEngine) -> Iterator[None]:
     accumulate = TorchEngine._accumulate
 
-    def over_own_count(
-        self: TorchEngine, tokens: torch.Tensor, targets: torch.Tensor, documents: torch.Tensor | None
-    ) -> None:
-        self._loss.count = (targets != -100).sum() * self.layout.data
-        accumulate(self, tokens, targets, documents)
+    def over_own_count(self: TorchEngine, batch: Batch) -> None:
+        self._losses.count = (batch.targets != -100).sum() * self.layout.data
+        accumulate(self, batch)
 
     with patch.object(TorchEngine, "_accumulate", over_own_count):
         yield

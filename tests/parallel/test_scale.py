@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from parallel.data import shard_size_of
+from parallel.engine import EngineConfig
 from parallel.layout import Coordinates, Layout
 from parallel.mesh import Mesh
 from parallel.stage import Stage
@@ -40,20 +41,28 @@ def job_of(data_mode: str) -> JobSpec:
 def test_a_stage_of_megatron_turing_holds_what_the_plan_says(rank: int, data_mode: str) -> None:
     job = job_of(data_mode)
     layout = Layout.of(job.parallel, ranks_per_node=8)
-    mesh = Mesh(layout, torch.device("cpu"), timedelta(seconds=10), shard_size=shard_size_of(job.parallel))
+    config = EngineConfig(
+        model=Decoder(job.model, job.seed),
+        parallel=job.parallel,
+        optimizer=job.optimizer,
+        numerics=job.numerics,
+        layout=layout,
+        device=torch.device("meta"),
+        timeout=timedelta(seconds=10),
+    )
+    mesh = Mesh(layout, torch.device("cpu"), config.timeout, shard_size=shard_size_of(job.parallel))
     at = layout.coordinates(rank)
-    model = Decoder(job.model, job.seed)
-    stage = Stage.build(at.pipeline, model, job.parallel, job.numerics, mesh, torch.device("meta"))
+    stage = Stage.build(at.pipeline, config, mesh)
     # The first data-parallel rank holds the most; sizes here divide, so that all hold the same.
-    assert sum(held.local.numel() for held in stage.held) == stage_parameters(job, at.pipeline)
-    assert {int(name.split(".")[1]) for name, _ in stage.part.named_parameters() if name.startswith("layers")} == set(
+    assert sum(held.local.numel() for held in stage.parameters) == stage_parameters(job, at.pipeline)
+    assert {int(name.split(".")[1]) for name, _ in stage.module.named_parameters() if name.startswith("layers")} == set(
         range(3 * at.pipeline, 3 * at.pipeline + 3)
     )
-    for held in stage.held:
+    for held in stage.parameters:
         assert isinstance(held.parameter, DTensor)
         assert rank in held.replicas
         assert tuple(held.parameter.shape) == held.global_shape
-    tied = [held for held in stage.held if held.name == "embedding.weight"]
+    tied = [held for held in stage.parameters if held.name == "embedding.weight"]
     assert len(tied) == (at.pipeline in (0, PIPELINE - 1))
     for held in tied:
         data = range(DATA) if data_mode == "replicate" else [at.data]

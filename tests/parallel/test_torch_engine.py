@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.engine import IGNORED, Batch, StepResult
+from parallel.engine import Batch, EngineConfig, Evaluation, StepResult
 from parallel.errors import EngineUnavailable, LayoutError
 from parallel.layout import Layout
 from parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
+from parallel.targets import IGNORED
 from parallel.torch_engine import TorchEngine
 from tests.support.parity import Case, State, equal_bits, make_engine, model_spec, rank_batch
 from tests.support.ranks import run_ranks
@@ -31,13 +32,15 @@ def engine_of(
 ) -> TorchEngine:
     spec = parallel or ParallelSpec()
     return TorchEngine(
-        Decoder(model_spec(case or Case()), 1),
-        spec,
-        optimizer or OptimizerSpec(),
-        numerics or NumericsSpec(),
-        Layout.of(spec),
-        device=torch.device("cpu"),
-        timeout=timedelta(seconds=60),
+        EngineConfig(
+            model=Decoder(model_spec(case or Case()), 1),
+            parallel=spec,
+            optimizer=optimizer or OptimizerSpec(),
+            numerics=numerics or NumericsSpec(),
+            layout=Layout.of(spec),
+            device=torch.device("cpu"),
+            timeout=timedelta(seconds=60),
+        )
     )
 
 
@@ -168,10 +171,10 @@ def test_restored_state_continues_to_the_bit(case: Case) -> None:
     assert all(run_ranks(case.world_size, _restore_and_go_on, case))
 
 
-def _grow(case: Case) -> tuple[list[StepResult], tuple[float, int], bool]:
+def _grow(case: Case) -> tuple[list[StepResult], Evaluation, bool]:
     """Steps of two, four and two micro-batches, and between them an evaluation of another shape."""
     engine = make_engine(case)
-    steps, evaluated = [], (0.0, 0)
+    steps, evaluated = [], Evaluation(sums={}, tokens=0)
     for step, micro_batches in enumerate((2, 4, 2)):
         batch = rank_batch(case, step, engine.layout, dist.get_rank())
         grown = Batch(tokens=batch.tokens[:micro_batches], targets=batch.targets[:micro_batches])
@@ -190,7 +193,8 @@ def test_the_number_of_micro_batches_may_change(schedule: str) -> None:
     (expected, evaluated, _), *_ = run_ranks(1, _grow, case.reference)
     for steps, score, unchanged in run_ranks(2, _grow, case):
         assert [result.loss for result in steps] == pytest.approx([result.loss for result in expected], rel=1e-12)
-        assert score == (pytest.approx(evaluated[0], rel=1e-12), evaluated[1])
+        assert score.loss_sum == pytest.approx(evaluated.loss_sum, rel=1e-12)
+        assert score.tokens == evaluated.tokens
         assert unchanged
 
 
@@ -199,13 +203,15 @@ def _tiny_dims() -> tuple[list[StepResult], int]:
     spec = ParallelSpec(data=dist.get_world_size())
     model = model_spec(Case()).model_copy(update={"head_dim": 6, "qk_norm": "head"})
     engine = TorchEngine(
-        Decoder(model, 1),
-        spec,
-        OptimizerSpec(),
-        NumericsSpec(precision="fp64"),
-        Layout.of(spec),
-        device=torch.device("cpu"),
-        timeout=timedelta(seconds=60),
+        EngineConfig(
+            model=Decoder(model, 1),
+            parallel=spec,
+            optimizer=OptimizerSpec(),
+            numerics=NumericsSpec(precision="fp64"),
+            layout=Layout.of(spec),
+            device=torch.device("cpu"),
+            timeout=timedelta(seconds=60),
+        )
     )
     case = Case(data=spec.data, micro_batches=2)
     steps = [engine.step(rank_batch(case, step, engine.layout, dist.get_rank()), LR) for step in range(3)]

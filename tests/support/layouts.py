@@ -11,7 +11,7 @@ from ft.part_writer import write_part
 from ft.snapshot import piece_of
 from parallel.data import shard_size_of
 from parallel.layout import Layout, split_layers, stages_of
-from parallel.parameter import Spread
+from parallel.parameter import ShardingSpec
 from parallel.shard import Shard
 from parallel.spec import ParallelSpec
 from parallel.tensor import SPLIT_DIM
@@ -50,16 +50,16 @@ def whole_state(model: ModelSpec, seed: int) -> State:
 def shards_of(rank: int, model: ModelSpec, case: Case, state: Mapping[str, torch.Tensor] | None) -> dict[str, Shard]:
     """What one rank holds of `state`, in memory of its own; zeros without one."""
     layout, spec = case.layout, case.spec
-    spread = Spread(
+    sharding = ShardingSpec(
         layout=layout, at=layout.coordinates(rank), split=_split(model, spec), shard_size=shard_size_of(spec)
     )
     found = {}
     for name, shape, stages in _parameters(rank, model, case):
-        box = spread.box(name, shape)
+        box = sharding.box(name, shape)
         where = tuple(slice(o, o + s) for o, s in zip(box.offsets, box.shape, strict=True))
         for prefix in ("model", *(f"optimizer.{moment}" for moment in MOMENTS)):
             whole = torch.zeros(shape) if state is None else state[f"{prefix}.{name}"]
-            local, flat, replicas = whole[where].clone(), None, spread.replicas(name, stages)
+            local, flat, replicas = whole[where].clone(), None, sharding.replicas(name, stages)
             if case.flat and prefix != "model":
                 place = replicas.index(rank)
                 flat = local.numel() * place // len(replicas), local.numel() * (place + 1) // len(replicas)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from trainer.model.decoder import Decoder, Part
+from trainer.model.decoder import Decoder, StageModule
 from trainer.model.spec import ModelSpec
 
 
@@ -26,9 +26,15 @@ def initialise(part: nn.Module, decoder: Decoder) -> None:
             parameter.copy_(decoder.initial(name, shape, (0,) * len(shape), shape))
 
 
-def whole_model(spec: ModelSpec, seed: int = 1, dtype: torch.dtype = torch.float32) -> Part:
+def losses_of(model: nn.Module, *inputs: torch.Tensor | None) -> torch.Tensor:
+    """The losses of each sample `[micro, 2]`: main and z-loss."""
+    losses = model(*inputs)
+    return torch.stack([losses["main"], losses["z_loss"]], dim=1)
+
+
+def whole_model(spec: ModelSpec, seed: int = 1, dtype: torch.dtype = torch.float32) -> StageModule:
     """The whole model on one rank with its initial weights."""
     decoder = Decoder(spec, seed)
-    part = decoder.part(range(spec.layers), embed=True, head=True).to(dtype)
+    part = decoder.build_stage(range(spec.layers), embed=True, head=True).to(dtype)
     initialise(part, decoder)
     return part

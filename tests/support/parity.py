@@ -10,10 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel.engine import IGNORED, Batch, Engine, StepResult
+from parallel.engine import Batch, Engine, EngineConfig, StepResult
 from parallel.engine_support import ENGINES
 from parallel.layout import Layout
+from parallel.model import ModelParts
 from parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
+from parallel.targets import IGNORED
 from tests.support.ranks import ROOT, run_ranks
 from trainer.model.decoder import Decoder
 from trainer.model.spec import ModelSpec
@@ -53,6 +55,7 @@ class Case:
     engine: str = "torch"
     zero_stage: int = 1
     offload: bool = False
+    z_loss: float | None = None
 
     @property
     def world_size(self) -> int:
@@ -69,6 +72,7 @@ class Case:
             clipped=self.clipped,
             optimizer=self.optimizer,
             precision=self.precision,
+            z_loss=self.z_loss,
         )
 
     def __str__(self) -> str:
@@ -144,7 +148,12 @@ def rank_batch(case: Case, step: int, layout: Layout, rank: int) -> Batch:
     return Batch(tokens=tokens, targets=targets, documents=documents)
 
 
-def make_engine(case: Case) -> Any:
+def make_model(case: Case, numerics: NumericsSpec) -> ModelParts:
+    """The model that the case trains."""
+    return Decoder(model_spec(case), SEED, z_loss=numerics.z_loss)
+
+
+def make_engine(case: Case, model: Callable[[Case, NumericsSpec], ModelParts] = make_model) -> Any:
     """The engine of this rank, called by every rank of the case's world."""
     spec = ParallelSpec.model_validate(
         {
@@ -162,16 +171,20 @@ def make_engine(case: Case) -> Any:
             "offload_optimizer": case.offload,
         }
     )
-    numerics = NumericsSpec.model_validate({"precision": case.precision, "recompute": case.recompute})
+    numerics = NumericsSpec.model_validate(
+        {"precision": case.precision, "recompute": case.recompute, "z_loss": case.z_loss}
+    )
     info = ENGINES[spec.engine]
     return getattr(importlib.import_module(info.module), info.name)(
-        Decoder(model_spec(case), SEED),
-        spec,
-        optimizer_spec(case),
-        numerics,
-        Layout.of(spec),
-        device=torch.device("cpu"),
-        timeout=timedelta(seconds=60),
+        EngineConfig(
+            model=model(case, numerics),
+            parallel=spec,
+            optimizer=optimizer_spec(case),
+            numerics=numerics,
+            layout=Layout.of(spec),
+            device=torch.device("cpu"),
+            timeout=timedelta(seconds=60),
+        )
     )
 
 
@@ -324,8 +337,10 @@ def violations(case: Case, expected: Outcome, found: Outcome) -> list[str]:
     steady = double or case.optimizer == "sgd"
     problems = []
     for step, (a, b) in enumerate(zip(expected.steps, found.steps, strict=True)):
-        if not abs(a.loss - b.loss) <= (1e-9 * abs(a.loss) if double else 1e-5):
-            problems.append(f"loss of step {step}: {b.loss!r} instead of {a.loss!r}")
+        assert a.losses.keys() == b.losses.keys(), (a.losses.keys(), b.losses.keys())
+        for name, loss in a.losses.items():
+            if not abs(loss - b.losses[name]) <= (1e-9 * abs(loss) if double else 1e-5 * max(1, abs(loss))):
+                problems.append(f"loss of step {step}: {name} is {b.losses[name]!r} instead of {loss!r}")
         if steady and not abs(a.grad_norm - b.grad_norm) <= (1e-9 if double else 1e-4) * a.grad_norm:
             problems.append(f"norm of step {step}: {b.grad_norm!r} instead of {a.grad_norm!r}")
         if (a.tokens, a.skipped) != (b.tokens, b.skipped):

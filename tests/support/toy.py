@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from parallel.engine import IGNORED
+from parallel.loss import MAIN
 from parallel.shard import Shard
 from parallel.style import TensorStyle
+from parallel.targets import IGNORED
 from trainer.build import assemble
 from trainer.checkpoint import Checkpoints
 from trainer.data.ledger import Ledger
@@ -121,12 +122,11 @@ class Net(nn.Module):
 
     def forward(
         self, x: torch.Tensor, documents: torch.Tensor | None = None, targets: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    ) -> dict[str, torch.Tensor]:
         hidden = F.gelu(self.window(self.embedding(x).flatten(1)))
         logits: torch.Tensor = self.head(self.norm(hidden + F.gelu(self.residual(hidden))))
         assert targets is not None
-        losses = F.cross_entropy(logits, targets[:, -1], reduction="none")
-        return torch.stack([losses, torch.zeros_like(losses)], dim=1)
+        return {MAIN: F.cross_entropy(logits, targets[:, -1], reduction="none")}
 
 
 class ToyParts:
@@ -137,12 +137,13 @@ class ToyParts:
     heads = kv_heads = 1
     vocabulary_size = VOCABULARY
     tied_embeddings = False
+    loss_weights: Mapping[str, float] = {MAIN: 1.0}
 
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
         self._values = {name: value.detach() for name, value in Net().named_parameters()}
 
-    def part(self, layers: range, *, embed: bool, head: bool) -> nn.Module:
+    def build_stage(self, layers: range, *, embed: bool, head: bool) -> nn.Module:
         return Net()
 
     def canonical(self, name: str) -> str:

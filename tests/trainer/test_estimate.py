@@ -64,7 +64,7 @@ def numel(module: nn.Module) -> int:
 def test_shipped_models_have_as_many_parameters_as_the_built_ones(path: Path) -> None:
     spec = load_model(path)
     with torch.device("meta"):
-        whole = Decoder(spec, 1).part(range(spec.layers), embed=True, head=True)
+        whole = Decoder(spec, 1).build_stage(range(spec.layers), embed=True, head=True)
     assert total_parameters(spec) == numel(whole)
     if path.stem in PUBLISHED:
         assert total_parameters(spec) == PUBLISHED[path.stem]
@@ -88,7 +88,7 @@ def test_stages_have_as_many_parameters_as_the_built_parts(name: str, tied: bool
         if 1 < stage < stages - 2:
             continue
         with torch.device("meta"):
-            part = Decoder(spec, 1).part(layers, embed=stage == 0, head=stage == stages - 1)
+            part = Decoder(spec, 1).build_stage(layers, embed=stage == 0, head=stage == stages - 1)
         built = {name: tuple(parameter.shape) for name, parameter in part.named_parameters()}
         assert stage_shapes(one, stage) == built
         assert stage_parameters(one, stage) == numel(part)

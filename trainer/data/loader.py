@@ -8,9 +8,10 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from parallel.engine import IGNORED, Batch, local_rows
+from parallel.engine import Batch, local_rows
 from parallel.errors import LayoutError
 from parallel.layout import Layout
+from parallel.targets import IGNORED
 from trainer.data.ledger import Ledger
 from trainer.data.packing import PackedSource, Samples, Source, assembled
 from trainer.data.prefetch import Prefetcher

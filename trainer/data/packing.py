@@ -11,13 +11,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from parallel.targets import IGNORED
 from trainer.data.permutation import window_at
 from trainer.data.replay import Identified, Pieces
 from trainer.data.table import Ints
 from trainer.errors import DataError
-
-IGNORED = -100
-"""Target that carries no loss, as in `parallel.engine`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,4 +1,4 @@
-"""The decoder-only transformer, whole or in the parts that pipeline stages hold."""
+"""The decoder-only transformer, whole or as the stages of a pipeline."""
 
 from collections.abc import Mapping
 from typing import Literal, cast
@@ -6,6 +6,7 @@ from typing import Literal, cast
 import torch
 from torch import nn
 
+from parallel.loss import MAIN, Z_LOSS
 from parallel.model import TensorStyle
 from trainer.model.attention import Attention, Context, context
 from trainer.model.head import Head
@@ -42,8 +43,8 @@ class Layer(nn.Module):
         return x + change
 
 
-class Part(nn.Module):
-    """Consecutive layers, with the embedding before and the head behind them where the part has these.
+class StageModule(nn.Module):
+    """Consecutive layers, with the embedding before and the head behind them where the stage has these.
 
     `sequence_shards` is set by an engine whose hidden states arrive split along the sequence: into how many.
     """
@@ -57,12 +58,12 @@ class Part(nn.Module):
         self.positions = nn.Embedding(spec.max_sequence_length, spec.hidden_size) if learned else None
         self.layers = nn.ModuleDict({str(index): Layer(spec) for index in layers})
         self.final_norm = norm(spec, spec.hidden_size) if head else None
-        self.head = Head(spec.hidden_size, spec.vocabulary_size, spec.z_loss) if head else None
+        self.head = Head(spec.hidden_size, spec.vocabulary_size) if head else None
         self._rotation: tuple[object, tuple[torch.Tensor, torch.Tensor]] | None = None
         self.tie()
 
     def tie(self) -> None:
-        """Let the head use the embedding's parameter where the spec says so and the part has both.
+        """Let the head use the embedding's parameter where the spec says so and the stage has both.
 
         Called once more by whoever replaces parameters (`to_empty`, `parallelize_module`).
         """
@@ -71,8 +72,8 @@ class Part(nn.Module):
 
     def forward(
         self, x: torch.Tensor, documents: torch.Tensor | None = None, targets: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """See `parallel.model.ModelParts.part`."""
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """See `parallel.model.ModelParts.build_stage`."""
         sequence = x.shape[1] * (1 if self.embedding is not None else self.sequence_shards)
         positions = None if documents is None else positions_in(documents)
         if self.embedding is not None:
@@ -87,7 +88,7 @@ class Part(nn.Module):
             x = layer(x, seen)
         if self.head is None or self.final_norm is None:
             return x
-        result: torch.Tensor = self.head(self.final_norm(x), targets)
+        result: torch.Tensor | dict[str, torch.Tensor] = self.head(self.final_norm(x), targets)
         return result
 
     def _rotation_of(
@@ -111,13 +112,21 @@ class Part(nn.Module):
 
 
 class Decoder:
-    """A decoder-only transformer as `parallel.model.ModelParts`: built in parts, initialised by name and index.
+    """A decoder-only transformer as `parallel.model.ModelParts`: built in stages, initialised by name and index.
 
-    A part with a head but no embedding owns the head's weight as `head.weight` even when embeddings are tied; its
+    A stage with a head but no embedding owns the head's weight as `head.weight` even when embeddings are tied; its
     canonical name, given by `canonical`, is then `embedding.weight`, of which the two are replicas.
     """
 
-    def __init__(self, spec: ModelSpec, seed: int, *, norms: Literal["torch", "apex"] = "torch") -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        seed: int,
+        *,
+        norms: Literal["torch", "apex"] = "torch",
+        z_loss: float | None = None,
+    ) -> None:
+        """`z_loss` is the weight of the squared log-partition where it is not that of the spec."""
         self.spec = spec
         self.seed = seed
         self.norms = norms
@@ -127,20 +136,21 @@ class Decoder:
         self.kv_heads = spec.key_value_heads
         self.vocabulary_size = spec.vocabulary_size
         self.tied_embeddings = spec.tied_embeddings
+        self.loss_weights: Mapping[str, float] = {MAIN: 1.0, Z_LOSS: spec.z_loss if z_loss is None else z_loss}
 
-    def part(self, layers: range, *, embed: bool, head: bool) -> Part:
+    def build_stage(self, layers: range, *, embed: bool, head: bool) -> StageModule:
         """See `parallel.model.ModelParts`; values are not those of `initial` until someone writes these in."""
-        part = Part(self.spec, layers, embed=embed, head=head)
+        stage = StageModule(self.spec, layers, embed=embed, head=head)
         if self.norms == "apex":
-            use_apex(part)
-        return part
+            use_apex(stage)
+        return stage
 
     def tensor_plan(self) -> Mapping[str, TensorStyle]:
         """See `parallel.model.ModelParts`."""
         return tensor_plan(self.spec)
 
     def canonical(self, name: str) -> str:
-        """The name under which a part's parameter is known everywhere."""
+        """The name under which a stage's parameter is known everywhere."""
         return "embedding.weight" if name == "head.weight" and self.tied_embeddings else name
 
     def initial(

@@ -1,16 +1,16 @@
 """Output projection and loss in one, a chunk of tokens at a time."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from parallel.loss import MAIN, Z_LOSS
+from parallel.targets import IGNORED
 from trainer.model.collective import local
 from trainer.model.shapes import LOGITS_AT_ONCE
-
-IGNORED = -100
 
 
 class Head(nn.Module):
@@ -22,29 +22,29 @@ class Head(nn.Module):
     engine. The result is equal on all of them, the gradient of `weight` complete for the local rows.
     """
 
-    def __init__(self, hidden_size: int, vocabulary_size: int, z_loss: float) -> None:
+    def __init__(self, hidden_size: int, vocabulary_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocabulary_size, hidden_size))
-        self.z_loss = z_loss
         self.chunk = LOGITS_AT_ONCE
         self.vocabulary_group: dist.ProcessGroup | None = None
         self.vocabulary_start = 0
 
-    def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits `[micro, sequence, vocabulary]`; with `targets` `[micro, sequence]`, float `[micro, 2]`.
+    def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Logits `[micro, sequence, vocabulary]`; with `targets` `[micro, sequence]`, the losses, float `[micro]` each.
 
-        Per sample: the cross-entropy summed over targets other than -100, and `z_loss` times the sum of their squared
-        log-partition. At least fp32. Logits gathered over a vocabulary group carry no gradient.
+        `main` is the cross-entropy and `z_loss` the squared log-partition (Chowdhery et al., 2022), both summed over
+        the targets of a sample other than `IGNORED` and at least fp32. Logits gathered over a vocabulary group carry no
+        gradient.
         """
         weight = local(self.weight)
         if targets is None:
             return self._gather(F.linear(x, weight))
-        tokens = max(1, self.chunk // weight.shape[0])
+        vocabulary = _Vocabulary(max(1, self.chunk // weight.shape[0]), self.vocabulary_group, self.vocabulary_start)
         loss, partition = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-            x.flatten(0, 1), weight, targets.flatten(), tokens, self.vocabulary_group, self.vocabulary_start
+            x.flatten(0, 1), weight, targets.flatten(), vocabulary
         )
         loss, partition = loss.view_as(targets), partition.view_as(targets)
-        return torch.stack((loss.sum(1), self.z_loss * partition.square().sum(1)), dim=1)
+        return {MAIN: loss.sum(1), Z_LOSS: partition.square().sum(1)}
 
     def _gather(self, logits: torch.Tensor) -> torch.Tensor:
         if self.vocabulary_group is None:
@@ -52,6 +52,17 @@ class Head(nn.Module):
         parts = [torch.empty_like(logits) for _ in range(dist.get_world_size(self.vocabulary_group))]
         dist.all_gather(parts, logits.detach().contiguous(), group=self.vocabulary_group)
         return torch.cat(parts, dim=-1)
+
+
+class _Vocabulary(NamedTuple):
+    """Which part of the vocabulary is here, and how much is computed at once."""
+
+    chunk: int
+    """Tokens whose logits exist at once."""
+    group: dist.ProcessGroup | None
+    """Ranks that share the vocabulary."""
+    start: int
+    """First token of this rank."""
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -63,14 +74,9 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
-        chunk: int,
-        group: dist.ProcessGroup | None,
-        start: int,
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocabulary: _Vocabulary
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        chunk, group, start = vocabulary
         wide = torch.promote_types(x.dtype, torch.float32)
         loss = torch.empty(len(x), dtype=wide, device=x.device)
         partition = torch.empty_like(loss)
@@ -102,7 +108,7 @@ class _ChunkedLoss(torch.autograd.Function):
             product = slope.t() @ x[part]
             grad_weight = product if grad_weight is None else grad_weight.add_(product)
         assert grad_weight is not None
-        return grad_x, grad_weight.to(weight.dtype), None, None, None, None
+        return grad_x, grad_weight.to(weight.dtype), None, None
 
 
 def _chunks(tokens: int, chunk: int) -> list[slice]:

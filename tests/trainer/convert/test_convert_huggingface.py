@@ -105,7 +105,7 @@ def test_there_and_back(tmp_path: Path, case: str, dialect: int) -> None:
     assert_config_kept(tmp_path / "hf", tmp_path / "back")
 
     spec = model_spec_of(NativeCheckpoint(tmp_path / "native"))
-    ours = Decoder(spec, seed=1).part(range(spec.layers), embed=True, head=True)
+    ours = Decoder(spec, seed=1).build_stage(range(spec.layers), embed=True, head=True)
     parameters = native_parameters(tmp_path / "native")
     load_parameters(ours, parameters)
     tokens = torch.randint(0, 96, (2, 48), generator=torch.Generator().manual_seed(5))

@@ -58,7 +58,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def logits(path: Path, spec: ModelSpec) -> torch.Tensor:
     """Of our own model."""
-    part = Decoder(spec, seed=0).part(range(spec.layers), embed=True, head=True)
+    part = Decoder(spec, seed=0).build_stage(range(spec.layers), embed=True, head=True)
     values = {}
     with NativeCheckpoint(path) as native:
         for name, tensor in native.tensors.items():

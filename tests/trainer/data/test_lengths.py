@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from parallel.engine import IGNORED
 from parallel.layout import Layout
+from parallel.targets import IGNORED
 from tests.support.corpus import MemoryTokens, counting_source
 from trainer.data.ledger import Ledger
 from trainer.data.loader import BatchLoader

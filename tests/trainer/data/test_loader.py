@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.engine import IGNORED, Batch
+from parallel.engine import Batch
 from parallel.errors import LayoutError
 from parallel.layout import Layout
+from parallel.targets import IGNORED
 from tests.support.corpus import MemoryTokens, counting_source, random_documents, write_token_file
 from trainer.data.indexed import TokenFile
 from trainer.data.ledger import Ledger

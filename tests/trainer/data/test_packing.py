@@ -5,10 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel import engine
+from parallel.targets import IGNORED
 from tests.support.corpus import MemoryTokens, counting_source
-from trainer.data import packing
-from trainer.data.packing import IGNORED, PackedSource
+from trainer.data.packing import PackedSource
 from trainer.errors import DataError
 
 corpora = st.lists(
@@ -63,7 +62,3 @@ def test_every_sample_comes_once_in_an_epoch() -> None:
     epochs = source.read(np.arange(60), seed=1).tokens[:, 0] // 4
     assert sorted(epochs[:30].tolist()) == sorted(epochs[30:].tolist()) == list(range(30))
     assert epochs[:30].tolist() != epochs[30:].tolist()
-
-
-def test_the_mark_of_a_masked_target_is_the_engines() -> None:
-    assert packing.IGNORED == engine.IGNORED

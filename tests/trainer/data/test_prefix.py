@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parallel.targets import IGNORED
 from tests.support.corpus import MemoryTokens
 from trainer.data.indexed import TokenFile, megatron_indexed
-from trainer.data.packing import IGNORED, PackedSource
+from trainer.data.packing import PackedSource
 from trainer.data.prefix import Control, metadata
 from trainer.data.token_parts import merge, part_path, write_part
 from trainer.data.tokenize import command, tokenize

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.models import initialise, whole_model
+from tests.support.models import initialise, losses_of, whole_model
 from trainer.model.attention import Attention
 from trainer.model.decoder import Decoder
 from trainer.model.spec import ModelSpec
@@ -55,16 +55,17 @@ def test_parts_make_the_whole(family: str, packed: bool) -> None:
     tokens, documents, targets = batch()
     seen = documents if packed else None
     whole = whole_model(spec)
-    expected = whole(tokens, seen, targets)
+    expected = losses_of(whole, tokens, seen, targets)
     expected.sum().backward()
     parts = []
     for layers in (range(0, 1), range(1, 3), range(3, 4)):
-        part = decoder.part(layers, embed=layers.start == 0, head=layers.stop == 4)
+        part = decoder.build_stage(layers, embed=layers.start == 0, head=layers.stop == 4)
         initialise(part, decoder)
         parts.append(part)
     x: torch.Tensor = tokens
-    for part in parts:
+    for part in parts[:-1]:
         x = part(x, seen, targets)
+    x = losses_of(parts[-1], x, seen, targets)
     assert torch.equal(x, expected)
     x.sum().backward()
     found: dict[str, torch.Tensor] = {}
@@ -84,13 +85,15 @@ def test_a_part_from_the_meta_device_is_the_same(family: str) -> None:
     spec = FAMILIES[family]
     decoder = Decoder(spec, seed=1)
     with torch.device("meta"):
-        part = decoder.part(range(4), embed=True, head=True)
+        part = decoder.build_stage(range(4), embed=True, head=True)
     part.to_empty(device="cpu")
     part.tie()
     assert not list(part.buffers())
     initialise(part, decoder)
     tokens, documents, targets = batch()
-    assert torch.equal(part(tokens, documents, targets), whole_model(spec)(tokens, documents, targets))
+    assert torch.equal(
+        losses_of(part, tokens, documents, targets), losses_of(whole_model(spec), tokens, documents, targets)
+    )
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "gpt-tied"])
@@ -105,7 +108,7 @@ def test_tied_embeddings_are_one_parameter(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_tensor_plan_names_every_matrix(family: str) -> None:
     decoder = Decoder(FAMILIES[family], seed=1)
-    part = decoder.part(range(4), embed=True, head=True)
+    part = decoder.build_stage(range(4), embed=True, head=True)
     plan = decoder.tensor_plan()
     modules = {name for name, module in part.named_modules() if list(module.parameters(recurse=False))}
     named = {name for name in modules if any(fnmatch.fnmatchcase(name, pattern) for pattern in plan)}
@@ -117,9 +120,9 @@ def test_the_tensor_plan_names_every_matrix(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_types_come_close_to_fp32(family: str, dtype: torch.dtype) -> None:
     tokens, documents, targets = batch()
-    expected = whole_model(FAMILIES[family])(tokens, documents, targets)
+    expected = losses_of(whole_model(FAMILIES[family]), tokens, documents, targets)
     model = whole_model(FAMILIES[family], dtype=dtype)
-    loss = model(tokens, documents, targets)
+    loss = losses_of(model, tokens, documents, targets)
     loss.sum().backward()
     assert all(p.grad is not None and p.grad.dtype == dtype for p in model.parameters())
     torch.testing.assert_close(loss.float(), expected, rtol=1e-6 if dtype == torch.float64 else 2e-2, atol=1e-6)
@@ -154,8 +157,8 @@ def test_inference_first_does_not_break_training() -> None:
     model = whole_model(FAMILIES["llama"])
     tokens, documents, targets = batch()
     with torch.inference_mode():
-        first = model(tokens, documents, targets)
-    second = model(tokens, documents, targets)
+        first = losses_of(model, tokens, documents, targets)
+    second = losses_of(model, tokens, documents, targets)
     second.sum().backward()
     assert torch.equal(first.clone(), second)
 
@@ -168,7 +171,7 @@ def test_compiled_layers_agree(packed: bool) -> None:
     plain, compiled = (whole_model(FAMILIES["qwen3"]) for _ in range(2))
     for layer in compiled.layers.values():
         layer.forward = torch.compile(layer.forward, backend="aot_eager")
-    losses = [model(tokens, documents if packed else None, targets) for model in (plain, compiled)]
+    losses = [losses_of(model, tokens, documents if packed else None, targets) for model in (plain, compiled)]
     for loss in losses:
         loss.sum().backward()
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=1e-6)

@@ -5,8 +5,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from parallel.targets import IGNORED
+from tests.support.models import losses_of
 from tests.support.ranks import run_ranks
-from trainer.model.head import IGNORED, Head
+from trainer.model.head import Head
 
 HIDDEN, VOCABULARY = 24, 88
 
@@ -21,30 +23,30 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tens
     return x.to(dtype), targets, weight.to(dtype)
 
 
-def head(weight: torch.Tensor, *, z_loss: float = 0.0, tokens_at_once: int = 1 << 20) -> Head:
-    made = Head(HIDDEN, VOCABULARY, z_loss).to(weight.dtype)
+def head(weight: torch.Tensor, *, tokens_at_once: int = 1 << 20) -> Head:
+    made = Head(HIDDEN, VOCABULARY).to(weight.dtype)
     made.weight = torch.nn.Parameter(weight.clone())
     made.chunk = tokens_at_once * len(weight)
     return made
 
 
-def reference(x: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor, z_loss: float) -> torch.Tensor:
+def reference(x: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`[micro, 2]` by the library's cross-entropy over the whole of the logits."""
     logits = F.linear(x, weight)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets).sum(1)
     squares = logits.logsumexp(-1).square() * (targets != IGNORED)
-    return torch.stack((loss, z_loss * squares.sum(1)), dim=1)
+    return torch.stack((loss, squares.sum(1)), dim=1)
 
 
-@pytest.mark.parametrize("z_loss", [0.0, 1e-3])
+@pytest.mark.parametrize("z_weight", [0.0, 1e-3])
 @pytest.mark.parametrize("tokens_at_once", [1, 7, 17, 51, 1000])
-def test_loss_and_gradients_are_those_of_cross_entropy(tokens_at_once: int, z_loss: float) -> None:
+def test_loss_and_gradients_are_those_of_cross_entropy(tokens_at_once: int, z_weight: float) -> None:
     x, targets, weight = inputs()
     # Samples and columns weigh differently, so that no gradient hides in a sum.
-    scale = torch.tensor([[1.0, 0.5], [2.0, 3.0], [0.1, 7.0]], dtype=torch.float64)
-    made = head(weight, z_loss=z_loss, tokens_at_once=tokens_at_once)
+    scale = torch.tensor([[1.0, 0.5], [2.0, 3.0], [0.1, 7.0]], dtype=torch.float64) * torch.tensor([1.0, z_weight])
+    made = head(weight, tokens_at_once=tokens_at_once)
     ours_x, their_x, their_weight = (t.clone().requires_grad_() for t in (x, x, weight))
-    ours, theirs = made(ours_x, targets), reference(their_x, targets, their_weight, z_loss)
+    ours, theirs = losses_of(made, ours_x, targets), reference(their_x, targets, their_weight)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     (ours * scale).sum().backward()
     (theirs * scale).sum().backward()
@@ -54,18 +56,18 @@ def test_loss_and_gradients_are_those_of_cross_entropy(tokens_at_once: int, z_lo
 
 def test_gradients_are_the_derivatives() -> None:
     x, targets, weight = inputs()
-    made = head(weight[:8], z_loss=0.1, tokens_at_once=5)
+    made = head(weight[:8], tokens_at_once=5)
     made.weight.requires_grad_(False)
     few = targets[:1].remainder(8).where(targets[:1] != IGNORED, IGNORED)
-    assert torch.autograd.gradcheck(lambda part: made(part, few), (x[:1].requires_grad_(),))
+    assert torch.autograd.gradcheck(lambda part: losses_of(made, part, few), (x[:1].requires_grad_(),))
 
 
 def test_a_sample_without_targets_has_no_loss_and_no_gradient() -> None:
     x, targets, weight = inputs()
     targets[1] = IGNORED
-    made = head(weight, z_loss=0.1, tokens_at_once=8)
+    made = head(weight, tokens_at_once=8)
     x.requires_grad_()
-    loss = made(x, targets)
+    loss = losses_of(made, x, targets)
     assert loss[1].tolist() == [0.0, 0.0]
     loss.sum().backward()
     assert x.grad is not None
@@ -77,9 +79,9 @@ def test_a_sample_without_targets_has_no_loss_and_no_gradient() -> None:
 @pytest.mark.parametrize("tokens_at_once", [7, 1000])
 def test_loss_is_at_least_fp32(dtype: torch.dtype, tokens_at_once: int) -> None:
     x, targets, weight = inputs(dtype)
-    made = head(weight, z_loss=1e-3, tokens_at_once=tokens_at_once)
+    made = head(weight, tokens_at_once=tokens_at_once)
     x.requires_grad_()
-    loss = made(x, targets)
+    loss = losses_of(made, x, targets)
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     expected = F.cross_entropy(F.linear(x, weight).flatten(0, 1).to(loss.dtype), targets.flatten(), reduction="sum")
     torch.testing.assert_close(loss[:, 0].sum(), expected, rtol=1e-6, atol=0)
@@ -113,10 +115,10 @@ def _on_a_slice(tokens_at_once: int) -> tuple[torch.Tensor, ...]:
     x, targets, weight = inputs()
     rank, size = dist.get_rank(), dist.get_world_size()
     rows = VOCABULARY // size
-    made = head(weight[rank * rows : (rank + 1) * rows], z_loss=1e-2, tokens_at_once=tokens_at_once)
+    made = head(weight[rank * rows : (rank + 1) * rows], tokens_at_once=tokens_at_once)
     made.vocabulary_group, made.vocabulary_start = dist.group.WORLD, rank * rows
     x.requires_grad_()
-    loss = made(x, targets)
+    loss = losses_of(made, x, targets)
     loss.sum().backward()
     assert x.grad is not None
     assert made.weight.grad is not None
@@ -127,9 +129,9 @@ def _on_a_slice(tokens_at_once: int) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("tokens_at_once", [10, 1000])
 def test_slices_of_the_vocabulary_make_the_whole(tokens_at_once: int) -> None:
     x, targets, weight = inputs()
-    whole = head(weight, z_loss=1e-2)
+    whole = head(weight)
     x.requires_grad_()
-    expected = whole(x, targets)
+    expected = losses_of(whole, x, targets)
     expected.sum().backward()
     losses, logits, of_x, of_rows = zip(*run_ranks(4, _on_a_slice, tokens_at_once), strict=True)
     for rank in range(4):

@@ -30,7 +30,7 @@ def test_logits_equal_those_of_transformers(case: str) -> None:
     kind, changes = CASES[case]
     theirs = hf_model(kind, changes)
     spec = model_spec_from_hf_config(theirs.config.to_dict())
-    ours = Decoder(spec, seed=1).part(range(spec.layers), embed=True, head=True)
+    ours = Decoder(spec, seed=1).build_stage(range(spec.layers), embed=True, head=True)
     load_parameters(ours, rearranged(theirs.state_dict(), kind, spec))
     tokens = torch.randint(0, 96, (2, 48), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():

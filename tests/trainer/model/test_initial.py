@@ -75,7 +75,7 @@ SPEC = ModelSpec(
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_parameter_starts_as_published(tied: bool) -> None:
     decoder = Decoder(SPEC.model_copy(update={"tied_embeddings": tied}), seed=1)
-    part = decoder.part(range(2), embed=True, head=True)
+    part = decoder.build_stage(range(2), embed=True, head=True)
     seen = set()
     for name, parameter in part.named_parameters():
         shape = tuple(parameter.shape)

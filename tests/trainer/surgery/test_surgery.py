@@ -72,7 +72,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 def logits(path: Path, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
     with NativeCheckpoint(path) as native:
         spec = model_spec_of(native)
-    part = Decoder(spec, seed=0).part(range(spec.layers), embed=True, head=True)
+    part = Decoder(spec, seed=0).build_stage(range(spec.layers), embed=True, head=True)
     load_parameters(part, weights(path))
     with torch.no_grad():
         found: torch.Tensor = part(tokens)

@@ -1,0 +1,108 @@
+"""The named losses of a step: summed for the record, and weighted into what backward starts from."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+MAIN = "main"
+"""The name of the cross-entropy of the targets; what is reported as the loss."""
+Z_LOSS = "z_loss"
+"""The name of the squared log-partition of the vocabulary."""
+
+StageOutput = torch.Tensor | dict[str, torch.Tensor] | tuple[torch.Tensor, dict[str, torch.Tensor]]
+"""Hidden states, the losses of the last stage, or the hidden states of an earlier stage with losses of its own."""
+
+
+class Losses:
+    """Collects the named losses of one rank over the micro-batches of a step or an evaluation.
+
+    Every loss is a sum over a micro-batch, equal on all ranks of the tensor axis. What is optimised is the weighted
+    sum of all of them over the global batch, divided by the number of its unmasked targets: a loss that is a mean over
+    a micro-batch must be multiplied by the unmasked targets of that micro-batch. Losses of weight 0 are left out.
+    """
+
+    def __init__(self, weights: Mapping[str, float], device: torch.device) -> None:
+        """`weights` are those of `ModelParts.loss_weights`: equal on every rank, whatever stages it has."""
+        self._weights = weights
+        self.names = tuple(name for name, weight in weights.items() if weight)
+        """Of the losses that are optimised and reported; the order of `totals`."""
+        self.totals = torch.zeros(len(self.names), device=device, dtype=torch.float64)
+        """Sums, not weighted, over the micro-batches that this rank has seen."""
+        self.count = torch.ones((), device=device)
+        """Unmasked targets of the global batch."""
+        self.scale = 1
+        """What the engine divides gradients by after backward."""
+
+    @property
+    def columns(self) -> int:
+        """Columns of the table that the last stage returns: all losses, in the order of the weights."""
+        return len(self._weights)
+
+    def start(self, count: torch.Tensor) -> None:
+        """Begin a step or an evaluation over `count` unmasked targets."""
+        self.count = count
+        self.totals.zero_()
+
+    def add(self, losses: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Record the losses of a micro-batch, tensors of any shape to be summed; return what is optimised of them."""
+        objective: torch.Tensor | None = None
+        for index, name in enumerate(self.names):
+            if name not in losses:
+                continue
+            total = losses[name].sum()
+            self.totals[index] += total.detach()
+            weighted = total if self._weights[name] == 1 else self._weights[name] * total
+            objective = weighted if objective is None else objective + weighted
+        if objective is None:
+            return torch.zeros((), device=self.totals.device)
+        objective = objective / self.count
+        return objective if self.scale == 1 else objective * self.scale
+
+    def add_table(self, table: torch.Tensor) -> torch.Tensor:
+        """`add` of what the last stage returns, `[samples, columns]`."""
+        return self.add(dict(zip(self._weights, table.unbind(1), strict=True)))
+
+    def collected(self, forward: Callable[..., StageOutput]) -> Callable[..., torch.Tensor]:
+        """The forward of a stage module, with one tensor as result: what pipelines and wrappers of modules can carry.
+
+        The last stage returns its losses as a table `[micro, columns]`, for `add_table`. Losses of an earlier stage are
+        recorded at once; their gradient joins that of its hidden states.
+
+        Raises:
+            ValueError: a stage returns a loss whose weight the model does not say.
+        """
+
+        def forward_of_stage(*args: Any, **kwargs: Any) -> torch.Tensor:
+            output = forward(*args, **kwargs)
+            if isinstance(output, torch.Tensor):
+                return output
+            if isinstance(output, tuple):
+                hidden, losses = output
+                self._check(losses)
+                return _attached(hidden, self.add(losses))
+            self._check(output)
+            nothing = torch.zeros_like(output[MAIN])
+            return torch.stack([output.get(name, nothing) for name in self._weights], dim=1)
+
+        return forward_of_stage
+
+    def _check(self, losses: Mapping[str, torch.Tensor]) -> None:
+        if unknown := losses.keys() - self._weights.keys():
+            raise ValueError(f"a stage returns {sorted(unknown)}; loss_weights has {sorted(self._weights)}")
+
+
+def _attached(hidden: torch.Tensor, objective: torch.Tensor) -> torch.Tensor:
+    """`hidden` as it is; in backward `objective` receives the gradient of a loss of its own."""
+    return _Attached.apply(hidden, objective)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Attached(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, objective: torch.Tensor) -> torch.Tensor:
+        ctx.gradient = torch.ones_like(objective)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return gradients[0], ctx.gradient

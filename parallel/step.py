@@ -1,0 +1,82 @@
+"""What every engine does around forward and backward: count, agree, decide whether to skip, clip."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from parallel import clip
+from parallel.engine import Batch, EngineConfig, Evaluation, StepResult
+from parallel.errors import LayoutError
+from parallel.loss import Losses
+from parallel.mesh import Mesh
+from parallel.targets import IGNORED
+
+
+def set_determinism(config: EngineConfig) -> None:
+    """Let torch choose deterministic kernels, for the whole process, where the job asks for them."""
+    if config.numerics.deterministic:
+        torch.use_deterministic_algorithms(True)
+
+
+def begin(batch: Batch, config: EngineConfig, mesh: Mesh, losses: Losses) -> Batch:
+    """The batch on the device of the engine; `losses` begin a step over its global count of unmasked targets.
+
+    Raises:
+        LayoutError: the sequence cannot be split over the tensor axis.
+    """
+    length, tensor = batch.tokens.shape[-1], config.layout.tensor
+    if config.parallel.sequence and length % tensor:
+        raise LayoutError(
+            f"parallel.sequence: a sequence of {length} tokens does not divide by parallel.tensor = {tensor}"
+        )
+    batch = batch.map(lambda tensor: tensor.to(config.device, non_blocking=True))
+    count = (batch.targets != IGNORED).sum()
+    if config.layout.data > 1:
+        dist.all_reduce(count, group=mesh.group("data"))
+    losses.start(count)
+    return batch
+
+
+def finish(
+    config: EngineConfig,
+    mesh: Mesh,
+    losses: Losses,
+    gradients: Sequence[clip.Gradient],
+    before_update: Callable[[], None] | None,
+) -> StepResult:
+    """The result of a step after its last backward, equal on every rank, with gradients clipped unless it is skipped.
+
+    A step is skipped when a loss or the norm of the gradient is not finite: the caller then updates nothing.
+    """
+    squared = clip.squared_norm(gradients, mesh.rank, config.device)
+    *totals, squared_norm, count = _agree(mesh, losses, squared)
+    means = [total / count if count else math.nan for total in totals]
+    norm = math.sqrt(squared_norm) if squared_norm >= 0 else math.nan
+    if before_update is not None:
+        before_update()
+    skipped = not all(map(math.isfinite, [*means, norm]))
+    if not skipped and config.optimizer.clip_norm is not None:
+        clip.clip(gradients, norm, config.optimizer.clip_norm)
+    by_name = dict(zip(losses.names, means, strict=True))
+    return StepResult(losses=by_name, tokens=int(count), grad_norm=norm, skipped=skipped)
+
+
+def evaluated(mesh: Mesh, losses: Losses) -> Evaluation:
+    """What an evaluation has summed over all ranks."""
+    *totals, count = _agree(mesh, losses)
+    return Evaluation(sums=dict(zip(losses.names, totals, strict=True)), tokens=int(count))
+
+
+def _agree(mesh: Mesh, losses: Losses, *others: torch.Tensor) -> list[float]:
+    """Sums over the world: of every loss, then of all `others`, then the count, which every rank knows.
+
+    A loss is equal on all ranks of the tensor axis and counts on the first of them.
+    """
+    totals = losses.totals if mesh.at.tensor == 0 else torch.zeros_like(losses.totals)
+    numbers = torch.stack([*totals, *others, losses.count.double()])
+    if mesh.world is not None:
+        dist.all_reduce(numbers[:-1], group=mesh.world)
+    result: list[float] = numbers.tolist()
+    return result
