@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, StringConstraints
 
-from parallel.spec import Section
+from keepwarm.section import Section
 
 Line = Annotated[str, StringConstraints(pattern=r"^[^\n\r]*$")]
 """One line of a script."""

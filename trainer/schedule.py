@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from parallel.spec import Section
+from keepwarm.section import Section
 
 Kind = Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd", "infinite", "piecewise"]
 Points = tuple[tuple[float, float], ...]
