@@ -22,7 +22,8 @@ from trainer.profile import ProfileWindow
 from trainer.restore import Beginning
 from trainer.run_state import RunState
 from trainer.snapshots import Snapshots
-from trainer.spec import GateSpec, JobSpec
+from trainer.spec import JobSpec
+from trainer.spec_sections import GateSpec
 from trainer.speed import Speed
 from trainer.stages import StagePlan, global_size_at
 from trainer.watchdog import Watchdog

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from trainer import events
 from trainer.errors import SpecError
-from trainer.spec import LogSpec
+from trainer.spec_sections import LogSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any
 from trainer.errors import CheckpointError
 from trainer.health import Health
 from trainer.schedule import LrCurve
-from trainer.spec import HealthSpec
+from trainer.spec_sections import HealthSpec
 from trainer.stages import StagePlan
 
 

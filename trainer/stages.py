@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from trainer.schedule import LrCurve
-from trainer.spec import BatchSpec, JobSpec, MixtureRamp, StageSpec
+from trainer.spec import JobSpec
+from trainer.spec_sections import BatchSpec, MixtureRamp, StageSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,7 +18,7 @@ import msgspec
 
 from trainer import events, hang, hang_report
 from trainer.hang import HANG, Report
-from trainer.spec import HealthSpec
+from trainer.spec_sections import HealthSpec
 
 FOLDER = "hangs"
 RELAXED = 1800.0

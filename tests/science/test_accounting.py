@@ -10,7 +10,7 @@ from tests.support.corpus import counting_source
 from trainer.data.ledger import Ledger
 from trainer.data.loader import BatchLoader
 from trainer.data.spec import ReplaySpec
-from trainer.spec import BatchSpec
+from trainer.spec_sections import BatchSpec
 
 pytestmark = pytest.mark.science
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trainer.console import LogLine
 from trainer.metrics import Metrics, StepMetrics, evaluations
-from trainer.spec import LogSpec
+from trainer.spec_sections import LogSpec
 
 
 def at(step: int, loss: float = 2.0) -> StepMetrics:

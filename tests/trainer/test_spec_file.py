@@ -12,8 +12,9 @@ from trainer.data.spec import DataSpec
 from trainer.errors import OutputError, SpecError
 from trainer.model.spec import ModelSpec
 from trainer.schedule import LrSpec
-from trainer.spec import BatchSpec, EvaluationSpec, JobSpec, StageSpec
+from trainer.spec import JobSpec
 from trainer.spec_file import load_job, load_model, load_run, save_job
+from trainer.spec_sections import BatchSpec, EvaluationSpec, StageSpec
 
 JOB = """\
 name: small
