@@ -2,12 +2,12 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
 
 from keepwarm.section import Section
 from trainer.cluster_spec import KubernetesSpec, SlurmSpec
+from trainer.curve import LrSpec
 from trainer.data.spec import ReplaySpec
-from trainer.schedule import LrSpec
 
 
 class RampSpec(Section):
@@ -62,7 +62,7 @@ class StageSpec(Section):
     mixture_steps: tuple[MixtureStep, ...] = Field((), description="other mixtures later in the stage")
     mixture_ramp: MixtureRamp | None = None
     replay: ReplaySpec | tuple[ReplaySpec, ...] = Field((), description="one clause, or a list of them")
-    lr: LrSpec
+    lr: SerializeAsAny[LrSpec]
     sequence_length: PositiveInt | None = Field(None, description="tokens per sample; default: data.sequence_length")
     skip: NonNegativeInt = Field(
         0, description="samples of every source passed over at the beginning: branches that are averaged see other data"
