@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 
 from parallel.engine import Engine
-from trainer.data.loader import evaluation_batches
+from trainer.data.loader import RankShare, evaluation_batches
 from trainer.data.packing import PackedSource
 from trainer.spec import JobSpec
 from trainer.world import World
@@ -16,7 +16,7 @@ class Evaluator:
         self._engine = engine
         self._domains = domains
         self._job = job
-        self._world = world
+        self._share = RankShare(layout=job.layout, rank=world.rank, micro_batch_size=job.batch.micro_size)
 
     def losses(self, domains: Collection[str] | None = None) -> dict[str, float]:
         """Mean cross-entropy in nats per unmasked target, by domain; of all domains, or of those. Collective."""
@@ -27,12 +27,7 @@ class Evaluator:
     def _loss(self, source: PackedSource) -> float:
         total, count = 0.0, 0
         for batch in evaluation_batches(
-            source,
-            self._job.evaluation.samples,
-            global_size=self._job.batch.global_size,
-            layout=self._job.layout,
-            rank=self._world.rank,
-            micro_size=self._job.batch.micro_size,
+            source, self._job.evaluation.samples, self._share, global_size=self._job.batch.global_size
         ):
             loss, tokens = self._engine.evaluate(batch)
             total, count = total + loss, count + tokens

@@ -19,7 +19,7 @@ from parallel.style import TensorStyle
 from parallel.torch_engine import TorchEngine
 from trainer.console import RunConsole
 from trainer.data.ledger import Ledger
-from trainer.data.loader import BatchLoader
+from trainer.data.loader import BatchLoader, RankShare
 from trainer.data.packing import PackedSource, Samples
 from trainer.data.permutation import window_at
 from trainer.data.table import Ints
@@ -236,9 +236,7 @@ def run(
     loader = BatchLoader(
         {name: source(name) for name in names},
         ledger,
-        layout=job.layout,
-        rank=0,
-        micro_size=BATCH,
+        RankShare(layout=job.layout, rank=0, micro_batch_size=BATCH),
         global_size_at=lambda _: BATCH,
     )
     for plan, spec in zip(plans, job.stages, strict=True):
