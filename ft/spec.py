@@ -3,8 +3,6 @@
 from typing import Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveFloat,
@@ -15,14 +13,9 @@ from pydantic import (
 
 from ft.kernel import AUTO, KERNELS
 from keepwarm.registry import UnknownName, UnusableComponent
+from keepwarm.section import Section
 
 CODE_LIMIT = 32
-
-
-class Section(BaseModel):
-    """A part of a job spec: frozen, keyword-only, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class CodeSpec(Section):

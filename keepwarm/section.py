@@ -1,5 +1,7 @@
 """Base class of every section of a job spec. Torch-free."""
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -10,3 +12,13 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @classmethod
+    def variant(cls, values: Any) -> "type[Section]":
+        """Return the section whose keys `values` may have: this one, unless a name among the values chooses another."""
+        return cls
+
+    @classmethod
+    def unknown_key(cls, key: str, values: Any) -> str | None:
+        """Return why `key` is unknown among `values`, where this section knows more than that; a phrase for errors."""
+        return None

@@ -8,6 +8,7 @@ from rich.console import Console
 from launch.preflight import check_installation
 from launch.train import run_here
 from trainer.branch import branched
+from trainer.stages import plan_stages
 
 
 def branch_here(folder: Path, step: int, tokens: int, overrides: Sequence[str]) -> None:
@@ -15,9 +16,9 @@ def branch_here(folder: Path, step: int, tokens: int, overrides: Sequence[str]) 
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     check_installation()
     job = branched(folder, step, tokens, overrides)
-    stage = job.stages[0]
+    (plan,) = plan_stages(job)
     console.print(
-        f"keepwarm: {job.name}: branches from {job.init_from}: {stage.tokens:,} tokens, "
-        f"learning rate {stage.lr.max:g} to {stage.lr.min:g}"
+        f"keepwarm: {job.name}: branches from {job.init_from}: {job.stages[0].tokens:,} tokens, "
+        f"learning rate {plan.curve.at(0):g} to {plan.curve.at(plan.steps):g}"
     )
     run_here(job, "new", console)

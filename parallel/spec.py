@@ -2,15 +2,11 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from keepwarm.section import Section
 
 EngineName = Literal["torch", "megatron", "deepspeed"]
-
-
-class Section(BaseModel):
-    """A part of a job spec: frozen, keyword-only, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class ParallelSpec(Section):

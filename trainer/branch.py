@@ -13,9 +13,9 @@ from typing import Any
 from ft import durable
 from ft.errors import FtError
 from ft.manifest import MANIFEST, read_manifest
+from trainer.curve import AnnealableCurve, annealable, load_curve
 from trainer.errors import CheckpointError, OutputError, SpecError
 from trainer.run_folder import RUN_FILE, RunFolder
-from trainer.schedule import LrCurve
 from trainer.spec import JobSpec
 from trainer.spec_file import load_job, load_run
 from trainer.stages import StagePlan, global_size_at, plan_stages
@@ -31,7 +31,7 @@ class BranchPoint:
     """Completed steps of the run."""
     plan: StagePlan
     """The stage that the last of them belongs to."""
-    curve: LrCurve
+    curve: AnnealableCurve
     """As it was saved."""
     position: int
     """Samples consumed."""
@@ -84,19 +84,19 @@ def branch_point(folder: Path, job: JobSpec, step: int) -> BranchPoint:
         raise CheckpointError(str(error)) from error
     plan = next((plan for plan in plan_stages(job) if plan.start_step < step <= plan.end_step), None)
     try:
-        curve = None if plan is None else LrCurve.load(meta["run"]["curves"][plan.index])
+        curve = None if plan is None else load_curve(meta["run"]["curves"][plan.index])
         position = int(meta["ledger"]["position"])
     except (KeyError, IndexError, TypeError) as error:
         raise CheckpointError(f"{path}: lacks the curves or the ledger of a run") from error
     if plan is None or curve is None:
         raise SpecError(f"--at {step}: lies in no stage of {folder}")
-    phase = curve.constant_phase
-    if step - plan.start_step not in phase:
+    phase = curve.constant_phase if isinstance(curve, AnnealableCurve) else range(0)
+    if not isinstance(curve, AnnealableCurve) or step - plan.start_step not in phase:
         first, last = (plan.start_step + at for at in (phase.start, phase.stop - 1))
         where = (
             f"its rate is constant after steps {first} to {last}"
             if phase
-            else f"schedule {curve.kind} has none; wsd, constant and infinite do"
+            else f"schedule {curve.kind} has none here; {', '.join(annealable())} may have one"
         )
         raise SpecError(f"--at {step}: lies outside the constant phase of stages.{plan.name}: {where}")
     return BranchPoint(path=path, step=step, plan=plan, curve=curve, position=position)
@@ -107,13 +107,4 @@ def _stage(parent: JobSpec, point: BranchPoint, tokens: int) -> dict[str, Any]:
     within = point.position - point.plan.start_sample
     mixture = [mixture for first, mixture in point.plan.mixtures if first <= within][-1]
     kept = stage.model_dump(mode="json", by_alias=True, include={"replay", "evaluate", "gate", "sequence_length"})
-    return {"name": "anneal", "tokens": tokens, "mixture": dict(mixture), "lr": _anneal(point.curve), **kept}
-
-
-def _anneal(curve: LrCurve) -> dict[str, Any]:
-    """A clause that falls over the whole stage."""
-    if curve.kind == "infinite":
-        rates = {"max": curve.constant, "constant": curve.constant, "min": curve.floor or curve.constant / 10}
-        return {"schedule": "infinite", **rates, "warmup": 0.0, "cooldown_end": 0.0, "anneal": 1.0}
-    floor = 0.0 if curve.kind == "constant" else curve.floor
-    return {"schedule": "wsd", "max": curve.peak, "min": floor, "warmup": 0.0, "anneal": 1.0}
+    return {"name": "anneal", "tokens": tokens, "mixture": dict(mixture), "lr": point.curve.anneal(), **kept}

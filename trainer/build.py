@@ -15,7 +15,7 @@ from trainer.callback import Callback, Callbacks, Run, registered_callbacks
 from trainer.checkpoint import Checkpoints, layout_hash
 from trainer.console import RunConsole
 from trainer.data.ledger import Ledger
-from trainer.data.loader import BatchLoader
+from trainer.data.loader import BatchLoader, RankShare
 from trainer.data.prepare import PreparedData, prepare_sources
 from trainer.durable_saver import DurableSaver
 from trainer.estimate import model_flops_per_token
@@ -214,9 +214,7 @@ def _loader(job: JobSpec, world: World, data: PreparedData) -> BatchLoader:
     return BatchLoader(
         data.sources,
         Ledger(seed=job.seed),
-        layout=job.layout,
-        rank=world.rank,
-        micro_size=job.batch.micro_size,
+        RankShare(layout=job.layout, rank=world.rank, micro_batch_size=job.batch.micro_size),
         global_size_at=size_at,
         prefetch=job.data.prefetch,
     )

@@ -21,7 +21,8 @@ from ft.snapshot import DTYPES, piece_of
 from parallel.shard import Shard
 from trainer.checkpoint_store import Checkpoint, opened
 from trainer.errors import CheckpointError, OutputError
-from trainer.spec import CheckpointSpec, JobSpec
+from trainer.spec import JobSpec
+from trainer.spec_sections import CheckpointSpec
 from trainer.world import World
 
 WEIGHTS = "model."

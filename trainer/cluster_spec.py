@@ -20,7 +20,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from keepwarm import section
 from keepwarm.registry import Registry, UnusableComponent
-from parallel.spec import Section
+from keepwarm.section import Section
 
 ADDED_BATCH_SYSTEMS: Registry[Any] = Registry("batch system", "keepwarm.batch_systems", {})
 """Batch systems of other packages. Each has the section of its options as its attribute `options`."""

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from parallel.engine import Engine
 from trainer import events
 from trainer.callback import Callback, Run
-from trainer.data.loader import evaluation_batches
+from trainer.data.loader import RankShare, evaluation_batches
 from trainer.data.packing import PackedSource
 from trainer.gate import Forgetting, forgetting
 from trainer.spec import JobSpec
@@ -20,7 +20,7 @@ class Evaluator:
         self._engine = engine
         self._domains = domains
         self._job = job
-        self._world = world
+        self._share = RankShare(layout=job.layout, rank=world.rank, micro_batch_size=job.batch.micro_size)
 
     def losses(self, domains: Collection[str] | None = None) -> dict[str, float]:
         """Mean cross-entropy in nats per unmasked target, by domain; of all domains, or of those. Collective."""
@@ -31,12 +31,7 @@ class Evaluator:
     def _loss(self, source: PackedSource) -> float:
         total, count = 0.0, 0
         for batch in evaluation_batches(
-            source,
-            self._job.evaluation.samples,
-            global_size=self._job.batch.global_size,
-            layout=self._job.layout,
-            rank=self._world.rank,
-            micro_size=self._job.batch.micro_size,
+            source, self._job.evaluation.samples, self._share, global_size=self._job.batch.global_size
         ):
             found = self._engine.evaluate(batch)
             total, count = total + found.loss_sum, count + found.tokens

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trainer.spec import GateSpec
+from trainer.spec_sections import GateSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.spec import HealthSpec
+from trainer.spec_sections import HealthSpec
 
 MEAN_MOMENTUM = 0.9
 WARM_STEPS = 10

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from keepwarm.registry import Registry, UnusableComponent
 from trainer.errors import SpecError
+from trainer.mpi import address_of_rank_0
 
 PORTS = range(20_000, 32_000)
 """Where rank 0 listens; below the ports that Linux gives out by itself."""
@@ -83,9 +84,7 @@ def adopt_launcher() -> None:
     if ranks is not None and ranks.size > 1:
         address, port = os.environ.get("MASTER_ADDR") or ranks.address, ranks.port
         if address is None:
-            from trainer.mpi import address_of_rank_0
-
-            address, port = address_of_rank_0(ranks)
+            address, port = address_of_rank_0(ranks.launcher, ranks.size)
         os.environ.setdefault("MASTER_ADDR", address)
         os.environ.setdefault("MASTER_PORT", str(port))
         os.environ.setdefault("TORCHELASTIC_RESTART_COUNT", str(ranks.restarts))

@@ -16,7 +16,7 @@ from trainer.events import Event
 from trainer.extensions import METRIC_SINKS
 from trainer.metric_sinks import MetricSink, SinkContext, StepMetrics
 from trainer.run_folder import RunFolder
-from trainer.spec import LogSpec
+from trainer.spec_sections import LogSpec
 
 
 class JsonLines(MetricSink):

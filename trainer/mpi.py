@@ -3,11 +3,12 @@
 import socket
 
 from trainer.errors import SpecError
-from trainer.launcher_environment import Ranks
 
 
-def address_of_rank_0(ranks: Ranks) -> tuple[str, int]:
-    """Host name and a free port of rank 0. Collective over MPI's world, which is left again.
+def address_of_rank_0(launcher: str, size: int) -> tuple[str, int]:
+    """Return the host name and a free port of rank 0, of `size` ranks that `launcher` started.
+
+    Collective over MPI's world, which is finalised afterwards.
 
     Raises:
         SpecError: mpi4py is missing, or MPI cannot start.
@@ -16,7 +17,7 @@ def address_of_rank_0(ranks: Ranks) -> tuple[str, int]:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise SpecError(
-            f"{ranks.launcher} started {ranks.size} ranks on several nodes and does not say where rank 0 is: "
+            f"{launcher} started {size} ranks on several nodes and does not say where rank 0 is: "
             f"pip install 'keepwarm[mpi]', or set MASTER_ADDR to its host ({error})"
         ) from error
     mine = (socket.gethostname(), _free_port()) if MPI.COMM_WORLD.Get_rank() == 0 else None

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from trainer.spec import ProfileSpec
+from trainer.spec_sections import ProfileSpec
 
 
 class ProfileWindow:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from trainer.curve import Curve, load_curve
 from trainer.errors import CheckpointError
 from trainer.health import Health
-from trainer.schedule import LrCurve
-from trainer.spec import HealthSpec
+from trainer.spec_sections import HealthSpec
 from trainer.stages import StagePlan
 
 
@@ -17,7 +17,7 @@ class RunState:
 
     step: int
     """Completed steps of the job, skipped ones included."""
-    curves: list[LrCurve]
+    curves: list[Curve]
     """One for each stage, resolved when the run began."""
     health: Health
     baseline: dict[str, float] = field(default_factory=dict)
@@ -46,10 +46,11 @@ class RunState:
                 self.curves.append(plan.curve)
             before = self.curves[plan.index]
             if before != plan.curve and self.step < plan.end_step:
+                old, new = before.save(), plan.curve.save()
                 lines += [
-                    f"stages.{plan.name}.lr: {key}: {old} -> {new}"
-                    for (key, old), new in zip(before.save().items(), plan.curve.save().values(), strict=True)
-                    if old != new
+                    f"stages.{plan.name}.lr: {key}: {old.get(key, 'none')} -> {new.get(key, 'none')}"
+                    for key in dict.fromkeys((*old, *new))
+                    if old.get(key) != new.get(key)
                 ]
                 self.curves[plan.index] = plan.curve
         del self.curves[len(plans) :]
@@ -65,7 +66,7 @@ class RunState:
         try:
             return cls(
                 step=int(saved["step"]),
-                curves=[LrCurve.load(curve) for curve in saved["curves"]],
+                curves=[load_curve(curve) for curve in saved["curves"]],
                 health=Health.load(health, saved["health"]),
                 baseline=dict(saved.get("baseline", {})),
                 parent=saved.get("parent"),

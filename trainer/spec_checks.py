@@ -3,20 +3,53 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal, Protocol
 
 from ft.errors import PlacementError
 from ft.placement import groups_of
+from ft.spec import SnapshotSpec
 from parallel.engine_support import refusals
 from parallel.errors import LayoutError
 from parallel.layout import Layout, check_micro_batches, split_layers
+from parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
+from trainer.data.spec import DataSpec
+from trainer.model.spec import ModelSpec
+from trainer.spec_sections import BatchSpec, CheckpointSpec, ClusterSpec, StageSpec
 from trainer.url import is_url
 
-if TYPE_CHECKING:
-    from trainer.spec import JobSpec, StageSpec
+
+class Job(Protocol):
+    """What the checks read of a job; `trainer.spec.JobSpec` has it."""
+
+    @property
+    def output(self) -> str: ...
+    @property
+    def init_from(self) -> str | None: ...
+    @property
+    def model(self) -> ModelSpec: ...
+    @property
+    def data(self) -> DataSpec: ...
+    @property
+    def batch(self) -> BatchSpec: ...
+    @property
+    def stages(self) -> tuple[StageSpec, ...]: ...
+    @property
+    def optimizer(self) -> OptimizerSpec: ...
+    @property
+    def parallel(self) -> ParallelSpec: ...
+    @property
+    def numerics(self) -> NumericsSpec: ...
+    @property
+    def checkpoint(self) -> CheckpointSpec: ...
+    @property
+    def cluster(self) -> ClusterSpec: ...
+    @property
+    def snapshot(self) -> SnapshotSpec | Literal["off"]: ...
+    @property
+    def layout(self) -> Layout: ...
 
 
-def check_job(job: "JobSpec") -> None:
+def check_job(job: Job) -> None:
     """Raise ValueError with a line for everything that does not fit, the keys named."""
     problems = [
         *_layout(job),
@@ -31,7 +64,7 @@ def check_job(job: "JobSpec") -> None:
         raise ValueError("\n".join(problems))
 
 
-def _layout(job: "JobSpec") -> Iterator[str]:
+def _layout(job: Job) -> Iterator[str]:
     try:
         Layout.of(job.parallel, job.cluster.ranks_per_node)
     except LayoutError as error:
@@ -42,7 +75,7 @@ def _layout(job: "JobSpec") -> Iterator[str]:
         yield str(error)
 
 
-def _tensor(job: "JobSpec") -> Iterator[str]:
+def _tensor(job: Job) -> Iterator[str]:
     tensor, model = job.parallel.tensor, job.model
     for key, value in (
         ("heads", model.heads),
@@ -57,7 +90,7 @@ def _tensor(job: "JobSpec") -> Iterator[str]:
             yield f"parallel.sequence: {key} = {length} does not divide by parallel.tensor = {tensor}"
 
 
-def _elastic(job: "JobSpec") -> Iterator[str]:
+def _elastic(job: Job) -> Iterator[str]:
     cluster = job.cluster
     durable = job.snapshot != "off" and job.snapshot.durable is not None
     if cluster.elastic == "shrink" and not durable and job.checkpoint.every is None:
@@ -69,7 +102,7 @@ def _elastic(job: "JobSpec") -> Iterator[str]:
         yield f"cluster.least_data = {cluster.least_data}: there are {job.parallel.data} replicas (parallel.data)"
 
 
-def _lengths(job: "JobSpec") -> Iterator[tuple[str, int]]:
+def _lengths(job: Job) -> Iterator[tuple[str, int]]:
     """Every sequence length by its key."""
     yield "data.sequence_length", job.data.sequence_length
     for stage in job.stages:
@@ -77,7 +110,7 @@ def _lengths(job: "JobSpec") -> Iterator[tuple[str, int]]:
             yield f"stages.{stage.name}.sequence_length", stage.sequence_length
 
 
-def _batch(job: "JobSpec") -> Iterator[str]:
+def _batch(job: Job) -> Iterator[str]:
     unit = job.parallel.data * job.batch.micro_size
     named = f"parallel.data x batch.micro_size = {job.parallel.data} x {job.batch.micro_size} = {unit}"
     if job.batch.global_size % unit:
@@ -98,7 +131,7 @@ def _batch(job: "JobSpec") -> Iterator[str]:
             return
 
 
-def _data(job: "JobSpec") -> Iterator[str]:
+def _data(job: Job) -> Iterator[str]:
     for key, length in _lengths(job):
         if length > job.model.max_sequence_length:
             yield f"{key} = {length} is longer than model.max_sequence_length = {job.model.max_sequence_length}"
@@ -112,7 +145,7 @@ def _data(job: "JobSpec") -> Iterator[str]:
     yield from _parent(job)
 
 
-def _parent(job: "JobSpec") -> Iterator[str]:
+def _parent(job: Job) -> Iterator[str]:
     # Starting anew with --force empties the output folder.
     if job.init_from is None or is_url(job.init_from):
         return
@@ -123,7 +156,7 @@ def _parent(job: "JobSpec") -> Iterator[str]:
         yield f"output = {output} lies in init_from = {parent}, which is only read; choose another"
 
 
-def _mixtures(stage: "StageSpec", job: "JobSpec") -> Iterator[str]:
+def _mixtures(stage: StageSpec, job: Job) -> Iterator[str]:
     unknown = sorted({name for mixture in stage.mixtures for name in mixture} - set(job.data.sources))
     if unknown:
         yield f"stages.{stage.name}.mixture names {unknown}, not in data.sources {sorted(job.data.sources)}"
@@ -137,7 +170,7 @@ def _mixtures(stage: "StageSpec", job: "JobSpec") -> Iterator[str]:
         yield f"stages.{stage.name}.mixture_ramp: start {ramp.start} is not before end {ramp.end}"
 
 
-def _domains(stage: "StageSpec", job: "JobSpec") -> Iterator[str]:
+def _domains(stage: StageSpec, job: Job) -> Iterator[str]:
     known = sorted(job.data.validation)
     named = {f"evaluate names {name!r}": name for name in stage.evaluate or ()}
     if stage.gate:
@@ -149,7 +182,7 @@ def _domains(stage: "StageSpec", job: "JobSpec") -> Iterator[str]:
         yield f"stages.{stage.name}.gate.domain = {stage.gate.domain!r} is not among those in evaluate"
 
 
-def _replays(job: "JobSpec") -> Iterator[str]:
+def _replays(job: Job) -> Iterator[str]:
     """What can be told without the ledger of a parent; the rest is refused when the job is put together."""
     later = [stage.name for stage in job.stages]
     drawn: set[str] = set()
@@ -168,7 +201,7 @@ def _replays(job: "JobSpec") -> Iterator[str]:
         drawn |= {name for mixture in stage.mixtures for name in mixture}
 
 
-def _stand_in(name: str, where: str, job: "JobSpec") -> Iterator[str]:
+def _stand_in(name: str, where: str, job: Job) -> Iterator[str]:
     if name not in job.data.sources:
         yield f"{where}: stand_in names {name!r}, not in data.sources {sorted(job.data.sources)}"
     if job.init_from is None:
@@ -176,7 +209,7 @@ def _stand_in(name: str, where: str, job: "JobSpec") -> Iterator[str]:
 
 
 def _origins(
-    names: tuple[str, ...], where: str, job: "JobSpec", later: list[str], earlier: set[str], drawn: set[str]
+    names: tuple[str, ...], where: str, job: Job, later: list[str], earlier: set[str], drawn: set[str]
 ) -> Iterator[str]:
     for name in names:
         if name in earlier and name in job.data.sources:
@@ -193,7 +226,7 @@ def _origins(
             yield f"{where}: from: nothing of source {name!r} was seen before this stage"
 
 
-def _snapshot(job: "JobSpec") -> Iterator[str]:
+def _snapshot(job: Job) -> Iterator[str]:
     if job.snapshot == "off":
         return
     with contextlib.suppress(LayoutError):  # reported by _layout

@@ -2,12 +2,14 @@
 
 import difflib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from keepwarm.section import Section
 from trainer.spec_yaml import Document, Keys, describe
 
 
@@ -21,41 +23,59 @@ def explain(error: ValidationError, spec: type[BaseModel], document: Document, p
     for details in found:
         if details["type"] == "too_short" and any(_is_inside(other["loc"], details["loc"]) for other in found):
             continue
-        keys, inside = _locate(details["loc"], spec, document, prefix)
-        if keys is None:
+        found_at = _locate(details["loc"], spec, document, prefix)
+        if found_at is None:
             continue
+        keys = found_at.keys
         place = document.place(prefix + keys)
         shown = ".".join(prefix + keys)
-        for sentence in _sentence(details, keys, spec, inside).split("\n"):
+        for sentence in _sentence(details, found_at, spec).split("\n"):
             lines.append(f"{place}: {shown}: {sentence}" if shown else f"{place}: {sentence}")
     return list(dict.fromkeys(lines))
 
 
-def _locate(
-    location: tuple[int | str, ...], spec: type[BaseModel], document: Document, prefix: Keys
-) -> tuple[Keys | None, list[type[BaseModel]]]:
-    """Keys of an error without pydantic's names for the members of a union, and the sections around it.
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where an error belongs."""
 
-    None instead of keys: the error belongs to a member of a union that the value was not meant for.
-    """
+    keys: Keys
+    """Without pydantic's names for the members of a union."""
+    sections: list[type[BaseModel]]
+    """Sections that the value there may be."""
+    around: list[type[BaseModel]]
+    """Sections that the last key stands in."""
+    beside: Any
+    """What stands there: the last key with its value and its neighbours."""
+
+
+def _locate(location: tuple[int | str, ...], spec: type[BaseModel], document: Document, prefix: Keys) -> _Place | None:
+    """The place of an error; None where it belongs to a member of a union that the value was not meant for."""
     value: Any = document.values
     for key in prefix:
         value = value[key]
     annotations: list[Any] = [spec]
     keys: Keys = ()
+    around: list[Any] = []
+    beside: Any = None
     for part in location:
-        members = [member for annotation in annotations for member in _members(annotation)]
+        members = [_chosen(member, value) for annotation in annotations for member in _members(annotation)]
         if len(members) > 1 and not _is_key(part, value):
             of_section = any(_is_tag_of(part, member) for member in members if _is_section(member))
             if _is_tag(part, members) and of_section != isinstance(value, dict):
-                return None, []
+                return None
             if _is_tag(part, members):
                 continue
-        keys = (*keys, str(part))
+        keys, around, beside = (*keys, str(part)), [m for m in members if _is_section(m)], value
         value = _inside(value, part)
         annotations = [inner for member in members for inner in _children(member, part)]
     sections = [m for annotation in annotations for m in _members(annotation) if _is_section(m)]
-    return keys, sections
+    return _Place(keys, sections, around, beside)
+
+
+def _chosen(annotation: Any, value: Any) -> Any:
+    """The section that a name among its values chooses."""
+    is_ours = isinstance(annotation, type) and issubclass(annotation, Section)
+    return annotation.variant(value) if is_ours else annotation
 
 
 def _is_inside(location: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
@@ -118,12 +138,12 @@ def _inside(value: Any, part: int | str) -> Any:
         return None
 
 
-def _sentence(details: ErrorDetails, keys: Keys, spec: type[BaseModel], inside: list[type[BaseModel]]) -> str:
+def _sentence(details: ErrorDetails, place: _Place, spec: type[BaseModel]) -> str:
     kind, value = details["type"], details["input"]
     said = details["msg"].removeprefix("Value error, ")
     wanted = said.removeprefix("Input should be ")
     if kind == "extra_forbidden":
-        return f"unknown key; {_nearest(keys, spec)}"
+        return f"unknown key{_hint(place, spec)}"
     if kind == "missing":
         return "this key is required"
     if kind == "literal_error":
@@ -132,7 +152,7 @@ def _sentence(details: ErrorDetails, keys: Keys, spec: type[BaseModel], inside: 
         return f"expected {wanted}, got {describe(value)}{hint}"
     if kind == "int_type" and isinstance(value, float) and value.is_integer():
         return f"expected a whole number, got {value}; write {int(value)}"
-    if kind.startswith("model_") and inside:
+    if kind.startswith("model_") and place.sections:
         return f"expected a section with keys, got {describe(value)}"
     if kind == "too_short":
         return f"expected at least {details['ctx']['min_length']} of them, got {details['ctx']['actual_length']}"
@@ -146,22 +166,26 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _nearest(keys: Keys, spec: type[BaseModel]) -> str:
+def _hint(place: _Place, spec: type[BaseModel]) -> str:
+    """What may have been meant by an unknown key: what its section says, else the nearest key."""
+    for section in place.around:
+        said = section.unknown_key(place.keys[-1], place.beside) if issubclass(section, Section) else None
+        if said is not None:
+            return f" {said}"
+    return f"; {_nearest(place, spec)}"
+
+
+def _nearest(place: _Place, spec: type[BaseModel]) -> str:
     """A key that may have been meant: a similar one beside it, then the same or a similar one elsewhere."""
-    paths = list(_paths([spec], ()))
-    *parents, name = keys
-    beside = {
-        path[-1]: path
-        for path in paths
-        if len(path) == len(keys) and all(a in (b, "*") for a, b in zip(path, parents, strict=False))
-    }
-    elsewhere = {path[-1]: path for path in reversed(paths) if "*" not in path}
+    *parents, name = place.keys
+    names = [field.alias or own for section in place.around for own, field in section.model_fields.items()]
+    beside = {own: (*parents, own) for own in names}
+    elsewhere = {path[-1]: path for path in reversed(list(_paths([spec], ()))) if "*" not in path}
     for candidates in (beside, elsewhere):
         near = difflib.get_close_matches(name, candidates, 1)
         if near:
             path = candidates[near[0]]
-            meant = [*(parents if candidates is beside else path[:-1]), near[0]]
-            return f"did you mean {'.'.join(meant)}?"
+            return f"did you mean {'.'.join(path)}?"
     return f"valid keys here: {', '.join(sorted(beside))}"
 
 

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from trainer.schedule import LrCurve
-from trainer.spec import BatchSpec, JobSpec, MixtureRamp, StageSpec
+from trainer.curve import Curve
+from trainer.spec import JobSpec
+from trainer.spec_sections import BatchSpec, MixtureRamp, StageSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +21,7 @@ class StagePlan:
     samples: int
     sequence_length: int
     tokens: int
-    curve: LrCurve
+    curve: Curve
     mixtures: tuple[tuple[int, Mapping[str, float]], ...]
     """Mixtures and the samples of the stage, counted from 0, from which on they hold; the first begins at 0."""
 
@@ -73,7 +74,7 @@ def plan_stages(job: JobSpec) -> tuple[StagePlan, ...]:
                 samples=samples,
                 sequence_length=length,
                 tokens=samples * length,
-                curve=LrCurve.of(stage.lr, steps),
+                curve=stage.lr.curve(steps),
                 mixtures=mixtures(stage, samples),
             )
         )

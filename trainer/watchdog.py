@@ -20,7 +20,7 @@ from keepwarm.exit_code import ExitCode
 from trainer import events, hang, hang_report
 from trainer.hang import Report
 from trainer.run_folder import RunFolder
-from trainer.spec import HealthSpec
+from trainer.spec_sections import HealthSpec
 
 RELAXED = 1800.0
 """Seconds for what takes its own time: evaluation, checkpoints. Collectives have a deadline of their own."""

@@ -25,7 +25,7 @@ from trainer import checkpoint
 from trainer.checkpoint import Checkpoints
 from trainer.model.shapes import parameter_shapes
 from trainer.model.spec import ModelSpec
-from trainer.spec import CheckpointSpec
+from trainer.spec_sections import CheckpointSpec
 from trainer.world import World
 
 ROUNDS = 5

@@ -17,7 +17,7 @@ import numpy as np
 from parallel.layout import Layout
 from trainer.data.indexed import TokenFile, megatron_indexed
 from trainer.data.ledger import Ledger
-from trainer.data.loader import BatchLoader
+from trainer.data.loader import BatchLoader, RankShare
 from trainer.data.packing import PackedSource
 from trainer.data.spec import ReplaySpec
 
@@ -40,7 +40,9 @@ def write(folder: Path, index: int) -> PackedSource:
 def loader_of(sources: list[PackedSource], *, replay: bool) -> BatchLoader:
     layout = Layout(data=1, pipeline=1, tensor=1, ranks_per_node=1)
     named = {source.name: source for source in sources}
-    loader = BatchLoader(named, Ledger(seed=1), layout=layout, rank=0, micro_size=8, global_size_at=lambda _: BATCH)
+    loader = BatchLoader(
+        named, Ledger(seed=1), RankShare(layout=layout, rank=0, micro_batch_size=8), global_size_at=lambda _: BATCH
+    )
     mixture = {name: 1.0 + index % 7 for index, name in enumerate(named)}
     loader.open_segment(mixture, stage="first")
     if replay:

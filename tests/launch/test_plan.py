@@ -9,7 +9,7 @@ from launch.plan import Plan, sampled_steps
 from launch.plan_plot import draw_plan
 from launch.plan_text import chart, count, print_plan, size
 from trainer.errors import OutputError
-from trainer.schedule import LrCurve, LrSpec
+from trainer.schedule import LinearSpec
 from trainer.spec_file import load_job
 
 
@@ -38,7 +38,7 @@ def test_sampled_steps_have_both_ends(steps: int, expected: list[int]) -> None:
 
 
 def test_a_chart_falls_with_the_curve() -> None:
-    curve = LrCurve.of(LrSpec(schedule="linear", max=1.0, warmup=0.0), 1000)
+    curve = LinearSpec(max=1.0, warmup=0.0).curve(1000)
     lines = chart(curve.at, 1000, {0: "first", 10: "hidden", 500: "second"})
     filled = [sum(cell == "█" for cell in line) for line in lines[:6]]
     assert filled == sorted(filled)

@@ -8,9 +8,9 @@ import pytest
 from parallel.layout import Layout
 from tests.support.corpus import counting_source
 from trainer.data.ledger import Ledger
-from trainer.data.loader import BatchLoader
+from trainer.data.loader import BatchLoader, RankShare
 from trainer.data.spec import ReplaySpec
-from trainer.spec import BatchSpec
+from trainer.spec_sections import BatchSpec
 
 pytestmark = pytest.mark.science
 
@@ -27,7 +27,11 @@ LAWS = {
 def loader_of(ledger: Ledger, data: int = 1, rank: int = 0) -> BatchLoader:
     layout = Layout(data=data, pipeline=1, tensor=1, ranks_per_node=data)
     return BatchLoader(
-        SOURCES, ledger, layout=layout, rank=rank, micro_size=1, global_size_at=lambda _: BATCH.global_size, timeout=60
+        SOURCES,
+        ledger,
+        RankShare(layout=layout, rank=rank, micro_batch_size=1),
+        global_size_at=lambda _: BATCH.global_size,
+        timeout=60,
     )
 
 

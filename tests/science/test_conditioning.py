@@ -17,6 +17,7 @@ from trainer.convert.native import NativeCheckpoint
 from trainer.data.prefix import Control, metadata
 from trainer.data.text import documents, parts
 from trainer.data.tokenize import tokenize
+from trainer.data.tokenize_options import TextOptions
 from trainer.generate import Sampling, generate, load_model
 
 pytestmark = [
@@ -57,7 +58,7 @@ def test_a20_text_without_metadata_costs_nothing_after_the_cooldown(seed: int, t
     rest = write(tmp_path / "rest.jsonl", lines[cut:])
     held_out = write(tmp_path / "held-out.jsonl", paragraphs(".valid.jsonl.zst"))
     tokenize([told, rest], tmp_path / "plain", "bytes")
-    tokenize([told], tmp_path / "told", "bytes", before=metadata("{language}|"))
+    tokenize([told], tmp_path / "told", "bytes", TextOptions(prefix=metadata("{language}|")))
     tokenize([rest], tmp_path / "rest", "bytes")
     stages: dict[str, dict[str, Any]] = {
         "plain": {"mixture": {"plain": 1}},
@@ -97,7 +98,7 @@ def test_a20_a_good_control_token_halves_what_is_bad(seed: int, tmp_path: Path) 
     corpus = write(tmp_path / "corpus.jsonl", lines)
     tokenize([corpus], tmp_path / "plain", "bytes")
     before = Control(key="clean", least=0.999, good="+", bad="-", unmarked=0.01)
-    tokenize([corpus], tmp_path / "told", "bytes", before=before)
+    tokenize([corpus], tmp_path / "told", "bytes", TextOptions(prefix=before))
     rates = {}
     for name in ("plain", "told"):
         run = tmp_path / f"run-{name}"

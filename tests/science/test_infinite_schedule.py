@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from trainer.schedule import LrCurve, LrSpec
+from trainer.curve import Curve, LrSpec, load_curve
+from trainer.schedule import Infinite
 
 pytestmark = pytest.mark.science
 
@@ -13,9 +14,9 @@ PEAK, CONSTANT, FLOOR, STEPS = 3e-4, 1.65e-4, 3e-5, 2000
 WARM, COOL, HOLD = 20, 1200, 1700
 
 
-def curve(cooldown: str = "cosine", anneal: float = 0.15) -> LrCurve:
+def curve(cooldown: str = "cosine", anneal: float = 0.15) -> Curve:
     clause = {"schedule": "infinite", "max": PEAK, "constant": CONSTANT, "min": FLOOR, "cooldown": cooldown}
-    return LrCurve.of(LrSpec.model_validate({**clause, "cooldown_end": 0.6, "anneal": anneal}), STEPS)
+    return LrSpec.model_validate({**clause, "cooldown_end": 0.6, "anneal": anneal}).curve(STEPS)
 
 
 def published(step: int, cooldown: str) -> float:
@@ -38,6 +39,7 @@ def published(step: int, cooldown: str) -> float:
 def test_the_curve_is_the_formula(cooldown: str) -> None:
     """The warm-up is one step ahead of the formula, so that the first step trains at all."""
     made = curve(cooldown)
+    assert isinstance(made, Infinite)
     assert (made.warmup_end, made.cooldown_end, made.constant_end, made.end) == (WARM, COOL, HOLD, STEPS)
     for step in range(WARM, STEPS + 1):
         assert made.at(step) == pytest.approx(published(step, cooldown), rel=1e-12)
@@ -50,14 +52,14 @@ def test_the_curve_is_the_formula(cooldown: str) -> None:
 @pytest.mark.parametrize("at", [0, 10, WARM, 700, COOL, 1500, HOLD, 1999])
 def test_saved_and_restored_anywhere_the_tail_is_the_same(cooldown: str, at: int) -> None:
     made = curve(cooldown)
-    restored = LrCurve.load(json.loads(json.dumps(made.save())))
+    restored = load_curve(json.loads(json.dumps(made.save())))
     assert [restored.at(step) for step in range(at, STEPS + 1)] == [made.at(step) for step in range(at, STEPS + 1)]
 
 
 @pytest.mark.parametrize("steps", [10, 100, 5000])
 def test_an_anneal_of_any_length_begins_where_the_constant_phase_was(steps: int) -> None:
     clause = {"schedule": "infinite", "max": CONSTANT, "constant": CONSTANT, "min": FLOOR, "warmup": 0.0}
-    anneal = LrCurve.of(LrSpec.model_validate({**clause, "cooldown_end": 0.0001, "anneal": 0.999}), steps)
+    anneal = LrSpec.model_validate({**clause, "cooldown_end": 0.0001, "anneal": 0.999}).curve(steps)
     assert curve(anneal=0.0).at(STEPS) == CONSTANT
     assert anneal.at(0) == CONSTANT
     assert anneal.at(steps) == pytest.approx(FLOOR, rel=1e-12)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from tests.support import toy
+from trainer.curve import LrSpec
 from trainer.data.replay import Pool, Replay
 from trainer.evaluation_metrics import stability_gap
 from trainer.refine import clause, refined
-from trainer.schedule import LrCurve, LrSpec
 
 pytestmark = pytest.mark.science
 long = [pytest.mark.long, pytest.mark.timeout(3600)]
@@ -146,7 +146,7 @@ def test_a16_refinement_is_its_closed_form() -> None:
     assert rates[-50] / line[-50] < 0.7 * rates[peak] / line[peak]
     made = clause(norms.tolist(), 3e-3)
     found = LrSpec.model_validate(made | {"points": tuple(map(tuple, made["points"]))})
-    curve = LrCurve.of(found, steps)
+    curve = found.curve(steps)
     values = np.array([curve.at(step) for step in range(steps)])
     assert values.max() == pytest.approx(3e-3, rel=0.02)
     assert np.abs(values / 3e-3 - rates / rates.max()).mean() < 0.05

@@ -18,7 +18,7 @@ from ft.manifest import read_manifest
 from parallel.shard import Shard
 from tests.support.faulty_conversion import Faults, in_child
 from trainer.checkpoint import Checkpoints
-from trainer.spec import CheckpointSpec
+from trainer.spec_sections import CheckpointSpec
 from trainer.world import World
 
 OPERATIONS = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")

@@ -10,7 +10,7 @@ from tests.support import parity
 from tests.support.parity import Case, HeldShard
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoints
-from trainer.spec import CheckpointSpec
+from trainer.spec_sections import CheckpointSpec
 from trainer.world import World
 
 

@@ -22,7 +22,7 @@ from tests.support.ranks import run_ranks
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoints
 from trainer.errors import CheckpointError, OutputError
-from trainer.spec import CheckpointSpec
+from trainer.spec_sections import CheckpointSpec
 from trainer.world import World
 
 SECOND = r"rank_00001.safetensors"

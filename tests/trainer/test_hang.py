@@ -8,7 +8,7 @@ import pytest
 from keepwarm.exit_code import ExitCode
 from trainer import events, hang
 from trainer.hang import Report, Waiting
-from trainer.spec import HealthSpec
+from trainer.spec_sections import HealthSpec
 from trainer.watchdog import Watchdog
 
 REDUCE = Waiting(group="data (3)", operation="gloo:all_reduce", number=7)

@@ -3,7 +3,7 @@
 import math
 
 from trainer.health import WARM_STEPS, Health
-from trainer.spec import HealthSpec
+from trainer.spec_sections import HealthSpec
 
 
 def test_stops_after_max_skipped_in_a_row() -> None:

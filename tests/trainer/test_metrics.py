@@ -17,8 +17,8 @@ from trainer.extensions import METRIC_SINKS
 from trainer.metric_sinks import MetricSink, SinkContext, StepMetrics
 from trainer.metrics import Metrics
 from trainer.run_folder import RunFolder
-from trainer.spec import LogSpec
 from trainer.spec_file import load_job
+from trainer.spec_sections import LogSpec
 
 
 def at(step: int, loss: float = 2.0) -> StepMetrics:

@@ -2,19 +2,25 @@
 
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from trainer.schedule import LrCurve, LrSpec
+from trainer.curve import AnnealableCurve, Curve, LrSpec, load_curve
+from trainer.schedule import WarmedCurve
 
 STEPS = 1000
+RECORDED = json.loads((Path(__file__).parent / "golden" / "curves.json").read_text())
+"""Clauses with the values and the saved state of their curves, as the first version computed them."""
 
 
-def curve(**clause: object) -> LrCurve:
-    return LrCurve.of(LrSpec.model_validate({"max": 1.0, "min": 0.1, "warmup": 0.01} | clause), STEPS)
+def curve(**clause: object) -> Curve:
+    falls = {} if clause.get("schedule") == "constant" else {"min": 0.1}
+    return LrSpec.model_validate({"max": 1.0, "warmup": 0.01} | falls | clause).curve(STEPS)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +71,11 @@ def specs(draw: st.DrawFn) -> LrSpec:
     floor = peak * draw(st.floats(0.01, 1.0))
     warmup = draw(st.floats(0, 0.3))
     anneal = draw(st.floats(0, 0.3))
-    clause: dict[str, object] = {"schedule": kind, "max": peak, "min": floor, "warmup": warmup, "anneal": anneal}
+    clause: dict[str, object] = {"schedule": kind, "max": peak, "warmup": warmup}
+    if kind != "constant":
+        clause["min"] = floor
+    if kind in ("wsd", "infinite"):
+        clause["anneal"] = anneal
     if kind == "infinite":
         clause["constant"] = floor + (peak - floor) * draw(st.floats(0, 1))
         clause["cooldown_end"] = draw(st.floats(0.4, 0.6))
@@ -75,8 +85,9 @@ def specs(draw: st.DrawFn) -> LrSpec:
 
 @given(spec=specs(), steps=st.integers(1, 10**7), data=st.data())
 def test_curves_stay_in_range_rise_then_fall_and_survive_json(spec: LrSpec, steps: int, data: st.DataObject) -> None:
-    made = LrCurve.of(spec, steps)
-    assert LrCurve.load(json.loads(json.dumps(made.save()))) == made
+    made = spec.curve(steps)
+    assert isinstance(made, WarmedCurve)
+    assert load_curve(json.loads(json.dumps(made.save()))) == made
     step = data.draw(st.integers(0, steps))
     here, there = made.at(step), made.at(step + 1)
     assert 0 < here <= spec.max * (1 + 1e-12)
@@ -84,17 +95,17 @@ def test_curves_stay_in_range_rise_then_fall_and_survive_json(spec: LrSpec, step
         assert there >= here
     elif step >= made.warmup_end:
         assert there <= here * (1 + 1e-12)
-        assert here >= spec.min * (1 - 1e-12)
+        assert here >= getattr(spec, "min", 0) * (1 - 1e-12)
     assert made.at(steps) == made.at(steps + 5)
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "inverse_sqrt", "wsd", "infinite"])
 def test_curves_are_continuous(kind: str) -> None:
     """No jump larger than the steepest piece makes in one of its steps."""
-    clause = {"constant": 0.4} if kind == "infinite" else {}
-    made = LrCurve.of(
-        LrSpec.model_validate({"schedule": kind, "max": 1.0, "min": 0.1, "anneal": 0.2} | clause), 100_000
-    )
+    clause = {"infinite": {"constant": 0.4, "anneal": 0.2}, "wsd": {"anneal": 0.2}}.get(kind, {})
+    floor = {} if kind == "constant" else {"min": 0.1}
+    made = LrSpec.model_validate({"schedule": kind, "max": 1.0} | floor | clause).curve(100_000)
+    assert isinstance(made, WarmedCurve)
     jumps = [abs(made.at(step + 1) - made.at(step)) for step in range(100_000)]
     assert max(jumps) <= 1 / made.warmup_end + 1e-12
 
@@ -103,13 +114,35 @@ def test_curves_are_continuous(kind: str) -> None:
     ("clause", "words"),
     [
         ({"min": 2.0}, "min 2.0 is above max 1.0"),
-        ({"schedule": "infinite"}, "needs constant"),
+        ({"schedule": "infinite"}, r"constant\n.*Field required"),
         ({"schedule": "infinite", "constant": 2.0}, "between min and max"),
         ({"schedule": "infinite", "constant": 0.5, "min": 0.0, "anneal": 0.1}, "min above 0"),
-        ({"constant": 0.5}, "constant belongs to schedule infinite"),
+        ({"constant": 0.5}, r"constant\n.*Extra inputs are not permitted"),
+        ({"schedule": "piecewise", "min": 0.0, "points": ((0.0, 1.0), (1.0, 0.0))}, r"min\n.*Extra inputs"),
         ({"schedule": "wsd", "warmup": 0.6, "anneal": 0.6}, "warmup \\+ anneal <= 1"),
     ],
 )
 def test_clauses_that_are_no_curve(clause: dict[str, object], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         curve(**clause)
+
+
+@pytest.mark.parametrize("recorded", RECORDED, ids=lambda one: f"{one['clause']['schedule']}-{one['steps']}")
+def test_curves_recorded_clauses_give_the_same_bits(recorded: dict[str, Any]) -> None:
+    made = LrSpec.model_validate_json(json.dumps(recorded["clause"])).curve(recorded["steps"])
+    for one in (made, load_curve(recorded["saved"]), load_curve(json.loads(json.dumps(made.save())))):
+        assert one == made
+        assert {step: one.at(int(step)).hex() for step in recorded["at"]} == recorded["at"]
+    assert made.save().items() <= recorded["saved"].items()
+    phase = made.constant_phase if isinstance(made, AnnealableCurve) else range(0)
+    assert [phase.start, phase.stop] == recorded["constant_phase"]
+    assert set(made.corners) >= {0, recorded["steps"] - 1}
+
+
+@pytest.mark.parametrize("recorded", [one for one in RECORDED if one["constant_phase"] != [0, 0]])
+def test_curves_anneal_begins_at_the_constant_rate(recorded: dict[str, Any]) -> None:
+    made = load_curve(recorded["saved"])
+    assert isinstance(made, AnnealableCurve)
+    annealed = LrSpec.model_validate(made.anneal()).curve(1000)
+    assert annealed.at(0) == made.at(made.constant_phase.start)
+    assert annealed.at(1000) <= annealed.at(500) <= annealed.at(0)

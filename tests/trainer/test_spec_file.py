@@ -11,9 +11,10 @@ from parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
 from trainer.data.spec import DataSpec
 from trainer.errors import OutputError, SpecError
 from trainer.model.spec import ModelSpec
-from trainer.schedule import LrSpec
-from trainer.spec import BatchSpec, EvaluationSpec, JobSpec, StageSpec
+from trainer.schedule import CosineSpec, LinearSpec
+from trainer.spec import JobSpec
 from trainer.spec_file import load_job, load_model, load_run, save_job
+from trainer.spec_sections import BatchSpec, EvaluationSpec, StageSpec
 
 JOB = """\
 name: small
@@ -120,6 +121,18 @@ def test_a_model_may_be_a_file_beside_the_job(job_file: Path) -> None:
         ("max: 3e-4", "max: .inf", ["stages.0.lr.max: expected a finite number"]),
         ("heads: 4", "heads: 3", ["job.yaml:3: model: hidden_size 64 does not divide by heads 3"]),
         ("tokens: 512", "tokens: 512\n    tokens: 5", ['job.yaml:21: found duplicate key "tokens"']),
+        ("linear,", "linear, warmpu: 0,", ["stages.1.lr.warmpu: unknown key; did you mean stages.1.lr.warmup?"]),
+        ("linear,", "linear, x: 0,", ["lr.x: unknown key; valid keys here: max, min, schedule, warmup"]),
+        (
+            "linear,",
+            "linear, cooldown: cosine,",
+            ["job.yaml:22: stages.1.lr.cooldown: unknown key for schedule linear; schedule infinite has it"],
+        ),
+        ("max: 3e-4", "max: 3e-4, anneal: 0.1", ["unknown key for schedule cosine; schedules wsd, infinite have it"]),
+        ("linear,", "piecewise, points: [[0, x]],", ["stages.1.lr.points.0.1: expected a valid number, got the text"]),
+        ("{schedule: linear, max: 1e-4}", "1e-4", ["stages.1.lr: expected a section with keys, got 0.0001"]),
+        ("linear,", "[1],", ["stages.1.lr.schedule: expected 'constant'"]),
+        ("linear, max: 1e-4", "infinite, max: 1, constant: 2", ["stages.1.lr: schedule infinite needs constant"]),
         ("linear,", "liner,", ["stages.1.lr.schedule: expected 'constant'", "did you mean linear?"]),
         ("{en: 1}", "{fr: 1}", ["stages.anneal.mixture names ['fr'], not in data.sources ['de', 'en']"]),
         ("name: anneal", "name: pretrain", ["stages: names must differ"]),
@@ -249,7 +262,7 @@ def jobs(draw: st.DrawFn) -> JobSpec:
                 name=f"stage {i}",
                 tokens=draw(st.integers(1, 10**15)),
                 mixture={name: draw(rate) for name in names},
-                lr=LrSpec(max=high, min=draw(st.floats(0, high)), schedule=draw(st.sampled_from(["linear", "cosine"]))),
+                lr=draw(st.sampled_from([LinearSpec, CosineSpec]))(max=high, min=draw(st.floats(0, high))),
             )
             for i in range(draw(st.integers(1, 3)))
         ),

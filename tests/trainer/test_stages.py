@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.spec import BatchSpec, RampSpec, StageSpec
+from trainer.spec_sections import BatchSpec, RampSpec, StageSpec
 from trainer.stages import global_size_at, mixtures, steps_for
 
 

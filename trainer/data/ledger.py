@@ -7,7 +7,7 @@ and a later stage can draw again from exactly what was seen. Torch-free.
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,16 +101,14 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         sources: Mapping[str, Identified],
         *,
         start: int | None = None,
-        offsets: Mapping[str, int] | None = None,
         replay: Sequence[ReplaySpec] = (),
         stage: str | None = None,
         skip: int = 0,
     ) -> "Ledger":
-        """A ledger whose mixture changes at `start`, which is not below `position` (default: there).
+        """Return a ledger whose mixture changes at `start`, which is not below `position` (default: there).
 
-        Each source goes on where it stopped, or at the sample number that `offsets` names for it, which is how data
-        are skipped. Segments planned from `start` on are dropped. When the mixture is what holds at `start` already,
-        the ledger returned draws as before.
+        Each source goes on where it stopped. Segments planned from `start` on are dropped. When the mixture is what
+        holds at `start` already, the ledger returned draws as before.
 
         Args:
             mixture: weight of each source by name; normalised.
@@ -127,51 +125,26 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         start = self.position if start is None else start
         if start < self.position:
             raise ValueError(f"a segment cannot start at {start}: {self.position} samples are already consumed")
-        replay_units = tuple(_replay_units(clause) for clause in replay)
-        units = quantise(mixture, _rest(replay_units))
-        named: dict[str, str] = {}
-        for name in units:
-            if name not in sources:
-                raise DataError(f"the mixture names the source {name!r}, which is not in data.sources")
-            identity = sources[name].identity
-            if identity in named:
-                raise DataError(f"data.sources.{named[identity]} and data.sources.{name} are the same data")
-            named[identity] = name
+        replay_units = [_replay_units(clause) for clause in replay]
+        units = _units_by_identity(quantise(mixture, _rest(replay_units)), sources)
         kept = tuple(segment for segment in self.segments if segment.start < start)
-        seen = kept[-1].seen_before(start) if kept else self._seen_in_past()
         ledger = self._begun(stage, start)
-        skip = skip if ledger.stages and ledger.stages[-1].start == start else 0
-        shares = tuple(
-            Share(
-                source=identity,
-                units=units[name],
-                offset=(offsets or {}).get(name, (seen[identity][-1][1] if identity in seen else 0) + skip),
-            )
-            for identity, name in named.items()
-        )
         if replay and not ledger.stages:
             raise ValueError("replay belongs to a stage: name it")
-        clauses = tuple(ledger._resolved(clause, sources, kept, length_of(next(iter(named)))) for clause in replay)
+        clauses = [ledger._resolved(clause, sources, kept, length_of(next(iter(units)))) for clause in replay]
         ledger = msgspec.structs.replace(ledger, replays=tuple(dict.fromkeys((*ledger.replays, *clauses))))
-        places = [ledger.replays.index(clause) for clause in clauses]
-        until = tuple(segment for segment in self.segments if segment.start <= start)
-        weights = ({share.source: share.units for share in shares}, list(zip(places, replay_units, strict=True)))
-        same = until and not offsets and weights_of(until[-1]) == weights
-        if same and (not skip or [share.offset for share in shares] == [share.offset for share in until[-1].shares]):
+        if not ledger.stages or ledger.stages[-1].start != start:
+            skip = 0  # the stage has begun already
+        seen = kept[-1].seen_before(start) if kept else self._seen_in_past()
+        again = zip((ledger.replays.index(clause) for clause in clauses), replay_units, strict=True)
+        segment = Segment(start=start, shares=_shares(units, seen, skip), seen=seen, replays=_again(again, kept, start))
+        until = tuple(one for one in self.segments if one.start <= start)
+        if until and _draw_alike(until[-1], segment, skip):
             return msgspec.structs.replace(ledger, segments=until)
-        again = tuple(
-            ReplayShare(replay=place, units=own, offset=draws_before(kept, place, start))
-            for place, own in zip(places, replay_units, strict=True)
+        used = [*units, *(identity for clause in clauses for identity in clause.identities)]
+        return msgspec.structs.replace(
+            ledger, sources=self.sources | _origins(used, sources), segments=(*kept, segment)
         )
-        segment = Segment(start=start, shares=shares, seen=seen, replays=again)
-        names = {source.identity: name for name, source in sources.items()}
-        used = [*named, *(identity for clause in clauses for identity in clause.identities)]
-        origins = {
-            identity: Origin(name=names[identity], size=sources[names[identity]].size)
-            for identity in used
-            if identity in names
-        }
-        return msgspec.structs.replace(ledger, sources=self.sources | origins, segments=(*kept, segment))
 
     def continued(self, run: str) -> "Ledger":
         """The ledger of a run that starts from this one: position 0, the same seed, and its stages as the past.
@@ -391,8 +364,53 @@ def _replay_units(clause: ReplaySpec) -> int:
     return units
 
 
-def _rest(replay_units: tuple[int, ...]) -> int:
+def _rest(replay_units: Sequence[int]) -> int:
     rest = UNITS - sum(replay_units)
     if rest < 1:
         raise SpecError(f"replay: the fractions add up to {sum(replay_units) / UNITS:g}; nothing is left for new data")
     return rest
+
+
+def _units_by_identity(units: Mapping[str, int], sources: Mapping[str, Identified]) -> dict[str, int]:
+    """The units of each source by identity instead of name; raises DataError as `Ledger.opened`."""
+    named: dict[str, str] = {}
+    for name in units:
+        if name not in sources:
+            raise DataError(f"the mixture names the source {name!r}, which is not in data.sources")
+        identity = sources[name].identity
+        if identity in named:
+            raise DataError(f"data.sources.{named[identity]} and data.sources.{name} are the same data")
+        named[identity] = name
+    return {identity: units[name] for identity, name in named.items()}
+
+
+def _shares(units: Mapping[str, int], seen: Mapping[str, Ranges], skip: int) -> tuple[Share, ...]:
+    """Each source from the end of what was seen of it on, `skip` samples left out."""
+    ends = {identity: ranges[-1][1] for identity, ranges in seen.items()}
+    return tuple(
+        Share(source=identity, units=own, offset=ends.get(identity, 0) + skip) for identity, own in units.items()
+    )
+
+
+def _again(replays: Iterable[tuple[int, int]], kept: Sequence[Segment], start: int) -> tuple[ReplayShare, ...]:
+    """Replay clauses, given by place and units, each from where its draws below `start` ended."""
+    return tuple(
+        ReplayShare(replay=place, units=own, offset=draws_before(kept, place, start)) for place, own in replays
+    )
+
+
+def _draw_alike(old: Segment, new: Segment, skip: int) -> bool:
+    """Whether a segment in force draws what `new` would; only where samples are skipped do offsets tell more."""
+    if weights_of(old) != weights_of(new):
+        return False
+    return not skip or [share.offset for share in old.shares] == [share.offset for share in new.shares]
+
+
+def _origins(identities: Iterable[str], sources: Mapping[str, Identified]) -> dict[str, Origin]:
+    """What is recorded of those of the identities that are among the sources."""
+    names = {source.identity: name for name, source in sources.items()}
+    return {
+        identity: Origin(name=names[identity], size=sources[names[identity]].size)
+        for identity in identities
+        if identity in names
+    }

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,6 +27,28 @@ _Prepared = tuple[int, int, Batch]
 """Position, global size, and this rank's batch."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankShare:
+    """Which rows of every global batch belong to a rank, and in micro-batches of how many samples."""
+
+    layout: Layout
+    rank: int
+    micro_batch_size: int
+
+    def rows(self, global_size: int) -> range:
+        """Return the rank's rows of a batch of `global_size` samples.
+
+        Raises:
+            LayoutError: the size does not divide by data-parallel ranks times micro-batch.
+        """
+        if global_size < 1 or global_size % (self.layout.data * self.micro_batch_size):
+            raise LayoutError(
+                f"a global batch of {global_size} samples does not divide by "
+                f"data {self.layout.data} x micro-batch {self.micro_batch_size}"
+            )
+        return local_rows(global_size, self.layout, self.rank)
+
+
 class BatchLoader:
     """Hands out this rank's share of every global batch, in the order that the ledger fixes.
 
@@ -36,7 +59,7 @@ class BatchLoader:
     Args:
         sources: by name; every source that is drawn from here on.
         ledger: where to begin. It needs a segment before the first batch (`open_segment`).
-        layout, rank, micro_size: whose share is made, and in micro-batches of how many samples.
+        share: whose rows are read.
         global_size_at: global batch size as a function of the samples consumed, for reading ahead.
         prefetch: batches read ahead.
         timeout: seconds that `next_batch` waits for the data, and `close` for the thread.
@@ -46,16 +69,14 @@ class BatchLoader:
         self,
         sources: Mapping[str, Source],
         ledger: Ledger,
+        share: RankShare,
         *,
-        layout: Layout,
-        rank: int,
-        micro_size: int,
         global_size_at: Callable[[int], int],
         prefetch: int = 2,
         timeout: float = 600.0,
     ) -> None:
         self._sources = dict(sources)
-        self._layout, self._rank, self._micro_size = layout, rank, micro_size
+        self._share = share
         self._global_size_at = global_size_at
         self._prefetch, self._timeout = prefetch, timeout
         self._ahead: Prefetcher[_Prepared] | None = None
@@ -77,7 +98,6 @@ class BatchLoader:
         mixture: Mapping[str, float],
         *,
         start: int | None = None,
-        offsets: Mapping[str, int] | None = None,
         replay: Sequence[ReplaySpec] = (),
         stage: str | None = None,
         skip: int = 0,
@@ -89,10 +109,7 @@ class BatchLoader:
         if sequence_length is not None:
             sources = {name: source.at_length(sequence_length) for name, source in sources.items()}
             self._by_identity |= {source.identity: source for source in sources.values()}
-        ledger = self._ledger.opened(
-            mixture, sources, start=start, offsets=offsets, replay=replay, stage=stage, skip=skip
-        )
-        self._adopt(ledger)
+        self._adopt(self._ledger.opened(mixture, sources, start=start, replay=replay, stage=stage, skip=skip))
 
     def next_batch(self, global_size: int | None = None) -> Batch:
         """This rank's rows of the next global batch; `global_size` defaults to what `global_size_at` says.
@@ -110,7 +127,7 @@ class BatchLoader:
             prepared = self._take()
         before = self._ledger
         self._ledger = before.advanced(size)
-        if self._rank == 0:
+        if self._share.rank == 0:
             self._warn_of_repeats(before)
         return prepared[2]
 
@@ -176,14 +193,14 @@ class BatchLoader:
         except TimeoutError:
             files = ", ".join(self._sources)
             raise DataError(
-                f"rank {self._rank}: no batch at sample {self.consumed} after {self._timeout:g} s of reading the "
+                f"rank {self._share.rank}: no batch at sample {self.consumed} after {self._timeout:g} s of reading the "
                 f"sources {files}; is their file system reachable?"
             ) from None
 
     def _start(self, first_size: int | None) -> None:
         self._check_sources()
         items = self._batches(self._ledger, first_size)
-        self._ahead = Prefetcher(items, self._prefetch, name=f"batches-of-rank-{self._rank}")
+        self._ahead = Prefetcher(items, self._prefetch, name=f"batches-of-rank-{self._share.rank}")
 
     def _stop(self) -> None:
         ahead, self._ahead = self._ahead, None
@@ -192,7 +209,7 @@ class BatchLoader:
                 ahead.close(self._timeout)
             except TimeoutError:
                 raise DataError(
-                    f"rank {self._rank}: reading ahead did not stop within {self._timeout:g} s; "
+                    f"rank {self._share.rank}: reading ahead did not stop within {self._timeout:g} s; "
                     "is the data's file system reachable?"
                 ) from None
 
@@ -200,9 +217,9 @@ class BatchLoader:
         position, size = ledger.position, first_size
         while True:
             size = self._global_size_at(position) if size is None else size
-            rows = _rows(size, self._layout, self._rank, self._micro_size)
+            rows = self._share.rows(size)
             positions = position + np.arange(rows.start, rows.stop, dtype=np.int64)
-            yield position, size, _batch(self._read(ledger, positions), self._micro_size)
+            yield position, size, _batch(self._read(ledger, positions), self._share.micro_batch_size)
             position, size = position + size, None
 
     def _read(self, ledger: Ledger, positions: Ints) -> Samples:
@@ -246,29 +263,19 @@ def _grouped(sources: Ints, rows: Ints) -> Iterator[tuple[int, Ints]]:
         yield int(found[begin]), ordered[begin:end]
 
 
-def evaluation_batches(
-    source: PackedSource, samples: int, *, global_size: int, layout: Layout, rank: int, micro_size: int
-) -> Iterator[Batch]:
-    """This rank's batches over the first `samples` windows of a validation source, in the order of the file.
+def evaluation_batches(source: PackedSource, samples: int, share: RankShare, *, global_size: int) -> Iterator[Batch]:
+    """A rank's batches over the first `samples` windows of a validation source, in the order of the file.
 
     Every batch has `global_size` rows; those that are missing at the end carry no loss, so that sums over the batches
     do not depend on the layout.
     """
     samples = min(samples, source.size)
-    rows = _rows(global_size, layout, rank, micro_size)
+    rows = share.rows(global_size)
     for start in range(0, samples, global_size):
         wanted = start + np.arange(rows.start, rows.stop, dtype=np.int64)
         read = source.windows(np.minimum(wanted, samples - 1))
         read.targets[wanted >= samples] = IGNORED
-        yield _batch(read, micro_size)
-
-
-def _rows(global_size: int, layout: Layout, rank: int, micro_size: int) -> range:
-    if global_size < 1 or global_size % (layout.data * micro_size):
-        raise LayoutError(
-            f"a global batch of {global_size} samples does not divide by data {layout.data} x micro-batch {micro_size}"
-        )
-    return local_rows(global_size, layout, rank)
+        yield _batch(read, share.micro_batch_size)
 
 
 def _joined(parts: list[Samples], places: Ints) -> Samples:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from parallel.spec import Section
+from keepwarm.section import Section
 
 
 class DataSpec(Section):

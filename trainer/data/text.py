@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import zstandard
 
@@ -78,19 +78,27 @@ def prefixed_documents(part: TextPart, text_key: str) -> list[tuple[str, str]]:
     """
     if not part.json_lines:
         return [("", text)] if (text := _decoded(part.payload, part.path)) else []
-    found = (
-        _document(line, f"{part.path}:{number}", text_key, part)
-        for number, line in enumerate(part.payload.split(b"\n"), part.first_line)
-        if line.strip()
-    )
+    found = (_document(value, where, text_key, part) for where, value in json_values(part))
     return [(prefix, text) for prefix, text in found if text]
 
 
-def _document(line: bytes, where: str, text_key: str, part: TextPart) -> tuple[str, str]:
-    try:
-        value = json.loads(_decoded(line, where))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON: {error}") from None
+def json_values(part: TextPart) -> Iterator[tuple[str, Any]]:
+    """Yield `FILE:LINE` and the value of every JSON line of a part; blank lines are skipped.
+
+    Raises:
+        DataError: a line is not UTF-8 or not JSON; names file and line.
+    """
+    for number, line in enumerate(part.payload.split(b"\n"), part.first_line):
+        if line.strip():
+            where = f"{part.path}:{number}"
+            try:
+                value = json.loads(_decoded(line, where))
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where}: not JSON: {error}") from None
+            yield where, value
+
+
+def _document(value: Any, where: str, text_key: str, part: TextPart) -> tuple[str, str]:
     if not isinstance(value, dict) or not isinstance(value.get(text_key), str):
         keys = f"; its keys are {sorted(value)}" if isinstance(value, dict) else ""
         raise DataError(f"{where}: not an object with a string at {text_key!r} (--text-key){keys}")

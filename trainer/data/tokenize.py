@@ -1,7 +1,6 @@
 """`keepwarm data tokenize`: text in, `.bin`, `.idx` and a `.json` sidecar out. Resumable."""
 
 import fcntl
-import math
 import multiprocessing
 import os
 import shutil
@@ -23,15 +22,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from keepwarm.exit_code import ExitCode
 from trainer.data import tool
 from trainer.data.indexed import Sidecar
-from trainer.data.prefix import Control, Prefix, metadata
-from trainer.data.score import Keep, least_of_top
 from trainer.data.text import TextPart, parts
 from trainer.data.token_parts import merge, part_path, write_part
+from trainer.data.tokenize_options import DEFAULT_OPTIONS, GOOD_BAD, TextOptions, keep_from, prefix_from
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
-from trainer.errors import DataError, OutputError, SpecError, UnrecoverableFault
-
-PART_BYTES = 4 << 20
-GOOD_BAD = "<|good|>,<|bad|>"
+from trainer.errors import DataError, OutputError, UnrecoverableFault
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -40,12 +35,9 @@ def tokenize(
     inputs: Sequence[Path],
     prefix: Path,
     tokenizer_name: str,
+    options: TextOptions = DEFAULT_OPTIONS,
     *,
-    text_key: str = "text",
-    keep: Keep | None = None,
-    before: Prefix | None = None,
     processes: int = 1,
-    part_bytes: int = PART_BYTES,
     on_read: Callable[[int], None] = lambda _: None,
 ) -> Sidecar:
     """Write the documents of `inputs`, in their order, to `prefix`.bin, .idx and .json.
@@ -54,10 +46,10 @@ def tokenize(
     the number of processes and however often the work was killed: finished parts wait in `prefix`.parts.
 
     Args:
-        keep: which documents to take, by a score that each has; default: all.
-        before: text put before each document, which carries no loss when it is trained on.
         inputs: `.jsonl` (one document a line) or `.txt` (one document a file), as they are or with .gz or .zst.
-        on_read: told the number of bytes of the input that were just gone through.
+        options: how the inputs are read, which of their documents are taken and what stands before each.
+        processes: tokenizing processes.
+        on_read: called with the number of bytes of the input that were just read.
 
     Raises:
         DataError: an input or the tokenizer cannot be used; names the file, and the line.
@@ -70,8 +62,8 @@ def tokenize(
             raise DataError(f"{path}: no such file")
     try:
         with _parts_folder(prefix) as folder:
-            texts = (parts(path, part_bytes, keep, before) for path in inputs)
-            paths = list(_tokenized(texts, folder, tokenizer, text_key, processes, on_read))
+            texts = (parts(path, options.part_bytes, options.keep, options.prefix) for path in inputs)
+            paths = list(_tokenized(texts, folder, tokenizer, options.text_key, processes, on_read))
             sidecar = merge(folder, paths, prefix, tokenizer)
             for part in folder.glob("*.npz"):
                 part.unlink()
@@ -211,53 +203,35 @@ def command(
 
     JSON lines hold one document each, a .txt file is one document. Killed and started again, it goes on where it was.
     """
-    keep = _keep(input, score_key, min_score, top)
-    before = _before(prefix, control_key, control_least, control, unmarked)
-    columns = (TextColumn("tokenize"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    total = sum(path.stat().st_size for path in input if path.is_file())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("tokenize", total=total)
-        sidecar = tokenize(
-            input,
-            output_prefix,
-            tokenizer,
-            text_key=text_key,
-            keep=keep,
-            before=before,
-            processes=processes,
-            on_read=lambda read: progress.advance(task, read),
-        )
+    options = TextOptions(
+        text_key=text_key,
+        keep=keep_from(input, score_key, min_score, top),
+        prefix=prefix_from(prefix, control_key, control_least, control, unmarked),
+    )
+    sidecar = _with_progress(input, output_prefix, tokenizer, options, processes)
     if json:
         typer.echo(msgspec.json.encode({"prefix": str(output_prefix), **msgspec.structs.asdict(sidecar)}).decode())
     else:
         typer.echo(f"{output_prefix}: {sidecar.documents:,} documents, {sidecar.tokens:,} tokens ({sidecar.tokenizer})")
 
 
-def _before(template: str | None, key: str | None, least: float, control: str, unmarked: float) -> Prefix | None:
-    if key is None:
-        return None if template is None else metadata(template)
-    if template is not None:
-        raise SpecError("--prefix and --control-key: a document has one prefix; give one of them")
-    good, *bad = control.split(",")
-    if len(bad) != 1 or not good or not bad[0] or good == bad[0]:
-        raise SpecError(f"--control {control}: give two different texts with a comma between them, as {GOOD_BAD}")
-    return Control(key=key, least=least, good=good, bad=bad[0], unmarked=unmarked)
-
-
-def _keep(inputs: Sequence[Path], key: str | None, least: float | None, top: float | None) -> Keep | None:
-    if key is None and least is None and top is None:
-        return None
-    if key is None or (least is None) == (top is None):
-        raise SpecError("--score-key needs one of --min-score and --top, and they need it")
-    for path in inputs:
-        if not path.is_file():
-            raise DataError(f"{path}: no such file")
-    if top is not None:
-        every = Keep(key=key, least=-math.inf)
-        least = least_of_top((part for path in inputs for part in parts(path, PART_BYTES, every)), key, top)
-    assert least is not None
-    return Keep(key=key, least=least)
+def _with_progress(
+    inputs: Sequence[Path], output_prefix: Path, tokenizer: str, options: TextOptions, processes: int
+) -> Sidecar:
+    """Run `tokenize` with a progress bar on a terminal."""
+    columns = (TextColumn("tokenize"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    total = sum(path.stat().st_size for path in inputs if path.is_file())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("tokenize", total=total)
+        return tokenize(
+            inputs,
+            output_prefix,
+            tokenizer,
+            options,
+            processes=processes,
+            on_read=lambda read: progress.advance(task, read),
+        )
 
 
 if __name__ == "__main__":

@@ -118,8 +118,8 @@ def test_a_new_plan_replaces_what_lies_ahead() -> None:
 
 
 def test_skipping_data_leaves_a_gap_in_what_was_seen() -> None:
-    ledger = Ledger(seed=1).opened({"c": 1}, SOURCES).advanced(10)
-    ledger = ledger.opened({"c": 1}, SOURCES, offsets={"c": 30}).advanced(5)
+    ledger = Ledger(seed=1).opened({"c": 1}, SOURCES, stage="one").advanced(10)
+    ledger = ledger.opened({"c": 1}, SOURCES, stage="two", skip=20).advanced(5)
     (given_,) = ledger.given().values()
     assert given_.ranges == ((0, 10), (30, 35))
     assert given_.consumed == 15

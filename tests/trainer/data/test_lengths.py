@@ -10,7 +10,7 @@ from parallel.layout import Layout
 from parallel.targets import IGNORED
 from tests.support.corpus import MemoryTokens, counting_source
 from trainer.data.ledger import Ledger
-from trainer.data.loader import BatchLoader
+from trainer.data.loader import BatchLoader, RankShare
 from trainer.data.packing import PackedSource
 from trainer.data.spec import ReplaySpec
 from trainer.errors import DataError
@@ -37,7 +37,7 @@ def rows(
         layout = Layout(data=data, pipeline=1, tensor=1, ranks_per_node=data)
         for rank in range(data):
             loader = BatchLoader(
-                sources, Ledger.load(json.loads(state)), layout=layout, rank=rank, micro_size=1,
+                sources, Ledger.load(json.loads(state)), RankShare(layout=layout, rank=rank, micro_batch_size=1),
                 global_size_at=lambda _: 8, timeout=60,
             )  # fmt: skip
             with loader:
@@ -100,7 +100,9 @@ def test_with_a_document_mask_no_document_goes_on_in_the_next_piece() -> None:
     old = PackedSource("old", MemoryTokens(documents), 4, document_mask=True)
     sources = {"old": old, "new": replace(NEW, document_mask=True)}
     layout = Layout(data=1, pipeline=1, tensor=1, ranks_per_node=1)
-    loader = BatchLoader(sources, Ledger(seed=3), layout=layout, rank=0, micro_size=8, global_size_at=lambda _: 8)
+    loader = BatchLoader(
+        sources, Ledger(seed=3), RankShare(layout=layout, rank=0, micro_batch_size=8), global_size_at=lambda _: 8
+    )
     with loader:
         loader.open_segment({"old": 1.0}, stage="first")
         for _ in range(5):
@@ -123,7 +125,9 @@ def test_with_a_document_mask_no_document_goes_on_in_the_next_piece() -> None:
 
 def test_samples_of_two_lengths_need_two_clauses() -> None:
     layout = Layout(data=1, pipeline=1, tensor=1, ranks_per_node=1)
-    loader = BatchLoader(SOURCES, Ledger(seed=3), layout=layout, rank=0, micro_size=8, global_size_at=lambda _: 8)
+    loader = BatchLoader(
+        SOURCES, Ledger(seed=3), RankShare(layout=layout, rank=0, micro_batch_size=8), global_size_at=lambda _: 8
+    )
     with loader:
         for stage, length in (("first", 4), ("second", 8)):
             loader.open_segment({"old": 1.0}, stage=stage, sequence_length=length)

@@ -19,7 +19,7 @@ from parallel.targets import IGNORED
 from tests.support.corpus import MemoryTokens, counting_source, random_documents, write_token_file
 from trainer.data.indexed import TokenFile
 from trainer.data.ledger import Ledger
-from trainer.data.loader import BatchLoader, evaluation_batches
+from trainer.data.loader import BatchLoader, RankShare, evaluation_batches
 from trainer.data.packing import PackedSource, Samples
 from trainer.data.prefetch import Prefetcher
 from trainer.data.table import Ints
@@ -45,9 +45,7 @@ def _loader(
     return BatchLoader(
         SOURCES,
         LEDGER if ledger is None else ledger,
-        layout=_layout(data),
-        rank=rank,
-        micro_size=micro_size,
+        RankShare(layout=_layout(data), rank=rank, micro_batch_size=micro_size),
         global_size_at=_ramp,
         prefetch=prefetch,
         timeout=30,
@@ -103,7 +101,7 @@ def test_pipeline_and_tensor_ranks_get_the_batch_of_their_data_coordinate() -> N
     batches = []
     for rank in range(layout.world_size):
         with BatchLoader(
-            SOURCES, LEDGER, layout=layout, rank=rank, micro_size=2, global_size_at=_ramp, timeout=30
+            SOURCES, LEDGER, RankShare(layout=layout, rank=rank, micro_batch_size=2), global_size_at=_ramp, timeout=30
         ) as loader:
             batches.append(loader.next_batch())
     for rank, batch in enumerate(batches):
@@ -116,7 +114,11 @@ def test_shapes_and_types() -> None:
     source = PackedSource("a", MemoryTokens(documents), 6, True)
     ledger = Ledger(seed=1).opened({"a": 1}, {"a": source})
     with BatchLoader(
-        {"a": source}, ledger, layout=_layout(2), rank=1, micro_size=2, global_size_at=lambda _: 12, timeout=30
+        {"a": source},
+        ledger,
+        RankShare(layout=_layout(2), rank=1, micro_batch_size=2),
+        global_size_at=lambda _: 12,
+        timeout=30,
     ) as loader:
         batch = loader.next_batch()
     assert batch.documents is not None
@@ -170,7 +172,9 @@ def test_a_damaged_state_is_refused() -> None:
 
 def test_changed_data_are_noticed_when_continuing() -> None:
     changed = {**SOURCES, "a": counting_source("a", 41)}
-    loader = BatchLoader(changed, LEDGER, layout=_layout(1), rank=0, micro_size=1, global_size_at=_ramp)
+    loader = BatchLoader(
+        changed, LEDGER, RankShare(layout=_layout(1), rank=0, micro_batch_size=1), global_size_at=_ramp
+    )
     with loader, pytest.raises(DataError, match=r"source 'a'.*the file was changed"):
         loader.next_batch()
 
@@ -210,7 +214,11 @@ def test_a_bad_token_is_reported_to_the_consumer_with_its_file(tmp_path: Path) -
     source = PackedSource("a", TokenFile(write_token_file(tmp_path / "c", documents), 50), 10)
     ledger = Ledger(seed=1).opened({"a": 1}, {"a": source})
     loader = BatchLoader(
-        {"a": source}, ledger, layout=_layout(1), rank=0, micro_size=1, global_size_at=lambda _: source.size, timeout=30
+        {"a": source},
+        ledger,
+        RankShare(layout=_layout(1), rank=0, micro_batch_size=1),
+        global_size_at=lambda _: source.size,
+        timeout=30,
     )
     with loader, pytest.raises(DataError, match=r"c\.bin: token id 99"):
         loader.next_batch()
@@ -236,7 +244,11 @@ def test_waiting_for_data_has_a_deadline() -> None:
     gate = _Gate()
     ledger = Ledger(seed=1).opened({"gate": 1}, {"gate": gate})
     loader = BatchLoader(
-        {"gate": gate}, ledger, layout=_layout(1), rank=0, micro_size=1, global_size_at=lambda _: 2, timeout=0.01
+        {"gate": gate},
+        ledger,
+        RankShare(layout=_layout(1), rank=0, micro_batch_size=1),
+        global_size_at=lambda _: 2,
+        timeout=0.01,
     )
     with pytest.raises(DataError, match=r"rank 0: no batch at sample 0 after 0\.01 s of reading the sources gate"):
         loader.next_batch()
@@ -297,7 +309,10 @@ def test_evaluation_covers_the_same_targets_in_every_layout(samples: int, how: t
     for rank in range(data):
         batches = list(
             evaluation_batches(
-                source, samples, global_size=global_size, layout=_layout(data), rank=rank, micro_size=micro_size
+                source,
+                samples,
+                RankShare(layout=_layout(data), rank=rank, micro_batch_size=micro_size),
+                global_size=global_size,
             )
         )
         counts.append([batch.tokens.shape for batch in batches])

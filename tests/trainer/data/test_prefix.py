@@ -17,6 +17,7 @@ from trainer.data.packing import PackedSource
 from trainer.data.prefix import Control, metadata
 from trainer.data.token_parts import merge, part_path, write_part
 from trainer.data.tokenize import command, tokenize
+from trainer.data.tokenize_options import TextOptions
 from trainer.data.tokenizer import load_tokenizer
 from trainer.data.train_tokenizer import train_tokenizer
 from trainer.errors import DataError, SpecError
@@ -65,8 +66,8 @@ def test_a_file_without_prefixes_has_none(corpus: Path, tmp_path: Path) -> None:
 
 def test_control_tokens_follow_the_score_and_some_documents_have_none(corpus: Path, tmp_path: Path) -> None:
     before = Control(key="nice", least=0.5, good="+", bad="-", unmarked=0.3)
-    tokenize([corpus], tmp_path / "out", "bytes", before=before)
-    tokenize([corpus], tmp_path / "parts", "bytes", before=before, part_bytes=16)
+    tokenize([corpus], tmp_path / "out", "bytes", TextOptions(prefix=before))
+    tokenize([corpus], tmp_path / "parts", "bytes", TextOptions(prefix=before, part_bytes=16))
     assert documents(tmp_path / "out") == documents(tmp_path / "parts")
     marks = [document.removesuffix(f"text {place}") for place, document in enumerate(documents(tmp_path / "out"))]
     assert 1 <= marks.count("") <= 6
@@ -81,7 +82,7 @@ def test_control_tokens_are_special_tokens_and_data_are_not(corpus: Path, tmp_pa
     assert len(good) == len(bad) == 1
     assert good != bad
     write(corpus, [{"text": "<|good|>", "url": "<|endoftext|>", "nice": 1}])
-    tokenize([corpus], tmp_path / "url", tokenizer.name, before=metadata("{url}"))
+    tokenize([corpus], tmp_path / "url", tokenizer.name, TextOptions(prefix=metadata("{url}")))
     whole = TokenFile(tmp_path / "url").document(0)
     assert tokenizer.end_of_document not in whole[:-1]
     assert good[0] not in whole
@@ -100,7 +101,7 @@ def test_targets_are_masked_token_by_token(
 ) -> None:
     folder = tmp_path_factory.mktemp("pieces")
     corpus = write(folder / "a.jsonl", [{"p": "p" * before, "text": "t" * after} for before, after in lengths])
-    tokenize([corpus], folder / "out", "bytes", before=metadata("{p}"))
+    tokenize([corpus], folder / "out", "bytes", TextOptions(prefix=metadata("{p}")))
     file = TokenFile(folder / "out")
     stream = file.read(0, file.count)
     if file.count <= length:
@@ -132,10 +133,13 @@ def test_parts_of_another_prefix_are_not_taken_for_these(corpus: Path, tmp_path:
 def test_a_document_without_the_field_is_named(corpus: Path, tmp_path: Path, value: str) -> None:
     corpus.write_text(corpus.read_text() + f'{{"text": "x", "url": {value}, "nice": {value}}}\n')
     with pytest.raises(DataError, match=r"corpus\.jsonl:11: no text or number at 'url' \(--prefix\)"):
-        tokenize([corpus], tmp_path / "out", "bytes", before=metadata("{url}"))
+        tokenize([corpus], tmp_path / "out", "bytes", TextOptions(prefix=metadata("{url}")))
     with pytest.raises(DataError, match=r"corpus\.jsonl:11: no number at 'nice' \(--control-key\)"):
         tokenize(
-            [corpus], tmp_path / "out", "bytes", before=Control(key="nice", least=0, good="+", bad="-", unmarked=0)
+            [corpus],
+            tmp_path / "out",
+            "bytes",
+            TextOptions(prefix=Control(key="nice", least=0, good="+", bad="-", unmarked=0)),
         )
 
 
@@ -161,4 +165,4 @@ def test_plain_text_has_no_fields(tmp_path: Path) -> None:
     plain = tmp_path / "plain.txt"
     plain.write_text("text")
     with pytest.raises(DataError, match="plain text has no fields"):
-        tokenize([plain], tmp_path / "out", "bytes", before=metadata("{url}"))
+        tokenize([plain], tmp_path / "out", "bytes", TextOptions(prefix=metadata("{url}")))

@@ -8,6 +8,7 @@ import pytest
 from trainer.data.indexed import TokenFile
 from trainer.data.score import Keep
 from trainer.data.tokenize import command, tokenize
+from trainer.data.tokenize_options import TextOptions
 from trainer.errors import DataError, SpecError
 
 SCORES = [0.5, -1.0, 3.0, 2.0, 2.0, 0.0, 1.0, 7.0]
@@ -50,8 +51,8 @@ def test_a_threshold_or_the_best_fraction(
 
 
 def test_parts_of_another_threshold_are_not_taken_for_these(scored: Path, tmp_path: Path) -> None:
-    tokenize([scored], tmp_path / "best", "bytes", keep=Keep(key="quality", least=3.0), part_bytes=16)
-    tokenize([scored], tmp_path / "good", "bytes", keep=Keep(key="quality", least=2.0), part_bytes=16)
+    tokenize([scored], tmp_path / "best", "bytes", TextOptions(keep=Keep(key="quality", least=3.0), part_bytes=16))
+    tokenize([scored], tmp_path / "good", "bytes", TextOptions(keep=Keep(key="quality", least=2.0), part_bytes=16))
     assert (kept(tmp_path / "best"), kept(tmp_path / "good")) == ([2, 7], [2, 3, 4, 7])
 
 
@@ -59,7 +60,7 @@ def test_parts_of_another_threshold_are_not_taken_for_these(scored: Path, tmp_pa
 def test_a_document_without_a_score_is_named(scored: Path, tmp_path: Path, value: str) -> None:
     scored.write_text(scored.read_text() + f'{{"text": "x", "quality": {value}}}\n')
     with pytest.raises(DataError, match=r"scored\.jsonl:9: no number at 'quality' \(--score-key\)"):
-        tokenize([scored], tmp_path / "out", "bytes", keep=Keep(key="quality", least=0.0))
+        tokenize([scored], tmp_path / "out", "bytes", TextOptions(keep=Keep(key="quality", least=0.0)))
 
 
 def test_options_that_do_not_fit(scored: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from trainer.data.indexed import Sidecar, TokenFile, megatron_indexed
 from trainer.data.inspect import inspect
 from trainer.data.token_parts import dtype_for
 from trainer.data.tokenize import _parts_folder, tokenize
+from trainer.data.tokenize_options import TextOptions
 from trainer.data.train_tokenizer import train_tokenizer
 from trainer.errors import DataError, OutputError
 
@@ -36,7 +37,7 @@ def _left_in(folder: Path) -> list[str]:
 
 
 def test_our_files_open_with_megatrons_reader(tmp_path: Path, corpus: Path) -> None:
-    sidecar = tokenize([corpus], tmp_path / "out", "bytes", part_bytes=SMALL)
+    sidecar = tokenize([corpus], tmp_path / "out", "bytes", TextOptions(part_bytes=SMALL))
     dataset = megatron_indexed().IndexedDataset(str(tmp_path / "out"))
     documents = [[*text.encode(), 256] for text in TEXTS]
     assert [dataset[i].tolist() for i in range(len(dataset))] == documents
@@ -64,8 +65,8 @@ def test_several_processes_and_part_sizes_give_the_same_bytes(tmp_path: Path, co
         [corpus, corpus],
         tmp_path / "two",
         name,
+        TextOptions(part_bytes=SMALL),
         processes=2,
-        part_bytes=SMALL,
         on_read=lambda count: read.append(count),
     )
     assert _digest(tmp_path / "one") == _digest(tmp_path / "two")
@@ -84,6 +85,7 @@ KILLED = """
     import psutil
     from trainer.data import token_parts
     from trainer.data.tokenize import _parts_folder, tokenize
+    from trainer.data.tokenize_options import TextOptions
 
     folder, processes, moment = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 
@@ -109,7 +111,7 @@ KILLED = """
 
     if __name__ == "__main__":
         inputs, prefix = [folder / "corpus.jsonl"], folder / "out"
-        tokenize(inputs, prefix, "bytes", part_bytes=700, processes=processes, on_read=on_read)
+        tokenize(inputs, prefix, "bytes", TextOptions(part_bytes=700), processes=processes, on_read=on_read)
         sys.exit("was not killed")
 """
 
@@ -128,7 +130,7 @@ KILLED = """
 def test_killed_and_started_again_it_gives_the_same_bytes(
     tmp_path: Path, corpus: Path, moment: str, processes: int
 ) -> None:
-    tokenize([corpus], tmp_path / "whole", "bytes", part_bytes=SMALL)
+    tokenize([corpus], tmp_path / "whole", "bytes", TextOptions(part_bytes=SMALL))
     script = tmp_path / "killed.py"
     script.write_text(textwrap.dedent(KILLED))
     root = Path(__file__).parents[3]
@@ -148,7 +150,7 @@ def test_killed_and_started_again_it_gives_the_same_bytes(
     assert not psutil.wait_procs(workers, timeout=60)[1], "workers outlived their killed parent"
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.parts").glob("*.npz")}
     assert bool(kept) == (moment != "writing a part")
-    tokenize([corpus], tmp_path / "out", "bytes", part_bytes=SMALL)
+    tokenize([corpus], tmp_path / "out", "bytes", TextOptions(part_bytes=SMALL))
     assert _digest(tmp_path / "out") == _digest(tmp_path / "whole")
     assert not (tmp_path / "out.parts").exists()
 
@@ -157,7 +159,7 @@ def test_finished_parts_are_not_made_again(tmp_path: Path, corpus: Path, monkeyp
     broken = write_json_lines(tmp_path / "broken.jsonl", TEXTS)
     broken.write_text(broken.read_text() + "{\n")
     with pytest.raises(DataError, match=r"broken\.jsonl:121: not JSON"):
-        tokenize([broken], tmp_path / "out", "bytes", part_bytes=SMALL)
+        tokenize([broken], tmp_path / "out", "bytes", TextOptions(part_bytes=SMALL))
     assert not (tmp_path / "out.idx").exists()
     finished = len(list((tmp_path / "out.parts").glob("*.npz")))
     assert finished > 5
@@ -166,7 +168,7 @@ def test_finished_parts_are_not_made_again(tmp_path: Path, corpus: Path, monkeyp
 
     original = module.write_part
     monkeypatch.setattr(module, "write_part", lambda path, *rest: (made.append(path), original(path, *rest))[1])
-    tokenize([corpus], tmp_path / "out", "bytes", part_bytes=SMALL)
+    tokenize([corpus], tmp_path / "out", "bytes", TextOptions(part_bytes=SMALL))
     assert len(made) <= 1
     assert not (tmp_path / "out.parts").exists()
 
@@ -176,9 +178,9 @@ def test_parts_of_another_tokenizer_are_not_used(tmp_path: Path, corpus: Path) -
     broken = tmp_path / "broken.jsonl"
     broken.write_text(corpus.read_text() + "{\n")
     with pytest.raises(DataError):
-        tokenize([broken], tmp_path / "out", "bytes", part_bytes=SMALL)
-    tokenize([corpus], tmp_path / "out", str(tmp_path / "t.json"), part_bytes=SMALL)
-    tokenize([corpus], tmp_path / "whole", str(tmp_path / "t.json"), part_bytes=SMALL)
+        tokenize([broken], tmp_path / "out", "bytes", TextOptions(part_bytes=SMALL))
+    tokenize([corpus], tmp_path / "out", str(tmp_path / "t.json"), TextOptions(part_bytes=SMALL))
+    tokenize([corpus], tmp_path / "whole", str(tmp_path / "t.json"), TextOptions(part_bytes=SMALL))
     assert _digest(tmp_path / "out") == _digest(tmp_path / "whole")
 
 
