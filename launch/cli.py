@@ -294,6 +294,9 @@ def checkpoint(context: typer.Context) -> None:
 
 def _run_tool(module: str, arguments: Sequence[str]) -> NoReturn:
     """Become the tool: its options, output and exit code are its own."""
+    from trainer.spec_renames import refuse_old_options
+
+    refuse_old_options(arguments)
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-P", "-m", module, *arguments])
 

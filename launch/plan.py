@@ -110,7 +110,7 @@ class Plan:
 
     def micro_batches(self, stage: StagePlan) -> tuple[int, int]:
         """Micro-batches per step and data-parallel rank in the first and in the last step of a stage."""
-        unit = self.layout.data * self.job.batch.micro_size
+        unit = self.layout.data * self.job.batch.micro_batch_size
         last = max(stage.start_sample, stage.end_sample - 1)
         first_size, last_size = (global_size_at(self.job.batch, at) for at in (stage.start_sample, last))
         return first_size // unit, last_size // unit

@@ -34,7 +34,7 @@ class Batch:
     """One data-parallel rank's share of a global batch, split into micro-batches; CPU tensors.
 
     Every rank of the same data coordinate holds the same batch, so each pipeline stage has what it needs.
-    Tokens, targets and documents have the shape `[micro_batches, micro_size, sequence]`.
+    Tokens, targets and documents have the shape `[micro_batches, micro_batch_size, sequence]`.
     """
 
     tokens: torch.Tensor
@@ -44,7 +44,7 @@ class Batch:
     documents: torch.Tensor | None = None
     """int32 document index of each token; None: attention may cross documents."""
     extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """What else stages need of each sample, by name (say, the logits of a teacher): `[micro_batches, micro_size, ...]`.
+    """What else stages need of each sample, by name (say, the logits of a teacher): `[micro_batches, micro_batch_size, ...]`.
     Every stage is given all of it, as keyword arguments of these names."""
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
@@ -134,8 +134,8 @@ class Engine(Protocol):
         ...
 
 
-def local_rows(global_size: int, layout: Layout, rank: int) -> range:
+def local_rows(global_batch_size: int, layout: Layout, rank: int) -> range:
     """Samples of a global batch that belong to `rank`: contiguous blocks in the order of the data axis."""
-    share = global_size // layout.data
+    share = global_batch_size // layout.data
     start = layout.coordinates(rank).data * share
     return range(start, start + share)

@@ -127,7 +127,7 @@ def check_micro_batches(count: int, spec: ParallelSpec) -> None:
     if spec.schedule == "1f1b" and count < spec.stages:
         raise LayoutError(
             f"parallel.schedule = 1f1b over {spec.stages} pipeline stages needs at least {spec.stages} micro-batches "
-            f"per data-parallel rank, got {count}; raise batch.global_size or lower batch.micro_size"
+            f"per data-parallel rank, got {count}; raise batch.global_batch_size or lower batch.micro_batch_size"
         )
     if spec.engine == "megatron" and spec.schedule == "interleaved" and count % spec.pipeline:
         raise LayoutError(

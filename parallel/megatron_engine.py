@@ -146,7 +146,7 @@ class MegatronEngine:
 
     def _run(self, batch: Batch, *, training: bool) -> None:
         """Forward, and in training backward, of all micro-batches; losses are collected on the last stage."""
-        micro_batches, micro_size, sequence = batch.tokens.shape
+        micro_batches, micro_batch_size, sequence = batch.tokens.shape
         virtual = self._transformer.virtual_pipeline_model_parallel_size
         inputs = [_micro_batches(batch) for _ in self._chunks]
         collection = self._groups.collection
@@ -156,7 +156,7 @@ class MegatronEngine:
             model=self._chunks if virtual else self._chunks[0],
             num_microbatches=micro_batches,
             seq_length=sequence,
-            micro_batch_size=micro_size,
+            micro_batch_size=micro_batch_size,
             forward_only=not training,
             p2p_communicator=P2PCommunicator(pp_group=collection.pp, config=self._transformer),
             pg_collection=collection,

@@ -36,7 +36,7 @@ class Shape(NamedTuple):
     """What fixes the buffers of a schedule."""
 
     micro_batches: int
-    micro_size: int
+    micro_batch_size: int
     sequence: int
     training: bool
 
@@ -107,13 +107,15 @@ class Pipeline:
         module, last = self._stages[index], self._spec.stages - 1
         shards = module.sequence_shards if isinstance(module.sequence_shards, int) else 1
         hidden = torch.empty(
-            (shape.micro_size, shape.sequence // shards, self._hidden_size),
+            (shape.micro_batch_size, shape.sequence // shards, self._hidden_size),
             dtype=self._dtype,
             device="meta",
             requires_grad=shape.training,
         )
-        tokens = torch.empty((shape.micro_size, shape.sequence), dtype=torch.int64, device="meta")
-        losses = torch.empty((shape.micro_size, self._losses.columns), device="meta", requires_grad=shape.training)
+        tokens = torch.empty((shape.micro_batch_size, shape.sequence), dtype=torch.int64, device="meta")
+        losses = torch.empty(
+            (shape.micro_batch_size, self._losses.columns), device="meta", requires_grad=shape.training
+        )
         return _Stage(
             module,
             index,

@@ -59,7 +59,7 @@ def branched(folder: Path, step: int, tokens: int, overrides: Sequence[str] = ()
         "name": name,
         "output": str(Path(parent.output).with_name(f"{Path(parent.output).name}-anneal-{step}")),
         "init_from": str(point.path),
-        "batch.global_size": global_size_at(parent.batch, point.position),
+        "batch.global_batch_size": global_size_at(parent.batch, point.position),
         "batch.ramp": None,
         "stages": [_stage(parent, point, tokens)],
     }

@@ -214,7 +214,7 @@ def _loader(job: JobSpec, world: World, data: PreparedData) -> BatchLoader:
     return BatchLoader(
         data.sources,
         Ledger(seed=job.seed),
-        RankShare(layout=job.layout, rank=world.rank, micro_batch_size=job.batch.micro_size),
+        RankShare(layout=job.layout, rank=world.rank, micro_batch_size=job.batch.micro_batch_size),
         global_size_at=size_at,
         prefetch=job.data.prefetch,
     )

@@ -21,7 +21,7 @@ class LogLine:
     metrics: StepMetrics
     last_step: int
     consumed_samples: int
-    global_size: int
+    global_batch_size: int
     tokens_per_s: float
     skipped: int
     tflops_per_gpu: float | None = None
@@ -35,7 +35,7 @@ class LogLine:
             f"consumed samples: {self.consumed_samples:12d}",
             f"elapsed time per iteration (ms): {1000 * step.step_time_s:.1f}",
             f"learning rate: {step.lr:.6E}",
-            f"global batch size: {self.global_size:5d}",
+            f"global batch size: {self.global_batch_size:5d}",
             f"lm loss: {step.loss:.6E}",
             f"grad norm: {step.grad_norm:.3f}",
             f"number of skipped iterations: {self.skipped:3d}",

@@ -19,7 +19,7 @@ def layouts(job: JobSpec) -> dict[int, JobSpec]:
     found = {job.layout.nodes: job}
     if job.cluster.elastic == "shrink":
         for data in range(job.parallel.data - 1, job.cluster.least_data - 1, -1):
-            if job.batch.global_size % (data * job.batch.micro_size):
+            if job.batch.global_batch_size % (data * job.batch.micro_batch_size):
                 continue  # what the validation of the job would say, in a thousandth of the time
             smaller = _with_replicas(job, data)
             if smaller is not None:

@@ -188,7 +188,7 @@ def _moments(optimizer: OptimizerSpec) -> int:
 
 
 def _micro_batches(job: JobSpec) -> int:
-    return job.batch.global_size // (job.parallel.data * job.batch.micro_size)
+    return job.batch.global_batch_size // (job.parallel.data * job.batch.micro_batch_size)
 
 
 def _gathered(job: JobSpec, stage: int) -> int:
@@ -232,7 +232,7 @@ def _activations(job: JobSpec, pipeline: int, compute: int) -> int:
     split = split_layers(job.model.layers, job.parallel)
     stages = stages_of(pipeline, job.parallel)
     longest = max(stage.sequence_length or job.data.sequence_length for stage in job.stages)
-    tokens = job.batch.micro_size * longest
+    tokens = job.batch.micro_batch_size * longest
     kept, again = layer_elements(job)
     layers = sum(len(split[stage]) for stage in stages) / len(stages)
     held = in_flight(job.parallel, pipeline, _micro_batches(job)) * layers * kept + again

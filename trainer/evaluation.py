@@ -20,7 +20,7 @@ class Evaluator:
         self._engine = engine
         self._domains = domains
         self._job = job
-        self._share = RankShare(layout=job.layout, rank=world.rank, micro_batch_size=job.batch.micro_size)
+        self._share = RankShare(layout=job.layout, rank=world.rank, micro_batch_size=job.batch.micro_batch_size)
 
     def losses(self, domains: Collection[str] | None = None) -> dict[str, float]:
         """Mean cross-entropy in nats per unmasked target, by domain; of all domains, or of those. Collective."""
@@ -31,7 +31,7 @@ class Evaluator:
     def _loss(self, source: PackedSource) -> float:
         total, count = 0.0, 0
         for batch in evaluation_batches(
-            source, self._job.evaluation.samples, self._share, global_size=self._job.batch.global_size
+            source, self._job.evaluation.samples, self._share, global_batch_size=self._job.batch.global_batch_size
         ):
             found = self._engine.evaluate(batch)
             total, count = total + found.loss_sum, count + found.tokens

@@ -100,7 +100,7 @@ class StepReport(Callback):
                 metrics=metrics,
                 last_step=run.last_step,
                 consumed_samples=run.loader.consumed,
-                global_size=done.samples,
+                global_batch_size=done.samples,
                 tokens_per_s=tokens_per_s,
                 skipped=run.state.health.skipped_total + result.skipped,
                 tflops_per_gpu=speed.tflops_per_gpu(tokens_per_s),

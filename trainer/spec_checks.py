@@ -111,18 +111,22 @@ def _lengths(job: Job) -> Iterator[tuple[str, int]]:
 
 
 def _batch(job: Job) -> Iterator[str]:
-    unit = job.parallel.data * job.batch.micro_size
-    named = f"parallel.data x batch.micro_size = {job.parallel.data} x {job.batch.micro_size} = {unit}"
-    if job.batch.global_size % unit:
-        yield f"batch.global_size = {job.batch.global_size} does not divide by {named}"
+    unit = job.parallel.data * job.batch.micro_batch_size
+    named = f"parallel.data x batch.micro_batch_size = {job.parallel.data} x {job.batch.micro_batch_size} = {unit}"
+    if job.batch.global_batch_size % unit:
+        yield f"batch.global_batch_size = {job.batch.global_batch_size} does not divide by {named}"
         return
     ramp = job.batch.ramp
     if ramp and (ramp.start % unit or ramp.increment % unit):
         yield f"batch.ramp.start and batch.ramp.increment must divide by {named}"
-    if ramp and (job.batch.global_size < ramp.start or (job.batch.global_size - ramp.start) % ramp.increment):
-        yield "batch.ramp: increments from batch.ramp.start must reach batch.global_size exactly"
+    if ramp and (
+        job.batch.global_batch_size < ramp.start or (job.batch.global_batch_size - ramp.start) % ramp.increment
+    ):
+        yield "batch.ramp: increments from batch.ramp.start must reach batch.global_batch_size exactly"
         return
-    sizes = range(ramp.start, job.batch.global_size + 1, ramp.increment) if ramp else [job.batch.global_size]
+    sizes = (
+        range(ramp.start, job.batch.global_batch_size + 1, ramp.increment) if ramp else [job.batch.global_batch_size]
+    )
     for size in sizes:
         try:
             check_micro_batches(size // unit, job.parallel)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from keepwarm.section import Section
+from trainer.spec_renames import VALUES, has_old_key, new_key
 from trainer.spec_yaml import Document, Keys, describe
 
 
@@ -27,6 +28,8 @@ def explain(error: ValidationError, spec: type[BaseModel], document: Document, p
         if found_at is None:
             continue
         keys = found_at.keys
+        if details["type"] == "missing" and has_old_key(keys[-1], found_at.beside):
+            continue
         place = document.place(prefix + keys)
         shown = ".".join(prefix + keys)
         for sentence in _sentence(details, found_at, spec).split("\n"):
@@ -149,6 +152,9 @@ def _sentence(details: ErrorDetails, place: _Place, spec: type[BaseModel]) -> st
     if kind == "literal_error":
         near = difflib.get_close_matches(value, details["ctx"]["expected"].split("'")[1::2]) if _is_text(value) else []
         hint = f"; did you mean {near[0]}?" if near else ""
+        new = VALUES.get(place.keys[-1], {}).get(value) if _is_text(value) else None
+        if new is not None:
+            return f"{value} was renamed: write {new}"
         return f"expected {wanted}, got {describe(value)}{hint}"
     if kind == "int_type" and isinstance(value, float) and value.is_integer():
         return f"expected a whole number, got {value}; write {int(value)}"
@@ -167,7 +173,11 @@ def _is_text(value: Any) -> bool:
 
 
 def _hint(place: _Place, spec: type[BaseModel]) -> str:
-    """What may have been meant by an unknown key: what its section says, else the nearest key."""
+    """What may have been meant by an unknown key: its new name, what its section says, else the nearest key."""
+    known = [name for section in place.around for name in section.model_fields]
+    new = new_key(place.keys[-1], known)
+    if new is not None:
+        return f": it was renamed; write {'.'.join((*place.keys[:-1], new))}"
     for section in place.around:
         said = section.unknown_key(place.keys[-1], place.beside) if issubclass(section, Section) else None
         if said is not None:

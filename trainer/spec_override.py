@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from trainer.errors import SpecError
+from trainer.spec_renames import refuse_old_options
 from trainer.spec_yaml import Document, Keys, describe, parse_value
 
 COMMAND_LINE = "command line"
@@ -23,8 +24,9 @@ class Override:
         """From `a.b=c` or `--a.b=c`; `c` is read as YAML, so `3e-4` is a number and `[1, 2]` a list.
 
         Raises:
-            SpecError: no `=`, an empty key, or a value that is not YAML.
+            SpecError: no `=`, an empty key, a value that is not YAML, or an option that was renamed.
         """
+        refuse_old_options([text])
         name, equals, value = text.removeprefix("--").partition("=")
         keys = tuple(name.split("."))
         if not equals or not all(keys):

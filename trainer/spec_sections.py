@@ -25,14 +25,14 @@ class RampSpec(Section):
 
     start: PositiveInt
     increment: PositiveInt
-    samples: PositiveInt = Field(description="samples over which the ramp reaches batch.global_size")
+    samples: PositiveInt = Field(description="samples over which the ramp reaches batch.global_batch_size")
 
 
 class BatchSpec(Section):
-    """Samples per step. Gradient accumulation follows: global_size / (parallel.data x micro_size)."""
+    """Samples per step. Gradient accumulation follows: global_batch_size / (parallel.data x micro_batch_size)."""
 
-    global_size: PositiveInt
-    micro_size: PositiveInt = 1
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt = 1
     ramp: RampSpec | None = None
 
 

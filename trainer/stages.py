@@ -38,10 +38,10 @@ def global_size_at(batch: BatchSpec, consumed: int) -> int:
     """Samples of the step that starts after `consumed` samples of the job."""
     ramp = batch.ramp
     if ramp is None:
-        return batch.global_size
-    increments = max(1, (batch.global_size - ramp.start) // ramp.increment)
+        return batch.global_batch_size
+    increments = max(1, (batch.global_batch_size - ramp.start) // ramp.increment)
     done = consumed * increments // ramp.samples
-    return min(batch.global_size, ramp.start + done * ramp.increment)
+    return min(batch.global_batch_size, ramp.start + done * ramp.increment)
 
 
 def steps_for(batch: BatchSpec, consumed: int, samples: int) -> tuple[int, int]:
@@ -49,7 +49,7 @@ def steps_for(batch: BatchSpec, consumed: int, samples: int) -> tuple[int, int]:
     steps = given = 0
     while given < samples:
         size = global_size_at(batch, consumed + given)
-        if size == batch.global_size:
+        if size == batch.global_batch_size:
             rest = -(-(samples - given) // size)
             return steps + rest, given + rest * size
         steps, given = steps + 1, given + size

@@ -41,7 +41,7 @@ SIZES = {
     ),
     "quick": ("data.sequence_length=64",),
 }
-JOB = ("batch={global_size: 8, micro_size: 2}", "stages.0.tokens=100_000_000", "log.tensorboard=false")
+JOB = ("batch={global_batch_size: 8, micro_batch_size: 2}", "stages.0.tokens=100_000_000", "log.tensorboard=false")
 
 
 def job_of(engine: str, layout: str, size: str, output: Path) -> Any:
@@ -101,7 +101,7 @@ def on_two_ranks(layout: str, size: str, rounds: int, steps: int) -> dict[str, A
         subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
         times = json.loads((Path(folder) / "times.json").read_text())
         job = job_of("torch", layout, size, Path(folder) / "torch")
-    tokens = job.batch.global_size * job.data.sequence_length
+    tokens = job.batch.global_batch_size * job.data.sequence_length
     plain = {engine: statistics.median(seconds for seconds, _ in kinds["without"]) for engine, kinds in times.items()}
     found = {engine: _summary(kinds, tokens, plain["torch"]) for engine, kinds in times.items()}
     return {"load_before": load, "load_after": os.getloadavg()[0], "tokens_per_step": tokens, "engines": found}

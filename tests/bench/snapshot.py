@@ -43,9 +43,9 @@ SIZES = {
         "model={layers: 7, hidden_size: 384, heads: 6, ffn_size: 1024, vocabulary_size: 4096, "
         "max_sequence_length: 256}",
         "data.sequence_length=256",
-        "batch={global_size: 16, micro_size: 8}",
+        "batch={global_batch_size: 16, micro_batch_size: 8}",
     ),
-    "quick": ("data.sequence_length=64", "batch={global_size: 8, micro_size: 4}"),
+    "quick": ("data.sequence_length=64", "batch={global_batch_size: 8, micro_batch_size: 4}"),
 }
 JOB = (
     "parallel.data=2",
@@ -173,7 +173,7 @@ def rank(folder: Path, shared: Path, size: str, rounds: int, steps: int) -> None
         commits = checkpointer_of(run).commit_seconds
         result = {
             "parameters": parameters,
-            "tokens_per_step": job.batch.global_size * job.data.sequence_length,
+            "tokens_per_step": job.batch.global_batch_size * job.data.sequence_length,
             "bytes_stored_by_a_rank": stored,
             "commit_seconds_median": round(statistics.median(commits), 4),
             "times": times,

@@ -10,7 +10,7 @@ from tests.drills.test_drill import assert_survived, carriers, drill
 pytestmark = [pytest.mark.dist, pytest.mark.long, pytest.mark.timeout(3600)]
 
 NODE_OF_ONE = ("parallel.data=2", "cluster.ranks_per_node=1")
-NODE_OF_TWO = ("parallel.data=2", "cluster.ranks_per_node=2", "batch.micro_size=2")
+NODE_OF_TWO = ("parallel.data=2", "cluster.ranks_per_node=2", "batch.micro_batch_size=2")
 STAGES = ("parallel.pipeline=2", *NODE_OF_TWO)
 WITHOUT_DEEPSPEED = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,

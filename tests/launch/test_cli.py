@@ -83,7 +83,7 @@ def test_plan_with_many_stages_names_each_once() -> None:
         ("parallel.tensor=two", "parallel.tensor: expected a whole number, got the text 'two'"),
         ("parallel.tensor=3", "model.heads = 4 does not divide by parallel.tensor = 3"),
         ("parallel.pipeline=3", "model.layers = 4 does not divide by 3 pipeline stages"),
-        ("parallel.data=3", "batch.global_size = 8 does not divide"),
+        ("parallel.data=3", "batch.global_batch_size = 8 does not divide"),
         ("data.sequence_length=512", "longer than model.max_sequence_length = 256"),
         ("--rezume", "expected KEY=VALUE"),
     ],

@@ -36,7 +36,8 @@ from launch.emulated import Nodes
 from launch.node_options import Options
 from trainer.spec_file import load_job, save_job
 folder, namespaces = Path(sys.argv[1]), sys.argv[2:]
-job = load_job(Path("ci/snapshot"), [f"output={folder}", "snapshot=off", "parallel.data=4", "batch.global_size=8"])
+off = [f"output={folder}", "snapshot=off"]
+job = load_job(Path("ci/snapshot"), [*off, "parallel.data=4", "batch.global_batch_size=8"])
 save_job(job, folder / "run.json")
 launch.supervisor.SILENCE = 2.0
 supervise = launch.supervisor.supervise

@@ -23,7 +23,8 @@ from launch.emulated import Nodes
 from launch.node_options import Options
 from trainer.spec_file import load_job, save_job
 folder, silence = Path(sys.argv[1]), sys.argv[2]
-job = load_job(Path("ci/snapshot"), [f"output={folder}", "snapshot=off", "parallel.data=3", "batch.global_size=9"])
+off = [f"output={folder}", "snapshot=off"]
+job = load_job(Path("ci/snapshot"), [*off, "parallel.data=3", "batch.global_batch_size=9"])
 save_job(job, folder / "run.json")
 import launch.supervisor
 launch.supervisor.SILENCE = float(silence)

@@ -15,7 +15,7 @@ from trainer.spec_sections import BatchSpec
 pytestmark = pytest.mark.science
 
 SOURCES = {"en": counting_source("en", 500), "de": counting_source("de", 700, first=100_000)}
-BATCH = BatchSpec(global_size=8)
+BATCH = BatchSpec(global_batch_size=8)
 FIRST, SECOND = 160, 240
 """Samples of stage 0 and of each later one."""
 LAWS = {
@@ -30,7 +30,7 @@ def loader_of(ledger: Ledger, data: int = 1, rank: int = 0) -> BatchLoader:
         SOURCES,
         ledger,
         RankShare(layout=layout, rank=rank, micro_batch_size=1),
-        global_size_at=lambda _: BATCH.global_size,
+        global_size_at=lambda _: BATCH.global_batch_size,
         timeout=60,
     )
 

@@ -46,7 +46,7 @@ def train(
             "tokenizer": str(tokenizer),
             "sequence_length": length,
         },
-        "batch": {"global_size": STEP // length, "micro_size": STEP // length},
+        "batch": {"global_batch_size": STEP // length, "micro_batch_size": STEP // length},
         "stages": [only | stage],
         "evaluation": {"samples": 8192 // length},
         "log": {"every": 10**6, "tensorboard": False},

@@ -234,7 +234,7 @@ def run(
                 "validation": {n: n for n in domains},
                 "sequence_length": WINDOW,
             },
-            "batch": {"global_size": BATCH, "micro_size": BATCH},
+            "batch": {"global_batch_size": BATCH, "micro_batch_size": BATCH},
             "stages": tuple(stages),
             "init_from": None if parent is None else str(folder / "parent"),
             "evaluation": {"every": every, "samples": 4096},

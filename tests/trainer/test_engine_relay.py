@@ -32,7 +32,7 @@ LEGS = (
 STEPS = 10
 TOKENS_PER_STEP = 8 * 64
 # A rate that does not depend on where the run is going to end; micro-batches of a size that every layout can run.
-JOB = ("stages.0.lr={schedule: constant, max: 1e-3, warmup: 0}", "batch.micro_size=2", "log.tensorboard=false")
+JOB = ("stages.0.lr={schedule: constant, max: 1e-3, warmup: 0}", "batch.micro_batch_size=2", "log.tensorboard=false")
 
 
 def train(*arguments: str) -> None:

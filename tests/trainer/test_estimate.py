@@ -49,7 +49,7 @@ def job(model: ModelSpec | str, sequence: int = 64, batch: int = 8, **sections: 
             "output": "out",
             "model": spec,
             "data": {"sources": {"a": "a"}, "sequence_length": sequence},
-            "batch": {"global_size": batch},
+            "batch": {"global_batch_size": batch},
             "stages": ({"name": "one", "tokens": 1 << 20, "mixture": {"a": 1.0}, "lr": {"max": 1e-3}},),
             **sections,
         }

@@ -73,7 +73,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 def test_the_log_line_has_megatrons_grammar() -> None:
     line = LogLine(
-        metrics=at(7), last_step=20, consumed_samples=56, global_size=8, tokens_per_s=5120.0, skipped=0
+        metrics=at(7), last_step=20, consumed_samples=56, global_batch_size=8, tokens_per_s=5120.0, skipped=0
     ).text()
     megatron = (
         r"iteration\s+(\d+)/\s*(\d+) \| consumed samples:\s+(\d+) \| elapsed time per iteration \(ms\): ([\d.]+) \| "

@@ -29,7 +29,7 @@ model:
 data:
   sources: {en: text/en.jsonl, de: /corpora/de}
   sequence_length: 64
-batch: {global_size: 8}
+batch: {global_batch_size: 8}
 stages:
   - name: pretrain
     tokens: 1_024
@@ -80,7 +80,7 @@ def test_paths_are_relative_to_the_file_and_overrides_to_the_working_directory(
 @pytest.mark.parametrize("dashes", ["", "--"])
 def test_overrides_reach_every_kind_of_place(job_file: Path, dashes: str) -> None:
     overrides = ["stages.0.tokens=2048", "stages.anneal.lr.max=2e-4", "profile.start=3", "profile.steps=2"]
-    overrides += ["optimizer.betas=[0.8, 0.9]", "batch.micro_size=2", "optimizer.clip_norm=null"]
+    overrides += ["optimizer.betas=[0.8, 0.9]", "batch.micro_batch_size=2", "optimizer.clip_norm=null"]
     job = load_job(job_file, [dashes + text for text in overrides])
     assert job.stages[0].tokens == 2048
     assert job.stages[1].lr.max == 2e-4
@@ -88,7 +88,7 @@ def test_overrides_reach_every_kind_of_place(job_file: Path, dashes: str) -> Non
     assert job.profile.start == 3
     assert job.optimizer.betas == (0.8, 0.9)
     assert job.optimizer.clip_norm is None
-    assert job.batch.micro_size == 2
+    assert job.batch.micro_batch_size == 2
 
 
 def test_a_model_may_be_a_name_and_still_be_changed(job_file: Path) -> None:
@@ -137,8 +137,8 @@ def test_a_model_may_be_a_file_beside_the_job(job_file: Path) -> None:
         ("{en: 1}", "{fr: 1}", ["stages.anneal.mixture names ['fr'], not in data.sources ['de', 'en']"]),
         ("name: anneal", "name: pretrain", ["stages: names must differ"]),
         ("sequence_length: 64\nbatch", "sequence_length: 65\nbatch", ["65 is longer than model.max_sequence_length"]),
-        ("batch: {global_size: 8}", "batch: 8", ["job.yaml:13: batch: expected a section with keys, got 8"]),
-        ("{global_size: 8}", "{global_size: 8", ["job.yaml:14: not YAML"]),
+        ("batch: {global_batch_size: 8}", "batch: 8", ["job.yaml:13: batch: expected a section with keys, got 8"]),
+        ("{global_batch_size: 8}", "{global_batch_size: 8", ["job.yaml:14: not YAML"]),
     ],
 )
 def test_refusals_name_place_key_and_what_would_be_right(job_file: Path, old: str, new: str, words: list[str]) -> None:
@@ -158,11 +158,14 @@ def test_refusals_name_place_key_and_what_would_be_right(job_file: Path, old: st
         ("seed.x=1", "seed"),
         ("name.x=1", "override name.x: name is the text 'small', not a section"),
         ("parallel.tensor", "override parallel.tensor: expected KEY=VALUE"),
-        ("batch.micro_size=[", "override batch.micro_size=[: not YAML"),
+        ("batch.micro_batch_size=[", "override batch.micro_batch_size=[: not YAML"),
         ("model=llama", "no such model file; did you mean llama-3"),
         ("parallel.tensor=3", "model.heads = 4 does not divide by parallel.tensor = 3"),
         ("parallel.pipeline=3", "model.layers = 4 does not divide by 3 pipeline stages"),
-        ("parallel.data=3", "batch.global_size = 8 does not divide by parallel.data x batch.micro_size = 3 x 1 = 3"),
+        (
+            "parallel.data=3",
+            "batch.global_batch_size = 8 does not divide by parallel.data x batch.micro_batch_size = 3 x 1 = 3",
+        ),
         ("cluster.ranks_per_node=3", "do not fill whole nodes of cluster.ranks_per_node = 3"),
     ],
 )
@@ -175,16 +178,29 @@ def test_several_problems_are_listed_at_once(job_file: Path) -> None:
     assert "problems" in message
     assert "model.heads = 4" in message
     assert "model.layers = 4" in message
-    message = refused(job_file, "seed=x", "batch.global_size=y", "parallel.tensro=2")
+    message = refused(job_file, "seed=x", "batch.global_batch_size=y", "parallel.tensro=2")
     assert message.count("command line") == 3
 
 
 def test_pipeline_schedules_get_the_micro_batches_they_need(job_file: Path) -> None:
-    too_few = refused(job_file, "parallel.pipeline=4", "batch.micro_size=4")
+    too_few = refused(job_file, "parallel.pipeline=4", "batch.micro_batch_size=4")
     assert "1f1b over 4 pipeline stages needs at least 4 micro-batches" in too_few
-    rounds = ["parallel.pipeline=2", "parallel.schedule=interleaved", "batch.global_size=7"]
+    rounds = ["parallel.pipeline=2", "parallel.schedule=interleaved", "batch.global_batch_size=7"]
     assert "does not divide" in refused(job_file, *rounds)
     assert load_job(job_file, ["parallel.pipeline=2", "parallel.schedule=interleaved"]).parallel.stages == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("batch={global_size: 8}", "batch.global_size: unknown key: it was renamed; write batch.global_batch_size"),
+        ("batch.micro_size=2", "batch.micro_size: unknown key: it was renamed; write batch.micro_batch_size"),
+        ("optimizer.micro_size=2", "optimizer.micro_size: unknown key; did you mean batch.micro_batch_size?"),
+    ],
+)
+def test_renamed_key_or_value_is_refused_with_the_new_one(job_file: Path, override: str, said: str) -> None:
+    message = refused(job_file, override)
+    assert message == f"command line: {said}"
 
 
 @pytest.mark.parametrize(
@@ -256,7 +272,7 @@ def jobs(draw: st.DrawFn) -> JobSpec:
             norm_eps=draw(rate),
         ),
         data=DataSpec(sources={name: f"/data/{i}" for i, name in enumerate(names)}, sequence_length=64),
-        batch=BatchSpec(global_size=data * 4 * draw(st.integers(1, 3))),
+        batch=BatchSpec(global_batch_size=data * 4 * draw(st.integers(1, 3))),
         stages=tuple(
             StageSpec(
                 name=f"stage {i}",

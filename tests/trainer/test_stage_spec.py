@@ -21,7 +21,7 @@ data:
   sources: {en: text/en.jsonl, de: text/de.jsonl, code: text/code.jsonl}
   validation: {en: text/en.valid.jsonl}
   sequence_length: 64
-batch: {global_size: 8}
+batch: {global_batch_size: 8}
 stages:
   - name: english
     tokens: 1_024

@@ -14,7 +14,7 @@ def batches(draw: st.DrawFn) -> BatchSpec:
     increment = draw(st.integers(1, 8))
     levels = draw(st.integers(0, 5))
     ramp = RampSpec(start=start, increment=increment, samples=draw(st.integers(1, 500))) if levels else None
-    return BatchSpec(global_size=start + levels * increment, ramp=ramp)
+    return BatchSpec(global_batch_size=start + levels * increment, ramp=ramp)
 
 
 @given(batches(), st.integers(0, 600), st.integers(1, 600))
@@ -28,10 +28,10 @@ def test_steps_for_equals_counting_them(batch: BatchSpec, consumed: int, samples
 
 @given(batches(), st.integers(0, 2000))
 def test_the_ramp_never_shrinks_and_ends_at_the_global_size(batch: BatchSpec, consumed: int) -> None:
-    assert global_size_at(batch, consumed) <= global_size_at(batch, consumed + 1) <= batch.global_size
+    assert global_size_at(batch, consumed) <= global_size_at(batch, consumed + 1) <= batch.global_batch_size
     if batch.ramp is not None:
         assert global_size_at(batch, 0) == batch.ramp.start or batch.ramp.samples <= 5
-        assert global_size_at(batch, batch.ramp.samples) == batch.global_size
+        assert global_size_at(batch, batch.ramp.samples) == batch.global_batch_size
         assert (global_size_at(batch, consumed) - batch.ramp.start) % batch.ramp.increment == 0
 
 

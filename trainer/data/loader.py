@@ -35,18 +35,18 @@ class RankShare:
     rank: int
     micro_batch_size: int
 
-    def rows(self, global_size: int) -> range:
-        """Return the rank's rows of a batch of `global_size` samples.
+    def rows(self, global_batch_size: int) -> range:
+        """Return the rank's rows of a batch of `global_batch_size` samples.
 
         Raises:
             LayoutError: the size does not divide by data-parallel ranks times micro-batch.
         """
-        if global_size < 1 or global_size % (self.layout.data * self.micro_batch_size):
+        if global_batch_size < 1 or global_batch_size % (self.layout.data * self.micro_batch_size):
             raise LayoutError(
-                f"a global batch of {global_size} samples does not divide by "
+                f"a global batch of {global_batch_size} samples does not divide by "
                 f"data {self.layout.data} x micro-batch {self.micro_batch_size}"
             )
-        return local_rows(global_size, self.layout, self.rank)
+        return local_rows(global_batch_size, self.layout, self.rank)
 
 
 class BatchLoader:
@@ -111,15 +111,15 @@ class BatchLoader:
             self._by_identity |= {source.identity: source for source in sources.values()}
         self._adopt(self._ledger.opened(mixture, sources, start=start, replay=replay, stage=stage, skip=skip))
 
-    def next_batch(self, global_size: int | None = None) -> Batch:
-        """This rank's rows of the next global batch; `global_size` defaults to what `global_size_at` says.
+    def next_batch(self, global_batch_size: int | None = None) -> Batch:
+        """This rank's rows of the next global batch; `global_batch_size` defaults to what `global_size_at` says.
 
         Raises:
             DataError: a file cannot be read or took longer than the deadline, or a source that the ledger draws from
                 is not there; names it.
             LayoutError: the size does not divide by data-parallel ranks times micro-batch.
         """
-        size = self._global_size_at(self.consumed) if global_size is None else global_size
+        size = self._global_size_at(self.consumed) if global_batch_size is None else global_batch_size
         prepared = self._take()
         if prepared[:2] != (self.consumed, size):
             self._stop()
@@ -263,15 +263,17 @@ def _grouped(sources: Ints, rows: Ints) -> Iterator[tuple[int, Ints]]:
         yield int(found[begin]), ordered[begin:end]
 
 
-def evaluation_batches(source: PackedSource, samples: int, share: RankShare, *, global_size: int) -> Iterator[Batch]:
+def evaluation_batches(
+    source: PackedSource, samples: int, share: RankShare, *, global_batch_size: int
+) -> Iterator[Batch]:
     """A rank's batches over the first `samples` windows of a validation source, in the order of the file.
 
-    Every batch has `global_size` rows; those that are missing at the end carry no loss, so that sums over the batches
-    do not depend on the layout.
+    Every batch has `global_batch_size` rows; those that are missing at the end carry no loss, so that sums over the
+    batches do not depend on the layout.
     """
     samples = min(samples, source.size)
-    rows = share.rows(global_size)
-    for start in range(0, samples, global_size):
+    rows = share.rows(global_batch_size)
+    for start in range(0, samples, global_batch_size):
         wanted = start + np.arange(rows.start, rows.stop, dtype=np.int64)
         read = source.windows(np.minimum(wanted, samples - 1))
         read.targets[wanted >= samples] = IGNORED
@@ -289,8 +291,8 @@ def _joined(parts: list[Samples], places: Ints) -> Samples:
     )
 
 
-def _batch(samples: Samples, micro_size: int) -> Batch:
-    shape = (-1, micro_size, samples.tokens.shape[1])
+def _batch(samples: Samples, micro_batch_size: int) -> Batch:
+    shape = (-1, micro_batch_size, samples.tokens.shape[1])
     return Batch(
         tokens=torch.from_numpy(samples.tokens).reshape(shape),
         targets=torch.from_numpy(samples.targets).reshape(shape),

@@ -40,12 +40,12 @@ def _ramp(consumed: int) -> int:
 
 
 def _loader(
-    ledger: Ledger | None = None, *, data: int = 1, rank: int = 0, micro_size: int = 2, prefetch: int = 2
+    ledger: Ledger | None = None, *, data: int = 1, rank: int = 0, micro_batch_size: int = 2, prefetch: int = 2
 ) -> BatchLoader:
     return BatchLoader(
         SOURCES,
         LEDGER if ledger is None else ledger,
-        RankShare(layout=_layout(data), rank=rank, micro_batch_size=micro_size),
+        RankShare(layout=_layout(data), rank=rank, micro_batch_size=micro_batch_size),
         global_size_at=_ramp,
         prefetch=prefetch,
         timeout=30,
@@ -58,10 +58,10 @@ def _first_tokens(batch: Batch) -> list[int]:
 
 
 def _stream(
-    ledger: Ledger, until: int, *, data: int = 1, micro_size: int = 2
+    ledger: Ledger, until: int, *, data: int = 1, micro_batch_size: int = 2
 ) -> tuple[list[int], list[dict[str, object]]]:
     """Samples from the ledger's position to `until`, put together from all data ranks; and the ranks' last states."""
-    loaders = [_loader(ledger, data=data, rank=rank, micro_size=micro_size) for rank in range(data)]
+    loaders = [_loader(ledger, data=data, rank=rank, micro_batch_size=micro_batch_size) for rank in range(data)]
     seen: list[int] = []
     while loaders[0].consumed < until:
         for loader in loaders:
@@ -74,9 +74,9 @@ def _stream(
 REFERENCE, _ = _stream(LEDGER, 4 * 8 + 12 * 16)
 
 
-@pytest.mark.parametrize(("data", "micro_size"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 2), (8, 1)])
-def test_samples_do_not_depend_on_layout_or_micro_batch(data: int, micro_size: int) -> None:
-    seen, states = _stream(LEDGER, 192, data=data, micro_size=micro_size)
+@pytest.mark.parametrize(("data", "micro_batch_size"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 2), (8, 1)])
+def test_samples_do_not_depend_on_layout_or_micro_batch(data: int, micro_batch_size: int) -> None:
+    seen, states = _stream(LEDGER, 192, data=data, micro_batch_size=micro_batch_size)
     assert seen == REFERENCE[:192]
     assert all(state == states[0] for state in states)
 
@@ -91,7 +91,7 @@ def test_stopped_anywhere_and_continued_with_another_data_size(stops: list[tuple
         until = ledger.position
         for _ in range(batches):
             until += _ramp(until)
-        part, states = _stream(ledger, until, data=data, micro_size=1)
+        part, states = _stream(ledger, until, data=data, micro_batch_size=1)
         seen, state = seen + part, states[-1]
     assert seen == REFERENCE[: len(seen)]
 
@@ -302,7 +302,7 @@ def test_a_failure_comes_after_the_items_before_it() -> None:
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 60), st.sampled_from([(1, 1, 4), (2, 1, 4), (4, 1, 8), (2, 3, 12)]))
 def test_evaluation_covers_the_same_targets_in_every_layout(samples: int, how: tuple[int, int, int]) -> None:
-    data, micro_size, global_size = how
+    data, micro_batch_size, global_batch_size = how
     source = SOURCES["a"]
     wanted = source.windows(np.arange(min(samples, source.size))).targets
     counts, targets = [], []
@@ -311,8 +311,8 @@ def test_evaluation_covers_the_same_targets_in_every_layout(samples: int, how: t
             evaluation_batches(
                 source,
                 samples,
-                RankShare(layout=_layout(data), rank=rank, micro_batch_size=micro_size),
-                global_size=global_size,
+                RankShare(layout=_layout(data), rank=rank, micro_batch_size=micro_batch_size),
+                global_batch_size=global_batch_size,
             )
         )
         counts.append([batch.tokens.shape for batch in batches])
