@@ -88,10 +88,10 @@ def _megatron(job: Job) -> Iterator[str]:
     if parallel.data_mode == "hsdp":
         yield (
             "parallel.data_mode: fsdp (the distributed optimizer: optimizer state is sharded, weights are not) or "
-            "replicate, no hsdp"
+            "ddp, no hsdp"
         )
-    if job.optimizer.name == "sgd" and parallel.data_mode != "replicate":
-        yield "optimizer.name = sgd: the distributed optimizer knows AdamW alone; set parallel.data_mode = replicate"
+    if job.optimizer.name == "sgd" and parallel.data_mode != "ddp":
+        yield "optimizer.name = sgd: the distributed optimizer knows AdamW alone; set parallel.data_mode = ddp"
     if parallel.transformer_engine and job.numerics.norms == "apex":
         yield "numerics.norms = apex: parallel.transformer_engine brings its own norms; set one of them"
     if job.numerics.precision == "fp64":
@@ -133,8 +133,8 @@ def _transformer_engine_elsewhere(parallel: ParallelSpec) -> Iterator[str]:
 
 def _families_of_gpt_model(model: Architecture) -> Iterator[str]:
     """What the transformer layers of Megatron Core 0.16 lack."""
-    if model.norm_position == "after":
-        yield "model.norm_position = after (OLMo 2): its layers normalise before attention and MLP"
+    if model.norm_position == "post":
+        yield "model.norm_position = post (OLMo 2): its layers normalise before attention and MLP"
     if model.parallel_residual:
         yield "model.parallel_residual (GPT-NeoX): its layers run attention and MLP one after the other"
     if model.qk_norm == "projection":

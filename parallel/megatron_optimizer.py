@@ -2,7 +2,7 @@
 
 With `data_mode` fsdp it is the distributed optimizer (ZeRO stage 1, Rajbhandari et al., 2020): each data-parallel rank
 updates a range of the flattened weights, of which every tensor then has a range of its own on it; all ranks gather the
-result. With replicate every rank updates everything.
+result. With ddp every rank updates everything.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

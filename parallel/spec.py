@@ -24,7 +24,7 @@ class ParallelSpec(Section):
     layer_split: tuple[PositiveInt, ...] | None = Field(
         None, description="layers of each pipeline stage, first to last; default: equal"
     )
-    data_mode: Literal["fsdp", "hsdp", "replicate"] = "fsdp"
+    data_mode: Literal["fsdp", "hsdp", "ddp"] = "fsdp"
     reshard_after_forward: bool = Field(
         True, description="fsdp, hsdp: free gathered weights after forward (zero_bubble keeps them for the step)"
     )

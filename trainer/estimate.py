@@ -88,7 +88,7 @@ def _estimate_flattened(job: JobSpec, pipeline: int) -> RankEstimate:
     parallel = job.parallel
     master, compute = _bytes_of(job.numerics)
     whole = _whole(job, pipeline)
-    share = whole if parallel.data_mode == "replicate" else ceil(whole / parallel.data)
+    share = whole if parallel.data_mode == "ddp" else ceil(whole / parallel.data)
     zero = parallel.zero_stage if parallel.engine == "deepspeed" else 1
     masters = share * master if parallel.engine == "deepspeed" or compute != master else 0
     held = share if zero == 3 else whole
@@ -173,7 +173,7 @@ def _shard_size(parallel: ParallelSpec) -> int:
             return parallel.data
         case "hsdp":
             return parallel.shard_size or parallel.data
-        case "replicate":
+        case "ddp":
             return 1
 
 

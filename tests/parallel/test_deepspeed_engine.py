@@ -276,7 +276,7 @@ TINY = Path(__file__).parents[2] / "configs/ci/tiny.yaml"
         (["parallel.tensor=2", "parallel.sequence=true"], "parallel.sequence"),
         (["parallel.pipeline=2", "parallel.schedule=interleaved"], "parallel.schedule"),
         (["parallel.pipeline=2", "parallel.zero_stage=2"], "parallel.zero_stage = 2"),
-        (["parallel.data_mode=replicate"], "parallel.data_mode"),
+        (["parallel.data_mode=ddp"], "parallel.data_mode"),
         (["numerics.precision=fp64"], "numerics.precision = fp64"),
         (["numerics.compile=true"], "numerics.compile"),
         (["parallel.offload_optimizer=true", "optimizer.implementation=apex"], "parallel.offload_optimizer"),

@@ -144,7 +144,7 @@ def test_an_option_that_the_engine_lacks_ends_with_2_and_starts_nothing(
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("model.norm_position=after", "model.norm_position"),
+        ("model.norm_position=post", "model.norm_position"),
         ("model.parallel_residual=true", "model.parallel_residual"),
         ("model.qk_norm=projection", "model.qk_norm"),
         ("model.sliding_window=8", "model.sliding_window"),

@@ -20,7 +20,7 @@ from tests.support.ranks import run_ranks
 pytestmark = pytest.mark.dist
 
 MEGATRON = Case(engine="megatron", precision="fp32", clipped=True, optimizer="adamw")
-SGD = replace(MEGATRON, optimizer="sgd", data_mode="replicate")
+SGD = replace(MEGATRON, optimizer="sgd", data_mode="ddp")
 CUBE = replace(MEGATRON, tensor=2, pipeline=2, data=2, sequence=True, tied=True)
 
 LAYOUTS = [
@@ -37,7 +37,7 @@ FURTHER = [
     replace(MEGATRON, pipeline=2, schedule="interleaved", documents=True),
     replace(MEGATRON, pipeline=2, data=2, schedule="interleaved", micro_batches=4, tied=True),
     replace(MEGATRON, pipeline=4, micro_batches=4),
-    replace(MEGATRON, data=4, data_mode="replicate"),
+    replace(MEGATRON, data=4, data_mode="ddp"),
     replace(SGD, data=2),
     replace(SGD, tensor=2),
     replace(SGD, pipeline=2),

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.dist
 GIVEN = [
     Case(tensor=2, pipeline=2, data=2, sequence=True, tied=True, clipped=True, optimizer="adamw"),
     Case(tensor=2, pipeline=2, data=2, schedule="interleaved", data_mode="keep", documents=True, precision="fp32"),
-    Case(tensor=2, pipeline=2, data=2, schedule="zero_bubble", data_mode="replicate", sequence=True, clipped=True),
+    Case(tensor=2, pipeline=2, data=2, schedule="zero_bubble", data_mode="ddp", sequence=True, clipped=True),
 ]
 COVERING = covering_cases(GIVEN, seed=0)
 EXTRA = [

@@ -52,9 +52,9 @@ def test_a_restored_state_continues_with_the_same_bits(uninterrupted: Outcome, s
     "layout",
     [
         {"tensor": 1, "pipeline": 1, "data": 1, "sequence": False},
-        {"tensor": 1, "pipeline": 2, "data": 2, "sequence": False, "schedule": "interleaved", "data_mode": "replicate"},
+        {"tensor": 1, "pipeline": 2, "data": 2, "sequence": False, "schedule": "interleaved", "data_mode": "ddp"},
     ],
-    ids=["1x1x1", "1x2x2-interleaved-replicate"],
+    ids=["1x1x1", "1x2x2-interleaved-ddp"],
 )
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_restored_state_continues_in_another_layout(layout: dict[str, object], optimizer: str) -> None:

@@ -37,7 +37,7 @@ def job_of(data_mode: str) -> JobSpec:
     return job.model_copy(update={"parallel": job.parallel.model_copy(update={"data_mode": data_mode})})
 
 
-@pytest.mark.parametrize("data_mode", ["fsdp", "replicate"])
+@pytest.mark.parametrize("data_mode", ["fsdp", "ddp"])
 def test_a_stage_of_megatron_turing_holds_what_the_plan_says(rank: int, data_mode: str) -> None:
     job = job_of(data_mode)
     layout = Layout.of(job.parallel, ranks_per_node=8)
@@ -65,7 +65,7 @@ def test_a_stage_of_megatron_turing_holds_what_the_plan_says(rank: int, data_mod
     tied = [held for held in stage.parameters if held.name == "embedding.weight"]
     assert len(tied) == (at.pipeline in (0, PIPELINE - 1))
     for held in tied:
-        data = range(DATA) if data_mode == "replicate" else [at.data]
+        data = range(DATA) if data_mode == "ddp" else [at.data]
         ends = [layout.rank_at(Coordinates(d, p, at.tensor)) for d in data for p in (0, PIPELINE - 1)]
         assert held.replicas == tuple(sorted(ends))
     mesh.close()

@@ -11,7 +11,7 @@ VALUES: Mapping[str, Sequence[object]] = {
     "data": (1, 2),
     "schedule": ("1f1b", "interleaved", "zero_bubble"),
     "sequence": (False, True),
-    "data_mode": ("reshard", "keep", "replicate"),
+    "data_mode": ("reshard", "keep", "ddp"),
     "recompute": ("none", "selective", "full"),
     "micro_batches": (2, 4),
     "tied": (False, True),

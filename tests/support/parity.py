@@ -164,7 +164,7 @@ def make_engine(case: Case, model: Callable[[Case, NumericsSpec], ModelParts] = 
             "sequence": case.sequence,
             "schedule": case.schedule,
             "layer_split": case.layer_split,
-            "data_mode": case.data_mode if case.data_mode in ("hsdp", "replicate") else "fsdp",
+            "data_mode": case.data_mode if case.data_mode in ("hsdp", "ddp") else "fsdp",
             "reshard_after_forward": case.data_mode != "keep",
             "shard_size": 2 if case.data_mode == "hsdp" else None,
             "zero_stage": case.zero_stage,

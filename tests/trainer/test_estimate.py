@@ -137,7 +137,7 @@ def test_memory_follows_the_data_parallel_mode() -> None:
         of("fsdp"),
         of("fsdp", reshard_after_forward=False),
         of("hsdp", shard_size=2),
-        of("replicate"),
+        of("ddp"),
     )
     assert fsdp.optimizer < hsdp.optimizer < replicate.optimizer == 8 * 8_030_261_248
     assert fsdp.optimizer == pytest.approx(replicate.optimizer / 8, rel=1e-4)
@@ -205,7 +205,7 @@ GPT: dict[str, Any] = {
 FAMILIES = {
     "llama": ModelSpec(**BASE, kv_heads=2),
     "qwen3": ModelSpec(**BASE, qk_norm="head"),
-    "olmo2": ModelSpec(**BASE, qk_norm="projection", norm_position="after"),
+    "olmo2": ModelSpec(**BASE, qk_norm="projection", norm_position="post"),
     "neox": ModelSpec(**BASE, **GPT, parallel_residual=True, rotary_fraction=0.25),
     "gpt": ModelSpec(**BASE, **GPT, position="learned", tied_embeddings=True),
 }
@@ -250,7 +250,7 @@ def test_engines_with_flattened_optimizers_shard_what_zero_says() -> None:
         return rank.weights / whole, rank.gradients / whole, rank.optimizer / whole
 
     assert of(engine="megatron") == pytest.approx((2 + 4 / 8, 4, 8 / 8), rel=1e-6)
-    assert of(engine="megatron", data_mode="replicate") == pytest.approx((2 + 4, 4, 8), rel=1e-6)
+    assert of(engine="megatron", data_mode="ddp") == pytest.approx((2 + 4, 4, 8), rel=1e-6)
     assert of(engine="deepspeed") == pytest.approx((4 + 4 / 8, 4, 8 / 8), rel=1e-6)
     assert of(engine="deepspeed", zero_stage=2) == pytest.approx((4 + 4 / 8, 4 / 8, 8 / 8), rel=1e-6)
     assert of(engine="deepspeed", zero_stage=3, offload_optimizer=True) == pytest.approx((4 / 8, 4 / 8, 0), rel=1e-6)

@@ -37,13 +37,13 @@ LAYOUTS = {
     "pipeline-4": layout(1, 4, 1),
     "pipeline-2-interleaved": layout(1, 2, 1, schedule="interleaved"),
     "data-3": layout(1, 1, 3),
-    "data-3-replicated": layout(1, 1, 3, data_mode="replicate"),
+    "data-3-replicated": layout(1, 1, 3, data_mode="ddp"),
     "data-4-hybrid": layout(1, 1, 4, data_mode="hsdp", shard_size=2),
     "2x2x1-uneven-stages": layout(2, 2, 1, layer_split=(3, 1)),
     "2x1x3": layout(2, 1, 3),
     "1x2x2-zero-bubble": layout(1, 2, 2, schedule="zero_bubble"),
     "2x2x2": layout(2, 2, 2),
-    "2x1x2-flat": layout(2, 1, 2, flat=True, data_mode="replicate"),
+    "2x1x2-flat": layout(2, 1, 2, flat=True, data_mode="ddp"),
 }
 
 

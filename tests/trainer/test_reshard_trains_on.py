@@ -25,7 +25,7 @@ PAIRS = [
     (case(2, 1, 1), case(1, 2, 1)),
     pytest.param((case(1, 2, 2), case(2, 1, 1, sequence=True)), marks=pytest.mark.long),
     pytest.param((case(2, 2, 1), case(1, 1, 4, data_mode="hsdp")), marks=pytest.mark.long),
-    pytest.param((case(1, 1, 4, data_mode="replicate"), case(1, 2, 2, schedule="zero_bubble")), marks=pytest.mark.long),
+    pytest.param((case(1, 1, 4, data_mode="ddp"), case(1, 2, 2, schedule="zero_bubble")), marks=pytest.mark.long),
     pytest.param((case(1, 2, 1, schedule="interleaved"), case(2, 1, 2)), marks=pytest.mark.long),
     pytest.param((case(2, 2, 2), case(1, 1, 1)), marks=pytest.mark.long),
     pytest.param((case(2, 2, 2, sequence=True), case(2, 2, 2, sequence=True)), marks=pytest.mark.long),

@@ -105,7 +105,7 @@ def _check_titan(spec: ModelSpec) -> None:
         spec,
         "torchtitan's Llama 3",
         norm="rms",
-        norm_position="before",
+        norm_position="pre",
         activation="swiglu",
         position="rotary",
         rotary_fraction=1.0,
@@ -180,7 +180,7 @@ _QKV = ("attention.query", "attention.key", "attention.value")
 
 
 def _check_megatron(spec: ModelSpec) -> None:
-    _require(spec, "Megatron Core's GPTModel", norm_position="before", sliding_window=None, parallel_residual=False)
+    _require(spec, "Megatron Core's GPTModel", norm_position="pre", sliding_window=None, parallel_residual=False)
     if spec.qk_norm == "projection":
         raise SpecError("model.qk_norm = 'projection' cannot be expressed by Megatron Core's GPTModel")
     biases = {spec.attention_output_bias, spec.mlp_bias}

@@ -27,7 +27,7 @@ class Layer(nn.Module):
         self.attention = Attention(spec)
         self.mlp_norm = norm(spec, spec.hidden_size)
         self.mlp = mlp(spec)
-        self.after = spec.norm_position == "after"
+        self.after = spec.norm_position == "post"
         self.parallel_residual = spec.parallel_residual
 
     def forward(self, x: torch.Tensor, seen: Context) -> torch.Tensor:

@@ -130,7 +130,7 @@ def _llama_like(kind: str, fields: _Fields) -> dict[str, Any]:
         "max_sequence_length": fields.need("max_position_embeddings"),
         "norm": "rms",
         "norm_eps": fields.take("rms_norm_eps", 1e-5 if kind == "olmo2" else 1e-6),
-        "norm_position": "after" if kind == "olmo2" else "before",
+        "norm_position": "post" if kind == "olmo2" else "pre",
         "activation": _one_of(fields, "hidden_act", "silu", ACTIVATIONS),
         "sliding_window": _sliding_window(kind, fields),
         "qkv_bias": True if kind == "qwen2" else biased,

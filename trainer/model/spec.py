@@ -27,7 +27,7 @@ class ModelSpec(Section):
     max_sequence_length: PositiveInt
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: PositiveFloat = 1e-5
-    norm_position: Literal["before", "after"] = Field("before", description="after: OLMo 2")
+    norm_position: Literal["pre", "post"] = Field("pre", description="post: OLMo 2")
     activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
     position: Literal["rotary", "learned"] = "rotary"
     rope_theta: PositiveFloat = 10000.0

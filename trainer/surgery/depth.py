@@ -102,7 +102,7 @@ def _from_layers(
 ) -> dict[str, Any]:
     # What a layer adds to the residual stream ends in these: zero there, and it adds nothing.
     last = (
-        ("attention_norm.", "mlp_norm.") if model.spec.norm_position == "after" else ("attention.output.", "mlp.down.")
+        ("attention_norm.", "mlp_norm.") if model.spec.norm_position == "post" else ("attention.output.", "mlp.down.")
     )
 
     def source(name: str) -> str:

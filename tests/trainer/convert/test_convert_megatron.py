@@ -103,10 +103,10 @@ def test_moments_lie_where_weights_lie_and_come_back(tmp_path: Path, kind: str) 
 
 
 def test_models_that_megatron_lacks_are_refused(tmp_path: Path) -> None:
-    spec = SPECS["llama"].model_copy(update={"norm_position": "after"})
+    spec = SPECS["llama"].model_copy(update={"norm_position": "post"})
     meta: dict[str, object] = {"model": spec.model_dump(mode="json")}
     path = write_checkpoint(tmp_path / "run", spec, Case(spec=ParallelSpec()), whole_state(spec, seed=1), meta)
-    with pytest.raises(SpecError, match=r"model\.norm_position = 'after' cannot be expressed by Megatron"):
+    with pytest.raises(SpecError, match=r"model\.norm_position = 'post' cannot be expressed by Megatron"):
         to_dcp(path, tmp_path / "megatron", kind="megatron")
     assert not (tmp_path / "megatron").exists()
 

@@ -31,7 +31,7 @@ FAMILIES = {
     "llama": ModelSpec(**BASE),
     "llama-tied": ModelSpec(**BASE, tied_embeddings=True),
     "qwen3": ModelSpec(**BASE, qk_norm="head", head_dim=16, z_loss=1e-3),
-    "olmo2": ModelSpec(**BASE, qk_norm="projection", norm_position="after"),
+    "olmo2": ModelSpec(**BASE, qk_norm="projection", norm_position="post"),
     "neox": ModelSpec(**BASE, **GPT, parallel_residual=True, rotary_fraction=0.25),
     "gpt-tied": ModelSpec(**BASE, **GPT, position="learned", tied_embeddings=True),
 }

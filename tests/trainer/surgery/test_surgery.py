@@ -28,7 +28,7 @@ LLAMA = ModelSpec(
 MODELS = {
     "grouped": LLAMA,
     "tied": LLAMA.model_copy(update={"tied_embeddings": True, "kv_heads": 4, "qk_norm": "head"}),
-    "olmo2": LLAMA.model_copy(update={"norm_position": "after", "qk_norm": "projection"}),
+    "olmo2": LLAMA.model_copy(update={"norm_position": "post", "qk_norm": "projection"}),
     "gpt": LLAMA.model_copy(
         update={
             "norm": "layer",
