@@ -84,7 +84,7 @@ def assemble(
     _open_segments(job, plans, parts.loader)
     watchdog = Watchdog(job.health, folder, rank=world.rank, size=world.size, restart=world.restarts)
     speed = Speed.of(model_flops_per_token(job.model, job.data.sequence_length), gpus=world.size)
-    resume_step = None if start == "anew" else state.step
+    resume_step = None if start == "fresh" else state.step
     return Run(
         job=job,
         world=world,

@@ -76,13 +76,13 @@ class Span:
 class Timeline:
     """Rank 0's writer. On other ranks every method does nothing."""
 
-    def __init__(self, folder: Path, *, rank: int, began: float, restart: bool, anew: bool) -> None:
-        """`began`: when this process was started; `anew`: forget what an earlier run left in the folder."""
+    def __init__(self, folder: Path, *, rank: int, began: float, restart: bool, fresh: bool) -> None:
+        """`began`: when this process was started; `fresh`: forget what an earlier run left in the folder."""
         self._descriptor = -1
         if rank != 0:
             return
         # A frozen process that wakes up and a new one write to the same file: lines must not mix.
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if anew else 0)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if fresh else 0)
         self._descriptor = os.open(RunFolder(folder).timeline_file, flags, 0o644)
         self._session = time.time_ns()
         self._write("start", at=began, restart=restart)

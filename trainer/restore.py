@@ -21,8 +21,8 @@ from trainer.world import World
 
 MEMORY_IS_OLDER = "the newest checkpoint on disk is newer than the snapshot in memory"
 
-Start = Literal["anew", "resume", "restart"]
-"""anew: a fresh run; resume: a user continues it, so there must be something; restart: a launcher started it again."""
+Start = Literal["fresh", "resume", "restart"]
+"""fresh: a new run; resume: a user continues it, so there must be something; restart: a launcher started it again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def begin(
         RestoreFailed: agents or peers were lost on the way; another start may succeed.
     """
     entered = time.time()
-    if start == "anew":
+    if start == "fresh":
         memory.begin_fresh()
         return Beginning(source="nothing", reason="a fresh run")
     beginning = _fill(start, shards, checkpoints, memory, world)

@@ -65,7 +65,7 @@ def _start(job: JobSpec, world: World, resume: bool) -> Start:
     folder = Path(job.output)
     if RunFolder(folder).metrics_file.exists():
         raise OutputError(f"{folder} holds a run already: continue it with --resume, or start it anew with --force")
-    return "anew"
+    return "fresh"
 
 
 def _leave(run: Run, ending: Ending) -> None:
@@ -93,7 +93,7 @@ def _halts(job: JobSpec, world: World, orders: Orders) -> AbstractContextManager
 
 def _timeline(job: JobSpec, world: World, start: Start, began: float) -> Timeline:
     # From the start of the process on, if it is the first of this process: imports are part of what a start costs.
-    return Timeline(Path(job.output), rank=world.rank, began=began, restart=start == "restart", anew=start == "anew")
+    return Timeline(Path(job.output), rank=world.rank, began=began, restart=start == "restart", fresh=start == "fresh")
 
 
 def _open_folder(job: JobSpec, world: World) -> None:

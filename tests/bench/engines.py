@@ -69,8 +69,8 @@ def rank(folder: Path, layout: str, size: str, rounds: int, steps: int) -> None:
     for engine, job in jobs.items():
         (folder / engine).mkdir(exist_ok=True)
         world.barrier()
-        timeline = Timeline(folder / engine, rank=world.rank, began=time.time(), restart=False, anew=True)
-        runs[engine] = build(job, world, start="anew", timeline=timeline)
+        timeline = Timeline(folder / engine, rank=world.rank, began=time.time(), restart=False, fresh=True)
+        runs[engine] = build(job, world, start="fresh", timeline=timeline)
     turns: dict[tuple[str, str], Nothing] = {}
     for engine, run in runs.items():
         turns[engine, "without"], turns[engine, "with"] = Nothing(run, folder), Ours(run, folder)

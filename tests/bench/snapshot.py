@@ -155,8 +155,8 @@ def rank(folder: Path, shared: Path, size: str, rounds: int, steps: int) -> None
     world = join(job.layout.world_size, job.numerics)
     (folder / "run").mkdir(exist_ok=True)
     world.barrier()
-    timeline = Timeline(folder / "run", rank=world.rank, began=time.time(), restart=False, anew=True)
-    run = build(job, world, start="anew", timeline=timeline)
+    timeline = Timeline(folder / "run", rank=world.rank, began=time.time(), restart=False, fresh=True)
+    run = build(job, world, start="fresh", timeline=timeline)
     contestants = {name: make(run, shared) for name, make in CONTESTANTS.items()}
     for contestant in contestants.values():  # memory and files are touched for the first time
         block(contestant, 2)

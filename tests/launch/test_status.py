@@ -26,7 +26,7 @@ def run(tmp_path: Path) -> Path:
         '{"step": 1, "loss": 3.0, "tokens": 512, "step_time_s": 0.5}\n'
         '{"step": 2, "loss": 2.0, "tokens": 512, "step_time_s": 0.5}\n{"step": 3, "lo'
     )
-    timeline = Timeline(tmp_path, rank=0, began=1000.0, restart=False, anew=True)
+    timeline = Timeline(tmp_path, rank=0, began=1000.0, restart=False, fresh=True)
     timeline.restored(0)
     timeline.step(1, 0.0)
     timeline.step(2, 0.0)

@@ -250,8 +250,8 @@ def run(
     )
     if parent is not None:
         parent.save(folder / "parent", world)
-    timeline = Timeline(run_folder, rank=1, began=0.0, restart=False, anew=True)
-    run = assemble(job, world, ToyParts(seed), data, start="anew", timeline=timeline)
+    timeline = Timeline(run_folder, rank=1, began=0.0, restart=False, fresh=True)
+    run = assemble(job, world, ToyParts(seed), data, start="fresh", timeline=timeline)
     with Interrupt() as interrupt:
         train(run, interrupt)
     run.callbacks.close(run, "finished")

@@ -144,14 +144,14 @@ def test_steps_that_count_are_each_counted_once(history: tuple[list[Mark], list[
 
 
 def test_the_ledger_survives_restarts_and_torn_lines(tmp_path: Path) -> None:
-    first = Timeline(tmp_path, rank=0, began=0.0, restart=False, anew=True)
+    first = Timeline(tmp_path, rank=0, began=0.0, restart=False, fresh=True)
     first.restored(0)
     first.step(1, 0.0)
     with (tmp_path / "goodput.jsonl").open("a") as file:
         file.write('{"time": 17')
         file.write("\n")
-    Timeline(tmp_path, rank=1, began=0.0, restart=True, anew=False).step(7, 0.0)
-    second = Timeline(tmp_path, rank=0, began=0.0, restart=True, anew=False)
+    Timeline(tmp_path, rank=1, began=0.0, restart=True, fresh=False).step(7, 0.0)
+    second = Timeline(tmp_path, rank=0, began=0.0, restart=True, fresh=False)
     second.restored(0)
     second.evaluation(0)
     second.step(1, 0.0)
@@ -167,7 +167,7 @@ def test_the_ledger_survives_restarts_and_torn_lines(tmp_path: Path) -> None:
 
 
 def test_outages_come_from_the_events_of_supervisors(tmp_path: Path) -> None:
-    timeline = Timeline(tmp_path, rank=0, began=100.0, restart=False, anew=True)
+    timeline = Timeline(tmp_path, rank=0, began=100.0, restart=False, fresh=True)
     timeline.close(0, ended=False)
     lines = [
         *FIRST,
