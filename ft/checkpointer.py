@@ -111,7 +111,7 @@ class InMemoryCheckpointer:
             bucket_bytes=spec.bucket,
             rate=spec.bandwidth,
             kernel=AUTO if spec.code is None else spec.code.kernel,
-            silence=spec.silence,
+            silence=spec.peer_timeout,
             lease=spec.lease,
             inventory_deadline=spec.inventory_deadline,
             scrub=spec.scrub,
@@ -150,7 +150,9 @@ class InMemoryCheckpointer:
             self._state,
             self._place(),
             layout=self._deployment.layout,
-            options=SnapshotOptions(busy=self._spec.busy, deadline=self._spec.commit_deadline, optional=self._optional),
+            options=SnapshotOptions(
+                busy=self._spec.when_busy, deadline=self._spec.commit_deadline, optional=self._optional
+            ),
         )
 
     def _place(self) -> RankPlace:

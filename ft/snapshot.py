@@ -204,8 +204,8 @@ class Snapshotter:
     def join(self) -> float:
         """Wait until the running copy is done and the tensors may change; returns the seconds that took.
 
-        With `busy: wait` that includes the wait for a buffer. What fails in a snapshot is no end of training: it is
-        kept in `failure`. After a restore, raises `ChunkCorrupt` when what was restored was not what is recorded.
+        With `when_busy: wait` that includes the wait for a buffer. A failing snapshot does not end training: it is kept
+        in `failure`. After a restore, raises `ChunkCorrupt` when what was restored was not what is recorded.
         """
         blocked = self._wait()
         if self._rotten is not None:

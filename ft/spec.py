@@ -68,7 +68,7 @@ class SnapshotSpec(Section):
     every: PositiveInt | Literal["auto"] = Field(
         "auto", description="steps; auto: Young/Daly from the measured cost and mtbf, at least the time of a commit"
     )
-    busy: Literal["wait", "skip"] = Field("wait", description="when the previous snapshot is not committed yet")
+    when_busy: Literal["wait", "skip"] = Field("wait", description="when the previous snapshot is not committed yet")
     code: CodeSpec | None = Field(None, description="null: (4, 2), or the strongest of that kind that the nodes allow")
     domains: tuple[str, ...] | Literal["node"] = Field(
         "node", description="what fails at once: a label for each node (rack, switch), or the node itself"
@@ -79,10 +79,10 @@ class SnapshotSpec(Section):
     bandwidth: PositiveFloat | None = Field(None, description="bytes per second each node sends; null: no cap")
     threads: PositiveInt = Field(2, description="coding threads of each agent")
     scrub: PositiveFloat | None = Field(60.0, description="seconds between two readings of memory at rest; null: none")
-    silence: PositiveFloat = Field(5.0, description="seconds without a sign of life after which a peer is dead")
+    peer_timeout: PositiveFloat = Field(5.0, description="seconds without a sign of life after which a peer is dead")
     inventory_deadline: PositiveFloat = Field(10.0, description="seconds that a recovery waits for silent agents")
     commit_deadline: PositiveFloat = Field(
-        120.0, description="seconds that a worker waits for a buffer under busy: wait before it goes on without"
+        120.0, description="seconds that a worker waits for a buffer under when_busy: wait before it goes on without"
     )
     lease: PositiveFloat = Field(60.0, description="seconds that an agent outlives the last process of its job")
     port: NonNegativeInt = Field(0, le=65535, description="TCP port of the agents; 0: any free one")

@@ -25,7 +25,7 @@ class Array:
     """Runs that are submitted together, in the folders 0, 1... below one."""
 
     members: int
-    at_once: int | None = None
+    max_parallel: int | None = None
     """How many of them run at the same time; None: as many as there is room for."""
 
 

@@ -15,7 +15,7 @@ Sweep = Annotated[
     list[str] | None,
     typer.Option("--sweep", metavar="KEY=[VALUE, VALUE]", help="Submit one run per value, as tasks of one array job."),
 ]
-AtOnce = Annotated[int | None, typer.Option(min=1, help="Maximum number of sweep runs to execute concurrently.")]
+MaxParallel = Annotated[int | None, typer.Option(min=1, help="Maximum number of sweep runs to execute concurrently.")]
 Backend = Annotated[
     str, typer.Option("--backend", metavar="NAME", help="Batch system: slurm, kubernetes, or one that is installed.")
 ]
@@ -32,7 +32,7 @@ def submit(
     force: Force = False,
     chain: Chain = 1,
     sweep: Sweep = None,
-    at_once: AtOnce = None,
+    max_parallel: MaxParallel = None,
     backend: Backend = "slurm",
     debug: Debug = False,
 ) -> None:
@@ -44,7 +44,7 @@ def submit(
 
     keepwarm submit runs/second --resume
 
-    keepwarm submit job.yaml --sweep "stages.0.lr.max=[1e-3, 3e-4]" --sweep "seed=[1, 2, 3]" --at-once 2
+    keepwarm submit job.yaml --sweep "stages.0.lr.max=[1e-3, 3e-4]" --sweep "seed=[1, 2, 3]" --max-parallel 2
 
     keepwarm submit job.yaml --backend kubernetes --dry-run | kubectl apply -f -
     """
@@ -56,7 +56,7 @@ def submit(
         mode=start_mode(resume=resume, force=force),
         chain=chain,
         sweep=sweep or (),
-        at_once=at_once,
+        max_parallel=max_parallel,
         dry_run=dry_run,
     )
     (submit_sweep if options.sweep else submit_run)(job, overrides or [], options)

@@ -175,8 +175,8 @@ def _mixture(weights: Mapping[str, float]) -> str:
 
 
 def _replay(clause: ReplaySpec) -> str:
-    law = clause.law if clause.exponent is None else f"{clause.law} {clause.exponent:g}"
-    origins = f"stand-in {clause.stand_in}" if clause.stand_in else " and ".join(clause.origins) or "all seen"
+    law = clause.distribution if clause.exponent is None else f"{clause.distribution} {clause.exponent:g}"
+    origins = f"stand-in {clause.proxy_source}" if clause.proxy_source else " and ".join(clause.origins) or "all seen"
     return f"{clause.fraction:.1%} of {origins}, {law}"
 
 

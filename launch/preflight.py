@@ -63,7 +63,7 @@ def check_memory(job: JobSpec, *, emulated: bool) -> None:
             raise PreflightError(
                 f"cluster.elastic = shrink: with parallel.data = {smaller.parallel.data} on {nodes} nodes each one "
                 f"needs about {size(needed // (nodes if emulated else 1))} of host memory, and {size(free)} are free "
-                "here: raise cluster.least_data"
+                "here: raise cluster.min_data_parallel"
             )
 
 

@@ -63,7 +63,7 @@ def options(job: JobSpec, folder: Path, array: Array | None = None) -> list[str]
         "array": None if array is None else _array(array),
         "open-mode": "append",
         # To the ranks alone: what ends the batch shell would end the ranks before they have saved.
-        "signal": f"USR1@{slurm.notice}",
+        "signal": f"USR1@{slurm.save_before_limit}",
     }
     named = [f"--{key}={shlex.quote(str(value))}" for key, value in asked.items() if value is not None]
     # The death of a node must not end the job: the others hold its state.
@@ -71,7 +71,7 @@ def options(job: JobSpec, folder: Path, array: Array | None = None) -> list[str]
 
 
 def _array(array: Array) -> str:
-    return f"0-{array.members - 1}" + ("" if array.at_once is None else f"%{array.at_once}")
+    return f"0-{array.members - 1}" + ("" if array.max_parallel is None else f"%{array.max_parallel}")
 
 
 def cpus_per_rank(job: JobSpec) -> int:

@@ -29,15 +29,15 @@ class SubmitOptions:
     chain: int = 1
     """Jobs that run one after the other, each continuing the one before; for runs longer than the time limit."""
     sweep: Sequence[str] = ()
-    at_once: int | None = None
+    max_parallel: int | None = None
     dry_run: bool = False
     """Print the script and the command; write and submit nothing."""
 
     def __post_init__(self) -> None:
         if self.sweep and (self.mode != "new" or self.chain > 1):
             raise OptionError("--sweep starts new runs; continue one with keepwarm submit SWEEP/0 --resume")
-        if self.at_once is not None and not self.sweep:
-            raise OptionError("--at-once limits the runs of a sweep: give --sweep, or leave it out")
+        if self.max_parallel is not None and not self.sweep:
+            raise OptionError("--max-parallel limits the runs of a sweep: give --sweep, or leave it out")
 
 
 def submit_run(path: Path, overrides: Sequence[str], options: SubmitOptions) -> None:

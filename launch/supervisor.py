@@ -33,7 +33,7 @@ from trainer.run_folder import RunFolder
 from trainer.spec import JobSpec
 
 SILENCE = 5.0
-"""Seconds without a sign of life after which a node is dead, unless `snapshot.silence` says otherwise."""
+"""Seconds without a sign of life after which a node is dead, unless `snapshot.peer_timeout` says otherwise."""
 AGENT_POLL_INTERVAL_S = 0.25
 """Seconds between two looks at the agent."""
 GROW_AFTER = 5.0
@@ -51,7 +51,7 @@ class Supervisor(Plan):
         arguments = (str(RunFolder(folder).run_file), *(["--resume"] if options.resume else []))
         super().__init__(options.module, arguments, str(logs), options.ranks_per_node, stay=may_stay(job))
         self._snapshots = job.snapshot != "off"
-        silence = SILENCE if job.snapshot == "off" else job.snapshot.silence
+        silence = SILENCE if job.snapshot == "off" else job.snapshot.peer_timeout
         self._silence = silence
         self._guard = SnapshotAgent(folder, options.host)
         cluster = job.cluster

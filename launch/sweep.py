@@ -59,7 +59,7 @@ def submit_sweep(path: Path, overrides: Sequence[str], options: SubmitOptions) -
     base = load_job(job_file(path), overrides)
     values = combinations(options.sweep)
     jobs = [_member(path, overrides, base, number, each) for number, each in enumerate(values)]
-    array = Array(members=len(jobs), at_once=options.at_once)
+    array = Array(members=len(jobs), max_parallel=options.max_parallel)
     request = Request(job=_named(jobs[0], base.name), folder=Path(base.output), array=array)
     for job in jobs[1:]:
         check_job(job)

@@ -44,7 +44,7 @@ class Batch:
     documents: torch.Tensor | None = None
     """int32 document index of each token; None: attention may cross documents."""
     extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """What else stages need of each sample, by name (say, the logits of a teacher): `[micro_batches, micro_batch_size, ...]`.
+    """Named inputs of each sample besides these, such as logits of a teacher: `[micro_batches, micro_batch_size, ...]`.
     Every stage is given all of it, as keyword arguments of these names."""
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":

@@ -69,7 +69,7 @@ class SlurmSpec(Section):
     container: ContainerSpec | None = None
     copy_code: bool = Field(False, description="run a copy of keepwarm, taken at submission, in the run folder")
     extra: tuple[Option, ...] = Field((), description="further options of sbatch, as --mem=0")
-    notice: PositiveInt = Field(120, description="seconds before the time limit at which the state is saved")
+    save_before_limit: PositiveInt = Field(120, description="seconds before the time limit at which the state is saved")
 
 
 class KubernetesSpec(Section):

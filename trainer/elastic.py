@@ -18,7 +18,7 @@ def layouts(job: JobSpec) -> dict[int, JobSpec]:
     """
     found = {job.layout.nodes: job}
     if job.cluster.elastic == "shrink":
-        for data in range(job.parallel.data - 1, job.cluster.least_data - 1, -1):
+        for data in range(job.parallel.data - 1, job.cluster.min_data_parallel - 1, -1):
             if job.batch.global_batch_size % (data * job.batch.micro_batch_size):
                 continue  # what the validation of the job would say, in a thousandth of the time
             smaller = _with_replicas(job, data)
@@ -30,7 +30,7 @@ def layouts(job: JobSpec) -> dict[int, JobSpec]:
 def resized(job: JobSpec, world_size: int) -> JobSpec:
     """The job as it is run by so many ranks; unchanged where no layout has them."""
     data, rest = divmod(world_size, job.parallel.tensor * job.parallel.pipeline)
-    if rest or not job.cluster.least_data <= data < job.parallel.data:
+    if rest or not job.cluster.min_data_parallel <= data < job.parallel.data:
         return job
     return _with_replicas(job, data) or job
 

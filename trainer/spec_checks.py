@@ -98,8 +98,9 @@ def _elastic(job: Job) -> Iterator[str]:
             "cluster.elastic = shrink: another layout begins from a checkpoint on disk; set snapshot.durable.every or "
             "checkpoint.every"
         )
-    if cluster.elastic == "shrink" and cluster.least_data > job.parallel.data:
-        yield f"cluster.least_data = {cluster.least_data}: there are {job.parallel.data} replicas (parallel.data)"
+    least, replicas = cluster.min_data_parallel, job.parallel.data
+    if cluster.elastic == "shrink" and least > replicas:
+        yield f"cluster.min_data_parallel = {least}: there are {replicas} replicas (parallel.data)"
 
 
 def _lengths(job: Job) -> Iterator[tuple[str, int]]:
@@ -196,8 +197,8 @@ def _replays(job: Job) -> Iterator[str]:
         if total >= 1:
             yield f"{where}: the fractions add up to {total:g}, which leaves nothing for the mixture; keep below 1"
         for clause in stage.replays:
-            if clause.stand_in is not None:
-                yield from _stand_in(clause.stand_in, where, job)
+            if clause.proxy_source is not None:
+                yield from _proxy(clause.proxy_source, where, job)
             elif index == 0 and job.init_from is None:
                 yield f"{where}: nothing was seen before the first stage; leave it out, or begin with init_from"
             else:
@@ -205,11 +206,11 @@ def _replays(job: Job) -> Iterator[str]:
         drawn |= {name for mixture in stage.mixtures for name in mixture}
 
 
-def _stand_in(name: str, where: str, job: Job) -> Iterator[str]:
+def _proxy(name: str, where: str, job: Job) -> Iterator[str]:
     if name not in job.data.sources:
-        yield f"{where}: stand_in names {name!r}, not in data.sources {sorted(job.data.sources)}"
+        yield f"{where}: proxy_source names {name!r}, not in data.sources {sorted(job.data.sources)}"
     if job.init_from is None:
-        yield f"{where}: stand_in is for a parent without a ledger, and there is no init_from; use `from`"
+        yield f"{where}: proxy_source is for a parent without a ledger, and there is no init_from; use `from`"
 
 
 def _origins(

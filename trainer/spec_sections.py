@@ -120,7 +120,7 @@ class HealthSpec(Section):
 
     max_skipped: PositiveInt = Field(5, description="non-finite steps in a row before training stops")
     spike_factor: float = Field(2.0, gt=1, description="warn when the loss exceeds its running mean by this factor")
-    hang_floor: PositiveFloat | None = Field(
+    min_hang_timeout: PositiveFloat | None = Field(
         120.0, description="seconds that any step may take before training is taken to hang; null: for ever"
     )
     hang_factor: float = Field(10.0, gt=1, description="and times the median step, whichever is longer")
@@ -175,7 +175,7 @@ class ClusterSpec(BatchSections):
     elastic: Literal["wait", "shrink"] = Field(
         "wait", description="shrink: with no spare left, go on with fewer data-parallel replicas until nodes are back"
     )
-    least_data: PositiveInt = Field(1, description="elastic: shrink: data-parallel replicas that are enough")
+    min_data_parallel: PositiveInt = Field(1, description="elastic: shrink: data-parallel replicas that are enough")
     shrink_after: PositiveFloat = Field(30.0, description="elastic: shrink: seconds that a node is waited for before")
     in_process: Literal["auto", "on", "off"] = Field(
         "auto", description="workers start again in their process when others have died; auto: those without a GPU"

@@ -51,7 +51,7 @@ class Watchdog:
 
     def heartbeat(self, step: int) -> None:
         """Step number `step`, from 0, begins."""
-        floor = self._spec.hang_floor
+        floor = self._spec.min_hang_timeout
         if floor is None:
             return
         now = time.monotonic()

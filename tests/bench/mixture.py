@@ -48,7 +48,7 @@ def loader_of(sources: list[PackedSource], *, replay: bool) -> BatchLoader:
     if replay:
         for _ in range(WARM):
             loader.next_batch()
-        clause = ReplaySpec(fraction=0.25, law="power", exponent=0.5)
+        clause = ReplaySpec(fraction=0.25, distribution="power", exponent=0.5)
         loader.open_segment(mixture, stage="second", replay=[clause])
     return loader
 

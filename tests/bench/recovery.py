@@ -27,7 +27,7 @@ DRILL = ROOT / "configs" / "ci" / "drill.yaml"
 NODES = 4
 ENDLESS = (
     "stages.0.tokens=100_000_000", "cluster.max_restarts=1000", "cluster.max_node_failures=1000",
-    "evaluation.samples=8", "log.tensorboard=false", "snapshot.silence=1",
+    "evaluation.samples=8", "log.tensorboard=false", "snapshot.peer_timeout=1",
 )  # fmt: skip
 GOALS = {"worker": 2.0, "node": 4.0, "noticed": 1.5}
 

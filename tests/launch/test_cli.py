@@ -35,6 +35,18 @@ def test_help_teaches_by_example() -> None:
     assert keepwarm("--version").stdout.startswith("keepwarm ")
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("submit", TINY, "--at-once", "2", "--dry-run"), "--at-once was renamed: write --max-parallel"),
+        (("submit", TINY, "--at-once=2", "--sweep", "seed=[1, 2]"), "--at-once was renamed: write --max-parallel"),
+        (("data", "tokenize", "--control-least=1"), "--control-least was renamed: write --control-threshold"),
+    ],
+)
+def test_renamed_option_is_refused_with_the_new_one(command: tuple[str, ...], said: str) -> None:
+    refused(keepwarm(*command), said)
+
+
 def test_plan_as_json() -> None:
     result = keepwarm("plan", TINY, "parallel.tensor=2", "--parallel.pipeline=2", "parallel.data=2", "--json")
     assert result.returncode == 0, result.stderr

@@ -52,7 +52,7 @@ def test_a_chart_falls_with_the_curve() -> None:
 JOB = """stages=[
   {name: english, tokens: 10_240, mixture: {en: 1}, lr: {max: 3e-3}},
   {name: german, tokens: 20_480, mixture: {de: 1}, lr: {max: 1e-3},
-   replay: [{from: [english], fraction: 0.25}, {fraction: 0.1, law: power, exponent: 0.5}],
+   replay: [{from: [english], fraction: 0.25}, {fraction: 0.1, distribution: power, exponent: 0.5}],
    mixture_steps: [{at: 0.5, mixture: {de: 3, en: 1}}]}]"""
 
 

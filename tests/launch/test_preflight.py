@@ -37,5 +37,5 @@ def test_a_layout_to_shrink_to_that_needs_more_memory_than_there_is_is_refused()
     shrink = ["cluster.elastic=shrink", "checkpoint.every=10", "cluster.ranks_per_node=8"]
     check_memory(load_job(Path("ci/tiny"), ["parallel.data=2", *shrink[:2]]), emulated=True)
     large = load_job(Path("mt-nlg-530b"), shrink)
-    with pytest.raises(PreflightError, match=r"parallel\.data = .* raise cluster\.least_data"):
+    with pytest.raises(PreflightError, match=r"parallel\.data = .* raise cluster\.min_data_parallel"):
         check_memory(large, emulated=False)

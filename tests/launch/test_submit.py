@@ -34,7 +34,7 @@ FULL = (
     *PLAIN, "name=two words", "cluster.slurm.partition=gpu,long", "cluster.slurm.account=lab", "cluster.slurm.qos=high",
     "cluster.slurm.time=2-12", "cluster.slurm.constraint=a100&ib", "cluster.slurm.exclude=[bad1, 'bad[3-4]']",
     "cluster.slurm.spares=1", "cluster.slurm.gpus_per_node=2", "cluster.slurm.cpus_per_rank=8",
-    "cluster.slurm.setup=['module load cuda/12', 'export NCCL_DEBUG=WARN']", "cluster.slurm.notice=300",
+    "cluster.slurm.setup=['module load cuda/12', 'export NCCL_DEBUG=WARN']", "cluster.slurm.save_before_limit=300",
     "cluster.slurm.extra=['--mem=0', '--mail-type=END']",
 )  # fmt: skip
 
@@ -52,7 +52,9 @@ def test_scripts_are_as_the_golden_files(name: str, overrides: Sequence[str]) ->
 
 
 def test_the_script_of_a_sweep_leads_each_task_to_its_run() -> None:
-    rendered = render(job("cluster.slurm.copy_code=true"), FOLDER, array=Array(members=6, at_once=2), python="python")
+    rendered = render(
+        job("cluster.slurm.copy_code=true"), FOLDER, array=Array(members=6, max_parallel=2), python="python"
+    )
     assert "#SBATCH --array=0-5%2\n" in rendered
     assert f"#SBATCH --output='{FOLDER}/%a/logs/slurm-%j.log'\n" in rendered
     assert f"export PYTHONPATH='{FOLDER}/code'${{PYTHONPATH:+:$PYTHONPATH}}\n" in rendered

@@ -19,8 +19,8 @@ BATCH = BatchSpec(global_batch_size=8)
 FIRST, SECOND = 160, 240
 """Samples of stage 0 and of each later one."""
 LAWS = {
-    "uniform": {"law": "uniform"},
-    "power": {"law": "power", "exponent": 1.0},
+    "uniform": {"distribution": "uniform"},
+    "power": {"distribution": "power", "exponent": 1.0},
 }
 
 

@@ -216,7 +216,7 @@ def test_a21_power_law_replay_forgets_less_than_recency_alone(seed: int, tmp_pat
     for law in ("power", "recent"):
         stages = []
         for task, domain in enumerate(domains):
-            again = {} if not task else replay(0.25, law="power", exponent=0.5) if law == "power" else replay(
+            again = {} if not task else replay(0.25, distribution="power", exponent=0.5) if law == "power" else replay(
                 0.25, f"task {task - 1}"
             )  # fmt: skip
             stages.append(toy.stage(f"task {task}", 800, {domain: 1.0}, toy.COSINE, **again))

@@ -197,7 +197,7 @@ def test_without_a_spare_a_node_that_crashes_costs_a_requeue(cluster: SlurmClust
 @pytest.mark.long
 def test_a_run_that_is_longer_than_its_limit_continues_exactly(cluster: SlurmCluster, folder: Path) -> None:
     run = folder / "run"
-    longer = (*TWO, "stages.0.tokens=614_400", "cluster.slurm.time=1", "cluster.slurm.notice=20")
+    longer = (*TWO, "stages.0.tokens=614_400", "cluster.slurm.time=1", "cluster.slurm.save_before_limit=20")
     job = submitted(cluster, run, *longer)
     assert cluster.await_end(job, 800) == "COMPLETED", words(run)
     saved, again = happened(run, "interrupted"), happened(run, "began")[1:]
@@ -236,7 +236,7 @@ def test_srun_by_hand_trains_as_keepwarm_does(cluster: SlurmCluster, folder: Pat
 @pytest.mark.long
 def test_a_rank_that_hangs_is_named_and_cured(cluster: SlurmCluster, folder: Path) -> None:
     run = folder / "run"
-    longer = ("stages.0.tokens=23_040", "health.hang_floor=10.0")
+    longer = ("stages.0.tokens=23_040", "health.min_hang_timeout=10.0")
     job = submitted(cluster, run, *longer, job=SLURM)
     await_that(lambda: step_of(run) >= 7, "seven steps", 300)
     node, worker = worker_of(run, 1)
@@ -298,7 +298,7 @@ def test_a_node_whose_ranks_fail_again_and_again_is_left_out(cluster: SlurmClust
 @pytest.mark.long
 def test_a_sweep_is_an_array_of_runs(cluster: SlurmCluster, folder: Path) -> None:
     root = folder / "sweep"
-    asked = ("--sweep", "stages.0.lr.max=[1e-3, 3e-3]", "--sweep", "seed=[1, 2]", "--at-once", "2")
+    asked = ("--sweep", "stages.0.lr.max=[1e-3, 3e-3]", "--sweep", "seed=[1, 2]", "--max-parallel", "2")
     hold = ("cluster.slurm.copy_code=true", "cluster.slurm.extra=['--hold']")
     result = cluster.keepwarm("submit", TINY, *SMALL, *TWO, *hold, *asked, f"output={root}")
     assert result.returncode == 0, result.stderr

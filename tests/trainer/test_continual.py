@@ -191,8 +191,8 @@ def test_a_hugging_face_folder_begins_a_run_that_replays_a_stand_in(
     folder = tmp_path / "huggingface"
     to_huggingface(parent, folder)
     before = files_of(folder)
-    stand_in = GERMAN.replace("lr:", "replay: {stand_in: en, fraction: 0.25}, lr:")
-    train([*job(tmp_path, "child", stand_in), f"init_from={folder}"])
+    proxy_source = GERMAN.replace("lr:", "replay: {proxy_source: en, fraction: 0.25}, lr:")
+    train([*job(tmp_path, "child", proxy_source), f"init_from={folder}"])
     child = tmp_path / "child"
     assert evaluations_of(child)[0][1] == evaluations_of(parent)[-1][1]
     assert updates_of(child) == 4

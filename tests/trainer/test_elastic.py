@@ -29,15 +29,15 @@ def test_layouts_have_fewer_replicas_that_fit_the_batch_and_a_code_that_fits_the
     assert all(one.batch == job.batch and one.stages == job.stages for one in found.values())
     assert resized(job, 2) == found[2]
     assert resized(job, 3) is job
-    assert list(layouts(load_job(Path("ci/snapshot"), [*SHRINK, "cluster.least_data=2"]))) == [4, 2]
+    assert list(layouts(load_job(Path("ci/snapshot"), [*SHRINK, "cluster.min_data_parallel=2"]))) == [4, 2]
     assert list(layouts(load_job(Path("ci/snapshot")))) == [4]
 
 
 def test_what_cannot_shrink_is_refused() -> None:
     with pytest.raises(SpecError, match=r"set snapshot\.durable\.every or checkpoint\.every"):
         load_job(Path("ci/snapshot"), [*SHRINK, "snapshot.durable=null"])
-    with pytest.raises(SpecError, match=r"least_data = 5: there are 4"):
-        load_job(Path("ci/snapshot"), [*SHRINK, "cluster.least_data=5"])
+    with pytest.raises(SpecError, match=r"min_data_parallel = 5: there are 4"):
+        load_job(Path("ci/snapshot"), [*SHRINK, "cluster.min_data_parallel=5"])
 
 
 @pytest.fixture

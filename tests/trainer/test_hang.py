@@ -73,7 +73,7 @@ class Ended:
 
 
 def watchdog(folder: Path, ended: Ended, rank: int = 0, **health: float | None) -> Watchdog:
-    spec = HealthSpec.model_validate({"hang_floor": 0.2, "hang_factor": 2.0} | health)
+    spec = HealthSpec.model_validate({"min_hang_timeout": 0.2, "hang_factor": 2.0} | health)
     return Watchdog(spec, folder, rank=rank, size=2, restart=1, end=ended)
 
 
@@ -98,7 +98,7 @@ def test_ranks_that_hang_end_and_the_lowest_says_why(tmp_path: Path) -> None:
 
 def test_what_takes_its_own_time_is_left_alone(tmp_path: Path) -> None:
     ended = Ended()
-    for relaxed, health in ((True, {}), (False, {"hang_floor": None})):
+    for relaxed, health in ((True, {}), (False, {"min_hang_timeout": None})):
         dog = watchdog(tmp_path, ended, **health)
         for step in range(hang.KNOWN + 1):
             dog.heartbeat(step)

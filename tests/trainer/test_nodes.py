@@ -167,7 +167,7 @@ def test_one_part_of_a_node_is_lost(whole: Path, start: Callable[..., Run], faul
 
 @pytest.mark.long
 def test_a_frozen_node_is_fenced_when_it_wakes_up(whole: Path, start: Callable[..., Run]) -> None:
-    run = start("--nodes", "4", "--spares", "1", "snapshot.silence=2.0")
+    run = start("--nodes", "4", "--spares", "1", "snapshot.peer_timeout=2.0")
     run.after(3)
     record = run.owner(2)
     frozen = [record.supervisor, *([record.agent] if record.agent else []), *record.workers.values()]

@@ -185,7 +185,7 @@ def test_a_killed_agent_is_replaced_while_training_goes_on(whole: Path, tmp_path
 @pytest.mark.ci
 def test_a_frozen_rank_is_named_and_replaced(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "frozen"
-    command = keepwarm(str(TINY), f"output={folder}", *TWO_RANKS, IN_MEMORY, "health.hang_floor=8.0")
+    command = keepwarm(str(TINY), f"output={folder}", *TWO_RANKS, IN_MEMORY, "health.min_hang_timeout=8.0")
     code, output = disturbed(command, folder, signal.SIGSTOP, rank_1_of)
     assert code == 0, output
     (hang,) = [event for event in events_of(folder) if event["event"] == "hang"]

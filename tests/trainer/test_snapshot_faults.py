@@ -60,7 +60,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
 
         def protected(code: tuple[int, int], steps: int = STEPS, *, cold: bool = False) -> Run:
             spelled = f"snapshot.code={{data: {code[0]}, parity: {code[1]}}}"
-            patient = ("snapshot.busy=wait", "cluster.max_restarts=50")
+            patient = ("snapshot.when_busy=wait", "cluster.max_restarts=50")
             return begin("--nodes", "4", *JOB, tokens(steps), spelled, *patient, cold=cold)
 
         yield protected

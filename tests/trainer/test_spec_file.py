@@ -195,12 +195,43 @@ def test_pipeline_schedules_get_the_micro_batches_they_need(job_file: Path) -> N
     [
         ("batch={global_size: 8}", "batch.global_size: unknown key: it was renamed; write batch.global_batch_size"),
         ("batch.micro_size=2", "batch.micro_size: unknown key: it was renamed; write batch.micro_batch_size"),
+        ("snapshot.silence=1", "snapshot.silence: unknown key: it was renamed; write snapshot.peer_timeout"),
+        ("snapshot.busy=skip", "snapshot.busy: unknown key: it was renamed; write snapshot.when_busy"),
+        ("cluster.least_data=2", "cluster.least_data: unknown key: it was renamed; write cluster.min_data_parallel"),
+        ("health.hang_floor=9", "health.hang_floor: unknown key: it was renamed; write health.min_hang_timeout"),
+        (
+            "cluster.slurm.notice=9",
+            "cluster.slurm.notice: unknown key: it was renamed; write cluster.slurm.save_before_limit",
+        ),
+        (
+            "stages.1.replay={fraction: 0.1, law: uniform}",
+            "stages.1.replay.law: unknown key: it was renamed; write stages.1.replay.distribution",
+        ),
+        (
+            "stages.1.replay=[{fraction: 0.1, stand_in: de}]",
+            "stages.1.replay.0.stand_in: unknown key: it was renamed; write stages.1.replay.0.proxy_source",
+        ),
+        ("model.norm_position=after", "model.norm_position: after was renamed: write post"),
+        ("parallel.data_mode=replicate", "parallel.data_mode: replicate was renamed: write ddp"),
         ("optimizer.micro_size=2", "optimizer.micro_size: unknown key; did you mean batch.micro_batch_size?"),
     ],
 )
 def test_renamed_key_or_value_is_refused_with_the_new_one(job_file: Path, override: str, said: str) -> None:
     message = refused(job_file, override)
     assert message == f"command line: {said}"
+
+
+def test_renamed_keys_in_an_old_run_are_refused_with_the_new_ones(tmp_path: Path) -> None:
+    old = json.loads(load_job(Path("ci/tiny")).model_dump_json())
+    old["batch"] = {"global_size": 8, "micro_size": 1, "ramp": None}
+    (tmp_path / "run.json").write_text(json.dumps(old))
+    with pytest.raises(SpecError) as caught:
+        load_run(tmp_path / "run.json")
+    lines = str(caught.value).split("\n  ")[1:]
+    assert [line.rpartition("; ")[2] for line in lines] == [
+        "write batch.global_batch_size",
+        "write batch.micro_batch_size",
+    ]
 
 
 @pytest.mark.parametrize(

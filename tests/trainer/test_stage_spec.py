@@ -45,10 +45,10 @@ def job_file(tmp_path: Path) -> Path:
 def test_replay_is_one_clause_or_several_and_survives_run_json(job_file: Path, tmp_path: Path) -> None:
     job = load_job(job_file)
     (clause,) = job.stages[1].replays
-    assert (clause.origins, clause.fraction, clause.law) == (("english",), 0.25, "uniform")
+    assert (clause.origins, clause.fraction, clause.distribution) == (("english",), 0.25, "uniform")
     (changed,) = load_job(job_file, ["stages.german.replay.fraction=0.5"]).stages[1].replays
     assert changed.fraction == 0.5
-    two = "stages.german.replay=[{from: [english], fraction: 0.1}, {fraction: 0.1, law: power, exponent: 0.5}]"
+    two = "stages.german.replay=[{from: [english], fraction: 0.1}, {fraction: 0.1, distribution: power, exponent: 0.5}]"
     both = load_job(job_file, [two])
     assert [clause.exponent for clause in both.stages[1].replays] == [None, 0.5]
     save_job(both, tmp_path / "run.json")
@@ -67,9 +67,9 @@ def test_replay_is_one_clause_or_several_and_survives_run_json(job_file: Path, t
         ("stages.german.replay.from=[code]", "nothing of source 'code' was seen before"),
         ("stages.english.replay={fraction: 0.1}", "nothing was seen before the first stage"),
         ("stages.english.replay={fraction: 0.1, from: [german]}", "nothing was seen before the first stage"),
-        ("stages.german.replay.law=power", "law power needs an exponent"),
-        ("stages.german.replay.exponent=1", "exponent belongs to law power"),
-        ("stages.german.replay={fraction: 0.1, stand_in: en}", "there is no init_from"),
+        ("stages.german.replay.distribution=power", "distribution power needs an exponent"),
+        ("stages.german.replay.exponent=1", "exponent belongs to distribution power"),
+        ("stages.german.replay={fraction: 0.1, proxy_source: en}", "there is no init_from"),
         ("stages.german.replay={fraction: 0.1, form: [english]}", "did you mean stages.1.replay.from?"),
         ("stages.german.mixture_steps=[{at: 0.5, mixture: {fr: 1}}]", "['fr'], not in data.sources"),
         ("stages.german.mixture_steps=[{at: 0.5, mixture: {en: 1}}, {at: 0.5, mixture: {de: 1}}]", "must grow"),

@@ -187,8 +187,8 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         stage, begin = self.stages[-1].name, self.stages[-1].start
         ordinal = len(self.past) + len(self.stages) - 1
         where = f"stages.{stage}.replay"
-        if clause.stand_in is not None:
-            pools: tuple[Pool, ...] = (stand_in_pool(clause.stand_in, sources, where),)
+        if clause.proxy_source is not None:
+            pools: tuple[Pool, ...] = (stand_in_pool(clause.proxy_source, sources, where),)
         else:
             past = [(old.name, old.runs) for old in self.past]
             ends = [mark.start for mark in self.stages[1:]]
@@ -207,11 +207,11 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             )
         found = Replay(
             stage=stage,
-            law=clause.law,
+            law=clause.distribution,
             exponent=clause.exponent or 0.0,
             key=f"{clause.seed}/{ordinal}",
             pools=pools,
-            known=clause.stand_in is None,
+            known=clause.proxy_source is None,
             cut=None if lengths == [row] else (lengths[0], row),
         )
         self._check_there(found, sources, where)

@@ -156,7 +156,7 @@ def pools_of(
 
 def stand_in_pool(name: str, sources: Mapping[str, Identified], where: str) -> Pool:
     if name not in sources:
-        raise DataError(f"{where}: stand_in: the source {name!r} is not in data.sources")
+        raise DataError(f"{where}: proxy_source: the source {name!r} is not in data.sources")
     source = sources[name]
     return Pool(stage=f"stand-in {name}", age=0, runs=((source.identity, 0, source.size),))
 

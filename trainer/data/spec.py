@@ -33,19 +33,25 @@ class ReplaySpec(Section):
         (), alias="from", description="earlier stages or sources to draw from; default: all that was seen"
     )
     fraction: float = Field(gt=0, lt=1, description="of the stage's samples")
-    law: Literal["uniform", "power"] = Field(
+    distribution: Literal["uniform", "power"] = Field(
         "uniform", description="uniform: nothing twice before all came once; power: (1 + age)^-exponent over stages"
     )
     exponent: PositiveFloat | None = Field(None, description="power: how fast older stages fade; 0.5 and 1 are usual")
     seed: NonNegativeInt = Field(0, description="another order of the same samples")
-    stand_in: str | None = Field(
+    proxy_source: str | None = Field(
         None, description="source to draw from where the parent has no ledger; not known to have been seen"
     )
 
     @model_validator(mode="after")
     def _is_whole(self) -> "ReplaySpec":
-        if (self.law == "power") != (self.exponent is not None):
-            raise ValueError("law power needs an exponent" if self.law == "power" else "exponent belongs to law power")
-        if self.stand_in is not None and (self.origins or self.law != "uniform"):
-            raise ValueError("stand_in is drawn uniformly from one source: leave out from, law and exponent")
+        if (self.distribution == "power") != (self.exponent is not None):
+            raise ValueError(
+                "distribution power needs an exponent"
+                if self.distribution == "power"
+                else "exponent belongs to distribution power"
+            )
+        if self.proxy_source is not None and (self.origins or self.distribution != "uniform"):
+            raise ValueError(
+                "proxy_source is drawn uniformly from one source: leave out from, distribution and exponent"
+            )
         return self

@@ -190,7 +190,9 @@ def command(
     control_key: Annotated[
         str | None, typer.Option(help="Key of a score in each JSON line that selects a control token for the document.")
     ] = None,
-    control_least: Annotated[float, typer.Option(help="With --control-key: minimum score of a good document.")] = 0.0,
+    control_threshold: Annotated[
+        float, typer.Option(help="With --control-key: minimum score of a good document.")
+    ] = 0.0,
     control: Annotated[str, typer.Option(help="With --control-key: tokens for good and bad ones.")] = GOOD_BAD,
     unmarked: Annotated[
         float, typer.Option(min=0, max=1, help="With --control-key: fraction of documents without a control token.")
@@ -206,7 +208,7 @@ def command(
     options = TextOptions(
         text_key=text_key,
         keep=keep_from(input, score_key, min_score, top),
-        prefix=prefix_from(prefix, control_key, control_least, control, unmarked),
+        prefix=prefix_from(prefix, control_key, control_threshold, control, unmarked),
     )
     sidecar = _with_progress(input, output_prefix, tokenizer, options, processes)
     if json:

@@ -24,7 +24,7 @@ def clause(**values: object) -> ReplaySpec:
     return ReplaySpec.model_validate({"from": ("first",), "fraction": 0.5, **values})
 
 
-LAWS = {"uniform": clause(), "power": clause(law="power", exponent=0.5)}
+LAWS = {"uniform": clause(), "power": clause(distribution="power", exponent=0.5)}
 
 
 def rows(

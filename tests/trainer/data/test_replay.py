@@ -23,7 +23,7 @@ Ids = list[tuple[str, int]]
 def clause(*origins: str, fraction: float = 0.25, seed: int = 0, exponent: float | None = None) -> ReplaySpec:
     law = "uniform" if exponent is None else "power"
     return ReplaySpec.model_validate(
-        {"from": origins, "fraction": fraction, "seed": seed, "law": law, "exponent": exponent}
+        {"from": origins, "fraction": fraction, "seed": seed, "distribution": law, "exponent": exponent}
     )
 
 
@@ -163,7 +163,9 @@ def test_a_run_replays_what_its_parent_saw_and_goes_on_where_it_stopped() -> Non
 
 
 def test_a_stand_in_is_drawn_whole_and_said_to_be_one() -> None:
-    ledger = Ledger(seed=1).opened({"c": 1}, SOURCES, stage="child", replay=(ReplaySpec(fraction=0.5, stand_in="a"),))
+    ledger = Ledger(seed=1).opened(
+        {"c": 1}, SOURCES, stage="child", replay=(ReplaySpec(fraction=0.5, proxy_source="a"),)
+    )
     assert sorted(ids_of(ledger, 0, 120, replayed=True)) == [("a", k) for k in range(60)]
     assert not ledger.replays[0].known
 
@@ -174,7 +176,7 @@ def test_a_stand_in_is_drawn_whole_and_said_to_be_one() -> None:
         (clause("c"), "three.*from c: nothing was seen there"),
         (clause("three"), "'three' is neither an earlier stage"),
         (clause("nowhere"), "'nowhere' is neither an earlier stage"),
-        (ReplaySpec(fraction=0.5, stand_in="z"), "'z' is not in data.sources"),
+        (ReplaySpec(fraction=0.5, proxy_source="z"), "'z' is not in data.sources"),
     ],
 )
 def test_nothing_to_replay_is_refused(wanted: ReplaySpec, message: str) -> None:

@@ -40,7 +40,7 @@ def peak_of(source: PackedSource) -> int:
         sources = {"large": source, "small": small}
         seen = source.size * 3 // 4
         ledger = Ledger(seed=1).opened({"large": 1.0}, sources, stage="first").advanced(seen)
-        replay = [ReplaySpec(fraction=0.25), ReplaySpec(fraction=0.25, law="power", exponent=0.5)]
+        replay = [ReplaySpec(fraction=0.25), ReplaySpec(fraction=0.25, distribution="power", exponent=0.5)]
         ledger = ledger.opened({"large": 1.0, "small": 1.0}, sources, stage="second", replay=replay)
         draw = ledger.samples_at(seen + source.size // 5 + np.arange(256))
         assert (draw.k[draw.replayed] < seen).all()
