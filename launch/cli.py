@@ -68,9 +68,7 @@ def plan(
     job: Job,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    png: Annotated[
-        Path | None, typer.Option("--png", help="Also draw learning rate and mixture; needs keepwarm[plot].")
-    ] = None,
+    png: Annotated[Path | None, typer.Option("--png", help="Also draw learning rate and mixture to this file.")] = None,
     debug: Debug = False,
 ) -> None:
     """Show what a job would do: spec, rank layout, parameters, memory, steps, learning rates. Starts nothing.

@@ -85,7 +85,7 @@ def simulate(
     target_survival: Annotated[
         float | None, typer.Option(help="Recommend for this probability of never losing memory, as 0.999.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write PNG files (keepwarm[plot]).")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write PNG files into this folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Goodput and survival of a cluster: coded snapshots beside replicas and checkpoints on disk.
@@ -114,10 +114,6 @@ def simulate(
 
     Times are written as 10ms, 30s, 5m, 3.1h, 54d, 5y. Assumptions and formulas: docs/simulator.md.
     """
-    if plot is not None:
-        from launch.simulation.plot import require_matplotlib
-
-        require_matplotlib()
     noticed = seconds(detection, "--detection")
     node = _restart(recovery, noticed, "--recovery")
     times = Times(
