@@ -132,7 +132,8 @@ class Pipeline:
             requires_grad=shape.training,
         )
         tokens = torch.empty((shape.micro_size, shape.sequence), dtype=torch.int64, device="meta")
-        losses = torch.empty((shape.micro_size, 2), device="meta", requires_grad=shape.training)
+        summed = torch.float64 if self._dtype == torch.float64 else torch.float32
+        losses = torch.empty((shape.micro_size, 2), dtype=summed, device="meta", requires_grad=shape.training)
         return _Stage(
             part,
             index,
