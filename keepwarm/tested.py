@@ -41,6 +41,11 @@ TESTED: Mapping[str, Range] = {
 """By distribution; `python` is the interpreter. Widen a range when the tests have passed with the new version."""
 
 
+def splits_custom_backward(torch: str) -> bool:
+    """Whether this torch can split the backward of autograd functions written in Python, as zero bubble does."""
+    return Version(torch).release >= (2, 13)
+
+
 def installed(distribution: str) -> str | None:
     """Return the version that is installed, None where it is not."""
     if distribution == "python":

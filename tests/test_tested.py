@@ -7,7 +7,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from keepwarm.tested import TESTED, Range, installed
+from keepwarm.tested import TESTED, Range, installed, splits_custom_backward
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 
@@ -35,6 +35,13 @@ def test_range_of_minor_releases_holds_their_patches_alone(version: str, inside:
 )
 def test_range_of_one_release_holds_it_alone(version: str, inside: bool) -> None:
     assert (version in Range("0.16.1", "0.16.1")) is inside
+
+
+@pytest.mark.parametrize(
+    ("torch", "splits"), [("2.11.0", False), ("2.12.1+cu130", False), ("2.13.0+cpu", True), ("2.14.1", True)]
+)
+def test_zero_bubble_needs_torch_2_13(torch: str, splits: bool) -> None:
+    assert splits_custom_backward(torch) is splits
 
 
 @pytest.mark.parametrize("distribution", TESTED)
