@@ -29,7 +29,7 @@ class Range:
 
 
 TESTED: Mapping[str, Range] = {
-    "python": Range("3.11", "3.12"),
+    "python": Range("3.11", "3.13"),
     "torch": Range("2.11", "2.13"),
     "pyeclib": Range("1.8.0", "1.8.0"),
     "megatron-core": Range("0.16.1", "0.16.1"),
