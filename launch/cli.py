@@ -79,9 +79,7 @@ def plan(
     job: Job,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    png: Annotated[
-        Path | None, typer.Option("--png", help="Also plot learning rate and mixture to this file (keepwarm[plot]).")
-    ] = None,
+    png: Annotated[Path | None, typer.Option("--png", help="Also plot learning rate and mixture to this file.")] = None,
     debug: Debug = False,
 ) -> None:
     """Show a job's spec, rank layout, parameters, memory, steps and learning rates without starting anything.

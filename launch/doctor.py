@@ -1,11 +1,11 @@
-"""`keepwarm doctor`: which engines and fused kernels this machine can use, and how to install what is missing."""
+"""`keepwarm doctor`: which engines and kernels this machine can use, and which versions lie outside what was tested."""
 
-import importlib.metadata
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from keepwarm.tested import TESTED, installed
 from parallel.engine_support import ENGINES
 from parallel.kernels import KERNELS
 
@@ -15,11 +15,11 @@ class Finding:
     """One thing that a job may ask for."""
 
     kind: str
-    """device, engine or kernel."""
+    """version, device, engine or kernel."""
     name: str
     usable: bool
     detail: str
-    """Which version there is, or why it cannot be used and what to do."""
+    """Which version there is, or why it cannot be used and what to do. Of a version: the range that was tested."""
 
 
 def show(*, as_json: bool) -> None:
@@ -35,6 +35,12 @@ def show(*, as_json: bool) -> None:
 
 def findings() -> Iterator[Finding]:
     """Everything that is looked for, without importing any of it."""
+    for distribution, tested in TESTED.items():
+        found = installed(distribution)
+        if found is not None:
+            inside = found in tested
+            detail = f"{found}, {'within' if inside else 'outside'} the tested range {tested}"
+            yield Finding(kind="version", name=distribution, usable=inside, detail=detail)
     gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
     yield Finding(
         kind="device",
@@ -44,20 +50,13 @@ def findings() -> Iterator[Finding]:
     )
     for name, info in ENGINES.items():
         problems = [text for one in info.requirements if (text := one.problem()) is not None]
-        versions = ", ".join(f"{one.distribution} {_version(one.distribution)}" for one in info.requirements)
+        versions = ", ".join(f"{one.distribution} {installed(one.distribution)}" for one in info.requirements)
         yield Finding(
             kind="engine",
             name=name,
             usable=not problems,
-            detail="; ".join(problems) or versions or f"torch {_version('torch')}",
+            detail="; ".join(problems) or versions or f"torch {installed('torch')}",
         )
     for kernel in KERNELS:
         detail = f"not installed: {kernel.install}" if kernel.missing else kernel.asked
         yield Finding(kind="kernel", name=kernel.name, usable=not kernel.missing, detail=detail)
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"

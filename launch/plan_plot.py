@@ -1,9 +1,8 @@
-"""A plan as a PNG file: the learning rate of the whole job, and what is drawn when. Matplotlib is an optional extra."""
+"""A plan as a PNG file: the learning rate of the whole job, and what is drawn when."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.errors import PreflightError
 from launch.plan import CURVE_POINTS, Plan, sampled_steps
 from trainer.errors import OutputError
 from trainer.stages import StagePlan
@@ -13,13 +12,10 @@ def draw_plan(plan: Plan, file: Path) -> None:
     """Write the image.
 
     Raises:
-        PreflightError: matplotlib is not installed.
         OutputError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PreflightError("--png draws with matplotlib: pip install 'keepwarm[plot]'") from error
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     rate, mixture = figure.subplots(2, sharex=True, height_ratios=(3, 2))
     for stage in plan.stages:

@@ -60,9 +60,7 @@ TargetGoodput = Annotated[float | None, typer.Option(help="Recommend a configura
 TargetSurvival = Annotated[
     float | None, typer.Option(help="Recommend a configuration for this probability of never losing memory, as 0.999.")
 ]
-Plot = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="Write plots to this folder as PNG files (keepwarm[plot]).")
-]
+Plot = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write plots to this folder as PNG files.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

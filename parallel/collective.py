@@ -10,6 +10,12 @@ import torch.distributed as dist
 
 SEQUENCE_DIM = 1
 
+# torch before 2.13 has these under their old names alone, and later ones warn of the old names.
+_gather_single = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+_reduce_scatter_single = (
+    dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+)
+
 
 def copy_to(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """`x` as it is; its gradient is summed over `group`."""
@@ -39,14 +45,14 @@ def _all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 def _all_gather(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     parts = x.new_empty(group.size(), *x.shape)
-    dist.all_gather_single(parts.flatten(0, 1), x.contiguous(), group=group)
+    _gather_single(parts.flatten(0, 1), x.contiguous(), group=group)
     return parts.movedim(0, SEQUENCE_DIM).flatten(SEQUENCE_DIM, SEQUENCE_DIM + 1)
 
 
 def _reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     parts = torch.stack(x.chunk(group.size(), SEQUENCE_DIM))
     mine = torch.empty_like(parts[0])
-    dist.reduce_scatter_single(mine, parts.flatten(0, 1), group=group)
+    _reduce_scatter_single(mine, parts.flatten(0, 1), group=group)
     return mine
 
 

@@ -1,10 +1,10 @@
 """Which engines there are, what each needs installed, and what it cannot express. Torch-free: asked before a start."""
 
-import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from keepwarm.tested import TESTED, installed
 from parallel.architecture import Architecture
 from parallel.errors import EngineUnavailable
 from parallel.spec import EngineName, NumericsSpec, OptimizerSpec, ParallelSpec
@@ -25,21 +25,20 @@ class Job(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Requirement:
-    """A distribution and the versions of it that an engine was tested with; it uses what may change with any other."""
+    """A distribution of which an engine uses what may change with any version other than those it was tested with."""
 
     distribution: str
-    tested: tuple[str, ...]
+    """One of `keepwarm.tested.TESTED`."""
     install: str
     """The command that installs it."""
 
     def problem(self) -> str | None:
         """Why it cannot be used, with the command that mends it; None when it can."""
-        try:
-            found = importlib.metadata.version(self.distribution)
-        except importlib.metadata.PackageNotFoundError:
+        found, tested = installed(self.distribution), TESTED[self.distribution]
+        if found is None:
             return f"{self.distribution} is not installed: {self.install}"
-        if found.partition("+")[0] not in self.tested:
-            return f"{self.distribution} {found} is installed, tested is {' and '.join(self.tested)}: {self.install}"
+        if found not in tested:
+            return f"{self.distribution} {found} is installed, tested is {tested}: {self.install}"
         return None
 
 
@@ -150,13 +149,11 @@ def _families_of_gpt_model(model: Architecture) -> Iterator[str]:
 
 MEGATRON = Requirement(
     distribution="megatron-core",
-    tested=("0.16.1",),
-    install="pip install megatron-core==0.16.1",
+    install="pip install 'keepwarm[megatron]'",
 )
 DEEPSPEED = Requirement(
     distribution="deepspeed",
-    tested=("0.19.8",),
-    install="DS_BUILD_OPS=0 pip install deepspeed==0.19.8",
+    install="DS_BUILD_OPS=0 pip install 'keepwarm[deepspeed]'",
 )
 
 ENGINES: Mapping[EngineName, EngineInfo] = {

@@ -113,8 +113,9 @@ class Pipeline:
             requires_grad=shape.training,
         )
         tokens = torch.empty((shape.micro_batch_size, shape.sequence), dtype=torch.int64, device="meta")
+        summed = torch.float64 if self._dtype == torch.float64 else torch.float32
         losses = torch.empty(
-            (shape.micro_batch_size, self._losses.columns), device="meta", requires_grad=shape.training
+            (shape.micro_batch_size, self._losses.columns), dtype=summed, device="meta", requires_grad=shape.training
         )
         return _Stage(
             module,

@@ -4,11 +4,15 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
+
+from keepwarm.tested import installed, splits_custom_backward
+from tests.support.promised import broken_promise, promised
 
 # Read by torch when it is imported. Several threads spin against the ranks on a machine of few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,7 +25,35 @@ FIRST = ("parallel", "test_lint.py", "test_wheel.py", "science", "slurm", "drill
 """Folders with the longest tests, so that two processes end together."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--extras", default="dev", help="the extra of pyproject.toml that this environment was made from")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
+    """In CI (`CI=true`), fail what skips for want of an extra that the environment promises."""
+    return _kept_promise((yield), item.config)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[Any]:
+    return _kept_promise((yield), collector.config)
+
+
+def _kept_promise(report: Any, config: pytest.Config) -> Any:
+    if os.environ.get("CI") == "true" and report.skipped and isinstance(report.longrepr, tuple):
+        broken = broken_promise(report.longrepr[2], promised(config.getoption("--extras")))
+        if broken is not None:
+            report.outcome, report.longrepr = "failed", broken
+    return report
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not splits_custom_backward(installed("torch") or "0"):
+        for item in items:
+            parameters = getattr(getattr(item, "callspec", None), "params", {})
+            if item.get_closest_marker("dist") and "zero_bubble" in repr(parameters):
+                item.add_marker(pytest.mark.skip(reason="zero bubble needs torch 2.13"))
     items.sort(key=lambda item: (*FIRST, _folder(item.nodeid)).index(_folder(item.nodeid)))
 
 

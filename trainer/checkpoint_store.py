@@ -97,12 +97,19 @@ class UrlStore:
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec filesystem of a URL, and the path in it. Raises `DurableError` naming the package that is missing."""
+    """Return the fsspec filesystem of a URL, and the path in it.
+
+    Raises:
+        DurableError: the protocol is unknown, or its package is missing; says how to install it.
+    """
     import fsspec  # type: ignore[import-untyped]
 
     try:
         files, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
+        extra = "pip install 'keepwarm[s3]'" if url.startswith(("s3://", "s3a://")) else "install the package it names"
+        raise DurableError(f"{url}: {error}: {extra}") from error
+    except ValueError as error:
         raise DurableError(f"{url}: {error}") from error
     return files, str(path).rstrip("/")
 

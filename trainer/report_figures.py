@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.errors import OutputError, SpecError
+from trainer.errors import OutputError
 from trainer.report_data import RunReport
 
 if TYPE_CHECKING:
@@ -17,15 +17,9 @@ POINTS = 2000
 
 
 def figures(report: RunReport) -> "dict[str, Figure]":
-    """By name: `validation`, `training`.
+    """By name: `validation`, `training`."""
+    from matplotlib.figure import Figure
 
-    Raises:
-        SpecError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SpecError("a report is drawn with matplotlib: pip install 'keepwarm[plot]'") from error
     made = {}
     if report.domains:
         made["validation"] = figure = Figure(figsize=(9, 4), layout="constrained")

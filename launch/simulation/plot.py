@@ -1,4 +1,4 @@
-"""Answers as PNG files, drawn with matplotlib, which is an optional extra."""
+"""Answers as PNG files, drawn with matplotlib."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,14 +19,6 @@ WASTED = {
     "recovery": "recovery",
     "waiting": "waiting for a spare",
 }
-
-
-def require_matplotlib() -> None:
-    """Raises SimulationError where it is missing; called before anything is computed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise SimulationError("--plot draws with matplotlib: pip install 'keepwarm[plot]'") from error
 
 
 def plot(asked: Sequence[Asked], folder: Path) -> list[Path]:

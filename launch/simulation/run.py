@@ -19,10 +19,6 @@ PROGRESS_DELAY_S = 2.0
 
 def run(options: Options) -> None:
     """Answer what the options ask, and print it. Raises SimulationError."""
-    if options.plot is not None:
-        from launch.simulation.plot import require_matplotlib
-
-        require_matplotlib()
     goodput, survival = options.target_goodput, options.target_survival
     wanted = goodput is not None or survival is not None
     trials, advice = options.trials, None

@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from parallel.layout import Layout
-from trainer.data.indexed import TokenFile, megatron_indexed
+from trainer.data.indexed import TokenFile
 from trainer.data.ledger import Ledger
 from trainer.data.loader import BatchLoader, RankShare
 from trainer.data.packing import PackedSource
 from trainer.data.spec import ReplaySpec
+from trainer.data.token_format import TokenFileWriter
 
 SOURCES, LENGTH, BATCH, WARM, STEPS = 200, 256, 64, 5, 60
 STEP_SECONDS = BATCH * LENGTH / 8900
@@ -28,12 +29,12 @@ STEP_SECONDS = BATCH * LENGTH / 8900
 
 def write(folder: Path, index: int) -> PackedSource:
     prefix = folder / f"source-{index}"
-    builder = megatron_indexed().IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     rng = np.random.default_rng(index)
-    for _ in range(40):
-        document = rng.integers(0, 30_000, 2000)
-        builder.add_document(document, [len(document)])
-    builder.finalize(f"{prefix}.idx")
+    with TokenFileWriter(Path(f"{prefix}.bin"), np.uint16) as writer:
+        for _ in range(40):
+            document = rng.integers(0, 30_000, 2000)
+            writer.add_document(document, [len(document)])
+        writer.finish(Path(f"{prefix}.idx"))
     return PackedSource(f"s{index}", TokenFile(prefix), LENGTH)
 
 

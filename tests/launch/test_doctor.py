@@ -39,9 +39,15 @@ def test_an_untested_version_has_its_install_line(tmp_path: Path) -> None:
         cwd=ROOT,
         check=True,
     )
-    megatron = next(one for one in json.loads(ended.stdout) if one["name"] == "megatron")
-    assert not megatron["usable"]
-    assert "tested is 0.16.1: pip install megatron-core==0.16.1" in megatron["detail"]
+    found = {one["name"]: one for one in json.loads(ended.stdout)}
+    assert not found["megatron"]["usable"]
+    assert "tested is 0.16.1: pip install 'keepwarm[megatron]'" in found["megatron"]["detail"]
+    assert found["megatron-core"] == {
+        "kind": "version",
+        "name": "megatron-core",
+        "usable": False,
+        "detail": "0.12.0, outside the tested range 0.16.1",
+    }
 
 
 @pytest.mark.parametrize(

@@ -56,17 +56,10 @@ def test_from_one_node_to_100_000_gpus(capsys):
 
 
 def test_pictures(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="--plot needs keepwarm[plot]")
     folder = tmp_path / "out"
     simulate("--gpus", "64,512", "--duration", "2d", "--trials", "2", "--plot", str(folder), capsys=capsys)
     assert {path.name for path in folder.iterdir()} == {"waste-64.png", "waste-512.png", "goodput.png", "losses.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())
-
-
-def test_without_matplotlib_it_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SimulationError, match=r"pip install 'keepwarm\[plot\]'"):
-        main([*QUICK, "--plot", str(tmp_path)])
 
 
 def test_a_trace_is_replayed(tmp_path, capsys):

@@ -58,14 +58,14 @@ def test_tested_versions_pass_and_no_others(installed: Path, version: str, teste
     if tested:
         require("megatron")
         return
-    expected = rf"{re.escape(version)} is installed, tested is 0\.16\.1: pip install megatron-core==0\.16\.1"
+    expected = rf"{re.escape(version)} is installed, tested is 0\.16\.1: pip install 'keepwarm\[megatron\]'"
     with pytest.raises(EngineUnavailable, match=expected):
         require("megatron")
 
 
 INSTALL = {
-    "megatron": ("megatron-core", "pip install megatron-core==0.16.1"),
-    "deepspeed": ("deepspeed", "DS_BUILD_OPS=0 pip install deepspeed==0.19.8"),
+    "megatron": ("megatron-core", "pip install 'keepwarm[megatron]'"),
+    "deepspeed": ("deepspeed", "DS_BUILD_OPS=0 pip install 'keepwarm[deepspeed]'"),
 }
 
 

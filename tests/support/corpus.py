@@ -1,4 +1,4 @@
-"""Small data for tests: token files made by Megatron's own builder, token streams in memory, text files."""
+"""Small data for tests: token files without a sidecar, token streams in memory, text files."""
 
 import json
 from collections.abc import Sequence
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.data.indexed import megatron_indexed
 from trainer.data.packing import PackedSource
 from trainer.data.table import Ints
+from trainer.data.token_format import TokenFileWriter
 
 
 def random_documents(seed: int, count: int, *, vocabulary: int = 200, longest: int = 40) -> list[list[int]]:
@@ -20,10 +20,10 @@ def random_documents(seed: int, count: int, *, vocabulary: int = 200, longest: i
 
 def write_token_file(prefix: Path, documents: Sequence[Sequence[int]], dtype: type = np.uint16) -> Path:
     """A token file as Megatron-LM's preprocessing writes it, without a sidecar of ours."""
-    builder = megatron_indexed().IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    for document in documents:
-        builder.add_document(np.array(document), [len(document)])
-    builder.finalize(f"{prefix}.idx")
+    with TokenFileWriter(Path(f"{prefix}.bin"), dtype) as writer:
+        for document in documents:
+            writer.add_document(document, [len(document)])
+        writer.finish(Path(f"{prefix}.idx"))
     return prefix
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from parallel.engine_support import DEEPSPEED
+from keepwarm.tested import TESTED
 from trainer.convert.deepspeed_folder import COUNTER, LATEST, SPLIT_DIM, STATE, TENSOR, VOCABULARY, WEIGHT, ZERO
 from trainer.convert.dialects import MODEL, MOMENTS
 from trainer.convert.from_huggingface import FILES, Progress, silent
@@ -104,7 +104,7 @@ def _write(file: Path, maker: Maker, recipe: Recipe, prefix: str) -> int:
 
 def _write_counters(folder: Path, iteration: int, step: int | None, parameters: int) -> None:
     """What an engine reads beside the tensors. Rates and decay stay those of its own configuration."""
-    written_for = DEEPSPEED.tested[-1]
+    written_for = TESTED["deepspeed"].highest
     # As many groups as an optimizer can have; it takes those that it has, and of them nothing.
     groups: list[dict[str, Any]] = [{} for _ in range(parameters)]
     state = {0: {} if step is None else {"step": torch.tensor(float(step))}}

@@ -14,22 +14,15 @@ import numpy.typing as npt
 import xxhash
 
 from keepwarm.files import READABLE, atomic_file
-from trainer.data.indexed import Sidecar, content_hash, megatron_indexed
+from trainer.data.indexed import Sidecar, content_hash
 from trainer.data.prefix import Control
 from trainer.data.text import TextPart, prefixed_documents
+from trainer.data.token_format import LONGEST, TokenFileWriter, dtype_for
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError
 
 _FORMAT = 2
 """Of the parts; another one makes the parts of an older version be ignored."""
-
-LONGEST = 2**31 - 1
-"""Tokens of one document: the `.idx` file counts them in int32."""
-
-
-def dtype_for(vocabulary_size: int) -> type[np.uint16] | type[np.int32]:
-    """Megatron's choice of type for a vocabulary."""
-    return np.uint16 if vocabulary_size < 65_500 else np.int32
 
 
 def part_path(folder: Path, part: TextPart, tokenizer: Tokenizer, text_key: str) -> Path:
@@ -72,24 +65,24 @@ def _encoded_prefixes(part: TextPart, tokenizer: Tokenizer, prefixes: Sequence[s
 
 
 def merge(folder: Path, paths: Sequence[Path], prefix: Path, tokenizer: Tokenizer) -> Sidecar:
-    """Put the parts together as `prefix`, through Megatron's builder. `.idx` appears last: with it, all is there.
+    """Put the parts together as `prefix`, in Megatron's format. `.idx` appears last: with it, all is there.
 
     Raises:
         DataError: there is no document in them.
     """
     new_bin, new_idx, new_json = (folder / f"merged.{suffix}" for suffix in ("bin", "idx", "json"))
-    builder = megatron_indexed().IndexedDatasetBuilder(str(new_bin), dtype=dtype_for(tokenizer.vocabulary_size))
     count, tokens, max_id, prefixed = 0, 0, 0, 0
-    for path in paths:
-        with np.load(path, allow_pickle=False) as part:
-            stream, lengths, prefixes = part["tokens"], part["lengths"], part["prefixes"]
-        split = np.split(stream, np.cumsum(lengths)[:-1]) if len(lengths) else []
-        for document, before in zip(split, prefixes.tolist(), strict=True):
-            builder.add_document(document, [before, len(document) - before] if before else [len(document)])
-        count, tokens = count + len(lengths), tokens + len(stream)
-        prefixed += int(np.count_nonzero(prefixes))
-        max_id = max(max_id, int(stream.max(initial=0)))
-    builder.finalize(str(new_idx))
+    with TokenFileWriter(new_bin, dtype_for(tokenizer.vocabulary_size)) as writer:
+        for path in paths:
+            with np.load(path, allow_pickle=False) as part:
+                stream, lengths, prefixes = part["tokens"], part["lengths"], part["prefixes"]
+            split = np.split(stream, np.cumsum(lengths)[:-1]) if len(lengths) else []
+            for document, before in zip(split, prefixes.tolist(), strict=True):
+                writer.add_document(document, [before, len(document) - before] if before else [len(document)])
+            count, tokens = count + len(lengths), tokens + len(stream)
+            prefixed += int(np.count_nonzero(prefixes))
+            max_id = max(max_id, int(stream.max(initial=0)))
+        writer.finish(new_idx)
     if not count:
         for path in {*paths}:
             path.unlink()

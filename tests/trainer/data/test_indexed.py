@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.corpus import random_documents, write_token_file
-from trainer.data.indexed import Sidecar, TokenFile, content_hash, megatron_indexed
+from trainer.data.indexed import Sidecar, TokenFile, content_hash
 from trainer.data.ledger import Ledger
 from trainer.data.packing import PackedSource
+from trainer.data.token_format import TokenFileWriter, write_index
 from trainer.errors import DataError
 
 DOCUMENTS = random_documents(1, 30)
@@ -23,7 +24,7 @@ def prefix(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
-def test_files_made_by_megatrons_builder_open_here(tmp_path: Path, dtype: type) -> None:
+def test_token_file_any_integer_type_returns_its_documents(tmp_path: Path, dtype: type) -> None:
     tokens = TokenFile(write_token_file(tmp_path / "corpus", DOCUMENTS, dtype), vocabulary_size=200)
     flat = [token for document in DOCUMENTS for token in document]
     assert (tokens.count, tokens.documents) == (len(flat), len(DOCUMENTS))
@@ -33,12 +34,12 @@ def test_files_made_by_megatrons_builder_open_here(tmp_path: Path, dtype: type) 
 
 def test_documents_of_several_sequences_and_of_none(tmp_path: Path) -> None:
     """Megatron's preprocessing can split a document into sentences, and leaves empty documents in."""
-    builder = megatron_indexed().IndexedDatasetBuilder(str(tmp_path / "c.bin"), dtype=np.uint16)
-    builder.add_document(np.arange(5), [2, 3])
-    builder.add_document(np.arange(0), [])
-    builder.add_document(np.arange(5, 9), [4])
-    builder.add_document(np.arange(0), [])
-    builder.finalize(str(tmp_path / "c.idx"))
+    with TokenFileWriter(tmp_path / "c.bin", np.uint16) as writer:
+        writer.add_document(np.arange(5), [2, 3])
+        writer.add_document(np.arange(0), [])
+        writer.add_document(np.arange(5, 9), [4])
+        writer.add_document(np.arange(0), [])
+        writer.finish(tmp_path / "c.idx")
     tokens = TokenFile(tmp_path / "c")
     assert [tokens.document(i).tolist() for i in range(4)] == [[0, 1, 2, 3, 4], [], [5, 6, 7, 8], []]
     assert sorted(set(tokens.starts_between(0, 9).tolist())) == [0, 5]
@@ -210,9 +211,7 @@ def test_a_source_of_a_billion_samples_opens_and_reads_in_constant_memory(tmp_pa
     lengths = np.array([10**9] * (documents - 1) + [total - (documents - 1) * 10**9], np.int64)
     with (tmp_path / "huge.bin").open("wb") as stream:
         stream.truncate(total)
-    indexed = megatron_indexed()
-    with indexed._IndexWriter(str(tmp_path / "huge.idx"), np.uint8) as writer:
-        writer.write(lengths.tolist(), None, list(range(documents + 1)))
+    write_index(tmp_path / "huge.idx", np.uint8, lengths.tolist(), list(range(documents + 1)))
     tracemalloc.start()
     try:
         source = PackedSource("huge", TokenFile(tmp_path / "huge"), length, True)

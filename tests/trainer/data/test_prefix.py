@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from parallel.targets import IGNORED
 from tests.support.corpus import MemoryTokens
-from trainer.data.indexed import TokenFile, megatron_indexed
+from tests.support.megatron_tokens import megatron_indexed
+from trainer.data.indexed import TokenFile
 from trainer.data.packing import PackedSource
 from trainer.data.prefix import Control, metadata
 from trainer.data.token_parts import merge, part_path, write_part

@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from tests.support.corpus import write_json_lines
-from trainer.data.indexed import Sidecar, TokenFile, megatron_indexed
+from tests.support.megatron_tokens import megatron_indexed
+from trainer.data.indexed import Sidecar, TokenFile
 from trainer.data.inspect import inspect
-from trainer.data.token_parts import dtype_for
 from trainer.data.tokenize import _parts_folder, tokenize
 from trainer.data.tokenize_options import TextOptions
 from trainer.data.train_tokenizer import train_tokenizer
@@ -74,11 +74,6 @@ def test_several_processes_and_part_sizes_give_the_same_bytes(tmp_path: Path, co
     assert sum(read) == 2 * corpus.stat().st_size
 
 
-@pytest.mark.parametrize("vocabulary_size", [1, 257, 65_499, 65_500, 65_536, 10**6])
-def test_the_type_is_megatrons_choice(vocabulary_size: int) -> None:
-    assert dtype_for(vocabulary_size) is megatron_indexed().DType.optimal_dtype(vocabulary_size)
-
-
 KILLED = """
     import os, signal, sys
     from pathlib import Path
@@ -104,8 +99,8 @@ KILLED = """
     elif moment == "writing a part":
         token_parts.np.savez = lambda stream, **_: (stream.write(b"half"), stream.flush(), die())
     elif moment == "merging":
-        builder = token_parts.megatron_indexed().IndexedDatasetBuilder
-        builder.add_document = at(7, builder.add_document)
+        writer = token_parts.TokenFileWriter
+        writer.add_document = at(7, writer.add_document)
     elif moment.startswith("renaming"):
         token_parts._sync = at(int(moment.split()[1]))
 

@@ -1,0 +1,82 @@
+"""What is optional says how to install it where it is missing."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+START = """
+import sys
+for name in {blocked!r}:
+    sys.modules[name] = None
+import importlib.metadata
+version = importlib.metadata.version
+def missing(name):
+    if name in {distributions!r}:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+importlib.metadata.version = missing
+from pathlib import Path
+"""
+
+ENGINE = """
+from launch.preflight import check_engine
+from trainer.spec_file import load_job
+check_engine(load_job(Path("configs/ci/tiny.yaml"), ["parallel.engine={engine}"]))
+"""
+
+CASES = {
+    "megatron": (["megatron"], ["megatron-core"], ENGINE.format(engine="megatron")),
+    "deepspeed": (["deepspeed"], ["deepspeed"], ENGINE.format(engine="deepspeed")),
+    "mpi": (
+        ["mpi4py"],
+        [],
+        "from trainer.launcher_environment import Ranks\nfrom trainer.mpi import address_of_rank_0\n"
+        "address_of_rank_0(Ranks(launcher='mpirun', rank=0, size=2, local_rank=0, address=None, port=1))",
+    ),
+    "eval": (
+        ["lm_eval"],
+        [],
+        "from trainer.harness import command\n"
+        "command(Path('{folder}'), text=['en=configs/corpora/handbook_en.valid.jsonl.zst'])",
+    ),
+    "s3": (["s3fs"], ["s3fs"], "from trainer.checkpoint_store import filesystem\nfilesystem('s3://bucket/run')"),
+    "wandb": (
+        ["wandb"],
+        ["wandb"],
+        "from trainer.metrics import WeightsAndBiases\nWeightsAndBiases('project', 'name', Path('.'))",
+    ),
+}
+"""By extra: modules and distributions that are hidden, and what needs them."""
+
+NOT_IMPORTED = {"hf": "for scripts beside keepwarm, which reads and writes their folders by itself"}
+FOR_TESTS = {"test", "dev", "long", "fuzz"}
+
+
+@pytest.mark.parametrize("extra", CASES)
+def test_what_an_extra_brings_is_named_where_it_is_missing(extra: str, tmp_path: Path) -> None:
+    blocked, distributions, needs = CASES[extra]
+    for name in ("config.json", "tokenizer.json"):  # what lm-eval is asked for
+        (tmp_path / name).write_text("{}")
+    code = START.format(blocked=blocked, distributions=distributions) + needs.replace("{folder}", str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.search(rf"pip install 'keepwarm\[{extra}\]'", last), done.stderr
+
+
+def test_every_extra_has_a_case() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(extras) == {*CASES, *NOT_IMPORTED, *FOR_TESTS}
