@@ -24,7 +24,7 @@ DEMO_DATA := runs/demo-data
 DOMAINS := en de en.valid de.valid
 # The oldest torch that pyproject.toml lets in.
 TORCH := 2.11.0
-BASE_TESTS := tests/test_commands.py tests/test_extras.py tests/test_tested.py tests/test_configs.py tests/launch/test_cli.py \
+BASE_TESTS := tests/test_commands.py tests/test_extras.py tests/test_tested.py tests/test_configs.py tests/launch/cli/test_cli.py \
   tests/trainer/data/test_indexed.py tests/trainer/data/test_tokenize.py
 
 .PHONY: help demo demo-quick test test-base test-torch test-long lint format bench clean

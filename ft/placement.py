@@ -2,15 +2,15 @@
 
 Nodes are numbered 0..N-1. A failure domain is whatever fails at once: a rack, a switch, or the node itself. A group
 of g nodes under a code with m parity chunks survives the loss of any m of them, and g = k + m. How the stripes of a
-group lie on its members is `ft.state.Group`.
+group lie on its members is `keepwarm.ft.protocol.state.Group`.
 """
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from ft.errors import PlacementError
-from ft.spec import CodeSpec, SnapshotSpec
+from keepwarm.ft.errors import PlacementError
+from keepwarm.ft.spec import CodeSpec, SnapshotSpec
 
 MAX_GROUP = 32
 

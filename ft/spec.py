@@ -11,7 +11,7 @@ from pydantic import (
     model_validator,
 )
 
-from ft.kernel import AUTO, KERNELS
+from keepwarm.ft.codec.kernel import AUTO, KERNELS
 from keepwarm.registry import UnknownName, UnusableComponent
 from keepwarm.section import Section
 

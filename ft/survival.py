@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Iterable
 
-from ft.placement import Group
+from keepwarm.ft.placement import Group
 
 
 def loss_probability(groups: Iterable[Group], failures: int) -> float:

@@ -11,10 +11,10 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel
 
+from keepwarm.launch.errors import ClusterError
+from keepwarm.launch.run.prepare import Mode
 from keepwarm.registry import Registry, UnknownName, UnusableComponent
-from launch.errors import ClusterError
-from launch.prepare import Mode
-from trainer.spec import JobSpec
+from keepwarm.trainer.job.spec import JobSpec
 
 Phase = Literal["pending", "running", "ended"]
 """A pending job is waiting for nodes, being set up or torn down, or suspended."""
@@ -141,7 +141,7 @@ class BatchSystem(ABC):
 BATCH_SYSTEMS: Registry[type[BatchSystem]] = Registry(
     "batch system",
     "keepwarm.batch_systems",
-    {"slurm": "launch.slurm_system:Slurm", "kubernetes": "launch.kubernetes:Kubernetes"},
+    {"slurm": "keepwarm.launch.slurm.system:Slurm", "kubernetes": "keepwarm.launch.kubernetes:Kubernetes"},
     BatchSystem,
 )
 

@@ -14,12 +14,12 @@ from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import LiteralScalarString
 
 from keepwarm.exit_code import ExitCode
-from launch.batch_system import BatchSystem, Request
-from launch.errors import ClusterError
-from trainer.cluster_spec import KubernetesSpec
-from trainer.errors import SpecError
-from trainer.run_folder import METRICS_FILE, RUN_FILE
-from trainer.spec import JobSpec
+from keepwarm.launch.batch_system import BatchSystem, Request
+from keepwarm.launch.errors import ClusterError
+from keepwarm.trainer.errors import SpecError
+from keepwarm.trainer.job.cluster import KubernetesSpec
+from keepwarm.trainer.job.run_folder import METRICS_FILE, RUN_FILE
+from keepwarm.trainer.job.spec import JobSpec
 
 LONGEST = 40
 """Characters of the JobSet's name: those of its pods add theirs, and 63 is the limit of a host name."""
@@ -196,6 +196,6 @@ def _start(job: JobSpec, asked: KubernetesSpec) -> str:
         f'rm {folder}/.{RUN_FILE}."$NODE"\n'
         "resume=\n"
         f"if [ -e {folder}/{METRICS_FILE} ]; then resume=--resume; fi\n"
-        f"exec {shlex.quote(asked.python)} -P -m launch.node {folder} --slots={job.layout.nodes} "
+        f"exec {shlex.quote(asked.python)} -P -m keepwarm.launch.node {folder} --slots={job.layout.nodes} "
         '--node="$NODE" --host="$HOST" $resume\n'
     )

@@ -4,7 +4,9 @@ from typing import Literal, Protocol
 
 
 class Architecture(Protocol):
-    """The shape of a decoder-only transformer; `trainer.model.spec.ModelSpec` is one, and explains every field."""
+    """The shape of a decoder-only transformer; `keepwarm.trainer.model.spec.ModelSpec` is one, and explains every
+    field.
+    """
 
     @property
     def layers(self) -> int: ...

@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 import torch
 
-from parallel.layout import Layout
-from parallel.loss import MAIN
-from parallel.model import ModelParts
-from parallel.shard import Shard
-from parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
+from keepwarm.parallel.loss import MAIN
+from keepwarm.parallel.mesh.layout import Layout
+from keepwarm.parallel.model import ModelParts
+from keepwarm.parallel.shard import Shard
+from keepwarm.parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +40,7 @@ class Batch:
     tokens: torch.Tensor
     """int64 token ids."""
     targets: torch.Tensor
-    """int64 next-token ids, `parallel.targets.IGNORED` where masked."""
+    """int64 next-token ids, `keepwarm.parallel.targets.IGNORED` where masked."""
     documents: torch.Tensor | None = None
     """int32 document index of each token; None: attention may cross documents."""
     extra: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from keepwarm.parallel.architecture import Architecture
+from keepwarm.parallel.errors import EngineUnavailable
+from keepwarm.parallel.spec import EngineName, NumericsSpec, OptimizerSpec, ParallelSpec
 from keepwarm.tested import TESTED, installed
-from parallel.architecture import Architecture
-from parallel.errors import EngineUnavailable
-from parallel.spec import EngineName, NumericsSpec, OptimizerSpec, ParallelSpec
 
 
 class Job(Protocol):
-    """The sections of a job that an engine may refuse; `trainer.spec.JobSpec` has them."""
+    """The sections of a job that an engine may refuse; `keepwarm.trainer.job.spec.JobSpec` has them."""
 
     @property
     def model(self) -> Architecture: ...
@@ -158,17 +158,17 @@ DEEPSPEED = Requirement(
 
 ENGINES: Mapping[EngineName, EngineInfo] = {
     "torch": EngineInfo(
-        module="parallel.torch_engine", name="TorchEngine", requirements=(), in_process=True, refuses=_torch
+        module="keepwarm.parallel.native.engine", name="TorchEngine", requirements=(), in_process=True, refuses=_torch
     ),
     "megatron": EngineInfo(
-        module="parallel.megatron_engine",
+        module="keepwarm.parallel.megatron.engine",
         name="MegatronEngine",
         requirements=(MEGATRON,),
         in_process=True,
         refuses=_megatron,
     ),
     "deepspeed": EngineInfo(
-        module="parallel.deepspeed_engine",
+        module="keepwarm.parallel.deepspeed.engine",
         name="DeepSpeedEngine",
         requirements=(DEEPSPEED, MEGATRON),
         in_process=False,

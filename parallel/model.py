@@ -1,4 +1,4 @@
-"""What an engine must be told about a model. `parallel` never imports one; `trainer.build` hands it in."""
+"""What an engine must be told about a model. `parallel` never imports one; `keepwarm.trainer.loop.build` hands it in."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -6,8 +6,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from parallel.architecture import Architecture
-from parallel.style import TensorStyle as TensorStyle
+from keepwarm.parallel.architecture import Architecture
+from keepwarm.parallel.style import TensorStyle as TensorStyle
 
 
 class ModelParts(Protocol):
@@ -47,7 +47,7 @@ class ModelParts(Protocol):
         - returns hidden states; a stage that adds losses of its own (say, one that balances experts) returns hidden
           states and a dict of them. With `head`: logits `[micro, sequence, vocabulary]`
           when `targets` is None, else a dict with `main` and the others. Losses are float `[micro]`, not weighted,
-          summed over the unmasked targets of each sample; `parallel.loss.Losses` says what they have to obey.
+          summed over the unmasked targets of each sample; `keepwarm.parallel.loss.Losses` says what they have to obey.
         """
         ...
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from parallel.layout import Coordinates, Layout
-from parallel.shard import Shard
+from keepwarm.parallel.mesh.layout import Coordinates, Layout
+from keepwarm.parallel.shard import Shard
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from parallel.parameter import layers_of
-from parallel.spec import NumericsSpec
+from keepwarm.parallel.parameter import layers_of
+from keepwarm.parallel.spec import NumericsSpec
 
 
 def apply_numerics(part: nn.Module, numerics: NumericsSpec) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from parallel import clip
-from parallel.engine import Batch, EngineConfig, Evaluation, StepResult
-from parallel.errors import LayoutError
-from parallel.loss import Losses
-from parallel.mesh import Mesh
-from parallel.targets import IGNORED
+from keepwarm.parallel.engine import Batch, EngineConfig, Evaluation, StepResult
+from keepwarm.parallel.errors import LayoutError
+from keepwarm.parallel.loss import Losses
+from keepwarm.parallel.mesh.mesh import Mesh
+from keepwarm.parallel.optimizer import clip
+from keepwarm.parallel.targets import IGNORED
 
 
 def set_determinism(config: EngineConfig) -> None:

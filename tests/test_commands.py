@@ -27,7 +27,7 @@ WALKTHROUGH = ROOT / "docs/walkthrough.md"  # has a test of its own, which also 
 def flags(*command: str) -> frozenset[str]:
     """Return the options that the help of a command lists."""
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "launch.cli", *command, "--help"],
+        [sys.executable, "-P", "-m", "keepwarm", *command, "--help"],
         capture_output=True,
         text=True,
         timeout=120,
@@ -126,7 +126,7 @@ def shell(here: Path, extras: frozenset[str]) -> dict[str, str]:
     (site,) = home.glob("lib/python3*/site-packages")
     link_environment(site, extras)
     command = home / "bin" / "keepwarm"
-    command.write_text(f'#!/bin/sh\nexec "{home / "bin" / "python"}" -P -m launch.cli "$@"\n')
+    command.write_text(f'#!/bin/sh\nexec "{home / "bin" / "python"}" -P -m keepwarm "$@"\n')
     command.chmod(0o755)
     (here / "home").mkdir()
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL", "KEEPWARM"))}

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.plan import Plan
-from trainer.spec_file import load_job, load_model
+from keepwarm.launch.plan.plan import Plan
+from keepwarm.trainer.job.files import load_job, load_model
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 JOBS = sorted([*(CONFIGS / "jobs").rglob("*.yaml"), *(CONFIGS / "ci").rglob("*.yaml")])

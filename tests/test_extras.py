@@ -25,8 +25,8 @@ from pathlib import Path
 """
 
 ENGINE = """
-from launch.preflight import check_engine
-from trainer.spec_file import load_job
+from keepwarm.launch.run.preflight import check_engine
+from keepwarm.trainer.job.files import load_job
 check_engine(load_job(Path("configs/ci/tiny.yaml"), ["parallel.engine={engine}"]))
 """
 
@@ -36,20 +36,24 @@ CASES = {
     "mpi": (
         ["mpi4py"],
         [],
-        "from trainer.launcher_environment import Ranks\nfrom trainer.mpi import address_of_rank_0\n"
+        "from keepwarm.trainer.distributed.launcher_environment import Ranks\nfrom keepwarm.trainer.distributed.mpi import address_of_rank_0\n"
         "address_of_rank_0(Ranks(launcher='mpirun', rank=0, size=2, local_rank=0, address=None, port=1))",
     ),
     "eval": (
         ["lm_eval"],
         [],
-        "from trainer.harness import command\n"
+        "from keepwarm.trainer.inference.lm_eval import command\n"
         "command(Path('{folder}'), text=['en=configs/corpora/handbook_en.valid.jsonl.zst'])",
     ),
-    "s3": (["s3fs"], ["s3fs"], "from trainer.checkpoint_store import filesystem\nfilesystem('s3://bucket/run')"),
+    "s3": (
+        ["s3fs"],
+        ["s3fs"],
+        "from keepwarm.trainer.checkpoint.store import filesystem\nfilesystem('s3://bucket/run')",
+    ),
     "wandb": (
         ["wandb"],
         ["wandb"],
-        "from trainer.metrics import WeightsAndBiases\nWeightsAndBiases('project', 'name', Path('.'))",
+        "from keepwarm.trainer.monitor.metrics import WeightsAndBiases\nWeightsAndBiases('project', 'name', Path('.'))",
     ),
 }
 """By extra: modules and distributions that are hidden, and what needs them."""

@@ -10,34 +10,34 @@ ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "megatron", "transformers", "numpy")
 
 TORCH_FREE = [
-    "launch.cli",
-    "launch.plan",
-    "launch.plan_text",
-    "launch.train",
-    "trainer.cluster_spec",
-    "trainer.curve",
-    "trainer.elastic",
-    "trainer.estimate",
-    "trainer.events",
-    "trainer.run_folder",
-    "trainer.schedule",
-    "trainer.spec",
-    "trainer.spec_checks",
-    "trainer.spec_errors",
-    "trainer.spec_file",
-    "trainer.spec_override",
-    "trainer.spec_sections",
-    "trainer.spec_yaml",
-    "trainer.stages",
-    "trainer.url",
-    "trainer.errors",
-    "trainer.callback",
-    "trainer.extensions",
-    "trainer.metric_sinks",
-    "parallel.layout",
+    "keepwarm.launch.cli.main",
+    "keepwarm.launch.plan.plan",
+    "keepwarm.launch.plan.text",
+    "keepwarm.launch.local.train",
+    "keepwarm.trainer.job.cluster",
+    "keepwarm.trainer.job.curve",
+    "keepwarm.trainer.job.shrink",
+    "keepwarm.trainer.job.estimate",
+    "keepwarm.trainer.monitor.events",
+    "keepwarm.trainer.job.run_folder",
+    "keepwarm.trainer.job.schedule",
+    "keepwarm.trainer.job.spec",
+    "keepwarm.trainer.job.checks",
+    "keepwarm.trainer.job.messages",
+    "keepwarm.trainer.job.files",
+    "keepwarm.trainer.job.overrides",
+    "keepwarm.trainer.job.sections",
+    "keepwarm.trainer.job.yaml",
+    "keepwarm.trainer.job.stages",
+    "keepwarm.trainer.job.url",
+    "keepwarm.trainer.errors",
+    "keepwarm.trainer.loop.callback",
+    "keepwarm.trainer.job.extensions",
+    "keepwarm.trainer.monitor.metric_sinks",
+    "keepwarm.parallel.mesh.layout",
     "parallel.spec",
-    "parallel.engine_support",
-    "parallel.errors",
+    "keepwarm.parallel.engine_support",
+    "keepwarm.parallel.errors",
 ]
 
 
@@ -53,9 +53,7 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
 
 
 def test_planning_loads_nothing_heavy() -> None:
-    plan = (
-        "from launch.plan import Plan; from launch.plan_text import print_plan; from trainer.spec_file import load_job"
-    )
+    plan = "from keepwarm.launch.plan.plan import Plan; from keepwarm.launch.plan.text import print_plan; from keepwarm.trainer.job.files import load_job"
     plan += "; from pathlib import Path; print_plan(Plan(load_job(Path('mt-nlg-530b'), [])))"
     loaded = run(f"{plan}; import sys; print(*(name for name in {HEAVY!r} if name in sys.modules))")
     assert loaded.splitlines()[-1].split() == []
@@ -63,7 +61,9 @@ def test_planning_loads_nothing_heavy() -> None:
 
 def test_the_command_line_loads_neither_pydantic_nor_rich() -> None:
     """`keepwarm --version` and passing on to the data tools stay instant."""
-    loaded = run("import sys, launch.cli; print(*(name for name in ('pydantic', 'rich') if name in sys.modules))")
+    loaded = run(
+        "import sys, keepwarm.launch.cli.main; print(*(name for name in ('pydantic', 'rich') if name in sys.modules))"
+    )
     assert loaded.split() == []
 
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from keepwarm.exit_code import ExitCode
-from trainer.events import KINDS, LEVELS
+from keepwarm.trainer.monitor.events import KINDS, LEVELS
 
 ROOT = Path(__file__).parents[1]
 PRODUCT = ("keepwarm", "launch", "trainer", "parallel", "ft")

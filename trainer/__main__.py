@@ -1,4 +1,4 @@
-"""One rank of a run: `python -P -m trainer RUN.json`, started by keepwarm, torchrun, mpirun or srun."""
+"""One rank of a run: `python -P -m keepwarm.trainer RUN.json`, started by keepwarm, torchrun, mpirun or srun."""
 
 import argparse
 import os
@@ -13,11 +13,11 @@ def main(arguments: list[str]) -> int:
     """Train as the job says; returns the exit code: 0 done, 2 bad input, 3 stopped itself, 4 lost, 130 interrupted."""
     options = _parser().parse_args(arguments)
     # Heavy imports come after the arguments are known to be right: a typo must not cost three seconds.
-    from ft.errors import FtError
-    from parallel.errors import ParallelError
-    from trainer.errors import TrainerError
-    from trainer.in_process import Halted, Orders
-    from trainer.session import run_session
+    from keepwarm.ft.errors import FtError
+    from keepwarm.parallel.errors import ParallelError
+    from keepwarm.trainer.distributed.in_process_restart import Halted, Orders
+    from keepwarm.trainer.errors import TrainerError
+    from keepwarm.trainer.loop.session import run_session
 
     orders = Orders.inherited()
     try:
@@ -40,9 +40,9 @@ def main(arguments: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -P -m trainer",
+        prog="python -P -m keepwarm.trainer",
         description="Run one rank of a job; start as many as its layout has ranks, for example with "
-        "`torchrun --nproc-per-node 8 -m trainer runs/demo/run.json`. `keepwarm train` does that for you.",
+        "`torchrun --nproc-per-node 8 -m keepwarm.trainer runs/demo/run.json`. `keepwarm train` does that for you.",
     )
     parser.add_argument("job", type=Path, help="run.json of a run folder, or a job file")
     parser.add_argument("override", nargs="*", help="a.b=c")

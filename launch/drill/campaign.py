@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from keepwarm.exit_code import ExitCode
-from launch.drill.compare import differences
-from launch.drill.faults import Fault
-from launch.drill.outcome import Outcome, Struck, outcomes
-from launch.drill.processes import TOKEN, Found, living, wait_until_gone
-from launch.drill.strike import Undo, strike
-from launch.errors import DrillError, RanksFailed
-from trainer import events
-from trainer.goodput import Goodput, of_run, read_marks
-from trainer.run_folder import RunFolder
-from trainer.spec import JobSpec
+from keepwarm.launch.drill.compare import differences
+from keepwarm.launch.drill.faults import Fault
+from keepwarm.launch.drill.outcome import Outcome, Struck, outcomes
+from keepwarm.launch.drill.processes import TOKEN, Found, living, wait_until_gone
+from keepwarm.launch.drill.strike import Undo, strike
+from keepwarm.launch.errors import DrillError, RanksFailed
+from keepwarm.trainer.job.run_folder import RunFolder
+from keepwarm.trainer.job.spec import JobSpec
+from keepwarm.trainer.monitor import events
+from keepwarm.trainer.monitor.goodput import Goodput, of_run, read_marks
 
 UNINTERRUPTED, WITH_FAULTS = "uninterrupted", "faults"
 RESIDUE_GRACE_S = 20.0
@@ -172,7 +172,7 @@ class _Trial:
 
     def __enter__(self) -> "_Trial":
         self.log = self.folder.with_suffix(".log")
-        command = [sys.executable, "-P", "-m", "launch.cli", "train", str(self.drill.source), *self.drill.overrides]
+        command = [sys.executable, "-P", "-m", "keepwarm", "train", str(self.drill.source), *self.drill.overrides]
         if RunFolder(self.folder).exists:
             shutil.rmtree(self.folder)  # now: the metrics of an earlier drill must not be taken for this one's
         with self.log.open("wb") as log:

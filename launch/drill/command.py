@@ -11,15 +11,15 @@ from typing import Annotated
 import typer
 
 from keepwarm.exit_code import ExitCode
-from launch.drill import campaign, faults
-from launch.drill.faults import Action, Fault, Stage
-from launch.drill.report import print_result, write_html
-from launch.errors import DrillError, RanksFailed
-from launch.preflight import check_installation, check_job
-from trainer.run_folder import RunFolder
-from trainer.spec import JobSpec
-from trainer.spec_file import load_job
-from trainer.stages import plan_stages
+from keepwarm.launch.drill import campaign, faults
+from keepwarm.launch.drill.faults import Action, Fault, Stage
+from keepwarm.launch.drill.report import print_result, write_html
+from keepwarm.launch.errors import DrillError, RanksFailed
+from keepwarm.launch.run.preflight import check_installation, check_job
+from keepwarm.trainer.job.files import load_job
+from keepwarm.trainer.job.run_folder import RunFolder
+from keepwarm.trainer.job.spec import JobSpec
+from keepwarm.trainer.job.stages import plan_stages
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 DRAWN_SPARES = 3
@@ -188,7 +188,7 @@ def _stage(job: JobSpec, spares: int) -> Stage:
 
 
 def _parity(job: JobSpec) -> int:
-    from ft.placement import groups_of
+    from keepwarm.ft.placement import groups_of
 
     assert job.snapshot != "off"
     return min(group.m for group in groups_of(job.layout.nodes, job.snapshot))

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ft import durable
-from ft.errors import FtError
-from launch.errors import DrillError
-from trainer.run_folder import RunFolder
+from keepwarm.ft.errors import FtError
+from keepwarm.ft.format import checkpoint
+from keepwarm.launch.errors import DrillError
+from keepwarm.trainer.job.run_folder import RunFolder
 
 SHOWN = 3
 """Differences of each kind that are named."""
@@ -51,11 +51,11 @@ Place = tuple[str, tuple[int, ...], tuple[int, int] | None]
 
 def _state(folder: Path) -> dict[Place, str]:
     """The checksum of every piece of the newest checkpoint."""
-    newest = durable.latest(RunFolder(folder).checkpoints)
+    newest = checkpoint.latest(RunFolder(folder).checkpoints)
     if newest is None:
         raise DrillError(f"{folder}: the run has left no complete checkpoint to compare")
     try:
-        manifest = durable.verify(newest)
+        manifest = checkpoint.verify(newest)
     except FtError as error:
         raise DrillError(f"{newest}: cannot be compared: {error}") from error
     pieces = [(entry.piece, entry.xxh3) for part in manifest.parts for entry in part.entries]

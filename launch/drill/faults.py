@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from launch.errors import DrillError
+from keepwarm.launch.errors import DrillError
 
 Action = Literal["kill", "freeze", "corrupt", "stop"]
 Target = Literal["worker", "node", "agent", "supervisor", "chunk", "store", "disk"]

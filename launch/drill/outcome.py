@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from launch.drill.faults import Fault
-from trainer.events import Began, EventLog, Level, Recovery
-from trainer.goodput import Mark
+from keepwarm.launch.drill.faults import Fault
+from keepwarm.trainer.monitor.events import Began, EventLog, Level, Recovery
+from keepwarm.trainer.monitor.goodput import Mark
 
 _BY_SOURCE: dict[str, Level] = {"memory": "local", "disk": "disk", "nothing": "disk"}
 UNDISTURBED = 2

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import psutil
 
-from launch import node_record
-from launch.errors import DrillError
-from launch.local import read_pids
-from launch.node_record import NodeRecord
-from trainer.run_folder import RunFolder
+from keepwarm.launch.errors import DrillError
+from keepwarm.launch.local.ranks import read_pids
+from keepwarm.launch.node import record as node_record
+from keepwarm.launch.node.record import NodeRecord
+from keepwarm.trainer.job.run_folder import RunFolder
 
 TOKEN = "KEEPWARM_DRILL"
 """Environment variable that every process of a drill inherits."""
@@ -103,7 +103,7 @@ class Processes:
         recorded = [record.agent for record in self.records if record.slot == slot and record.agent in self.all]
         if recorded:
             return [self.all[pid] for pid in recorded[-1:] if pid is not None]
-        agents = [found for found in self.all.values() if _module(found) == "ft.agent"]
+        agents = [found for found in self.all.values() if _module(found) == "keepwarm.ft.agent.agent"]
         found = [agent for agent in agents if _slot_of(agent) == slot]
         return self._or_raise(found, f"snapshot agent of node {slot}")
 

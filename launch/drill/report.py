@@ -7,10 +7,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from launch.drill.campaign import Result
-from launch.drill.outcome import Outcome
-from trainer.events import PHASES
-from trainer.goodput import KINDS
+from keepwarm.launch.drill.campaign import Result
+from keepwarm.launch.drill.outcome import Outcome
+from keepwarm.trainer.monitor.events import PHASES
+from keepwarm.trainer.monitor.goodput import KINDS
 
 WIDTH = 160
 """Of the table in a file or a pipe."""

@@ -9,15 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ft.auth import SECRET, load_secret, run_identity
-from ft.client import AgentClient
-from ft.errors import FtError
-from ft.inspect import Held, Status
-from launch.drill.faults import Fault
-from launch.drill.processes import Found, Processes, paused
-from launch.errors import DrillError
-from trainer.run_folder import RunFolder
-from trainer.spec_file import load_run
+from keepwarm.ft.discovery.status import Held, Status
+from keepwarm.ft.errors import FtError
+from keepwarm.ft.transport.auth import SECRET, load_secret, run_identity
+from keepwarm.ft.worker.client import AgentClient
+from keepwarm.launch.drill.faults import Fault
+from keepwarm.launch.drill.processes import Found, Processes, paused
+from keepwarm.launch.errors import DrillError
+from keepwarm.trainer.job.files import load_run
+from keepwarm.trainer.job.run_folder import RunFolder
 
 AGENT_TIMEOUT_S = 10.0
 """Seconds that an agent has to answer, and a drill to find it with its newest snapshot committed."""

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ft.interval import waste
-from ft.placement import Group
-from ft.survival import loss_probability
-from launch.simulation.cluster import Cluster
-from launch.simulation.failures import FailureModel
-from launch.simulation.scheme import Restart, Times
+from keepwarm.ft.placement import Group
+from keepwarm.ft.survival import loss_probability
+from keepwarm.ft.worker.interval import waste
+from keepwarm.launch.simulation.cluster import Cluster
+from keepwarm.launch.simulation.failures import FailureModel
+from keepwarm.launch.simulation.scheme import Restart, Times
 
 MORE_EVENTS = 3
 """Failures of one chain that are followed beyond the m + 1 which a loss takes."""

@@ -6,9 +6,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ft.errors import PlacementError
-from ft.placement import Group, place
-from launch.errors import SimulationError
+from keepwarm.ft.errors import PlacementError
+from keepwarm.ft.placement import Group, place
+from keepwarm.launch.errors import SimulationError
 
 Placement = Literal["spread", "adjacent"]
 
@@ -35,7 +35,7 @@ class Cluster:
 
 
 def form_groups(cluster: Cluster, k: int, m: int, placement: Placement = "spread") -> tuple[Group, ...]:
-    """Groups of the code (k, m): `spread` over racks as `ft.placement.place` does, or of `adjacent` nodes.
+    """Groups of the code (k, m): `spread` over racks as `keepwarm.ft.placement.place` does, or of `adjacent` nodes.
 
     Raises:
         SimulationError: the code does not fit the nodes.

@@ -6,9 +6,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from launch.errors import SimulationError
-from launch.simulation.scheme import Restart, Times
-from trainer.events import LEVELS
+from keepwarm.launch.errors import SimulationError
+from keepwarm.launch.simulation.scheme import Restart, Times
+from keepwarm.trainer.monitor.events import LEVELS
 
 PER_BYTE = ("fetch", "decode", "verify")
 """Phases that grow with the state of a node."""

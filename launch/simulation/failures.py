@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from launch.errors import SimulationError
+from keepwarm.launch.errors import SimulationError
 
 LLAMA_3_NODE_MTBF = 54 * 86400 * 2048 / 419
 """Seconds between failures of one node of 8 GPUs: 419 unexpected stops of 16,384 GPUs in 54 days (Llama 3, 2024)."""

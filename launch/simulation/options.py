@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.errors import SimulationError
-from launch.simulation.cluster import Cluster, Placement
-from launch.simulation.drill import apply_drill
-from launch.simulation.durations import duration, seconds
-from launch.simulation.failures import LLAMA_3_NODE_MTBF, Renewal, Trace, load_trace
-from launch.simulation.scheme import Restart, Times
-from launch.simulation.study import Question, fitting_code, with_intervals, with_spares
+from keepwarm.launch.errors import SimulationError
+from keepwarm.launch.simulation.cluster import Cluster, Placement
+from keepwarm.launch.simulation.drill import apply_drill
+from keepwarm.launch.simulation.durations import duration, seconds
+from keepwarm.launch.simulation.failures import LLAMA_3_NODE_MTBF, Renewal, Trace, load_trace
+from keepwarm.launch.simulation.scheme import Restart, Times
+from keepwarm.launch.simulation.study import Question, fitting_code, with_intervals, with_spares
 
 LARGEST = 100_000
 """GPUs."""

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from launch.errors import SimulationError
-from launch.simulation.durations import duration
-from launch.simulation.report import Asked
-from launch.simulation.study import Answer, Question
+from keepwarm.launch.errors import SimulationError
+from keepwarm.launch.simulation.durations import duration
+from keepwarm.launch.simulation.report import Asked
+from keepwarm.launch.simulation.study import Answer, Question
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

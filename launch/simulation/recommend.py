@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ft.placement import MAX_GROUP
-from launch.errors import SimulationError
-from launch.simulation.closed_form import first_order_waste
-from launch.simulation.scheme import Scheme
-from launch.simulation.study import Answer, Question, ask, enough_spares, scheme_of
-from launch.simulation.survival import Losses, expected_losses
+from keepwarm.ft.placement import MAX_GROUP
+from keepwarm.launch.errors import SimulationError
+from keepwarm.launch.simulation.closed_form import first_order_waste
+from keepwarm.launch.simulation.scheme import Scheme
+from keepwarm.launch.simulation.study import Answer, Question, ask, enough_spares, scheme_of
+from keepwarm.launch.simulation.survival import Losses, expected_losses
 
 LARGEST_M = 4
 

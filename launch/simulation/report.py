@@ -5,11 +5,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from launch.plan_text import table
-from launch.simulation.durations import duration
-from launch.simulation.recommend import Recommendation
-from launch.simulation.scheme import Restart, Times
-from launch.simulation.study import Answer, Question
+from keepwarm.launch.plan.text import table
+from keepwarm.launch.simulation.durations import duration
+from keepwarm.launch.simulation.recommend import Recommendation
+from keepwarm.launch.simulation.scheme import Restart, Times
+from keepwarm.launch.simulation.study import Answer, Question
 
 Asked = tuple[Question, list[Answer]]
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 
-from launch.simulation.options import Options, questions, sizes
-from launch.simulation.recommend import recommend
-from launch.simulation.report import Asked, as_data, print_report
-from launch.simulation.study import ask, schemes_for
+from keepwarm.launch.simulation.options import Options, questions, sizes
+from keepwarm.launch.simulation.recommend import recommend
+from keepwarm.launch.simulation.report import Asked, as_data, print_report
+from keepwarm.launch.simulation.study import ask, schemes_for
 
 GOODPUT, SURVIVAL = 0.9, 0.999
 """Targets where only the other one is given."""
@@ -29,7 +29,7 @@ def run(options: Options) -> None:
         if wanted:
             advice = recommend(asked[-1][0], goodput or GOODPUT, survival or SURVIVAL, step)
     if options.plot is not None:
-        from launch.simulation.plot import plot
+        from keepwarm.launch.simulation.plot import plot
 
         for path in plot(asked, options.plot):
             print(f"wrote {path}", file=sys.stderr)

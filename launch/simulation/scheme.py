@@ -7,10 +7,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ft.interval import young_daly
-from ft.placement import Group
-from launch.errors import SimulationError
-from launch.simulation.cluster import group_numbers
+from keepwarm.ft.placement import Group
+from keepwarm.ft.worker.interval import young_daly
+from keepwarm.launch.errors import SimulationError
+from keepwarm.launch.simulation.cluster import group_numbers
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ft.placement import MAX_GROUP
-from launch.errors import SimulationError
-from launch.simulation.closed_form import daly_goodput, first_order_waste, shortage
-from launch.simulation.cluster import Cluster, Placement, form_groups
-from launch.simulation.failures import FailureModel
-from launch.simulation.scheme import Scheme, Times, crowded
-from launch.simulation.survival import Losses, expected_losses
-from launch.simulation.timeline import SECONDS, Ledger, walk
+from keepwarm.ft.placement import MAX_GROUP
+from keepwarm.launch.errors import SimulationError
+from keepwarm.launch.simulation.closed_form import daly_goodput, first_order_waste, shortage
+from keepwarm.launch.simulation.cluster import Cluster, Placement, form_groups
+from keepwarm.launch.simulation.failures import FailureModel
+from keepwarm.launch.simulation.scheme import Scheme, Times, crowded
+from keepwarm.launch.simulation.survival import Losses, expected_losses
+from keepwarm.launch.simulation.timeline import SECONDS, Ledger, walk
 
 AUTO_WAITING = 1e-3
 """Share of the time that a run may wait for a node where the number of spares is not given."""

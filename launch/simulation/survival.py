@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from launch.errors import SimulationError
-from launch.simulation.closed_form import MORE_EVENTS, losses_per_chain
-from launch.simulation.cluster import Cluster
-from launch.simulation.failures import FailureModel
-from launch.simulation.scheme import Scheme
+from keepwarm.launch.errors import SimulationError
+from keepwarm.launch.simulation.closed_form import MORE_EVENTS, losses_per_chain
+from keepwarm.launch.simulation.cluster import Cluster
+from keepwarm.launch.simulation.failures import FailureModel
+from keepwarm.launch.simulation.scheme import Scheme
 
 CHAINS = 10_000
 AT_ONCE = 1_280_000

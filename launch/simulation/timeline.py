@@ -4,9 +4,9 @@ import math
 from collections import defaultdict, deque
 from dataclasses import dataclass, fields
 
-from launch.simulation.cluster import Cluster
-from launch.simulation.failures import Failures, Kind
-from launch.simulation.scheme import Scheme
+from keepwarm.launch.simulation.cluster import Cluster
+from keepwarm.launch.simulation.failures import Failures, Kind
+from keepwarm.launch.simulation.scheme import Scheme
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional as F
 
-from trainer.model.spec import ModelSpec
+from keepwarm.trainer.model.spec import ModelSpec
 
 
 class Attention(nn.Module):

@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
-from ft import durable
-from parallel.shard import Shard
-from trainer import checkpoint
-from trainer.checkpoint import Checkpoints
-from trainer.model.shapes import parameter_shapes
-from trainer.model.spec import ModelSpec
-from trainer.spec_sections import CheckpointSpec
-from trainer.world import World
+from keepwarm.ft.format import checkpoint as durable
+from keepwarm.parallel.shard import Shard
+from keepwarm.trainer.checkpoint import checkpoint
+from keepwarm.trainer.checkpoint.checkpoint import Checkpoints
+from keepwarm.trainer.distributed.world import World
+from keepwarm.trainer.job.sections import CheckpointSpec
+from keepwarm.trainer.model.shapes import parameter_shapes
+from keepwarm.trainer.model.spec import ModelSpec
 
 ROUNDS = 5
 MODEL = ModelSpec(layers=8, hidden_size=768, heads=12, ffn_size=2048, vocabulary_size=16384, max_sequence_length=1024)

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from trainer.convert.recipes import source_shapes
-from trainer.convert.safetensors_file import write_tensors
-from trainer.model.huggingface_config import model_spec_from_hf_config
+from keepwarm.trainer.convert.recipes import source_shapes
+from keepwarm.trainer.convert.safetensors_file import write_tensors
+from keepwarm.trainer.model.huggingface_config import model_spec_from_hf_config
 
 BLOCK = 16 << 20
 ROUNDS = 3
@@ -45,8 +45,8 @@ CONFIG = {
 OURS = """
 import sys
 from pathlib import Path
-from trainer.convert.from_huggingface import from_huggingface
-from trainer.convert.to_huggingface import to_huggingface
+from keepwarm.trainer.convert.huggingface.importer import from_huggingface
+from keepwarm.trainer.convert.huggingface.exporter import to_huggingface
 work = {"in": from_huggingface, "out": to_huggingface}[sys.argv[1]]
 run = lambda: work(Path(sys.argv[2]), Path(sys.argv[3]))
 """

@@ -15,9 +15,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ft.buffers import SharedBuffer
-from ft.snapshot import Snapshotter, plan_part
-from tests.support.ft_nodes import Tensor
+from keepwarm.ft.memory.shared_memory import SharedBuffer
+from keepwarm.ft.worker.snapshotter import Snapshotter, plan_part
+from tests.support.ft.nodes import Tensor
 
 ROUNDS = 9
 BUCKET = 4 << 20

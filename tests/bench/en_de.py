@@ -62,8 +62,8 @@ def arms(tokens: int) -> dict[str, tuple[str | None, dict[str, Any]]]:
 
 def prepare(corpora: Path, work: Path) -> list[str]:
     """Tokenizer and token files of the corpora; returns the overrides that name them."""
-    from trainer.data.tokenize import tokenize
-    from trainer.data.train_tokenizer import train_tokenizer
+    from keepwarm.trainer.data.preprocess.tokenize import tokenize
+    from keepwarm.trainer.data.preprocess.train_tokenizer import train_tokenizer
 
     prefix = "" if (corpora / "en.jsonl.zst").is_file() else "handbook_"
     texts = {name: corpora / f"{prefix}{name}.jsonl.zst" for name in ("en", "de", "en.valid", "de.valid")}
@@ -94,7 +94,7 @@ def run_family(work: Path, common: Sequence[str], tokens: int, seed: int, family
     import contextlib
     import io
 
-    from trainer.session import run_session
+    from keepwarm.trainer.loop.session import run_session
 
     found: dict[str, Losses] = {}
     for name in family:

@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 
-from parallel.engine_support import ENGINES
+from keepwarm.parallel.engine_support import ENGINES
+from keepwarm.trainer.distributed.world import join
+from keepwarm.trainer.job.files import load_job
+from keepwarm.trainer.loop.build import build
+from keepwarm.trainer.loop.callback import Run
+from keepwarm.trainer.monitor.goodput import Timeline
 from tests.bench.snapshot import Nothing, Ours, block
 from tests.support.ranks import ROOT
-from trainer.build import build
-from trainer.callback import Run
-from trainer.goodput import Timeline
-from trainer.spec_file import load_job
-from trainer.world import join
 
 LAYOUTS = ("1x1x2", "2x1x1", "1x2x1")
 """Tensor x pipeline x data."""

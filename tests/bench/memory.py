@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from ft.agent_config import DurableConfig
-from ft.agent_memory import host_memory
-from ft.snapshot import plan_part
-from tests.support.ft_nodes import Tensor, nodes, together, wait_committed
+from keepwarm.ft.discovery.config import DurableConfig
+from keepwarm.ft.memory.buffers import host_memory
+from keepwarm.ft.worker.snapshotter import plan_part
+from tests.support.ft.nodes import Tensor, nodes, together, wait_committed
 
 BUCKET = 4 << 20
 CODES = ((2, 1), (3, 1), (4, 2))

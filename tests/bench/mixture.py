@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from parallel.layout import Layout
-from trainer.data.indexed import TokenFile
-from trainer.data.ledger import Ledger
-from trainer.data.loader import BatchLoader, RankShare
-from trainer.data.packing import PackedSource
-from trainer.data.spec import ReplaySpec
-from trainer.data.token_format import TokenFileWriter
+from keepwarm.parallel.mesh.layout import Layout
+from keepwarm.trainer.data.indexed import TokenFile
+from keepwarm.trainer.data.ledger import Ledger
+from keepwarm.trainer.data.loader import BatchLoader, RankShare
+from keepwarm.trainer.data.packing import PackedSource
+from keepwarm.trainer.data.spec import ReplaySpec
+from keepwarm.trainer.data.token_format import TokenFileWriter
 
 SOURCES, LENGTH, BATCH, WARM, STEPS = 200, 256, 64, 5, 60
 STEP_SECONDS = BATCH * LENGTH / 8900

@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from keepwarm.trainer.monitor.events import PHASES
 from tests.bench import torchrun
 from tests.support.node_run import DEADLINE, ROOT, Run, runs
-from trainer.events import PHASES
 
 DRILL = ROOT / "configs" / "ci" / "drill.yaml"
 NODES = 4

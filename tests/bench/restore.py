@@ -24,8 +24,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from ft.snapshot import Snapshotter, plan_part
-from tests.support.ft_nodes import Nodes, Tensor, wait_committed
+from keepwarm.ft.worker.snapshotter import Snapshotter, plan_part
+from tests.support.ft.nodes import Nodes, Tensor, wait_committed
 
 ROUNDS = 5
 BUCKET = 8 << 20

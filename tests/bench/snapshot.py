@@ -27,16 +27,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from ft.checkpointer import InMemoryCheckpointer
-from ft.snapshot import _bytes_of
-from tests.support.ft_nodes import wait_committed
+from keepwarm.ft.worker.in_memory import InMemoryCheckpointer
+from keepwarm.ft.worker.snapshotter import _bytes_of
+from keepwarm.trainer.distributed.world import join
+from keepwarm.trainer.job.files import load_job
+from keepwarm.trainer.loop.build import build
+from keepwarm.trainer.loop.callback import Run
+from keepwarm.trainer.loop.snapshots import Snapshots
+from keepwarm.trainer.monitor.goodput import Timeline
+from tests.support.ft.nodes import wait_committed
 from tests.support.ranks import ROOT
-from trainer.build import build
-from trainer.callback import Run
-from trainer.goodput import Timeline
-from trainer.snapshots import Snapshots
-from trainer.spec_file import load_job
-from trainer.world import join
 
 SIZES = {
     "full": (

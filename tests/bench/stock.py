@@ -21,8 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
+from keepwarm.trainer.job.files import load_job
 from tests.bench.by_hand import StageModel
-from trainer.spec_file import load_job
 
 STEPS = "steps.jsonl"
 KEPT = 3

@@ -23,16 +23,16 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from parallel.engine import Batch, EngineConfig
-from parallel.layout import Layout
-from parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
-from parallel.torch_engine import TorchEngine
+from keepwarm.parallel.engine import Batch, EngineConfig
+from keepwarm.parallel.mesh.layout import Layout
+from keepwarm.parallel.native.engine import TorchEngine
+from keepwarm.parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
+from keepwarm.trainer.job.files import load_model
+from keepwarm.trainer.model.decoder import Decoder
+from keepwarm.trainer.model.spec import ModelSpec
 from tests.bench.by_hand import HandWritten
 from tests.support.models import whole_model
 from tests.support.ranks import ROOT, close_pools, run_ranks
-from trainer.model.decoder import Decoder
-from trainer.model.spec import ModelSpec
-from trainer.spec_file import load_model
 
 LR = 1e-4
 WARM_UP = 2

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(3600)]
 
 def drill(folder: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
     """What `keepwarm drill --json` prints."""
-    command = [sys.executable, "-P", "-m", "launch.cli", "drill", *arguments, f"output={folder}", "--json"]
+    command = [sys.executable, "-P", "-m", "keepwarm", "drill", *arguments, f"output={folder}", "--json"]
     environment = os.environ | {MARK: str(os.getpid())}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=2 * DEADLINE, env=environment)
     assert done.returncode == code, done.stdout + done.stderr

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ft.errors import PlacementError
-from ft.placement import groups_of, place
-from ft.spec import CodeSpec, SnapshotSpec
-from ft.survival import loss_probability
+from keepwarm.ft.errors import PlacementError
+from keepwarm.ft.placement import groups_of, place
+from keepwarm.ft.spec import CodeSpec, SnapshotSpec
+from keepwarm.ft.survival import loss_probability
 
 small_codes = st.sampled_from([(1, 1), (2, 1), (3, 1), (2, 2), (1, 2), (4, 2), (3, 3)])
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.submission import read_submission
+from keepwarm.launch.run.submission import read_submission
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = ROOT / "tests" / "support" / "local_queue.py"
@@ -45,7 +45,7 @@ class Machine:
 
     def keepwarm(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-P", "-m", "launch.cli", *arguments],
+            [sys.executable, "-P", "-m", "keepwarm", *arguments],
             capture_output=True, text=True, check=False, timeout=DEADLINE, env=self.environment,
         )  # fmt: skip
 

@@ -14,15 +14,15 @@ import pytest
 from kubeflow_trainer_api.models import IoK8sApiCoreV1ConfigMap, JobsetV1alpha2JobSet
 from ruamel.yaml import YAML
 
-from launch.cli_cluster import cluster
-from launch.errors import ClusterError
-from launch.jobs import cancel, requeue
-from launch.kubernetes import LONGEST, object_name, render
-from launch.logs import log_file
+from keepwarm.launch.batch.jobs import cancel, requeue
+from keepwarm.launch.batch.logs import log_file
+from keepwarm.launch.cli.cluster import cluster
+from keepwarm.launch.errors import ClusterError
+from keepwarm.launch.kubernetes import LONGEST, object_name, render
+from keepwarm.trainer.errors import OutputError, SpecError
+from keepwarm.trainer.job.files import load_job, save_job
+from keepwarm.trainer.job.spec import JobSpec
 from tests.support.run_contents import steps_of
-from trainer.errors import OutputError, SpecError
-from trainer.spec import JobSpec
-from trainer.spec_file import load_job, save_job
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "ci" / "tiny.yaml"
@@ -69,7 +69,7 @@ def test_there_is_a_pod_for_each_node_and_each_spare() -> None:
         "requests": {"cpu": "16", "memory": "900Gi"},
         "limits": {"nvidia.com/gpu": "2"},
     }
-    assert "exec /venv/bin/python -P -m launch.node /shared/runs/full --slots=2" in container["command"][2]
+    assert "exec /venv/bin/python -P -m keepwarm.launch.node /shared/runs/full --slots=2" in container["command"][2]
 
 
 @pytest.mark.parametrize(

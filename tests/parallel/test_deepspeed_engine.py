@@ -13,15 +13,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel import clip
-from parallel.engine import Batch, StepResult
-from parallel.targets import IGNORED
+from keepwarm.parallel.engine import Batch, StepResult
+from keepwarm.parallel.optimizer import clip
+from keepwarm.parallel.targets import IGNORED
+from keepwarm.trainer.errors import SpecError
+from keepwarm.trainer.job.files import load_job
 from tests.support import parity
 from tests.support.legs import train_leg
 from tests.support.parity import Case, HeldShard, Outcome
 from tests.support.ranks import run_ranks
-from trainer.errors import SpecError
-from trainer.spec_file import load_job
 
 pytestmark = [
     pytest.mark.skipif(

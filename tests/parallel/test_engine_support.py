@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from parallel.engine_support import ENGINES, refusals, require
-from parallel.errors import EngineUnavailable
-from trainer.errors import SpecError
-from trainer.spec import JobSpec
-from trainer.spec_file import load_job
+from keepwarm.parallel.engine_support import ENGINES, refusals, require
+from keepwarm.parallel.errors import EngineUnavailable
+from keepwarm.trainer.errors import SpecError
+from keepwarm.trainer.job.files import load_job
+from keepwarm.trainer.job.spec import JobSpec
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs/ci/tiny.yaml"
@@ -72,7 +72,7 @@ INSTALL = {
 def refused(arguments: Sequence[str], *paths: Path, options: Sequence[str] = ()) -> str:
     """What a command says that ends with exit code 2; `paths` are searched before what is installed."""
     ended = subprocess.run(
-        [sys.executable, *options, "-P", "-m", "launch.cli", *arguments],
+        [sys.executable, *options, "-P", "-m", "keepwarm", *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*paths, ROOT)))},
         capture_output=True,
         text=True,

@@ -6,13 +6,13 @@ from datetime import timedelta
 import pytest
 import torch
 
-from parallel.engine_support import ENGINES
-from parallel.kernels import ADAM, NORMS, TRANSFORMER_ENGINE, Kernel
-from parallel.layout import Layout
-from parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
+from keepwarm.parallel.engine_support import ENGINES
+from keepwarm.parallel.kernels import ADAM, NORMS, TRANSFORMER_ENGINE, Kernel
+from keepwarm.parallel.mesh.layout import Layout
+from keepwarm.parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
+from keepwarm.trainer.model.decoder import Decoder
 from tests.support import parity
 from tests.support.parity import Case
-from trainer.model.decoder import Decoder
 
 pytestmark = [
     pytest.mark.gpu,

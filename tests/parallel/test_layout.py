@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.errors import LayoutError
-from parallel.layout import AXES, Layout, check_micro_batches, split_layers, stages_of
-from parallel.spec import ParallelSpec
+from keepwarm.parallel.errors import LayoutError
+from keepwarm.parallel.mesh.layout import AXES, Layout, check_micro_batches, split_layers, stages_of
+from keepwarm.parallel.spec import ParallelSpec
 
 sizes = st.integers(1, 6)
 layouts = st.builds(

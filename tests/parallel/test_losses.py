@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.engine import Batch, StepResult
-from parallel.errors import EngineUnavailable
-from parallel.loss import Losses
-from parallel.spec import NumericsSpec
-from parallel.targets import IGNORED
+from keepwarm.parallel.engine import Batch, StepResult
+from keepwarm.parallel.errors import EngineUnavailable
+from keepwarm.parallel.loss import Losses
+from keepwarm.parallel.spec import NumericsSpec
+from keepwarm.parallel.targets import IGNORED
+from keepwarm.trainer.model.decoder import Decoder, StageModule
 from tests.support import parity
 from tests.support.parity import SAMPLES, Case, HeldShard, Outcome
 from tests.support.ranks import run_ranks
-from trainer.model.decoder import Decoder, StageModule
 
 pytestmark = pytest.mark.dist
 

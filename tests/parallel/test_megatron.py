@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel import clip
-from parallel.engine import Batch, Evaluation, StepResult
+from keepwarm.parallel.engine import Batch, Evaluation, StepResult
+from keepwarm.parallel.optimizer import clip
 from tests.support import parity
 from tests.support.parity import Case, Outcome
 from tests.support.ranks import run_ranks

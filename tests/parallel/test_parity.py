@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from parallel.engine import StepResult
+from keepwarm.parallel.engine import StepResult
 from tests.support import parity
 from tests.support.covering import VALUES, covering_cases, is_valid, pairs_of
 from tests.support.models import whole_model

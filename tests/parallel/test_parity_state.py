@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel import clip
-from parallel.engine import Batch, StepResult
-from parallel.parameter import ShardedParameter
-from parallel.targets import IGNORED
-from parallel.torch_engine import TorchEngine
+from keepwarm.parallel.engine import Batch, StepResult
+from keepwarm.parallel.native.engine import TorchEngine
+from keepwarm.parallel.optimizer import clip
+from keepwarm.parallel.parameter import ShardedParameter
+from keepwarm.parallel.targets import IGNORED
 from tests.support import parity
 from tests.support.parity import Case, HeldShard, Outcome
 from tests.support.ranks import run_ranks

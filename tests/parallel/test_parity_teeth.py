@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel import clip
-from parallel.engine import Batch
-from parallel.parameter import ShardedParameter
-from parallel.torch_engine import TorchEngine
+from keepwarm.parallel.engine import Batch
+from keepwarm.parallel.native.engine import TorchEngine
+from keepwarm.parallel.optimizer import clip
+from keepwarm.parallel.parameter import ShardedParameter
 from tests.support import parity
 from tests.support.parity import Case
 

@@ -9,16 +9,16 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from parallel.data import shard_size_of
-from parallel.engine import EngineConfig
-from parallel.layout import Coordinates, Layout
-from parallel.mesh import Mesh
-from parallel.stage import Stage
+from keepwarm.parallel.engine import EngineConfig
+from keepwarm.parallel.mesh.layout import Coordinates, Layout
+from keepwarm.parallel.mesh.mesh import Mesh
+from keepwarm.parallel.native.data import shard_size_of
+from keepwarm.parallel.native.stage import Stage
+from keepwarm.trainer.job.estimate import stage_parameters
+from keepwarm.trainer.job.files import load_job
+from keepwarm.trainer.job.spec import JobSpec
+from keepwarm.trainer.model.decoder import Decoder
 from tests.support.ranks import ROOT
-from trainer.estimate import stage_parameters
-from trainer.model.decoder import Decoder
-from trainer.spec import JobSpec
-from trainer.spec_file import load_job
 
 PIPELINE = 35
 DATA = 8

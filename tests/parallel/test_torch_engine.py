@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.engine import Batch, EngineConfig, Evaluation, StepResult
-from parallel.errors import EngineUnavailable, LayoutError
-from parallel.layout import Layout
-from parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
-from parallel.targets import IGNORED
-from parallel.torch_engine import TorchEngine
+from keepwarm.parallel.engine import Batch, EngineConfig, Evaluation, StepResult
+from keepwarm.parallel.errors import EngineUnavailable, LayoutError
+from keepwarm.parallel.mesh.layout import Layout
+from keepwarm.parallel.native.engine import TorchEngine
+from keepwarm.parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
+from keepwarm.parallel.targets import IGNORED
+from keepwarm.trainer.model.decoder import Decoder
 from tests.support.parity import Case, State, equal_bits, make_engine, model_spec, rank_batch
 from tests.support.ranks import run_ranks
-from trainer.model.decoder import Decoder
 
 CUBE = Case(tensor=2, pipeline=2, data=2, sequence=True, tied=True, optimizer="adamw")
 LR = 1e-3

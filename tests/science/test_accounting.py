@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from parallel.layout import Layout
+from keepwarm.parallel.mesh.layout import Layout
+from keepwarm.trainer.data.ledger import Ledger
+from keepwarm.trainer.data.loader import BatchLoader, RankShare
+from keepwarm.trainer.data.spec import ReplaySpec
+from keepwarm.trainer.job.sections import BatchSpec
 from tests.support.corpus import counting_source
-from trainer.data.ledger import Ledger
-from trainer.data.loader import BatchLoader, RankShare
-from trainer.data.spec import ReplaySpec
-from trainer.spec_sections import BatchSpec
 
 pytestmark = pytest.mark.science
 

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from ft import durable
+from keepwarm.ft.format import checkpoint
+from keepwarm.trainer.convert.native import NativeCheckpoint
+from keepwarm.trainer.data.preprocess.prefix import Control, metadata
+from keepwarm.trainer.data.preprocess.text import documents, parts
+from keepwarm.trainer.data.preprocess.tokenize import tokenize
+from keepwarm.trainer.data.preprocess.tokenize_options import TextOptions
+from keepwarm.trainer.inference.generate import Sampling, generate, load_model
 from tests.support import toy
 from tests.support.text_run import CORPORA, NARROW, train
-from trainer.convert.native import NativeCheckpoint
-from trainer.data.prefix import Control, metadata
-from trainer.data.text import documents, parts
-from trainer.data.tokenize import tokenize
-from trainer.data.tokenize_options import TextOptions
-from trainer.generate import Sampling, generate, load_model
 
 pytestmark = [
     pytest.mark.science,
@@ -111,7 +111,7 @@ def test_a20_a_good_control_token_halves_what_is_bad(seed: int, tmp_path: Path) 
 
 def rate_of(run: Path, prompt: list[int]) -> float:
     """Share of bad letters in 60 documents that the model writes after `prompt`."""
-    newest = durable.latest(run / "checkpoints")
+    newest = checkpoint.latest(run / "checkpoints")
     assert newest is not None
     with NativeCheckpoint(newest) as native:
         part = load_model(native, dtype=torch.float32, device=torch.device("cpu"))

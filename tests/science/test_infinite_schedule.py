@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from trainer.curve import Curve, LrSpec, load_curve
-from trainer.schedule import Infinite
+from keepwarm.trainer.job.curve import Curve, LrSpec, load_curve
+from keepwarm.trainer.job.schedule import Infinite
 
 pytestmark = pytest.mark.science
 

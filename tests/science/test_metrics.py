@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer import evaluation_metrics as metrics
+from keepwarm.trainer.continual import forgetting as metrics
 
 pytestmark = pytest.mark.science
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from keepwarm.trainer.continual.forgetting import stability_gap
+from keepwarm.trainer.continual.refine import clause, refined
+from keepwarm.trainer.data.replay import Pool, Replay
+from keepwarm.trainer.job.curve import LrSpec
 from tests.support import toy
-from trainer.curve import LrSpec
-from trainer.data.replay import Pool, Replay
-from trainer.evaluation_metrics import stability_gap
-from trainer.refine import clause, refined
 
 pytestmark = pytest.mark.science
 long = [pytest.mark.long, pytest.mark.timeout(3600)]

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from keepwarm.trainer.convert.native import NativeCheckpoint
+from keepwarm.trainer.data.preprocess.train_tokenizer import train_tokenizer
+from keepwarm.trainer.surgery.__main__ import app
+from keepwarm.trainer.surgery.weights import Array, Model, write
 from tests.support.text_run import CORPORA, LENGTH, NARROW, handbook, train
-from trainer.convert.native import NativeCheckpoint
-from trainer.data.train_tokenizer import train_tokenizer
-from trainer.surgery.__main__ import app
-from trainer.surgery.weights import Array, Model, write
 
 pytestmark = [
     pytest.mark.science,

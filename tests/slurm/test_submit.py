@@ -7,10 +7,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from launch import node_record
+from keepwarm.launch.node import record as node_record
+from keepwarm.trainer.job.files import load_job, save_job
+from keepwarm.trainer.monitor import events
 from tests.support.slurm_cluster import SlurmCluster, await_that, losses, show
-from trainer import events
-from trainer.spec_file import load_job, save_job
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "ci" / "tiny.yaml")
@@ -138,7 +138,7 @@ def test_a_submission_waits_for_a_controller_that_restarts(cluster: SlurmCluster
     assert cluster.login("pkill", "-x", "slurmctld").returncode == 0
     await_that(lambda: cluster.login("pgrep", "-x", "slurmctld").returncode == 1, "the controller to end")
     submission = cluster.start(
-        *(sys.executable, "-P", "-m", "launch.cli", "submit", TINY, *SMALL, f"output={run}"), output=folder / "out"
+        *(sys.executable, "-P", "-m", "keepwarm", "submit", TINY, *SMALL, f"output={run}"), output=folder / "out"
     )
     cluster.start("slurmctld", "-D", output=folder / "controller")
     assert submission.wait(200) == 0, (folder / "out").read_text()
@@ -227,7 +227,7 @@ def test_srun_by_hand_trains_as_keepwarm_does(cluster: SlurmCluster, folder: Pat
     run = folder / "run"
     run.mkdir()
     save_job(load_job(Path(TINY), [*SMALL, *TWO, f"output={run}"]), run / "run.json")
-    ranks = (sys.executable, "-P", "-m", "trainer", str(run / "run.json"))
+    ranks = (sys.executable, "-P", "-m", "keepwarm.trainer", str(run / "run.json"))
     done = cluster.login("srun", "--mpi=pmi2", "--nodes=2", "--ntasks-per-node=1", *ranks, timeout=600)
     assert done.returncode == 0, done.stderr
     assert losses(run / "metrics.jsonl") == on_this_machine(cluster, folder / "local", *TWO)

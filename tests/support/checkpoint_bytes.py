@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ft.manifest import Part
-from ft.part_reader import read_part
+from keepwarm.ft.format.manifest import Part
+from keepwarm.ft.format.reader import read_part
 
 
 def stored_bytes(directory: Path, part: Part) -> dict[str, bytes]:

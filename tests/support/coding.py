@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ft.erasure import Buffer, Codec
-from ft.galois import Bytes
+from keepwarm.ft.codec.galois import Bytes
+from keepwarm.ft.codec.reed_solomon import Buffer, Codec
 
 
 def encoded(codec: Codec, data: Sequence[Buffer]) -> list[Bytes]:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.data.packing import PackedSource
-from trainer.data.table import Ints
-from trainer.data.token_format import TokenFileWriter
+from keepwarm.trainer.data.packing import PackedSource
+from keepwarm.trainer.data.table import Ints
+from keepwarm.trainer.data.token_format import TokenFileWriter
 
 
 def random_documents(seed: int, count: int, *, vocabulary: int = 200, longest: int = 40) -> list[list[int]]:

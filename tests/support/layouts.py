@@ -6,18 +6,18 @@ from pathlib import Path
 
 import torch
 
-from ft import durable
-from ft.part_writer import write_part
-from ft.snapshot import piece_of
-from parallel.data import shard_size_of
-from parallel.layout import Layout, split_layers, stages_of
-from parallel.parameter import ShardingSpec
-from parallel.shard import Shard
-from parallel.spec import ParallelSpec
-from parallel.tensor import SPLIT_DIM
-from trainer.checkpoint import host_bytes
-from trainer.model.shapes import parameter_shapes, tensor_plan
-from trainer.model.spec import ModelSpec
+from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format.writer import write_part
+from keepwarm.ft.worker.snapshotter import piece_of
+from keepwarm.parallel.mesh.layout import Layout, split_layers, stages_of
+from keepwarm.parallel.native.data import shard_size_of
+from keepwarm.parallel.native.tensor import SPLIT_DIM
+from keepwarm.parallel.parameter import ShardingSpec
+from keepwarm.parallel.shard import Shard
+from keepwarm.parallel.spec import ParallelSpec
+from keepwarm.trainer.checkpoint.checkpoint import host_bytes
+from keepwarm.trainer.model.shapes import parameter_shapes, tensor_plan
+from keepwarm.trainer.model.spec import ModelSpec
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -88,15 +88,15 @@ def shards_of(rank: int, model: ModelSpec, case: Case, state: Mapping[str, torch
 def write_checkpoint(root: Path, model: ModelSpec, case: Case, state: State, meta: dict[str, object]) -> Path:
     """What the ranks of a run in this layout write, published."""
     root.mkdir(parents=True, exist_ok=True)
-    tmp, final = durable.staging(root, 0, 1, "ranks"), durable.folder(root, 1)
+    tmp, final = checkpoint.staging(root, 0, 1, "ranks"), checkpoint.folder(root, 1)
     tmp.mkdir()
     for rank in range(case.layout.world_size):
         mine = [shard for shard in shards_of(rank, model, case, state).values() if shard.replicas[0] == rank]
         write_part(tmp, rank, [(piece_of(shard), host_bytes(shard.local)) for shard in mine])
-    durable.write_manifest(
-        tmp, durable.Identity(run="run", epoch=0, step=1, layout="any"), ranks=case.layout.world_size, meta=meta
+    checkpoint.write_manifest(
+        tmp, checkpoint.Identity(run="run", epoch=0, step=1, layout="any"), ranks=case.layout.world_size, meta=meta
     )
-    durable.publish(tmp, final)
+    checkpoint.publish(tmp, final)
     return final
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from parallel.engine import StepResult
+from keepwarm.parallel.engine import StepResult
+from keepwarm.trainer.checkpoint import checkpoint
+from keepwarm.trainer.checkpoint.checkpoint import Checkpoints
+from keepwarm.trainer.distributed.world import World
+from keepwarm.trainer.job.sections import CheckpointSpec
 from tests.support import parity
 from tests.support.parity import Case, HeldShard
-from trainer import checkpoint
-from trainer.checkpoint import Checkpoints
-from trainer.spec_sections import CheckpointSpec
-from trainer.world import World
 
 
 def train_leg(of: Case, steps: range, root: Path) -> tuple[list[StepResult], list[HeldShard]]:

@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
+from keepwarm.launch.batch_system import BatchJob, BatchSystem, Request
 from keepwarm.section import Section
-from launch.batch_system import BatchJob, BatchSystem, Request
-from trainer.launcher_environment import PORTS, Ranks
-from trainer.run_folder import RUN_FILE
-from trainer.spec_file import load_run
+from keepwarm.trainer.distributed.launcher_environment import PORTS, Ranks
+from keepwarm.trainer.job.files import load_run
+from keepwarm.trainer.job.run_folder import RUN_FILE
 
 
 class LocalQueueOptions(Section):
@@ -103,7 +103,7 @@ def main() -> None:
         with (folder / "logs" / f"rank_{rank:05d}.log").open("ab") as log:
             ranks.append(
                 subprocess.Popen(
-                    [sys.executable, "-P", "-m", "trainer", str(folder / RUN_FILE), *arguments],
+                    [sys.executable, "-P", "-m", "keepwarm.trainer", str(folder / RUN_FILE), *arguments],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | own | {"OMP_NUM_THREADS": "1"},
                 )
             )  # fmt: skip

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from trainer.model.decoder import Decoder, StageModule
-from trainer.model.spec import ModelSpec
+from keepwarm.trainer.model.decoder import Decoder, StageModule
+from keepwarm.trainer.model.spec import ModelSpec
 
 
 def load_parameters(part: nn.Module, values: Mapping[str, torch.Tensor]) -> None:

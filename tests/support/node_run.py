@@ -20,11 +20,11 @@ import msgspec
 import psutil
 import pytest
 
-from launch import node_record
-from launch.node_record import NodeRecord
+from keepwarm.launch.node import record as node_record
+from keepwarm.launch.node.record import NodeRecord
+from keepwarm.trainer.monitor import events
 from tests.support import warm
 from tests.support.run_contents import steps_of, tensors_of
-from trainer import events
 
 JOB = Path(__file__).parents[2] / "configs" / "ci" / "snapshot.yaml"
 ROOT = JOB.parents[2]
@@ -48,7 +48,7 @@ class Run:
         self.log = folder.with_suffix(".out")
         self.process: warm.Process | subprocess.Popen[bytes]
         if cold:
-            interpreter = [sys.executable, "-P", "-m", "launch.cli"]
+            interpreter = [sys.executable, "-P", "-m", "keepwarm"]
             with self.log.open("wb") as log:
                 self.process = subprocess.Popen([*interpreter, *arguments], stdout=log, stderr=log, cwd=ROOT)
         else:

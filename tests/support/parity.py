@@ -10,16 +10,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel.engine import Batch, Engine, EngineConfig, StepResult
-from parallel.engine_support import ENGINES
-from parallel.layout import Layout
-from parallel.model import ModelParts
-from parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
-from parallel.targets import IGNORED
+from keepwarm.parallel.engine import Batch, Engine, EngineConfig, StepResult
+from keepwarm.parallel.engine_support import ENGINES
+from keepwarm.parallel.mesh.layout import Layout
+from keepwarm.parallel.model import ModelParts
+from keepwarm.parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
+from keepwarm.parallel.targets import IGNORED
+from keepwarm.trainer.job.files import load_model
+from keepwarm.trainer.model.decoder import Decoder
+from keepwarm.trainer.model.spec import ModelSpec
 from tests.support.ranks import ROOT, run_ranks
-from trainer.model.decoder import Decoder
-from trainer.model.spec import ModelSpec
-from trainer.spec_file import load_model
 
 SEED = 7
 STEPS = 20

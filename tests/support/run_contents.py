@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ft import durable
+from keepwarm.ft.format import checkpoint
 
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:
@@ -15,8 +15,8 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
 
 def tensors_of(folder: Path) -> dict[object, str]:
     """Checksum of every stored piece of the newest checkpoint, after all bytes were verified against them."""
-    newest = durable.latest(folder / "checkpoints")
+    newest = checkpoint.latest(folder / "checkpoints")
     assert newest is not None
-    manifest = durable.verify(newest)
+    manifest = checkpoint.verify(newest)
     pieces = [(entry.piece, entry.xxh3) for part in manifest.parts for entry in part.entries]
     return {(piece.name, piece.offsets, piece.flat): checksum for piece, checksum in pieces}

@@ -150,7 +150,7 @@ class SlurmCluster:
 
     def keepwarm(self, *arguments: str, timeout: float = DEADLINE) -> subprocess.CompletedProcess[str]:
         """Run the command `keepwarm` on the login node."""
-        return self.login(sys.executable, "-P", "-m", "launch.cli", *arguments, timeout=timeout)
+        return self.login(sys.executable, "-P", "-m", "keepwarm", *arguments, timeout=timeout)
 
     def job_state(self, job: str) -> str:
         """As squeue names it, for example RUNNING; a job keeps its last state for five minutes."""

@@ -38,7 +38,7 @@ sys.exit(int((folder / "code").read_text()))
 
 STAYS = """
 import os, pathlib, sys, threading, time
-from trainer.in_process import Halted, Orders
+from keepwarm.trainer.distributed.in_process_restart import Halted, Orders
 folder = pathlib.Path(sys.argv[1]).parent
 orders = Orders.inherited()
 while True:

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trainer.session import run_session
-from trainer.spec_file import shipped_configs
+from keepwarm.trainer.job.files import shipped_configs
+from keepwarm.trainer.loop.session import run_session
 
 CORPORA = shipped_configs() / "corpora"
 LENGTH, STEP = 64, 1024

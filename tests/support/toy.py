@@ -1,6 +1,6 @@
 """A test bed for continual pretraining on a CPU: order-2 Markov sources and a fixed-window model of 70,488 parameters.
 
-Everything else that trains here is the product's own, put together by `trainer.build`.
+Everything else that trains here is the product's own, put together by `keepwarm.trainer.loop.build`.
 """
 
 import json
@@ -14,22 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from parallel.loss import MAIN
-from parallel.shard import Shard
-from parallel.style import TensorStyle
-from parallel.targets import IGNORED
-from trainer.build import assemble
-from trainer.checkpoint import Checkpoints
-from trainer.data.ledger import Ledger
-from trainer.data.packing import PackedSource, Samples
-from trainer.data.permutation import window_at
-from trainer.data.prepare import PreparedData
-from trainer.data.table import Ints
-from trainer.goodput import Timeline
-from trainer.interrupt import Interrupt
-from trainer.loop import train
-from trainer.spec import CheckpointSpec, JobSpec
-from trainer.world import World
+from keepwarm.parallel.loss import MAIN
+from keepwarm.parallel.shard import Shard
+from keepwarm.parallel.style import TensorStyle
+from keepwarm.parallel.targets import IGNORED
+from keepwarm.trainer.checkpoint.checkpoint import Checkpoints
+from keepwarm.trainer.data.ledger import Ledger
+from keepwarm.trainer.data.packing import PackedSource, Samples
+from keepwarm.trainer.data.permutation import window_at
+from keepwarm.trainer.data.preprocess.prepare import PreparedData
+from keepwarm.trainer.data.table import Ints
+from keepwarm.trainer.distributed.world import World
+from keepwarm.trainer.job.spec import CheckpointSpec, JobSpec
+from keepwarm.trainer.loop.build import assemble
+from keepwarm.trainer.loop.interrupt import Interrupt
+from keepwarm.trainer.loop.loop import train
+from keepwarm.trainer.monitor.goodput import Timeline
 
 VOCABULARY, WINDOW, EMBEDDING, HIDDEN, BATCH = 24, 6, 24, 192, 256
 PEAK, FLOOR, CONSTANT = 3e-3, 3e-4, 1.65e-3
@@ -130,7 +130,7 @@ class Net(nn.Module):
 
 
 class ToyParts:
-    """The toy model as `parallel.model.ModelParts`, for one rank."""
+    """The toy model as `keepwarm.parallel.model.ModelParts`, for one rank."""
 
     layers = 1
     hidden_size = HIDDEN

@@ -1,6 +1,6 @@
 """keepwarm as a process that need not import: forked, as its workers are, from one that has torch and the trainer.
 
-Importing takes most of the time of a tiny run. What starts here is otherwise the same as `python -P -m launch.cli`: a
+Importing takes most of the time of a tiny run. What starts here is otherwise the same as `python -P -m keepwarm`: a
 process and session of its own, with its own signals, ended by the kernel with the process of the tests. Tests of the
 start itself, and those by torchrun, mpirun and SLURM, start interpreters.
 """
@@ -17,15 +17,22 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from launch.nursery import PRELOADED, Nursery, Worker
+from keepwarm.launch.forkserver import PRELOADED, Nursery, Worker
 
 ROOT = Path(__file__).parents[2]
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 """From before any test has changed it."""
-_MODULES = (*PRELOADED, "typer", "rich.console", "launch.train", "launch.train_nodes", "launch.supervisor")
+_MODULES = (
+    *PRELOADED,
+    "typer",
+    "rich.console",
+    "keepwarm.launch.local.train",
+    "keepwarm.launch.local.nodes",
+    "keepwarm.launch.node.supervisor",
+)
 _PROGRAM = f"""
 import os, socket, sys
-from launch.nursery import Tender
+from keepwarm.launch.forkserver import Tender
 Tender(socket.socket(fileno=int(sys.argv[1])), os.getppid()).run({_MODULES})
 """
 
@@ -65,7 +72,7 @@ class Process:
         self.log = log
         log.write_bytes(b"")
         changed = {name: value for name, value in os.environ.items() if _ENVIRONMENT.get(name) != value}
-        worker = Worker(module="launch.cli", arguments=tuple(arguments), environment=changed, log=str(log))
+        worker = Worker(module="keepwarm", arguments=tuple(arguments), environment=changed, log=str(log))
         self.pid = _nursery().start(worker)
 
     @property

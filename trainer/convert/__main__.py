@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
-from trainer.convert.dtypes import SHORT
-from trainer.convert.from_huggingface import from_huggingface
-from trainer.convert.to_huggingface import to_huggingface
-from trainer.data import tool
-from trainer.errors import SpecError
+from keepwarm.trainer.convert.dtypes import SHORT
+from keepwarm.trainer.convert.huggingface.exporter import to_huggingface
+from keepwarm.trainer.convert.huggingface.importer import from_huggingface
+from keepwarm.trainer.data.preprocess import tool
+from keepwarm.trainer.errors import SpecError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
@@ -83,7 +83,7 @@ def command(
                 progress=progress,
             )
         case ((Format.DCP | Format.TORCHTITAN | Format.MEGATRON | Format.DEEPSPEED), Format.NATIVE):
-            from trainer.convert.from_dcp import from_dcp
+            from keepwarm.trainer.convert.dcp.importer import from_dcp
 
             done = from_dcp(
                 source,
@@ -96,13 +96,13 @@ def command(
                 progress=progress,
             )
         case Format.NATIVE, (Format.DCP | Format.TORCHTITAN | Format.MEGATRON):
-            from trainer.convert.to_dcp import to_dcp
+            from keepwarm.trainer.convert.dcp.exporter import to_dcp
 
             done = to_dcp(
                 source, destination, kind=wanted, dtype=_dtype(dtype), weights_only=weights_only, progress=progress
             )
         case Format.NATIVE, Format.DEEPSPEED:
-            from trainer.convert.to_deepspeed import to_deepspeed
+            from keepwarm.trainer.convert.deepspeed.exporter import to_deepspeed
 
             if dtype is not None:
                 raise SpecError("--dtype: a universal checkpoint of DeepSpeed is fp32 throughout")

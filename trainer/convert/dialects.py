@@ -10,11 +10,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from trainer.convert.recipes import Recipe, Shape
-from trainer.errors import SpecError
-from trainer.model.huggingface_names import split_layer
-from trainer.model.shapes import parameter_shapes
-from trainer.model.spec import ModelSpec
+from keepwarm.trainer.convert.recipes import Recipe, Shape
+from keepwarm.trainer.errors import SpecError
+from keepwarm.trainer.model.huggingface_names import split_layer
+from keepwarm.trainer.model.shapes import parameter_shapes
+from keepwarm.trainer.model.spec import ModelSpec
 
 Runs = tuple[tuple[str, int, int], ...]
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ft.contents import Bytes
-from trainer.errors import CheckpointError
+from keepwarm.ft.format.contents import Bytes
+from keepwarm.trainer.errors import CheckpointError
 
 NAMES: Mapping[str, str] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """What the safetensors format calls them to what a config.json does."""

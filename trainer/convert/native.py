@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ft import durable
-from ft.contents import ITEM_SIZE, Bytes, Piece, move_bytes, plan
-from ft.errors import FtError
-from ft.manifest import MANIFEST, Entry, Part, read_manifest
-from ft.part_reader import read_part
-from trainer.convert.huggingface_folder import read_exactly
-from trainer.errors import CheckpointError
-from trainer.run_folder import RunFolder
+from keepwarm.ft.errors import FtError
+from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format.contents import ITEM_SIZE, Bytes, Piece, move_bytes, plan
+from keepwarm.ft.format.manifest import MANIFEST, Entry, Part, read_manifest
+from keepwarm.ft.format.reader import read_part
+from keepwarm.trainer.convert.huggingface.folder import read_exactly
+from keepwarm.trainer.errors import CheckpointError
+from keepwarm.trainer.job.run_folder import RunFolder
 
 PREFIX = "model."
 """Before the name of a parameter; other names belong to the optimizer and to the ranks."""
@@ -33,7 +33,7 @@ def find_checkpoint(path: Path) -> Path:
     if (path / MANIFEST).is_file():
         return path
     for root in (path, RunFolder(path).checkpoints):
-        found = durable.latest(root) if root.is_dir() else None
+        found = checkpoint.latest(root) if root.is_dir() else None
         if found is not None:
             return found
     raise CheckpointError(f"{path}: neither a checkpoint ({MANIFEST}) nor a folder with checkpoints in it")
@@ -97,7 +97,7 @@ class NativeCheckpoint:
         return self._tensor(name).dtype
 
     def read(self, name: str, start: int, out: Bytes) -> None:
-        """See `trainer.convert.streaming.Source`; `start` is where the last read of this tensor ended, or 0."""
+        """See `keepwarm.trainer.convert.streaming.Source`; `start` is where the last read of this tensor ended, or 0."""
         tensor = self._tensor(name)
         if start == 0:
             self._progress[name] = self._begin(name, tensor)

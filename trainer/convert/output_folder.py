@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.errors import OutputError
+from keepwarm.trainer.errors import OutputError
 
 
 @contextlib.contextmanager

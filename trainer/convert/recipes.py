@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from trainer.model.huggingface_names import FAMILIES, PROJECTIONS, Family, is_fused, projection, their_name
-from trainer.model.shapes import parameter_shapes
-from trainer.model.spec import ModelSpec
+from keepwarm.trainer.model.huggingface_names import FAMILIES, PROJECTIONS, Family, is_fused, projection, their_name
+from keepwarm.trainer.model.shapes import parameter_shapes
+from keepwarm.trainer.model.spec import ModelSpec
 
 Shape = tuple[int, ...]
 

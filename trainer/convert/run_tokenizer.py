@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from trainer.convert.from_huggingface import FILES
-from trainer.convert.huggingface_folder import dump_config, strict_json_file
-from trainer.convert.native import NativeCheckpoint
-from trainer.convert.output_folder import sync_file, write_file
-from trainer.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
-from trainer.errors import DataError
-from trainer.run_folder import RunFolder
+from keepwarm.trainer.convert.huggingface.folder import dump_config, strict_json_file
+from keepwarm.trainer.convert.huggingface.importer import FILES
+from keepwarm.trainer.convert.native import NativeCheckpoint
+from keepwarm.trainer.convert.output_folder import sync_file, write_file
+from keepwarm.trainer.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from keepwarm.trainer.errors import DataError
+from keepwarm.trainer.job.run_folder import RunFolder
 
 CARRIED = ("tokenizer.json", "tokenizer.model")
 """What tokenizer files that are carried along are called."""

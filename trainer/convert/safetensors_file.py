@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ft.contents import ITEM_SIZE, Bytes
-from ft.part_writer import begin_writeback
-from trainer.errors import CheckpointError
+from keepwarm.ft.format.contents import ITEM_SIZE, Bytes
+from keepwarm.ft.format.writer import begin_writeback
+from keepwarm.trainer.errors import CheckpointError
 
 HEADER_LIMIT = 100_000_000
 """Bytes; the safetensors library refuses longer headers as well."""

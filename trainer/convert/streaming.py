@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ft.contents import ITEM_SIZE, Bytes
-from trainer.convert.dtypes import cast
-from trainer.convert.recipes import Recipe
+from keepwarm.ft.format.contents import ITEM_SIZE, Bytes
+from keepwarm.trainer.convert.dtypes import cast
+from keepwarm.trainer.convert.recipes import Recipe
 
 BLOCK = 8 << 20
 """Bytes read at once."""

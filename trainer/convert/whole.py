@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from ft.contents import Bytes
+from keepwarm.ft.format.contents import Bytes
 
 KEPT = 6
 """Units kept: queries, keys and values of one layer with their biases come out of three tensors or out of one."""
@@ -43,7 +43,7 @@ class Folder(Units, Protocol):
 
 
 class Whole:
-    """A `trainer.convert.streaming.Source` over units, for recipes whose runs jump."""
+    """A `keepwarm.trainer.convert.streaming.Source` over units, for recipes whose runs jump."""
 
     def __init__(self, units: Units) -> None:
         self._units = units

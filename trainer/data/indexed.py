@@ -6,9 +6,9 @@ import msgspec
 import numpy as np
 import xxhash
 
-from trainer.data.table import Ints
-from trainer.data.token_format import TokenFileReader
-from trainer.errors import DataError
+from keepwarm.trainer.data.table import Ints
+from keepwarm.trainer.data.token_format import TokenFileReader
+from keepwarm.trainer.errors import DataError
 
 _CHUNK = 1 << 20
 _WHOLE_BYTES = 64 << 20

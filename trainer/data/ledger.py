@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.replay import (
+from keepwarm.trainer.data.replay import (
     Identified,
     Pieces,
     Pool,
@@ -27,10 +27,10 @@ from trainer.data.replay import (
     pools_of,
     stand_in_pool,
 )
-from trainer.data.segment import Ranges, ReplayShare, Segment, Share, drawn, draws_before, merged, weights_of
-from trainer.data.spec import ReplaySpec
-from trainer.data.table import UNITS, Ints, quantise
-from trainer.errors import CheckpointError, DataError, SpecError
+from keepwarm.trainer.data.segment import Ranges, ReplayShare, Segment, Share, drawn, draws_before, merged, weights_of
+from keepwarm.trainer.data.spec import ReplaySpec
+from keepwarm.trainer.data.table import UNITS, Ints, quantise
+from keepwarm.trainer.errors import CheckpointError, DataError, SpecError
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -9,17 +9,17 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from parallel.engine import Batch, local_rows
-from parallel.errors import LayoutError
-from parallel.layout import Layout
-from parallel.targets import IGNORED
-from trainer.data.ledger import Ledger
-from trainer.data.packing import PackedSource, Samples, Source, assembled
-from trainer.data.prefetch import Prefetcher
-from trainer.data.replay import content_of, length_of
-from trainer.data.spec import ReplaySpec
-from trainer.data.table import Ints
-from trainer.errors import DataError
+from keepwarm.parallel.engine import Batch, local_rows
+from keepwarm.parallel.errors import LayoutError
+from keepwarm.parallel.mesh.layout import Layout
+from keepwarm.parallel.targets import IGNORED
+from keepwarm.trainer.data.ledger import Ledger
+from keepwarm.trainer.data.packing import PackedSource, Samples, Source, assembled
+from keepwarm.trainer.data.prefetch import Prefetcher
+from keepwarm.trainer.data.replay import content_of, length_of
+from keepwarm.trainer.data.spec import ReplaySpec
+from keepwarm.trainer.data.table import Ints
+from keepwarm.trainer.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class BatchLoader:
     """Hands out this rank's share of every global batch, in the order that the ledger fixes.
 
     Global batch number i holds the samples at positions [consumed, consumed + global size); every rank of one data
-    coordinate gets the same rows (`parallel.engine.local_rows`). The ledger knows only what `next_batch` has returned,
+    coordinate gets the same rows (`keepwarm.parallel.engine.local_rows`). The ledger knows only what `next_batch` has returned,
     not what was read ahead. Used from one thread; owns its background thread until `close`.
 
     Args:

@@ -11,11 +11,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from parallel.targets import IGNORED
-from trainer.data.permutation import window_at
-from trainer.data.replay import Identified, Pieces
-from trainer.data.table import Ints
-from trainer.errors import DataError
+from keepwarm.parallel.targets import IGNORED
+from keepwarm.trainer.data.permutation import window_at
+from keepwarm.trainer.data.replay import Identified, Pieces
+from keepwarm.trainer.data.table import Ints
+from keepwarm.trainer.errors import DataError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,7 +30,7 @@ class Samples:
 
 
 class Tokens(Protocol):
-    """A stream of documents; `trainer.data.indexed.TokenFile` is the one on disk."""
+    """A stream of documents; `keepwarm.trainer.data.indexed.TokenFile` is the one on disk."""
 
     @property
     def path(self) -> str:

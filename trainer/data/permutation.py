@@ -13,7 +13,7 @@ from math import isqrt
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.table import Ints
+from keepwarm.trainer.data.table import Ints
 
 ROUNDS = 8
 _FEW = 16

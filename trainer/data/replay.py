@@ -15,9 +15,9 @@ from typing import Literal, Protocol
 import msgspec
 import numpy as np
 
-from trainer.data.permutation import Permutation, counter_words
-from trainer.data.table import Ints
-from trainer.errors import DataError, SpecError
+from keepwarm.trainer.data.permutation import Permutation, counter_words
+from keepwarm.trainer.data.table import Ints
+from keepwarm.trainer.errors import DataError, SpecError
 
 Law = Literal["uniform", "power"]
 

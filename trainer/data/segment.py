@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from trainer.data.replay import Run
-from trainer.data.table import Table, table
+from keepwarm.trainer.data.replay import Run
+from keepwarm.trainer.data.table import Table, table
 
 Ranges = tuple[tuple[int, int], ...]
 """Half-open ranges of a source's sample numbers k, ascending and disjoint."""

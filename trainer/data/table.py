@@ -15,7 +15,7 @@ from math import gcd
 import numpy as np
 import numpy.typing as npt
 
-from trainer.errors import SpecError
+from keepwarm.trainer.errors import SpecError
 
 UNITS = 65_536
 """Weights are multiples of 1/UNITS."""

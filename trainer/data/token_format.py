@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from trainer.errors import DataError
+from keepwarm.trainer.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import xxhash
 
-from trainer.errors import DataError
+from keepwarm.trainer.errors import DataError
 
 if TYPE_CHECKING:
     pass

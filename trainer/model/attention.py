@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from trainer.model.norm import RMSNorm
-from trainer.model.rotary import rotate
-from trainer.model.spec import ModelSpec
+from keepwarm.trainer.model.norm import RMSNorm
+from keepwarm.trainer.model.rotary import rotate
+from keepwarm.trainer.model.spec import ModelSpec
 
 
 @dataclass(frozen=True, eq=False)

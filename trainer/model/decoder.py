@@ -6,16 +6,16 @@ from typing import Literal, cast
 import torch
 from torch import nn
 
-from parallel.loss import MAIN, Z_LOSS
-from parallel.model import TensorStyle
-from trainer.model.attention import Attention, Context, context
-from trainer.model.head import Head
-from trainer.model.initial import normal
-from trainer.model.mlp import mlp
-from trainer.model.norm import norm, use_apex
-from trainer.model.rotary import positions_in, rotation
-from trainer.model.shapes import tensor_plan
-from trainer.model.spec import ModelSpec
+from keepwarm.parallel.loss import MAIN, Z_LOSS
+from keepwarm.parallel.model import TensorStyle
+from keepwarm.trainer.model.attention import Attention, Context, context
+from keepwarm.trainer.model.head import Head
+from keepwarm.trainer.model.initial import normal
+from keepwarm.trainer.model.mlp import mlp
+from keepwarm.trainer.model.norm import norm, use_apex
+from keepwarm.trainer.model.rotary import positions_in, rotation
+from keepwarm.trainer.model.shapes import tensor_plan
+from keepwarm.trainer.model.spec import ModelSpec
 
 
 class Layer(nn.Module):
@@ -73,7 +73,7 @@ class StageModule(nn.Module):
     def forward(
         self, x: torch.Tensor, documents: torch.Tensor | None = None, targets: torch.Tensor | None = None
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """See `parallel.model.ModelParts.build_stage`."""
+        """See `keepwarm.parallel.model.ModelParts.build_stage`."""
         sequence = x.shape[1] * (1 if self.embedding is not None else self.sequence_shards)
         positions = None if documents is None else positions_in(documents)
         if self.embedding is not None:
@@ -112,7 +112,8 @@ class StageModule(nn.Module):
 
 
 class Decoder:
-    """A decoder-only transformer as `parallel.model.ModelParts`: built in stages, initialised by name and index.
+    """A decoder-only transformer as `keepwarm.parallel.model.ModelParts`: built in stages, initialised by name and
+    index.
 
     A stage with a head but no embedding owns the head's weight as `head.weight` even when embeddings are tied; its
     canonical name, given by `canonical`, is then `embedding.weight`, of which the two are replicas.
@@ -139,14 +140,14 @@ class Decoder:
         self.loss_weights: Mapping[str, float] = {MAIN: 1.0, Z_LOSS: spec.z_loss if z_loss is None else z_loss}
 
     def build_stage(self, layers: range, *, embed: bool, head: bool) -> StageModule:
-        """See `parallel.model.ModelParts`; values are not those of `initial` until someone writes these in."""
+        """See `keepwarm.parallel.model.ModelParts`; values are not those of `initial` until someone writes these in."""
         stage = StageModule(self.spec, layers, embed=embed, head=head)
         if self.norms == "apex":
             use_apex(stage)
         return stage
 
     def tensor_plan(self) -> Mapping[str, TensorStyle]:
-        """See `parallel.model.ModelParts`."""
+        """See `keepwarm.parallel.model.ModelParts`."""
         return tensor_plan(self.spec)
 
     def canonical(self, name: str) -> str:
@@ -156,7 +157,7 @@ class Decoder:
     def initial(
         self, name: str, global_shape: tuple[int, ...], offsets: tuple[int, ...], shape: tuple[int, ...]
     ) -> torch.Tensor:
-        """See `parallel.model.ModelParts`; norms start at one, biases at zero, all else normal."""
+        """See `keepwarm.parallel.model.ModelParts`; norms start at one, biases at zero, all else normal."""
         name = self.canonical(name)
         if name.endswith(".bias"):
             return torch.zeros(shape)

@@ -7,10 +7,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from parallel.loss import MAIN, Z_LOSS
-from parallel.targets import IGNORED
-from trainer.model.collective import local
-from trainer.model.shapes import LOGITS_AT_ONCE
+from keepwarm.parallel.loss import MAIN, Z_LOSS
+from keepwarm.parallel.targets import IGNORED
+from keepwarm.trainer.model.collective import local
+from keepwarm.trainer.model.shapes import LOGITS_AT_ONCE
 
 
 class Head(nn.Module):

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.errors import SpecError
-from trainer.model.spec import InitSpec, ModelSpec
+from keepwarm.trainer.errors import SpecError
+from keepwarm.trainer.model.spec import InitSpec, ModelSpec
 
 GENERIC = frozenset(
     {

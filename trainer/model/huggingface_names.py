@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.errors import CheckpointError
+from keepwarm.trainer.errors import CheckpointError
 
 PROJECTIONS = ("attention.query", "attention.key", "attention.value")
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trainer.model.spec import ModelSpec
+from keepwarm.trainer.model.spec import ModelSpec
 
 
 class GatedMLP(nn.Module):

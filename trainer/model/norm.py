@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from parallel import apex
-from trainer.model.collective import local, sum_over
-from trainer.model.spec import ModelSpec
+from keepwarm.parallel.optimizer import apex
+from keepwarm.trainer.model.collective import local, sum_over
+from keepwarm.trainer.model.spec import ModelSpec
 
 
 class RMSNorm(nn.Module):

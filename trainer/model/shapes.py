@@ -3,8 +3,8 @@ share. Torch-free."""
 
 from collections.abc import Mapping
 
-from parallel.style import TensorStyle
-from trainer.model.spec import ModelSpec
+from keepwarm.parallel.style import TensorStyle
+from keepwarm.trainer.model.spec import ModelSpec
 
 Shapes = dict[str, tuple[int, ...]]
 

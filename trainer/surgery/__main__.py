@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from trainer.convert.dtypes import SHORT
-from trainer.convert.native import NativeCheckpoint
-from trainer.data import tool
-from trainer.errors import SpecError
-from trainer.surgery import arithmetic, depth, vocabulary, width
-from trainer.surgery.weights import Model, write
-from trainer.surgery.width import Widths
+from keepwarm.trainer.convert.dtypes import SHORT
+from keepwarm.trainer.convert.native import NativeCheckpoint
+from keepwarm.trainer.data.preprocess import tool
+from keepwarm.trainer.errors import SpecError
+from keepwarm.trainer.surgery import arithmetic, depth, vocabulary, width
+from keepwarm.trainer.surgery.weights import Model, write
+from keepwarm.trainer.surgery.width import Widths
 
 app = typer.Typer(
     add_completion=False,

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.errors import CheckpointError, SpecError
-from trainer.surgery.weights import Array, Model, require_same, write
+from keepwarm.trainer.errors import CheckpointError, SpecError
+from keepwarm.trainer.surgery.weights import Array, Model, require_same, write
 
 VECTOR = "is a difference"
 """Key of the settings of a checkpoint that is no model but the difference of two."""

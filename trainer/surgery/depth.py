@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trainer.errors import SpecError
-from trainer.model.huggingface_names import split_layer
-from trainer.surgery.weights import Array, Model, write
+from keepwarm.trainer.errors import SpecError
+from keepwarm.trainer.model.huggingface_names import split_layer
+from keepwarm.trainer.surgery.weights import Array, Model, write
 
 How = Literal["identity", "stack", "repeat"]
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from trainer.errors import DataError, SpecError
-from trainer.surgery.weights import Array, Model, write
+from keepwarm.trainer.errors import DataError, SpecError
+from keepwarm.trainer.surgery.weights import Array, Model, write
 
 Start = Literal["mean", "neighbours"]
 

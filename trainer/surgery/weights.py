@@ -7,19 +7,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ft import durable
-from ft.contents import ITEM_SIZE, Piece
-from ft.errors import FtError
-from ft.manifest import MANIFEST
-from ft.part_writer import write_part_blocks
-from trainer.convert.dtypes import as_float32, cast
-from trainer.convert.from_huggingface import FILES, carry
-from trainer.convert.native import PREFIX, NativeCheckpoint
-from trainer.convert.output_folder import new_folder
-from trainer.convert.to_huggingface import check_tensors, model_spec_of
-from trainer.errors import CheckpointError, SpecError
-from trainer.model.shapes import parameter_shapes
-from trainer.model.spec import ModelSpec
+from keepwarm.ft.errors import FtError
+from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format.contents import ITEM_SIZE, Piece
+from keepwarm.ft.format.manifest import MANIFEST
+from keepwarm.ft.format.writer import write_part_blocks
+from keepwarm.trainer.convert.dtypes import as_float32, cast
+from keepwarm.trainer.convert.huggingface.exporter import check_tensors, model_spec_of
+from keepwarm.trainer.convert.huggingface.importer import FILES, carry
+from keepwarm.trainer.convert.native import PREFIX, NativeCheckpoint
+from keepwarm.trainer.convert.output_folder import new_folder
+from keepwarm.trainer.errors import CheckpointError, SpecError
+from keepwarm.trainer.model.shapes import parameter_shapes
+from keepwarm.trainer.model.spec import ModelSpec
 
 Array = npt.NDArray[np.float32]
 Make = Callable[[str], Array]
@@ -109,8 +109,8 @@ def write(
             raise CheckpointError(str(error)) from error
         if keep_files and (kept := first.manifest.meta.get(FILES)):
             meta[FILES] = kept | {"files": _carry(first, kept, tmp)}
-        durable.write_manifest(
-            tmp, durable.Identity(run=first.manifest.run, epoch=0, step=0, layout="whole"), ranks=1, meta=meta
+        checkpoint.write_manifest(
+            tmp, checkpoint.Identity(run=first.manifest.run, epoch=0, step=0, layout="whole"), ranks=1, meta=meta
         )
     return {
         "destination": str(destination),

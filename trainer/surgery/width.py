@@ -12,10 +12,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from trainer.errors import SpecError
-from trainer.model.huggingface_names import split_layer
-from trainer.model.spec import ModelSpec
-from trainer.surgery.weights import Array, Model, write
+from keepwarm.trainer.errors import SpecError
+from keepwarm.trainer.model.huggingface_names import split_layer
+from keepwarm.trainer.model.spec import ModelSpec
+from keepwarm.trainer.surgery.weights import Array, Model, write
 
 Units = Literal["hidden", "queries", "keys", "ffn"]
 Index = npt.NDArray[np.int64]

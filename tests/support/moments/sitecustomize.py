@@ -36,7 +36,7 @@ def due(name: str, step: int) -> bool:
 
 
 def watch_worker(module: Any) -> None:
-    """In `ft.snapshot`: between the grant and the copy, in the middle of the copy, and in the middle of a restore."""
+    """In `keepwarm.ft.worker.snapshotter`: between the grant and the copy, in the middle of the copy, and in the middle of a restore."""
     snapshotter: Any = module.Snapshotter
     copy, write, copyto = snapshotter._copy, module._write, module.np.copyto
     now = {"step": -1, "tensors": 0}
@@ -68,7 +68,7 @@ def watch_worker(module: Any) -> None:
             die()
 
     class Numpy:
-        """The module of that name, as `ft.snapshot` sees it."""
+        """The module of that name, as `keepwarm.ft.worker.snapshotter` sees it."""
 
         copyto = staticmethod(copied)
 
@@ -83,7 +83,7 @@ sessions: list[Any] = []
 
 
 def watch_sessions(module: Any) -> None:
-    """In `ft.agent_workers`: who knows the processes of the workers."""
+    """In `keepwarm.ft.agent.worker_sessions`: who knows the processes of the workers."""
     sessions: Any = module.WorkerSessions
     init = sessions.__init__
 
@@ -95,7 +95,7 @@ def watch_sessions(module: Any) -> None:
 
 
 def watch_agent(module: Any) -> None:
-    """In `ft.protocol`, after each event of an agent: how far its copies have come."""
+    """In `keepwarm.ft.protocol.step`, after each event of an agent: how far its copies have come."""
     step = module.step
 
     def stepped(state: Any, event: Any) -> Any:
@@ -121,9 +121,9 @@ class Finder(importlib.abc.MetaPathFinder):
 
     def __init__(self) -> None:
         self.watchers: dict[str, Callable[[Any], None]] = {
-            "ft.snapshot": watch_worker,
-            "ft.protocol": watch_agent,
-            "ft.agent_workers": watch_sessions,
+            "keepwarm.ft.worker.snapshotter": watch_worker,
+            "keepwarm.ft.protocol.step": watch_agent,
+            "keepwarm.ft.agent.worker_sessions": watch_sessions,
         }
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:

@@ -13,17 +13,17 @@ import torch
 import torch.distributed.checkpoint as dcp
 from typer.testing import CliRunner
 
-from ft import durable
-from ft.manifest import read_manifest
-from parallel.spec import ParallelSpec
+from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format.manifest import read_manifest
+from keepwarm.parallel.spec import ParallelSpec
+from keepwarm.trainer.convert.__main__ import app
+from keepwarm.trainer.convert.dcp.exporter import to_dcp
+from keepwarm.trainer.convert.dcp.importer import from_dcp
+from keepwarm.trainer.convert.native import NativeCheckpoint
+from keepwarm.trainer.errors import CheckpointError, SpecError
+from keepwarm.trainer.model.rotary import rotate, rotation
+from keepwarm.trainer.model.spec import ModelSpec
 from tests.support.layouts import Case, State, whole_state, write_checkpoint
-from trainer.convert.__main__ import app
-from trainer.convert.from_dcp import from_dcp
-from trainer.convert.native import NativeCheckpoint
-from trainer.convert.to_dcp import to_dcp
-from trainer.errors import CheckpointError, SpecError
-from trainer.model.rotary import rotate, rotation
-from trainer.model.spec import ModelSpec
 
 MODEL = ModelSpec(
     layers=2, hidden_size=24, heads=4, kv_heads=2, head_dim=8, ffn_size=12, vocabulary_size=24, max_sequence_length=8
@@ -86,7 +86,7 @@ def test_dcp_holds_the_whole_state_and_comes_back(tmp_path: Path, run: tuple[Sta
     assert (done["moments"], done["left"]) == (["exp_avg", "exp_avg_sq"], [])
     from_dcp(tmp_path / "dcp", tmp_path / "native", kind="dcp")
     assert_same(native_state(tmp_path / "native"), state)
-    manifest = durable.verify(tmp_path / "native")
+    manifest = checkpoint.verify(tmp_path / "native")
     assert (manifest.step, manifest.meta["ledger"]) == (1, {"seed": 7})
     assert manifest.meta["parent"] == {"format": "dcp", "path": str(tmp_path / "dcp")}
 

@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from ft import durable
-from ft.part_writer import write_part
-from parallel.spec import ParallelSpec
-from tests.support import deepspeed_llama
-from tests.support.hf_models import CASES, hf_model
-from tests.support.huggingface_oracle import rearranged
+from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format.writer import write_part
+from keepwarm.parallel.spec import ParallelSpec
+from keepwarm.trainer.convert.dcp.importer import from_dcp
+from keepwarm.trainer.convert.deepspeed.exporter import to_deepspeed
+from keepwarm.trainer.convert.native import NativeCheckpoint
+from keepwarm.trainer.errors import CheckpointError, SpecError
+from keepwarm.trainer.model.huggingface_config import model_spec_from_hf_config
+from keepwarm.trainer.model.spec import ModelSpec
+from tests.support.foreign import deepspeed_llama
+from tests.support.foreign.hf_models import CASES, hf_model
+from tests.support.foreign.huggingface_oracle import rearranged
 from tests.support.layouts import Case, whole_state, write_checkpoint
 from tests.support.ranks import run_ranks
-from trainer.convert.from_dcp import from_dcp
-from trainer.convert.native import NativeCheckpoint
-from trainer.convert.to_deepspeed import to_deepspeed
-from trainer.errors import CheckpointError, SpecError
-from trainer.model.huggingface_config import model_spec_from_hf_config
-from trainer.model.spec import ModelSpec
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
@@ -114,7 +114,7 @@ def test_an_export_comes_back_with_its_optimizer_and_its_ledger(
     state, out = exported
     done = from_dcp(out, tmp_path / "native", kind="deepspeed")
     assert_same(native_state(tmp_path / "native"), state)
-    manifest = durable.verify(tmp_path / "native")
+    manifest = checkpoint.verify(tmp_path / "native")
     assert (manifest.step, manifest.meta["ledger"]) == (1, {"seed": 7})
     assert done["left"] == []
     from_dcp(out, tmp_path / "weights", kind="deepspeed", weights_only=True)
@@ -167,9 +167,9 @@ def test_an_optimizer_that_is_not_adamw_is_refused(tmp_path: Path) -> None:
         for name, tensor in whole_state(MODEL, seed=5).items()
         if "exp_avg_sq" not in name
     }
-    tmp = durable.staging(tmp_path, 0, 1)
+    tmp = checkpoint.staging(tmp_path, 0, 1)
     tmp.mkdir()
-    from ft.contents import Piece
+    from keepwarm.ft.format.contents import Piece
 
     def piece(name: str, tensor: torch.Tensor) -> Piece:
         shape = tuple(tensor.shape)
@@ -178,7 +178,7 @@ def test_an_optimizer_that_is_not_adamw_is_refused(tmp_path: Path) -> None:
 
     pairs = [(piece(n, t), t.reshape(-1).view(torch.uint8).numpy()) for n, t in state.items()]
     write_part(tmp, 0, pairs)
-    durable.write_manifest(tmp, durable.Identity(run="r", epoch=0, step=1, layout="l"), ranks=1, meta=META)
+    checkpoint.write_manifest(tmp, checkpoint.Identity(run="r", epoch=0, step=1, layout="l"), ranks=1, meta=META)
     with pytest.raises(SpecError, match=r"optimizer\.momentum: .*--weights-only"):
         to_deepspeed(tmp, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel.spec import ParallelSpec
-from tests.support.faulty_conversion import converter
-from tests.support.hf_models import CASES, hf_model
+from keepwarm.parallel.spec import ParallelSpec
+from keepwarm.trainer.convert.huggingface.exporter import to_huggingface
+from keepwarm.trainer.convert.huggingface.importer import from_huggingface
+from keepwarm.trainer.errors import CheckpointError, OutputError, SpecError, TrainerError
+from keepwarm.trainer.model.spec import ModelSpec
+from tests.support.faulty.conversion import converter
+from tests.support.foreign.hf_models import CASES, hf_model
 from tests.support.layouts import Case, whole_state, write_checkpoint
-from trainer.convert.from_huggingface import from_huggingface
-from trainer.convert.to_huggingface import to_huggingface
-from trainer.errors import CheckpointError, OutputError, SpecError, TrainerError
-from trainer.model.spec import ModelSpec
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -220,7 +220,7 @@ def test_what_exists_is_never_overwritten(tmp_path: Path, sharded: Path) -> None
 def faults(direction: str, format: str, kind: str, source: Path, target: Path) -> int:
     """How many there were, one after the other."""
     target.mkdir()
-    command = ["-m", "tests.support.faulty_conversion", direction, format, kind, str(source), str(target)]
+    command = ["-m", "tests.support.faulty.conversion", direction, format, kind, str(source), str(target)]
     ran = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, ran.stderr
     return int(ran.stdout)

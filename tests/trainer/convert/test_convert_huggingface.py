@@ -13,23 +13,23 @@ import pytest
 import safetensors.torch
 import torch
 
-from ft import durable
-from ft.manifest import read_manifest
-from parallel.spec import ParallelSpec
-from tests.support.hf_models import CASES, hf_model, old_dialect
-from tests.support.huggingface_oracle import rearranged
+from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format.manifest import read_manifest
+from keepwarm.parallel.spec import ParallelSpec
+from keepwarm.trainer.convert.huggingface.config import computes, config_for
+from keepwarm.trainer.convert.huggingface.exporter import model_spec_of, to_huggingface
+from keepwarm.trainer.convert.huggingface.importer import from_huggingface
+from keepwarm.trainer.convert.native import NativeCheckpoint
+from keepwarm.trainer.data.preprocess.train_tokenizer import train_tokenizer
+from keepwarm.trainer.data.tokenizer import load_tokenizer
+from keepwarm.trainer.errors import CheckpointError, SpecError
+from keepwarm.trainer.model.decoder import Decoder
+from keepwarm.trainer.model.spec import ModelSpec
+from tests.support.foreign.hf_models import CASES, hf_model, old_dialect
+from tests.support.foreign.huggingface_oracle import rearranged
 from tests.support.layouts import Case as LayoutCase
 from tests.support.layouts import whole_state, write_checkpoint
 from tests.support.models import load_parameters
-from trainer.convert.from_huggingface import from_huggingface
-from trainer.convert.huggingface_config_out import computes, config_for
-from trainer.convert.native import NativeCheckpoint
-from trainer.convert.to_huggingface import model_spec_of, to_huggingface
-from trainer.data.tokenizer import load_tokenizer
-from trainer.data.train_tokenizer import train_tokenizer
-from trainer.errors import CheckpointError, SpecError
-from trainer.model.decoder import Decoder
-from trainer.model.spec import ModelSpec
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -99,7 +99,7 @@ def test_there_and_back(tmp_path: Path, case: str, dialect: int) -> None:
     if dialect == 4:
         old_dialect(tmp_path / "hf")
     from_huggingface(tmp_path / "hf", tmp_path / "native")
-    durable.verify(tmp_path / "native")
+    checkpoint.verify(tmp_path / "native")
     to_huggingface(tmp_path / "native", tmp_path / "back")
     assert_same(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "back"))
     assert_config_kept(tmp_path / "hf", tmp_path / "back")
@@ -281,7 +281,7 @@ def test_conversion_runs_without_torch(tmp_path: Path) -> None:
     saved(tmp_path / "hf", "qwen2", torch.bfloat16)
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "from trainer.convert.__main__ import command, Format\n"
+        "from keepwarm.trainer.convert.__main__ import command, Format\n"
         "command(Path(sys.argv[1]), Path(sys.argv[2]), Format.HF, Format.NATIVE, 'fp32', '5GB', as_json=True)\n"
         "command(Path(sys.argv[2]), Path(sys.argv[3]), Format.NATIVE, Format.HF, 'bf16', '1MB', as_json=True)\n"
         "assert 'torch' not in sys.modules\n"

@@ -9,15 +9,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from parallel.spec import ParallelSpec
+from keepwarm.parallel.spec import ParallelSpec
+from keepwarm.trainer.convert.dcp.exporter import to_dcp
+from keepwarm.trainer.convert.dcp.importer import from_dcp
+from keepwarm.trainer.convert.native import NativeCheckpoint
+from keepwarm.trainer.errors import CheckpointError, SpecError
+from keepwarm.trainer.model.decoder import Decoder
+from keepwarm.trainer.model.spec import ModelSpec
 from tests.support.layouts import Case, whole_state, write_checkpoint
 from tests.support.models import load_parameters
-from trainer.convert.from_dcp import from_dcp
-from trainer.convert.native import NativeCheckpoint
-from trainer.convert.to_dcp import to_dcp
-from trainer.errors import CheckpointError, SpecError
-from trainer.model.decoder import Decoder
-from trainer.model.spec import ModelSpec
 
 ROOT = Path(__file__).parents[3]
 SPECS = {
@@ -45,12 +45,12 @@ TOKENS = torch.arange(2 * 8).reshape(2, 8) * 7 % 40
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `tests.support.megatron_gpt` leaves."""
+    """What `tests.support.foreign.megatron_gpt` leaves."""
     folder = tmp_path_factory.mktemp("megatron")
     for kind, spec in SPECS.items():
         (folder / kind).mkdir()
         (folder / kind / "model.yaml").write_text(spec.model_dump_json())
-    command = [sys.executable, "-m", "tests.support.megatron_gpt", str(folder)]
+    command = [sys.executable, "-m", "tests.support.foreign.megatron_gpt", str(folder)]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=500)
     assert ran.returncode == 0, ran.stderr[-3000:]
     return folder

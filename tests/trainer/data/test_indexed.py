@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keepwarm.trainer.data.indexed import Sidecar, TokenFile, content_hash
+from keepwarm.trainer.data.ledger import Ledger
+from keepwarm.trainer.data.packing import PackedSource
+from keepwarm.trainer.data.token_format import TokenFileWriter, write_index
+from keepwarm.trainer.errors import DataError
 from tests.support.corpus import random_documents, write_token_file
-from trainer.data.indexed import Sidecar, TokenFile, content_hash
-from trainer.data.ledger import Ledger
-from trainer.data.packing import PackedSource
-from trainer.data.token_format import TokenFileWriter, write_index
-from trainer.errors import DataError
 
 DOCUMENTS = random_documents(1, 30)
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keepwarm.trainer.data.ledger import Ledger
+from keepwarm.trainer.data.table import table
+from keepwarm.trainer.errors import CheckpointError, DataError
 from tests.support.corpus import counting_source
-from trainer.data.ledger import Ledger
-from trainer.data.table import table
-from trainer.errors import CheckpointError, DataError
 
 SOURCES = {name: counting_source(name, size, first=size) for name, size in (("a", 7), ("b", 50), ("c", 1000))}
 IDENTITIES = {source.identity: name for name, source in SOURCES.items()}

@@ -6,14 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from parallel.layout import Layout
-from parallel.targets import IGNORED
+from keepwarm.parallel.mesh.layout import Layout
+from keepwarm.parallel.targets import IGNORED
+from keepwarm.trainer.data.ledger import Ledger
+from keepwarm.trainer.data.loader import BatchLoader, RankShare
+from keepwarm.trainer.data.packing import PackedSource
+from keepwarm.trainer.data.spec import ReplaySpec
+from keepwarm.trainer.errors import DataError
 from tests.support.corpus import MemoryTokens, counting_source
-from trainer.data.ledger import Ledger
-from trainer.data.loader import BatchLoader, RankShare
-from trainer.data.packing import PackedSource
-from trainer.data.spec import ReplaySpec
-from trainer.errors import DataError
 
 OLD, NEW = counting_source("old", 240), counting_source("new", 400, first=100_000)
 SOURCES = {"old": OLD, "new": NEW}

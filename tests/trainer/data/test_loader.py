@@ -12,18 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.engine import Batch
-from parallel.errors import LayoutError
-from parallel.layout import Layout
-from parallel.targets import IGNORED
+from keepwarm.parallel.engine import Batch
+from keepwarm.parallel.errors import LayoutError
+from keepwarm.parallel.mesh.layout import Layout
+from keepwarm.parallel.targets import IGNORED
+from keepwarm.trainer.data.indexed import TokenFile
+from keepwarm.trainer.data.ledger import Ledger
+from keepwarm.trainer.data.loader import BatchLoader, RankShare, evaluation_batches
+from keepwarm.trainer.data.packing import PackedSource, Samples
+from keepwarm.trainer.data.prefetch import Prefetcher
+from keepwarm.trainer.data.table import Ints
+from keepwarm.trainer.errors import CheckpointError, DataError
 from tests.support.corpus import MemoryTokens, counting_source, random_documents, write_token_file
-from trainer.data.indexed import TokenFile
-from trainer.data.ledger import Ledger
-from trainer.data.loader import BatchLoader, RankShare, evaluation_batches
-from trainer.data.packing import PackedSource, Samples
-from trainer.data.prefetch import Prefetcher
-from trainer.data.table import Ints
-from trainer.errors import CheckpointError, DataError
 
 SOURCES = {"a": counting_source("a", 40), "b": counting_source("b", 300, first=10_000)}
 MIXTURE = {"a": 3.0, "b": 1.0}
@@ -191,7 +191,7 @@ def test_a_batch_that_does_not_divide_is_refused(size: int) -> None:
 
 
 def test_a_source_that_repeats_is_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "trainer.data.loader"), _loader() as loader:
+    with caplog.at_level(logging.INFO, "keepwarm.trainer.data.loader"), _loader() as loader:
         while loader.consumed < 192:
             loader.next_batch()
     # Three quarters of the samples are from the 40 of `a`: epochs end after 40, 80 and 120 of 144.

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.targets import IGNORED
+from keepwarm.parallel.targets import IGNORED
+from keepwarm.trainer.data.packing import PackedSource
+from keepwarm.trainer.errors import DataError
 from tests.support.corpus import MemoryTokens, counting_source
-from trainer.data.packing import PackedSource
-from trainer.errors import DataError
 
 corpora = st.lists(
     st.lists(st.integers(0, 99), max_size=7).map(tuple), min_size=1, max_size=12

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from trainer.data.permutation import Permutation, window_at
+from keepwarm.trainer.data.permutation import Permutation, window_at
 
 
 @settings(deadline=None)

@@ -10,18 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.targets import IGNORED
+from keepwarm.parallel.targets import IGNORED
+from keepwarm.trainer.data.indexed import TokenFile
+from keepwarm.trainer.data.packing import PackedSource
+from keepwarm.trainer.data.preprocess.prefix import Control, metadata
+from keepwarm.trainer.data.preprocess.token_parts import merge, part_path, write_part
+from keepwarm.trainer.data.preprocess.tokenize import command, tokenize
+from keepwarm.trainer.data.preprocess.tokenize_options import TextOptions
+from keepwarm.trainer.data.preprocess.train_tokenizer import train_tokenizer
+from keepwarm.trainer.data.tokenizer import load_tokenizer
+from keepwarm.trainer.errors import DataError, SpecError
 from tests.support.corpus import MemoryTokens
-from tests.support.megatron_tokens import megatron_indexed
-from trainer.data.indexed import TokenFile
-from trainer.data.packing import PackedSource
-from trainer.data.prefix import Control, metadata
-from trainer.data.token_parts import merge, part_path, write_part
-from trainer.data.tokenize import command, tokenize
-from trainer.data.tokenize_options import TextOptions
-from trainer.data.tokenizer import load_tokenizer
-from trainer.data.train_tokenizer import train_tokenizer
-from trainer.errors import DataError, SpecError
+from tests.support.foreign.megatron_tokens import megatron_indexed
 
 LINES = [{"text": f"text {place}", "url": f"site{place % 3}.org", "nice": place / 10} for place in range(10)]
 
@@ -118,7 +118,7 @@ def test_targets_are_masked_token_by_token(
 
 
 def test_parts_of_another_prefix_are_not_taken_for_these(corpus: Path, tmp_path: Path) -> None:
-    from trainer.data.text import parts
+    from keepwarm.trainer.data.preprocess.text import parts
 
     tokenizer = load_tokenizer("bytes")
     (one,) = parts(corpus, 1 << 20, None, metadata("{url}"))

@@ -5,13 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from keepwarm.trainer.data.preprocess import prepare
+from keepwarm.trainer.data.preprocess.prepare import prepare_sources
+from keepwarm.trainer.data.preprocess.tokenize import tokenize
+from keepwarm.trainer.data.preprocess.train_tokenizer import train_tokenizer
+from keepwarm.trainer.data.spec import DataSpec
+from keepwarm.trainer.errors import DataError, OutputError
 from tests.support.corpus import random_documents, write_json_lines, write_token_file
-from trainer.data import prepare
-from trainer.data.prepare import prepare_sources
-from trainer.data.spec import DataSpec
-from trainer.data.tokenize import tokenize
-from trainer.data.train_tokenizer import train_tokenizer
-from trainer.errors import DataError, OutputError
 
 CORPORA = Path("configs/corpora")
 

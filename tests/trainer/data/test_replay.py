@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keepwarm.trainer.data.ledger import Ledger
+from keepwarm.trainer.data.replay import Pool, Replay
+from keepwarm.trainer.data.spec import ReplaySpec
+from keepwarm.trainer.errors import CheckpointError, DataError, SpecError
 from tests.support.corpus import counting_source
-from trainer.data.ledger import Ledger
-from trainer.data.replay import Pool, Replay
-from trainer.data.spec import ReplaySpec
-from trainer.errors import CheckpointError, DataError, SpecError
 
 SOURCES = {name: counting_source(name, size, first=1000 * size) for name, size in (("a", 60), ("b", 90), ("c", 400))}
 IDENTITIES = {source.identity: name for name, source in SOURCES.items()}

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from keepwarm.trainer.data.ledger import Ledger
+from keepwarm.trainer.data.packing import PackedSource
+from keepwarm.trainer.data.spec import ReplaySpec
+from keepwarm.trainer.data.table import Ints
 from tests.support.corpus import counting_source
-from trainer.data.ledger import Ledger
-from trainer.data.packing import PackedSource
-from trainer.data.spec import ReplaySpec
-from trainer.data.table import Ints
 
 SAMPLES, LENGTH = 10**9, 128
 

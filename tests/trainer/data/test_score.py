@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data.indexed import TokenFile
-from trainer.data.score import Keep
-from trainer.data.tokenize import command, tokenize
-from trainer.data.tokenize_options import TextOptions
-from trainer.errors import DataError, SpecError
+from keepwarm.trainer.data.indexed import TokenFile
+from keepwarm.trainer.data.preprocess.score import Keep
+from keepwarm.trainer.data.preprocess.tokenize import command, tokenize
+from keepwarm.trainer.data.preprocess.tokenize_options import TextOptions
+from keepwarm.trainer.errors import DataError, SpecError
 
 SCORES = [0.5, -1.0, 3.0, 2.0, 2.0, 0.0, 1.0, 7.0]
 

@@ -7,8 +7,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.text import TextPart, documents, is_text, parts
-from trainer.errors import DataError
+from keepwarm.trainer.data.preprocess.text import TextPart, documents, is_text, parts
+from keepwarm.trainer.errors import DataError
 
 LINES = b"".join(json.dumps({"text": f"document {i} " + "x" * (i * 7 % 50)}).encode() + b"\n" for i in range(40))
 TEXTS = [json.loads(line)["text"] for line in LINES.splitlines()]

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keepwarm.trainer.data.token_format import CODES, DTYPES, LONGEST, TokenFileReader, TokenFileWriter, dtype_for
 from tests.support.corpus import write_json_lines
-from tests.support.megatron_tokens import build, megatron_indexed
-from trainer.data.token_format import CODES, DTYPES, LONGEST, TokenFileReader, TokenFileWriter, dtype_for
+from tests.support.foreign.megatron_tokens import build, megatron_indexed
 
 ROOT = Path(__file__).parents[3]
 Document = tuple[list[int], list[int]]
@@ -125,8 +125,8 @@ def test_tokenizing_and_opening_load_neither_torch_nor_megatron(tmp_path: Path) 
     code = f"""
 import sys
 from pathlib import Path
-from trainer.data.indexed import TokenFile
-from trainer.data.tokenize import tokenize
+from keepwarm.trainer.data.indexed import TokenFile
+from keepwarm.trainer.data.preprocess.tokenize import tokenize
 tokenize([Path({str(corpus)!r})], Path({str(tmp_path / "out")!r}), "bytes")
 assert TokenFile({str(tmp_path / "out")!r}).documents == 2
 print(*(name for name in ("torch", "megatron") if name in sys.modules))

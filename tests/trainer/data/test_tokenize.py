@@ -9,14 +9,14 @@ import numpy as np
 import psutil
 import pytest
 
+from keepwarm.trainer.data.indexed import Sidecar, TokenFile
+from keepwarm.trainer.data.preprocess.inspect import inspect
+from keepwarm.trainer.data.preprocess.tokenize import _parts_folder, tokenize
+from keepwarm.trainer.data.preprocess.tokenize_options import TextOptions
+from keepwarm.trainer.data.preprocess.train_tokenizer import train_tokenizer
+from keepwarm.trainer.errors import DataError, OutputError
 from tests.support.corpus import write_json_lines
-from tests.support.megatron_tokens import megatron_indexed
-from trainer.data.indexed import Sidecar, TokenFile
-from trainer.data.inspect import inspect
-from trainer.data.tokenize import _parts_folder, tokenize
-from trainer.data.tokenize_options import TextOptions
-from trainer.data.train_tokenizer import train_tokenizer
-from trainer.errors import DataError, OutputError
+from tests.support.foreign.megatron_tokens import megatron_indexed
 
 TEXTS = [f"Dokument {i}: " + "äöü " * (i * 13 % 29) for i in range(120)]
 SMALL = 700
@@ -78,9 +78,9 @@ KILLED = """
     import os, signal, sys
     from pathlib import Path
     import psutil
-    from trainer.data import token_parts
-    from trainer.data.tokenize import _parts_folder, tokenize
-    from trainer.data.tokenize_options import TextOptions
+    from keepwarm.trainer.data.preprocess import token_parts
+    from keepwarm.trainer.data.preprocess.tokenize import _parts_folder, tokenize
+    from keepwarm.trainer.data.preprocess.tokenize_options import TextOptions
 
     folder, processes, moment = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 
@@ -159,7 +159,7 @@ def test_finished_parts_are_not_made_again(tmp_path: Path, corpus: Path, monkeyp
     finished = len(list((tmp_path / "out.parts").glob("*.npz")))
     assert finished > 5
     made: list[Path] = []
-    import trainer.data.tokenize as module
+    import keepwarm.trainer.data.preprocess.tokenize as module
 
     original = module.write_part
     monkeypatch.setattr(module, "write_part", lambda path, *rest: (made.append(path), original(path, *rest))[1])
@@ -237,7 +237,7 @@ def test_inspect_does_not_decode_with_another_tokenizer(tmp_path: Path, corpus: 
 
 
 def _tool(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-m", f"trainer.data.{name}", *map(str, arguments)]
+    command = [sys.executable, "-P", "-m", f"keepwarm.trainer.data.{name}", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 

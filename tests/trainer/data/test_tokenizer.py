@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.text import documents, parts
-from trainer.data.tokenizer import Tokenizer, load_tokenizer
-from trainer.data.train_tokenizer import train_tokenizer
-from trainer.errors import DataError, OutputError
+from keepwarm.trainer.data.preprocess.text import documents, parts
+from keepwarm.trainer.data.preprocess.train_tokenizer import train_tokenizer
+from keepwarm.trainer.data.tokenizer import Tokenizer, load_tokenizer
+from keepwarm.trainer.errors import DataError, OutputError
 
 CORPORA = Path("configs/corpora")
 TEXTS = [

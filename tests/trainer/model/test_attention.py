@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
+from keepwarm.trainer.model import attention
+from keepwarm.trainer.model.attention import Context, attend, context
+from keepwarm.trainer.model.rotary import positions_in
+from keepwarm.trainer.model.spec import ModelSpec
 from tests.support.models import whole_model
-from trainer.model import attention
-from trainer.model.attention import Context, attend, context
-from trainer.model.rotary import positions_in
-from trainer.model.spec import ModelSpec
 
 BASE: dict[str, Any] = {
     "layers": 2,

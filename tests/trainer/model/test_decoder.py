@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from keepwarm.trainer.model.attention import Attention
+from keepwarm.trainer.model.decoder import Decoder
+from keepwarm.trainer.model.spec import ModelSpec
 from tests.support.models import initialise, losses_of, whole_model
-from trainer.model.attention import Attention
-from trainer.model.decoder import Decoder
-from trainer.model.spec import ModelSpec
 
 BASE: dict[str, Any] = {
     "layers": 4,
@@ -134,7 +134,7 @@ def test_heads_are_counted_by_the_width_at_hand() -> None:
     model = whole_model(spec)
     layer: Any = model.layers["0"]
     attention: Attention = layer.attention
-    from trainer.model.attention import context
+    from keepwarm.trainer.model.attention import context
 
     x = torch.randn(2, 8, 32)
     seen = context(model._rotation_of(8, None, x), 8, x.device, None, None)

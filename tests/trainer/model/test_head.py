@@ -5,10 +5,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from parallel.targets import IGNORED
+from keepwarm.parallel.targets import IGNORED
+from keepwarm.trainer.model.head import Head
 from tests.support.models import losses_of
 from tests.support.ranks import run_ranks
-from trainer.model.head import Head
 
 HIDDEN, VOCABULARY = 24, 88
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.hf_models import CASES, hf_model
-from tests.support.huggingface_oracle import rearranged
+from keepwarm.trainer.errors import SpecError
+from keepwarm.trainer.model.decoder import Decoder
+from keepwarm.trainer.model.huggingface_config import model_spec_from_hf_config
+from tests.support.foreign.hf_models import CASES, hf_model
+from tests.support.foreign.huggingface_oracle import rearranged
 from tests.support.models import load_parameters
-from trainer.errors import SpecError
-from trainer.model.decoder import Decoder
-from trainer.model.huggingface_config import model_spec_from_hf_config
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

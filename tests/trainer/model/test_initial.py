@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.model.decoder import Decoder
-from trainer.model.initial import normal
-from trainer.model.spec import InitSpec, ModelSpec
+from keepwarm.trainer.model.decoder import Decoder
+from keepwarm.trainer.model.initial import normal
+from keepwarm.trainer.model.spec import InitSpec, ModelSpec
 
 SHAPES = [(1, 1), (7, 5), (300, 24), (33, 4096), (3, 5000), (2, 8193), (5000, 1)]
 """Narrow, wide, and on both sides of what fits into a tile."""

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from keepwarm.trainer.model.norm import RMSNorm
 from tests.support.ranks import run_ranks
-from trainer.model.norm import RMSNorm
 
 FEATURES = 24
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from parallel.spec import ParallelSpec
+from keepwarm.parallel.spec import ParallelSpec
+from keepwarm.trainer.continual.lineage import describe
+from keepwarm.trainer.convert.huggingface.exporter import model_spec_of
+from keepwarm.trainer.convert.native import NativeCheckpoint
+from keepwarm.trainer.errors import CheckpointError, SpecError
+from keepwarm.trainer.model.decoder import Decoder
+from keepwarm.trainer.model.spec import ModelSpec
+from keepwarm.trainer.surgery.__main__ import app
 from tests.support.layouts import Case, whole_state, write_checkpoint
 from tests.support.models import load_parameters
-from trainer.convert.native import NativeCheckpoint
-from trainer.convert.to_huggingface import model_spec_of
-from trainer.errors import CheckpointError, SpecError
-from trainer.lineage import describe
-from trainer.model.decoder import Decoder
-from trainer.model.spec import ModelSpec
-from trainer.surgery.__main__ import app
 
 LLAMA = ModelSpec(
     layers=2, hidden_size=24, heads=4, kv_heads=2, ffn_size=20, vocabulary_size=40, max_sequence_length=16

@@ -1,0 +1,319 @@
+"""The snapshot agent of one node: `python -P -m keepwarm.ft.agent CONFIG.json`.
+
+The shell around `keepwarm.ft.protocol.step`: it owns the sockets, the memory, the threads and the clock, hands events
+to the pure protocol one at a time and has the effects carried out. It decides nothing about snapshots.
+"""
+
+import collections
+import dataclasses
+import os
+import selectors
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from keepwarm.ft.agent import status as agent_status
+from keepwarm.ft.agent import worker_sessions
+from keepwarm.ft.agent.durable_writer import DurableWriter
+from keepwarm.ft.agent.effects import Effects, Parts
+from keepwarm.ft.agent.encoder import Encoder
+from keepwarm.ft.agent.inbox import Inbox
+from keepwarm.ft.agent.log import Journal
+from keepwarm.ft.agent.outbox import Outbox
+from keepwarm.ft.agent.peers import PeerLinks
+from keepwarm.ft.agent.recovery_election import RecoveryElection
+from keepwarm.ft.agent.remote_reads import Reads
+from keepwarm.ft.agent.repair import Repair
+from keepwarm.ft.agent.restores import RestoreAnswers
+from keepwarm.ft.agent.scrubber import Scrub
+from keepwarm.ft.agent.shell import Arrived
+from keepwarm.ft.agent.worker_sessions import Session, WorkerSessions
+from keepwarm.ft.agent.workpool import WorkPool
+from keepwarm.ft.codec.reed_solomon import Codec
+from keepwarm.ft.discovery import config as agent_config
+from keepwarm.ft.discovery.config import AgentConfig, AgentExit
+from keepwarm.ft.discovery.registry import Registry
+from keepwarm.ft.discovery.runtime_folder import clear, sweep, take_lock
+from keepwarm.ft.errors import AgentError, FtError, MemoryTooSmall
+from keepwarm.ft.memory.buffers import Memory, Shape
+from keepwarm.ft.protocol import events
+from keepwarm.ft.protocol.messages import (
+    Attached,
+    Cancel,
+    Decode,
+    Fetch,
+    Hello,
+    Inventory,
+    InventoryRequest,
+    Open,
+    Read,
+    Restore,
+    Save,
+    Seal,
+    StatusRequest,
+    Wire,
+)
+from keepwarm.ft.protocol.state import Geometry, State, initial
+from keepwarm.ft.protocol.step import step
+from keepwarm.ft.transport.auth import load_secret, nonce
+from keepwarm.ft.transport.link import Credentials, Link
+from keepwarm.ft.transport.network import Network, NetworkLimits
+
+TICK = 0.05
+SLOT_POLL_INTERVAL_S = 0.25
+"""How often an agent without workers checks that it still owns its slot, in seconds."""
+FAREWELL = 60.0
+"""Seconds that an agent which was asked to end leaves its workers to save and end."""
+
+
+class Agent:
+    """The agent of one slot, which implements `keepwarm.ft.agent.shell.Shell` for its parts and listens to its workers.
+
+    Its memory is one incarnation of the slot's.
+    """
+
+    def __init__(self, config: AgentConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        """Take the memory and open the sockets. Raises `AgentError` when the slot's agent runs already."""
+        self.config, self.clock = config, clock
+        self.folder = agent_config.private_folder(Path(config.folder))
+        self._lock = take_lock(self.folder)
+        self.registry = Registry(Path(config.shared))
+        self.journal = Journal(self.registry.folder / f"agent-{config.slot}.log", slot=config.slot)
+        for left in sweep(self.folder.parent, self.folder):
+            self.journal.write("info", "removed what a killed agent left", folder=left)
+        secret, durable = load_secret(Path(config.secret)), config.durable is not None
+        self.state: State = initial(config.run, config.slot, time.time_ns(), config.topology, durable=durable)
+        group = self.state.group
+        self.codec = Codec(group.data, group.parity, kernel=config.kernel)
+        shape = Shape.of(config.state_bytes, config.bucket_bytes, group)
+        buffers = {"data_buffers": self.state.data_buffers, "parity_buffers": self.state.parity_buffers}
+        self.memory = Memory(shape, config.slot, **buffers)
+        self.selector = selectors.DefaultSelector()
+        self.pool = WorkPool(self.selector, config.threads)
+        self.outbox = Outbox()
+        self._events: collections.deque[tuple[events.Event, Arrived | None]] = collections.deque()
+        self._dispatching = False
+        self.inbox = Inbox(self)
+        self.repair = Repair(self)
+        self.reads = Reads(self)
+        self.election = RecoveryElection(self)
+        self.scrub = Scrub(self)
+        self.durable = DurableWriter(self, config.durable) if config.durable is not None else None
+        self.peers = PeerLinks(self, self.inbox, self.repair, self.reads, self.election)
+        self.network, self.sessions = self._open_sockets(secret)
+        self.restores = RestoreAnswers(self, self.sessions)
+        self.commits = agent_status.CommitTimes()
+        parts = Parts(
+            sessions=self.sessions, encoder=Encoder(self), repair=self.repair, reads=self.reads,
+            restores=self.restores, election=self.election, durable=self.durable, commits=self.commits,
+        )  # fmt: skip
+        self._effects = Effects(self, parts)
+        self.registry.publish(config.slot, self.network.address, self.state.incarnation)
+        self.connect_peers(everyone=False)
+        self._ended = ""
+        self._next_look = 0.0
+        self._leaves: tuple[str, float] | None = None
+        """The signal that asked this agent to end, and when."""
+        self.journal.write("info", "started", pid=os.getpid(), bytes=self.memory.bytes, address=self.network.address)
+
+    def _open_sockets(self, secret: bytes) -> tuple[Network, WorkerSessions]:
+        config, incarnation = self.config, self.state.incarnation
+        hello = Hello(role="agent", run=config.run, slot=config.slot, epoch=0, incarnation=incarnation, nonce=nonce())
+        to_peers = Credentials(hello=hello, secret=secret, roles=Network.ROLES)
+        network = Network(
+            self.selector, self.peers, to_peers, bind=(config.host, config.port), resolve=self.registry.resolve,
+            limits=NetworkLimits(payload=config.bucket_bytes, rate=config.rate, silence=config.silence),
+        )  # fmt: skip
+        to_workers = dataclasses.replace(to_peers, roles=worker_sessions.ROLES)
+        return network, WorkerSessions(self.selector, config.socket, to_workers, self.memory, self, self.journal)
+
+    # ---- from start to end
+
+    def run(self) -> str:
+        """Serve until the job ends, the lease runs out or SIGTERM comes; returns why.
+
+        Batch systems signal every process of a job. What they say is meant for those who train and are about to save:
+        asked to end, an agent does so once its workers have left and what they gave it is on disk.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._asked)
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+        next_tick = 0.0
+        while not self._ended:
+            for key, mask in self.selector.select(TICK):
+                if not self._ended:
+                    key.data.ready(mask)
+            now = self.clock()
+            if now >= next_tick:
+                next_tick = now + TICK
+                self._tick(now)
+        return self._ended
+
+    def end(self, reason: str) -> None:
+        self._ended = reason
+
+    def _asked(self, number: int, frame: FrameType | None) -> None:
+        self._leaves = self._leaves or (signal.Signals(number).name, self.clock())
+
+    def close(self) -> None:
+        """Leave nothing behind: sockets, endpoint, folder and, with the last mapping, the memory."""
+        self.journal.write("info", "ended", reason=self._ended)
+        if self.durable is not None:
+            self.durable.close()
+        self.sessions.close()
+        self.network.close()
+        self.pool.close()
+        self.selector.close()
+        self.memory.close()
+        self.registry.withdraw(self.config.slot, self.state.incarnation)
+        clear(self.folder, self._lock)
+        self.journal.close()
+
+    def _tick(self, now: float) -> None:
+        self.network.tick(now)
+        self.sessions.tick(now)
+        self.peers.tick(now)
+        self.repair.tick(now)
+        self.election.tick(now)
+        self.scrub.tick(now)
+        busy = self.durable is not None and self.durable.busy
+        over = self.sessions.ended and not self.sessions.workers
+        unneeded = now - self.sessions.last_seen > self.config.lease
+        if self.durable is not None and (over or unneeded) and not self.network.links:
+            self.durable.abandon()
+        if over and not busy:
+            self.end("end of the job")
+        elif self._leaves and ((not self.sessions.workers and not busy) or now - self._leaves[1] > FAREWELL):
+            self.end(self._leaves[0])
+        elif unneeded and not busy:
+            self.end(f"no process has needed this agent for {self.config.lease:g} s")
+        elif not self.sessions.workers and now >= self._next_look:
+            self._next_look = now + SLOT_POLL_INTERVAL_S
+            endpoint = self.registry.endpoint(self.config.slot)
+            if endpoint is not None and endpoint.incarnation > self.state.incarnation:
+                # Its supervisor has died. Peers that stay connected with this agent would not meet the other one.
+                self.end("the slot has another agent, on another node")
+
+    def connect_peers(self, *, everyone: bool) -> None:
+        self.peers.connect(everyone=everyone)
+
+    # ---- the protocol
+
+    def dispatch(self, event: events.Event, arrived: Arrived | None = None) -> None:
+        """Handle one event after the other, and of each all effects before the next; `arrived` belongs to `event`."""
+        self._events.append((event, arrived))
+        if self._dispatching:
+            return
+        self._dispatching = True
+        try:
+            while self._events:
+                event, arrived = self._events.popleft()
+                self.state, effects = step(self.state, event)
+                for effect in effects:
+                    self._effects.carry_out(effect, arrived)
+        finally:
+            self._dispatching = False
+
+    def route(self, sender: int, incarnation: int, message: Any) -> None:
+        """Handle a message of an agent, this one included."""
+        if isinstance(message, (Decode, Fetch, Read)):
+            self.election.catch_up(message.epoch)
+        if isinstance(message, Inventory):
+            self.election.inventory(message)
+        elif isinstance(message, InventoryRequest):
+            self.election.asked(sender, message)
+        elif isinstance(message, Read):
+            self.reads.for_peer(sender, message)
+        else:
+            self.dispatch(events.Received(sender, incarnation, message))
+            self.election.heard(message)
+
+    # ---- SessionHandler of the processes of this node
+
+    def configured(self, geometry: Geometry) -> Attached:
+        self.dispatch(events.Configured(geometry))
+        shape = self.memory.shape
+        return Attached(
+            epoch=max(self.state.epoch, self.registry.newest_epoch()),
+            buffers=len(self.memory.data),
+            buffer_bytes=shape.data_bytes,
+            bucket_bytes=shape.bucket_bytes,
+            first=0,
+        )
+
+    def worker_lost(self, worker: int) -> None:
+        self.dispatch(events.WorkerLost(worker))
+
+    def session_drained(self, link: Link) -> None:
+        self.outbox.drained(link)
+
+    def session_lost(self, link: Link) -> None:
+        self.outbox.forget(link)
+        self.inbox.forget(link)
+
+    def worker_message(self, session: Session, message: Wire) -> None:
+        if isinstance(message, StatusRequest):
+            status = agent_status.status(self, self.sessions, self.commits, self.scrub, self.durable)
+            session.link.send(status)
+        elif isinstance(message, Restore) and session.role == "supervisor":
+            self.election.begin(message.epoch)
+        elif isinstance(message, Save) and session.role == "supervisor":
+            if self.durable is not None:
+                self.durable.save(message.epoch)
+        elif session.attach is None or not session.attached:
+            session.link.close(f"{type(message).__name__} before it was attached")
+        elif isinstance(message, Restore):
+            session.waits_for_epoch = message.epoch
+            if message.epoch > self.state.epoch:
+                self.election.begin(message.epoch)
+            self.restores.answer()
+        elif isinstance(message, Read):
+            self.reads.for_worker(session.link, message)
+        elif (event := _event(session.attach.worker, message)) is not None:
+            self.dispatch(event)
+        else:
+            session.link.close(f"{type(message).__name__} is not for agents")
+
+
+def _event(worker: int, message: Wire) -> events.Event | None:
+    """What a worker's message is to the protocol; None when it is none of its messages."""
+    match message:
+        case Open(snapshot=snapshot, wait=wait):
+            return events.WorkerOpened(worker, snapshot, wait)
+        case Seal(snapshot=snapshot, sums=sums):
+            return events.WorkerSealed(worker, snapshot, sums)
+        case Cancel(snapshot=snapshot):
+            return events.WorkerCancelled(worker, snapshot)
+    return None
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        print("usage: python -P -m keepwarm.ft.agent CONFIG.json", file=sys.stderr)
+        return AgentExit.BAD_CONFIG
+    try:
+        agent = Agent(agent_config.load(Path(arguments[0])))
+    except AgentError as error:
+        print(error, file=sys.stderr)
+        return AgentExit.TAKEN
+    except FtError as error:
+        print(error, file=sys.stderr)
+        return AgentExit.MEMORY_TOO_SMALL if isinstance(error, MemoryTooSmall) else AgentExit.BAD_CONFIG
+    try:
+        agent.run()
+    except Exception as error:
+        agent.journal.write("error", "a defect ends this agent", error=repr(error))
+        agent.end(f"defect: {error!r}")
+        raise
+    finally:
+        agent.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,88 @@
+"""The agents of other slots: with whom to stay connected, and which part of this agent handles what they send."""
+
+from keepwarm.ft.agent.inbox import Inbox, strand
+from keepwarm.ft.agent.recovery_election import RecoveryElection
+from keepwarm.ft.agent.remote_reads import Reads
+from keepwarm.ft.agent.repair import Repair
+from keepwarm.ft.agent.shell import Shell
+from keepwarm.ft.protocol import events
+from keepwarm.ft.protocol.messages import READ_STRIPE, Bucket, Part, Wire
+from keepwarm.ft.transport.link import Link
+
+
+class PeerLinks:
+    """The handler of the links to other agents."""
+
+    def __init__(self, shell: Shell, inbox: Inbox, repair: Repair, reads: Reads, election: RecoveryElection) -> None:
+        self._shell, self._inbox, self._repair, self._reads, self._election = shell, inbox, repair, reads, election
+        self._missing: dict[int, float] = {}
+
+    @property
+    def _near(self) -> set[int]:
+        """The group and the neighbours in the tree: without them nothing is committed."""
+        return {*self._shell.state.group.members, *self._shell.state.topology.neighbours(self._shell.config.slot)}
+
+    def connect(self, *, everyone: bool) -> None:
+        """Stay connected with the slots that commits, repairs and reads need; with `everyone`, with all slots."""
+        network, slots = self._shell.network, self._shell.state.topology.slots
+        needed = self._reads.awaited | self._repair.awaited
+        network.set_peers(range(slots) if everyone else self._near | needed | network.links.keys(), needed)
+
+    def tick(self, now: float) -> None:
+        """Tell the protocol of slots that commits need and that have been away for long."""
+        missing = self._near - self._shell.network.links.keys() - {self._shell.config.slot}
+        self._missing = {slot: self._missing.get(slot, now) for slot in missing}
+        for slot, since in self._missing.items():
+            if now - since > self._shell.config.silence and slot not in self._shell.state.away:
+                self._shell.dispatch(events.PeerAway(slot))
+
+    # ---- Handler
+
+    def connected(self, link: Link) -> None:
+        self._shell.network.opened(link)
+        if not link.closed and link.theirs is not None:
+            self._shell.journal.write("info", "connected", peer=link.slot)
+            self._shell.dispatch(events.PeerConnected(link.slot, link.theirs.incarnation))
+            self._election.connected(link.slot)
+            self._repair.connected(link.slot)
+            self._reads.connected(link.slot)
+
+    def lost(self, link: Link, reason: str) -> None:
+        slot = link.theirs.slot if link.theirs is not None else -1
+        self._shell.outbox.forget(link)
+        self._inbox.forget(link)
+        self._shell.network.forget(link)
+        self._shell.journal.write("warning", "lost a peer", peer=slot, reason=reason)
+        if slot not in self._shell.network.links:
+            self._shell.dispatch(events.PeerLost(slot))
+            self._election.lost(slot)
+
+    def refused(self, link: Link, reason: str) -> None:
+        self._shell.network.forget(link)
+        if not link.dialled:
+            self._shell.journal.write("warning", "refused a connection", peer=link.label, reason=reason)
+
+    def target(self, link: Link, message: Wire, size: int) -> memoryview | None:
+        if isinstance(message, Part):
+            if message.stripe == READ_STRIPE:
+                return self._reads.target(message, size)
+            self._election.catch_up(message.epoch)
+            return self._repair.target(message, size)
+        return self._inbox.target(link, size) if isinstance(message, Bucket) else None
+
+    def received(self, link: Link, message: Wire, payload: memoryview | None) -> None:
+        assert link.theirs is not None
+        sender, incarnation = link.slot, link.theirs.incarnation
+        if isinstance(message, Bucket) and payload is not None:
+            self._inbox.received(link, message, payload)
+        elif isinstance(message, Part):
+            (self._reads if message.stripe == READ_STRIPE else self._repair).part(message, payload)
+        elif self._shell.pool.busy(strand(link)):
+            self._shell.pool.order(
+                strand(link), lambda: None, lambda _: self._shell.route(sender, incarnation, message)
+            )
+        else:
+            self._shell.route(sender, incarnation, message)
+
+    def drained(self, link: Link) -> None:
+        self._shell.outbox.drained(link)

@@ -1,0 +1,202 @@
+"""How agents settle what an epoch restores: inventories go to the lowest living slot, its choice is written once.
+
+Whatever is written first in the shared folder stands, whoever wrote it. It also says who decodes what, and every agent
+reads it there: a message only tells that it is time to.
+"""
+
+from typing import Any
+
+from keepwarm.ft.agent.scrubber import verify_all
+from keepwarm.ft.agent.shell import Shell
+from keepwarm.ft.discovery.registry import Choice
+from keepwarm.ft.protocol import events, recovery
+from keepwarm.ft.protocol.messages import Decision, Inventory, InventoryRequest
+from keepwarm.ft.protocol.state import Mode
+
+SETTLE_POLL_INTERVAL_S = 0.3
+"""Seconds between looks at the shared folder while an epoch is not settled."""
+CONNECTED_GRACE = 5.0
+"""Seconds that the choice waits for a connected agent whose answer could not change it: left out, it would need
+another epoch to take part again. They begin when the chooser has verified its own memory, and as long as that took is
+added: verifying another agent's memory takes about as long, and whoever were slower would never be waited for."""
+KNOWN_GRACE = 0.5
+"""The same for an agent that has published where it listens and is not connected (yet)."""
+
+
+class RecoveryElection:
+    """One epoch at a time: ask, collect, choose, tell."""
+
+    def __init__(self, shell: Shell) -> None:
+        self._shell = shell
+        self._epoch = 0
+        self._asked: set[int] = set()
+        self._inventories: dict[int, Inventory] = {}
+        self._began = self._verified_at = self._deadline = 0.0
+        self._next_look = 0.0
+        self._decision: Decision | None = None
+        self.choice: Choice | None = None
+        """Of the present epoch, once it was read: the decision may be known before."""
+        self._wanted: str = ""
+        self._ready = False
+
+    # ---- beginning
+
+    def begin(self, epoch: int) -> None:
+        """A worker, a supervisor or the protocol begins an epoch; nothing when it has begun already."""
+        self._shell.dispatch(events.EpochAdvanced(epoch))
+
+    def request(self, reason: str) -> None:
+        """The protocol needs the next epoch to go on; asked for once, at the next tick."""
+        if not self._wanted:
+            self._shell.journal.write("info", "a new epoch is needed", reason=reason)
+        self._wanted = reason
+
+    def began(self, epoch: int) -> None:
+        """The protocol has begun an epoch: verify the memory, then take part in the choice."""
+        shell = self._shell
+        self._epoch, self._decision, self.choice, self._wanted = epoch, None, None, ""
+        self._inventories, self._asked, self._ready = {}, set(), False
+        self._began = self._shell.clock()
+        self._deadline = self._began + shell.config.inventory_deadline
+        shell.connect_peers(everyone=True)
+        for link in shell.network.links.values():
+            link.send(InventoryRequest(epoch=epoch))  # tells them of the epoch; the answer matters to the chooser
+        verify_all(shell, lambda: self._verified(epoch))
+
+    def _verified(self, epoch: int) -> None:
+        if epoch == self._epoch:
+            self._ready, self._verified_at = True, self._shell.clock()
+            self._deadline = max(self._deadline, self._patience(CONNECTED_GRACE))
+            shell = self._shell
+            for slot in self._asked:
+                incarnation = shell.state.incarnation if slot == shell.config.slot else self._incarnation(slot)
+                shell.dispatch(events.Received(slot, incarnation, InventoryRequest(epoch=epoch)))
+            self._asked.clear()
+            shell.dispatch(events.Received(shell.config.slot, shell.state.incarnation, InventoryRequest(epoch=epoch)))
+
+    def asked(self, sender: int, request: InventoryRequest) -> None:
+        """Someone wants this agent's inventory: it gets it once the memory has been verified."""
+        if request.epoch > self._shell.state.epoch:
+            self.begin(request.epoch)
+        if request.epoch != self._epoch:
+            return
+        if self._ready:
+            self._shell.dispatch(events.Received(sender, self._incarnation(sender), request))
+        else:
+            self._asked.add(sender)
+
+    def connected(self, slot: int) -> None:
+        link = self._shell.network.links.get(slot)
+        if link is None or not self._epoch:
+            return
+        if self._decision is None:
+            link.send(InventoryRequest(epoch=self._epoch))
+        else:
+            link.send(self._decision)
+
+    def lost(self, slot: int) -> None:
+        """What an agent said counts while it is there: it may come back with an empty memory, or not at all."""
+        if self._decision is None:
+            self._inventories.pop(slot, None)
+
+    def catch_up(self, epoch: int) -> None:
+        """A peer acts on a decision that has not come over its own link yet: read it where it was written first."""
+        shell = self._shell
+        if epoch < shell.state.epoch or (epoch == self._epoch and self.choice is not None):
+            return
+        written = shell.registry.choice(epoch)
+        if written is not None:
+            self.begin(epoch)
+            self._decided(written)
+
+    # ---- collecting and choosing
+
+    def inventory(self, inventory: Inventory) -> None:
+        if inventory.epoch == self._epoch:
+            self._inventories[inventory.slot] = inventory
+            self._choose(self._shell.clock())
+
+    def tick(self, now: float) -> None:
+        shell = self._shell
+        # One epoch is settled before the next: also by an agent that the choice left out, which stays RECOVERING.
+        if self._wanted and (shell.state.mode is not Mode.RECOVERING or self._decision is not None):
+            self.begin(max(shell.state.epoch, shell.registry.newest_epoch()) + 1)
+        if not self._epoch or self.choice is not None or now < self._next_look:
+            return
+        self._next_look = now + SETTLE_POLL_INTERVAL_S
+        written = shell.registry.choice(self._epoch)
+        if written is not None:
+            self._decided(written)
+        elif self._decision is None:
+            self._choose(now)
+
+    def _choose(self, now: float) -> None:
+        """The lowest slot that is connected chooses; others do when it stays silent past the deadline."""
+        shell = self._shell
+        first = min([shell.config.slot, *shell.network.links]) == shell.config.slot
+        late = now > self._deadline + (0.0 if first else shell.config.inventory_deadline)
+        if self._decision is not None or not self._ready or not (first or late):
+            return
+        topology = shell.state.topology
+        if self._unheard(now):
+            return
+        expected = range(topology.slots)
+        answer = recovery.choose(self._inventories, topology.groups, expected, now > self._deadline)
+        if isinstance(answer, recovery.Wait):
+            return
+        snapshot = answer.snapshot if isinstance(answer, recovery.Choice) else None
+        if isinstance(answer, recovery.FallBack):
+            reason = self._whole_reason(answer.reason)
+            shell.registry.explain(self._epoch, reason)
+            shell.journal.write("info", "nothing in memory is restored", epoch=self._epoch, reason=reason)
+        incarnations = tuple(
+            self._inventories[slot].incarnation if slot in self._inventories else 0 for slot in range(topology.slots)
+        )
+        present = [slot for slot, incarnation in enumerate(incarnations) if incarnation]
+        orders = recovery.plan(self._inventories, topology.groups, snapshot, self._epoch, present) if snapshot else ()
+        decision = Decision(epoch=self._epoch, snapshot=snapshot, incarnations=incarnations)
+        choice = shell.registry.choose(Choice(decision=decision, orders=orders))
+        for link in shell.network.links.values():
+            link.send(choice.decision)
+        self._decided(choice)
+
+    def _whole_reason(self, reason: str) -> str:
+        """With that of the epoch before, when it had nothing to restore and so gave up what was left."""
+        registry = self._shell.registry
+        before = registry.newest_epoch()
+        choice = registry.choice(before)
+        if not reason.startswith(recovery.NOTHING_HELD) or choice is None or choice.decision.snapshot is not None:
+            return reason
+        earlier = registry.reason(before)
+        return earlier if earlier.startswith(recovery.NOTHING_HELD) else f"{reason}; in epoch {before}: {earlier}"
+
+    def _unheard(self, now: float) -> bool:
+        """Whether agents that can be expected to answer at once have not."""
+        registry, links = self._shell.registry, self._shell.network.links
+        missing = set(range(self._shell.state.topology.slots)) - self._inventories.keys()
+        if now < self._patience(CONNECTED_GRACE) and missing & links.keys():
+            return True
+        return now < self._patience(KNOWN_GRACE) and any(registry.endpoint(slot) is not None for slot in missing)
+
+    def _patience(self, grace: float) -> float:
+        """Until when an answer that could not change the choice is waited for."""
+        return self._verified_at + (self._verified_at - self._began) + grace
+
+    def _decided(self, choice: Choice) -> None:
+        """The choice is read: it is in force wherever it can be, and its orders are followed."""
+        self._decision, self.choice = choice.decision, choice
+        self._shell.dispatch(events.PlanRead(choice.decision, choice.orders))
+        self._shell.connect_peers(everyone=False)
+
+    def heard(self, message: Any) -> None:
+        """A decision that a peer sent ends the election here as well; its orders are read from the folder."""
+        if not isinstance(message, Decision) or message.epoch != self._epoch:
+            return
+        if self._decision is None:
+            self._decision = message
+            self._shell.connect_peers(everyone=False)
+        self.catch_up(message.epoch)
+
+    def _incarnation(self, slot: int) -> int:
+        link = self._shell.network.links.get(slot)
+        return link.theirs.incarnation if link is not None and link.theirs is not None else 0

@@ -1,0 +1,42 @@
+"""Answers to the workers that ask what an epoch restores, once that is decided and this node has it whole."""
+
+from keepwarm.ft.agent.shell import Shell
+from keepwarm.ft.agent.worker_sessions import WorkerSessions
+from keepwarm.ft.protocol import events
+from keepwarm.ft.protocol.messages import Restored
+from keepwarm.ft.protocol.state import Copy
+
+
+class RestoreAnswers:
+    """Workers wait in their sessions (`waits_for_epoch`); `answer` is called whenever that may have an end."""
+
+    def __init__(self, shell: Shell, sessions: WorkerSessions) -> None:
+        self._shell, self._sessions = shell, sessions
+
+    def answer(self) -> None:
+        state = self._shell.state
+        waiting = [each for each in self._sessions.workers.values() if each.waits_for_epoch is not None]
+        if not waiting or not state.restorable:
+            return
+        message = self._answer()
+        for session in waiting:
+            if message is not None and session.waits_for_epoch is not None and session.waits_for_epoch <= state.epoch:
+                session.waits_for_epoch = None
+                session.link.send(message)
+
+    def _answer(self) -> Restored | None:
+        shell, state = self._shell, self._shell.state
+        if state.decided is None:
+            return Restored(epoch=state.epoch, snapshot=None, text=shell.registry.reason(state.epoch))
+        copy = state.copy(state.decided)
+        if copy is None or copy.data is None:
+            reason = f"what epoch {state.epoch} decided on has been replaced, and a worker asks for it"
+            shell.dispatch(events.EpochNeeded(state.epoch, reason))
+            return None
+        sums = _bucket_sums(copy, state.slot)
+        return Restored(epoch=state.epoch, snapshot=state.decided, buffer=copy.data, sums=sums)
+
+
+def _bucket_sums(copy: Copy, slot: int) -> tuple[int, ...]:
+    """Checksums of all buckets of a copy's data buffer, on its own node `slot`."""
+    return tuple(value for stripe in copy.group.data_stripes(slot) for value in copy.chunk_sums(slot, stripe))

@@ -1,0 +1,79 @@
+"""What an agent tells about itself (`keepwarm.ft.discovery.status`), and the times of its last commits."""
+
+import collections
+import dataclasses
+import os
+
+import psutil
+
+from keepwarm.ft.agent.durable_writer import DurableWriter
+from keepwarm.ft.agent.scrubber import Scrub
+from keepwarm.ft.agent.shell import Shell
+from keepwarm.ft.agent.worker_sessions import WorkerSessions
+from keepwarm.ft.discovery.status import Commit, Held, Status
+from keepwarm.ft.protocol.messages import SnapshotId
+from keepwarm.ft.protocol.state import Copy
+
+REMEMBERED = 32
+"""Commits whose times are kept."""
+
+
+class CommitTimes:
+    """Seconds from the first grant of a snapshot on this node to its commit."""
+
+    def __init__(self) -> None:
+        self._begun: dict[SnapshotId, float] = {}
+        self.last: collections.deque[Commit] = collections.deque(maxlen=REMEMBERED)
+
+    def granted(self, snapshot: SnapshotId, now: float) -> None:
+        self._begun.setdefault(snapshot, now)
+
+    def committed(self, snapshot: SnapshotId, now: float) -> float:
+        """Return the seconds that the snapshot took; 0 when no worker of this node had a part in it."""
+        seconds = now - self._begun.pop(snapshot, now)
+        self.last.append(Commit(epoch=snapshot.epoch, step=snapshot.step, committed=seconds))
+        return seconds
+
+    def forget(self, snapshot: SnapshotId) -> None:
+        self._begun.pop(snapshot, None)
+
+
+def status(
+    shell: Shell, sessions: WorkerSessions, commits: CommitTimes, scrub: Scrub, durable: DurableWriter | None
+) -> Status:
+    """Return what `keepwarm snapshots` shows."""
+    state, memory = shell.state, shell.memory
+    process = psutil.Process().memory_info()
+    return Status(
+        run=state.run,
+        slot=state.slot,
+        pid=os.getpid(),
+        incarnation=state.incarnation,
+        epoch=state.epoch,
+        mode=state.mode.value,
+        group=state.group.members,
+        parity=state.group.parity,
+        peers=tuple(sorted(shell.network.links)),
+        workers=tuple(sorted(sessions.workers)),
+        buffers=len(memory.data),
+        buffer_bytes=memory.shape.data_bytes,
+        memory_bytes=memory.bytes,
+        resident_bytes=process.rss - process.shared,
+        held=tuple(_held(copy) for copy in state.copies),
+        committed=state.committed.age if state.committed is not None else None,
+        commits=tuple(commits.last),
+        durable=dataclasses.asdict(durable.report) if durable is not None else {},
+        scrub={"checked": scrub.checked, "damaged": scrub.damaged},
+    )
+
+
+def _held(copy: Copy) -> Held:
+    return Held(
+        epoch=copy.snapshot.epoch,
+        step=copy.snapshot.step,
+        layout=copy.snapshot.layout,
+        phase=copy.phase.value,
+        data=copy.data,
+        parity=copy.parity,
+        chunks={stripe: f"{record.digest:016x}" for stripe, record in sorted(copy.good.items())},
+    )

@@ -1,0 +1,277 @@
+"""The processes of this node that talk to the agent: workers with a part of the buffers, supervisors and onlookers.
+
+They come over a 0600 Unix socket in a 0700 folder, must belong to the same user and know the job's secret. A worker
+that leaves without a word may still be able to write into the buffers that it has mapped, so it counts as lost only
+when its process is known to be dead; a process that left its socket and stays is killed.
+"""
+
+import contextlib
+import selectors
+import socket
+import time
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from keepwarm.ft.agent.log import Journal
+from keepwarm.ft.discovery.status import Status
+from keepwarm.ft.errors import AgentError
+from keepwarm.ft.memory.buffers import Memory
+from keepwarm.ft.memory.shared_memory import Holder
+from keepwarm.ft.protocol.messages import Attach, Attached, Farewell, Wire, WorkerMessage
+from keepwarm.ft.protocol.state import Geometry
+from keepwarm.ft.transport.channel import Channel, decoder_of
+from keepwarm.ft.transport.link import Credentials, FarEnd, Link
+
+ROLES = frozenset({"worker", "supervisor", "onlooker"})
+WORKER_EXIT_GRACE_S = 5.0
+"""Seconds that a process may live on after its socket closed, before it is killed."""
+decode = decoder_of(WorkerMessage | Status)
+
+
+class Session:
+    """One process at the socket."""
+
+    def __init__(self, link: Link, holder: Holder) -> None:
+        self.link, self.holder = link, holder
+        self.attach: Attach | None = None
+        self.attached = self.released = False
+        """`released`: it said that it does not touch the buffers any more."""
+        self.left_at: float | None = None
+        self.waits_for_epoch: int | None = None
+
+    @property
+    def role(self) -> str:
+        return self.link.theirs.role if self.link.theirs is not None and self.link.open else ""
+
+
+class SessionHandler(Protocol):
+    """What an agent learns from its sessions. Called from the thread that drives the selector."""
+
+    def configured(self, geometry: Geometry) -> Attached:
+        """All workers of a layout are here; returns what each is told, apart from the place of its part."""
+        ...
+
+    def worker_lost(self, worker: int) -> None:
+        """The worker cannot write into any buffer any more."""
+        ...
+
+    def worker_message(self, session: Session, message: Wire) -> None: ...
+
+    def session_drained(self, link: Link) -> None:
+        """Little is queued on the link: bulk data may follow."""
+        ...
+
+    def session_lost(self, link: Link) -> None: ...
+
+
+class WorkerSessions:
+    """Accepts processes, knows which worker is which, and tells its handler what an agent must know."""
+
+    def __init__(
+        self, selector: selectors.BaseSelector, path: Path, credentials: Credentials, memory: Memory,
+        handler: SessionHandler, journal: Journal,
+    ) -> None:  # fmt: skip
+        """Listen on the Unix socket `path`, which is made; workers that attach are handed the buffers of `memory`."""
+        self._selector, self._path, self._credentials = selector, path, credentials
+        self._memory, self._handler, self._journal = memory, handler, journal
+        self.by_link: dict[Link, Session] = {}
+        self._leaving: list[Session] = []
+        self.last_seen = time.monotonic()
+        self.ended = False
+        """All workers have said that the job is over."""
+        path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._listener.bind(str(path))
+        path.chmod(0o600)
+        self._listener.listen(64)
+        self._listener.setblocking(False)
+        selector.register(self._listener, selectors.EVENT_READ, self)
+
+    # ---- the selector
+
+    def ready(self, mask: int) -> None:
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            connection, _ = self._listener.accept()
+            try:
+                holder = Holder(connection)
+            except AgentError as error:
+                connection.close()
+                self._journal.write("warning", "refused a process on the socket", reason=str(error))
+                return
+            far = FarEnd(label=f"process {holder.pid}", dialled=False)
+            channel = Channel(connection, decode, self._memory.shape.bucket_bytes)
+            link = Link(channel, self._selector, self, self._credentials, far)
+            self.by_link[link] = Session(link, holder)
+
+    def tick(self, now: float) -> None:
+        for link in list(self.by_link):
+            link.tick(now)
+        for session in list(self._leaving):
+            if not session.holder.alive:
+                self._reaped(session)
+            elif session.left_at is not None and now - session.left_at > WORKER_EXIT_GRACE_S:
+                self._journal.write(
+                    "warning", "killing a worker that left its socket and stayed", pid=session.holder.pid
+                )
+                session.holder.kill()
+                session.left_at = now
+        if self.workers or self._leaving or any(session.role == "supervisor" for session in self.by_link.values()):
+            self.last_seen = now
+
+    # ---- Handler
+
+    def connected(self, link: Link) -> None:
+        self.last_seen = time.monotonic()
+
+    def refused(self, link: Link, reason: str) -> None:
+        session = self.by_link.pop(link)
+        if link.channel.received:  # who only looked whether someone answers is no stranger
+            self._journal.write("warning", "refused a process on the socket", pid=session.holder.pid, reason=reason)
+        session.holder.close()
+
+    def lost(self, link: Link, reason: str) -> None:
+        session = self.by_link.pop(link)
+        self._handler.session_lost(link)
+        if session.attach is None or session.released:
+            if session.attach is not None and session.attached:
+                self._handler.worker_lost(session.attach.worker)
+            session.holder.close()
+            self._attach_all()
+            return
+        session.left_at = time.monotonic()
+        self._leaving.append(session)
+        self._selector.register(session.holder.fileno(), selectors.EVENT_READ, _DeathWatch(self))
+        self._journal.write(
+            "info", "a worker has gone", worker=session.attach.worker, pid=session.holder.pid, reason=reason
+        )
+
+    def target(self, link: Link, message: Wire, size: int) -> memoryview | None:
+        return None
+
+    def received(self, link: Link, message: Wire, payload: memoryview | None) -> None:
+        session = self.by_link[link]
+        if isinstance(message, Attach):
+            self._attach(session, message)
+        elif isinstance(message, Farewell):
+            session.released = True
+            if message.reason == END_OF_JOB:
+                self.ended = True
+            link.close(message.reason)
+        else:
+            self._handler.worker_message(session, message)
+
+    def drained(self, link: Link) -> None:
+        self._handler.session_drained(link)
+
+    # ---- workers
+
+    @property
+    def workers(self) -> dict[int, Session]:
+        """Attached workers by their number."""
+        return {g.attach.worker: g for g in self.by_link.values() if g.attach is not None and g.attached}
+
+    def send(self, worker: int, message: Wire) -> None:
+        """Nothing when the worker has gone."""
+        session = self.workers.get(worker)
+        if session is not None:
+            session.link.send(message)
+
+    def send_all(self, message: Wire) -> None:
+        for worker in self.workers:
+            self.send(worker, message)
+
+    def close(self) -> None:
+        self._selector.unregister(self._listener)
+        self._listener.close()
+        for link in list(self.by_link):
+            link.close("the agent is leaving")
+        for session in self._leaving:
+            self._selector.unregister(session.holder.fileno())
+            session.holder.close()
+        self._path.unlink(missing_ok=True)
+
+    def _attach(self, session: Session, attach: Attach) -> None:
+        buffer_buckets, run = self._memory.shape.buckets, self._credentials.hello.run
+        reason = ""
+        if session.role != "worker":
+            reason = f"a {session.role} cannot attach"
+        elif attach.run != run:
+            reason = f"this agent serves run {run!r}, not {attach.run!r}"
+        elif attach.worker >= attach.workers:
+            reason = f"worker {attach.worker} of {attach.workers} cannot be"
+        elif attach.buckets > buffer_buckets:
+            reason = (
+                f"worker {attach.worker} needs {attach.buckets} buckets of {self._memory.shape.bucket_bytes} bytes, "
+                f"a buffer has {buffer_buckets}"
+            )
+        if reason:
+            session.link.send(Farewell(reason=reason))
+            return
+        session.attach, session.attached, self.ended = attach, False, False
+        for other in [*self.by_link.values(), *self._leaving]:
+            if other is not session and other.attach is not None and other.attach.worker == attach.worker:
+                self._journal.write(
+                    "info", "a new process takes a worker's place", worker=attach.worker, pid=other.holder.pid
+                )
+                other.holder.kill()
+        self._attach_all()
+
+    def _attach_all(self) -> None:
+        """Attach the workers of a layout once all of them are here and all former ones are dead."""
+        if any(session.attach is not None for session in self._leaving):
+            return
+        here = [session for session in self.by_link.values() if session.attach is not None]
+        fresh = [session for session in here if not session.attached]
+        if not fresh:
+            return
+        wanted = fresh[-1].attach
+        assert wanted is not None
+        group = {
+            g.attach.worker: g
+            for g in here
+            if g.attach is not None and (g.attach.layout, g.attach.workers) == (wanted.layout, wanted.workers)
+        }
+        if len(group) < wanted.workers:
+            return
+        ordered = [group[worker] for worker in range(wanted.workers)]
+        parts = tuple(g.attach.buckets for g in ordered if g.attach is not None)
+        buffer_buckets = self._memory.shape.buckets
+        if sum(parts) > buffer_buckets:
+            for session in ordered:
+                reason = f"the workers need {' + '.join(map(str, parts))} buckets, a buffer has {buffer_buckets}"
+                session.link.send(Farewell(reason=reason))
+                session.attach = None
+            return
+        geometry = Geometry(layout=wanted.layout, parts=parts, chunk=self._memory.shape.chunk)
+        answer = self._handler.configured(geometry)
+        descriptors = [buffer.descriptor for buffer in self._memory.data]
+        for worker, session in enumerate(ordered):
+            if not session.attached:
+                session.attached = True
+                session.link.send(
+                    msgspec.structs.replace(answer, first=geometry.first(worker)), descriptors=descriptors
+                )
+
+    def _reaped(self, session: Session) -> None:
+        """The process is dead: nobody writes into what it held."""
+        self._leaving.remove(session)
+        self._selector.unregister(session.holder.fileno())
+        session.holder.close()
+        if session.attached and session.attach is not None:
+            self._handler.worker_lost(session.attach.worker)
+        self._attach_all()
+
+
+END_OF_JOB = "end of the job"
+
+
+class _DeathWatch:
+    """A process that was waited for has died."""
+
+    def __init__(self, sessions: WorkerSessions) -> None:
+        self._sessions = sessions
+
+    def ready(self, mask: int) -> None:
+        self._sessions.tick(time.monotonic())

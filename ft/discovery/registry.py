@@ -1,0 +1,88 @@
+"""Where agents find each other and what is decided once per epoch: small files in the folder that all nodes share."""
+
+import contextlib
+from pathlib import Path
+
+import msgspec
+
+from keepwarm.files import atomic_create, atomic_write
+from keepwarm.ft.errors import AgentError
+from keepwarm.ft.protocol.messages import Decision, Decode
+
+AGENTS_FOLDER = "agents"
+"""In the run folder."""
+TEMPLATE_FILE = "template.json"
+"""In the folder of agents: the config that rank 0 gave its agent, from which supervisors start others. Only slot, host
+and runtime folder differ."""
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the agent of a slot listens in its present incarnation."""
+
+    host: str
+    port: int
+    incarnation: int
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """What an epoch restores, and who decodes what for it: (decoder, order).
+
+    One file, so that whoever knows the choice knows the orders, whichever links or agents were lost meanwhile.
+    """
+
+    decision: Decision
+    orders: tuple[tuple[int, Decode], ...] = ()
+
+
+class Registry:
+    """The files: `<slot>.json` says where an agent listens, `choice-<epoch>.json` what that epoch restores."""
+
+    def __init__(self, shared: Path) -> None:
+        self.folder = shared / AGENTS_FOLDER
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def publish(self, slot: int, address: tuple[str, int], incarnation: int) -> None:
+        endpoint = Endpoint(host=address[0], port=address[1], incarnation=incarnation)
+        atomic_write(self.folder / f"{slot}.json", msgspec.json.encode(endpoint), durable=True)
+
+    def withdraw(self, slot: int, incarnation: int) -> None:
+        """Remove the endpoint, unless a later incarnation has published its own."""
+        if (endpoint := self.endpoint(slot)) is not None and endpoint.incarnation == incarnation:
+            (self.folder / f"{slot}.json").unlink(missing_ok=True)
+
+    def endpoint(self, slot: int) -> Endpoint | None:
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            return msgspec.json.decode((self.folder / f"{slot}.json").read_bytes(), type=Endpoint)
+        return None
+
+    def resolve(self, slot: int) -> tuple[str, int] | None:
+        endpoint = self.endpoint(slot)
+        return None if endpoint is None else (endpoint.host, endpoint.port)
+
+    def choose(self, choice: Choice) -> Choice:
+        """Compare-and-set of the choice of an epoch: the first one stands and is returned to everybody."""
+        path = self.folder / f"choice-{choice.decision.epoch}.json"
+        atomic_create(path, msgspec.json.encode(choice))
+        chosen = self.choice(choice.decision.epoch)
+        if chosen is None:
+            raise AgentError(f"{path}: cannot be read back")
+        return chosen
+
+    def newest_epoch(self) -> int:
+        """The highest epoch that was ever decided here; 0 when none was."""
+        names = (path.stem.removeprefix("choice-") for path in self.folder.glob("choice-*.json"))
+        return max((int(name) for name in names if name.isdigit()), default=0)
+
+    def explain(self, epoch: int, reason: str) -> None:
+        """Keep the words of a choice that restores nothing."""
+        atomic_write(self.folder / f"reason-{epoch}.txt", reason.encode(), durable=True)
+
+    def reason(self, epoch: int) -> str:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            return (self.folder / f"reason-{epoch}.txt").read_text()
+        return "no committed snapshot is left in memory"
+
+    def choice(self, epoch: int) -> Choice | None:
+        with contextlib.suppress(OSError):
+            return msgspec.json.decode((self.folder / f"choice-{epoch}.json").read_bytes(), type=Choice)
+        return None

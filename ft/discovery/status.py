@@ -1,0 +1,53 @@
+"""What an agent tells about itself: `keepwarm snapshots` and tests ask for it."""
+
+from typing import Any
+
+import msgspec
+
+from keepwarm.ft.protocol.messages import Wire
+
+
+class Commit(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds from the first grant of a snapshot on this node until it was known to be committed."""
+
+    epoch: int
+    step: int
+    committed: float
+
+
+class Held(msgspec.Struct, frozen=True, kw_only=True):
+    """One snapshot in the agent's memory."""
+
+    epoch: int
+    step: int
+    layout: str
+    phase: str
+    data: int | None
+    parity: int | None
+    chunks: dict[int, str]
+    """Digest of every good chunk by stripe."""
+
+
+class Status(Wire, frozen=True, kw_only=True):
+    """One agent at one moment; sizes in bytes, times in seconds."""
+
+    run: str
+    slot: int
+    pid: int
+    incarnation: int
+    epoch: int
+    mode: str
+    group: tuple[int, ...]
+    parity: int
+    peers: tuple[int, ...]
+    workers: tuple[int, ...]
+    buffers: int
+    buffer_bytes: int
+    memory_bytes: int
+    """In all buffers, data and parity."""
+    resident_bytes: int
+    held: tuple[Held, ...]
+    committed: tuple[int, int] | None
+    commits: tuple[Commit, ...]
+    durable: dict[str, Any]
+    scrub: dict[str, int]

@@ -1,0 +1,213 @@
+"""Durable checkpoints: one safetensors file per rank and a JSON manifest, complete and verified or not there.
+
+A folder `iter_0000100` holds
+
+    rank_00000.safetensors      (or .safetensors.zst)  the pieces of one rank; the header describes each of them
+    manifest.json               identity, free-form `meta`, and checksums of every header and tensor
+
+It is written under a temporary name, synced and renamed, and the file `latest` beside it only ever moves forward in
+(epoch, step). Nothing here is pickled, and no length from a file is believed before it is compared with the file.
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import xxhash
+
+from keepwarm.files import atomic_write, sync_directory
+from keepwarm.ft.errors import DurableError
+from keepwarm.ft.format.manifest import MANIFEST, VERSION, Manifest, read_manifest
+from keepwarm.ft.format.reader import BLOCK, compare, read_header, read_part
+
+LATEST = "latest"
+_REPLACED = "tmp-old-"
+_FINAL = re.compile(r"iter_(\d{7,})")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """Which state a checkpoint holds: step `step` of a run's epoch, in the pieces of a layout."""
+
+    run: str
+    epoch: int
+    step: int
+    layout: str
+
+
+def write_manifest(directory: Path, identity: Identity, *, ranks: int, meta: Mapping[str, Any]) -> Manifest:
+    """Collect the headers of the parts of all `ranks` into the manifest; raises when one is missing or another's."""
+    parts = []
+    for rank in range(ranks):
+        found = sorted(directory.glob(f"rank_{rank:05d}.safetensors*"))
+        if len(found) != 1:
+            raise DurableError(f"{directory}: {len(found)} parts of rank {rank}, needed exactly one")
+        part = read_header(found[0])
+        if part.rank != rank:
+            raise DurableError(f"{found[0]}: was written by rank {part.rank}")
+        parts.append(part)
+    manifest = Manifest(version=VERSION, **asdict(identity), meta=dict(meta), parts=tuple(parts))
+    atomic_write(directory / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=1), durable=True)
+    return manifest
+
+
+def verify(directory: Path, progress: Callable[[int, int], object] | None = None) -> Manifest:
+    """Read every byte of a checkpoint and compare it with the manifest; raises `DurableError` naming the file.
+
+    `progress` is called with the bytes read so far and those of the whole checkpoint.
+    """
+    manifest = read_manifest(directory)
+    done, total = 0, sum(part.data_bytes for part in manifest.parts)
+    # Touched once: fresh memory for every block would cost more than the reading.
+    memory = np.empty(BLOCK, np.uint8)
+    for part in manifest.parts:
+        for entry, blocks in read_part(directory, part, memory):
+            seen = xxhash.xxh3_64()
+            for block in blocks:
+                seen.update(block)
+            compare(directory, part, entry, seen.hexdigest())
+            done += entry.stop - entry.start
+            if progress is not None:
+                progress(done, total)
+    return manifest
+
+
+def folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies once it is published."""
+    return root / f"iter_{step:07d}"
+
+
+def staging(root: Path, epoch: int, step: int, writer: str = "agents") -> Path:
+    """Where it is written before that, the same on every node; agents and workers may write one step at once."""
+    return root / f"tmp-{epoch}-{step}-{writer}"
+
+
+@contextlib.contextmanager
+def _sole_publisher(root: Path) -> Iterator[None]:
+    """One process at a time gives names and takes them away; the kernel ends the claim of one that dies."""
+    descriptor = os.open(root / ".publishing", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def publish(tmp: Path, final: Path) -> bool:
+    """Give a complete checkpoint its name and move `latest` forward to it; the caller has verified it.
+
+    Returns False, and leaves `latest` alone, when a checkpoint of a newer (epoch, step) is the latest already. A
+    checkpoint of the same step from an earlier epoch is replaced.
+    """
+    with _sole_publisher(final.parent):
+        return _publish(tmp, final)
+
+
+def _publish(tmp: Path, final: Path) -> bool:
+    manifest = read_manifest(tmp)
+    sync_directory(tmp)
+    newest = latest(final.parent)
+    if newest is not None:
+        other = read_manifest(newest)
+        forward = (manifest.epoch, manifest.step) >= (other.epoch, other.step)
+        if newest == final and not forward:
+            shutil.rmtree(tmp)
+            return False
+    else:
+        forward = True
+    if final.exists():
+        old = final.with_name(f"{_REPLACED}{final.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        tmp.rename(final)
+        shutil.rmtree(old)
+    else:
+        tmp.rename(final)
+    sync_directory(final.parent)
+    if forward:
+        atomic_write(final.parent / LATEST, f"{final.name}\n".encode(), durable=True)
+    return forward
+
+
+def _undo_replacement(root: Path) -> None:
+    """Give a checkpoint its name back that a killed publisher took away and gave to no other."""
+    replaced = [path for path in root.glob(f"{_REPLACED}*") if (path / MANIFEST).is_file()]
+    if not replaced:
+        return
+    with contextlib.suppress(OSError):
+        descriptor = os.open(root / ".publishing", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            # Whoever holds it is alive and will finish.
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in replaced:
+                final = root / path.name.removeprefix(_REPLACED)
+                if path.exists() and not final.exists():
+                    path.rename(final)
+        finally:
+            os.close(descriptor)
+
+
+def latest(root: Path) -> Path | None:
+    """The newest complete checkpoint: what `latest` names, or the highest (epoch, step) when that file is unusable."""
+    _undo_replacement(root)
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        name = (root / LATEST).read_text().strip()
+        if _FINAL.fullmatch(name) and (root / name / MANIFEST).is_file():
+            return root / name
+    complete = checkpoints(root)
+    return complete[-1] if complete else None
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoints under `root`, ascending in (epoch, step); those with an unreadable manifest are left out."""
+    found = []
+    for path in root.glob("iter_*"):
+        if _FINAL.fullmatch(path.name):
+            with contextlib.suppress(DurableError):
+                manifest = read_manifest(path)
+                found.append(((manifest.epoch, manifest.step), path))
+    return [path for _, path in sorted(found)]
+
+
+def prune(root: Path, keep: int, every: int | None = None) -> list[Path]:
+    """Delete all but the newest `keep` checkpoints and those whose step is a multiple of `every`; returns the deleted.
+
+    What `latest` names is never deleted. Staging folders are left to `sweep`.
+    """
+    if not root.is_dir():
+        return []
+    with _sole_publisher(root):
+        return _prune(root, keep, every)
+
+
+def _prune(root: Path, keep: int, every: int | None) -> list[Path]:
+    names = checkpoints(root)
+    spared = {*names[max(0, len(names) - keep) :], latest(root)}
+    gone = []
+    for path in names:
+        step = read_manifest(path).step
+        if path in spared or (every is not None and step % every == 0):
+            continue
+        # Renamed first: a reader must never meet half of a checkpoint under its final name.
+        doomed = path.with_name(f"tmp-pruned-{path.name}")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+        gone.append(path)
+    return gone
+
+
+def sweep(root: Path) -> list[Path]:
+    """Delete what interrupted writers left; only before anyone writes to `root`."""
+    _undo_replacement(root)
+    left = [path for path in root.glob("tmp-*") if path.is_dir()]
+    for path in left:
+        shutil.rmtree(path)
+    return left

@@ -1,0 +1,205 @@
+"""Parts of a durable checkpoint: one rank's safetensors file, written in blocks and synced."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+import xxhash
+import zstandard
+
+from keepwarm.ft.arrays import Bytes
+from keepwarm.ft.errors import DurableError
+from keepwarm.ft.format.contents import ITEM_SIZE, Piece, as_bytes
+from keepwarm.ft.format.manifest import CHUNK, Entry, Part
+
+_WRITEBACK = 16 << 20
+
+
+class Note(msgspec.Struct, frozen=True, array_like=True):
+    """What a part's header says of a piece."""
+
+    piece: Piece
+    xxh3: str
+    chunks: tuple[str, ...] = ()
+
+
+def write_part(
+    directory: Path, rank: int, tensors: Iterable[tuple[Piece, Any]], *, meta: Mapping[str, str] | None = None,
+    compress: bool = False,
+) -> Part:  # fmt: skip
+    """Write one rank's pieces, each with the contiguous buffer that holds its bytes, and sync the file.
+
+    The caller makes sure that the buffers do not change meanwhile. A part of the same rank is overwritten.
+    """
+    pairs = sorted(tensors, key=lambda pair: (-ITEM_SIZE[pair[0].dtype], pair[0].name))
+    pieces, views = [piece for piece, _ in pairs], {piece.name: as_bytes(buffer) for piece, buffer in pairs}
+    for piece in pieces:
+        if len(views[piece.name]) != piece.bytes:
+            raise DurableError(f"{piece.name}: {len(views[piece.name])} bytes given, its piece has {piece.bytes}")
+    if compress:
+        return _write_compressed(directory, rank, pieces, views, dict(meta or {}))
+    return write_part_blocks(directory, rank, pieces, lambda piece: _blocks(views[piece.name]), meta=meta)
+
+
+def _blocks(view: Bytes) -> Iterator[Any]:
+    for at in range(0, len(view), _WRITEBACK):
+        yield view.data[at : at + _WRITEBACK]
+
+
+def _write_compressed(
+    directory: Path, rank: int, pieces: Sequence[Piece], views: Mapping[str, Bytes], meta: dict[str, str]
+) -> Part:
+    """Nothing can be put before what is compressed already: the sums are computed first."""
+    _check_names(rank, pieces)
+    entries, start = [], 0
+    for piece in pieces:
+        sums = Sums()
+        sums.update(views[piece.name].data)
+        stop = start + piece.bytes
+        entries.append(Entry(piece=piece, start=start, stop=stop, xxh3=sums.whole(), chunks=sums.chunks()))
+        start = stop
+    header = _header(rank, entries, meta)
+    name = f"rank_{rank:05d}.safetensors.zst"
+    packer = zstandard.ZstdCompressor(level=1, write_checksum=True)
+    with _new_part(directory, rank, name) as file, packer.stream_writer(file, closefd=False) as out:
+        out.write(header)
+        under_way = 0
+        for piece in pieces:
+            for block in _blocks(views[piece.name]):
+                out.write(block)
+                under_way = begin_writeback(file, under_way)
+    return _part(name, rank, header, entries)
+
+
+def _check_names(rank: int, pieces: Sequence[Piece]) -> None:
+    if len({piece.name for piece in pieces}) != len(pieces):
+        raise DurableError(f"rank {rank} has two pieces of one name")
+
+
+def write_part_blocks(
+    directory: Path, rank: int, pieces: Sequence[Piece], blocks: Callable[[Piece], Iterable[Any]], *,
+    meta: Mapping[str, str] | None = None,
+) -> Part:  # fmt: skip
+    """`write_part` for pieces larger than memory: `blocks(piece)` gives the bytes of each in turn, in any portions.
+
+    Pieces lie in the file in the order given. A block may be overwritten by its maker once the next one is asked for.
+    """
+    _check_names(rank, pieces)
+    # Sums are known last and stand first: as many characters are kept free for them.
+    unknown = xxhash.xxh3_64_hexdigest(b"")
+    entries, start = [], 0
+    for piece in pieces:
+        chunks = (unknown,) * -(-piece.bytes // CHUNK) if piece.bytes > CHUNK else ()
+        entries.append(Entry(piece=piece, start=start, stop=start + piece.bytes, xxh3=unknown, chunks=chunks))
+        start += piece.bytes
+    name = f"rank_{rank:05d}.safetensors"
+    with _new_part(directory, rank, name) as file:
+        room = len(_header(rank, entries, dict(meta or {})))
+        file.seek(room)
+        under_way = room
+        for index, entry in enumerate(entries):
+            sums, written = Sums(), 0
+            for block in blocks(entry.piece):
+                sums.update(block)
+                file.write(block)
+                written += len(block)
+                under_way = begin_writeback(file, under_way)
+            if written != entry.piece.bytes:
+                raise DurableError(f"{entry.piece.name}: {written} bytes given, its piece has {entry.piece.bytes}")
+            entries[index] = msgspec.structs.replace(entry, xxh3=sums.whole(), chunks=sums.chunks())
+        header = _header(rank, entries, dict(meta or {}))
+        file.seek(0)
+        file.write(header)
+    return _part(name, rank, header, entries)
+
+
+class Sums:
+    """Checksums of a piece whose bytes come in blocks of any size: of all of it and of its chunks."""
+
+    def __init__(self) -> None:
+        self._whole, self._chunk = xxhash.xxh3_64(), xxhash.xxh3_64()
+        self._filled = 0
+        self._chunks: list[str] = []
+
+    def update(self, block: Any) -> None:
+        view = memoryview(block).cast("B") if memoryview(block).nbytes else memoryview(b"")
+        self._whole.update(view)
+        while len(view):
+            part = view[: CHUNK - self._filled]
+            self._chunk.update(part)
+            self._filled += len(part)
+            view = view[len(part) :]
+            if self._filled == CHUNK:
+                self._chunks.append(self._chunk.hexdigest())
+                self._chunk.reset()
+                self._filled = 0
+
+    def whole(self) -> str:
+        return str(self._whole.hexdigest())
+
+    def chunks(self) -> tuple[str, ...]:
+        """As `Entry.chunks` has them."""
+        found = (*self._chunks, self._chunk.hexdigest()) if self._filled else tuple(self._chunks)
+        return found if len(found) > 1 else ()
+
+
+def begin_writeback(file: IO[bytes], start: int) -> int:
+    """Let the disk work on bytes from `start` while more are made; returns from where on there are new ones.
+
+    Without it the disk would idle until the sync at the end, which then takes as long as the writing did.
+    """
+    stop = file.tell()
+    if stop - start < _WRITEBACK or not hasattr(os, "posix_fadvise"):
+        return start
+    file.flush()
+    # Linux writes dirty pages out before it drops them, without waiting.
+    os.posix_fadvise(file.fileno(), start, stop - start, os.POSIX_FADV_DONTNEED)
+    return stop
+
+
+def _header(rank: int, entries: list[Entry], meta: dict[str, str]) -> bytes:
+    table: dict[str, Any] = {
+        "__metadata__": {
+            **meta,
+            "keepwarm.rank": str(rank),
+            "keepwarm.pieces": msgspec.json.encode(
+                {e.piece.name: Note(e.piece, e.xxh3, e.chunks) for e in entries}
+            ).decode(),
+        }
+    }
+    for entry in entries:
+        piece = entry.piece
+        shape = piece.shape if piece.flat is None else (piece.flat[1] - piece.flat[0],)
+        table[piece.name] = {"dtype": piece.dtype, "shape": shape, "data_offsets": (entry.start, entry.stop)}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+@contextlib.contextmanager
+def _new_part(directory: Path, rank: int, name: str) -> Iterator[IO[bytes]]:
+    """A file that takes the place of any part of this rank, and its name, once it is whole and synced."""
+    path = directory / f".{name}"
+    for other in (*directory.glob(f"rank_{rank:05d}.safetensors*"), path):
+        other.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    path.rename(directory / name)
+
+
+def _part(name: str, rank: int, header: bytes, entries: list[Entry]) -> Part:
+    return Part(
+        file=name,
+        rank=rank,
+        header_xxh3=xxhash.xxh3_64_hexdigest(header),
+        header_bytes=len(header),
+        data_bytes=entries[-1].stop if entries else 0,
+        entries=tuple(entries),
+    )

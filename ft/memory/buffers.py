@@ -1,0 +1,121 @@
+"""The agent's buffers by what lies where: data buffers, parity buffers, chunks of stripes, buckets of chunks."""
+
+from dataclasses import dataclass
+
+from keepwarm.ft.arrays import Bytes
+from keepwarm.ft.memory.shared_memory import SharedBuffer, require_memory
+from keepwarm.ft.protocol.state import Group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes that follow from the group and from S; every data chunk of a group has `chunk` buckets."""
+
+    bucket_bytes: int
+    chunk: int
+    group: Group
+
+    @classmethod
+    def of(cls, state_bytes: int, bucket_bytes: int, group: Group) -> "Shape":
+        buckets = -(-state_bytes // bucket_bytes)
+        return cls(bucket_bytes=bucket_bytes, chunk=-(-buckets // group.data), group=group)
+
+    @property
+    def buckets(self) -> int:
+        """Of a data buffer."""
+        return self.chunk * self.group.data
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self.chunk * self.bucket_bytes
+
+    @property
+    def data_bytes(self) -> int:
+        """S rounded up to whole chunks."""
+        return self.chunk_bytes * self.group.data
+
+    @property
+    def parity_bytes(self) -> int:
+        return self.chunk_bytes * self.group.parity
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostMemory:
+    """Bytes that one node's agent takes: 2 S (1 + m/k), S more with the durable tier, and what it receives into."""
+
+    data: int
+    parity: int
+    durable: int
+    receiving: int
+
+    @property
+    def total(self) -> int:
+        return self.data + self.parity + self.durable + self.receiving
+
+
+def host_memory(state_bytes: int, *, members: int, parity: int, bucket_bytes: int, durable: bool) -> HostMemory:
+    """What snapshots take on a node of a group of `members` nodes, `parity` chunks to a stripe. Pure.
+
+    `state_bytes` is S, what the ranks of the largest node of the group store; it is rounded up to whole chunks. The
+    buffers are taken at the agent's start; `receiving` is the most that lies in receive buffers while a snapshot is
+    coded, one bucket for each peer of the group.
+    """
+    group = Group(0, tuple(range(members)), parity if members > 1 else 0)
+    shape = Shape.of(state_bytes, bucket_bytes, group)
+    return HostMemory(
+        data=2 * shape.data_bytes,
+        parity=2 * shape.parity_bytes,
+        durable=shape.data_bytes if durable else 0,
+        receiving=(members - 1) * bucket_bytes if group.parity else 0,
+    )
+
+
+class Memory:
+    """Data buffers of S bytes, which workers map, and parity buffers of S * m / k bytes, which stay with the agent."""
+
+    def __init__(self, shape: Shape, slot: int, *, data_buffers: int, parity_buffers: int) -> None:
+        """Takes all of it at once, faulted in. Raises `MemoryTooSmall` with the arithmetic before anything is taken."""
+        parts = {f"in {data_buffers} data buffers": data_buffers * shape.data_bytes}
+        if parity_buffers:
+            parts[f"in {parity_buffers} parity buffers"] = parity_buffers * shape.parity_bytes
+        require_memory(parts)
+        self.shape, self._slot = shape, slot
+        self.data = [SharedBuffer.create(shape.data_bytes, f"data{i}") for i in range(data_buffers)]
+        self.parity = [SharedBuffer.create(shape.parity_bytes, f"parity{i}") for i in range(parity_buffers)]
+
+    def data_bucket(self, buffer: int, index: int) -> Bytes:
+        size = self.shape.bucket_bytes
+        return self.data[buffer].data[index * size : (index + 1) * size]
+
+    def data_chunk(self, buffer: int, stripe: int) -> Bytes:
+        """This agent's data chunk of a stripe; raises `ValueError` when it holds parity there."""
+        return _part(self.data[buffer], self.shape.group.data_stripes(self._slot).index(stripe), self.shape.chunk_bytes)
+
+    def parity_chunk(self, buffer: int, stripe: int) -> Bytes:
+        """This agent's parity chunk of a stripe; raises `ValueError` when it holds data there."""
+        stripes = self.shape.group.parity_stripes(self._slot)
+        return _part(self.parity[buffer], stripes.index(stripe), self.shape.chunk_bytes)
+
+    def chunk(self, data: int | None, parity: int | None, stripe: int) -> Bytes:
+        """This agent's chunk of a stripe, data or parity."""
+        if stripe in self.shape.group.data_stripes(self._slot):
+            assert data is not None
+            return self.data_chunk(data, stripe)
+        assert parity is not None
+        return self.parity_chunk(parity, stripe)
+
+    def buckets(self, chunk: Bytes) -> list[Bytes]:
+        size = self.shape.bucket_bytes
+        return [chunk[at : at + size] for at in range(0, len(chunk), size)]
+
+    @property
+    def bytes(self) -> int:
+        return sum(buffer.size for buffer in (*self.data, *self.parity))
+
+    def close(self) -> None:
+        for buffer in (*self.data, *self.parity):
+            buffer.close()
+
+
+def _part(buffer: SharedBuffer, index: int, size: int) -> Bytes:
+    return buffer.data[index * size : (index + 1) * size]

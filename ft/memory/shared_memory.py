@@ -1,0 +1,177 @@
+"""Buffers of anonymous shared memory: owned by the agent, mapped by the workers, freed with the last of them.
+
+A buffer is a memfd of fixed size, faulted in at start (a first write to a fresh page costs five times the copy) and
+sealed against resizing, so that no process can make another one fault by truncating it. It holds data alone; what lies
+where is said in messages. Nobody writes into a buffer without having been granted it.
+"""
+
+import contextlib
+import ctypes
+import ctypes.util
+import fcntl
+import mmap
+import os
+import select
+import signal
+import socket
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import psutil
+import xxhash
+
+from keepwarm.ft.arrays import Bytes
+from keepwarm.ft.errors import AgentError, MemoryTooSmall
+from keepwarm.ft.memory.mapping import POPULATE_READ, POPULATE_WRITE, MappedMemory, view
+
+_SO_PEERPIDFD = 77  # Linux 6.5
+_CREDENTIALS = struct.Struct("3i")
+
+_EMPTY: Bytes = np.empty(0, np.uint8)
+
+
+class SharedBuffer:
+    """One mapped buffer. `data` is writable memory of `size` bytes; every view of it must be dropped before `close`."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        """Map the memfd `descriptor`, which this object owns from here on."""
+        self.descriptor, self.size = descriptor, size
+        actual = os.fstat(descriptor).st_size
+        if actual < size:
+            os.close(descriptor)
+            raise AgentError(f"a buffer of {size} bytes was announced, the memory handed over has {actual}")
+        self._map = MappedMemory(descriptor, size) if size else None
+        self._faulted = False
+        self.data: Bytes = view(self._map) if self._map is not None else _EMPTY
+
+    @classmethod
+    def create(cls, size: int, label: str) -> "SharedBuffer":
+        """New memory of `size` bytes, zeros, every page faulted in; `label` shows up in /proc/PID/maps."""
+        descriptor = os.memfd_create(f"keepwarm:{label}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(descriptor, size)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        buffer = cls(descriptor, size)
+        if buffer._map is not None:
+            buffer._map.gather(buffer.data)
+        buffer.fault_in()
+        return buffer
+
+    def fault_in(self) -> None:
+        """Give every page of this mapping its memory, once, for writing; other threads run meanwhile.
+
+        A mapping handed to another process needs its own call: it is no small part of the time that copying takes.
+        """
+        if self._faulted or self._map is None:
+            return
+        self._faulted = True
+        if not self._map.populate(0, self.size, POPULATE_WRITE):
+            pages = self.data[:: mmap.PAGESIZE]
+            pages[...] = pages
+
+    def fault_in_to_read(self, start: int, stop: int) -> None:
+        """Map the bytes from `start` to `stop` for reading, which is several times cheaper; they must have memory."""
+        if not self._faulted and self._map is not None:
+            self._map.populate(start - start % mmap.PAGESIZE, stop, POPULATE_READ)
+
+    def close(self) -> None:
+        # A view that someone still holds keeps the mapping alive.
+        self.data, self._map = _EMPTY, None
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+def available_memory() -> int:
+    """Bytes that can still be taken on this host without swapping: MemAvailable, or what the cgroup leaves of it."""
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        line = next(x for x in Path("/proc/self/cgroup").read_text().splitlines() if x.startswith("0::"))
+        group = Path("/sys/fs/cgroup") / line[3:].lstrip("/")
+        while group != group.parent and group.is_relative_to("/sys/fs/cgroup"):
+            with contextlib.suppress(OSError, ValueError):
+                limit = int((group / "memory.max").read_text())
+                free = min(free, limit - int((group / "memory.current").read_text()))
+            group = group.parent
+    return max(0, free)
+
+
+def require_memory(parts: Mapping[str, int], reserve: int = 256 << 20) -> None:
+    """Raise `MemoryTooSmall`, with the arithmetic, unless the host has room for all `parts` (bytes by purpose)."""
+    need, free = sum(parts.values()), available_memory()
+    if need + reserve > free:
+        terms = " + ".join(f"{_human(size)} {name}" for name, size in parts.items())
+        raise MemoryTooSmall(
+            f"snapshots need {terms} = {_human(need)} on this node and {_human(reserve)} must stay free, but only "
+            f"{_human(free)} of its memory is available: use more nodes, a smaller model per node, a code with less "
+            "parity, or `snapshot: off`"
+        )
+
+
+def bucket_sums(data: Bytes, bucket: int) -> tuple[int, ...]:
+    """xxh3_64 of every `bucket` bytes of `data`; the last one may be shorter."""
+    return tuple(xxhash.xxh3_64_intdigest(data[at : at + bucket].data) for at in range(0, len(data), bucket))
+
+
+class Holder:
+    """The process at the other end of a Unix socket, known by a pidfd, so that its number cannot be reused."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        """Raises `AgentError` when it is another user's or has gone."""
+        size = _CREDENTIALS.size
+        self.pid, self.uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+        if self.uid != os.geteuid():
+            raise AgentError(f"process {self.pid} belongs to user {self.uid}, this agent to user {os.geteuid()}")
+        try:
+            self._pidfd = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+        except OSError:
+            try:
+                self._pidfd = os.pidfd_open(self.pid)
+            except OSError as error:
+                raise AgentError(f"process {self.pid} has gone: {error.strerror}") from error
+
+    def fileno(self) -> int:
+        """Readable once the process is dead."""
+        return self._pidfd
+
+    @property
+    def alive(self) -> bool:
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return not poll.poll(0)
+
+    def kill(self) -> None:
+        """Send SIGKILL; the process is dead, and its mappings gone, when `fileno` is readable."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def close(self) -> None:
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
+def register_host_memory(buffer: SharedBuffer) -> bool:
+    """Page-lock a buffer for CUDA, so that device copies are asynchronous; False when there is no CUDA in this process.
+
+    The registration ends with the process. Uses the CUDA runtime that torch has loaded, if any.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        runtime = ctypes.CDLL(_loaded("libcudart"))
+        address = buffer.data.ctypes.data
+        return bool(runtime.cudaHostRegister(ctypes.c_void_p(address), ctypes.c_size_t(buffer.size), 1) == 0)
+    return False
+
+
+def _loaded(name: str) -> str:
+    """Path of a library that this process has mapped; raises `OSError` when there is none."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        path = line.split(maxsplit=5)[-1]
+        if Path(path).name.startswith(name):
+            return path
+    raise OSError(f"{name} is not loaded")
+
+
+def _human(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"

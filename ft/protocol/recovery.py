@@ -1,0 +1,201 @@
+"""What is restored after a failure, and who decodes what for whom. Pure: the same inventories give the same answer.
+
+A candidate is a snapshot of which every stripe of every group has k chunks that belong together: data chunks whose
+digest a parity chunk recorded, parity chunks that recorded the same ones, or all data chunks. The highest
+(epoch, step) wins.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from keepwarm.ft.protocol.messages import ChunkRecord, Decode, Inventory, SnapshotId
+from keepwarm.ft.protocol.state import Group
+
+NOTHING_HELD = "no agent holds a snapshot in memory"
+Version = tuple[tuple[int, int], ...]
+"""(digest, count) of the k data chunks of a stripe, by column: what makes chunks belong together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Restore this snapshot. `lost` is the largest number of chunks that a stripe of it lacks."""
+
+    snapshot: SnapshotId
+    lost: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """These slots have not answered and could change the answer."""
+
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FallBack:
+    """Nothing in memory can be restored; `reason` says why the newest one cannot."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StripeState:
+    """The largest set of chunks of one stripe that belong together."""
+
+    holders: tuple[int, ...]
+    version: Version
+    """Empty when no parity is among the holders and not all data are: then it is no codeword yet."""
+
+
+def choose(
+    inventories: Mapping[int, Inventory], groups: Sequence[Group], expected: Collection[int], deadline_passed: bool
+) -> Choice | Wait | FallBack:
+    """What to restore, from the inventories that have arrived, by slot.
+
+    `expected` are the slots whose agents may still answer. They are waited for until the deadline, unless no answer of
+    theirs can bring a newer snapshot. Inventories whose epoch is older than another's are late and taken for missing.
+    """
+    epoch = max((inventory.epoch for inventory in inventories.values()), default=0)
+    here = {slot: inventory for slot, inventory in inventories.items() if inventory.epoch == epoch}
+    missing = frozenset(expected) - set(here)
+    seen = _on_the_branch(here)
+    best = next((snapshot for snapshot in seen if _lost(here, groups, snapshot) is not None), None)
+    if missing and not deadline_passed and _could_change(here, groups, seen, best, missing):
+        return Wait(tuple(sorted(missing)))
+    if best is not None:
+        return Choice(best, _lost(here, groups, best) or 0)
+    return FallBack(_why_not(here, groups, seen) + _unheard(missing, deadline_passed))
+
+
+def plan(
+    inventories: Mapping[int, Inventory], groups: Sequence[Group], snapshot: SnapshotId, epoch: int,
+    present: Collection[int],
+) -> tuple[tuple[int, Decode], ...]:  # fmt: skip
+    """Orders (decoder, order) that make `snapshot` whole again on the slots `present`, data chunks before parity.
+
+    Every decoder holds one of the stripe's good chunks, so it fetches k - 1 others; the stripes of a group are dealt
+    over the survivors by least work, so that they decode different ones and a replacement receives S, not k S.
+    """
+    data_first: list[tuple[int, Decode]] = []
+    parity_later: list[tuple[int, Decode]] = []
+    for group in groups:
+        decoding, sending = Counter[int](), Counter[int]()
+        for later in (False, True):
+            for stripe in range(group.size):
+                role = group.parities(stripe) if later else group.sources(stripe)
+                state = stripe_state(inventories, group, snapshot, stripe)
+                targets = tuple(s for s in role if s in present and s not in state.holders)
+                if not targets or len(state.holders) < group.data:
+                    continue
+                by_work = sorted(state.holders, key=lambda s: (decoding[s], sending[s], s))
+                decoder = by_work[0]
+                rest = sorted(by_work[1:], key=lambda s: (sending[s], decoding[s], s))[: group.data - 1]
+                decoding[decoder] += 1
+                sending.update(rest)
+                order = Decode(
+                    epoch=epoch, snapshot=snapshot, stripe=stripe, sources=(decoder, *rest), targets=targets,
+                    digests=tuple(digest for digest, _ in state.version),
+                    counts=tuple(count for _, count in state.version),
+                )  # fmt: skip
+                (parity_later if later else data_first).append((decoder, order))
+    return (*data_first, *parity_later)
+
+
+def stripe_state(inventories: Mapping[int, Inventory], group: Group, snapshot: SnapshotId, stripe: int) -> StripeState:
+    """Which holders of a stripe have chunks that belong together; of several possibilities the largest, then data."""
+    chunks = {slot: record for slot in group.members if (record := _record(inventories, slot, snapshot, stripe))}
+    sources = group.sources(stripe)
+    versions = {_version(chunks[slot]) for slot in group.parities(stripe) if slot in chunks}
+    if all(slot in chunks for slot in sources):
+        versions.add(tuple((chunks[slot].digest, chunks[slot].count) for slot in sources))
+    best = StripeState((), ())
+    for version in sorted(version for version in versions if len(version) == group.data):
+        data = {slot for slot, known in zip(sources, version, strict=True) if _data(chunks.get(slot)) == known}
+        parity = {slot for slot in group.parities(stripe) if slot in chunks and _version(chunks[slot]) == version}
+        holders = tuple(slot for slot in group.members if slot in data | parity)
+        if len(holders) > len(best.holders):
+            best = StripeState(holders, version)
+    return best
+
+
+def _data(record: ChunkRecord | None) -> tuple[int, int] | None:
+    return (record.digest, record.count) if record else None
+
+
+def _version(record: ChunkRecord) -> Version:
+    return tuple(zip(record.sources, record.counts, strict=True))
+
+
+def _record(inventories: Mapping[int, Inventory], slot: int, snapshot: SnapshotId, stripe: int) -> ChunkRecord | None:
+    inventory = inventories.get(slot)
+    holdings = inventory.holdings if inventory else ()
+    chunks = next((holding.chunks for holding in holdings if holding.snapshot == snapshot), ())
+    return next((record for record in chunks if record.stripe == stripe), None)
+
+
+def _on_the_branch(inventories: Mapping[int, Inventory]) -> list[SnapshotId]:
+    """Snapshots that somebody holds, newest first, without those that an earlier choice has given up."""
+    last = max(inventories.values(), key=lambda each: (each.decided_epoch, each.slot), default=None)
+    held = {holding.snapshot for inventory in inventories.values() for holding in inventory.holdings}
+    if last is not None:
+        held = {each for each in held if each.epoch >= last.decided_epoch or each == last.decided}
+    return sorted(held, key=lambda each: (each.age, each.layout), reverse=True)
+
+
+def _lost(inventories: Mapping[int, Inventory], groups: Sequence[Group], snapshot: SnapshotId) -> int | None:
+    """The most chunks that a stripe lacks; None when a stripe cannot be decoded."""
+    most = 0
+    for group in groups:
+        for stripe in range(group.size):
+            lacking = group.size - len(stripe_state(inventories, group, snapshot, stripe).holders)
+            if lacking > group.parity:
+                return None
+            most = max(most, lacking)
+    return most
+
+
+def _could_change(
+    inventories: Mapping[int, Inventory], groups: Sequence[Group], seen: Sequence[SnapshotId],
+    best: SnapshotId | None, missing: frozenset[int],
+) -> bool:  # fmt: skip
+    """Whether chunks on the missing slots could make a newer snapshot whole, one that was seen or one that was not."""
+    newer = seen[: seen.index(best)] if best is not None else seen
+    for snapshot in newer:
+        if all(
+            len(_possible(inventories, group, snapshot, stripe, missing)) >= group.data
+            for group in groups
+            for stripe in range(group.size)
+        ):
+            return True
+    return all(len(missing.intersection(group.members)) >= group.data for group in groups)
+
+
+def _possible(
+    inventories: Mapping[int, Inventory], group: Group, snapshot: SnapshotId, stripe: int, missing: frozenset[int]
+) -> set[int]:
+    """Members that have, or could have, a chunk of the stripe."""
+    return {s for s in group.members if s in missing or _record(inventories, s, snapshot, stripe) is not None}
+
+
+def _why_not(inventories: Mapping[int, Inventory], groups: Sequence[Group], seen: Sequence[SnapshotId]) -> str:
+    if not seen:
+        return NOTHING_HELD
+    for group in groups:
+        for stripe in range(group.size):
+            matching = stripe_state(inventories, group, seen[0], stripe).holders
+            held = _possible(inventories, group, seen[0], stripe, frozenset())
+            if len(matching) < group.data:
+                mixed = ", which do not belong together" if len(held) >= group.data else ""
+                return (
+                    f"snapshot {seen[0]}: stripe {stripe} of group {group.index} needs {group.data} good chunks and "
+                    f"has {len(held)}{mixed}; those of slots {sorted(set(group.members) - held)} are lost"
+                )
+    return "no snapshot in memory is complete"
+
+
+def _unheard(missing: frozenset[int], deadline_passed: bool) -> str:
+    if not missing:
+        return ""
+    how = "did not answer in time" if deadline_passed else "had not answered yet, and alone cannot change that"
+    return f"; slots {sorted(missing)} {how}"

@@ -1,0 +1,87 @@
+"""The job's secret, and the proof that both ends of a connection know it.
+
+Each side sends a `Hello` with a fresh nonce, then a `Proof`: HMAC-SHA256, keyed with the secret, over which side it
+is and both `Hello` frames as they were sent, the connecting side's first. So a proof says who spoke to whom, in which
+roles, slots, run and epoch, and is worthless in any other connection, direction or job.
+"""
+
+import hashlib
+import hmac
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from keepwarm.files import atomic_create
+from keepwarm.ft.errors import AuthenticationFailed
+from keepwarm.ft.protocol.messages import Hello, Proof, encode
+
+SECRET = "secret"
+"""File in the run folder; a run that starts anew gets another, and with it another identity."""
+
+NONCE_BYTES = 32
+_SECRET_BYTES = 32
+_SECRET_LIMIT = 4096
+_PURPOSE = b"keepwarm agent 1"
+
+
+def create_secret(path: Path) -> bytes:
+    """Write a fresh secret to a new 0600 file, unless there is one already; returns what the file holds."""
+    atomic_create(path, secrets.token_hex(_SECRET_BYTES).encode())
+    return load_secret(path)
+
+
+def load_secret(path: Path) -> bytes:
+    """Read the job's secret. Raises `AuthenticationFailed` when others could read or replace it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise AuthenticationFailed(f"{path}: the job's secret cannot be read: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            raise AuthenticationFailed(f"{path}: the job's secret must be a regular file owned by the user of the job")
+        if status.st_mode & 0o077:
+            mode = stat.S_IMODE(status.st_mode)
+            raise AuthenticationFailed(f"{path}: others can read the job's secret (mode {mode:04o}): chmod 600 {path}")
+        secret = file.read(_SECRET_LIMIT)
+    if len(secret) < _SECRET_BYTES:
+        raise AuthenticationFailed(f"{path}: {len(secret)} bytes are too few for a secret, at least {_SECRET_BYTES}")
+    return secret
+
+
+def run_identity(secret: bytes) -> str:
+    """What a run is called among agents; says nothing about the secret."""
+    return hashlib.sha256(b"keepwarm run " + secret).hexdigest()[:16]
+
+
+def nonce() -> bytes:
+    return secrets.token_bytes(NONCE_BYTES)
+
+
+def proof(secret: bytes, mine: Hello, theirs: Hello, *, dialled: bool) -> Proof:
+    """What the side that sent `mine` shows; `dialled` is True on the side that opened the connection."""
+    first, second = (encode(mine), encode(theirs)) if dialled else (encode(theirs), encode(mine))
+    text = b"".join(
+        len(part).to_bytes(4, "big") + part
+        for part in (_PURPOSE, b"dialled" if dialled else b"answered", first, second)
+    )
+    return Proof(mac=hmac.digest(secret, text, "sha256"))
+
+
+def check_hello(mine: Hello, theirs: Hello, roles: frozenset[str]) -> None:
+    """Raises `AuthenticationFailed` when the other side has no business here, before anything secret is computed."""
+    if theirs.run != mine.run:
+        raise AuthenticationFailed(f"it belongs to run {theirs.run!r}, not {mine.run!r}")
+    if theirs.role not in roles:
+        raise AuthenticationFailed(f"role {theirs.role!r} is not served here")
+    if theirs.nonce == mine.nonce:
+        raise AuthenticationFailed("it sent our own nonce back")
+    if theirs.role == mine.role and theirs.slot == mine.slot:
+        raise AuthenticationFailed(f"it claims to be {mine.role} {mine.slot}, which is here")
+
+
+def check_proof(secret: bytes, mine: Hello, theirs: Hello, shown: Proof, *, dialled: bool) -> None:
+    """Raises `AuthenticationFailed` unless `shown` is what the sender of `theirs` must show; constant time."""
+    if not hmac.compare_digest(shown.mac, proof(secret, theirs, mine, dialled=not dialled).mac):
+        raise AuthenticationFailed("it does not know the job's secret")

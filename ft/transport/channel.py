@@ -1,0 +1,237 @@
+"""Framed messages over one non-blocking socket; nothing is copied twice.
+
+A frame is a big-endian u32 length and that many bytes of msgpack; `Bucket` and `Part` are followed by `size` bytes of
+payload, which are received straight into the memory they are meant for. A frame of length 0 says "still here".
+"""
+
+import array
+import collections
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias
+
+import msgspec
+
+from keepwarm.ft.errors import FrameError, PeerLost, TransportError
+from keepwarm.ft.protocol.messages import MESSAGE_LIMIT, Wire, encode
+from keepwarm.ft.transport.bandwidth import TURN
+
+_LENGTH = struct.Struct(">I")
+_BUFFER = 64 << 10
+_DESCRIPTORS = 8
+_SCRATCH = memoryview(bytearray(_BUFFER))
+
+Decoder: TypeAlias = Callable[[memoryview], Wire]
+
+
+class Channel:
+    """Frames over one stream socket, which it owns. Reads and writes as far as the socket goes, never waits."""
+
+    def __init__(self, sock: socket.socket, decode: Decoder, payload_limit: int) -> None:
+        sock.setblocking(False)
+        self.socket, self.decode, self.payload_limit = sock, decode, payload_limit
+        self.message_limit = MESSAGE_LIMIT
+        self.sent = self.received = 0
+        self._in = bytearray(_BUFFER)
+        self._have = self._used = 0
+        self._message: Wire | None = None
+        self._target: memoryview | None = None
+        self._left = 0
+        self._out: collections.deque[tuple[memoryview, Callable[[], None] | None]] = collections.deque()
+        self._descriptors: list[int] = []
+        self.pending = 0
+        """Bytes queued and not yet given to the kernel."""
+        self.descriptors: list[int] = []
+        """Received over a Unix socket; whoever takes them owns them, the rest is closed with the channel."""
+
+    def send(
+        self,
+        message: Wire | None,
+        payload: memoryview | None = None,
+        done: Callable[[], None] | None = None,
+        descriptors: Iterable[int] = (),
+    ) -> None:
+        """Queue a frame (None: an empty one). `payload` must not change until `done` is called.
+
+        `descriptors` travel with the frame over a Unix socket; they must stay open until it has been written.
+        """
+        body = encode(message) if message is not None else b""
+        self._descriptors.extend(descriptors)
+        self._queue(memoryview(_LENGTH.pack(len(body)) + body), done if payload is None else None)
+        if payload is not None:
+            self._queue(payload.cast("B"), done)
+
+    def _queue(self, view: memoryview, done: Callable[[], None] | None) -> None:
+        self._out.append((view, done))
+        self.pending += view.nbytes
+
+    def write(self, budget: int = TURN) -> int:
+        """Give at most `budget` bytes to the kernel; returns how many. Raises `PeerLost` when the other side left."""
+        total = 0
+        while self._out and total < budget:
+            views, size = [], 0
+            for view, _ in self._out:
+                views.append(view[: budget - total - size])
+                size += views[-1].nbytes
+                if len(views) == 16 or total + size >= budget:
+                    break
+            ancillary = (
+                [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", self._descriptors))]
+                if self._descriptors
+                else []
+            )
+            try:
+                count = self.socket.sendmsg(views, ancillary)
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError as error:
+                raise PeerLost(f"connection lost while sending: {error.strerror}") from error
+            self._descriptors.clear()
+            total += count
+            self._sent(count)
+            if count < size:
+                break
+        self.sent += total
+        return total
+
+    def _sent(self, count: int) -> None:
+        self.pending -= count
+        while count or (self._out and not self._out[0][0].nbytes):
+            view, done = self._out.popleft()
+            if count < view.nbytes:
+                self._out.appendleft((view[count:], done))
+                return
+            count -= view.nbytes
+            if done is not None:
+                done()
+
+    def read(self, target: Callable[[Wire, int], memoryview | None]) -> Iterator[tuple[Wire | None, memoryview | None]]:
+        """Messages that have arrived whole, with their payloads; (None, None) for an empty frame.
+
+        `target(message, size)` gives the memory for a payload, exactly `size` bytes, or None to drop it. Raises
+        `FrameError` for what cannot be a frame, `PeerLost` when the other side has closed.
+        """
+        budget = TURN
+        yield from self._frames(target)  # left over from a reader that stopped in between
+        while budget > 0:
+            try:
+                count = self._receive()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                raise PeerLost(f"connection lost while receiving: {error.strerror}") from error
+            if count == 0:
+                middle = self._message is not None or self._have > self._used
+                raise PeerLost("closed by the other side" + (" in the middle of a frame" if middle else ""))
+            self.received += count
+            budget -= count
+            yield from self._frames(target)
+
+    def _receive(self) -> int:
+        if self._message is not None:
+            into = self._target[-self._left :] if self._target is not None else _SCRATCH[: self._left]
+            count = self.socket.recv_into(into)
+            self._left -= count
+            return count
+        if self._used:
+            self._in[: self._have - self._used] = self._in[self._used : self._have]
+            self._have, self._used = self._have - self._used, 0
+        with memoryview(self._in) as whole, whole[self._have :] as room:
+            if self.socket.family == socket.AF_UNIX:
+                count, descriptors = _with_descriptors(self.socket, room)
+                self.descriptors.extend(descriptors)
+            else:
+                count = self.socket.recv_into(room)
+        self._have += count
+        return count
+
+    def _frames(
+        self, target: Callable[[Wire, int], memoryview | None]
+    ) -> Iterator[tuple[Wire | None, memoryview | None]]:
+        while True:
+            if self._message is not None:
+                if self._left:
+                    return
+                message, payload = self._message, self._target
+                self._message = self._target = None
+                yield message, payload
+            have = self._have - self._used
+            if have < _LENGTH.size:
+                return
+            (length,) = _LENGTH.unpack_from(self._in, self._used)
+            if length > self.message_limit:
+                raise FrameError(f"frame of {length} bytes is over the limit of {self.message_limit}")
+            if have < _LENGTH.size + length:
+                missing = self._used + _LENGTH.size + length - len(self._in)
+                if missing > 0:
+                    self._in.extend(bytes(missing))
+                return
+            start = self._used + _LENGTH.size
+            self._used = start + length
+            if not length:
+                yield None, None
+                continue
+            message = self._decoded(start, length)
+            size = getattr(message, "size", None)
+            if size is None:
+                yield message, None
+            else:
+                self._expect(message, size, target)
+
+    def _decoded(self, start: int, length: int) -> Wire:
+        try:
+            return self.decode(memoryview(bytes(self._in[start : start + length])))
+        except FrameError:
+            raise
+        except TransportError as error:
+            raise FrameError(str(error)) from error
+
+    def _expect(self, message: Wire, size: int, target: Callable[[Wire, int], memoryview | None]) -> None:
+        """Begin the payload of `message` with what of it has arrived together with the frame."""
+        if size > self.payload_limit:
+            raise FrameError(f"{type(message).__name__} with {size} bytes is over the limit of {self.payload_limit}")
+        self._message, self._target = message, target(message, size)
+        if self._target is not None and self._target.nbytes != size:
+            raise FrameError(f"{type(message).__name__} has {size} bytes, there is room for {self._target.nbytes}")
+        early = min(size, self._have - self._used)
+        if self._target is not None:
+            self._target[:early] = self._in[self._used : self._used + early]
+        self._used += early
+        self._left = size - early
+
+    def close(self) -> None:
+        """Close the socket; payloads not sent yet are released."""
+        self.socket.close()
+        while self.descriptors:
+            os.close(self.descriptors.pop())
+        self._message = self._target = None
+        while self._out:
+            _, done = self._out.popleft()
+            if done is not None:
+                done()
+        self.pending = 0
+
+
+def decoder_of(kind: Any) -> Decoder:
+    """Decodes one of the messages of the union `kind`; raises `FrameError` on anything else."""
+    decoder = msgspec.msgpack.Decoder(kind)
+
+    def decode(data: memoryview) -> Wire:
+        try:
+            message: Wire = decoder.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise FrameError(f"malformed message: {error}") from error
+        return message
+
+    return decode
+
+
+def _with_descriptors(sock: socket.socket, room: memoryview) -> tuple[int, list[int]]:
+    count, ancillary, _, _ = sock.recvmsg_into([room], socket.CMSG_SPACE(4 * _DESCRIPTORS), socket.MSG_CMSG_CLOEXEC)
+    found = array.array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            found.frombytes(data[: len(data) - len(data) % found.itemsize])
+    return count, list(found)

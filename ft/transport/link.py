@@ -1,0 +1,246 @@
+"""One connection between two processes that know the job's secret: a handshake, deadlines, a share of the bandwidth.
+
+Before it is open only the two frames of the handshake (`keepwarm.ft.transport.auth`) are read, and of each at most 512
+bytes. Whoever drives the selector calls `tick(now)`, which looks after time.
+"""
+
+import contextlib
+import selectors
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+
+from keepwarm.ft.errors import AuthenticationFailed, PeerLost, TransportError
+from keepwarm.ft.protocol.messages import MESSAGE_LIMIT, Hello, Proof, Wire
+from keepwarm.ft.transport import auth
+from keepwarm.ft.transport.bandwidth import TURN, TokenBucket
+from keepwarm.ft.transport.channel import Channel
+
+HANDSHAKE_LIMIT = 512
+"""Bytes of a frame before the other side has shown that it knows the secret."""
+HANDSHAKE_DEADLINE = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Credentials:
+    """Who this side of a link is, the job's secret that proves it, and the roles that the other side may have."""
+
+    hello: Hello
+    """With any nonce: every link draws its own."""
+    secret: bytes
+    roles: frozenset[str]
+
+    def fresh(self) -> Hello:
+        return msgspec.structs.replace(self.hello, nonce=auth.nonce())
+
+
+@dataclass(frozen=True, kw_only=True)
+class FarEnd:
+    """The other side of a link, before it has said who it is; `expected` is the slot that must answer."""
+
+    label: str
+    dialled: bool
+    expected: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkLimits:
+    """The bandwidth that links share, and the seconds without a byte after which a link is lost (None: never)."""
+
+    cap: TokenBucket = field(default_factory=lambda: TokenBucket(None))
+    silence: float | None = None
+
+
+class Handler(Protocol):
+    """The user of links. Called from the thread that drives the selector."""
+
+    def connected(self, link: "Link") -> None:
+        """The other side has shown that it knows the secret; `link.theirs` says who it is."""
+        ...
+
+    def lost(self, link: "Link", reason: str) -> None:
+        """An open link has gone; called once."""
+        ...
+
+    def refused(self, link: "Link", reason: str) -> None:
+        """A link never came to be open."""
+        ...
+
+    def target(self, link: "Link", message: Wire, size: int) -> memoryview | None:
+        """Memory for the payload of `message`, exactly `size` bytes; None: drop it."""
+        ...
+
+    def received(self, link: "Link", message: Wire, payload: memoryview | None) -> None: ...
+
+    def drained(self, link: "Link") -> None:
+        """Little is queued on the link: bulk data may follow."""
+        ...
+
+
+class Link:
+    """One connection, from the first byte of its handshake to its end."""
+
+    LOW_WATER = 1 << 20
+
+    def __init__(
+        self, channel: Channel, selector: selectors.BaseSelector, handler: Handler, credentials: Credentials,
+        far: FarEnd, limits: LinkLimits | None = None,
+    ) -> None:  # fmt: skip
+        """Takes over `channel` and begins the handshake."""
+        limits = limits or LinkLimits()
+        self.channel, self.mine, self._credentials = channel, credentials.fresh(), credentials
+        self.dialled, self.label, self._expected = far.dialled, far.label, far.expected
+        self.theirs: Hello | None = None
+        self.open = self.closed = self.paused = False
+        self.reason = ""
+        self._selector, self._handler = selector, handler
+        self._cap, self._silence = limits.cap, limits.silence
+        self._began = self._heard = self._spoke = time.monotonic()
+        self._connecting = far.dialled
+        self._mask = 0
+        channel.message_limit = HANDSHAKE_LIMIT
+        channel.payload_limit, self._payload_limit = 0, channel.payload_limit
+        channel.send(self.mine)
+        self._watch(throttled=False)
+
+    @property
+    def slot(self) -> int:
+        """The slot that the other side has shown to be; -1 before that."""
+        return self.theirs.slot if self.theirs is not None and self.open else -1
+
+    def send(
+        self,
+        message: Wire | None,
+        payload: memoryview | None = None,
+        done: Callable[[], None] | None = None,
+        descriptors: Iterable[int] = (),
+    ) -> None:
+        """As `Channel.send`; nothing on a closed link, where `done` is called at once."""
+        if self.closed:
+            if done is not None:
+                done()
+            return
+        self.channel.send(message, payload, done, descriptors)
+        self._watch(throttled=self._throttled)
+
+    def ready(self, mask: int) -> None:
+        """The selector found the socket ready."""
+        if self.closed:
+            return
+        with self._guard():
+            if mask & selectors.EVENT_WRITE:
+                self._write()
+            if mask & selectors.EVENT_READ and not self.closed:
+                for message, payload in self.channel.read(self._target):
+                    self._heard = time.monotonic()
+                    if message is not None:
+                        self._take(message, payload)
+                    if self.closed or self.paused:
+                        return
+                self._heard = time.monotonic()
+
+    def tick(self, now: float) -> None:
+        """Look after deadlines and throttling; to be called a few times a second."""
+        if self.closed:
+            return
+        with self._guard():
+            if not self.open and now - self._began > HANDSHAKE_DEADLINE:
+                raise PeerLost(f"no handshake within {HANDSHAKE_DEADLINE:g} s")
+            if self.open and self._silence is not None:
+                if self.paused:
+                    self._heard = now
+                if now - self._heard > self._silence:
+                    raise PeerLost(f"waited {self._silence:g} s for a sign of life")
+                if now - max(self._spoke, self._began) > self._silence / 3 and not self.channel.pending:
+                    self.channel.send(None)
+                    self._spoke = now
+            self._watch(throttled=self._cap.rate is not None and self._cap.available() < min(65536, self._cap.burst))
+
+    def pause(self) -> None:
+        """Read nothing until `resume`: the other side feels it and waits."""
+        self.paused = True
+        self._watch(throttled=self._throttled)
+
+    def resume(self) -> None:
+        if self.paused and not self.closed:
+            self.paused = False
+            self._watch(throttled=self._throttled)
+            # What lies in the buffer already makes no socket readable.
+            self.ready(selectors.EVENT_READ)
+
+    def close(self, reason: str) -> None:
+        """End the link and tell the handler; nothing happens a second time."""
+        if self.closed:
+            return
+        self.closed, self.reason = True, reason
+        if self._mask:
+            self._selector.unregister(self.channel.socket)
+            self._mask = 0
+        was_open, self.open = self.open, False
+        self.channel.close()
+        (self._handler.lost if was_open else self._handler.refused)(self, reason)
+
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
+        """Whatever is wrong with this link ends this link alone."""
+        try:
+            yield
+        except TransportError as error:
+            self.close(str(error))
+
+    def _target(self, message: Wire, size: int) -> memoryview | None:
+        return self._handler.target(self, message, size)
+
+    def _take(self, message: Wire, payload: memoryview | None) -> None:
+        if self.open:
+            self._handler.received(self, message, payload)
+        elif isinstance(message, Hello) and self.theirs is None:
+            auth.check_hello(self.mine, message, self._credentials.roles)
+            if self._expected not in (None, message.slot):
+                raise AuthenticationFailed(f"slot {self._expected} was expected, slot {message.slot} answered")
+            self.theirs = message
+            self.channel.send(auth.proof(self._credentials.secret, self.mine, message, dialled=self.dialled))
+            self._watch(throttled=False)
+        elif isinstance(message, Proof) and self.theirs is not None:
+            auth.check_proof(self._credentials.secret, self.mine, self.theirs, message, dialled=self.dialled)
+            self.open = True
+            self.channel.message_limit, self.channel.payload_limit = MESSAGE_LIMIT, self._payload_limit
+            self._handler.connected(self)
+        else:
+            raise AuthenticationFailed(f"{type(message).__name__} in the middle of the handshake")
+
+    def _write(self) -> None:
+        if self._connecting:
+            error = self.channel.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if error:
+                raise PeerLost(f"cannot be reached: error {error}")
+            self._connecting = False
+        budget = self._cap.available() if self.open else TURN
+        count = self.channel.write(budget) if budget else 0
+        if count:
+            self._cap.take(count)
+            self._spoke = time.monotonic()
+        if self.open and self.channel.pending < self.LOW_WATER:
+            self._handler.drained(self)
+        self._watch(throttled=self.open and self._cap.available() == 0)
+
+    _throttled = False
+
+    def _watch(self, *, throttled: bool) -> None:
+        if self.closed:
+            return
+        self._throttled = throttled
+        mask = 0 if self.paused else selectors.EVENT_READ
+        if self._connecting or (self.channel.pending and not throttled):
+            mask |= selectors.EVENT_WRITE
+        if mask == self._mask:
+            return
+        if not mask:
+            self._selector.unregister(self.channel.socket)
+        else:
+            (self._selector.modify if self._mask else self._selector.register)(self.channel.socket, mask, self)
+        self._mask = mask

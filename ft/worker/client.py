@@ -1,0 +1,351 @@
+"""A worker's side of the socket to its node's agent. Torch-free; one background thread does all reading and writing.
+
+An agent that dies is not the end of training: `gone` becomes true, waiting calls raise `AgentError`, the buffers are
+unmapped with their last view, and a new client may be made for the agent that starts next.
+"""
+
+import collections
+import contextlib
+import os
+import selectors
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from keepwarm.ft.arrays import Bytes
+from keepwarm.ft.discovery import config as agent_config
+from keepwarm.ft.discovery.config import AgentConfig, AgentExit
+from keepwarm.ft.discovery.registry import AGENTS_FOLDER
+from keepwarm.ft.discovery.status import Status
+from keepwarm.ft.errors import AgentError, AuthenticationFailed, MemoryTooSmall
+from keepwarm.ft.memory.shared_memory import SharedBuffer
+from keepwarm.ft.protocol.messages import (  # fmt: skip
+    READ_STRIPE,
+    Attach,
+    Attached,
+    Cancel,
+    Committed,
+    EpochBegan,
+    Farewell,
+    Granted,
+    Hello,
+    Open,
+    Part,
+    Read,
+    Refused,
+    Restore,
+    Restored,
+    Revoked,
+    Save,
+    Seal,
+    SnapshotId,
+    StatusRequest,
+    Wire,
+    WorkerMessage,
+)
+from keepwarm.ft.transport import auth
+from keepwarm.ft.transport.channel import Channel, decoder_of
+from keepwarm.ft.transport.link import Credentials, FarEnd, Link
+
+AGENT_START_TIMEOUT_S = 60.0
+END_OF_JOB = "end of the job"
+
+
+def ensure_agent(config: AgentConfig, deadline: float = AGENT_START_TIMEOUT_S) -> None:
+    """Start the agent of a slot, detached, unless one runs already; returns once its socket answers.
+
+    Raises `MemoryTooSmall` with the agent's own words when the host cannot hold the buffers, `AgentError` otherwise.
+    """
+    if _answers(config.socket):
+        return
+    process, words = start_agent(config)
+    end = time.monotonic() + deadline
+    while not _answers(config.socket):
+        code = process.poll()
+        if code is not None and code != AgentExit.TAKEN:  # else another process was faster
+            text = words.read_text().strip().splitlines()
+            kind = MemoryTooSmall if code == AgentExit.MEMORY_TOO_SMALL else AgentError
+            raise kind(text[-1] if text else f"the agent ended with {code}")
+        if time.monotonic() > end:
+            raise AgentError(f"waited {deadline:g} s for the agent of slot {config.slot} to open {config.socket}")
+        time.sleep(0.02)
+
+
+def start_agent(config: AgentConfig) -> "tuple[subprocess.Popen[bytes], Path]":
+    """Start the agent of a slot, detached, and do not wait for it; returns it and the file for its last words.
+
+    One that finds the slot's agent running ends with `AgentExit.TAKEN`.
+    """
+    path = agent_config.write(config)
+    logs = Path(config.shared) / AGENTS_FOLDER
+    logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+    words = logs / f"agent-{config.slot}.err"
+    with words.open("wb") as err:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "keepwarm.ft.agent", str(path)],
+            stdin=subprocess.DEVNULL, stdout=err, stderr=err, start_new_session=True, cwd="/",
+        )  # fmt: skip
+    _children[:] = [*(child for child in _children if child.poll() is None), process]
+    return process, words
+
+
+_children: "list[subprocess.Popen[bytes]]" = []
+"""Kept so that no destructor complains of a child that is meant to live on."""
+
+
+def _answers(path: Path) -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.connect(str(path))
+        return True
+    return False
+
+
+class AgentClient:
+    """One process at its agent's socket. Methods may be called from any thread."""
+
+    def __init__(
+        self, path: Path, *, run: str, secret: bytes, worker: int = 0, role: str = "worker",
+        deadline: float = AGENT_START_TIMEOUT_S,
+    ) -> None:  # fmt: skip
+        """Connect and prove that both sides know the secret; raises `AgentError` or `AuthenticationFailed`."""
+        self.run, self.worker, self.deadline = run, worker, deadline
+        self.buffers: list[SharedBuffer] = []
+        self.epoch = 0
+        self.attached: Attached | None = None
+        self.commits: collections.deque[Committed] = collections.deque(maxlen=64)
+        self._news = threading.Condition()
+        self._mail: list[Wire] = []
+        self._revoked: set[SnapshotId] = set()
+        self._reads: dict[int, tuple[Bytes, int, set[int]]] = {}
+        self._why = ""
+        self._open = self._interrupted = False
+        self._tasks: collections.deque[Callable[[], None]] = collections.deque()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._selector = selectors.DefaultSelector()
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            connection.connect(str(path))
+        except OSError as error:
+            connection.close()
+            raise AgentError(f"{path}: no agent answers: {error.strerror}") from error
+        self._selector.register(self._wake, selectors.EVENT_READ, None)
+        mine = Hello(role=role, run=run, slot=worker, epoch=0, incarnation=0, nonce=auth.nonce())
+        credentials = Credentials(hello=mine, secret=secret, roles=frozenset({"agent"}))
+        channel = Channel(connection, decoder_of(WorkerMessage | Status), 64 << 20)
+        self._link = Link(channel, self._selector, self, credentials, FarEnd(label=str(path), dialled=True))
+        self._thread = threading.Thread(target=self._serve, name="agent-client", daemon=True)
+        self._thread.start()
+        with self._news:
+            if not self._news.wait_for(lambda: self._open or self._why, deadline):
+                self._why = f"waited {deadline:g} s for the agent's handshake"
+        if not self._open:
+            raise AuthenticationFailed(f"{path}: {self._why}")
+
+    @property
+    def gone(self) -> bool:
+        """The agent has gone, or told this process to go."""
+        return bool(self._why)
+
+    # ---- requests
+
+    def attach(self, *, layout: str, workers: int, buckets: int, deadline: float | None = None) -> Attached:
+        """Take this worker's place; returns once all workers of the node have. Maps the buffers, not yet faulted in."""
+        self._send(Attach(run=self.run, layout=layout, worker=self.worker, workers=workers, buckets=buckets))
+        what = f"all {workers} workers of this node to attach"
+        self.attached = self._wait(Attached, lambda _: True, deadline, what)
+        self.epoch = max(self.epoch, self.attached.epoch)
+        return self.attached
+
+    def open(self, snapshot: SnapshotId, *, wait: bool = True, deadline: float | None = None) -> Granted | Refused:
+        """Ask for a buffer for this worker's part of a snapshot."""
+        self._send(Open(snapshot=snapshot, wait=wait))
+        what = f"a buffer for snapshot {snapshot}"
+        answer: Granted | Refused = self._wait((Granted, Refused), lambda m: m.snapshot == snapshot, deadline, what)
+        return answer
+
+    def seal(self, snapshot: SnapshotId, sums: tuple[int, ...]) -> None:
+        self._send(Seal(snapshot=snapshot, sums=sums))
+
+    def cancel(self, snapshot: SnapshotId) -> None:
+        self._send(Cancel(snapshot=snapshot))
+
+    def revoked(self, snapshot: SnapshotId) -> bool:
+        """Whether the agent has said that a granted snapshot is given up; answer with `cancel`."""
+        return snapshot in self._revoked or self.gone
+
+    def restore(self, epoch: int, *, deadline: float | None = None) -> Restored:
+        """What epoch `epoch` restores; begins that epoch when the agents have not."""
+        self._send(Restore(epoch=epoch))
+        answer: Restored = self._wait(Restored, lambda m: m.epoch >= epoch, deadline, f"the choice of epoch {epoch}")
+        self.epoch = max(self.epoch, answer.epoch)
+        return answer
+
+    def begin(self, epoch: int) -> None:
+        """For a supervisor: have the agents decide what epoch `epoch` restores before its workers ask."""
+        self._send(Restore(epoch=epoch))
+
+    def save(self, epoch: int) -> None:
+        """For a supervisor: have the agent write to disk what epoch `epoch` restores, once it has it."""
+        self._send(Save(epoch=epoch))
+
+    def read(
+        self, *, epoch: int, snapshot: SnapshotId, owner: int, first: int, count: int, deadline: float | None = None
+    ) -> Bytes:
+        """Buckets of another node's data of the chosen snapshot; one call at a time for each owner."""
+        assert self.attached is not None
+        size = self.attached.bucket_bytes
+        missing = set(range(first, first + count))
+        room = np.empty(count * size, np.uint8)
+        with self._news:
+            self._reads[owner] = room, first, missing
+        self._send(Read(epoch=epoch, snapshot=snapshot, owner=owner, first=first, count=count))
+        try:
+            self._until(lambda: not missing, deadline, f"bytes of node {owner}")
+        finally:
+            with self._news:
+                del self._reads[owner]
+        return room
+
+    def status(self, deadline: float | None = None) -> Status:
+        self._send(StatusRequest())
+        answer: Status = self._wait(Status, lambda _: True, deadline, "the agent's status")
+        return answer
+
+    def interrupt(self) -> None:
+        """Have all calls that wait, and those to come, raise `AgentError` at once."""
+        with self._news:
+            self._interrupted = True
+            self._news.notify_all()
+
+    def close(self, *, end_of_job: bool = False) -> None:
+        """Unmap the buffers and say so; with `end_of_job` the agent ends when all workers have."""
+        for buffer in self.buffers:
+            buffer.close()
+        self.buffers, self._interrupted = [], False
+        if not self.gone:
+            self._send(Farewell(reason=END_OF_JOB if end_of_job else "this worker is done"))
+            with contextlib.suppress(AgentError):
+                self._until(lambda: self.gone, 5.0, "the agent to take leave")
+        if self._wake < 0:
+            return
+        self._post(lambda: self._link.close("closed"))
+        self._thread.join(5.0)
+        if not self._thread.is_alive():
+            os.close(self._wake)
+            self._wake = -1
+
+    # ---- Handler, on the thread
+
+    def connected(self, link: Link) -> None:
+        with self._news:
+            self._open = True
+            self._news.notify_all()
+
+    def refused(self, link: Link, reason: str) -> None:
+        with self._news:
+            self._why = self._why or reason
+            self._news.notify_all()
+
+    def lost(self, link: Link, reason: str) -> None:
+        self.refused(link, reason)
+
+    def target(self, link: Link, message: Wire, size: int) -> memoryview | None:
+        if not isinstance(message, Part) or message.stripe != READ_STRIPE or self.attached is None:
+            return None
+        with self._news:
+            room, first, missing = self._reads.get(message.owner, (np.empty(0, np.uint8), 0, set()))
+        start = (message.index - first) * self.attached.bucket_bytes
+        if message.index not in missing or start + size > len(room):
+            return None
+        return room[start : start + size].data
+
+    def received(self, link: Link, message: Wire, payload: memoryview | None) -> None:
+        with self._news:
+            if isinstance(message, Part):
+                self._part(link, message, payload)
+            elif isinstance(message, Revoked):
+                self._revoked.add(message.snapshot)
+            elif isinstance(message, Committed):
+                self.commits.append(message)
+                self._revoked = {each for each in self._revoked if each.age > message.snapshot.age}
+            elif isinstance(message, EpochBegan):
+                self.epoch = max(self.epoch, message.epoch)
+            elif isinstance(message, Farewell):
+                self._why = message.reason
+            else:
+                if isinstance(message, Attached):
+                    descriptors, link.channel.descriptors = link.channel.descriptors, []
+                    self.buffers = [SharedBuffer(descriptor, message.buffer_bytes) for descriptor in descriptors]
+                self._mail.append(message)
+            self._news.notify_all()
+
+    def drained(self, link: Link) -> None:
+        return
+
+    def _part(self, link: Link, part: Part, payload: memoryview | None) -> None:
+        """Bytes for `read`, which may have given up meanwhile; a damaged bucket is asked for again."""
+        waiting = self._reads.get(part.owner)
+        if payload is None or waiting is None:
+            return
+        if xxhash.xxh3_64_intdigest(payload) == part.sum:
+            waiting[2].discard(part.index)
+        else:
+            index = part.index
+            link.send(Read(epoch=part.epoch, snapshot=part.snapshot, owner=part.owner, first=index, count=1))
+
+    # ---- inside
+
+    def _serve(self) -> None:
+        """The thread: one selector, until the link is closed."""
+        while not self._link.closed:
+            for key, mask in self._selector.select(1.0):
+                if key.data is None:
+                    with contextlib.suppress(BlockingIOError):
+                        os.eventfd_read(self._wake)
+                else:
+                    key.data.ready(mask)
+            while self._tasks:
+                self._tasks.popleft()()
+            self._link.tick(time.monotonic())
+        self._selector.close()
+
+    def _post(self, task: Callable[[], None]) -> None:
+        self._tasks.append(task)
+        if self._wake >= 0:
+            os.eventfd_write(self._wake, 1)
+
+    def _send(self, message: Wire) -> None:
+        if self.gone:
+            raise AgentError(f"the agent has gone: {self._why}")
+        self._post(lambda: self._link.send(message))
+
+    def _until(self, ready: Callable[[], bool], deadline: float | None, what: str) -> None:
+        limit = self.deadline if deadline is None else deadline
+        with self._news:
+            if not self._news.wait_for(lambda: ready() or self.gone or self._interrupted, limit):
+                raise AgentError(f"worker {self.worker} waited {limit:g} s for {what}")
+            if self._interrupted and not ready():
+                raise AgentError(f"worker {self.worker} was interrupted while it waited for {what}")
+            if not ready():
+                raise AgentError(f"worker {self.worker} waited for {what}, the agent has gone: {self._why}")
+
+    def _wait(self, kind: Any, fits: Callable[[Any], bool], deadline: float | None, what: str) -> Any:
+        found: list[Wire] = []
+
+        def ready() -> bool:
+            if not found:
+                found.extend([m for m in self._mail if isinstance(m, kind) and fits(m)][:1])
+            return bool(found)
+
+        self._until(ready, deadline, what)
+        with self._news:
+            self._mail.remove(found[0])
+        return found[0]

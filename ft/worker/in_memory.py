@@ -1,0 +1,344 @@
+"""Snapshots of a training job in the memory of its nodes, for any trainer: the worker's half of `ft` in one class.
+
+It starts the agent of each node, decides when a snapshot is due, takes it while training runs on, and restores. A
+trainer calls `maybe_snapshot` after a step, `join` before the next update, `restore` at a start and `close` at the end.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from keepwarm.files import atomic_write
+from keepwarm.ft.codec.kernel import AUTO
+from keepwarm.ft.discovery.config import AgentConfig, DurableConfig, GroupConfig, runtime_folder
+from keepwarm.ft.discovery.registry import AGENTS_FOLDER, TEMPLATE_FILE, Registry
+from keepwarm.ft.errors import AgentError, FtError, PlacementError
+from keepwarm.ft.placement import groups_of
+from keepwarm.ft.spec import SnapshotSpec
+from keepwarm.ft.transport.auth import SECRET, create_secret, load_secret, run_identity
+from keepwarm.ft.worker.client import AgentClient, ensure_agent
+from keepwarm.ft.worker.interval import Interval
+from keepwarm.ft.worker.reader import RankPlace
+from keepwarm.ft.worker.snapshotter import Restoration, Shard, SnapshotOptions, Snapshotter, plan_part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """Where a job runs. Rank r is on node r // ranks_per_node."""
+
+    folder: Path
+    """The run folder, on storage that all nodes share."""
+    layout: str
+    """Equal for starts whose ranks hold the same shards; memory of another layout is not restored rank by rank."""
+    ranks_per_node: int
+    host: str = "127.0.0.1"
+    """Address of this node that the others reach."""
+
+
+class InMemoryCheckpointer:
+    """One rank's link to the agent of its node. Methods are collective, but for `join`, `abandon` and properties."""
+
+    def __init__(
+        self,
+        spec: SnapshotSpec,
+        state: Mapping[str, Shard],
+        deployment: Deployment,
+        *,
+        capture: Callable[[], None] = lambda: None,
+        optional: tuple[str, ...] = (),
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Start the agents that do not run yet, and attach to this node's.
+
+        Args:
+            state: live shards; their names, shapes and memory stay what they are until `close`.
+            capture: called right before a snapshot, to bring `state` up to date with what lies elsewhere.
+            optional: names that begin with one of these keep their values where a snapshot lacks them.
+            group: all ranks of the job, with a backend for CPU tensors; None: the default group, or one rank alone.
+
+        Raises:
+            PlacementError, MemoryTooSmall, AgentError: with the arithmetic, before anything was changed.
+        """
+        self._spec, self._state, self._deployment = spec, state, deployment
+        self._capture, self._optional = capture, optional
+        self._ranks = _Ranks(group)
+        self._nodes, rest = divmod(self._ranks.size, deployment.ranks_per_node)
+        if rest:
+            raise PlacementError(f"{self._ranks.size} ranks do not fill nodes of {deployment.ranks_per_node} ranks")
+        self._node, self._local = divmod(self._ranks.rank, deployment.ranks_per_node)
+        self._secret = self._shared_secret()
+        self._config = self._agent_config()
+        self._start_agents()
+        self._registry = Registry(deployment.folder)
+        self._attach()
+        self.phases: dict[str, float] = {}
+        """Seconds of the last `restore` on this rank: waiting for the agents' choice, for lost chunks, copying."""
+        self._interval = Interval(mtbf=spec.mtbf)
+        self._next = 0
+        self._lost_agent: str | None = None
+
+    # ---- while it is built
+
+    def _shared_secret(self) -> bytes:
+        path = self._deployment.folder / SECRET
+        if self._ranks.rank == 0:
+            create_secret(path)
+        self._ranks.barrier()
+        return load_secret(path)
+
+    def _agent_config(self) -> AgentConfig:
+        spec, deployment = self._spec, self._deployment
+        run = run_identity(self._secret)
+        groups = groups_of(self._nodes, spec)
+        self.protected = all(group.protected for group in groups)
+        """False on a single node: its memory has no parity anywhere else."""
+        return AgentConfig(
+            run=run,
+            slot=self._node,
+            host=deployment.host,
+            folder=str(runtime_folder(run, self._node)),
+            shared=str(deployment.folder),
+            secret=str(deployment.folder / SECRET),
+            groups=tuple(GroupConfig(members=group.members, parity=group.m) for group in groups),
+            state_bytes=self._state_bytes(),
+            bucket_bytes=spec.bucket,
+            rate=spec.bandwidth,
+            kernel=AUTO if spec.code is None else spec.code.kernel,
+            silence=spec.peer_timeout,
+            lease=spec.lease,
+            inventory_deadline=spec.inventory_deadline,
+            scrub=spec.scrub,
+            threads=spec.threads,
+            port=spec.port,
+            durable=_durable(spec, deployment.folder / "checkpoints"),
+        )
+
+    def _state_bytes(self) -> int:
+        """Bytes of the largest node state: the sum over a node's ranks, the largest over the nodes."""
+        parts = torch.zeros(self._ranks.size, dtype=torch.int64)
+        parts[self._ranks.rank] = plan_part(self._state, self._ranks.rank, self._spec.bucket).size
+        self._ranks.all_reduce(parts, dist.ReduceOp.SUM)
+        return int(parts.view(self._nodes, self._deployment.ranks_per_node).sum(dim=1).max())
+
+    def _start_agents(self) -> None:
+        """Start this node's agent from its first rank; all ranks raise when that fails on one of them."""
+        failure: Exception | None = None
+        if self._local == 0:
+            try:
+                ensure_agent(self._config)
+            except Exception as error:
+                failure = error
+        if self._ranks.largest(int(failure is not None)):
+            raise failure or AgentError(f"rank {self._ranks.rank}: the agent of another node could not be started")
+        if self._ranks.rank == 0:
+            template = self._deployment.folder / AGENTS_FOLDER / TEMPLATE_FILE
+            atomic_write(template, msgspec.json.encode(self._config), mode=0o644)
+
+    def _attach(self) -> None:
+        """Take this rank's place at its node's agent; returns when all ranks of the node have."""
+        config = self._config
+        self._client = AgentClient(config.socket, run=config.run, secret=self._secret, worker=self._local)
+        self._snapshotter = Snapshotter(
+            self._client,
+            self._state,
+            self._place(),
+            layout=self._deployment.layout,
+            options=SnapshotOptions(
+                busy=self._spec.when_busy, deadline=self._spec.commit_deadline, optional=self._optional
+            ),
+        )
+
+    def _place(self) -> RankPlace:
+        return RankPlace(
+            rank=self._ranks.rank,
+            world=self._ranks.size,
+            workers=self._deployment.ranks_per_node,
+            node=self._node,
+            nodes=self._nodes,
+            bucket_bytes=self._config.bucket_bytes,
+        )
+
+    # ---- taking
+
+    def maybe_snapshot(self, step: int, meta: Callable[[], bytes], step_seconds: float) -> None:
+        """Begin a snapshot when one is due after `step` completed steps; it is copied while training goes on.
+
+        `meta` returns the small state that continues training besides the shards; it is called only when one is due.
+        `step_seconds`: how long the step took. A snapshot that fails does not raise: see `last_error`.
+        """
+        self._interval = self._interval.measured(step=step_seconds)
+        if step < self._next:
+            return
+        self._replace_dead_agents()
+        self._capture()
+        if not self._client.gone:
+            self._snapshotter.offer(step, meta())
+        self._next = step + self._steps_to_next()
+
+    def _replace_dead_agents(self) -> None:
+        """Start the agents that have died, empty; the next snapshot fills them. Decided alike on all ranks."""
+        gone = torch.zeros(self._nodes, dtype=torch.int64)
+        gone[self._node] = int(self._client.gone)
+        self._ranks.all_reduce(gone, dist.ReduceOp.MAX)
+        if not gone[self._node]:
+            return
+        self._client.close()
+        try:
+            ensure_agent(self._config)
+            self._attach()
+            self._lost_agent = None
+        except FtError as error:
+            self._lost_agent = str(error)
+
+    def _steps_to_next(self) -> int:
+        """As the spec says, or agreed from what all ranks measured."""
+        if isinstance(self._spec.every, int):
+            return self._spec.every
+        commits = self.commit_seconds
+        self._interval = self._interval.measured(
+            copy=self._snapshotter.timings.blocked, commit=commits[-1] if commits else None
+        )
+        return self._ranks.largest(self._interval.steps)
+
+    def join(self) -> None:
+        """Wait for the running copy: the caller is about to change the tensors.
+
+        Raises FtError when what was restored at the start turns out to be damaged.
+        """
+        self._snapshotter.join()
+
+    @property
+    def last_error(self) -> str | None:
+        """Why the last snapshot was not taken; None when it was."""
+        failure = self._snapshotter.failure
+        return self._lost_agent or (None if failure is None else str(failure))
+
+    @property
+    def commit_seconds(self) -> list[float]:
+        """Seconds from the grant to the commit of the newest snapshots of this node, oldest first."""
+        return [commit.seconds for commit in self._client.commits]
+
+    def timings(self) -> dict[str, float]:
+        """Counts and seconds of this rank: `taken`, `skipped`, `blocked_s`, `last_copy_s`, and `bytes` of its part."""
+        timings = self._snapshotter.timings
+        return {
+            "taken": timings.taken,
+            "skipped": timings.skipped,
+            "blocked_s": timings.total_blocked,
+            "last_copy_s": timings.copy,
+            "bytes": timings.bytes,
+        }
+
+    # ---- restoring
+
+    @property
+    def epoch(self) -> int:
+        """Grows by one with every start of the workers; part of a snapshot's identity."""
+        return self._client.epoch
+
+    def restore(self, settled: int = 0) -> Restoration | str:
+        """Begin the next epoch and write the committed state into the live shards; else return why there is none.
+
+        `settled` is the epoch that a supervisor has had the agents begin, 0 for none. Raises FtError: agents, peers or
+        bytes were lost on the way, or the agents restored different steps.
+        """
+        epoch = self._next_epoch(settled)
+        began, waited = time.time(), time.perf_counter()
+        self._client.restore(epoch, deadline=self._spec.commit_deadline)
+        waited = time.perf_counter() - waited
+        # The agents first verify what they hold and then choose: the file of the choice has the time of that.
+        verified = min(max(0.0, self._chosen_at() - began), waited)
+        fetched = time.perf_counter()
+        restored = self._snapshotter.restore(epoch)
+        self._agree(restored)
+        self.phases = {
+            "fetch": time.perf_counter() - fetched, "decode": waited - verified, "verify": verified,
+        }  # fmt: skip
+        return restored
+
+    def begin_epoch(self, settled: int = 0) -> None:
+        """Begin the next epoch, in which snapshots can be taken, without restoring anything; see `restore`."""
+        self._client.restore(self._next_epoch(settled), deadline=self._spec.commit_deadline)
+
+    def _next_epoch(self, settled: int) -> int:
+        return self._ranks.largest(settled or self._registry.newest_epoch() + 1 if self._ranks.rank == 0 else 0)
+
+    def _agree(self, restored: Restoration | str) -> None:
+        """Raise on all ranks when they restored different steps: agents may have settled different epochs."""
+        mine = -1 if isinstance(restored, str) else restored.epoch << 40 | restored.step
+        newest, oldest = self._ranks.largest(mine), -self._ranks.largest(-mine)
+        if newest != oldest:
+            what = restored if isinstance(restored, str) else f"step {restored.step} of epoch {restored.epoch}"
+            raise AgentError(f"agents do not agree on what is restored, here: {what}")
+
+    def _choice(self) -> Path:
+        return self._registry.folder / f"choice-{self._client.epoch}.json"
+
+    def _chosen_at(self) -> float:
+        """When the present epoch was settled, in seconds since 1970; 0 when that cannot be told."""
+        with contextlib.suppress(OSError):
+            return self._choice().stat().st_mtime
+        return 0.0
+
+    def decoded(self) -> int:
+        """Bytes of chunks that the present epoch's choice had decoded, data and parity, on all nodes."""
+        found = 0
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            choice = json.loads(self._choice().read_bytes())
+            for _, order in choice.get("orders", ()):
+                found += len(order["targets"]) * max(order["counts"], default=0) * self._config.bucket_bytes
+        return found
+
+    # ---- leaving
+
+    def abandon(self) -> None:
+        """Leave the agent at once: a running copy is given up, and no peer is waited for."""
+        self._snapshotter.abandon()
+        self._client.close()
+
+    def close(self, *, finished: bool) -> None:
+        """Leave the agent; it ends when all workers of a `finished` job have. Raises FtError as `join` does."""
+        self.join()
+        self._client.close(end_of_job=finished)
+
+
+class _Ranks:
+    """The ranks of a process group, or this one alone where there is no group."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+        self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
+
+    def all_reduce(self, numbers: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> None:
+        if self.size > 1:
+            dist.all_reduce(numbers, op=operation, group=self._group)
+
+    def largest(self, value: int) -> int:
+        number = torch.tensor([value], dtype=torch.int64)
+        self.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number.item())
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(self._group)
+
+
+def _durable(spec: SnapshotSpec, root: Path) -> DurableConfig | None:
+    durable = spec.durable
+    if durable is None:
+        return None
+    return DurableConfig(
+        root=str(root),
+        every=durable.every,
+        keep=durable.keep,
+        keep_every=durable.keep_every,
+        compress=durable.compress,
+        deadline=durable.deadline,
+    )

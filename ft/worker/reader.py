@@ -1,0 +1,201 @@
+"""The chosen snapshot as one rank sees it: its own node's buffer, and the others' through the agent. Torch-free."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import xxhash
+
+from keepwarm.ft.arrays import Bytes
+from keepwarm.ft.errors import ChunkCorrupt, IncompleteError
+from keepwarm.ft.format.contents import (  # fmt: skip
+    HEAD_BYTES,
+    Contents,
+    Move,
+    Piece,
+    contents_length,
+    decode_contents,
+    plan,
+)
+from keepwarm.ft.protocol.messages import Restored, SnapshotId
+from keepwarm.ft.worker.client import AgentClient
+
+T = TypeVar("T")
+CACHED = 8
+"""Answers of other nodes that are kept: neighbouring tensors share buckets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankPlace:
+    """Where a rank stands: one of `world` ranks, on node `node` of `nodes`, each of which has `workers` ranks.
+
+    `node` is the slot of the node's agent; `bucket_bytes` must be that of the agents.
+    """
+
+    rank: int
+    world: int
+    workers: int
+    node: int
+    nodes: int
+    bucket_bytes: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A piece in some node's data buffer."""
+
+    piece: Piece
+    owner: int
+    start: int
+
+
+Moves = Mapping[str, Sequence[tuple[Move, Stored]]]
+"""What fills each of a rank's shards, by name."""
+
+
+class Reader:
+    """Finds what fills a rank's shards, and gives the bytes, checked against their checksums."""
+
+    def __init__(
+        self, client: AgentClient, restored: Restored, snapshot: SnapshotId, place: RankPlace, deadline: float
+    ) -> None:
+        """`snapshot` is what `restored` says; `deadline` in seconds, for each answer of another node."""
+        self._client, self._snapshot, self._epoch, self._sums = client, snapshot, restored.epoch, restored.sums
+        self._place, self._node, self._size, self._deadline = place, place.node, place.bucket_bytes, deadline
+        self._buffer = client.buffers[restored.buffer]
+        self._checked: set[int] = set()
+        self._cache: dict[tuple[int, int, int], Bytes] = {}
+
+    def find(self, targets: Mapping[str, Piece], optional: tuple[str, ...]) -> tuple[Moves, bytes, bool]:
+        """Moves for every shard, the small state of this rank (of rank 0 under another layout), all of it local?
+
+        Names that begin with one of `optional` may be missing. Raises `IncompleteError` when anything else is.
+        """
+        own = self._parts(self._node)
+        meta = {contents.rank: contents.meta for contents, _ in own}
+        same = all(contents.world == self._place.world for contents, _ in own)
+        try:
+            if not same or self._place.rank not in meta:
+                raise IncompleteError("not all is here")
+            return _moves(own, targets, optional), meta[self._place.rank], True
+        except IncompleteError:
+            found = [(self._node, own)]
+            found += [(owner, self._parts(owner)) for owner in range(self._place.nodes) if owner != self._node]
+        everything = [(contents, stored) for _, parts in found for contents, stored in parts]
+        meta = {contents.rank: contents.meta for contents, _ in everything}
+        worlds = {contents.world for contents, _ in everything}
+        own_meta = meta.get(self._place.rank) if worlds == {self._place.world} else None
+        return _moves(everything, targets, optional), own_meta or meta[min(meta)], False
+
+    def local(self, moves: Iterable[tuple[Move, Stored]]) -> bool:
+        """Whether all bytes lie on this node."""
+        return all(stored.owner == self._node for _, stored in moves)
+
+    def spans(self, moves: Moves) -> list[tuple[int, int]]:
+        """The bytes of this node's buffer that the moves read."""
+        return [
+            (stored.start + move.span[0], stored.start + move.span[1])
+            for per_shard in moves.values()
+            for move, stored in per_shard
+            if stored.owner == self._node
+        ]
+
+    def check(self, spans: Iterable[tuple[int, int]], threads: Executor) -> None:
+        """Check all buckets of this node with bytes of these spans, in parallel. Raises `ChunkCorrupt`."""
+        buckets = {index for start, stop in spans for index in self._buckets(start, stop)}
+        run_all(threads, self._check, sorted(buckets - self._checked))
+        self._checked |= buckets
+
+    def fill(self, copies: Sequence[tuple[int, Bytes]], threads: Executor) -> None:
+        """Copy the bytes of this node's buffer from each start on into its target, in parallel and without a check."""
+        parts = [
+            (start + at, target[at : at + self._size])
+            for start, target in copies
+            for at in range(0, len(target), self._size)
+        ]
+
+        def fill(part: tuple[int, Bytes]) -> None:
+            start, target = part
+            stop = start + len(target)
+            self._buffer.fault_in_to_read(start, stop)
+            np.copyto(target, self._buffer.data[start:stop])
+
+        run_all(threads, fill, parts)
+
+    def bytes(self, owner: int, start: int, stop: int) -> Bytes:
+        """Bytes of a node's data buffer, checked; those of another node by one thread at a time."""
+        buckets = self._buckets(start, stop)
+        if owner == self._node:
+            for index in buckets:
+                if index not in self._checked:
+                    self._check(index)
+                    self._checked.add(index)
+            return self._buffer.data[start:stop]
+        first, last = buckets.start, buckets.stop
+        for (where, low, high), data in self._cache.items():
+            if where == owner and low <= first and last <= high:
+                return data[start - low * self._size : stop - low * self._size]
+        data = self._client.read(
+            epoch=self._epoch, snapshot=self._snapshot, owner=owner, first=first, count=last - first,
+            deadline=self._deadline,
+        )  # fmt: skip
+        if len(self._cache) >= CACHED:
+            self._cache.pop(next(iter(self._cache)))
+        self._cache[owner, first, last] = data
+        return data[start - first * self._size : stop - first * self._size]
+
+    def _buckets(self, start: int, stop: int) -> range:
+        return range(start // self._size, -(-stop // self._size))
+
+    def _check(self, index: int) -> None:
+        start = index * self._size
+        self._buffer.fault_in_to_read(start, start + self._size)
+        if xxhash.xxh3_64_intdigest(self._buffer.data[start : start + self._size].data) != self._sums[index]:
+            raise ChunkCorrupt(
+                f"snapshot {self._snapshot} on node {self._node}: bucket {index} does not match its checksum"
+            )
+
+    def _parts(self, owner: int) -> list[tuple[Contents, list[Stored]]]:
+        """The contents of all workers' parts on a node."""
+        found: list[tuple[Contents, list[Stored]]] = []
+        at, count = 0, 1
+        while len(found) < count:
+            length = contents_length(self.bytes(owner, at, at + HEAD_BYTES))
+            contents = decode_contents(self.bytes(owner, at, at + length))
+            found.append((contents, [Stored(piece, owner, at + start) for piece, start in contents.entries]))
+            at += contents.size
+            count = contents.workers
+        return found
+
+
+def run_all(threads: Executor, function: Callable[[T], None], items: Sequence[T]) -> None:
+    """Call a function for all items, a few long runs of neighbours to a thread; raises what the first raised."""
+    share = max(1, math.ceil(len(items) / 16))
+    runs = [items[at : at + share] for at in range(0, len(items), share)]
+
+    def run(part: Sequence[T]) -> None:
+        for item in part:
+            function(item)
+
+    list(threads.map(run, runs))
+
+
+def _moves(
+    parts: Sequence[tuple[Contents, list[Stored]]], targets: Mapping[str, Piece], optional: tuple[str, ...]
+) -> Moves:
+    by_name: dict[str, list[Stored]] = {}
+    for _, stored in parts:
+        for each in stored:
+            by_name.setdefault(each.piece.name, []).append(each)
+    moves = {}
+    for name, target in targets.items():
+        sources = by_name.get(name, [])
+        if not sources and optional and name.startswith(optional):
+            continue
+        if not sources and target.elements:
+            raise IncompleteError(f"{name} is not in it")
+        moves[name] = [(move, sources[move.source]) for move in plan(target, [each.piece for each in sources])]
+    return moves

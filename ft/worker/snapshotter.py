@@ -1,0 +1,428 @@
+"""The worker's side of a snapshot: copies live shards into the granted buffer while training runs on, and back.
+
+A worker's part of a buffer begins with its `Contents` (what lies where, and the caller's small state), followed by the
+pieces. Data-parallel replicas split between them what they hold alike, so each copies and stores its share alone.
+The only module of `ft` that imports torch.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+import xxhash
+
+from keepwarm.ft.arrays import Bytes
+from keepwarm.ft.errors import AgentError, BufferBusy, ForeignSnapshot, FtError, IncompleteError
+from keepwarm.ft.format.contents import ITEM_SIZE, META_BYTES, Contents, Move, Piece, encode_contents, move_bytes
+from keepwarm.ft.memory.shared_memory import register_host_memory
+from keepwarm.ft.protocol.messages import Refused, SnapshotId
+from keepwarm.ft.worker.client import AgentClient
+from keepwarm.ft.worker.reader import Moves, RankPlace, Reader, Stored
+
+DTYPES: dict[torch.dtype, str] = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+WHOLE_BELOW = 1 << 16
+"""Bytes under which replicas do not split a shard; they take turns."""
+_ALIGNMENT = 64
+
+
+class Shard(Protocol):
+    """One rank's live part of a global tensor, as `Engine.state()` gives it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def global_shape(self) -> tuple[int, ...]: ...
+    @property
+    def offsets(self) -> tuple[int, ...]: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def local(self) -> torch.Tensor: ...
+    @property
+    def replicas(self) -> tuple[int, ...]: ...
+    @property
+    def flat(self) -> tuple[int, int] | None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartPlan:
+    """What one rank stores and where in its part of a buffer; a pure function of the state's shapes and the rank."""
+
+    entries: tuple[tuple[Piece, int], ...]
+    header_bytes: int
+    size: int
+    bucket_bytes: int
+
+    @property
+    def buckets(self) -> int:
+        return self.size // self.bucket_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restoration:
+    """What was restored: the step that had just been completed, and its small state."""
+
+    epoch: int
+    step: int
+    meta: bytes
+    local: bool
+    """All bytes came from this node's own memory."""
+
+
+@dataclass
+class Timings:
+    """Seconds of the last snapshot on this worker, and totals."""
+
+    copy: float = 0.0
+    blocked: float = 0.0
+    total_blocked: float = 0.0
+    taken: int = 0
+    skipped: int = 0
+    bytes: int = 0
+
+
+def plan_part(state: Mapping[str, Shard], rank: int, bucket_bytes: int, *, meta_bytes: int = META_BYTES) -> PartPlan:
+    """Which bytes `rank` stores of `state`; `meta_bytes` is room for the small state."""
+    pieces = [piece for shard in state.values() if (piece := share(shard, rank)) is not None]
+    unplaced = tuple((piece, 0) for piece in pieces)
+    empty = Contents(rank=0, world=0, workers=0, size=0, meta=b"", entries=unplaced)
+    header = len(encode_contents(empty)) + 16 * len(pieces) + meta_bytes + 64
+    at = header = _up(header, _ALIGNMENT)
+    entries = []
+    for piece in pieces:
+        entries.append((piece, at))
+        at = _up(at + piece.bytes, _ALIGNMENT)
+    return PartPlan(
+        entries=tuple(entries), header_bytes=header, size=_up(max(at, 1), bucket_bytes), bucket_bytes=bucket_bytes
+    )
+
+
+def share(shard: Shard, rank: int) -> Piece | None:
+    """The piece of a shard that `rank` stores of what its replicas hold alike; None when it stores none of it.
+
+    Depends on the shard alone: replicas may hold different numbers of others, as pipeline stages do.
+    """
+    dtype = DTYPES[shard.local.dtype]
+    start, stop = shard.flat or (0, shard.local.numel())
+    flat: tuple[int, int] | None = shard.flat
+    replicas = shard.replicas or (rank,)
+    if len(replicas) > 1:
+        place, size = replicas.index(rank), stop - start
+        if size * ITEM_SIZE[dtype] < WHOLE_BELOW:
+            turn = xxhash.xxh3_64_intdigest(f"{shard.name} {tuple(shard.offsets)} {flat}".encode())
+            if place != turn % len(replicas):
+                return None
+        else:
+            step = _up(-(-size // len(replicas)), _ALIGNMENT)
+            flat = start + min(size, place * step), start + min(size, (place + 1) * step)
+            if flat[0] == flat[1]:
+                return None
+    return Piece(
+        name=shard.name, global_shape=tuple(shard.global_shape), offsets=tuple(shard.offsets),
+        shape=tuple(shard.shape), dtype=dtype, flat=flat,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotOptions:
+    """How a worker takes part in snapshots; `deadline` in seconds, for a buffer and for the agents' answers."""
+
+    busy: Literal["wait", "skip"] = "wait"
+    """While the previous snapshot is not committed: wait for a buffer, or skip this snapshot."""
+    meta_bytes: int = META_BYTES
+    """Room for the small state."""
+    deadline: float = 600.0
+    optional: tuple[str, ...] = ()
+    """Names that begin with one of these may be missing from what is restored; they then keep their values."""
+
+
+class Snapshotter:
+    """Takes and restores snapshots of the shards of one engine. Not thread-safe; one per process."""
+
+    def __init__(
+        self, client: AgentClient, state: Mapping[str, Shard], place: RankPlace, *, layout: str,
+        options: SnapshotOptions | None = None,
+    ) -> None:  # fmt: skip
+        """Attach to the agent: returns when all workers of this node have. `layout` is the hash of the job's layout.
+
+        Raises `AgentError` when the agent refuses this worker.
+        """
+        options = options or SnapshotOptions()
+        self.client, self.state, self.place, self.layout = client, dict(state), place, layout
+        self._options = options
+        bucket_bytes = place.bucket_bytes
+        self.plan = plan_part(self.state, place.rank, bucket_bytes, meta_bytes=options.meta_bytes)
+        self.timings = Timings(bytes=self.plan.size)
+        attached = client.attach(
+            layout=layout, workers=place.workers, buckets=self.plan.buckets, deadline=options.deadline
+        )
+        if attached.bucket_bytes != bucket_bytes:
+            raise AgentError(f"the agent has buckets of {attached.bucket_bytes} bytes, this worker of {bucket_bytes}")
+        self._first = attached.first * bucket_bytes
+        self._device = next((s.local.device for s in self.state.values() if s.local.is_cuda), None)
+        if self._device is not None:
+            for buffer in client.buffers:
+                register_host_memory(buffer)
+        self._stream: Any = torch.cuda.Stream(self._device) if self._device is not None else None  # type: ignore[no-untyped-call]
+        self._thread: threading.Thread | None = None
+        self._cancelled = threading.Event()
+        self._failed: BaseException | None = None
+        self._rotten: FtError | None = None
+        self._sealed: SnapshotId | None = None
+
+    # ---- taking
+
+    def offer(self, step: int, meta: bytes) -> None:
+        """Begin a snapshot of the state after `step`; returns at once. `join` before the state changes again.
+
+        `meta` is everything else that makes continuation bitwise (random states, ledger, counters), captured by the
+        caller now. Raises `ValueError` when it is longer than was planned for.
+        """
+        self.join()
+        if self.client.gone:
+            return
+        head = self._head(meta)
+        ready = None
+        if self._stream is not None:
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready.record(torch.cuda.current_stream(self._device))
+        self._cancelled.clear()
+        snapshot = SnapshotId(self.client.run, self.client.epoch, step, self.layout)
+        self._thread = threading.Thread(target=self._take, args=(snapshot, head, ready), name="snapshot", daemon=True)
+        self._thread.start()
+
+    def join(self) -> float:
+        """Wait until the running copy is done and the tensors may change; returns the seconds that took.
+
+        With `when_busy: wait` that includes the wait for a buffer. A failing snapshot does not end training: it is kept
+        in `failure`. After a restore, raises `ChunkCorrupt` when what was restored was not what is recorded.
+        """
+        blocked = self._wait()
+        if self._rotten is not None:
+            raise self._rotten
+        return blocked
+
+    def _wait(self) -> float:
+        if self._thread is None:
+            return 0.0
+        began = time.perf_counter()
+        self._thread.join(self._options.deadline)
+        if self._thread.is_alive():
+            self._cancelled.set()
+            self._thread.join()
+        self._thread = None
+        blocked = time.perf_counter() - began
+        self.timings.blocked = blocked
+        self.timings.total_blocked += blocked
+        return blocked
+
+    def cancel(self) -> None:
+        """Give up a running copy, as after a failure elsewhere, and what was restored."""
+        self._cancelled.set()
+        self._wait()
+        self._rotten = None
+
+    def abandon(self) -> None:
+        """As `cancel`, and the copy does not wait for its buffer either: the client is of use for `close` alone."""
+        self.client.interrupt()
+        self.cancel()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the last snapshot was not taken; None when it was sealed."""
+        return self._failed
+
+    @property
+    def sealed(self) -> SnapshotId | None:
+        """The last snapshot that this worker has sealed; it may not be committed yet."""
+        return self._sealed
+
+    def _head(self, meta: bytes) -> bytes:
+        place = self.place
+        head = encode_contents(
+            Contents(
+                rank=place.rank, world=place.world, workers=place.workers, size=self.plan.size, meta=meta,
+                entries=self.plan.entries,
+            )
+        )  # fmt: skip
+        if len(head) > self.plan.header_bytes:
+            raise ValueError(f"the small state has {len(meta)} bytes, more than the {META_BYTES} that were planned for")
+        return head
+
+    def _take(self, snapshot: SnapshotId, head: bytes, ready: Any) -> None:
+        """On the thread: get a buffer, copy, seal."""
+        self._failed = None
+        try:
+            answer = self.client.open(snapshot, wait=self._options.busy == "wait", deadline=self._options.deadline)
+            if isinstance(answer, Refused):
+                raise BufferBusy(f"snapshot of step {snapshot.step} was refused: {answer.text}")
+            began = time.perf_counter()
+            buffer = self.client.buffers[answer.buffer]
+            buffer.fault_in()
+            try:
+                sums = self._copy(snapshot, buffer.data, head, ready)
+            except _Stopped:
+                self.client.cancel(snapshot)
+                raise
+            self.client.seal(snapshot, sums)
+            self.timings.copy = time.perf_counter() - began
+            self.timings.taken += 1
+            self._sealed = snapshot
+        except FtError as error:
+            self.timings.skipped += 1
+            self._failed = error
+
+    def _copy(self, snapshot: SnapshotId, buffer: Bytes, head: bytes, ready: Any) -> tuple[int, ...]:
+        """Copy header and pieces in buckets, checksumming each bucket as soon as it is full."""
+        part = buffer[self._first : self._first + self.plan.size]
+        size = self.plan.bucket_bytes
+        sums: list[int] = []
+
+        def filled(upto: int) -> None:
+            if self._cancelled.is_set() or self.client.revoked(snapshot):
+                raise _Stopped(f"snapshot of step {snapshot.step} was given up")
+            while (len(sums) + 1) * size <= upto:
+                sums.append(xxhash.xxh3_64_intdigest(part[len(sums) * size : (len(sums) + 1) * size].data))
+
+        part[: len(head)] = np.frombuffer(head, np.uint8)
+        if self._stream is not None:
+            self._copy_cuda(part, ready)
+        else:
+            for piece, at in self.plan.entries:
+                source = _bytes_of(self.state[piece.name], piece)
+                done = 0
+                while done < piece.bytes:
+                    # Up to the end of a bucket, so that its checksum is taken while it is warm.
+                    stop = min(piece.bytes, _up(at + done + 1, size) - at)
+                    np.copyto(part[at + done : at + stop], source[done:stop])
+                    done = stop
+                    filled(at + done)
+        filled(len(part))
+        return tuple(sums)
+
+    def _copy_cuda(self, part: Bytes, ready: Any) -> None:
+        assert self._stream is not None
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            for piece, at in self.plan.entries:
+                shard = self.state[piece.name]
+                local = shard.local.detach().reshape(-1)
+                first = piece.flat[0] - (shard.flat[0] if shard.flat else 0) if piece.flat else 0
+                target = torch.frombuffer(part[at : at + piece.bytes].data, dtype=local.dtype)
+                target.copy_(local[first : first + piece.elements], non_blocking=True)
+        self._stream.synchronize()
+
+    # ---- restoring
+
+    def restore(self, epoch: int) -> Restoration | str:
+        """Write what epoch `epoch` restores into the live shards; the reason, in words, when nothing is in memory.
+
+        Everything is found before the first byte is written. The agents have verified their memory in this epoch; what
+        is copied from this node's is checked once more while the first step runs, and `join` tells. Raises
+        `ForeignSnapshot` when the snapshot is of another model, `ChunkCorrupt` when other bytes do not match.
+        """
+        self.cancel()
+        answer = self.client.restore(epoch, deadline=self._options.deadline)
+        if answer.snapshot is None:
+            return answer.text
+        if answer.snapshot.run != self.client.run:
+            raise ForeignSnapshot(f"snapshot {answer.snapshot} belongs to run {answer.snapshot.run!r}")
+        source = Reader(self.client, answer, answer.snapshot, self.place, self._options.deadline)
+        try:
+            targets = {name: piece_of(shard) for name, shard in self.state.items()}
+            moves, meta, local = source.find(targets, self._options.optional)
+        except IncompleteError as error:
+            raise ForeignSnapshot(f"snapshot {answer.snapshot} does not fit this model: {error}") from error
+        with self._threads() as threads:
+            whole, rest = self._sorted(moves, source)
+            source.fill(whole, threads)
+            source.check(source.spans(rest), threads)
+            for name in rest:
+                _write(self.state[name], rest[name], source)
+        self._thread = threading.Thread(target=self._check_after, args=(source, whole), name="check", daemon=True)
+        self._thread.start()
+        return Restoration(epoch=answer.snapshot.epoch, step=answer.snapshot.step, meta=meta, local=local)
+
+    def _check_after(self, source: Reader, copied: Sequence[tuple[int, Bytes]]) -> None:
+        """Memory that is whole after it was copied was whole before; nobody writes into it until `join`."""
+        try:
+            with self._threads() as threads:
+                source.check([(start, start + len(target)) for start, target in copied], threads)
+        except FtError as error:
+            self._rotten = error
+
+    def _threads(self) -> ThreadPoolExecutor:
+        """This worker's share of the cores."""
+        return ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // self.place.workers), "restore")
+
+    def _sorted(self, moves: Moves, source: Reader) -> tuple[list[tuple[int, Bytes]], Moves]:
+        """What can be copied from this node's buffer, from which byte on, straight into shards; moves for the rest."""
+        whole: list[tuple[int, Bytes]] = []
+        rest: dict[str, Sequence[tuple[Move, Stored]]] = {}
+        for name, each in moves.items():
+            runs = [move.run for move, _ in each]
+            if source.local(each) and _direct(self.state[name]) and None not in runs:
+                target = self.state[name].local.detach().reshape(-1).view(torch.uint8).numpy()
+                whole += [
+                    (stored.start + move.span[0], target[run[0] : run[1]])
+                    for (move, stored), run in zip(each, runs, strict=True)
+                    if run is not None
+                ]
+            else:
+                rest[name] = each
+        return whole, rest
+
+
+class _Stopped(FtError):
+    """A copy was given up on the way."""
+
+
+def _write(shard: Shard, moves: Iterable[tuple[Move, Stored]], source: Reader) -> None:
+    """Fill one live shard in place."""
+    local = shard.local.detach()
+    direct = _direct(shard)
+    room = local if direct else torch.empty(local.shape, dtype=local.dtype)
+    target = room.reshape(-1).view(torch.uint8).numpy()
+    for move, stored in moves:
+        start, stop = move.span
+        move_bytes(move, source.bytes(stored.owner, stored.start + start, stored.start + stop), target)
+    if not direct:
+        with torch.no_grad():
+            local.copy_(room)
+
+
+def _direct(shard: Shard) -> bool:
+    """Whether bytes can be copied straight into the shard's memory."""
+    return shard.local.device.type == "cpu" and shard.local.is_contiguous()
+
+
+def piece_of(shard: Shard) -> Piece:
+    """The shard without its memory."""
+    return Piece(
+        name=shard.name, global_shape=tuple(shard.global_shape), offsets=tuple(shard.offsets),
+        shape=tuple(shard.shape), dtype=DTYPES[shard.local.dtype], flat=shard.flat,
+    )  # fmt: skip
+
+
+def _bytes_of(shard: Shard, piece: Piece) -> Bytes:
+    """The bytes of a piece in a live CPU shard; a copy only where the tensor is not contiguous."""
+    flat = shard.local.detach().reshape(-1).view(torch.uint8).numpy()
+    if piece.flat is None:
+        return flat
+    size = ITEM_SIZE[piece.dtype]
+    first = piece.flat[0] - (shard.flat[0] if shard.flat else 0)
+    return flat[first * size : (first + piece.elements) * size]
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,105 @@
+"""`keepwarm submit`: from a job file to a job in the queue of a batch system."""
+
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from keepwarm.launch.batch.jobs import jobs_of
+from keepwarm.launch.batch_system import BatchSystem, Request, batch_system
+from keepwarm.launch.errors import ClusterError, OptionError
+from keepwarm.launch.local.train import continued, job_file
+from keepwarm.launch.run.preflight import check_engine, check_installation, check_job
+from keepwarm.launch.run.prepare import Mode, prepared
+from keepwarm.launch.run.submission import Submission
+from keepwarm.trainer.job.files import load_job
+from keepwarm.trainer.job.run_folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmitOptions:
+    """Options of `keepwarm submit`. Raises OptionError if they contradict each other."""
+
+    backend: str = "slurm"
+    """Name of the batch system."""
+    mode: Mode = "new"
+    chain: int = 1
+    """Jobs that run one after the other, each continuing the one before; for runs longer than the time limit."""
+    sweep: Sequence[str] = ()
+    max_parallel: int | None = None
+    dry_run: bool = False
+    """Print the script and the command; write and submit nothing."""
+
+    def __post_init__(self) -> None:
+        if self.sweep and (self.mode != "new" or self.chain > 1):
+            raise OptionError("--sweep starts new runs; continue one with keepwarm submit SWEEP/0 --resume")
+        if self.max_parallel is not None and not self.sweep:
+            raise OptionError("--max-parallel limits the runs of a sweep: give --sweep, or leave it out")
+
+
+def submit_run(path: Path, overrides: Sequence[str], options: SubmitOptions) -> None:
+    """Validate a job against its files and the batch system, create its run folder and submit it.
+
+    `path` is a job file; to resume, also a run folder.
+
+    Raises:
+        SpecError, DataError, OutputError, PreflightError, ClusterError: nothing was submitted.
+    """
+    console = messages()
+    check_installation()
+    system = batch_system(options.backend)
+    resume = options.mode == "resume"
+    job = continued(path, overrides, console) if resume else load_job(job_file(path), overrides)
+    request = Request(job=job, folder=Path(job.output), mode=options.mode, chain=options.chain)
+    admit(system, request, console, dry_run=options.dry_run)
+    if options.dry_run:
+        print(system.render(request), end="")
+        if command := system.command(request):
+            print(f"\n# {shlex.join(command)}")
+        return
+    if request.mode != "new":
+        _refuse_while_active(request.folder)
+    with prepared(job, request.mode) as folder:
+        RunFolder(folder).logs.mkdir(exist_ok=True)
+        (folder / system.script).write_text(system.render(request), encoding="utf-8")
+        for remark in system.stage(request, folder):
+            console.print(f"keepwarm: {remark}")
+        record = Submission(batch_system=system.name, submitted=time.time(), resume=resume)
+        # The job reads this when it starts, which may be before its ID is known here.
+        record.write(folder)
+        for _ in range(request.chain):
+            record = record.with_job(system.submit(request))
+            record.write(folder)
+    console.print(f"keepwarm: {job.name}: submitted as job {', '.join(record.jobs)}; outputs in {folder}")
+    print(record.jobs[0])
+
+
+def messages() -> Console:
+    """The console for what is said to the user beside a command's result."""
+    return Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+
+def admit(system: BatchSystem, request: Request, console: Console, *, dry_run: bool) -> None:
+    """Check a request against this machine and the batch system, and print its remarks.
+
+    Raises:
+        PreflightError, DataError, ClusterError: the job cannot run, and why.
+    """
+    if request.array is not None and not system.has_arrays:
+        raise ClusterError(f"--sweep: keepwarm submits no arrays to {system.title}; submit the runs one by one")
+    if request.chain > 1 and not system.has_chains:
+        raise ClusterError(f"--chain: keepwarm submits no chains to {system.title}; continue the run with --resume")
+    (check_job if system.sees_files else check_engine)(request.job)
+    for remark in system.check(request, dry_run=dry_run):
+        console.print(f"keepwarm: {remark}")
+
+
+def _refuse_while_active(folder: Path) -> None:
+    for job in jobs_of(folder):
+        if job.active:
+            raise ClusterError(
+                f"{folder}: job {job.id} of this run is {job.state}; keepwarm cancel {folder} ends it first"
+            )

@@ -1,0 +1,124 @@
+"""`keepwarm submit --sweep`: one run for each combination of values, as the tasks of one array job."""
+
+import contextlib
+import itertools
+import json
+import shlex
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from keepwarm.launch.batch.submit import SubmitOptions, admit, messages
+from keepwarm.launch.batch_system import Array, BatchSystem, Request, batch_system
+from keepwarm.launch.local.train import job_file
+from keepwarm.launch.run.preflight import check_installation, check_job
+from keepwarm.launch.run.prepare import prepared
+from keepwarm.launch.run.submission import Submission
+from keepwarm.trainer.errors import OutputError, SpecError
+from keepwarm.trainer.job.files import load_job
+from keepwarm.trainer.job.run_folder import RunFolder
+from keepwarm.trainer.job.spec import JobSpec
+from keepwarm.trainer.job.yaml import parse_value
+
+TABLE = "sweep.json"
+"""In the folder of a sweep: the values of each run, by its folder's name."""
+
+
+def combinations(sweeps: Sequence[str]) -> list[dict[str, Any]]:
+    """Every combination of the values that are asked for as `KEY=[VALUE, VALUE]`, the last key changing fastest.
+
+    Raises:
+        SpecError: a text is something else, or names a key again.
+    """
+    asked: dict[str, list[Any]] = {}
+    for text in sweeps:
+        key, found, values = text.partition("=")
+        parsed = parse_value(values, f"--sweep {text}") if found else None
+        if not key or not isinstance(parsed, list) or not parsed:
+            raise SpecError(f"--sweep {text}: expected KEY=[VALUE, VALUE], as stages.0.lr.max=[1e-3, 3e-4]")
+        if key in asked or key in ("output", "name"):
+            raise SpecError(f"--sweep {key}: " + ("given twice" if key in asked else "every run has its own anyway"))
+        asked[key] = parsed
+    return [dict(zip(asked, values, strict=True)) for values in itertools.product(*asked.values())]
+
+
+def submit_sweep(path: Path, overrides: Sequence[str], options: SubmitOptions) -> None:
+    """Create a run folder for every combination, below the job's output, and submit them as one array job.
+
+    Raises:
+        SpecError, DataError, OutputError, PreflightError, ClusterError: nothing was submitted.
+    """
+    console = messages()
+    check_installation()
+    system = batch_system(options.backend)
+    base = load_job(job_file(path), overrides)
+    values = combinations(options.sweep)
+    jobs = [_member(path, overrides, base, number, each) for number, each in enumerate(values)]
+    array = Array(members=len(jobs), max_parallel=options.max_parallel)
+    request = Request(job=_named(jobs[0], base.name), folder=Path(base.output), array=array)
+    for job in jobs[1:]:
+        check_job(job)
+    admit(system, request, console, dry_run=options.dry_run)
+    script = system.render(request)
+    if any(system.render(replace(request, job=_named(job, base.name))) != script for job in jobs):
+        raise SpecError("--sweep: all runs of an array get the same nodes; submit runs of different layouts one by one")
+    if options.dry_run:
+        _print_dry_run(system, request, values)
+        return
+    root = request.folder
+    if root.exists():
+        raise OutputError(f"{root}: the folder exists, and a sweep starts new runs; choose another with output=PATH")
+    root.mkdir(parents=True)
+    try:
+        (root / system.script).write_text(script, encoding="utf-8")
+        (root / TABLE).write_text(json.dumps(dict(enumerate(values)), indent=1) + "\n", encoding="utf-8")
+        job_id = _submit(system, request, jobs, console)
+    except BaseException:
+        shutil.rmtree(root)
+        raise
+    console.print(f"keepwarm: {base.name}: {len(jobs)} runs submitted as job {job_id}; outputs in {root}")
+    print(job_id)
+
+
+def _member(path: Path, overrides: Sequence[str], base: JobSpec, number: int, values: dict[str, Any]) -> JobSpec:
+    own = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    output, name = str(Path(base.output) / str(number)), f"{base.name}-{number}"
+    return load_job(path, [*overrides, *own, f"output={json.dumps(output)}", f"name={json.dumps(name)}"])
+
+
+def _named(job: JobSpec, name: str) -> JobSpec:
+    """The job under the name of the sweep, by which the script of all runs is rendered."""
+    return job.model_copy(update={"name": name})
+
+
+def _print_dry_run(system: BatchSystem, request: Request, values: Sequence[dict[str, Any]]) -> None:
+    print(system.render(request), end="")
+    print("".join(f"\n# {request.folder / str(number)}: {_shown(each)}" for number, each in enumerate(values)))
+    if command := system.command(request):
+        print(f"# {shlex.join(command)}")
+
+
+def _submit(system: BatchSystem, request: Request, jobs: Sequence[JobSpec], console: Console) -> str:
+    with contextlib.ExitStack() as stack:
+        folders = [stack.enter_context(prepared(job, "new")) for job in jobs]
+        for folder in folders:
+            RunFolder(folder).logs.mkdir()
+        for remark in system.stage(request, folders[0]):
+            console.print(f"keepwarm: {remark}")
+        record = Submission(batch_system=system.name, submitted=time.time(), resume=False)
+        # The tasks read this when they start, which may be before their IDs are known here.
+        for folder in folders:
+            record.write(folder)
+        job_id = system.submit(request)
+        for number, folder in enumerate(folders):
+            record.with_job(system.member(job_id, number)).write(folder)
+    return job_id
+
+
+def _shown(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={json.dumps(value)}" for key, value in values.items())

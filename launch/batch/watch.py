@@ -1,0 +1,21 @@
+"""`keepwarm watch`: the table of runs, refreshed until all of their jobs have ended."""
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from keepwarm.launch.batch.runs import runs_in, table
+
+
+def watch(root: Path, every: float) -> None:
+    """Print the table of runs in place every so many seconds until no job is active. Raises as `runs_in`."""
+    with Live(console=Console(), auto_refresh=False) as live:
+        while True:
+            rows = runs_in(root)
+            live.update(Text("\n".join(table(rows))), refresh=True)
+            if not any(row.job is not None and row.job.active for row in rows):
+                return
+            time.sleep(every)

@@ -1,0 +1,26 @@
+"""`keepwarm branch`: a new run from a checkpoint of another, which is only read."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from keepwarm.launch.local.train import run_here
+from keepwarm.launch.run.preflight import check_installation
+from keepwarm.trainer.continual.branch import branched
+from keepwarm.trainer.job.stages import plan_stages
+
+
+def branch_here(folder: Path, step: int, tokens: int, overrides: Sequence[str]) -> None:
+    """Run the branch to its end; raises as `keepwarm.trainer.continual.branch.branched` and
+    `keepwarm.launch.local.train.train_here`.
+    """
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    check_installation()
+    job = branched(folder, step, tokens, overrides)
+    (plan,) = plan_stages(job)
+    console.print(
+        f"keepwarm: {job.name}: branches from {job.init_from}: {job.stages[0].tokens:,} tokens, "
+        f"learning rate {plan.curve.at(0):g} to {plan.curve.at(plan.steps):g}"
+    )
+    run_here(job, "new", console)

@@ -1,0 +1,62 @@
+"""`keepwarm doctor`: which engines and kernels this machine can use, and which versions lie outside what was tested."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from keepwarm.parallel.engine_support import ENGINES
+from keepwarm.parallel.kernels import KERNELS
+from keepwarm.tested import TESTED, installed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One thing that a job may ask for."""
+
+    kind: str
+    """version, device, engine or kernel."""
+    name: str
+    usable: bool
+    detail: str
+    """Which version there is, or why it cannot be used and what to do. Of a version: the range that was tested."""
+
+
+def show(*, as_json: bool) -> None:
+    """Print what was found."""
+    found = list(findings())
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in found]))
+        return
+    width = max(len(finding.name) for finding in found)
+    for finding in found:
+        print(f"{finding.kind:<7} {finding.name:<{width}}  {'yes' if finding.usable else 'no '}  {finding.detail}")
+
+
+def findings() -> Iterator[Finding]:
+    """Everything that is looked for, without importing any of it."""
+    for distribution, tested in TESTED.items():
+        found = installed(distribution)
+        if found is not None:
+            inside = found in tested
+            detail = f"{found}, {'within' if inside else 'outside'} the tested range {tested}"
+            yield Finding(kind="version", name=distribution, usable=inside, detail=detail)
+    gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    yield Finding(
+        kind="device",
+        name="CUDA",
+        usable=gpus > 0,
+        detail=f"{gpus} NVIDIA GPUs" if gpus else "no NVIDIA driver: engines run on the CPU, for tests and debugging",
+    )
+    for name, info in ENGINES.items():
+        problems = [text for one in info.requirements if (text := one.problem()) is not None]
+        versions = ", ".join(f"{one.distribution} {installed(one.distribution)}" for one in info.requirements)
+        yield Finding(
+            kind="engine",
+            name=name,
+            usable=not problems,
+            detail="; ".join(problems) or versions or f"torch {installed('torch')}",
+        )
+    for kernel in KERNELS:
+        detail = f"not installed: {kernel.install}" if kernel.missing else kernel.asked
+        yield Finding(kind="kernel", name=kernel.name, usable=not kernel.missing, detail=detail)

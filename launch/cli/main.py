@@ -1,0 +1,320 @@
+"""The command `keepwarm`. Importing this module loads neither torch nor what it plans with: commands import late."""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from keepwarm.exit_code import ExitCode
+from keepwarm.launch.cli.arguments import (
+    PASSED_THROUGH,
+    WITH_OVERRIDES,
+    Debug,
+    Force,
+    Job,
+    Overrides,
+    Resume,
+    RunFolder,
+    start_mode,
+)
+from keepwarm.launch.cli.cluster import cluster
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Train large language models in three dimensions of parallelism.
+
+A job is one YAML file. Look at what it would do, then run it:
+
+    keepwarm plan  configs/jobs/demo.yaml
+
+    keepwarm train configs/jobs/demo.yaml
+
+Any value can be changed on the command line:
+
+    keepwarm train job.yaml parallel.tensor=2 stages.0.lr.max=3e-4 output=runs/second
+
+Exit codes: 0 done, 2 bad input, 3 training stopped itself, 4 a fault that could not be recovered, 130 interrupted.
+""",
+)
+data = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="""Prepare training data.
+
+    keepwarm data train-tokenizer --help
+""",
+)
+app.add_typer(data, name="data")
+app.add_typer(cluster)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"keepwarm {version('keepwarm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(context_settings=WITH_OVERRIDES)
+def plan(
+    job: Job,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    png: Annotated[Path | None, typer.Option("--png", help="Also plot learning rate and mixture to this file.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Show a job's spec, rank layout, parameters, memory, steps and learning rates without starting anything.
+
+    keepwarm plan configs/jobs/mt-nlg-530b.yaml
+
+    keepwarm plan job.yaml parallel.pipeline=4 --json
+    """
+    import json
+
+    from keepwarm.launch.plan.plan import Plan
+    from keepwarm.trainer.job.files import load_job
+
+    made = Plan(load_job(job, overrides or []))
+    if png is not None:
+        from keepwarm.launch.plan.plot import draw_plan
+
+        draw_plan(made, png)
+    if as_json:
+        typer.echo(json.dumps(made.data()))
+    else:
+        from keepwarm.launch.plan.text import print_plan
+
+        print_plan(made)
+
+
+@app.command(context_settings=WITH_OVERRIDES)
+def train(
+    job: Job,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    force: Force = False,
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", min=1, help="Emulate the layout's nodes, each with its own supervisor.")
+    ] = None,
+    spares: Annotated[
+        int, typer.Option("--spares", min=0, max=64, help="Number of nodes that wait to replace a lost one.")
+    ] = 0,
+    debug: Debug = False,
+) -> None:
+    """Run a job on this machine: start its ranks, wait for them and exit with their code.
+
+        keepwarm train configs/jobs/demo.yaml
+
+        keepwarm train job.yaml parallel.data=2 output=runs/second
+
+        keepwarm train runs/second --resume
+
+        keepwarm train ci/snapshot --nodes 4 --spares 1
+
+    The same run under another launcher, from the run.json that the first start wrote:
+
+        torchrun --nproc-per-node 8 -m keepwarm.trainer runs/second/run.json
+    """
+    from keepwarm.launch.local.train import train_here
+
+    train_here(job, overrides or [], start_mode(resume=resume, force=force), nodes=nodes, spares=spares)
+
+
+@app.command(context_settings=WITH_OVERRIDES)
+def branch(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder; it is not changed.")],
+    at: Annotated[int, typer.Option("--at", min=1, help="Step of the checkpoint, in a constant phase.")],
+    anneal: Annotated[int, typer.Option("--anneal", min=1, help="Tokens over which the learning rate decays.")],
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Start a new run from a checkpoint in another run's constant phase, and anneal it for a release.
+
+    keepwarm branch runs/base --at 6000 --anneal 2_000_000_000
+
+    keepwarm branch runs/base --at 6000 --anneal 2_000_000_000 stages.0.mixture="{web: 3, code: 1}" output=runs/release
+    """
+    from keepwarm.launch.cli.branch import branch_here
+
+    branch_here(run, at, anneal, overrides or [])
+
+
+@app.command(context_settings=PASSED_THROUGH)
+def report(context: typer.Context) -> None:
+    """Write a one-page report about a run: losses by domain, schedule, forgetting, data drawn, goodput."""
+    _run_tool("keepwarm.trainer.continual.report", context.args)
+
+
+@app.command(context_settings=PASSED_THROUGH)
+def refine(context: typer.Context) -> None:
+    """Refine a learning-rate schedule from the gradient norms of a run."""
+    _run_tool("keepwarm.trainer.continual.refine", context.args)
+
+
+@app.command(context_settings=PASSED_THROUGH)
+def average(context: typer.Context) -> None:
+    """Average the weights of several branches into one checkpoint."""
+    _run_tool("keepwarm.trainer.continual.average_command", context.args)
+
+
+@app.command(context_settings=PASSED_THROUGH)
+def simulate(context: typer.Context) -> None:
+    """Simulate goodput and survival of codes, replicas, disk and spares on 8 to 100,000 GPUs."""
+    from keepwarm.launch.simulation.command import main as run
+
+    run(context.args)
+
+
+@app.command(context_settings=PASSED_THROUGH)
+def drill(context: typer.Context) -> None:
+    """Inject faults into a run and compare the result with that of an uninterrupted run."""
+    from keepwarm.launch.drill.command import main as run
+
+    run(context.args)
+
+
+@app.command()
+def status(
+    run: RunFolder,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show the progress of a run and where its time went.
+
+    keepwarm status runs/demo
+
+    keepwarm status runs/demo --json
+    """
+    from keepwarm.launch.cli.status import show
+
+    show(run, as_json=as_json)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+) -> None:
+    """Show which engines and fused kernels this machine can use and how to install the missing ones."""
+    from keepwarm.launch.cli.doctor import show
+
+    show(as_json=as_json)
+
+
+@app.command()
+def snapshots(
+    run: RunFolder,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show the snapshots that a run's agents hold in this machine's memory.
+
+    keepwarm snapshots runs/demo
+
+    keepwarm snapshots runs/demo --json
+    """
+    from keepwarm.launch.cli.snapshots import show
+
+    show(run, as_json=as_json)
+
+
+@data.command("train-tokenizer", context_settings=PASSED_THROUGH)
+def train_tokenizer(context: typer.Context) -> None:
+    """Train a byte-level BPE tokenizer on text."""
+    _run_tool("keepwarm.trainer.data.preprocess.train_tokenizer", context.args)
+
+
+@data.command(context_settings=PASSED_THROUGH)
+def tokenize(context: typer.Context) -> None:
+    """Tokenize JSON lines or text into Megatron .bin and .idx files."""
+    _run_tool("keepwarm.trainer.data.preprocess.tokenize", context.args)
+
+
+@data.command(context_settings=PASSED_THROUGH)
+def inspect(context: typer.Context) -> None:
+    """Show the documents, tokens and a decoded sample of tokenized data."""
+    _run_tool("keepwarm.trainer.data.preprocess.inspect", context.args)
+
+
+@app.command(context_settings=PASSED_THROUGH)
+def convert(context: typer.Context) -> None:
+    """Convert checkpoints from and to Hugging Face, DCP, torchtitan, Megatron Core and DeepSpeed."""
+    _run_tool("keepwarm.trainer.convert", context.args)
+
+
+@app.command(context_settings=PASSED_THROUGH)
+def surgery(context: typer.Context) -> None:
+    """Derive models from models: task vectors, growth, pruning, other vocabularies."""
+    _run_tool("keepwarm.trainer.surgery", context.args)
+
+
+@app.command(context_settings=PASSED_THROUGH)
+def sample(context: typer.Context) -> None:
+    """Continue a prompt with the newest checkpoint of a run."""
+    _run_tool("keepwarm.trainer.inference.sample", context.args)
+
+
+@app.command("eval", context_settings=PASSED_THROUGH)
+def evaluate(context: typer.Context) -> None:
+    """Export the newest checkpoint of a run and score it with the LM Evaluation Harness."""
+    _run_tool("keepwarm.trainer.inference.lm_eval", context.args)
+
+
+@app.command(context_settings=PASSED_THROUGH)
+def lineage(context: typer.Context) -> None:
+    """Show what a run, checkpoint or export was derived from, and what was derived from it."""
+    _run_tool("keepwarm.trainer.continual.lineage_command", context.args)
+
+
+@app.command(context_settings=PASSED_THROUGH)
+def checkpoint(context: typer.Context) -> None:
+    """Verify, show, diff or prune checkpoints."""
+    _run_tool("keepwarm.trainer.checkpoint.command", context.args)
+
+
+def _run_tool(module: str, arguments: Sequence[str]) -> NoReturn:
+    """Become the tool: its options, output and exit code are its own."""
+    from keepwarm.trainer.job.renames import refuse_old_options
+
+    refuse_old_options(arguments)
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-P", "-m", module, *arguments])
+
+
+def main() -> None:
+    """Entry point: errors as one readable message on stderr and an exit code, never a traceback unless asked for."""
+    from keepwarm.launch.errors import LaunchError
+    from keepwarm.parallel.errors import ParallelError
+    from keepwarm.trainer.errors import TrainerError
+
+    signal.signal(signal.SIGINT, lambda number, frame: sys.exit(ExitCode.INTERRUPTED))
+    try:
+        app(prog_name="keepwarm")
+    except (LaunchError, TrainerError, ParallelError) as error:
+        if "--debug" in sys.argv or os.environ.get("KEEPWARM_DEBUG", "0") not in ("", "0"):
+            traceback.print_exc()
+        elif str(error):
+            print(f"keepwarm: {error}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", ExitCode.BAD_INPUT))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""`keepwarm status RUN`: how far a run is, what is saved of it, which nodes it is on, and where its time went."""
+
+import contextlib
+import json
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from keepwarm.ft.format import checkpoint
+from keepwarm.launch.cli.snapshots import ask
+from keepwarm.launch.errors import SnapshotsError, StatusError
+from keepwarm.launch.node.record import read_all
+from keepwarm.launch.run.progress import progress
+from keepwarm.trainer.job.files import load_run
+from keepwarm.trainer.job.run_folder import RUN_FILE, RunFolder
+from keepwarm.trainer.monitor import events
+from keepwarm.trainer.monitor.goodput import Goodput, of_run
+
+
+def show(folder: Path, *, as_json: bool) -> None:
+    """Print the state of the run in a folder.
+
+    Raises:
+        StatusError: there is no run in the folder.
+    """
+    found = status(folder)
+    if as_json:
+        print(json.dumps(found, allow_nan=False))
+    else:
+        _print(found, of_run(folder))
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """Plain values: the run's name, completed steps of how many, speed, what is saved, restarts, nodes, goodput.
+
+    Raises:
+        StatusError: as `show`.
+    """
+    if not RunFolder(folder).exists:
+        raise StatusError(f"{folder}: there is no run here ({RUN_FILE} is missing)")
+    log = events.read(folder)
+    job, far = load_run(RunFolder(folder).run_file), progress(folder)
+    saved = checkpoint.checkpoints(RunFolder(folder).checkpoints)
+    return {
+        "run": job.name,
+        "step": far.step,
+        "last_step": far.last_step,
+        "loss": far.loss,
+        "tokens_per_s": far.tokens_per_s,
+        "eta_s": far.eta_s,
+        "committed": committed(folder),
+        "checkpoint": saved[-1].name if saved else None,
+        "restarts": restarts(log.events),
+        "unknown_events": log.unknown,
+        "nodes": [msgspec.to_builtins(record, str_keys=True) for record in read_all(folder)],
+        "goodput": of_run(folder).data(),
+    }
+
+
+def committed(folder: Path) -> tuple[int, int] | None:
+    """(epoch, step) of the newest snapshot that agents on this machine know to be committed; None without agents."""
+    with contextlib.suppress(SnapshotsError):
+        return max((one.committed for one in ask(folder)[0] if one.committed is not None), default=None)
+    return None
+
+
+def restarts(log: Sequence[events.Event]) -> list[dict[str, Any]]:
+    """When the ranks began again, at which level, and why, as supervisors or the batch job recorded it. Pure."""
+    return [
+        {"time": event.time, "level": event.level if isinstance(event, events.Recovery) else None, "why": event.why}
+        for event in log
+        if isinstance(event, events.Recovery | events.Requeue)
+        or (isinstance(event, events.BatchEnded) and event.verdict == "again")
+    ]
+
+
+def _print(found: dict[str, Any], account: Goodput) -> None:
+    console = Console(highlight=False, markup=False)
+    console.print(f"{found['run']}: {found['step']} of {found['last_step']} steps", soft_wrap=True)
+    if found["loss"] is not None:
+        left = timedelta(seconds=round(found["eta_s"]))
+        console.print(f"loss {found['loss']:.4f}, {found['tokens_per_s']:.0f} tokens/s, {left} left", soft_wrap=True)
+    memory = "none known here" if found["committed"] is None else f"step {found['committed'][1]}"
+    console.print(f"saved: in memory {memory}, on disk {found['checkpoint'] or 'nothing'}", soft_wrap=True)
+    for one in found["restarts"]:
+        when = datetime.fromtimestamp(one["time"]).strftime("%Y-%m-%d %H:%M:%S")
+        level = "" if one["level"] is None else f" (level {one['level']})"
+        console.print(f"restarted {when}{level}: {one['why']}", soft_wrap=True)
+    if found["unknown_events"]:
+        console.print(f"{found['unknown_events']} events are not known to this version", soft_wrap=True)
+    if found["nodes"]:
+        table = Table(title="nodes")
+        for column in ("node", "host", "slot", "state", "ranks", "generation"):
+            table.add_column(column)
+        for node in found["nodes"]:
+            slot = "-" if node["slot"] is None else str(node["slot"])
+            ranks = ",".join(sorted(node["workers"], key=int)) or "-"
+            table.add_row(node["node"], node["host"], slot, node["state"], ranks, str(node["generation"]))
+        console.print(table)
+    table = Table(title=f"goodput {account.share:.1%}")
+    for column in ("seconds of", "", "share"):
+        table.add_column(column, justify="left" if column == "seconds of" else "right")
+    for kind, seconds in account.seconds.items():
+        table.add_row(kind, f"{seconds:.1f}", f"{seconds / account.wall:.1%}" if account.wall else "-")
+    table.add_section()
+    table.add_row("all", f"{account.wall:.1f}", "")
+    console.print(table)
+    console.print(f"{account.steps} steps kept, {account.steps_lost} lost, {account.restarts} restarts", soft_wrap=True)
+    if account.stopped:
+        console.print(f"not running for {account.stopped:.1f} s between an end and a continuation", soft_wrap=True)

@@ -1,0 +1,146 @@
+"""Several nodes emulated on one machine: `python -P -m keepwarm.launch.local.emulated_nodes RUN_FOLDER --slots N
+--spares M [--resume]`.
+
+One supervisor a node, each in a session of its own with its agent and its workers: killing these is losing the node
+and its memory. This process imports once what all of them need, forks them, passes signals on, and ends with the exit
+code of the run.
+"""
+
+import argparse
+import contextlib
+import importlib
+import os
+import selectors
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from keepwarm.exit_code import ExitCode
+from keepwarm.ft.discovery.config import NODE, runtime_folder
+from keepwarm.ft.discovery.runtime_folder import clear, take_lock
+from keepwarm.ft.errors import FtError
+from keepwarm.ft.transport.auth import SECRET, load_secret, run_identity
+from keepwarm.launch.node.main import set_environment
+from keepwarm.launch.node.options import VACANCY_TIMEOUT_S, Options
+from keepwarm.trainer.job.files import load_run
+from keepwarm.trainer.job.run_folder import RunFolder
+from keepwarm.trainer.job.spec import JobSpec
+
+AGENTS_LEAVE = 30.0
+"""Seconds that the agents of a run have to end after its supervisors."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -P -m keepwarm.launch.local.emulated_nodes", description="Nodes of one machine."
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--slots", type=int, required=True)
+    parser.add_argument("--spares", type=int, default=0)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--patience", type=float, default=VACANCY_TIMEOUT_S)
+    given = parser.parse_args(arguments)
+    folder = given.folder.absolute()
+    job = load_run(RunFolder(folder).run_file)
+    set_environment(job)
+    from keepwarm.launch.forkserver import die_with, preload
+
+    die_with(os.getppid())
+    preload()
+    importlib.import_module("keepwarm.launch.node.supervisor")
+    everyone = [
+        Options(
+            folder=folder,
+            slots=given.slots,
+            node=f"node-{number}",
+            ranks_per_node=job.layout.ranks_per_node,
+            wish=number if number < given.slots else "spare",
+            resume=given.resume,
+            patience=given.patience,
+        )
+        for number in range(given.slots + given.spares)
+    ]
+    try:
+        return Nodes(everyone, job).run()
+    finally:
+        sweep(folder, [options.node for options in everyone], given.slots)
+
+
+class Nodes:
+    """The supervisors as children of this process."""
+
+    def __init__(self, everyone: Sequence[Options], job: JobSpec) -> None:
+        self._parent = os.getpid()
+        self._pids = [self._fork(options, job) for options in everyone]
+        self._codes: dict[int, int] = {}
+
+    def _fork(self, options: Options, job: JobSpec) -> int:
+        pid = os.fork()
+        if pid:
+            return pid
+        code: int = ExitCode.FAULT
+        try:
+            from keepwarm.launch.forkserver import die_with
+            from keepwarm.launch.node.supervisor import supervise
+
+            os.setsid()
+            die_with(self._parent)
+            code = supervise(options, job)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+
+    def run(self) -> int:
+        """Wait for all of them; the code that most of the survivors agree on is the run's."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, self._forward)
+        with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
+            for pid in self._pids:
+                descriptor = os.pidfd_open(pid)
+                stack.callback(os.close, descriptor)
+                selector.register(descriptor, selectors.EVENT_READ, pid)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    selector.unregister(key.fileobj)
+                    _, status = os.waitpid(key.data, 0)
+                    self._codes[key.data] = os.waitstatus_to_exitcode(status)
+        survivors = [code for code in self._codes.values() if code >= 0]
+        if not survivors:
+            print("keepwarm: every node was lost; --resume continues from the newest checkpoint", file=sys.stderr)
+        return max(set(survivors), key=survivors.count, default=ExitCode.UNRECOVERABLE)
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        """SIGINT as what it is: said twice, it kills."""
+        passed = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+        for pid in self._pids:
+            if pid not in self._codes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, passed)
+
+
+def sweep(folder: Path, nodes: Sequence[str], slots: int) -> None:
+    """Wait for the agents to end, and remove what those of killed nodes left on this machine."""
+    try:
+        run = run_identity(load_secret(folder / SECRET))
+    except FtError:
+        return
+    left = set()
+    for node in nodes:
+        os.environ[NODE] = node
+        left |= {path for slot in range(slots) if (path := runtime_folder(run, slot)).is_dir()}
+    end = time.monotonic() + AGENTS_LEAVE
+    while left and time.monotonic() < end:
+        for path in list(left):
+            with contextlib.suppress(FtError, OSError):
+                if path.is_dir():
+                    clear(path, take_lock(path))
+                left.discard(path)
+        time.sleep(0.05 if left else 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,95 @@
+"""`keepwarm train --nodes N --spares M`: a job on emulated nodes of this machine, each with a supervisor."""
+
+import contextlib
+import shutil
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+from rich.console import Console
+
+from keepwarm.exit_code import ExitCode
+from keepwarm.launch.errors import PreflightError, RanksFailed
+from keepwarm.launch.forkserver import Nursery, Worker
+from keepwarm.launch.node import record
+from keepwarm.launch.run.preflight import check_job, check_memory
+from keepwarm.launch.run.prepare import Mode, prepared
+from keepwarm.trainer.job.run_folder import RunFolder
+from keepwarm.trainer.job.spec import JobSpec
+from keepwarm.trainer.monitor import events
+
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+SIGNAL_POLL_INTERVAL_S = 0.2
+"""Seconds between looks at what signals have come; the end of the nodes is seen at once."""
+
+
+def run_on_nodes(job: JobSpec, mode: Mode, console: Console, *, nodes: int, spares: int) -> None:
+    """Make the run folder and run the job on as many emulated nodes as its layout has, with spares beside them.
+
+    Raises:
+        PreflightError: the layout has another number of nodes.
+        RanksFailed: the run ended early; with its exit code.
+    """
+    check_nodes(job, nodes, spares)
+    check_job(job)
+    check_memory(job, emulated=True)
+    with prepared(job, mode) as folder:
+        # Of an earlier start of the run; the lock on the folder says that none of its supervisors lives.
+        shutil.rmtree(RunFolder(folder).nodes, ignore_errors=True)
+        record.make_folder(folder)
+        seen = len(events.read(folder).of(events.SupervisorEnded))
+        console.print(
+            f"keepwarm: {job.name}: starting {nodes} nodes of {job.layout.ranks_per_node} "
+            f"{'rank' if job.layout.ranks_per_node == 1 else 'ranks'} and {spares} "
+            f"{'spare' if spares == 1 else 'spares'}; outputs in {folder}"
+        )
+        resume = ("--resume",) if mode == "resume" else ()
+        arguments = (str(folder), "--slots", str(nodes), "--spares", str(spares), *resume)
+        code = _run(Worker(module="keepwarm.launch.local.emulated_nodes", arguments=arguments, environment={}))
+        if code:
+            ended = events.read(folder).of(events.SupervisorEnded)[seen:]
+            last = [event.why for event in ended if event.code == code]
+            why = last[-1] if last else "every node was lost; --resume continues from the newest checkpoint"
+            raise RanksFailed(why, code if code in ExitCode.of_run() else ExitCode.UNRECOVERABLE)
+
+
+def check_nodes(job: JobSpec, nodes: int, spares: int) -> None:
+    """Raise `PreflightError` unless the layout fills just these nodes."""
+    layout = job.layout
+    if nodes != layout.nodes:
+        raise PreflightError(
+            f"--nodes {nodes}: the layout has {layout.world_size} ranks (parallel.data x pipeline x tensor) on "
+            f"{layout.nodes} nodes of cluster.ranks_per_node = {layout.ranks_per_node}; give --nodes {layout.nodes}, "
+            "or change parallel.* or cluster.ranks_per_node"
+        )
+    if spares and job.snapshot == "off" and job.checkpoint.every is None:
+        raise PreflightError(
+            f"--spares {spares}: there is nothing that a spare could continue from; set snapshot or checkpoint.every"
+        )
+
+
+def _run(worker: Worker) -> int:
+    """Run one process until it ends, passing signals on; its exit code."""
+    with contextlib.closing(Nursery()) as nursery, _noted() as noted:
+        pid = nursery.start(worker)
+        while pid not in nursery.ended:
+            nursery.poll(SIGNAL_POLL_INTERVAL_S)
+            while noted:
+                nursery.send([pid], noted.pop(0))
+        return nursery.ended[pid]
+
+
+@contextlib.contextmanager
+def _noted() -> Iterator[list[signal.Signals]]:
+    """The signals that come meanwhile, in their order."""
+    noted: list[signal.Signals] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(signal.Signals(number))
+
+    before = {number: signal.signal(number, note) for number in _FORWARDED}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,77 @@
+"""`keepwarm train`: from a job file to ended ranks, on this machine."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from keepwarm.launch.local.nodes import run_on_nodes
+from keepwarm.launch.local.ranks import RankOptions, run_ranks
+from keepwarm.launch.run.preflight import check_installation, check_job
+from keepwarm.launch.run.prepare import Mode, changes, prepared, stored_job
+from keepwarm.trainer.distributed.in_process_restart import may_stay
+from keepwarm.trainer.errors import SpecError
+from keepwarm.trainer.job.files import load_job
+from keepwarm.trainer.job.run_folder import RunFolder
+from keepwarm.trainer.job.spec import JobSpec
+
+
+def train_here(path: Path, overrides: Sequence[str], mode: Mode, *, nodes: int | None = None, spares: int = 0) -> None:
+    """Validate the job, make its run folder and run its ranks to the end; on emulated nodes where `nodes` says so.
+
+    `path` is a job file; with mode `resume` also a run folder.
+
+    Raises:
+        SpecError, DataError, OutputError, PreflightError: before anything was started.
+        RanksFailed: a rank ended early.
+    """
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    check_installation()
+    job = continued(path, overrides, console) if mode == "resume" else load_job(job_file(path), overrides)
+    if nodes is None and not spares:
+        run_here(job, mode, console)
+    else:
+        run_on_nodes(job, mode, console, nodes=job.layout.nodes if nodes is None else nodes, spares=spares)
+
+
+def run_here(job: JobSpec, mode: Mode, console: Console) -> None:
+    """Make the run folder of a validated job and run its ranks to the end; raises as `train_here`."""
+    check_job(job)
+    with prepared(job, mode) as folder:
+        world_size = job.layout.world_size
+        console.print(
+            f"keepwarm: {job.name}: starting {world_size} {'rank' if world_size == 1 else 'ranks'}; outputs in {folder}"
+        )
+        run_ranks(
+            [str(RunFolder(folder).run_file), *(["--resume"] if mode == "resume" else [])],
+            RankOptions(
+                world_size=world_size,
+                threads_per_rank=job.numerics.threads_per_rank,
+                logs=RunFolder(folder).logs,
+                max_restarts=job.cluster.max_restarts if job.snapshot != "off" else 0,
+                stay=may_stay(job),
+            ),
+        )
+
+
+def job_file(path: Path) -> Path:
+    """`path`, unless it is a run folder, which a new run cannot begin with."""
+    if RunFolder(path).exists:
+        raise SpecError(f"{path}: this is a run folder; --resume continues it")
+    return path
+
+
+def continued(path: Path, overrides: Sequence[str], console: Console) -> JobSpec:
+    """The job of an existing run with overrides applied; says what they change, and which edits are not used."""
+    if path.is_dir():
+        before, after = stored_job(path, list(overrides))
+    else:
+        wanted = load_job(path, overrides)
+        folder = Path(wanted.output)
+        kept = [text for text in overrides if not text.removeprefix("--").startswith("output=")]
+        before, after = stored_job(folder, kept)
+        for line in changes(after, wanted):
+            console.print(f"keepwarm: not used, as the run keeps its own spec: {line}; override it to change it")
+    for line in changes(before, after):
+        console.print(f"keepwarm: changed for the rest of the run: {line}")
+    return after

@@ -1,0 +1,167 @@
+"""What a job would do, as data: layout, parameters, memory, steps, learning rates. Pure and torch-free."""
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from keepwarm.ft.placement import groups_of
+from keepwarm.parallel.mesh.layout import Coordinates, Layout, split_layers, stages_of
+from keepwarm.trainer.job.estimate import RankEstimate, estimate_rank, state_bytes, total_parameters
+from keepwarm.trainer.job.shrink import layouts
+from keepwarm.trainer.job.spec import JobSpec
+from keepwarm.trainer.job.stages import StagePlan, global_size_at, plan_stages
+
+if TYPE_CHECKING:
+    from keepwarm.ft.memory.buffers import HostMemory
+
+CURVE_POINTS = 64
+"""Steps at which a stage's learning rate is sampled for the plan, first and last included."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job with everything that follows from it."""
+
+    job: JobSpec
+
+    @cached_property
+    def layout(self) -> Layout:
+        return self.job.layout
+
+    @cached_property
+    def stages(self) -> tuple[StagePlan, ...]:
+        return plan_stages(self.job)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Of the whole model; tied embeddings count once."""
+        return total_parameters(self.job.model)
+
+    @cached_property
+    def estimates(self) -> tuple[RankEstimate, ...]:
+        """What one rank holds, by pipeline coordinate; ranks that differ in data or tensor only hold as much."""
+        return tuple(estimate_rank(self.job, pipeline) for pipeline in range(self.layout.pipeline))
+
+    @cached_property
+    def host_memory(self) -> "HostMemory | None":
+        """What the snapshot agent of a node takes, at most; None without snapshots.
+
+        Raises:
+            PlacementError: the code does not fit the nodes.
+        """
+        spec, layout = self.job.snapshot, self.layout
+        if spec == "off":
+            return None
+        # They import NumPy, which a plan without snapshots needs not.
+        from keepwarm.ft.format.contents import META_BYTES
+        from keepwarm.ft.memory.buffers import host_memory
+
+        parts = [-(-(state_bytes(self.job, at) + META_BYTES) // spec.bucket) for at in range(layout.pipeline)]
+        buckets = [0] * layout.nodes
+        for rank in range(layout.world_size):
+            buckets[layout.node_of(rank)] += parts[layout.coordinates(rank).pipeline]
+        groups = {(group.size, group.m) for group in groups_of(layout.nodes, spec)}
+        possible = (
+            host_memory(
+                max(buckets) * spec.bucket,
+                members=size,
+                parity=parity,
+                bucket_bytes=spec.bucket,
+                durable=spec.durable is not None,
+            )
+            for size, parity in groups
+        )
+        return max(possible, key=lambda memory: memory.total)
+
+    def node_memory(self, *, gpus: bool) -> int:
+        """Bytes of host memory that a node needs for its snapshots, and without GPUs for what its ranks hold.
+
+        Raises:
+            PlacementError: the code does not fit the nodes.
+        """
+        host = 0 if self.host_memory is None else self.host_memory.total
+        return host + (0 if gpus else self.layout.ranks_per_node * max(each.total for each in self.estimates))
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of one durable checkpoint, uncompressed."""
+        each = (state_bytes(self.job, at) for at in range(self.layout.pipeline))
+        return sum(each) * self.layout.data * self.layout.tensor
+
+    @cached_property
+    def smaller(self) -> tuple["Plan", ...]:
+        """What the job may go on as while nodes are missing, the largest layout first."""
+        return tuple(Plan(job) for job in layouts(self.job).values() if job is not self.job)
+
+    def layers_at(self, pipeline: int) -> list[range]:
+        """Layers of the pipeline stages on one pipeline coordinate."""
+        split = split_layers(self.job.model.layers, self.job.parallel)
+        return [split[stage] for stage in stages_of(pipeline, self.job.parallel)]
+
+    def ranks_at(self, data: int, pipeline: int) -> range:
+        """The tensor group that stands at these coordinates."""
+        first = self.layout.rank_at(Coordinates(data, pipeline, 0))
+        return range(first, first + self.layout.tensor)
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of a step counted from the start of the job."""
+        stage = next(stage for stage in self.stages if step < stage.end_step)
+        return stage.curve.at(step - stage.start_step)
+
+    def micro_batches(self, stage: StagePlan) -> tuple[int, int]:
+        """Micro-batches per step and data-parallel rank in the first and in the last step of a stage."""
+        unit = self.layout.data * self.job.batch.micro_batch_size
+        last = max(stage.start_sample, stage.end_sample - 1)
+        first_size, last_size = (global_size_at(self.job.batch, at) for at in (stage.start_sample, last))
+        return first_size // unit, last_size // unit
+
+    def data(self) -> dict[str, Any]:
+        """Plain values, for JSON. Bytes, tokens, and steps counted from the start of the job."""
+        layout = self.layout
+        return {
+            "job": self.job.model_dump(mode="json"),
+            "layout": {**asdict(layout), "world_size": layout.world_size, "nodes": layout.nodes},
+            "parameters": {"total": self.parameters, "per_rank": [e.parameters for e in self.estimates]},
+            "ranks": [
+                {
+                    "pipeline": pipeline,
+                    "layers": [[layers.start, layers.stop] for layers in self.layers_at(pipeline)],
+                    "memory": {**_memory(estimate), "total": estimate.total},
+                }
+                for pipeline, estimate in enumerate(self.estimates)
+            ],
+            "host_memory": None if (host := self.host_memory) is None else {**asdict(host), "total": host.total},
+            "smaller": [
+                {
+                    "nodes": one.layout.nodes,
+                    "data": one.layout.data,
+                    "host_memory": None if (host := one.host_memory) is None else host.total,
+                }
+                for one in self.smaller
+            ],
+            "stages": [self._stage(stage) for stage in self.stages],
+        }
+
+    def _stage(self, stage: StagePlan) -> dict[str, Any]:
+        first, last = self.micro_batches(stage)
+        return {
+            "name": stage.name,
+            "start_step": stage.start_step,
+            "steps": stage.steps,
+            "samples": stage.samples,
+            "tokens": stage.tokens,
+            "micro_batches": [first, last],
+            "mixtures": [{"sample": first, "weights": dict(mixture)} for first, mixture in stage.mixtures],
+            "learning_rate": [[step, stage.curve.at(step)] for step in sampled_steps(stage.steps, CURVE_POINTS)],
+        }
+
+
+def sampled_steps(steps: int, points: int) -> list[int]:
+    """At most `points` steps of a stage, evenly spread, the first and the last included."""
+    if steps <= points:
+        return list(range(steps))
+    return sorted({round(i * (steps - 1) / (points - 1)) for i in range(points)})
+
+
+def _memory(estimate: RankEstimate) -> dict[str, int]:
+    return {name: getattr(estimate, name) for name in ("weights", "gradients", "optimizer", "activations")}

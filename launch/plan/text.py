@@ -1,0 +1,204 @@
+"""A plan as text for a terminal. Plain text: rich takes as long to import as everything else here does together."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from ruamel.yaml import YAML
+
+from keepwarm.launch.plan.plan import Plan, sampled_steps
+from keepwarm.trainer.data.spec import ReplaySpec
+from keepwarm.trainer.job.stages import StagePlan
+
+SHOWN = 8
+"""Rows of one kind that are shown in full; of more, the first and the last ones."""
+_CHART_COLUMNS, _CHART_ROWS = 60, 6
+_EIGHTHS = " ▁▂▃▄▅▆▇█"
+
+
+def print_plan(plan: Plan) -> None:
+    """To stdout."""
+    print(f"# {plan.job.name}: the resolved spec")
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.width = 4096  # a path is one word
+    yaml.dump(plan.job.model_dump(mode="json"), sys.stdout)
+    for part in (_layout(plan), _memory(plan), _stages(plan), _curve(plan)):
+        print("\n".join(["", *part]))
+
+
+def count(number: float) -> str:
+    """A number of things in three digits: 1.30 M, 530 B."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}" if number / size < 999.5 else f"{number / size:.0f} {unit}"
+    return f"{number:.0f}"
+
+
+def size(number: float) -> str:
+    """Bytes in binary units."""
+    for unit, bytes_ in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if number >= bytes_:
+            return f"{number / bytes_:.1f} {unit}"
+    return f"{number:.0f} B"
+
+
+def chart(rate: Callable[[int], float], last: int, marks: Mapping[int, str]) -> list[str]:
+    """The rate of steps 0 to `last` - 1 as a bar chart, highest on top, with `marks` at their steps below the axis."""
+    steps = sampled_steps(last, _CHART_COLUMNS)
+    values = [rate(step) for step in steps]
+    peak = max(values)
+    lines = []
+    for row in reversed(range(_CHART_ROWS)):
+        cells = (round((value / peak * _CHART_ROWS - row) * 8) for value in values)
+        label = f"{peak:.2e}" if row == _CHART_ROWS - 1 else f"{0:.2e}" if row == 0 else ""
+        lines.append(f"{label:>9} ┤" + "".join(_EIGHTHS[min(8, max(0, cell))] for cell in cells))
+    end = f"step {last - 1}"
+    at = {next(i for i, step in enumerate(steps) if step >= mark): name for mark, name in marks.items()}
+    lines.append(f"{'':>9} └" + "".join("┴" if i in at and i else "─" for i in range(len(values))))
+    lines.append(f"{'':>11}0{end:>{max(len(values) - 1, len(end) + 1)}}")
+    names = ""
+    for column, name in at.items():
+        if len(names) <= column:
+            names = names.ljust(column) + name + " "
+    return [*lines, f"{'':>11}{names}".rstrip()]
+
+
+def ends(items: Sequence[int]) -> Iterator[int | None]:
+    """All items if they are few, else the first and last ones with None for those between."""
+    if len(items) <= SHOWN:
+        yield from items
+        return
+    yield from items[: SHOWN // 2]
+    yield None
+    yield from items[-SHOWN // 2 + 1 :]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their widest cell, two spaces apart."""
+    lines = [header, ["-" * len(cell) for cell in header], *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+
+
+def _layout(plan: Plan) -> list[str]:
+    layout = plan.layout
+    replica = layout.pipeline * layout.tensor
+    rows = []
+    for data in range(layout.data if layout.world_size <= SHOWN * SHOWN else 1):
+        for pipeline in ends(range(layout.pipeline)):
+            if pipeline is None:
+                rows.append(["", "...", "", "", ""])
+                continue
+            ranks = plan.ranks_at(data, pipeline)
+            shown = " ".join(map(str, ranks)) if len(ranks) <= SHOWN else f"{ranks[0]}-{ranks[-1]}"
+            layers = ", ".join(_range(layers) for layers in plan.layers_at(pipeline))
+            rows.append([str(data), str(pipeline), shown, str(layout.node_of(ranks[0])), layers])
+    if layout.data > 1 and layout.world_size > SHOWN * SHOWN:
+        rows.append(
+            [f"1-{layout.data - 1}", "the same", f"+ {replica} each", f"+ {replica / layout.ranks_per_node:g}", ""]
+        )
+    return [
+        f"layout: data {layout.data} x pipeline {layout.pipeline} x tensor {layout.tensor} = "
+        f"{_plural(layout.world_size, 'rank')} on {_plural(layout.nodes, 'node')} of {layout.ranks_per_node}",
+        *table(("data", "pipeline", "ranks by tensor", "node", "layers"), rows),
+    ]
+
+
+def _memory(plan: Plan) -> list[str]:
+    rows = []
+    for pipeline in ends(range(plan.layout.pipeline)):
+        if pipeline is None:
+            rows.append(["...", *[""] * 6])
+            continue
+        one = plan.estimates[pipeline]
+        sizes = (one.weights, one.gradients, one.optimizer, one.activations, one.total)
+        rows.append([str(pipeline), count(one.parameters), *map(size, sizes)])
+    return [
+        f"parameters: {count(plan.parameters)} ({plan.parameters:,}) in total; estimate for each rank, by pipeline:",
+        *table(("pipeline", "parameters", "weights", "gradients", "optimizer", "activations", "memory"), rows),
+        *_host_memory(plan),
+        *_smaller(plan),
+    ]
+
+
+def _host_memory(plan: Plan) -> list[str]:
+    host = plan.host_memory
+    if host is None:
+        return []
+    parts = {
+        "data buffers": host.data,
+        "parity buffers": host.parity,
+        "durable": host.durable,
+        "receiving": host.receiving,
+    }
+    shown = ", ".join(f"{name} {size(value)}" for name, value in parts.items() if value)
+    return ["", f"snapshots: {size(host.total)} of each node's host memory: {shown}"]
+
+
+def _smaller(plan: Plan) -> list[str]:
+    rows = [
+        [
+            str(one.layout.nodes),
+            str(one.layout.data),
+            size(max(each.total for each in one.estimates)),
+            "-" if one.host_memory is None else size(one.host_memory.total),
+        ]
+        for one in plan.smaller
+    ]
+    header = ("nodes", "data", "memory of a rank", "snapshots on a node")
+    return ["", "while nodes are missing (cluster.elastic: shrink):", *table(header, rows)] if rows else []
+
+
+def _stages(plan: Plan) -> list[str]:
+    rows = []
+    for stage, spec in zip(plan.stages, plan.job.stages, strict=True):
+        first, last = plan.micro_batches(stage)
+        batches = str(first) if first == last else f"{first} to {last}"
+        replay = ", ".join(map(_replay, spec.replays)) or "-"
+        numbers = [f"{stage.steps:,}", f"{stage.tokens:,}", f"{stage.samples:,}", batches]
+        rows.append([stage.name, *numbers, replay, _mixture(spec.mixture)])
+        for moved in ends(range(1, len(stage.mixtures))):
+            at, mixture = (None, {}) if moved is None else stage.mixtures[moved]
+            shown = "..." if at is None else f"from sample {at:,}: {_mixture(mixture)}"
+            rows.append([*[""] * 6, shown])
+    steps, tokens = plan.stages[-1].end_step, sum(stage.tokens for stage in plan.stages)
+    return [
+        f"stages: {steps:,} steps, {tokens:,} tokens; micro-batches are per step and data-parallel rank:",
+        *table(("stage", "steps", "tokens", "samples", "micro-batches", "replay", "mixture"), rows),
+    ]
+
+
+def _mixture(weights: Mapping[str, float]) -> str:
+    total = sum(weights.values())
+    return ", ".join(f"{name} {weight / total:.1%}" for name, weight in weights.items())
+
+
+def _replay(clause: ReplaySpec) -> str:
+    law = clause.distribution if clause.exponent is None else f"{clause.distribution} {clause.exponent:g}"
+    origins = f"stand-in {clause.proxy_source}" if clause.proxy_source else " and ".join(clause.origins) or "all seen"
+    return f"{clause.fraction:.1%} of {origins}, {law}"
+
+
+def _curve(plan: Plan) -> list[str]:
+    begins = {stage.start_step: stage.name for stage in plan.stages}
+    rows = [[stage.name, stage.curve.kind, *map("{:.3e}".format, _rates(stage))] for stage in plan.stages]
+    return [
+        "learning rate:",
+        *chart(plan.rate_at, plan.stages[-1].end_step, begins),
+        *table(("stage", "schedule", "first", "highest", "last"), rows),
+    ]
+
+
+def _rates(stage: StagePlan) -> tuple[float, float, float]:
+    """First, highest and last rate."""
+    peak = max(stage.curve.at(step) for step in {*sampled_steps(stage.steps, 1000), *stage.curve.corners})
+    return stage.curve.at(0), peak, stage.curve.at(stage.steps - 1)
+
+
+def _plural(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def _range(layers: range) -> str:
+    return str(layers.start) if len(layers) == 1 else f"{layers.start}-{layers.stop - 1}"

@@ -1,0 +1,100 @@
+"""One node's own view of itself before a run starts: `python -P -m keepwarm.launch.run.node_check RUN [HOST:PORT]`, one
+JSON line.
+
+Imports nothing heavy: it runs on every node at every start.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from keepwarm.launch.run import network_check
+from keepwarm.trainer.job.run_folder import RunFolder
+
+PACKAGES = ("keepwarm", "torch", "megatron-core", "numpy")
+MARK = "keepwarm-node "
+"""Before the JSON, so that what setup lines print does not matter."""
+_SIZE = 256
+
+
+def digest(folder: Path) -> str | None:
+    """Of the spec in a run folder; None when this node does not see it."""
+    try:
+        return hashlib.sha256(RunFolder(folder).run_file.read_bytes()).hexdigest()[:16]
+    except OSError:
+        return None
+
+
+def look(folder: Path, echo: str | None = None) -> dict[str, Any]:
+    """What nodes must agree on, and what each must have; `echo` is where the first node sends back what it gets."""
+    speed, wrong = (None, None) if echo is None else network_check.ask(echo)
+    return {
+        "host": socket.gethostname().partition(".")[0],
+        "node": os.environ.get("SLURMD_NODENAME", socket.gethostname()),
+        "spec": digest(folder),
+        "writable": os.access(folder, os.W_OK),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+        "memory_free": memory_free(),
+        "disk_free": shutil.disk_usage("/tmp").free,
+        "arithmetic": _arithmetic(),
+        "network": speed,
+        "network_wrong": wrong,
+    }
+
+
+AGREE = ("spec", "python", *PACKAGES, "arithmetic")
+"""Keys that must be equal on all nodes."""
+
+
+def problems(seen: dict[str, Any], wanted: dict[str, Any], memory: int = 0) -> list[str]:
+    """Why a node cannot take part that must have so many bytes of memory free; empty when it can. Pure."""
+    if seen["spec"] is None:
+        return ["does not see the run folder: it must be on storage that all nodes share"]
+    found = [f"{key} is {seen[key]}, not {wanted[key]}" for key in AGREE if seen.get(key) != wanted[key]]
+    if not seen["writable"]:
+        found.append("cannot write to the run folder")
+    if seen["memory_free"] < memory:
+        found.append(f"has {seen['memory_free'] / 2**30:.1f} GiB of free memory, the run needs {memory / 2**30:.1f}")
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def memory_free() -> int:
+    """Bytes of host memory that processes could still take; 0 where the kernel does not say."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _arithmetic() -> str:
+    """Of a product of integer matrices, exact on every healthy processor and library."""
+    import numpy as np
+
+    numbers = np.arange(_SIZE * _SIZE, dtype=np.float64).reshape(_SIZE, _SIZE) % 1021
+    return hashlib.sha256((numbers @ numbers.T).tobytes()).hexdigest()[:16]
+
+
+def main() -> None:
+    started = time.perf_counter()
+    seen = look(Path(sys.argv[1]), sys.argv[2] if sys.argv[2:] else None)
+    print(MARK + json.dumps(seen | {"seconds": round(time.perf_counter() - started, 3)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

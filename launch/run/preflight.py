@@ -1,0 +1,109 @@
+"""What must be right on this machine before a rank is started; each check raises with one readable sentence."""
+
+import importlib.metadata
+import operator
+import shutil
+from pathlib import Path
+
+from keepwarm.launch.errors import PreflightError
+from keepwarm.launch.plan.plan import Plan
+from keepwarm.launch.plan.text import size
+from keepwarm.launch.run.node_check import memory_free
+from keepwarm.parallel.engine_support import require
+from keepwarm.parallel.errors import EngineUnavailable
+from keepwarm.parallel.kernels import KERNELS
+from keepwarm.trainer.data.spec import DataSpec
+from keepwarm.trainer.errors import DataError
+from keepwarm.trainer.job.shrink import layouts
+from keepwarm.trainer.job.spec import JobSpec
+
+PACKAGES = ("trainer", "launch", "ft", "parallel")
+"""Names that other distributions use too."""
+
+_TEXT_ENDINGS = (".jsonl", ".txt", ".jsonl.gz", ".txt.gz", ".jsonl.zst", ".txt.zst")
+
+
+def check_installation() -> None:
+    """Raise PreflightError when another distribution installed a package of the same name as one of ours.
+
+    Whichever was installed last would have overwritten files of the other.
+    """
+    owners = importlib.metadata.packages_distributions()
+    for package in PACKAGES:
+        others = sorted({name for name in owners.get(package, ()) if name.lower() != "keepwarm"})
+        if others:
+            raise PreflightError(
+                f"the package {package!r} also belongs to {', '.join(others)}, which overwrites keepwarm's: "
+                f"pip uninstall {' '.join(others)}, then install keepwarm again"
+            )
+
+
+def check_job(job: JobSpec) -> None:
+    """All that this machine, which sees data and outputs, can say before a job is started.
+
+    Raises:
+        PreflightError, DataError: it cannot run, and why.
+    """
+    check_engine(job)
+    check_data_exists(job.data)
+    check_disk(job)
+
+
+def check_memory(job: JobSpec, *, emulated: bool) -> None:
+    """Raise PreflightError when a layout that the job may shrink to needs more memory than is free on this machine.
+
+    `emulated`: all nodes of the layout are on it.
+    """
+    if job.cluster.elastic == "wait":
+        return
+    gpus, free = Path("/proc/driver/nvidia/gpus").is_dir(), memory_free()
+    for nodes, smaller in layouts(job).items():
+        needed = Plan(smaller).node_memory(gpus=gpus) * (nodes if emulated else 1)
+        if needed > free:
+            raise PreflightError(
+                f"cluster.elastic = shrink: with parallel.data = {smaller.parallel.data} on {nodes} nodes each one "
+                f"needs about {size(needed // (nodes if emulated else 1))} of host memory, and {size(free)} are free "
+                "here: raise cluster.min_data_parallel"
+            )
+
+
+def check_disk(job: JobSpec) -> None:
+    """Raise PreflightError when not even one checkpoint fits where the outputs go."""
+    folder = Path(job.output).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    needed, disk = Plan(job).checkpoint_bytes, shutil.disk_usage(folder)
+    if needed > disk.free and disk.total:  # what has no size is no disk
+        raise PreflightError(
+            f"a checkpoint of this job takes {size(needed)}, and {folder} has {size(disk.free)} free: "
+            "make room, or choose another place with output=PATH"
+        )
+
+
+def check_engine(job: JobSpec) -> None:
+    """Raise PreflightError when the engine, or the fused kernels that the job asks for, cannot be had here."""
+    try:
+        require(job.parallel.engine)
+    except EngineUnavailable as error:
+        raise PreflightError(str(error)) from error
+    for kernel in KERNELS:
+        if operator.attrgetter(kernel.key)(job) == kernel.value and kernel.missing:
+            raise PreflightError(kernel.problem)
+
+
+def check_data_exists(spec: DataSpec) -> None:
+    """Raise DataError, with every path that is missing, before the run folder is touched."""
+    missing = []
+    for section, table in (("sources", spec.sources), ("validation", spec.validation)):
+        for name, path in table.items():
+            missing += [f"data.{section}.{name}: {file}: no such file" for file in _files(path) if not file.is_file()]
+    if spec.tokenizer != "bytes" and not Path(spec.tokenizer).is_file():
+        missing.append(f"data.tokenizer: {spec.tokenizer}: no such file")
+    if missing:
+        raise DataError("\n  ".join([f"{len(missing)} data files are missing:", *missing] if missing[1:] else missing))
+
+
+def _files(path: str) -> list[Path]:
+    if path.endswith(_TEXT_ENDINGS):
+        return [Path(path)]
+    return [Path(f"{path}.idx"), Path(f"{path}.bin")]

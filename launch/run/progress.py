@@ -1,0 +1,42 @@
+"""How far a run is, by its own metrics."""
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from keepwarm.trainer.job.files import load_run
+from keepwarm.trainer.job.run_folder import RunFolder
+from keepwarm.trainer.job.stages import plan_stages
+
+RECENT_STEPS = 20
+"""Steps whose times are averaged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Completed steps and speed of a run."""
+
+    step: int
+    last_step: int
+    loss: float | None
+    tokens_per_s: float | None
+    eta_s: float | None
+    """Seconds to the last step at the present speed."""
+
+
+def progress(folder: Path) -> Progress:
+    """Read the progress of a run from the end of its metrics. Raises SpecError if there is no run in the folder."""
+    job = load_run(RunFolder(folder).run_file)
+    steps = [record for record in RunFolder(folder).recent_metrics() if "loss" in record][-RECENT_STEPS:]
+    last_step = plan_stages(job)[-1].end_step
+    if not steps:
+        return Progress(step=0, last_step=last_step, loss=None, tokens_per_s=None, eta_s=None)
+    seconds = statistics.median(record["step_time_s"] for record in steps)
+    newest = steps[-1]
+    return Progress(
+        step=newest["step"],
+        last_step=last_step,
+        loss=newest["loss"],
+        tokens_per_s=newest["tokens"] / seconds,
+        eta_s=(last_step - newest["step"]) * seconds,
+    )

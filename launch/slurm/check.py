@@ -1,0 +1,122 @@
+"""What the cluster says of a job before it is submitted: partitions, nodes, GPUs, whether nodes see the run folder."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from keepwarm.launch.errors import ClusterError
+from keepwarm.launch.run.node_check import MARK
+from keepwarm.launch.slurm import commands
+from keepwarm.launch.slurm.script import cpus_per_rank, in_container, options
+from keepwarm.trainer.job.spec import JobSpec
+
+PROBE_WAIT = 5
+"""Seconds that a node is waited for that could say whether it sees the run folder."""
+
+
+def check_offered(job: JobSpec, *, dry_run: bool) -> list[str]:
+    """As `check_cluster`; return remarks for the user, of which the absence of a cluster is one in a dry run."""
+    try:
+        offered = commands.nodes()
+    except ClusterError as error:
+        if not dry_run:
+            raise
+        return [f"not checked against a cluster: {error}"]
+    check_cluster(job, offered, excluded := frozenset(_excluded(job)))
+    why = waits_for(job, [node for node in offered if node.name not in excluded])
+    return [] if why is None else [f"the job will wait: {why}"]
+
+
+def waits_for(job: JobSpec, offered: Sequence[commands.Node]) -> str | None:
+    """Why a job that the cluster can run would not start now even if nobody else had one; None when it would. Pure."""
+    wanted = _partitions(job, offered)
+    there = {node.name: node for node in offered if node.partition in wanted}
+    needed = job.layout.nodes + job.cluster.slurm.spares
+    away = [node for node in there.values() if not node.usable]
+    if len(there) - len(away) >= needed:
+        return None
+    states = ", ".join(f"{node.name} is {node.state}" for node in away)
+    return f"it needs {needed} nodes, of {len(there)} only {len(there) - len(away)} are fit: {states}"
+
+
+def check_cluster(job: JobSpec, offered: Sequence[commands.Node], excluded: Collection[str] = ()) -> None:
+    """Raise ClusterError, naming the key, when the cluster cannot give what the job asks for, however long it waits."""
+    asked = job.cluster.slurm
+    known = commands.partitions(offered)
+    if asked.partition is None and not any(node.default for node in offered):
+        raise ClusterError(f"cluster.slurm.partition: this cluster has no default one: choose of {', '.join(known)}")
+    wanted = _partitions(job, offered)
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        there = ", ".join(sorted(known))
+        raise ClusterError(f"cluster.slurm.partition = {unknown[0]}: no such partition; there are {there}")
+    nodes = [node for node in offered if node.partition in wanted and node.name not in excluded]
+    needed, where = job.layout.nodes + asked.spares, f"partition {','.join(dict.fromkeys(wanted))}"
+    if len({node.name for node in nodes}) < needed:
+        spares = f" and cluster.slurm.spares = {asked.spares}" if asked.spares else ""
+        raise ClusterError(
+            f"the layout has {job.layout.nodes} nodes{spares}, {needed} together, but {where} has "
+            f"{len({node.name for node in nodes})}; change parallel.*, cluster.ranks_per_node or the partition"
+        )
+    gpus = max(node.gpus for node in nodes)
+    if (asked.gpus_per_node or 0) > gpus:
+        raise ClusterError(
+            f"cluster.slurm.gpus_per_node = {asked.gpus_per_node}: the nodes of {where} have {gpus or 'none'}"
+        )
+    cpus, each = max(node.cpus for node in nodes), job.layout.ranks_per_node * cpus_per_rank(job)
+    if each > cpus:
+        raise ClusterError(
+            f"{job.layout.ranks_per_node} ranks on a node need {each} CPUs, the nodes of {where} have {cpus}; "
+            "change cluster.ranks_per_node, cluster.slurm.cpus_per_rank or numerics.threads_per_rank"
+        )
+
+
+def _partitions(job: JobSpec, offered: Sequence[commands.Node]) -> list[str]:
+    """Those that the job may go to."""
+    asked = job.cluster.slurm.partition
+    return asked.split(",") if asked else list(dict.fromkeys(node.partition for node in offered if node.default))
+
+
+def _excluded(job: JobSpec) -> list[str]:
+    return commands.host_names(",".join(job.cluster.slurm.exclude))
+
+
+def probe(job: JobSpec, folder: Path) -> list[str]:
+    """Ask one free node whether it sees the run folder; return remarks for the user.
+
+    With no node free, the job asks all of them when it starts.
+
+    Raises:
+        ClusterError: the node does not see the run folder, or keepwarm.
+    """
+    only = [
+        text for text in options(job, folder) if text.startswith(("--partition", "--account", "--qos", "--exclude"))
+    ]
+    asked = [
+        *("srun", "--nodes=1", "--ntasks=1", "--time=2", f"--immediate={PROBE_WAIT}", "--job-name=keepwarm-probe"),
+        *("--chdir=/", *only, *in_container(job.cluster.slurm, folder, sys.executable)),
+        *("-P", "-m", "keepwarm.launch.run.node_check", str(folder)),
+    ]
+    try:
+        done = subprocess.run(
+            asked, capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return ["no node answered whether it sees the run folder; the job asks again when it starts"]
+    lines = [json.loads(line.partition(MARK)[2]) for line in done.stdout.splitlines() if MARK in line]
+    if lines and lines[0]["spec"] is None:
+        raise ClusterError(
+            f"{folder}: node {lines[0]['node']} does not see the run folder: choose an output on storage that all "
+            "nodes share"
+        )
+    if "execve" in done.stderr and "No such file" in done.stderr:
+        raise ClusterError(
+            f"{sys.executable} is not on the nodes: install keepwarm on storage that all nodes share, or name an image "
+            "in cluster.slurm.container"
+        )
+    if lines:
+        return []
+    why = done.stderr.strip().splitlines()[-1:] or ["no answer"]
+    return [f"no node was asked whether it sees the run folder ({why[0]}); the job asks when it starts"]

@@ -1,0 +1,135 @@
+"""The sbatch script of a run, and the command lines inside it. Pure: the same job gives the same text."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import jinja2
+
+from keepwarm.launch.batch_system import Array
+from keepwarm.trainer.job.cluster import SlurmSpec
+from keepwarm.trainer.job.run_folder import RunFolder
+from keepwarm.trainer.job.spec import JobSpec
+
+SCRIPT = "job.sbatch"
+"""Name of the rendered script in the run folder."""
+LOG = "slurm-%j.log"
+ALLOCATION_VACANCY_TIMEOUT_S = 10.0
+"""Seconds that a slot may stay vacant inside an allocation."""
+CODE = "code"
+"""Folder of the copied code in the run folder."""
+
+
+def render(job: JobSpec, folder: Path, *, array: Array | None = None, python: str = sys.executable) -> str:
+    """The whole script. Inside the allocation `keepwarm.launch.slurm.job` decides what is started where."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    return environment.get_template(SCRIPT).render(
+        name=" ".join(job.name.split()),
+        nodes=job.layout.nodes,
+        ranks_per_node=job.layout.ranks_per_node,
+        spares=job.cluster.slurm.spares,
+        options=options(job, folder, array),
+        code=shlex.quote(str(folder / CODE)) if job.cluster.slurm.copy_code else None,
+        setup=job.cluster.slurm.setup,
+        command=shlex.join([python, "-P", "-m", "keepwarm.launch.slurm.job", str(folder)])
+        + ('/"$SLURM_ARRAY_TASK_ID"' if array is not None else ""),
+    )
+
+
+def options(job: JobSpec, folder: Path, array: Array | None = None) -> list[str]:
+    """What the script asks of SLURM, one option each, quoted as sbatch reads them."""
+    slurm = job.cluster.slurm
+    logs = str(folder).replace("%", "%%") + ("" if array is None else "/%a")
+    asked = {
+        "job-name": "-".join(job.name.split()),
+        "nodes": str(job.layout.nodes + slurm.spares),
+        "ntasks-per-node": str(job.layout.ranks_per_node),
+        "cpus-per-task": str(cpus_per_rank(job)),
+        "gpus-per-node": slurm.gpus_per_node,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "time": slurm.time,
+        "constraint": slurm.constraint,
+        "exclude": ",".join(slurm.exclude) or None,
+        "output": f"{logs}/logs/{LOG}",
+        "array": None if array is None else _array(array),
+        "open-mode": "append",
+        # To the ranks alone: what ends the batch shell would end the ranks before they have saved.
+        "signal": f"USR1@{slurm.save_before_limit}",
+    }
+    named = [f"--{key}={shlex.quote(str(value))}" for key, value in asked.items() if value is not None]
+    # The death of a node must not end the job: the others hold its state.
+    return [*named, "--no-kill", "--requeue", *slurm.extra]
+
+
+def _array(array: Array) -> str:
+    return f"0-{array.members - 1}" + ("" if array.max_parallel is None else f"%{array.max_parallel}")
+
+
+def cpus_per_rank(job: JobSpec) -> int:
+    return job.cluster.slurm.cpus_per_rank or job.numerics.threads_per_rank
+
+
+def rank_step(job: JobSpec, folder: Path, nodes: list[str], *, resume: bool, python: str = sys.executable) -> list[str]:
+    """The srun command that starts one task per rank on these nodes; ranks count along the nodes in SLURM's order."""
+    logs = str(RunFolder(folder).logs).replace("%", "%%")
+    return [
+        "srun",
+        f"--nodes={job.layout.nodes}",
+        f"--ntasks={job.layout.world_size}",
+        f"--ntasks-per-node={job.layout.ranks_per_node}",
+        f"--cpus-per-task={cpus_per_rank(job)}",
+        f"--nodelist={','.join(nodes)}",
+        "--distribution=block",
+        # A step that ended with a dead node keeps its place for minutes; only one step runs at a time.
+        "--overlap",
+        # Without --no-kill: when a node dies, SLURM ends the step on the others, which would wait for it.
+        "--kill-on-bad-exit=1",
+        "--open-mode=append",
+        f"--output={logs}/rank_%5t.log",
+        *in_container(job.cluster.slurm, folder, python),
+        *("-P", "-m", "keepwarm.trainer", str(RunFolder(folder).run_file)),
+        *(["--resume"] if resume else []),
+    ]
+
+
+def node_step(job: JobSpec, folder: Path, nodes: list[str], *, resume: bool, python: str = sys.executable) -> list[str]:
+    """The srun command that starts one supervisor per node, spares included; each starts the ranks of its slot."""
+    logs = str(RunFolder(folder).logs).replace("%", "%%")
+    return [
+        "srun",
+        f"--nodes={len(nodes)}",
+        f"--ntasks={len(nodes)}",
+        "--ntasks-per-node=1",
+        f"--cpus-per-task={job.layout.ranks_per_node * cpus_per_rank(job)}",
+        f"--nodelist={','.join(nodes)}",
+        "--overlap",
+        # The others go on when a node dies, or when a supervisor gives up its own.
+        "--no-kill",
+        "--kill-on-bad-exit=0",
+        "--open-mode=append",
+        f"--output={logs}/node_%N.log",
+        *in_container(job.cluster.slurm, folder, python),
+        # A node that comes back later cannot join the step: without a spare the job is requeued.
+        *("-P", "-m", "keepwarm.launch.slurm.node", str(folder), f"--patience={ALLOCATION_VACANCY_TIMEOUT_S:g}"),
+        *(["--resume"] if resume else []),
+    ]
+
+
+def in_container(slurm: SlurmSpec, folder: Path, python: str) -> list[str]:
+    """Options of srun and the interpreter behind them, inside the job's image where it has one."""
+    if (container := slurm.container) is None:
+        return [python]
+    mounts = [f"{folder}:{folder}", *container.mounts]
+    if container.runtime == "pyxis":
+        return [f"--container-image={container.image}", f"--container-mounts={','.join(mounts)}", container.python]
+    gpus = ["--nv"] if slurm.gpus_per_node else []
+    return ["apptainer", "exec", *gpus, "--bind", ",".join(mounts), container.image, container.python]

@@ -1,0 +1,82 @@
+"""SLURM as a batch system."""
+
+import shutil
+from pathlib import Path
+
+from keepwarm.launch.batch_system import BatchJob, BatchSystem, Request
+from keepwarm.launch.slurm import commands
+from keepwarm.launch.slurm.check import check_offered, probe
+from keepwarm.launch.slurm.script import CODE, SCRIPT, render
+from keepwarm.trainer.job.cluster import SlurmSpec
+
+COPIED_PACKAGES = ("keepwarm", "trainer", "launch", "ft", "parallel")
+
+
+class Slurm(BatchSystem):
+    """Submits with sbatch; asks and ends jobs with scontrol and scancel."""
+
+    name = "slurm"
+    title = "SLURM"
+    options = SlurmSpec
+    script = SCRIPT
+    has_chains = True
+    has_arrays = True
+
+    def check(self, request: Request, *, dry_run: bool) -> list[str]:
+        return check_offered(request.job, dry_run=dry_run)
+
+    def render(self, request: Request) -> str:
+        return render(request.job, request.folder, array=request.array)
+
+    def command(self, request: Request) -> list[str]:
+        singleton = ["--dependency=singleton"] if request.chain > 1 else []
+        return ["sbatch", "--parsable", f"--chdir={request.folder}", *singleton, str(request.folder / SCRIPT)]
+
+    def stage(self, request: Request, folder: Path) -> list[str]:
+        _copy_code(request)
+        return probe(request.job, folder)
+
+    def submit(self, request: Request) -> str:
+        return commands.ask(*self.command(request)).strip().partition(";")[0]
+
+    def state(self, job_id: str) -> BatchJob | None:
+        found = commands.job(job_id)
+        return None if found is None else _batch_job(found)
+
+    def cancel(self, job: BatchJob, *, now: bool) -> None:
+        if now or job.phase != "running":
+            commands.ask("scancel", job.id)
+        else:
+            # Without this it would be put back into the queue once its state is saved.
+            commands.ask("scontrol", "update", f"JobId={job.id}", "Requeue=0")
+            commands.ask("scancel", "--signal=USR1", job.id)
+
+    def requeue(self, job: BatchJob, *, now: bool) -> None:
+        commands.ask(*(("scontrol", "requeue", job.id) if now else ("scancel", "--signal=USR1", job.id)))
+
+
+def _batch_job(job: commands.Job) -> BatchJob:
+    return BatchJob(
+        id=job.id,
+        phase="running" if job.state == "RUNNING" else "pending" if job.state in commands.GOING else "ended",
+        state=job.state.lower(),
+        reason=job.reason,
+        nodes=job.nodes,
+        restarts=job.restarts,
+        run_time=job.run_time,
+        time_limit=job.time_limit,
+    )
+
+
+def _copy_code(request: Request) -> None:
+    """Copy the code that runs here into the folder, if the job asks for it: the nodes run the copy.
+
+    A copy from an earlier submission is replaced.
+    """
+    copy = request.folder / CODE
+    if copy.is_dir():
+        shutil.rmtree(copy)
+    if request.job.cluster.slurm.copy_code:
+        source = Path(__file__).parents[2]
+        for package in COPIED_PACKAGES:
+            shutil.copytree(source / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,0 +1,148 @@
+"""Mesh arithmetic: which rank stands where. Pure and torch-free.
+
+Axes from outermost to innermost are data, pipeline, tensor, as in Megatron-Turing NLG (Smith et al., 2022):
+tensor groups lie inside a node, pipeline neighbours on neighbouring nodes, data-parallel replicas outermost.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from keepwarm.parallel.errors import LayoutError
+from keepwarm.parallel.spec import ParallelSpec
+
+Axis = Literal["data", "pipeline", "tensor"]
+AXES: tuple[Axis, ...] = ("data", "pipeline", "tensor")
+
+
+class Coordinates(NamedTuple):
+    """Position of one rank in the mesh, each from 0."""
+
+    data: int
+    pipeline: int
+    tensor: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """A mesh of `data * pipeline * tensor` ranks on nodes of `ranks_per_node` ranks each."""
+
+    data: int
+    pipeline: int
+    tensor: int
+    ranks_per_node: int
+
+    @classmethod
+    def of(cls, spec: ParallelSpec, ranks_per_node: int | None = None) -> "Layout":
+        """The layout a spec asks for; without `ranks_per_node`, all ranks are on one node.
+
+        Raises:
+            LayoutError: ranks do not fill whole nodes, or a tensor group would span two nodes.
+        """
+        world = spec.data * spec.pipeline * spec.tensor
+        per_node = ranks_per_node or world
+        if world % per_node:
+            raise LayoutError(
+                f"parallel: data {spec.data} x pipeline {spec.pipeline} x tensor {spec.tensor} = {world} ranks "
+                f"do not fill whole nodes of cluster.ranks_per_node = {per_node}"
+            )
+        if per_node % spec.tensor:
+            raise LayoutError(
+                f"parallel.tensor = {spec.tensor} does not divide cluster.ranks_per_node = {per_node}: "
+                "a tensor group would span two nodes"
+            )
+        return cls(data=spec.data, pipeline=spec.pipeline, tensor=spec.tensor, ranks_per_node=per_node)
+
+    @property
+    def world_size(self) -> int:
+        return self.data * self.pipeline * self.tensor
+
+    @property
+    def nodes(self) -> int:
+        return self.world_size // self.ranks_per_node
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Sizes of the axes in the order of `AXES`."""
+        return self.data, self.pipeline, self.tensor
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Position of `rank`; the inverse of `rank_at`."""
+        if not 0 <= rank < self.world_size:
+            raise LayoutError(f"rank {rank} is outside the world of {self.world_size} ranks")
+        rest, tensor = divmod(rank, self.tensor)
+        data, pipeline = divmod(rest, self.pipeline)
+        return Coordinates(data, pipeline, tensor)
+
+    def rank_at(self, at: Coordinates) -> int:
+        """Rank that stands at these coordinates."""
+        return (at.data * self.pipeline + at.pipeline) * self.tensor + at.tensor
+
+    def node_of(self, rank: int) -> int:
+        return rank // self.ranks_per_node
+
+    def groups(self, axis: Axis) -> list[tuple[int, ...]]:
+        """Every group of ranks that differ in `axis` only, each in order along that axis."""
+        found: dict[Coordinates, list[int]] = {}
+        for rank in range(self.world_size):
+            key = self.coordinates(rank)._replace(**{axis: 0})
+            found.setdefault(key, []).append(rank)
+        return [tuple(ranks) for ranks in found.values()]
+
+
+def split_layers(layers: int, spec: ParallelSpec) -> list[range]:
+    """Layers of every pipeline stage, first to last, by global index.
+
+    Raises:
+        LayoutError: the layers do not divide and no `layer_split` says how, or the split does not add up.
+    """
+    stages = spec.stages
+    if spec.layer_split is None:
+        if layers % stages:
+            raise LayoutError(
+                f"model.layers = {layers} does not divide by {stages} pipeline stages "
+                f"(pipeline {spec.pipeline} x {stages // spec.pipeline} per rank); set parallel.layer_split"
+            )
+        counts: Sequence[int] = [layers // stages] * stages
+    else:
+        counts = spec.layer_split
+        if len(counts) != stages or sum(counts) != layers:
+            raise LayoutError(
+                f"parallel.layer_split = {list(counts)} must hold {stages} numbers that add up to "
+                f"model.layers = {layers}"
+            )
+    starts = [sum(counts[:i]) for i in range(stages + 1)]
+    return [range(a, b) for a, b in itertools.pairwise(starts)]
+
+
+def check_micro_batches(count: int, spec: ParallelSpec) -> None:
+    """Whether the pipeline schedule can run a step of `count` micro-batches per data-parallel rank.
+
+    Raises:
+        LayoutError: it cannot; the message says which counts it can run.
+    """
+    if spec.pipeline == 1:
+        return
+    if spec.schedule == "1f1b" and count < spec.stages:
+        raise LayoutError(
+            f"parallel.schedule = 1f1b over {spec.stages} pipeline stages needs at least {spec.stages} micro-batches "
+            f"per data-parallel rank, got {count}; raise batch.global_batch_size or lower batch.micro_batch_size"
+        )
+    if spec.engine == "megatron" and spec.schedule == "interleaved" and count % spec.pipeline:
+        raise LayoutError(
+            f"parallel.schedule = interleaved on parallel.engine = megatron needs a number of micro-batches per "
+            f"data-parallel rank that divides by parallel.pipeline = {spec.pipeline}, got {count}"
+        )
+    rounds = max(1, count // spec.pipeline)
+    if spec.schedule != "1f1b" and count % rounds:
+        raise LayoutError(
+            f"parallel.schedule = {spec.schedule} runs {count} micro-batches per data-parallel rank in {rounds} rounds "
+            f"over parallel.pipeline = {spec.pipeline} ranks, which does not divide; choose a multiple of "
+            f"{spec.pipeline}"
+        )
+
+
+def stages_of(pipeline_coordinate: int, spec: ParallelSpec) -> tuple[int, ...]:
+    """Pipeline stages that stand on one pipeline coordinate, in order: stage i is on coordinate i mod pipeline."""
+    return tuple(range(pipeline_coordinate, spec.stages, spec.pipeline))

@@ -1,0 +1,142 @@
+"""The mesh of one run: process groups and the DeviceMesh over them, made from a `Layout` and owned by an engine."""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+from keepwarm.parallel.errors import LayoutError
+from keepwarm.parallel.mesh.layout import AXES, Axis, Layout
+
+
+class Mesh:
+    """Process groups of one rank, one per axis, plus the pair of pipeline ends that holds tied embeddings.
+
+    Created collectively: every rank of the world makes the same groups in the same order. A world of one rank needs
+    no process group at all; every group is then None and `device_mesh` must not be asked for.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        device: torch.device,
+        timeout: timedelta,
+        *,
+        shard_size: int | None = None,
+        alone: bool = False,
+    ) -> None:
+        """Make the groups.
+
+        Args:
+            shard_size: splits the data axis into (replicate, shard), as hybrid sharding needs it.
+            alone: a world of one rank needs a DeviceMesh too; a process group is made for it where there is none.
+
+        Raises:
+            LayoutError: the layout does not have as many ranks as are running.
+        """
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if world != layout.world_size:
+            raise LayoutError(
+                f"the layout {' x '.join(f'{axis} {size}' for axis, size in zip(AXES, layout.shape, strict=True))} "
+                f"has {layout.world_size} ranks, but {world} are running"
+            )
+        self._own_world = alone and not dist.is_initialized()
+        if self._own_world:
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        self.layout = layout
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.at = layout.coordinates(self.rank)
+        self.shard_size = shard_size or layout.data
+        self._timeout = timeout
+        self._device = device
+        self._owned: list[dist.ProcessGroup] = []
+        self._groups: dict[str, dist.ProcessGroup | None] = {}
+        self._root: DeviceMesh | None = None
+        if world > 1 or alone:
+            self._make_groups()
+
+    def group(self, axis: Axis) -> dist.ProcessGroup | None:
+        """The group along `axis` that this rank is in; None in a world of one."""
+        return self._groups.get(axis)
+
+    @property
+    def world(self) -> dist.ProcessGroup | None:
+        """All ranks; None in a world of one."""
+        return self._groups.get("world")
+
+    @property
+    def ends(self) -> dist.ProcessGroup | None:
+        """First and last pipeline stage of this rank's data and tensor coordinates; None on others."""
+        return self._groups.get("ends")
+
+    def device_mesh(self, *axes: str) -> DeviceMesh:
+        """The part of the DeviceMesh along the named axes; `data` is `replicate` and `shard` under hybrid sharding."""
+        if self._root is None:
+            raise LayoutError("a DeviceMesh needs an initialised process group")
+        names: list[str] = []
+        for axis in axes:
+            names += ["replicate", "shard"] if axis == "data" and self._hybrid else [axis]
+        return self._root[tuple(names)]
+
+    def close(self) -> None:
+        """Destroy the groups made here; the caller's default group stays."""
+        # DTensor remembers how it sharded by meshes that compare equal whatever their groups; another engine in this
+        # process would be given the groups that end here.
+        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+        self._root = None
+        self._groups.clear()
+        if not dist.is_initialized():  # all groups were aborted, after a failure
+            self._owned.clear()
+            return
+        while self._owned:
+            dist.destroy_process_group(self._owned.pop())
+        if self._own_world:
+            dist.destroy_process_group()
+            self._own_world = False
+
+    @property
+    def _hybrid(self) -> bool:
+        return 1 < self.shard_size < self.layout.data
+
+    def _make_groups(self) -> None:
+        whole = torch.arange(self.layout.world_size).view(self.layout.shape)
+        ranks, names = whole, tuple[str, ...](AXES)
+        if self._hybrid:
+            ranks = whole.view(-1, self.shard_size, *self.layout.shape[1:])
+            names = ("replicate", "shard", "pipeline", "tensor")
+            self._groups["data"] = self._new("data", _lines(whole, 0))
+        for dim, name in enumerate(names):
+            self._groups[name] = self._new(name, _lines(ranks, dim))
+        if self.layout.pipeline > 1:
+            self._groups["ends"] = self._new("ends", _lines(whole[:, [0, -1]], 1))
+        self._groups["world"] = self._new("world", [whole.flatten().tolist()])
+        self._root = DeviceMesh.from_group(
+            [group for name in names if (group := self._groups[name]) is not None],
+            self._device.type,
+            mesh=ranks,
+            mesh_dim_names=names,
+        )
+
+    def _new(self, name: str, lines: list[list[int]]) -> dist.ProcessGroup | None:
+        """Make one group of each line and return this rank's, as torch's own meshes do.
+
+        Every rank takes part in making every group: names are then counted and never used again. Groups made by
+        their members alone reuse names, and with them what a closed engine left in the store.
+        """
+        mine: dist.ProcessGroup | None = None
+        for line in lines:
+            group = dist.new_group(line, timeout=self._timeout, group_desc=name)
+            if self.rank in line:
+                mine = group
+                self._owned.append(group)
+        return mine
+
+
+def _lines(ranks: torch.Tensor, dim: int) -> list[list[int]]:
+    """The ranks along `dim`, one list for each place in the other dims."""
+    lines: list[list[int]] = ranks.movedim(dim, -1).reshape(-1, ranks.shape[dim]).tolist()
+    return lines

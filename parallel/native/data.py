@@ -1,0 +1,72 @@
+"""Data parallelism: FSDP2, hybrid sharding and replication, with gradients summed instead of averaged."""
+
+import torch
+from torch import nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from keepwarm.parallel.errors import LayoutError
+from keepwarm.parallel.parameter import layers_of, materialise, wrapped
+from keepwarm.parallel.spec import NumericsSpec, ParallelSpec
+
+
+def shard_size_of(spec: ParallelSpec) -> int:
+    """Ranks of the data axis over which one copy of the parameters is sharding.
+
+    Raises:
+        LayoutError: `shard_size` does not fit the mode or the number of data-parallel ranks.
+    """
+    if spec.data_mode != "hsdp":
+        if spec.shard_size is not None:
+            raise LayoutError(f"parallel.shard_size belongs to data_mode hsdp, not to {spec.data_mode}")
+        return spec.data if spec.data_mode == "fsdp" else 1
+    if spec.shard_size is None or spec.data % spec.shard_size:
+        raise LayoutError(
+            f"parallel.data_mode = hsdp needs parallel.shard_size, a divisor of parallel.data = {spec.data}, "
+            f"got {spec.shard_size}"
+        )
+    return spec.shard_size
+
+
+def is_wrapped(spec: ParallelSpec, numerics: NumericsSpec) -> bool:
+    """Whether stages run under FSDP: to reduce over the data axis, or to compute in bf16 from fp32 weights."""
+    return spec.data > 1 or numerics.precision == "bf16"
+
+
+def wrap(part: nn.Module, mesh: DeviceMesh, spec: ParallelSpec, numerics: NumericsSpec, device: torch.device) -> None:
+    """Put one pipeline stage and each of its layers under FSDP; `mesh` has the data axis (two dims for hsdp).
+
+    Parameters on the meta device get memory on `device` layer by layer, so no more than one layer is ever whole. The
+    gradient is the sum over the ranks: each rank's loss is divided by the global count of targets already.
+    """
+    policy = MixedPrecisionPolicy()
+    if numerics.precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    layers = list(layers_of(part))
+    for module in [*layers, part]:
+        materialise(module, device)
+        if spec.data > 1 and shard_size_of(spec) == 1:
+            replicate(module, mesh=mesh, mp_policy=policy)
+        else:
+            # What surrounds the layers is needed again at once when backward begins. Zero-bubble schedules find the
+            # weights whose gradient they have put off by walking the module: these must not be shards by then.
+            reshard = spec.reshard_after_forward and module is not part and spec.schedule != "zero_bubble"
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    for managed in wrapped(part):
+        managed.set_gradient_divide_factor(1.0)
+        managed.set_force_sum_reduction_for_comms(True)
+
+
+def prepare_backward(part: nn.Module, *, last: bool) -> None:
+    """Reduce gradients, and free gathered weights, in the last backward of a step only."""
+    if isinstance(part, FSDPModule):
+        part.set_is_last_backward(last)
+        part.set_requires_gradient_sync(last)
+        part.set_reshard_after_backward(last)
+
+
+def reshard(part: nn.Module) -> None:
+    """Forget gathered weights; the next forward gathers them from the shards."""
+    for module in wrapped(part):
+        module.reshard()

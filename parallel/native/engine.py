@@ -1,0 +1,160 @@
+"""The default engine: PyTorch's own DTensor, pipelining and FSDP2, on CPU with gloo and on CUDA with NCCL."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from keepwarm.parallel import step
+from keepwarm.parallel.engine import Batch, EngineConfig, Evaluation, StepResult
+from keepwarm.parallel.errors import EngineUnavailable, LayoutError
+from keepwarm.parallel.loss import Losses
+from keepwarm.parallel.mesh.layout import stages_of
+from keepwarm.parallel.mesh.mesh import Mesh
+from keepwarm.parallel.model import ModelParts, is_tied_across
+from keepwarm.parallel.native import data
+from keepwarm.parallel.native.pipeline import Pipeline
+from keepwarm.parallel.native.stage import Stage
+from keepwarm.parallel.optimizer import clip
+from keepwarm.parallel.optimizer.optimizer import Updater
+from keepwarm.parallel.shard import Shard
+from keepwarm.parallel.spec import NumericsSpec, ParallelSpec
+from keepwarm.tested import splits_custom_backward
+
+
+class TorchEngine:
+    """An `Engine` for one rank; every rank of the layout makes one.
+
+    Gradients are summed over micro-batches and the data axis and reduced once per step.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Build this rank's stages, write in the initial weights and make the optimizer's state.
+
+        `torch.distributed` is initialised by the caller, or not at all for a world of one rank. Threads are set by
+        the caller too, before the first operation.
+
+        Raises:
+            LayoutError: the layout does not fit the model or the world.
+            EngineUnavailable: an option is not installed, or cannot be combined with another.
+        """
+        model, parallel, numerics = config.model, config.parallel, config.numerics
+        _check(model, parallel, numerics)
+        step.set_determinism(config)
+        self.layout = config.layout
+        self._config = config
+        shard_size, wrapped = data.shard_size_of(parallel), data.is_wrapped(parallel, numerics)
+        self._mesh = Mesh(config.layout, config.device, config.timeout, shard_size=shard_size, alone=wrapped)
+        stages = [Stage.build(index, config, self._mesh) for index in stages_of(self._mesh.at.pipeline, parallel)]
+        self._losses = Losses(model.loss_weights, config.device)
+        for stage in stages:
+            stage.initialise(model)
+            stage.module.forward = self._losses.collected(stage.module.forward)
+        self._modules = {stage.index: stage.module for stage in stages}
+        self._parameters = [parameter for stage in stages for parameter in stage.parameters]
+        self._updater = Updater(config.optimizer, model, self._parameters, config.device)
+        self._pipeline = self._make_pipeline()
+
+    @property
+    def mesh(self) -> Mesh:
+        """The process groups; the engine's own."""
+        return self._mesh
+
+    def step(self, batch: Batch, lr: float, before_update: Callable[[], None] | None = None) -> StepResult:
+        """See `Engine.step`.
+
+        Raises:
+            LayoutError: the pipeline schedule cannot run this number of micro-batches.
+        """
+        batch = step.begin(batch, self._config, self._mesh, self._losses)
+        if self._pipeline is not None:
+            self._pipeline.train(batch)
+        else:
+            self._accumulate(batch)
+        self._finish_gradients()
+        gradients = clip.gradients_of(self._parameters)
+        result = step.finish(self._config, self._mesh, self._losses, gradients, before_update)
+        if not result.skipped:
+            self._updater.step(lr)
+        self._drop_gradients()
+        return result
+
+    def evaluate(self, batch: Batch) -> Evaluation:
+        """See `Engine.evaluate`."""
+        batch = step.begin(batch, self._config, self._mesh, self._losses)
+        if self._pipeline is not None:
+            self._pipeline.evaluate(batch)
+        else:
+            with torch.no_grad():
+                for micro in range(len(batch.tokens)):
+                    self._forward(batch.micro_batch(micro))
+        for module in self._modules.values():
+            data.reshard(module)
+        return step.evaluated(self._mesh, self._losses)
+
+    def state(self) -> Mapping[str, Shard]:
+        """See `Engine.state`; moments are named as torch's optimizers name them, `optimizer.step` counts updates."""
+        shards = [sharded.shard("model", sharded.local.data) for sharded in self._parameters]
+        shards += self._updater.shards(range(self.layout.world_size))
+        return {shard.name: shard for shard in shards}
+
+    def restored(self) -> None:
+        """See `Engine.restored`."""
+        self._updater.restored()
+        for module in self._modules.values():
+            data.reshard(module)
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._pipeline = None
+        self._mesh.close()
+
+    def _make_pipeline(self) -> Pipeline | None:
+        group = self._mesh.group("pipeline")
+        if self.layout.pipeline == 1 or group is None:
+            return None
+        return Pipeline(self._modules, self._config, group, self._losses)
+
+    def _forward(self, micro: Batch) -> torch.Tensor:
+        """What is optimised of one micro-batch, without a pipeline."""
+        (module,) = self._modules.values()
+        return self._losses.add_table(module(micro.tokens, **micro.keywords()))
+
+    def _accumulate(self, batch: Batch) -> None:
+        """Forward and backward of every micro-batch without a pipeline."""
+        (module,) = self._modules.values()
+        last = len(batch.tokens) - 1
+        for micro in range(last + 1):
+            data.prepare_backward(module, last=micro == last)
+            self._forward(batch.micro_batch(micro)).backward()  # type: ignore[no-untyped-call]
+
+    def _finish_gradients(self) -> None:
+        clip.finish(self._parameters)
+        ends = self._mesh.ends
+        for sharded in self._parameters:
+            tied = is_tied_across(sharded.name, self._config.model, self.layout.pipeline)
+            if tied and sharded.local.grad is not None and ends is not None:
+                clip.sum_ends(sharded.local.grad, ends)
+
+    def _drop_gradients(self) -> None:
+        for sharded in self._parameters:
+            sharded.parameter.grad = None
+            sharded.local.grad = None
+
+
+def _check(model: ModelParts, parallel: ParallelSpec, numerics: NumericsSpec) -> None:
+    for what, size in (
+        ("heads", model.heads),
+        ("kv_heads", model.kv_heads),
+        ("vocabulary_size", model.vocabulary_size),
+    ):
+        if size % parallel.tensor:
+            raise LayoutError(f"model.{what} = {size} does not divide by parallel.tensor = {parallel.tensor}")
+    if parallel.schedule == "zero_bubble" and parallel.pipeline > 1 and not splits_custom_backward(torch.__version__):
+        raise EngineUnavailable(
+            f"parallel.schedule = zero_bubble needs torch 2.13, {torch.__version__} is installed; set another schedule"
+        )
+    if numerics.compile and parallel.schedule == "zero_bubble" and parallel.pipeline > 1:
+        raise EngineUnavailable(
+            "parallel.schedule = zero_bubble splits backward, which compiled layers do not allow; "
+            "set numerics.compile = false or another schedule"
+        )

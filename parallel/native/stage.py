@@ -1,0 +1,77 @@
+"""One pipeline stage of one rank: built, split over the mesh, and known by its parameters."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from keepwarm.parallel.engine import EngineConfig
+from keepwarm.parallel.mesh.layout import split_layers
+from keepwarm.parallel.mesh.mesh import Mesh
+from keepwarm.parallel.model import ModelParts, is_tied_across
+from keepwarm.parallel.native import data
+from keepwarm.parallel.native.tensor import TensorParallel
+from keepwarm.parallel.parameter import ShardedParameter, ShardingSpec, local_of, materialise
+from keepwarm.parallel.recompute import apply_numerics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """A stage as a module, and this rank's boxes of its parameters."""
+
+    index: int
+    """Among all stages of the pipeline."""
+    module: nn.Module
+    parameters: tuple[ShardedParameter, ...]
+
+    @classmethod
+    def build(cls, index: int, config: EngineConfig, mesh: Mesh) -> "Stage":
+        """Build on the meta device, split over the axes, and give what is left memory on the device of the config.
+
+        The parameters hold no values until `initialise`; on the meta device they never do, which is how a layout of
+        thousands of ranks is validated on one machine.
+        """
+        model, spec, numerics = config.model, config.parallel, config.numerics
+        with torch.device("meta"):
+            layers = split_layers(model.layers, spec)[index]
+            module = model.build_stage(layers, embed=index == 0, head=index == spec.stages - 1)
+        if numerics.precision == "fp64":
+            module = module.double()
+        split: dict[str, int] = {}
+        if spec.tensor > 1:
+            tensor = TensorParallel(model.tensor_plan(), mesh.device_mesh("tensor"), sequence=spec.sequence)
+            split = tensor.apply(module)
+        apply_numerics(module, numerics)
+        if data.is_wrapped(spec, numerics):
+            data.wrap(module, mesh.device_mesh("data"), spec, numerics, config.device)
+        else:
+            materialise(module, config.device)
+        sharding = ShardingSpec(layout=mesh.layout, at=mesh.at, split=split, shard_size=mesh.shard_size)
+        sharded = (_sharded(name, parameter, model, sharding) for name, parameter in module.named_parameters())
+        return cls(index=index, module=module, parameters=tuple(sharded))
+
+    def initialise(self, model: ModelParts) -> None:
+        """Write in the initial values of this rank's boxes."""
+        for sharded in self.parameters:
+            if sharded.local.numel():
+                values = model.initial(sharded.name, sharded.global_shape, sharded.box.offsets, sharded.box.shape)
+                sharded.local.data.copy_(values)
+
+
+def _sharded(name: str, parameter: nn.Parameter, model: ModelParts, sharding: ShardingSpec) -> ShardedParameter:
+    box, local = sharding.box(name, tuple(parameter.shape)), local_of(parameter.data)
+    if tuple(local.shape) != box.shape:
+        raise AssertionError(f"{name}: torch holds {tuple(local.shape)} of it, the layout says {box.shape}")
+    canonical, pipeline = model.canonical(name), sharding.layout.pipeline
+    tied = is_tied_across(canonical, model, pipeline)
+    holders: Sequence[int] = (0, pipeline - 1) if tied else (sharding.at.pipeline,)
+    return ShardedParameter(
+        name=canonical,
+        parameter=parameter,
+        local=nn.Parameter(local) if isinstance(parameter, DTensor) else parameter,
+        global_shape=tuple(parameter.shape),
+        box=box,
+        replicas=sharding.replicas(name, holders),
+    )

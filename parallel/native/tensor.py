@@ -1,0 +1,159 @@
+"""Tensor parallelism: parameters are DTensors on the tensor axis, modules compute on their local parts.
+
+The split of matrices is Megatron's (Shoeybi et al., 2019), sequence parallelism that of Korthikanti et al. (2022):
+with it, whatever lies between the matrices holds only this rank's part of the sequence, and the all-reduce at
+either end of a split region becomes an all-gather and a reduce-scatter.
+"""
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from keepwarm.parallel.mesh.collective import SEQUENCE_DIM, copy_to, gather_sequence, reduce_from, scatter_sequence
+from keepwarm.parallel.style import SPLIT_DIM, TensorStyle
+
+Forward = Callable[..., Any]
+
+
+class TensorParallel:
+    """Splits the modules of pipeline stages over the ranks of one tensor group."""
+
+    def __init__(self, plan: Mapping[str, TensorStyle], mesh: DeviceMesh, *, sequence: bool) -> None:
+        """`mesh` has the tensor axis alone; `sequence` splits activations between the matrices along dim 1."""
+        self._plan = plan
+        self._mesh = mesh
+        self._group: dist.ProcessGroup = mesh.get_group()
+        self._sequence = sequence
+
+    def apply(self, part: nn.Module) -> dict[str, int]:
+        """Turn the parameters of `part`, on any device, into DTensors, and its forwards into local computation.
+
+        Returns:
+            The split dim of every parameter that is split, by name; the others are whole on every rank.
+        """
+        styles = {name: style for name, _ in part.named_modules() if (style := self._style(name)) is not None}
+        regions = {name.rpartition(".")[0] for name, style in styles.items() if style == "column"}
+        split: dict[str, int] = {}
+        made: dict[nn.Parameter, nn.Parameter] = {}
+        for name, module in list(part.named_modules()):
+            style = styles.get(name)
+            dim = SPLIT_DIM.get(style) if style else None
+            for key, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                splits = dim is not None and dim < parameter.ndim
+                if splits:
+                    split[f"{name}.{key}"] = dim  # type: ignore[assignment]
+                if parameter not in made:
+                    made[parameter] = self._distribute(parameter, Shard(dim) if splits else Replicate())  # type: ignore[arg-type]
+                module._parameters[key] = made[parameter]
+            if module._parameters:
+                self._adapt(module, style)
+            if name in regions:
+                self._enter(module)
+        part.sequence_shards = self._group.size() if self._sequence else 1  # type: ignore[assignment]
+        return split
+
+    def _style(self, name: str) -> TensorStyle | None:
+        return next((style for pattern, style in self._plan.items() if fnmatch.fnmatchcase(name, pattern)), None)
+
+    def _distribute(self, parameter: nn.Parameter, placement: Placement) -> nn.Parameter:
+        local = parameter.data
+        if isinstance(placement, Shard):
+            width = local.shape[placement.dim] // self._group.size()
+            local = local.narrow(placement.dim, self._group.rank() * width, width).contiguous()
+        whole = DTensor.from_local(
+            local, self._mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride()
+        )
+        return nn.Parameter(whole)
+
+    def _adapt(self, module: nn.Module, style: TensorStyle | None) -> None:
+        """Let the forward of a module that owns parameters run on local parts, and place its gradients."""
+        match style:
+            case "row":
+                module.forward = self._row(module)
+            case "vocabulary":
+                module.forward = self._vocabulary(module)
+            case "head":
+                weight: nn.Parameter = module.weight  # type: ignore[assignment]
+                module.vocabulary_group = self._group  # type: ignore[assignment]
+                module.vocabulary_start = self._group.rank() * (weight.shape[0] // self._group.size())  # type: ignore[assignment]
+            case "column_norm":
+                module.reduce_group = self._group  # type: ignore[assignment]
+            case "positions" if self._sequence:
+                module.forward = self._own_part(module.forward)
+        # Whole parameters whose gradient each rank sees a part of; that of `row` is its bias, added behind the sum.
+        partial = style == "per_head" or (self._sequence and style in ("sequence", "positions", "row"))
+        _localize(module, Partial() if partial else None)
+        if style == "head":
+            self._enter(module)
+
+    def _enter(self, module: nn.Module) -> None:
+        """At the entrance of a split region every rank needs the whole of the first argument."""
+        inner, group = module.forward, self._group
+        collect = gather_sequence if self._sequence else copy_to
+
+        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return inner(collect(x, group), *args, **kwargs)
+
+        module.forward = forward
+
+    def _row(self, module: nn.Module) -> Forward:
+        group, leave = self._group, scatter_sequence if self._sequence else reduce_from
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            total = leave(F.linear(x, module.weight), group)  # type: ignore[arg-type]
+            return total if module.bias is None else total + module.bias  # type: ignore[operator]
+
+        return forward
+
+    def _vocabulary(self, module: nn.Module) -> Forward:
+        group, leave = self._group, scatter_sequence if self._sequence else reduce_from
+
+        def forward(tokens: torch.Tensor) -> torch.Tensor:
+            weight: torch.Tensor = module.weight  # type: ignore[assignment]
+            index = tokens - group.rank() * weight.shape[0]
+            elsewhere = (index < 0) | (index >= weight.shape[0])
+            found = F.embedding(index.masked_fill(elsewhere, 0), weight)
+            return leave(found.masked_fill(elsewhere[..., None], 0), group)
+
+        return forward
+
+    def _own_part(self, inner: Forward) -> Forward:
+        group = self._group
+
+        def forward(where: torch.Tensor) -> torch.Tensor:
+            part: torch.Tensor = inner(where).chunk(group.size(), SEQUENCE_DIM)[group.rank()]
+            return part
+
+        return forward
+
+
+def _localize(module: nn.Module, gradient: Placement | None) -> None:
+    """Run the forward on local tensors; `gradient` is how those of whole parameters lie on the tensor axis."""
+    inner = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        parameters = module._parameters
+        module.__dict__["_parameters"] = {key: _local(value, gradient) for key, value in parameters.items()}
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            module.__dict__["_parameters"] = parameters
+
+    module.forward = forward
+
+
+def _local(parameter: nn.Parameter | None, gradient: Placement | None) -> torch.Tensor | None:
+    if not isinstance(parameter, DTensor):
+        return parameter
+    if gradient is None or parameter.placements[-1].is_shard():
+        return parameter.to_local()
+    return parameter.to_local(grad_placements=[gradient])

@@ -1,0 +1,125 @@
+"""The update rule over the local parts of all parameters of a rank, whatever stages and axes they come from."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from keepwarm.parallel.model import ModelParts
+from keepwarm.parallel.optimizer import apex
+from keepwarm.parallel.parameter import ShardedParameter
+from keepwarm.parallel.shard import Shard
+from keepwarm.parallel.spec import OptimizerSpec
+
+COUNTER = "optimizer.step"
+
+
+class Updater:
+    """One optimizer for all stages of a rank; its moments exist from construction on."""
+
+    def __init__(
+        self, spec: OptimizerSpec, model: ModelParts, parameters: Sequence[ShardedParameter], device: torch.device
+    ) -> None:
+        """Raises EngineUnavailable when the spec asks for Apex and it is not installed."""
+        self._spec = spec
+        self._parameters = parameters
+        self.counter = torch.zeros((), dtype=torch.int64)
+        """Updates done; part of the state."""
+        self._optimizer = make_optimizer(spec, _groups(spec, model, parameters), device)
+        materialise(self._optimizer, spec, device)
+
+    def step(self, lr: float) -> None:
+        """One update from the gradients of the local parameters."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self.counter += 1
+
+    def clear(self) -> None:
+        """Drop the gradients of the local parameters."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def restored(self) -> None:
+        """Let everything that counts steps follow `counter`."""
+        set_step(self._optimizer, int(self.counter))
+
+    def shards(self, ranks: Iterable[int]) -> Iterator[Shard]:
+        """Moments and counter; `ranks` are all ranks of the world, which share the counter."""
+        for sharded in self._parameters:
+            for key, stored in moments(self._spec).items():
+                yield sharded.shard(f"optimizer.{key}", self._optimizer.state[sharded.local][stored])
+        yield counter_shard(self.counter, ranks)
+
+
+def counter_shard(counter: torch.Tensor, ranks: Iterable[int]) -> Shard:
+    """The number of updates done, which all `ranks` share."""
+    return Shard(name=COUNTER, global_shape=(), offsets=(), shape=(), local=counter, replicas=tuple(sorted(ranks)))
+
+
+def moments(spec: OptimizerSpec) -> Mapping[str, str]:
+    """The moments that the update rule keeps of each parameter, and the key under which the optimizer has them."""
+    if spec.name == "adamw":
+        return {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+    return {"momentum": "momentum_buffer"} if spec.momentum else {}
+
+
+def materialise(
+    optimizer: torch.optim.Optimizer,
+    spec: OptimizerSpec,
+    device: torch.device,
+    tensors: Iterable[torch.Tensor] | None = None,
+) -> None:
+    """Make the state that the optimizer would make in its first step; of `tensors` instead of its parameters if given.
+
+    `device` is where the optimizer's parameters live.
+    """
+    group = optimizer.param_groups[0]
+    for tensor in [one for each in optimizer.param_groups for one in each["params"]] if tensors is None else tensors:
+        state = optimizer.state[tensor]
+        if spec.name == "adamw" and spec.implementation == "torch":
+            state["step"] = torch.zeros((), device=device if group["fused"] else "cpu")
+        for stored in moments(spec).values():
+            state[stored] = torch.zeros_like(tensor)
+
+
+def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Let everything in the optimizer that counts steps say `step`."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(step)
+    for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] = step
+
+
+def weight_decay(spec: OptimizerSpec, model: ModelParts, name: str) -> float:
+    """The rate at which the parameter of this canonical name decays."""
+    decays = model.decays(name) and (spec.decay_embeddings or not model.is_embedding(name))
+    return spec.weight_decay if decays else 0.0
+
+
+def _groups(spec: OptimizerSpec, model: ModelParts, parameters: Sequence[ShardedParameter]) -> list[dict[str, Any]]:
+    """Parameters that decay and those that do not; empty groups are left out."""
+    decayed: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
+    for sharded in parameters:
+        (decayed if weight_decay(spec, model, sharded.name) else plain).append(sharded.local)
+    groups = [{"params": decayed, "weight_decay": spec.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(spec: OptimizerSpec, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer of the spec over `groups` on `device`.
+
+    Raises:
+        EngineUnavailable: the spec asks for Apex and it is not installed.
+    """
+    # The learning rate comes with every step.
+    if spec.name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=spec.momentum, foreach=True)
+    if spec.implementation == "apex":
+        fused: torch.optim.Optimizer = apex.fused_adam()(
+            groups, lr=0.0, betas=spec.betas, eps=spec.eps, adam_w_mode=True
+        )
+        return fused
+    return torch.optim.AdamW(groups, lr=0.0, betas=spec.betas, eps=spec.eps, fused=device.type in ("cpu", "cuda"))

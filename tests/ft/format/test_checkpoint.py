@@ -1,0 +1,170 @@
+"""The checkpoint format: readable by the safetensors library, complete or absent, damage always named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from keepwarm.ft.errors import DurableError
+from keepwarm.ft.format import checkpoint as durable
+from keepwarm.ft.format.contents import Piece, as_bytes
+from keepwarm.ft.format.manifest import read_manifest
+from keepwarm.ft.format.writer import write_part
+from tests.support.checkpoint_bytes import stored_bytes
+
+
+def tensors(rank: int) -> list[tuple[Piece, Any]]:
+    random = np.random.default_rng(rank)
+    return [
+        (
+            Piece(name="model.w", global_shape=(8, 3), offsets=(4 * rank, 0), shape=(4, 3), dtype="F32"),
+            random.standard_normal((4, 3), dtype=np.float32),
+        ),
+        (
+            Piece(name="b", global_shape=(9,), offsets=(0,), shape=(9,), dtype="BF16", flat=(4 * rank, 5 + 4 * rank)),
+            random.integers(0, 2**16, 5, np.uint16),
+        ),
+        (Piece(name="step", global_shape=(), offsets=(), shape=(), dtype="I64"), np.array(7 + rank)),
+        (Piece(name="empty", global_shape=(0, 4), offsets=(0, 0), shape=(0, 4), dtype="F32"), b""),
+    ]  # fmt: skip
+
+
+def checkpoint(root: Path, epoch: int = 0, step: int = 100, compress: bool = False) -> Path:
+    root.mkdir(exist_ok=True)
+    tmp = durable.staging(root, epoch, step)
+    tmp.mkdir()
+    for rank in (0, 1):
+        write_part(tmp, rank, tensors(rank), compress=compress)
+    durable.write_manifest(
+        tmp, durable.Identity(run="r", epoch=epoch, step=step, layout="l"), ranks=2, meta={"tokens": 5}
+    )
+    durable.verify(tmp)
+    return tmp
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_what_was_written_is_read(tmp_path: Path, compress: bool) -> None:
+    folder = checkpoint(tmp_path, compress=compress)
+    manifest = durable.verify(folder)
+    assert (manifest.epoch, manifest.step, manifest.meta) == (0, 100, {"tokens": 5})
+    for rank, part in enumerate(manifest.parts):
+        assert part.compressed == compress
+        stored = stored_bytes(folder, part)
+        for piece, data in tensors(rank):
+            assert stored[piece.name] == as_bytes(data).tobytes()
+            assert piece in [entry.piece for entry in part.entries]
+
+
+def test_the_safetensors_library_reads_a_part(tmp_path: Path) -> None:
+    part = write_part(tmp_path, 0, [t for t in tensors(0) if t[0].dtype != "BF16"])
+    loaded = safetensors.numpy.load_file(tmp_path / part.file)
+    assert loaded["model.w"].tolist() == tensors(0)[0][1].tolist()
+    assert loaded["step"] == 7
+    assert loaded["empty"].shape == (0, 4)
+
+
+def content_unharmed(bad: bytes, good: bytes) -> bool:
+    """Some bits of a zstandard frame, its own trailing checksum for one, are not needed to get the content back."""
+    try:
+        one, two = (zstandard.ZstdDecompressor().stream_reader(x).read(1 << 20) for x in (bad, good))
+    except zstandard.ZstdError:
+        return False
+    return bool(one == two)
+
+
+def test_the_file_is_private(tmp_path: Path) -> None:
+    part = write_part(tmp_path, 0, tensors(0))
+    assert (tmp_path / part.file).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(where=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), cut=st.booleans())
+def test_any_damage_is_found(tmp_path: Path, compress: bool, where: float, flip: int, cut: bool) -> None:
+    folder = durable.staging(tmp_path, 0, 100)
+    if not folder.exists():
+        checkpoint(tmp_path, compress=compress)
+    path = next(folder.glob("rank_00001*"))
+    good = path.read_bytes()
+    at = int(where * len(good))
+    bad = good[:at] if cut else good[:at] + bytes([good[at] ^ flip]) + good[at + 1 :]
+    path.write_bytes(bad)
+    try:
+        if compress and content_unharmed(bad, good):
+            durable.verify(folder)
+        else:
+            with pytest.raises(DurableError, match="rank_00001"):
+                durable.verify(folder)
+    finally:
+        path.write_bytes(good)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.binary(max_size=64) | st.builds(lambda n, b: n.to_bytes(8, "little") + b, st.integers(0, 2**64 - 1), st.binary())
+)
+def test_a_foreign_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "rank_00000.safetensors").write_bytes(content)
+    with pytest.raises(DurableError, match="rank_00000"):
+        durable.write_manifest(tmp_path, durable.Identity(run="r", epoch=0, step=1, layout="l"), ranks=1, meta={})
+
+
+def test_a_missing_part_is_named(tmp_path: Path) -> None:
+    write_part(tmp_path, 0, tensors(0))
+    with pytest.raises(DurableError, match="0 parts of rank 1"):
+        durable.write_manifest(tmp_path, durable.Identity(run="r", epoch=0, step=1, layout="l"), ranks=2, meta={})
+
+
+def test_a_manifest_cannot_name_other_files(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["parts"][0]["file"] = "../../rank_00000.safetensors"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DurableError, match="not the name of a part"):
+        read_manifest(folder)
+
+
+def test_latest_only_moves_forward(tmp_path: Path) -> None:
+    def publish(epoch: int, step: int) -> bool:
+        return durable.publish(checkpoint(tmp_path, epoch, step), durable.folder(tmp_path, step))
+
+    assert publish(0, 100)
+    assert publish(0, 200)
+    assert not publish(0, 150)
+    assert durable.latest(tmp_path) == tmp_path / "iter_0000200"
+    assert publish(1, 120)
+    assert durable.latest(tmp_path) == tmp_path / "iter_0000120"
+    assert publish(1, 200)
+    assert not publish(0, 200)
+    assert read_manifest(tmp_path / "iter_0000200").epoch == 1
+    assert (tmp_path / "latest").read_text() == "iter_0000200\n"
+
+
+def test_an_unusable_latest_falls_back_to_the_newest_complete(tmp_path: Path) -> None:
+    for step in (100, 200):
+        durable.publish(checkpoint(tmp_path, 0, step), durable.folder(tmp_path, step))
+    (tmp_path / "iter_0000300").mkdir()
+    for content in ("iter_0000300\n", "../elsewhere\n", ""):
+        (tmp_path / "latest").write_text(content)
+        assert durable.latest(tmp_path) == tmp_path / "iter_0000200"
+
+
+def test_retention_by_count_and_by_interval(tmp_path: Path) -> None:
+    for step in (100, 150, 200, 250, 300):
+        durable.publish(checkpoint(tmp_path, 0, step), durable.folder(tmp_path, step))
+    gone = durable.prune(tmp_path, keep=1, every=200)
+    assert [path.name for path in gone] == ["iter_0000100", "iter_0000150", "iter_0000250"]
+    assert [path.name for path in durable.checkpoints(tmp_path)] == ["iter_0000200", "iter_0000300"]
+
+
+def test_sweep_removes_what_interrupted_writers_left(tmp_path: Path) -> None:
+    left = checkpoint(tmp_path)
+    durable.publish(checkpoint(tmp_path, 0, 200), durable.folder(tmp_path, 200))
+    assert durable.sweep(tmp_path) == [left]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["iter_0000200"]

@@ -1,0 +1,178 @@
+from dataclasses import replace
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keepwarm.ft.protocol import step
+from keepwarm.ft.protocol.events import EpochAdvanced
+from keepwarm.ft.protocol.messages import ChunkRecord, Holding, Inventory, SnapshotId, digest
+from keepwarm.ft.protocol.recovery import Choice, FallBack, Wait, choose, plan, stripe_state
+from keepwarm.ft.protocol.state import Group
+from tests.support.ft.cluster import Cluster
+
+GROUPS = (Group(0, (0, 2, 4, 6), 2), Group(1, (1, 3, 5, 7), 2))
+OLD, NEW = SnapshotId("run", 1, 10, "layout"), SnapshotId("run", 1, 11, "layout")
+
+
+def records(group: Group, slot: int, snapshot: SnapshotId) -> tuple[ChunkRecord, ...]:
+    """What a member holds of a complete snapshot."""
+
+    def data(source: int, stripe: int) -> int:
+        return digest((source, stripe, snapshot.epoch, snapshot.step))
+
+    found = []
+    for stripe in range(group.size):
+        sources = tuple(data(source, stripe) for source in group.sources(stripe))
+        if slot in group.sources(stripe):
+            found.append(ChunkRecord(stripe, data(slot, stripe), (), 1))
+        else:
+            found.append(ChunkRecord(stripe, digest(sources, slot), sources, 1, (1,) * group.data))
+    return tuple(found)
+
+
+def everything(*snapshots: SnapshotId) -> dict[int, Inventory]:
+    return {
+        slot: Inventory(
+            slot=slot,
+            incarnation=1,
+            epoch=2,
+            holdings=tuple(Holding(snapshot, records(group, slot, snapshot)) for snapshot in snapshots),
+        )
+        for group in GROUPS
+        for slot in group.members
+    }
+
+
+def without(inventories: dict[int, Inventory], *slots: int) -> dict[int, Inventory]:
+    return {slot: inventory for slot, inventory in inventories.items() if slot not in slots}
+
+
+def emptied(inventories: dict[int, Inventory], slot: int, snapshot: SnapshotId, *stripes_: int) -> dict[int, Inventory]:
+    """The slot's chunks of the stripes are bad."""
+    inventory = inventories[slot]
+    holdings = tuple(
+        Holding(each.snapshot, tuple(r for r in each.chunks if r.stripe not in stripes_))
+        if each.snapshot == snapshot
+        else each
+        for each in inventory.holdings
+    )
+    return {**inventories, slot: msgspec.structs.replace(inventory, holdings=holdings)}
+
+
+def test_the_newest_complete_one_wins() -> None:
+    assert choose(everything(OLD, NEW), GROUPS, range(8), False) == Choice(NEW, 0)
+    again = SnapshotId("run", 2, 9, "layout")
+    assert choose(everything(again, NEW), GROUPS, range(8), False) == Choice(again, 0)
+
+
+def test_up_to_m_lost_in_every_stripe() -> None:
+    lost = emptied(without(everything(OLD, NEW), 0, 1), 3, NEW, 0, 1, 2, 3)
+    assert choose(lost, GROUPS, range(8), True) == Choice(NEW, 2)
+    assert choose(emptied(lost, 5, NEW, 2), GROUPS, range(8), True) == Choice(OLD, 1)
+
+
+def test_fall_back_names_the_stripe_and_the_slots() -> None:
+    answer = choose(without(everything(NEW), 0, 2, 4), GROUPS, range(8), True)
+    assert isinstance(answer, FallBack)
+    assert "stripe 0 of group 0 needs 2 good chunks and has 1" in answer.reason
+    assert "slots [0, 2, 4]" in answer.reason
+    assert choose({}, GROUPS, (), True) == FallBack("no agent holds a snapshot in memory")
+
+
+def test_fall_back_says_who_was_not_waited_for() -> None:
+    empty = without(everything(), 3)
+    none = "no agent holds a snapshot in memory; slots [3]"
+    early = FallBack(f"{none} had not answered yet, and alone cannot change that")
+    assert choose(empty, GROUPS, range(8), False) == early
+    assert choose(empty, GROUPS, range(8), True) == FallBack(f"{none} did not answer in time")
+
+
+def test_waits_only_for_those_who_matter() -> None:
+    one_away = without(everything(NEW), 0)
+    assert choose(one_away, GROUPS, range(8), False) == Choice(NEW, 1)
+    # The newer one is held by some and could be made whole by the silent ones.
+    partly = emptied(everything(OLD, NEW), 4, NEW, 0, 1, 2, 3)
+    partly = emptied(partly, 6, NEW, 0, 1, 2, 3)
+    assert choose(without(partly, 0), GROUPS, range(8), False) == Wait((0,))
+    assert choose(without(partly, 0), GROUPS, range(8), True) == Choice(OLD, 1)
+    assert choose(without(partly, 0), GROUPS, set(range(1, 8)), False) == Choice(OLD, 1)
+    # Enough silent ones in every group could hold a newer one that nobody else knows of.
+    assert choose(without(everything(OLD), 0, 2, 1, 3), GROUPS, range(8), False) == Wait((0, 1, 2, 3))
+
+
+def test_late_inventories_count_as_missing() -> None:
+    inventories = everything(OLD, NEW)
+    late = {slot: msgspec.structs.replace(inventories[slot], epoch=1) for slot in (0, 2, 4)}
+    assert isinstance(choose({**inventories, **late}, GROUPS, range(8), True), FallBack)
+
+
+def test_what_an_earlier_choice_gave_up_does_not_come_back() -> None:
+    inventories = everything(OLD, NEW)
+    inventories[3] = msgspec.structs.replace(inventories[3], decided_epoch=2, decided=OLD)
+    assert choose(inventories, GROUPS, range(8), True) == Choice(OLD, 0)
+
+
+def test_chunks_of_different_data_do_not_match() -> None:
+    inventories = everything(NEW)
+    holding = inventories[0].holdings[0]
+    other = tuple(msgspec.structs.replace(r, digest=1) if not r.sources else r for r in holding.chunks)
+    inventories[0] = msgspec.structs.replace(inventories[0], holdings=(Holding(NEW, other),))
+    group = GROUPS[0]
+    for stripe in range(4):
+        holders = stripe_state(inventories, group, NEW, stripe).holders
+        assert (0 in holders) == (0 in group.parities(stripe))
+
+
+def test_mixed_parity_is_not_a_codeword() -> None:
+    with pytest.raises(ValueError, match="counts"):
+        ChunkRecord(0, 1, (1, 2), 1, (1,))
+
+
+@settings(deadline=None)
+@given(st.sampled_from(((4, 2), (5, 2), (4, 1), (8, 3), (2, 1))), st.data())
+def test_a_replacement_receives_its_state_once(shape: tuple[int, int], data: st.DataObject) -> None:
+    size, m = shape
+    group = Group(0, tuple(range(size)), m)
+    lost = data.draw(st.sets(st.integers(0, size - 1), min_size=1, max_size=m))
+    inventories = {
+        slot: Inventory(slot=slot, incarnation=1, epoch=2, holdings=(Holding(NEW, records(group, slot, NEW)),))
+        for slot in group.members
+        if slot not in lost
+    }
+    orders = plan(inventories, (group,), NEW, 2, group.members)
+    rebuilt = [(target, order.stripe) for _, order in orders for target in order.targets]
+    assert sorted(rebuilt) == sorted((slot, stripe) for slot in lost for stripe in range(size))
+    for decoder, order in orders:
+        assert decoder == order.sources[0]
+        assert len(set(order.sources)) == group.data
+        assert not lost & set(order.sources)
+        version = tuple(r.digest for s in group.sources(order.stripe) for r in records(group, s, NEW)
+                        if r.stripe == order.stripe)  # fmt: skip
+        assert order.digests == version
+    # Dealt out: with f lost, the g stripes have g - f decoders.
+    per_decoder = [sum(decoder == slot for decoder, _ in orders) for slot in group.members if slot not in lost]
+    assert max(per_decoder) - min(per_decoder) <= 1 + len(lost)
+    data_orders = [order for _, order in orders if set(order.targets) & set(group.sources(order.stripe))]
+    assert list(orders[: len(data_orders)]) == [each for each in orders if each[1] in data_orders]
+
+
+def test_frozen_between_inventory_and_choice() -> None:
+    """What is under way when an epoch begins changes nothing that an inventory said."""
+    cluster = Cluster((4, 4), 2)
+    cluster.round()
+    for slot in range(8):
+        for worker in range(2):
+            cluster.offer(slot, worker, wait=True)
+    cluster.drain()
+    for slot in range(8):
+        for worker in range(2):
+            cluster.write(slot, worker)
+    for slot in range(8):
+        cluster.dispatch(slot, EpochAdvanced(9))
+    before = [replace(node.state, peers=frozenset()) for node in cluster.nodes]
+    said = [step.inventory(node.state) for node in cluster.nodes]
+    cluster.drain()
+    assert [replace(node.state, peers=frozenset()) for node in cluster.nodes] == before
+    assert [step.inventory(node.state) for node in cluster.nodes] == said

@@ -1,0 +1,376 @@
+"""Links between agents over real loopback sockets: who gets in, what is refused, and that the others keep working."""
+
+import contextlib
+import select
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from keepwarm.ft.errors import AuthenticationFailed
+from keepwarm.ft.protocol.messages import Bucket, Farewell, Hello, Known, Proof, SnapshotId, encode
+from keepwarm.ft.transport import auth
+from keepwarm.ft.transport.bandwidth import TokenBucket
+from keepwarm.ft.transport.link import Credentials, Link
+from keepwarm.ft.transport.network import Network, NetworkLimits
+
+SECRET = b"s" * 32
+SNAPSHOT = SnapshotId("run", 0, 1, "layout")
+LIMIT = 1 << 20
+
+
+class Recorder:
+    """A handler that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.network: Network
+        self.seen: list[tuple[int, Any, bytes | None]] = []
+        self.losses: list[str] = []
+        self.refusals: list[str] = []
+
+    def connected(self, link: Link) -> None:
+        self.network.opened(link)
+
+    def lost(self, link: Link, reason: str) -> None:
+        self.network.forget(link)
+        self.losses.append(reason)
+
+    def refused(self, link: Link, reason: str) -> None:
+        self.network.forget(link)
+        self.refusals.append(reason)
+
+    def target(self, link: Link, message: Any, size: int) -> memoryview | None:
+        return memoryview(bytearray(size))
+
+    def received(self, link: Link, message: Any, payload: memoryview | None) -> None:
+        self.seen.append((link.slot, message, None if payload is None else bytes(payload)))
+
+    def drained(self, link: Link) -> None:
+        pass
+
+
+class World:
+    """Agents' networks on one selector."""
+
+    def __init__(self) -> None:
+        self.selector = selectors.DefaultSelector()
+        self.addresses: dict[int, tuple[str, int]] = {}
+        self.all: list[Recorder] = []
+
+    def add(
+        self, slot: int, *, secret: bytes = SECRET, run: str = "run", incarnation: int = 0, **options: Any
+    ) -> Recorder:
+        handler = Recorder()
+        hello = Hello(role="agent", run=run, slot=slot, epoch=0, incarnation=incarnation, nonce=auth.nonce())
+        credentials = Credentials(hello=hello, secret=secret, roles=Network.ROLES)
+        handler.network = Network(
+            self.selector, handler, credentials, bind=("127.0.0.1", 0), resolve=self.addresses.get,
+            limits=NetworkLimits(payload=LIMIT, **options),
+        )  # fmt: skip
+        self.addresses[slot] = handler.network.address
+        self.all.append(handler)
+        return handler
+
+    def until(self, done: Callable[[], Any], deadline: float = 10.0) -> None:
+        end = time.monotonic() + deadline
+        while not done():
+            assert time.monotonic() < end, "waited too long"
+            for recorder in self.all:
+                recorder.network.tick(time.monotonic())
+            for key, mask in self.selector.select(0.01):
+                key.data.ready(mask)
+
+    def pair(self, **options: Any) -> tuple[Recorder, Recorder]:
+        one, two = self.add(0, **options), self.add(1, **options)
+        for handler in (one, two):
+            handler.network.set_peers([0, 1])
+        self.until(lambda: one.network.links and two.network.links)
+        return one, two
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    world = World()
+    yield world
+    for handler in world.all:
+        handler.network.close()
+    world.selector.close()
+
+
+def known(group: int) -> Known:
+    return Known(snapshot=SNAPSHOT, prepared=(group,))
+
+
+def test_messages_and_payloads_arrive_in_order(world: World) -> None:
+    one, two = world.pair()
+    data = np.random.default_rng(0).integers(0, 256, LIMIT, np.uint8)
+    released = []
+    for index, size in enumerate((LIMIT, 0, 1, 70_000)):
+        message = Bucket(snapshot=SNAPSHOT, stripe=0, index=index, sum=0, size=size)
+        one.network.links[1].send(message, data[:size].data, lambda i=index: released.append(i))
+        one.network.links[1].send(known(index))
+    two.network.links[0].send(known(9))
+    world.until(lambda: len(two.seen) == 8 and one.seen)
+    assert [payload for _, _, payload in two.seen[::2]] == [bytes(data[:n]) for n in (LIMIT, 0, 1, 70_000)]
+    assert [message.prepared for _, message, _ in two.seen[1::2]] == [(0,), (1,), (2,), (3,)]
+    assert one.seen == [(1, known(9), None)]
+    assert released == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("stranger", "why"),
+    [
+        ({"secret": b"t" * 32}, "does not know the job's secret"),
+        ({"run": "other"}, "belongs to run 'other'"),
+    ],
+)
+def test_a_stranger_is_refused_and_the_others_go_on(world: World, stranger: dict[str, Any], why: str) -> None:
+    one, two = world.pair()
+    three = world.add(2, **stranger)
+    one.network.set_peers([0, 1, 2])
+    world.until(lambda: one.refusals)
+    assert why in one.refusals[0]
+    assert 2 not in one.network.links
+    assert 0 not in three.network.links
+    one.network.links[1].send(known(1))
+    world.until(lambda: two.seen)
+
+
+def test_only_the_expected_slot_is_accepted(world: World) -> None:
+    one = world.add(0)
+    world.add(2)
+    world.addresses[1] = world.addresses[2]
+    one.network.set_peers([1])
+    world.until(lambda: one.refusals)
+    assert "slot 1 was expected, slot 2 answered" in one.refusals[0]
+
+
+def test_a_later_life_replaces_an_earlier_one_and_not_the_other_way_round(world: World) -> None:
+    one = world.add(0)
+    late = world.add(1, incarnation=5)
+    one.network.set_peers([1])
+    world.until(lambda: 1 in one.network.links)
+    dial(one, incarnation=4)
+    world.until(lambda: "a later incarnation of this slot is connected" in one.losses)
+    assert one.network.links[1].theirs is not None
+    assert one.network.links[1].theirs.incarnation == 5
+    assert late.losses == []
+
+
+def test_a_frozen_agent_is_not_waited_for_once_its_slot_has_another(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("keepwarm.ft.transport.link.HANDSHAKE_DEADLINE", 1e9)
+    one = world.add(0)
+    with socket.create_server(("127.0.0.1", 0)) as frozen:  # its kernel takes connections, nobody answers
+        world.addresses[1] = frozen.getsockname()[:2]
+        one.network.set_peers([1])
+        world.until(lambda: select.select([frozen], [], [], 0)[0])
+        two = world.add(1, incarnation=2)
+        two.network.set_peers([0])
+        world.until(lambda: one.network.links and two.network.links)
+
+
+def dial(to: Recorder, **change: Any) -> None:
+    """Connect by hand as slot 1 and pass the handshake from a thread."""
+
+    def talk() -> None:
+        with socket.create_connection(to.network.address, timeout=10) as sock:
+            mine = Hello(role="agent", run="run", slot=1, epoch=0, nonce=auth.nonce(), **{"incarnation": 0} | change)
+            write(sock, encode(mine))
+            theirs = read(sock)
+            write(sock, encode(auth.proof(SECRET, mine, theirs, dialled=True)))
+            with contextlib.suppress(OSError):
+                while sock.recv(4096):
+                    pass
+
+    threading.Thread(target=talk, daemon=True).start()
+
+
+def write(sock: socket.socket, body: bytes) -> None:
+    sock.sendall(struct.pack(">I", len(body)) + body)
+
+
+def read(sock: socket.socket) -> Any:
+    (length,) = struct.unpack(">I", exactly(sock, 4))
+    return msgspec.msgpack.decode(exactly(sock, length), type=Hello | Proof)
+
+
+def exactly(sock: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        block = sock.recv(size - len(data))
+        assert block
+        data += block
+    return data
+
+
+def refused(world: World, to: Recorder, talk: Callable[[socket.socket], None]) -> str:
+    """What the agent says of a peer that talks like this."""
+    before = len(to.refusals) + len(to.losses)
+    sock = socket.create_connection(to.network.address, timeout=10)
+    try:
+        with contextlib.suppress(OSError):
+            talk(sock)
+        world.until(lambda: len(to.refusals) + len(to.losses) > before)
+    finally:
+        sock.close()
+    return to.refusals[-1] if to.refusals else to.losses[-1]
+
+
+def test_a_recorded_proof_is_worthless_in_another_connection(world: World) -> None:
+    one, _ = world.pair()
+    mine = Hello(role="agent", run="run", slot=7, epoch=0, incarnation=0, nonce=b"n" * 32)
+    theirs = Hello(role="agent", run="run", slot=0, epoch=0, incarnation=0, nonce=b"m" * 32)
+    recorded = auth.proof(SECRET, mine, theirs, dialled=True)
+
+    def replay(sock: socket.socket) -> None:
+        write(sock, encode(mine))
+        write(sock, encode(recorded))
+
+    assert "does not know the job's secret" in refused(world, one, replay)
+
+
+def test_a_proof_sent_back_is_worthless() -> None:
+    mine = Hello(role="agent", run="run", slot=0, epoch=0, incarnation=0, nonce=b"n" * 32)
+    theirs = Hello(role="agent", run="run", slot=1, epoch=0, incarnation=0, nonce=b"m" * 32)
+    shown = auth.proof(SECRET, mine, theirs, dialled=True)
+    auth.check_proof(SECRET, theirs, mine, shown, dialled=False)
+    with pytest.raises(AuthenticationFailed):
+        auth.check_proof(SECRET, mine, theirs, shown, dialled=True)
+    with pytest.raises(AuthenticationFailed, match="our own nonce"):
+        auth.check_hello(
+            mine, Hello(role="agent", run="run", slot=1, epoch=0, incarnation=0, nonce=b"n" * 32), Network.ROLES
+        )
+
+
+@pytest.mark.parametrize(
+    ("first", "why"),
+    [
+        (struct.pack(">I", 513), "frame of 513 bytes is over the limit of 512"),
+        (b"\xff\xff\xff\xff", "over the limit of 512"),
+        (struct.pack(">I", 3) + b"abc", "malformed"),
+        (struct.pack(">I", 40) + b"too short", "in the middle of a frame"),
+    ],
+)
+def test_bad_frames_before_the_handshake(world: World, first: bytes, why: str) -> None:
+    one, _ = world.pair()
+
+    def talk(sock: socket.socket) -> None:
+        sock.sendall(first)
+        sock.shutdown(socket.SHUT_WR)
+
+    assert why in refused(world, one, talk)
+
+
+def test_another_message_in_the_handshake_is_refused(world: World) -> None:
+    one, _ = world.pair()
+    assert "middle of the handshake" in refused(world, one, lambda sock: write(sock, encode(known(1))))
+    assert "malformed" not in refused(world, one, lambda sock: write(sock, encode(Proof(mac=b"0" * 32))))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(min_size=1, max_size=300), st.booleans())
+def test_fuzzed_bytes_never_get_in_and_never_break_the_agent(world: World, junk: bytes, framed: bool) -> None:
+    one, two = (world.all[0], world.all[1]) if world.all else world.pair()
+    content = struct.pack(">I", len(junk)) + junk if framed else junk
+
+    def talk(sock: socket.socket) -> None:
+        sock.sendall(content)
+        sock.shutdown(socket.SHUT_WR)
+
+    assert refused(world, one, talk)
+    assert list(one.network.links) == [1]
+    two.network.links[0].send(known(3))
+    world.until(lambda: one.seen)
+    one.seen.clear()
+
+
+@pytest.mark.parametrize(
+    ("frame", "why"),
+    [
+        (struct.pack(">I", (4 << 20) + 1), "over the limit of"),
+        (struct.pack(">I", 5) + b"\xc1abcd", "malformed"),
+        (
+            (lambda body: struct.pack(">I", len(body)) + body)(
+                encode(Bucket(snapshot=SNAPSHOT, stripe=0, index=0, sum=0, size=LIMIT + 1))
+            ),
+            "over the limit of 1048576",
+        ),
+    ],
+)
+def test_a_bad_frame_from_a_peer_ends_that_link_alone(world: World, frame: bytes, why: str) -> None:
+    one, two = world.pair()
+    three = world.add(2)
+    for handler in world.all:
+        handler.network.set_peers([0, 1, 2])
+    world.until(lambda: all(len(handler.network.links) == 2 for handler in world.all))
+    three.network.links[0].channel.socket.send(frame)
+    world.until(lambda: one.losses)
+    assert why in one.losses[0]
+    two.network.links[0].send(known(1))
+    world.until(lambda: one.seen)
+    world.until(lambda: 2 in one.network.links)
+
+
+def test_silence_is_a_loss_and_an_idle_link_is_not_silent(world: World) -> None:
+    one, two = world.pair(silence=0.3)
+    end = time.monotonic() + 1.0
+    world.until(lambda: time.monotonic() > end)
+    assert not one.losses
+    world.all.remove(two)
+    world.selector.unregister(two.network.links[0].channel.socket)
+    world.until(lambda: one.losses)
+    assert "waited 0.3 s for a sign of life" in one.losses[0]
+    world.selector.register(two.network.links[0].channel.socket, selectors.EVENT_READ, two.network.links[0])
+    world.all.append(two)
+
+
+def test_a_payload_cut_off_is_never_delivered_and_its_memory_is_released(world: World) -> None:
+    one, two = world.pair()
+    released = []
+    data = bytes(LIMIT)
+    for index in range(20):
+        message = Bucket(snapshot=SNAPSHOT, stripe=0, index=index, sum=0, size=LIMIT)
+        one.network.links[1].send(message, memoryview(data), lambda i=index: released.append(i))
+    one.network.links[1].close("told to")
+    assert released == list(range(20))
+    world.until(lambda: two.losses)
+    assert len(two.seen) < 20
+
+
+def test_a_farewell_is_a_message_like_others(world: World) -> None:
+    one, two = world.pair()
+    one.network.links[1].send(Farewell(reason="end of the job"))
+    world.until(lambda: two.seen)
+
+
+def test_the_cap_limits_what_is_sent_over_time() -> None:
+    now = [0.0]
+    bucket = TokenBucket(100.0, burst=50, clock=lambda: now[0])
+    assert bucket.available() == 50
+    bucket.take(50)
+    assert bucket.available() == 0
+    assert bucket.wait(25) == 0.25
+    now[0] = 0.25
+    assert bucket.available() == 25
+    now[0] = 10.0
+    assert bucket.available() == 50
+
+
+def test_capped_traffic_arrives(world: World) -> None:
+    one, two = world.pair(rate=2e6)
+    data = bytes(LIMIT)
+    for index in range(5):
+        message = Bucket(snapshot=SNAPSHOT, stripe=0, index=index, sum=0, size=LIMIT)
+        one.network.links[1].send(message, memoryview(data))
+    world.until(lambda: len(two.seen) == 5)

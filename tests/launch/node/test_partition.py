@@ -1,0 +1,171 @@
+"""The network between the nodes breaks in the middle, and comes back: never do both halves train.
+
+Supervisors in network namespaces of their own, on two bridges that are one as long as a cable lies between them. Every
+node still sees the run folder.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from keepwarm.launch.node import record as node_record
+from tests.support.stand_ins import StandIns, alive, wait_until_dead
+
+SLOTS = 4
+HALF = 2
+"""Nodes 0 and 1 are on one side with all spares, nodes 2 and 3 on the other."""
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(
+        os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2"
+    ),
+]
+
+LAUNCHER = """
+import ctypes, os, sys
+from pathlib import Path
+from keepwarm.launch import forkserver as nursery
+nursery.PRELOADED = ()
+import keepwarm.launch.node.supervisor
+from keepwarm.launch.local.emulated_nodes import Nodes
+from keepwarm.launch.node.options import Options
+from keepwarm.trainer.job.files import load_job, save_job
+folder, namespaces = Path(sys.argv[1]), sys.argv[2:]
+off = [f"output={folder}", "snapshot=off"]
+job = load_job(Path("ci/snapshot"), [*off, "parallel.data=4", "batch.global_batch_size=8"])
+save_job(job, folder / "run.json")
+keepwarm.launch.node.supervisor.SILENCE = 2.0
+supervise = keepwarm.launch.node.supervisor.supervise
+
+def apart(options, job):
+    place = os.open(f"/run/netns/{namespaces[int(options.node[1:])]}", os.O_RDONLY)
+    if ctypes.CDLL(None, use_errno=True).setns(place, 0x40000000):
+        raise OSError(ctypes.get_errno(), "setns")
+    return supervise(options, job)
+
+keepwarm.launch.node.supervisor.supervise = apart
+everyone = [
+    Options(folder=folder, slots=4, node=f"n{i}", host=f"10.78.0.{i + 1}", ranks_per_node=1,
+            wish=i if i < 4 else "spare", patience=300.0, module="stand_in")
+    for i in range(len(namespaces))
+]
+sys.exit(Nodes(everyone, job).run())
+"""
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+class Network:
+    """`nodes` namespaces, and one with a bridge for each half and a cable between them."""
+
+    def __init__(self, nodes: int) -> None:
+        self.name = f"kwp{os.getpid()}"
+        self.nodes = [f"{self.name}n{index}" for index in range(nodes)]
+        self.made: list[str] = []
+
+    def open(self) -> None:
+        for namespace in (self.name, *self.nodes):
+            ip("netns", "add", namespace)
+            self.made.append(namespace)
+            ip("-n", namespace, "link", "set", "lo", "up")
+        for bridge in ("b0", "b1"):
+            ip("-n", self.name, "link", "add", bridge, "type", "bridge")
+            ip("-n", self.name, "link", "set", bridge, "up")
+        ip("-n", self.name, "link", "add", "c0", "type", "veth", "peer", "name", "c1")
+        for side in "01":
+            ip("-n", self.name, "link", "set", f"c{side}", "master", f"b{side}", "up")
+        for index, namespace in enumerate(self.nodes):
+            side = int(HALF <= index < SLOTS)
+            ip("-n", self.name, "link", "add", f"v{index}", "type", "veth", "peer", "name", "e0", "netns", namespace)
+            ip("-n", self.name, "link", "set", f"v{index}", "master", f"b{side}", "up")
+            ip("-n", namespace, "addr", "add", f"10.78.0.{index + 1}/24", "dev", "e0")
+            ip("-n", namespace, "link", "set", "e0", "up")
+
+    def cable(self, state: str) -> None:
+        ip("-n", self.name, "link", "set", "c0", state)
+
+    def close(self) -> None:
+        for namespace in self.made:
+            ip("netns", "del", namespace)
+
+
+class Cluster(StandIns):
+    """Four slots on nodes that are apart."""
+
+    def __init__(self, folder: Path, network: Network) -> None:
+        super().__init__(folder, LAUNCHER, *network.nodes)
+
+    def workers(self) -> dict[int, dict[int, int]]:
+        """Pid by rank, of each round."""
+        found: dict[int, dict[int, int]] = {}
+        for path in self.folder.glob("ran-*"):
+            _, rank, round = path.name.split("-")
+            found.setdefault(int(round), {})[int(rank)] = int(path.read_text())
+        return found
+
+    def training(self) -> list[int]:
+        """Rounds all workers of which run."""
+        rounds = sorted(self.workers().items())
+        return [number for number, pids in rounds if len(pids) == SLOTS and all(map(alive, pids.values()))]
+
+    def owners(self, round: int) -> set[str]:
+        return {record.node for record in node_record.read_all(self.folder) if record.generation == round}
+
+
+@pytest.fixture
+def apart(tmp_path: Path) -> Iterator[Callable[[int], tuple[Network, Cluster]]]:
+    made: list[tuple[Network, Cluster]] = []
+
+    def make(nodes: int) -> tuple[Network, Cluster]:
+        network = Network(nodes)
+        try:
+            network.open()
+        except subprocess.CalledProcessError as error:
+            network.close()
+            pytest.skip(f"network namespaces cannot be made here: {error.stderr.strip()}")
+        made.append((network, Cluster(tmp_path, network)))
+        return made[-1]
+
+    yield make
+    for network, cluster in made:
+        cluster.process.kill()
+        cluster.process.wait()
+        wait_until_dead({record.supervisor for record in node_record.read_all(tmp_path)})
+        store = node_record.newest_store(tmp_path)
+        if store is not None and alive(store.pid):
+            os.kill(store.pid, signal.SIGKILL)
+        network.close()
+
+
+def test_two_halves_without_a_spare_wait_for_each_other(apart: Callable[[int], tuple[Network, Cluster]]) -> None:
+    network, run = apart(SLOTS)
+    before = run.until(run.training, "the first round")[-1]
+    network.cable("down")
+    run.until(lambda: not any(alive(pid) for pids in run.workers().values() for pid in pids.values()), "all to stop")
+    run.until(lambda: node_record.newest_claim(run.folder) > 0, "the half without a store to look for one")
+    assert run.training() == []
+    network.cable("up")
+    run.until(lambda: run.training() and run.training()[-1] > before, "all to train again")
+    run.end()
+
+
+def test_only_the_half_with_the_spares_trains(apart: Callable[[int], tuple[Network, Cluster]]) -> None:
+    network, run = apart(SLOTS + HALF)
+    before = run.until(run.training, "the first round")[-1]
+    network.cable("down")
+
+    def half() -> list[set[str]]:
+        return [run.owners(round) for round in run.training() if round > before and len(run.owners(round)) == SLOTS]
+
+    run.until(lambda: {"n0", "n1", "n4", "n5"} in half(), "the half with the spares to train")
+    run.until(lambda: len(run.training()) == 1, "the other half to stop")
+    network.cable("up")
+    run.until(run.training, "training under the network that is whole again")
+    run.end()

@@ -1,0 +1,209 @@
+"""Supervisors as processes, with stand-ins for workers: who takes which slot when something dies or freezes."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from keepwarm.launch.node import record as node_record
+from keepwarm.launch.node.record import NodeRecord
+from keepwarm.trainer.monitor import events
+from tests.support.stand_ins import DEADLINE, STAYS, WORKER, StandIns, alive, wait_until_dead
+
+pytestmark = pytest.mark.timeout(300)
+
+LAUNCHER = """
+import sys
+from pathlib import Path
+from keepwarm.launch import forkserver as nursery
+nursery.PRELOADED = ()
+from keepwarm.launch.local.emulated_nodes import Nodes
+from keepwarm.launch.node.options import Options
+from keepwarm.trainer.job.files import load_job, save_job
+folder, silence = Path(sys.argv[1]), sys.argv[2]
+off = [f"output={folder}", "snapshot=off"]
+job = load_job(Path("ci/snapshot"), [*off, "parallel.data=3", "batch.global_batch_size=9"])
+save_job(job, folder / "run.json")
+import keepwarm.launch.node.supervisor
+keepwarm.launch.node.supervisor.SILENCE = float(silence)
+everyone = [
+    Options(folder=folder, slots=3, node=f"n{i}", ranks_per_node=1, wish=i if i < 3 else "spare", patience=1.0,
+            module="stand_in")
+    for i in range(3 + int(sys.argv[3]))
+]
+sys.exit(Nodes(everyone, job).run())
+"""
+
+
+class Cluster(StandIns):
+    """Three slots and some spares."""
+
+    def __init__(self, folder: Path, spares: int, silence: float, worker: str) -> None:
+        super().__init__(folder, LAUNCHER, str(silence), str(spares), worker=worker)
+
+    def running(self, round: int) -> dict[int, NodeRecord]:
+        """The owners by slot, once all workers of a round run."""
+        self.until(
+            lambda: all((self.folder / f"ran-{rank}-{round}").exists() for rank in range(3)),
+            f"workers of round {round}",
+        )
+
+        def owners() -> dict[int, NodeRecord]:
+            records = [each for each in node_record.read_all(self.folder) if each.generation == round]
+            found = {each.slot: each for each in records if each.slot is not None and each.state == "running"}
+            return found if len(found) == 3 else {}
+
+        found: dict[int, NodeRecord] = self.until(owners, f"the records of round {round}")
+        return found
+
+    def pid(self, rank: int, round: int) -> int:
+        return int((self.folder / f"ran-{rank}-{round}").read_text())
+
+    def end(self, code: int = 0) -> None:
+        super().end(code)
+        self.assert_nothing_left()
+
+    def assert_nothing_left(self) -> None:
+        store = node_record.newest_store(self.folder)
+        assert store is not None
+        workers = {int(path.read_text()) for path in self.folder.glob("ran-*")}
+        wait_until_dead({store.pid} | workers | {record.supervisor for record in node_record.read_all(self.folder)})
+
+
+def names(owners: dict[int, NodeRecord]) -> list[str]:
+    return [owners[slot].node for slot in sorted(owners)]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+    made: list[Cluster] = []
+
+    def make(spares: int = 1, silence: float = 30.0, worker: str = WORKER) -> Cluster:
+        made.append(Cluster(tmp_path, spares, silence, worker))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.process.kill()
+        each.process.wait()
+
+
+def test_who_signals_every_process_gets_a_run_that_saves_and_ends(cluster: Callable[..., Cluster]) -> None:
+    """As SLURM does, more than once: before a time limit, at it, and when a job is cancelled or requeued."""
+    run = cluster()
+    owners = run.running(0)
+    store = node_record.newest_store(run.folder)
+    assert store is not None
+    supervisors = [record.supervisor for record in node_record.read_all(run.folder)]
+    workers = [pid for record in owners.values() for pid in record.workers.values()]
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+        for pid in (store.pid, *supervisors, *workers):
+            os.kill(pid, number)
+    run.until(lambda: all((run.folder / f"asked-{rank}-0").exists() for rank in range(3)), "all ranks to save")
+    assert alive(store.pid)
+    (run.folder / "saved").touch()
+    assert run.process.wait(DEADLINE) == 130, run.log.read_text()
+    assert events.read(run.folder).of(events.Failure) == []
+    run.assert_nothing_left()
+
+
+def test_a_node_whose_workers_die_again_and_again_is_left_out(cluster: Callable[..., Cluster]) -> None:
+    run = cluster()
+    (supervisor,) = (record.supervisor for record in run.running(0).values() if record.slot == 1)
+    for round in range(3):
+        assert names(run.running(round)) == ["n0", "n1", "n2"]
+        os.kill(run.pid(1, round), signal.SIGKILL)
+    assert names(run.running(3)) == ["n0", "n3", "n2"]
+    run.until(lambda: not alive(supervisor), "the supervisor of the node that was left out")
+    (excluded,) = events.read(run.folder).of(events.NodeExcluded)
+    assert excluded.host == "n1"
+    assert "ended 3 starts, the last one: rank 1 was ended by SIGKILL" in excluded.why
+    run.end()
+
+
+def test_nodes_workers_and_stores_die_one_after_the_other(cluster: Callable[..., Cluster]) -> None:
+    run = cluster(spares=2)
+    owners = run.running(0)
+    assert names(owners) == ["n0", "n1", "n2"]
+    assert [owners[slot].workers for slot in range(3)] == [{slot: run.pid(slot, 0)} for slot in range(3)]
+
+    os.kill(owners[0].supervisor, signal.SIGKILL)
+    replacement = names(run.running(1))[0]
+    assert replacement in ("n3", "n4")  # whoever was a spare first
+    (last,) = {"n3", "n4"} - {replacement}
+    assert names(run.running(1)) == [replacement, "n1", "n2"]
+    assert not any(alive(run.pid(rank, 0)) for rank in range(3))
+
+    os.kill(run.pid(2, 1), signal.SIGKILL)
+    assert names(run.running(2)) == [replacement, "n1", "n2"]
+
+    store = node_record.newest_store(run.folder)
+    assert store is not None
+    os.kill(store.pid, signal.SIGKILL)
+    owners = run.running(3)
+    assert names(owners) == [replacement, "n1", "n2"]
+    assert node_record.newest_claim(run.folder) == 1
+
+    store = node_record.newest_store(run.folder)
+    assert store is not None
+    for pid in (store.pid, owners[1].supervisor):
+        os.kill(pid, signal.SIGKILL)
+    assert names(run.running(4)) == [replacement, last, "n2"]
+
+    failures = [(event.kind, event.slots) for event in events.read(run.folder).of(events.Failure)]
+    assert ("lost", (0,)) in failures
+    assert ("killed", (2,)) in failures
+    assert ("store", ()) in failures
+    run.end(0)
+
+
+def test_workers_stay_where_a_fault_was_elsewhere_and_are_replaced_when_one_failed_by_itself(
+    cluster: Callable[..., Cluster],
+) -> None:
+    run = cluster(spares=1, worker=STAYS)
+    supervisor = run.running(0)[0].supervisor
+    os.kill(run.pid(1, 0), signal.SIGKILL)
+    run.running(1)
+    assert [run.pid(rank, 1) == run.pid(rank, 0) for rank in range(3)] == [True, False, True]
+
+    os.kill(supervisor, signal.SIGKILL)  # and with it the node's worker
+    run.running(2)
+    assert [run.pid(rank, 2) == run.pid(rank, 1) for rank in range(3)] == [False, True, True]
+
+    os.kill(run.pid(2, 2), signal.SIGSTOP)  # it cannot come to rest
+    os.kill(run.pid(1, 2), signal.SIGKILL)
+    run.running(3)
+    assert [run.pid(rank, 3) == run.pid(rank, 2) for rank in range(3)] == [True, False, False]
+
+    (run.folder / "fail-0-3").touch()
+    run.running(4)
+    assert not {run.pid(rank, 4) for rank in range(3)} & {run.pid(rank, 3) for rank in range(3)}
+    assert not any(alive(run.pid(rank, 3)) for rank in range(3))
+    run.end()
+
+
+def test_a_frozen_node_is_fenced_and_becomes_a_spare(cluster: Callable[..., Cluster]) -> None:
+    run = cluster(spares=1, silence=2.0)
+    frozen = run.running(0)[1]
+    os.kill(frozen.supervisor, signal.SIGSTOP)
+    assert names(run.running(1)) == ["n0", "n3", "n2"]
+    assert alive(run.pid(1, 0))  # nobody could end it
+    os.kill(frozen.supervisor, signal.SIGCONT)
+
+    def spare() -> bool:
+        return any(record.node == "n1" and record.state == "spare" for record in node_record.read_all(run.folder))
+
+    run.until(spare, "n1 to come back as a spare")
+    assert not alive(run.pid(1, 0))
+    os.kill(run.running(1)[2].supervisor, signal.SIGKILL)
+    assert names(run.running(2)) == ["n0", "n3", "n1"]
+    run.end(3)
+
+
+def test_without_a_spare_the_run_ends_and_says_so(cluster: Callable[..., Cluster]) -> None:
+    run = cluster(spares=0)
+    os.kill(run.running(0)[1].supervisor, signal.SIGKILL)
+    assert run.process.wait(DEADLINE) == 4
+    assert "waited 1 s for a node to take slot 1: no spare is left" in run.log.read_text()

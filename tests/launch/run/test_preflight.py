@@ -1,0 +1,41 @@
+"""What stops a run before it starts."""
+
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from keepwarm.launch.errors import PreflightError
+from keepwarm.launch.run.preflight import check_disk, check_installation, check_memory
+from keepwarm.trainer.job.files import load_job
+
+
+def test_this_installation_is_clean() -> None:
+    check_installation()
+
+
+def test_a_second_owner_of_a_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`trainer` is also a project on PyPI; its metadata alone are enough to be found."""
+    info = tmp_path / "trainer-0.0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: trainer\nVersion: 0.0.1\n")
+    (info / "RECORD").write_text("trainer/__init__.py,,\n")
+    (info / "top_level.txt").write_text("trainer\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "trainer" in metadata.packages_distributions()["trainer"]
+    with pytest.raises(PreflightError, match=r"'trainer' also belongs to trainer.*pip uninstall trainer"):
+        check_installation()
+
+
+def test_a_job_of_which_no_checkpoint_fits_is_refused(tmp_path: Path) -> None:
+    check_disk(load_job(Path("ci/tiny"), [f"output={tmp_path}/not/yet/there"]))
+    with pytest.raises(PreflightError, match=rf"takes \d.* and {tmp_path} has .* free"):
+        check_disk(load_job(Path("mt-nlg-530b"), [f"output={tmp_path}/runs/large"]))
+
+
+def test_a_layout_to_shrink_to_that_needs_more_memory_than_there_is_is_refused() -> None:
+    shrink = ["cluster.elastic=shrink", "checkpoint.every=10", "cluster.ranks_per_node=8"]
+    check_memory(load_job(Path("ci/tiny"), ["parallel.data=2", *shrink[:2]]), emulated=True)
+    large = load_job(Path("mt-nlg-530b"), shrink)
+    with pytest.raises(PreflightError, match=r"parallel\.data = .* raise cluster\.min_data_parallel"):
+        check_memory(large, emulated=False)

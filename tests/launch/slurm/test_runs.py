@@ -1,0 +1,84 @@
+"""`keepwarm runs` and `keepwarm logs` on run folders as a run leaves them; tests/slurm ends and requeues real jobs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from keepwarm.launch.batch.jobs import cancel, requeue
+from keepwarm.launch.batch.logs import log_file, show_log
+from keepwarm.launch.batch.runs import runs_in, show_runs, table
+from keepwarm.launch.errors import ClusterError
+from keepwarm.launch.node import record
+from keepwarm.launch.node.record import NodeRecord
+from keepwarm.launch.run.progress import progress
+from keepwarm.launch.run.submission import Submission
+from keepwarm.trainer.errors import OutputError
+from keepwarm.trainer.job.files import load_job, save_job
+
+TINY = Path(__file__).parents[3] / "configs" / "ci" / "tiny.yaml"
+
+
+def run(folder: Path, steps: int) -> Path:
+    folder.mkdir()
+    save_job(load_job(TINY, [f"output={folder}", f"name={folder.name}"]), folder / "run.json")
+    lines = [json.dumps({"step": 0, "eval": {"en": 5.5}})]
+    for step in range(1, steps + 1):
+        lines.append(json.dumps({"step": step, "loss": 5.0 - step / 10, "tokens": 512, "step_time_s": 2.0}))
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 99, "lo' if steps else "")
+    return folder
+
+
+def test_how_far_a_run_is(tmp_path: Path) -> None:
+    done = progress(run(tmp_path / "half", 10))
+    assert (done.step, done.last_step, done.loss, done.tokens_per_s, done.eta_s) == (10, 20, 4.0, 256.0, 20.0)
+    new = progress(run(tmp_path / "new", 0))
+    assert (new.step, new.loss, new.eta_s) == (0, None, None)
+
+
+def test_runs_are_listed_with_their_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, steps in (("a", 0), ("b", 7), ("c", 20)):
+        run(tmp_path / name, steps)
+    rows = runs_in(tmp_path)
+    assert [(row.name, row.state) for row in rows] == [("a", "new"), ("b", "ended"), ("c", "finished")]
+    assert [line.split()[5] for line in table(rows)] == ["STEP", "0/20", "7/20", "20/20"]
+    show_runs(tmp_path / "b", as_json=True)
+    (shown,) = json.loads(capsys.readouterr().out)
+    assert (shown["state"], shown["progress"]["step"], shown["job"]) == ("ended", 7, None)
+
+
+def test_a_folder_without_runs_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=str(tmp_path)):
+        runs_in(tmp_path)
+
+
+def test_a_run_that_was_never_submitted_cannot_be_cancelled(tmp_path: Path) -> None:
+    for action in (cancel, requeue):
+        with pytest.raises(ClusterError, match="no run was submitted"):
+            action(tmp_path, now=True)
+
+
+def test_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run(tmp_path / "a", 1)
+    with pytest.raises(OutputError, match="there are: none"):
+        log_file(folder, None)
+    logs = folder / "logs"
+    logs.mkdir()
+    (logs / "rank_00000.log").write_text("first\nsecond\nthird\n")
+    assert log_file(folder, None).name == "rank_00000.log"
+    with pytest.raises(OutputError, match=r"rank_00003\.log; there are: rank_00000\.log"):
+        log_file(folder, 3)
+    show_log(folder, 0, 2, follow=False)
+    assert capsys.readouterr().out == "second\nthird\n"
+    Submission(batch_system="slurm", submitted=0.0, resume=False, jobs=("12",)).write(folder)
+    (logs / "slurm-12.log").write_text("job\n")
+    assert log_file(folder, None).name == "slurm-12.log"
+
+
+def test_the_log_of_rank_0_is_that_of_its_supervisor(tmp_path: Path) -> None:
+    folder = run(tmp_path / "a", 1)
+    (folder / "logs").mkdir()
+    for slot, node in ((1, "n1"), (0, "n2"), (None, "n3")):
+        record.write(folder, NodeRecord(node=node, host="h", slot=slot, supervisor=1))
+        (folder / "logs" / f"node_{node}.log").touch()
+    assert log_file(folder, 0).name == "node_n2.log"

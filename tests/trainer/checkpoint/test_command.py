@@ -1,0 +1,152 @@
+"""`keepwarm checkpoint`: verify, show, diff and prune, on checkpoints of several layouts; weights alone into shards."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from keepwarm.ft.format import checkpoint as durable
+from keepwarm.ft.format.contents import Piece
+from keepwarm.ft.format.writer import write_part
+from keepwarm.parallel.shard import Shard
+from keepwarm.trainer.checkpoint import checkpoint
+from keepwarm.trainer.checkpoint.command import app
+from keepwarm.trainer.errors import CheckpointError
+
+LEDGER = {
+    "seed": 1,
+    "position": 640,
+    "sources": {"abc": {"name": "english", "size": 1000}},
+    "segments": [{}],
+    "given": {"abc": {"consumed": 640, "ranges": [[0, 640]]}},
+}
+
+
+def write(
+    root: Path, step: int, weights: np.ndarray[Any, Any], *, ranks: int = 1, columns: bool = False, flat: bool = False,
+    compress: bool = False,
+) -> Path:  # fmt: skip
+    """A checkpoint of one matrix and one counter; `ranks` hold rows, columns or flat ranges of the matrix."""
+    root.mkdir(exist_ok=True)
+    tmp, shape = durable.staging(root, 0, step), weights.shape
+    tmp.mkdir()
+    for rank in range(ranks):
+        if flat:
+            start, stop = weights.size * rank // ranks, weights.size * (rank + 1) // ranks
+            piece = Piece(
+                name="model.w", global_shape=shape, offsets=(0, 0), shape=shape, dtype="F32", flat=(start, stop)
+            )
+            local = weights.reshape(-1)[start:stop]
+        else:
+            dim = int(columns)
+            start, stop = shape[dim] * rank // ranks, shape[dim] * (rank + 1) // ranks
+            local = weights[:, start:stop] if columns else weights[start:stop]
+            offsets = (0, start) if columns else (start, 0)
+            piece = Piece(name="model.w", global_shape=shape, offsets=offsets, shape=local.shape, dtype="F32")
+        counter = Piece(name="optimizer.step", global_shape=(), offsets=(), shape=(), dtype="I64")
+        pairs = [(piece, np.ascontiguousarray(local)), (counter, np.array(step))]
+        write_part(tmp, rank, pairs[: 2 if rank == 0 else 1], compress=compress)
+    durable.write_manifest(
+        tmp, durable.Identity(run="r", epoch=0, step=step, layout="l"), ranks=ranks, meta={"ledger": LEDGER}
+    )
+    durable.publish(tmp, durable.folder(root, step))
+    return durable.folder(root, step)
+
+
+def call(*arguments: object) -> tuple[int, dict[str, Any]]:
+    ran = CliRunner().invoke(app, [*map(str, arguments), "--json"], catch_exceptions=True)
+    if ran.exception is not None and not isinstance(ran.exception, SystemExit):
+        raise ran.exception
+    return ran.exit_code, json.loads(ran.stdout)
+
+
+WEIGHTS = np.random.default_rng(0).standard_normal((12, 10), dtype=np.float32)
+
+
+def test_verify_reads_everything_and_names_damage(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    path = write(tmp_path / "run/checkpoints", 5, WEIGHTS)
+    code, found = call("verify", tmp_path / "run")
+    assert (code, found["path"], found["step"], found["bytes"]) == (0, str(path), 5, WEIGHTS.nbytes + 8)
+    part = path / "rank_00000.safetensors"
+    content = part.read_bytes()
+    part.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors.*checksum"):
+        call("verify", path)
+    with pytest.raises(CheckpointError, match="neither a checkpoint"):
+        call("verify", tmp_path / "elsewhere")
+
+
+def test_show_gives_global_shapes_and_what_the_ledger_has_given(tmp_path: Path) -> None:
+    path = write(tmp_path, 7, WEIGHTS, ranks=3)
+    _, found = call("show", path)
+    by_name = {tensor["name"]: tensor for tensor in found["tensors"]}
+    assert by_name["model.w"] == {"name": "model.w", "shape": [12, 10], "dtype": "F32", "bytes": 480, "pieces": 3}
+    assert found["groups"]["model"] == {"tensors": 1, "bytes": 480}
+    assert found["ledger"] == {"seed": 1, "position": 640, "segments": 1, "given": {"english": 640}}
+    assert "english 640" in CliRunner().invoke(app, ["show", str(path)]).stdout
+
+
+@pytest.mark.parametrize(
+    "layout", [{"ranks": 4}, {"ranks": 5, "columns": True}, {"ranks": 7, "flat": True}, {"ranks": 2, "compress": True}]
+)
+def test_diff_compares_across_layouts(tmp_path: Path, layout: dict[str, Any]) -> None:
+    one = write(tmp_path / "one", 5, WEIGHTS)
+    code, found = call("diff", one, write(tmp_path / "two", 5, WEIGHTS, **layout))
+    assert (code, found["equal"]) == (0, True)
+    changed = WEIGHTS.copy()
+    changed[11, 3] += 0.25
+    code, found = call("diff", one, write(tmp_path / "three", 6, changed, **layout))
+    by_name = {tensor["name"]: tensor for tensor in found["tensors"]}
+    assert code == 1
+    assert by_name["model.w"]["max_abs_diff"] == pytest.approx(0.25, rel=1e-6)
+    assert by_name["optimizer.step"]["max_abs_diff"] == 1
+
+
+def test_diff_names_other_shapes(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "one", 5, WEIGHTS), write(tmp_path / "two", 5, WEIGHTS[:8])
+    code, found = call("diff", one, two)
+    assert code == 1
+    assert found["tensors"][0]["shapes"] == [[12, 10], [8, 10]]
+    shown = CliRunner().invoke(app, ["diff", str(one), str(two)])
+    assert "model.w: " in shown.stdout
+    assert "[12, 10] / [8, 10]" in shown.stdout
+
+
+def test_prune_keeps_the_newest_and_every_nth(tmp_path: Path) -> None:
+    for step in (10, 20, 25, 30, 35):
+        write(tmp_path, step, WEIGHTS)
+    _, found = call("prune", tmp_path, "--keep", 2, "--every", 20)
+    assert found["deleted"] == ["iter_0000010", "iter_0000025"]
+    assert found["kept"] == ["iter_0000020", "iter_0000030", "iter_0000035"]
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        call("prune", tmp_path / "elsewhere", "--keep", 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", [{}, {"ranks": 3}, {"ranks": 7, "flat": True}])
+def test_weights_alone_are_loaded_into_any_layout_and_dtype(
+    tmp_path: Path, layout: dict[str, Any], dtype: torch.dtype
+) -> None:
+    path = write(tmp_path, 5, WEIGHTS, **layout)
+    shards = {
+        name: Shard(
+            name=name,
+            global_shape=(12, 10),
+            offsets=(4, 2),
+            shape=(5, 8),
+            local=torch.full((5, 8), 9.0, dtype=dtype),
+            replicas=(0,),
+        )
+        for name in ("model.w", "optimizer.exp_avg.w")
+    }
+    assert checkpoint.load_weights(path, shards)["ledger"] == LEDGER
+    assert torch.equal(shards["model.w"].local, torch.from_numpy(WEIGHTS[4:9, 2:10]).to(dtype))
+    assert torch.equal(shards["optimizer.exp_avg.w"].local, torch.full((5, 8), 9.0, dtype=dtype))
+    lost = Shard(name="model.v", global_shape=(1,), offsets=(0,), shape=(1,), local=torch.ones(1), replicas=(0,))
+    with pytest.raises(CheckpointError, match=r"model\.v"):
+        checkpoint.load_weights(path, {"model.v": lost})

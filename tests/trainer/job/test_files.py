@@ -1,0 +1,348 @@
+"""Job files: what is read, what is refused and how the refusal reads."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keepwarm.parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
+from keepwarm.trainer.data.spec import DataSpec
+from keepwarm.trainer.errors import OutputError, SpecError
+from keepwarm.trainer.job.files import load_job, load_model, load_run, save_job
+from keepwarm.trainer.job.schedule import CosineSpec, LinearSpec
+from keepwarm.trainer.job.sections import BatchSpec, EvaluationSpec, StageSpec
+from keepwarm.trainer.job.spec import JobSpec
+from keepwarm.trainer.model.spec import ModelSpec
+
+JOB = """\
+name: small
+output: out
+model:
+  layers: 4
+  hidden_size: 64
+  heads: 4
+  ffn_size: 128
+  vocabulary_size: 256
+  max_sequence_length: 64
+data:
+  sources: {en: text/en.jsonl, de: /corpora/de}
+  sequence_length: 64
+batch: {global_batch_size: 8}
+stages:
+  - name: pretrain
+    tokens: 1_024
+    mixture: {en: 1, de: 0.5}
+    lr: {max: 3e-4}
+  - name: anneal
+    tokens: 512
+    mixture: {en: 1}
+    lr: {schedule: linear, max: 1e-4}
+"""
+
+
+@pytest.fixture
+def job_file(tmp_path: Path) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB)
+    return path
+
+
+def refused(path: Path, *overrides: str) -> str:
+    with pytest.raises(SpecError) as caught:
+        load_job(path, overrides)
+    return str(caught.value)
+
+
+def test_yaml_is_1_2(job_file: Path) -> None:
+    job_file.write_text(JOB.replace("name: small", "name: no"))
+    job = load_job(job_file)
+    assert job.name == "no"
+    assert job.stages[0].lr.max == 3e-4
+    assert job.stages[0].tokens == 1024
+
+
+def test_paths_are_relative_to_the_file_and_overrides_to_the_working_directory(
+    job_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    job = load_job(job_file, ["data.validation.en=v/en", "data.tokenizer=t.json"])
+    assert job.data.sources == {"en": str(tmp_path / "text/en.jsonl"), "de": "/corpora/de"}
+    assert job.data.validation == {"en": str(elsewhere / "v/en")}
+    assert job.data.tokenizer == str(elsewhere / "t.json")
+    assert job.output == str(elsewhere / "out")
+    assert load_job(job_file).data.tokenizer == "bytes"
+
+
+@pytest.mark.parametrize("dashes", ["", "--"])
+def test_overrides_reach_every_kind_of_place(job_file: Path, dashes: str) -> None:
+    overrides = ["stages.0.tokens=2048", "stages.anneal.lr.max=2e-4", "profile.start=3", "profile.steps=2"]
+    overrides += ["optimizer.betas=[0.8, 0.9]", "batch.micro_batch_size=2", "optimizer.clip_norm=null"]
+    job = load_job(job_file, [dashes + text for text in overrides])
+    assert job.stages[0].tokens == 2048
+    assert job.stages[1].lr.max == 2e-4
+    assert job.profile is not None
+    assert job.profile.start == 3
+    assert job.optimizer.betas == (0.8, 0.9)
+    assert job.optimizer.clip_norm is None
+    assert job.batch.micro_batch_size == 2
+
+
+def test_a_model_may_be_a_name_and_still_be_changed(job_file: Path) -> None:
+    shipped = load_model("tiny")
+    overrides = ["model.layers=2", "model=tiny"]
+    job = load_job(job_file, overrides)
+    assert job.model == shipped.model_copy(update={"layers": 2})
+
+
+def test_a_model_may_be_a_file_beside_the_job(job_file: Path) -> None:
+    shapes = "layers: 2\nhidden_size: 8\nheads: 2\nffn_size: 8\nvocabulary_size: 16\nmax_sequence_length: 64\n"
+    (job_file.parent / "mine.yaml").write_text(shapes)
+    lines = JOB.splitlines(keepends=True)
+    job_file.write_text("".join([*lines[:2], "model: mine.yaml\n", *lines[9:]]))
+    assert load_job(job_file).model.hidden_size == 8
+    (job_file.parent / "mine.yaml").write_text(shapes.replace("heads", "haeds"))
+    message = refused(job_file)
+    assert f"{job_file.parent / 'mine.yaml'}:3: model.haeds: unknown key; did you mean model.heads?" in message
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("heads: 4", "haeds: 4", ["job.yaml:6: model.haeds: unknown key; did you mean model.heads?"]),
+        ("batch: {", "tensor: 2\nbatch: {", ["job.yaml:13: tensor: unknown key; did you mean parallel.tensor?"]),
+        ("  ffn_size: 128\n", "", ["job.yaml:3: model.ffn_size: this key is required"]),
+        ("layers: 4", "layers: four", ["job.yaml:4: model.layers: expected a whole number, got the text 'four'"]),
+        ("layers: 4", "layers: 4e0", ["job.yaml:4: model.layers: expected a whole number, got 4.0; write 4"]),
+        ("layers: 4", "layers: 0", ["model.layers: expected greater than 0, got 0"]),
+        ("max: 3e-4", "max: .inf", ["stages.0.lr.max: expected a finite number"]),
+        ("heads: 4", "heads: 3", ["job.yaml:3: model: hidden_size 64 does not divide by heads 3"]),
+        ("tokens: 512", "tokens: 512\n    tokens: 5", ['job.yaml:21: found duplicate key "tokens"']),
+        ("linear,", "linear, warmpu: 0,", ["stages.1.lr.warmpu: unknown key; did you mean stages.1.lr.warmup?"]),
+        ("linear,", "linear, x: 0,", ["lr.x: unknown key; valid keys here: max, min, schedule, warmup"]),
+        (
+            "linear,",
+            "linear, cooldown: cosine,",
+            ["job.yaml:22: stages.1.lr.cooldown: unknown key for schedule linear; schedule infinite has it"],
+        ),
+        ("max: 3e-4", "max: 3e-4, anneal: 0.1", ["unknown key for schedule cosine; schedules wsd, infinite have it"]),
+        ("linear,", "piecewise, points: [[0, x]],", ["stages.1.lr.points.0.1: expected a valid number, got the text"]),
+        ("{schedule: linear, max: 1e-4}", "1e-4", ["stages.1.lr: expected a section with keys, got 0.0001"]),
+        ("linear,", "[1],", ["stages.1.lr.schedule: expected 'constant'"]),
+        ("linear, max: 1e-4", "infinite, max: 1, constant: 2", ["stages.1.lr: schedule infinite needs constant"]),
+        ("linear,", "liner,", ["stages.1.lr.schedule: expected 'constant'", "did you mean linear?"]),
+        ("{en: 1}", "{fr: 1}", ["stages.anneal.mixture names ['fr'], not in data.sources ['de', 'en']"]),
+        ("name: anneal", "name: pretrain", ["stages: names must differ"]),
+        ("sequence_length: 64\nbatch", "sequence_length: 65\nbatch", ["65 is longer than model.max_sequence_length"]),
+        ("batch: {global_batch_size: 8}", "batch: 8", ["job.yaml:13: batch: expected a section with keys, got 8"]),
+        ("{global_batch_size: 8}", "{global_batch_size: 8", ["job.yaml:14: not YAML"]),
+    ],
+)
+def test_refusals_name_place_key_and_what_would_be_right(job_file: Path, old: str, new: str, words: list[str]) -> None:
+    assert old in JOB
+    job_file.write_text(JOB.replace(old, new, 1))
+    message = refused(job_file)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("parallel.tensr=2", "command line: parallel.tensr: unknown key; did you mean parallel.tensor?"),
+        ("paralel.tensor=2", "command line: paralel: unknown key; did you mean parallel?"),
+        ("stages.pretran.tokens=2", "stages has no item pretran; did you mean pretrain?"),
+        ("stages.7.tokens=2", "stages has no item 7; it has 2: pretrain, anneal"),
+        ("seed.x=1", "seed"),
+        ("name.x=1", "override name.x: name is the text 'small', not a section"),
+        ("parallel.tensor", "override parallel.tensor: expected KEY=VALUE"),
+        ("batch.micro_batch_size=[", "override batch.micro_batch_size=[: not YAML"),
+        ("model=llama", "no such model file; did you mean llama-3"),
+        ("parallel.tensor=3", "model.heads = 4 does not divide by parallel.tensor = 3"),
+        ("parallel.pipeline=3", "model.layers = 4 does not divide by 3 pipeline stages"),
+        (
+            "parallel.data=3",
+            "batch.global_batch_size = 8 does not divide by parallel.data x batch.micro_batch_size = 3 x 1 = 3",
+        ),
+        ("cluster.ranks_per_node=3", "do not fill whole nodes of cluster.ranks_per_node = 3"),
+    ],
+)
+def test_wrong_overrides_are_refused(job_file: Path, override: str, words: str) -> None:
+    assert words in refused(job_file, override)
+
+
+def test_several_problems_are_listed_at_once(job_file: Path) -> None:
+    message = refused(job_file, "parallel.tensor=3", "parallel.pipeline=3")
+    assert "problems" in message
+    assert "model.heads = 4" in message
+    assert "model.layers = 4" in message
+    message = refused(job_file, "seed=x", "batch.global_batch_size=y", "parallel.tensro=2")
+    assert message.count("command line") == 3
+
+
+def test_pipeline_schedules_get_the_micro_batches_they_need(job_file: Path) -> None:
+    too_few = refused(job_file, "parallel.pipeline=4", "batch.micro_batch_size=4")
+    assert "1f1b over 4 pipeline stages needs at least 4 micro-batches" in too_few
+    rounds = ["parallel.pipeline=2", "parallel.schedule=interleaved", "batch.global_batch_size=7"]
+    assert "does not divide" in refused(job_file, *rounds)
+    assert load_job(job_file, ["parallel.pipeline=2", "parallel.schedule=interleaved"]).parallel.stages == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("batch={global_size: 8}", "batch.global_size: unknown key: it was renamed; write batch.global_batch_size"),
+        ("batch.micro_size=2", "batch.micro_size: unknown key: it was renamed; write batch.micro_batch_size"),
+        ("snapshot.silence=1", "snapshot.silence: unknown key: it was renamed; write snapshot.peer_timeout"),
+        ("snapshot.busy=skip", "snapshot.busy: unknown key: it was renamed; write snapshot.when_busy"),
+        ("cluster.least_data=2", "cluster.least_data: unknown key: it was renamed; write cluster.min_data_parallel"),
+        ("health.hang_floor=9", "health.hang_floor: unknown key: it was renamed; write health.min_hang_timeout"),
+        (
+            "cluster.slurm.notice=9",
+            "cluster.slurm.notice: unknown key: it was renamed; write cluster.slurm.save_before_limit",
+        ),
+        (
+            "stages.1.replay={fraction: 0.1, law: uniform}",
+            "stages.1.replay.law: unknown key: it was renamed; write stages.1.replay.distribution",
+        ),
+        (
+            "stages.1.replay=[{fraction: 0.1, stand_in: de}]",
+            "stages.1.replay.0.stand_in: unknown key: it was renamed; write stages.1.replay.0.proxy_source",
+        ),
+        ("model.norm_position=after", "model.norm_position: after was renamed: write post"),
+        ("parallel.data_mode=replicate", "parallel.data_mode: replicate was renamed: write ddp"),
+        ("optimizer.micro_size=2", "optimizer.micro_size: unknown key; did you mean batch.micro_batch_size?"),
+    ],
+)
+def test_renamed_key_or_value_is_refused_with_the_new_one(job_file: Path, override: str, said: str) -> None:
+    message = refused(job_file, override)
+    assert message == f"command line: {said}"
+
+
+def test_renamed_keys_in_an_old_run_are_refused_with_the_new_ones(tmp_path: Path) -> None:
+    old = json.loads(load_job(Path("ci/tiny")).model_dump_json())
+    old["batch"] = {"global_size": 8, "micro_size": 1, "ramp": None}
+    (tmp_path / "run.json").write_text(json.dumps(old))
+    with pytest.raises(SpecError) as caught:
+        load_run(tmp_path / "run.json")
+    lines = str(caught.value).split("\n  ")[1:]
+    assert [line.rpartition("; ")[2] for line in lines] == [
+        "write batch.global_batch_size",
+        "write batch.micro_batch_size",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "the file is empty"),
+        (b"# nothing\n", "the file is empty"),
+        (b"- 1\n", "expected a mapping"),
+        (b"\xff", "UTF-8"),
+    ],
+)
+def test_files_that_hold_no_job(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_bytes(content)
+    assert words in refused(path)
+    assert str(path) in refused(path)
+
+
+def test_a_missing_file_names_a_shipped_one(tmp_path: Path) -> None:
+    assert "did you mean tiny?" in refused(tmp_path / "tinny")
+    assert "got a folder" in refused(tmp_path)
+
+
+def test_yaml_cannot_build_objects(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("name: !!python/object/apply:os.getcwd []\n")
+    assert "not YAML" in refused(path)
+
+
+def test_a_moved_run_folder_is_its_own_output(job_file: Path, tmp_path: Path) -> None:
+    job = load_job(job_file)
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    save_job(job, first / "run.json")
+    first.rename(second)
+    again = load_run(second / "run.json", ["seed=5"])
+    assert again == job.model_copy(update={"output": str(second), "seed": 5})
+
+
+def test_a_failed_save_leaves_nothing(job_file: Path, tmp_path: Path) -> None:
+    job = load_job(job_file)
+    with pytest.raises(OutputError, match="nowhere"):
+        save_job(job, tmp_path / "nowhere" / "run.json")
+    (tmp_path / "run.json").mkdir()
+    with pytest.raises(OutputError):
+        save_job(job, tmp_path / "run.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["job.yaml", "run.json"]
+
+
+@st.composite
+def jobs(draw: st.DrawFn) -> JobSpec:
+    tensor, pipeline, data = (draw(st.sampled_from([1, 2, 4])) for _ in range(3))
+    heads = 4 * draw(st.integers(1, 3))
+    names = draw(st.lists(st.text("abc-_é", min_size=1, max_size=5), min_size=1, max_size=3, unique=True))
+    rate = st.floats(1e-8, 1.0)
+    high = draw(rate)
+    return JobSpec(
+        name=draw(st.text(min_size=1, max_size=8)),
+        output="/runs/x",
+        seed=draw(st.integers(0, 2**63)),
+        model=ModelSpec(
+            layers=8,
+            hidden_size=16 * heads,
+            heads=heads,
+            ffn_size=64,
+            vocabulary_size=256,
+            max_sequence_length=128,
+            tied_embeddings=draw(st.booleans()),
+            norm_eps=draw(rate),
+        ),
+        data=DataSpec(sources={name: f"/data/{i}" for i, name in enumerate(names)}, sequence_length=64),
+        batch=BatchSpec(global_batch_size=data * 4 * draw(st.integers(1, 3))),
+        stages=tuple(
+            StageSpec(
+                name=f"stage {i}",
+                tokens=draw(st.integers(1, 10**15)),
+                mixture={name: draw(rate) for name in names},
+                lr=draw(st.sampled_from([LinearSpec, CosineSpec]))(max=high, min=draw(st.floats(0, high))),
+            )
+            for i in range(draw(st.integers(1, 3)))
+        ),
+        optimizer=OptimizerSpec(betas=(draw(rate), draw(rate)), clip_norm=draw(st.none() | rate)),
+        parallel=ParallelSpec(tensor=tensor, pipeline=pipeline, data=data),
+        numerics=NumericsSpec(precision=draw(st.sampled_from(["fp32", "bf16", "fp64"]))),
+        evaluation=EvaluationSpec(every=draw(st.none() | st.integers(1, 100))),
+    )
+
+
+@given(job=jobs())
+@settings(max_examples=50, deadline=None)
+def test_a_saved_job_is_read_back_as_it_was(job: JobSpec, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("run") / "run.json"
+    save_job(job, path)
+    assert load_job(path) == job
+    json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("{every: 0}", "snapshot.every: expected greater than 0, got 0"),
+        ("{every: often}", "snapshot.every: expected 'auto'"),
+        ("{evry: 1}", "snapshot.evry: unknown key; did you mean snapshot.every?"),
+        ("{code: {data: 30, parity: 4}}", "at most 32 nodes"),
+        ("{code: {data: 3, parity: 2}}", "groups of k + m = 3 + 2 = 5 nodes, there are 2"),
+        ("{domains: [rack]}", "snapshot.domains names 1 nodes, the layout has 2"),
+        ("often", "snapshot"),
+    ],
+)
+def test_a_wrong_snapshot_section_is_named(value: str, said: str) -> None:
+    overrides = ["parallel.data=2", "cluster.ranks_per_node=1", f"snapshot={value}"]
+    with pytest.raises(SpecError) as caught:
+        load_job(Path("configs/ci/tiny.yaml").absolute(), overrides)
+    assert said in str(caught.value)

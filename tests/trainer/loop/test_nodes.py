@@ -1,0 +1,208 @@
+"""Runs on emulated nodes that lose parts of themselves, against one that does not: every loss and weight to the bit."""
+
+import operator
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from keepwarm.launch.node import record as node_record
+from keepwarm.trainer.monitor import events
+from tests.support import warm
+from tests.support.node_run import DEADLINE, Run, assert_equal, assert_nothing_left, command, runs
+
+pytestmark = [pytest.mark.timeout(900), pytest.mark.dist]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("nodes") / "whole"
+    done = warm.run(command(folder, "--nodes", "4"), timeout=DEADLINE)
+    assert done.returncode == 0, done.stdout
+    return folder
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    with runs(tmp_path) as begin:
+        yield begin
+
+
+def workers(run: Run) -> dict[int, int]:
+    """Pids by rank."""
+    return {rank: pid for slot in range(4) for rank, pid in run.owner(slot).workers.items()}
+
+
+def changed(before: dict[int, int], after: dict[int, int]) -> set[int]:
+    """Ranks that have another process."""
+    return {rank for rank in before if before[rank] != after[rank]}
+
+
+@pytest.mark.ci
+def test_the_first_node_is_lost_and_then_a_worker(whole: Path, start: Callable[..., Run]) -> None:
+    run = start("--nodes", "4", "--spares", "1")
+    run.after(3)
+    before = workers(run)
+    run.lose_node(0)
+    first = run.recovered(1)
+    assert (first["level"], first["slots"], first["source"]) == ("decoded", [0], "memory")
+    assert set(first["phases"]) == set(events.PHASES)
+    assert run.owner(0).node == "node-4"
+    run.until(lambda: [event for event in run.events("whole") if event["slots"] == [0]], "redundancy to be back")
+
+    replaced = workers(run)
+    assert changed(before, replaced) == {0}, "workers of other nodes begin again in the same process"
+    os.kill(replaced[2], signal.SIGKILL)
+    second = run.recovered(2)
+    assert (second["level"], second["slots"], second["source"]) == ("local", [2], "memory")
+    assert second["bytes_decoded"] == 0
+    assert "SIGKILL" in second["why"]
+    assert changed(replaced, workers(run)) == {2}
+    run.done()
+    assert_equal(run, whole)
+    assert_nothing_left(run)
+
+
+def test_a_worker_begins_again_and_again_in_its_process_and_keeps_nothing(
+    whole: Path, start: Callable[..., Run]
+) -> None:
+    run = start("--nodes", "4")
+    run.after(3)
+    first = workers(run)
+    survivor = psutil.Process(first[3])
+
+    def held() -> tuple[int, int, int]:
+        return survivor.num_threads(), survivor.num_fds(), len(survivor.net_connections("tcp"))
+
+    before = held()
+    for count in range(1, 4):
+        run.lose_worker(1)
+        run.recovered(count)
+        run.after(run.newest() + 2)
+        # Threads that copy come and go; what is kept stays.
+        run.until(
+            lambda: all(map(operator.le, held(), before)), f"threads, descriptors and connections as before: {before}"
+        )
+    assert changed(first, workers(run)) == {1}
+    run.done()
+    assert_equal(run, whole)
+    assert_nothing_left(run)
+
+
+@pytest.mark.long
+def test_a_worker_that_does_not_come_to_rest_is_replaced(whole: Path, start: Callable[..., Run]) -> None:
+    run = start("--nodes", "4")
+    run.after(3)
+    before = workers(run)
+    os.kill(before[3], signal.SIGSTOP)
+    os.kill(before[1], signal.SIGKILL)
+    run.recovered(1)
+    assert changed(before, workers(run)) == {1, 3}
+    run.done()
+    assert_equal(run, whole)
+    assert_nothing_left(run)
+
+
+@pytest.mark.long
+def test_workers_are_replaced_where_the_job_says_so(whole: Path, start: Callable[..., Run]) -> None:
+    run = start("--nodes", "4", "cluster.in_process=off")
+    run.after(3)
+    before = workers(run)
+    run.lose_worker(1)
+    run.recovered(1)
+    assert changed(before, workers(run)) == {0, 1, 2, 3}
+    run.done()
+    assert_equal(run, whole)
+
+
+@pytest.mark.long
+def test_two_nodes_are_lost_at_once_and_the_store_with_one(whole: Path, start: Callable[..., Run]) -> None:
+    run = start("--nodes", "4", "--spares", "2")
+    run.after(3)
+    run.owner(3)
+    run.lose_node(1, with_store=True)
+    run.lose_node(3)
+    run.recovered(1)
+    run.after(8)
+    assert {run.owner(slot).node for slot in (1, 3)} == {"node-4", "node-5"}
+    assert [run.owner(slot).node for slot in (0, 2)] == ["node-0", "node-2"]
+    run.done()
+    assert all(event["source"] == "memory" for event in run.events("recovery"))
+    assert_equal(run, whole)
+    assert_nothing_left(run)
+
+
+def kill_supervisor(run: Run) -> None:
+    os.kill(run.owner(1).supervisor, signal.SIGKILL)
+
+
+def kill_agent(run: Run) -> None:
+    agent = run.owner(1).agent
+    assert agent is not None
+    os.kill(agent, signal.SIGKILL)
+
+
+def kill_store(run: Run) -> None:
+    store = node_record.newest_store(run.folder)
+    assert store is not None
+    os.kill(store.pid, signal.SIGKILL)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fault", [kill_supervisor, kill_agent, kill_store])
+def test_one_part_of_a_node_is_lost(whole: Path, start: Callable[..., Run], fault: Callable[[Run], None]) -> None:
+    run = start("--nodes", "4", "--spares", "1")
+    run.after(3)
+    fault(run)
+    run.done()
+    failures = [event["kind"] for event in run.events("failure")]
+    assert {kill_supervisor: "lost", kill_agent: "agent", kill_store: "store"}[fault] in failures
+    assert_equal(run, whole)
+    assert_nothing_left(run)
+
+
+@pytest.mark.long
+def test_a_frozen_node_is_fenced_when_it_wakes_up(whole: Path, start: Callable[..., Run]) -> None:
+    run = start("--nodes", "4", "--spares", "1", "snapshot.peer_timeout=2.0")
+    run.after(3)
+    record = run.owner(2)
+    frozen = [record.supervisor, *([record.agent] if record.agent else []), *record.workers.values()]
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)
+    recovery = run.recovered(1)
+    assert (recovery["level"], recovery["slots"]) == ("decoded", [2])
+    assert recovery["phases"]["detect"] == 2.0
+    for pid in frozen:
+        os.kill(pid, signal.SIGCONT)
+    run.done()
+    assert [record.slot for record in node_record.read_all(run.folder) if record.node == "node-4"] == [2]
+    assert_equal(run, whole)
+    assert_nothing_left(run)
+
+
+@pytest.mark.long
+def test_more_nodes_than_parity_are_lost(whole: Path, start: Callable[..., Run]) -> None:
+    run = start("--nodes", "4", "--spares", "3")
+    run.after(12)
+    for slot in (0, 1, 2):
+        run.owner(slot)
+    for slot in (0, 1, 2):
+        run.lose_node(slot)
+    recovery = run.recovered(1)
+    assert recovery["level"] == "disk"
+    assert recovery["source"] in ("disk", "nothing")
+    assert "needs 2 good chunks" in recovery["why"] or "no agent holds" in recovery["why"]
+    run.done()
+    assert_equal(run, whole)
+
+
+def test_another_number_of_nodes_is_refused(tmp_path: Path) -> None:
+    done = warm.run(command(tmp_path / "run", "--nodes", "3"), timeout=DEADLINE)
+    assert done.returncode == 2
+    assert "the layout has 4 ranks" in done.stdout
+    assert "give --nodes 4" in done.stdout
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,132 @@
+"""Runs that lose a node for which there is no spare: they go on with fewer replicas, and grow when a node is back."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format.manifest import read_manifest
+from keepwarm.trainer.errors import SpecError
+from keepwarm.trainer.job.files import load_job
+from keepwarm.trainer.job.shrink import layouts, resized
+from tests.support import warm
+from tests.support.node_run import DEADLINE, ROOT, Run, assert_nothing_left, command, runs
+from tests.support.run_contents import steps_of
+
+SHRINK = ("cluster.elastic=shrink", "cluster.shrink_after=0.5")
+TWO = ("parallel.data=2", "snapshot.code=null", "numerics.precision=fp64", "stages.0.tokens=153_600", *SHRINK)
+
+
+def test_layouts_have_fewer_replicas_that_fit_the_batch_and_a_code_that_fits_the_nodes() -> None:
+    job = load_job(Path("ci/snapshot"), SHRINK)
+    found = layouts(job)
+    assert {nodes: one.parallel.data for nodes, one in found.items()} == {4: 4, 2: 2, 1: 1}  # 8 samples, not by 3
+    assert found[4] is job
+    assert all(one.batch == job.batch and one.stages == job.stages for one in found.values())
+    assert resized(job, 2) == found[2]
+    assert resized(job, 3) is job
+    assert list(layouts(load_job(Path("ci/snapshot"), [*SHRINK, "cluster.min_data_parallel=2"]))) == [4, 2]
+    assert list(layouts(load_job(Path("ci/snapshot")))) == [4]
+
+
+def test_what_cannot_shrink_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"set snapshot\.durable\.every or checkpoint\.every"):
+        load_job(Path("ci/snapshot"), [*SHRINK, "snapshot.durable=null"])
+    with pytest.raises(SpecError, match=r"min_data_parallel = 5: there are 4"):
+        load_job(Path("ci/snapshot"), [*SHRINK, "cluster.min_data_parallel=5"])
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    with runs(tmp_path) as begin:
+        yield begin
+
+
+@pytest.mark.dist
+@pytest.mark.ci
+@pytest.mark.timeout(900)
+def test_two_replicas_become_one_and_two_again(tmp_path: Path, start: Callable[..., Run]) -> None:
+    whole = tmp_path / "whole"
+    done = warm.run(command(whole, *TWO, "--nodes", "2"), timeout=DEADLINE)
+    assert done.returncode == 0, done.stdout
+
+    run = start(*TWO, "--nodes", "2")
+    run.after(15)
+    run.lose_node(0)
+    smaller = run.recovered(1)
+    assert (smaller["level"], smaller["source"]) == ("resized", "disk")
+    (rescued,) = run.events("memory_saved")
+    assert smaller["step"] == rescued["step"] >= 14  # of the 15 that were done at least
+    assert run.owner(0).node == "node-1"
+    back = [sys.executable, "-P", "-m", "keepwarm.launch.node", str(run.folder), "--slots=2", "--node=back", "--spare"]
+    node = subprocess.Popen(back, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    try:
+        larger = run.recovered(2)
+        assert (larger["level"], larger["source"]) == ("resized", "disk")
+        (saved,) = run.events("interrupted")
+        assert larger["step"] == saved["step"]  # nothing was lost
+        run.done()
+        assert node.wait(DEADLINE) == 0
+    finally:
+        node.kill()
+        node.wait(DEADLINE)
+    assert [event["slots"] for event in run.events("resized")] == [1, 2]
+    assert [event["ranks"] for event in run.events("training_started")] == [2, 1, 2]
+    assert_close(run.folder, whole)
+    assert_nothing_left(run)
+
+
+FOUR = ("numerics.precision=fp64", *SHRINK)
+
+
+@pytest.mark.dist
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("lost", [(1,), (0, 2), (0, 1, 2)], ids=str)
+def test_four_replicas_shrink_and_lose_what_parity_cannot_mend(
+    tmp_path: Path, start: Callable[..., Run], lost: tuple[int, ...]
+) -> None:
+    """Nodes with code (2, 2): up to two are decoded and saved first, of three the durable checkpoint is left."""
+    whole = tmp_path / "whole"
+    done = warm.run(command(whole, *FOUR, "--nodes", "4"), timeout=DEADLINE)
+    assert done.returncode == 0, done.stdout
+
+    run = start(*FOUR, "--nodes", "4")
+    run.after(15)
+    for slot in lost:
+        run.owner(slot)
+    for slot in lost:
+        run.lose_node(slot)
+    smaller = run.recovered(1)
+    assert (smaller["level"], smaller["source"]) == ("resized", "disk")
+    if len(lost) <= 2:
+        (rescued,) = run.events("memory_saved")
+        assert rescued["slots"] == list(lost)
+        assert smaller["step"] == rescued["step"] >= 14
+    else:
+        (event,) = run.events("memory_not_saved")
+        assert "needs 2 good chunks and has 1; those of slots [0, 1, 2] are lost" in event["why"]
+        assert smaller["step"] == 10
+    run.done()
+    assert_close(run.folder, whole)
+    assert_nothing_left(run)
+
+
+def assert_close(run: Path, whole: Path) -> None:
+    """Losses to 1e-5, and the very same samples."""
+    for mine, theirs in zip(steps_of(run), steps_of(whole), strict=True):
+        assert mine.keys() == theirs.keys()
+        for key in mine.keys() - {"stage"}:
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-5), (mine["step"], key)
+    assert ledger_of(run) == ledger_of(whole)
+
+
+def ledger_of(folder: Path) -> object:
+    """What was drawn, as the last checkpoint records it."""
+    newest = checkpoint.latest(folder / "checkpoints")
+    assert newest is not None
+    return read_manifest(newest).meta["ledger"]

@@ -1,0 +1,72 @@
+"""The log of a run's events: written by many processes, read by other versions, described in the documentation."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from keepwarm.trainer.job.run_folder import RunFolder
+from keepwarm.trainer.monitor import events
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_read_missing_file_is_an_empty_log(tmp_path: Path) -> None:
+    assert events.read(tmp_path) == events.EventLog(())
+
+
+def test_append_from_many_processes_keeps_lines_whole(tmp_path: Path) -> None:
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from keepwarm.trainer.monitor import events
+        for step in range(200):
+            events.append(Path(sys.argv[1]), events.SnapshotFailed(step=step, reason=sys.argv[2] * 500))
+    """
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(n)], cwd=ROOT) for n in range(3)]
+    assert [writer.wait(60) for writer in writers] == [0, 0, 0]
+    with RunFolder(tmp_path).events_file.open("a") as file:
+        file.write('{"event": "torn')
+    log = events.read(tmp_path)
+    assert (len(log.events), log.unknown) == (600, 0)
+    for node in "012":
+        mine = [event for event in log.of(events.SnapshotFailed) if event.reason == node * 500]
+        assert [event.step for event in mine] == list(range(200))
+    assert all(event.time > 1e9 for event in log.events)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"event": "of a later version", "time": 1.0}',
+        '{"event": "interrupted", "time": 1.0}',
+        '{"event": "interrupted", "time": 1.0, "step": "three"}',
+        '{"time": 1.0}',
+        "3",
+    ],
+)
+def test_read_event_of_another_version_is_counted_and_left_out(tmp_path: Path, line: str) -> None:
+    events.append(tmp_path, events.Interrupted(step=1))
+    with RunFolder(tmp_path).events_file.open("a") as file:
+        file.write(line + "\n")
+    events.append(tmp_path, events.Interrupted(step=2))
+    log = events.read(tmp_path)
+    assert ([event.step for event in log.of(events.Interrupted)], log.unknown) == ([1, 2], 1)
+
+
+def test_read_unknown_field_is_ignored(tmp_path: Path) -> None:
+    RunFolder(tmp_path).events_file.write_text('{"event": "interrupted", "time": 1.0, "step": 3, "by": "x"}\n')
+    assert events.read(tmp_path) == events.EventLog((events.Interrupted(time=1.0, step=3),))
+
+
+def test_decode_every_event_is_named_in_snake_case() -> None:
+    assert len(events.KINDS) == 26
+    assert all(name.replace("_", "").islower() for name in events.KINDS)
+    assert events.KINDS["lr_changed"] is events.LrChanged
+
+
+def test_decode_is_the_inverse_of_encode() -> None:
+    event = events.Failure(time=1.5, node="a", kind="agent", cause="it died", slots=(None, 3))
+    assert events.decode(msgspec.json.encode(event)) == event

@@ -1,0 +1,166 @@
+"""The files of a run folder, and the log line that Megatron-LM's users parse."""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from keepwarm.section import Section
+from keepwarm.trainer.errors import SpecError
+from keepwarm.trainer.job.extensions import METRIC_SINKS
+from keepwarm.trainer.job.files import load_job
+from keepwarm.trainer.job.run_folder import RunFolder
+from keepwarm.trainer.job.sections import LogSpec
+from keepwarm.trainer.monitor import events
+from keepwarm.trainer.monitor.console import LogLine
+from keepwarm.trainer.monitor.metric_sinks import MetricSink, SinkContext, StepMetrics
+from keepwarm.trainer.monitor.metrics import Metrics
+
+
+def at(step: int, loss: float = 2.0) -> StepMetrics:
+    return StepMetrics(step=step, stage="only", loss=loss, lr=1e-3, grad_norm=0.5, tokens=64, step_time_s=0.1)
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_resuming_drops_later_lines_and_a_torn_one(tmp_path: Path) -> None:
+    first = Metrics(tmp_path, LogSpec(tensorboard=False), "run", rank=0, resume_step=None)
+    first.evaluation(0, {"en": 3.0})
+    for step in (1, 2, 3):
+        first.step(at(step))
+    first.evaluation(2, {"en": 2.0})
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    second = Metrics(tmp_path, LogSpec(tensorboard=False), "run", rank=0, resume_step=2)
+    second.step(at(3))
+    second.close()
+    assert steps_in(tmp_path) == [0, 1, 2, 3]
+    assert RunFolder(tmp_path).evaluations() == [{"en": 3.0}]
+
+
+def test_a_loss_that_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, LogSpec(tensorboard=False), "run", rank=0, resume_step=None)
+    metrics.step(at(1, math.nan))
+    metrics.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
+
+
+def test_tensorboard_events_are_written(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, LogSpec(), "run", rank=0, resume_step=None)
+    metrics.step(at(1))
+    metrics.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("loss")[0].value == 2.0
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, LogSpec(), "run", rank=1, resume_step=None)
+    metrics.step(at(1))
+    metrics.event(events.Interrupted(step=1))
+    metrics.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_log_line_has_megatrons_grammar() -> None:
+    line = LogLine(
+        metrics=at(7), last_step=20, consumed_samples=56, global_batch_size=8, tokens_per_s=5120.0, skipped=0
+    ).text()
+    megatron = (
+        r"iteration\s+(\d+)/\s*(\d+) \| consumed samples:\s+(\d+) \| elapsed time per iteration \(ms\): ([\d.]+) \| "
+        r"learning rate: ([\d.E+-]+) \| global batch size:\s+(\d+) \| lm loss: ([\d.E+-]+) \| grad norm: ([\d.]+) \|"
+    )
+    found = re.search(megatron, line)
+    assert found is not None
+    assert found.groups() == ("7", "20", "56", "100.0", "1.000000E-03", "8", "2.000000E+00", "0.500")
+
+
+class FlakyOptions(Section):
+    """Steps at which the sink fails."""
+
+    fails_at: tuple[int, ...] = ()
+    fails_to_open: bool = False
+
+
+class Flaky(MetricSink):
+    """Remembers scalars, unless it fails."""
+
+    Options = FlakyOptions
+    seen: ClassVar[list[tuple[int, dict[str, float]]]] = []
+
+    def __init__(self, options: FlakyOptions, context: SinkContext) -> None:
+        if options.fails_to_open:
+            raise ConnectionError("no route")
+        self._fails_at = options.fails_at
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        if step in self._fails_at:
+            raise ConnectionError("gone")
+        self.seen.append((step, dict(values)))
+
+
+@pytest.fixture
+def flaky() -> Iterator[type[Flaky]]:
+    METRIC_SINKS.register("flaky")(Flaky)
+    Flaky.seen.clear()
+    yield Flaky
+    METRIC_SINKS.unregister("flaky")
+
+
+def log_spec(sinks: str) -> LogSpec:
+    return load_job(Path("ci/tiny"), ["log.tensorboard=false", f"log.sinks={sinks}"]).log
+
+
+def test_sink_that_fails_is_warned_of_once_and_called_again(
+    tmp_path: Path, flaky: type[Flaky], caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = Metrics(tmp_path, log_spec("{flaky: {fails_at: [1, 2]}}"), "run", rank=0, resume_step=None)
+    for step in (1, 2, 3):
+        metrics.step(at(step))
+    metrics.evaluation(3, {"en": 2.0})
+    metrics.close()
+    assert flaky.seen == [(3, at(3).scalars()), (3, {"eval/en": 2.0})]
+    assert steps_in(tmp_path) == [1, 2, 3, 3]
+    (failed,) = events.read(tmp_path).of(events.SinkFailed)
+    assert (failed.sink, failed.reason) == ("flaky", "ConnectionError: gone")
+    assert [record.getMessage() for record in caplog.records] == [
+        "metric sink flaky failed: ConnectionError: gone; training goes on"
+    ]
+
+
+def test_sink_that_cannot_be_opened_is_left_out(tmp_path: Path, flaky: type[Flaky]) -> None:
+    metrics = Metrics(tmp_path, log_spec("{flaky: {fails_to_open: true}}"), "run", rank=0, resume_step=None)
+    metrics.step(at(1))
+    metrics.close()
+    assert flaky.seen == []
+    assert steps_in(tmp_path) == [1]
+    assert [event.reason for event in events.read(tmp_path).of(events.SinkFailed)] == ["ConnectionError: no route"]
+
+
+@pytest.mark.parametrize(
+    ("sinks", "message"),
+    [
+        ("{tensorbord: {}}", "log.sinks.tensorbord: unknown metric sink 'tensorbord'; did you mean 'tensorboard'?"),
+        ("{wandb: {projekt: a}}", "log.sinks.wandb.projekt: unknown key; did you mean project?"),
+        ("{wandb: {}}", "log.sinks.wandb.project: this key is required"),
+    ],
+)
+def test_sink_wrong_name_or_option_is_refused(sinks: str, message: str) -> None:
+    with pytest.raises(SpecError) as refused:
+        log_spec(sinks)
+    assert message in str(refused.value)
+
+
+def test_sinks_short_forms_are_overruled_by_the_section() -> None:
+    assert LogSpec(wandb="p").chosen == {"tensorboard": {}, "wandb": {"project": "p"}}
+    sinks = {"wandb": {"project": "q", "tags": ["a"]}}
+    assert LogSpec(tensorboard=False, wandb="p", sinks=sinks).chosen == sinks

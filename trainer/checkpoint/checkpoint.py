@@ -1,0 +1,198 @@
+"""Durable checkpoints of a run: every rank writes the shards it is the first holder of, any layout reads them.
+
+The format is `keepwarm.ft.format.checkpoint`'s, so that checkpoints written here and by snapshot agents are the same.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+import xxhash
+
+from keepwarm.ft.errors import FtError
+from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format.contents import Bytes, Move, Piece, move_bytes, plan
+from keepwarm.ft.format.manifest import Entry, Manifest, Part
+from keepwarm.ft.format.writer import write_part
+from keepwarm.ft.worker.snapshotter import DTYPES, piece_of
+from keepwarm.parallel.shard import Shard
+from keepwarm.trainer.checkpoint.store import Checkpoint, opened
+from keepwarm.trainer.distributed.world import World
+from keepwarm.trainer.errors import CheckpointError, OutputError
+from keepwarm.trainer.job.sections import CheckpointSpec
+from keepwarm.trainer.job.spec import JobSpec
+
+WEIGHTS = "model."
+"""Names with this prefix are parameters."""
+
+OPTIONAL = ("random.", "average.")
+"""Names with these prefixes may be missing: generators belong to one rank, and a layout with more ranks finds none for
+the new ones; a moving average may be asked for later."""
+
+
+def layout_hash(job: JobSpec) -> str:
+    """Equal for runs whose ranks hold the same shards of the same model."""
+    text = job.parallel.model_dump_json() + job.model.model_dump_json()
+    return xxhash.xxh3_64_hexdigest(text.encode())
+
+
+class Checkpoints:
+    """The folder `OUTPUT/checkpoints` of one run. Every method is collective."""
+
+    def __init__(self, root: Path, spec: CheckpointSpec, world: World, *, run: str, layout: str) -> None:
+        self.root = root
+        self._spec = spec
+        self._world = world
+        self._run = run
+        self._layout = layout
+        self.epoch = 0
+        """With the step it orders checkpoints; snapshot agents begin a new one at every start."""
+
+    def due(self, step: int) -> bool:
+        """Whether the spec wants a checkpoint after `step` completed steps, besides the last one."""
+        return self._spec.every is not None and step % self._spec.every == 0
+
+    def save(self, step: int, shards: Mapping[str, Shard], meta: dict[str, Any]) -> Path:
+        """Write, verify and publish the checkpoint of `step`, then delete what `keep` does not cover.
+
+        Raises:
+            OutputError: the disk is full or the folder cannot be written; checkpoints already there stay whole.
+        """
+        # Ranks may have heard of different epochs when they began: an agent that came late causes another one.
+        self.epoch = self._world.largest(self.epoch)
+        tmp, final = checkpoint.staging(self.root, self.epoch, step, "ranks"), checkpoint.folder(self.root, step)
+        failure: Exception | None = None
+        try:
+            if self._world.rank == 0:
+                tmp.mkdir(parents=True, exist_ok=True)
+            self._world.barrier()
+            mine = [shard for shard in shards.values() if shard.replicas[0] == self._world.rank]
+            write_part(tmp, self._world.rank, [(piece_of(shard), host_bytes(shard.local)) for shard in mine])
+        except (OSError, FtError) as error:
+            failure = error
+        self._agree(failure)
+        if self._world.rank == 0:
+            try:
+                self._publish(tmp, final, step, meta)
+            except (OSError, FtError) as error:
+                failure = error
+        self._agree(failure)
+        return final
+
+    def _publish(self, tmp: Path, final: Path, step: int, meta: dict[str, Any]) -> None:
+        checkpoint.write_manifest(
+            tmp,
+            checkpoint.Identity(run=self._run, epoch=self.epoch, step=step, layout=self._layout),
+            ranks=self._world.size,
+            meta=meta,
+        )
+        checkpoint.verify(tmp)
+        checkpoint.publish(tmp, final)
+        checkpoint.prune(self.root, self._spec.keep)
+
+    def _agree(self, failure: Exception | None) -> None:
+        """Raise on all ranks when one of them failed."""
+        if self._world.any(failure is not None):
+            raise OutputError(
+                f"checkpoint to {self.root} failed: {failure or 'on another rank'}; earlier checkpoints are untouched"
+            )
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint, or None."""
+        return checkpoint.latest(self.root)
+
+    def sweep(self) -> None:
+        """Delete what an interrupted writer left behind."""
+        if self._world.rank == 0:
+            checkpoint.sweep(self.root)
+
+
+def load(path: Path | str, shards: Mapping[str, Shard]) -> dict[str, Any]:
+    """Fill live shards from a checkpoint of any layout; returns the `meta` it was saved with.
+
+    `path` is a folder or a URL that fsspec knows. Of pieces that are held in part, only that part is read.
+
+    Raises:
+        CheckpointError: damaged, incomplete, or of another model; names the file or tensor.
+    """
+    try:
+        with opened(path) as stored:
+            by_name = _by_name(stored.manifest)
+            for shard in shards.values():
+                if shard.name in by_name or not shard.name.startswith(OPTIONAL):
+                    _fill(stored, shard, by_name.get(shard.name, []))
+            return stored.manifest.meta
+    except FtError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def load_weights(path: Path | str, shards: Mapping[str, Shard]) -> dict[str, Any]:
+    """Fill those of the live `shards` that hold parameters, and no others, from a checkpoint of any layout and dtype.
+
+    `path` and the result are those of `load`. Values are rounded where the shard's dtype is the smaller one. The caller
+    calls `Engine.restored()`, and decides what becomes of the optimizer.
+
+    Raises:
+        CheckpointError: damaged, incomplete, or of another model; names the file or tensor.
+    """
+    try:
+        with opened(path) as stored:
+            by_name = _by_name(stored.manifest)
+            for shard in shards.values():
+                if shard.name.startswith(WEIGHTS):
+                    _fill(stored, shard, by_name.get(shard.name, []), as_stored=True)
+            return stored.manifest.meta
+    except FtError as error:
+        raise CheckpointError(str(error)) from error
+
+
+Sources = list[tuple[Part, Entry]]
+
+
+def _by_name(manifest: Manifest) -> dict[str, Sources]:
+    found: dict[str, Sources] = {}
+    for part in manifest.parts:
+        for entry in part.entries:
+            found.setdefault(entry.piece.name, []).append((part, entry))
+    return found
+
+
+def _fill(stored: Checkpoint, shard: Shard, sources: Sources, *, as_stored: bool = False) -> None:
+    target, dtype = piece_of(shard), shard.local.dtype
+    if as_stored and sources:
+        target = msgspec.structs.replace(target, dtype=sources[0][1].piece.dtype)
+        dtype = next(known for known, name in DTYPES.items() if name == target.dtype)
+    if target.elements == 0:
+        return
+    exact = next((source for source in sources if source[1].piece == target), None)
+    if exact is not None and dtype == shard.local.dtype and shard.local.is_cpu and shard.local.is_contiguous():
+        # Straight into the live memory: who sees an error of this function trusts none of it.
+        stored.piece(*exact, shard.local.detach().reshape(-1).view(torch.uint8).numpy())
+        return
+    out = np.empty(target.bytes, dtype=np.uint8)
+    if exact is not None:
+        stored.piece(*exact, out)
+    else:
+        _assemble(stored, target, sources, out)
+    with torch.no_grad():
+        shard.local.copy_(torch.from_numpy(out).view(dtype).view(shard.local.shape))
+
+
+def _assemble(stored: Checkpoint, target: Piece, sources: Sources, out: Bytes) -> None:
+    spans: dict[int, list[Move]] = {}
+    for move in plan(target, [entry.piece for _, entry in sources]):
+        spans.setdefault(move.source, []).append(move)
+    for source, moves in spans.items():
+        start, stop = min(move.span[0] for move in moves), max(move.span[1] for move in moves)
+        first, held = stored.span(*sources[source], start, stop)
+        for move in moves:
+            move_bytes(move, held[move.span[0] - first : move.span[1] - first], out)
+
+
+def host_bytes(tensor: torch.Tensor) -> Bytes:
+    """The bytes of a tensor in row-major order; a view when it lies contiguous in host memory."""
+    array: Bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return array

@@ -1,0 +1,220 @@
+"""A Hugging Face folder to a native checkpoint of weights. Without torch; memory is bounded by one tensor."""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from pydantic import ValidationError
+
+from keepwarm.ft.errors import FtError
+from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format.contents import Piece
+from keepwarm.ft.format.manifest import Part
+from keepwarm.ft.format.writer import write_part_blocks
+from keepwarm.trainer.convert.huggingface.config import with_dtype
+from keepwarm.trainer.convert.huggingface.folder import CONFIG, HuggingFaceFolder, dump_config
+from keepwarm.trainer.convert.native import PREFIX
+from keepwarm.trainer.convert.output_folder import new_folder, sync
+from keepwarm.trainer.convert.recipes import Recipe, into_canonical, source_shapes
+from keepwarm.trainer.convert.streaming import Maker
+from keepwarm.trainer.errors import CheckpointError, SpecError
+from keepwarm.trainer.model.huggingface_config import model_spec_from_hf_config
+from keepwarm.trainer.model.huggingface_names import BUFFERS, FAMILIES
+from keepwarm.trainer.model.spec import ModelSpec
+
+FILES = "huggingface"
+"""Folder inside the checkpoint with the tokenizer and whatever else is carried along."""
+
+Progress = Callable[[int, int], object]
+"""Called with the bytes written so far and those of the whole model."""
+
+
+def silent(done: int, total: int) -> None:
+    """No progress is shown."""
+
+
+def from_huggingface(
+    source: Path, destination: Path, *, dtype: str | None = None, progress: Progress = silent
+) -> dict[str, Any]:
+    """Write the checkpoint folder `destination`; returns what was done, with what was left behind.
+
+    The manifest's `meta` holds the model spec, the parent with the hash of its weights, and the parent's config.
+    `dtype` (F32, BF16, F16) converts every tensor; by default each keeps its own.
+
+    Raises:
+        SpecError: the config asks for what a model spec cannot say; names the field.
+        CheckpointError: a tensor or file is missing, left over, damaged or does not fit; names it.
+        OutputError: `destination` exists or cannot be written; nothing is left there.
+    """
+    with HuggingFaceFolder(source) as folder:
+        spec = _spec(folder)
+        model_type = str(folder.config["model_type"])
+        constants, tied_head = _settle_names(folder, model_type, spec)
+        _check(folder, model_type, spec)
+        carried, left = folder.beside()
+        maker, hashes = Maker(folder, dtype), dict[str, str]()
+        recipes = {PREFIX + recipe.name: recipe for recipe in into_canonical(spec, model_type)}
+        with new_folder(destination) as tmp:
+            part = _write(tmp, maker, recipes, hashes, progress)
+            for entry in part.entries:
+                hashes.setdefault(entry.piece.name, entry.xxh3)
+            meta = {
+                "weights_only": True,
+                "note": "model weights alone: no optimizer state, no ledger",
+                "model": spec.model_dump(mode="json"),
+                "parent": {
+                    "format": "huggingface",
+                    "path": str(source.resolve()),
+                    "hash": _hash(folder.config, hashes),
+                },
+                FILES: {
+                    "config": folder.config if dtype is None else with_dtype(folder.config, dtype),
+                    "files": carry(source, carried, tmp / FILES),
+                    "tied_head": tied_head,
+                },
+            }
+            checkpoint.write_manifest(
+                tmp, checkpoint.Identity(run=source.resolve().name, epoch=0, step=0, layout="whole"), ranks=1, meta=meta
+            )
+    return {
+        "source": str(source),
+        "destination": str(destination),
+        "model_type": model_type,
+        "tensors": len(recipes),
+        "parameters": sum(recipe.elements for recipe in recipes.values()),
+        "bytes": part.data_bytes,
+        "dtypes": sorted({entry.piece.dtype for entry in part.entries}),
+        "carried": carried,
+        "left": left + constants,
+    }
+
+
+def carry(source: Path, names: list[str], target: Path) -> dict[str, str]:
+    """Copy files of one folder into another, synced; returns the xxh3 of each."""
+    if names:
+        target.mkdir(exist_ok=True)
+    sums = {}
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+        sums[name] = file_sum(target / name, flush=True)
+    if names:
+        sync(target)
+    return sums
+
+
+def file_sum(path: Path, *, flush: bool = False) -> str:
+    """The xxh3 of a file, which is synced with `flush`. Raises `CheckpointError` when it cannot be read."""
+    seen = xxhash.xxh3_64()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(4 << 20):
+                seen.update(block)
+            if flush:
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    return seen.hexdigest()
+
+
+def whole_piece(name: str, recipe: Recipe, maker: Maker) -> Piece:
+    """The one piece of a tensor that is made whole."""
+    return Piece(
+        name=name,
+        global_shape=recipe.shape,
+        offsets=(0,) * len(recipe.shape),
+        shape=recipe.shape,
+        dtype=maker.dtype(recipe),
+    )
+
+
+def _write(tmp: Path, maker: Maker, recipes: Mapping[str, Recipe], hashes: dict[str, str], progress: Progress) -> Part:
+    total, done = sum(maker.bytes(recipe) for recipe in recipes.values()), 0
+    as_stored = {name: xxhash.xxh3_64() for name, recipe in recipes.items() if not maker.keeps(recipe)}
+
+    pieces = [whole_piece(name, recipe, maker) for name, recipe in recipes.items()]
+
+    def seen(recipe: Recipe) -> Callable[[Any], object] | None:
+        sums = as_stored.get(PREFIX + recipe.name)
+        return None if sums is None else sums.update
+
+    with maker.ahead(recipes.values(), seen) as take:
+
+        def blocks(piece: Piece) -> Any:
+            nonlocal done
+            for block in take(recipes[piece.name]):
+                yield block
+                done += len(block)
+                progress(done, total)
+
+        try:
+            part = write_part_blocks(tmp, 0, pieces, blocks)
+        except FtError as error:
+            raise CheckpointError(str(error)) from error
+    hashes.update({name: sums.hexdigest() for name, sums in as_stored.items()})
+    return part
+
+
+def _spec(folder: HuggingFaceFolder) -> ModelSpec:
+    try:
+        spec = model_spec_from_hf_config(folder.config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "model"
+        raise SpecError(f"{folder.path / CONFIG}: {where}: {first['msg']}, got {first['input']!r}") from error
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"{folder.path / CONFIG}: {error}") from error
+    if spec.layers > len(folder.tensors):
+        raise CheckpointError(f"{folder.path}: {spec.layers} layers, but only {len(folder.tensors)} tensors")
+    return spec
+
+
+def _settle_names(folder: HuggingFaceFolder, model_type: str, spec: ModelSpec) -> tuple[list[str], list[str]]:
+    """Give tensors their usual names; returns the constants and the copies of a tied head that were set aside."""
+    family, tensors = FAMILIES[model_type], folder.tensors
+    embedding, head = f"{family.top['embedding']}.weight", f"{family.top['head']}.weight"
+    base = embedding.split(".")[0] + "."
+    if embedding not in tensors and embedding.removeprefix(base) in tensors:
+        # Saved from the class without a head, whose names have no prefix.
+        for name in [name for name in tensors if name != head]:
+            tensors[base + name] = tensors.pop(name)
+    alias = f"{family.head_alias}.weight"
+    if head not in tensors and alias in tensors:
+        tensors[head] = tensors.pop(alias)
+    constants = sorted(name for name in tensors if BUFFERS.search(name))
+    for name in constants:
+        del tensors[name]
+    tied = [name for name in dict.fromkeys((head, alias)) if spec.tied_embeddings and name in tensors]
+    for name in tied:
+        if embedding in tensors and not folder.same(embedding, name):
+            raise CheckpointError(
+                f"{tensors[name].file}: {name} differs from {embedding}, but {CONFIG} says tie_word_embeddings"
+            )
+        del tensors[name]
+    return constants, tied
+
+
+def _check(folder: HuggingFaceFolder, model_type: str, spec: ModelSpec) -> None:
+    """Every tensor of the model is there in its shape, and no other."""
+    shapes = source_shapes(spec, model_type)
+    for name, shape in shapes.items():
+        if name not in folder.tensors:
+            raise CheckpointError(f"{folder.path}: {name} is missing, {CONFIG} asks for it")
+        stored = folder.tensors[name]
+        if stored.shape != shape:
+            raise CheckpointError(f"{stored.file}: {name} is {list(stored.shape)}, {CONFIG} says {list(shape)}")
+    unplaced = sorted(set(folder.tensors) - set(shapes))
+    if unplaced:
+        raise CheckpointError(
+            f"{folder.tensors[unplaced[0]].file}: {unplaced[0]} has no place in the model ({len(unplaced)} such)"
+        )
+
+
+def _hash(config: dict[str, Any], hashes: Mapping[str, str]) -> str:
+    """Of the config and of every tensor as it was stored, in the order of their names."""
+    seen = xxhash.xxh3_128(dump_config(config))
+    for name in sorted(hashes):
+        seen.update(f"{name} {hashes[name]}\n".encode())
+    return seen.hexdigest()

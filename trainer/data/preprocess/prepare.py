@@ -1,0 +1,130 @@
+"""The sources that a job names, made ready to draw from."""
+
+import fcntl
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from keepwarm.trainer.data.indexed import TokenFile
+from keepwarm.trainer.data.packing import PackedSource
+from keepwarm.trainer.data.preprocess.text import is_text
+from keepwarm.trainer.data.preprocess.tokenize import tokenize
+from keepwarm.trainer.data.spec import DataSpec
+from keepwarm.trainer.data.tokenizer import Tokenizer, load_tokenizer
+from keepwarm.trainer.errors import DataError, OutputError, TrainerError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedData:
+    """What a job's data section stands for."""
+
+    sources: Mapping[str, PackedSource]
+    validation: Mapping[str, PackedSource]
+    tokenizer: str | None
+    """Hash of the one tokenizer that made all of them; None where no sidecar tells."""
+
+
+def prepare_sources(data: DataSpec, vocabulary_size: int, cache: Path, *, timeout: float = 3600.0) -> PreparedData:
+    """Open every source, tokenizing text into `cache` first.
+
+    Any number of processes may call this at once: whoever comes first tokenizes, the others wait for its lock. The
+    files in `cache` are named after the content of text and tokenizer, so that a second run finds them.
+
+    Args:
+        data: its paths are taken as they stand.
+        vocabulary_size: the model's; the tokenizer's must fit into it, and so must every token id.
+        timeout: seconds to wait for another process.
+
+    Raises:
+        DataError: a file or the tokenizer cannot be used; names the key and the file.
+    """
+    paths = {f"data.sources.{name}": path for name, path in data.sources.items()}
+    paths |= {f"data.validation.{name}": path for name, path in data.validation.items()}
+    tokenizer = None
+    if data.tokenizer != "bytes" or any(is_text(path) for path in paths.values()):
+        tokenizer = _fitting_tokenizer(data.tokenizer, vocabulary_size)
+    opened: dict[str, PackedSource] = {}
+    for key, path in paths.items():
+        try:
+            prefix = _as_tokens(path, data.tokenizer, tokenizer, cache, timeout) if is_text(path) else Path(path)
+            tokens = TokenFile(prefix, vocabulary_size)
+            name = key.split(".", 2)[2]
+            opened[key] = PackedSource(name, tokens, data.sequence_length, data.document_mask)
+        except TrainerError as error:
+            raise type(error)(f"{key}: {error}") from None
+    hashed = _check_one_tokenizer(opened, tokenizer)
+    return PreparedData(
+        tokenizer=hashed,
+        sources={source.name: source for key, source in opened.items() if key.startswith("data.sources.")},
+        validation={source.name: source for key, source in opened.items() if key.startswith("data.validation.")},
+    )
+
+
+def _fitting_tokenizer(name: str, vocabulary_size: int) -> Tokenizer:
+    try:
+        tokenizer = load_tokenizer(name)
+    except DataError as error:
+        raise DataError(f"data.tokenizer: {error}") from None
+    if tokenizer.vocabulary_size > vocabulary_size:
+        raise DataError(
+            f"data.tokenizer: {name} has a vocabulary of {tokenizer.vocabulary_size}, which does not fit into "
+            f"model.vocabulary_size = {vocabulary_size}"
+        )
+    return tokenizer
+
+
+def _as_tokens(path: str, name: str, tokenizer: Tokenizer | None, cache: Path, timeout: float) -> Path:
+    """Prefix of the token file made from a text file; made now unless it is there."""
+    text = Path(path)
+    if not text.is_file():
+        raise DataError(f"{path}: no such file")
+    assert tokenizer is not None
+    digest = xxhash.xxh3_128(tokenizer.hash.encode())
+    with text.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    prefix = cache / f"{text.name.split('.')[0]}-{digest.hexdigest()}"
+    if not Path(f"{prefix}.idx").exists():
+        with _lock(Path(f"{prefix}.lock"), timeout):
+            if not Path(f"{prefix}.idx").exists():
+                tokenize([text], prefix, name)
+    return prefix
+
+
+@contextmanager
+def _lock(path: Path, timeout: float) -> Iterator[None]:
+    deadline = time.monotonic() + timeout
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write: {error.strerror}") from None
+    with lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise DataError(f"{path}: waited {timeout:g} s for the process that is tokenizing") from None
+                time.sleep(0.05)
+            else:
+                break
+        yield
+
+
+def _check_one_tokenizer(opened: Mapping[str, PackedSource], tokenizer: Tokenizer | None) -> str | None:
+    """Ids of different tokenizers mean different text; no run may mix them."""
+    hashes = {} if tokenizer is None else {"data.tokenizer": tokenizer.hash}
+    for key, source in opened.items():
+        sidecar = source.tokens.sidecar if isinstance(source.tokens, TokenFile) else None
+        if sidecar is not None:
+            hashes[key] = sidecar.tokenizer_hash
+    for key, found in hashes.items():
+        first = next(iter(hashes))
+        if found != hashes[first]:
+            raise DataError(f"{key}: made with another tokenizer than {first}")
+    return next(iter(hashes.values()), None)

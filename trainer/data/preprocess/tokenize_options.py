@@ -1,0 +1,91 @@
+"""What `keepwarm data tokenize` takes from its input: which documents, and the text put before each of them."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from keepwarm.trainer.data.preprocess.prefix import Control, Prefix, metadata
+from keepwarm.trainer.data.preprocess.score import Keep, score_of
+from keepwarm.trainer.data.preprocess.text import TextPart, json_values, parts
+from keepwarm.trainer.errors import DataError, SpecError
+
+PART_BYTES = 4 << 20
+GOOD_BAD = "<|good|>,<|bad|>"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextOptions:
+    """How the input is read. The tokens depend on all of it but `part_bytes`."""
+
+    text_key: str = "text"
+    """Key of the text in each JSON line."""
+    keep: Keep | None = None
+    """Which documents to take, by a score that each has; None: all."""
+    prefix: Prefix | None = None
+    """Text put before each document, which carries no loss when it is trained on."""
+    part_bytes: int = PART_BYTES
+    """Bytes of JSON lines that are tokenized at a time."""
+
+
+DEFAULT_OPTIONS = TextOptions()
+
+
+def keep_from(inputs: Sequence[Path], key: str | None, least: float | None, top: float | None) -> Keep | None:
+    """Return the documents to keep by --score-key, --min-score and --top; --top reads all scores of `inputs`.
+
+    Raises:
+        SpecError: the options do not belong together.
+        DataError: an input is missing, or a document has no score.
+    """
+    if key is None and least is None and top is None:
+        return None
+    if key is None or (least is None) == (top is None):
+        raise SpecError("--score-key needs one of --min-score and --top, and they need it")
+    for path in inputs:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
+    if top is not None:
+        every = Keep(key=key, least=-math.inf)
+        least = least_of_top((part for path in inputs for part in parts(path, PART_BYTES, every)), key, top)
+    assert least is not None
+    return Keep(key=key, least=least)
+
+
+def prefix_from(template: str | None, key: str | None, least: float, control: str, unmarked: float) -> Prefix | None:
+    """Return the prefix of --prefix, or that of --control-key and the options that belong to it.
+
+    Raises:
+        SpecError: both are given, the template names no key, or `control` is not two different texts.
+    """
+    if key is None:
+        return None if template is None else metadata(template)
+    if template is not None:
+        raise SpecError("--prefix and --control-key: a document has one prefix; give one of them")
+    good, *bad = control.split(",")
+    if len(bad) != 1 or not good or not bad[0] or good == bad[0]:
+        raise SpecError(f"--control {control}: give two different texts with a comma between them, as {GOOD_BAD}")
+    return Control(key=key, least=least, good=good, bad=bad[0], unmarked=unmarked)
+
+
+def least_of_top(texts: Iterable[TextPart], key: str, fraction: float) -> float:
+    """Return the lowest score among the best `fraction` of all documents; those that tie with it belong to them.
+
+    Raises:
+        DataError: a document has no score, or there is none.
+    """
+    scores = np.fromiter(_scores(texts, key), np.float64)
+    if not scores.size:
+        raise DataError("there are no documents to score")
+    kept = max(1, round(fraction * scores.size))
+    return float(np.partition(scores, scores.size - kept)[scores.size - kept])
+
+
+def _scores(texts: Iterable[TextPart], key: str) -> Iterator[float]:
+    for part in texts:
+        for where, document in json_values(part):
+            if not isinstance(document, dict):
+                raise DataError(f"{where}: not an object")
+            yield score_of(document, key, where)

@@ -1,0 +1,116 @@
+"""`keepwarm data train-tokenizer`: a byte-level BPE from text, saved as `tokenizer.json`."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from keepwarm.files import READABLE, atomic_write
+from keepwarm.trainer.data.preprocess import tool
+from keepwarm.trainer.data.preprocess.text import documents, parts
+from keepwarm.trainer.data.tokenizer import END_OF_DOCUMENT
+from keepwarm.trainer.errors import DataError, OutputError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+PART_BYTES = 4 << 20
+SPECIAL_TOKENS = (END_OF_DOCUMENT[0], "<|padding|>")
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def train_tokenizer(
+    inputs: Sequence[Path],
+    output: Path,
+    vocabulary_size: int,
+    *,
+    special: Sequence[str] = (),
+    text_key: str = "text",
+    show_progress: bool = False,
+) -> int:
+    """Train a byte-level BPE (Sennrich et al., 2016; bytes as in GPT-2) and write it to `output`.
+
+    Any text can be encoded: the vocabulary holds the special tokens, `special` among them, all 256 bytes, and merges.
+
+    Returns:
+        The vocabulary's size, smaller than asked for where the text offers too few merges.
+
+    Raises:
+        DataError: an input cannot be used or holds no text, or the vocabulary is too small.
+        OutputError: `output` exists or cannot be written.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    specials = list(dict.fromkeys((*SPECIAL_TOKENS, *special)))
+    if vocabulary_size < 256 + len(specials):
+        raise DataError(
+            f"--vocabulary-size {vocabulary_size}: 256 bytes and {len(specials)} special tokens need "
+            f"{256 + len(specials)}"
+        )
+    if output.suffix != ".json":
+        raise OutputError(f"{output}: a tokenizer is told by its suffix: name it .json")
+    if output.exists():
+        raise OutputError(f"{output}: exists already; remove it or choose another --output")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=show_progress,
+    )
+    texts = _Texts(inputs, text_key)
+    tokenizer.train_from_iterator(texts.batches(), trainer)
+    if not texts.count:
+        raise DataError(f"{inputs[0]}: holds no text to train on")
+    _save(tokenizer, output)
+    return tokenizer.get_vocab_size(with_added_tokens=True)
+
+
+class _Texts:
+    """The documents of the inputs, counted as they pass."""
+
+    def __init__(self, inputs: Sequence[Path], text_key: str) -> None:
+        self._inputs, self._text_key = inputs, text_key
+        self.count = 0
+
+    def batches(self) -> Iterator[list[str]]:
+        for path in self._inputs:
+            for part in parts(path, PART_BYTES):
+                texts = documents(part, self._text_key)
+                self.count += len(texts)
+                yield texts
+
+
+def _save(tokenizer: "tokenizers.Tokenizer", output: Path) -> None:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(output, (tokenizer.to_str(pretty=True) + "\n").encode(), mode=READABLE)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot write: {error.strerror or error}") from None
+
+
+@app.command()
+def command(
+    input: Annotated[list[Path], typer.Option(help="Text file, .jsonl or .txt, plain, .gz or .zst; repeatable.")],
+    output: Annotated[Path, typer.Option(help="Write the tokenizer.json to this file.")],
+    vocabulary_size: Annotated[int, typer.Option(help="Number of tokens, special ones included.")] = 8192,
+    special: Annotated[
+        list[str] | None, typer.Option(help="Special token that no text contains, as <|good|>; repeatable.")
+    ] = None,
+    text_key: Annotated[str, typer.Option(help="Key of the text in each JSON line.")] = "text",
+) -> None:
+    """Train a byte-level BPE tokenizer on text."""
+    size = train_tokenizer(
+        input, output, vocabulary_size, special=special or (), text_key=text_key, show_progress=os.isatty(2)
+    )
+    typer.echo(f"{output}: vocabulary of {size:,}; documents end with {SPECIAL_TOKENS[0]}")
+
+
+if __name__ == "__main__":
+    tool.run(app)

@@ -1,0 +1,93 @@
+"""`keepwarm sample`: let people look at what a model says."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from keepwarm.trainer.convert.native import NativeCheckpoint
+from keepwarm.trainer.convert.run_tokenizer import find_tokenizer
+from keepwarm.trainer.data.preprocess import tool
+from keepwarm.trainer.data.tokenizer import load_tokenizer
+from keepwarm.trainer.errors import CheckpointError, DataError, SpecError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def command(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder or checkpoint.")],
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; repeatable.")],
+    prefix: Annotated[
+        str,
+        typer.Option(help="Text to put before each prompt, such as a control token; special tokens are recognized."),
+    ] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Sampling temperature; 0: always the likeliest token.")
+    ] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k likeliest tokens only.")] = None,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens of this total probability only.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 0,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer: `bytes`, tokenizer.json or .model; default: the run's.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Compute in fp32 or bf16.")] = "fp32",
+    device: Annotated[str | None, typer.Option(help="Device: cpu or cuda; default: cuda if there is one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Continue a prompt with the newest checkpoint of a run.
+
+    keepwarm sample runs/demo --prompt "The first thing to know"
+
+    keepwarm sample runs/demo/checkpoints/iter_0000300 --prompt "Die" --temperature 0 --json
+
+    keepwarm sample runs/polite --prefix "<|good|>" --prompt "You"
+    """
+    if not 0 < top_p <= 1:
+        raise SpecError(f"--top-p {top_p}: must be above 0 and at most 1")
+    if dtype not in ("fp32", "bf16"):
+        raise SpecError(f"--dtype {dtype}: not known; it may be fp32 or bf16")
+    import torch
+
+    from keepwarm.trainer.inference.generate import Sampling, generate, load_model
+
+    where = _device(device)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    with NativeCheckpoint(path) as native:
+        words = find_tokenizer(native) if tokenizer is None else load_tokenizer(tokenizer)
+        part = load_model(native, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16, device=where)
+        found: dict[str, Any] = {"path": str(native.path), "step": native.manifest.step, "samples": []}
+    if words.vocabulary_size > part.spec.vocabulary_size:
+        raise DataError(
+            f"{words.name}: has {words.vocabulary_size} tokens, the model knows {part.spec.vocabulary_size}: "
+            "give the one it was trained with as --tokenizer"
+        )
+    for text in prompt:
+        ids = [*words.encode_marked(prefix), *words.encode_batch([text])[0]] or [words.end_of_document]
+        drawn = generate(part, ids, sampling, seed=seed, stop=lambda token: token == words.end_of_document)
+        new = list(itertools.islice(drawn, tokens))
+        sample = {"prompt": text, "text": words.decode(new), "tokens": new, "ended": len(new) < tokens}
+        found["samples"].append(sample)
+        if not as_json:
+            typer.echo(f"{text}{sample['text']}\n")
+    if as_json:
+        typer.echo(json.dumps(found))
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    try:
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise CheckpointError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(tool.run(app))

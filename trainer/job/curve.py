@@ -1,0 +1,182 @@
+"""Learning-rate curves as an extension point: what a shape offers, its options in a job, and the registry of shapes.
+
+A shape is a `Curve` and a subclass of `LrSpec` that holds its options. Those of other distributions are found in the
+entry-point group `keepwarm.curves`, whose names are what `lr.schedule` says. Torch-free.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Self
+
+from pydantic import Field, GetCoreSchemaHandler, PositiveFloat, ValidationError
+from pydantic_core import InitErrorDetails, core_schema
+
+from keepwarm.registry import Registry, UnknownName, UnusableComponent
+from keepwarm.section import Section
+from keepwarm.trainer.errors import CheckpointError
+
+DEFAULT_SCHEDULE = "cosine"
+
+
+def _of_its_shape(
+    value: Any, handler: core_schema.ValidatorFunctionWrapHandler, info: core_schema.ValidationInfo
+) -> Any:
+    """Validate a clause as the options of its shape."""
+    if not isinstance(value, dict):
+        return handler(value)
+    options = _curve_named(_schedule(value)).options
+    # JSON has lists where strict Python values must be tuples.
+    return options.model_validate_json(json.dumps(value)) if info.mode == "json" else options.model_validate(value)
+
+
+class LrSpec(Section):
+    """The learning-rate clause of a stage. Fractions are of the stage's steps.
+
+    Validating this class gives the options of the shape that `schedule` names; they hold all other keys.
+    """
+
+    schedule: str = Field(DEFAULT_SCHEDULE, description="shape of the curve; it decides which other keys there are")
+    max: PositiveFloat = Field(description="peak, reached after the warm-up")
+
+    @abstractmethod
+    def curve(self, steps: int) -> "Curve":
+        """Return the curve of a stage of `steps` steps, every boundary resolved to a step."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        schema = handler(source)
+        # The options of a shape validate themselves.
+        is_any = Section in cls.__bases__
+        return core_schema.with_info_wrap_validator_function(_of_its_shape, schema) if is_any else schema
+
+    @classmethod
+    def variant(cls, values: Any) -> type[Section]:
+        if cls is LrSpec and isinstance(values, dict):
+            return next((curve.options for name, curve in _usable() if name == _schedule(values)), cls)
+        return cls
+
+    @classmethod
+    def unknown_key(cls, key: str, values: Any) -> str | None:
+        owners = [name for name, curve in _usable() if key in curve.options.model_fields]
+        if not owners:
+            return None
+        have = "schedule {} has it" if len(owners) == 1 else "schedules {} have it"
+        return f"for schedule {_schedule(values)}; {have.format(', '.join(owners))}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve(ABC):
+    """The learning rate of a stage as a pure function of its step; its fields are saved with the training state.
+
+    Fields are plain values that JSON holds; a shape with others overrides `save` and `load`.
+    """
+
+    options: ClassVar[type[LrSpec]]
+    """Keys of the clause that gives this curve; its `curve` makes one."""
+
+    kind: str
+    """Name of the shape in the registry."""
+    end: int
+    """Steps of the stage."""
+
+    @abstractmethod
+    def at(self, step: int) -> float:
+        """Return the learning rate of the stage's step `step`, counted from 0; after `end` it stays where it is."""
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Steps of the stage at which one phase of the curve passes into the next; drawings show them exactly."""
+        return ()
+
+    @property
+    def corners(self) -> tuple[int, ...]:
+        """Steps that a drawing must not leave out: both ends, and each boundary with the step before it."""
+        inner = {at for at in self.boundaries if 0 < at < self.end}
+        return tuple(sorted({0, *(at + offset for at in inner for offset in (-1, 0)), self.end - 1}))
+
+    @classmethod
+    def load(cls, saved: dict[str, Any]) -> Self:
+        """Return the curve that `save` saved; other keys are ignored. Raises KeyError where one is missing."""
+        return cls(**{field.name: saved[field.name] for field in fields(cls)})
+
+    def save(self) -> dict[str, Any]:
+        """Return the fields as plain values for JSON."""
+        return asdict(self)
+
+
+class AnnealableCurve(Curve):
+    """A curve with a phase of constant rate, from which `keepwarm branch` releases models."""
+
+    @property
+    @abstractmethod
+    def constant_phase(self) -> range:
+        """Counts of completed steps of the stage after which the rate is the constant one; empty where there is none.
+
+        From any of them an anneal continues the curve without a jump.
+        """
+
+    @abstractmethod
+    def anneal(self) -> dict[str, Any]:
+        """Return the `lr` clause of a stage that goes on from the constant phase and falls over all its steps."""
+
+
+CURVES: Registry[type[Curve]] = Registry(
+    "learning-rate schedule",
+    "keepwarm.curves",
+    {
+        "constant": f"{__package__}.schedule:Constant",
+        "linear": f"{__package__}.schedule:Linear",
+        "cosine": f"{__package__}.schedule:Cosine",
+        "inverse_sqrt": f"{__package__}.schedule:InverseSqrt",
+        "wsd": f"{__package__}.schedule:Wsd",
+        "infinite": f"{__package__}.schedule:Infinite",
+        "piecewise": f"{__package__}.schedule:Piecewise",
+    },
+    Curve,
+)
+
+
+def load_curve(saved: dict[str, Any]) -> Curve:
+    """Return a saved curve of any shape.
+
+    Raises:
+        CheckpointError: no installed package has its shape.
+        KeyError: a value is missing.
+    """
+    try:
+        return CURVES.get(saved["kind"]).load(saved)
+    except (UnknownName, UnusableComponent) as error:
+        raise CheckpointError(f"the saved learning-rate curve cannot be continued: {error}") from error
+
+
+def annealable() -> list[str]:
+    """Return the names of the shapes that have a constant phase to branch from."""
+    return [name for name, curve in _usable() if issubclass(curve, AnnealableCurve)]
+
+
+def _usable() -> Iterator[tuple[str, type[Curve]]]:
+    """All shapes that can be imported; for hints, which must not fail where a foreign one is broken."""
+    for name in CURVES.names():
+        try:
+            yield name, CURVES.get(name)
+        except UnusableComponent:
+            continue
+
+
+def _schedule(values: dict[str, Any]) -> Any:
+    return values.get("schedule", DEFAULT_SCHEDULE)
+
+
+def _curve_named(name: Any) -> type[Curve]:
+    if isinstance(name, str) and name in CURVES:
+        try:
+            return CURVES.get(name)
+        except UnusableComponent as error:
+            raise ValueError(str(error)) from error
+    *others, last = map(repr, CURVES.names())
+    wrong = InitErrorDetails(
+        type="literal_error", loc=("schedule",), input=name, ctx={"expected": f"{', '.join(others)} or {last}"}
+    )
+    raise ValidationError.from_exception_data(LrSpec.__name__, [wrong])

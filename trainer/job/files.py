@@ -1,0 +1,159 @@
+"""Job and model specs as files: YAML in, overrides applied, `run.json` out. Torch-free."""
+
+import difflib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from keepwarm.files import READABLE, atomic_write
+from keepwarm.parallel.errors import LayoutError
+from keepwarm.trainer.errors import OutputError, SpecError
+from keepwarm.trainer.job.messages import explain
+from keepwarm.trainer.job.overrides import Override
+from keepwarm.trainer.job.spec import JobSpec
+from keepwarm.trainer.job.url import is_url
+from keepwarm.trainer.job.yaml import Document, read_document
+from keepwarm.trainer.model.spec import ModelSpec
+
+"""Name of the resolved spec in a run folder."""
+
+_Spec = TypeVar("_Spec", bound=BaseModel)
+
+
+def shipped_configs() -> Path:
+    """The folder of the configs that come with keepwarm: of the installed package, or of the checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
+    """The job in a YAML file, or in a `run.json`, with overrides applied and the model it names filled in.
+
+    `path` may also name a shipped job, as in `ci/tiny`. Paths to data in the file are relative to the file, those in
+    overrides, `output` and `init_from` to the working directory; in the result all are absolute.
+
+    Raises:
+        SpecError: with every problem found, each with its file and line, key and what would be right.
+    """
+    path = find_job(path)
+    changes = [Override.parse(text) for text in overrides]
+    document = read_document(path)
+    _anchor_data(document.values, path.parent)
+    model_base = path.parent
+    for change in changes:
+        if change.keys == ("model",):
+            change.apply(document)
+            model_base = Path.cwd()
+    _resolve_model(document, model_base)
+    for change in changes:
+        if change.keys != ("model",):
+            change.apply(document)
+    _anchor_data(document.values, Path.cwd())
+    for key in ("output", "init_from"):
+        if isinstance(document.values.get(key), str) and not (key == "init_from" and is_url(document.values[key])):
+            document.values[key] = _anchored(document.values[key], Path.cwd())
+    return _validate(JobSpec, document, path)
+
+
+def load_model(name: str | Path) -> ModelSpec:
+    """The model spec in a YAML file, or a shipped one by name.
+
+    Raises:
+        SpecError: as `load_job`.
+    """
+    path = find_model(str(name), Path.cwd())
+    return _validate(ModelSpec, read_document(path), path)
+
+
+def load_run(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
+    """The job of a run folder's `run.json`; its output is the folder, wherever that has been moved to.
+
+    Raises:
+        SpecError: as `load_job`.
+    """
+    return load_job(path, [*overrides, f"output={json.dumps(str(path.resolve().parent))}"])
+
+
+def save_job(job: JobSpec, path: Path) -> None:
+    """Write the resolved spec as JSON, whole or not at all.
+
+    Raises:
+        OutputError: the folder is missing, read-only or full.
+    """
+    try:
+        atomic_write(path, (job.model_dump_json(indent=2) + "\n").encode(), mode=READABLE, durable=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def find_job(name: Path) -> Path:
+    """The file of a job: `name` itself, or a shipped one as in `ci/tiny`, `demo` or `configs/jobs/demo.yaml`."""
+    shipped = shipped_configs()
+    inner = Path(*name.parts[1:]) if name.parts[:1] == ("configs",) else name
+    return _first_file("job", name, [name, shipped / inner, shipped / "jobs" / inner], ("jobs", "ci"))
+
+
+def find_model(name: str, base: Path) -> Path:
+    """The file of a model: a bare name means a shipped one, anything else a path relative to `base`."""
+    shipped, beside = shipped_configs() / "models" / name, base / name
+    is_bare = Path(name).name == name and Path(name).suffix != ".yaml"
+    return _first_file("model", Path(name), [shipped] if is_bare else [beside, shipped], ("models",))
+
+
+def _first_file(kind: str, name: Path, places: list[Path], folders: Sequence[str]) -> Path:
+    """The first place that is a file, each tried with `.yaml` appended as well."""
+    for place in places:
+        for candidate in (place, place.with_name(place.name + ".yaml")):
+            if candidate.is_file():
+                return candidate
+    if name.is_dir():
+        raise SpecError(f"{name}: expected a {kind} file, got a folder")
+    known = [file.stem for folder in folders for file in (shipped_configs() / folder).glob("*.yaml")]
+    near = difflib.get_close_matches(name.stem, known, 1)
+    hint = f"did you mean {near[0]}?" if near else f"shipped are {', '.join(sorted(known))}"
+    raise SpecError(f"{name}: no such {kind} file; {hint}")
+
+
+def _resolve_model(document: Document, base: Path) -> None:
+    """Put the named model's keys in the place of its name."""
+    named = document.values.get("model")
+    if not isinstance(named, str):
+        return
+    try:
+        found = read_document(find_model(named, base))
+    except (SpecError, ValueError) as error:
+        raise SpecError(f"{document.place(('model',))}: model: {error}") from error
+    document.graft(("model",), found.values, found.places)
+
+
+def _anchor_data(values: dict[str, Any], base: Path) -> None:
+    """Make the relative paths of the data section absolute."""
+    data = values.get("data")
+    if not isinstance(data, dict):
+        return
+    for table in (data.get("sources"), data.get("validation")):
+        if isinstance(table, dict):
+            table |= {name: _anchored(path, base) for name, path in table.items()}
+    if data.get("tokenizer", "bytes") != "bytes":
+        data["tokenizer"] = _anchored(data["tokenizer"], base)
+
+
+def _anchored(path: Any, base: Path) -> Any:
+    return os.path.normpath(base.resolve() / path) if isinstance(path, str) and path else path
+
+
+def _validate(spec: type[_Spec], document: Document, path: Path) -> _Spec:
+    try:
+        return spec.model_validate_json(json.dumps(document.values))
+    except ValidationError as error:
+        problems = explain(error, spec, document)
+    except LayoutError as error:
+        problems = [f"{path}: {error}"]
+    if len(problems) == 1:
+        raise SpecError(problems[0])
+    raise SpecError("\n  ".join([f"{path}: {len(problems)} problems", *problems]))

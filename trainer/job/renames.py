@@ -1,0 +1,45 @@
+"""Keys, values and options that were renamed; an old one is refused with the new one in the sentence. Torch-free."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from keepwarm.trainer.errors import SpecError
+
+KEYS: Mapping[str, str] = {
+    "micro_size": "micro_batch_size",
+    "global_size": "global_batch_size",
+    "silence": "peer_timeout",
+    "least_data": "min_data_parallel",
+    "hang_floor": "min_hang_timeout",
+    "notice": "save_before_limit",
+    "busy": "when_busy",
+    "stand_in": "proxy_source",
+    "law": "distribution",
+}
+"""Old key of a job file to the key beside it that replaces it."""
+VALUES: Mapping[str, Mapping[str, str]] = {
+    "norm_position": {"before": "pre", "after": "post"},
+    "data_mode": {"replicate": "ddp"},
+}
+"""By key, old value to new."""
+OPTIONS: Mapping[str, str] = {"--control-least": "--control-threshold", "--at-once": "--max-parallel"}
+"""Old option of the command line to new."""
+
+
+def new_key(old: str, known: Iterable[str]) -> str | None:
+    """Return the key that replaces `old`, if it is one of those known where `old` stands."""
+    new = KEYS.get(old)
+    return new if new is not None and new in known else None
+
+
+def has_old_key(new: str, values: Any) -> bool:
+    """Return whether a section holds the old name of its key `new`; the new one then counts as missing, too."""
+    return isinstance(values, dict) and any(KEYS.get(key) == new for key in values)
+
+
+def refuse_old_options(arguments: Iterable[str]) -> None:
+    """Raise SpecError if an argument is an option that was renamed; names the new one."""
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        if option in OPTIONS:
+            raise SpecError(f"{option} was renamed: write {OPTIONS[option]}")

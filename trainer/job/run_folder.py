@@ -1,0 +1,132 @@
+"""The folder of a run: where its files lie, and what its metrics say. Torch-free."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keepwarm.files import READABLE, atomic_write
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+_TAIL_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths and readers of one run folder; nothing of it needs to exist.
+
+    Readers of metrics leave out a line that is still being written or was torn by a crash.
+    """
+
+    path: Path
+
+    @property
+    def run_file(self) -> Path:
+        """The resolved job spec that the run executes."""
+        return self.path / RUN_FILE
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object for each step and each evaluation, in their order."""
+        return self.path / METRICS_FILE
+
+    @property
+    def events_file(self) -> Path:
+        """What happened to the run; read and written by `keepwarm.trainer.monitor.events`."""
+        return self.path / "events.jsonl"
+
+    @property
+    def timeline_file(self) -> Path:
+        """When each kind of work ended; read and written by `keepwarm.trainer.monitor.goodput`."""
+        return self.path / "goodput.jsonl"
+
+    @property
+    def goodput_file(self) -> Path:
+        """Where the time went, as JSON, written when the run ends with its state saved."""
+        return self.path / "goodput.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the durable checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the output of ranks, batch jobs and nodes."""
+        return self.path / "logs"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def nodes(self) -> Path:
+        """Folder of what supervisors record of their nodes."""
+        return self.path / "nodes"
+
+    @property
+    def hangs(self) -> Path:
+        """Folder of what ranks report when training hangs."""
+        return self.path / "hangs"
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a run in the folder, which may not have begun."""
+        return self.run_file.is_file()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether something was recorded: the first evaluation or step is over."""
+        return self.metrics_file.is_file() and self.metrics_file.stat().st_size > 0
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the records of all steps and evaluations, in their order; none without a file."""
+        return [record for _, record in self._records(tail=False)]
+
+    def recent_metrics(self) -> list[dict[str, Any]]:
+        """Return the newest records, those in the last 64 KiB of the file; fast on a file of any size."""
+        return [record for _, record in self._records(tail=True)]
+
+    def last_step(self) -> int:
+        """Return the number of completed steps that are recorded; 0 before the first."""
+        records = self.recent_metrics() or self.metrics()
+        return max((int(record["step"]) for record in records), default=0)
+
+    def evaluations(self) -> list[dict[str, float]]:
+        """Return validation losses by domain, in the order in which they were recorded."""
+        return [record["eval"] for record in self.metrics() if "eval" in record]
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Rewrite the metrics as they were right after `step`, before its evaluation.
+
+        Raises OSError.
+        """
+        if not self.metrics_file.exists():
+            return
+        kept = [
+            line
+            for line, record in self._records(tail=False)
+            if record["step"] < step or (record["step"] == step and "eval" not in record)
+        ]
+        atomic_write(self.metrics_file, b"".join(line + b"\n" for line in kept), mode=READABLE)
+
+    def _records(self, *, tail: bool) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        try:
+            with self.metrics_file.open("rb") as file:
+                start = max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES) if tail else 0
+                file.seek(start)
+                lines = file.read().split(b"\n")
+        except FileNotFoundError:
+            return
+        # The first line of a tail may lack its beginning, and would then not be valid JSON or not be an object.
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield line, record

@@ -1,0 +1,237 @@
+"""The composition root: the one place where parts of `trainer`, `parallel` and `ft` are put together."""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from keepwarm.parallel.engine import Engine, EngineConfig
+from keepwarm.parallel.engine_support import ENGINES, require
+from keepwarm.parallel.model import ModelParts
+from keepwarm.parallel.shard import Shard
+from keepwarm.trainer.checkpoint.checkpoint import Checkpoints, layout_hash
+from keepwarm.trainer.data.ledger import Ledger
+from keepwarm.trainer.data.loader import BatchLoader, RankShare
+from keepwarm.trainer.data.preprocess.prepare import PreparedData, prepare_sources
+from keepwarm.trainer.distributed.random_state import RandomState
+from keepwarm.trainer.distributed.world import COLLECTIVE_TIMEOUT, World
+from keepwarm.trainer.job.estimate import model_flops_per_token
+from keepwarm.trainer.job.run_folder import RunFolder
+from keepwarm.trainer.job.spec import JobSpec
+from keepwarm.trainer.job.stages import StagePlan, global_size_at, plan_stages
+from keepwarm.trainer.loop.callback import Callback, Callbacks, Run, registered_callbacks
+from keepwarm.trainer.loop.durable_saver import DurableSaver
+from keepwarm.trainer.loop.evaluation import Evaluation, Evaluator
+from keepwarm.trainer.loop.init_from import adopt
+from keepwarm.trainer.loop.moving_average import MovingAverage
+from keepwarm.trainer.loop.observers import HealthCheck, Heartbeat, Opening, Profiling, StepReport
+from keepwarm.trainer.loop.restore import Beginning, Start, begin
+from keepwarm.trainer.loop.run_state import RunState
+from keepwarm.trainer.loop.snapshots import MemoryTier, Snapshots
+from keepwarm.trainer.loop.straggler_watch import StragglerWatch
+from keepwarm.trainer.model.decoder import Decoder
+from keepwarm.trainer.monitor.console import RunConsole
+from keepwarm.trainer.monitor.goodput import Timeline
+from keepwarm.trainer.monitor.health import Health
+from keepwarm.trainer.monitor.metrics import Metrics
+from keepwarm.trainer.monitor.profile import ProfileWindow
+from keepwarm.trainer.monitor.speed import Speed
+from keepwarm.trainer.monitor.watchdog import Watchdog
+
+
+def build(job: JobSpec, world: World, *, start: Start, timeline: Timeline) -> Run:
+    """Put a job's run together, at its beginning or at the newest state that can be had. Collective.
+
+    Raises:
+        DataError: data or tokenizer cannot be used.
+        CheckpointError: there is nothing to resume from, or it does not fit.
+        FtError: the agents cannot be started, with the arithmetic where memory is too small.
+    """
+    torch.manual_seed(job.seed + world.rank)
+    data = prepare_sources(job.data, job.model.vocabulary_size, Path(job.output) / "data")
+    model = Decoder(job.model, job.seed, norms=job.numerics.norms, z_loss=job.numerics.z_loss)
+    return assemble(job, world, model, data, start=start, timeline=timeline)
+
+
+def assemble(
+    job: JobSpec, world: World, model: ModelParts, data: PreparedData, *, start: Start, timeline: Timeline
+) -> Run:
+    """Put a run of any model and any sources together; `build` does so with those that the job names.
+
+    The order matters: what is restored is written into the shards of all that has state, so these come first; what is
+    derived from the state, such as curves and segments of the ledger, comes after.
+    """
+    registered = registered_callbacks(job.callbacks)
+    folder = Path(job.output)
+    plans = plan_stages(job)
+    parts = _stateful_parts(job, world, model, data)
+    checkpoints = Checkpoints(
+        RunFolder(folder).checkpoints, job.checkpoint, world, run=job.name, layout=layout_hash(job)
+    )
+    if start != "restart":
+        checkpoints.sweep()
+    memory = MemoryTier() if job.snapshot == "off" else Snapshots(job, world, parts.shards(), parts.random)
+    beginning = begin(start, parts.shards(), checkpoints, memory, world)
+    state = _first_state(job, plans, parts, beginning)
+    if beginning.meta is None and job.init_from is not None:
+        _begin_with_parent(job, world, model, parts, state, data.tokenizer)
+    _begin_averages(parts, beginning)
+    state.tokenizer = data.tokenizer
+    changes = state.adopt_curves(plans)
+    checkpoints.epoch = memory.epoch
+    _open_segments(job, plans, parts.loader)
+    watchdog = Watchdog(job.health, folder, rank=world.rank, size=world.size, restart=world.restarts)
+    speed = Speed.of(model_flops_per_token(job.model, job.data.sequence_length), gpus=world.size)
+    resume_step = None if start == "fresh" else state.step
+    return Run(
+        job=job,
+        world=world,
+        plans=plans,
+        state=state,
+        engine=parts.engine,
+        loader=parts.loader,
+        metrics=Metrics(folder, job.log, job.name, rank=world.rank, resume_step=resume_step),
+        console=RunConsole(rank=world.rank, steps=plans[-1].end_step, done=state.step, log_every=job.log.every),
+        timeline=timeline,
+        # The order is part of what a run computes: see the comments.
+        callbacks=Callbacks(
+            [
+                Opening(beginning, changes),
+                Heartbeat(watchdog),
+                *_profiling(job, world),
+                # The average is changed while no snapshot is being copied, and is in the snapshot of this step.
+                *parts.averages,
+                # The line of a step is written before a snapshot of it can be restored, or it would be missing.
+                StepReport(speed),
+                # A snapshot holds the health of its step, and none is taken of a step that stops training.
+                HealthCheck(),
+                StragglerWatch(),
+                # A checkpoint holds the losses that later gates judge against.
+                Evaluation(Evaluator(parts.engine, data.validation, job, world), watchdog),
+                *registered,
+                # Copies while training goes on: whatever changes the state comes before.
+                memory,
+                DurableSaver(checkpoints, parts.random, parts.beside_engine(), watchdog),
+            ]
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What has state that snapshots and checkpoints hold."""
+
+    engine: Engine
+    loader: BatchLoader
+    random: RandomState
+    averages: tuple[MovingAverage, ...]
+    """One, or none."""
+
+    def beside_engine(self) -> dict[str, Shard]:
+        """Tensors besides the engine's."""
+        shards = self.random.shards()
+        for average in self.averages:
+            shards |= average.shards()
+        return shards
+
+    def shards(self) -> Mapping[str, Shard]:
+        """All tensors."""
+        return {**self.engine.state(), **self.beside_engine()}
+
+
+def _stateful_parts(job: JobSpec, world: World, model: ModelParts, data: PreparedData) -> _Parts:
+    engine = make_engine(job, world, model)
+    average = job.moving_average
+    return _Parts(
+        engine=engine,
+        loader=_loader(job, world, data),
+        random=RandomState(world.rank, world.device),
+        averages=() if average is None else (MovingAverage(average.decay, engine.state()),),
+    )
+
+
+def _first_state(job: JobSpec, plans: Sequence[StagePlan], parts: _Parts, beginning: Beginning) -> RunState:
+    """Continue what was written into the shards, or begin with step 0."""
+    if beginning.meta is None:
+        return RunState(step=0, curves=[plan.curve for plan in plans], health=Health(spec=job.health))
+    parts.engine.restored()
+    parts.random.restored()
+    parts.loader.restore(beginning.meta["ledger"])
+    return RunState.load(beginning.meta["run"], job.health)
+
+
+def _begin_with_parent(
+    job: JobSpec, world: World, model: ModelParts, parts: _Parts, state: RunState, tokenizer: str | None
+) -> None:
+    parent = adopt(job, model, parts.engine.state(), tokenizer, world)
+    parts.engine.restored()
+    if parent.ledger is not None:
+        parts.loader.restore(parent.ledger)
+    state.parent = parent.record
+
+
+def _begin_averages(parts: _Parts, beginning: Beginning) -> None:
+    """Start from the weights as they are now, unless an average was restored."""
+    if beginning.meta is None or beginning.meta.get("moving_average") is None:
+        for average in parts.averages:
+            average.begin()
+
+
+def _profiling(job: JobSpec, world: World) -> list[Callback]:
+    if job.profile is None:
+        return []
+    return [Profiling(ProfileWindow(job.profile, Path(job.output) / "profile", world.rank))]
+
+
+def make_engine(job: JobSpec, world: World, model: ModelParts) -> Engine:
+    """The engine that the job names. Only its own modules are imported: each brings a library of many seconds.
+
+    Raises:
+        EngineUnavailable: what it needs is not installed, or of a version that was not tested.
+        LayoutError: the layout does not fit the model or the world.
+    """
+    require(job.parallel.engine)
+    info = ENGINES[job.parallel.engine]
+    config = EngineConfig(
+        model=model,
+        parallel=job.parallel,
+        optimizer=job.optimizer,
+        numerics=job.numerics,
+        layout=job.layout,
+        device=world.device,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+    made: Engine = getattr(importlib.import_module(info.module), info.name)(config)
+    return made
+
+
+def _loader(job: JobSpec, world: World, data: PreparedData) -> BatchLoader:
+    def size_at(consumed: int) -> int:
+        return global_size_at(job.batch, consumed)
+
+    return BatchLoader(
+        data.sources,
+        Ledger(seed=job.seed),
+        RankShare(layout=job.layout, rank=world.rank, micro_batch_size=job.batch.micro_batch_size),
+        global_size_at=size_at,
+        prefetch=job.data.prefetch,
+    )
+
+
+def _open_segments(job: JobSpec, plans: tuple[StagePlan, ...], loader: BatchLoader) -> None:
+    """The segments of every stage that is not over; the prefetcher reads across their boundaries."""
+    for plan, stage in zip(plans, job.stages, strict=True):
+        ends = [*(plan.start_sample + first for first, _ in plan.mixtures[1:]), plan.end_sample]
+        for (first, mixture), end in zip(plan.mixtures, ends, strict=True):
+            if end > loader.consumed:
+                start = max(plan.start_sample + first, loader.consumed)
+                loader.open_segment(
+                    mixture,
+                    start=start,
+                    replay=stage.replays,
+                    stage=stage.name,
+                    skip=stage.skip,
+                    sequence_length=plan.sequence_length,
+                )

@@ -1,0 +1,67 @@
+"""The training loop: steps through the stages. What happens between two steps is done by callbacks."""
+
+import time
+
+import torch
+
+from keepwarm.trainer.errors import TrainingStopped
+from keepwarm.trainer.job.stages import global_size_at
+from keepwarm.trainer.loop.callback import Run, StepDone
+from keepwarm.trainer.loop.interrupt import Interrupt
+from keepwarm.trainer.monitor import events
+
+
+def train(run: Run, interrupt: Interrupt) -> bool:
+    """Run to the end of the last stage; False when a signal ended it earlier, with the state saved.
+
+    What ends is marked in `run.timeline`, so that every second can be accounted for.
+
+    Raises:
+        TrainingStopped: too many steps in a row were not finite, or a callback asked for the end, as a gate does; in
+            the second case the state is saved.
+    """
+    run.timeline.restored(run.state.step)
+    run.callbacks.on_start(run)
+    _check_stop(run)
+    while run.state.step < run.last_step:
+        _step(run)
+        run.timeline.step(run.state.step, run.callbacks.blocked_s)
+        run.interrupted = run.world.any(interrupt.received is not None)
+        run.callbacks.at_boundary(run)
+        run.timeline.save(run.state.step)
+        _check_stop(run)
+        if run.interrupted and run.state.step < run.last_step:
+            run.metrics.event(events.Interrupted(step=run.state.step))
+            run.console.interrupted(run.state.step)
+            return False
+    return True
+
+
+def _check_stop(run: Run) -> None:
+    if run.stop_reason is not None:
+        raise TrainingStopped(run.stop_reason)
+
+
+def _step(run: Run) -> None:
+    state, plan = run.state, run.stage_at(run.state.step)
+    run.callbacks.before_step(run)
+    if state.step == plan.start_step and run.job.stages[plan.index].optimizer_state == "reset":
+        _reset_optimizer(run)
+    lr = state.curves[plan.index].at(state.step - plan.start_step)
+    samples = global_size_at(run.job.batch, run.loader.consumed)
+    began = time.perf_counter()
+    batch = run.loader.next_batch()
+    result = run.engine.step(batch, lr, lambda: run.callbacks.before_update(run))
+    seconds = time.perf_counter() - began
+    state.step += 1
+    run.callbacks.after_step(run, StepDone(plan=plan, result=result, lr=lr, samples=samples, seconds=seconds))
+
+
+def _reset_optimizer(run: Run) -> None:
+    """Set moments and counters to zero, as a new optimizer has them."""
+    run.callbacks.before_update(run)
+    with torch.no_grad():
+        for name, shard in run.engine.state().items():
+            if name.startswith("optimizer."):
+                shard.local.zero_()
+    run.engine.restored()

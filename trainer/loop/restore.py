@@ -1,0 +1,120 @@
+"""Where a run begins: anew, from the agents' memory, or from the newest durable checkpoint."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from keepwarm.ft.format import checkpoint as durable
+from keepwarm.ft.format.manifest import read_manifest
+from keepwarm.parallel.shard import Shard
+from keepwarm.trainer.checkpoint import checkpoint
+from keepwarm.trainer.checkpoint.checkpoint import Checkpoints
+from keepwarm.trainer.distributed.in_process_restart import RECOVERY
+from keepwarm.trainer.distributed.world import World
+from keepwarm.trainer.errors import CheckpointError
+from keepwarm.trainer.loop.snapshots import MemoryTier
+from keepwarm.trainer.monitor import events
+
+MEMORY_IS_OLDER = "the newest checkpoint on disk is newer than the snapshot in memory"
+
+Start = Literal["fresh", "resume", "restart"]
+"""fresh: a new run; resume: a user continues it, so there must be something; restart: a launcher started it again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """What was written into the live shards, and why from there."""
+
+    source: Literal["nothing", "memory", "disk"]
+    reason: str
+    step: int = 0
+    meta: dict[str, Any] | None = None
+
+
+def begin(
+    start: Start, shards: Mapping[str, Shard], checkpoints: Checkpoints, memory: MemoryTier, world: World
+) -> Beginning:
+    """Fill the shards from the newest state there is. Collective, and decided alike on every rank.
+
+    Rank 0 of a run with supervisors writes the event `recovery`, once the first step afterwards is done.
+
+    Raises:
+        CheckpointError: a user wants to resume and there is nothing, or it does not fit.
+        RestoreFailed: agents or peers were lost on the way; another start may succeed.
+    """
+    entered = time.time()
+    if start == "fresh":
+        memory.begin_fresh()
+        return Beginning(source="nothing", reason="a fresh run")
+    beginning = _fill(start, shards, checkpoints, memory, world)
+    if start == "restart":
+        names = ("fetch", "decode", "verify")
+        slowest = {name: world.largest(round(1e6 * memory.phases.get(name, 0.0))) / 1e6 for name in names}
+        told = os.environ.get(RECOVERY)
+        if told is not None and world.rank == 0:
+            if beginning.source != "memory":
+                slowest["fetch"] = max(slowest["fetch"], time.time() - entered - sum(slowest.values()))
+            folder = checkpoints.root.parent
+            memory.when_resumed(partial(_report, json.loads(told), folder, beginning, memory, entered, slowest))
+    return beginning
+
+
+def _report(
+    told: dict[str, Any], folder: Path, beginning: Beginning, memory: MemoryTier, entered: float,
+    slowest: dict[str, float],
+) -> None:  # fmt: skip
+    """Write what was recovered, from where and in which time; `resume` is the time of the first step and what else."""
+    now = time.time()
+    start = max(0.0, entered - told["started"])
+    phases = told["phases"] | {"start": start} | slowest
+    phases["resume"] = max(0.0, now - entered - sum(slowest.values()))
+    from_memory = beginning.source == "memory"
+    why = told["why"] if from_memory else f"{told['why']}; {beginning.reason}"
+    recovery = events.Recovery(
+        level=told["level"] if from_memory or told["level"] == "resized" else "disk",
+        why=why,
+        slots=tuple(told["slots"]),
+        source=beginning.source,
+        step=beginning.step,
+        bytes_decoded=memory.decoded() if from_memory else 0,
+        phases=phases,
+    )
+    events.append(folder, recovery)
+
+
+def _fill(
+    start: Start, shards: Mapping[str, Shard], checkpoints: Checkpoints, memory: MemoryTier, world: World
+) -> Beginning:
+    """Restore from memory, and from disk instead where that is newer."""
+    restored = memory.restore()
+    from_memory = None if isinstance(restored, str) else (restored.epoch, restored.step)
+    newest = _newest_on_disk(checkpoints, world)
+    if newest is not None and (from_memory is None or newest[1] > from_memory):
+        meta = checkpoint.load(newest[0], shards)
+        reason = restored if isinstance(restored, str) else MEMORY_IS_OLDER
+        return Beginning(source="disk", reason=reason, step=newest[1][1], meta=meta)
+    if isinstance(restored, str):
+        if start == "resume":
+            raise CheckpointError(
+                f"nothing to resume from: {checkpoints.root} holds no complete checkpoint, and {restored}; use --force"
+            )
+        return Beginning(source="nothing", reason=restored)
+    where = "this node's memory" if restored.local else "the memory of this node and its peers"
+    return Beginning(
+        source="memory", reason=f"committed snapshot in {where}", step=restored.step, meta=json.loads(restored.meta)
+    )
+
+
+def _newest_on_disk(checkpoints: Checkpoints, world: World) -> tuple[Path, tuple[int, int]] | None:
+    """The newest complete checkpoint and its (epoch, step), as rank 0 sees it: agents may publish another meanwhile."""
+    path = checkpoints.latest() if world.rank == 0 else None
+    step = world.largest(-1 if path is None else read_manifest(path).step)
+    if step < 0:
+        return None
+    agreed = durable.folder(checkpoints.root, step)
+    return agreed, (read_manifest(agreed).epoch, step)

@@ -1,0 +1,109 @@
+"""One run from joining the world to the closing table, on one rank."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from keepwarm.trainer.distributed.in_process_restart import Halted, Orders
+from keepwarm.trainer.distributed.world import World, join
+from keepwarm.trainer.errors import OutputError, TrainingStopped
+from keepwarm.trainer.job.files import load_job, load_run, save_job
+from keepwarm.trainer.job.run_folder import RUN_FILE, RunFolder
+from keepwarm.trainer.job.shrink import resized
+from keepwarm.trainer.job.spec import JobSpec
+from keepwarm.trainer.loop.build import build
+from keepwarm.trainer.loop.callback import Ending, Run
+from keepwarm.trainer.loop.interrupt import Interrupt
+from keepwarm.trainer.loop.loop import train
+from keepwarm.trainer.loop.restore import Start
+from keepwarm.trainer.monitor.goodput import Timeline, write_result
+
+
+def run_session(path: Path, overrides: Sequence[str], *, resume: bool, orders: Orders | None = None) -> bool:
+    """Train; False when a signal ended the run early with its state saved. Without `orders` nobody can halt it.
+
+    Raises:
+        TrainerError: with the exit code of its kind.
+        Halted: peers have died; nothing of the run is left in this process, which may begin anew.
+    """
+    job = load_run(path, overrides) if path.name == RUN_FILE else load_job(path, overrides)
+    if job.cluster.elastic == "shrink":
+        job = resized(job, int(os.environ.get("WORLD_SIZE", job.layout.world_size)))
+    logging.basicConfig(format=" %(levelname)s: %(message)s", level=logging.WARNING)
+    world = join(job.layout.world_size, job.numerics)
+    start = _start(job, world, resume)
+    _open_folder(job, world)
+    orders = orders or Orders(None)
+    timeline = _timeline(job, world, start, orders.began)
+    run = build(job, world, start=start, timeline=timeline)
+    ending: Ending = "failed"
+    try:
+        # Not earlier: a rank that waits for others in a library must end at the first signal.
+        with Interrupt() as interrupt, _halts(job, world, orders), run.console:
+            finished = train(run, interrupt)
+        ending = "finished" if finished else "stopped"
+    except TrainingStopped:
+        ending = "stopped"
+        raise
+    except Halted:
+        ending = "halted"
+        raise
+    finally:
+        _leave(run, ending)
+    return finished
+
+
+def _start(job: JobSpec, world: World, resume: bool) -> Start:
+    """A rank that a launcher started again goes on by itself; a user who starts a run twice must say what is meant."""
+    if world.restarts > 0:
+        return "restart"
+    if resume:
+        return "resume"
+    folder = Path(job.output)
+    if RunFolder(folder).metrics_file.exists():
+        raise OutputError(f"{folder} holds a run already: continue it with --resume, or start it anew with --force")
+    return "fresh"
+
+
+def _leave(run: Run, ending: Ending) -> None:
+    """Free what the run holds in this process, and say where the time went when it ends with its state saved."""
+    try:
+        run.callbacks.close(run, ending)
+    finally:
+        run.loader.close()
+    if ending == "failed":
+        return
+    run.timeline.close(run.state.step, ended=ending != "halted")
+    if ending != "halted" and run.world.rank == 0:
+        with contextlib.suppress(OSError):
+            run.console.print(write_result(Path(run.job.output)).text())
+    run.engine.close()
+    run.world.leave()
+
+
+def _halts(job: JobSpec, world: World, orders: Orders) -> AbstractContextManager[None]:
+    """While it lasts, this worker can be halted: with a GPU, where that has never been tried, only if asked for."""
+    if world.device.type != "cpu" and job.cluster.in_process != "on":
+        return contextlib.nullcontext()
+    return orders.training(world.interrupt)
+
+
+def _timeline(job: JobSpec, world: World, start: Start, began: float) -> Timeline:
+    # From the start of the process on, if it is the first of this process: imports are part of what a start costs.
+    return Timeline(Path(job.output), rank=world.rank, began=began, restart=start == "restart", fresh=start == "fresh")
+
+
+def _open_folder(job: JobSpec, world: World) -> None:
+    world.barrier()  # no rank may look for metrics.jsonl after another has begun to write it
+    if world.rank != 0:
+        return
+    folder = Path(job.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not RunFolder(folder).exists:
+            save_job(job, RunFolder(folder).run_file)
+    except OSError as error:
+        raise OutputError(f"output={folder}: cannot be written: {error.strerror}") from error

@@ -1,0 +1,33 @@
+"""Look for stragglers while training goes on."""
+
+import os
+import socket
+
+import msgspec
+
+from keepwarm.ft.discovery.config import NODE
+from keepwarm.trainer.distributed.world import World
+from keepwarm.trainer.loop.callback import Callback, Run, StepDone
+from keepwarm.trainer.monitor import events, flight_recorder
+from keepwarm.trainer.monitor.stragglers import Straggler, Trace, stragglers
+
+
+def poll(world: World, *, stage: int, factor: float) -> list[Straggler]:
+    """What the flight recorders of all ranks say; every rank calls it at the same step, and gets the same answer."""
+    host = os.environ.get(NODE) or socket.gethostname()
+    trace = Trace(world.rank, stage, host, tuple(flight_recorder.read()))
+    traces = world.gather(msgspec.msgpack.encode(trace))
+    return stragglers([msgspec.msgpack.decode(one, type=Trace) for one in traces], factor)
+
+
+class StragglerWatch(Callback):
+    """Polls the flight recorders every `health.straggler_every` steps and names the ranks that slow the job down."""
+
+    def after_step(self, run: Run, done: StepDone) -> None:
+        health, world = run.job.health, run.world
+        if health.straggler_every is None or run.state.step % health.straggler_every or world.size == 1:
+            return
+        stage = run.job.layout.coordinates(world.rank).pipeline
+        for one in poll(world, stage=stage, factor=health.straggler_factor):
+            run.metrics.event(events.Straggler(step=run.state.step, **msgspec.structs.asdict(one)))
+            run.console.straggler(one)

@@ -1,0 +1,331 @@
+"""`RUN/events.jsonl`: what happened to a run, one JSON object a line, appended by ranks, supervisors and batch jobs.
+
+Each event is one of the structs below. Its line has the struct's fields and `event`, the name of the struct in
+snake_case; docs/reference.md lists them all, from the docstrings here. Torch-free.
+"""
+
+import contextlib
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import msgspec
+
+from keepwarm.trainer.job.run_folder import RunFolder
+
+PHASES = ("detect", "rendezvous", "start", "fetch", "decode", "verify", "resume")
+"""Phases of a recovery, in the order in which they come."""
+
+Level = Literal["local", "decoded", "disk", "resized"]
+"""Level of recovery, by what training continues from: `local`, each node's own memory; `decoded`, memory, of which
+peers decoded what lost nodes held; `disk`, the newest checkpoint, else the beginning; `resized`, disk, in another
+layout."""
+LEVELS: tuple[Level, ...] = ("local", "decoded", "disk", "resized")
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag=_snake_case):
+    """Base of all events."""
+
+    time: float = 0.0
+    """Seconds since 1970; `append` sets it."""
+
+
+class TrainingStarted(Event, frozen=True, kw_only=True):
+    """All ranks have joined and training begins after `step` steps; `layout` is data, pipeline, tensor."""
+
+    step: int
+    ranks: int
+    layout: tuple[int, int, int]
+
+
+class Began(Event, frozen=True, kw_only=True):
+    """Which state training begins from: `source` is `nothing`, `memory` or `disk`, and `reason` says why."""
+
+    source: Literal["nothing", "memory", "disk"]
+    step: int
+    reason: str
+
+
+class Finished(Event, frozen=True, kw_only=True):
+    """The last stage has ended."""
+
+    step: int
+    tokens_per_s: float
+
+
+class Interrupted(Event, frozen=True, kw_only=True):
+    """A signal ended the run after `step` steps, with the state saved."""
+
+    step: int
+
+
+class Parent(Event, frozen=True, kw_only=True):
+    """The run was initialised from the checkpoint or model at `path`; `ledger`: the data of its training are known."""
+
+    path: str
+    run: str | None
+    step: int | None
+    optimizer_state: bool
+    ledger: bool
+
+
+class LrChanged(Event, frozen=True, kw_only=True):
+    """A continued run has another learning-rate schedule from `step` on; `change` is `KEY: OLD -> NEW`."""
+
+    step: int
+    change: str
+
+
+class Gate(Event, frozen=True, kw_only=True):
+    """A domain has forgotten more than the gate of a stage allows; `before` and `now` are its losses."""
+
+    step: int
+    stage: str
+    domain: str
+    action: str
+    before: float
+    now: float
+
+
+class Skipped(Event, frozen=True, kw_only=True):
+    """The update of a step was skipped because its loss or gradient norm, given as text, is not finite."""
+
+    step: int
+    loss: str
+    grad_norm: str
+
+
+class Spike(Event, frozen=True, kw_only=True):
+    """The loss of a step exceeds `health.spike_factor` times the running mean; numbers are given as text."""
+
+    step: int
+    loss: str
+    grad_norm: str
+
+
+class Stopped(Event, frozen=True, kw_only=True):
+    """Training stopped itself, as `health.max_skipped` steps in a row were skipped; numbers are given as text."""
+
+    step: int
+    loss: str
+    grad_norm: str
+
+
+class Straggler(Event, frozen=True, kw_only=True):
+    """Because of this rank everything takes `ratio` times as long; `share` is the part of the time that this costs."""
+
+    step: int
+    rank: int
+    host: str
+    share: float
+    ratio: float
+
+
+class Hang(Event, frozen=True, kw_only=True):
+    """No rank made progress: `silent` ranks did not answer, `late` ones are waited for; `reports` holds the stacks."""
+
+    step: int
+    silent: tuple[int, ...]
+    late: tuple[int, ...]
+    reason: str
+    reports: str
+
+
+class Snapshots(Event, frozen=True, kw_only=True):
+    """Totals of this rank's snapshots when it ends: how many, seconds that training waited, size of the last one."""
+
+    taken: int
+    skipped: int
+    blocked_s: float
+    last_copy_s: float
+    bytes: int
+
+
+class SnapshotFailed(Event, frozen=True, kw_only=True):
+    """No snapshot could be taken after `step`; training goes on."""
+
+    step: int
+    reason: str
+
+
+class SinkFailed(Event, frozen=True, kw_only=True):
+    """A metric sink failed for the first time; the others and training go on."""
+
+    sink: str
+    reason: str
+
+
+class Recovery(Event, frozen=True, kw_only=True):
+    """Training goes on after a failure: the level of recovery, the slots that failed, and the seconds of each phase."""
+
+    level: Level
+    why: str
+    slots: tuple[int, ...]
+    source: Literal["nothing", "memory", "disk"]
+    step: int
+    bytes_decoded: int
+    phases: dict[str, float]
+
+
+class SupervisorStarted(Event, frozen=True, kw_only=True):
+    """The supervisor of a node began to run, for a layout of `slots` nodes."""
+
+    node: str
+    slots: int
+
+
+class SupervisorEnded(Event, frozen=True, kw_only=True):
+    """The supervisor of a node left with this exit code."""
+
+    node: str
+    code: int
+    why: str
+
+
+class Failure(Event, frozen=True, kw_only=True):
+    """Something of these slots failed. `kind`: a node was `lost`, a worker was `killed`, `failed` or `hung`, its
+    `agent` or the `store` died."""
+
+    node: str
+    kind: Literal["lost", "killed", "failed", "hung", "agent", "store"]
+    cause: str
+    slots: tuple[int | None, ...]
+
+
+class Whole(Event, frozen=True, kw_only=True):
+    """The node of `slots` holds every chunk of the committed snapshot again: the redundancy is what it was."""
+
+    node: str
+    slots: tuple[int | None, ...]
+    epoch: int
+    step: int
+
+
+class NodeExcluded(Event, frozen=True, kw_only=True):
+    """The run goes on without a node. `slurm_job` is set where the batch job decided it, rather than the supervisor."""
+
+    host: str
+    why: str
+    slurm_job: str | None = None
+
+
+class MemorySaved(Event, frozen=True, kw_only=True):
+    """Before a run shrinks: the snapshot of `step` is on disk, what the lost `slots` held included."""
+
+    node: str
+    step: int
+    slots: tuple[int, ...]
+
+
+class MemoryNotSaved(Event, frozen=True, kw_only=True):
+    """Before a run shrinks: what is in memory could not be written to disk; the newest checkpoint counts."""
+
+    node: str
+    why: str
+    slots: tuple[int, ...]
+
+
+class Resized(Event, frozen=True, kw_only=True):
+    """The run goes on from disk with another number of slots."""
+
+    node: str
+    slots: int
+    why: str
+
+
+class BatchStarted(Event, frozen=True, kw_only=True):
+    """A batch job began on these nodes, after so many requeues."""
+
+    slurm_job: str
+    nodes: tuple[str, ...]
+    requeues: int
+
+
+class BatchEnded(Event, frozen=True, kw_only=True):
+    """The ranks of a batch job ended with this exit code; `verdict` is what follows."""
+
+    slurm_job: str
+    code: int
+    verdict: Literal["done", "again", "requeue", "give up"]
+    why: str
+
+
+class Requeue(Event, frozen=True, kw_only=True):
+    """A batch job was put back into the queue, without the `excluded` nodes."""
+
+    slurm_job: str
+    why: str
+    excluded: tuple[str, ...]
+
+
+KINDS: dict[str, type[Event]] = {_snake_case(kind.__name__): kind for kind in Event.__subclasses__()}
+"""All events by the name in their lines."""
+
+E = TypeVar("E", bound=Event)
+
+
+class _Line(msgspec.Struct):
+    event: str
+
+
+@dataclass(frozen=True, slots=True)
+class EventLog:
+    """The events of a run, oldest first."""
+
+    events: tuple[Event, ...]
+    unknown: int = 0
+    """Lines of events that this version does not know, or that lack what it expects of them."""
+
+    def of(self, *kinds: type[E]) -> list[E]:
+        """Return the events of these kinds, oldest first."""
+        return [event for event in self.events if isinstance(event, kinds)]
+
+
+def append(folder: Path, event: Event) -> None:
+    """Add one line to the log of a run folder, with the present time.
+
+    The line is written at once: lines of several processes do not mix on a local or a POSIX shared file system.
+
+    Raises OSError.
+    """
+    line = msgspec.json.encode(msgspec.structs.replace(event, time=time.time())) + b"\n"
+    path = RunFolder(folder).events_file
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        os.write(descriptor, line)
+    finally:
+        os.close(descriptor)
+
+
+def read(folder: Path) -> EventLog:
+    """Read the log of a run folder; an empty one without a file. Lines that are no JSON, such as a torn one, are left
+    out."""
+    events: list[Event] = []
+    unknown = 0
+    with contextlib.suppress(FileNotFoundError), RunFolder(folder).events_file.open("rb") as lines:
+        for line in lines:
+            try:
+                events.append(decode(line))
+            except msgspec.ValidationError:
+                unknown += 1
+            except msgspec.DecodeError:
+                continue
+    return EventLog(tuple(events), unknown)
+
+
+def decode(line: bytes) -> Event:
+    """Return the event of one line.
+
+    Raises msgspec.DecodeError where it is no JSON, and its subclass ValidationError where the event is not known.
+    """
+    name = msgspec.json.decode(line, type=_Line).event
+    if name not in KINDS:
+        raise msgspec.ValidationError(f"unknown event {name!r}")
+    return msgspec.json.decode(line, type=KINDS[name])

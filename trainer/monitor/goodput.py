@@ -1,0 +1,305 @@
+"""Where the time of a run went: every second is productive, snapshot stall, lost work, detection, recovery, start-up or
+evaluation.
+
+Rank 0 appends one line to `RUN/goodput.jsonl` whenever it passes from one kind of work to another. Lines are never
+changed, so a restart loses none of them, and the account is a pure function of them and of the failures that
+supervisors recorded in `events.jsonl`. Torch-free.
+"""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from keepwarm.files import READABLE, atomic_write
+from keepwarm.trainer.job.run_folder import RunFolder
+from keepwarm.trainer.monitor import events
+
+Kind = Literal["productive", "snapshot stall", "lost work", "detection", "recovery", "start-up", "evaluation"]
+KINDS: tuple[Kind, ...] = (
+    "productive",
+    "snapshot stall",
+    "lost work",
+    "detection",
+    "recovery",
+    "start-up",
+    "evaluation",
+)
+
+
+class Mark(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One line of the file: what ended at `time` (seconds since 1970), or that a process began."""
+
+    time: float
+    mark: Literal["start", "restored", "step", "evaluation", "save", "end"]
+    session: int
+    """The process that wrote it. A newer session overrules an older one that was frozen and woke up."""
+    step: int = 0
+    """Completed steps."""
+    stalled: float = 0.0
+    """Seconds that this session has waited for snapshots so far."""
+    restart: bool = False
+    """With `start`: a launcher started the ranks again by itself, after a failure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """A failure as a supervisor saw it: when it was noticed, and how many seconds after it happened."""
+
+    noticed: float
+    detection: float
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """`start ... stop` in seconds since 1970. `kind` None: the run was stopped, which is no part of its wall time."""
+
+    start: float
+    stop: float
+    kind: Kind | None
+    step: int | None = None
+    """The step that it completed or followed."""
+    completes: bool = False
+    """It ended with a completed step."""
+
+    @property
+    def seconds(self) -> float:
+        return self.stop - self.start
+
+
+class Timeline:
+    """Rank 0's writer. On other ranks every method does nothing."""
+
+    def __init__(self, folder: Path, *, rank: int, began: float, restart: bool, fresh: bool) -> None:
+        """`began`: when this process was started; `fresh`: forget what an earlier run left in the folder."""
+        self._descriptor = -1
+        if rank != 0:
+            return
+        # A frozen process that wakes up and a new one write to the same file: lines must not mix.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if fresh else 0)
+        self._descriptor = os.open(RunFolder(folder).timeline_file, flags, 0o644)
+        self._session = time.time_ns()
+        self._write("start", at=began, restart=restart)
+
+    def restored(self, step: int) -> None:
+        """Training begins, with this many steps completed."""
+        self._write("restored", step=step)
+
+    def step(self, step: int, stalled: float) -> None:
+        """A step was completed; `stalled`: seconds waited for snapshots since this process began."""
+        self._write("step", step=step, stalled=stalled)
+
+    def evaluation(self, step: int) -> None:
+        """An evaluation after `step` steps has ended."""
+        self._write("evaluation", step=step)
+
+    def save(self, step: int) -> None:
+        """The workers have been asked for checkpoints; what they wrote counts as snapshot stall."""
+        self._write("save", step=step)
+
+    def close(self, step: int, *, ended: bool) -> None:
+        """`ended`: with the state saved, rather than by a failure."""
+        if self._descriptor < 0:
+            return
+        if ended:
+            self._write("end", step=step)
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    def _write(self, mark: Any, *, at: float | None = None, **values: Any) -> None:
+        if self._descriptor >= 0:
+            line = Mark(time=time.time() if at is None else at, mark=mark, session=self._session, **values)
+            # A full disk must not end the training.
+            with contextlib.suppress(OSError):
+                os.write(self._descriptor, msgspec.json.encode(line) + b"\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goodput:
+    """The account of a run up to its last mark."""
+
+    seconds: dict[Kind, float]
+    stopped: float = 0.0
+    """Seconds between an end and a continuation by a user; not part of the wall time."""
+    steps: int = 0
+    """Completed steps that count."""
+    steps_lost: int = 0
+    """Steps that were computed and had to be computed again."""
+    restarts: int = 0
+
+    @property
+    def wall(self) -> float:
+        """The sum of all kinds."""
+        return sum(self.seconds.values())
+
+    @property
+    def share(self) -> float:
+        """Productive seconds per second; 0 for a run that has not begun."""
+        return self.seconds["productive"] / self.wall if self.wall else 0.0
+
+    def data(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "goodput": self.share,
+            "wall_s": self.wall,
+            "seconds": dict(self.seconds),
+            "stopped_s": self.stopped,
+            "steps": self.steps,
+            "steps_lost": self.steps_lost,
+            "restarts": self.restarts,
+        }
+
+    def text(self) -> str:
+        """One line; kinds that took no time are left out."""
+        parts = [f"{kind} {seconds:.1f} s" for kind, seconds in self.seconds.items() if seconds >= 0.05]
+        return f"goodput: {self.share:.1%} of {self.wall:.1f} s: " + " | ".join(parts)
+
+
+def goodput(marks: Iterable[Mark], outages: Sequence[Outage] = ()) -> Goodput:
+    """The account: what `spans` says, added up."""
+    marks = list(marks)
+    found = spans(marks, outages)
+    seconds: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
+    for span in found:
+        if span.kind is not None:
+            seconds[span.kind] += span.seconds
+    return Goodput(
+        seconds=seconds,
+        stopped=sum((span.seconds for span in found if span.kind is None), 0.0),
+        steps=sum(span.completes and span.kind == "productive" for span in found),
+        steps_lost=sum(span.completes and span.kind == "lost work" for span in found),
+        restarts=sum(mark.mark == "start" and mark.restart for mark in marks),
+    )
+
+
+def process_start() -> float:
+    """When this process was started, in seconds since 1970, to a hundredth of a second."""
+    fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.time() - age
+
+
+def spans(marks: Iterable[Mark], outages: Sequence[Outage] = ()) -> list[Span]:
+    """Every second from the first mark to the last in exactly one span, oldest first.
+
+    Work is lost when a later session begins before it: its steps, and what was done right after them, become
+    `lost work`, as does what was under way when the failure happened. Without a recorded outage the failure is taken
+    to have happened when the next process began.
+    """
+    account = _Account(outages=sorted(outages, key=lambda outage: outage.noticed))
+    for mark in marks:
+        account.take(mark)
+    return account.spans
+
+
+@dataclass
+class _Account:
+    """Walks over the marks; `now` is how far the time is accounted for."""
+
+    outages: Sequence[Outage]
+    spans: list[Span] = field(default_factory=list)
+    now: float | None = None
+    session: int = -1
+    state: Literal["starting", "training", "ended"] = "ended"
+    starting: Kind = "start-up"
+    stalled: float = 0.0
+
+    def take(self, mark: Mark) -> None:
+        if mark.mark == "start":
+            self._start(mark)
+        elif mark.session == self.session:
+            self._close(mark)
+
+    def _start(self, mark: Mark) -> None:
+        if self.now is None:
+            self.now = mark.time
+        elif self.state == "ended" or not mark.restart:
+            self._until(mark.time, None)
+            self.starting = "start-up"
+        else:
+            self._failure(mark.time)
+        self.session, self.state, self.stalled = mark.session, "starting", 0.0
+
+    def _failure(self, started: float) -> None:
+        """The time from the last mark of a session that failed to the beginning of the next one."""
+        assert self.now is not None
+        before = self.now
+        outage = next((outage for outage in self.outages if before < outage.noticed <= started), Outage(started, 0.0))
+        self._until(outage.noticed - outage.detection, "lost work" if self.state == "training" else self.starting)
+        self._until(outage.noticed, "detection")
+        self._until(started, "recovery")
+        self.starting = "recovery"
+
+    def _close(self, mark: Mark) -> None:
+        if mark.mark == "restored":
+            self._until(mark.time, self.starting)
+            self._lose(mark.step)
+            self.state = "training"
+        elif mark.mark == "step":
+            assert self.now is not None
+            stall = min(max(mark.stalled - self.stalled, 0.0), max(mark.time - self.now, 0.0))
+            self.stalled = mark.stalled
+            self._until(self.now + stall, "snapshot stall", mark.step)
+            self._until(mark.time, "productive", mark.step, completes=True)
+        elif mark.mark == "evaluation":
+            self._until(mark.time, "evaluation", mark.step)
+        elif mark.mark == "save":
+            self._until(mark.time, "snapshot stall", mark.step)
+        else:
+            self._until(mark.time, "start-up")
+            self.state = "ended"
+
+    def _until(self, stop: float, kind: Kind | None, step: int | None = None, *, completes: bool = False) -> None:
+        """Account for the time up to `stop`; nothing where the clock was set back."""
+        assert self.now is not None
+        stop = max(stop, self.now)
+        if stop > self.now or completes:
+            self.spans.append(Span(self.now, stop, kind, step, completes))
+        self.now = stop
+
+    def _lose(self, step: int) -> None:
+        """Training begins again after `step` steps: what came later is done anew, the evaluation of `step` as well."""
+        for at, span in enumerate(self.spans):
+            again = span.step is not None and (span.step > step or (span.step == step and span.kind == "evaluation"))
+            if again:
+                self.spans[at] = Span(span.start, span.stop, "lost work", span.step, span.completes)
+
+
+def read_marks(folder: Path) -> Iterator[Mark]:
+    """The marks of a run folder, oldest first; torn lines are left out, without a file there are none."""
+    with contextlib.suppress(FileNotFoundError), RunFolder(folder).timeline_file.open("rb") as lines:
+        for line in lines:
+            with contextlib.suppress(msgspec.DecodeError):
+                yield msgspec.json.decode(line, type=Mark)
+
+
+def read_outages(folder: Path) -> list[Outage]:
+    """What supervisors recorded of failures: `failure` events, and the detection time of the `recovery` after them."""
+    found: list[Outage] = []
+    pending: list[float] = []
+    for event in events.read(folder).of(events.Failure, events.Recovery):
+        if isinstance(event, events.Failure):
+            pending.append(event.time)
+        elif isinstance(event, events.Recovery) and pending:
+            # Failures that nobody had to restart for are told apart by when they were noticed.
+            found += [Outage(noticed, event.phases.get("detect", 0.0)) for noticed in pending]
+            pending.clear()
+    return [*found, *(Outage(noticed, 0.0) for noticed in pending)]
+
+
+def of_run(folder: Path) -> Goodput:
+    """The account of the run in a folder, up to now."""
+    return goodput(read_marks(folder), read_outages(folder))
+
+
+def write_result(folder: Path) -> Goodput:
+    """Store the account as `goodput.json` and return it."""
+    found = of_run(folder)
+    atomic_write(RunFolder(folder).goodput_file, (json.dumps(found.data()) + "\n").encode(), mode=READABLE)
+    return found

@@ -1,0 +1,138 @@
+"""Metric sinks: where the scalars of a run go besides metrics.jsonl, one class for each place. Torch-free to import.
+
+Sinks of other packages are listed in the entry-point group `keepwarm.metric_sinks` and named in a job as
+`log: {sinks: {NAME: {options}}}`. They are built on rank 0 as `NAME(options, context)` with an instance of their
+`Options`. A job is read on machines without torch too: import what is heavy in `__init__`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, PositiveInt
+
+from keepwarm.options import Component
+from keepwarm.section import Section
+from keepwarm.trainer.errors import SpecError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepMetrics:
+    """One line of metrics.jsonl; a value that is not finite becomes null. Equal runs differ in `step_time_s` only."""
+
+    step: int
+    """Completed steps, this one included."""
+    stage: str
+    loss: float
+    """Nats per unmasked target."""
+    lr: float
+    grad_norm: float
+    tokens: int
+    """Unmasked targets of this step."""
+    step_time_s: float
+    auxiliary: Mapping[str, float] = field(default_factory=dict)
+    """Losses besides the main one by name, per unmasked target and not weighted; written as `loss/NAME`."""
+
+    def record(self) -> dict[str, Any]:
+        """All values by name, as a line of metrics.jsonl has them."""
+        values = asdict(self)
+        return values | {f"loss/{name}": loss for name, loss in values.pop("auxiliary").items()}
+
+    def scalars(self) -> dict[str, float]:
+        """The values that a curve is drawn of."""
+        return {key: value for key, value in self.record().items() if isinstance(value, float)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinkContext:
+    """What a sink is told of its run."""
+
+    folder: Path
+    """The run folder, which exists."""
+    run: str
+    """Name of the job."""
+    resume_step: int | None
+    """The run continues after this step, and what was recorded of later steps is void; None: a fresh run."""
+
+
+class MetricSink(Component):
+    """Base of all metric sinks. Used on rank 0 only, from the training thread: every call delays the step.
+
+    An exception does not end the training: the first one of a sink is a warning and the event `sink_failed`, and the
+    sink is called again at the next step.
+    """
+
+    def __init__(self, options: Any, context: SinkContext) -> None:
+        """Open the place. Raise SpecError where the job must be changed first; other errors leave the sink out."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Record values by name after `step` completed steps; they may be infinite or NaN."""
+        raise NotImplementedError
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Record a step."""
+        self.scalars(metrics.step, metrics.scalars())
+
+    def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
+        """Record the validation loss of every domain after `step` completed steps."""
+        self.scalars(step, {f"eval/{domain}": loss for domain, loss in losses.items()})
+
+    def close(self) -> None:
+        """Flush and close; called once."""
+
+
+class TensorBoardOptions(Section):
+    """TensorBoard event files in OUTPUT/tensorboard."""
+
+    flush_seconds: PositiveInt = Field(120, description="seconds after which events reach the disk, at the latest")
+
+
+class TensorBoard(MetricSink):
+    """TensorBoard event files."""
+
+    Options = TensorBoardOptions
+
+    def __init__(self, options: TensorBoardOptions, context: SinkContext) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = None if context.resume_step is None else context.resume_step + 1
+        folder = str(context.folder / "tensorboard")
+        self._writer = SummaryWriter(folder, purge_step=purge, flush_secs=options.flush_seconds)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiasesOptions(Section):
+    """A Weights & Biases run; needs the extra `wandb`."""
+
+    project: str = Field(min_length=1)
+    entity: str | None = Field(None, description="user or team; default: that of the account")
+    tags: tuple[str, ...] = ()
+
+
+class WeightsAndBiases(MetricSink):
+    """A Weights & Biases run; offline mode and credentials come from its own environment variables."""
+
+    Options = WeightsAndBiasesOptions
+
+    def __init__(self, options: WeightsAndBiasesOptions, context: SinkContext) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise SpecError("log.wandb is set, but wandb is missing: pip install 'keepwarm[wandb]'") from error
+        self._run = wandb.init(
+            project=options.project, entity=options.entity, tags=options.tags or None, name=context.run,
+            dir=str(context.folder), resume="allow",
+        )  # fmt: skip
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
