@@ -62,7 +62,7 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
 
     arguments: tuple[str, ...]
     environment: dict[str, str]
-    module: str = "trainer"
+    module: str = "keepwarm.trainer"
     log: str | None = None
     stays: bool = False
     """It can be halted, and begin again in the same process; see `keepwarm.trainer.distributed.in_process_restart`."""

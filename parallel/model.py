@@ -1,4 +1,4 @@
-"""What an engine must be told about a model. `parallel` never imports one; `keepwarm.trainer.loop.build` hands it in."""
+"""What an engine must be told about a model. `parallel` never imports one; `trainer.loop.build` hands it in."""
 
 from collections.abc import Mapping
 from typing import Protocol

@@ -31,7 +31,7 @@ def flags(*command: str) -> frozenset[str]:
         capture_output=True,
         text=True,
         timeout=120,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"},
+        env=os.environ | {"PYTHONPATH": f"{ROOT}/src:{ROOT}", "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"},
     )
     assert done.returncode == 0, f"keepwarm {' '.join(command)} --help\n{done.stderr}"
     return frozenset(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", done.stdout))
@@ -132,7 +132,7 @@ def shell(here: Path, extras: frozenset[str]) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL", "KEEPWARM"))}
     return kept | {
         "PATH": f"{home / 'bin'}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}/src:{ROOT}",
         "HOME": str(here / "home"),
     }
 

@@ -53,8 +53,9 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
 
 
 def test_planning_loads_nothing_heavy() -> None:
-    plan = "from keepwarm.launch.plan.plan import Plan; from keepwarm.launch.plan.text import print_plan; from keepwarm.trainer.job.files import load_job"
-    plan += "; from pathlib import Path; print_plan(Plan(load_job(Path('mt-nlg-530b'), [])))"
+    plan = "from pathlib import Path; from keepwarm.launch.plan.plan import Plan; "
+    plan += "from keepwarm.launch.plan.text import print_plan; from keepwarm.trainer.job.files import load_job; "
+    plan += "print_plan(Plan(load_job(Path('mt-nlg-530b'), [])))"
     loaded = run(f"{plan}; import sys; print(*(name for name in {HEAVY!r} if name in sys.modules))")
     assert loaded.splitlines()[-1].split() == []
 

@@ -62,6 +62,6 @@ def test_skip_for_want_of_an_extra_fails_where_it_is_promised(
         text=True,
         cwd=tmp_path,
         timeout=60,
-        env=os.environ | {"CI": ci, "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"CI": ci, "PYTHONPATH": f"{ROOT}/src:{ROOT}"},
     )
     assert done.stdout.strip().splitlines()[-1].startswith(outcome), done.stdout + done.stderr

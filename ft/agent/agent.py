@@ -313,7 +313,3 @@ def main(arguments: list[str]) -> int:
     finally:
         agent.close()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

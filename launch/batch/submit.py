@@ -12,7 +12,7 @@ from keepwarm.launch.batch.jobs import jobs_of
 from keepwarm.launch.batch_system import BatchSystem, Request, batch_system
 from keepwarm.launch.errors import ClusterError, OptionError
 from keepwarm.launch.local.train import continued, job_file
-from keepwarm.launch.run.preflight import check_engine, check_installation, check_job
+from keepwarm.launch.run.preflight import check_engine, check_job
 from keepwarm.launch.run.prepare import Mode, prepared
 from keepwarm.launch.run.submission import Submission
 from keepwarm.trainer.job.files import load_job
@@ -49,7 +49,6 @@ def submit_run(path: Path, overrides: Sequence[str], options: SubmitOptions) -> 
         SpecError, DataError, OutputError, PreflightError, ClusterError: nothing was submitted.
     """
     console = messages()
-    check_installation()
     system = batch_system(options.backend)
     resume = options.mode == "resume"
     job = continued(path, overrides, console) if resume else load_job(job_file(path), overrides)

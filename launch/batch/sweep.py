@@ -16,7 +16,7 @@ from rich.console import Console
 from keepwarm.launch.batch.submit import SubmitOptions, admit, messages
 from keepwarm.launch.batch_system import Array, BatchSystem, Request, batch_system
 from keepwarm.launch.local.train import job_file
-from keepwarm.launch.run.preflight import check_installation, check_job
+from keepwarm.launch.run.preflight import check_job
 from keepwarm.launch.run.prepare import prepared
 from keepwarm.launch.run.submission import Submission
 from keepwarm.trainer.errors import OutputError, SpecError
@@ -54,7 +54,6 @@ def submit_sweep(path: Path, overrides: Sequence[str], options: SubmitOptions) -
         SpecError, DataError, OutputError, PreflightError, ClusterError: nothing was submitted.
     """
     console = messages()
-    check_installation()
     system = batch_system(options.backend)
     base = load_job(job_file(path), overrides)
     values = combinations(options.sweep)

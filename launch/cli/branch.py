@@ -6,7 +6,6 @@ from pathlib import Path
 from rich.console import Console
 
 from keepwarm.launch.local.train import run_here
-from keepwarm.launch.run.preflight import check_installation
 from keepwarm.trainer.continual.branch import branched
 from keepwarm.trainer.job.stages import plan_stages
 
@@ -16,7 +15,6 @@ def branch_here(folder: Path, step: int, tokens: int, overrides: Sequence[str]) 
     `keepwarm.launch.local.train.train_here`.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-    check_installation()
     job = branched(folder, step, tokens, overrides)
     (plan,) = plan_stages(job)
     console.print(

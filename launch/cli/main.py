@@ -314,7 +314,3 @@ def main() -> None:
         elif str(error):
             print(f"keepwarm: {error}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", ExitCode.BAD_INPUT))
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,7 @@ from keepwarm.launch.drill import campaign, faults
 from keepwarm.launch.drill.faults import Action, Fault, Stage
 from keepwarm.launch.drill.report import print_result, write_html
 from keepwarm.launch.errors import DrillError, RanksFailed
-from keepwarm.launch.run.preflight import check_installation, check_job
+from keepwarm.launch.run.preflight import check_job
 from keepwarm.trainer.job.files import load_job
 from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.job.spec import JobSpec
@@ -118,7 +118,6 @@ def run(options: Options) -> None:
         SpecError, DataError, PreflightError, DrillError: nothing was started.
         RanksFailed: the run with faults was not the same as the one without.
     """
-    check_installation()
     job = load_job(options.job, options.overrides or [])
     check_job(job)
     plan = _plan(options, job)

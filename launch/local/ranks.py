@@ -38,7 +38,7 @@ class RankOptions:
     logs: Path
     max_restarts: int = 0
     """Times that all ranks start again after one crashed."""
-    module: str = "trainer"
+    module: str = "keepwarm.trainer"
     preloaded: Sequence[str] = PRELOADED
     """Modules that are imported once, before the ranks are forked."""
     stay: bool = False

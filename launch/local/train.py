@@ -7,7 +7,7 @@ from rich.console import Console
 
 from keepwarm.launch.local.nodes import run_on_nodes
 from keepwarm.launch.local.ranks import RankOptions, run_ranks
-from keepwarm.launch.run.preflight import check_installation, check_job
+from keepwarm.launch.run.preflight import check_job
 from keepwarm.launch.run.prepare import Mode, changes, prepared, stored_job
 from keepwarm.trainer.distributed.in_process_restart import may_stay
 from keepwarm.trainer.errors import SpecError
@@ -26,7 +26,6 @@ def train_here(path: Path, overrides: Sequence[str], mode: Mode, *, nodes: int |
         RanksFailed: a rank ended early.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-    check_installation()
     job = continued(path, overrides, console) if mode == "resume" else load_job(job_file(path), overrides)
     if nodes is None and not spares:
         run_here(job, mode, console)

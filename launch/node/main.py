@@ -81,7 +81,3 @@ def main(arguments: Sequence[str]) -> int:
 
     preload()
     return supervise(options, job)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

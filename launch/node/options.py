@@ -25,5 +25,5 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     wish: Wish = "any"
     resume: bool = False
     patience: float = VACANCY_TIMEOUT_S
-    module: str = "trainer"
+    module: str = "keepwarm.trainer"
     """What workers run."""

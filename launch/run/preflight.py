@@ -1,6 +1,5 @@
 """What must be right on this machine before a rank is started; each check raises with one readable sentence."""
 
-import importlib.metadata
 import operator
 import shutil
 from pathlib import Path
@@ -17,25 +16,7 @@ from keepwarm.trainer.errors import DataError
 from keepwarm.trainer.job.shrink import layouts
 from keepwarm.trainer.job.spec import JobSpec
 
-PACKAGES = ("trainer", "launch", "ft", "parallel")
-"""Names that other distributions use too."""
-
 _TEXT_ENDINGS = (".jsonl", ".txt", ".jsonl.gz", ".txt.gz", ".jsonl.zst", ".txt.zst")
-
-
-def check_installation() -> None:
-    """Raise PreflightError when another distribution installed a package of the same name as one of ours.
-
-    Whichever was installed last would have overwritten files of the other.
-    """
-    owners = importlib.metadata.packages_distributions()
-    for package in PACKAGES:
-        others = sorted({name for name in owners.get(package, ()) if name.lower() != "keepwarm"})
-        if others:
-            raise PreflightError(
-                f"the package {package!r} also belongs to {', '.join(others)}, which overwrites keepwarm's: "
-                f"pip uninstall {' '.join(others)}, then install keepwarm again"
-            )
 
 
 def check_job(job: JobSpec) -> None:

@@ -3,13 +3,12 @@
 import shutil
 from pathlib import Path
 
+import keepwarm
 from keepwarm.launch.batch_system import BatchJob, BatchSystem, Request
 from keepwarm.launch.slurm import commands
 from keepwarm.launch.slurm.check import check_offered, probe
 from keepwarm.launch.slurm.script import CODE, SCRIPT, render
 from keepwarm.trainer.job.cluster import SlurmSpec
-
-COPIED_PACKAGES = ("keepwarm", "trainer", "launch", "ft", "parallel")
 
 
 class Slurm(BatchSystem):
@@ -77,6 +76,5 @@ def _copy_code(request: Request) -> None:
     if copy.is_dir():
         shutil.rmtree(copy)
     if request.job.cluster.slurm.copy_code:
-        source = Path(__file__).parents[2]
-        for package in COPIED_PACKAGES:
-            shutil.copytree(source / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+        source = Path(keepwarm.__file__).parent
+        shutil.copytree(source, copy / source.name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -89,7 +89,7 @@ class Torchrun:
     def _agent(self) -> subprocess.Popen[bytes]:
         environment = os.environ | {
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1", "LOGLEVEL": "INFO",
-            "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo",
+            "PYTHONPATH": str(ROOT / "src"), "GLOO_SOCKET_IFNAME": "lo",
         }  # fmt: skip
         command = [
             sys.executable, "-P", "-m", "torch.distributed.run", f"--nnodes={NODES}:{NODES}",

@@ -73,7 +73,7 @@ def refused(arguments: Sequence[str], *paths: Path, options: Sequence[str] = ())
     """What a command says that ends with exit code 2; `paths` are searched before what is installed."""
     ended = subprocess.run(
         [sys.executable, *options, "-P", "-m", "keepwarm", *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*paths, ROOT)))},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*paths, ROOT / "src")))},
         capture_output=True,
         text=True,
         timeout=60,

@@ -304,7 +304,7 @@ def test_a_sweep_is_an_array_of_runs(cluster: SlurmCluster, folder: Path) -> Non
     assert result.returncode == 0, result.stderr
     job = result.stdout.strip()
     # What runs is the copy, whatever becomes of the code that it was taken from.
-    marker = root / "code" / "launch" / "slurm_job.py"
+    marker = root / "code" / "keepwarm" / "launch" / "slurm" / "job.py"
     marker.write_text('print("this is the copy")\n' + marker.read_text())
     cluster.login("scontrol", "release", job)
     for number in range(4):

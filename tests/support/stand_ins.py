@@ -68,7 +68,7 @@ class StandIns:
         self.folder, self.log = folder, folder / "log"
         (folder / "stand_in.py").write_text(worker)
         command = [sys.executable, "-c", launcher, str(folder), *arguments]
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}:{folder}"}
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}/src:{ROOT}:{folder}"}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log)
 

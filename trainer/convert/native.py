@@ -97,7 +97,7 @@ class NativeCheckpoint:
         return self._tensor(name).dtype
 
     def read(self, name: str, start: int, out: Bytes) -> None:
-        """See `keepwarm.trainer.convert.streaming.Source`; `start` is where the last read of this tensor ended, or 0."""
+        """See `streaming.Source`; `start` is where the last read of this tensor ended, or 0."""
         tensor = self._tensor(name)
         if start == 0:
             self._progress[name] = self._begin(name, tensor)

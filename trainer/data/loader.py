@@ -53,8 +53,8 @@ class BatchLoader:
     """Hands out this rank's share of every global batch, in the order that the ledger fixes.
 
     Global batch number i holds the samples at positions [consumed, consumed + global size); every rank of one data
-    coordinate gets the same rows (`keepwarm.parallel.engine.local_rows`). The ledger knows only what `next_batch` has returned,
-    not what was read ahead. Used from one thread; owns its background thread until `close`.
+    coordinate gets the same rows (`keepwarm.parallel.engine.local_rows`). The ledger knows only what `next_batch` has
+    returned, not what was read ahead. Used from one thread; owns its background thread until `close`.
 
     Args:
         sources: by name; every source that is drawn from here on.

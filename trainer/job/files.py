@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+import keepwarm
 from keepwarm.files import READABLE, atomic_write
 from keepwarm.parallel.errors import LayoutError
 from keepwarm.trainer.errors import OutputError, SpecError
@@ -19,16 +20,12 @@ from keepwarm.trainer.job.url import is_url
 from keepwarm.trainer.job.yaml import Document, read_document
 from keepwarm.trainer.model.spec import ModelSpec
 
-"""Name of the resolved spec in a run folder."""
-
 _Spec = TypeVar("_Spec", bound=BaseModel)
 
 
 def shipped_configs() -> Path:
-    """The folder of the configs that come with keepwarm: of the installed package, or of the checkout."""
-    package = Path(__file__).resolve().parent
-    installed = package / "configs"
-    return installed if installed.is_dir() else package.parent / "configs"
+    """Return the folder of the configs that come with keepwarm."""
+    return (Path(keepwarm.__file__).parent / "configs").resolve()
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:

@@ -330,7 +330,8 @@ def test_a_stranger_on_the_socket_is_refused(tmp_path: Path, secret: bytes) -> N
 
 
 def test_an_agent_is_small_and_imports_no_torch() -> None:
-    code = "import sys, keepwarm.ft.agent.agent, psutil; assert 'torch' not in sys.modules; print(psutil.Process().memory_info().rss)"
+    code = "import sys, keepwarm.ft.agent.agent, psutil; assert 'torch' not in sys.modules; "
+    code += "print(psutil.Process().memory_info().rss)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=Path(__file__).parents[3])
     assert int(done.stdout) < 60 << 20
 

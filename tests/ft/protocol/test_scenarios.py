@@ -17,7 +17,7 @@ from keepwarm.ft.protocol import messages as msg
 from keepwarm.ft.protocol import step as protocol
 from keepwarm.ft.protocol.state import Geometry, Group, State, Topology, initial
 
-FOLDER = Path(__file__).parent.parent / "scenarios"
+FOLDER = Path(__file__).parent / "scenarios"
 FILES = sorted(FOLDER.glob("*.txt"))
 
 

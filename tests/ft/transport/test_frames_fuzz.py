@@ -12,7 +12,7 @@ RUNS = 100_000
 TARGET = """
 import socket, sys
 import atheris
-with atheris.instrument_imports(include=["ft"]):
+with atheris.instrument_imports(include=["keepwarm.ft"]):
     from keepwarm.ft.errors import FrameError, PeerLost
     from keepwarm.ft.protocol.messages import MESSAGE_LIMIT, AgentMessage, WorkerMessage, encode
     from keepwarm.ft.transport.channel import Channel, decoder_of

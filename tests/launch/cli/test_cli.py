@@ -16,7 +16,7 @@ TINY = str(ROOT / "configs" / "ci" / "tiny.yaml")
 def keepwarm(*arguments: str, cwd: Path | None = None, **options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "keepwarm", *arguments]
     environment = {key: value for key, value in os.environ.items() if key != "KEEPWARM_DEBUG"} | {"COLUMNS": "200"}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment["PYTHONPATH"] = str(ROOT / "src")
     return subprocess.run(  # type: ignore[call-overload, no-any-return]
         command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=120, check=False, **options
     )
@@ -176,7 +176,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     disk, left = tmp_path / "disk", tmp_path / "left"
     disk.mkdir()
     command = ["unshare", "--mount", "sh", "-ec", FULL_DISK, "sh", str(disk), sys.executable, TINY, str(left)]
-    environment = os.environ | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"COLUMNS": "200", "PYTHONPATH": str(ROOT / "src")}
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     refused(result, "a checkpoint of this job takes", "make room")
     assert left.read_text() == "filler\n"

@@ -29,10 +29,10 @@ def test_an_untested_version_has_its_install_line(tmp_path: Path) -> None:
     info = tmp_path / "megatron_core-0.12.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: megatron-core\nVersion: 0.12.0\n")
-    code = "import sys, keepwarm.launch.cli.main; sys.argv = ['keepwarm', 'doctor', '--json']; keepwarm.launch.cli.main.main()"
+    code = "import sys; from keepwarm.launch.cli import main; sys.argv = ['keepwarm', 'doctor', '--json']; main.main()"
     ended = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "src")])},
         capture_output=True,
         text=True,
         timeout=60,

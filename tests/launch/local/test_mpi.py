@@ -141,7 +141,7 @@ def test_mpirun_trains_as_keepwarm_does(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_torchrun_trains_as_keepwarm_does(tmp_path: Path) -> None:
     torchrun = (sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
-    assert trained(tmp_path / "torchrun", *torchrun, "trainer") == with_keepwarm(tmp_path / "keepwarm")
+    assert trained(tmp_path / "torchrun", *torchrun, "keepwarm.trainer") == with_keepwarm(tmp_path / "keepwarm")
 
 
 @pytest.mark.dist
@@ -151,13 +151,17 @@ def test_torchrun_on_two_nodes_trains_as_keepwarm_does(tmp_path: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = f"{sys.executable} -P -m torch.distributed.run --nnodes=2 --nproc-per-node=1 --master-addr=127.0.0.1"
-    both = f'{common} --master-port={port} --node-rank=1 -m keepwarm.trainer "$0" & {common} --master-port={port} -m keepwarm.trainer "$0"'
+    node = f"{common} --master-port={port}"
+    both = f'{node} --node-rank=1 -m keepwarm.trainer "$0" & {node} -m keepwarm.trainer "$0"'
     by_torchrun = trained(tmp_path / "torchrun", "bash", "-c", f"{both} && wait $!")
     assert by_torchrun == with_keepwarm(tmp_path / "keepwarm")
 
 
 def test_without_mpi4py_several_nodes_need_an_address(tmp_path: Path) -> None:
-    code = "import sys; sys.modules['mpi4py'] = None\nfrom keepwarm.trainer.distributed.launcher_environment import adopt_launcher\n"
+    code = (
+        "import sys; sys.modules['mpi4py'] = None\n"
+        "from keepwarm.trainer.distributed.launcher_environment import adopt_launcher\n"
+    )
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MASTER_")} | OPEN_MPI
     command = [sys.executable, "-c", code + "adopt_launcher()"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment, cwd=ROOT)

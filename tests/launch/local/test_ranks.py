@@ -132,7 +132,7 @@ def launcher(program: Path, text: str) -> subprocess.Popen[str]:
     """A launcher of its own process, with both ranks started and their pids written."""
     program.write_text(textwrap.dedent(text))
     root = str(Path(__file__).parents[3])
-    environment = os.environ | {"PYTHONPATH": f"{os.environ['PYTHONPATH']}:{root}"}
+    environment = os.environ | {"PYTHONPATH": f"{os.environ['PYTHONPATH']}:{root}/src:{root}"}
     command = [sys.executable, "-c", LAUNCHER, str(program.parent)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     await_that(lambda: all((program.parent / f"ready{rank}").exists() for rank in range(2)), "both ranks to start")

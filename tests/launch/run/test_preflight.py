@@ -1,30 +1,12 @@
 """What stops a run before it starts."""
 
-from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from keepwarm.launch.errors import PreflightError
-from keepwarm.launch.run.preflight import check_disk, check_installation, check_memory
+from keepwarm.launch.run.preflight import check_disk, check_memory
 from keepwarm.trainer.job.files import load_job
-
-
-def test_this_installation_is_clean() -> None:
-    check_installation()
-
-
-def test_a_second_owner_of_a_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`trainer` is also a project on PyPI; its metadata alone are enough to be found."""
-    info = tmp_path / "trainer-0.0.1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: trainer\nVersion: 0.0.1\n")
-    (info / "RECORD").write_text("trainer/__init__.py,,\n")
-    (info / "top_level.txt").write_text("trainer\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert "trainer" in metadata.packages_distributions()["trainer"]
-    with pytest.raises(PreflightError, match=r"'trainer' also belongs to trainer.*pip uninstall trainer"):
-        check_installation()
 
 
 def test_a_job_of_which_no_checkpoint_fits_is_refused(tmp_path: Path) -> None:

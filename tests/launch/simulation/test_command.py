@@ -202,7 +202,8 @@ def test_the_command_ends_with_2_and_its_message_on_stderr():
 
 
 def test_no_torch_is_imported():
-    program = "import sys, keepwarm.launch.simulation.command, keepwarm.launch.simulation.report; sys.exit('torch' in sys.modules)"
+    program = "import sys, keepwarm.launch.simulation.command, keepwarm.launch.simulation.report; "
+    program += "sys.exit('torch' in sys.modules)"
     assert (
         subprocess.run(
             [sys.executable, "-c", program], timeout=60, cwd=Path(__file__).parents[3], check=False

@@ -169,4 +169,4 @@ def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     return all(torch.equal(one[name].local, two[name].local) for name in one)
 
 
-__all__ = ["BUCKET", "Nodes", "Tensor", "agent_config", "equal", "nodes", "plan_part", "random_state", "together"]
+__all__ = ["BUCKET", "Nodes", "Tensor", "equal", "nodes", "plan_part", "random_state", "together"]

@@ -36,7 +36,7 @@ def due(name: str, step: int) -> bool:
 
 
 def watch_worker(module: Any) -> None:
-    """In `keepwarm.ft.worker.snapshotter`: between the grant and the copy, in the middle of the copy, and in the middle of a restore."""
+    """In the snapshotter: between the grant and the copy, in the middle of the copy, and in the middle of a restore."""
     snapshotter: Any = module.Snapshotter
     copy, write, copyto = snapshotter._copy, module._write, module.np.copyto
     now = {"step": -1, "tensors": 0}

@@ -109,7 +109,7 @@ def environment() -> Iterator[dict[str, str]]:
                 "AWS_SECRET_ACCESS_KEY": "something",
                 "AWS_DEFAULT_REGION": "us-east-1",
                 "AWS_EC2_METADATA_DISABLED": "true",
-                "PYTHONPATH": str(ROOT),
+                "PYTHONPATH": str(ROOT / "src"),
             }
         finally:
             server.send_signal(signal.SIGKILL)

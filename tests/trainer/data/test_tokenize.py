@@ -132,7 +132,7 @@ def test_killed_and_started_again_it_gives_the_same_bytes(
     ran = subprocess.run(
         [sys.executable, "-P", str(script), str(tmp_path), str(processes), moment],
         cwd=root,
-        env={"PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore"},
+        env={"PYTHONPATH": f"{root}/src:{root}", "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
         timeout=200,

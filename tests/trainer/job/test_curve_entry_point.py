@@ -65,7 +65,7 @@ def keepwarm(tmp_path: Path) -> Keepwarm:
     (folder / "stairs_of_others.py").write_text(STAIRS)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "COLUMNS": "200"}
+        environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}/src", "COLUMNS": "200"}
         command = [sys.executable, "-m", "keepwarm", *arguments]
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240)
 

@@ -236,7 +236,8 @@ def test_model_flops_are_those_of_the_best_public_figure() -> None:
 
 
 def test_planning_needs_no_torch() -> None:
-    code = "import sys, keepwarm.trainer.job.estimate, keepwarm.trainer.model.huggingface_config; assert 'torch' not in sys.modules"
+    code = "import sys, keepwarm.trainer.job.estimate, keepwarm.trainer.model.huggingface_config; "
+    code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

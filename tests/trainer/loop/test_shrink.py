@@ -63,7 +63,7 @@ def test_two_replicas_become_one_and_two_again(tmp_path: Path, start: Callable[.
     assert smaller["step"] == rescued["step"] >= 14  # of the 15 that were done at least
     assert run.owner(0).node == "node-1"
     back = [sys.executable, "-P", "-m", "keepwarm.launch.node", str(run.folder), "--slots=2", "--node=back", "--spare"]
-    node = subprocess.Popen(back, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    node = subprocess.Popen(back, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
     try:
         larger = run.recovered(2)
         assert (larger["level"], larger["source"]) == ("resized", "disk")

@@ -43,7 +43,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (here / "bin" / name).chmod(0o755)
     environment = os.environ | {
         "PATH": f"{here / 'bin'}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(ROOT / "src"),
         "HF_DATASETS_CACHE": str(here / "datasets"),
     }
     blocks = commands()

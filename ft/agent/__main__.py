@@ -1,0 +1,8 @@
+"""The snapshot agent of one node: `python -P -m keepwarm.ft.agent CONFIG.json`."""
+
+import sys
+
+from keepwarm.ft.agent.agent import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
