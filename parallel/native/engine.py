@@ -149,12 +149,12 @@ def _check(model: ModelParts, parallel: ParallelSpec, numerics: NumericsSpec) ->
     ):
         if size % parallel.tensor:
             raise LayoutError(f"model.{what} = {size} does not divide by parallel.tensor = {parallel.tensor}")
-    if parallel.schedule == "zero_bubble" and parallel.pipeline > 1 and not splits_custom_backward(torch.__version__):
-        raise EngineUnavailable(
-            f"parallel.schedule = zero_bubble needs torch 2.13, {torch.__version__} is installed; set another schedule"
-        )
     if numerics.compile and parallel.schedule == "zero_bubble" and parallel.pipeline > 1:
         raise EngineUnavailable(
             "parallel.schedule = zero_bubble splits backward, which compiled layers do not allow; "
             "set numerics.compile = false or another schedule"
+        )
+    if parallel.schedule == "zero_bubble" and parallel.pipeline > 1 and not splits_custom_backward(torch.__version__):
+        raise EngineUnavailable(
+            f"parallel.schedule = zero_bubble needs torch 2.13, {torch.__version__} is installed; set another schedule"
         )
