@@ -15,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from keepwarm.tested import installed
 from tests.support import commands
 from tests.support.commands import PAGES, ROOT, Block
 
@@ -121,6 +122,10 @@ def link_environment(folder: Path, extras: frozenset[str]) -> None:
 
 def shell(here: Path, extras: frozenset[str]) -> dict[str, str]:
     """Return the environment of a shell in which `keepwarm` and `python`, and what they start, have `extras` alone."""
+    for extra in sorted(extras):
+        for requirement in map(Requirement, required("keepwarm", (extra,))):
+            if requirement.name != "keepwarm" and installed(requirement.name) is None:
+                pytest.skip(f"{requirement.name} is not installed: pip install 'keepwarm[{extra}]'")
     home = here / "venv"
     venv.create(home, with_pip=False, symlinks=True)
     (site,) = home.glob("lib/python3*/site-packages")
