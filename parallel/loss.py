@@ -101,7 +101,7 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, objective: torch.Tensor) -> torch.Tensor:
         ctx.gradient = torch.ones_like(objective)
-        return hidden.view_as(hidden)
+        return hidden.clone()  # FSDP hangs its own hooks on what a stage returns, which must not be a view.
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -119,13 +119,16 @@ def stage_left_out_of_norm(engine: Any) -> Iterator[None]:
 @contextmanager
 def mean_of_means(engine: Any) -> Iterator[None]:
     """Every rank divides by its own number of targets, and the means are averaged: what DeepSpeed does unasked."""
-    accumulate = engine._accumulate
+    forward, losses = engine._forward, engine._losses
 
-    def over_own_count(batch: Batch) -> None:
-        engine._losses.count = (batch.targets != IGNORED).sum() * engine.layout.data
-        accumulate(batch)
+    def over_own_count(micro: Batch) -> torch.Tensor:
+        whole, losses.count = losses.count, (micro.targets != IGNORED).sum() * engine.layout.data * 2
+        try:
+            return forward(micro)
+        finally:
+            losses.count = whole
 
-    with patch.object(engine, "_accumulate", over_own_count):
+    with patch.object(engine, "_forward", over_own_count):
         yield
 
 
