@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -50,6 +51,16 @@ def test_a_loss_that_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
     metrics.step(at(1, math.nan))
     metrics.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
+
+
+def test_losses_besides_the_main_one_are_written_by_name(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, LogSpec(tensorboard=False), "run", rank=0, resume_step=None)
+    metrics.step(at(1))
+    metrics.step(replace(at(2), auxiliary={"z_loss": 16.0, "balance": math.inf}))
+    metrics.close()
+    plain, more = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert more.keys() - plain.keys() == {"loss/z_loss", "loss/balance"}
+    assert (more["loss/z_loss"], more["loss/balance"]) == (16.0, None)
 
 
 def test_tensorboard_events_are_written(tmp_path: Path) -> None:
