@@ -52,7 +52,9 @@ CASES = {
     "wandb": (
         ["wandb"],
         ["wandb"],
-        "from keepwarm.trainer.monitor.metrics import WeightsAndBiases\nWeightsAndBiases('project', 'name', Path('.'))",
+        "from keepwarm.trainer.monitor.metric_sinks import SinkContext, WeightsAndBiases, WeightsAndBiasesOptions\n"
+        "context = SinkContext(folder=Path('.'), run='name', resume_step=None)\n"
+        "WeightsAndBiases(WeightsAndBiasesOptions(project='project'), context)",
     ),
 }
 """By extra: modules and distributions that are hidden, and what needs them."""

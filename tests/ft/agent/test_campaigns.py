@@ -22,7 +22,7 @@ LAYOUTS: dict[str, Sequence[tuple[Sequence[int], int]]] = {
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repair, "RETRY", 0.1)
-    monkeypatch.setattr(recovery_election, "POLL", 0.05)
+    monkeypatch.setattr(recovery_election, "SETTLE_POLL_INTERVAL_S", 0.05)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_parts_that_arrive_before_the_pin(tmp_path: Path, monkeypatch: pytest.Mo
     """No decision is ever sent: an agent learns of the choice from what others do about it."""
     with team(tmp_path, 3, 1) as world:
         replace(world, 2)
-        monkeypatch.setattr(recovery_election, "POLL", 1e6)
+        monkeypatch.setattr(recovery_election, "SETTLE_POLL_INTERVAL_S", 1e6)
         on_send(monkeypatch, lambda link, message: isinstance(message, Decision) and link.slot == 2)
         for agent in world.agents.values():
             agent.election._next_look = 0.0

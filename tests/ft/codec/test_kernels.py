@@ -32,7 +32,7 @@ def registered() -> Iterator[Callable[[str, Any], None]]:
 
 def test_agents_outside_kernel_codes_and_repairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outside_kernel.install(tmp_path / "outside", monkeypatch)
-    with nodes(tmp_path, 3, groups=[((0, 1, 2), 1)], slot_bytes=1 << 20, kernel=outside_kernel.NAME) as world:
+    with nodes(tmp_path, 3, groups=[((0, 1, 2), 1)], state_bytes=1 << 20, kernel=outside_kernel.NAME) as world:
         snapshotters = world.snapshotters([random_state(rank, 3) for rank in range(3)])
         together(lambda each: each.restore(1), snapshotters)
         for each in snapshotters:

@@ -203,5 +203,5 @@ def test_a_traceback_is_shown_when_asked_for() -> None:
 def test_data_tools_get_their_arguments_as_they_are(tool: str) -> None:
     shown = keepwarm("data", tool, "--help")
     assert shown.returncode == 0, shown.stderr
-    assert f"keepwarm.trainer.data.{tool.replace('-', '_')}" in shown.stdout
+    assert f"keepwarm.trainer.data.preprocess.{tool.replace('-', '_')}" in shown.stdout
     assert keepwarm("data", tool, "--no-such-option").returncode == 2
