@@ -157,6 +157,9 @@ PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 DIAGRAMS = re.findall(r"^```mermaid\n(sequenceDiagram\n.*?)^```\n+(.*?)$", PAGE, re.MULTILINE | re.DOTALL)
 
 
+BATCH = re.search(r"^(loop\._step -> .*?)^```\n\n(.*? returns\.)", PAGE, re.MULTILINE | re.DOTALL)
+
+
 def named(diagram: str) -> list[str]:
     """The functions that a diagram names, in order: `file.function` or `file.Class.method`."""
     messages = re.findall(r"^ *\w+ *--?>>\w+: *(.*)$", diagram, re.MULTILINE)
@@ -198,8 +201,17 @@ def test_architecture_draws_two_paths() -> None:
 
 @pytest.mark.parametrize(("diagram", "count"), DIAGRAMS, ids=["killed node", "tensor"])
 def test_every_function_of_a_path_exists(diagram: str, count: str) -> None:
-    names = named(diagram)
-    assert len(names) > 20
+    check(named(diagram), count)
+
+
+def test_every_function_of_the_path_of_a_batch_exists() -> None:
+    assert BATCH is not None
+    check(BATCH[1].replace("->", " ").split(), BATCH[2])
+
+
+def check(names: list[str], count: str) -> None:
+    """Assert that every name is defined in one file, and that the page counts files and returns right."""
+    assert len(names) > 10
     assert [name for name in names if len(definitions().get(name, ())) != 1] == []
     files = [next(iter(definitions()[name])) for name in names]
     assert count == f"{len(names)} functions in {len(set(files))} files, {returns(files)} returns."
