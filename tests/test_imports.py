@@ -35,7 +35,7 @@ TORCH_FREE = [
     "keepwarm.trainer.job.extensions",
     "keepwarm.trainer.monitor.metric_sinks",
     "keepwarm.parallel.mesh.layout",
-    "parallel.spec",
+    "keepwarm.parallel.spec",
     "keepwarm.parallel.engine_support",
     "keepwarm.parallel.errors",
 ]

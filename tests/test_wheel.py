@@ -56,6 +56,8 @@ def test_the_wheel_holds_the_four_packages_and_the_configs(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == OURS
     for path in ("ci/tiny.yaml", "models/tiny.yaml", "corpora/handbook_en.jsonl.zst", "corpora/LICENSE.md"):
         assert f"keepwarm/configs/{path}" in names
+    for marker in ("py.typed", "__init__.pyi"):
+        assert f"keepwarm/{marker}" in names
 
 
 def test_plan_from_an_empty_environment(environment: Path, tmp_path: Path) -> None:
