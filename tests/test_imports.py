@@ -33,6 +33,7 @@ TORCH_FREE = [
     "keepwarm.trainer.errors",
     "keepwarm.trainer.loop.callback",
     "keepwarm.trainer.job.extensions",
+    "keepwarm.trainer.model.huggingface_config",
     "keepwarm.trainer.monitor.metric_sinks",
     "keepwarm.parallel.mesh.layout",
     "keepwarm.parallel.spec",
@@ -50,6 +51,15 @@ def run(code: str) -> str:
 def test_importing_loads_nothing_heavy(module: str) -> None:
     loaded = run(f"import sys, {module}; print(*(name for name in {HEAVY!r} if name in sys.modules))")
     assert loaded.split() == []
+
+
+def test_model_families_load_nothing_heavy() -> None:
+    families = "from keepwarm.trainer.model.families.registry import FAMILIES, family_of; "
+    families += "print(len([family_of(name) for name in FAMILIES.names()]))"
+    loaded = run(f"{families}; import sys; print(*(name for name in {HEAVY!r} if name in sys.modules))")
+    count, heavy = loaded.split("\n", 1)
+    assert int(count) >= 7
+    assert heavy.split() == []
 
 
 def test_planning_loads_nothing_heavy() -> None:

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 from keepwarm.trainer.convert.recipes import Recipe, Shape
 from keepwarm.trainer.errors import SpecError
-from keepwarm.trainer.model.huggingface_names import split_layer
-from keepwarm.trainer.model.shapes import parameter_shapes
+from keepwarm.trainer.model.shapes import parameter_shapes, split_layer
 from keepwarm.trainer.model.spec import ModelSpec
 
 Runs = tuple[tuple[str, int, int], ...]

@@ -1,10 +1,11 @@
 """Where every element of a converted tensor comes from: runs of elements of source tensors, and nothing else. Pure."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from keepwarm.trainer.model.huggingface_names import FAMILIES, PROJECTIONS, Family, is_fused, projection, their_name
+from keepwarm.trainer.model.families.registry import family_of
+from keepwarm.trainer.model.families.tensor_names import Fusion
 from keepwarm.trainer.model.shapes import parameter_shapes
 from keepwarm.trainer.model.spec import ModelSpec
 
@@ -29,64 +30,71 @@ class Recipe:
 
 
 def into_canonical(spec: ModelSpec, model_type: str) -> list[Recipe]:
-    """All parameters of a model out of the tensors of a Hugging Face class; sources are named by `their_name`."""
-    family = FAMILIES[model_type]
+    """Return all parameters of a model out of the tensors of a Hugging Face class; sources have the class's names."""
+    names, shapes = family_of(model_type).tensors, parameter_shapes(spec)
     made = []
-    for name, shape in parameter_shapes(spec).items():
-        theirs, turned = their_name(name, family), _is_turned(name, shape, family)
-        runs = tuple((theirs, start, stop) for start, stop in _own_runs(name, shape, family, spec, turned))
-        made.append(Recipe(name=name, shape=shape, runs=runs, turned=turned))
+    for name, shape in shapes.items():
+        turned, fusion = names.is_transposed(name, len(shape)), names.fusion(name)
+        runs = [(0, math.prod(shape))] if fusion is None else _own_runs(name, fusion, shapes, spec, turned)
+        theirs = names.name(name)
+        taken = tuple((theirs, start, stop) for start, stop in runs)
+        made.append(Recipe(name=name, shape=shape, runs=taken, turned=turned))
     return made
 
 
 def into_huggingface(spec: ModelSpec, model_type: str) -> list[Recipe]:
-    """The inverse: the tensors of a Hugging Face class out of canonical parameters."""
-    family, shapes = FAMILIES[model_type], parameter_shapes(spec)
+    """Return the inverse: the tensors of a Hugging Face class out of canonical parameters."""
+    names, shapes = family_of(model_type).tensors, parameter_shapes(spec)
     made = []
     for name, shape in shapes.items():
-        theirs, turned = their_name(name, family), _is_turned(name, shape, family)
+        turned, fusion = names.is_transposed(name, len(shape)), names.fusion(name)
         runs: tuple[tuple[str, int, int], ...] = ((name, 0, math.prod(shape)),)
-        if is_fused(name, family):
-            if projection(name) != 0:
+        if fusion is not None:
+            parts = _part_rows(name, fusion, shapes)
+            if name != next(iter(parts)):
                 continue
-            names = [name.replace(PROJECTIONS[0], other) for other in PROJECTIONS]
-            shape = (3 * shape[0], *shape[1:])
-            runs = tuple(_in_turns(names, math.prod(shapes[name]), family, spec))
-        made.append(Recipe(name=theirs, shape=shape[::-1] if turned else shape, runs=runs, turned=turned))
+            width = math.prod(shape[1:])
+            shape = (sum(parts.values()), *shape[1:])
+            runs = tuple((part, start * width, stop * width) for part, start, stop in _rows(parts, fusion, spec))
+        made.append(Recipe(name=names.name(name), shape=shape[::-1] if turned else shape, runs=runs, turned=turned))
     return made
 
 
 def source_shapes(spec: ModelSpec, model_type: str) -> dict[str, Shape]:
-    """The tensors that a Hugging Face file of this model holds."""
+    """Return the tensors that a Hugging Face file of this model holds."""
     return {recipe.name: recipe.shape for recipe in into_huggingface(spec, model_type)}
 
 
-def _is_turned(name: str, shape: Shape, family: Family) -> bool:
-    return family.transposed and name.startswith("layers.") and len(shape) == 2
+def _part_rows(name: str, fusion: Fusion, shapes: Mapping[str, Shape]) -> dict[str, int]:
+    """Return the parameters that share a fused tensor with `name`, in its order, with their rows."""
+    module, _, kind = name.rpartition(".")
+    prefix = module.removesuffix(next(part for part in fusion.parts if module.endswith(f".{part}")))
+    names = [f"{prefix}{part}.{kind}" for part in fusion.parts]
+    return {name: shapes[name][0] for name in names if name in shapes}
 
 
-def _own_runs(name: str, shape: Shape, family: Family, spec: ModelSpec, turned: bool) -> Iterator[tuple[int, int]]:
-    """The elements of one parameter within the tensor that holds it."""
-    elements, at = math.prod(shape), projection(name)
-    if not is_fused(name, family) or at is None:
-        yield 0, elements
-    elif turned:
-        # Rows are inputs; queries, keys and values stand side by side in each.
-        outputs, inputs = shape
-        for row in range(inputs):
-            yield (3 * row + at) * outputs, (3 * row + at + 1) * outputs
-    elif family.fused == "blocks":
-        yield at * elements, (at + 1) * elements
-    else:
-        head = elements // spec.heads
-        for index in range(spec.heads):
-            yield (3 * index + at) * head, (3 * index + at + 1) * head
-
-
-def _in_turns(names: list[str], elements: int, family: Family, spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
-    """Queries, keys and values in the order in which a fused tensor has them."""
-    parts = 1 if family.fused == "blocks" else spec.heads
-    each = elements // parts
-    for index in range(parts):
-        for name in names:
+def _rows(parts: Mapping[str, int], fusion: Fusion, spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
+    """Yield (parameter, first row, last row + 1) in the order in which a fused tensor has them."""
+    groups = spec.key_value_heads if fusion.order == "groups" else 1
+    for index in range(groups):
+        for name, rows in parts.items():
+            each = rows // groups
             yield name, index * each, (index + 1) * each
+
+
+def _own_runs(
+    name: str, fusion: Fusion, shapes: Mapping[str, Shape], spec: ModelSpec, turned: bool
+) -> Iterator[tuple[int, int]]:
+    """Yield the elements of one parameter within the fused tensor that holds it."""
+    parts, width = _part_rows(name, fusion, shapes), math.prod(shapes[name][1:])
+    own, at = [], 0
+    for part, start, stop in _rows(parts, fusion, spec):
+        if part == name:
+            own.append((at, at + stop - start))
+        at += stop - start
+    if not turned:
+        yield from ((start * width, stop * width) for start, stop in own)
+        return
+    # Their rows are inputs; the outputs of all parts stand side by side in each.
+    for row in range(width):
+        yield from ((row * at + start, row * at + stop) for start, stop in own)

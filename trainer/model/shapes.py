@@ -100,3 +100,11 @@ def _style(module: str, plan: Mapping[str, TensorStyle]) -> TensorStyle | None:
     if parts[0] == "layers":
         parts[1] = "*"
     return plan.get(".".join(parts))
+
+
+def split_layer(module: str) -> tuple[str | None, str]:
+    """Split `layers.3.mlp.up` into `("3", "mlp.up")`; the index is None outside the layers."""
+    if not module.startswith("layers."):
+        return None, module
+    _, index, inside = module.split(".", 2)
+    return index, inside

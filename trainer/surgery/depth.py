@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from keepwarm.trainer.errors import SpecError
-from keepwarm.trainer.model.huggingface_names import split_layer
+from keepwarm.trainer.model.shapes import split_layer
 from keepwarm.trainer.surgery.weights import Array, Model, write
 
 How = Literal["identity", "stack", "repeat"]

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from keepwarm.trainer.errors import SpecError
-from keepwarm.trainer.model.huggingface_names import split_layer
+from keepwarm.trainer.model.shapes import split_layer
 from keepwarm.trainer.model.spec import ModelSpec
 from keepwarm.trainer.surgery.weights import Array, Model, write
 

@@ -21,8 +21,9 @@ from keepwarm.trainer.convert.output_folder import new_folder, sync
 from keepwarm.trainer.convert.recipes import Recipe, into_canonical, source_shapes
 from keepwarm.trainer.convert.streaming import Maker
 from keepwarm.trainer.errors import CheckpointError, SpecError
+from keepwarm.trainer.model.families.registry import family_of
+from keepwarm.trainer.model.families.tensor_names import BUFFERS
 from keepwarm.trainer.model.huggingface_config import model_spec_from_hf_config
-from keepwarm.trainer.model.huggingface_names import BUFFERS, FAMILIES
 from keepwarm.trainer.model.spec import ModelSpec
 
 FILES = "huggingface"
@@ -173,14 +174,14 @@ def _spec(folder: HuggingFaceFolder) -> ModelSpec:
 
 def _settle_names(folder: HuggingFaceFolder, model_type: str, spec: ModelSpec) -> tuple[list[str], list[str]]:
     """Give tensors their usual names; returns the constants and the copies of a tied head that were set aside."""
-    family, tensors = FAMILIES[model_type], folder.tensors
-    embedding, head = f"{family.top['embedding']}.weight", f"{family.top['head']}.weight"
+    names, tensors = family_of(model_type).tensors, folder.tensors
+    embedding, head = names.name("embedding.weight"), names.name("head.weight")
     base = embedding.split(".")[0] + "."
     if embedding not in tensors and embedding.removeprefix(base) in tensors:
         # Saved from the class without a head, whose names have no prefix.
         for name in [name for name in tensors if name != head]:
             tensors[base + name] = tensors.pop(name)
-    alias = f"{family.head_alias}.weight"
+    alias = f"{names.head_alias}.weight" if names.head_alias else head
     if head not in tensors and alias in tensors:
         tensors[head] = tensors.pop(alias)
     constants = sorted(name for name in tensors if BUFFERS.search(name))

@@ -1,0 +1,103 @@
+"""The interface of a model family: one architecture of Hugging Face in terms of a model spec. Torch-free."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from keepwarm.trainer.model.families.config_fields import ConfigFields
+from keepwarm.trainer.model.families.tensor_names import TensorNames
+from keepwarm.trainer.model.spec import InitSpec, ModelSpec
+
+Config = dict[str, Any]
+"""The contents of a `config.json`."""
+
+PLAIN_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+"""Activations of an MLP without a gate: their names to ours."""
+
+
+class ModelFamily(ABC):
+    """How Hugging Face describes and stores the models of one architecture.
+
+    A family adds no computation: it translates to and from the switches of `ModelSpec`, by which engines, estimates and
+    other formats go.
+
+    model_type  `model_type` in config.json; the name under which the family is registered
+    class_name  the class that runs an export, for `architectures` in config.json
+    tensors     names and layout of the tensors
+    """
+
+    model_type: ClassVar[str]
+    class_name: ClassVar[str]
+    tensors: ClassVar[TensorNames]
+
+    @abstractmethod
+    def read_config(self, config: ConfigFields) -> dict[str, Any]:
+        """Return the fields of the model spec that `config` describes.
+
+        A field left out has the default of transformers. Raise `SpecError` if a value cannot be expressed.
+        """
+
+    @abstractmethod
+    def write_config(self, spec: ModelSpec) -> Config:
+        """Return the config of a model, without `model_type` and `architectures`.
+
+        What the family cannot express may be left out: the caller reads the config back and refuses one that describes
+        another model.
+        """
+
+    def in_both_dialects(self, config: Config, spec: ModelSpec) -> Config:
+        """Return `config` with fields that only transformers 4 or only 5 reads added from their twins."""
+        return config
+
+
+def read_shared(config: ConfigFields, *, tied: bool) -> dict[str, Any]:
+    """Return the spec's fields that every class has; `tied` is its default for tied embeddings."""
+    return {
+        "vocabulary_size": config.need("vocab_size"),
+        "tied_embeddings": config.take("tie_word_embeddings", tied),
+        "init": InitSpec(std=config.take("initializer_range", 0.02)),
+    }
+
+
+def write_shared(spec: ModelSpec) -> Config:
+    """Return the config fields that every class has."""
+    return {
+        "vocab_size": spec.vocabulary_size,
+        "tie_word_embeddings": spec.tied_embeddings,
+        "initializer_range": spec.init.std,
+        "use_cache": True,
+        # Their defaults are Llama's own ids, which mean nothing in another vocabulary.
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+
+
+def read_sizes(config: ConfigFields) -> dict[str, Any]:
+    """Return the spec's sizes from the field names that all classes since GPT-NeoX share."""
+    return {
+        "layers": config.need("num_hidden_layers"),
+        "hidden_size": config.need("hidden_size"),
+        "heads": config.need("num_attention_heads"),
+        "ffn_size": config.need("intermediate_size"),
+        "max_sequence_length": config.need("max_position_embeddings"),
+    }
+
+
+def write_sizes(spec: ModelSpec) -> Config:
+    """Return the config fields that `read_sizes` reads."""
+    return {
+        "hidden_size": spec.hidden_size,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "intermediate_size": spec.ffn_size,
+        "max_position_embeddings": spec.max_sequence_length,
+    }
+
+
+def plain_activation(spec: ModelSpec) -> str:
+    """Return their name of the activation of an MLP without a gate."""
+    return "gelu_new" if spec.activation == "gelu_tanh" else "gelu"

@@ -1,0 +1,67 @@
+"""Names and layout of a model family's tensors, by the canonical names of the parameters they hold. Torch-free."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from keepwarm.trainer.errors import CheckpointError
+from keepwarm.trainer.model.shapes import split_layer
+
+PROJECTIONS = ("attention.query", "attention.key", "attention.value")
+
+BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias|attn\.bias|attn\.masked_bias)$")
+"""Constants that older versions saved among the parameters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fusion:
+    """Several modules of a layer that the family stores as one."""
+
+    module: str
+    """Its name inside a layer."""
+    parts: tuple[str, ...]
+    """Canonical names of the modules it holds, in their order."""
+    order: Literal["blocks", "groups"] = "blocks"
+    """blocks: each part whole, one after the other; groups: for each key-value head its share of every part."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorNames:
+    """A family's tensors: names by canonical name, fused modules, transposed matrices."""
+
+    top: Mapping[str, str]
+    """Modules outside the layers by canonical name; `embedding`, `final_norm` and `head` are required."""
+    layer: str
+    """Prefix of a layer; `{}` is its index."""
+    inside: Mapping[str, str]
+    """Modules inside a layer by canonical name, without those in `fusions`."""
+    fusions: tuple[Fusion, ...] = ()
+    transposed: bool = False
+    """Linear layers inside layers store `[inputs, outputs]`, as GPT-2's Conv1D does."""
+    head_alias: str | None = None
+    """A second name under which files may hold the head."""
+
+    def name(self, canonical: str) -> str:
+        """Return the tensor that holds a canonical parameter. Raise `CheckpointError` if the family has none."""
+        module, _, kind = canonical.rpartition(".")
+        index, inside = split_layer(module)
+        fusion = self.fusion(canonical)
+        try:
+            if index is None:
+                return f"{self.top[module]}.{kind}"
+            theirs = fusion.module if fusion else self.inside[inside]
+        except KeyError:
+            raise CheckpointError(f"{canonical} has no place in a model of this type") from None
+        return f"{self.layer.format(index)}{theirs}.{kind}"
+
+    def fusion(self, canonical: str) -> Fusion | None:
+        """Return the fusion that a canonical parameter is a part of, or None."""
+        index, inside = split_layer(canonical.rpartition(".")[0])
+        if index is None:
+            return None
+        return next((fusion for fusion in self.fusions if inside in fusion.parts), None)
+
+    def is_transposed(self, canonical: str, dims: int) -> bool:
+        """Return whether the family stores the transpose of a canonical parameter."""
+        return self.transposed and canonical.startswith("layers.") and dims == 2
