@@ -1,12 +1,19 @@
-"""Which engines there are, what each needs installed, and what it cannot express. Torch-free: asked before a start."""
+"""What is known of an engine before a rank runs it: what it needs installed, cannot express and takes. Torch-free."""
 
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from importlib import import_module
+from typing import Any, ClassVar, Protocol
 
+from keepwarm.options import Component
 from keepwarm.parallel.architecture import Architecture
+from keepwarm.parallel.engine_registry import ENGINES
 from keepwarm.parallel.errors import EngineUnavailable
-from keepwarm.parallel.spec import EngineName, NumericsSpec, OptimizerSpec, ParallelSpec
+from keepwarm.parallel.memory import RankEstimate, Workload
+from keepwarm.parallel.mesh.layout import check_micro_batches
+from keepwarm.parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
+from keepwarm.registry import UnknownName, UnusableComponent
 from keepwarm.tested import TESTED, installed
 
 
@@ -25,153 +32,86 @@ class Job(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Requirement:
-    """A distribution of which an engine uses what may change with any version other than those it was tested with."""
+    """A distribution that an engine needs, in a version that `keepwarm.tested` lists, or in any if it lists none."""
 
     distribution: str
-    """One of `keepwarm.tested.TESTED`."""
     install: str
     """The command that installs it."""
 
     def problem(self) -> str | None:
-        """Why it cannot be used, with the command that mends it; None when it can."""
-        found, tested = installed(self.distribution), TESTED[self.distribution]
+        """Return why it cannot be used, with the command that mends it; None when it can."""
+        found, tested = installed(self.distribution), TESTED.get(self.distribution)
         if found is None:
             return f"{self.distribution} is not installed: {self.install}"
-        if found not in tested:
+        if tested is not None and found not in tested:
             return f"{self.distribution} {found} is installed, tested is {tested}: {self.install}"
         return None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineInfo:
-    """One engine: where its class is, what it needs, and what it refuses."""
+class EngineInfo(Component, ABC):
+    """One engine, as the registry has it; made with the `parallel.options` of a job.
 
-    module: str
-    """Imported only by a rank that runs this engine."""
-    name: str
-    """Of the class."""
-    requirements: tuple[Requirement, ...]
-    in_process: bool
+    Its module is imported wherever a job is read, also on machines without torch. The engine itself, a
+    `keepwarm.parallel.engine.Engine`, is another class, which only the ranks that run it import.
+    """
+
+    engine: ClassVar[str]
+    """Where the class of the engine is, as "module:class"; called with an `EngineConfig`."""
+    requirements: ClassVar[tuple[Requirement, ...]] = ()
+    in_process: ClassVar[bool] = False
     """It can be closed after a failure and made again in the same process: nothing of it lives in module globals."""
-    refuses: Callable[[Job], Iterator[str]]
+
+    def __init__(self, options: Any) -> None:
+        """Take the options, an instance of `Options`."""
+        self.options = options
+
+    def refuses(self, job: Job) -> Iterator[str]:
+        """Yield what the job asks for and the engine cannot express: key, reason and way out."""
+        yield from ()
+
+    @classmethod
+    def check_micro_batches(cls, count: int, parallel: ParallelSpec) -> None:
+        """Raise LayoutError if a step cannot have `count` micro-batches on each data-parallel rank."""
+        check_micro_batches(count, parallel)
+
+    @abstractmethod
+    def memory(self, work: Workload) -> RankEstimate:
+        """Return what every rank at one pipeline coordinate holds, at most; for the planner."""
+
+    @classmethod
+    def engine_class(cls) -> Any:
+        """Import and return the class of the engine; brings a library of many seconds."""
+        module, _, name = cls.engine.partition(":")
+        return getattr(import_module(module), name)
 
 
-def require(engine: EngineName) -> None:
+def engine_info(parallel: ParallelSpec) -> EngineInfo:
+    """Return what is known of the engine that a job names, with the options that it gives."""
+    return registered_engine(parallel.engine)(parallel.options)
+
+
+def registered_engine(name: str) -> type[EngineInfo]:
+    """Return the registered engine of this name.
+
+    Raises:
+        EngineUnavailable: there is none, or it cannot be imported.
+    """
+    try:
+        found = ENGINES.get(name)
+    except (UnknownName, UnusableComponent) as error:
+        raise EngineUnavailable(f"parallel.engine = {name}: {error}") from error
+    if not issubclass(found, EngineInfo):
+        raise EngineUnavailable(f"parallel.engine = {name}: {found.__name__} is no subclass of EngineInfo")
+    return found
+
+
+def require(name: str) -> None:
     """Raise EngineUnavailable when something that the engine needs is missing or of an untested version."""
-    problems = [text for one in ENGINES[engine].requirements if (text := one.problem()) is not None]
+    problems = [text for one in registered_engine(name).requirements if (text := one.problem()) is not None]
     if problems:
-        raise EngineUnavailable(f"parallel.engine = {engine}: " + "; ".join(problems))
+        raise EngineUnavailable(f"parallel.engine = {name}: " + "; ".join(problems))
 
 
 def refusals(job: Job) -> list[str]:
-    """What the job asks for and its engine cannot express, a line each with key, reason and way out; pure."""
-    engine = job.parallel.engine
-    return [f"parallel.engine = {engine}: {reason}" for reason in ENGINES[engine].refuses(job)]
-
-
-def _torch(job: Job) -> Iterator[str]:
-    yield from _zero_elsewhere(job.parallel)
-    yield from _transformer_engine_elsewhere(job.parallel)
-    if job.numerics.norms == "apex" and job.parallel.sequence:
-        yield "numerics.norms = apex: with parallel.sequence its norms are split by DTensor; set torch"
-
-
-def _megatron(job: Job) -> Iterator[str]:
-    yield from _families_of_gpt_model(job.model)
-    parallel = job.parallel
-    yield from _zero_elsewhere(parallel)
-    if parallel.schedule == "zero_bubble" and parallel.pipeline > 1:
-        yield "parallel.schedule: Megatron Core has 1f1b and interleaved, no zero_bubble"
-    if parallel.layer_split is not None and len(set(parallel.layer_split)) > 1:
-        yield "parallel.layer_split: every stage holds the same number of layers; leave it out"
-    if parallel.data_mode == "hsdp":
-        yield (
-            "parallel.data_mode: fsdp (the distributed optimizer: optimizer state is sharded, weights are not) or "
-            "ddp, no hsdp"
-        )
-    if job.optimizer.name == "sgd" and parallel.data_mode != "ddp":
-        yield "optimizer.name = sgd: the distributed optimizer knows AdamW alone; set parallel.data_mode = ddp"
-    if parallel.transformer_engine and job.numerics.norms == "apex":
-        yield "numerics.norms = apex: parallel.transformer_engine brings its own norms; set one of them"
-    if job.numerics.precision == "fp64":
-        yield "numerics.precision: fp32 or bf16; its optimizers refuse fp64"
-    if job.numerics.compile:
-        yield "numerics.compile: its layers are not compiled; set false"
-
-
-def _deepspeed(job: Job) -> Iterator[str]:
-    parallel = job.parallel
-    yield from _transformer_engine_elsewhere(parallel)
-    if parallel.sequence:
-        yield "parallel.sequence: activations stay whole between the matrices; set false"
-    if parallel.pipeline > 1 and (parallel.schedule != "1f1b" or parallel.stages != parallel.pipeline):
-        yield "parallel.schedule: its pipeline has 1f1b with one stage on each rank alone"
-    if parallel.pipeline > 1 and parallel.zero_stage > 1:
-        yield f"parallel.zero_stage = {parallel.zero_stage}: its pipeline needs whole gradients until the last; set 1"
-    if parallel.data_mode != "fsdp":
-        yield "parallel.data_mode: ZeRO always shards, by parallel.zero_stage; leave it out"
-    if parallel.offload_optimizer and job.optimizer.implementation == "apex":
-        yield "parallel.offload_optimizer: Apex updates on a GPU alone; set optimizer.implementation = torch"
-    if job.numerics.precision == "fp64":
-        yield "numerics.precision = fp64: ZeRO keeps its master weights in fp32 whatever the model's type"
-    if job.numerics.precision == "bf16" and parallel.tensor > 1:
-        yield "numerics.precision = bf16: with parallel.tensor > 1 it has not been shown to compute alike; set fp32"
-    if job.numerics.compile:
-        yield "numerics.compile: its hooks and compiled layers have not been tried together; set false"
-
-
-def _zero_elsewhere(parallel: ParallelSpec) -> Iterator[str]:
-    if parallel.zero_stage != 1 or parallel.offload_optimizer:
-        yield "parallel.zero_stage, parallel.offload_optimizer: for parallel.engine = deepspeed alone"
-
-
-def _transformer_engine_elsewhere(parallel: ParallelSpec) -> Iterator[str]:
-    if parallel.transformer_engine:
-        yield "parallel.transformer_engine: for parallel.engine = megatron alone"
-
-
-def _families_of_gpt_model(model: Architecture) -> Iterator[str]:
-    """What the transformer layers of Megatron Core 0.16 lack."""
-    if model.norm_position == "post":
-        yield "model.norm_position = post (OLMo 2): its layers normalise before attention and MLP"
-    if model.parallel_residual:
-        yield "model.parallel_residual (GPT-NeoX): its layers run attention and MLP one after the other"
-    if model.qk_norm == "projection":
-        yield "model.qk_norm = projection (OLMo 2): it normalises each head by itself"
-    if model.sliding_window is not None:
-        yield "model.sliding_window (Mistral): its layers without Transformer Engine attend to the whole sequence"
-    if model.attention_output_bias != model.mlp_bias or (model.mlp_bias and not model.qkv_bias):
-        yield (
-            "model.mlp_bias, attention_output_bias, qkv_bias: it has biases everywhere, nowhere, or in query, key and "
-            "value alone"
-        )
-
-
-MEGATRON = Requirement(
-    distribution="megatron-core",
-    install="pip install 'keepwarm[megatron]'",
-)
-DEEPSPEED = Requirement(
-    distribution="deepspeed",
-    install="DS_BUILD_OPS=0 pip install 'keepwarm[deepspeed]'",
-)
-
-ENGINES: Mapping[EngineName, EngineInfo] = {
-    "torch": EngineInfo(
-        module="keepwarm.parallel.native.engine", name="TorchEngine", requirements=(), in_process=True, refuses=_torch
-    ),
-    "megatron": EngineInfo(
-        module="keepwarm.parallel.megatron.engine",
-        name="MegatronEngine",
-        requirements=(MEGATRON,),
-        in_process=True,
-        refuses=_megatron,
-    ),
-    "deepspeed": EngineInfo(
-        module="keepwarm.parallel.deepspeed.engine",
-        name="DeepSpeedEngine",
-        requirements=(DEEPSPEED, MEGATRON),
-        in_process=False,
-        refuses=_deepspeed,
-    ),
-}
+    """Return what the job asks for and its engine cannot express, a line each with key, reason and way out; pure."""
+    return [f"parallel.engine = {job.parallel.engine}: {reason}" for reason in engine_info(job.parallel).refuses(job)]

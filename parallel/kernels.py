@@ -25,6 +25,13 @@ class Kernel:
     def missing(self) -> bool:
         return importlib.util.find_spec(self.module) is None
 
+    def is_asked_by(self, job: object) -> bool:
+        """Return whether a job asks for it; the options of another engine do not have its key."""
+        value = job
+        for name in self.key.split("."):
+            value = getattr(value, name, None)
+        return value == self.value
+
     @property
     def asked(self) -> str:
         return f"{self.key} = {'true' if self.value is True else self.value}"
@@ -47,7 +54,7 @@ TRANSFORMER_ENGINE = Kernel(
     name="Transformer Engine",
     module="transformer_engine",
     install="pip install --no-build-isolation 'transformer_engine[pytorch]'",
-    key="parallel.transformer_engine",
+    key="parallel.options.transformer_engine",
     value=True,
 )
 KERNELS = (ADAM, NORMS, TRANSFORMER_ENGINE)

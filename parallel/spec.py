@@ -1,18 +1,36 @@
 """Sections of the job spec that configure this package. Torch-free."""
 
-from typing import Literal
+import json
+from typing import Any, Literal, TypeVar
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    ValidationInfo,
+    create_model,
+    field_validator,
+)
 
+from keepwarm.parallel.engine_registry import ENGINES, usable_engines
+from keepwarm.registry import UnknownName, UnusableComponent
 from keepwarm.section import Section
 
-EngineName = Literal["torch", "megatron", "deepspeed"]
+DEFAULT_ENGINE = "torch"
+Options = TypeVar("Options", bound=Section)
 
 
 class ParallelSpec(Section):
     """How the ranks are laid out and what runs on each axis of the mesh."""
 
-    engine: EngineName = Field("torch", description="what runs the mesh: PyTorch alone, Megatron Core, or DeepSpeed")
+    engine: str = Field(
+        DEFAULT_ENGINE, description="what runs the mesh: torch, megatron, deepspeed, or an engine of another package"
+    )
+    options: SerializeAsAny[Section] = Field(
+        Section(), validate_default=True, description="keys that only this engine has"
+    )
     tensor: PositiveInt = Field(1, description="ranks that share each matrix")
     pipeline: PositiveInt = Field(1, description="ranks that share the layers, one after the other")
     data: PositiveInt = Field(1, description="ranks that share the global batch")
@@ -29,17 +47,45 @@ class ParallelSpec(Section):
         True, description="fsdp, hsdp: free gathered weights after forward (zero_bubble keeps them for the step)"
     )
     shard_size: PositiveInt | None = Field(None, description="hsdp: data-parallel ranks that share one copy")
-    zero_stage: Literal[1, 2, 3] = Field(
-        1, description="deepspeed: what is sharded over data: optimizer state, gradients too, weights too"
-    )
-    offload_optimizer: bool = Field(False, description="deepspeed: keep and update the optimizer state in host memory")
-    transformer_engine: bool = Field(False, description="megatron: Transformer Engine's linear layers and norms")
 
     @property
     def stages(self) -> int:
         """Number of pipeline stages over all ranks."""
         per_rank = self.stages_per_rank or (1 if self.schedule == "1f1b" else 2)
         return self.pipeline * per_rank if self.pipeline > 1 else 1
+
+    def options_as(self, kind: type[Options]) -> Options:
+        """Return the engine's options by their class. Raises TypeError if they are those of another engine."""
+        if not isinstance(self.options, kind):
+            raise TypeError(f"options of parallel.engine = {self.engine} are no {kind.__name__}")
+        return self.options
+
+    @field_validator("engine")
+    @classmethod
+    def _registered(cls, name: str) -> str:
+        try:
+            ENGINES.get(name)
+        except (UnknownName, UnusableComponent) as error:
+            raise ValueError(str(error)) from error
+        return name
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _of_engine(cls, values: Any, info: ValidationInfo) -> Any:
+        """Validate the options as the engine's own section."""
+        if "engine" not in info.data:  # refused already
+            return Section()
+        own = ENGINES.get(info.data["engine"]).Options
+        if type(values) is Section:  # the default
+            values = {}
+        # JSON has lists where strict Python values must be tuples.
+        return own.model_validate_json(json.dumps(values)) if info.mode == "json" else own.model_validate(values)
+
+    @classmethod
+    def variant(cls, values: Any) -> type[Section]:
+        name = values.get("engine", DEFAULT_ENGINE) if isinstance(values, dict) else None
+        own = next((engine.Options for usable, engine in usable_engines() if usable == name), None)
+        return cls if own is None else create_model(cls.__name__, __base__=cls, options=(own, ...))
 
 
 class OptimizerSpec(Section):

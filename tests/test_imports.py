@@ -37,7 +37,12 @@ TORCH_FREE = [
     "keepwarm.trainer.monitor.metric_sinks",
     "keepwarm.parallel.mesh.layout",
     "keepwarm.parallel.spec",
+    "keepwarm.parallel.engine_registry",
     "keepwarm.parallel.engine_support",
+    "keepwarm.parallel.memory",
+    "keepwarm.parallel.native.info",
+    "keepwarm.parallel.megatron.info",
+    "keepwarm.parallel.deepspeed.info",
     "keepwarm.parallel.errors",
 ]
 

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from keepwarm.parallel.engine_support import ENGINES
+from keepwarm.parallel.engine_registry import ENGINES
+from keepwarm.parallel.engine_support import registered_engine
+from keepwarm.parallel.errors import EngineUnavailable
 from keepwarm.parallel.kernels import KERNELS
 from keepwarm.tested import TESTED, installed
 
@@ -48,15 +50,22 @@ def findings() -> Iterator[Finding]:
         usable=gpus > 0,
         detail=f"{gpus} NVIDIA GPUs" if gpus else "no NVIDIA driver: engines run on the CPU, for tests and debugging",
     )
-    for name, info in ENGINES.items():
-        problems = [text for one in info.requirements if (text := one.problem()) is not None]
-        versions = ", ".join(f"{one.distribution} {installed(one.distribution)}" for one in info.requirements)
-        yield Finding(
-            kind="engine",
-            name=name,
-            usable=not problems,
-            detail="; ".join(problems) or versions or f"torch {installed('torch')}",
-        )
+    yield from map(_engine, ENGINES.names())
     for kernel in KERNELS:
         detail = f"not installed: {kernel.install}" if kernel.missing else kernel.asked
         yield Finding(kind="kernel", name=kernel.name, usable=not kernel.missing, detail=detail)
+
+
+def _engine(name: str) -> Finding:
+    try:
+        requirements = registered_engine(name).requirements
+    except EngineUnavailable as error:
+        return Finding(kind="engine", name=name, usable=False, detail=str(error))
+    problems = [text for one in requirements if (text := one.problem()) is not None]
+    versions = ", ".join(f"{one.distribution} {installed(one.distribution)}" for one in requirements)
+    return Finding(
+        kind="engine",
+        name=name,
+        usable=not problems,
+        detail="; ".join(problems) or versions or f"torch {installed('torch')}",
+    )

@@ -5,8 +5,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from keepwarm.ft.placement import groups_of
+from keepwarm.parallel.memory import RankEstimate
 from keepwarm.parallel.mesh.layout import Coordinates, Layout, split_layers, stages_of
-from keepwarm.trainer.job.estimate import RankEstimate, estimate_rank, state_bytes, total_parameters
+from keepwarm.trainer.job.estimate import estimate_rank, state_bytes, total_parameters
 from keepwarm.trainer.job.shrink import layouts
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.job.stages import StagePlan, global_size_at, plan_stages

@@ -1,6 +1,5 @@
 """What must be right on this machine before a rank is started; each check raises with one readable sentence."""
 
-import operator
 import shutil
 from pathlib import Path
 
@@ -68,7 +67,7 @@ def check_engine(job: JobSpec) -> None:
     except EngineUnavailable as error:
         raise PreflightError(str(error)) from error
     for kernel in KERNELS:
-        if operator.attrgetter(kernel.key)(job) == kernel.value and kernel.missing:
+        if kernel.is_asked_by(job) and kernel.missing:
             raise PreflightError(kernel.problem)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from keepwarm.parallel import step
+from keepwarm.parallel.deepspeed.info import DeepSpeedOptions
 from keepwarm.parallel.deepspeed.setup import Groups, configuration, initialized, prepared
 from keepwarm.parallel.deepspeed.zero import Partition, PartitionByParameter, UnpartitionedParameter, groups_of
 from keepwarm.parallel.engine import Batch, EngineConfig, Evaluation, StepResult
@@ -52,7 +53,8 @@ class DeepSpeedEngine:
             LayoutError: the layout does not fit the model or the world.
             EngineUnavailable: an option is not installed.
         """
-        parallel, optimizer, model = config.parallel, config.optimizer, config.model
+        optimizer, model = config.optimizer, config.model
+        self._options = config.parallel.options_as(DeepSpeedOptions)
         step.set_determinism(config)
         self.layout = config.layout
         self._config = config
@@ -66,13 +68,13 @@ class DeepSpeedEngine:
         self.counter = torch.zeros((), dtype=torch.int64)
         self._pipeline: Pipeline | None = None
         self._make(module, placed)
-        kind = PartitionByParameter if parallel.zero_stage == 3 else Partition
+        kind = PartitionByParameter if self._options.zero_stage == 3 else Partition
         self._partition = kind(self._zero, placed)
         materialise_state(self._torch, optimizer, self._partition.buffers[0].device, self._partition.buffers)
         self._pending: _Step | None = None
         self._update = self._zero.step
         self._norm = math.nan
-        if parallel.zero_stage < 3:
+        if self._options.zero_stage < 3:
             # DeepSpeed agrees on the norm of one parameter group after the other; stages between the first and the last
             # have none for tied embeddings, and all would wait for ever. What is agreed here says the same.
             self._zero.scaled_global_norm = lambda: torch.tensor(self._norm, device=config.device)
@@ -176,7 +178,7 @@ class DeepSpeedEngine:
 
     def _make(self, module: nn.Module, placed: list[UnpartitionedParameter]) -> None:
         """Hand the stage to DeepSpeed."""
-        config = configuration(self._config.parallel, [one.parameter for one in placed])
+        config = configuration(self._options, [one.parameter for one in placed])
         with prepared(self._mesh, self._config.device):
             if self.layout.pipeline > 1:
                 from keepwarm.parallel.deepspeed.pipeline import Pipeline, Stages

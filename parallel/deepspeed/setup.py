@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from keepwarm.parallel.deepspeed.info import DeepSpeedOptions
 from keepwarm.parallel.mesh.mesh import Mesh
-from keepwarm.parallel.spec import ParallelSpec
 
 BUCKET = 500_000_000
 """Elements of a gradient that are reduced at once, at most; DeepSpeed's own default."""
@@ -28,7 +28,7 @@ WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
 """What DeepSpeed makes torch warn of, by regular expression; not the user's affair, and silent for good."""
 
 
-def configuration(parallel: ParallelSpec, parameters: Sequence[torch.Tensor]) -> dict[str, Any]:
+def configuration(options: DeepSpeedOptions, parameters: Sequence[torch.Tensor]) -> dict[str, Any]:
     """DeepSpeed's own configuration.
 
     Clipping stays off: the engine clips by its own norm, which counts replicated and tied parameters once. DeepSpeed
@@ -40,17 +40,17 @@ def configuration(parallel: ParallelSpec, parameters: Sequence[torch.Tensor]) ->
     """
     bucket = min(BUCKET, sum(one.numel() for one in parameters))
     zero: dict[str, Any] = {
-        "stage": parallel.zero_stage,
+        "stage": options.zero_stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": 2 * bucket,
         "overlap_comm": False,
     }
-    if parallel.zero_stage == 3:
+    if options.zero_stage == 3:
         zero["stage3_prefetch_bucket_size"] = bucket
         zero["stage3_param_persistence_threshold"] = max(
             (one.numel() for one in parameters if one.ndim == 1), default=0
         )
-    if parallel.offload_optimizer:
+    if options.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
     return {
         "train_micro_batch_size_per_gpu": 1,

@@ -19,11 +19,12 @@ from keepwarm.parallel.megatron.core import (
     initialize_rng_tracker,
 )
 from keepwarm.parallel.megatron.groups import Groups
+from keepwarm.parallel.megatron.info import MegatronInfo
 from keepwarm.parallel.megatron.loss import NAMES, losses_of
 from keepwarm.parallel.megatron.model import build_stages, transformer_config
 from keepwarm.parallel.megatron.names import pieces_of
 from keepwarm.parallel.megatron.optimizer import MegatronUpdater, is_distributed
-from keepwarm.parallel.mesh.layout import check_micro_batches, split_layers, stages_of
+from keepwarm.parallel.mesh.layout import split_layers, stages_of
 from keepwarm.parallel.mesh.mesh import Mesh
 from keepwarm.parallel.parameter import ShardingSpec
 from keepwarm.parallel.shard import Shard
@@ -40,7 +41,7 @@ class MegatronEngine:
     def __init__(self, config: EngineConfig) -> None:
         """Build this rank's stages, make the optimizer's state and write in the initial weights.
 
-        What `keepwarm.parallel.engine_support.refusals` names must have been refused before.
+        What `MegatronInfo.refuses` names must have been refused before.
 
         Raises:
             LayoutError: the layout does not fit the world.
@@ -83,7 +84,7 @@ class MegatronEngine:
         Raises:
             LayoutError: the pipeline schedule cannot run this number of micro-batches.
         """
-        check_micro_batches(len(batch.tokens), self._config.parallel)
+        MegatronInfo.check_micro_batches(len(batch.tokens), self._config.parallel)
         batch = step.begin(batch, self._config, self.mesh, self._losses)
         with self._groups.inside():
             self._updater.clear()

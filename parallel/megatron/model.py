@@ -24,6 +24,7 @@ from keepwarm.parallel.megatron.core import (
     TransformerLayerSubmodules,
     get_bias_dropout_add,
 )
+from keepwarm.parallel.megatron.info import MegatronOptions
 from keepwarm.parallel.megatron.layers import (
     ApexLayerNorm,
     ApexRMSNorm,
@@ -137,7 +138,7 @@ def building_blocks(spec: Architecture, parallel: ParallelSpec, numerics: Numeri
     Raises:
         EngineUnavailable: what is asked for is not installed.
     """
-    if parallel.transformer_engine:
+    if parallel.options_as(MegatronOptions).transformer_engine:
         from keepwarm.parallel.megatron.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
 
         return BuildingBlocks(norm=TENorm, column=TEColumnParallelLinear, row=TERowParallelLinear)

@@ -117,10 +117,9 @@ def split_layers(layers: int, spec: ParallelSpec) -> list[range]:
 
 
 def check_micro_batches(count: int, spec: ParallelSpec) -> None:
-    """Whether the pipeline schedule can run a step of `count` micro-batches per data-parallel rank.
+    """Raise LayoutError if the pipeline schedule cannot run a step of `count` micro-batches per data-parallel rank.
 
-    Raises:
-        LayoutError: it cannot; the message says which counts it can run.
+    The message says which counts it can run. `EngineInfo.check_micro_batches` knows what an engine asks besides.
     """
     if spec.pipeline == 1:
         return
@@ -128,11 +127,6 @@ def check_micro_batches(count: int, spec: ParallelSpec) -> None:
         raise LayoutError(
             f"parallel.schedule = 1f1b over {spec.stages} pipeline stages needs at least {spec.stages} micro-batches "
             f"per data-parallel rank, got {count}; raise batch.global_batch_size or lower batch.micro_batch_size"
-        )
-    if spec.engine == "megatron" and spec.schedule == "interleaved" and count % spec.pipeline:
-        raise LayoutError(
-            f"parallel.schedule = interleaved on parallel.engine = megatron needs a number of micro-batches per "
-            f"data-parallel rank that divides by parallel.pipeline = {spec.pipeline}, got {count}"
         )
     rounds = max(1, count // spec.pipeline)
     if spec.schedule != "1f1b" and count % rounds:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from keepwarm.parallel.engine_support import ENGINES
+from keepwarm.parallel.engine_registry import ENGINES
 from keepwarm.trainer.distributed.world import join
 from keepwarm.trainer.job.files import load_job
 from keepwarm.trainer.loop.build import build
@@ -63,7 +63,7 @@ def job_of(engine: str, layout: str, size: str, output: Path) -> Any:
 
 def rank(folder: Path, layout: str, size: str, rounds: int, steps: int) -> None:
     """One of the two ranks; rank 0 leaves the times in `folder`."""
-    jobs = {engine: job_of(engine, layout, size, folder / engine) for engine in ENGINES}
+    jobs = {engine: job_of(engine, layout, size, folder / engine) for engine in ENGINES.names()}
     world = join(2, jobs["torch"].numerics)
     runs: dict[str, Run] = {}
     for engine, job in jobs.items():

@@ -27,7 +27,7 @@ WITHOUT_DEEPSPEED = pytest.mark.skipif(
         pytest.param("megatron", STAGES, id="megatron-pipeline"),
         pytest.param("deepspeed", STAGES, id="deepspeed-zero-1-pipeline", marks=WITHOUT_DEEPSPEED),
         pytest.param(
-            "deepspeed", ("parallel.zero_stage=3", *NODE_OF_ONE), id="deepspeed-zero-3", marks=WITHOUT_DEEPSPEED
+            "deepspeed", ("parallel.options.zero_stage=3", *NODE_OF_ONE), id="deepspeed-zero-3", marks=WITHOUT_DEEPSPEED
         ),
     ],
 )

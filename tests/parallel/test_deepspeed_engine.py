@@ -278,11 +278,14 @@ TINY = Path(__file__).parents[2] / "configs/ci/tiny.yaml"
     [
         (["parallel.tensor=2", "parallel.sequence=true"], "parallel.sequence"),
         (["parallel.pipeline=2", "parallel.schedule=interleaved"], "parallel.schedule"),
-        (["parallel.pipeline=2", "parallel.zero_stage=2"], "parallel.zero_stage = 2"),
+        (["parallel.pipeline=2", "parallel.options.zero_stage=2"], "parallel.options.zero_stage = 2"),
         (["parallel.data_mode=ddp"], "parallel.data_mode"),
         (["numerics.precision=fp64"], "numerics.precision = fp64"),
         (["numerics.compile=true"], "numerics.compile"),
-        (["parallel.offload_optimizer=true", "optimizer.implementation=apex"], "parallel.offload_optimizer"),
+        (
+            ["parallel.options.offload_optimizer=true", "optimizer.implementation=apex"],
+            "parallel.options.offload_optimizer",
+        ),
     ],
 )
 def test_what_it_cannot_express_is_refused(overrides: list[str], named: str) -> None:
@@ -292,5 +295,6 @@ def test_what_it_cannot_express_is_refused(overrides: list[str], named: str) -> 
 
 @pytest.mark.parametrize("engine", ["torch", "megatron"])
 def test_zero_is_for_deepspeed_alone(engine: str) -> None:
-    with pytest.raises(SpecError, match=rf"parallel\.engine = {engine}: parallel\.zero_stage"):
-        load_job(TINY, [f"parallel.engine={engine}", "parallel.zero_stage=3"])
+    said = r"parallel\.options\.zero_stage: unknown key of this engine; it belongs to parallel\.engine = deepspeed"
+    with pytest.raises(SpecError, match=said):
+        load_job(TINY, [f"parallel.engine={engine}", "parallel.options.zero_stage=3"])

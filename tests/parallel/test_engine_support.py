@@ -1,5 +1,6 @@
 """What stops a job whose engine is not there, is of another version, or cannot do what is asked: before any process."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from keepwarm.parallel.engine_support import ENGINES, refusals, require
+from keepwarm.parallel.deepspeed.info import DeepSpeedOptions
+from keepwarm.parallel.engine_registry import ENGINES
+from keepwarm.parallel.engine_support import refusals, registered_engine, require
 from keepwarm.parallel.errors import EngineUnavailable
+from keepwarm.parallel.megatron.info import MegatronOptions
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.job.files import load_job
 from keepwarm.trainer.job.spec import JobSpec
@@ -127,7 +131,6 @@ def test_an_untested_version_ends_with_2_and_starts_nothing(
     [
         ("parallel.engine=megatron", "parallel.data_mode=hsdp"),
         ("parallel.engine=deepspeed", "numerics.compile=true"),
-        ("parallel.engine=torch", "parallel.zero_stage=3"),
     ],
     ids=lambda value: value[0],
 )
@@ -160,7 +163,48 @@ def test_megatron_refuses_what_it_cannot_express(override: str, named: str) -> N
         job("parallel.engine=megatron", override)
 
 
-def test_every_engine_says_where_it_is() -> None:
-    for info in ENGINES.values():
-        assert info.module.startswith("parallel.")
-        assert info.name.endswith("Engine")
+def test_engine_class_is_where_its_information_says() -> None:
+    for name in ENGINES.names():
+        assert registered_engine(name).engine_class().__name__.endswith("Engine")
+
+
+@pytest.mark.parametrize("key", ["zero_stage=2", "offload_optimizer=true"])
+def test_option_in_its_old_place_is_refused_with_the_new_one(key: str) -> None:
+    option = key.partition("=")[0]
+    with pytest.raises(SpecError, match=rf"it was renamed; write parallel\.options\.{option}"):
+        job("parallel.engine=deepspeed", f"parallel.{key}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["parallel.engine=megatro"], "unknown engine 'megatro'; did you mean 'megatron'? there are: torch, megatron"),
+        (["parallel.engine=deepspeed", "parallel.options.zero_stge=2"], "did you mean parallel.options.zero_stage?"),
+        (["parallel.engine=deepspeed", "parallel.options.zero_stage=4"], "zero_stage: expected 1, 2 or 3, got 4"),
+        (["parallel.options.other=1"], "unknown key of this engine, which has no options"),
+        (["parallel.options=3"], "parallel.options: expected a section with keys, got 3"),
+    ],
+)
+def test_option_that_its_engine_does_not_have_is_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(SpecError, match=re.escape(said)):
+        job(*overrides)
+
+
+def test_options_of_another_engine_are_not_handed_out() -> None:
+    parallel = job("parallel.engine=deepspeed", "parallel.options.zero_stage=2").parallel
+    assert parallel.options_as(DeepSpeedOptions).zero_stage == 2
+    with pytest.raises(TypeError, match=r"options of parallel\.engine = deepspeed are no MegatronOptions"):
+        parallel.options_as(MegatronOptions)
+
+
+def test_options_survive_the_resolved_job() -> None:
+    spec = job("parallel.engine=deepspeed", "parallel.options.zero_stage=3")
+    assert json.loads(spec.model_dump_json())["parallel"]["options"] == {"zero_stage": 3, "offload_optimizer": False}
+    assert JobSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+def test_interleaved_micro_batches_of_megatron_divide_by_the_pipeline() -> None:
+    interleaved = ["parallel.pipeline=2", "parallel.schedule=interleaved", "batch.global_batch_size=3"]
+    assert job(*interleaved).parallel.stages == 4
+    with pytest.raises(SpecError, match=r"divides by parallel\.pipeline = 2, got 3"):
+        job("parallel.engine=megatron", *interleaved)

@@ -14,7 +14,7 @@ from keepwarm.parallel.mesh.layout import Coordinates, Layout
 from keepwarm.parallel.mesh.mesh import Mesh
 from keepwarm.parallel.native.data import shard_size_of
 from keepwarm.parallel.native.stage import Stage
-from keepwarm.trainer.job.estimate import stage_parameters
+from keepwarm.trainer.job.estimate import estimate_rank
 from keepwarm.trainer.job.files import load_job
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.model.decoder import Decoder
@@ -54,7 +54,7 @@ def test_a_stage_of_megatron_turing_holds_what_the_plan_says(rank: int, data_mod
     at = layout.coordinates(rank)
     stage = Stage.build(at.pipeline, config, mesh)
     # The first data-parallel rank holds the most; sizes here divide, so that all hold the same.
-    assert sum(held.local.numel() for held in stage.parameters) == stage_parameters(job, at.pipeline)
+    assert sum(held.local.numel() for held in stage.parameters) == estimate_rank(job, at.pipeline).parameters
     assert {int(name.split(".")[1]) for name, _ in stage.module.named_parameters() if name.startswith("layers")} == set(
         range(3 * at.pipeline, 3 * at.pipeline + 3)
     )

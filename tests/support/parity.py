@@ -1,6 +1,5 @@
 """Trains the tiny model in any layout and compares what comes out with another layout."""
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from keepwarm.parallel.engine import Batch, Engine, EngineConfig, StepResult
-from keepwarm.parallel.engine_support import ENGINES
+from keepwarm.parallel.engine_support import registered_engine
 from keepwarm.parallel.mesh.layout import Layout
 from keepwarm.parallel.model import ModelParts
 from keepwarm.parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
@@ -155,6 +154,7 @@ def make_model(case: Case, numerics: NumericsSpec) -> ModelParts:
 
 def make_engine(case: Case, model: Callable[[Case, NumericsSpec], ModelParts] = make_model) -> Any:
     """The engine of this rank, called by every rank of the case's world."""
+    zero = {"zero_stage": case.zero_stage, "offload_optimizer": case.offload}
     spec = ParallelSpec.model_validate(
         {
             "engine": case.engine,
@@ -167,15 +167,13 @@ def make_engine(case: Case, model: Callable[[Case, NumericsSpec], ModelParts] = 
             "data_mode": case.data_mode if case.data_mode in ("hsdp", "ddp") else "fsdp",
             "reshard_after_forward": case.data_mode != "keep",
             "shard_size": 2 if case.data_mode == "hsdp" else None,
-            "zero_stage": case.zero_stage,
-            "offload_optimizer": case.offload,
+            "options": zero if case.engine == "deepspeed" else {},
         }
     )
     numerics = NumericsSpec.model_validate(
         {"precision": case.precision, "recompute": case.recompute, "z_loss": case.z_loss}
     )
-    info = ENGINES[spec.engine]
-    return getattr(importlib.import_module(info.module), info.name)(
+    return registered_engine(spec.engine).engine_class()(
         EngineConfig(
             model=model(case, numerics),
             parallel=spec,

@@ -19,7 +19,7 @@ from typing import Literal
 import msgspec
 
 from keepwarm.exit_code import ExitCode
-from keepwarm.parallel.engine_support import ENGINES
+from keepwarm.parallel.engine_support import engine_info
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.monitor.goodput import process_start
 
@@ -38,7 +38,7 @@ _MESSAGE = 1 << 18
 
 def may_stay(job: JobSpec) -> bool:
     """Whether workers of a job may begin again in their process; whether they have a GPU they know themselves."""
-    return job.cluster.in_process != "off" and ENGINES[job.parallel.engine].in_process
+    return job.cluster.in_process != "off" and engine_info(job.parallel).in_process
 
 
 class Halt(msgspec.Struct, frozen=True, tag=True):

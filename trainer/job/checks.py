@@ -8,9 +8,9 @@ from typing import Literal, Protocol
 from keepwarm.ft.errors import PlacementError
 from keepwarm.ft.placement import groups_of
 from keepwarm.ft.spec import SnapshotSpec
-from keepwarm.parallel.engine_support import refusals
+from keepwarm.parallel.engine_support import engine_info, refusals
 from keepwarm.parallel.errors import LayoutError
-from keepwarm.parallel.mesh.layout import Layout, check_micro_batches, split_layers
+from keepwarm.parallel.mesh.layout import Layout, split_layers
 from keepwarm.parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
 from keepwarm.trainer.data.spec import DataSpec
 from keepwarm.trainer.job.sections import BatchSpec, CheckpointSpec, ClusterSpec, StageSpec
@@ -130,7 +130,7 @@ def _batch(job: Job) -> Iterator[str]:
     )
     for size in sizes:
         try:
-            check_micro_batches(size // unit, job.parallel)
+            engine_info(job.parallel).check_micro_batches(size // unit, job.parallel)
         except LayoutError as error:
             yield str(error)
             return

@@ -15,8 +15,11 @@ KEYS: Mapping[str, str] = {
     "busy": "when_busy",
     "stand_in": "proxy_source",
     "law": "distribution",
+    "zero_stage": "options.zero_stage",
+    "offload_optimizer": "options.offload_optimizer",
+    "transformer_engine": "options.transformer_engine",
 }
-"""Old key of a job file to the key beside it that replaces it."""
+"""Old key of a job file to the key that replaces it: one beside it, or one in a section beside it."""
 VALUES: Mapping[str, Mapping[str, str]] = {
     "norm_position": {"before": "pre", "after": "post"},
     "data_mode": {"replicate": "ddp"},
@@ -29,7 +32,7 @@ OPTIONS: Mapping[str, str] = {"--control-least": "--control-threshold", "--at-on
 def new_key(old: str, known: Iterable[str]) -> str | None:
     """Return the key that replaces `old`, if it is one of those known where `old` stands."""
     new = KEYS.get(old)
-    return new if new is not None and new in known else None
+    return new if new is not None and new.partition(".")[0] in known else None
 
 
 def has_old_key(new: str, values: Any) -> bool:

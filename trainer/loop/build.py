@@ -1,6 +1,5 @@
 """The composition root: the one place where parts of `trainer`, `parallel` and `ft` are put together."""
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import torch
 
 from keepwarm.parallel.engine import Engine, EngineConfig
-from keepwarm.parallel.engine_support import ENGINES, require
+from keepwarm.parallel.engine_support import registered_engine, require
 from keepwarm.parallel.model import ModelParts
 from keepwarm.parallel.shard import Shard
 from keepwarm.trainer.checkpoint.checkpoint import Checkpoints, layout_hash
@@ -193,7 +192,6 @@ def make_engine(job: JobSpec, world: World, model: ModelParts) -> Engine:
         LayoutError: the layout does not fit the model or the world.
     """
     require(job.parallel.engine)
-    info = ENGINES[job.parallel.engine]
     config = EngineConfig(
         model=model,
         parallel=job.parallel,
@@ -203,7 +201,7 @@ def make_engine(job: JobSpec, world: World, model: ModelParts) -> Engine:
         device=world.device,
         timeout=COLLECTIVE_TIMEOUT,
     )
-    made: Engine = getattr(importlib.import_module(info.module), info.name)(config)
+    made: Engine = registered_engine(job.parallel.engine).engine_class()(config)
     return made
 
 

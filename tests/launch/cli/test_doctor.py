@@ -55,7 +55,10 @@ def test_an_untested_version_has_its_install_line(tmp_path: Path) -> None:
     [
         (["optimizer.implementation=apex"], r"implementation = apex.*github\.com/NVIDIA/apex"),
         (["numerics.norms=apex"], r"numerics\.norms = apex.*github\.com/NVIDIA/apex"),
-        (["parallel.engine=megatron", "parallel.transformer_engine=true"], r"transformer_engine = true.*pip install"),
+        (
+            ["parallel.engine=megatron", "parallel.options.transformer_engine=true"],
+            r"transformer_engine = true.*pip install",
+        ),
     ],
 )
 def test_kernels_asked_for_and_missing_are_refused(
@@ -69,8 +72,11 @@ def test_kernels_asked_for_and_missing_are_refused(
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["parallel.transformer_engine=true"], r"parallel\.transformer_engine: for parallel\.engine = megatron alone"),
-        (["parallel.engine=megatron", "parallel.transformer_engine=true", "numerics.norms=apex"], "set one of them"),
+        (["parallel.options.transformer_engine=true"], r"it belongs to parallel\.engine = megatron"),
+        (
+            ["parallel.engine=megatron", "parallel.options.transformer_engine=true", "numerics.norms=apex"],
+            "set one of them",
+        ),
         (["parallel.tensor=2", "parallel.sequence=true", "numerics.norms=apex"], "split by DTensor"),
     ],
 )

@@ -16,7 +16,6 @@ from keepwarm.trainer.job.estimate import (
     in_flight,
     layer_elements,
     model_flops_per_token,
-    stage_parameters,
     stage_shapes,
     total_parameters,
 )
@@ -91,20 +90,20 @@ def test_stages_have_as_many_parameters_as_the_built_parts(name: str, tied: bool
             part = Decoder(spec, 1).build_stage(layers, embed=stage == 0, head=stage == stages - 1)
         built = {name: tuple(parameter.shape) for name, parameter in part.named_parameters()}
         assert stage_shapes(one, stage) == built
-        assert stage_parameters(one, stage) == numel(part)
+        assert estimate_rank(one, stage).parameters == numel(part)
 
 
 def test_tensor_and_data_axes_split_what_they_hold() -> None:
     """Llama 3 8B on tensor 4: matrices split, norms whole; FSDP over 3 leaves the first rank the larger part."""
     whole = job("llama-3-8b", parallel={"tensor": 4})
     norms = (2 * 32 + 1) * 4096
-    assert stage_parameters(whole, 0) == (8_030_261_248 - norms) // 4 + norms
+    assert estimate_rank(whole, 0).parameters == (8_030_261_248 - norms) // 4 + norms
     split = job("llama-3-8b", batch=9, parallel={"tensor": 4, "data": 3})
     ceil = -(-4096 // 3)
     expected = sum(
         -(-(rows // (4 if rows != 4096 or bare else 1)) // 3) * columns for rows, columns, bare in _llama_rows()
     )
-    assert stage_parameters(split, 0) == expected + (2 * 32 + 1) * ceil
+    assert estimate_rank(split, 0).parameters == expected + (2 * 32 + 1) * ceil
 
 
 def _llama_rows() -> list[tuple[int, int, bool]]:
@@ -253,5 +252,6 @@ def test_engines_with_flattened_optimizers_shard_what_zero_says() -> None:
     assert of(engine="megatron") == pytest.approx((2 + 4 / 8, 4, 8 / 8), rel=1e-6)
     assert of(engine="megatron", data_mode="ddp") == pytest.approx((2 + 4, 4, 8), rel=1e-6)
     assert of(engine="deepspeed") == pytest.approx((4 + 4 / 8, 4, 8 / 8), rel=1e-6)
-    assert of(engine="deepspeed", zero_stage=2) == pytest.approx((4 + 4 / 8, 4 / 8, 8 / 8), rel=1e-6)
-    assert of(engine="deepspeed", zero_stage=3, offload_optimizer=True) == pytest.approx((4 / 8, 4 / 8, 0), rel=1e-6)
+    assert of(engine="deepspeed", options={"zero_stage": 2}) == pytest.approx((4 + 4 / 8, 4 / 8, 8 / 8), rel=1e-6)
+    offloaded = {"zero_stage": 3, "offload_optimizer": True}
+    assert of(engine="deepspeed", options=offloaded) == pytest.approx((4 / 8, 4 / 8, 0), rel=1e-6)

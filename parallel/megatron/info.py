@@ -1,0 +1,94 @@
+"""What is known of the megatron engine before a rank runs it. Torch-free."""
+
+from collections.abc import Iterator
+
+from pydantic import Field
+
+from keepwarm.parallel.architecture import Architecture
+from keepwarm.parallel.engine_registry import EngineOptions
+from keepwarm.parallel.engine_support import EngineInfo, Job, Requirement
+from keepwarm.parallel.errors import LayoutError
+from keepwarm.parallel.memory import RankEstimate, Workload, data_share
+from keepwarm.parallel.spec import ParallelSpec
+
+MEGATRON_CORE = Requirement(distribution="megatron-core", install="pip install 'keepwarm[megatron]'")
+
+
+class MegatronOptions(EngineOptions):
+    """Options of the megatron engine."""
+
+    transformer_engine: bool = Field(False, description="Transformer Engine's linear layers and norms")
+
+
+class MegatronInfo(EngineInfo):
+    """Megatron Core's layers, schedules, data parallelism and optimizers."""
+
+    Options = MegatronOptions
+    engine = "keepwarm.parallel.megatron.engine:MegatronEngine"
+    requirements = (MEGATRON_CORE,)
+    in_process = True
+
+    options: MegatronOptions
+
+    def refuses(self, job: Job) -> Iterator[str]:
+        yield from _families_of_gpt_model(job.model)
+        parallel = job.parallel
+        if parallel.schedule == "zero_bubble" and parallel.pipeline > 1:
+            yield "parallel.schedule: Megatron Core has 1f1b and interleaved, no zero_bubble"
+        if parallel.layer_split is not None and len(set(parallel.layer_split)) > 1:
+            yield "parallel.layer_split: every stage holds the same number of layers; leave it out"
+        if parallel.data_mode == "hsdp":
+            yield (
+                "parallel.data_mode: fsdp (the distributed optimizer: optimizer state is sharded, weights are not) or "
+                "ddp, no hsdp"
+            )
+        if job.optimizer.name == "sgd" and parallel.data_mode != "ddp":
+            yield "optimizer.name = sgd: the distributed optimizer knows AdamW alone; set parallel.data_mode = ddp"
+        if self.options.transformer_engine and job.numerics.norms == "apex":
+            yield "numerics.norms = apex: parallel.options.transformer_engine brings its own norms; set one of them"
+        if job.numerics.precision == "fp64":
+            yield "numerics.precision: fp32 or bf16; its optimizers refuse fp64"
+        if job.numerics.compile:
+            yield "numerics.compile: its layers are not compiled; set false"
+
+    @classmethod
+    def check_micro_batches(cls, count: int, parallel: ParallelSpec) -> None:
+        if parallel.schedule == "interleaved" and count % parallel.pipeline:
+            raise LayoutError(
+                f"parallel.schedule = interleaved on parallel.engine = megatron needs a number of micro-batches per "
+                f"data-parallel rank that divides by parallel.pipeline = {parallel.pipeline}, got {count}"
+            )
+        super().check_micro_batches(count, parallel)
+
+    def memory(self, work: Workload) -> RankEstimate:
+        """Return what each rank holds: the distributed optimizer is ZeRO stage 1 (Rajbhandari et al., 2020).
+
+        Weights and gradients, these in fp32, are whole. Logits are not computed in chunks.
+        """
+        whole, share = work.elements, data_share(work)
+        master, compute = work.master_bytes, work.compute_bytes
+        head = 0 if work.head is None else work.head.bytes_at_once(compute)
+        return RankEstimate(
+            parameters=whole,
+            weights=whole * compute + (share * master if compute != master else 0),
+            gradients=whole * master,
+            optimizer=share * master * work.moments,
+            activations=work.layer_activations + head,
+        )
+
+
+def _families_of_gpt_model(model: Architecture) -> Iterator[str]:
+    """What the transformer layers of Megatron Core 0.16 lack."""
+    if model.norm_position == "post":
+        yield "model.norm_position = post (OLMo 2): its layers normalise before attention and MLP"
+    if model.parallel_residual:
+        yield "model.parallel_residual (GPT-NeoX): its layers run attention and MLP one after the other"
+    if model.qk_norm == "projection":
+        yield "model.qk_norm = projection (OLMo 2): it normalises each head by itself"
+    if model.sliding_window is not None:
+        yield "model.sliding_window (Mistral): its layers without Transformer Engine attend to the whole sequence"
+    if model.attention_output_bias != model.mlp_bias or (model.mlp_bias and not model.qkv_bias):
+        yield (
+            "model.mlp_bias, attention_output_bias, qkv_bias: it has biases everywhere, nowhere, or in query, key and "
+            "value alone"
+        )
