@@ -15,20 +15,20 @@ def main(arguments: list[str]) -> int:
     # Heavy imports come after the arguments are known to be right: a typo must not cost three seconds.
     from keepwarm.ft.errors import FtError
     from keepwarm.parallel.errors import ParallelError
-    from keepwarm.trainer.distributed.in_process_restart import Halted, Orders
+    from keepwarm.trainer.distributed.in_process_restart import ControlChannel, RestartRequested
     from keepwarm.trainer.errors import TrainerError
     from keepwarm.trainer.loop.session import run_session
 
-    orders = Orders.inherited()
+    control = ControlChannel.inherited()
     try:
         while True:
             try:
-                finished = run_session(options.job, options.override, resume=options.resume, orders=orders)
+                finished = run_session(options.job, options.override, resume=options.resume, control=control)
                 return ExitCode.DONE if finished else ExitCode.INTERRUPTED
-            except Halted as halted:
+            except RestartRequested as request:
                 rank = os.environ.get("RANK", "0")
-                print(f"rank {rank}: peers have gone ({halted}); starts again in this process", file=sys.stderr)
-            orders.next_start()
+                print(f"rank {rank}: lost its peers ({request}); restarting in this process", file=sys.stderr)
+            control.park()
     except (TrainerError, ParallelError, FtError) as error:
         if os.environ.get("KEEPWARM_DEBUG"):
             traceback.print_exc()

@@ -95,12 +95,12 @@ def _print(found: dict[str, Any], account: Goodput) -> None:
         console.print(f"{found['unknown_events']} events are not known to this version", soft_wrap=True)
     if found["nodes"]:
         table = Table(title="nodes")
-        for column in ("node", "host", "slot", "state", "ranks", "generation"):
+        for column in ("node", "host", "slot", "state", "ranks", "restart"):
             table.add_column(column)
         for node in found["nodes"]:
             slot = "-" if node["slot"] is None else str(node["slot"])
             ranks = ",".join(sorted(node["workers"], key=int)) or "-"
-            table.add_row(node["node"], node["host"], slot, node["state"], ranks, str(node["generation"]))
+            table.add_row(node["node"], node["host"], slot, node["state"], ranks, str(node["restart"]))
         console.print(table)
     table = Table(title=f"goodput {account.share:.1%}")
     for column in ("seconds of", "", "share"):

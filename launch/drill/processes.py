@@ -140,7 +140,7 @@ class Processes:
         owners = [record for record in owners if record.state not in ("fenced", "ended")]
         if not owners:
             raise DrillError(f"no node owns slot {slot} right now")
-        return max(owners, key=lambda record: record.generation)
+        return max(owners, key=lambda record: record.restart)
 
     @staticmethod
     def _or_raise(found: list[Found], what: str) -> list[Found]:

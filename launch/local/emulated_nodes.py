@@ -1,9 +1,9 @@
-"""Several nodes emulated on one machine: `python -P -m keepwarm.launch.local.emulated_nodes RUN_FOLDER --slots N
+"""Emulate several nodes on one machine: `python -P -m keepwarm.launch.local.emulated_nodes RUN_FOLDER --slots N
 --spares M [--resume]`.
 
-One supervisor a node, each in a session of its own with its agent and its workers: killing these is losing the node
-and its memory. This process imports once what all of them need, forks them, passes signals on, and ends with the exit
-code of the run.
+Each node has a supervisor in a session of its own, with an agent and workers; killing these loses the node and its
+memory. This process imports once what all of them need, forks the supervisors, forwards signals to them and ends with
+the exit code of the run.
 """
 
 import argparse
@@ -29,19 +29,19 @@ from keepwarm.trainer.job.files import load_run
 from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.job.spec import JobSpec
 
-AGENTS_LEAVE = 30.0
-"""Seconds that the agents of a run have to end after its supervisors."""
+AGENTS_END_TIMEOUT_S = 30.0
+"""How long the agents of a run may take to end after its supervisors."""
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -P -m keepwarm.launch.local.emulated_nodes", description="Nodes of one machine."
+        prog="python -P -m keepwarm.launch.local.emulated_nodes", description="Emulate nodes on one machine."
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--slots", type=int, required=True)
     parser.add_argument("--spares", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--patience", type=float, default=VACANCY_TIMEOUT_S)
+    parser.add_argument("--vacancy-timeout", type=float, default=VACANCY_TIMEOUT_S)
     given = parser.parse_args(arguments)
     folder = given.folder.absolute()
     job = load_run(RunFolder(folder).run_file)
@@ -51,30 +51,30 @@ def main(arguments: Sequence[str]) -> int:
     die_with(os.getppid())
     preload()
     importlib.import_module("keepwarm.launch.node.supervisor")
-    everyone = [
+    nodes = [
         Options(
             folder=folder,
             slots=given.slots,
             node=f"node-{number}",
             ranks_per_node=job.layout.ranks_per_node,
-            wish=number if number < given.slots else "spare",
+            requested_slot=number if number < given.slots else "spare",
             resume=given.resume,
-            patience=given.patience,
+            vacancy_timeout=given.vacancy_timeout,
         )
         for number in range(given.slots + given.spares)
     ]
     try:
-        return Nodes(everyone, job).run()
+        return Nodes(nodes, job).run()
     finally:
-        sweep(folder, [options.node for options in everyone], given.slots)
+        sweep(folder, [options.node for options in nodes], given.slots)
 
 
 class Nodes:
-    """The supervisors as children of this process."""
+    """Supervisors as children of this process."""
 
-    def __init__(self, everyone: Sequence[Options], job: JobSpec) -> None:
+    def __init__(self, nodes: Sequence[Options], job: JobSpec) -> None:
         self._parent = os.getpid()
-        self._pids = [self._fork(options, job) for options in everyone]
+        self._pids = [self._fork(options, job) for options in nodes]
         self._codes: dict[int, int] = {}
 
     def _fork(self, options: Options, job: JobSpec) -> int:
@@ -95,7 +95,7 @@ class Nodes:
             os._exit(code)
 
     def run(self) -> int:
-        """Wait for all of them; the code that most of the survivors agree on is the run's."""
+        """Wait for all supervisors; return the exit code that most of the survivors agree on."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, self._forward)
         with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
@@ -114,16 +114,16 @@ class Nodes:
         return max(set(survivors), key=survivors.count, default=ExitCode.UNRECOVERABLE)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        """SIGINT as what it is: said twice, it kills."""
-        passed = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+        # SIGINT stays SIGINT: the second one kills the workers.
+        forwarded = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
         for pid in self._pids:
             if pid not in self._codes:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, passed)
+                    os.kill(pid, forwarded)
 
 
 def sweep(folder: Path, nodes: Sequence[str], slots: int) -> None:
-    """Wait for the agents to end, and remove what those of killed nodes left on this machine."""
+    """Wait for the agents to end, and remove what the agents of killed nodes left on this machine."""
     try:
         run = run_identity(load_secret(folder / SECRET))
     except FtError:
@@ -132,7 +132,7 @@ def sweep(folder: Path, nodes: Sequence[str], slots: int) -> None:
     for node in nodes:
         os.environ[NODE] = node
         left |= {path for slot in range(slots) if (path := runtime_folder(run, slot)).is_dir()}
-    end = time.monotonic() + AGENTS_LEAVE
+    end = time.monotonic() + AGENTS_END_TIMEOUT_S
     while left and time.monotonic() < end:
         for path in list(left):
             with contextlib.suppress(FtError, OSError):

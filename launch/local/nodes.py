@@ -1,4 +1,4 @@
-"""`keepwarm train --nodes N --spares M`: a job on emulated nodes of this machine, each with a supervisor."""
+"""`keepwarm train --nodes N --spares M`: run a job on emulated nodes of this machine, each with a supervisor."""
 
 import contextlib
 import shutil
@@ -10,7 +10,7 @@ from rich.console import Console
 
 from keepwarm.exit_code import ExitCode
 from keepwarm.launch.errors import PreflightError, RanksFailed
-from keepwarm.launch.forkserver import Nursery, Worker
+from keepwarm.launch.forkserver import ForkServer, Worker
 from keepwarm.launch.node import record
 from keepwarm.launch.run.preflight import check_job, check_memory
 from keepwarm.launch.run.prepare import Mode, prepared
@@ -20,11 +20,11 @@ from keepwarm.trainer.monitor import events
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 SIGNAL_POLL_INTERVAL_S = 0.2
-"""Seconds between looks at what signals have come; the end of the nodes is seen at once."""
+"""Seconds between checks for signals to forward; the end of the nodes is noticed at once."""
 
 
 def run_on_nodes(job: JobSpec, mode: Mode, console: Console, *, nodes: int, spares: int) -> None:
-    """Make the run folder and run the job on as many emulated nodes as its layout has, with spares beside them.
+    """Make the run folder and run the job on as many emulated nodes as its layout has, plus spares.
 
     Raises:
         PreflightError: the layout has another number of nodes.
@@ -34,7 +34,7 @@ def run_on_nodes(job: JobSpec, mode: Mode, console: Console, *, nodes: int, spar
     check_job(job)
     check_memory(job, emulated=True)
     with prepared(job, mode) as folder:
-        # Of an earlier start of the run; the lock on the folder says that none of its supervisors lives.
+        # Left by an earlier start. The lock on the run folder guarantees that none of its supervisors lives.
         shutil.rmtree(RunFolder(folder).nodes, ignore_errors=True)
         record.make_folder(folder)
         seen = len(events.read(folder).of(events.SupervisorEnded))
@@ -54,7 +54,7 @@ def run_on_nodes(job: JobSpec, mode: Mode, console: Console, *, nodes: int, spar
 
 
 def check_nodes(job: JobSpec, nodes: int, spares: int) -> None:
-    """Raise `PreflightError` unless the layout fills just these nodes."""
+    """Raise `PreflightError` unless the layout fills exactly these nodes."""
     layout = job.layout
     if nodes != layout.nodes:
         raise PreflightError(
@@ -69,27 +69,27 @@ def check_nodes(job: JobSpec, nodes: int, spares: int) -> None:
 
 
 def _run(worker: Worker) -> int:
-    """Run one process until it ends, passing signals on; its exit code."""
-    with contextlib.closing(Nursery()) as nursery, _noted() as noted:
-        pid = nursery.start(worker)
-        while pid not in nursery.ended:
-            nursery.poll(SIGNAL_POLL_INTERVAL_S)
-            while noted:
-                nursery.send([pid], noted.pop(0))
-        return nursery.ended[pid]
+    """Run one process, forwarding signals to it, and return its exit code."""
+    with contextlib.closing(ForkServer()) as server, _recorded_signals() as pending:
+        pid = server.start(worker)
+        while pid not in server.ended:
+            server.poll(SIGNAL_POLL_INTERVAL_S)
+            while pending:
+                server.send([pid], pending.pop(0))
+        return server.ended[pid]
 
 
 @contextlib.contextmanager
-def _noted() -> Iterator[list[signal.Signals]]:
-    """The signals that come meanwhile, in their order."""
-    noted: list[signal.Signals] = []
+def _recorded_signals() -> Iterator[list[signal.Signals]]:
+    """Record the signals that arrive inside the `with` block, in order, in place of acting on them."""
+    pending: list[signal.Signals] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.append(signal.Signals(number))
+    def record_signal(number: int, frame: FrameType | None) -> None:
+        pending.append(signal.Signals(number))
 
-    before = {number: signal.signal(number, note) for number in _FORWARDED}
+    before = {number: signal.signal(number, record_signal) for number in _FORWARDED}
     try:
-        yield noted
+        yield pending
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""`keepwarm train`: from a job file to ended ranks, on this machine."""
+"""`keepwarm train`: run a job on this machine, from its file to the end of its ranks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from keepwarm.launch.local.nodes import run_on_nodes
 from keepwarm.launch.local.ranks import RankOptions, run_ranks
 from keepwarm.launch.run.preflight import check_job
 from keepwarm.launch.run.prepare import Mode, changes, prepared, stored_job
-from keepwarm.trainer.distributed.in_process_restart import may_stay
+from keepwarm.trainer.distributed.in_process_restart import supports_in_process_restart
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.job.files import load_job
 from keepwarm.trainer.job.run_folder import RunFolder
@@ -17,12 +17,12 @@ from keepwarm.trainer.job.spec import JobSpec
 
 
 def train_here(path: Path, overrides: Sequence[str], mode: Mode, *, nodes: int | None = None, spares: int = 0) -> None:
-    """Validate the job, make its run folder and run its ranks to the end; on emulated nodes where `nodes` says so.
+    """Validate the job, make its run folder and run its ranks to the end; on emulated nodes if `nodes` is given.
 
     `path` is a job file; with mode `resume` also a run folder.
 
     Raises:
-        SpecError, DataError, OutputError, PreflightError: before anything was started.
+        SpecError, DataError, OutputError, PreflightError: nothing was started.
         RanksFailed: a rank ended early.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
@@ -48,20 +48,20 @@ def run_here(job: JobSpec, mode: Mode, console: Console) -> None:
                 threads_per_rank=job.numerics.threads_per_rank,
                 logs=RunFolder(folder).logs,
                 max_restarts=job.cluster.max_restarts if job.snapshot != "off" else 0,
-                stay=may_stay(job),
+                reusable=supports_in_process_restart(job),
             ),
         )
 
 
 def job_file(path: Path) -> Path:
-    """`path`, unless it is a run folder, which a new run cannot begin with."""
+    """Return `path`; raise `SpecError` if it is a run folder, since a new run needs a job file."""
     if RunFolder(path).exists:
         raise SpecError(f"{path}: this is a run folder; --resume continues it")
     return path
 
 
 def continued(path: Path, overrides: Sequence[str], console: Console) -> JobSpec:
-    """The job of an existing run with overrides applied; says what they change, and which edits are not used."""
+    """Return the job of an existing run with overrides applied; print what they change and which edits are not used."""
     if path.is_dir():
         before, after = stored_job(path, list(overrides))
     else:

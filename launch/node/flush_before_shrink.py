@@ -1,8 +1,8 @@
-"""Before a run goes on with fewer slots: what lies in memory is written to disk, what lost nodes held included.
+"""Flush memory to disk before a run goes on with fewer slots, including the memory that lost nodes held.
 
-Snapshots are coded for the layout that ends, and the next one cannot read them where they are. So every vacant slot
-gets an agent on this node, the group decodes its memory as it does for a spare, and all agents write their parts, as
-they do those of a durable snapshot. Then nothing is lost but what was not committed.
+Snapshots are coded for the layout that ends, and the next layout cannot read them in place. So every vacant slot gets
+a substitute agent on this node, the group decodes its memory as it does for a spare, and all agents write their parts
+as for a durable checkpoint. Only what was not committed is lost.
 """
 
 import contextlib
@@ -16,21 +16,21 @@ from keepwarm.ft.format.manifest import read_manifest
 from keepwarm.launch.node.snapshot_agent import SnapshotAgent
 
 DISK_POLL_INTERVAL_S = 0.05
-CHANGED = "the nodes have changed meanwhile, or this one was asked to end"
+NOT_NEEDED = "the nodes have changed, or this one was asked to end"
 
 
-def rescue(
-    agent: SnapshotAgent, substitutes: Sequence[SnapshotAgent], checkpoints: Path, *, everyone: Callable[[int], None],
-    needed: Callable[[], bool], deadline: float,
+def flush_to_disk(
+    agent: SnapshotAgent, substitutes: Sequence[SnapshotAgent], checkpoints: Path, *,
+    save_elsewhere: Callable[[int], None], still_needed: Callable[[], bool], deadline: float,
 ) -> int | str:  # fmt: skip
-    """The step that is on disk when this returns; else why memory could not be saved.
+    """Return the step that is on disk; else the reason why memory could not be saved.
 
     Args:
         agent: this node's.
         substitutes: agents for the vacant slots, not yet started; they are killed in the end.
-        checkpoints: where agents publish.
-        everyone: called with the epoch that the agents of all nodes are to write.
-        needed: False once nobody needs this any more.
+        checkpoints: folder in which agents publish.
+        save_elsewhere: called with the epoch that the agents of all other nodes must write.
+        still_needed: return False once there is no point in going on.
         deadline: seconds for all of it.
     """
     end = time.monotonic() + deadline
@@ -39,24 +39,24 @@ def rescue(
             substitute.ensure()
         epoch = agent.begin_epoch()
         if epoch is None:
-            return "no agent runs"
+            return "no agent is running"
         step = 0
         for one in (agent, *substitutes):
-            while (found := one.decided(epoch)) is None:
-                if not needed():
-                    return CHANGED
+            while (decision := one.decision(epoch)) is None:
+                if not still_needed():
+                    return NOT_NEEDED
                 if time.monotonic() > end:
-                    return f"memory was not whole after {deadline:g} s"
+                    return f"memory was not complete after {deadline:g} s"
                 time.sleep(DISK_POLL_INTERVAL_S)
-            if isinstance(found, str):
-                return found
-            step = found[1]
-        everyone(epoch)
+            if isinstance(decision, str):
+                return decision
+            step = decision[1]
+        save_elsewhere(epoch)
         for one in (agent, *substitutes):
             one.save(epoch)
         while not _published(checkpoints, step):
-            if not needed():
-                return CHANGED
+            if not still_needed():
+                return NOT_NEEDED
             if time.monotonic() > end:
                 return f"step {step} was not on disk after {deadline:g} s"
             time.sleep(DISK_POLL_INTERVAL_S)

@@ -1,11 +1,11 @@
-"""The supervisor of one node, to be started once on each of them, spares included:
+"""Supervise one node of a run. Start it once on every node, spares included:
 
     python -P -m keepwarm.launch.node RUN_FOLDER --slots N [--node NAME] [--host ADDRESS] [--ranks-per-node R]
                              [--slot K | --spare] [--resume]
 
-It takes a slot or waits as a spare, sees to the slot's snapshot agent, and runs its workers by rounds until the run
-has ended. Its exit code is that of the run: 0 done, 2 bad input, 3 training stopped itself, 4 a fault that could not
-be recovered, 130 interrupted. `RUN_FOLDER` holds the `run.json` of the job and is shared by all nodes.
+It takes a slot or waits as a spare, keeps the slot's snapshot agent running, and starts and restarts workers until the
+run has ended. Its exit code is that of the run: 0 done, 2 bad input, 3 training stopped itself, 4 unrecoverable fault,
+130 interrupted. `RUN_FOLDER` holds the `run.json` of the job and is shared by all nodes.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from keepwarm.trainer.job.spec import JobSpec
 
 
 def set_environment(job: JobSpec) -> None:
-    """Before torch is imported, whose libraries read this once: threads, and no C++ stacks when a store dies."""
+    """Set threads, and silence C++ stacks when a store dies. Call before importing torch, which reads these once."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(job.numerics.threads_per_rank)
@@ -40,13 +40,17 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--slots", type=int, required=True, metavar="N", help="nodes that the layout has")
     parser.add_argument("--node", default=f"{socket.gethostname()}-{os.getpid()}", help="name, unique in the run")
     parser.add_argument("--host", default=LOOPBACK, metavar="ADDRESS", help="where the other nodes reach this one")
-    parser.add_argument("--ranks-per-node", type=int, metavar="R", help="default: as the layout says")
+    parser.add_argument("--ranks-per-node", type=int, metavar="R", help="default: from the layout")
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--slot", type=int, metavar="K", help="take this slot when it is vacant")
-    place.add_argument("--spare", action="store_true", help="take no slot before a node is lost")
+    place.add_argument("--spare", action="store_true", help="take no slot until a node is lost")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     parser.add_argument(
-        "--patience", type=float, default=VACANCY_TIMEOUT_S, metavar="SECONDS", help="how long a slot may stay vacant"
+        "--vacancy-timeout",
+        type=float,
+        default=VACANCY_TIMEOUT_S,
+        metavar="SECONDS",
+        help="how long a slot may stay vacant",
     )
     given = parser.parse_args(arguments)
     try:
@@ -59,8 +63,8 @@ def main(arguments: Sequence[str]) -> int:
     if given.slots != layout.nodes or given.ranks_per_node not in (None, layout.ranks_per_node):
         print(
             f"keepwarm: {RunFolder(given.folder).run_file}: the layout has {layout.nodes} nodes of "
-            f"{layout.ranks_per_node} ranks (parallel.*, cluster.ranks_per_node), asked for were {given.slots} "
-            f"slots of {given.ranks_per_node or layout.ranks_per_node}",
+            f"{layout.ranks_per_node} ranks (parallel.*, cluster.ranks_per_node), but the command line asks for "
+            f"{given.slots} slots of {given.ranks_per_node or layout.ranks_per_node}",
             file=sys.stderr,
         )
         return ExitCode.BAD_INPUT
@@ -70,12 +74,12 @@ def main(arguments: Sequence[str]) -> int:
         node=given.node,
         host=given.host,
         ranks_per_node=layout.ranks_per_node,
-        wish="spare" if given.spare else "any" if given.slot is None else given.slot,
+        requested_slot="spare" if given.spare else "any" if given.slot is None else given.slot,
         resume=given.resume,
-        patience=given.patience,
+        vacancy_timeout=given.vacancy_timeout,
     )
     set_environment(job)
-    # Imported only now that the arguments are known to be right and the threads are set.
+    # Imported last: the arguments are valid and the threads are set.
     from keepwarm.launch.forkserver import preload
     from keepwarm.launch.node.supervisor import supervise
 

@@ -1,12 +1,9 @@
-"""One node's link to the present store: finds it or opens the next one, shows that it lives, reads and changes the
-table.
+"""One node's link to the store: find it or open the next one, send heartbeats, read and change the table.
 
-Whoever cannot reach the present store must stop its workers: every method then raises `StoreLost`.
+A supervisor that cannot reach the newest store must stop its workers: every method then raises `StoreLost`.
 """
 
-import contextlib
 import queue
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -21,31 +18,32 @@ from torch.distributed import DistError
 from keepwarm.exit_code import ExitCode
 from keepwarm.launch.errors import LaunchError
 from keepwarm.launch.node import record as node_record
-from keepwarm.launch.node import store
+from keepwarm.launch.node import shared_table
+from keepwarm.launch.node.heartbeat import Heartbeat
 from keepwarm.launch.node.record import EndRecord, StoreRecord
 from keepwarm.launch.node.slot_table import Table
 from keepwarm.trainer.job.run_folder import RunFolder
 
-OPENING = 60.0
-"""Seconds that whoever claimed the next store has to open it."""
-GIVE_UP = 300.0
-"""Seconds that a node looks for a store that it can reach."""
-FIRST_GRACE = 60.0
-"""Seconds that spares leave the slots of the first round to the nodes that were meant for them."""
-NEXT_GRACE = 3.0
-"""The same under a later store: who owned a slot has noticed with the others that the one before is lost."""
+OPENING_TIMEOUT_S = 60.0
+"""How long the supervisor that claimed the next store may take to open it."""
+SEARCH_TIMEOUT_S = 300.0
+"""How long a node looks for a store that it can reach."""
+FIRST_GRACE_S = 60.0
+"""How long spares leave vacant slots of the first start to the nodes meant for them."""
+NEXT_GRACE_S = 3.0
+"""The same under a later store: owners have noticed together that the previous one is lost."""
 STORE_POLL_INTERVAL_S = 0.05
 T = TypeVar("T")
 
 
 class StoreLost(LaunchError):
-    """The store has died, is silent, or another one has taken its place."""
+    """The store has died, does not answer, or was replaced."""
 
     exit_code = ExitCode.UNRECOVERABLE
 
 
 class RunEnded(LaunchError):
-    """The run has ended under a store that this node could not reach."""
+    """The run has ended under a store that this node cannot reach."""
 
     def __init__(self, end: EndRecord) -> None:
         super().__init__(end.reason)
@@ -53,38 +51,43 @@ class RunEnded(LaunchError):
 
 
 class Membership:
-    """The present store as this node sees it. `change` and `read` may be called from any thread."""
+    """Link to the newest store. `change` and `read` may be called from any thread."""
 
     def __init__(
-        self, folder: Path, node: str, first: Table, *, silence: float, open_store: Callable[[int], None]
+        self, folder: Path, node: str, first: Table, *, peer_timeout: float, open_store: Callable[[int], None]
     ) -> None:
-        """`open_store(n)` opens the n-th store of the run on this node; it may fail, others then open another.
+        """Create an unconnected link.
 
-        `first`: the table of a store that has none yet.
+        Args:
+            folder: of the run.
+            node: name of this node.
+            first: the table of a store that has none yet.
+            peer_timeout: seconds without an answer after which the store counts as lost.
+            open_store: opens the n-th store of the run on this node; if that fails, another node opens the next one.
         """
-        self.folder, self.node, self.silence = folder, node, silence
+        self.folder, self.node, self._peer_timeout = folder, node, peer_timeout
         self._first = first
         self._open_store = open_store
         self.record: StoreRecord | None = None
         self._client: TCPStore | None = None
-        self._beats: _Beats | None = None
-        self._line: _Line | None = None
+        self._heartbeat: Heartbeat | None = None
+        self._queries: _Queries | None = None
         self._entered = 0.0
         self._first_store: int | None = None
         self._lock = threading.Lock()
 
     def enter(self) -> None:
-        """Reach the present store, or open the next one when it cannot be reached.
+        """Connect to the newest store, or open the next one if it cannot be reached.
 
         Raises:
-            RunEnded: meanwhile, for the nodes that could.
-            StoreLost: none could be reached for `GIVE_UP` seconds.
+            RunEnded: the run ended under a store that other nodes could reach.
+            StoreLost: no store could be reached for `SEARCH_TIMEOUT_S`.
         """
-        self.leave(politely=False)
+        self.leave(farewell=False)
         unreachable: set[int] = set()
         began = time.monotonic()
         claimed_at = began, node_record.newest_claim(self.folder)
-        while time.monotonic() < began + GIVE_UP:
+        while time.monotonic() < began + SEARCH_TIMEOUT_S:
             self.check_end()
             record, claim = node_record.newest_store(self.folder), node_record.newest_claim(self.folder)
             if claim != claimed_at[1]:
@@ -94,35 +97,35 @@ class Membership:
                     return
                 unreachable.add(claim)
             opening = claim >= 0 and (record is None or record.number < claim)
-            if opening and time.monotonic() < claimed_at[0] + OPENING:
+            if opening and time.monotonic() < claimed_at[0] + OPENING_TIMEOUT_S:
                 time.sleep(STORE_POLL_INTERVAL_S)
             elif node_record.claim_store(self.folder, claim + 1):
                 self._open_store(claim + 1)
-        raise StoreLost(f"{self.node} waited {GIVE_UP:g} s for a store of the run in {self.folder} that it can reach")
+        raise StoreLost(f"{self.node} found no store of {self.folder} that it can reach in {SEARCH_TIMEOUT_S:g} s")
 
     def _reach(self, record: StoreRecord) -> bool:
         try:
-            self._beats = _Beats(record, self.node, self.silence, self.folder)
+            self._heartbeat = Heartbeat(record, self.node, self._peer_timeout, self.folder)
             self._client = TCPStore(
                 record.host, record.port, is_master=False, wait_for_workers=False,
-                timeout=timedelta(seconds=max(5.0, self.silence)),
+                timeout=timedelta(seconds=max(5.0, self._peer_timeout)),
             )  # fmt: skip
         except (OSError, DistError):
-            self.leave(politely=False)
+            self.leave(farewell=False)
             return False
-        self.record, self._entered, self._line = record, time.monotonic(), _Line()
+        self.record, self._entered, self._queries = record, time.monotonic(), _Queries()
         if self._first_store is None:
             self._first_store = record.number
         return True
 
     def check_end(self) -> None:
-        """Raise `RunEnded` when the nodes of another store have done the job since this node first had one."""
+        """Raise `RunEnded` if nodes under another store have ended the run since this node first had a store."""
         end = node_record.read_end(self.folder)
         if end is not None and self._first_store is not None and end.number >= self._first_store:
             raise RunEnded(end)
 
-    def say_end(self, code: int, reason: str) -> None:
-        """The job was done, or ended for good, by workers of this node, under its store."""
+    def record_end(self, code: int, reason: str) -> None:
+        """Record the end of the run under this node's store, for nodes that cannot reach it."""
         assert self.record is not None
         node_record.write_end(self.folder, EndRecord(number=self.record.number, code=code, reason=reason))
 
@@ -133,59 +136,58 @@ class Membership:
         return self._client
 
     def may_fill(self, *, begun: bool) -> bool:
-        """Whether those who were meant for the slots, or remember to own them, have had time to come.
+        """Return whether the owners of vacant slots, intended or remembered, have had time to join.
 
-        Under the first store that is so once workers have `begun`.
+        Under the first store this is the case once workers have `begun`.
         """
         assert self.record is not None
         if begun and self.record.number == 0:
             return True
-        grace = FIRST_GRACE if self.record.number == 0 else NEXT_GRACE
+        grace = FIRST_GRACE_S if self.record.number == 0 else NEXT_GRACE_S
         return time.monotonic() - self._entered > grace
 
     def change(self, step: Callable[[Table], Table]) -> tuple[Table, bool]:
-        """Change the table; (the table as it is then, whether this changed it)."""
-        return self._ask(lambda client: store.change(client, self._first, step))
+        """Change the table; return (the table afterwards, whether this changed it)."""
+        return self._ask(lambda client: shared_table.change(client, self._first, step))
 
     def read(self) -> Table:
-        return self._ask(store.read) or self._first
+        return self._ask(shared_table.read) or self._first
 
-    def say_active(self) -> None:
-        """Workers are started under this store: those who are still with an earlier one must stop theirs."""
+    def mark_active(self) -> None:
+        """Mark that workers are started under this store: nodes still under an earlier one must stop theirs."""
         assert self.record is not None
         if self.record.number:
             (RunFolder(self.folder).nodes / f"store-{self.record.number}.active").touch()
 
-    def leave(self, *, politely: bool) -> None:
-        """Say farewell, so that the store does not take this node for dead; or be gone."""
-        if self._beats is not None:
-            self._beats.close(politely=politely)
-        if self._line is not None:
-            self._line.close()
-        self._beats = self._client = self._line = None
+    def leave(self, *, farewell: bool) -> None:
+        """Disconnect; without a farewell the store considers this node dead."""
+        if self._heartbeat is not None:
+            self._heartbeat.close(farewell=farewell)
+        if self._queries is not None:
+            self._queries.close()
+        self._heartbeat = self._client = self._queries = None
 
     def _ask(self, question: Callable[[TCPStore], T]) -> T:
-        """What the store answers; no longer than the store is known to live, which torch's client does not see to."""
+        """Return the store's answer; wait only while the store is known alive, which torch's client does not check."""
         with self._lock:
-            beats, line, client = self._beats, self._line, self._client
-            if beats is None or line is None or client is None:
+            heartbeat, queries, client = self._heartbeat, self._queries, self._client
+            if heartbeat is None or queries is None or client is None:
                 raise StoreLost(f"{self.node}: not connected to a store")
-            answer = line.ask(lambda: question(client))
-            while not beats.lost:
+            answer = queries.ask(lambda: question(client))
+            while not heartbeat.lost:
                 try:
                     return answer.result(STORE_POLL_INTERVAL_S)
                 except TimeoutError:
                     continue
                 except DistError as error:
                     raise StoreLost(f"{self.node}: the store does not answer: {error}") from error
-            raise StoreLost(f"{self.node}: {beats.lost}")
+            raise StoreLost(f"{self.node}: {heartbeat.lost}")
 
 
-class _Line:
-    """Asks one question after the other on a thread of its own, which stays behind with one that is never answered.
+class _Queries:
+    """Runs queries one after the other on a thread of its own, which is abandoned if one is never answered.
 
-    Torch's client waits for an answer without a deadline; where the network swallows everything, for a quarter of an
-    hour.
+    Torch's client waits for answers without a deadline: for a quarter of an hour if the network drops every packet.
     """
 
     def __init__(self) -> None:
@@ -205,71 +207,9 @@ class _Line:
         return answer
 
     def close(self) -> None:
-        """The thread ends after what was asked."""
+        """End the thread after the queries asked so far."""
         self._questions.put(None)
 
     def _run(self) -> None:
         while (question := self._questions.get()) is not None:
             question()
-
-
-class _Beats:
-    """Shows that this node lives, on a thread of its own, and notices when the store does not."""
-
-    def __init__(self, record: StoreRecord, node: str, silence: float, folder: Path) -> None:
-        """Connects; returns once the store has answered. Raises `OSError`."""
-        self.lost = ""
-        self._record, self._silence, self._folder = record, silence, folder
-        self._every = min(0.2, silence / 5)
-        self._stop = threading.Event()
-        self._connection = socket.create_connection((record.host, record.desk), timeout=silence)
-        try:
-            self._connection.sendall(node.encode() + b"\n")
-            if not self._connection.recv(16):
-                raise ConnectionResetError("the store closed the connection")
-        except OSError:
-            self._connection.close()
-            raise
-        self._thread = threading.Thread(target=self._run, name="signs-of-life", daemon=True)
-        self._thread.start()
-
-    def close(self, *, politely: bool) -> None:
-        self._stop.set()
-        if politely:
-            with contextlib.suppress(OSError):
-                self._connection.sendall(store.FAREWELL)
-        self._thread.join(self._silence + 1)
-        self._connection.close()
-
-    def _run(self) -> None:
-        heard = looked = time.monotonic()
-        self._connection.settimeout(self._every)
-        while not self._stop.wait(self._every) and not self.lost:
-            before = time.monotonic()
-            try:
-                self._connection.send(store.BEAT)
-                if not self._connection.recv(64):
-                    raise ConnectionResetError("closed")
-                heard = time.monotonic()
-            except TimeoutError:
-                # Counted from when this thread could have heard something: it may have been frozen itself.
-                heard = max(heard, before - self._silence / 2) if before - heard > 2 * self._silence else heard
-                if time.monotonic() - heard > self._silence:
-                    self.lost = f"waited {self._silence:g} s for store {self._record.number} to answer"
-            except OSError as error:
-                self.lost = f"the connection to store {self._record.number} was lost: {error}"
-            if time.monotonic() - looked > 1.0:
-                looked = time.monotonic()
-                self._look_for_another()
-
-    def _look_for_another(self) -> None:
-        """A later store counts once it can be reached, or once workers have been started under it."""
-        newest = node_record.newest_store(self._folder)
-        if newest is None or newest.number <= self._record.number:
-            return
-        active = (RunFolder(self._folder).nodes / f"store-{newest.number}.active").exists()
-        with contextlib.suppress(OSError):
-            socket.create_connection((newest.host, newest.desk), timeout=self._silence).close()
-            active = True
-        if active:
-            self.lost = f"store {newest.number} has taken the place of store {self._record.number}"

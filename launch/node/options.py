@@ -1,10 +1,10 @@
-"""What the supervisor of a node is told. Torch-free."""
+"""Options of a node's supervisor. Torch-free."""
 
 from pathlib import Path
 
 import msgspec
 
-from keepwarm.launch.node.slot_table import Wish
+from keepwarm.launch.node.slot_table import RequestedSlot
 
 VACANCY_TIMEOUT_S = 600.0
 """Seconds that a slot may stay vacant."""
@@ -15,15 +15,15 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """One node's place in a run."""
 
     folder: Path
-    """Of the run, absolute, on storage that all nodes share."""
+    """Absolute path of the run folder, on storage that all nodes share."""
     slots: int
     node: str
     """Name, unique in the run."""
     host: str = LOOPBACK
     """Address at which the other nodes reach this one."""
     ranks_per_node: int
-    wish: Wish = "any"
+    requested_slot: RequestedSlot = "any"
     resume: bool = False
-    patience: float = VACANCY_TIMEOUT_S
+    vacancy_timeout: float = VACANCY_TIMEOUT_S
     module: str = "keepwarm.trainer"
-    """What workers run."""
+    """Module that workers run."""

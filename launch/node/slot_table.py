@@ -1,18 +1,17 @@
-"""Who owns which slot of a job, and when its workers may start: the decisions, pure and torch-free.
+"""Slot ownership and restarts of a run, decided by pure, torch-free functions.
 
-One `Table` describes all nodes of a run. Every change is a function from a table to the next one; the shell
-(`keepwarm.launch.node.rendezvous`, `keepwarm.launch.node.store`) writes it by compare-and-set, so that changes come one
-after the other wherever they are made. The rules:
+One `Table` describes all nodes of a run. Every change is a function from a table to the next one, applied by
+compare-and-set (`keepwarm.launch.node.shared_table`), so that changes are serialized no matter where they are made.
 
-- The number of slots is fixed. An owner keeps its slot until it is lost; a spare takes vacant slots alone. Rank
-  follows from slot, so survivors keep their ranks.
-- Workers run in rounds. A round is complete once every slot has an owner and every owner has arrived in it; whatever
-  ends the workers of one slot begins the next round for all.
-- A node that was given up is in no table. When it wakes up it finds that out before it does anything else: it is
-  fenced, ends what it started, and may come back as a spare.
-- Where the job allows, vacant slots that nobody takes are given up: the run goes on with fewer, from what is on disk,
-  and gets them back once there are nodes for them and its workers have saved their state.
-- A node whose workers end one start after another makes room for a spare, and does not come back.
+- The number of slots is fixed. An owner keeps its slot until it is lost; a spare takes only vacant slots. Rank follows
+  from slot, so survivors keep their ranks.
+- All workers start together, in restart 0, 1, 2 and so on. They start once every slot has an owner and every owner has
+  arrived; anything that ends the workers of one slot begins the next restart for all.
+- A node that was given up is in no table. When it wakes up it notices before it does anything else: it is fenced,
+  ends what it started, and may come back as a spare.
+- If the job allows, vacant slots that no node takes are given up: the run goes on with fewer slots from disk, and gets
+  them back once there are enough nodes and its workers have saved their state.
+- A node whose workers repeatedly end the run makes room for a spare and does not come back.
 """
 
 from typing import Literal, get_args
@@ -20,74 +19,76 @@ from typing import Literal, get_args
 import msgspec
 
 Kind = Literal["lost", "killed", "failed", "hung"]
-"""What happened to the workers of a slot, the gravest first: their node is gone, a signal ended one, one gave up, one
-saw that training hangs, which is no fault of its node."""
-BLAMED_FOR = 86_400.0
-"""Seconds for which a node is blamed for a start that ended because of its workers."""
+"""How the workers of a slot failed, root causes first: their node was lost, a signal ended one, one ended by itself, or
+one detected a hang, which is not attributed to its node."""
+ATTRIBUTION_WINDOW_S = 86_400.0
+"""How long a failure counts against the node to which it is attributed."""
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
-    """Why the round before this one ended."""
+    """Why a restart became necessary."""
 
     kind: Kind
     cause: str
     slot: int
     time: float
-    """Seconds since 1970, when it was noticed."""
+    """When it was detected, in seconds since 1970."""
     silence: float = 0.0
-    """Seconds that passed without a sign of life before it was noticed."""
+    """Seconds without a heartbeat before it was detected."""
 
 
 class Ended(msgspec.Struct, frozen=True, kw_only=True):
-    """The run is over, for every node."""
+    """The end of the run, for every node."""
 
     code: int
     reason: str
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True):
-    """All that nodes agree on."""
+    """The state that all nodes agree on."""
 
     slots: int
     max_restarts: int
-    """Rounds that may fail without a node being lost; more end the run."""
+    """Upper limit of `charged_restarts`; one more ends the run."""
     max_node_failures: int | None = None
-    """Rounds that workers of one node may end, before a spare takes its slot; None: any number."""
+    """Restarts attributed to one node before a spare takes its slot; None: any number."""
     sizes: tuple[int, ...] = ()
-    """Numbers of slots that the job may run with, the full one first."""
+    """Numbers of slots with which the job may run, largest first."""
     growing: bool = False
-    """Workers have been asked to save their state and end, so that more slots can begin."""
-    rescuer: str | None = None
-    """The node that has what is in memory written to disk, before there are fewer slots."""
-    saving: int = 0
-    """The epoch of snapshots that all agents shall write."""
+    """Workers were asked to save their state and end, so that the run can grow."""
+    flushing_node: str | None = None
+    """The node that coordinates writing memory to disk before the run shrinks."""
+    flush_epoch: int = 0
+    """The agents' decision (epoch) that all agents must write to disk; 0: none."""
     resized: bool = False
-    """This round begins with another number of slots than the last one had: nothing in memory fits it."""
-    round: int = 0
+    """This restart has another number of slots than the one before: nothing in memory fits it."""
+    restart: int = 0
+    """How often the ranks of the run have begun again; 0 is the first start."""
     owners: dict[int, str] = {}
     """Node by slot."""
     arrived: tuple[str, ...] = ()
-    """Owners that are ready to start workers in this round."""
+    """Owners that are ready to start the workers of this restart."""
     finished: tuple[str, ...] = ()
-    """Owners whose workers have done their job in this round."""
+    """Owners whose workers have finished the job in this restart."""
     spares: tuple[str, ...] = ()
-    """The others, the one that waits longest first."""
+    """Nodes without a slot, longest waiting first."""
     failures: tuple[Failure, ...] = ()
-    """Since the last round that was complete."""
+    """Since the last restart in which workers ran."""
     moved: tuple[int, ...] = ()
-    """Slots that lost their owner since then."""
-    blamed: dict[str, tuple[float, ...]] = {}
-    """When rounds ended because of workers of a node, by node."""
-    left_out: dict[str, str] = {}
-    """Nodes that take no part any more, and why."""
-    restarts: int = 0
+    """Slots that have lost their owner since then."""
+    attributed: dict[str, tuple[float, ...]] = {}
+    """Times of the failures attributed to each node, in seconds since 1970."""
+    excluded: dict[str, str] = {}
+    """Nodes that no longer take part, and why."""
+    charged_restarts: int = 0
+    """Restarts charged against `max_restarts`: those in which no node was lost and the run was not resized."""
     begun: bool = False
-    """A round was complete once, so that vacant slots are those of lost nodes."""
+    """Workers have run before, so that vacant slots are those of lost nodes."""
     ended: Ended | None = None
 
     @property
     def complete(self) -> bool:
-        """Workers run, or may start."""
+        """Whether workers run or may start."""
         return len(self.owners) == self.slots and len(self.arrived) == self.slots
 
     @property
@@ -98,12 +99,12 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
         return next((slot for slot, owner in self.owners.items() if owner == node), None)
 
     def knows(self, node: str) -> bool:
-        """False for a node that never joined, and for one that was given up."""
+        """Return False for a node that never joined or was given up."""
         return node in self.spares or self.slot_of(node) is not None
 
     @property
-    def gravest(self) -> tuple[Failure, ...]:
-        """The failures that explain the others: a lost node makes workers elsewhere fail, and so does a killed one."""
+    def root_causes(self) -> tuple[Failure, ...]:
+        """The failures that explain the others: a lost node or killed worker makes workers elsewhere fail."""
         for kind in get_args(Kind):
             found = tuple(failure for failure in self.failures if failure.kind == kind)
             if found:
@@ -111,29 +112,29 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
         return ()
 
 
-def workers_are_sound(table: Table) -> bool:
-    """Whether the round before this one ended by faults from outside: workers were killed, or nodes lost.
+def survivors_are_reusable(table: Table) -> bool:
+    """Return whether the last failure came from outside (killed workers, lost nodes), so that survivors may be resumed.
 
-    One that failed by itself may have done so because of what its process, or that of another, has become.
+    A worker that failed by itself may have done so because of the state of its own process or of another one.
     """
-    return any(failure.kind in ("lost", "killed") for failure in table.gravest)
+    return any(failure.kind in ("lost", "killed") for failure in table.root_causes)
 
 
-Wish = int | Literal["any", "spare"]
-"""The slot a node wants, any vacant one, or none before a node is lost."""
+RequestedSlot = int | Literal["any", "spare"]
+"""The slot that a node asks for, any vacant one, or none until a node is lost."""
 
 
-def join(table: Table, node: str, wish: Wish, *, after_round: int = -1) -> Table:
-    """A node is here: an owner if it can be, else a spare.
+def join(table: Table, node: str, requested_slot: RequestedSlot, *, seen_restart: int = -1) -> Table:
+    """Add a node, as an owner if possible, else as a spare.
 
-    `after_round` is the last round that the node took part in under an earlier store: rounds only grow.
+    `seen_restart` is the last restart in which the node took part under an earlier store: restarts never go back.
     """
-    if after_round >= table.round:
-        table = _change(table, round=after_round + 1, arrived=(), finished=(), begun=True)
-    if table.knows(node) or node in table.left_out:
+    if seen_restart >= table.restart:
+        table = _change(table, restart=seen_restart + 1, arrived=(), finished=(), begun=True)
+    if table.knows(node) or node in table.excluded:
         return table
-    slot = wish if isinstance(wish, int) and wish in table.vacant else None
-    if wish == "any" or (isinstance(wish, int) and table.begun):
+    slot = requested_slot if isinstance(requested_slot, int) and requested_slot in table.vacant else None
+    if requested_slot == "any" or (isinstance(requested_slot, int) and table.begun):
         slot = slot if slot is not None else min(table.vacant, default=None)
     if slot is None or table.ended is not None:
         return _change(table, spares=(*table.spares, node))
@@ -141,29 +142,29 @@ def join(table: Table, node: str, wish: Wish, *, after_round: int = -1) -> Table
 
 
 def fill(table: Table) -> Table:
-    """Spares take the vacant slots."""
+    """Give vacant slots to spares."""
     while table.vacant and table.spares and table.ended is None:
         slot, (first, *rest) = table.vacant[0], table.spares
-        # Under a store that follows another, nobody else says that the owner was lost together with the store before.
+        # If the owner was lost together with the previous store, this is the only place that records it.
         moved = tuple(sorted({*table.moved, slot})) if table.begun else ()
         table = _change(table, owners=_owners(table, slot, first), spares=tuple(rest), moved=moved)
     return table
 
 
-def rescue(table: Table, node: str) -> Table:
-    """A node sees to it that what is in memory is on disk before the slots become fewer; unchanged when they cannot."""
-    if table.rescuer is not None or not table.knows(node) or shrink(table) is table:
+def claim_flush(table: Table, node: str) -> Table:
+    """Make a node coordinate the flush to disk before the run shrinks; return `table` if it cannot shrink."""
+    if table.flushing_node is not None or not table.knows(node) or shrink(table) is table:
         return table
-    return _change(table, rescuer=node)
+    return _change(table, flushing_node=node)
 
 
-def save(table: Table, node: str, epoch: int) -> Table:
-    """The rescuer says that the lost slots have agents, whose memory is decoded."""
-    return _change(table, saving=epoch) if table.rescuer == node else table
+def announce_flush(table: Table, node: str, epoch: int) -> Table:
+    """Record the epoch that all agents must write: substitutes for the lost slots hold their decoded memory."""
+    return _change(table, flush_epoch=epoch) if table.flushing_node == node else table
 
 
 def shrink(table: Table) -> Table:
-    """Give up slots until those that are left have owners; unchanged where no allowed number is small enough."""
+    """Give up slots until the others all have owners; return `table` if no allowed number is small enough."""
     here = len(table.owners)
     size = next((size for size in table.sizes if size <= here), None)
     if not table.vacant or table.spares or size is None or not table.begun or table.ended is not None:
@@ -171,19 +172,19 @@ def shrink(table: Table) -> Table:
     return _resize(table, size)
 
 
-def want_more(table: Table) -> Table:
-    """Where waiting nodes allow for more slots, have the workers save their state."""
+def request_growth(table: Table) -> Table:
+    """Ask the workers to save their state if spares allow for more slots."""
     if not table.complete or table.growing or table.ended is not None or _largest(table) <= table.slots:
         return table
     return _change(table, growing=True)
 
 
-def grow(table: Table, round: int) -> Table:
-    """The workers of a round have saved their state: begin the next one with as many slots as there are nodes for."""
-    if not table.growing or table.round != round or table.ended is not None:
+def grow(table: Table, restart: int) -> Table:
+    """Begin the next restart with as many slots as there are nodes for: the workers of `restart` have saved."""
+    if not table.growing or table.restart != restart or table.ended is not None:
         return table
     size = _largest(table)
-    table = _next_round(table)
+    table = _next_restart(table)
     return _resize(table, size) if size > table.slots else table
 
 
@@ -193,7 +194,7 @@ def _largest(table: Table) -> int:
 
 
 def _resize(table: Table, size: int) -> Table:
-    """Owners keep their slots where these stay; the others, and then the spares, take what is vacant."""
+    """Change the number of slots. Owners keep slots that remain; other owners, then spares, take the vacant ones."""
     owners = {slot: node for slot, node in table.owners.items() if slot < size}
     waiting = [node for slot, node in table.owners.items() if slot >= size] + list(table.spares)
     for slot in range(size):
@@ -205,67 +206,68 @@ def _resize(table: Table, size: int) -> Table:
         owners=dict(sorted(owners.items())),
         spares=tuple(waiting),
         resized=True,
-        rescuer=None,
-        saving=0,
+        flushing_node=None,
+        flush_epoch=0,
         moved=(),
         arrived=(),
     )
 
 
-def arrive(table: Table, node: str, round: int) -> Table:
-    """The node's slot is ready for its workers of a round. The last one to arrive makes the round complete."""
-    if table.slot_of(node) is None or table.round != round or node in table.arrived or table.ended is not None:
+def arrive(table: Table, node: str, restart: int) -> Table:
+    """Record that a node is ready to start its workers. The last node to arrive makes the table complete."""
+    if table.slot_of(node) is None or table.restart != restart or node in table.arrived or table.ended is not None:
         return table
     table = _change(table, arrived=(*table.arrived, node))
     if table.complete:
-        table = _blame(table)
+        table = _attribute(table)
     if not table.complete:
         return table
     at_fault = table.begun and bool(table.failures) and not table.moved and not table.resized
-    restarts = table.restarts + at_fault
-    if restarts > table.max_restarts:
-        cause = table.gravest[0].cause
+    charged_restarts = table.charged_restarts + at_fault
+    if charged_restarts > table.max_restarts:
+        cause = table.root_causes[0].cause
         return end(table, 4, f"{cause}, after {table.max_restarts} restarts (cluster.max_restarts)")
-    return _change(table, restarts=restarts, begun=True, rescuer=None, saving=0)
+    return _change(table, charged_restarts=charged_restarts, begun=True, flushing_node=None, flush_epoch=0)
 
 
-def _blame(table: Table) -> Table:
-    """Remember whose workers ended the round before this one; who did so too often makes room for a spare."""
-    found = () if table.moved else tuple(one for one in table.gravest if one.kind in ("killed", "failed"))
-    # A worker that is killed makes others fail; of those that failed, the first one may have made the others.
+def _attribute(table: Table) -> Table:
+    """Attribute the last failure to nodes, and exclude a node that reached its limit if a spare can replace it."""
+    found = () if table.moved else tuple(one for one in table.root_causes if one.kind in ("killed", "failed"))
+    # A killed worker makes others fail; among failed ones, the first may have caused the rest.
     for failure in found if found and found[0].kind == "killed" else found[:1]:
         node = table.owners[failure.slot]
-        times = (*(at for at in table.blamed.get(node, ()) if failure.time - at < BLAMED_FOR), failure.time)
-        table = _change(table, blamed={**table.blamed, node: times})
+        earlier = table.attributed.get(node, ())
+        times = (*(at for at in earlier if failure.time - at < ATTRIBUTION_WINDOW_S), failure.time)
+        table = _change(table, attributed={**table.attributed, node: times})
         if table.max_node_failures is not None and len(times) >= table.max_node_failures and table.spares:
-            why = f"its workers ended {len(times)} starts, the last one: {failure.cause}"
+            why = f"its workers failed {len(times)} times, most recently: {failure.cause}"
             others = tuple(owner for owner in table.arrived if owner != node)
-            table = _change(table, arrived=others, left_out={**table.left_out, node: why})
-            table = lose(table, node, f"{node} is left out: {why}", failure.time)
+            table = _change(table, arrived=others, excluded={**table.excluded, node: why})
+            table = lose(table, node, f"{node} is excluded: {why}", failure.time)
     return table
 
 
-def fail(table: Table, node: str, round: int, kind: Kind, cause: str, now: float) -> Table:
-    """Workers of a node ended before their job was done: all workers start again in the next round."""
+def fail(table: Table, node: str, restart: int, kind: Kind, cause: str, now: float) -> Table:
+    """Record that workers of a node ended early: all workers start again in the next restart."""
     slot = table.slot_of(node)
     if slot is None or table.ended is not None:
         return table
     failure = Failure(kind=kind, cause=cause, slot=slot, time=now)
-    if table.round == round and table.complete:
-        table = _next_round(table)
-    elif table.round != round + 1 or any(known.slot == slot for known in table.failures):
+    if table.restart == restart and table.complete:
+        table = _next_restart(table)
+    elif table.restart != restart + 1 or any(known.slot == slot for known in table.failures):
         return table
     return _change(table, failures=(*table.failures, failure))
 
 
 def lose(table: Table, node: str, cause: str, now: float, *, silence: float = 0.0) -> Table:
-    """A node is dead, or must be taken for dead: its slot is vacant, and a spare takes it."""
+    """Remove a node that is dead or must be considered dead; a spare takes its slot."""
     slot = table.slot_of(node)
     table = _change(table, spares=tuple(spare for spare in table.spares if spare != node))
     if slot is None or table.ended is not None:
         return table
     if table.complete:
-        table = _next_round(table)
+        table = _next_restart(table)
     failure = Failure(kind="lost", cause=cause, slot=slot, time=now, silence=silence)
     table = _change(
         table,
@@ -274,28 +276,28 @@ def lose(table: Table, node: str, cause: str, now: float, *, silence: float = 0.
         finished=tuple(owner for owner in table.finished if owner != node),
         failures=(*table.failures, failure) if table.begun else (),
         moved=tuple(sorted({*table.moved, slot})) if table.begun else (),
-        rescuer=None,
-        saving=0,
+        flushing_node=None,
+        flush_epoch=0,
     )
     return fill(table) if table.begun else table
 
 
-def finish(table: Table, node: str, round: int) -> Table:
-    """All workers of a node have done their job; with the last node the run has ended."""
-    if table.slot_of(node) is None or table.round != round or not table.complete or node in table.finished:
+def finish(table: Table, node: str, restart: int) -> Table:
+    """Record that all workers of a node have finished; the last node ends the run."""
+    if table.slot_of(node) is None or table.restart != restart or not table.complete or node in table.finished:
         return table
     table = _change(table, finished=(*table.finished, node))
     return end(table, 0, "the job is done") if len(table.finished) == table.slots else table
 
 
 def end(table: Table, code: int, reason: str) -> Table:
-    """The run is over; what was said first stands."""
+    """End the run for every node; the first reason stands."""
     return table if table.ended is not None else _change(table, ended=Ended(code=code, reason=reason))
 
 
-def _next_round(table: Table) -> Table:
+def _next_restart(table: Table) -> Table:
     return _change(
-        table, round=table.round + 1, arrived=(), finished=(), failures=(), moved=(), growing=False, resized=False
+        table, restart=table.restart + 1, arrived=(), finished=(), failures=(), moved=(), growing=False, resized=False
     )
 
 

@@ -1,4 +1,4 @@
-"""The snapshot agent of a node's slot, as its supervisor sees it: started before workers need it, told of epochs."""
+"""Supervise the snapshot agent of a node's slot: start it before workers need it, and begin epochs."""
 
 import contextlib
 import os
@@ -19,8 +19,8 @@ from keepwarm.ft.transport.auth import SECRET, load_secret, run_identity
 from keepwarm.ft.worker.client import AgentClient, ensure_agent, start_agent
 
 ANSWER_TIMEOUT_S = 5.0
-LEAVING = 0.5
-"""Seconds after which an agent that left by itself has cleaned up."""
+CLEANUP_S = 0.5
+"""After this time an agent that ended by itself has cleaned up."""
 
 
 class SnapshotAgent:
@@ -34,26 +34,26 @@ class SnapshotAgent:
         self._gone_at: float | None = None
 
     def take(self, slot: int) -> None:
-        """The slot that this node has."""
+        """Set the slot of this node."""
         self._slot = slot
 
     def ensure(self) -> None:
-        """Start the slot's agent unless it runs, and connect; nothing before workers have said how large it is.
+        """Start the slot's agent unless it runs, and connect; do nothing before workers have reported its size.
 
         Raises:
             MemoryTooSmall, AgentError: this node cannot take the slot.
         """
         if (config := self._config()) is not None:
             ensure_agent(config)
-            self.look()
+            self.poll()
 
     def restart(self) -> None:
-        """Start the slot's agent anew without waiting for it: its workers may need it to come as far as doing so."""
+        """Start the slot's agent again without waiting: workers may depend on it before it is ready."""
         if (config := self._config()) is not None:
             start_agent(config)
 
     def _config(self) -> AgentConfig | None:
-        """What the slot's agent is told; None before workers have said how large it is."""
+        """Return the configuration of the slot's agent; None before workers have reported its size."""
         assert self._slot is not None
         template = self._folder / AGENTS_FOLDER / TEMPLATE_FILE
         if not template.is_file():
@@ -62,14 +62,14 @@ class SnapshotAgent:
         folder = str(runtime_folder(config.run, self._slot))
         return msgspec.structs.replace(config, slot=self._slot, host=self._host, folder=folder)
 
-    def look(self) -> bool:
-        """Connect to the agent when this is not the case, as workers may start one too; False when one has died."""
+    def poll(self) -> bool:
+        """Connect to the agent if there is no connection, as workers may start one too; return False if it has died."""
         if self._client is not None and self._client.gone:
             self._forget()
             self._gone_at = time.monotonic()
         died = False
-        if self._gone_at is not None and time.monotonic() - self._gone_at > LEAVING and self._slot is not None:
-            # One that leaves because the job is done takes its address away.
+        if self._gone_at is not None and time.monotonic() - self._gone_at > CLEANUP_S and self._slot is not None:
+            # An agent that ends with its job removes its address.
             died, self._gone_at = Registry(self._folder).endpoint(self._slot) is not None, None
         if self._client is None and self._slot is not None and (self._folder / SECRET).exists():
             with contextlib.suppress(FtError, OSError):
@@ -91,7 +91,7 @@ class SnapshotAgent:
         self._client = client
 
     def begin_epoch(self) -> int | None:
-        """Have all agents decide on the next restore plan now; its epoch, or None when there are no agents yet."""
+        """Have all agents decide now what to restore; return the epoch of that decision, None if no agent runs yet."""
         if self._client is None or self._client.gone:
             return None
         epoch = Registry(self._folder).newest_epoch() + 1
@@ -100,33 +100,36 @@ class SnapshotAgent:
             return epoch
         return None
 
-    def whole(self) -> tuple[int, int] | None:
-        """(epoch, step) of the committed snapshot of which this node holds every chunk; None while some are missing."""
+    def complete_snapshot(self) -> tuple[int, int] | None:
+        """Return (epoch, step) of the committed snapshot if this node holds every chunk of it, else None."""
         if self._client is None or self._client.gone:
             return None
         with contextlib.suppress(FtError):
-            return _whole(self._client.status(ANSWER_TIMEOUT_S))
+            return _complete(self._client.status(ANSWER_TIMEOUT_S))
         return None
 
     def save(self, epoch: int) -> None:
-        """Have the agent write to disk what an epoch restores; nothing when there is none."""
+        """Have the agent write the snapshot on which an epoch decided to disk; do nothing without an agent."""
         if self._client is not None and not self._client.gone:
             with contextlib.suppress(FtError):
                 self._client.save(epoch)
 
-    def decided(self, epoch: int) -> tuple[int, int] | str | None:
-        """(epoch, step) that an epoch restores, once this agent holds every chunk of it; why there is nothing."""
+    def decision(self, epoch: int) -> tuple[int, int] | str | None:
+        """Return (epoch, step) of the snapshot on which `epoch` decided, once this agent holds every chunk of it.
+
+        A string is the reason why there is none; None: not decided or not complete yet.
+        """
         if self._client is None or self._client.gone:
             return "the agent has died"
         with contextlib.suppress(FtError):
             status = self._client.status(ANSWER_TIMEOUT_S)
             if status.epoch < epoch or status.mode != Mode.ACTIVE.value:
                 return None
-            return _whole(status) if status.committed else Registry(self._folder).reason(epoch)
+            return _complete(status) if status.committed else Registry(self._folder).reason(epoch)
         return None
 
     def kill(self) -> None:
-        """End this node's agent and its memory: it is not the slot's agent any more."""
+        """End this node's agent and its memory: the slot now belongs to another node."""
         if self._client is not None and not self._client.gone and self.pid is not None:
             # The link is open, so the pid is still the agent's.
             os.kill(self.pid, signal.SIGTERM)
@@ -134,7 +137,7 @@ class SnapshotAgent:
         self._slot = None
 
     def discard(self) -> None:
-        """End the slot's agent, and forget what one was told: the next workers say it anew. Waits until it is dead."""
+        """End the slot's agent and its configuration, which the next workers write again. Wait until it is dead."""
         with contextlib.ExitStack() as stack:
             process = None
             if self.pid is not None:
@@ -142,11 +145,11 @@ class SnapshotAgent:
                     process = stack.enter_context(os.fdopen(os.pidfd_open(self.pid)))
             self.kill()
             (self._folder / AGENTS_FOLDER / TEMPLATE_FILE).unlink(missing_ok=True)
-            if process is not None:  # it can be read once the process has ended, whether its parent cares or not
+            if process is not None:  # readable once the process has ended, even if its parent has not reaped it
                 select.select([process], [], [], ANSWER_TIMEOUT_S)
 
     def close(self) -> None:
-        """Leave the agent to its lease."""
+        """Disconnect; the agent ends with its lease."""
         self._forget()
 
     def _forget(self) -> None:
@@ -155,7 +158,7 @@ class SnapshotAgent:
         self._client, self.pid = None, None
 
 
-def _whole(status: Status) -> tuple[int, int] | None:
-    """(epoch, step) of the committed snapshot, when this agent holds every chunk of it."""
-    whole = [(held.epoch, held.step) for held in status.held if held.phase == "committed"]
-    return status.committed if status.committed in whole else None
+def _complete(status: Status) -> tuple[int, int] | None:
+    """Return (epoch, step) of the committed snapshot if this agent holds every chunk of it."""
+    complete = [(held.epoch, held.step) for held in status.held if held.phase == "committed"]
+    return status.committed if status.committed in complete else None

@@ -1,4 +1,4 @@
-"""One node's part in a run: takes a slot or waits, guards the slot's agent, runs the workers by rounds."""
+"""Supervisor of one node: takes a slot or waits, keeps the slot's agent running, starts and restarts the workers."""
 
 import contextlib
 import json
@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from types import FrameType
 from typing import Literal
 
@@ -16,44 +17,49 @@ from keepwarm.exit_code import ExitCode
 from keepwarm.ft.discovery.config import NODE
 from keepwarm.ft.errors import FtError
 from keepwarm.launch.errors import LaunchError
-from keepwarm.launch.forkserver import Nursery, StoreOrder
+from keepwarm.launch.forkserver import ForkServer, Worker
 from keepwarm.launch.node import record
-from keepwarm.launch.node.elastic_agent import NodeAgent, Plan
-from keepwarm.launch.node.flush_before_shrink import rescue
+from keepwarm.launch.node.elastic_agent import NodeAgent, WorkerOptions
+from keepwarm.launch.node.flush_before_shrink import flush_to_disk
 from keepwarm.launch.node.membership import Membership, RunEnded, StoreLost
 from keepwarm.launch.node.options import Options
 from keepwarm.launch.node.record import NodeRecord, State
-from keepwarm.launch.node.rendezvous import Fenced, LeftOut, NoSpareLeft, SlotRendezvous, make
+from keepwarm.launch.node.rendezvous import Excluded, Fenced, NoSpareLeft, SlotRendezvous
 from keepwarm.launch.node.slot_table import Kind, Table
 from keepwarm.launch.node.snapshot_agent import SnapshotAgent
-from keepwarm.trainer.distributed.in_process_restart import EPOCH, RECOVERY, may_stay
+from keepwarm.trainer.distributed.in_process_restart import EPOCH, RECOVERY, supports_in_process_restart
 from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.job.shrink import layouts
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.monitor import events
 
-SILENCE = 5.0
-"""Seconds without a sign of life after which a node is dead, unless `snapshot.peer_timeout` says otherwise."""
+PEER_TIMEOUT_S = 5.0
+"""Silence after which a node is dead, unless `snapshot.peer_timeout` overrides it."""
 AGENT_POLL_INTERVAL_S = 0.25
-"""Seconds between two looks at the agent."""
-GROW_AFTER = 5.0
-"""Seconds that workers run before they are asked to make room for more."""
+"""How often the snapshot agent is checked."""
+GROW_AFTER_S = 5.0
+"""How long workers run before they are asked to make room for more."""
 
 
-class Supervisor(Plan):
-    """One node's part in a run."""
+class Supervisor:
+    """Supervisor of one node; implements `Hooks` for its rendezvous and its elastic agent."""
 
-    def __init__(self, options: Options, job: JobSpec, nursery: Nursery) -> None:
-        self._options, self._job, self._nursery = options, job, nursery
+    def __init__(self, options: Options, job: JobSpec, server: ForkServer) -> None:
+        self._options, self._job, self._server = options, job, server
         folder = options.folder
         logs = RunFolder(folder).logs
         logs.mkdir(parents=True, exist_ok=True)
         arguments = (str(RunFolder(folder).run_file), *(["--resume"] if options.resume else []))
-        super().__init__(options.module, arguments, str(logs), options.ranks_per_node, stay=may_stay(job))
+        workers = WorkerOptions(
+            module=options.module,
+            arguments=arguments,
+            logs=str(logs),
+            ranks_per_node=options.ranks_per_node,
+            reusable=supports_in_process_restart(job),
+        )
         self._snapshots = job.snapshot != "off"
-        silence = SILENCE if job.snapshot == "off" else job.snapshot.peer_timeout
-        self._silence = silence
-        self._guard = SnapshotAgent(folder, options.host)
+        self._peer_timeout = PEER_TIMEOUT_S if job.snapshot == "off" else job.snapshot.peer_timeout
+        self._snapshot_agent = SnapshotAgent(folder, options.host)
         cluster = job.cluster
         first = Table(
             slots=options.slots,
@@ -61,32 +67,31 @@ class Supervisor(Plan):
             max_node_failures=cluster.max_node_failures,
             sizes=tuple(layouts(job)) if cluster.elastic == "shrink" else (),
         )
-        self._membership = Membership(folder, options.node, first, silence=silence, open_store=self._open_store)
-        self._handler = make(
-            self._membership, job.name, options.slots, wish=options.wish, patience=options.patience,
-            shrink_after=cluster.shrink_after,
+        self._membership = Membership(
+            folder, options.node, first, peer_timeout=self._peer_timeout, open_store=self._open_store
+        )
+        self._handler = SlotRendezvous(
+            self._membership, job.name, self, requested_slot=options.requested_slot,
+            vacancy_timeout=options.vacancy_timeout, shrink_after=cluster.shrink_after,
         )  # fmt: skip
-        self._handler.resized, self._handler.rescue, self._handler.save = self._resized, self._rescue, self._guard.save
-        self._handler.prepare, self._handler.waiting = self._prepare, self._waiting
-        self._agent = NodeAgent(self._handler, nursery, self)
-        self._handler.asked_to_leave = lambda: self._agent.asked
+        self._agent = NodeAgent(self._handler, server, self, workers)
         self._record = NodeRecord(node=options.node, host=options.host, slot=None, supervisor=os.getpid())
-        self._unwhole = False
-        self._looked = self._started = 0.0
+        self._redundancy_lost = False
+        self._polled_at = self._started_at = 0.0
 
     def run(self) -> int:
-        """Until the run has ended; returns its exit code."""
+        """Take part in the run until it has ended; return its exit code."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._signal)
-        code, why = int(ExitCode.UNRECOVERABLE), "a defect"
+            signal.signal(number, self._on_signal)
+        code, why = int(ExitCode.UNRECOVERABLE), "internal error"
         try:
-            self._note(state="joining")
+            self._record_state(state="joining")
             self._membership.enter()
             self._event(events.SupervisorStarted(node=self._options.node, slots=self._options.slots))
-            code, why = self._rounds()
+            code, why = self._run_agent()
         except (NoSpareLeft, StoreLost, FtError, LaunchError) as error:
             code, why = getattr(error, "exit_code", ExitCode.BAD_INPUT), str(error)
-            if isinstance(error, LeftOut):
+            if isinstance(error, Excluded):
                 self._event(events.NodeExcluded(host=self._options.node, why=why))
             if isinstance(error, NoSpareLeft | RunEnded):
                 with contextlib.suppress(StoreLost):
@@ -95,72 +100,78 @@ class Supervisor(Plan):
             self._leave(code, why)
         return code
 
-    def _rounds(self) -> tuple[int, str]:
-        """The elastic agent leaves when its store dies or its node is fenced; it is sent in again."""
+    def _run_agent(self) -> tuple[int, str]:
+        """Run the elastic agent until the run ends; return (exit code, reason). It stops when its store dies, too."""
         while True:
             try:
                 self._agent.run()
                 ended = self._handler.ended()
                 if ended is not None:
-                    self._membership.say_end(ended.code, ended.reason)
+                    self._membership.record_end(ended.code, ended.reason)
             except RendezvousClosedError as error:
                 ended = self._handler.ended()
                 if ended is None:
                     return ExitCode.INTERRUPTED, str(error)
             except Fenced as error:
-                self._say(str(error))
-                self._note(state="fenced", slot=None, workers={}, agent=None)
-                self._guard.kill()
+                self._print(str(error))
+                self._record_state(state="fenced", slot=None, workers={}, agent=None)
+                self._snapshot_agent.kill()
                 self._handler.rejoin(fenced=True)
                 continue
             except StoreLost as error:
-                self._say(str(error))
-                self._note(state="restarting", workers={})
-                self._reenter()
+                self._print(str(error))
+                self._record_state(state="restarting", workers={})
+                self._reconnect()
                 continue
             if ended is not None:
                 return ended.code, ended.reason
 
-    def _reenter(self) -> None:
+    def _reconnect(self) -> None:
         before = self._membership.record.number if self._membership.record is not None else None
         self._handler.rejoin(fenced=False)
         self._membership.enter()
-        self._handler.reentered(before)
+        self._handler.on_reconnected(before)
 
     def _leave(self, code: int, why: str) -> None:
         if code:
-            self._guard.kill()
+            self._snapshot_agent.kill()
         else:
-            self._guard.close()
+            self._snapshot_agent.close()
         with contextlib.suppress(StoreLost):
             self._handler.give_up_slot(why)
-        self._membership.leave(politely=True)
+        self._membership.leave(farewell=True)
         self._event(events.SupervisorEnded(node=self._options.node, code=code, why=why))
-        self._note(state="ended", workers={})
+        self._record_state(state="ended", workers={})
         if code and code != ExitCode.INTERRUPTED and self._record.slot in (0, None):
-            self._say(why)
+            self._print(why)
 
-    def _signal(self, number: int, frame: FrameType | None) -> None:
-        self._agent.signalled(number)
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._agent.on_signal(number)
 
-    # ---- what the handler and the elastic agent ask for
+    # ---- hooks
 
-    def _prepare(self, slot: int) -> None:
-        """Before workers start: the agent runs, so that it fills its memory while they do."""
+    def leave_requested(self) -> bool:
+        return self._agent.asked
+
+    def prepare(self, slot: int) -> None:
+        """Start the slot's agent before the workers, so that it fills its memory while they start."""
         if self._snapshots:
             table = self._handler.membership.read()
             if table.resized:
-                self._guard.discard()
-            self._guard.take(slot)
+                self._snapshot_agent.discard()
+            self._snapshot_agent.take(slot)
             if table.begun and not table.resized:
-                self._guard.ensure()
-        self._note(slot=slot, agent=self._guard.pid)
+                self._snapshot_agent.ensure()
+        self._record_state(slot=slot, agent=self._snapshot_agent.pid)
 
-    def _resized(self, table: Table) -> None:
+    def on_resized(self, table: Table) -> None:
         self._event(events.Resized(node=self._options.node, slots=table.slots, why=_why(table)))
 
-    def _rescue(self) -> None:
-        """Have what is in memory written to disk, before there are fewer slots."""
+    def save_snapshot(self, epoch: int) -> None:
+        self._snapshot_agent.save(epoch)
+
+    def flush_to_disk(self) -> None:
+        """Have memory written to disk before the run shrinks."""
         job, handler = self._job, self._handler
         if job.snapshot == "off" or job.snapshot.durable is None:
             return
@@ -169,126 +180,128 @@ class Supervisor(Plan):
         substitutes = [SnapshotAgent(options.folder, options.host) for _ in vacant]
         for slot, substitute in zip(vacant, substitutes, strict=True):
             substitute.take(slot)
-        found = rescue(
-            self._guard, substitutes, RunFolder(options.folder).checkpoints, everyone=handler.save_all,
-            needed=lambda: not self._agent.asked and handler.membership.read().vacant == vacant,
+        result = flush_to_disk(
+            self._snapshot_agent, substitutes, RunFolder(options.folder).checkpoints,
+            save_elsewhere=handler.save_on_all_nodes,
+            still_needed=lambda: not self._agent.asked and handler.membership.read().vacant == vacant,
             deadline=job.snapshot.durable.deadline,
         )  # fmt: skip
-        if isinstance(found, int):
-            self._event(events.MemorySaved(node=options.node, step=found, slots=vacant))
+        if isinstance(result, int):
+            self._event(events.MemorySaved(node=options.node, step=result, slots=vacant))
         else:
-            self._event(events.MemoryNotSaved(node=options.node, why=found, slots=vacant))
+            self._event(events.MemoryNotSaved(node=options.node, why=result, slots=vacant))
 
-    def _waiting(self, state: str, slot: int | None) -> None:
+    def on_waiting(self, state: str, slot: int | None) -> None:
         if slot is None and self._record.slot is not None:
-            self._guard.kill()
-        self._note(state=msgspec.convert(state, State), slot=slot, workers={})
+            self._snapshot_agent.kill()
+        self._record_state(state=msgspec.convert(state, State), slot=slot, workers={})
 
-    def environment(self, handler: SlotRendezvous) -> dict[str, str]:
-        table, slot = handler.table, handler.slot
+    def environment(self) -> dict[str, str]:
+        table, slot = self._handler.table, self._handler.slot
         assert table is not None
-        assert slot is not None
         host = self._options.host
-        found = {"KEEPWARM_HOST": host, "PYTHONUNBUFFERED": "1"}
+        variables = {"KEEPWARM_HOST": host, "PYTHONUNBUFFERED": "1"}
         if host.startswith("127."):
-            found |= {key: os.environ.get(key, "lo") for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
-        if slot == 0 and table.round > 0 and self._snapshots and (epoch := self._guard.begin_epoch()) is not None:
-            found[EPOCH] = str(epoch)
-        if slot == 0 and table.round > 0:
-            found[RECOVERY] = json.dumps(recovery(table, time.time()))
-        return found
+            variables |= {key: os.environ.get(key, "lo") for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
+        if slot == 0 and table.restart > 0:
+            if self._snapshots and (epoch := self._snapshot_agent.begin_epoch()) is not None:
+                variables[EPOCH] = str(epoch)
+            variables[RECOVERY] = json.dumps(recovery(table, time.time()))
+        return variables
 
-    def started(self, workers: dict[int, int]) -> None:
+    def on_started(self, workers: Mapping[int, int]) -> None:
         slot, table = self._handler.slot, self._handler.table
         assert table is not None
-        self._started = time.monotonic()
-        self._unwhole = self._snapshots and slot in table.moved
-        self._note(state="running", workers=workers, generation=table.round, agent=self._guard.pid)
+        self._started_at = time.monotonic()
+        self._redundancy_lost = self._snapshots and slot in table.moved
+        self._record_state(
+            state="running", workers=dict(workers), restart=table.restart, agent=self._snapshot_agent.pid
+        )
 
-    def failed(self, kind: Kind, cause: str) -> None:
-        self._failure(kind, cause)
+    def on_failed(self, kind: Kind | Literal["agent"], cause: str) -> None:
+        slots = (self._handler.slot,)
+        self._event(events.Failure(node=self._options.node, kind=kind, cause=cause, slots=slots))
 
-    def look(self) -> None:
-        """Now and then: the agent's pid, whether it still runs, whether its memory is whole again."""
+    def poll(self) -> None:
+        """Check now and then whether the run can grow, the agent runs, and its memory is complete again."""
         now = time.monotonic()
-        if now - self._looked < AGENT_POLL_INTERVAL_S:
+        if now - self._polled_at < AGENT_POLL_INTERVAL_S:
             return
-        self._looked = now
-        if now - self._started > GROW_AFTER and not self._agent.saving and self._handler.want_more():
+        self._polled_at = now
+        if now - self._started_at > GROW_AFTER_S and not self._agent.saving and self._handler.growth_requested():
             self._agent.save()
         if not self._snapshots:
             return
-        if not self._guard.look():
-            cause = f"the snapshot agent of slot {self._handler.slot} has died"
-            self._failure("agent", cause)
-            self._guard.restart()
-            self._unwhole = True
-        self._note(agent=self._guard.pid)
-        if self._unwhole and (whole := self._guard.whole()) is not None:
-            self._unwhole = False
+        if not self._snapshot_agent.poll():
+            self.on_failed("agent", f"the snapshot agent of slot {self._handler.slot} has died")
+            self._snapshot_agent.restart()
+            self._redundancy_lost = True
+        self._record_state(agent=self._snapshot_agent.pid)
+        if self._redundancy_lost and (complete := self._snapshot_agent.complete_snapshot()) is not None:
+            self._redundancy_lost = False
             slots = (self._handler.slot,)
-            self._event(events.Whole(node=self._options.node, slots=slots, epoch=whole[0], step=whole[1]))
+            self._event(events.Whole(node=self._options.node, slots=slots, epoch=complete[0], step=complete[1]))
+
+    # ---- records
 
     def _open_store(self, number: int) -> None:
         if number:
             cause = f"store {number - 1} cannot be reached"
             self._event(events.Failure(node=self._options.node, kind="store", cause=cause, slots=()))
         options = self._options
-        self._nursery.open_store(
-            StoreOrder(
-                folder=str(options.folder), number=number, host=options.host, node=options.node, silence=self._silence
-            )
+        arguments = (
+            str(options.folder),
+            f"--number={number}",
+            f"--host={options.host}",
+            f"--peer-timeout={self._peer_timeout}",
+        )
+        log = str(RunFolder(options.folder).nodes / f"store-{number}.log")
+        self._server.start(
+            Worker(module="keepwarm.launch.node.store", arguments=arguments, environment={}, log=log, detached=True)
         )
 
-    def _note(self, **changes: object) -> None:
+    def _record_state(self, **changes: object) -> None:
         after = msgspec.structs.replace(self._record, **changes)
         if after != self._record or after.state == "joining":
             self._record = after
             record.write(self._options.folder, after)
 
-    def _failure(self, kind: Kind | Literal["agent"], cause: str) -> None:
-        slots = (self._handler.slot,)
-        self._event(events.Failure(node=self._options.node, kind=kind, cause=cause, slots=slots))
-
     def _event(self, event: events.Event) -> None:
         events.append(self._options.folder, event)
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         print(f"keepwarm: {self._options.node}: {text}", file=sys.stderr, flush=True)
 
 
 def recovery(table: Table, now: float) -> dict[str, object]:
-    """What the supervisors know of a recovery when its workers are started; rank 0 adds what it restores."""
-    failures = table.gravest
+    """Return what supervisors know of a recovery when its workers start; rank 0 adds what it restores."""
+    failures = table.root_causes
     slots = sorted(set(table.moved) | {failure.slot for failure in failures})
-    unsaid = "the store was lost"
+    unrecorded = "the store was lost"
     if slots:
-        unsaid += f", and with it the {'node' if len(slots) == 1 else 'nodes'} of {', '.join(map(str, slots))}"
+        unrecorded += f", and with it the {'node' if len(slots) == 1 else 'nodes'} of {', '.join(map(str, slots))}"
     level: events.Level = "resized" if table.resized else "decoded" if table.moved else "local"
-    noticed = min((failure.time for failure in failures), default=now)
+    detected = min((failure.time for failure in failures), default=now)
     return {
         "level": level,
-        "why": _why(table) if table.resized else "; ".join(dict.fromkeys(one.cause for one in failures)) or unsaid,
+        "why": _why(table) if table.resized else "; ".join(dict.fromkeys(one.cause for one in failures)) or unrecorded,
         "slots": slots,
         "started": now,
         "phases": {
             "detect": max((failure.silence for failure in failures), default=0.0),
-            "rendezvous": max(0.0, now - noticed),
+            "rendezvous": max(0.0, now - detected),
         },
     }
 
 
 def _why(table: Table) -> str:
-    """What made a run go on with another number of slots."""
+    """Return why a run goes on with another number of slots."""
     causes = "; ".join(dict.fromkeys(one.cause for one in table.failures))
     return f"{causes or 'nodes are back'}: {table.slots} of {max(table.sizes)} slots"
 
 
 def supervise(options: Options, job: JobSpec) -> int:
-    """Be a supervisor, in a process that has one thread and has imported what workers need."""
+    """Supervise a node, in a process that has one thread and has imported what workers need."""
     os.environ[NODE] = options.node
-    nursery = Nursery()
-    try:
-        return Supervisor(options, job, nursery).run()
-    finally:
-        nursery.close()
+    with contextlib.closing(ForkServer()) as server:
+        return Supervisor(options, job, server).run()

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from keepwarm.exit_code import ExitCode
-from keepwarm.launch.node.slot_table import BLAMED_FOR
+from keepwarm.launch.node.slot_table import ATTRIBUTION_WINDOW_S
 from keepwarm.launch.plan.plan import Plan
 from keepwarm.launch.run import network_check
 from keepwarm.launch.run.node_check import MARK, look, problems
@@ -77,7 +77,7 @@ class Allocation:
     def _failing(self) -> dict[str, str]:
         """Nodes whose ranks ended starts again and again, as this process counted or as their supervisors did."""
         limit, now = self.job.cluster.max_node_failures, time.time()
-        counts = {name: sum(now - at < BLAMED_FOR for at in times) for name, times in self.blamed.items()}
+        counts = {name: sum(now - at < ATTRIBUTION_WINDOW_S for at in times) for name, times in self.blamed.items()}
         return {name: f"ended {count} starts" for name, count in counts.items() if count >= limit} | left_out(
             events.read(self.folder).events
         )

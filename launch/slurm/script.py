@@ -119,7 +119,7 @@ def node_step(job: JobSpec, folder: Path, nodes: list[str], *, resume: bool, pyt
         f"--output={logs}/node_%N.log",
         *in_container(job.cluster.slurm, folder, python),
         # A node that comes back later cannot join the step: without a spare the job is requeued.
-        *("-P", "-m", "keepwarm.launch.slurm.node", str(folder), f"--patience={ALLOCATION_VACANCY_TIMEOUT_S:g}"),
+        *("-P", "-m", "keepwarm.launch.slurm.node", str(folder), f"--vacancy-timeout={ALLOCATION_VACANCY_TIMEOUT_S:g}"),
         *(["--resume"] if resume else []),
     ]
 

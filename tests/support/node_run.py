@@ -78,8 +78,8 @@ class Run:
 
         def found() -> NodeRecord | None:
             records = [record for record in node_record.read_all(self.folder) if record.slot == slot]
-            # A killed node cannot take its record back: the later generation has the slot.
-            newest = max(records, key=lambda each: each.generation, default=None)
+            # A killed node cannot take its record back: the later restart counts.
+            newest = max(records, key=lambda each: each.restart, default=None)
             ready = newest is not None and newest.state == "running" and newest.agent is not None
             return newest if ready else None
 

@@ -1,7 +1,7 @@
 """Supervisors as processes, with stand-ins for workers.
 
-The stand-in says that it runs (its pid in `ran-<rank>-<round>`), and ends with the code in `code` once there is one.
-Asked to end, it says so (`asked-<rank>-<round>`), and ends as soon as there is `saved`.
+The stand-in writes its pid to `ran-<rank>-<restart>`, and ends with the code in the file `code` once that exists. Asked
+to end, it creates `asked-<rank>-<restart>`, and ends as soon as the file `saved` exists.
 """
 
 import os
@@ -36,16 +36,16 @@ sys.exit(int((folder / "code").read_text()))
 """
 
 
-STAYS = """
+REUSABLE = """
 import os, pathlib, sys, threading, time
-from keepwarm.trainer.distributed.in_process_restart import Halted, Orders
+from keepwarm.trainer.distributed.in_process_restart import ControlChannel, RestartRequested
 folder = pathlib.Path(sys.argv[1]).parent
-orders = Orders.inherited()
+control = ControlChannel.inherited()
 while True:
     me = f"{os.environ['RANK']}-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
     interrupted = threading.Event()
     try:
-        with orders.training(interrupted.set):
+        with control.training(interrupted.set):
             (folder / f".{me}").write_text(str(os.getpid()))
             (folder / f".{me}").rename(folder / f"ran-{me}")
             while not (folder / "code").exists():
@@ -54,11 +54,11 @@ while True:
                 if interrupted.wait(0.01):
                     raise RuntimeError("a collective failed")
             sys.exit(int((folder / "code").read_text()))
-    except Halted:
+    except RestartRequested:
         pass
-    orders.next_start()
+    control.park()
 """
-"""One that begins again in its process, and fails when there is `fail-<rank>-<round>`."""
+"""A reusable worker that fails once the file `fail-<rank>-<restart>` exists."""
 
 
 class StandIns:

@@ -1,4 +1,4 @@
-"""keepwarm as a process that need not import: forked, as its workers are, from one that has torch and the trainer.
+"""Start keepwarm without imports: forked, as its workers are, from a process that has torch and the trainer.
 
 Importing takes most of the time of a tiny run. What starts here is otherwise the same as `python -P -m keepwarm`: a
 process and session of its own, with its own signals, ended by the kernel with the process of the tests. Tests of the
@@ -13,11 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from keepwarm.launch.forkserver import PRELOADED, Nursery, Worker
+from keepwarm.launch.forkserver import PRELOADED, ForkServer, Worker
 
 ROOT = Path(__file__).parents[2]
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -32,25 +32,24 @@ _MODULES = (
 )
 _PROGRAM = f"""
 import os, socket, sys
-from keepwarm.launch.forkserver import Tender
-Tender(socket.socket(fileno=int(sys.argv[1])), os.getppid()).run({_MODULES})
+from keepwarm.launch.forkserver import ForkServerProcess
+ForkServerProcess(socket.socket(fileno=int(sys.argv[1])), os.getppid()).run({_MODULES})
 """
 
 
-class _Nursery(Nursery):
-    """One in an interpreter of its own: the process of the tests has threads, and has computed."""
+class _ForkServer(ForkServer):
+    """A fork server in an interpreter of its own: the process of the tests has threads, and has computed."""
 
-    def __init__(self) -> None:
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    def _launch(self, modules: Sequence[str], environment: Mapping[str, str]) -> tuple[socket.socket, int]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _PROGRAM, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                env=_ENVIRONMENT,
+                env=dict(environment),
                 cwd=ROOT,
             )
-        self.pid = self._process.pid
-        self._know_nobody()
+        return ours, self._process.pid
 
     def close(self) -> None:
         self._socket.close()
@@ -59,10 +58,10 @@ class _Nursery(Nursery):
 
 
 @cache
-def _nursery() -> _Nursery:
-    nursery = _Nursery()
-    atexit.register(nursery.close)
-    return nursery
+def _server() -> _ForkServer:
+    server = _ForkServer(environment=_ENVIRONMENT)
+    atexit.register(server.close)
+    return server
 
 
 class Process:
@@ -73,7 +72,7 @@ class Process:
         log.write_bytes(b"")
         changed = {name: value for name, value in os.environ.items() if _ENVIRONMENT.get(name) != value}
         worker = Worker(module="keepwarm", arguments=tuple(arguments), environment=changed, log=str(log))
-        self.pid = _nursery().start(worker)
+        self.pid = _server().start(worker)
 
     @property
     def output(self) -> str:
@@ -81,8 +80,8 @@ class Process:
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
-        _nursery().poll()
-        return _nursery().ended.get(self.pid)
+        _server().poll()
+        return _server().ended.get(self.pid)
 
     def wait(self, timeout: float) -> int:
         end = time.monotonic() + timeout
@@ -90,11 +89,11 @@ class Process:
             if (left := end - time.monotonic()) <= 0:
                 self.kill()
                 raise TimeoutError(f"process {self.pid} has not ended in {timeout:g} s:\n{self.output}")
-            _nursery().poll(left)
+            _server().poll(left)
         return code
 
     def send_signal(self, number: int) -> None:
-        _nursery().send([self.pid], signal.Signals(number))
+        _server().send([self.pid], signal.Signals(number))
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)

@@ -1,9 +1,9 @@
-"""In-process restart: a worker whose peers have died stays, and begins the next start in the same process.
+"""In-process restart: a worker whose peers have died parks, and is resumed for the next start in the same process.
 
-It has imported, allocated and cached what a new process pays for until the end of its first step. Its supervisor asks
-it to halt; collectives that wait for the dead, or for others that do, then fail (`World.interrupt`). It leaves its
-agent, forgets its engine and its process groups, says that it rests, and waits for what the next start is told. A
-worker that is not training, or does not come to rest in time, ends: a new process always works.
+It keeps its imports, allocations and caches, which a new process pays for until the end of its first step. Its
+supervisor asks it to park; collectives that wait for dead or parking peers then fail (`World.interrupt`). The worker
+leaves its agent, drops its engine and process groups, reports that it is parked, and waits for the environment of the
+next start. A worker that is not training, or does not park in time, ends: a new process always works.
 """
 
 import contextlib
@@ -21,116 +21,117 @@ import msgspec
 from keepwarm.exit_code import ExitCode
 from keepwarm.parallel.engine_support import engine_info
 from keepwarm.trainer.job.spec import JobSpec
-from keepwarm.trainer.monitor.goodput import process_start
 
-ORDERS = "KEEPWARM_ORDERS"
-"""Environment variable: the descriptor of the socket on which a supervisor speaks to its worker."""
+CONTROL = "KEEPWARM_CONTROL"
+"""Environment variable: the descriptor of the socket through which a supervisor parks and resumes its worker."""
 EPOCH = "KEEPWARM_EPOCH"
-"""Environment variable of rank 0: what this epoch restores, a supervisor has had the agents decide already."""
+"""Environment variable of rank 0: the agents' decision on what to restore that a supervisor has already begun."""
 RECOVERY = "KEEPWARM_RECOVERY"
-"""Environment variable of rank 0: what the supervisors know of the recovery that this start is part of, as JSON."""
+"""Environment variable of rank 0: what the supervisors know of the failure that this start recovers from, as JSON."""
 PER_START = (EPOCH, RECOVERY)
-"""What one start is told, and the next one need not be."""
-HALT_TIMEOUT_S = 5.0
-"""Seconds that a worker whose collective has failed waits to hear that the fault is elsewhere, before it gives up."""
-_MESSAGE = 1 << 18
+"""Variables that hold for one start only."""
+PARK_ORDER_TIMEOUT_S = 5.0
+"""How long a worker whose collective has failed waits for the order to park before it fails itself."""
+_MESSAGE_BYTES = 1 << 18
+WorkerState = Literal["training", "parked"]
+"""training: can be parked from now on; parked: waits to be resumed."""
 
 
-def may_stay(job: JobSpec) -> bool:
-    """Whether workers of a job may begin again in their process; whether they have a GPU they know themselves."""
+def supports_in_process_restart(job: JobSpec) -> bool:
+    """Return whether a job's workers may be resumed in their process; workers with a GPU decide by themselves."""
     return job.cluster.in_process != "off" and engine_info(job.parallel).in_process
 
 
-class Halt(msgspec.Struct, frozen=True, tag=True):
-    """To a worker that trains: come to rest."""
+class Park(msgspec.Struct, frozen=True, tag=True):
+    """To a training worker: park."""
 
 
-class Begin(msgspec.Struct, frozen=True, tag=True):
-    """To a worker that rests: start again with these environment variables."""
+class Resume(msgspec.Struct, frozen=True, tag=True):
+    """To a parked worker: start again with these environment variables."""
 
     environment: dict[str, str]
 
 
-class Said(msgspec.Struct, frozen=True):
-    """From a worker: it trains, and can be halted from now on; or it rests."""
+class Report(msgspec.Struct, frozen=True):
+    """From a worker: its new state."""
 
-    state: Literal["training", "resting"]
+    state: WorkerState
 
 
-class Halted(Exception):
+class RestartRequested(Exception):
     """This start is over, and the process goes on to the next one."""
 
 
-class Orders:
-    """A worker's end of the socket. A worker that no supervisor speaks to is never halted."""
+class ControlChannel:
+    """The worker's end of the socket to its supervisor. Without a connection the worker is never parked."""
 
     def __init__(self, connection: socket.socket | None) -> None:
-        self.began = process_start()
-        """When this start began, in seconds since 1970."""
+        self.resumed_at: float | None = None
+        """When the worker was last resumed, in seconds since 1970; None in the first start of a process."""
         self._connection = connection
         self._lock = threading.Lock()
         self._interrupt: Callable[[], None] | None = None
-        self._halted = threading.Event()
-        self._begin: queue.SimpleQueue[Begin] = queue.SimpleQueue()
+        self._asked_to_park = threading.Event()
+        self._resume: queue.SimpleQueue[Resume] = queue.SimpleQueue()
         if connection is not None:
-            threading.Thread(target=self._listen, args=(connection,), name="orders", daemon=True).start()
+            threading.Thread(target=self._listen, args=(connection,), name="control", daemon=True).start()
 
     @classmethod
-    def inherited(cls) -> "Orders":
-        """Those of the process that has started this one."""
-        descriptor = os.environ.pop(ORDERS, None)
+    def inherited(cls) -> "ControlChannel":
+        """Return the channel to the process that started this one."""
+        descriptor = os.environ.pop(CONTROL, None)
         return cls(None if descriptor is None else socket.socket(fileno=int(descriptor)))
 
     @contextlib.contextmanager
     def training(self, interrupt: Callable[[], None]) -> Iterator[None]:
-        """While it lasts, this worker can be halted; `interrupt` is called, on another thread, to end its waiting.
+        """Allow parking inside the `with` block; `interrupt` is called on another thread to end blocking calls.
 
         Raises:
-            Halted: in place of whatever it was that the interruption made fail.
+            RestartRequested: in place of the error that the interruption caused.
         """
         if self._connection is None:
             yield
             return
         with self._lock:
             self._interrupt = interrupt
-        self._say("training")
+        self._report("training")
         try:
             yield
         except Exception as error:
             # A collective fails when its peer dies, often before the supervisors know.
-            if self._halted.wait(HALT_TIMEOUT_S if isinstance(error, RuntimeError) else 0.0):
-                raise Halted((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+            if self._asked_to_park.wait(PARK_ORDER_TIMEOUT_S if isinstance(error, RuntimeError) else 0.0):
+                raise RestartRequested((str(error).strip() or type(error).__name__).splitlines()[0]) from error
             raise
         finally:
             with self._lock:
                 self._interrupt = None
-        if self._halted.is_set():
-            raise Halted("between two steps")
+        if self._asked_to_park.is_set():
+            raise RestartRequested("between two steps")
 
-    def next_start(self) -> None:
-        """Come to rest, and return when the next start shall begin, told by environment variables as every one."""
+    def park(self) -> None:
+        """Park this worker; return when it is resumed, with the environment variables of the next start set."""
         assert self._connection is not None
         gc.collect()
-        self._halted.clear()
-        self._say("resting")
-        begin = self._begin.get()
-        self.began = time.time()
+        self._asked_to_park.clear()
+        self._report("parked")
+        order = self._resume.get()
+        self.resumed_at = time.time()
         for name in PER_START:
             os.environ.pop(name, None)
-        os.environ.update(begin.environment)
+        os.environ.update(order.environment)
 
-    def _say(self, state: Literal["training", "resting"]) -> None:
+    def _report(self, state: WorkerState) -> None:
         assert self._connection is not None
-        self._connection.send(msgspec.json.encode(Said(state)))
+        self._connection.send(msgspec.json.encode(Report(state)))
 
     def _listen(self, connection: socket.socket) -> None:
-        while data := connection.recv(_MESSAGE):
-            order = msgspec.json.decode(data, type=Halt | Begin)
-            if isinstance(order, Begin):
-                self._begin.put(order)
+        while data := connection.recv(_MESSAGE_BYTES):
+            order = msgspec.json.decode(data, type=Park | Resume)
+            if isinstance(order, Resume):
+                self._resume.put(order)
                 continue
             with self._lock:
                 if self._interrupt is None:
-                    os._exit(ExitCode.FAULT)  # it was to halt and cannot stay
-                self._halted.set()
+                    os._exit(ExitCode.FAULT)  # it was asked to park while it was not training
+                self._asked_to_park.set()
                 self._interrupt()

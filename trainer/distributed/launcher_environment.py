@@ -1,6 +1,6 @@
-"""Which rank this process is, from the environment that its launcher set: torchrun, srun, Open MPI, MPICH or another's.
+"""Read the rank of this process from the environment of its launcher: torchrun, srun, Open MPI, MPICH or an added one.
 
-torchrun's variables are the common language: `adopt_launcher` writes them where another launcher left its own.
+`adopt_launcher` translates the variables of other launchers into those of torchrun, which everything else reads.
 """
 
 import os
@@ -15,36 +15,36 @@ from keepwarm.trainer.distributed.mpi import address_of_rank_0
 from keepwarm.trainer.errors import SpecError
 
 PORTS = range(20_000, 32_000)
-"""Where rank 0 listens; below the ports that Linux gives out by itself."""
+"""Ports on which rank 0 may listen; below Linux's range of ephemeral ports."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """A process among those that a launcher started together."""
+    """One of the processes that a launcher started together."""
 
     launcher: str
     rank: int
     size: int
     local_rank: int
     address: str | None
-    """Host of rank 0; None: the environment does not tell."""
+    """Host of rank 0; None: not in the environment."""
     port: int
-    """On that host, alike for all ranks, different for most launches."""
+    """Port on that host: equal on all ranks, different for most launches."""
     restarts: int = 0
 
 
 ADDED_LAUNCHERS: Registry[Callable[[Mapping[str, str]], Ranks | None]] = Registry("launcher", "keepwarm.launchers", {})
-"""Functions of other packages that read a rank from the environment; None where it was not set by their launcher."""
+"""Functions of other packages that read a rank from the environment, or return None if it is not their launcher's."""
 
 
 def ranks_from(environment: Mapping[str, str]) -> Ranks | None:
-    """What a launcher other than torchrun says; None without one, and when torchrun's variables are there.
+    """Return the rank set by a launcher other than torchrun; None without one, or if torchrun's variables are set.
 
-    Open MPI comes first: inside an allocation its ranks see the batch system's variables as well, those of another
-    program. MPICH comes last: others set its variables too, for MPI libraries.
+    Open MPI comes first: inside an allocation its ranks also see the batch system's variables, which describe another
+    program. MPICH comes last: other launchers set its variables too, for MPI libraries.
 
     Raises:
-        SpecError: a launcher that another package added cannot be imported.
+        SpecError: an added launcher cannot be imported.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return None
@@ -60,10 +60,10 @@ def ranks_from(environment: Mapping[str, str]) -> Ranks | None:
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a SLURM node list: `gpu-[07-09,12],login` gives `gpu-07`."""
+    """Return the first name of a SLURM node list: `gpu-07` for `gpu-[07-09,12],login`."""
     match = re.match(r"[^,\[]+", nodes)
     if match is None:
-        raise SpecError(f"SLURM's node list {nodes!r} begins with no name: set MASTER_ADDR to the host of rank 0")
+        raise SpecError(f"SLURM's node list {nodes!r} lacks a first name: set MASTER_ADDR to the host of rank 0")
     name, rest = match.group(), nodes[match.end() :]
     while rest.startswith("["):
         inside, _, rest = rest[1:].partition("]")
@@ -75,10 +75,10 @@ def first_host(nodes: str) -> str:
 
 
 def adopt_launcher() -> None:
-    """Write torchrun's variables into `os.environ`, and KEEPWARM_HOST: the address of this node that others reach.
+    """Set torchrun's variables in `os.environ`, and KEEPWARM_HOST: the address at which other nodes reach this one.
 
     Raises:
-        SpecError: the launcher does not tell where rank 0 is, and MPI cannot be asked.
+        SpecError: the launcher does not set the address of rank 0, and MPI cannot be asked.
     """
     ranks = ranks_from(os.environ)
     if ranks is not None and ranks.size > 1:
@@ -99,13 +99,13 @@ def adopt_launcher() -> None:
 
 
 def own_address(peer: str | None) -> str | None:
-    """The address of this host on the way to another; None when there is no way, or no other."""
+    """Return the address from which this host reaches `peer`; None without a route or a peer."""
     if peer is None:
         return None
     try:
         family, _, _, _, target = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(target)  # sends nothing: the kernel chooses the way
+            probe.connect(target)  # sends nothing: the kernel chooses a route
             return str(probe.getsockname()[0])
     except OSError:
         return None
@@ -157,5 +157,5 @@ def _mpich(environment: Mapping[str, str]) -> Ranks | None:
 
 
 def _port(environment: Mapping[str, str], *names: str) -> int:
-    told = "/".join(environment.get(name, "") for name in names)
-    return PORTS[zlib.crc32(told.encode()) % len(PORTS)]
+    identity = "/".join(environment.get(name, "") for name in names)
+    return PORTS[zlib.crc32(identity.encode()) % len(PORTS)]

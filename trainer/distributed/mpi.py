@@ -1,4 +1,4 @@
-"""The address of rank 0, asked of MPI itself where the launcher's environment lacks it."""
+"""Ask MPI for the address of rank 0 if the launcher's environment lacks it."""
 
 import socket
 
@@ -6,7 +6,7 @@ from keepwarm.trainer.errors import SpecError
 
 
 def address_of_rank_0(launcher: str, size: int) -> tuple[str, int]:
-    """Return the host name and a free port of rank 0, of `size` ranks that `launcher` started.
+    """Return the host name and a free port of rank 0, one of `size` ranks started by `launcher`.
 
     Collective over MPI's world, which is finalised afterwards.
 
@@ -17,7 +17,7 @@ def address_of_rank_0(launcher: str, size: int) -> tuple[str, int]:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise SpecError(
-            f"{launcher} started {size} ranks on several nodes and does not say where rank 0 is: "
+            f"{launcher} started {size} ranks on several nodes without the address of rank 0: "
             f"pip install 'keepwarm[mpi]', or set MASTER_ADDR to its host ({error})"
         ) from error
     mine = (socket.gethostname(), _free_port()) if MPI.COMM_WORLD.Get_rank() == 0 else None

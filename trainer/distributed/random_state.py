@@ -1,6 +1,6 @@
-"""The random generators of a rank as named state, like any other tensor that a snapshot holds.
+"""Random generators of a rank as named state, like any other tensor of a snapshot.
 
-keepwarm draws nothing in a step; the generators are kept for code of users that does.
+keepwarm draws no random numbers in a step; the generators are kept for user code that does.
 """
 
 import torch
@@ -9,7 +9,7 @@ from keepwarm.parallel.shard import Shard
 
 
 class RandomState:
-    """Owns one buffer per generator of this rank. `capture` before saving, `restored` after writing into the shards."""
+    """Holds a buffer per generator of this rank. Call `capture` before saving, `restored` after writing the shards."""
 
     def __init__(self, rank: int, device: torch.device) -> None:
         self._rank = rank
@@ -29,7 +29,7 @@ class RandomState:
             self._buffers[name].copy_(state)
 
     def shards(self) -> dict[str, Shard]:
-        """`random.<generator>.<rank>` for this rank; no other rank holds the same."""
+        """Return the shards `random.<generator>.<rank>`, which no other rank holds."""
         return {
             f"random.{name}.{self._rank}": Shard(
                 name=f"random.{name}.{self._rank}",
@@ -43,7 +43,7 @@ class RandomState:
         }
 
     def restored(self) -> None:
-        """Set the generators to what the buffers hold."""
+        """Set the generators from the buffers."""
         torch.set_rng_state(self._buffers["torch"])
         if self._device.type == "cuda":
             torch.cuda.set_rng_state(self._buffers["cuda"], self._device)

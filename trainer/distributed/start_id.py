@@ -1,7 +1,7 @@
-"""A name for one start of all ranks, agreed upon in a store that outlives starts.
+"""Agree on a unique ID for this start of all ranks, through a store that survives restarts.
 
-torchrun keeps its store, and with it what ranks of earlier starts have written. How often a rank was started again does
-not tell starts apart: each node's agent counts for itself, and one that takes the place of a lost node begins at zero.
+torchrun keeps its store, and with it the keys of earlier starts. Restart counts do not tell starts apart: each node's
+agent counts for itself, and one that replaces a lost node begins at zero.
 """
 
 import time
@@ -17,13 +17,13 @@ STORE_POLL_INTERVAL_S = 0.005
 
 
 def agree(store: Store, rank: int, size: int, deadline: timedelta) -> str:
-    """The same name on all ranks, and another one in every start. All ranks call it; none of an earlier start lives.
+    """Return an ID that is the same on all ranks and differs between starts. Collective; earlier ranks must be dead.
 
-    Rank 0 answers whoever says hello with the name, and is done when all have confirmed it: what ranks of earlier
-    starts have written is answered too, and never confirmed.
+    Rank 0 answers each greeting with the ID and returns when all ranks have confirmed it: greetings of earlier starts
+    are answered too, but never confirmed.
 
     Raises:
-        TrainerError: ranks did not come within the deadline; rank 0 says which.
+        TrainerError: ranks did not arrive within the deadline; on rank 0 it names them.
     """
     if rank:
         me = uuid.uuid4().hex

@@ -1,4 +1,4 @@
-"""The ranks of a run as this process sees them: who am I, on what device, how do I reach the others."""
+"""The process group of a run: this rank, its device, and collectives with the other ranks."""
 
 import contextlib
 import os
@@ -17,29 +17,28 @@ from keepwarm.parallel.spec import NumericsSpec
 from keepwarm.trainer.distributed.launcher_environment import adopt_launcher
 from keepwarm.trainer.distributed.start_id import agree
 from keepwarm.trainer.errors import SpecError
-from keepwarm.trainer.monitor import flight_recorder
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""Deadline of every collective; a rank that does not arrive is named by the error."""
+"""Deadline of every collective; the error names a rank that does not arrive."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """Joined by `join`, left by `leave`. Without peers there is no process group at all."""
+    """Created by `join`, left by `leave`. Without peers there is no process group."""
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
     restarts: int = 0
-    """How often launchers have started ranks of this run again, by those that counted most."""
+    """How often the ranks of this run have begun again: the largest count of all launchers."""
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on at least one rank. Collective."""
+        """Return whether the flag is set on at least one rank. Collective."""
         return bool(self.largest(int(flag)))
 
     def largest(self, value: int) -> int:
-        """The largest of all ranks' values. Collective."""
+        """Return the largest of all ranks' values. Collective."""
         if self.size == 1:
             return value
         number = torch.tensor([value], device=self.device)
@@ -47,7 +46,7 @@ class World:
         return int(number.item())
 
     def gather(self, data: bytes) -> list[bytes]:
-        """What every rank gives, by rank; empty on ranks other than 0. Collective."""
+        """Return the data of every rank, by rank, on rank 0; an empty list elsewhere. Collective."""
         if self.size == 1:
             return [data]
         length = self.largest(len(data))
@@ -61,15 +60,15 @@ class World:
         return [one[8 : 8 + int.from_bytes(one[:8], "little")] for one in found]
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has arrived."""
         if self.size > 1:
             dist.barrier()
 
     def interrupt(self) -> None:
-        """Have every collective of this process fail that waits or is begun from now on. For another thread.
+        """Make every pending and later collective of this process fail. Call it from another thread.
 
-        gloo knows no abort (torch 2.13): the TCP connections under it are shut, the store's among them, as if all
-        peers had died. NCCL's communicators are aborted.
+        gloo has no abort (torch 2.13): all TCP connections of the process are shut down, the store's among them, as if
+        all peers had died. NCCL's communicators are aborted.
         """
         for descriptor in (int(path.name) for path in Path("/proc/self/fd").iterdir()):
             with contextlib.suppress(OSError):
@@ -85,7 +84,7 @@ class World:
 
 
 def _shut(descriptor: int) -> None:
-    """End a TCP connection, and leave its descriptor to its owner."""
+    """Shut down a TCP connection, leaving the descriptor to its owner."""
     with socket.socket(fileno=os.dup(descriptor)) as connection:
         # A listening socket has no peer; when it is shut, gloo ends the process.
         if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getpeername():
@@ -93,14 +92,14 @@ def _shut(descriptor: int) -> None:
 
 
 def join(expected: int, numerics: NumericsSpec) -> World:
-    """Join the ranks that the launcher started, from torchrun's environment variables or what stands in their place.
+    """Join the ranks that the launcher started, as described by its environment variables.
 
     Args:
-        expected: number of ranks that the layout has.
+        expected: number of ranks of the layout.
         numerics: threads are set before the first operation, deterministic libraries before they are loaded.
 
     Raises:
-        SpecError: the launcher started another number of ranks.
+        SpecError: the launcher started a different number of ranks.
     """
     torch.set_num_threads(numerics.threads_per_rank)
     if numerics.deterministic:
@@ -118,21 +117,20 @@ def join(expected: int, numerics: NumericsSpec) -> World:
     if cuda:
         torch.cuda.set_device(device)
     if size > 1:
-        flight_recorder.enable()
         _connect(rank, size, "cpu:gloo,cuda:nccl" if cuda else "gloo")
     world = World(rank=rank, size=size, local_rank=local_rank, device=device)
-    # A node that takes the place of a lost one has counted nothing yet.
+    # The launcher of a replacement node counts from zero.
     return replace(world, restarts=world.largest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))))
 
 
 _REPEATABLE = {"NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-"""One order of summation whatever the size, and a fixed workspace, for bitwise equal runs on CUDA."""
+"""A fixed order of summation for all sizes and a fixed workspace, for bitwise equal runs on CUDA."""
 
 _FROM_TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
 def _connect(rank: int, size: int, backend: str) -> None:
-    """Through the file that `keepwarm train` names for ranks on one machine, else through torchrun's store."""
+    """Create the process group through the file of `keepwarm train` on one machine, else through torchrun's store."""
     file = os.environ.get("KEEPWARM_STORE")
     store: Store
     if file is not None:

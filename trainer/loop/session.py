@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from keepwarm.trainer.distributed.in_process_restart import Halted, Orders
+from keepwarm.trainer.distributed.in_process_restart import ControlChannel, RestartRequested
 from keepwarm.trainer.distributed.world import World, join
 from keepwarm.trainer.errors import OutputError, TrainingStopped
 from keepwarm.trainer.job.files import load_job, load_run, save_job
@@ -19,36 +19,39 @@ from keepwarm.trainer.loop.callback import Ending, Run
 from keepwarm.trainer.loop.interrupt import Interrupt
 from keepwarm.trainer.loop.loop import train
 from keepwarm.trainer.loop.restore import Start
-from keepwarm.trainer.monitor.goodput import Timeline, write_result
+from keepwarm.trainer.monitor import flight_recorder
+from keepwarm.trainer.monitor.goodput import Timeline, process_start, write_result
 
 
-def run_session(path: Path, overrides: Sequence[str], *, resume: bool, orders: Orders | None = None) -> bool:
-    """Train; False when a signal ended the run early with its state saved. Without `orders` nobody can halt it.
+def run_session(path: Path, overrides: Sequence[str], *, resume: bool, control: ControlChannel | None = None) -> bool:
+    """Train; return False when a signal ended the run early with its state saved. Without `control` it is never parked.
 
     Raises:
         TrainerError: with the exit code of its kind.
-        Halted: peers have died; nothing of the run is left in this process, which may begin anew.
+        RestartRequested: peers have died; nothing of the run is left in this process, which may start again.
     """
     job = load_run(path, overrides) if path.name == RUN_FILE else load_job(path, overrides)
     if job.cluster.elastic == "shrink":
         job = resized(job, int(os.environ.get("WORLD_SIZE", job.layout.world_size)))
     logging.basicConfig(format=" %(levelname)s: %(message)s", level=logging.WARNING)
+    if job.layout.world_size > 1:
+        flight_recorder.enable()  # before the process group exists
     world = join(job.layout.world_size, job.numerics)
     start = _start(job, world, resume)
     _open_folder(job, world)
-    orders = orders or Orders(None)
-    timeline = _timeline(job, world, start, orders.began)
+    control = control or ControlChannel(None)
+    timeline = _timeline(job, world, start, control.resumed_at)
     run = build(job, world, start=start, timeline=timeline)
     ending: Ending = "failed"
     try:
         # Not earlier: a rank that waits for others in a library must end at the first signal.
-        with Interrupt() as interrupt, _halts(job, world, orders), run.console:
+        with Interrupt() as interrupt, _parking(job, world, control), run.console:
             finished = train(run, interrupt)
         ending = "finished" if finished else "stopped"
     except TrainingStopped:
         ending = "stopped"
         raise
-    except Halted:
+    except RestartRequested:
         ending = "halted"
         raise
     finally:
@@ -84,15 +87,16 @@ def _leave(run: Run, ending: Ending) -> None:
     run.world.leave()
 
 
-def _halts(job: JobSpec, world: World, orders: Orders) -> AbstractContextManager[None]:
-    """While it lasts, this worker can be halted: with a GPU, where that has never been tried, only if asked for."""
+def _parking(job: JobSpec, world: World, control: ControlChannel) -> AbstractContextManager[None]:
+    """Allow this worker to be parked inside the `with` block; with a GPU, where it is untested, only if asked for."""
     if world.device.type != "cpu" and job.cluster.in_process != "on":
         return contextlib.nullcontext()
-    return orders.training(world.interrupt)
+    return control.training(world.interrupt)
 
 
-def _timeline(job: JobSpec, world: World, start: Start, began: float) -> Timeline:
-    # From the start of the process on, if it is the first of this process: imports are part of what a start costs.
+def _timeline(job: JobSpec, world: World, start: Start, resumed_at: float | None) -> Timeline:
+    # The first start of a process begins with the process: imports are part of its cost.
+    began = process_start() if resumed_at is None else resumed_at
     return Timeline(Path(job.output), rank=world.rank, began=began, restart=start == "restart", fresh=start == "fresh")
 
 

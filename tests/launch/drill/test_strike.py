@@ -63,8 +63,8 @@ def test_paused_processes_go_on(child: "subprocess.Popen[bytes]", token: str) ->
 
 
 def test_a_slots_owner_is_the_living_one(child: "subprocess.Popen[bytes]", token: str, tmp_path: Path) -> None:
-    gone = NodeRecord(node="a", host="h", slot=0, supervisor=2**22 + 1, workers={0: 2**22 + 2}, generation=3)
-    here = NodeRecord(node="b", host="h", slot=0, supervisor=child.pid, workers={0: child.pid}, generation=2)
+    gone = NodeRecord(node="a", host="h", slot=0, supervisor=2**22 + 1, workers={0: 2**22 + 2}, restart=3)
+    here = NodeRecord(node="b", host="h", slot=0, supervisor=child.pid, workers={0: child.pid}, restart=2)
     for record in (gone, here, NodeRecord(node="c", host="h", slot=None, supervisor=1)):
         node_record.write(tmp_path, record)
     processes = Processes.look(tmp_path, token)

@@ -1,6 +1,6 @@
-"""Ranks as processes: what becomes of all of them when one fails, on a signal, and when the launcher dies.
+"""Ranks as processes: all of them end when one fails, on a signal, and when the launcher dies.
 
-The ranks here are small scripts in the place of `python -m keepwarm.trainer`.
+The ranks here are small scripts in place of `python -m keepwarm.trainer`.
 """
 
 import atexit
@@ -57,7 +57,7 @@ def await_that(condition: object, what: str) -> None:
         time.sleep(0.02)
 
 
-def test_every_rank_knows_its_place(program: Path) -> None:
+def test_run_ranks_sets_environment_of_each_rank(program: Path) -> None:
     names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE OMP_NUM_THREADS"
     run(program, f"(folder / f'seen{{rank}}').write_text(' '.join(os.environ[name] for name in '{names}'.split()))", 3)
     assert [(program.parent / f"seen{rank}").read_text() for rank in range(3)] == [
@@ -67,7 +67,7 @@ def test_every_rank_knows_its_place(program: Path) -> None:
     ]
 
 
-def test_ranks_share_a_store_that_is_gone_afterwards(program: Path) -> None:
+def test_run_ranks_store_is_shared_and_removed_afterwards(program: Path) -> None:
     run(program, "(folder / f'seen{rank}').write_text(os.environ['KEEPWARM_STORE'])")
     first, second = ((program.parent / f"seen{rank}").read_text() for rank in range(2))
     assert first == second
@@ -75,7 +75,7 @@ def test_ranks_share_a_store_that_is_gone_afterwards(program: Path) -> None:
 
 
 @pytest.mark.parametrize(("code", "kept"), [(2, 2), (3, 3), (4, 4), (130, 130), (1, 4), (77, 4)])
-def test_the_code_of_the_failed_rank_is_kept_and_its_last_words_are_shown(program: Path, code: int, kept: int) -> None:
+def test_run_ranks_failed_rank_gives_exit_code_and_end_of_log(program: Path, code: int, kept: int) -> None:
     with pytest.raises(RanksFailed) as caught:
         run(program, f"if rank == 1: print('last words'); sys.exit({code})")
     assert caught.value.exit_code == kept
@@ -84,14 +84,14 @@ def test_the_code_of_the_failed_rank_is_kept_and_its_last_words_are_shown(progra
         assert "last words" in str(caught.value)
 
 
-def test_a_crash_names_the_signal(program: Path) -> None:
+def test_run_ranks_crash_names_signal(program: Path) -> None:
     with pytest.raises(RanksFailed, match="rank 1 of 2 was ended by SIGSEGV") as caught:
         # pytest's fault handler would write the stacks into its output.
         run(program, "import faulthandler; faulthandler.disable()\nif rank == 1: os.kill(os.getpid(), signal.SIGSEGV)")
     assert caught.value.exit_code == 4
 
 
-def test_the_others_are_ended_after_a_failure(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_ranks_after_failure_ends_other_ranks(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("keepwarm.launch.local.ranks.FAILURE_GRACE_S", 0.2)
     monkeypatch.setattr("keepwarm.launch.local.ranks.TERMINATION_GRACE_S", 0.2)
     text = """
@@ -154,7 +154,7 @@ def pids(program: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_all_ranks_and_the_code_is_130(program: Path, number: signal.Signals) -> None:
+def test_launcher_signal_ends_all_ranks_with_130(program: Path, number: signal.Signals) -> None:
     process = launcher(program, WAITING.format(handler=POLITE))
     process.send_signal(number)
     output, _ = process.communicate(timeout=DEADLINE)
@@ -163,7 +163,7 @@ def test_a_signal_ends_all_ranks_and_the_code_is_130(program: Path, number: sign
     assert all(map(ended, pids(program)))
 
 
-def test_a_second_interrupt_kills(program: Path) -> None:
+def test_launcher_second_interrupt_kills_ranks(program: Path) -> None:
     process = launcher(program, WAITING.format(handler=DEAF))
     process.send_signal(signal.SIGINT)
     await_that(lambda: all((program.parent / f"asked{rank}").exists() for rank in range(2)), "SIGTERM at the ranks")
@@ -174,7 +174,7 @@ def test_a_second_interrupt_kills(program: Path) -> None:
     assert all(map(ended, pids(program)))
 
 
-def test_a_module_that_cannot_be_imported_is_named(program: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_run_ranks_preload_failure_names_module(program: Path, capfd: pytest.CaptureFixture[str]) -> None:
     logs = program.parent / "logs"
     unknown = ("no_such_module",)
     with pytest.raises(LaunchError, match="has died"):
@@ -182,7 +182,7 @@ def test_a_module_that_cannot_be_imported_is_named(program: Path, capfd: pytest.
     assert "no_such_module" in capfd.readouterr().err
 
 
-def test_ranks_clean_up_after_themselves_and_not_after_their_launcher(program: Path) -> None:
+def test_rank_exit_runs_own_exit_handlers_only(program: Path) -> None:
     def clean_up(folder: Path = program.parent) -> None:
         (folder / f"launcher-{os.getpid()}").touch()
 
@@ -203,7 +203,7 @@ def test_ranks_clean_up_after_themselves_and_not_after_their_launcher(program: P
     assert {path.name for path in program.parent.rglob("*-*")} == {"exit-0", "exit-1", "finalizer-0", "finalizer-1"}
 
 
-def test_ranks_die_with_a_killed_launcher(program: Path) -> None:
+def test_ranks_die_with_killed_launcher(program: Path) -> None:
     process = launcher(program, WAITING.format(handler=DEAF))
     process.kill()
     process.communicate(timeout=DEADLINE)

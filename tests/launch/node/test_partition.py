@@ -1,7 +1,7 @@
-"""The network between the nodes breaks in the middle, and comes back: never do both halves train.
+"""A network partition that heals: at no time do both halves train.
 
-Supervisors in network namespaces of their own, on two bridges that are one as long as a cable lies between them. Every
-node still sees the run folder.
+Each supervisor is in a network namespace of its own, on one of two bridges with a cable between them. Every node still
+sees the run folder.
 """
 
 import os
@@ -29,8 +29,8 @@ pytestmark = [
 LAUNCHER = """
 import ctypes, os, sys
 from pathlib import Path
-from keepwarm.launch import forkserver as nursery
-nursery.PRELOADED = ()
+from keepwarm.launch import forkserver
+forkserver.PRELOADED = ()
 import keepwarm.launch.node.supervisor
 from keepwarm.launch.local.emulated_nodes import Nodes
 from keepwarm.launch.node.options import Options
@@ -39,7 +39,7 @@ folder, namespaces = Path(sys.argv[1]), sys.argv[2:]
 off = [f"output={folder}", "snapshot=off"]
 job = load_job(Path("ci/snapshot"), [*off, "parallel.data=4", "batch.global_batch_size=8"])
 save_job(job, folder / "run.json")
-keepwarm.launch.node.supervisor.SILENCE = 2.0
+keepwarm.launch.node.supervisor.PEER_TIMEOUT_S = 2.0
 supervise = keepwarm.launch.node.supervisor.supervise
 
 def apart(options, job):
@@ -49,12 +49,12 @@ def apart(options, job):
     return supervise(options, job)
 
 keepwarm.launch.node.supervisor.supervise = apart
-everyone = [
+nodes = [
     Options(folder=folder, slots=4, node=f"n{i}", host=f"10.78.0.{i + 1}", ranks_per_node=1,
-            wish=i if i < 4 else "spare", patience=300.0, module="stand_in")
+            requested_slot=i if i < 4 else "spare", vacancy_timeout=300.0, module="stand_in")
     for i in range(len(namespaces))
 ]
-sys.exit(Nodes(everyone, job).run())
+sys.exit(Nodes(nodes, job).run())
 """
 
 
@@ -97,26 +97,26 @@ class Network:
 
 
 class Cluster(StandIns):
-    """Four slots on nodes that are apart."""
+    """Four slots on nodes in different namespaces."""
 
     def __init__(self, folder: Path, network: Network) -> None:
         super().__init__(folder, LAUNCHER, *network.nodes)
 
     def workers(self) -> dict[int, dict[int, int]]:
-        """Pid by rank, of each round."""
+        """Return pids by rank for each restart."""
         found: dict[int, dict[int, int]] = {}
         for path in self.folder.glob("ran-*"):
-            _, rank, round = path.name.split("-")
-            found.setdefault(int(round), {})[int(rank)] = int(path.read_text())
+            _, rank, restart = path.name.split("-")
+            found.setdefault(int(restart), {})[int(rank)] = int(path.read_text())
         return found
 
     def training(self) -> list[int]:
-        """Rounds all workers of which run."""
-        rounds = sorted(self.workers().items())
-        return [number for number, pids in rounds if len(pids) == SLOTS and all(map(alive, pids.values()))]
+        """Return the restarts of which all workers run."""
+        restarts = sorted(self.workers().items())
+        return [number for number, pids in restarts if len(pids) == SLOTS and all(map(alive, pids.values()))]
 
-    def owners(self, round: int) -> set[str]:
-        return {record.node for record in node_record.read_all(self.folder) if record.generation == round}
+    def owners(self, restart: int) -> set[str]:
+        return {record.node for record in node_record.read_all(self.folder) if record.restart == restart}
 
 
 @pytest.fixture
@@ -144,9 +144,9 @@ def apart(tmp_path: Path) -> Iterator[Callable[[int], tuple[Network, Cluster]]]:
         network.close()
 
 
-def test_two_halves_without_a_spare_wait_for_each_other(apart: Callable[[int], tuple[Network, Cluster]]) -> None:
+def test_partition_without_spare_neither_half_trains(apart: Callable[[int], tuple[Network, Cluster]]) -> None:
     network, run = apart(SLOTS)
-    before = run.until(run.training, "the first round")[-1]
+    before = run.until(run.training, "the first start")[-1]
     network.cable("down")
     run.until(lambda: not any(alive(pid) for pids in run.workers().values() for pid in pids.values()), "all to stop")
     run.until(lambda: node_record.newest_claim(run.folder) > 0, "the half without a store to look for one")
@@ -156,16 +156,18 @@ def test_two_halves_without_a_spare_wait_for_each_other(apart: Callable[[int], t
     run.end()
 
 
-def test_only_the_half_with_the_spares_trains(apart: Callable[[int], tuple[Network, Cluster]]) -> None:
+def test_partition_only_half_with_spares_trains(apart: Callable[[int], tuple[Network, Cluster]]) -> None:
     network, run = apart(SLOTS + HALF)
-    before = run.until(run.training, "the first round")[-1]
+    before = run.until(run.training, "the first start")[-1]
     network.cable("down")
 
     def half() -> list[set[str]]:
-        return [run.owners(round) for round in run.training() if round > before and len(run.owners(round)) == SLOTS]
+        return [
+            owners for restart in run.training() if restart > before and len(owners := run.owners(restart)) == SLOTS
+        ]
 
     run.until(lambda: {"n0", "n1", "n4", "n5"} in half(), "the half with the spares to train")
     run.until(lambda: len(run.training()) == 1, "the other half to stop")
     network.cable("up")
-    run.until(run.training, "training under the network that is whole again")
+    run.until(run.training, "training after the partition has healed")
     run.end()

@@ -1,4 +1,4 @@
-"""Who owns which slot: scripted histories, and random ones that must keep the rules."""
+"""The slot table: scripted histories, and random ones that must keep its invariants."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from keepwarm.launch.node import slot_table
+from keepwarm.launch.node.slot_table import ATTRIBUTION_WINDOW_S as WINDOW
 from keepwarm.launch.node.slot_table import Table
 
 
@@ -22,11 +23,11 @@ def started(count: int = 3, spares: int = 1, max_restarts: int = 2) -> Table:
 
 def arrived(table: Table) -> Table:
     for node in table.owners.values():
-        table = slot_table.arrive(table, node, table.round)
+        table = slot_table.arrive(table, node, table.restart)
     return table
 
 
-def test_a_round_is_complete_when_every_slot_has_an_owner_that_arrived() -> None:
+def test_table_every_slot_has_arrived_owner_is_complete() -> None:
     table = Table(slots=2, max_restarts=0)
     table = slot_table.join(table, "a", 0)
     table = slot_table.arrive(table, "a", 0)
@@ -36,41 +37,41 @@ def test_a_round_is_complete_when_every_slot_has_an_owner_that_arrived() -> None
     table = slot_table.join(table, "b", "any")
     assert table.owners == {0: "a", 1: "b"}
     assert not table.complete
-    assert slot_table.arrive(table, "b", 7) == table  # of another round
+    assert slot_table.arrive(table, "b", 7) == table  # of another restart
     table = slot_table.arrive(table, "b", 0)
     assert table.complete
-    assert (table.begun, table.restarts, table.round) == (True, 0, 0)
+    assert (table.begun, table.charged_restarts, table.restart) == (True, 0, 0)
 
 
-def test_a_spare_takes_the_slot_of_a_lost_node_and_survivors_keep_theirs() -> None:
+def test_lose_spare_takes_slot_and_survivors_keep_theirs() -> None:
     table = slot_table.lose(started(spares=2), "n1", "connection closed", 5.0)
     assert table.owners == {0: "n0", 1: "s0", 2: "n2"}
-    assert (table.spares, table.round, table.moved, table.complete) == (("s1",), 1, (1,), False)
+    assert (table.spares, table.restart, table.moved, table.complete) == (("s1",), 1, (1,), False)
     table = arrived(table)
     assert table.complete
-    assert table.restarts == 0  # losing a node is no restart that counts
-    assert [failure.slot for failure in table.gravest] == [1]
+    assert table.charged_restarts == 0  # losing a node is not charged
+    assert [failure.slot for failure in table.root_causes] == [1]
 
 
-def test_what_fails_elsewhere_because_of_a_lost_node_is_not_the_cause() -> None:
+def test_root_causes_lost_node_hides_failures_that_follow() -> None:
     table = slot_table.fail(started(), "n0", 0, "failed", "rank 0 gave up", 1.0)
     table = slot_table.fail(table, "n2", 0, "failed", "rank 2 gave up", 1.1)
-    assert table.round == 1
+    assert table.restart == 1
     assert len(table.failures) == 2
     table = slot_table.lose(table, "n1", "gone", 1.2, silence=1.0)
-    assert table.round == 1
-    assert [(failure.kind, failure.slot, failure.silence) for failure in table.gravest] == [("lost", 1, 1.0)]
-    assert arrived(table).restarts == 0
+    assert table.restart == 1
+    assert [(failure.kind, failure.slot, failure.silence) for failure in table.root_causes] == [("lost", 1, 1.0)]
+    assert arrived(table).charged_restarts == 0
 
 
-def test_a_replacement_that_dies_before_the_round_is_complete_is_replaced_in_the_same_round() -> None:
+def test_lose_replacement_before_start_is_replaced_in_same_restart() -> None:
     table = slot_table.lose(started(spares=2), "n1", "gone", 0.0)
     table = slot_table.arrive(slot_table.arrive(table, "n0", 1), "s0", 1)
     table = slot_table.lose(table, "s0", "gone too", 1.0)
-    assert (table.round, table.owners[1], table.arrived) == (1, "s1", ("n0",))
+    assert (table.restart, table.owners[1], table.arrived) == (1, "s1", ("n0",))
 
 
-def test_without_a_spare_the_slot_stays_vacant_until_a_node_comes() -> None:
+def test_lose_without_spare_leaves_slot_vacant_until_node_joins() -> None:
     table = slot_table.lose(started(spares=0), "n2", "gone", 0.0)
     assert table.vacant == (2,)
     table = slot_table.join(table, "late", "spare")
@@ -78,7 +79,7 @@ def test_without_a_spare_the_slot_stays_vacant_until_a_node_comes() -> None:
     assert slot_table.join(slot_table.lose(started(spares=0), "n2", "gone", 0.0), "late", 1).owners[2] == "late"
 
 
-def test_a_node_that_was_given_up_is_fenced_and_comes_back_as_a_spare() -> None:
+def test_lost_node_cannot_change_table_and_rejoins_as_spare() -> None:
     table = slot_table.lose(started(), "n1", "silent", 0.0)
     assert not table.knows("n1")
     assert slot_table.fail(table, "n1", 0, "failed", "its peers are gone", 1.0) == table
@@ -87,7 +88,7 @@ def test_a_node_that_was_given_up_is_fenced_and_comes_back_as_a_spare() -> None:
     assert slot_table.join(table, "n1", "spare").spares == ("n1",)
 
 
-def test_workers_that_keep_failing_end_the_run() -> None:
+def test_fail_more_than_max_restarts_ends_run() -> None:
     table = started(max_restarts=2)
     for count in range(3):
         assert table.ended is None
@@ -97,7 +98,7 @@ def test_workers_that_keep_failing_end_the_run() -> None:
     assert table.ended.reason == "rank 1 was ended by SIGSEGV, after 2 restarts (cluster.max_restarts)"
 
 
-def test_the_run_has_ended_when_all_have_finished_the_same_round() -> None:
+def test_finish_by_all_nodes_in_one_restart_ends_run() -> None:
     table = slot_table.finish(slot_table.finish(started(), "n0", 0), "n1", 0)
     again = slot_table.lose(table, "n2", "gone before it had finished", 0.0)
     assert (again.finished, again.ended) == ((), None)
@@ -107,61 +108,61 @@ def test_the_run_has_ended_when_all_have_finished_the_same_round() -> None:
     assert slot_table.end(table, 3, "too late").ended == table.ended
 
 
-def test_a_new_store_is_filled_by_those_who_remember() -> None:
+def test_join_new_store_owners_restore_slots_and_restart() -> None:
     table = Table(slots=3, max_restarts=2)
-    table = slot_table.join(table, "n2", 2, after_round=4)
-    table = slot_table.arrive(table, "n2", table.round)
-    table = slot_table.join(table, "s0", "spare", after_round=-1)
-    table = slot_table.join(table, "n0", 0, after_round=4)
-    assert (table.round, table.owners, table.arrived) == (5, {0: "n0", 2: "n2"}, ("n2",))
-    late = slot_table.join(table, "n1", 1, after_round=5)  # it had seen one more round begin
-    assert (late.round, late.arrived) == (6, ())
+    table = slot_table.join(table, "n2", 2, seen_restart=4)
+    table = slot_table.arrive(table, "n2", table.restart)
+    table = slot_table.join(table, "s0", "spare", seen_restart=-1)
+    table = slot_table.join(table, "n0", 0, seen_restart=4)
+    assert (table.restart, table.owners, table.arrived) == (5, {0: "n0", 2: "n2"}, ("n2",))
+    late = slot_table.join(table, "n1", 1, seen_restart=5)  # it had seen one more restart
+    assert (late.restart, late.arrived) == (6, ())
     assert slot_table.fill(table).owners[1] == "s0"
 
 
-def test_a_spare_in_the_slot_of_who_was_lost_with_the_store_is_said_to_have_replaced_it() -> None:
+def test_fill_owner_lost_with_store_records_moved_slot() -> None:
     table = Table(slots=2, max_restarts=0)
-    table = slot_table.join(table, "b", 1, after_round=4)
+    table = slot_table.join(table, "b", 1, seen_restart=4)
     table = slot_table.fill(slot_table.join(table, "s", "spare"))
     assert (table.owners, table.moved, table.failures) == ({0: "s", 1: "b"}, (0,), ())
     assert (
         slot_table.fill(slot_table.join(Table(slots=1, max_restarts=0), "s", "spare")).moved == ()
-    )  # nobody was there before
+    )  # it had no owner before
 
 
 def failing(table: Table, node: str, kind: slot_table.Kind, now: float) -> Table:
-    return arrived(slot_table.fail(table, node, table.round, kind, "it broke", now))
+    return arrived(slot_table.fail(table, node, table.restart, kind, "it broke", now))
 
 
-def test_a_node_that_fails_again_and_again_makes_room_for_a_spare() -> None:
+def test_fail_max_node_failures_excludes_node_for_spare() -> None:
     table = Table(slots=2, max_restarts=9, max_node_failures=3)
-    for node, wish in (("a", 0), ("b", 1), ("s", "spare"), ("t", "spare")):
-        table = slot_table.join(table, node, wish)
+    for node, requested in (("a", 0), ("b", 1), ("s", "spare"), ("t", "spare")):
+        table = slot_table.join(table, node, requested)
     table = failing(failing(arrived(table), "b", "failed", 1.0), "b", "killed", 2.0)
     assert table.owners == {0: "a", 1: "b"}
-    table = slot_table.fail(table, "b", table.round, "killed", "it broke", 3.0)
+    table = slot_table.fail(table, "b", table.restart, "killed", "it broke", 3.0)
     table = arrived(table)
-    assert table.left_out == {"b": "its workers ended 3 starts, the last one: it broke"}
+    assert table.excluded == {"b": "its workers failed 3 times, most recently: it broke"}
     assert (table.owners, table.moved, table.complete) == ({0: "a", 1: "s"}, (1,), False)
     assert slot_table.join(table, "b", "any") == table
     assert arrived(table).complete
-    assert table.restarts == 2  # what a node is left out for counts as its loss
+    assert table.charged_restarts == 2  # excluding a node counts as losing it
 
 
-def test_a_node_is_not_left_out_without_blame_or_without_a_spare() -> None:
+def test_fail_hang_old_failure_or_no_spare_excludes_no_node() -> None:
     table = Table(slots=2, max_restarts=9, max_node_failures=2)
-    for node, wish in (("a", 0), ("b", 1)):
-        table = slot_table.join(table, node, wish)
+    for node, requested in (("a", 0), ("b", 1)):
+        table = slot_table.join(table, node, requested)
     table = failing(failing(failing(arrived(table), "a", "failed", 0.0), "a", "failed", 1.0), "a", "failed", 2.0)
-    assert (table.left_out, table.complete) == ({}, True)
+    assert (table.excluded, table.complete) == ({}, True)
     table = slot_table.join(table, "s", "spare")
     table = failing(failing(table, "b", "hung", 3.0), "b", "hung", 4.0)
-    table = failing(failing(table, "b", "failed", 5.0), "b", "failed", 5.0 + slot_table.BLAMED_FOR)
-    assert (table.left_out, table.complete) == ({}, True)
-    # Both fail, one because of the other: the first one is to blame, or the one that a signal ended.
-    table = slot_table.fail(table, "b", table.round, "failed", "lost its peer", 6.0 + slot_table.BLAMED_FOR)
-    table = arrived(slot_table.fail(table, "a", table.round - 1, "killed", "it broke", 7.0 + slot_table.BLAMED_FOR))
-    assert table.blamed == {"a": (7.0 + slot_table.BLAMED_FOR,), "b": (5.0 + slot_table.BLAMED_FOR,)}
+    table = failing(failing(table, "b", "failed", 5.0), "b", "failed", 5.0 + WINDOW)
+    assert (table.excluded, table.complete) == ({}, True)
+    # Both fail, one because of the other: the failure is attributed to the first, or to one ended by a signal.
+    table = slot_table.fail(table, "b", table.restart, "failed", "lost its peer", 6.0 + WINDOW)
+    table = arrived(slot_table.fail(table, "a", table.restart - 1, "killed", "it broke", 7.0 + WINDOW))
+    assert table.attributed == {"a": (7.0 + WINDOW,), "b": (5.0 + WINDOW,)}
 
 
 def elastic(count: int = 4) -> Table:
@@ -171,7 +172,7 @@ def elastic(count: int = 4) -> Table:
     return arrived(table)
 
 
-def test_slots_that_nobody_takes_are_given_up() -> None:
+def test_shrink_vacant_slots_resizes_to_largest_allowed() -> None:
     table = elastic()
     assert slot_table.shrink(table) == table  # nothing is vacant
     table = slot_table.lose(table, "n0", "gone", 1.0)
@@ -179,49 +180,49 @@ def test_slots_that_nobody_takes_are_given_up() -> None:
     assert (table.slots, table.owners, table.spares) == (2, {0: "n2", 1: "n1"}, ("n3",))
     assert (table.resized, table.moved, table.arrived) == (True, (), ())
     table = arrived(table)
-    assert (table.complete, table.restarts) == (True, 0)
+    assert (table.complete, table.charged_restarts) == (True, 0)
     # Now there is a spare, so that the next loss costs no slot.
     table = slot_table.lose(table, "n1", "gone", 2.0)
     assert (table.slots, table.owners, table.resized) == (2, {0: "n2", 1: "n3"}, False)
     table = slot_table.shrink(slot_table.lose(arrived(table), "n2", "gone", 3.0))
     assert (table.slots, table.owners) == (1, {0: "n3"})
     last = slot_table.lose(arrived(table), "n3", "gone", 4.0)
-    assert slot_table.shrink(last) == last  # nobody is left
+    assert slot_table.shrink(last) == last  # no node is left
     fixed = slot_table.lose(started(spares=0), "n1", "gone", 1.0)
     assert slot_table.shrink(fixed) == fixed
 
 
-def test_one_node_has_memory_saved_before_slots_are_given_up() -> None:
+def test_claim_flush_first_node_wins_and_changes_reset_it() -> None:
     whole = arrived(elastic())
-    assert slot_table.rescue(whole, "n1") == whole  # nothing is vacant
+    assert slot_table.claim_flush(whole, "n1") == whole  # nothing is vacant
     table = slot_table.lose(whole, "n2", "gone", 1.0)
-    assert slot_table.rescue(table, "stranger") == table
-    table = slot_table.rescue(table, "n1")
-    assert slot_table.rescue(table, "n0") == table
-    assert slot_table.save(table, "n0", 7) == table
-    table = slot_table.save(table, "n1", 7)
-    assert (table.rescuer, table.saving) == ("n1", 7)
+    assert slot_table.claim_flush(table, "stranger") == table
+    table = slot_table.claim_flush(table, "n1")
+    assert slot_table.claim_flush(table, "n0") == table
+    assert slot_table.announce_flush(table, "n0", 7) == table
+    table = slot_table.announce_flush(table, "n1", 7)
+    assert (table.flushing_node, table.flush_epoch) == ("n1", 7)
     for other in (
         slot_table.shrink(table),
         arrived(slot_table.fill(slot_table.join(table, "back", "spare"))),
         slot_table.lose(table, "n3", "gone", 2.0),  # what is in memory now is less
         slot_table.lose(table, "n1", "gone", 2.0),
     ):
-        assert (other.rescuer, other.saving) == (None, 0)
+        assert (other.flushing_node, other.flush_epoch) == (None, 0)
 
 
-def test_slots_come_back_once_their_nodes_have_and_all_is_saved() -> None:
+def test_grow_enough_spares_after_saving_resizes() -> None:
     table = arrived(slot_table.shrink(slot_table.lose(elastic(), "n0", "gone", 1.0)))
-    assert slot_table.want_more(table) == table  # one spare is not enough for four
-    table = slot_table.want_more(slot_table.join(table, "back", "spare"))
+    assert slot_table.request_growth(table) == table  # one spare is not enough for four
+    table = slot_table.request_growth(slot_table.join(table, "back", "spare"))
     assert table.growing
     assert table.complete  # its workers are still saving
-    assert slot_table.grow(table, table.round - 1) == table
-    grown = slot_table.grow(table, table.round)
-    assert (grown.slots, grown.round, grown.resized, grown.growing) == (4, table.round + 1, True, False)
+    assert slot_table.grow(table, table.restart - 1) == table
+    grown = slot_table.grow(table, table.restart)
+    assert (grown.slots, grown.restart, grown.resized, grown.growing) == (4, table.restart + 1, True, False)
     assert grown.owners == {0: "n2", 1: "n1", 2: "n3", 3: "back"}
     assert arrived(grown).complete
-    assert arrived(grown).restarts == table.restarts  # that was no failure
+    assert arrived(grown).charged_restarts == table.charged_restarts  # that was no failure
     # A node that is lost meanwhile is mended first.
     lost = slot_table.lose(table, "n1", "gone", 2.0)
     assert (lost.growing, lost.owners) == (False, {0: "n2", 1: "n3"})
@@ -231,7 +232,7 @@ NODES = [f"n{number}" for number in range(6)]
 
 
 class History(RuleBasedStateMachine):
-    """Any order of events: a slot changes hands only over the loss of its owner, and rounds only grow."""
+    """Any order of events: a slot changes owner only when its owner is lost, and restarts never go back."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,18 +240,18 @@ class History(RuleBasedStateMachine):
 
     def become(self, after: Table, gone: str | None = None) -> None:
         before, self.table = self.table, after
-        assert after.round >= before.round
+        assert after.restart >= before.restart
         for slot, owner in before.owners.items():
-            assert after.owners.get(slot) == owner or owner == gone or owner in after.left_out
+            assert after.owners.get(slot) == owner or owner == gone or owner in after.excluded
         assert before.ended in (None, after.ended)
         if before.complete and not after.complete:
-            assert after.round == before.round + 1
+            assert after.restart == before.restart + 1
 
-    @rule(node=st.sampled_from(NODES), wish=st.sampled_from([0, 1, 2, "any", "spare"]), seen=st.integers(-1, 2))
-    def join(self, node: str, wish: Any, seen: int) -> None:
-        if seen < self.table.round:
-            self.become(slot_table.join(self.table, node, wish, after_round=seen))
-            assert self.table.knows(node) == (node not in self.table.left_out)
+    @rule(node=st.sampled_from(NODES), requested=st.sampled_from([0, 1, 2, "any", "spare"]), seen=st.integers(-1, 2))
+    def join(self, node: str, requested: Any, seen: int) -> None:
+        if seen < self.table.restart:
+            self.become(slot_table.join(self.table, node, requested, seen_restart=seen))
+            assert self.table.knows(node) == (node not in self.table.excluded)
 
     @rule()
     def fill(self) -> None:
@@ -258,11 +259,11 @@ class History(RuleBasedStateMachine):
 
     @rule(node=st.sampled_from(NODES), late=st.integers(0, 1))
     def arrive(self, node: str, late: int) -> None:
-        self.become(slot_table.arrive(self.table, node, self.table.round - late))
+        self.become(slot_table.arrive(self.table, node, self.table.restart - late))
 
     @rule(node=st.sampled_from(NODES), late=st.integers(0, 1), kind=st.sampled_from(["killed", "failed", "hung"]))
     def fail(self, node: str, late: int, kind: Any) -> None:
-        self.become(slot_table.fail(self.table, node, self.table.round - late, kind, "because", 0.0))
+        self.become(slot_table.fail(self.table, node, self.table.restart - late, kind, "because", 0.0))
 
     @rule(node=st.sampled_from(NODES))
     def lose(self, node: str) -> None:
@@ -275,13 +276,13 @@ class History(RuleBasedStateMachine):
 
     @rule(late=st.integers(0, 1))
     def grow(self, late: int) -> None:
-        self.become(slot_table.want_more(self.table))
-        self.resize(slot_table.grow(self.table, self.table.round - late))
+        self.become(slot_table.request_growth(self.table))
+        self.resize(slot_table.grow(self.table, self.table.restart - late))
 
     def resize(self, after: Table) -> None:
-        """Nobody is forgotten, and who keeps a slot that there is keeps it."""
+        """Every node stays, and owners of slots that remain keep them."""
         before, self.table = self.table, after
-        assert after.round >= before.round
+        assert after.restart >= before.restart
         assert {*after.owners.values(), *after.spares} == {*before.owners.values(), *before.spares}
         for slot, owner in before.owners.items():
             assert slot >= after.slots or after.owners[slot] == owner
@@ -289,7 +290,7 @@ class History(RuleBasedStateMachine):
 
     @rule(node=st.sampled_from(NODES))
     def finish(self, node: str) -> None:
-        self.become(slot_table.finish(self.table, node, self.table.round))
+        self.become(slot_table.finish(self.table, node, self.table.restart))
 
     @invariant()
     def everyone_has_one_place(self) -> None:

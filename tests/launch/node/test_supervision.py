@@ -1,4 +1,4 @@
-"""Supervisors as processes, with stand-ins for workers: who takes which slot when something dies or freezes."""
+"""Supervisors as processes, with stand-ins for workers: which node takes which slot when something dies or freezes."""
 
 import os
 import signal
@@ -10,56 +10,56 @@ import pytest
 from keepwarm.launch.node import record as node_record
 from keepwarm.launch.node.record import NodeRecord
 from keepwarm.trainer.monitor import events
-from tests.support.stand_ins import DEADLINE, STAYS, WORKER, StandIns, alive, wait_until_dead
+from tests.support.stand_ins import DEADLINE, REUSABLE, WORKER, StandIns, alive, wait_until_dead
 
 pytestmark = pytest.mark.timeout(300)
 
 LAUNCHER = """
 import sys
 from pathlib import Path
-from keepwarm.launch import forkserver as nursery
-nursery.PRELOADED = ()
+from keepwarm.launch import forkserver
+forkserver.PRELOADED = ()
 from keepwarm.launch.local.emulated_nodes import Nodes
 from keepwarm.launch.node.options import Options
 from keepwarm.trainer.job.files import load_job, save_job
-folder, silence = Path(sys.argv[1]), sys.argv[2]
+folder, peer_timeout = Path(sys.argv[1]), sys.argv[2]
 off = [f"output={folder}", "snapshot=off"]
 job = load_job(Path("ci/snapshot"), [*off, "parallel.data=3", "batch.global_batch_size=9"])
 save_job(job, folder / "run.json")
 import keepwarm.launch.node.supervisor
-keepwarm.launch.node.supervisor.SILENCE = float(silence)
-everyone = [
-    Options(folder=folder, slots=3, node=f"n{i}", ranks_per_node=1, wish=i if i < 3 else "spare", patience=1.0,
-            module="stand_in")
+keepwarm.launch.node.supervisor.PEER_TIMEOUT_S = float(peer_timeout)
+nodes = [
+    Options(folder=folder, slots=3, node=f"n{i}", ranks_per_node=1, requested_slot=i if i < 3 else "spare",
+            vacancy_timeout=1.0, module="stand_in")
     for i in range(3 + int(sys.argv[3]))
 ]
-sys.exit(Nodes(everyone, job).run())
+sys.exit(Nodes(nodes, job).run())
 """
 
 
 class Cluster(StandIns):
     """Three slots and some spares."""
 
-    def __init__(self, folder: Path, spares: int, silence: float, worker: str) -> None:
-        super().__init__(folder, LAUNCHER, str(silence), str(spares), worker=worker)
+    def __init__(self, folder: Path, spares: int, peer_timeout: float, worker: str) -> None:
+        super().__init__(folder, LAUNCHER, str(peer_timeout), str(spares), worker=worker)
 
-    def running(self, round: int) -> dict[int, NodeRecord]:
-        """The owners by slot, once all workers of a round run."""
+    def running(self, restart: int) -> dict[int, NodeRecord]:
+        """The owners by slot, once all workers of a restart run."""
         self.until(
-            lambda: all((self.folder / f"ran-{rank}-{round}").exists() for rank in range(3)),
-            f"workers of round {round}",
+            lambda: all((self.folder / f"ran-{rank}-{restart}").exists() for rank in range(3)),
+            f"workers of restart {restart}",
         )
 
         def owners() -> dict[int, NodeRecord]:
-            records = [each for each in node_record.read_all(self.folder) if each.generation == round]
+            records = [each for each in node_record.read_all(self.folder) if each.restart == restart]
             found = {each.slot: each for each in records if each.slot is not None and each.state == "running"}
             return found if len(found) == 3 else {}
 
-        found: dict[int, NodeRecord] = self.until(owners, f"the records of round {round}")
+        found: dict[int, NodeRecord] = self.until(owners, f"the records of restart {restart}")
         return found
 
-    def pid(self, rank: int, round: int) -> int:
-        return int((self.folder / f"ran-{rank}-{round}").read_text())
+    def pid(self, rank: int, restart: int) -> int:
+        return int((self.folder / f"ran-{rank}-{restart}").read_text())
 
     def end(self, code: int = 0) -> None:
         super().end(code)
@@ -80,8 +80,8 @@ def names(owners: dict[int, NodeRecord]) -> list[str]:
 def cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
     made: list[Cluster] = []
 
-    def make(spares: int = 1, silence: float = 30.0, worker: str = WORKER) -> Cluster:
-        made.append(Cluster(tmp_path, spares, silence, worker))
+    def make(spares: int = 1, peer_timeout: float = 30.0, worker: str = WORKER) -> Cluster:
+        made.append(Cluster(tmp_path, spares, peer_timeout, worker))
         return made[-1]
 
     yield make
@@ -90,7 +90,7 @@ def cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
         each.process.wait()
 
 
-def test_who_signals_every_process_gets_a_run_that_saves_and_ends(cluster: Callable[..., Cluster]) -> None:
+def test_signals_to_every_process_save_and_end_run(cluster: Callable[..., Cluster]) -> None:
     """As SLURM does, more than once: before a time limit, at it, and when a job is cancelled or requeued."""
     run = cluster()
     owners = run.running(0)
@@ -109,21 +109,21 @@ def test_who_signals_every_process_gets_a_run_that_saves_and_ends(cluster: Calla
     run.assert_nothing_left()
 
 
-def test_a_node_whose_workers_die_again_and_again_is_left_out(cluster: Callable[..., Cluster]) -> None:
+def test_workers_that_die_repeatedly_exclude_their_node(cluster: Callable[..., Cluster]) -> None:
     run = cluster()
     (supervisor,) = (record.supervisor for record in run.running(0).values() if record.slot == 1)
-    for round in range(3):
-        assert names(run.running(round)) == ["n0", "n1", "n2"]
-        os.kill(run.pid(1, round), signal.SIGKILL)
+    for restart in range(3):
+        assert names(run.running(restart)) == ["n0", "n1", "n2"]
+        os.kill(run.pid(1, restart), signal.SIGKILL)
     assert names(run.running(3)) == ["n0", "n3", "n2"]
-    run.until(lambda: not alive(supervisor), "the supervisor of the node that was left out")
+    run.until(lambda: not alive(supervisor), "the supervisor of the excluded node")
     (excluded,) = events.read(run.folder).of(events.NodeExcluded)
     assert excluded.host == "n1"
-    assert "ended 3 starts, the last one: rank 1 was ended by SIGKILL" in excluded.why
+    assert "failed 3 times, most recently: rank 1 was ended by SIGKILL" in excluded.why
     run.end()
 
 
-def test_nodes_workers_and_stores_die_one_after_the_other(cluster: Callable[..., Cluster]) -> None:
+def test_node_worker_and_store_deaths_are_each_survived(cluster: Callable[..., Cluster]) -> None:
     run = cluster(spares=2)
     owners = run.running(0)
     assert names(owners) == ["n0", "n1", "n2"]
@@ -131,7 +131,7 @@ def test_nodes_workers_and_stores_die_one_after_the_other(cluster: Callable[...,
 
     os.kill(owners[0].supervisor, signal.SIGKILL)
     replacement = names(run.running(1))[0]
-    assert replacement in ("n3", "n4")  # whoever was a spare first
+    assert replacement in ("n3", "n4")  # the longest waiting spare
     (last,) = {"n3", "n4"} - {replacement}
     assert names(run.running(1)) == [replacement, "n1", "n2"]
     assert not any(alive(run.pid(rank, 0)) for rank in range(3))
@@ -159,10 +159,10 @@ def test_nodes_workers_and_stores_die_one_after_the_other(cluster: Callable[...,
     run.end(0)
 
 
-def test_workers_stay_where_a_fault_was_elsewhere_and_are_replaced_when_one_failed_by_itself(
+def test_reusable_workers_outside_fault_resumed_own_failure_replaced(
     cluster: Callable[..., Cluster],
 ) -> None:
-    run = cluster(spares=1, worker=STAYS)
+    run = cluster(spares=1, worker=REUSABLE)
     supervisor = run.running(0)[0].supervisor
     os.kill(run.pid(1, 0), signal.SIGKILL)
     run.running(1)
@@ -172,7 +172,7 @@ def test_workers_stay_where_a_fault_was_elsewhere_and_are_replaced_when_one_fail
     run.running(2)
     assert [run.pid(rank, 2) == run.pid(rank, 1) for rank in range(3)] == [False, True, True]
 
-    os.kill(run.pid(2, 2), signal.SIGSTOP)  # it cannot come to rest
+    os.kill(run.pid(2, 2), signal.SIGSTOP)  # it cannot park
     os.kill(run.pid(1, 2), signal.SIGKILL)
     run.running(3)
     assert [run.pid(rank, 3) == run.pid(rank, 2) for rank in range(3)] == [True, False, False]
@@ -184,12 +184,12 @@ def test_workers_stay_where_a_fault_was_elsewhere_and_are_replaced_when_one_fail
     run.end()
 
 
-def test_a_frozen_node_is_fenced_and_becomes_a_spare(cluster: Callable[..., Cluster]) -> None:
-    run = cluster(spares=1, silence=2.0)
+def test_frozen_node_is_fenced_and_becomes_spare(cluster: Callable[..., Cluster]) -> None:
+    run = cluster(spares=1, peer_timeout=2.0)
     frozen = run.running(0)[1]
     os.kill(frozen.supervisor, signal.SIGSTOP)
     assert names(run.running(1)) == ["n0", "n3", "n2"]
-    assert alive(run.pid(1, 0))  # nobody could end it
+    assert alive(run.pid(1, 0))  # its supervisor could not end it
     os.kill(frozen.supervisor, signal.SIGCONT)
 
     def spare() -> bool:
@@ -202,7 +202,7 @@ def test_a_frozen_node_is_fenced_and_becomes_a_spare(cluster: Callable[..., Clus
     run.end(3)
 
 
-def test_without_a_spare_the_run_ends_and_says_so(cluster: Callable[..., Cluster]) -> None:
+def test_lost_node_without_spare_ends_run_with_reason(cluster: Callable[..., Cluster]) -> None:
     run = cluster(spares=0)
     os.kill(run.running(0)[1].supervisor, signal.SIGKILL)
     assert run.process.wait(DEADLINE) == 4

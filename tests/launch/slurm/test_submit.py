@@ -98,7 +98,7 @@ def test_supervisors_are_started_on_every_node() -> None:
         job(*PLAIN, "cluster.slurm.cpus_per_rank=3"), FOLDER, ["n1", "n2", "n4"], resume=False, python="py"
     )
     assert {"--nodes=3", "--ntasks=3", "--cpus-per-task=6", "--nodelist=n1,n2,n4", "--no-kill"} <= set(step)
-    assert step[-6:] == ["py", "-P", "-m", "keepwarm.launch.slurm.node", str(FOLDER), "--patience=10"]
+    assert step[-6:] == ["py", "-P", "-m", "keepwarm.launch.slurm.node", str(FOLDER), "--vacancy-timeout=10"]
 
 
 def test_a_supervisor_is_told_its_name_and_address() -> None:

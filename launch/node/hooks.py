@@ -1,0 +1,44 @@
+"""The calls that rendezvous and elastic agent make into the supervisor of their node."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from keepwarm.launch.node.slot_table import Kind, Table
+
+
+class Hooks(Protocol):
+    """Implemented by the supervisor, which decides nothing about slots and restarts; see each method for the caller."""
+
+    # ---- called by the rendezvous
+
+    def leave_requested(self) -> bool:
+        """Return whether this node was asked to leave the run."""
+
+    def on_waiting(self, state: str, slot: int | None) -> None:
+        """Called while this node waits for workers to start, with the state it waits in and its slot."""
+
+    def prepare(self, slot: int) -> None:
+        """Called before this node reports that it is ready to start the workers of `slot`."""
+
+    def on_resized(self, table: Table) -> None:
+        """Called after this node has changed the number of slots."""
+
+    def flush_to_disk(self) -> None:
+        """Have the agents of all nodes write memory to disk; return when that is done or has failed."""
+
+    def save_snapshot(self, epoch: int) -> None:
+        """Have this node's agent write the snapshot on which the agents agreed in `epoch`."""
+
+    # ---- called by the elastic agent
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables that all workers of the restart that begins get besides their ranks."""
+
+    def on_started(self, workers: Mapping[int, int]) -> None:
+        """Called when workers run, with their pids by rank."""
+
+    def on_failed(self, kind: Kind, cause: str) -> None:
+        """Called when a worker has failed, as far as known not because of another one."""
+
+    def poll(self) -> None:
+        """Called each time the workers are checked."""
