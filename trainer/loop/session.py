@@ -1,4 +1,4 @@
-"""One run from joining the world to the closing table, on one rank."""
+"""One run on one rank, from joining the world to the closing table."""
 
 import contextlib
 import logging
@@ -23,11 +23,13 @@ from keepwarm.trainer.monitor.goodput import Timeline, write_result
 
 
 def run_session(path: Path, overrides: Sequence[str], *, resume: bool, orders: Orders | None = None) -> bool:
-    """Train; False when a signal ended the run early with its state saved. Without `orders` nobody can halt it.
+    """Train; return False if a signal ended the run early, with its state saved.
+
+    Without `orders`, the session cannot be halted from outside.
 
     Raises:
         TrainerError: with the exit code of its kind.
-        Halted: peers have died; nothing of the run is left in this process, which may begin anew.
+        Halted: peers died; nothing of the run is left in this process, which may start again.
     """
     job = load_run(path, overrides) if path.name == RUN_FILE else load_job(path, overrides)
     if job.cluster.elastic == "shrink":
@@ -41,7 +43,7 @@ def run_session(path: Path, overrides: Sequence[str], *, resume: bool, orders: O
     run = build(job, world, start=start, timeline=timeline)
     ending: Ending = "failed"
     try:
-        # Not earlier: a rank that waits for others in a library must end at the first signal.
+        # Enter this late: until here, the first signal must end a rank that waits for others inside a library.
         with Interrupt() as interrupt, _halts(job, world, orders), run.console:
             finished = train(run, interrupt)
         ending = "finished" if finished else "stopped"
@@ -57,19 +59,19 @@ def run_session(path: Path, overrides: Sequence[str], *, resume: bool, orders: O
 
 
 def _start(job: JobSpec, world: World, resume: bool) -> Start:
-    """A rank that a launcher started again goes on by itself; a user who starts a run twice must say what is meant."""
+    """Return how this rank starts: a launcher's restart continues; a user must ask to resume or overwrite."""
     if world.restarts > 0:
         return "restart"
     if resume:
         return "resume"
     folder = Path(job.output)
     if RunFolder(folder).metrics_file.exists():
-        raise OutputError(f"{folder} holds a run already: continue it with --resume, or start it anew with --force")
+        raise OutputError(f"{folder} already contains a run: continue it with --resume, or start over with --force")
     return "fresh"
 
 
 def _leave(run: Run, ending: Ending) -> None:
-    """Free what the run holds in this process, and say where the time went when it ends with its state saved."""
+    """Free what the run holds in this process; if its state is saved, report where the time went."""
     try:
         run.callbacks.close(run, ending)
     finally:
@@ -85,19 +87,19 @@ def _leave(run: Run, ending: Ending) -> None:
 
 
 def _halts(job: JobSpec, world: World, orders: Orders) -> AbstractContextManager[None]:
-    """While it lasts, this worker can be halted: with a GPU, where that has never been tried, only if asked for."""
+    """Allow this worker to be halted inside the context; with a GPU, which is untested, only on request."""
     if world.device.type != "cpu" and job.cluster.in_process != "on":
         return contextlib.nullcontext()
     return orders.training(world.interrupt)
 
 
 def _timeline(job: JobSpec, world: World, start: Start, began: float) -> Timeline:
-    # From the start of the process on, if it is the first of this process: imports are part of what a start costs.
+    # In the first start of a process, count from the start of the process: imports are part of the startup cost.
     return Timeline(Path(job.output), rank=world.rank, began=began, restart=start == "restart", fresh=start == "fresh")
 
 
 def _open_folder(job: JobSpec, world: World) -> None:
-    world.barrier()  # no rank may look for metrics.jsonl after another has begun to write it
+    world.barrier()  # no rank may look for metrics.jsonl once another has started writing it
     if world.rank != 0:
         return
     folder = Path(job.output)
@@ -106,4 +108,4 @@ def _open_folder(job: JobSpec, world: World) -> None:
         if not RunFolder(folder).exists:
             save_job(job, RunFolder(folder).run_file)
     except OSError as error:
-        raise OutputError(f"output={folder}: cannot be written: {error.strerror}") from error
+        raise OutputError(f"output={folder}: cannot write: {error.strerror}") from error
