@@ -79,7 +79,7 @@ def test_a_run_that_starts_from_another_has_its_weights_and_replays_what_it_saw(
     assert ledger["replayed"] == {"more": 8}
     record = manifest_of(child).meta["run"]["parent"]
     assert (record["run"], record["step"], record["ledger"]) == ("one", 8, True)
-    assert "begins with the weights and optimizer state of one at iteration 8" in capsys.readouterr().out
+    assert "initialised with the weights and optimizer state of one at iteration 8" in capsys.readouterr().out
 
     fresh = ["stages.0.optimizer_state=reset", "stages.0.replay={fraction: 0.25}"]
     train([*job(tmp_path, "three", REPLAY.replace("german", "more")), f"init_from={parent}", *fresh])

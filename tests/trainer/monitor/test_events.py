@@ -62,7 +62,7 @@ def test_read_unknown_field_is_ignored(tmp_path: Path) -> None:
 
 
 def test_decode_every_event_is_named_in_snake_case() -> None:
-    assert len(events.KINDS) == 26
+    assert len(events.KINDS) == 27
     assert all(name.replace("_", "").islower() for name in events.KINDS)
     assert events.KINDS["lr_changed"] is events.LrChanged
 
