@@ -132,7 +132,7 @@ def test_data_that_cannot_be_continued_with_are_refused(tmp_path: Path, parent: 
     sources = f"en: {corpora / 'handbook_en.jsonl.zst'}, de: "
     for change, error, said in (
         (f"data.tokenizer={tokenizer}", CheckpointError, "trained with a tokenizer other than"),
-        (f"data.sources={{{sources}{empty}}}", DataError, r"data\.sources\.de: .*holds no text"),
+        (f"data.sources={{{sources}{empty}}}", DataError, r"data\.sources\.de: .*contains no text"),
         (f"data.sources={{{sources}{short}}}", DataError, r"data\.sources\.de: .*too few for one sample"),
     ):
         with pytest.raises(error, match=said):
