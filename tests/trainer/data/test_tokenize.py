@@ -237,7 +237,7 @@ def test_inspect_does_not_decode_with_another_tokenizer(tmp_path: Path, corpus: 
 
 
 def _tool(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-m", f"keepwarm.trainer.data.{name}", *map(str, arguments)]
+    command = [sys.executable, "-P", "-m", f"keepwarm.trainer.data.preprocess.{name}", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
