@@ -1,4 +1,4 @@
-"""Where every element of a converted tensor comes from: runs of elements of source tensors, and nothing else. Pure."""
+"""The origin of every element of a converted tensor: runs of elements of source tensors, and nothing else. Pure."""
 
 import math
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One tensor to be made out of `runs` (source, first element, last element + 1), one after the other.
+    """One tensor to build from `runs` (source, first element, last element + 1), concatenated.
 
-    With `turned`, what they give is a matrix of the reversed shape, and the tensor is its transpose.
+    With `turned`, the runs give a matrix of the reversed shape, and the tensor is its transpose.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Recipe:
 
 
 def into_canonical(spec: ModelSpec, model_type: str) -> list[Recipe]:
-    """All parameters of a model out of the tensors of a Hugging Face class; sources are named by `their_name`."""
+    """Return recipes for all parameters from the tensors of a Hugging Face class; sources are named by `their_name`."""
     family = FAMILIES[model_type]
     made = []
     for name, shape in parameter_shapes(spec).items():
@@ -40,7 +40,7 @@ def into_canonical(spec: ModelSpec, model_type: str) -> list[Recipe]:
 
 
 def into_huggingface(spec: ModelSpec, model_type: str) -> list[Recipe]:
-    """The inverse: the tensors of a Hugging Face class out of canonical parameters."""
+    """Return the inverse recipes: the tensors of a Hugging Face class from canonical parameters."""
     family, shapes = FAMILIES[model_type], parameter_shapes(spec)
     made = []
     for name, shape in shapes.items():
@@ -57,7 +57,7 @@ def into_huggingface(spec: ModelSpec, model_type: str) -> list[Recipe]:
 
 
 def source_shapes(spec: ModelSpec, model_type: str) -> dict[str, Shape]:
-    """The tensors that a Hugging Face file of this model holds."""
+    """Return the tensors in a Hugging Face file of this model."""
     return {recipe.name: recipe.shape for recipe in into_huggingface(spec, model_type)}
 
 
@@ -66,12 +66,12 @@ def _is_turned(name: str, shape: Shape, family: Family) -> bool:
 
 
 def _own_runs(name: str, shape: Shape, family: Family, spec: ModelSpec, turned: bool) -> Iterator[tuple[int, int]]:
-    """The elements of one parameter within the tensor that holds it."""
+    """Yield the element ranges of one parameter within the tensor that holds it."""
     elements, at = math.prod(shape), projection(name)
     if not is_fused(name, family) or at is None:
         yield 0, elements
     elif turned:
-        # Rows are inputs; queries, keys and values stand side by side in each.
+        # Rows are inputs; each contains queries, keys and values side by side.
         outputs, inputs = shape
         for row in range(inputs):
             yield (3 * row + at) * outputs, (3 * row + at + 1) * outputs
@@ -84,7 +84,7 @@ def _own_runs(name: str, shape: Shape, family: Family, spec: ModelSpec, turned: 
 
 
 def _in_turns(names: list[str], elements: int, family: Family, spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
-    """Queries, keys and values in the order in which a fused tensor has them."""
+    """Yield queries, keys and values in their order in a fused tensor."""
     parts = 1 if family.fused == "blocks" else spec.heads
     each = elements // parts
     for index in range(parts):
