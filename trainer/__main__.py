@@ -1,4 +1,4 @@
-"""One rank of a run: `python -P -m keepwarm.trainer RUN.json`, started by keepwarm, torchrun, mpirun or srun."""
+"""Run one rank: `python -P -m keepwarm.trainer RUN.json`, started by keepwarm, torchrun, mpirun or srun."""
 
 import argparse
 import os
@@ -10,9 +10,9 @@ from keepwarm.exit_code import ExitCode
 
 
 def main(arguments: list[str]) -> int:
-    """Train as the job says; returns the exit code: 0 done, 2 bad input, 3 stopped itself, 4 lost, 130 interrupted."""
+    """Train the job; return the exit code: 0 done, 2 bad input, 3 stopped itself, 4 lost, 130 interrupted."""
     options = _parser().parse_args(arguments)
-    # Heavy imports come after the arguments are known to be right: a typo must not cost three seconds.
+    # Heavy imports come after the arguments are validated: a typo must not cost three seconds.
     from keepwarm.ft.errors import FtError
     from keepwarm.parallel.errors import ParallelError
     from keepwarm.trainer.distributed.in_process_restart import ControlChannel, RestartRequested
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -P -m keepwarm.trainer",
-        description="Run one rank of a job; start as many as its layout has ranks, for example with "
+        description="Run one rank of a job; start one process per rank of its layout, for example with"
         "`torchrun --nproc-per-node 8 -m keepwarm.trainer runs/demo/run.json`. `keepwarm train` does that for you.",
     )
     parser.add_argument("job", type=Path, help="run.json of a run folder, or a job file")
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    # Not sys.exit alone: after an error other ranks may still be in a collective that this one must not wait for.
+    # Not just sys.exit: after an error, other ranks may still be in a collective that this one must not wait for.
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()

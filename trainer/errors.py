@@ -1,4 +1,4 @@
-"""What can go wrong in `trainer`, each with the exit code that the process ends with.
+"""Errors of `trainer`, each with the exit code of the process.
 
 TrainerError
 ├── SpecError            2  the job or model spec is wrong
@@ -7,20 +7,20 @@ TrainerError
 ├── CheckpointError      2  a saved state is missing, damaged or does not fit
 ├── RestoreFailed        1  state could not be restored from memory; another start may succeed
 ├── TrainingStopped      3  training stopped itself: NaN, a gate
-└── UnrecoverableFault   4  a fault that no level of recovery mends
+└── UnrecoverableFault   4  a fault that no level of recovery can fix
 """
 
 from keepwarm.exit_code import ExitCode
 
 
 class TrainerError(Exception):
-    """Base of every error raised by this package; the message says what to do next."""
+    """Base class of all errors raised by this package; the message says what to do next."""
 
     exit_code = ExitCode.BAD_INPUT
 
 
 class SpecError(TrainerError):
-    """The spec cannot be read, or a value in it is wrong; names the file and the key."""
+    """The spec cannot be read or contains a wrong value; names the file and the key."""
 
 
 class DataError(TrainerError):
@@ -36,7 +36,7 @@ class CheckpointError(TrainerError):
 
 
 class RestoreFailed(TrainerError):
-    """Agents, peers or bytes were lost while state was restored: a fault like any other, ranks start again."""
+    """Agents, peers or bytes were lost while state was being restored: a regular fault; the ranks restart."""
 
     exit_code = ExitCode.FAULT
 

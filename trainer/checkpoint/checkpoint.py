@@ -1,6 +1,6 @@
-"""Durable checkpoints of a run: every rank writes the shards it is the first holder of, any layout reads them.
+"""Durable checkpoints of a run: every rank writes the shards that it holds first; any layout can read them.
 
-The format is `keepwarm.ft.format.checkpoint`'s, so that checkpoints written here and by snapshot agents are the same.
+The format is that of `keepwarm.ft.format.checkpoint`, so checkpoints written here and by snapshot agents are the same.
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ the new ones; a moving average may be asked for later."""
 
 
 def layout_hash(job: JobSpec) -> str:
-    """Equal for runs whose ranks hold the same shards of the same model."""
+    """Return a hash that is equal for runs whose ranks hold the same shards of the same model."""
     text = job.parallel.model_dump_json() + job.model.model_dump_json()
     return xxhash.xxh3_64_hexdigest(text.encode())
 
@@ -49,19 +49,19 @@ class Checkpoints:
         self._run = run
         self._layout = layout
         self.epoch = 0
-        """With the step it orders checkpoints; snapshot agents begin a new one at every start."""
+        """Orders checkpoints together with the step; snapshot agents begin a new epoch at every start."""
 
     def due(self, step: int) -> bool:
-        """Whether the spec wants a checkpoint after `step` completed steps, besides the last one."""
+        """Return whether the spec asks for a checkpoint after `step` completed steps, besides the final one."""
         return self._spec.every is not None and step % self._spec.every == 0
 
     def save(self, step: int, shards: Mapping[str, Shard], meta: dict[str, Any]) -> Path:
-        """Write, verify and publish the checkpoint of `step`, then delete what `keep` does not cover.
+        """Write, verify and publish the checkpoint of `step`, then delete those beyond `keep`.
 
         Raises:
-            OutputError: the disk is full or the folder cannot be written; checkpoints already there stay whole.
+            OutputError: the disk is full or the folder cannot be written; existing checkpoints stay intact.
         """
-        # Ranks may have heard of different epochs when they began: an agent that came late causes another one.
+        # Ranks may have started with different epochs: an agent that joins late causes another one.
         self.epoch = self._world.largest(self.epoch)
         tmp, final = checkpoint.staging(self.root, self.epoch, step, "ranks"), checkpoint.folder(self.root, step)
         failure: Exception | None = None
@@ -94,29 +94,29 @@ class Checkpoints:
         checkpoint.prune(self.root, self._spec.keep)
 
     def _agree(self, failure: Exception | None) -> None:
-        """Raise on all ranks when one of them failed."""
+        """Raise on all ranks if one of them failed."""
         if self._world.any(failure is not None):
             raise OutputError(
                 f"checkpoint to {self.root} failed: {failure or 'on another rank'}; earlier checkpoints are untouched"
             )
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, or None."""
+        """Return the newest complete checkpoint, or None."""
         return checkpoint.latest(self.root)
 
     def sweep(self) -> None:
-        """Delete what an interrupted writer left behind."""
+        """Delete the leftovers of an interrupted writer."""
         if self._world.rank == 0:
             checkpoint.sweep(self.root)
 
 
 def load(path: Path | str, shards: Mapping[str, Shard]) -> dict[str, Any]:
-    """Fill live shards from a checkpoint of any layout; returns the `meta` it was saved with.
+    """Fill live shards from a checkpoint of any layout; return the `meta` that was saved with it.
 
-    `path` is a folder or a URL that fsspec knows. Of pieces that are held in part, only that part is read.
+    `path` is a folder or an fsspec URL. If only part of a piece is needed, only that part is read.
 
     Raises:
-        CheckpointError: damaged, incomplete, or of another model; names the file or tensor.
+        CheckpointError: damaged, incomplete, or of a different model; names the file or tensor.
     """
     try:
         with opened(path) as stored:
@@ -130,13 +130,13 @@ def load(path: Path | str, shards: Mapping[str, Shard]) -> dict[str, Any]:
 
 
 def load_weights(path: Path | str, shards: Mapping[str, Shard]) -> dict[str, Any]:
-    """Fill those of the live `shards` that hold parameters, and no others, from a checkpoint of any layout and dtype.
+    """Fill only the live `shards` that hold parameters, from a checkpoint of any layout and dtype.
 
-    `path` and the result are those of `load`. Values are rounded where the shard's dtype is the smaller one. The caller
-    calls `Engine.restored()`, and decides what becomes of the optimizer.
+    `path` and the result are as for `load`. Values are rounded if the shard's dtype is narrower. The caller calls
+    `Engine.restored()` and decides what to do with the optimizer.
 
     Raises:
-        CheckpointError: damaged, incomplete, or of another model; names the file or tensor.
+        CheckpointError: damaged, incomplete, or of a different model; names the file or tensor.
     """
     try:
         with opened(path) as stored:
@@ -169,7 +169,7 @@ def _fill(stored: Checkpoint, shard: Shard, sources: Sources, *, as_stored: bool
         return
     exact = next((source for source in sources if source[1].piece == target), None)
     if exact is not None and dtype == shard.local.dtype and shard.local.is_cpu and shard.local.is_contiguous():
-        # Straight into the live memory: who sees an error of this function trusts none of it.
+        # Read directly into live memory: after an error here, callers must not use any of it.
         stored.piece(*exact, shard.local.detach().reshape(-1).view(torch.uint8).numpy())
         return
     out = np.empty(target.bytes, dtype=np.uint8)
@@ -193,6 +193,6 @@ def _assemble(stored: Checkpoint, target: Piece, sources: Sources, out: Bytes) -
 
 
 def host_bytes(tensor: torch.Tensor) -> Bytes:
-    """The bytes of a tensor in row-major order; a view when it lies contiguous in host memory."""
+    """Return the bytes of a tensor in row-major order; a view if it is contiguous in host memory."""
     array: Bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return array

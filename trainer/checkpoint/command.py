@@ -1,4 +1,4 @@
-"""`keepwarm checkpoint`: look after native checkpoints."""
+"""`keepwarm checkpoint`: inspect and manage native checkpoints."""
 
 import json
 import sys
@@ -49,7 +49,7 @@ def verify(path: Where, as_json: AsJson = False) -> None:
 
 @app.command()
 def show(path: Where, as_json: AsJson = False) -> None:
-    """Show what a checkpoint holds: step, layout, tensors, ledger. Data are not read."""
+    """Show the contents of a checkpoint: step, layout, tensors, ledger. Does not read the data."""
     found = report.show(path)
     if as_json:
         typer.echo(json.dumps(found))
@@ -88,7 +88,7 @@ def copy(
     destination: Annotated[str, typer.Argument(metavar="DST", help="Folder or URL to copy it into.")],
     as_json: AsJson = False,
 ) -> None:
-    """Copy a checkpoint from or to any fsspec URL, as s3://bucket/run; verified, and whole or not at all."""
+    """Copy a checkpoint from or to any fsspec URL, such as s3://bucket/run; verified and all-or-nothing."""
     done = checkpoint_copy.copy(source, destination, lambda done, total: None)
     typer.echo(json.dumps(done) if as_json else f"{done['path']}: step {done['step']}, {_size(done['bytes'])}")
 

@@ -1,7 +1,7 @@
-"""Whole checkpoints between folders and URLs: verified, and complete under their name or not there.
+"""Copy whole checkpoints between folders and URLs: verified, and either complete under their name or absent.
 
-Object stores know no rename. There, a checkpoint is complete when it has its manifest, which is written last; only
-then does `latest` move.
+Object stores have no rename. There, a checkpoint is complete once it has its manifest, which is written last; only then
+does `latest` move.
 """
 
 import contextlib
@@ -22,20 +22,20 @@ from keepwarm.trainer.errors import CheckpointError, OutputError
 from keepwarm.trainer.job.url import is_url
 
 Progress = Callable[[int, int], object]
-"""Called with the bytes copied so far and those of all files."""
+"""Called with the bytes copied so far and the total size."""
 
 _BLOCK = 16 << 20
 _NAME = re.compile(r"iter_\d{7,}")
 
 
 def copy(source: str, destination: str, progress: Progress) -> dict[str, Any]:
-    """Copy the checkpoint meant by `source`, a folder or URL, into the folder of checkpoints `destination`.
+    """Copy the checkpoint that `source`, a folder or URL, refers to into the checkpoint folder `destination`.
 
-    Returns where it is now, its step and its bytes.
+    Returns its new location, its step and its size in bytes.
 
     Raises:
         CheckpointError: there is none, or it is damaged; names the file.
-        OutputError: the destination has that checkpoint already, or cannot be written.
+        OutputError: the destination already has that checkpoint, or cannot be written.
     """
     try:
         if is_url(destination):
@@ -46,7 +46,7 @@ def copy(source: str, destination: str, progress: Progress) -> dict[str, Any]:
 
 
 def find(url: str) -> str:
-    """The checkpoint at a URL, or the newest of the folder of checkpoints or the run that is there.
+    """Return the checkpoint at a URL, or the newest one in the checkpoint folder or run at that URL.
 
     Raises:
         CheckpointError: there is none.
@@ -130,7 +130,7 @@ def _download(source: str, root: Path, progress: Progress) -> dict[str, Any]:
 
 
 def _files(manifest: Manifest) -> list[str]:
-    """Everything but the manifest: parts, and what was carried along from elsewhere."""
+    """Return all files except the manifest: parts, and files carried along from elsewhere."""
     carried = (manifest.meta.get(FILES) or {}).get("files", {})
     for name in carried:
         if Path(name).name != name or name in ("", ".", ".."):
@@ -139,7 +139,7 @@ def _files(manifest: Manifest) -> list[str]:
 
 
 def _moves_forward(files: Any, root: str, manifest: Manifest) -> bool:
-    """Whether what `latest` names there is older, or is nothing that can be read."""
+    """Return whether the checkpoint that `latest` names there is older or unreadable."""
     with contextlib.suppress(FileNotFoundError, UnicodeDecodeError, FtError):
         name = files.cat_file(f"{root}/{checkpoint.LATEST}").decode().strip()
         other = decode_manifest(files.cat_file(f"{root}/{name}/{MANIFEST}"), name)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how two of them differ. Torch-free; memory is bounded by the largest tensor."""
+"""Contents of a checkpoint, and differences between two. Torch-free; memory is bounded by the largest tensor."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from keepwarm.trainer.convert.native import NativeCheckpoint, find_checkpoint
 from keepwarm.trainer.errors import CheckpointError
 
 Progress = Callable[[int, int], object]
-"""Called with the bytes read so far and those of the whole checkpoint."""
+"""Called with the bytes read so far and the size of the whole checkpoint."""
 
 _ELEMENTS = 4 << 20
 _NUMPY = {
@@ -26,7 +26,7 @@ _NUMPY = {
 
 
 def verify(path: Path, progress: Progress) -> dict[str, Any]:
-    """Read every byte of the checkpoint meant by `path` and compare it with the manifest.
+    """Read every byte of the checkpoint that `path` refers to and compare it with the manifest.
 
     Raises:
         CheckpointError: something is missing or damaged; names the file and the tensor.
@@ -50,7 +50,8 @@ def verify(path: Path, progress: Progress) -> dict[str, Any]:
 
 
 def show(path: Path) -> dict[str, Any]:
-    """Identity, tensors with their global shapes, parts, and a summary of the ledger; data are not read."""
+    """Return identity, tensors with their global shapes, parts, and a summary of the ledger, without reading
+    the data."""
     with NativeCheckpoint(path) as native:
         manifest = native.manifest
         tensors = [
@@ -85,7 +86,7 @@ def show(path: Path) -> dict[str, Any]:
 
 
 def diff(one: Path, two: Path) -> dict[str, Any]:
-    """Names, shapes, dtypes and values of two checkpoints, tensor by tensor, each put together from its layout."""
+    """Compare names, shapes, dtypes and values of two checkpoints, tensor by tensor, independent of their layouts."""
     with NativeCheckpoint(one) as a, NativeCheckpoint(two) as b:
         shared = sorted(a.tensors.keys() & b.tensors.keys())
         tensors = [_difference(a, b, name) for name in shared]
@@ -119,7 +120,7 @@ def _difference(a: NativeCheckpoint, b: NativeCheckpoint, name: str) -> dict[str
         equal = False
         with np.errstate(invalid="ignore"):
             far = np.abs(_values(x, left.dtype) - _values(y, right.dtype))
-        # Infinities of one sign, and NaNs on both sides, subtract to NaN and are as near as can be.
+        # Infinities of the same sign, and NaNs on both sides, subtract to NaN; their difference counts as zero.
         worst = max(worst, float(np.nanmax(far, initial=0.0)))
     return found | {"equal": equal, "max_abs_diff": worst}
 
@@ -131,7 +132,7 @@ def _values(block: Bytes, dtype: str) -> npt.NDArray[np.float64]:
 
 
 def _ledger(saved: Any) -> dict[str, Any] | None:
-    """How many samples each source has given, by the name it had in the job."""
+    """Return the number of samples that each source has given, by its name in the job."""
     if not isinstance(saved, dict):
         return None
     names = {identity: origin["name"] for identity, origin in saved.get("sources", {}).items()}

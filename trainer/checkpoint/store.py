@@ -1,6 +1,6 @@
-"""Where a checkpoint lies, a local folder or a URL of any fsspec protocol, and the bytes of it that someone needs.
+"""Read checkpoints from a local directory or any fsspec URL, fetching only the byte ranges that are needed.
 
-A part of a piece is read in whole chunks, each checked against its own checksum; nothing else of a file is touched.
+A part of a piece is read in whole chunks, each checked against its own checksum; the rest of the file is not touched.
 """
 
 import contextlib
@@ -23,18 +23,18 @@ class Store(Protocol):
     """The files of one checkpoint."""
 
     name: str
-    """For messages."""
+    """Name for messages."""
     block: int | None
-    """Bytes that are best read at once: few where they are hashed while the processor still has them."""
+    """Preferred bytes per read: few if they are hashed while still in the processor cache."""
 
     def whole(self, file: str) -> bytes:
-        """A small file."""
+        """Return the content of a small file."""
 
     def fill(self, file: str, start: int, out: Bytes) -> None:
-        """Read the bytes from `start` of a file."""
+        """Fill `out` with the bytes of a file from `start` on."""
 
     def stream(self, file: str) -> contextlib.AbstractContextManager[Any]:
-        """A file from its beginning on."""
+        """Open a file for reading from its start."""
 
 
 class LocalStore:
@@ -70,7 +70,7 @@ class LocalStore:
 
 
 class UrlStore:
-    """A folder of any filesystem that fsspec knows; every read is one ranged request."""
+    """A folder on any fsspec filesystem; every read is one ranged request."""
 
     block: int | None = None
 
@@ -93,7 +93,7 @@ class UrlStore:
         return opened
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no files are kept open."""
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -115,7 +115,7 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 class Checkpoint:
-    """An open checkpoint: its manifest, and pieces or parts of pieces out of its files."""
+    """An open checkpoint: its manifest, and pieces or parts of pieces from its files."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -125,7 +125,8 @@ class Checkpoint:
         self.manifest = decode_manifest(content, f"{store.name}/{MANIFEST}")
 
     def span(self, part: Part, entry: Entry, start: int, stop: int) -> tuple[int, Bytes]:
-        """Bytes `start ... stop` of a piece, with what else was read to check them: (first byte, bytes from there)."""
+        """Return bytes `start ... stop` of a piece, including bytes read only to verify them, as (first byte,
+        bytes)."""
         size = entry.stop - entry.start
         if not entry.chunks or part.compressed:
             out = np.empty(size, np.uint8)
@@ -142,7 +143,7 @@ class Checkpoint:
         return low, out
 
     def piece(self, part: Part, entry: Entry, out: Bytes) -> None:
-        """A whole piece into `out`, checked."""
+        """Read a whole piece into `out` and verify it."""
         seen = xxhash.xxh3_64()
         with self._explained(part.file):
             if part.compressed:
@@ -176,7 +177,7 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def opened(where: str | Path) -> Iterator[Checkpoint]:
-    """The checkpoint in a local folder or at a URL.
+    """Open the checkpoint in a local folder or at a URL.
 
     Raises:
         DurableError: it is missing or damaged, or its protocol is not installed; names the file.

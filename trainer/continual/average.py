@@ -1,6 +1,6 @@
-"""Averages of weights: branches of one run merged into one model (a "soup", as in OLMo 2). Without torch.
+"""Average weights: merge branches of one run into one model (a "soup", as in OLMo 2). Without torch.
 
-Memory is bounded by one tensor of each branch; sums are in double precision, rounded once to the dtype that is stored.
+Memory is bounded by one tensor of each branch; sums are in double precision, rounded once to the stored dtype.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +24,7 @@ from keepwarm.trainer.data.ledger import Ledger, PastStage
 from keepwarm.trainer.errors import CheckpointError, SpecError
 
 MOVING = "average."
-"""Before the name of a parameter whose moving average a checkpoint holds."""
+"""Prefix of the names of parameters' moving averages in a checkpoint."""
 
 _ELEMENTS = 4 << 20
 
@@ -32,19 +32,19 @@ _ELEMENTS = 4 << 20
 def average(
     runs: Sequence[Path], destination: Path, *, weights: Sequence[float] | None = None, moving: bool = False
 ) -> dict[str, Any]:
-    """Write the checkpoint `destination` with the mean of the weights of several runs; returns what was done.
+    """Write the checkpoint `destination` with the mean of the weights of several runs; return a summary.
 
-    It holds weights alone and what all of the runs saw, so that a job may begin from it and replay. The same runs in
-    the same order give the same bytes.
+    It contains only weights, and the union of the data that the runs saw, so that a job can start from it and replay.
+    The same runs in the same order give the same bytes.
 
     Args:
         runs: checkpoints, or run folders for their newest ones.
-        weights: of each run, normalised; default: all equal.
-        moving: take the exponential moving average that each run kept (`moving_average`) instead of its last weights.
+        weights: one per run, normalised; default: all equal.
+        moving: average the runs' exponential moving averages (`moving_average`) instead of their last weights.
 
     Raises:
-        SpecError: as many weights as runs are needed, each above 0.
-        CheckpointError: a run has no complete checkpoint, or they are not of one architecture and tokenizer.
+        SpecError: the number of weights differs from that of runs, or one is not above 0.
+        CheckpointError: a run has no complete checkpoint, or architectures or tokenizers differ.
         OutputError: `destination` exists or cannot be written; nothing is left there.
     """
     shares = _shares(runs, weights)
@@ -83,7 +83,7 @@ def _shares(runs: Sequence[Path], weights: Sequence[float] | None) -> list[float
 
 
 def _pieces(opened: Sequence[NativeCheckpoint], prefix: str) -> list[Piece]:
-    """The parameters, which must be the same in all."""
+    """Return the parameters, which must be the same in all checkpoints."""
     kinds = [
         {name.removeprefix(MOVING): tensor for name, tensor in one.tensors.items() if name.startswith(prefix)}
         for one in opened
@@ -141,7 +141,9 @@ def _meta(opened: Sequence[NativeCheckpoint], shares: Sequence[float]) -> dict[s
 
 
 def _merged(saved: Sequence[tuple[str, Mapping[str, Any] | None]]) -> Ledger | None:
-    """What any of the runs saw, each stage once; None when one of them does not tell, or numbers samples otherwise."""
+    """Return the union of what the runs saw, each stage once; None if a run has no ledger or numbers samples
+    differently.
+    """
     ledgers = [Ledger.load(ledger).continued(run) for run, ledger in saved if ledger is not None]
     if len(ledgers) < len(saved) or len({ledger.seed for ledger in ledgers}) > 1:
         return None

@@ -1,4 +1,4 @@
-"""`keepwarm average`: one checkpoint from the weights of several."""
+"""`keepwarm average`: average the weights of several checkpoints into one."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Branches: a new job that goes on from one checkpoint of a run, while the rate there is constant. Torch-free.
+"""Branches: a new job that continues from a checkpoint in a run's constant-rate phase. Torch-free.
 
-The constant phase of an infinite or warm-up-stable-decay schedule is the place to release from: an anneal of any
-length continues its curve without a jump, and the run itself goes on as if nothing had happened (Singh et al., 2025).
+The constant phase of an infinite or warm-up-stable-decay schedule is the place to branch: an anneal of any length
+continues its curve without a jump, and the run itself continues unaffected (Singh et al., 2025).
 """
 
 import json
@@ -30,18 +30,19 @@ class BranchPoint:
     step: int
     """Completed steps of the run."""
     plan: StagePlan
-    """The stage that the last of them belongs to."""
+    """The stage that contains the last of them."""
     curve: AnnealableCurve
-    """As it was saved."""
+    """The saved curve."""
     position: int
     """Samples consumed."""
 
 
 def branched(folder: Path, step: int, tokens: int, overrides: Sequence[str] = ()) -> JobSpec:
-    """The job of a branch: the run's own, with one stage of `tokens` that anneals from the checkpoint of `step`.
+    """Return the job of a branch: the run's own, with one stage of `tokens` that anneals from the checkpoint of `step`.
 
-    The stage has the mixture, the replay and the evaluation that hold there; the rate falls from the constant one, as
-    the schedule anneals: exponentially for infinite, linearly for wsd and constant. `overrides` may change any of it.
+    The stage has the mixture, the replay and the evaluation in force at that step; the rate decays from the constant
+    one as the schedule anneals: exponentially for infinite, linearly for wsd and constant. `overrides` may change any
+    of it.
 
     Raises:
         OutputError: there is no run in `folder`.
@@ -72,7 +73,7 @@ def branched(folder: Path, step: int, tokens: int, overrides: Sequence[str] = ()
 
 
 def branch_point(folder: Path, job: JobSpec, step: int) -> BranchPoint:
-    """The checkpoint of `step`, which lies in the constant phase; raises as `branched`."""
+    """Return the checkpoint of `step`, which must lie in the constant phase; raises as `branched` does."""
     path = checkpoint.folder(RunFolder(folder).checkpoints, step)
     if not (path / MANIFEST).is_file():
         found = [int(have.name.removeprefix("iter_")) for have in checkpoint.checkpoints(RunFolder(folder).checkpoints)]

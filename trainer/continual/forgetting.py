@@ -1,9 +1,9 @@
-"""What continual training gained and lost, from losses alone. Pure; higher loss is worse, positive forgetting is worse.
+"""Measures of forgetting and transfer, from losses alone. Pure; higher loss and positive forgetting are worse.
 
 A loss matrix P has the shape `[stages + 1, domains]`: P[i, j] is the loss on domain j after training through stage i,
-and row 0 is before any of them. Where a measure speaks of the stage of a domain, domain j belongs to stage j + 1, and
-the matrix has one more row than columns. Definitions as in Yildiz et al. (2024), forms of Lopez-Paz and Ranzato
-(2017). Torch-free.
+and row 0 is before all stages. Where a measure refers to the stage of a domain, domain j belongs to stage j + 1, and
+the matrix has one more row than columns. Definitions as in Yildiz et al. (2024), forms of Lopez-Paz and Ranzato (2017).
+Torch-free.
 """
 
 from collections.abc import Sequence
@@ -18,19 +18,19 @@ Matrix: TypeAlias = Sequence[Sequence[float]] | Floats
 
 
 def forgetting(losses: Sequence[float]) -> float:
-    """FG = P[N] - min_i P[i] of one domain's column: how far it is from the best it ever was; never negative."""
+    """Return FG = P[N] - min_i P[i] of one domain's column: the distance from its best loss; never negative."""
     return losses[-1] - min(losses)
 
 
 def backward_transfer(matrix: Matrix) -> float:
-    """BWT = mean over j < N of P[j, j] - P[N, j]: positive when later stages helped earlier domains."""
+    """Return BWT = mean over j < N of P[j, j] - P[N, j]: positive if later stages helped earlier domains."""
     losses = _aligned(matrix)
     own = np.diagonal(losses[1:])
     return float((own - losses[-1])[:-1].mean())
 
 
 def forward_transfer(matrix: Matrix) -> float:
-    """FWT = mean over j > 1 of P[0, j] - P[j - 1, j]: positive when earlier stages helped domains still to come."""
+    """Return FWT = mean over j > 1 of P[0, j] - P[j - 1, j]: positive if earlier stages helped later domains."""
     losses = _aligned(matrix)
     before_own = np.diagonal(losses[:-1])
     return float((losses[0] - before_own)[1:].mean())
@@ -38,20 +38,20 @@ def forward_transfer(matrix: Matrix) -> float:
 
 @dataclass(frozen=True, slots=True)
 class StabilityGap:
-    """The V that a domain's loss makes after a stage begins."""
+    """The temporary rise of a domain's loss after a stage begins."""
 
     depth: float
     """Worst loss minus final loss, in nats per token."""
     worst_step: int
     recovery_step: int | None
-    """First step after the worst one at which the loss is back at the final one or below; None: never before it."""
+    """First step after the worst one with a loss at or below the final one; None: only the final step."""
 
 
 def stability_gap(steps: Sequence[int], losses: Sequence[float], tolerance: float = 0.0) -> StabilityGap:
-    """Depth and recovery of one domain's loss within one stage.
+    """Return depth and recovery of one domain's loss within one stage.
 
     Args:
-        steps: ascending, the first at the beginning of the stage.
+        steps: ascending, the first at the start of the stage.
         tolerance: nats above the final loss that count as recovered.
     """
     if len(steps) != len(losses) or not steps:

@@ -1,4 +1,4 @@
-"""Where models come from: every run, checkpoint and export knows its parents. Torch-free."""
+"""Lineage: every run, checkpoint and export records its parents. Torch-free."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from keepwarm.trainer.job.run_folder import RUN_FILE, RunFolder
 from keepwarm.trainer.job.url import is_url
 
 DEPTH = 4
-"""Folders below one another that are searched for descendants."""
+"""Levels of nested folders that are searched for descendants."""
 
 
 @dataclass(kw_only=True)
@@ -25,7 +25,7 @@ class Artefact:
 
     path: Path
     kind: str
-    """run, checkpoint, export; or gone, when only a child knows of it."""
+    """run, checkpoint, export; or gone, if only a child records it."""
     detail: str = ""
     step: int | None = None
     parents: list["Parent"] = field(default_factory=list)
@@ -33,7 +33,7 @@ class Artefact:
 
 @dataclass(frozen=True, kw_only=True)
 class Parent:
-    """What an artefact was made from, and how."""
+    """The parent of an artefact, and how the artefact was derived from it."""
 
     path: Path
     how: str
@@ -41,7 +41,7 @@ class Parent:
 
 
 def describe(path: Path) -> Artefact | None:
-    """What lies in a folder; None when it is nothing of ours. A checkpoint of a run stands for the run."""
+    """Describe the artefact in a folder; None if it is not ours. A checkpoint inside a run is described as the run."""
     path = _owner(path.resolve())
     if RunFolder(path).exists:
         return _run(path)
@@ -55,10 +55,10 @@ def describe(path: Path) -> Artefact | None:
 
 
 def ancestry(path: Path) -> dict[Path, Artefact]:
-    """An artefact and everything that it comes from, by path.
+    """Return an artefact and all its ancestors, by path.
 
     Raises:
-        CheckpointError: there is nothing at `path` that knows where it comes from.
+        CheckpointError: nothing at `path` records its origin.
     """
     first = describe(path)
     if first is None:
@@ -74,7 +74,7 @@ def ancestry(path: Path) -> dict[Path, Artefact]:
 
 
 def search(root: Path, depth: int = DEPTH) -> Iterator[Artefact]:
-    """Every artefact below `root`; what lies inside of one is not looked at, and links are not followed."""
+    """Yield every artefact below `root`. Does not descend into artefacts or follow links."""
     artefact = describe(root) if root.is_dir() else None
     if artefact is not None and artefact.path == root.resolve():
         yield artefact
@@ -87,7 +87,7 @@ def search(root: Path, depth: int = DEPTH) -> Iterator[Artefact]:
 
 
 def family(path: Path, root: Path) -> dict[Path, Artefact]:
-    """The ancestors of an artefact, and all that lies below `root` and descends from one of them."""
+    """Return the ancestors of an artefact, and everything below `root` that descends from one of them."""
     found = ancestry(path)
     others = {artefact.path: artefact for artefact in search(root)}
     grown = True
@@ -105,7 +105,7 @@ def family(path: Path, root: Path) -> dict[Path, Artefact]:
 
 
 def tree(members: dict[Path, Artefact], marked: Path) -> list[str]:
-    """Lines of text: roots first, children below what they were made from; one of several parents is shown by name."""
+    """Return lines of text: roots first, children below their parent; further parents are shown by name."""
     children: dict[Path, list[tuple[Artefact, Parent]]] = {path: [] for path in members}
     for artefact in members.values():
         for parent in artefact.parents[:1]:
@@ -131,7 +131,7 @@ def tree(members: dict[Path, Artefact], marked: Path) -> list[str]:
 
 
 def as_data(members: dict[Path, Artefact]) -> list[dict[str, Any]]:
-    """Plain values, for JSON."""
+    """Return plain values for JSON."""
     return [
         {
             "path": str(artefact.path),
@@ -147,7 +147,7 @@ def as_data(members: dict[Path, Artefact]) -> list[dict[str, Any]]:
 
 
 def _owner(path: Path) -> Path:
-    """The run that a checkpoint, or a folder of checkpoints, belongs to; else the path itself."""
+    """Return the run that a checkpoint, or a folder of checkpoints, belongs to; else the path itself."""
     for folder in (path, path.parent, path.parent.parent):
         if RunFolder(folder).exists and (folder == path or path.is_relative_to(RunFolder(folder).checkpoints)):
             return folder
@@ -218,7 +218,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _short(path: Path) -> str:
-    """Relative to where the user is, when it lies there; of a URL as it was."""
+    """Return the path relative to the working directory, if it lies there; a URL unchanged."""
     if not path.is_absolute() and path.parts and path.parts[0].endswith(":"):
         return f"{path.parts[0]}//{Path(*path.parts[1:])}"
     here = Path.cwd()

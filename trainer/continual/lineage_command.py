@@ -1,4 +1,4 @@
-"""`keepwarm lineage`: the tree that a model grew on."""
+"""`keepwarm lineage`: show the ancestors and descendants of a model."""
 
 import json
 from pathlib import Path

@@ -1,9 +1,9 @@
-"""`keepwarm refine`: a schedule for the next run like this one, from the gradient norms that this one recorded.
+"""`keepwarm refine`: derive a schedule for the next similar run from the gradient norms recorded by this one.
 
 Defazio et al. (2023), "When, Why and How Much? Adaptive Learning Rate Scheduling by Refinement": with norms G_t and
 weights w_t = 1 / G_t for AdamW (1 / G_t**2 for SGD), the rate of step t is proportional to w_t * sum_{p>t} w_p.
-Norms that stay the same give 1 - t/T; norms that fall and then rise give a warm-up and a fast anneal. Theirs for Adam
-are 1-norms, those recorded here 2-norms. Torch-free.
+Constant norms give 1 - t/T; norms that fall and then rise give a warm-up and a fast anneal. Their norms for Adam are
+1-norms; those recorded here are 2-norms. Torch-free.
 """
 
 import json
@@ -27,11 +27,11 @@ Floats = npt.NDArray[np.float64]
 SMOOTHING = 0.1
 """Width of the median filter, as a fraction of the steps."""
 BINS = 2000
-"""Longer runs are put together into as many spans, each with its median."""
+"""Longer runs are split into this many spans, each reduced to its median."""
 
 
 def refined(norms: Sequence[float] | Floats, *, power: int = 1) -> Floats:
-    """Rates of steps 1 to T for gradient norms of these steps, scaled so that equal norms give 1 - t/T exactly.
+    """Return the rates of steps 1 to T for their gradient norms, scaled so that equal norms give 1 - t/T exactly.
 
     Raises:
         SpecError: there are no norms, or one is not positive and finite.
@@ -47,7 +47,7 @@ def refined(norms: Sequence[float] | Floats, *, power: int = 1) -> Floats:
 
 
 def smoothed(norms: Sequence[float] | Floats) -> Floats:
-    """At most BINS medians of spans, then a running median of SMOOTHING of them; both ends are reflected."""
+    """Return at most BINS medians of spans, then a running median of width SMOOTHING; both ends are reflected."""
     values = np.asarray(norms, np.float64)
     span = math.ceil(len(values) / BINS)
     values = np.array([np.median(values[start : start + span]) for start in range(0, len(values), span)])
@@ -59,7 +59,7 @@ def smoothed(norms: Sequence[float] | Floats) -> Floats:
 
 
 def clause(norms: Sequence[float], peak: float, *, power: int = 1, points: int = 33) -> dict[str, Any]:
-    """A `lr` clause of schedule piecewise with that peak."""
+    """Return an `lr` section of schedule piecewise with that peak."""
     rates = refined(smoothed(norms), power=power)
     heights = np.interp(np.linspace(0, 1, points), np.linspace(0, 1, len(rates) + 1), [*rates, 0.0])
     heights = heights / heights.max()

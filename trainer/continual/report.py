@@ -1,4 +1,4 @@
-"""`keepwarm report`: one page that holds everything about a run, readable without a network."""
+"""`keepwarm report`: one self-contained page about a run, readable offline."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -76,7 +76,7 @@ def command(
 
 
 def show_losses(report: RunReport, console: Console) -> None:
-    """Print what every stage learnt and forgot, as the page has it."""
+    """Print what every stage learnt and forgot, as on the page."""
     before, *after = report.matrix()
     if not after:
         return
@@ -97,7 +97,7 @@ def show_losses(report: RunReport, console: Console) -> None:
 
 
 def data(report: RunReport) -> dict[str, Any]:
-    """The tables as plain values; losses in nats per token, positive forgetting is worse."""
+    """Return the tables as plain values; losses in nats per token, positive forgetting is worse."""
     matrix, stages = report.matrix(), [plan.name for plan in report.finished]
     transfer = report.transfer()
     return {
@@ -126,7 +126,7 @@ def data(report: RunReport) -> dict[str, Any]:
 
 
 def page(report: RunReport, images: Mapping[str, str]) -> str:
-    """The whole page, without a reference to anything outside it."""
+    """Return the whole page, without external references."""
     body = [
         f"<h1>{escape(report.job.name)}</h1>",
         _summary(report),

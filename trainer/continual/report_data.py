@@ -1,4 +1,4 @@
-"""What a run folder tells about a run, gathered for its report: losses, forgetting, data drawn. Torch-free."""
+"""Collect the data for the report of a run: losses, forgetting, samples drawn. Torch-free."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from keepwarm.trainer.monitor.goodput import of_run
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """What one source, or one replay clause, gave in one stage."""
+    """Samples drawn from one source, or by one replay clause, in one stage."""
 
     stage: str
     what: str
@@ -42,15 +42,15 @@ class Drawn:
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """Everything that the page shows."""
+    """The contents of the page."""
 
     folder: Path
     job: JobSpec
     plans: tuple[StagePlan, ...]
     steps: Sequence[Mapping[str, Any]]
-    """Lines of metrics.jsonl, one for each step."""
+    """Lines of metrics.jsonl, one per step."""
     evaluations: Mapping[int, Mapping[str, float]]
-    """Losses by domain, by completed steps."""
+    """Losses by domain, by number of completed steps."""
     events: Sequence[Event]
     parent: Mapping[str, Any] | None
     ledger: Ledger | None
@@ -73,7 +73,7 @@ class RunReport:
         return [[self.evaluations.get(step, {}).get(domain) for domain in self.domains] for step in steps]
 
     def forgotten(self) -> dict[str, float]:
-        """By domain that was evaluated throughout: its last loss minus the best one before or after any stage."""
+        """By domain evaluated throughout: its last loss minus its best one before or after any stage."""
         found = {}
         for domain, column in zip(self.domains, zip(*self.matrix(), strict=True), strict=True):
             losses = [loss for loss in column if loss is not None]
@@ -82,7 +82,7 @@ class RunReport:
         return found
 
     def gaps(self, plan: StagePlan) -> dict[str, StabilityGap]:
-        """By domain, the worst it came to inside a stage, and the way back."""
+        """Return, by domain, the worst loss within a stage and the recovery from it."""
         found = {}
         for domain in self.domains:
             points = [
@@ -95,7 +95,7 @@ class RunReport:
         return found
 
     def transfer(self) -> tuple[float, float] | None:
-        """Backward and forward transfer, where every stage has one domain of its own: the source it draws most of."""
+        """Backward and forward transfer, if every stage has a domain of its own: the source that it draws most from."""
         own = [max(plan.mixtures[0][1], key=lambda name: plan.mixtures[0][1][name]) for plan in self.finished]
         if len(own) < 2 or sorted(own) != sorted(self.domains):
             return None
@@ -107,7 +107,7 @@ class RunReport:
         return backward_transfer(whole), forward_transfer(whole)
 
     def drawn(self) -> list[Drawn]:
-        """What each stage so far drew, against what its clauses ask for."""
+        """Samples drawn in each stage so far, compared with what its clauses ask for."""
         if self.ledger is None:
             return []
         ledger, found = self.ledger, []
@@ -119,7 +119,7 @@ class RunReport:
 
 
 def gather(folder: Path) -> RunReport:
-    """Read a run folder; the run may still be going on.
+    """Read a run folder; the run may still be in progress.
 
     Raises:
         OutputError: it is not a run folder, or nothing was recorded in it.

@@ -1,4 +1,4 @@
-"""The figures of a report, drawn with matplotlib, which is an optional extra."""
+"""Figures of a report, drawn with matplotlib."""
 
 import io
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 POINTS = 2000
-"""Steps that a curve is thinned to."""
+"""Maximum points per curve; longer curves are thinned."""
 
 
 def figures(report: RunReport) -> "dict[str, Figure]":
-    """By name: `validation`, `training`."""
+    """Return the figures by name: `validation`, `training`."""
     from matplotlib.figure import Figure
 
     made = {}
@@ -45,7 +45,7 @@ def figures(report: RunReport) -> "dict[str, Figure]":
 
 
 def as_svg(figure: "Figure") -> str:
-    """The figure as an element for a page; the same figure gives the same text."""
+    """Return the figure as an SVG element for a page; the same figure gives the same text."""
     import matplotlib
 
     out = io.StringIO()

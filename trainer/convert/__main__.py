@@ -1,4 +1,4 @@
-"""`keepwarm convert`: weights in from, and out to, where people have them."""
+"""`keepwarm convert`: convert weights from and to other programs' formats."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Floating-point types of weights and the casts between them, on raw bytes: numpy has no bfloat16."""
+"""Floating-point types of weights and casts between them, on raw bytes: NumPy has no bfloat16."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,18 +10,18 @@ from keepwarm.ft.format.contents import Bytes
 from keepwarm.trainer.errors import CheckpointError
 
 NAMES: Mapping[str, str] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""What the safetensors format calls them to what a config.json does."""
+"""Type names of the safetensors format to those of config.json."""
 
 SHORT: Mapping[str, str] = {
     **{name: name for name in NAMES},
     **{"fp32": "F32", "bf16": "BF16", "fp16": "F16"},
     **{"float32": "F32", "bfloat16": "BF16", "float16": "F16"},
 }
-"""What a user may write."""
+"""Type names accepted from users."""
 
 
 def cast(block: Bytes, source: str, target: str, name: str) -> Bytes:
-    """The values of `block` in another type, rounded to nearest, ties to even, as IEEE 754 and torch do.
+    """Return the values of `block` in another type, rounded to nearest, ties to even, as in IEEE 754 and torch.
 
     Raises:
         CheckpointError: a finite value becomes infinite; names the tensor.
@@ -45,7 +45,7 @@ def cast(block: Bytes, source: str, target: str, name: str) -> Bytes:
 
 
 def as_float32(block: Bytes, dtype: str) -> npt.NDArray[np.float32]:
-    """The values of `block` exactly; a view where they have that type already."""
+    """Return the exact values of `block`; a view if they already have that type."""
     match dtype:
         case "F32":
             return block.view(np.float32)
@@ -60,7 +60,7 @@ def as_float32(block: Bytes, dtype: str) -> npt.NDArray[np.float32]:
 
 def _to_bfloat16(wide: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     bits = wide.view(np.uint32)
-    # Half of the last kept bit's worth, less one when that bit is even: the carry rounds ties to even.
+    # Half of the last kept bit's value, minus one if that bit is even: the carry rounds ties to even.
     rounded = (bits >> 16) & 1
     rounded += 0x7FFF
     rounded += bits
@@ -68,6 +68,6 @@ def _to_bfloat16(wide: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     narrow = rounded.astype(np.uint16)
     unordered = np.isnan(wide)
     if unordered.any():
-        # The carry could turn a NaN into an infinity; a quiet one keeps its sign and payload.
+        # The carry could turn a NaN into an infinity; a quiet NaN keeps its sign and payload.
         narrow[unordered] = ((bits[unordered] >> 16) | 0x40).astype(np.uint16)
     return narrow

@@ -1,4 +1,4 @@
-"""A native checkpoint as whole tensors, whatever layout wrote it, checked against its manifest while it is read."""
+"""Read a native checkpoint as whole tensors, whatever layout wrote it, verified against its manifest."""
 
 import math
 import os
@@ -21,11 +21,11 @@ from keepwarm.trainer.errors import CheckpointError
 from keepwarm.trainer.job.run_folder import RunFolder
 
 PREFIX = "model."
-"""Before the name of a parameter; other names belong to the optimizer and to the ranks."""
+"""Prefix of parameter names; other names belong to the optimizer and to ranks."""
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that is meant: `path` itself, or the newest one of a run folder or of its `checkpoints`.
+    """Return the checkpoint that `path` refers to: itself, or the newest one of a run folder or of its `checkpoints`.
 
     Raises:
         CheckpointError: there is none.
@@ -41,7 +41,7 @@ def find_checkpoint(path: Path) -> Path:
 
 @dataclass(kw_only=True)
 class Tensor:
-    """One global tensor and the pieces that it is stored in."""
+    """One global tensor and its stored pieces."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -54,7 +54,7 @@ class Tensor:
 
 @dataclass(kw_only=True)
 class _Progress:
-    """How far a tensor has been read, and where from."""
+    """The read position in a tensor, and the source of its bytes."""
 
     read: int
     seen: Any
@@ -63,11 +63,11 @@ class _Progress:
 
 
 class NativeCheckpoint:
-    """An open checkpoint, as a `Source` of tensors by their global names; a context manager that closes its files.
+    """An open checkpoint, as a `Source` of tensors by global name; a context manager that closes its files.
 
-    Tensors are read from their first byte to their last; the last read raises when a checksum is wrong. One that lies
-    in several pieces is put together in memory, one piece of it at a time beside the whole. Compressed parts are
-    expanded into unnamed files in `scratch`.
+    Tensors are read from start to end; the last read raises if a checksum is wrong. A tensor stored in several pieces
+    is assembled in memory, with one piece at a time next to the whole. Compressed parts are expanded into unnamed files
+    in `scratch`.
     """
 
     def __init__(self, path: Path, scratch: Path | None = None) -> None:
@@ -97,7 +97,7 @@ class NativeCheckpoint:
         return self._tensor(name).dtype
 
     def read(self, name: str, start: int, out: Bytes) -> None:
-        """See `streaming.Source`; `start` is where the last read of this tensor ended, or 0."""
+        """Read as `streaming.Source` does; `start` is where the last read of this tensor ended, or 0."""
         tensor = self._tensor(name)
         if start == 0:
             self._progress[name] = self._begin(name, tensor)
@@ -116,7 +116,7 @@ class NativeCheckpoint:
             self._end(name)
 
     def blocks(self, name: str, size: int) -> Iterator[Bytes]:
-        """A whole tensor, in blocks of `size` bytes that are overwritten one by the next."""
+        """Yield a whole tensor in blocks of `size` bytes, each of which overwrites the last."""
         total, block = self._tensor(name).bytes, np.empty(size, np.uint8)
         for start in range(0, total, size):
             part = block[: min(size, total - start)]
@@ -177,7 +177,7 @@ class NativeCheckpoint:
         return out
 
     def _descriptor(self, part: Part) -> int:
-        """A file that holds the data of a part; without its header when it was compressed."""
+        """Open a file with the data of a part; without its header if the part was compressed."""
         if part.file not in self._descriptors:
             try:
                 self._descriptors[part.file] = (

@@ -1,4 +1,4 @@
-"""A folder that appears whole under its name or not at all."""
+"""Folders that appear under their name complete or not at all."""
 
 import contextlib
 import fcntl
@@ -12,10 +12,10 @@ from keepwarm.trainer.errors import OutputError
 
 @contextlib.contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """A hidden folder beside `final`, which takes its name when the block ends without an error.
+    """Yield a hidden folder next to `final`, which is renamed when the block ends without an error.
 
-    Otherwise it is deleted; what a killed process left is deleted by the next one that writes to the same name. Files
-    must be synced by those who write them.
+    Otherwise it is deleted; leftovers of a killed process are deleted by the next one that writes to the same name.
+    Writers must sync their files.
 
     Raises:
         OutputError: `final` exists and is not an empty folder, or the disk is full or read-only.
@@ -43,7 +43,7 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def _write_failure(error: BaseException, final: Path) -> str | None:
-    """What went wrong on the disk. Of a failed write torch's archives may say only that their position is odd."""
+    """Describe a disk error. After a failed write, torch's archives may only report an unexpected position."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
@@ -63,7 +63,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Make a file that another library wrote survive a power cut."""
+    """Make a file written by another library survive a power cut."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -78,7 +78,7 @@ def sync(folder: Path) -> None:
 
 
 def _locked(folder: Path) -> int:
-    """A descriptor that holds the lock of a folder: raises `BlockingIOError` when a living process has it."""
+    """Return a descriptor that holds the lock of a folder; raise `BlockingIOError` if a living process has it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

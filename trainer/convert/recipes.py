@@ -1,4 +1,4 @@
-"""Where every element of a converted tensor comes from: runs of elements of source tensors, and nothing else. Pure."""
+"""The origin of every element of a converted tensor: runs of elements of source tensors, and nothing else. Pure."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -14,9 +14,9 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One tensor to be made out of `runs` (source, first element, last element + 1), one after the other.
+    """One tensor to build from `runs` (source, first element, last element + 1), concatenated.
 
-    With `turned`, what they give is a matrix of the reversed shape, and the tensor is its transpose.
+    With `turned`, the runs give a matrix of the reversed shape, and the tensor is its transpose.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The tokenizer that a checkpoint's model was trained with. Without torch."""
+"""Find the tokenizer that a checkpoint's model was trained with. Without torch."""
 
 import json
 import shutil
@@ -14,14 +14,14 @@ from keepwarm.trainer.errors import DataError
 from keepwarm.trainer.job.run_folder import RunFolder
 
 CARRIED = ("tokenizer.json", "tokenizer.model")
-"""What tokenizer files that are carried along are called."""
+"""Names of tokenizer files that are carried along."""
 
 
 def find_tokenizer(native: NativeCheckpoint) -> Tokenizer:
-    """The tokenizer of a checkpoint: carried in it, or named by its run.
+    """Return the tokenizer of a checkpoint: stored in it, or named by its run.
 
     Raises:
-        DataError: it is not known, or is another one now.
+        DataError: it is unknown, or has changed.
     """
     for name in CARRIED:
         if name in ((native.manifest.meta.get(FILES) or {}).get("files") or {}):
@@ -40,9 +40,9 @@ def find_tokenizer(native: NativeCheckpoint) -> Tokenizer:
 def write_tokenizer(
     native: NativeCheckpoint, folder: Path, context: int
 ) -> tuple[list[str], dict[str, Any], list[str]]:
-    """Put the tokenizer of a run into a Hugging Face folder, as transformers wants it.
+    """Write the tokenizer of a run into a Hugging Face folder, in transformers' format.
 
-    Returns the names of the files, fields for the model's config, and what had to be left behind.
+    Returns the names of the files, fields for the model's config, and what could not be carried over.
     """
     if not run_file(native).is_file():
         return [], {}, []
@@ -68,12 +68,12 @@ def write_tokenizer(
 
 
 def run_file(native: NativeCheckpoint) -> Path:
-    """Where the job stands of the run that a checkpoint lies in, if it lies in one."""
+    """Return the path of the job file of the run that contains a checkpoint, if there is one."""
     return RunFolder(native.path.resolve().parent.parent).run_file
 
 
 def _named(data: dict[str, Any], file: Path) -> str:
-    """What the job says, or what made its token files."""
+    """Return the tokenizer named by the job or by the sidecars of its token files."""
     name = str(data.get("tokenizer", ByteTokenizer.name))
     if name != ByteTokenizer.name:
         return name

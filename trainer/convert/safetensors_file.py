@@ -1,4 +1,4 @@
-"""Files in the safetensors format, read without believing them and written in blocks."""
+"""Safetensors files: read without trusting their headers, and written in blocks."""
 
 import json
 import math
@@ -13,12 +13,12 @@ from keepwarm.ft.format.writer import begin_writeback
 from keepwarm.trainer.errors import CheckpointError
 
 HEADER_LIMIT = 100_000_000
-"""Bytes; the safetensors library refuses longer headers as well."""
+"""Bytes; the safetensors library also refuses longer headers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stored:
-    """Where one tensor lies: `size` bytes from byte `start` of the file."""
+    """Location of one tensor: `size` bytes from byte `start` of the file."""
 
     file: Path
     dtype: str
@@ -28,10 +28,10 @@ class Stored:
 
 
 def read_tensors(path: Path) -> dict[str, Stored]:
-    """What a file holds, after every number in its header has been compared with the file itself.
+    """Return the tensors in a file, after checking every number in its header against the file.
 
     Raises:
-        CheckpointError: names the file, and the tensor where it is one.
+        CheckpointError: names the file, and the tensor if the error concerns one.
     """
     try:
         with path.open("rb") as file:
@@ -56,14 +56,14 @@ def read_tensors(path: Path) -> dict[str, Stored]:
 
 
 def strict_json(text: bytes, path: Path) -> dict[str, Any]:
-    """A JSON object in which no key stands twice. Raises `CheckpointError` naming the file."""
+    """Parse a JSON object without duplicate keys. Raises `CheckpointError` naming the file."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"{path}: {twice} stands twice")
+            raise CheckpointError(f"{path}: duplicate key {twice}")
         return found
 
     try:

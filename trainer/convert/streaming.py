@@ -1,4 +1,4 @@
-"""Tensors made from recipes, in blocks of bounded size: memory does not grow with the model."""
+"""Build tensors from recipes, in blocks of bounded size: memory does not grow with the model."""
 
 import contextlib
 import queue
@@ -14,42 +14,44 @@ from keepwarm.trainer.convert.dtypes import cast
 from keepwarm.trainer.convert.recipes import Recipe
 
 BLOCK = 8 << 20
-"""Bytes read at once."""
+"""Bytes per read."""
 _AHEAD = 2
-"""Blocks that are made while one is in use."""
+"""Number of blocks prepared while one is in use."""
 
 
 class Source(Protocol):
-    """Where tensors are read from."""
+    """A source of tensors."""
 
     def dtype(self, name: str) -> str:
-        """As the safetensors format names it."""
+        """Return the dtype, as named by the safetensors format."""
 
     def read(self, name: str, start: int, out: Bytes) -> None:
-        """Fill `out` with the bytes from `start` of a tensor."""
+        """Fill `out` with the bytes of a tensor from `start` on."""
 
 
 class Maker:
-    """Makes tensors of `dtype` (default: that of their source) from `source`, one block at a time."""
+    """Builds tensors of `dtype` (default: their source's) from `source`, one block at a time."""
 
     def __init__(self, source: Source, dtype: str | None) -> None:
         self._source = source
         self._dtype = dtype
-        # Touched once: fresh memory for every block would cost more than the reading. One is in use, one is filled.
+        # Allocated once: new memory for every block would cost more than reading. One is in use while one is filled.
         self._memory = deque(np.empty(BLOCK, np.uint8) for _ in range(_AHEAD + 2))
 
     def dtype(self, recipe: Recipe) -> str:
         return self._dtype or self._source.dtype(recipe.runs[0][0])
 
     def keeps(self, recipe: Recipe) -> bool:
-        """Whether the tensor has the dtype of its source."""
+        """Return whether the tensor keeps the dtype of its source."""
         return self._dtype in (None, self._source.dtype(recipe.runs[0][0]))
 
     def bytes(self, recipe: Recipe) -> int:
         return recipe.elements * ITEM_SIZE[self.dtype(recipe)]
 
     def blocks(self, recipe: Recipe, seen: Callable[[Any], object] | None = None) -> Iterator[Bytes]:
-        """The bytes of the tensor; a block lasts until the next is asked for. `seen` gets them before any cast."""
+        """Yield the bytes of the tensor; a block is valid until the next is requested. `seen` gets them before any
+        cast.
+        """
         stored = self._source.dtype(recipe.runs[0][0])
         for block in self._turned(recipe, stored) if recipe.turned else self._gathered(recipe, stored):
             if seen is not None:
@@ -60,9 +62,10 @@ class Maker:
     def ahead(
         self, recipes: Iterable[Recipe], seen: Callable[[Recipe], Callable[[Any], object] | None] = lambda _: None
     ) -> Iterator[Callable[[Recipe], Iterator[Bytes]]]:
-        """`blocks` of all recipes, which a thread reads and casts while those before are written.
+        """Yield the `blocks` of all recipes, which a thread reads and casts while earlier ones are written.
 
-        Tensors must be taken in the order of `recipes`, each to its end. What the thread raises, the taker raises.
+        Tensors must be consumed in the order of `recipes`, each to its end. Exceptions of the thread are raised in the
+        consumer.
         """
         made: queue.Queue[tuple[str, Bytes | BaseException | None]] = queue.Queue(_AHEAD)
         stopped = threading.Event()
@@ -110,7 +113,7 @@ class Maker:
             start, stop = first * size, last * size
             while start < stop:
                 if filled == 0:
-                    # A block that was given away may be in use until all others were given away too.
+                    # A block that was handed out may be in use until all others have been handed out too.
                     self._memory.rotate(1)
                     memory = self._memory[0]
                 count = min(stop - start, BLOCK - filled)

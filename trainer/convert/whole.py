@@ -1,4 +1,4 @@
-"""Random access to tensors that can only be made whole: the last few are kept."""
+"""Random access to tensors that can only be loaded whole; keeps the last few."""
 
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -8,20 +8,20 @@ from typing import Any, Protocol
 from keepwarm.ft.format.contents import Bytes
 
 KEPT = 6
-"""Units kept: queries, keys and values of one layer with their biases come out of three tensors or out of one."""
+"""Units to keep: one layer's queries, keys and values with biases come from three tensors or from one."""
 
 
 class Units(Protocol):
-    """Tensors in units that are made whole: a tensor itself, or what lies at one index of its first dim."""
+    """Tensors in units that are loaded whole: a tensor itself, or the slice at one index of its first dimension."""
 
     def dtype(self, name: str) -> str:
-        """As the safetensors format names it."""
+        """Return the dtype, as named by the safetensors format."""
 
     def unit_bytes(self, name: str) -> int:
-        """Of each unit of a tensor; the last one ends with it."""
+        """Return the bytes of each unit of a tensor, which ends with the last one."""
 
     def unit(self, name: str, index: int) -> Bytes:
-        """The bytes of one unit, checked."""
+        """Return the verified bytes of one unit."""
 
 
 class Folder(Units, Protocol):
@@ -29,21 +29,21 @@ class Folder(Units, Protocol):
 
     path: Path
     objects: list[str]
-    """What is not a tensor, and is left behind."""
+    """Non-tensor contents, which are not converted."""
 
     @property
     def tensors(self) -> Mapping[str, Any]:
-        """By name."""
+        """The tensors by name."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a whole tensor."""
+        """Return the shape of a whole tensor."""
 
     def number(self, name: str) -> float:
-        """The value of a tensor with one element."""
+        """Return the value of a single-element tensor."""
 
 
 class Whole:
-    """A `keepwarm.trainer.convert.streaming.Source` over units, for recipes whose runs jump."""
+    """A `keepwarm.trainer.convert.streaming.Source` over units, for recipes whose runs are not sequential."""
 
     def __init__(self, units: Units) -> None:
         self._units = units

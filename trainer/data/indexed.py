@@ -1,4 +1,4 @@
-"""Token files as one stream of documents, identified by their content and checked against their sidecar."""
+"""Token files as a single stream of documents, identified by content and checked against their sidecar."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """`PREFIX.json`, written by `keepwarm data tokenize` beside the token file."""
 
     content: str
-    """Content hash of the files that this describes."""
+    """Content hash of the files that it describes."""
     tokenizer: str
     """`bytes`, or the file that the tokenizer was loaded from."""
     tokenizer_hash: str
@@ -29,18 +29,18 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     tokens: int
     max_id: int
     prefixed: int = 0
-    """Documents of two sequences, of which the first is a prefix that carries no loss; the others have one."""
+    """Documents with two sequences, the first of which is a prefix without loss; all others have one."""
 
 
 class TokenFile:
-    """The documents of one `PREFIX.bin` and `PREFIX.idx`, as one stream of tokens.
+    """The documents of one `PREFIX.bin` and `PREFIX.idx`, as a single stream of tokens.
 
-    Nothing but memory maps is held, so memory does not grow with the data.
+    Holds nothing but memory maps, so memory does not grow with the data.
 
     Args:
         prefix: path without `.bin`.
-        vocabulary_size: ids at or above it are refused, at once where a sidecar knows the largest one and otherwise
-            when they are read; None: not checked.
+        vocabulary_size: refuse ids at or above it, at once if a sidecar records the largest id and otherwise when
+            they are read; None: no check.
 
     Raises:
         DataError: a file is missing, empty, truncated, foreign or contradicts the other; names it.
@@ -62,7 +62,7 @@ class TokenFile:
         return self._file.documents
 
     def read(self, start: int, count: int) -> Ints:
-        """Tokens `start` to `start + count` of all documents in a row, as int64."""
+        """Return tokens `start` to `start + count` of all documents concatenated, as int64."""
         if not 0 <= start <= start + count <= self.count:
             raise IndexError(f"tokens {start} to {start + count} of {self.count}")
         tokens: Ints = self._file.tokens(start, count).astype(np.int64)
@@ -71,38 +71,38 @@ class TokenFile:
         return tokens
 
     def document(self, index: int) -> Ints:
-        """Tokens of one document."""
+        """Return the tokens of one document."""
         start, end = (int(value) for value in self._starts(np.array([index, index + 1])))
         return self.read(start, end - start)
 
     def starts_between(self, start: int, end: int) -> Ints:
-        """Tokens in `[start, end)` that begin a document, ascending; found by binary search."""
+        """Return the tokens in `[start, end)` that begin a document, ascending; prefixes by binary search."""
         first, last = self._bisect(start), self._bisect(end)
         return self._starts(np.arange(first, last))
 
     def prefixes_between(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Ranges of tokens in `[start, end)` that stand before a document and carry no loss, ascending."""
+        """Return the token ranges in `[start, end)` that are prefixes without loss, ascending."""
         if self.sidecar is None or not self.sidecar.prefixed:
             return []
-        found = []
+        prefixes = []
         for document in range(max(0, self._bisect(start + 1) - 1), self._bisect(end)):
             first, after = (int(sequence) for sequence in self._file.boundaries[document : document + 2])
             if after - first == 2:
                 low, high = (self._file.first_token(one) for one in (first, first + 1))
-                found.append((max(low, start), min(high, end)))
-        return [(low, high) for low, high in found if low < high]
+                prefixes.append((max(low, start), min(high, end)))
+        return [(low, high) for low, high in prefixes if low < high]
 
     def _starts(self, documents: Ints) -> Ints:
-        """First token of each document; the number of tokens for the one past the last."""
+        """Return the first token of each document; for the one past the last, the number of tokens."""
         header = self._file.header
         sequences = self._file.boundaries[documents]
         begins = self._file.offsets[np.minimum(sequences, header.sequences - 1)] // header.dtype.itemsize
         return np.where(sequences < header.sequences, begins, self.count)
 
     def _bisect(self, token: int) -> int:
-        """Number of documents that begin before `token`.
+        """Return the number of documents that begin before `token`.
 
-        Done by hand: the arrays lie unaligned in the file, so that NumPy's own search would copy them whole.
+        Does its own search: the arrays are unaligned in the file, so NumPy's search would copy them whole.
         """
         low, high = 0, self.documents
         while low < high:
@@ -119,15 +119,15 @@ class TokenFile:
             outside = lowest if lowest < 0 else highest
             raise DataError(
                 f"{self._bin}: token id {outside} is outside model.vocabulary_size = {size}; "
-                "the data were made with another tokenizer"
+                "the data were tokenized with a different tokenizer"
             )
 
 
 def content_hash(bin_path: Path, idx_path: Path) -> str:
-    """What identifies a token file wherever it lies: xxh3-128 over all of `.idx`, the size of `.bin`, and `.bin`.
+    """Hash the content of a token file, wherever it lies: xxh3-128 over all of `.idx`, the size of `.bin`, and `.bin`.
 
-    A `.bin` above 64 MiB enters with 1,024 evenly spaced blocks of 64 KiB, first and last included: hashing terabytes
-    at each start is out of the question, and the `.idx` already tells the length of every document.
+    Of a `.bin` above 64 MiB, only 1,024 evenly spaced blocks of 64 KiB are hashed, including the first and last:
+    hashing terabytes at each start is out of the question, and the `.idx` already fixes the length of every document.
     """
     digest = xxhash.xxh3_128()
     with idx_path.open("rb") as stream:
@@ -147,7 +147,7 @@ def content_hash(bin_path: Path, idx_path: Path) -> str:
 
 
 def _read_sidecar(path: Path, content: str) -> Sidecar | None:
-    """What the sidecar says; None without one, or with a file that is not ours."""
+    """Read a sidecar; None if there is none, or if the file is not ours."""
     if not path.is_file():
         return None
     try:
@@ -156,7 +156,7 @@ def _read_sidecar(path: Path, content: str) -> Sidecar | None:
         return None
     if sidecar.content != content:
         raise DataError(
-            f"{path}: describes other data than the .bin and .idx beside it; one of them was replaced: "
-            "tokenize again, or delete it if it is the stale one"
+            f"{path}: does not match the .bin and .idx next to it; one of them was replaced:"
+            "tokenize again, or delete this file if it is the stale one"
         )
     return sidecar

@@ -1,9 +1,9 @@
-"""The ledger: which sample stands at every position, and what each source has given so far.
+"""The data ledger: the sample at every position, and what each source has given so far.
 
 The sample at a position is a pure function of (seed, segments, position). It does not depend on the layout, the
-micro-batch or how often the job was stopped. A ledger is a value: whatever changes it returns another one. A job that
-continues another keeps its ledger, and with it the seed, so that "the k-th sample of this source" keeps its meaning
-and a later stage can draw again from exactly what was seen. Torch-free.
+micro-batch or how often the job was stopped. A ledger is a value: operations return a new one. A job that continues
+another keeps its ledger, and with it the seed, so that "the k-th sample of this source" keeps its meaning and a later
+stage can draw exactly the seen samples again. Torch-free.
 """
 
 from bisect import bisect_right
@@ -34,16 +34,16 @@ from keepwarm.trainer.errors import CheckpointError, DataError, SpecError
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A source that some segment draws from."""
+    """A source that at least one segment draws from."""
 
     name: str
-    """What the job calls it; for messages."""
+    """The job's name for it; for messages."""
     size: int
     """Samples in one epoch."""
 
 
 class StageMark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A stage begins at position `start`."""
+    """The start of a stage, at position `start`."""
 
     name: str
     start: int
@@ -55,35 +55,36 @@ class PastStage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     run: str
     name: str
     samples: int
-    """Replayed ones included."""
+    """Including replayed ones."""
     runs: tuple[Run, ...]
-    """What it saw, replay not counted."""
+    """Samples that it saw, excluding replay."""
 
 
 class Given(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a source has given."""
+    """What a source has given so far."""
 
     consumed: int
-    """Samples, repeats included."""
+    """Number of samples, including repeats."""
     ranges: Ranges
     """Their sample numbers k; `k // size` is the epoch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Samples at some positions: sample i is number `k[i]` of the source `identities[source[i]]`."""
+    """Samples at given positions: sample i is number `k[i]` of the source `identities[source[i]]`."""
 
     identities: tuple[str, ...]
     source: Ints
     k: Ints
     replayed: npt.NDArray[np.bool_]
     cuts: tuple[Pieces, ...] = ()
-    """What stands at positions that replay samples of another length: their `source` and `k` are those of the first
+    """Pieces of positions that replay samples of a different length; their `source` and `k` are those of the first
     piece. `place` is of the position, `source` of the identity."""
 
 
 class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """See the module. `position` is the number of samples consumed: everything below it has been handed out."""
+    """See the module docstring. `position` is the number of samples consumed: all positions below it were
+    handed out."""
 
     seed: int
     position: int = 0
@@ -91,9 +92,9 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     segments: tuple[Segment, ...] = ()
     replays: tuple[Replay, ...] = ()
     stages: tuple[StageMark, ...] = ()
-    """The stages of this run that have begun or are planned."""
+    """Stages of this run that have begun or are planned."""
     past: tuple[PastStage, ...] = ()
-    """The stages of the runs that this one continues, oldest first."""
+    """Stages of the runs that this one continues, oldest first."""
 
     def opened(
         self,
@@ -105,28 +106,28 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         stage: str | None = None,
         skip: int = 0,
     ) -> "Ledger":
-        """Return a ledger whose mixture changes at `start`, which is not below `position` (default: there).
+        """Return a ledger whose mixture changes at `start`, which is at least `position` (the default).
 
-        Each source goes on where it stopped. Segments planned from `start` on are dropped. When the mixture is what
-        holds at `start` already, the ledger returned draws as before.
+        Each source continues where it stopped. Segments planned from `start` on are dropped. If the mixture already
+        holds at `start`, the returned ledger draws as before.
 
         Args:
             mixture: weight of each source by name; normalised.
-            sources: the sources by name; more than the mixture names is fine.
+            sources: the sources by name; may include sources outside the mixture.
             replay: clauses of the stage; each takes its fraction of the samples, the mixture gets the rest.
-            stage: the stage that `start` belongs to; it begins there unless it has begun already.
-            skip: samples of every source of the mixture that are passed over when the stage begins.
+            stage: the stage that `start` belongs to; it begins there unless it has already begun.
+            skip: samples to skip in every source of the mixture when the stage begins.
 
         Raises:
-            SpecError: a weight is not positive, or below 1/65,536 of the whole; or a replay clause names what is
-                neither an earlier stage nor a source.
+            SpecError: a weight is not positive, or below 1/65,536 of the total; or a replay clause names neither an
+                earlier stage nor a source.
             DataError: a source is missing, two of them are the same data, or there is nothing to replay.
         """
         start = self.position if start is None else start
         if start < self.position:
             raise ValueError(f"a segment cannot start at {start}: {self.position} samples are already consumed")
         replay_units = [_replay_units(clause) for clause in replay]
-        units = _units_by_identity(quantise(mixture, _rest(replay_units)), sources)
+        units = _units_by_identity(quantise(mixture, _remaining_units(replay_units)), sources)
         kept = tuple(segment for segment in self.segments if segment.start < start)
         ledger = self._begun(stage, start)
         if replay and not ledger.stages:
@@ -134,7 +135,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         clauses = [ledger._resolved(clause, sources, kept, length_of(next(iter(units)))) for clause in replay]
         ledger = msgspec.structs.replace(ledger, replays=tuple(dict.fromkeys((*ledger.replays, *clauses))))
         if not ledger.stages or ledger.stages[-1].start != start:
-            skip = 0  # the stage has begun already
+            skip = 0  # the stage has already begun
         seen = kept[-1].seen_before(start) if kept else self._seen_in_past()
         again = zip((ledger.replays.index(clause) for clause in clauses), replay_units, strict=True)
         segment = Segment(start=start, shares=_shares(units, seen, skip), seen=seen, replays=_again(again, kept, start))
@@ -147,9 +148,9 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         )
 
     def continued(self, run: str) -> "Ledger":
-        """The ledger of a run that starts from this one: position 0, the same seed, and its stages as the past.
+        """Return the ledger of a run that starts from this one: position 0, the same seed, and its stages as the past.
 
-        Sources go on where they stopped.
+        Sources continue where they stopped.
         """
         marks = [mark for mark in self.stages if mark.start < self.position]
         if not marks and self.position:
@@ -162,7 +163,9 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return Ledger(seed=self.seed, sources=self.sources, past=(*self.past, *new))
 
     def replayed(self, position: int | None = None) -> dict[str, int]:
-        """By stage that replays, how many of its samples below `position` (default: the ledger's own) were replayed."""
+        """Return, by replaying stage, how many of its samples below `position` (default: the ledger's own) were
+        replayed.
+        """
         position = self.position if position is None else position
         counts: dict[str, int] = {}
         ends = [*(segment.start for segment in self.segments[1:]), position]
@@ -174,7 +177,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return counts
 
     def _begun(self, stage: str | None, start: int) -> "Ledger":
-        """With a mark for the stage, unless it is in progress at `start`; later marks were plans and are dropped."""
+        """Add a mark for the stage, unless it is in progress at `start`; drop later marks, which were only planned."""
         kept = tuple(mark for mark in self.stages if mark.start < start)
         if stage is not None and not (kept and kept[-1].name == stage):
             kept = (*kept, StageMark(name=stage, start=start))
@@ -183,7 +186,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def _resolved(
         self, clause: ReplaySpec, sources: Mapping[str, Identified], kept: tuple[Segment, ...], row: int
     ) -> Replay:
-        """The clause with what it may draw, for the stage that began last, whose samples have `row` tokens."""
+        """Resolve which samples a clause may draw, for the stage begun last, whose samples have `row` tokens."""
         stage, begin = self.stages[-1].name, self.stages[-1].start
         ordinal = len(self.past) + len(self.stages) - 1
         where = f"stages.{stage}.replay"
@@ -197,7 +200,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             ]
             pools = pools_of(clause.origins, past, self._names(sources), where)
         if not pools:
-            origins = f"from {', '.join(clause.origins)}" if clause.origins else "from all that was seen"
+            origins = f"from {', '.join(clause.origins)}" if clause.origins else "from everything seen"
             raise DataError(f"{where}: {origins}: nothing was seen there before sample {begin} of the run")
         lengths = sorted(lengths_of(pools))
         if len(lengths) > 1:
@@ -205,7 +208,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 f"{where}: samples of {' and '.join(map(str, lengths))} tokens were seen there; "
                 "write one clause for the stages of each sequence_length"
             )
-        found = Replay(
+        replay = Replay(
             stage=stage,
             law=clause.distribution,
             exponent=clause.exponent or 0.0,
@@ -214,11 +217,11 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             known=clause.proxy_source is None,
             cut=None if lengths == [row] else (lengths[0], row),
         )
-        self._check_there(found, sources, where)
-        return found
+        self._check_there(replay, sources, where)
+        return replay
 
     def _names(self, sources: Mapping[str, Identified]) -> dict[str, set[str]]:
-        """Identities by what the job, or an earlier one, calls them."""
+        """Return identities by the names that this job and earlier ones use."""
         names: dict[str, set[str]] = {}
         for name, source in sources.items():
             names.setdefault(name, set()).add(source.identity)
@@ -231,7 +234,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         for identity in replay.identities:
             if content_of(identity) not in there:
                 raise DataError(
-                    f"{where}: what is replayed comes from source {self.sources[identity].name!r} with content "
+                    f"{where}: replayed samples come from source {self.sources[identity].name!r} with content "
                     f"{content_of(identity)}, which is not in data.sources; add its file there"
                 )
 
@@ -242,16 +245,16 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return seen
 
     def upcoming(self) -> tuple[Segment, ...]:
-        """The segments that samples from `position` on are drawn from."""
+        """Return the segments that samples from `position` on are drawn from."""
         past = bisect_right(self.segments, self.position, key=lambda segment: segment.start) - 1
         return self.segments[max(past, 0) :]
 
     def advanced(self, samples: int) -> "Ledger":
-        """The ledger after `samples` more were handed out."""
+        """Return the ledger after handing out `samples` more."""
         return msgspec.structs.replace(self, position=self.position + samples)
 
     def samples_at(self, positions: Ints) -> Draw:
-        """Source and sample number of each position; any order, no scan."""
+        """Return source and sample number of each position; in any order, without a scan."""
         segments = self._segments_at(positions)
         place = {identity: index for index, identity in enumerate(self.sources)}
         source, k = np.empty_like(positions), np.empty_like(positions)
@@ -281,7 +284,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return Draw(tuple(self.sources), source, k, replayed, tuple(cuts))
 
     def given(self, position: int | None = None) -> dict[str, Given]:
-        """By identity, what each source has given below `position` (default: the ledger's own)."""
+        """Return, by identity, what each source has given below `position` (default: the ledger's own)."""
         position = self.position if position is None else position
         index = bisect_right(self.segments, position, key=lambda segment: segment.start) - 1
         seen = self.segments[index].seen_before(position) if index >= 0 else self._seen_in_past()
@@ -291,17 +294,17 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         }
 
     def epochs(self, position: int | None = None) -> dict[str, float]:
-        """By identity, how often each source's samples have been gone through; above 1 they repeat."""
+        """Return, by identity, the number of passes over each source's samples; above 1 they repeat."""
         return {source: given.consumed / self.sources[source].size for source, given in self.given(position).items()}
 
     def save(self) -> dict[str, Any]:
-        """Plain values for JSON, with what was given and replayed beside what it follows from."""
+        """Return plain values for JSON, including derived counts of given and replayed samples."""
         plain: dict[str, Any] = msgspec.to_builtins(self)
         return plain | {"given": msgspec.to_builtins(self.given()), "replayed": self.replayed()}
 
     @classmethod
     def load(cls, saved: Mapping[str, Any]) -> "Ledger":
-        """The inverse of `save`.
+        """Restore what `save` returned.
 
         Raises:
             CheckpointError: the values are not a ledger, or contradict each other.
@@ -316,7 +319,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         except (msgspec.ValidationError, ValueError) as error:
             raise CheckpointError(f"the data ledger is damaged: {error}") from None
         if not agrees:
-            raise CheckpointError("the data ledger is damaged: what its sources have given does not follow from it")
+            raise CheckpointError("the data ledger is damaged: the counts of its sources do not match its segments")
         return ledger
 
     def _segments_at(self, positions: Ints) -> Ints:
@@ -343,7 +346,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             if sum(share.units for share in segment.all_shares) != UNITS:
                 raise ValueError(f"the weights of the segment at {segment.start} do not add up to {UNITS}")
             if any(not 0 <= share.replay < len(self.replays) for share in segment.replays):
-                raise ValueError(f"the segment at {segment.start} replays what is not described")
+                raise ValueError(f"the segment at {segment.start} refers to an unknown replay clause")
         self._check_replays()
 
     def _check_replays(self) -> None:
@@ -360,11 +363,11 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 def _replay_units(clause: ReplaySpec) -> int:
     units = round(clause.fraction * UNITS)
     if units < 1:
-        raise SpecError(f"replay.fraction = {clause.fraction} is less than the smallest share of 1/{UNITS:,}")
+        raise SpecError(f"replay.fraction = {clause.fraction} is below the smallest share of 1/{UNITS:,}")
     return units
 
 
-def _rest(replay_units: Sequence[int]) -> int:
+def _remaining_units(replay_units: Sequence[int]) -> int:
     rest = UNITS - sum(replay_units)
     if rest < 1:
         raise SpecError(f"replay: the fractions add up to {sum(replay_units) / UNITS:g}; nothing is left for new data")
@@ -372,7 +375,7 @@ def _rest(replay_units: Sequence[int]) -> int:
 
 
 def _units_by_identity(units: Mapping[str, int], sources: Mapping[str, Identified]) -> dict[str, int]:
-    """The units of each source by identity instead of name; raises DataError as `Ledger.opened`."""
+    """Return the units of each source by identity instead of name; raises DataError as `Ledger.opened` does."""
     named: dict[str, str] = {}
     for name in units:
         if name not in sources:
@@ -385,7 +388,7 @@ def _units_by_identity(units: Mapping[str, int], sources: Mapping[str, Identifie
 
 
 def _shares(units: Mapping[str, int], seen: Mapping[str, Ranges], skip: int) -> tuple[Share, ...]:
-    """Each source from the end of what was seen of it on, `skip` samples left out."""
+    """Return the share of each source, starting after its last seen sample plus `skip`."""
     ends = {identity: ranges[-1][1] for identity, ranges in seen.items()}
     return tuple(
         Share(source=identity, units=own, offset=ends.get(identity, 0) + skip) for identity, own in units.items()
@@ -393,21 +396,21 @@ def _shares(units: Mapping[str, int], seen: Mapping[str, Ranges], skip: int) -> 
 
 
 def _again(replays: Iterable[tuple[int, int]], kept: Sequence[Segment], start: int) -> tuple[ReplayShare, ...]:
-    """Replay clauses, given by place and units, each from where its draws below `start` ended."""
+    """Return the replay clauses, given by index and units, each starting where its draws below `start` ended."""
     return tuple(
         ReplayShare(replay=place, units=own, offset=draws_before(kept, place, start)) for place, own in replays
     )
 
 
 def _draw_alike(old: Segment, new: Segment, skip: int) -> bool:
-    """Whether a segment in force draws what `new` would; only where samples are skipped do offsets tell more."""
+    """Return whether a segment in force draws what `new` would. Offsets only matter if samples are skipped."""
     if weights_of(old) != weights_of(new):
         return False
     return not skip or [share.offset for share in old.shares] == [share.offset for share in new.shares]
 
 
 def _origins(identities: Iterable[str], sources: Mapping[str, Identified]) -> dict[str, Origin]:
-    """What is recorded of those of the identities that are among the sources."""
+    """Return the records of those identities that are among the sources."""
     names = {source.identity: name for name, source in sources.items()}
     return {
         identity: Origin(name=names[identity], size=sources[names[identity]].size)

@@ -29,7 +29,7 @@ _Prepared = tuple[int, int, Batch]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankShare:
-    """Which rows of every global batch belong to a rank, and in micro-batches of how many samples."""
+    """The rows of every global batch that belong to a rank, and the number of samples per micro-batch."""
 
     layout: Layout
     rank: int
@@ -50,19 +50,19 @@ class RankShare:
 
 
 class BatchLoader:
-    """Hands out this rank's share of every global batch, in the order that the ledger fixes.
+    """Hands out this rank's share of every global batch, in the order fixed by the ledger.
 
-    Global batch number i holds the samples at positions [consumed, consumed + global size); every rank of one data
-    coordinate gets the same rows (`keepwarm.parallel.engine.local_rows`). The ledger knows only what `next_batch` has
-    returned, not what was read ahead. Used from one thread; owns its background thread until `close`.
+    Global batch i holds the samples at positions [consumed, consumed + global size); all ranks with the same data
+    coordinate get the same rows (`keepwarm.parallel.engine.local_rows`). The ledger records only what `next_batch` has
+    returned, not what was read ahead. Use from one thread; owns its background thread until `close`.
 
     Args:
         sources: by name; every source that is drawn from here on.
-        ledger: where to begin. It needs a segment before the first batch (`open_segment`).
-        share: whose rows are read.
+        ledger: the position to start at. Needs a segment before the first batch (`open_segment`).
+        share: the rows to read.
         global_size_at: global batch size as a function of the samples consumed, for reading ahead.
-        prefetch: batches read ahead.
-        timeout: seconds that `next_batch` waits for the data, and `close` for the thread.
+        prefetch: number of batches to read ahead.
+        timeout: seconds that `next_batch` waits for data, and `close` for the thread.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class BatchLoader:
 
     @property
     def ledger(self) -> Ledger:
-        """What has been handed out, and the plan of what comes."""
+        """Return the ledger: what was handed out, and the plan of what follows."""
         return self._ledger
 
     @property
     def consumed(self) -> int:
-        """Samples handed out over all ranks: the position of the next one."""
+        """Number of samples handed out over all ranks, which is the position of the next one."""
         return self._ledger.position
 
     def open_segment(
@@ -104,7 +104,8 @@ class BatchLoader:
         sequence_length: int | None = None,
     ) -> None:
         """Draw with these weights from `start` on (default: the next sample), in samples of `sequence_length` tokens
-        (default: that of the sources); see `Ledger.opened`."""
+        (default: the sources' own); see `Ledger.opened`.
+        """
         sources: Mapping[str, Source] = self._sources
         if sequence_length is not None:
             sources = {name: source.at_length(sequence_length) for name, source in sources.items()}
@@ -112,11 +113,10 @@ class BatchLoader:
         self._adopt(self._ledger.opened(mixture, sources, start=start, replay=replay, stage=stage, skip=skip))
 
     def next_batch(self, global_batch_size: int | None = None) -> Batch:
-        """This rank's rows of the next global batch; `global_batch_size` defaults to what `global_size_at` says.
+        """Return this rank's rows of the next global batch; `global_batch_size` defaults to `global_size_at(consumed)`.
 
         Raises:
-            DataError: a file cannot be read or took longer than the deadline, or a source that the ledger draws from
-                is not there; names it.
+            DataError: a file cannot be read or took too long, or a source of the ledger is missing; names it.
             LayoutError: the size does not divide by data-parallel ranks times micro-batch.
         """
         size = self._global_size_at(self.consumed) if global_batch_size is None else global_batch_size
@@ -132,11 +132,11 @@ class BatchLoader:
         return prepared[2]
 
     def state(self) -> dict[str, Any]:
-        """The ledger as plain values, for a snapshot."""
+        """Return the ledger as plain values, for a snapshot."""
         return self._ledger.save()
 
     def restore(self, state: Ledger | Mapping[str, Any]) -> None:
-        """Continue where `state` (a ledger, or what `state()` returned) was taken, whatever layout it was taken in.
+        """Continue from `state` (a ledger, or what `state()` returned), whatever layout saved it.
 
         Raises:
             CheckpointError: the state is damaged.
@@ -144,7 +144,7 @@ class BatchLoader:
         self._adopt(state if isinstance(state, Ledger) else Ledger.load(state))
 
     def close(self) -> None:
-        """End the background thread. The loader can still tell its state."""
+        """Stop the background thread. `state` stays usable."""
         self._stop()
 
     def __enter__(self) -> Self:
@@ -160,7 +160,7 @@ class BatchLoader:
         self._ledger = ledger
 
     def _check_sources(self) -> None:
-        """Every source that the ledger is about to draw from must be there, with the same content."""
+        """Check that every source that the ledger is about to draw from is present, with the same content."""
         if not self._ledger.segments:
             raise ValueError("the ledger has no segment: call open_segment first")
         for segment in self._ledger.upcoming():
@@ -173,11 +173,11 @@ class BatchLoader:
                     there = ", ".join(f"{source.name} {source.identity}" for source in self._sources.values())
                     raise DataError(
                         f"the run draws from source {origin.name!r} with content {identity}, but data.sources "
-                        f"hold only: {there}; the file was changed or sequence_length is another"
+                        f"only contain: {there}; the file or sequence_length has changed"
                     )
 
     def _find(self, identity: str) -> Source | None:
-        """The source, at the length of its samples, whatever the lengths of the stages of this job."""
+        """Return the source with the ledger's sample length, which need not be that of a stage of this job."""
         if identity not in self._by_identity:
             for source in self._sources.values():
                 if content_of(source.identity) == content_of(identity):
@@ -255,21 +255,21 @@ class BatchLoader:
 
 
 def _grouped(sources: Ints, rows: Ints) -> Iterator[tuple[int, Ints]]:
-    """`rows` by their source; each group ascending."""
+    """Group `rows` by source; each group ascending."""
     ordered = rows[np.argsort(sources[rows], kind="stable")]
-    found = sources[ordered]
-    begins = np.flatnonzero(np.diff(found, prepend=-1)).tolist()
+    grouped = sources[ordered]
+    begins = np.flatnonzero(np.diff(grouped, prepend=-1)).tolist()
     for begin, end in zip(begins, [*begins, len(ordered)][1:], strict=True):
-        yield int(found[begin]), ordered[begin:end]
+        yield int(grouped[begin]), ordered[begin:end]
 
 
 def evaluation_batches(
     source: PackedSource, samples: int, share: RankShare, *, global_batch_size: int
 ) -> Iterator[Batch]:
-    """A rank's batches over the first `samples` windows of a validation source, in the order of the file.
+    """Yield a rank's batches over the first `samples` windows of a validation source, in file order.
 
-    Every batch has `global_batch_size` rows; those that are missing at the end carry no loss, so that sums over the
-    batches do not depend on the layout.
+    Every batch has `global_batch_size` rows; rows missing at the end carry no loss, so that sums over the batches do
+    not depend on the layout.
     """
     samples = min(samples, source.size)
     rows = share.rows(global_batch_size)
@@ -281,7 +281,7 @@ def evaluation_batches(
 
 
 def _joined(parts: list[Samples], places: Ints) -> Samples:
-    """Samples of several sources, put where they belong."""
+    """Merge samples of several sources in their target order."""
     order = np.argsort(places)
     documents = [part.documents for part in parts if part.documents is not None]
     return Samples(

@@ -24,13 +24,13 @@ class Samples:
 
     tokens: Ints
     targets: Ints
-    """The next token; IGNORED where it is of a prefix, or, with a document mask, of another document."""
+    """The next token; IGNORED within a prefix and, with a document mask, across a document boundary."""
     documents: npt.NDArray[np.int32] | None
-    """Number of the document that each token belongs to, from 0 in each sample; None without a document mask."""
+    """Document number of each token, from 0 in each sample; None without a document mask."""
 
 
 class Tokens(Protocol):
-    """A stream of documents; `keepwarm.trainer.data.indexed.TokenFile` is the one on disk."""
+    """A stream of documents; `keepwarm.trainer.data.indexed.TokenFile` reads one from disk."""
 
     @property
     def path(self) -> str:
@@ -44,28 +44,28 @@ class Tokens(Protocol):
 
     @property
     def count(self) -> int:
-        """Tokens in all documents."""
+        """Number of tokens in all documents."""
         ...
 
     def read(self, start: int, count: int) -> Ints:
-        """Tokens `start` to `start + count` of all documents in a row, as int64."""
+        """Return tokens `start` to `start + count` of all documents concatenated, as int64."""
         ...
 
     def starts_between(self, start: int, end: int) -> Ints:
-        """Tokens in `[start, end)` that begin a document, ascending."""
+        """Return the tokens in `[start, end)` that begin a document, ascending."""
         ...
 
     def prefixes_between(self, start: int, end: int) -> Sequence[tuple[int, int]]:
-        """Ranges of tokens in `[start, end)` that stand before a document and carry no loss, ascending."""
+        """Return the token ranges in `[start, end)` that are prefixes without loss, ascending."""
         ...
 
 
 class Source(Identified, Protocol):
-    """What a mixture draws from. Its samples are numbered by k; a number at or above `size` repeats."""
+    """A source that a mixture can draw from. Samples are numbered by k; numbers from `size` on repeat."""
 
     @property
     def name(self) -> str:
-        """What the job calls it."""
+        """The job's name for the source."""
         ...
 
     @property
@@ -74,21 +74,21 @@ class Source(Identified, Protocol):
         ...
 
     def read(self, k: Ints, *, seed: int) -> Samples:
-        """The samples with these numbers, in the order that `seed` fixes.
+        """Return the samples with these numbers, in the order that `seed` fixes.
 
         Raises:
-            DataError: the data are not what they should be; names the file.
+            DataError: the data are not as expected; names the file.
         """
         ...
 
     def at_length(self, sequence_length: int) -> "Source":
-        """The same data in samples of that many tokens."""
+        """Return the same data in samples of `sequence_length` tokens."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedSource:
-    """A source whose samples are packed windows, in an order that is permuted anew each epoch."""
+    """A source whose samples are packed windows, in an order that is permuted afresh each epoch."""
 
     name: str
     tokens: Tokens
@@ -99,7 +99,7 @@ class PackedSource:
         if self.size < 1:
             raise DataError(
                 f"{self.tokens.path}: {self.tokens.count} tokens are too few for one sample of "
-                f"sequence_length = {self.sequence_length}, which takes one more than that"
+                f"sequence_length = {self.sequence_length}, which takes one more"
             )
 
     @property
@@ -112,7 +112,7 @@ class PackedSource:
 
     @property
     def dropped(self) -> int:
-        """Tokens of the incomplete window at the end, which are never targets."""
+        """Number of tokens in the incomplete last window, which are never targets."""
         return self.tokens.count - 1 - self.size * self.sequence_length
 
     def read(self, k: Ints, *, seed: int) -> Samples:
@@ -122,7 +122,7 @@ class PackedSource:
         return self if sequence_length == self.sequence_length else replace(self, sequence_length=sequence_length)
 
     def windows(self, indices: Ints) -> Samples:
-        """Windows by their place in the source."""
+        """Return windows by their index in the source."""
         length = self.sequence_length
         rows = np.empty((len(indices), length + 1), np.int64)
         for row, window in zip(rows, indices.tolist(), strict=True):
@@ -144,10 +144,10 @@ class PackedSource:
 
 
 def assembled(pieces: Pieces, parts: Sequence[tuple[Ints, Samples]]) -> Samples:
-    """Rows made of pieces of samples, in the order of their places.
+    """Assemble rows from pieces of samples, in the order of their places.
 
-    Each part holds the samples of some pieces, by their index. Where documents are masked, no document goes on from
-    one piece into the next.
+    Each part holds the samples of some pieces, by index. With a document mask, no document continues from one piece
+    into the next.
     """
     rows, row = np.unique(pieces.place, return_inverse=True)
     length = int((pieces.column + pieces.stop - pieces.start).max())

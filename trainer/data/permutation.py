@@ -1,7 +1,7 @@
 """A keyed pseudorandom permutation of [0, size) with random access and no memory.
 
 An alternating Feistel network over Z_a x Z_b with a * b just above `size` (Black and Rogaway, "Ciphers with arbitrary
-finite domains", 2002); values that fall outside are walked on along their cycle until they fall inside. NumPy only.
+finite domains", 2002); values that fall outside follow their cycle until they fall inside. NumPy only.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from keepwarm.trainer.data.table import Ints
 
 ROUNDS = 8
 _FEW = 16
-"""Indices up to which Python's own integers are faster: a mixture of hundreds of sources asks each for one or two."""
+"""Up to this many indices, Python integers are faster: mixtures ask each of hundreds of sources for one or two."""
 _MASK = 2**64 - 1
 _Words = npt.NDArray[np.uint64]
 
@@ -30,13 +30,13 @@ class Permutation:
     key: bytes
 
     def forward(self, indices: Ints) -> Ints:
-        """Image of each index, int64 of the same shape."""
+        """Return the image of each index, int64 of the same shape."""
         if indices.size <= _FEW:
             return np.array([self.image(int(index)) for index in indices.flat], np.int64).reshape(indices.shape)
         return self._walk(indices, self._encrypt)
 
     def inverse(self, images: Ints) -> Ints:
-        """The index of each image: `inverse(forward(i)) == i`."""
+        """Return the index of each image: `inverse(forward(i)) == i`."""
         return self._walk(images, self._decrypt)
 
     def _walk(self, values: Ints, apply: Callable[[_Words], _Words]) -> Ints:
@@ -50,7 +50,7 @@ class Permutation:
         return out.astype(np.int64).reshape(values.shape)
 
     def image(self, index: int) -> int:
-        """`forward` of one index."""
+        """Return `forward` of one index."""
         if not 0 <= index < self.size:
             raise IndexError(f"index outside [0, {self.size})")
         high_size, low_size = (int(half) for half in _halves(self.size))
@@ -88,7 +88,7 @@ class Permutation:
 
 
 def _halves(size: int) -> tuple[np.uint64, np.uint64]:
-    """Sizes a and b of the two halves: a * b >= size, and less than size + a."""
+    """Return the sizes a and b of the two halves: a * b >= size, and less than size + a."""
     high = isqrt(max(size, 1) - 1) + 1
     return np.uint64(high), np.uint64(-(-size // high))
 
@@ -100,7 +100,7 @@ def _round_words(key: bytes) -> tuple[np.uint64, ...]:
 
 
 def _mix(values: _Words, word: np.uint64) -> _Words:
-    """The finaliser of splitmix64 (Steele et al., 2014) over values shifted by a round word."""
+    """Apply the finaliser of splitmix64 (Steele et al., 2014) to values shifted by a round word."""
     z = (values + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + word
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -108,7 +108,7 @@ def _mix(values: _Words, word: np.uint64) -> _Words:
 
 
 def _mix_one(value: int, word: int) -> int:
-    """`_mix` of one value."""
+    """Return `_mix` of one value."""
     z = ((value + 1) * 0x9E3779B97F4A7C15 + word) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -116,13 +116,13 @@ def _mix_one(value: int, word: int) -> int:
 
 
 def counter_words(key: bytes, counters: Ints) -> _Words:
-    """Uniform 64-bit words, one for each counter, from a counter-based generator with this key."""
+    """Return uniform 64-bit words, one per counter, from a counter-based generator with this key."""
     first, second, *_ = _round_words(key)
     return _mix(_mix(counters.astype(np.uint64), first), second)
 
 
 def window_at(k: Ints, *, seed: int, identity: str, size: int) -> Ints:
-    """Window that a source gives as its k-th sample: each epoch of `size` samples has a permutation of its own."""
+    """Return the window of a source's k-th sample: each epoch of `size` samples has its own permutation."""
 
     def of_epoch(epoch: int) -> Permutation:
         return Permutation(size, f"{seed}/{identity}/{epoch}".encode())

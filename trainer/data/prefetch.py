@@ -1,4 +1,4 @@
-"""One thread that works ahead of its consumer."""
+"""A background thread that works ahead of its consumer."""
 
 import threading
 from collections import deque
@@ -11,7 +11,7 @@ T = TypeVar("T")
 class Prefetcher(Generic[T]):
     """Takes items from an iterator in a background thread, at most `depth` ahead.
 
-    What the iterator raises is raised by `take`, after the items that came before it. The thread ends with `close`.
+    `take` raises the iterator's exceptions, after the items that preceded them. The thread ends with `close`.
     """
 
     def __init__(self, items: Iterator[T], depth: int, name: str) -> None:
@@ -24,7 +24,7 @@ class Prefetcher(Generic[T]):
         self._thread.start()
 
     def take(self, timeout: float) -> T:
-        """The next item.
+        """Return the next item.
 
         Raises:
             TimeoutError: none was ready within `timeout` seconds.
@@ -41,7 +41,7 @@ class Prefetcher(Generic[T]):
             return item
 
     def close(self, timeout: float) -> None:
-        """Stop the thread; an item in the making is finished and dropped.
+        """Stop the thread; an item in progress is finished and dropped.
 
         Raises:
             TimeoutError: the thread did not end within `timeout` seconds.

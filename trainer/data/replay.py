@@ -1,9 +1,9 @@
-"""Replay: which samples that were seen before are drawn again, as a pure function of a draw's number.
+"""Replay: choose which seen samples are drawn again, as a pure function of a draw's number.
 
-Uniform: a keyed permutation over everything that was seen, so that nothing comes twice before all has come; each
-pass over it has a key of its own (Ibrahim et al., 2024, draw from the index map of what was seen). Power law: draw n
-picks a past stage with weight (1 + age)^(-exponent) (after "Catastrophic Interference is Mitigated in Naturalistic
-Power-Law Learning Environments", 2024), then one of its samples, both from a counter, with replacement. Torch-free.
+Uniform: a keyed permutation over everything seen, so that no sample repeats before all have been drawn; each pass has
+its own key (Ibrahim et al., 2024, draw from the index map of seen data). Power law: draw n picks a past stage with
+weight (1 + age)^(-exponent) (after "Catastrophic Interference is Mitigated in Naturalistic Power-Law Learning
+Environments", 2024), then one of its samples, both from a counter, with replacement. Torch-free.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,37 +29,37 @@ _SHIFT = 32
 
 
 class Identified(Protocol):
-    """What ledger and replay need to know of a source."""
+    """The properties of a source that ledger and replay use."""
 
     @property
     def identity(self) -> str:
-        """`CONTENT/LENGTH`: hash of the data and tokens of a sample; the same wherever the files lie."""
+        """`CONTENT/LENGTH`: hash of the data and tokens per sample; independent of where the files lie."""
         ...
 
     @property
     def size(self) -> int:
-        """Samples in one epoch."""
+        """Number of samples in one epoch."""
         ...
 
 
 def content_of(identity: str) -> str:
-    """What two identities share when they are the same data cut into samples of other lengths."""
+    """Return the part of an identity shared by the same data cut into samples of different lengths."""
     return identity.rpartition("/")[0]
 
 
 def length_of(identity: str) -> int:
-    """Tokens of a sample."""
+    """Return the number of tokens per sample."""
     return int(identity.rpartition("/")[2])
 
 
 class Pool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one past stage saw, as far as it may be replayed."""
+    """The samples of a past stage that may be replayed."""
 
     stage: str
     age: int
-    """Stages that came after it, before the one that replays: 0 for the latest."""
+    """Number of stages between it and the replaying one: 0 for the latest."""
     runs: tuple[Run, ...]
-    """Samples; a sample that was seen in two epochs is there twice, so that replay keeps the mixture of the past."""
+    """Samples; one seen in two epochs is listed twice, so that replay keeps the mixture of the past."""
 
     @property
     def size(self) -> int:
@@ -67,21 +67,21 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Replay(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One replay clause of one stage, with everything that its draws follow from."""
+    """One replay clause of one stage, with everything that determines its draws."""
 
     stage: str
-    """The stage that replays."""
+    """The replaying stage."""
     law: Law
     exponent: float
-    """Of the power law; 0 for uniform."""
+    """Exponent of the power law; 0 for uniform."""
     key: str
-    """Tells this clause's order from that of any other: its seed and its place in the history."""
+    """Distinguishes this clause's order from all others: its seed and its place in the history."""
     pools: tuple[Pool, ...]
     """Oldest stage first; none is empty."""
     known: bool = True
-    """False for a stand-in corpus: not known to have been seen."""
+    """False for a proxy source: not known to have been seen."""
     cut: tuple[int, int] | None = None
-    """Tokens of what is replayed, and tokens of a sample of this stage, where they differ: row n of the clause then
+    """Tokens per replayed sample and per sample of this stage, if they differ: row n of the clause then
     holds tokens n * row to (n + 1) * row of its draws, laid end to end."""
 
     @property
@@ -90,58 +90,59 @@ class Replay(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return tuple(dict.fromkeys(source for pool in self.pools for source, _, _ in pool.runs))
 
     def pieces(self, rows: Ints) -> "Pieces":
-        """What rows of the clause, by their number, are made of where samples have another length than rows."""
+        """Return the pieces of replayed samples that rows of the clause, given by number, consist of."""
         assert self.cut is not None
         sample, row = self.cut
         begin, end = rows * row, (rows + 1) * row
-        found: list[tuple[Ints, ...]] = []
+        columns: list[tuple[Ints, ...]] = []
         for offset in range(-(-row // sample) + 1):
             draws = begin // sample + offset
             start, stop = np.maximum(begin - draws * sample, 0), np.minimum(end - draws * sample, sample)
             place = np.flatnonzero(stop > 0)
-            found.append((place, draws[place], start[place], stop[place], (draws * sample + start - begin)[place]))
-        place, draws, start, stop, column = (np.concatenate(parts) for parts in zip(*found, strict=True))
+            columns.append((place, draws[place], start[place], stop[place], (draws * sample + start - begin)[place]))
+        place, draws, start, stop, column = (np.concatenate(parts) for parts in zip(*columns, strict=True))
         source, k = self.draw(draws)
         return Pieces(place=place, source=source, k=k, start=start, stop=stop, column=column)
 
     def draw(self, numbers: Ints) -> tuple[Ints, Ints]:
-        """For each draw, counted from 0 in its stage: which of `identities`, and the sample number k."""
+        """Return for each draw, counted from 0 in its stage, an index into `identities` and the sample number k."""
         return _sampler(self).draw(numbers)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pieces:
-    """Parts of replayed samples, each with the row that it belongs to; all arrays have one entry a piece."""
+    """Parts of replayed samples, each with the row that it belongs to; all arrays have one entry per piece."""
 
     place: Ints
-    """Of its row, among those asked for."""
+    """Index of its row among the requested ones."""
     source: Ints
-    """Of its identity, among those of the clause."""
+    """Index of its identity among those of the clause."""
     k: Ints
     start: Ints
     """First token of the sample."""
     stop: Ints
-    """Last token, and one more."""
+    """Last token plus one."""
     column: Ints
-    """Where it begins in the row."""
+    """Its offset in the row."""
 
 
 def lengths_of(pools: Sequence[Pool]) -> set[int]:
-    """Tokens of the samples in the pools."""
+    """Return the sample lengths in the pools, in tokens."""
     return {length_of(source) for pool in pools for source, _, _ in pool.runs}
 
 
 def pools_of(
     origins: Sequence[str], past: Sequence[tuple[str, tuple[Run, ...]]], names: Mapping[str, set[str]], where: str
 ) -> tuple[Pool, ...]:
-    """What the named stages saw, and what any stage saw of the named sources; without names, everything."""
+    """Return what the named stages saw, and what any stage saw of the named sources; everything if there are no
+    names."""
     stages = {name for name, _ in past}
     for name in origins:
         if name in stages and name in names:
             raise SpecError(f"{where}: from: {name!r} is both a stage and a source; rename one of them")
         if name not in stages and name not in names:
             raise SpecError(
-                f"{where}: from: {name!r} is neither an earlier stage ({', '.join(sorted(stages)) or 'there is none'}) "
+                f"{where}: from: {name!r} is neither an earlier stage ({', '.join(sorted(stages)) or 'there are none'})"
                 f"nor a source ({', '.join(sorted(names))})"
             )
     wanted = {identity for name in origins for identity in names.get(name, ())}
@@ -165,15 +166,15 @@ def stand_in_pool(name: str, sources: Mapping[str, Identified], where: str) -> P
 class _Sampler:
     replay: Replay
     begins: Ints
-    """Place of each run's first sample when all runs of all pools stand in a row."""
+    """Index of each run's first sample in the concatenation of all runs of all pools."""
     source: Ints
-    """Of each run, the place of its identity."""
+    """Index of each run's identity."""
     first: Ints
-    """Of each run, its first k."""
+    """First k of each run."""
     pool_begins: tuple[int, ...]
-    """Where each pool begins in the row, and the end."""
+    """Start of each pool in the concatenation, and its end."""
     bounds: tuple[int, ...]
-    """Upper ends of the pools' shares of [0, 2**32)."""
+    """Upper bounds of the pools' shares of [0, 2**32)."""
 
     def draw(self, numbers: Ints) -> tuple[Ints, Ints]:
         places = self._uniform(numbers) if self.replay.law == "uniform" else self._power(numbers)

@@ -1,4 +1,4 @@
-"""Segments: stretches of the run that are drawn with fixed weights. Values, saved as they are. Torch-free."""
+"""Segments: parts of the run that are drawn with fixed weights. Values, saved as they are. Torch-free."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ Ranges = tuple[tuple[int, int], ...]
 
 
 class Share(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one source contributes to a segment."""
+    """The contribution of one source to a segment."""
 
     source: str
     """Identity of the source."""
@@ -23,10 +23,10 @@ class Share(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class ReplayShare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one replay clause contributes to a segment."""
+    """The contribution of one replay clause to a segment."""
 
     replay: int
-    """Which of the ledger's replays."""
+    """Index among the ledger's replays."""
     units: int
     """Weight in units of 1/65,536."""
     offset: int
@@ -34,7 +34,7 @@ class ReplayShare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Positions from `start` on, up to the next segment, drawn with fixed weights."""
+    """Positions from `start` up to the next segment, drawn with fixed weights."""
 
     start: int
     shares: tuple[Share, ...]
@@ -44,16 +44,16 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     @property
     def table(self) -> Table:
-        """Who gives each sample of the segment."""
+        """The order in which the shares take turns."""
         return table(tuple(share.units for share in self.all_shares))
 
     @property
     def all_shares(self) -> tuple[Share | ReplayShare, ...]:
-        """In the order of the table."""
+        """Return the shares in the order of the table."""
         return (*self.shares, *self.replays)
 
     def runs_between(self, start: int, end: int) -> tuple[Run, ...]:
-        """What the sources give at positions from `start` to `end`, both in this segment or at its end."""
+        """Return what the sources give at positions from `start` to `end`, both in this segment or at its end."""
         low, high = (self.table.counts_before(at - self.start) for at in (start, end))
         return tuple(
             (share.source, share.offset + first, share.offset + last)
@@ -62,7 +62,8 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         )
 
     def seen_before(self, position: int) -> dict[str, Ranges]:
-        """By identity, what each source has given at all positions below `position`, which lies in this segment."""
+        """Return, by identity, what each source has given at all positions below `position`, which is in this
+        segment."""
         seen = dict(self.seen)
         counts = self.table.counts_before(position - self.start)
         for share, count in zip(self.shares, counts, strict=False):
@@ -73,7 +74,7 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def drawn(segments: Sequence[Segment], start: int, end: int) -> tuple[Run, ...]:
-    """What the sources gave at positions from `start` to `end`; contiguous runs are one."""
+    """Return what the sources gave at positions from `start` to `end`; contiguous runs are joined."""
     ranges: dict[str, list[tuple[int, int]]] = {}
     ends = [*(segment.start for segment in segments[1:]), end]
     for segment, stop in zip(segments, ends, strict=False):
@@ -85,7 +86,7 @@ def drawn(segments: Sequence[Segment], start: int, end: int) -> tuple[Run, ...]:
 
 
 def draws_before(segments: Sequence[Segment], replay: int, position: int) -> int:
-    """Draws that a replay clause has made before `position`."""
+    """Return the number of draws that a replay clause has made before `position`."""
     end = position
     for segment in reversed(segments):
         for place, share in enumerate(segment.replays, start=len(segment.shares)):
@@ -96,14 +97,14 @@ def draws_before(segments: Sequence[Segment], replay: int, position: int) -> int
 
 
 def weights_of(segment: Segment) -> tuple[dict[str, int], list[tuple[int, int]]]:
-    """What two segments share when they draw alike: units by source, and by replay clause."""
+    """Return the units by source and by replay clause; equal for segments that draw alike."""
     return {share.source: share.units for share in segment.shares}, [
         (share.replay, share.units) for share in segment.replays
     ]
 
 
 def merged(*ranges: tuple[int, int]) -> Ranges:
-    """The same numbers as ascending, disjoint ranges."""
+    """Return the same numbers as ascending, disjoint ranges."""
     merged: list[tuple[int, int]] = []
     for start, end in sorted(ranges):
         if merged and start <= merged[-1][1]:

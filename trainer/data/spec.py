@@ -8,10 +8,10 @@ from keepwarm.section import Section
 
 
 class DataSpec(Section):
-    """Where the tokens are and how they are packed into samples.
+    """The token data and how they are packed into samples.
 
-    A path is a Megatron prefix (`PATH.bin` and `PATH.idx`) or text (`.jsonl`, `.txt`, with `.gz` or `.zst`), which
-    is tokenized once into the run folder. Relative paths are relative to the job file.
+    A path is a Megatron prefix (`PATH.bin` and `PATH.idx`) or text (`.jsonl`, `.txt`, with `.gz` or `.zst`), which is
+    tokenized once into the run folder. Relative paths are relative to the job file.
     """
 
     sources: dict[str, str] = Field(min_length=1, description="training data by source name")
@@ -19,27 +19,28 @@ class DataSpec(Section):
     tokenizer: str = Field("bytes", description="`bytes`, a Hugging Face tokenizer.json or a SentencePiece .model")
     sequence_length: PositiveInt = Field(description="tokens per sample")
     document_mask: bool = Field(
-        False, description="attention stays inside documents, positions restart, the crossing target is masked"
+        False, description="attention stays within documents, positions restart, targets across boundaries are masked"
     )
-    prefetch: PositiveInt = Field(2, description="batches prepared in the background")
+    prefetch: PositiveInt = Field(2, description="number of batches to prepare in the background")
 
 
 class ReplaySpec(Section):
-    """A part of a stage's samples that is drawn again from what was seen before; the token budget stays the same."""
+    """A fraction of a stage's samples drawn again from seen data; the token budget stays the same."""
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
     origins: tuple[str, ...] = Field(
-        (), alias="from", description="earlier stages or sources to draw from; default: all that was seen"
+        (), alias="from", description="earlier stages or sources to draw from; default: everything seen"
     )
     fraction: float = Field(gt=0, lt=1, description="of the stage's samples")
     distribution: Literal["uniform", "power"] = Field(
-        "uniform", description="uniform: nothing twice before all came once; power: (1 + age)^-exponent over stages"
+        "uniform",
+        description="uniform: no sample repeats before all were drawn; power: (1 + age)^-exponent over stages",
     )
-    exponent: PositiveFloat | None = Field(None, description="power: how fast older stages fade; 0.5 and 1 are usual")
-    seed: NonNegativeInt = Field(0, description="another order of the same samples")
+    exponent: PositiveFloat | None = Field(None, description="power: how fast older stages fade; typically 0.5 or 1")
+    seed: NonNegativeInt = Field(0, description="seed of the order of samples")
     proxy_source: str | None = Field(
-        None, description="source to draw from where the parent has no ledger; not known to have been seen"
+        None, description="source to draw from if the parent has no ledger; not known to have been seen"
     )
 
     @model_validator(mode="after")

@@ -1,8 +1,7 @@
-"""Who gives the sample at each position: quantised weights and a table in which every prefix keeps its share.
+"""The order in which sources take turns: quantised weights, and a table in which every prefix has the right shares.
 
-The table is Tijdeman's solution of the chairman assignment problem (R. Tijdeman, 1980): with k sources of shares
-w_i, the number of samples that source i gave among the first t differs from w_i * t by at most 1 - 1/(2k - 2).
-NumPy only.
+The table is Tijdeman's solution of the chairman assignment problem (R. Tijdeman, 1980): with k sources of shares w_i,
+the number of samples that source i gave among the first t differs from w_i * t by at most 1 - 1/(2k - 2). NumPy only.
 """
 
 import heapq
@@ -24,10 +23,10 @@ Ints = npt.NDArray[np.int64]
 
 
 def quantise(mixture: Mapping[str, float], units_in_all: int = UNITS) -> dict[str, int]:
-    """Weights in units of 1/65,536 that add up to `units_in_all`, by largest remainder; keys sorted.
+    """Return weights in units of 1/65,536 that add up to `units_in_all`, by largest remainder; keys sorted.
 
     Raises:
-        SpecError: no weights, one that is not a positive number, or one below 1/65,536 of the whole.
+        SpecError: no weights, one that is not a positive number, or one below 1/65,536 of the total.
     """
     if not mixture:
         raise SpecError("mixture: names no source")
@@ -40,8 +39,8 @@ def quantise(mixture: Mapping[str, float], units_in_all: int = UNITS) -> dict[st
     for name in names:
         if exact[name] < 1:
             raise SpecError(
-                f"mixture.{name} is {float(exact[name] / UNITS):.2e} of the whole, less than the smallest share "
-                f"of 1/{UNITS:,} = {1 / UNITS:.2e}; raise it or leave the source out"
+                f"mixture.{name} is {float(exact[name] / UNITS):.2e} of the total, below the smallest share"
+                f"of 1/{UNITS:,} = {1 / UNITS:.2e}; raise it or remove the source"
             )
     units = {name: int(exact[name]) for name in names}
     missing = units_in_all - sum(units.values())
@@ -52,29 +51,29 @@ def quantise(mixture: Mapping[str, float], units_in_all: int = UNITS) -> dict[st
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Table:
-    """One period of the order in which sources take turns, repeated for ever; at most 65,536 entries."""
+    """One period of the order in which sources take turns, repeated indefinitely; at most 65,536 entries."""
 
     units: tuple[int, ...]
-    """Samples that each source gives in one period."""
+    """Number of samples that each source gives in one period."""
     turns: npt.NDArray[np.int32]
-    """Source that gives each sample of the period."""
+    """Source of each sample of the period."""
     earlier: npt.NDArray[np.int32]
-    """For each sample of the period, how many its source gave before it in the period."""
+    """For each sample of the period, the number of samples that its source gave before it in the period."""
     places: tuple[npt.NDArray[np.int32], ...]
-    """For each source, the places of its samples in the period, ascending."""
+    """For each source, the indices of its samples in the period, ascending."""
 
     @property
     def period(self) -> int:
         return len(self.turns)
 
     def samples_at(self, positions: Ints) -> tuple[Ints, Ints]:
-        """Source of each position, and how many samples that source gave before it."""
+        """Return the source of each position, and the number of samples that it gave before."""
         periods, places = np.divmod(positions, self.period)
         source = self.turns[places].astype(np.int64)
         return source, periods * np.asarray(self.units, np.int64)[source] + self.earlier[places]
 
     def counts_before(self, position: int) -> tuple[int, ...]:
-        """Samples that each source gives at positions below `position`."""
+        """Return the number of samples that each source gives at positions below `position`."""
         periods, place = divmod(position, self.period)
         return tuple(
             periods * units + int(np.searchsorted(places, place))
@@ -84,7 +83,7 @@ class Table:
 
 @lru_cache(maxsize=32)
 def table(units: tuple[int, ...]) -> Table:
-    """The table of sources with these positive integer weights."""
+    """Return the table for sources with these positive integer weights."""
     divisor = gcd(*units)
     reduced = tuple(unit // divisor for unit in units)
     turns = np.fromiter(_turns(reduced), np.int32, count=sum(reduced))
@@ -96,11 +95,11 @@ def table(units: tuple[int, ...]) -> Table:
 
 
 def _turns(units: tuple[int, ...]) -> list[int]:
-    """Tijdeman's order, as earliest deadline first.
+    """Return Tijdeman's order, computed as earliest deadline first.
 
-    With c = 1/(2k - 2), his rule "among the sources with w_i t - given_i >= c take the smallest
-    (1 - c - (w_i t - given_i)) / w_i" gives the j-th sample of a source (from 0) a release time
-    ceil((j + c) / w_i) and a deadline (j + 1 - c) / w_i that do not depend on t.
+    With c = 1/(2k - 2), his rule "among the sources with w_i t - given_i >= c take the smallest (1 - c - (w_i t -
+    given_i)) / w_i" gives the j-th sample of a source (from 0) a release time ceil((j + c) / w_i) and a deadline (j + 1
+    - c) / w_i that do not depend on t.
     """
     if len(units) == 1:
         return [0] * units[0]

@@ -1,8 +1,8 @@
 """The `.bin`/`.idx` format of Megatron's token files, read and written without Megatron Core.
 
-`PREFIX.bin` holds the tokens of all sequences in a row. `PREFIX.idx` holds, little-endian and unaligned: magic (9
+`PREFIX.bin` holds the tokens of all sequences, concatenated. `PREFIX.idx` holds, little-endian and unaligned: magic (9
 bytes), version (uint64), dtype code (uint8), number of sequences and of document boundaries (uint64 each), then int32
-sequence lengths, int64 byte offsets into `.bin`, and int64 document boundaries as sequence numbers. Boundary `i` and
+sequence lengths, int64 byte offsets into `.bin`, and int64 document boundaries as sequence numbers. Boundaries `i` and
 `i + 1` enclose the sequences of document `i`.
 """
 
@@ -21,10 +21,10 @@ from keepwarm.trainer.errors import DataError
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 DTYPES: dict[int, str] = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-"""Integer types by the format's code; codes 6 and 7 are floats, which hold no tokens."""
+"""Integer types by the format's code; codes 6 and 7 are floats, which cannot hold tokens."""
 CODES = {np.dtype(name): code for code, name in DTYPES.items()}
 LONGEST = 2**31 - 1
-"""Tokens of one sequence, whose length is an int32."""
+"""Maximum tokens of one sequence, whose length is an int32."""
 
 _HEADER = struct.Struct("<9sQBQQ")
 _CHUNK = 1 << 20
@@ -32,7 +32,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The head of an `.idx` file; the file was found to have the size that follows from it."""
+    """The header of an `.idx` file, checked against the size of the file."""
 
     dtype: np.dtype[Any]
     sequences: int
@@ -42,8 +42,8 @@ class Header:
 class TokenFileReader:
     """One `PREFIX.bin` and `PREFIX.idx`, memory-mapped.
 
-    Both files are checked against each other when they are opened: the index is read once, a piece at a time, so that
-    memory does not grow with it. The maps, and arrays that `tokens` returns, stay valid as long as someone holds them.
+    Opening checks both files against each other: the index is read once, in pieces, so that memory does not grow with
+    it. The maps, and arrays that `tokens` returns, stay valid as long as they are referenced.
 
     Raises:
         DataError: a file is missing, empty, truncated, foreign or contradicts the other; names it.
@@ -68,11 +68,11 @@ class TokenFileReader:
         return self.header.boundaries - 1
 
     def tokens(self, start: int, count: int) -> npt.NDArray[Any]:
-        """Return a read-only view of `count` tokens from number `start` of the file on, in the file's type."""
+        """Return a read-only view of `count` tokens from token `start` of the file on, in the file's type."""
         return self._tokens[start : start + count]
 
     def first_token(self, sequence: int) -> int:
-        """Return the number of the first token of a sequence; of the one past the last, the number of tokens."""
+        """Return the number of the first token of a sequence; for the one past the last, the number of tokens."""
         if sequence >= self.header.sequences:
             return self.count
         return int(self.offsets[sequence]) // self.header.dtype.itemsize
@@ -197,7 +197,7 @@ def _checked_header(bin_path: Path, idx_path: Path) -> Header:
             f"{boundaries} document boundaries"
         )
     if not sequences or boundaries < 2:
-        raise DataError(f"{idx_path}: holds no document")
+        raise DataError(f"{idx_path}: contains no document")
     return Header(np.dtype(DTYPES[code]), sequences, boundaries)
 
 

@@ -12,48 +12,49 @@ if TYPE_CHECKING:
     pass
 
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "<|end_of_document|>", "</s>", "<eos>")
-"""What the token that ends a document is called in `tokenizer.json` files; the first one found is taken."""
+"""Names of end-of-document tokens in `tokenizer.json` files; the first one present is used."""
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back."""
+    """Converts text to token ids and back."""
 
     @property
     def name(self) -> str:
-        """What `load_tokenizer` was given."""
+        """The argument of `load_tokenizer`."""
         ...
 
     @property
     def hash(self) -> str:
-        """The same for the same tokenizer, wherever its file lies."""
+        """Equal for equal tokenizers, wherever their files lie."""
         ...
 
     @property
     def vocabulary_size(self) -> int:
-        """One more than the largest id."""
+        """Largest id plus one."""
         ...
 
     @property
     def end_of_document(self) -> int:
-        """Id that is put after every document."""
+        """Id that is appended to every document."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text; no special tokens are added, and none are recognised in the text."""
+        """Return the ids of each text; special tokens are neither added nor recognised in the text."""
         ...
 
     def encode_marked(self, text: str) -> list[int]:
-        """Ids of text that is not data but ours, as a control token: special tokens in it are recognised."""
+        """Return the ids of text that is ours rather than data, such as a control token: special tokens are
+        recognised."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """`bytes`, or a tokenizer file by its suffix.
+    """Load a tokenizer: `bytes`, or a tokenizer file, by its suffix.
 
     Raises:
-        DataError: the file is missing, is no tokenizer, or has no token that ends a document; names it.
+        DataError: the file is missing, not a tokenizer, or has no end-of-document token; names it.
     """
     if name == "bytes":
         return ByteTokenizer()
@@ -98,12 +99,12 @@ class HuggingFaceTokenizer:
         loaded.no_padding()
         loaded.encode_special_tokens = True
         ids = [loaded.token_to_id(token) for token in END_OF_DOCUMENT]
-        found = [id for id in ids if id is not None]
-        if not found:
-            raise DataError(f"{path}: has none of the tokens that end a document: {', '.join(END_OF_DOCUMENT)}")
+        ends = [id for id in ids if id is not None]
+        if not ends:
+            raise DataError(f"{path}: has none of the known end-of-document tokens: {', '.join(END_OF_DOCUMENT)}")
         self._tokenizer = loaded
         self.name, self.hash = str(path), _file_hash(path)
-        self.end_of_document: int = found[0]
+        self.end_of_document: int = ends[0]
         self.vocabulary_size = max(loaded.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -134,7 +135,7 @@ class SentencePieceTokenizer:
         except Exception:
             raise DataError(f"{path}: not a SentencePiece model") from None
         if self._processor.eos_id() < 0:
-            raise DataError(f"{path}: has no end-of-sentence token, which would end a document")
+            raise DataError(f"{path}: has no end-of-sentence token to end documents with")
         self.name, self.hash = str(path), _file_hash(path)
         self.end_of_document: int = self._processor.eos_id()
         self.vocabulary_size: int = self._processor.get_piece_size()

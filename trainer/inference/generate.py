@@ -1,4 +1,4 @@
-"""Text from a model: one token after the other, each drawn from the model's own distribution."""
+"""Generate text: one token at a time, drawn from the model's distribution."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ _TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen."""
+    """How to choose the next token."""
 
     temperature: float = 0.8
-    """0: always the likeliest."""
+    """0: always the most likely token."""
     top_k: int | None = None
-    """Only the k likeliest."""
+    """Choose only among the k most likely tokens."""
     top_p: float = 1.0
-    """Only the likeliest whose probabilities add up to p (nucleus sampling, Holtzman et al., 2020)."""
+    """Choose only among the most likely tokens with total probability p (nucleus sampling, Holtzman et al., 2020)."""
 
 
 def load_model(native: NativeCheckpoint, *, dtype: torch.dtype, device: torch.device) -> StageModule:
-    """The whole model of a checkpoint of any layout; tensors are read one at a time.
+    """Load the whole model from a checkpoint of any layout, reading one tensor at a time.
 
     Raises:
         CheckpointError: a tensor is missing, damaged or does not fit; names it.
@@ -49,9 +49,9 @@ def load_model(native: NativeCheckpoint, *, dtype: torch.dtype, device: torch.de
 def generate(
     part: StageModule, prompt: Sequence[int], sampling: Sampling, *, seed: int, stop: Callable[[int], bool]
 ) -> Iterator[int]:
-    """Tokens that follow `prompt` (at least one token), without end unless `stop` says so of one, which is not given.
+    """Yield tokens that follow `prompt` (at least one token), until `stop` is true for a token, which is not yielded.
 
-    The model sees the last `max_sequence_length` tokens. Equal arguments give equal tokens on one device.
+    The model sees the last `max_sequence_length` tokens. Equal arguments give equal tokens on the same device.
     """
     device = next(part.parameters()).device
     random = torch.Generator(device).manual_seed(seed)
@@ -67,12 +67,12 @@ def generate(
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, random: torch.Generator) -> int:
-    """One token out of `logits` `[vocabulary]`."""
+    """Choose one token from `logits` `[vocabulary]`."""
     if sampling.temperature == 0:
         return int(logits.argmax())
     ordered, tokens = (logits / sampling.temperature).sort(descending=True, stable=True)
     probabilities = ordered.softmax(0)
-    # The first token that passes p is kept, so that there is always one.
+    # Always keep the token that reaches p, so that at least one remains.
     kept = probabilities.cumsum(0) - probabilities < sampling.top_p
     if sampling.top_k is not None:
         kept[sampling.top_k :] = False

@@ -1,4 +1,4 @@
-"""`keepwarm eval`: scores of the LM Evaluation Harness (EleutherAI's lm-eval), offline unless asked otherwise."""
+"""`keepwarm eval`: run the LM Evaluation Harness (EleutherAI's lm-eval), offline by default."""
 
 import contextlib
 import json
@@ -95,7 +95,7 @@ def _named_file(text: str) -> tuple[str, Path]:
 
 
 def _text_task(name: str, file: Path, work: Path) -> dict[str, Any]:
-    """The documents of a file as a task: log-likelihood of each in windows of the model's context."""
+    """Return a task for the documents of a file: the log-likelihood of each in windows of the model's context."""
     lines = 0
     with (work / f"{name}.jsonl").open("w") as written:
         for part in parts(file, _PART_BYTES):
@@ -117,7 +117,7 @@ def _text_task(name: str, file: Path, work: Path) -> dict[str, Any]:
 
 
 def _model(path: Path, work: Path) -> tuple[Path, dict[str, Any]]:
-    """A Hugging Face folder with a tokenizer, and what is known of where it comes from."""
+    """Return a Hugging Face folder with a tokenizer, and what is known about its origin."""
     if (path / CONFIG).is_file():
         folder = path
     else:
@@ -134,7 +134,7 @@ def _model(path: Path, work: Path) -> tuple[Path, dict[str, Any]]:
 
 @contextlib.contextmanager
 def _offline(work: Path) -> Iterator[None]:
-    """Nothing is downloaded, and nothing is left in a cache. Before any of the libraries is imported."""
+    """Prevent downloads and leave no cache behind. Must be entered before any of the libraries is imported."""
     changes = {
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
@@ -196,7 +196,7 @@ def _scores(
 
 
 def _metrics(values: dict[str, Any]) -> Iterator[tuple[str, float | str]]:
-    """Metrics without the filters that did nothing, and errors that were not estimated."""
+    """Yield metrics, omitting filters that did nothing and errors that were not estimated."""
     for key, value in values.items():
         metric, _, kind = key.partition(",")
         if kind and value not in ("N/A", None):

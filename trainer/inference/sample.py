@@ -1,4 +1,4 @@
-"""`keepwarm sample`: let people look at what a model says."""
+"""`keepwarm sample`: continue a prompt with a trained model."""
 
 import itertools
 import json

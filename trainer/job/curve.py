@@ -1,7 +1,7 @@
-"""Learning-rate curves as an extension point: what a shape offers, its options in a job, and the registry of shapes.
+"""Learning-rate curves as an extension point: the interface of a shape, its options in a job, and the registry.
 
-A shape is a `Curve` and a subclass of `LrSpec` that holds its options. Those of other distributions are found in the
-entry-point group `keepwarm.curves`, whose names are what `lr.schedule` says. Torch-free.
+A shape is a `Curve` and a subclass of `LrSpec` that declares its options. Other distributions add shapes through the
+entry-point group `keepwarm.curves`, whose names are the values of `lr.schedule`. Torch-free.
 """
 
 import json
@@ -32,17 +32,17 @@ def _of_its_shape(
 
 
 class LrSpec(Section):
-    """The learning-rate clause of a stage. Fractions are of the stage's steps.
+    """The learning-rate section of a stage. Fractions are of the stage's steps.
 
-    Validating this class gives the options of the shape that `schedule` names; they hold all other keys.
+    Validating this class returns the options of the shape that `schedule` names, which declare the remaining keys.
     """
 
-    schedule: str = Field(DEFAULT_SCHEDULE, description="shape of the curve; it decides which other keys there are")
-    max: PositiveFloat = Field(description="peak, reached after the warm-up")
+    schedule: str = Field(DEFAULT_SCHEDULE, description="shape of the curve; determines the remaining keys")
+    max: PositiveFloat = Field(description="peak rate, reached after the warm-up")
 
     @abstractmethod
     def curve(self, steps: int) -> "Curve":
-        """Return the curve of a stage of `steps` steps, every boundary resolved to a step."""
+        """Return the curve for a stage of `steps` steps, with every boundary resolved to a step."""
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
@@ -74,31 +74,31 @@ class Curve(ABC):
     """
 
     options: ClassVar[type[LrSpec]]
-    """Keys of the clause that gives this curve; its `curve` makes one."""
+    """Options of this shape; their `curve` method builds it."""
 
     kind: str
     """Name of the shape in the registry."""
     end: int
-    """Steps of the stage."""
+    """Steps in the stage."""
 
     @abstractmethod
     def at(self, step: int) -> float:
-        """Return the learning rate of the stage's step `step`, counted from 0; after `end` it stays where it is."""
+        """Return the learning rate at step `step` of the stage, counted from 0; constant after `end`."""
 
     @property
     def boundaries(self) -> tuple[int, ...]:
-        """Steps of the stage at which one phase of the curve passes into the next; drawings show them exactly."""
+        """Steps of the stage at which a new phase of the curve begins; plots show them exactly."""
         return ()
 
     @property
     def corners(self) -> tuple[int, ...]:
-        """Steps that a drawing must not leave out: both ends, and each boundary with the step before it."""
+        """Steps that a plot must include: both ends, and each boundary with the step before it."""
         inner = {at for at in self.boundaries if 0 < at < self.end}
         return tuple(sorted({0, *(at + offset for at in inner for offset in (-1, 0)), self.end - 1}))
 
     @classmethod
     def load(cls, saved: dict[str, Any]) -> Self:
-        """Return the curve that `save` saved; other keys are ignored. Raises KeyError where one is missing."""
+        """Restore a curve from what `save` returned, ignoring other keys. Raises KeyError if a key is missing."""
         return cls(**{field.name: saved[field.name] for field in fields(cls)})
 
     def save(self) -> dict[str, Any]:
@@ -107,19 +107,19 @@ class Curve(ABC):
 
 
 class AnnealableCurve(Curve):
-    """A curve with a phase of constant rate, from which `keepwarm branch` releases models."""
+    """A curve with a constant-rate phase, from which `keepwarm branch` can branch off models."""
 
     @property
     @abstractmethod
     def constant_phase(self) -> range:
-        """Counts of completed steps of the stage after which the rate is the constant one; empty where there is none.
+        """Completed-step counts of the stage after which the rate is constant; empty if there are none.
 
-        From any of them an anneal continues the curve without a jump.
+        An anneal started at any of them continues the curve without a jump.
         """
 
     @abstractmethod
     def anneal(self) -> dict[str, Any]:
-        """Return the `lr` clause of a stage that goes on from the constant phase and falls over all its steps."""
+        """Return the `lr` section of a stage that continues from the constant phase and decays over all its steps."""
 
 
 CURVES: Registry[type[Curve]] = Registry(
@@ -139,10 +139,10 @@ CURVES: Registry[type[Curve]] = Registry(
 
 
 def load_curve(saved: dict[str, Any]) -> Curve:
-    """Return a saved curve of any shape.
+    """Restore a saved curve of any shape.
 
     Raises:
-        CheckpointError: no installed package has its shape.
+        CheckpointError: no installed package provides its shape.
         KeyError: a value is missing.
     """
     try:
@@ -152,12 +152,12 @@ def load_curve(saved: dict[str, Any]) -> Curve:
 
 
 def annealable() -> list[str]:
-    """Return the names of the shapes that have a constant phase to branch from."""
+    """Return the names of the shapes with a constant phase to branch from."""
     return [name for name, curve in _usable() if issubclass(curve, AnnealableCurve)]
 
 
 def _usable() -> Iterator[tuple[str, type[Curve]]]:
-    """All shapes that can be imported; for hints, which must not fail where a foreign one is broken."""
+    """Yield all shapes that can be imported, for hints, which must not fail because of a broken third-party package."""
     for name in CURVES.names():
         try:
             yield name, CURVES.get(name)

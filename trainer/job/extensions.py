@@ -1,4 +1,4 @@
-"""What a job names that other packages may add: callbacks of the training loop, and metric sinks. Torch-free."""
+"""Components of other packages that a job can name: training-loop callbacks and metric sinks. Torch-free."""
 
 from keepwarm.options import Component
 from keepwarm.registry import Registry
@@ -15,6 +15,4 @@ METRIC_SINKS: Registry[type[Component]] = Registry(
     },
     Component,
 )
-"""Subclasses of `keepwarm.trainer.monitor.metric_sinks.MetricSink`; job key `log.sinks`. metrics.jsonl is always
-written.
-"""
+"""Subclasses of `keepwarm.trainer.monitor.metric_sinks.MetricSink`; job key `log.sinks`. metrics.jsonl is always on."""

@@ -1,4 +1,4 @@
-"""Job and model specs as files: YAML in, overrides applied, `run.json` out. Torch-free."""
+"""Job and model spec files: read YAML, apply overrides, write `run.json`. Torch-free."""
 
 import difflib
 import json
@@ -24,18 +24,18 @@ _Spec = TypeVar("_Spec", bound=BaseModel)
 
 
 def shipped_configs() -> Path:
-    """Return the folder of the configs that come with keepwarm."""
+    """Return the folder of the configs shipped with keepwarm."""
     return (Path(keepwarm.__file__).parent / "configs").resolve()
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
-    """The job in a YAML file, or in a `run.json`, with overrides applied and the model it names filled in.
+    """Load the job from a YAML file or `run.json`, with overrides applied and the named model filled in.
 
-    `path` may also name a shipped job, as in `ci/tiny`. Paths to data in the file are relative to the file, those in
-    overrides, `output` and `init_from` to the working directory; in the result all are absolute.
+    `path` may also name a shipped job, such as `ci/tiny`. Data paths in the file are relative to the file; those in
+    overrides, `output` and `init_from` are relative to the working directory. In the result all are absolute.
 
     Raises:
-        SpecError: with every problem found, each with its file and line, key and what would be right.
+        SpecError: lists every problem with its file and line, its key and the expected value.
     """
     path = find_job(path)
     changes = [Override.parse(text) for text in overrides]
@@ -58,7 +58,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
 
 
 def load_model(name: str | Path) -> ModelSpec:
-    """The model spec in a YAML file, or a shipped one by name.
+    """Load a model spec from a YAML file, or a shipped one by name.
 
     Raises:
         SpecError: as `load_job`.
@@ -68,7 +68,7 @@ def load_model(name: str | Path) -> ModelSpec:
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
-    """The job of a run folder's `run.json`; its output is the folder, wherever that has been moved to.
+    """Load the job from the `run.json` of a run folder; its output is that folder, even if it has been moved.
 
     Raises:
         SpecError: as `load_job`.
@@ -77,7 +77,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
 
 
 def save_job(job: JobSpec, path: Path) -> None:
-    """Write the resolved spec as JSON, whole or not at all.
+    """Write the resolved spec as JSON, atomically.
 
     Raises:
         OutputError: the folder is missing, read-only or full.
@@ -89,21 +89,21 @@ def save_job(job: JobSpec, path: Path) -> None:
 
 
 def find_job(name: Path) -> Path:
-    """The file of a job: `name` itself, or a shipped one as in `ci/tiny`, `demo` or `configs/jobs/demo.yaml`."""
+    """Return the file of a job: `name` itself or a shipped one, as `ci/tiny`, `demo` or `configs/jobs/demo.yaml`."""
     shipped = shipped_configs()
     inner = Path(*name.parts[1:]) if name.parts[:1] == ("configs",) else name
     return _first_file("job", name, [name, shipped / inner, shipped / "jobs" / inner], ("jobs", "ci"))
 
 
 def find_model(name: str, base: Path) -> Path:
-    """The file of a model: a bare name means a shipped one, anything else a path relative to `base`."""
+    """Return the file of a model: a bare name is a shipped one, anything else a path relative to `base`."""
     shipped, beside = shipped_configs() / "models" / name, base / name
     is_bare = Path(name).name == name and Path(name).suffix != ".yaml"
     return _first_file("model", Path(name), [shipped] if is_bare else [beside, shipped], ("models",))
 
 
 def _first_file(kind: str, name: Path, places: list[Path], folders: Sequence[str]) -> Path:
-    """The first place that is a file, each tried with `.yaml` appended as well."""
+    """Return the first of `places` that is a file, trying each with and without `.yaml`."""
     for place in places:
         for candidate in (place, place.with_name(place.name + ".yaml")):
             if candidate.is_file():
@@ -112,24 +112,24 @@ def _first_file(kind: str, name: Path, places: list[Path], folders: Sequence[str
         raise SpecError(f"{name}: expected a {kind} file, got a folder")
     known = [file.stem for folder in folders for file in (shipped_configs() / folder).glob("*.yaml")]
     near = difflib.get_close_matches(name.stem, known, 1)
-    hint = f"did you mean {near[0]}?" if near else f"shipped are {', '.join(sorted(known))}"
+    hint = f"did you mean {near[0]}?" if near else f"shipped: {', '.join(sorted(known))}"
     raise SpecError(f"{name}: no such {kind} file; {hint}")
 
 
 def _resolve_model(document: Document, base: Path) -> None:
-    """Put the named model's keys in the place of its name."""
+    """Replace the name of a model with the model's keys."""
     named = document.values.get("model")
     if not isinstance(named, str):
         return
     try:
-        found = read_document(find_model(named, base))
+        model = read_document(find_model(named, base))
     except (SpecError, ValueError) as error:
         raise SpecError(f"{document.place(('model',))}: model: {error}") from error
-    document.graft(("model",), found.values, found.places)
+    document.graft(("model",), model.values, model.places)
 
 
 def _anchor_data(values: dict[str, Any], base: Path) -> None:
-    """Make the relative paths of the data section absolute."""
+    """Make the relative paths in the data section absolute."""
     data = values.get("data")
     if not isinstance(data, dict):
         return

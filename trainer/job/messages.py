@@ -1,4 +1,4 @@
-"""Validation errors of a spec as sentences that name the key, its place and what would be right. Torch-free."""
+"""Turn validation errors of a spec into sentences with the key, its place and the expected value. Torch-free."""
 
 import difflib
 from collections.abc import Iterator
@@ -15,51 +15,51 @@ from keepwarm.trainer.job.yaml import Document, Keys, describe
 
 
 def explain(error: ValidationError, spec: type[BaseModel], document: Document, prefix: Keys = ()) -> list[str]:
-    """One line for every problem, `PLACE: KEY: what is wrong`, in the order of the spec.
+    """Return one line per problem, `PLACE: KEY: what is wrong`, in the order of the spec.
 
-    `prefix` is where the validated values lie in the document.
+    `prefix` is the position of the validated values in the document.
     """
     lines = []
-    found = error.errors(include_url=False)
-    for details in found:
-        if details["type"] == "too_short" and any(_is_inside(other["loc"], details["loc"]) for other in found):
+    problems = error.errors(include_url=False)
+    for details in problems:
+        if details["type"] == "too_short" and any(_is_inside(other["loc"], details["loc"]) for other in problems):
             continue
-        found_at = _locate(details["loc"], spec, document, prefix)
-        if found_at is None:
+        target = _locate(details["loc"], spec, document, prefix)
+        if target is None:
             continue
-        keys = found_at.keys
-        if details["type"] == "missing" and has_old_key(keys[-1], found_at.beside):
+        keys = target.keys
+        if details["type"] == "missing" and has_old_key(keys[-1], target.siblings):
             continue
         place = document.place(prefix + keys)
         shown = ".".join(prefix + keys)
-        for sentence in _sentence(details, found_at, spec).split("\n"):
+        for sentence in _sentence(details, target, spec).split("\n"):
             lines.append(f"{place}: {shown}: {sentence}" if shown else f"{place}: {sentence}")
     return list(dict.fromkeys(lines))
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where an error belongs."""
+    """The position of an error in the document."""
 
     keys: Keys
-    """Without pydantic's names for the members of a union."""
+    """Without pydantic's names for union members."""
     sections: list[type[BaseModel]]
-    """Sections that the value there may be."""
-    around: list[type[BaseModel]]
-    """Sections that the last key stands in."""
-    beside: Any
-    """What stands there: the last key with its value and its neighbours."""
+    """Sections that are valid at this position."""
+    enclosing: list[type[BaseModel]]
+    """Sections that contain the last key."""
+    siblings: Any
+    """The mapping or list that contains the last key: its value and its siblings."""
 
 
 def _locate(location: tuple[int | str, ...], spec: type[BaseModel], document: Document, prefix: Keys) -> _Place | None:
-    """The place of an error; None where it belongs to a member of a union that the value was not meant for."""
+    """Return the position of an error; None if it belongs to a union member that the value was not meant for."""
     value: Any = document.values
     for key in prefix:
         value = value[key]
     annotations: list[Any] = [spec]
     keys: Keys = ()
-    around: list[Any] = []
-    beside: Any = None
+    enclosing: list[Any] = []
+    siblings: Any = None
     for part in location:
         members = [_chosen(member, value) for annotation in annotations for member in _members(annotation)]
         if len(members) > 1 and not _is_key(part, value):
@@ -68,15 +68,15 @@ def _locate(location: tuple[int | str, ...], spec: type[BaseModel], document: Do
                 return None
             if _is_tag(part, members):
                 continue
-        keys, around, beside = (*keys, str(part)), [m for m in members if _is_section(m)], value
+        keys, enclosing, siblings = (*keys, str(part)), [m for m in members if _is_section(m)], value
         value = _inside(value, part)
         annotations = [inner for member in members for inner in _children(member, part)]
     sections = [m for annotation in annotations for m in _members(annotation) if _is_section(m)]
-    return _Place(keys, sections, around, beside)
+    return _Place(keys, sections, enclosing, siblings)
 
 
 def _chosen(annotation: Any, value: Any) -> Any:
-    """The section that a name among its values chooses."""
+    """Return the section that a name among its values selects."""
     is_ours = isinstance(annotation, type) and issubclass(annotation, Section)
     return annotation.variant(value) if is_ours else annotation
 
@@ -91,7 +91,7 @@ def _is_tag(part: int | str, members: list[Any]) -> bool:
 
 
 def _is_tag_of(part: int | str, member: Any) -> bool:
-    """Whether pydantic means this member; one with validators of its own is called `function-after[..., NAME]`."""
+    """Return whether pydantic means this member; one with its own validators is called `function-after[..., NAME]`."""
     name = getattr(member, "__name__", None)
     return part == name or (isinstance(part, str) and part.endswith(f", {name}]"))
 
@@ -109,7 +109,7 @@ def _fields(annotations: list[Any]) -> set[str]:
 
 
 def _members(annotation: Any) -> list[Any]:
-    """Members of a union other than None; of anything else, itself. `Annotated` is looked through."""
+    """Return the members of a union except None; for anything else, itself. Unwraps `Annotated`."""
     if hasattr(annotation, "__metadata__"):
         return _members(annotation.__origin__)
     if get_origin(annotation) in (Union, UnionType):
@@ -129,9 +129,9 @@ def _children(annotation: Any, part: int | str) -> list[Any]:
 
 
 def _added(section: Any, name: str) -> list[Any]:
-    """The section that another package added to this one under a name, if any."""
-    found = section.added_section(name) if hasattr(section, "added_section") else None
-    return [] if found is None else [found]
+    """Return the section that another package added under this name, if any."""
+    added = section.added_section(name) if hasattr(section, "added_section") else None
+    return [] if added is None else [added]
 
 
 def _inside(value: Any, part: int | str) -> Any:
@@ -143,8 +143,8 @@ def _inside(value: Any, part: int | str) -> Any:
 
 def _sentence(details: ErrorDetails, place: _Place, spec: type[BaseModel]) -> str:
     kind, value = details["type"], details["input"]
-    said = details["msg"].removeprefix("Value error, ")
-    wanted = said.removeprefix("Input should be ")
+    message = details["msg"].removeprefix("Value error, ")
+    wanted = message.removeprefix("Input should be ")
     if kind == "extra_forbidden":
         return f"unknown key{_hint(place, spec)}"
     if kind == "missing":
@@ -162,10 +162,10 @@ def _sentence(details: ErrorDetails, place: _Place, spec: type[BaseModel]) -> st
         return f"expected a section with keys, got {describe(value)}"
     if kind == "too_short":
         return f"expected at least {details['ctx']['min_length']} of them, got {details['ctx']['actual_length']}"
-    if wanted != said:
+    if wanted != message:
         wanted = {"int_type": "a whole number", "string_type": "text"}.get(kind, wanted)
         return f"expected {wanted}, got {describe(value)}"
-    return said
+    return message
 
 
 def _is_text(value: Any) -> bool:
@@ -173,34 +173,34 @@ def _is_text(value: Any) -> bool:
 
 
 def _hint(place: _Place, spec: type[BaseModel]) -> str:
-    """What may have been meant by an unknown key: its new name, what its section says, else the nearest key."""
-    known = [name for section in place.around for name in section.model_fields]
+    """Suggest a replacement for an unknown key: its new name, its section's hint, or the nearest key."""
+    known = [name for section in place.enclosing for name in section.model_fields]
     new = new_key(place.keys[-1], known)
     if new is not None:
         return f": it was renamed; write {'.'.join((*place.keys[:-1], new))}"
-    for section in place.around:
-        said = section.unknown_key(place.keys[-1], place.beside) if issubclass(section, Section) else None
-        if said is not None:
-            return f" {said}"
+    for section in place.enclosing:
+        message = section.unknown_key(place.keys[-1], place.siblings) if issubclass(section, Section) else None
+        if message is not None:
+            return f" {message}"
     return f"; {_nearest(place, spec)}"
 
 
 def _nearest(place: _Place, spec: type[BaseModel]) -> str:
-    """A key that may have been meant: a similar one beside it, then the same or a similar one elsewhere."""
+    """Suggest a key: a similar sibling, then an equal or similar key elsewhere."""
     *parents, name = place.keys
-    names = [field.alias or own for section in place.around for own, field in section.model_fields.items()]
-    beside = {own: (*parents, own) for own in names}
+    names = [field.alias or own for section in place.enclosing for own, field in section.model_fields.items()]
+    siblings = {own: (*parents, own) for own in names}
     elsewhere = {path[-1]: path for path in reversed(list(_paths([spec], ()))) if "*" not in path}
-    for candidates in (beside, elsewhere):
+    for candidates in (siblings, elsewhere):
         near = difflib.get_close_matches(name, candidates, 1)
         if near:
             path = candidates[near[0]]
             return f"did you mean {'.'.join(path)}?"
-    return f"valid keys here: {', '.join(sorted(beside))}"
+    return f"valid keys here: {', '.join(sorted(siblings))}"
 
 
 def _paths(annotations: list[Any], keys: Keys) -> Iterator[Keys]:
-    """Every key of a spec; `*` stands for a list position or a free name."""
+    """Yield every key of a spec; `*` stands for a list position or a free name."""
     for annotation in annotations:
         for member in _members(annotation):
             if _is_section(member):

@@ -9,22 +9,22 @@ from keepwarm.trainer.job.renames import refuse_old_options
 from keepwarm.trainer.job.yaml import Document, Keys, describe, parse_value
 
 COMMAND_LINE = "command line"
-"""Place of a value that an override wrote."""
+"""Place of a value set by an override."""
 
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """A value and where it goes. Lists are entered by position or by the `name` of an item."""
+    """A key and its new value. List items are addressed by position or by their `name`."""
 
     keys: Keys
     value: Any
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """From `a.b=c` or `--a.b=c`; `c` is read as YAML, so `3e-4` is a number and `[1, 2]` a list.
+        """Parse `a.b=c` or `--a.b=c`; `c` is read as YAML, so `3e-4` is a number and `[1, 2]` a list.
 
         Raises:
-            SpecError: no `=`, an empty key, a value that is not YAML, or an option that was renamed.
+            SpecError: no `=`, an empty key, a value that is not YAML, or a renamed option.
         """
         refuse_old_options([text])
         name, equals, value = text.removeprefix("--").partition("=")
@@ -37,29 +37,29 @@ class Override:
         return f"override {'.'.join(self.keys)}"
 
     def apply(self, document: Document) -> None:
-        """Write the value into the document; sections on the way that are absent or null are created.
+        """Write the value into the document, creating sections on the path that are absent or null.
 
         Raises:
-            SpecError: a key on the way holds a plain value, or a list has no such item.
+            SpecError: a key on the path holds a plain value, or a list has no such item.
         """
         *parents, last = self.keys
         walked: Keys = ()
         container: Any = document.values
         for key in parents:
-            slot = self._slot(container, key, walked)
+            slot = self._index(container, key, walked)
             walked = (*walked, str(slot))
             if isinstance(container, dict) and container.get(key) is None:
                 container[key] = {}
                 document.places[walked] = COMMAND_LINE
             container = container[slot]
-        slot = self._slot(container, last, walked)
+        slot = self._index(container, last, walked)
         container[slot] = self.value
         written = (*walked, str(slot))
         document.places = {at: place for at, place in document.places.items() if at[: len(written)] != written}
         document.places[written] = COMMAND_LINE
 
-    def _slot(self, container: Any, key: str, walked: Keys) -> str | int:
-        """The key or position under which `key` is found in `container`."""
+    def _index(self, container: Any, key: str, walked: Keys) -> str | int:
+        """Return the key or position of `key` in `container`."""
         match container:
             case dict():
                 return key

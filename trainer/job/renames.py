@@ -1,4 +1,4 @@
-"""Keys, values and options that were renamed; an old one is refused with the new one in the sentence. Torch-free."""
+"""Renamed keys, values and options. Old names are refused with a sentence that gives the new one. Torch-free."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -24,24 +24,24 @@ VALUES: Mapping[str, Mapping[str, str]] = {
     "norm_position": {"before": "pre", "after": "post"},
     "data_mode": {"replicate": "ddp"},
 }
-"""By key, old value to new."""
+"""By key: old value to new value."""
 OPTIONS: Mapping[str, str] = {"--control-least": "--control-threshold", "--at-once": "--max-parallel"}
-"""Old option of the command line to new."""
+"""Old command-line option to new option."""
 
 
 def new_key(old: str, known: Iterable[str]) -> str | None:
-    """Return the key that replaces `old`, if it is one of those known where `old` stands."""
+    """Return the new name of key `old`, if it is among the `known` keys of the section."""
     new = KEYS.get(old)
     return new if new is not None and new.partition(".")[0] in known else None
 
 
 def has_old_key(new: str, values: Any) -> bool:
-    """Return whether a section holds the old name of its key `new`; the new one then counts as missing, too."""
+    """Return whether a section uses the old name of key `new`, whose absence is then reported as well."""
     return isinstance(values, dict) and any(KEYS.get(key) == new for key in values)
 
 
 def refuse_old_options(arguments: Iterable[str]) -> None:
-    """Raise SpecError if an argument is an option that was renamed; names the new one."""
+    """Raise SpecError if an argument is a renamed option; the message gives the new name."""
     for argument in arguments:
         option = argument.partition("=")[0]
         if option in OPTIONS:

@@ -1,4 +1,4 @@
-"""The folder of a run: where its files lie, and what its metrics say. Torch-free."""
+"""The folder of a run: the paths of its files, and readers of its metrics. Torch-free."""
 
 import json
 import os
@@ -16,9 +16,9 @@ _TAIL_BYTES = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Paths and readers of one run folder; nothing of it needs to exist.
+    """Paths and readers of one run folder; none of its files need to exist.
 
-    Readers of metrics leave out a line that is still being written or was torn by a crash.
+    Readers of metrics skip a line that is still being written or was torn by a crash.
     """
 
     path: Path
@@ -30,27 +30,27 @@ class RunFolder:
 
     @property
     def metrics_file(self) -> Path:
-        """One JSON object for each step and each evaluation, in their order."""
+        """One JSON object per step and evaluation, in order."""
         return self.path / METRICS_FILE
 
     @property
     def events_file(self) -> Path:
-        """What happened to the run; read and written by `keepwarm.trainer.monitor.events`."""
+        """Log of the run's events; read and written by `keepwarm.trainer.monitor.events`."""
         return self.path / "events.jsonl"
 
     @property
     def timeline_file(self) -> Path:
-        """When each kind of work ended; read and written by `keepwarm.trainer.monitor.goodput`."""
+        """End times of each kind of work; read and written by `keepwarm.trainer.monitor.goodput`."""
         return self.path / "goodput.jsonl"
 
     @property
     def goodput_file(self) -> Path:
-        """Where the time went, as JSON, written when the run ends with its state saved."""
+        """Breakdown of the run's time as JSON, written when the run ends with its state saved."""
         return self.path / "goodput.json"
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the durable checkpoints."""
+        """Folder of durable checkpoints."""
         return self.path / "checkpoints"
 
     @property
@@ -65,43 +65,43 @@ class RunFolder:
 
     @property
     def nodes(self) -> Path:
-        """Folder of what supervisors record of their nodes."""
+        """Folder of the records that supervisors keep of their nodes."""
         return self.path / "nodes"
 
     @property
     def hangs(self) -> Path:
-        """Folder of what ranks report when training hangs."""
+        """Folder of the reports that ranks write when training hangs."""
         return self.path / "hangs"
 
     @property
     def exists(self) -> bool:
-        """Whether there is a run in the folder, which may not have begun."""
+        """Whether the folder contains a run, possibly one that has not begun."""
         return self.run_file.is_file()
 
     @property
     def has_begun(self) -> bool:
-        """Whether something was recorded: the first evaluation or step is over."""
+        """Whether anything was recorded, that is, the first evaluation or step is complete."""
         return self.metrics_file.is_file() and self.metrics_file.stat().st_size > 0
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the records of all steps and evaluations, in their order; none without a file."""
+        """Return the records of all steps and evaluations in order; empty if there is no file."""
         return [record for _, record in self._records(tail=False)]
 
     def recent_metrics(self) -> list[dict[str, Any]]:
-        """Return the newest records, those in the last 64 KiB of the file; fast on a file of any size."""
+        """Return the newest records: those in the last 64 KiB of the file. Fast for a file of any size."""
         return [record for _, record in self._records(tail=True)]
 
     def last_step(self) -> int:
-        """Return the number of completed steps that are recorded; 0 before the first."""
+        """Return the number of recorded steps; 0 before the first."""
         records = self.recent_metrics() or self.metrics()
         return max((int(record["step"]) for record in records), default=0)
 
     def evaluations(self) -> list[dict[str, float]]:
-        """Return validation losses by domain, in the order in which they were recorded."""
+        """Return validation losses by domain, in the order of recording."""
         return [record["eval"] for record in self.metrics() if "eval" in record]
 
     def drop_metrics_after(self, step: int) -> None:
-        """Rewrite the metrics as they were right after `step`, before its evaluation.
+        """Truncate the metrics to their state right after `step`, before its evaluation.
 
         Raises OSError.
         """
@@ -122,7 +122,7 @@ class RunFolder:
                 lines = file.read().split(b"\n")
         except FileNotFoundError:
             return
-        # The first line of a tail may lack its beginning, and would then not be valid JSON or not be an object.
+        # The first line of a tail may be cut off at its start, and then need not be valid JSON or an object.
         for line in lines:
             try:
                 record = json.loads(line)

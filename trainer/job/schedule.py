@@ -1,8 +1,8 @@
-"""The shapes of learning-rate curves that come with keepwarm, each with its options in a job.
+"""The learning-rate curves shipped with keepwarm, each with its options in a job.
 
 Formulas: linear warm-up and cosine as in Ibrahim et al. (2024); WSD as in Hu et al. (2024); infinite (warm-up,
-cooldown, constant, exponential anneal) as in Singh et al. (2025). A piecewise curve holds what
-`keepwarm.trainer.continual.refine` found. Torch-free.
+cooldown, constant, exponential anneal) as in Singh et al. (2025). Piecewise curves come from
+`keepwarm.trainer.continual.refine`. Torch-free.
 """
 
 import math
@@ -23,19 +23,19 @@ INVERSE_SQRT_ALPHA = 10.0
 
 
 class WarmedSpec(LrSpec):
-    """Options of curves that begin with a warm-up."""
+    """Options of curves that start with a warm-up."""
 
-    warmup: float = Field(0.01, ge=0, lt=1, description="fraction of linear warm-up from zero")
+    warmup: float = Field(0.01, ge=0, lt=1, description="fraction of steps spent on linear warm-up from zero")
 
     def warmup_steps(self, steps: int) -> int:
-        """Return the steps of warm-up; a fraction above zero is at least one step."""
+        """Return the number of warm-up steps; a nonzero fraction gives at least one."""
         return max(1, int(self.warmup * steps)) if self.warmup else 0
 
 
 class FallingSpec(WarmedSpec):
-    """Options of curves that fall to `min`."""
+    """Options of curves that decay to `min`."""
 
-    min: NonNegativeFloat = Field(0.0, description="end of the curve, of infinite's anneal")
+    min: NonNegativeFloat = Field(0.0, description="rate at the end of the curve (infinite: of its anneal)")
 
     @model_validator(mode="after")
     def _falls(self) -> Self:
@@ -46,7 +46,7 @@ class FallingSpec(WarmedSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class WarmedCurve(Curve):
-    """Linear warm-up to the peak, then what the shape says."""
+    """Linear warm-up to the peak, followed by the shape's own curve."""
 
     peak: float
     warmup_end: int
@@ -63,7 +63,7 @@ class WarmedCurve(Curve):
 
     @abstractmethod
     def warmed_at(self, step: int) -> float:
-        """Return the rate of a step from `warmup_end` to `end`."""
+        """Return the rate of a step between `warmup_end` and `end`."""
 
 
 class ConstantSpec(WarmedSpec):
@@ -77,7 +77,7 @@ class ConstantSpec(WarmedSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class Constant(WarmedCurve, AnnealableCurve):
-    """The peak for ever."""
+    """Constant at the peak."""
 
     options = ConstantSpec
 
@@ -104,7 +104,7 @@ class LinearSpec(FallingSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(WarmedCurve):
-    """From the peak to the floor in a straight line."""
+    """Straight line from the peak to the floor."""
 
     options = LinearSpec
     floor: float
@@ -125,7 +125,7 @@ class CosineSpec(FallingSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine(WarmedCurve):
-    """From the peak to the floor in half a cosine."""
+    """Half a cosine from the peak to the floor."""
 
     options = CosineSpec
     floor: float
@@ -159,7 +159,7 @@ class WsdSpec(FallingSpec):
     """Warm-up, stable at `max`, then a straight line to `min`."""
 
     schedule: Literal["wsd"] = "wsd"
-    anneal: float = Field(0.0, ge=0, le=1, description="fraction of the final anneal")
+    anneal: float = Field(0.0, ge=0, le=1, description="fraction of steps spent on the final anneal")
 
     @model_validator(mode="after")
     def _has_room(self) -> Self:
@@ -180,7 +180,7 @@ class WsdSpec(FallingSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class Wsd(WarmedCurve, AnnealableCurve):
-    """The peak, then a straight line to the floor from `constant_end` on."""
+    """Constant at the peak, then a straight line to the floor from `constant_end` on."""
 
     options = WsdSpec
     floor: float
@@ -206,9 +206,9 @@ class InfiniteSpec(FallingSpec):
 
     schedule: Literal["infinite"] = "infinite"
     constant: PositiveFloat = Field(description="rate of the constant phase")
-    cooldown: Cooldown = Field("cosine", description="shape of the way from max to constant")
-    cooldown_end: float = Field(0.6, ge=0, le=1, description="where the constant phase begins")
-    anneal: float = Field(0.0, ge=0, le=1, description="fraction of the final anneal")
+    cooldown: Cooldown = Field("cosine", description="shape of the decay from max to constant")
+    cooldown_end: float = Field(0.6, ge=0, le=1, description="fraction of steps at which the constant phase begins")
+    anneal: float = Field(0.0, ge=0, le=1, description="fraction of steps spent on the final anneal")
 
     @model_validator(mode="after")
     def _has_its_phases(self) -> Self:
@@ -277,10 +277,10 @@ class Infinite(WarmedCurve, AnnealableCurve):
 
 
 class PiecewiseSpec(LrSpec):
-    """Straight lines through points; no warm-up of its own."""
+    """Linear interpolation between points, without a warm-up."""
 
     schedule: Literal["piecewise"] = "piecewise"
-    points: Points = Field(description="(fraction of the stage, fraction of max), joined by straight lines")
+    points: Points = Field(description="(fraction of the stage, fraction of max), interpolated linearly")
 
     @model_validator(mode="after")
     def _covers_the_stage(self) -> Self:
@@ -297,7 +297,7 @@ class PiecewiseSpec(LrSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class Piecewise(Curve):
-    """Straight lines between points."""
+    """Linear interpolation between points."""
 
     options = PiecewiseSpec
     peak: float

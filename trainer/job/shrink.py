@@ -1,7 +1,7 @@
-"""Layouts that a job may go on with while nodes are missing: fewer data-parallel replicas, all else the same.
+"""Layouts that a job may continue with while nodes are missing: fewer data-parallel replicas, all else equal.
 
-The global batch and the order of samples do not depend on the layout, so that a run which shrinks and grows sees what
-any other one sees. Pure and torch-free.
+The global batch and the order of samples do not depend on the layout, so a run that shrinks and grows sees the same
+data as any other. Pure and torch-free.
 """
 
 import json
@@ -12,25 +12,26 @@ from keepwarm.trainer.job.spec import JobSpec
 
 
 def layouts(job: JobSpec) -> dict[int, JobSpec]:
-    """The job by number of nodes, largest first, itself included: with as many replicas as fit on so many nodes.
+    """Return the job by number of nodes, largest first, including itself: each with as many replicas as fit on the
+    nodes.
 
-    Where the nodes are too few for the code of the snapshots, it becomes the strongest that they allow.
+    If the nodes are too few for the snapshot code, the strongest code that they allow is used.
     """
-    found = {job.layout.nodes: job}
+    jobs = {job.layout.nodes: job}
     if job.cluster.elastic == "shrink":
         for data in range(job.parallel.data - 1, job.cluster.min_data_parallel - 1, -1):
             if job.batch.global_batch_size % (data * job.batch.micro_batch_size):
-                continue  # what the validation of the job would say, in a thousandth of the time
+                continue  # validation would refuse it too, but takes a thousand times as long
             smaller = _with_replicas(job, data)
             if smaller is not None:
-                found.setdefault(smaller.layout.nodes, smaller)
-    return found
+                jobs.setdefault(smaller.layout.nodes, smaller)
+    return jobs
 
 
 def resized(job: JobSpec, world_size: int) -> JobSpec:
-    """The job as it is run by so many ranks; unchanged where no layout has them."""
-    data, rest = divmod(world_size, job.parallel.tensor * job.parallel.pipeline)
-    if rest or not job.cluster.min_data_parallel <= data < job.parallel.data:
+    """Return the job for `world_size` ranks; unchanged if no layout has that many."""
+    data, remainder = divmod(world_size, job.parallel.tensor * job.parallel.pipeline)
+    if remainder or not job.cluster.min_data_parallel <= data < job.parallel.data:
         return job
     return _with_replicas(job, data) or job
 

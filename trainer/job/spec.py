@@ -1,4 +1,4 @@
-"""The job spec: everything a run executes, in one strict, frozen, torch-free object."""
+"""The job spec: everything that defines a run, in one strict, frozen, torch-free object."""
 
 from typing import Literal
 
@@ -33,7 +33,9 @@ class JobSpec(Section):
     name: str = Field(min_length=1)
     output: str = Field(description="run folder; relative to the working directory")
     seed: NonNegativeInt = 1
-    init_from: str | None = Field(None, description="run, checkpoint or URL whose weights and history to begin with")
+    init_from: str | None = Field(
+        None, description="run, checkpoint or URL to take the initial weights and history from"
+    )
     model: ModelSpec
     data: DataSpec
     batch: BatchSpec

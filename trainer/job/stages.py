@@ -1,4 +1,4 @@
-"""What a job will do, step by step: batch-size ramp, steps and tokens of every stage. Pure and torch-free."""
+"""The plan of a job: batch-size ramp, and steps and tokens of every stage. Pure and torch-free."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from keepwarm.trainer.job.spec import JobSpec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StagePlan:
-    """One stage with its place in the run; steps and samples are counted from the start of the job."""
+    """One stage with its position in the run; steps and samples are counted from the start of the job."""
 
     index: int
     name: str
@@ -23,7 +23,7 @@ class StagePlan:
     tokens: int
     curve: Curve
     mixtures: tuple[tuple[int, Mapping[str, float]], ...]
-    """Mixtures and the samples of the stage, counted from 0, from which on they hold; the first begins at 0."""
+    """Mixtures, each with the sample of the stage (from 0) at which it takes effect; the first one at 0."""
 
     @property
     def end_step(self) -> int:
@@ -35,7 +35,7 @@ class StagePlan:
 
 
 def global_size_at(batch: BatchSpec, consumed: int) -> int:
-    """Samples of the step that starts after `consumed` samples of the job."""
+    """Return the global batch size of the step that starts after `consumed` samples of the job."""
     ramp = batch.ramp
     if ramp is None:
         return batch.global_batch_size
@@ -45,19 +45,19 @@ def global_size_at(batch: BatchSpec, consumed: int) -> int:
 
 
 def steps_for(batch: BatchSpec, consumed: int, samples: int) -> tuple[int, int]:
-    """Steps that hand out at least `samples` more samples, and how many they hand out."""
-    steps = given = 0
-    while given < samples:
-        size = global_size_at(batch, consumed + given)
+    """Return the number of steps that consume at least `samples` more samples, and how many they consume."""
+    steps = taken = 0
+    while taken < samples:
+        size = global_size_at(batch, consumed + taken)
         if size == batch.global_batch_size:
-            rest = -(-(samples - given) // size)
-            return steps + rest, given + rest * size
-        steps, given = steps + 1, given + size
-    return steps, given
+            remaining = -(-(samples - taken) // size)
+            return steps + remaining, taken + remaining * size
+        steps, taken = steps + 1, taken + size
+    return steps, taken
 
 
 def plan_stages(job: JobSpec) -> tuple[StagePlan, ...]:
-    """Every stage of the job in order; a token budget is rounded up to whole steps."""
+    """Return every stage of the job in order; token budgets are rounded up to whole steps."""
     plans: list[StagePlan] = []
     step = consumed = 0
     for index, stage in enumerate(job.stages):
@@ -83,7 +83,7 @@ def plan_stages(job: JobSpec) -> tuple[StagePlan, ...]:
 
 
 def mixtures(stage: StageSpec, samples: int) -> tuple[tuple[int, Mapping[str, float]], ...]:
-    """The staircase of mixtures of a stage of `samples` samples; stairs too short for one sample are left out."""
+    """Return the mixtures of a stage of `samples` samples, in discrete steps; steps below one sample are dropped."""
     stairs: list[tuple[float, Mapping[str, float]]] = [(0.0, stage.mixture)]
     stairs += [(step.at, step.mixture) for step in stage.mixture_steps]
     if stage.mixture_ramp is not None:
@@ -103,7 +103,7 @@ def _ramp(first: Mapping[str, float], ramp: MixtureRamp) -> list[tuple[float, Ma
 
 
 def _between(first: Mapping[str, float], last: Mapping[str, float], progress: float) -> Mapping[str, float]:
-    """A mixture on the straight line between two, both normalised."""
+    """Return the linear interpolation of two mixtures, normalised."""
     before, after = sum(first.values()), sum(last.values())
     return {
         name: (1 - progress) * first.get(name, 0.0) / before + progress * last.get(name, 0.0) / after

@@ -1,4 +1,4 @@
-"""What is meant by a place: a path on this machine, or a URL of any fsspec protocol. Torch-free."""
+"""Tell paths on this machine from URLs of any fsspec protocol. Torch-free."""
 
 import re
 from pathlib import Path
@@ -7,5 +7,5 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*(::|://)", re.IGNORECASE)
 
 
 def is_url(where: str | Path) -> bool:
-    """Whether fsspec is meant: `s3://bucket/run`, `memory://run`, `file:///run`."""
+    """Return whether `where` is an fsspec URL, such as `s3://bucket/run`, `memory://run` or `file:///run`."""
     return isinstance(where, str) and _URL.match(where) is not None

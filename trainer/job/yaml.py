@@ -1,4 +1,4 @@
-"""YAML 1.2 and JSON as plain data that remembers where every value was written. Torch-free."""
+"""YAML 1.2 and JSON as plain data that remembers the source line of every value. Torch-free."""
 
 import json
 import math
@@ -19,27 +19,27 @@ Keys = tuple[str, ...]
 
 @dataclass
 class Document:
-    """Values of a file, as mappings, lists, text, numbers, booleans and None, with the place of each."""
+    """The values of a file, as mappings, lists, text, numbers, booleans and None, with the place of each."""
 
     values: dict[str, Any]
     places: dict[Keys, str] = field(default_factory=dict)
 
     def place(self, keys: Keys) -> str:
-        """Where the value at `keys`, or what is nearest around it, was written: `FILE:LINE` or an override."""
+        """Return where the value at `keys`, or the nearest enclosing one, was written: `FILE:LINE` or an override."""
         for length in range(len(keys), -1, -1):
             if keys[:length] in self.places:
                 return self.places[keys[:length]]
         return "job"
 
     def graft(self, keys: Keys, value: Any, places: dict[Keys, str]) -> None:
-        """Put a value under the top-level key `keys[0]`, with the places inside it."""
+        """Set the value of the top-level key `keys[0]`, with the places inside it."""
         self.values[keys[0]] = value
         self.places = {at: place for at, place in self.places.items() if at[: len(keys)] != keys}
         self.places |= {keys + at: place for at, place in places.items()}
 
 
 def read_document(path: Path) -> Document:
-    """The mapping in a YAML or JSON file.
+    """Read the mapping in a YAML or JSON file.
 
     Raises:
         SpecError: the file is missing, unreadable, empty, not a mapping, not YAML 1.2, or repeats a key.
@@ -60,12 +60,12 @@ def read_document(path: Path) -> Document:
 
 
 def parse_value(text: str, source: str) -> Any:
-    """One YAML value, as the right-hand side of an override; `source` names it in errors."""
+    """Parse one YAML value, as on the right-hand side of an override; `source` names it in errors."""
     return _parse(text, source, None)
 
 
 def describe(value: Any) -> str:
-    """A value for an error message, with its type where that is not plain to see."""
+    """Describe a value for an error message, with its type if that is not obvious."""
     match value:
         case None:
             return "nothing (null)"
@@ -109,7 +109,7 @@ def _parse(text: str, source: str, places: dict[Keys, str] | None) -> Any:
 
 
 def _parse_json(text: str, path: Path) -> Any:
-    # Not every JSON text is YAML: DEL and other controls may stand in it.
+    # Not every JSON text is YAML: DEL and other control characters are allowed in JSON.
     try:
         return json.loads(text, object_pairs_hook=lambda pairs: _without_duplicates(pairs, path))
     except (ValueError, RecursionError) as error:
@@ -117,12 +117,12 @@ def _parse_json(text: str, path: Path) -> Any:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in values:
             raise SpecError(f'{path}: found duplicate key "{key}"')
-        found[key] = value
-    return found
+        values[key] = value
+    return values
 
 
 def _at(error: MarkedYAMLError, source: str) -> str:
@@ -132,7 +132,7 @@ def _at(error: MarkedYAMLError, source: str) -> str:
 
 
 def _plain(value: Any, keys: Keys, source: str) -> Any:
-    """The same value with text for keys; refuses what JSON cannot hold."""
+    """Return the value with text keys; refuse anything that JSON cannot represent."""
     match value:
         case dict():
             for key in value:

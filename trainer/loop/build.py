@@ -1,4 +1,4 @@
-"""The composition root: the one place where parts of `trainer`, `parallel` and `ft` are put together."""
+"""Composition root: the only module that combines parts of `trainer`, `parallel` and `ft` into a run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ from keepwarm.trainer.monitor.watchdog import Watchdog
 
 
 def build(job: JobSpec, world: World, *, start: Start, timeline: Timeline) -> Run:
-    """Put a job's run together, at its beginning or at the newest state that can be had. Collective.
+    """Build a job's run, at step 0 or at the newest available state. Collective.
 
     Raises:
         DataError: data or tokenizer cannot be used.
@@ -57,10 +57,10 @@ def build(job: JobSpec, world: World, *, start: Start, timeline: Timeline) -> Ru
 def assemble(
     job: JobSpec, world: World, model: ModelParts, data: PreparedData, *, start: Start, timeline: Timeline
 ) -> Run:
-    """Put a run of any model and any sources together; `build` does so with those that the job names.
+    """Build a run from any model and any sources; `build` passes those that the job names.
 
-    The order matters: what is restored is written into the shards of all that has state, so these come first; what is
-    derived from the state, such as curves and segments of the ledger, comes after.
+    The order matters. Restoring writes into the shards of every stateful part, so these are built first; anything
+    derived from the state, such as curves and ledger segments, is built afterwards.
     """
     registered = registered_callbacks(job.callbacks)
     folder = Path(job.output)
@@ -94,23 +94,23 @@ def assemble(
         metrics=Metrics(folder, job.log, job.name, rank=world.rank, resume_step=resume_step),
         console=RunConsole(rank=world.rank, steps=plans[-1].end_step, done=state.step, log_every=job.log.every),
         timeline=timeline,
-        # The order is part of what a run computes: see the comments.
+        # The order of callbacks is part of what a run computes; the comments give the reasons.
         callbacks=Callbacks(
             [
                 Opening(beginning, changes),
                 Heartbeat(watchdog),
                 *_profiling(job, world),
-                # The average is changed while no snapshot is being copied, and is in the snapshot of this step.
+                # Updates the average while no snapshot is being copied, so that this step's snapshot includes it.
                 *parts.averages,
-                # The line of a step is written before a snapshot of it can be restored, or it would be missing.
+                # Writes a step's metrics before a snapshot of that step can be restored; otherwise they could be lost.
                 StepReport(speed),
-                # A snapshot holds the health of its step, and none is taken of a step that stops training.
+                # A snapshot includes the health state of its step. None is taken after a step that stops training.
                 HealthCheck(),
                 StragglerWatch(),
-                # A checkpoint holds the losses that later gates judge against.
+                # A checkpoint includes the losses that later gates compare against.
                 Evaluation(Evaluator(parts.engine, data.validation, job, world), watchdog),
                 *registered,
-                # Copies while training goes on: whatever changes the state comes before.
+                # Copies in the background: anything that changes the state must come earlier.
                 memory,
                 DurableSaver(checkpoints, parts.random, parts.beside_engine(), watchdog),
             ]
@@ -120,23 +120,23 @@ def assemble(
 
 @dataclass(frozen=True, kw_only=True)
 class _Parts:
-    """What has state that snapshots and checkpoints hold."""
+    """The parts whose state snapshots and checkpoints save."""
 
     engine: Engine
     loader: BatchLoader
     random: RandomState
     averages: tuple[MovingAverage, ...]
-    """One, or none."""
+    """One item or none."""
 
     def beside_engine(self) -> dict[str, Shard]:
-        """Tensors besides the engine's."""
+        """Return the tensors outside the engine."""
         shards = self.random.shards()
         for average in self.averages:
             shards |= average.shards()
         return shards
 
     def shards(self) -> Mapping[str, Shard]:
-        """All tensors."""
+        """Return all tensors."""
         return {**self.engine.state(), **self.beside_engine()}
 
 
@@ -152,7 +152,7 @@ def _stateful_parts(job: JobSpec, world: World, model: ModelParts, data: Prepare
 
 
 def _first_state(job: JobSpec, plans: Sequence[StagePlan], parts: _Parts, beginning: Beginning) -> RunState:
-    """Continue what was written into the shards, or begin with step 0."""
+    """Continue from the state restored into the shards, or start at step 0."""
     if beginning.meta is None:
         return RunState(step=0, curves=[plan.curve for plan in plans], health=Health(spec=job.health))
     parts.engine.restored()
@@ -172,7 +172,7 @@ def _begin_with_parent(
 
 
 def _begin_averages(parts: _Parts, beginning: Beginning) -> None:
-    """Start from the weights as they are now, unless an average was restored."""
+    """Start from the current weights, unless an average was restored."""
     if beginning.meta is None or beginning.meta.get("moving_average") is None:
         for average in parts.averages:
             average.begin()
@@ -185,7 +185,8 @@ def _profiling(job: JobSpec, world: World) -> list[Callback]:
 
 
 def make_engine(job: JobSpec, world: World, model: ModelParts) -> Engine:
-    """The engine that the job names. Only its own modules are imported: each brings a library of many seconds.
+    """Build the engine that the job names. Imports only its modules, since each pulls in a library that loads for
+    seconds.
 
     Raises:
         EngineUnavailable: what it needs is not installed, or of a version that was not tested.
@@ -219,7 +220,7 @@ def _loader(job: JobSpec, world: World, data: PreparedData) -> BatchLoader:
 
 
 def _open_segments(job: JobSpec, plans: tuple[StagePlan, ...], loader: BatchLoader) -> None:
-    """The segments of every stage that is not over; the prefetcher reads across their boundaries."""
+    """Open the segments of all unfinished stages; the prefetcher reads across their boundaries."""
     for plan, stage in zip(plans, job.stages, strict=True):
         ends = [*(plan.start_sample + first for first, _ in plan.mixtures[1:]), plan.end_sample]
         for (first, mixture), end in zip(plan.mixtures, ends, strict=True):

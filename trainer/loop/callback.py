@@ -1,20 +1,19 @@
-"""Callbacks: what happens around the steps of a run, one class for each concern.
+"""Callbacks: the work around the steps of a run, one class per concern.
 
-`keepwarm.trainer.loop.build` puts them together in a fixed order, since results depend on it: every hook is called on
-the callbacks in the order of the list, `close` in the reverse order. Every hook is called on every rank, at the same
-step, so a hook may be collective as long as all ranks take the same way through it; `run.world.rank` tells a rank which
-one it is.
+`keepwarm.trainer.loop.build` arranges them in a fixed order, because results depend on it: hooks are called in the
+order of the list, `close` in reverse. Every rank calls every hook at the same step, so a hook may be collective as long
+as all ranks take the same path through it; `run.world.rank` is this rank's number.
 
-An exception in a hook ends the run: `TrainingStopped` with exit code 3, another like any fault, after which launchers
-start the ranks again. A callback that writes to where training does not depend on catches its own errors.
+An exception in a hook ends the run: `TrainingStopped` with exit code 3; any other counts as a fault, after which the
+launcher restarts the ranks. A callback that writes somewhere training does not depend on catches its own errors.
 
-Callbacks of other packages are listed in the entry-point group `keepwarm.callbacks` and named in a job:
+Other packages list their callbacks in the entry-point group `keepwarm.callbacks`, and a job enables them by name:
 
     callbacks:
       slack: {channel: "#runs"}
 
-They are built as `slack(options)` with an instance of their `Options`. Reading a job imports their module, also on
-machines without torch: import what is heavy inside the hooks.
+This one is built as `slack(options)` with an instance of its `Options`. Reading a job imports the callback's module,
+even on machines without torch: do heavy imports inside the hooks.
 """
 
 from __future__ import annotations
@@ -40,13 +39,13 @@ if TYPE_CHECKING:
     from keepwarm.trainer.monitor.metrics import Metrics
 
 Ending = Literal["finished", "stopped", "halted", "failed"]
-"""How a run leaves a process. finished: the last stage is over; stopped: by a signal or by itself; halted: peers
-have died, and this process starts again; failed: by an exception."""
+"""How a run ends in this process. finished: the last stage is done; stopped: by a signal or by itself; halted: peers
+died, and this process restarts; failed: by an exception."""
 
 
 @dataclass(kw_only=True)
 class Run:
-    """A run as its loop and its callbacks see it; put together by `keepwarm.trainer.loop.build`."""
+    """A run as seen by its loop and callbacks; built by `keepwarm.trainer.loop.build`."""
 
     job: JobSpec
     world: World
@@ -59,7 +58,7 @@ class Run:
     timeline: Timeline
     callbacks: Callbacks
     interrupted: bool = False
-    """A signal has asked for the end; equal on every rank."""
+    """Whether a signal requested a stop; equal on every rank."""
     stop_reason: str | None = None
     """Why training stops itself after this step, with its state saved; equal on every rank."""
 
@@ -69,24 +68,24 @@ class Run:
 
     @property
     def ends_here(self) -> bool:
-        """No other step follows the one that was completed last. Known from `at_boundary` on."""
+        """Whether the last completed step is the last of this start. Valid from `at_boundary` on."""
         return self.interrupted or self.stop_reason is not None or self.state.step == self.last_step
 
     @property
     def at_stage_boundary(self) -> bool:
-        """A stage ends here, or the first one begins."""
+        """Whether a stage ends here, or the first one begins."""
         return self.state.step == 0 or any(plan.end_step == self.state.step for plan in self.plans)
 
     def stage_at(self, step: int) -> StagePlan:
-        """The stage that step `step`, counted from 0, belongs to."""
+        """Return the stage that contains step `step`, counted from 0."""
         return next(plan for plan in self.plans if step < plan.end_step)
 
     def request_stop(self, reason: str) -> None:
-        """Let training stop itself (exit code 3) after this step, with its state saved. On all ranks alike."""
+        """Stop training (exit code 3) after this step, with its state saved. All ranks must call this."""
         self.stop_reason = self.stop_reason or reason
 
     def meta(self) -> dict[str, Any]:
-        """What continues the run besides the tensors, as plain values."""
+        """Return the state besides the tensors that is needed to continue, as plain values."""
         average = self.job.moving_average
         decay = None if average is None else average.decay
         return {"run": self.state.save(), "ledger": self.loader.state(), "moving_average": decay}
@@ -94,65 +93,70 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepDone:
-    """The step that has just been completed; equal on every rank, but for `seconds`."""
+    """The step just completed; equal on every rank, except for `seconds`."""
 
     plan: StagePlan
     result: StepResult
     lr: float
     samples: int
-    """Of the global batch."""
+    """Loss and norms of the global batch."""
     seconds: float
-    """From drawing the batch to the end of the update, on this rank."""
+    """Time from drawing the batch to the end of the update, on this rank."""
 
     @property
     def positions(self) -> int:
-        """Tokens of the global batch, masked targets included."""
+        """Number of tokens in the global batch, including masked targets."""
         return self.samples * self.plan.sequence_length
 
 
 class Callback(Component):
-    """Base of all callbacks; every hook does nothing."""
+    """Base class of callbacks; its hooks do nothing."""
 
     def __init__(self, options: Any = None) -> None:
         self.options = options
 
     @property
     def blocked_s(self) -> float:
-        """Seconds that training has waited for this callback in this process, which the account of time sets apart."""
+        """Seconds that training waited for this callback in this process; goodput accounting lists them separately."""
         return 0.0
 
     def on_start(self, run: Run) -> None:
-        """Before the first step of this start, with the state restored; also where no step is left to do."""
+        """Run before the first step of this start, with the state restored; also if no steps are left."""
 
     def before_step(self, run: Run) -> None:
-        """Before the batch of step number `run.state.step`, from 0, is drawn. The state may be read, not changed."""
+        """Run before the batch of step `run.state.step` (from 0) is drawn. May read the state, must not change it."""
 
     def before_update(self, run: Run) -> None:
-        """Before weights or optimizer state change: after the last backward of a step, and before they are reset."""
+        """Run before weights or optimizer state change: after the last backward pass of a step, and before a reset."""
 
     def after_step(self, run: Run, done: StepDone) -> None:
-        """After a step, skipped ones included; `run.state.step` counts it.
+        """Run after every step, including skipped ones; `run.state.step` already counts it.
 
-        No snapshot is being copied: tensors may be changed here, and are then in the snapshot and checkpoint of this
-        step as they are after the change.
+        No snapshot is being copied: this hook may change tensors, and the snapshot and checkpoint of this step include
+        the change.
         """
 
     def on_evaluation(self, run: Run, losses: Mapping[str, float]) -> None:
-        """After an evaluation: mean cross-entropy by domain, in nats per unmasked target, equal on every rank."""
+        """Run after an evaluation. `losses`: mean cross-entropy by domain, in nats per unmasked target, equal on every
+        rank.
+        """
 
     def at_boundary(self, run: Run) -> None:
-        """Between two steps, last of all, after the evaluation if one was due, before a checkpoint is written.
+        """Run last between two steps: after the evaluation, if one was due, and before a checkpoint is written.
 
-        A snapshot may be copied meanwhile: the state is only read. Where `run.ends_here`, no other step follows.
+        A snapshot may be being copied: read the state only. If `run.ends_here`, no step follows.
         """
 
     def close(self, run: Run, ending: Ending) -> None:
-        """Free resources, once, when the run leaves this process. Collective work is allowed only when the ending is
-        `finished` or `stopped`: after the others peers may be dead. After those an exception is only logged."""
+        """Free resources; called once, when the run ends in this process.
+
+        Collective work is allowed only if the ending is `finished` or `stopped`; otherwise peers may be dead, and
+        exceptions are only logged.
+        """
 
 
 class Callbacks(tuple[Callback, ...]):
-    """The callbacks of a run, in their order; each hook calls that of all of them."""
+    """The ordered callbacks of a run; each hook calls that hook of every callback."""
 
     @property
     def blocked_s(self) -> float:
@@ -183,8 +187,11 @@ class Callbacks(tuple[Callback, ...]):
             callback.at_boundary(run)
 
     def close(self, run: Run, ending: Ending) -> None:
-        """Close all, the last one first. One that fails keeps no other from being closed; the first error is raised
-        after `finished` and `stopped`, and logged after `halted` and `failed`, which have an error of their own."""
+        """Close all callbacks, last one first, even if some fail.
+
+        The first error is raised after `finished` and `stopped`. After `halted` and `failed`, which have an error of
+        their own, errors are logged.
+        """
         failures: list[Exception] = []
         for callback in reversed(self):
             try:
@@ -198,9 +205,9 @@ class Callbacks(tuple[Callback, ...]):
 
 
 def registered_callbacks(chosen: Mapping[str, Mapping[str, Any]]) -> list[Callback]:
-    """Build the callbacks that a job names, in the order of the job.
+    """Build the callbacks that a job names, in the job's order.
 
-    Raises SpecError: one of them is no `Callback`.
+    Raises SpecError if one is not a `Callback`.
     """
     return [_build(name, options) for name, options in chosen.items()]
 
@@ -209,6 +216,6 @@ def _build(name: str, options: Mapping[str, Any]) -> Callback:
     component = CALLBACKS.get(name)
     if not issubclass(component, Callback):
         raise SpecError(
-            f"callbacks.{name}: {component.__qualname__} is no subclass of keepwarm.trainer.loop.callback.Callback"
+            f"callbacks.{name}: {component.__qualname__} is not a subclass of keepwarm.trainer.loop.callback.Callback"
         )
     return component(parse_options(component, options))

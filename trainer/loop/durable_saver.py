@@ -1,4 +1,4 @@
-"""Durable checkpoints that the ranks write, as a callback."""
+"""Callback that writes durable checkpoints from the ranks."""
 
 from collections.abc import Mapping
 
@@ -10,20 +10,20 @@ from keepwarm.trainer.monitor.watchdog import Watchdog
 
 
 class DurableSaver(Callback):
-    """Writes a durable checkpoint when one is due, and always after the last step of this start."""
+    """Writes a durable checkpoint whenever one is due, and always after the last step of this start."""
 
     def __init__(
-        self, checkpoints: Checkpoints, random: RandomState, beside: Mapping[str, Shard], watchdog: Watchdog
+        self, checkpoints: Checkpoints, random: RandomState, extra: Mapping[str, Shard], watchdog: Watchdog
     ) -> None:
-        """`beside`: what is saved besides the engine's state."""
+        """`extra`: the tensors to save in addition to the engine's state."""
         super().__init__()
         self._checkpoints = checkpoints
         self._random = random
-        self._beside = beside
+        self._extra = extra
         self._watchdog = watchdog
 
     def at_boundary(self, run: Run) -> None:
         if run.ends_here or self._checkpoints.due(run.state.step):
             self._watchdog.suspend()
             self._random.capture()
-            self._checkpoints.save(run.state.step, {**run.engine.state(), **self._beside}, run.meta())
+            self._checkpoints.save(run.state.step, {**run.engine.state(), **self._extra}, run.meta())

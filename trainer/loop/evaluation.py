@@ -1,4 +1,4 @@
-"""Validation loss of every domain, the same whatever the layout."""
+"""Validation loss by domain, independent of the layout."""
 
 from collections.abc import Collection, Mapping
 
@@ -14,7 +14,7 @@ from keepwarm.trainer.monitor.watchdog import Watchdog
 
 
 class Evaluator:
-    """Evaluates the first `evaluation.samples` windows of each domain in the order of its file."""
+    """Evaluates the first `evaluation.samples` windows of each domain, in file order."""
 
     def __init__(self, engine: Engine, domains: Mapping[str, PackedSource], job: JobSpec, world: World) -> None:
         self._engine = engine
@@ -23,7 +23,9 @@ class Evaluator:
         self._share = RankShare(layout=job.layout, rank=world.rank, micro_batch_size=job.batch.micro_batch_size)
 
     def losses(self, domains: Collection[str] | None = None) -> dict[str, float]:
-        """Mean cross-entropy in nats per unmasked target, by domain; of all domains, or of those. Collective."""
+        """Return the mean cross-entropy by domain, in nats per unmasked target; of all domains or the given ones.
+        Collective.
+        """
         return {
             name: self._loss(source) for name, source in self._domains.items() if domains is None or name in domains
         }
@@ -33,13 +35,13 @@ class Evaluator:
         for batch in evaluation_batches(
             source, self._job.evaluation.samples, self._share, global_batch_size=self._job.batch.global_batch_size
         ):
-            found = self._engine.evaluate(batch)
-            total, count = total + found.loss_sum, count + found.tokens
+            result = self._engine.evaluate(batch)
+            total, count = total + result.loss_sum, count + result.tokens
         return total / count
 
 
 class Evaluation(Callback):
-    """Evaluates at the beginning and end of every stage and every `evaluation.every` steps, and judges the gates.
+    """Evaluates at the start and end of every stage and every `evaluation.every` steps, and checks the gates.
 
     Calls `on_evaluation` of all callbacks.
     """
@@ -58,7 +60,7 @@ class Evaluation(Callback):
             self._evaluate(run)
 
     def _evaluate(self, run: Run) -> None:
-        """Evaluate, and judge the gate of the stage that was trained last."""
+        """Evaluate, and check the gate of the stage trained last."""
         self._watchdog.suspend()
         step, boundary = run.state.step, run.at_stage_boundary
         stage = run.job.stages[run.stage_at(max(step - 1, 0)).index]
@@ -70,8 +72,8 @@ class Evaluation(Callback):
             _report(run, forgotten)
         if forgotten is not None and forgotten.gate.action == "stop":
             run.request_stop(
-                f"{forgotten.text()}; the state is saved: continue with --resume and more replay, a lower rate or "
-                "another gate"
+                f"{forgotten.text()}; the state is saved: continue with --resume and more replay, a lower "
+                "learning rate or another gate"
             )
         elif boundary:
             run.state.baseline = losses

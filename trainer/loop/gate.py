@@ -1,4 +1,4 @@
-"""Gates: whether a domain has forgotten more than a stage allows. Pure."""
+"""Gates: check whether a domain was forgotten more than its stage allows. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,20 +8,20 @@ from keepwarm.trainer.job.sections import GateSpec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forgetting:
-    """A domain's loss before and after, in nats per token, of which the difference is more than a gate allows."""
+    """A domain whose loss rose by more than its gate allows; losses in nats per token."""
 
     stage: str
     gate: GateSpec
     step: int
     before: float
-    """At the beginning of the stage."""
+    """At the start of the stage."""
     now: float
 
     def text(self) -> str:
-        """What happened, in one sentence."""
+        """Describe the violation in one sentence."""
         return (
-            f"stages.{self.stage}.gate: domain {self.gate.domain} has forgotten {self.now - self.before:.4f} nats per "
-            f"token by iteration {self.step} ({self.before:.4f} at the beginning of the stage, {self.now:.4f} now), "
+            f"stages.{self.stage}.gate: domain {self.gate.domain} was forgotten by {self.now - self.before:.4f} nats "
+            f"per token by iteration {self.step} ({self.before:.4f} at the start of the stage, {self.now:.4f} now), "
             f"more than max_forgetting = {self.gate.max_forgetting:g}"
         )
 
@@ -29,7 +29,7 @@ class Forgetting:
 def forgetting(
     gate: GateSpec | None, *, stage: str, step: int, baseline: Mapping[str, float], losses: Mapping[str, float]
 ) -> Forgetting | None:
-    """Judge an evaluation against the losses at the beginning of the stage; None: the gate is passed or not judged."""
+    """Check an evaluation against the losses at the start of the stage. None: the gate is passed or does not apply."""
     if gate is None:
         return None
     before, now = baseline.get(gate.domain), losses.get(gate.domain)

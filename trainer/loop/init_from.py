@@ -1,6 +1,6 @@
-"""Starting from a run of ours, a native checkpoint (also at a URL) or a Hugging Face folder: weights, optimizer, past.
+"""Initialise a run from a run folder, a native checkpoint (also at a URL) or a Hugging Face folder.
 
-Nothing is ever written into the parent.
+Takes the weights and, where available, the optimizer state and the training history. Never writes into the parent.
 """
 
 import contextlib
@@ -35,22 +35,22 @@ MODEL, OPTIMIZER = "model.", "optimizer."
 
 @dataclass(frozen=True, kw_only=True)
 class Parent:
-    """What a run begins with."""
+    """The initial state of a run."""
 
     record: dict[str, Any]
-    """Path, run, step and whether weights alone were taken, saved with the run."""
+    """Path, run, step and whether only weights were loaded; saved with the run."""
     ledger: Ledger | None
-    """With the parent's stages as its past; None where the parent has none."""
+    """With the parent's stages as history; None if the parent has none."""
 
 
 def adopt(job: JobSpec, model: ModelParts, shards: Mapping[str, Shard], tokenizer: str | None, world: World) -> Parent:
-    """Fill the shards from `job.init_from`; the caller then calls `Engine.restored`. Collective.
+    """Fill the shards from `job.init_from`; the caller must then call `Engine.restored`. Collective.
 
-    The optimizer state is taken too, when the first stage keeps it and the parent has one. A Hugging Face folder is
-    converted into the run's own folder for as long as it is read.
+    Also loads the optimizer state, if the first stage keeps it and the parent has one. A Hugging Face folder is
+    converted into the run's own folder and removed after loading.
 
     Raises:
-        CheckpointError: there is no complete checkpoint, or it is of another architecture or tokenizer.
+        CheckpointError: there is no complete checkpoint, or its architecture or tokenizer differs.
     """
     assert job.init_from is not None
     if is_url(job.init_from):
@@ -64,8 +64,8 @@ def adopt(job: JobSpec, model: ModelParts, shards: Mapping[str, Shard], tokenize
         with _converted(origin, Path(job.output) / "parent", world) as path:
             _check_computation(origin, read_manifest(path).meta["model"], job)
             _check_tokenizer(origin, tokenizer)
-            found = _adopt(job, path, model, shards, tokenizer)
-        return replace(found, record=found.record | {"path": str(origin)})
+            parent = _adopt(job, path, model, shards, tokenizer)
+        return replace(parent, record=parent.record | {"path": str(origin)})
     return _adopt(job, _newest(origin), model, shards, tokenizer)
 
 
@@ -82,7 +82,7 @@ def _adopt(
     meta = manifest.meta
     theirs = meta.get("run", {}).get("tokenizer")
     if None not in (theirs, tokenizer) and theirs != tokenizer:
-        raise CheckpointError(f"init_from: {path} was trained with another tokenizer than the data of this job")
+        raise CheckpointError(f"init_from: {path} was trained with a tokenizer other than that of this job's data")
     keeps = job.stages[0].optimizer_state == "keep" and any(name.startswith(OPTIMIZER) for name in stored)
     if keeps:
         taken = (MODEL, OPTIMIZER)
@@ -97,7 +97,7 @@ def _adopt(
 
 @contextlib.contextmanager
 def _converted(origin: Path, target: Path, world: World) -> Iterator[Path]:
-    """A native checkpoint of a Hugging Face folder, made by rank 0, that is gone afterwards."""
+    """Convert a Hugging Face folder to a native checkpoint on rank 0; remove it on exit."""
     failure: TrainerError | None = None
     if world.rank == 0:
         shutil.rmtree(target, ignore_errors=True)
@@ -118,7 +118,7 @@ def _converted(origin: Path, target: Path, world: World) -> Iterator[Path]:
 _COMPUTED_WITH = (
     "norm", "norm_eps", "norm_position", "activation", "position", "rotary_fraction", "parallel_residual", "qk_norm",
 )  # fmt: skip
-"""Fields of a model that no shape shows, and that weights only make sense with. Others may be changed on purpose."""
+"""Model fields that do not affect shapes but that the weights depend on. Others may be changed on purpose."""
 
 
 def _check_computation(origin: Path, theirs: Mapping[str, Any], job: JobSpec) -> None:
@@ -126,7 +126,7 @@ def _check_computation(origin: Path, theirs: Mapping[str, Any], job: JobSpec) ->
     for key in _COMPUTED_WITH:
         if ours[key] != theirs.get(key, ours[key]):
             raise CheckpointError(
-                f"init_from: {origin} is of another architecture: model.{key} is {theirs[key]} there, {ours[key]} here"
+                f"init_from: {origin} has another architecture: model.{key} is {theirs[key]} there, {ours[key]} here"
             )
 
 
@@ -134,14 +134,14 @@ def _check_tokenizer(origin: Path, tokenizer: str | None) -> None:
     file = origin / "tokenizer.json"
     if tokenizer is None or not file.is_file():
         return
-    # One without a token that ends documents cannot have made our data; whoever uses it has tokenized elsewhere.
+    # A tokenizer without an end-of-document token cannot have produced our data; such data was tokenized elsewhere.
     with contextlib.suppress(DataError):
         if load_tokenizer(str(file)).hash != tokenizer:
-            raise CheckpointError(f"init_from: {file} is another tokenizer than that of the data of this job")
+            raise CheckpointError(f"init_from: {file} differs from the tokenizer of this job's data")
 
 
 def _newest(path: Path) -> Path:
-    """A checkpoint itself, or the newest of a run folder or a folder of checkpoints."""
+    """Return the path itself if it is a checkpoint, else the newest checkpoint in a run folder or checkpoint folder."""
     if (path / MANIFEST).is_file():
         return path
     for folder in (RunFolder(path).checkpoints, path):
@@ -162,10 +162,10 @@ def _shapes(model: ModelParts) -> dict[str, tuple[int, ...]]:
 def _check_architecture(
     path: Path | str, stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
-    found = {name: shape for name, shape in stored.items() if name.startswith(MODEL)}
-    for name in sorted(found.keys() | expected.keys()):
-        if found.get(name) != expected.get(name):
-            theirs, ours = (shapes.get(name, "nothing of that name") for shapes in (found, expected))
+    stored = {name: shape for name, shape in stored.items() if name.startswith(MODEL)}
+    for name in sorted(stored.keys() | expected.keys()):
+        if stored.get(name) != expected.get(name):
+            theirs, ours = (shapes.get(name, "nothing of that name") for shapes in (stored, expected))
             raise CheckpointError(
-                f"init_from: {path} is of another architecture: {name} is {theirs} there, {ours} in this job's model"
+                f"init_from: {path} has another architecture: {name} is {theirs} there, {ours} in this job's model"
             )

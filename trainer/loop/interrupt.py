@@ -1,15 +1,15 @@
-"""Signals that ask a run to end after the current step, with its state saved."""
+"""Signals that request a stop after the current step, with the state saved."""
 
 import signal
 from types import FrameType, TracebackType
 from typing import Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Ctrl-C, a polite end, and what SLURM sends before a time limit."""
+"""Ctrl-C, a regular termination request, and the signal SLURM sends before a time limit."""
 
 
 class Interrupt:
-    """Remembers the first such signal; the second SIGINT ends the process at once."""
+    """Remembers the first such signal; a second SIGINT ends the process at once."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None

@@ -1,4 +1,4 @@
-"""The training loop: steps through the stages. What happens between two steps is done by callbacks."""
+"""The training loop: runs the steps of all stages. Callbacks do the work between steps."""
 
 import time
 
@@ -12,13 +12,13 @@ from keepwarm.trainer.monitor import events
 
 
 def train(run: Run, interrupt: Interrupt) -> bool:
-    """Run to the end of the last stage; False when a signal ended it earlier, with the state saved.
+    """Train to the end of the last stage; return False if a signal stopped training earlier, with the state saved.
 
-    What ends is marked in `run.timeline`, so that every second can be accounted for.
+    Marks the end of each kind of work in `run.timeline`, so that every second is accounted for.
 
     Raises:
-        TrainingStopped: too many steps in a row were not finite, or a callback asked for the end, as a gate does; in
-            the second case the state is saved.
+        TrainingStopped: too many consecutive steps were not finite, or a callback such as a gate stopped training. In
+            the latter case the state is saved.
     """
     run.timeline.restored(run.state.step)
     run.callbacks.on_start(run)
@@ -58,7 +58,7 @@ def _step(run: Run) -> None:
 
 
 def _reset_optimizer(run: Run) -> None:
-    """Set moments and counters to zero, as a new optimizer has them."""
+    """Set moments and counters to zero, as in a new optimizer."""
     run.callbacks.before_update(run)
     with torch.no_grad():
         for name, shard in run.engine.state().items():

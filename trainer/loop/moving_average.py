@@ -1,6 +1,6 @@
-"""An exponential moving average of the weights, kept beside them as named state that snapshots and checkpoints hold.
+"""Exponential moving average of the weights, kept as named state that snapshots and checkpoints include.
 
-After every step that was not skipped, mean <- decay * mean + (1 - decay) * weight, in the dtype of the weight.
+After every step that was not skipped: mean <- decay * mean + (1 - decay) * weight, in the dtype of the weight.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from keepwarm.trainer.loop.callback import Callback, Run, StepDone
 
 
 class MovingAverage(Callback):
-    """Owns one buffer for each of this rank's shards of parameters; begins as a copy of them."""
+    """Owns one buffer for each parameter shard of this rank, initially a copy of it."""
 
     def __init__(self, decay: float, state: Mapping[str, Shard]) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class MovingAverage(Callback):
         self._means = {name: shard.local.detach().clone() for name, shard in self._weights.items()}
 
     def begin(self) -> None:
-        """Start again from the weights as they are now."""
+        """Start again from the current weights."""
         with torch.no_grad():
             for name, mean in self._means.items():
                 mean.copy_(self._weights[name].local)
@@ -34,13 +34,13 @@ class MovingAverage(Callback):
             self.update()
 
     def update(self) -> None:
-        """Follow the weights; called after a step, when no snapshot of an earlier one is still being copied."""
+        """Update the average from the weights. Call after a step, while no earlier snapshot is being copied."""
         with torch.no_grad():
             for name, mean in self._means.items():
                 mean.lerp_(self._weights[name].local.detach(), 1 - self.decay)
 
     def shards(self) -> dict[str, Shard]:
-        """`average.model.<parameter>`, laid out as the parameter is."""
+        """Return `average.model.<parameter>`, laid out like the parameter."""
         return {
             MOVING + name: replace(shard, name=MOVING + name, local=self._means[name])
             for name, shard in self._weights.items()

@@ -1,4 +1,4 @@
-"""Callbacks that watch a run and change nothing of it: its opening, log and metrics, health, hangs, the profile."""
+"""Callbacks that only observe a run: opening lines, log and metrics, health, hang detection, profile."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from keepwarm.trainer.monitor.watchdog import Watchdog
 
 
 class Opening(Callback):
-    """Reports where a run comes from: its parent, what was changed on continuation, what was restored."""
+    """Reports the origin of a run: its parent, changes on continuation, restored state."""
 
     def __init__(self, beginning: Beginning, changes: Sequence[str]) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Opening(Callback):
 
 
 class Heartbeat(Callback):
-    """Tells the watchdog that a step begins."""
+    """Tells the watchdog when a step begins."""
 
     def __init__(self, watchdog: Watchdog) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Heartbeat(Callback):
 
 
 class Profiling(Callback):
-    """Records the steps that `profile` names."""
+    """Records the steps that the job's `profile` section names."""
 
     def __init__(self, window: ProfileWindow) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Profiling(Callback):
 
 
 class StepReport(Callback):
-    """Records every step and evaluation in the metrics and on the console; at the end, the closing table."""
+    """Records every step and evaluation in the metrics and on the console, and prints the closing table."""
 
     def __init__(self, speed: Speed) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class StepReport(Callback):
 
 
 class HealthCheck(Callback):
-    """Warns of spikes and skipped steps, and stops training after too many skipped steps in a row."""
+    """Warns of spikes and skipped steps, and stops training after too many consecutive skipped steps."""
 
     def after_step(self, run: Run, done: StepDone) -> None:
         health, step, result = run.state.health, run.state.step, done.result
@@ -141,7 +141,7 @@ class HealthCheck(Callback):
             run.console.warn(f"iteration {step} skipped on {ranks}: {seen}")
         else:
             raise TrainingStopped(
-                f"{health.skipped_in_a_row} steps in a row were not finite (health.max_skipped), the last one "
-                f"iteration {step} on {ranks}: {seen}; look at the data and the learning rate of these steps in "
+                f"{health.skipped_in_a_row} consecutive steps were not finite (health.max_skipped), the last one"
+                f"iteration {step} on {ranks}: {seen}; check the data and the learning rate of these steps in"
                 "metrics.jsonl"
             )

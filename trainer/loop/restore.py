@@ -1,4 +1,4 @@
-"""Where a run begins: anew, from the agents' memory, or from the newest durable checkpoint."""
+"""Choose where a run starts: fresh, from the agents' memory, or from the newest durable checkpoint."""
 
 import json
 import os
@@ -23,12 +23,12 @@ from keepwarm.trainer.monitor import events
 MEMORY_IS_OLDER = "the newest checkpoint on disk is newer than the snapshot in memory"
 
 Start = Literal["fresh", "resume", "restart"]
-"""fresh: a new run; resume: a user continues it, so there must be something; restart: a launcher started it again."""
+"""fresh: a new run; resume: continued by a user, so saved state must exist; restart: restarted by a launcher."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Beginning:
-    """What was written into the live shards, and why from there."""
+    """The state that was restored into the live shards, and why it was chosen."""
 
     source: Literal["nothing", "memory", "disk"]
     reason: str
@@ -39,13 +39,13 @@ class Beginning:
 def begin(
     start: Start, shards: Mapping[str, Shard], checkpoints: Checkpoints, memory: MemoryTier, world: World
 ) -> Beginning:
-    """Fill the shards from the newest state there is. Collective, and decided alike on every rank.
+    """Fill the shards from the newest available state. Collective; all ranks reach the same decision.
 
-    Rank 0 of a run with supervisors writes the event `recovery`, once the first step afterwards is done.
+    In a run with supervisors, rank 0 writes the event `recovery` once the first step afterwards is done.
 
     Raises:
-        CheckpointError: a user wants to resume and there is nothing, or it does not fit.
-        RestoreFailed: agents or peers were lost on the way; another start may succeed.
+        CheckpointError: a user wants to resume and there is no saved state, or it does not fit.
+        RestoreFailed: agents or peers were lost meanwhile; another start may succeed.
     """
     entered = time.time()
     if start == "fresh":
@@ -55,30 +55,32 @@ def begin(
     if start == "restart":
         names = ("fetch", "decode", "verify")
         slowest = {name: world.largest(round(1e6 * memory.phases.get(name, 0.0))) / 1e6 for name in names}
-        told = os.environ.get(RECOVERY)
-        if told is not None and world.rank == 0:
+        request = os.environ.get(RECOVERY)
+        if request is not None and world.rank == 0:
             if beginning.source != "memory":
                 slowest["fetch"] = max(slowest["fetch"], time.time() - entered - sum(slowest.values()))
             folder = checkpoints.root.parent
-            memory.when_resumed(partial(_report, json.loads(told), folder, beginning, memory, entered, slowest))
+            memory.when_resumed(partial(_report, json.loads(request), folder, beginning, memory, entered, slowest))
     return beginning
 
 
 def _report(
-    told: dict[str, Any], folder: Path, beginning: Beginning, memory: MemoryTier, entered: float,
+    request: dict[str, Any], folder: Path, beginning: Beginning, memory: MemoryTier, entered: float,
     slowest: dict[str, float],
 ) -> None:  # fmt: skip
-    """Write what was recovered, from where and in which time; `resume` is the time of the first step and what else."""
+    """Record what was recovered, its source and the time by phase; `resume` covers the first step and any remaining
+    time.
+    """
     now = time.time()
-    start = max(0.0, entered - told["started"])
-    phases = told["phases"] | {"start": start} | slowest
+    start = max(0.0, entered - request["started"])
+    phases = request["phases"] | {"start": start} | slowest
     phases["resume"] = max(0.0, now - entered - sum(slowest.values()))
     from_memory = beginning.source == "memory"
-    why = told["why"] if from_memory else f"{told['why']}; {beginning.reason}"
+    why = request["why"] if from_memory else f"{request['why']}; {beginning.reason}"
     recovery = events.Recovery(
-        level=told["level"] if from_memory or told["level"] == "resized" else "disk",
+        level=request["level"] if from_memory or request["level"] == "resized" else "disk",
         why=why,
-        slots=tuple(told["slots"]),
+        slots=tuple(request["slots"]),
         source=beginning.source,
         step=beginning.step,
         bytes_decoded=memory.decoded() if from_memory else 0,
@@ -90,7 +92,7 @@ def _report(
 def _fill(
     start: Start, shards: Mapping[str, Shard], checkpoints: Checkpoints, memory: MemoryTier, world: World
 ) -> Beginning:
-    """Restore from memory, and from disk instead where that is newer."""
+    """Restore from memory, or from disk if that is newer."""
     restored = memory.restore()
     from_memory = None if isinstance(restored, str) else (restored.epoch, restored.step)
     newest = _newest_on_disk(checkpoints, world)
@@ -101,7 +103,7 @@ def _fill(
     if isinstance(restored, str):
         if start == "resume":
             raise CheckpointError(
-                f"nothing to resume from: {checkpoints.root} holds no complete checkpoint, and {restored}; use --force"
+                f"nothing to resume from: {checkpoints.root} has no complete checkpoint, and {restored}; use --force"
             )
         return Beginning(source="nothing", reason=restored)
     where = "this node's memory" if restored.local else "the memory of this node and its peers"
@@ -111,7 +113,7 @@ def _fill(
 
 
 def _newest_on_disk(checkpoints: Checkpoints, world: World) -> tuple[Path, tuple[int, int]] | None:
-    """The newest complete checkpoint and its (epoch, step), as rank 0 sees it: agents may publish another meanwhile."""
+    """Return the newest complete checkpoint and its (epoch, step), as seen by rank 0: agents may publish more."""
     path = checkpoints.latest() if world.rank == 0 else None
     step = world.largest(-1 if path is None else read_manifest(path).step)
     if step < 0:

@@ -1,4 +1,4 @@
-"""What continues a run besides the tensors and the data ledger: counters, curves, health."""
+"""The state that continues a run, besides tensors and the data ledger: counters, curves, health."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,22 +13,22 @@ from keepwarm.trainer.monitor.health import Health
 
 @dataclass(kw_only=True)
 class RunState:
-    """Saved as JSON in every snapshot and checkpoint; changed by the loop alone."""
+    """Saved as JSON in every snapshot and checkpoint; only the loop changes it."""
 
     step: int
-    """Completed steps of the job, skipped ones included."""
+    """Completed steps of the job, including skipped ones."""
     curves: list[Curve]
-    """One for each stage, resolved when the run began."""
+    """One curve per stage, resolved when the run began."""
     health: Health
     baseline: dict[str, float] = field(default_factory=dict)
-    """Validation loss by domain at the beginning of the current stage; forgetting is measured against it."""
+    """Validation loss by domain at the start of the current stage, the baseline for forgetting."""
     parent: dict[str, Any] | None = None
-    """What the run was initialised from."""
+    """Origin of the initial weights."""
     tokenizer: str | None = None
-    """Hash of the tokenizer that made the data."""
+    """Hash of the tokenizer that produced the data."""
 
     def save(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return {
             "step": self.step,
             "curves": [curve.save() for curve in self.curves],
@@ -39,7 +39,7 @@ class RunState:
         }
 
     def adopt_curves(self, plans: Sequence[StagePlan]) -> list[str]:
-        """Take the curves of the plan for every stage that is not over; returns a line for each that changes."""
+        """Take over the planned curves of every unfinished stage; return one line per change."""
         lines = []
         for plan in plans:
             if plan.index >= len(self.curves):
@@ -58,7 +58,7 @@ class RunState:
 
     @classmethod
     def load(cls, saved: dict[str, Any], health: HealthSpec) -> "RunState":
-        """The inverse of `save`.
+        """Restore what `save` returned.
 
         Raises:
             CheckpointError: a value is missing.
@@ -73,4 +73,4 @@ class RunState:
                 tokenizer=saved.get("tokenizer"),
             )
         except KeyError as error:
-            raise CheckpointError(f"the saved run state lacks {error}") from error
+            raise CheckpointError(f"the saved run state has no {error}") from error

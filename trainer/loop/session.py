@@ -1,4 +1,4 @@
-"""One run from joining the world to the closing table, on one rank."""
+"""One run on one rank, from joining the world to the closing table."""
 
 import contextlib
 import logging
@@ -60,19 +60,19 @@ def run_session(path: Path, overrides: Sequence[str], *, resume: bool, control: 
 
 
 def _start(job: JobSpec, world: World, resume: bool) -> Start:
-    """A rank that a launcher started again goes on by itself; a user who starts a run twice must say what is meant."""
+    """Return how this rank starts: a launcher's restart continues; a user must ask to resume or overwrite."""
     if world.restarts > 0:
         return "restart"
     if resume:
         return "resume"
     folder = Path(job.output)
     if RunFolder(folder).metrics_file.exists():
-        raise OutputError(f"{folder} holds a run already: continue it with --resume, or start it anew with --force")
+        raise OutputError(f"{folder} already contains a run: continue it with --resume, or start over with --force")
     return "fresh"
 
 
 def _leave(run: Run, ending: Ending) -> None:
-    """Free what the run holds in this process, and say where the time went when it ends with its state saved."""
+    """Free what the run holds in this process; if its state is saved, report where the time went."""
     try:
         run.callbacks.close(run, ending)
     finally:
@@ -101,7 +101,7 @@ def _timeline(job: JobSpec, world: World, start: Start, resumed_at: float | None
 
 
 def _open_folder(job: JobSpec, world: World) -> None:
-    world.barrier()  # no rank may look for metrics.jsonl after another has begun to write it
+    world.barrier()  # no rank may look for metrics.jsonl once another has started writing it
     if world.rank != 0:
         return
     folder = Path(job.output)
@@ -110,4 +110,4 @@ def _open_folder(job: JobSpec, world: World) -> None:
         if not RunFolder(folder).exists:
             save_job(job, RunFolder(folder).run_file)
     except OSError as error:
-        raise OutputError(f"output={folder}: cannot be written: {error.strerror}") from error
+        raise OutputError(f"output={folder}: cannot write: {error.strerror}") from error

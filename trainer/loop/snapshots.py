@@ -1,4 +1,4 @@
-"""Snapshots in the memory of the nodes, as the loop sees them; `keepwarm.ft.worker.in_memory` does the work."""
+"""In-memory snapshots as the loop sees them; `keepwarm.ft.worker.in_memory` implements them."""
 
 import contextlib
 import json
@@ -23,22 +23,22 @@ from keepwarm.trainer.monitor import events
 
 
 class MemoryTier(Callback):
-    """State in the memory of the nodes, as a start and the loop see it. This one, of `snapshot: off`, holds none."""
+    """State kept in node memory, as seen by a start and by the loop. This base, for `snapshot: off`, keeps none."""
 
     @property
     def epoch(self) -> int:
-        """Grows by one with every start of the workers; orders checkpoints of one step."""
+        """Number that grows by one with every start of the workers; orders checkpoints of the same step."""
         return 0
 
     def begin_fresh(self) -> None:
-        """Make ready to take snapshots, without restoring anything. Collective. Raises RestoreFailed."""
+        """Prepare to take snapshots without restoring anything. Collective. Raises RestoreFailed."""
 
     def restore(self) -> Restoration | str:
-        """Write the committed state into the live shards; else return why there is none. Collective.
+        """Write the committed state into the live shards, or return why there is none. Collective.
 
         Raises:
-            CheckpointError: the snapshot is of another model.
-            RestoreFailed: agents or peers were lost on the way; another start may succeed.
+            CheckpointError: the snapshot belongs to a different model.
+            RestoreFailed: agents or peers were lost meanwhile; another start may succeed.
         """
         return "no snapshots in memory: snapshot is off"
 
@@ -48,22 +48,22 @@ class MemoryTier(Callback):
 
     @property
     def phases(self) -> Mapping[str, float]:
-        """Seconds of the last `restore` on this rank by phase."""
+        """Seconds that the last `restore` took on this rank, by phase."""
         return {}
 
     def decoded(self) -> int:
-        """Bytes of chunks that were decoded for the present start, data and parity, on all nodes."""
+        """Bytes of chunks, data and parity, decoded on all nodes for this start."""
         return 0
 
 
 class Snapshots(MemoryTier):
-    """Takes a snapshot after a step when one is due, and joins the copy before the next update."""
+    """Takes a snapshot after a step if one is due, and joins the copy before the next update."""
 
     def __init__(self, job: JobSpec, world: World, state: Mapping[str, Shard], random: RandomState) -> None:
-        """Start the agents that do not run yet, and attach to this node's. Collective.
+        """Start missing agents, and attach to the agent of this node. Collective.
 
         Args:
-            state: live shards; their names, shapes and memory stay what they are for the life of the engine.
+            state: live shards; names, shapes and memory must stay the same for the life of the engine.
 
         Raises:
             PlacementError, MemoryTooSmall, AgentError: with the arithmetic, before anything was changed.
@@ -83,7 +83,7 @@ class Snapshots(MemoryTier):
         self._resumed: Callable[[], None] | None = None
         self._reported: str | None = None
 
-    # ---- at a start
+    # ---- start
 
     @property
     def epoch(self) -> int:
@@ -115,12 +115,12 @@ class Snapshots(MemoryTier):
 
     def on_start(self, run: Run) -> None:
         if not self.checkpointer.protected:
-            run.console.warn("one node alone has no parity: its loss is survived by the durable checkpoint only")
+            run.console.warn("a single node has no parity: only the durable checkpoint survives its loss")
 
     def before_update(self, run: Run) -> None:
-        """Join the running copy.
+        """Join the copy in progress.
 
-        Raises `RestoreFailed` when what was restored at the start turns out to have rotted on the way.
+        Raises RestoreFailed if the state restored at the start turns out to be corrupt.
         """
         with _restore_failures(self._rank):
             self.checkpointer.join()
@@ -133,28 +133,30 @@ class Snapshots(MemoryTier):
         error = self.checkpointer.last_error
         if error is not None and error != self._reported:
             run.metrics.event(events.SnapshotFailed(step=run.state.step, reason=error))
-            run.console.warn(f"no snapshot: {error}; training goes on")
+            run.console.warn(f"no snapshot: {error}; training continues")
         self._reported = error
 
     def close(self, run: Run, ending: Ending) -> None:
-        """Leave the agent. After a failure its memory stays: the next start is restored from it."""
+        """Detach from the agent. After a failure its memory is kept: the next start restores from it."""
         if ending == "halted":
             self.checkpointer.abandon()
         elif ending != "failed":
-            # The job is over, or its state is on disk: the agents' memory is not needed any more.
+            # The job is done, or its state is on disk: the agents' memory is no longer needed.
             run.metrics.event(msgspec.convert(self.checkpointer.timings(), events.Snapshots))
             with _restore_failures(self._rank):
                 self.checkpointer.close(finished=True)
 
 
 def _settled_epoch() -> int:
-    """The epoch that this node's supervisor has had the agents begin; 0: none."""
+    """Return the epoch that this node's supervisor had the agents begin; 0: none."""
     return int(os.environ.get(EPOCH, "0"))
 
 
 @contextlib.contextmanager
 def _restore_failures(rank: int) -> Iterator[None]:
-    """A snapshot of another model is the user's to solve; what was lost on the way may be there at another start."""
+    """Map a snapshot of a different model to an error for the user to solve, and lost data to one that a restart may
+    solve.
+    """
     try:
         yield
     except ForeignSnapshot as error:

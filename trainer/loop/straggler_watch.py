@@ -1,4 +1,4 @@
-"""Look for stragglers while training goes on."""
+"""Look for stragglers during training."""
 
 import os
 import socket
@@ -13,21 +13,21 @@ from keepwarm.trainer.monitor.stragglers import Straggler, Trace, stragglers
 
 
 def poll(world: World, *, stage: int, factor: float) -> list[Straggler]:
-    """What the flight recorders of all ranks say; every rank calls it at the same step, and gets the same answer."""
+    """Collect the flight recorders of all ranks. Every rank calls this at the same step and gets the same result."""
     host = os.environ.get(NODE) or socket.gethostname()
     trace = Trace(world.rank, stage, host, tuple(flight_recorder.read()))
     traces = world.gather(msgspec.msgpack.encode(trace))
-    return stragglers([msgspec.msgpack.decode(one, type=Trace) for one in traces], factor)
+    return stragglers([msgspec.msgpack.decode(trace, type=Trace) for trace in traces], factor)
 
 
 class StragglerWatch(Callback):
-    """Polls the flight recorders every `health.straggler_every` steps and names the ranks that slow the job down."""
+    """Polls the flight recorders every `health.straggler_every` steps and reports the ranks that slow the job down."""
 
     def after_step(self, run: Run, done: StepDone) -> None:
         health, world = run.job.health, run.world
         if health.straggler_every is None or run.state.step % health.straggler_every or world.size == 1:
             return
         stage = run.job.layout.coordinates(world.rank).pipeline
-        for one in poll(world, stage=stage, factor=health.straggler_factor):
-            run.metrics.event(events.Straggler(step=run.state.step, **msgspec.structs.asdict(one)))
-            run.console.straggler(one)
+        for straggler in poll(world, stage=stage, factor=health.straggler_factor):
+            run.metrics.event(events.Straggler(step=run.state.step, **msgspec.structs.asdict(straggler)))
+            run.console.straggler(straggler)

@@ -1,4 +1,4 @@
-"""What a run shows to people: Megatron's log line, a live progress line on a terminal, the closing table."""
+"""Terminal output of a run: Megatron's log line, a live progress line, the closing table."""
 
 import sys
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from keepwarm.trainer.monitor.stragglers import Straggler
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogLine:
-    """The values of one log line, in the grammar of Megatron-LM so that its users' scripts parse it."""
+    """The values of one log line, in Megatron-LM's format so that its users' scripts can parse it."""
 
     metrics: StepMetrics
     last_step: int
@@ -28,7 +28,7 @@ class LogLine:
     mfu: float | None = None
 
     def text(self) -> str:
-        """The line."""
+        """Return the formatted line."""
         step = self.metrics
         parts = [
             f"iteration {step.step:8d}/{self.last_step:8d}",
@@ -47,7 +47,7 @@ class LogLine:
 
 
 class RunConsole:
-    """Rank 0's terminal. On other ranks it is silent; errors go to stderr by other ways."""
+    """Rank 0's terminal output; silent on other ranks. Errors bypass it and go to stderr."""
 
     def __init__(self, *, rank: int, steps: int, done: int, log_every: int) -> None:
         self._active = rank == 0
@@ -73,7 +73,7 @@ class RunConsole:
         self._progress.stop()
 
     def step(self, line: LogLine) -> None:
-        """Move the progress line; print the log line of every `log_every`-th step and of the last."""
+        """Update the progress line; print a log line for every `log_every`-th step and the last."""
         if not self._active:
             return
         step = line.metrics
@@ -98,29 +98,29 @@ class RunConsole:
         self.print(f" WARNING: {text}")
 
     def continues(self, step: int, source: str, reason: str) -> None:
-        """Print which saved state the run continues."""
+        """Print the saved state that the run continues from."""
         self.print(f" continues after iteration {step} from {source}: {reason}")
 
     def parent(self, parent: Mapping[str, Any]) -> None:
-        """Print what the run was initialised from, as `RunState.parent` records it."""
-        what = "weights and optimizer state" if parent["optimizer_state"] else "weights alone"
-        self.print(f" begins with the {what} of {parent['run']} at iteration {parent['step']}: {parent['path']}")
+        """Print the checkpoint that the run was initialised from, as recorded in `RunState.parent`."""
+        loaded = "weights and optimizer state" if parent["optimizer_state"] else "weights only"
+        self.print(f" initialised with the {loaded} of {parent['run']} at iteration {parent['step']}: {parent['path']}")
 
     def changed(self, change: str) -> None:
-        """Print a setting that is not what the saved state was trained with."""
+        """Print a setting that differs from the one the saved state was trained with."""
         self.print(f" changed on continuation: {change}")
 
     def stand_in(self, stage: str, source: str) -> None:
-        """Print that a stage replays a source that stands in for data that are not known."""
+        """Print that a stage replays a proxy source, because the parent's data are unknown."""
         self.print(f" stage {stage} replays a {source}: not known to have been seen")
 
     def straggler(self, straggler: Straggler) -> None:
-        """Print which rank slows the job down."""
+        """Print a rank that slows the job down."""
         slower = f"{straggler.ratio:.1f}x"
         self.warn(f"straggler: rank {straggler.rank} on {straggler.host} slows the job down {slower}")
 
     def interrupted(self, step: int) -> None:
-        """Print that a signal has ended the run."""
+        """Print that a signal ended the run."""
         self.print(f" interrupted after iteration {step}; state saved, continue with --resume")
 
     def evaluation(self, step: int, losses: Mapping[str, float]) -> None:

@@ -1,7 +1,7 @@
-"""`RUN/events.jsonl`: what happened to a run, one JSON object a line, appended by ranks, supervisors and batch jobs.
+"""`RUN/events.jsonl`: the events of a run, one JSON object per line, appended by ranks, supervisors and batch jobs.
 
-Each event is one of the structs below. Its line has the struct's fields and `event`, the name of the struct in
-snake_case; docs/reference.md lists them all, from the docstrings here. Torch-free.
+Each event is one of the structs below. A line has the struct's fields and `event`, the struct's name in snake_case;
+docs/reference.md lists all of them with the docstrings below. Torch-free.
 """
 
 import contextlib
@@ -17,12 +17,12 @@ import msgspec
 from keepwarm.trainer.job.run_folder import RunFolder
 
 PHASES = ("detect", "rendezvous", "start", "fetch", "decode", "verify", "resume")
-"""Phases of a recovery, in the order in which they come."""
+"""Phases of a recovery, in order."""
 
 Level = Literal["local", "decoded", "disk", "resized"]
-"""Level of recovery, by what training continues from: `local`, each node's own memory; `decoded`, memory, of which
-peers decoded what lost nodes held; `disk`, the newest checkpoint, else the beginning; `resized`, disk, in another
-layout."""
+"""Level of recovery, by the state that training continues from: `local`, each node's own memory; `decoded`, memory,
+with the lost nodes' part decoded by peers; `disk`, the newest checkpoint or else step 0; `resized`, disk, in a
+different layout."""
 LEVELS: tuple[Level, ...] = ("local", "decoded", "disk", "resized")
 
 
@@ -46,7 +46,7 @@ class TrainingStarted(Event, frozen=True, kw_only=True):
 
 
 class Began(Event, frozen=True, kw_only=True):
-    """Which state training begins from: `source` is `nothing`, `memory` or `disk`, and `reason` says why."""
+    """The state that training starts from: `source` is `nothing`, `memory` or `disk`; `reason` says why."""
 
     source: Literal["nothing", "memory", "disk"]
     step: int
@@ -54,7 +54,7 @@ class Began(Event, frozen=True, kw_only=True):
 
 
 class Finished(Event, frozen=True, kw_only=True):
-    """The last stage has ended."""
+    """The last stage is complete."""
 
     step: int
     tokens_per_s: float
@@ -67,7 +67,7 @@ class Interrupted(Event, frozen=True, kw_only=True):
 
 
 class Parent(Event, frozen=True, kw_only=True):
-    """The run was initialised from the checkpoint or model at `path`; `ledger`: the data of its training are known."""
+    """The run was initialised from the checkpoint or model at `path`; `ledger`: whether its training data are known."""
 
     path: str
     run: str | None
@@ -77,14 +77,14 @@ class Parent(Event, frozen=True, kw_only=True):
 
 
 class LrChanged(Event, frozen=True, kw_only=True):
-    """A continued run has another learning-rate schedule from `step` on; `change` is `KEY: OLD -> NEW`."""
+    """The learning-rate schedule of a continued run changes at `step`; `change` is `KEY: OLD -> NEW`."""
 
     step: int
     change: str
 
 
 class Gate(Event, frozen=True, kw_only=True):
-    """A domain has forgotten more than the gate of a stage allows; `before` and `now` are its losses."""
+    """A domain was forgotten by more than a stage's gate allows; `before` and `now` are its losses."""
 
     step: int
     stage: str
@@ -95,7 +95,7 @@ class Gate(Event, frozen=True, kw_only=True):
 
 
 class Skipped(Event, frozen=True, kw_only=True):
-    """The update of a step was skipped because its loss or gradient norm, given as text, is not finite."""
+    """The update of a step was skipped because the loss or gradient norm, given as text, is not finite."""
 
     step: int
     loss: str
@@ -111,7 +111,7 @@ class Spike(Event, frozen=True, kw_only=True):
 
 
 class Stopped(Event, frozen=True, kw_only=True):
-    """Training stopped itself, as `health.max_skipped` steps in a row were skipped; numbers are given as text."""
+    """Training stopped itself after `health.max_skipped` consecutive skipped steps; numbers are given as text."""
 
     step: int
     loss: str
@@ -119,7 +119,7 @@ class Stopped(Event, frozen=True, kw_only=True):
 
 
 class Straggler(Event, frozen=True, kw_only=True):
-    """Because of this rank everything takes `ratio` times as long; `share` is the part of the time that this costs."""
+    """The rank slows the job down by the factor `ratio`; `share` is the fraction of the time that this costs."""
 
     step: int
     rank: int
@@ -129,7 +129,8 @@ class Straggler(Event, frozen=True, kw_only=True):
 
 
 class Hang(Event, frozen=True, kw_only=True):
-    """No rank made progress: `silent` ranks did not answer, `late` ones are waited for; `reports` holds the stacks."""
+    """No rank made progress: `silent` ranks did not answer, others wait for `late` ones; `reports` contains the
+    stacks."""
 
     step: int
     silent: tuple[int, ...]
@@ -139,7 +140,8 @@ class Hang(Event, frozen=True, kw_only=True):
 
 
 class Snapshots(Event, frozen=True, kw_only=True):
-    """Totals of this rank's snapshots when it ends: how many, seconds that training waited, size of the last one."""
+    """Totals of this rank's snapshots when it ends: their number, seconds that training waited, size of the
+    last one."""
 
     taken: int
     skipped: int
@@ -149,21 +151,22 @@ class Snapshots(Event, frozen=True, kw_only=True):
 
 
 class SnapshotFailed(Event, frozen=True, kw_only=True):
-    """No snapshot could be taken after `step`; training goes on."""
+    """No snapshot could be taken after `step`; training continues."""
 
     step: int
     reason: str
 
 
 class SinkFailed(Event, frozen=True, kw_only=True):
-    """A metric sink failed for the first time; the others and training go on."""
+    """A metric sink failed for the first time; the other sinks and training continue."""
 
     sink: str
     reason: str
 
 
 class Recovery(Event, frozen=True, kw_only=True):
-    """Training goes on after a failure: the level of recovery, the slots that failed, and the seconds of each phase."""
+    """Training continues after a failure: the level of recovery, the slots that failed, and the seconds of each
+    phase."""
 
     level: Level
     why: str
@@ -175,14 +178,14 @@ class Recovery(Event, frozen=True, kw_only=True):
 
 
 class SupervisorStarted(Event, frozen=True, kw_only=True):
-    """The supervisor of a node began to run, for a layout of `slots` nodes."""
+    """A node's supervisor started, for a layout of `slots` nodes."""
 
     node: str
     slots: int
 
 
 class SupervisorEnded(Event, frozen=True, kw_only=True):
-    """The supervisor of a node left with this exit code."""
+    """A node's supervisor exited with this exit code."""
 
     node: str
     code: int
@@ -190,8 +193,9 @@ class SupervisorEnded(Event, frozen=True, kw_only=True):
 
 
 class Failure(Event, frozen=True, kw_only=True):
-    """Something of these slots failed. `kind`: a node was `lost`, a worker was `killed`, `failed` or `hung`, its
-    `agent` or the `store` died."""
+    """Something failed in these slots. `kind`: a node was `lost`, a worker was `killed`, `failed` or `hung`, its
+    `agent` or the `store` died.
+    """
 
     node: str
     kind: Literal["lost", "killed", "failed", "hung", "agent", "store"]
@@ -200,7 +204,7 @@ class Failure(Event, frozen=True, kw_only=True):
 
 
 class Whole(Event, frozen=True, kw_only=True):
-    """The node of `slots` holds every chunk of the committed snapshot again: the redundancy is what it was."""
+    """The node of `slots` again holds every chunk of the committed snapshot: full redundancy is restored."""
 
     node: str
     slots: tuple[int | None, ...]
@@ -209,7 +213,7 @@ class Whole(Event, frozen=True, kw_only=True):
 
 
 class NodeExcluded(Event, frozen=True, kw_only=True):
-    """The run goes on without a node. `slurm_job` is set where the batch job decided it, rather than the supervisor."""
+    """The run continues without a node. `slurm_job` is set if the batch job decided it, rather than the supervisor."""
 
     host: str
     why: str
@@ -217,7 +221,7 @@ class NodeExcluded(Event, frozen=True, kw_only=True):
 
 
 class MemorySaved(Event, frozen=True, kw_only=True):
-    """Before a run shrinks: the snapshot of `step` is on disk, what the lost `slots` held included."""
+    """Before a run shrinks: the snapshot of `step` is on disk, including the state of the lost `slots`."""
 
     node: str
     step: int
@@ -225,7 +229,7 @@ class MemorySaved(Event, frozen=True, kw_only=True):
 
 
 class MemoryNotSaved(Event, frozen=True, kw_only=True):
-    """Before a run shrinks: what is in memory could not be written to disk; the newest checkpoint counts."""
+    """Before a run shrinks: the state in memory could not be written to disk; the newest checkpoint is used."""
 
     node: str
     why: str
@@ -233,7 +237,7 @@ class MemoryNotSaved(Event, frozen=True, kw_only=True):
 
 
 class Resized(Event, frozen=True, kw_only=True):
-    """The run goes on from disk with another number of slots."""
+    """The run continues from disk with a different number of slots."""
 
     node: str
     slots: int
@@ -241,7 +245,7 @@ class Resized(Event, frozen=True, kw_only=True):
 
 
 class BatchStarted(Event, frozen=True, kw_only=True):
-    """A batch job began on these nodes, after so many requeues."""
+    """A batch job started on these nodes, after this many requeues."""
 
     slurm_job: str
     nodes: tuple[str, ...]
@@ -249,7 +253,7 @@ class BatchStarted(Event, frozen=True, kw_only=True):
 
 
 class BatchEnded(Event, frozen=True, kw_only=True):
-    """The ranks of a batch job ended with this exit code; `verdict` is what follows."""
+    """The ranks of a batch job ended with this exit code; `verdict` is the next action."""
 
     slurm_job: str
     code: int
@@ -258,7 +262,7 @@ class BatchEnded(Event, frozen=True, kw_only=True):
 
 
 class Requeue(Event, frozen=True, kw_only=True):
-    """A batch job was put back into the queue, without the `excluded` nodes."""
+    """A batch job was requeued without the `excluded` nodes."""
 
     slurm_job: str
     why: str
@@ -266,7 +270,7 @@ class Requeue(Event, frozen=True, kw_only=True):
 
 
 KINDS: dict[str, type[Event]] = {_snake_case(kind.__name__): kind for kind in Event.__subclasses__()}
-"""All events by the name in their lines."""
+"""All events by the name used in the log."""
 
 E = TypeVar("E", bound=Event)
 
@@ -281,7 +285,7 @@ class EventLog:
 
     events: tuple[Event, ...]
     unknown: int = 0
-    """Lines of events that this version does not know, or that lack what it expects of them."""
+    """Lines with events unknown to this version, or without the fields that it expects."""
 
     def of(self, *kinds: type[E]) -> list[E]:
         """Return the events of these kinds, oldest first."""
@@ -289,9 +293,9 @@ class EventLog:
 
 
 def append(folder: Path, event: Event) -> None:
-    """Add one line to the log of a run folder, with the present time.
+    """Append one line to the log of a run folder, with the current time.
 
-    The line is written at once: lines of several processes do not mix on a local or a POSIX shared file system.
+    Each line is a single write: lines of several processes do not mix on a local or a POSIX shared file system.
 
     Raises OSError.
     """
@@ -305,8 +309,7 @@ def append(folder: Path, event: Event) -> None:
 
 
 def read(folder: Path) -> EventLog:
-    """Read the log of a run folder; an empty one without a file. Lines that are no JSON, such as a torn one, are left
-    out."""
+    """Read the log of a run folder; empty if there is no file. Skips lines that are not JSON, such as torn ones."""
     events: list[Event] = []
     unknown = 0
     with contextlib.suppress(FileNotFoundError), RunFolder(folder).events_file.open("rb") as lines:
@@ -321,9 +324,9 @@ def read(folder: Path) -> EventLog:
 
 
 def decode(line: bytes) -> Event:
-    """Return the event of one line.
+    """Return the event in one line.
 
-    Raises msgspec.DecodeError where it is no JSON, and its subclass ValidationError where the event is not known.
+    Raises msgspec.DecodeError if the line is not JSON, and its subclass ValidationError if the event is unknown.
     """
     name = msgspec.json.decode(line, type=_Line).event
     if name not in KINDS:

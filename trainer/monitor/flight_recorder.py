@@ -1,4 +1,4 @@
-"""torch's flight recorder: the newest collectives that this rank has begun. The one place that knows its format."""
+"""Read torch's flight recorder: the newest collectives begun by this rank. The only module that knows its format."""
 
 import contextlib
 import json
@@ -9,16 +9,16 @@ from typing import Any
 import msgspec
 
 RECORDED = 512
-"""Collectives that it keeps."""
+"""Number of collectives that it keeps."""
 
 
 class Flight(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """A collective, or a message between two ranks."""
+    """A collective, or a point-to-point message between two ranks."""
 
     group: str
     operation: str
     number: int
-    """Counted by group, from 1: equal on all ranks that take part in the same one."""
+    """Counted per group, from 1: equal on all ranks that take part."""
     message: bool
     began: int
     """Nanoseconds since 1970."""
@@ -26,18 +26,18 @@ class Flight(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 
 _since = 0
-"""Nanoseconds since 1970: what began earlier belongs to process groups that are no more."""
+"""Nanoseconds since 1970; earlier entries belong to destroyed process groups."""
 
 
 def enable() -> None:
-    """To be called before the process group is made."""
+    """Turn the recorder on. Call before creating the process group."""
     global _since
     _since = time.time_ns()
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED))
 
 
 def read() -> list[Flight]:
-    """What it holds, oldest first; nothing where torch has none, or gives something else than is known here."""
+    """Return the recorded collectives, oldest first; empty if torch has none or its format is unknown."""
     with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError, RuntimeError):
         from torch._C import _distributed_c10d
 

@@ -1,9 +1,9 @@
-"""Where the time of a run went: every second is productive, snapshot stall, lost work, detection, recovery, start-up or
-evaluation.
+"""Goodput accounting: assign every second of a run to productive work, snapshot stalls, lost work, detection, recovery,
+start-up or evaluation.
 
-Rank 0 appends one line to `RUN/goodput.jsonl` whenever it passes from one kind of work to another. Lines are never
-changed, so a restart loses none of them, and the account is a pure function of them and of the failures that
-supervisors recorded in `events.jsonl`. Torch-free.
+Rank 0 appends one line to `RUN/goodput.jsonl` whenever it moves from one kind of work to another. Lines are never
+changed, so a restart loses none, and the result is a pure function of these lines and of the failures that supervisors
+recorded in `events.jsonl`. Torch-free.
 """
 
 import contextlib
@@ -34,23 +34,23 @@ KINDS: tuple[Kind, ...] = (
 
 
 class Mark(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One line of the file: what ended at `time` (seconds since 1970), or that a process began."""
+    """One line of the file: the work that ended at `time` (seconds since 1970), or the start of a process."""
 
     time: float
     mark: Literal["start", "restored", "step", "evaluation", "save", "end"]
     session: int
-    """The process that wrote it. A newer session overrules an older one that was frozen and woke up."""
+    """The process that wrote the line. A newer session overrides an older one that was frozen and resumed."""
     step: int = 0
     """Completed steps."""
     stalled: float = 0.0
     """Seconds that this session has waited for snapshots so far."""
     restart: bool = False
-    """With `start`: a launcher started the ranks again by itself, after a failure."""
+    """With `start`: a launcher restarted the ranks after a failure."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outage:
-    """A failure as a supervisor saw it: when it was noticed, and how many seconds after it happened."""
+    """A failure as seen by a supervisor: when it was detected, and how many seconds after it happened."""
 
     noticed: float
     detection: float
@@ -58,15 +58,15 @@ class Outage:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """`start ... stop` in seconds since 1970. `kind` None: the run was stopped, which is no part of its wall time."""
+    """An interval in seconds since 1970. `kind` None: the run was stopped; excluded from its wall time."""
 
     start: float
     stop: float
     kind: Kind | None
     step: int | None = None
-    """The step that it completed or followed."""
+    """The step that the interval completed or followed."""
     completes: bool = False
-    """It ended with a completed step."""
+    """Whether it ended with a completed step."""
 
     @property
     def seconds(self) -> float:
@@ -74,37 +74,37 @@ class Span:
 
 
 class Timeline:
-    """Rank 0's writer. On other ranks every method does nothing."""
+    """Rank 0's writer; does nothing on other ranks."""
 
     def __init__(self, folder: Path, *, rank: int, began: float, restart: bool, fresh: bool) -> None:
-        """`began`: when this process was started; `fresh`: forget what an earlier run left in the folder."""
+        """`began`: start time of this process; `fresh`: discard the records of an earlier run in the folder."""
         self._descriptor = -1
         if rank != 0:
             return
-        # A frozen process that wakes up and a new one write to the same file: lines must not mix.
+        # A frozen process that resumes and its successor write to the same file: lines must not mix.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if fresh else 0)
         self._descriptor = os.open(RunFolder(folder).timeline_file, flags, 0o644)
         self._session = time.time_ns()
         self._write("start", at=began, restart=restart)
 
     def restored(self, step: int) -> None:
-        """Training begins, with this many steps completed."""
+        """Record that training begins after `step` completed steps."""
         self._write("restored", step=step)
 
     def step(self, step: int, stalled: float) -> None:
-        """A step was completed; `stalled`: seconds waited for snapshots since this process began."""
+        """Record a completed step; `stalled`: seconds waited for snapshots since this process began."""
         self._write("step", step=step, stalled=stalled)
 
     def evaluation(self, step: int) -> None:
-        """An evaluation after `step` steps has ended."""
+        """Record the end of an evaluation after `step` steps."""
         self._write("evaluation", step=step)
 
     def save(self, step: int) -> None:
-        """The workers have been asked for checkpoints; what they wrote counts as snapshot stall."""
+        """Record that workers were asked for checkpoints; the time since then counts as snapshot stall."""
         self._write("save", step=step)
 
     def close(self, step: int, *, ended: bool) -> None:
-        """`ended`: with the state saved, rather than by a failure."""
+        """Record the end of the session. `ended`: with the state saved, rather than by a failure."""
         if self._descriptor < 0:
             return
         if ended:
@@ -122,15 +122,15 @@ class Timeline:
 
 @dataclass(frozen=True, kw_only=True)
 class Goodput:
-    """The account of a run up to its last mark."""
+    """Time of a run by kind, up to its last mark."""
 
     seconds: dict[Kind, float]
     stopped: float = 0.0
-    """Seconds between an end and a continuation by a user; not part of the wall time."""
+    """Seconds between a stop and a continuation by a user; excluded from the wall time."""
     steps: int = 0
-    """Completed steps that count."""
+    """Completed steps whose work was kept."""
     steps_lost: int = 0
-    """Steps that were computed and had to be computed again."""
+    """Steps that had to be computed again."""
     restarts: int = 0
 
     @property
@@ -140,11 +140,11 @@ class Goodput:
 
     @property
     def share(self) -> float:
-        """Productive seconds per second; 0 for a run that has not begun."""
+        """Fraction of the wall time that was productive; 0 for a run that has not begun."""
         return self.seconds["productive"] / self.wall if self.wall else 0.0
 
     def data(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return {
             "goodput": self.share,
             "wall_s": self.wall,
@@ -156,41 +156,41 @@ class Goodput:
         }
 
     def text(self) -> str:
-        """One line; kinds that took no time are left out."""
+        """Return one line; omits kinds that took no time."""
         parts = [f"{kind} {seconds:.1f} s" for kind, seconds in self.seconds.items() if seconds >= 0.05]
         return f"goodput: {self.share:.1%} of {self.wall:.1f} s: " + " | ".join(parts)
 
 
 def goodput(marks: Iterable[Mark], outages: Sequence[Outage] = ()) -> Goodput:
-    """The account: what `spans` says, added up."""
+    """Sum up the intervals of `spans`."""
     marks = list(marks)
-    found = spans(marks, outages)
+    intervals = spans(marks, outages)
     seconds: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
-    for span in found:
+    for span in intervals:
         if span.kind is not None:
             seconds[span.kind] += span.seconds
     return Goodput(
         seconds=seconds,
-        stopped=sum((span.seconds for span in found if span.kind is None), 0.0),
-        steps=sum(span.completes and span.kind == "productive" for span in found),
-        steps_lost=sum(span.completes and span.kind == "lost work" for span in found),
+        stopped=sum((span.seconds for span in intervals if span.kind is None), 0.0),
+        steps=sum(span.completes and span.kind == "productive" for span in intervals),
+        steps_lost=sum(span.completes and span.kind == "lost work" for span in intervals),
         restarts=sum(mark.mark == "start" and mark.restart for mark in marks),
     )
 
 
 def process_start() -> float:
-    """When this process was started, in seconds since 1970, to a hundredth of a second."""
+    """Return the start time of this process in seconds since 1970, with a resolution of 0.01 s."""
     fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return time.time() - age
 
 
 def spans(marks: Iterable[Mark], outages: Sequence[Outage] = ()) -> list[Span]:
-    """Every second from the first mark to the last in exactly one span, oldest first.
+    """Assign every second from the first mark to the last to exactly one span, oldest first.
 
-    Work is lost when a later session begins before it: its steps, and what was done right after them, become
-    `lost work`, as does what was under way when the failure happened. Without a recorded outage the failure is taken
-    to have happened when the next process began.
+    Work is lost if a later session begins before it: its steps, and the work right after them, become `lost work`, as
+    does work in progress when the failure happened. A failure without a recorded outage is taken to have happened when
+    the next process began.
     """
     account = _Account(outages=sorted(outages, key=lambda outage: outage.noticed))
     for mark in marks:
@@ -200,7 +200,7 @@ def spans(marks: Iterable[Mark], outages: Sequence[Outage] = ()) -> list[Span]:
 
 @dataclass
 class _Account:
-    """Walks over the marks; `now` is how far the time is accounted for."""
+    """Walks through the marks; time is accounted for up to `now`."""
 
     outages: Sequence[Outage]
     spans: list[Span] = field(default_factory=list)
@@ -227,7 +227,7 @@ class _Account:
         self.session, self.state, self.stalled = mark.session, "starting", 0.0
 
     def _failure(self, started: float) -> None:
-        """The time from the last mark of a session that failed to the beginning of the next one."""
+        """Account for the time from a failed session's last mark to the start of the next session."""
         assert self.now is not None
         before = self.now
         outage = next((outage for outage in self.outages if before < outage.noticed <= started), Outage(started, 0.0))
@@ -256,7 +256,7 @@ class _Account:
             self.state = "ended"
 
     def _until(self, stop: float, kind: Kind | None, step: int | None = None, *, completes: bool = False) -> None:
-        """Account for the time up to `stop`; nothing where the clock was set back."""
+        """Account for the time up to `stop`; adds nothing if the clock was set back."""
         assert self.now is not None
         stop = max(stop, self.now)
         if stop > self.now or completes:
@@ -264,7 +264,7 @@ class _Account:
         self.now = stop
 
     def _lose(self, step: int) -> None:
-        """Training begins again after `step` steps: what came later is done anew, the evaluation of `step` as well."""
+        """Restart after `step` steps: later work was done again, including the evaluation at `step`."""
         for at, span in enumerate(self.spans):
             again = span.step is not None and (span.step > step or (span.step == step and span.kind == "evaluation"))
             if again:
@@ -272,7 +272,7 @@ class _Account:
 
 
 def read_marks(folder: Path) -> Iterator[Mark]:
-    """The marks of a run folder, oldest first; torn lines are left out, without a file there are none."""
+    """Yield the marks of a run folder, oldest first; skips torn lines. Empty if there is no file."""
     with contextlib.suppress(FileNotFoundError), RunFolder(folder).timeline_file.open("rb") as lines:
         for line in lines:
             with contextlib.suppress(msgspec.DecodeError):
@@ -280,26 +280,26 @@ def read_marks(folder: Path) -> Iterator[Mark]:
 
 
 def read_outages(folder: Path) -> list[Outage]:
-    """What supervisors recorded of failures: `failure` events, and the detection time of the `recovery` after them."""
-    found: list[Outage] = []
+    """Read the failures that supervisors recorded: `failure` events, with the detection time of the next `recovery`."""
+    outages: list[Outage] = []
     pending: list[float] = []
     for event in events.read(folder).of(events.Failure, events.Recovery):
         if isinstance(event, events.Failure):
             pending.append(event.time)
         elif isinstance(event, events.Recovery) and pending:
-            # Failures that nobody had to restart for are told apart by when they were noticed.
-            found += [Outage(noticed, event.phases.get("detect", 0.0)) for noticed in pending]
+            # Failures that needed no restart are distinguished by their detection time.
+            outages += [Outage(noticed, event.phases.get("detect", 0.0)) for noticed in pending]
             pending.clear()
-    return [*found, *(Outage(noticed, 0.0) for noticed in pending)]
+    return [*outages, *(Outage(noticed, 0.0) for noticed in pending)]
 
 
 def of_run(folder: Path) -> Goodput:
-    """The account of the run in a folder, up to now."""
+    """Return the goodput of the run in a folder, up to now."""
     return goodput(read_marks(folder), read_outages(folder))
 
 
 def write_result(folder: Path) -> Goodput:
-    """Store the account as `goodput.json` and return it."""
-    found = of_run(folder)
-    atomic_write(RunFolder(folder).goodput_file, (json.dumps(found.data()) + "\n").encode(), mode=READABLE)
-    return found
+    """Store the goodput as `goodput.json` and return it."""
+    result = of_run(folder)
+    atomic_write(RunFolder(folder).goodput_file, (json.dumps(result.data()) + "\n").encode(), mode=READABLE)
+    return result

@@ -1,4 +1,4 @@
-"""When a step takes too long, and what the reports of the ranks say of it. Pure, and torch-free."""
+"""Decide when a step takes too long, and which ranks the reports blame. Pure and torch-free."""
 
 import statistics
 from collections import defaultdict
@@ -7,78 +7,78 @@ from collections.abc import Sequence
 import msgspec
 
 KNOWN = 3
-"""Steps of known duration before there is a deadline: the first ones compile, allocate and connect."""
+"""Number of step times needed before there is a deadline: the first steps compile, allocate and connect."""
 WINDOW = 32
-"""Newest durations that the median is taken of."""
+"""Number of newest step times that the median is taken over."""
 
 
 class Waiting(msgspec.Struct, frozen=True, kw_only=True):
-    """A collective, or a message between two ranks, that a rank has begun and not ended."""
+    """A collective, or a point-to-point message, that a rank has begun and not finished."""
 
     group: str
     operation: str
     number: int
-    """Counted by group, from 1: equal on all ranks that take part in the same one."""
+    """Counted per group, from 1: equal on all ranks that take part."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a rank stood when its deadline had passed."""
+    """State of a rank when its deadline expired."""
 
     rank: int
     step: int
     seconds: float
-    """Since its last progress."""
+    """Time since its last progress."""
     waiting: tuple[Waiting, ...]
     reached: dict[str, int]
-    """By group, the number of the newest collective that it has begun."""
+    """By group, the number of the newest collective that the rank has begun."""
     stacks: str
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """What all reports together say."""
+    """Conclusion from all reports."""
 
     silent: tuple[int, ...]
-    """Ranks that wrote none: they are frozen, or their machines are."""
+    """Ranks without a report: frozen, or on frozen machines."""
     late: tuple[int, ...]
-    """Ranks that have not begun a collective which others wait in."""
+    """Ranks that have not begun a collective in which others wait."""
     text: str
 
 
 def deadline(seconds: Sequence[float], *, floor: float, factor: float) -> float | None:
-    """Seconds that the next step may take after steps of these durations; None while too few are known."""
+    """Return the seconds allowed for the next step, given earlier step times; None while there are too few."""
     if len(seconds) < KNOWN:
         return None
     return max(floor, factor * statistics.median(seconds[-WINDOW:]))
 
 
 def was_frozen(waited: float, *, asked: float, floor: float) -> bool:
-    """Whether a thread that asked to wait so long was itself stopped meanwhile, as all ranks are by Ctrl-Z.
+    """Return whether a thread that wanted to wait `asked` seconds was itself stopped, as all ranks are by Ctrl-Z.
 
-    What the others did in that time it cannot know, so that its deadline begins anew.
+    It cannot know what the other ranks did meanwhile, so its deadline starts over.
     """
     return waited > asked + floor / 4
 
 
 def judge(reports: Sequence[Report], ranks: int) -> Verdict:
-    """Who keeps the others waiting."""
+    """Determine which ranks keep the others waiting."""
     answered = {report.rank: report for report in reports}
     silent = tuple(rank for rank in range(ranks) if rank not in answered)
     waiting: dict[Waiting, list[int]] = defaultdict(list)
     for report in reports:
-        for one in report.waiting:
-            waiting[one].append(report.rank)
+        for collective in report.waiting:
+            waiting[collective].append(report.rank)
     late = tuple(
         sorted(
             rank
             for rank, report in answered.items()
-            if any(report.reached.get(one.group, one.number) < one.number for one in waiting)
+            if any(report.reached.get(entry.group, entry.number) < entry.number for entry in waiting)
         )
     )
-    parts = [f"{_named(silent)} did not answer: frozen, or the machine is"] if silent else []
-    parts += [f"{_named(late)} did not come to what others wait in"] if late else []
+    parts = [f"{_named(silent)} did not answer: the process or its machine is frozen"] if silent else []
+    parts += [f"{_named(late)} did not reach a collective that others wait in"] if late else []
     parts += [
-        f"{_named(sorted(who))} in {one.operation} number {one.number} of group {one.group}"
-        for one, who in sorted(waiting.items(), key=lambda item: (-len(item[1]), item[1]))
+        f"{_named(sorted(members))} in {entry.operation} number {entry.number} of group {entry.group}"
+        for entry, members in sorted(waiting.items(), key=lambda item: (-len(item[1]), item[1]))
     ]
     idle = tuple(sorted(rank for rank, report in answered.items() if not report.waiting and rank not in late))
     parts += [f"{_named(idle)} in no collective"] if idle else []

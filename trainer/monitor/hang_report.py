@@ -1,4 +1,4 @@
-"""Where a rank stands when training hangs: taken in the rank, one file each, read by whoever judges them."""
+"""Reports of where each rank stands when training hangs: one file per rank, written by the rank itself."""
 
 import tempfile
 from faulthandler import dump_traceback
@@ -12,36 +12,39 @@ from keepwarm.trainer.monitor.hang import Report, Waiting
 
 
 def take(rank: int, step: int, seconds: float) -> Report:
-    """Where this process stands."""
+    """Describe where this process stands."""
     flights = flight_recorder.read()
-    waiting = (one for one in flights if not one.ended)
+    waiting = (flight for flight in flights if not flight.ended)
     reached: dict[str, int] = {}
-    for one in flights:
-        if not one.message:
-            reached[one.group] = max(one.number, reached.get(one.group, 0))
+    for flight in flights:
+        if not flight.message:
+            reached[flight.group] = max(flight.number, reached.get(flight.group, 0))
     return Report(
         rank=rank,
         step=step,
         seconds=seconds,
-        waiting=tuple(Waiting(group=one.group, operation=one.operation, number=one.number) for one in waiting),
+        waiting=tuple(
+            Waiting(group=flight.group, operation=flight.operation, number=flight.number) for flight in waiting
+        ),
         reached=reached,
         stacks=stacks(),
     )
 
 
 def stacks() -> str:
-    """Of all threads of this process, newest call first."""
+    """Return the stacks of all threads of this process, newest call first."""
     with tempfile.TemporaryFile() as file:
         dump_traceback(file, all_threads=True)
         file.seek(0)
         return file.read().decode(errors="replace")
 
 
-def write(folder: Path, one: Report) -> None:
-    """Whole or not at all."""
-    atomic_write(folder / f"rank_{one.rank:05d}.json", msgspec.json.format(msgspec.json.encode(one)), mode=READABLE)
+def write(folder: Path, report: Report) -> None:
+    """Write a report atomically."""
+    text = msgspec.json.format(msgspec.json.encode(report))
+    atomic_write(folder / f"rank_{report.rank:05d}.json", text, mode=READABLE)
 
 
 def read(folder: Path) -> list[Report]:
-    """The reports so far, by rank."""
+    """Return the reports written so far, by rank."""
     return [msgspec.json.decode(path.read_bytes(), type=Report) for path in sorted(folder.glob("rank_*.json"))]

@@ -1,4 +1,4 @@
-"""When a run warns and when it stops itself. Pure: fed with what each step reported."""
+"""Decide when a run warns and when it stops itself. Pure: a function of the step results."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +13,7 @@ Verdict = Literal["good", "skipped", "spike", "stop"]
 
 @dataclass(kw_only=True, slots=True)
 class Health:
-    """Running judgement over the steps of one run."""
+    """Running judgement over the steps of a run."""
 
     spec: HealthSpec
     skipped_total: int = 0
@@ -22,7 +22,7 @@ class Health:
     seen: int = 0
 
     def judge(self, loss: float, skipped: bool) -> Verdict:
-        """Take one step's result into account; `stop` after too many skipped steps in a row."""
+        """Judge the result of one step; `stop` after too many consecutive skipped steps."""
         if skipped:
             self.skipped_total += 1
             self.skipped_in_a_row += 1
@@ -35,7 +35,7 @@ class Health:
         return "spike" if spiked else "good"
 
     def save(self) -> dict[str, float | int | None]:
-        """Plain values, saved with the training state."""
+        """Return plain values, saved with the training state."""
         return {
             "skipped_total": self.skipped_total,
             "skipped_in_a_row": self.skipped_in_a_row,
@@ -45,7 +45,7 @@ class Health:
 
     @classmethod
     def load(cls, spec: HealthSpec, saved: dict[str, float | int | None]) -> "Health":
-        """The inverse of `save`."""
+        """Restore what `save` returned."""
         mean = saved["mean_loss"]
         return cls(
             spec=spec,

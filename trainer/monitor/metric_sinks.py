@@ -1,8 +1,8 @@
-"""Metric sinks: where the scalars of a run go besides metrics.jsonl, one class for each place. Torch-free to import.
+"""Metric sinks: destinations of a run's scalars besides metrics.jsonl, one class each. Torch-free to import.
 
-Sinks of other packages are listed in the entry-point group `keepwarm.metric_sinks` and named in a job as
-`log: {sinks: {NAME: {options}}}`. They are built on rank 0 as `NAME(options, context)` with an instance of their
-`Options`. A job is read on machines without torch too: import what is heavy in `__init__`.
+Other packages list their sinks in the entry-point group `keepwarm.metric_sinks`, and a job names them as `log: {sinks:
+{NAME: {options}}}`. They are built on rank 0 as `NAME(options, context)` with an instance of their `Options`. Jobs are
+also read on machines without torch: do heavy imports inside `__init__`.
 """
 
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ from keepwarm.trainer.errors import SpecError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepMetrics:
-    """One line of metrics.jsonl; a value that is not finite becomes null. Equal runs differ in `step_time_s` only."""
+    """One line of metrics.jsonl; non-finite values become null. Equal runs differ only in `step_time_s`."""
 
     step: int
-    """Completed steps, this one included."""
+    """Completed steps, including this one."""
     stage: str
     loss: float
     """Nats per unmasked target."""
@@ -32,39 +32,39 @@ class StepMetrics:
     """Unmasked targets of this step."""
     step_time_s: float
     auxiliary: Mapping[str, float] = field(default_factory=dict)
-    """Losses besides the main one by name, per unmasked target and not weighted; written as `loss/NAME`."""
+    """Unweighted losses other than the main one, by name, per unmasked target; written as `loss/NAME`."""
 
     def record(self) -> dict[str, Any]:
-        """All values by name, as a line of metrics.jsonl has them."""
+        """Return all values by name, as in a line of metrics.jsonl."""
         values = asdict(self)
         return values | {f"loss/{name}": loss for name, loss in values.pop("auxiliary").items()}
 
     def scalars(self) -> dict[str, float]:
-        """The values that a curve is drawn of."""
+        """Return the values to plot."""
         return {key: value for key, value in self.record().items() if isinstance(value, float)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SinkContext:
-    """What a sink is told of its run."""
+    """The run that a sink records."""
 
     folder: Path
-    """The run folder, which exists."""
+    """The run folder; it exists."""
     run: str
     """Name of the job."""
     resume_step: int | None
-    """The run continues after this step, and what was recorded of later steps is void; None: a fresh run."""
+    """The run continues after this step, and records of later steps are void; None: a fresh run."""
 
 
 class MetricSink(Component):
     """Base of all metric sinks. Used on rank 0 only, from the training thread: every call delays the step.
 
-    An exception does not end the training: the first one of a sink is a warning and the event `sink_failed`, and the
-    sink is called again at the next step.
+    An exception does not stop training: the first one of a sink is reported as a warning and the event `sink_failed`,
+    and the sink is called again at the next step.
     """
 
     def __init__(self, options: Any, context: SinkContext) -> None:
-        """Open the place. Raise SpecError where the job must be changed first; other errors leave the sink out."""
+        """Open the destination. Raise SpecError if the job must be changed first; any other error disables the sink."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Record values by name after `step` completed steps; they may be infinite or NaN."""
@@ -85,7 +85,7 @@ class MetricSink(Component):
 class TensorBoardOptions(Section):
     """TensorBoard event files in OUTPUT/tensorboard."""
 
-    flush_seconds: PositiveInt = Field(120, description="seconds after which events reach the disk, at the latest")
+    flush_seconds: PositiveInt = Field(120, description="maximum seconds before events are written to disk")
 
 
 class TensorBoard(MetricSink):
@@ -112,12 +112,12 @@ class WeightsAndBiasesOptions(Section):
     """A Weights & Biases run; needs the extra `wandb`."""
 
     project: str = Field(min_length=1)
-    entity: str | None = Field(None, description="user or team; default: that of the account")
+    entity: str | None = Field(None, description="user or team; default: the account's")
     tags: tuple[str, ...] = ()
 
 
 class WeightsAndBiases(MetricSink):
-    """A Weights & Biases run; offline mode and credentials come from its own environment variables."""
+    """A Weights & Biases run; offline mode and credentials come from wandb's own environment variables."""
 
     Options = WeightsAndBiasesOptions
 
@@ -125,7 +125,7 @@ class WeightsAndBiases(MetricSink):
         try:
             import wandb
         except ImportError as error:
-            raise SpecError("log.wandb is set, but wandb is missing: pip install 'keepwarm[wandb]'") from error
+            raise SpecError("log.wandb is set, but wandb is not installed: pip install 'keepwarm[wandb]'") from error
         self._run = wandb.init(
             project=options.project, entity=options.entity, tags=options.tags or None, name=context.run,
             dir=str(context.folder), resume="allow",

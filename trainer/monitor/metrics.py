@@ -1,4 +1,4 @@
-"""What a run leaves for machines: metrics.jsonl, events.jsonl, and whatever sinks its job names."""
+"""Machine-readable records of a run: metrics.jsonl, events.jsonl, and the metric sinks that its job names."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from keepwarm.trainer.monitor.metric_sinks import MetricSink, SinkContext, StepM
 
 
 class JsonLines(MetricSink):
-    """metrics.jsonl: a line for every step and every evaluation."""
+    """metrics.jsonl: one line per step and per evaluation."""
 
     def __init__(self, options: None, context: SinkContext) -> None:
         run = RunFolder(context.folder)
@@ -40,13 +40,13 @@ class JsonLines(MetricSink):
 
 
 class Metrics:
-    """Writes one run folder's metrics and events. On ranks other than 0 every method does nothing.
+    """Writes the metrics and events of one run folder; does nothing on ranks other than 0.
 
-    Metrics are written as well as they can be: a sink that fails never ends the training.
+    Metrics are best effort: a failing sink never stops training.
     """
 
     def __init__(self, folder: Path, spec: LogSpec, name: str, *, rank: int, resume_step: int | None) -> None:
-        """Open the sinks; a resumed run first drops the lines of steps after `resume_step`.
+        """Open the sinks; for a resumed run, first drop the lines of steps after `resume_step`.
 
         Raises:
             SpecError: a sink needs something that is not installed.
@@ -74,7 +74,7 @@ class Metrics:
             self._attempt(name, partial(sink.evaluation, step, losses))
 
     def event(self, event: Event) -> None:
-        """Record something that happened, with the time of day."""
+        """Record an event with the current time."""
         if self._active:
             events.append(self._folder, event)
 
@@ -87,13 +87,13 @@ class Metrics:
     def _open(self, name: str, options: Mapping[str, Any], context: SinkContext) -> None:
         component = METRIC_SINKS.get(name)
         if not issubclass(component, MetricSink):
-            raise SpecError(f"log.sinks.{name}: {component.__qualname__} is no subclass of MetricSink")
+            raise SpecError(f"log.sinks.{name}: {component.__qualname__} is not a subclass of MetricSink")
         self._sinks[name] = component(parse_options(component, options), context)
 
     def _attempt(self, name: str, write: Callable[[], None], *, fatal: tuple[type[Exception], ...] = ()) -> None:
-        """Do a write that training does not depend on, and warn of the first failure of a sink.
+        """Perform a write that training does not depend on, and warn of the first failure of each sink.
 
-        The one place where metrics are written; errors of the kinds in `fatal` are raised.
+        All metrics are written through here; errors of the kinds in `fatal` are raised.
         """
         try:
             write()
@@ -104,6 +104,6 @@ class Metrics:
                 return
             self._failed.add(name)
             reason = f"{type(error).__name__}: {error}"
-            logging.warning("metric sink %s failed: %s; training goes on", name, reason)
+            logging.warning("metric sink %s failed: %s; training continues", name, reason)
             with contextlib.suppress(OSError):
                 self.event(events.SinkFailed(sink=name, reason=reason))

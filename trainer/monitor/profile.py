@@ -1,4 +1,4 @@
-"""The profiler window: a Chrome trace, and on CUDA a memory snapshot, of some steps of each rank."""
+"""Profiler window: a Chrome trace, and on CUDA a memory snapshot, of selected steps of each rank."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class ProfileWindow:
             self.close()
 
     def close(self) -> None:
-        """Write what was recorded so far, if the window is open."""
+        """Write what was recorded so far if the window is open."""
         if self._profiler is None:
             return
         self._profiler.stop()

@@ -1,16 +1,16 @@
-"""How fast a run is: tokens per second, and on a GPU TFLOP/s and model FLOP utilisation (MFU)."""
+"""Speed of a run: tokens per second, and on a GPU TFLOP/s and model FLOP utilisation (MFU)."""
 
 from dataclasses import dataclass
 
 import torch
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
-"""Dense bf16 peak of one card, by a part of its name, from the vendor's data sheets."""
+"""Dense bf16 peak of one card, by a substring of its name, from the vendors' data sheets."""
 
 
 @dataclass(kw_only=True)
 class Speed:
-    """Running totals. MFU = tokens/s x model FLOPs per token / peak; recomputed operations are not counted."""
+    """Running totals. MFU = tokens/s x model FLOPs per token / peak; recomputation is not counted."""
 
     flops_per_token: float
     gpus: int
@@ -20,7 +20,7 @@ class Speed:
 
     @classmethod
     def of(cls, flops_per_token: float, *, gpus: int) -> "Speed":
-        """For a model of that many FLOPs per token; the peak comes from the name of the card, if it is known."""
+        """Create totals for a model with this many FLOPs per token; the peak follows from the card's name, if known."""
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         peak = next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
         return cls(flops_per_token=flops_per_token, gpus=gpus, peak_tflops=peak)
@@ -35,12 +35,12 @@ class Speed:
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def tflops_per_gpu(self, tokens_per_s: float) -> float | None:
-        """Achieved TFLOP/s of one card; None without a GPU."""
+        """Return the achieved TFLOP/s per card; None without a GPU."""
         if not torch.cuda.is_available():
             return None
         return tokens_per_s * self.flops_per_token / self.gpus / 1e12
 
     def mfu(self, tokens_per_s: float) -> float | None:
-        """Share of the card's peak; None when the card is not known."""
+        """Return the fraction of the card's peak; None if the card is unknown."""
         achieved = self.tflops_per_gpu(tokens_per_s)
         return None if achieved is None or self.peak_tflops is None else achieved / self.peak_tflops

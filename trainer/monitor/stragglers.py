@@ -1,9 +1,9 @@
-"""Which ranks keep the others waiting while training goes on, from when each rank began each collective.
+"""Find the ranks that keep others waiting, from the times at which each rank began each collective.
 
-All members of a collective leave it together, some time after the last one has come. So what a rank needs longer than
-the fastest member until each begins its next collective is its own doing: `excess`. What communication takes, a slow
-network or a starved thread of it included, is in nobody's excess. Clocks of the nodes are taken to agree to within a
-millisecond or two, as NTP keeps them. Pure, and torch-free.
+All members leave a collective together, some time after the last one has entered. If a rank takes longer than the
+fastest member until it begins its next collective, the difference is its own: its `excess`. Communication time,
+including a slow network or a starved communication thread, counts towards no rank's excess. Node clocks are assumed to
+agree to within a millisecond or two, as with NTP. Pure and torch-free.
 """
 
 import statistics
@@ -20,27 +20,27 @@ class Trace(msgspec.Struct, frozen=True, array_like=True):
 
     rank: int
     stage: int
-    """Pipeline coordinate: ranks of one stage have equal work."""
+    """Pipeline coordinate: ranks of the same stage have equal work."""
     host: str
     flights: tuple[Flight, ...]
 
 
 class Straggler(msgspec.Struct, frozen=True, kw_only=True):
-    """A rank that is slower than others of its stage."""
+    """A rank that is slower than the others of its stage."""
 
     rank: int
     host: str
     share: float
-    """Of the time that training would save if it was as fast as the median of its stage, 0 to 1."""
+    """Fraction of the time, from 0 to 1, that training would save if the rank were as fast as its stage's median."""
     ratio: float
-    """How many times longer everything takes because of it."""
+    """Factor by which the rank slows the job down."""
 
 
 def excess(traces: Sequence[Trace]) -> dict[int, float]:
-    """By rank, the share of its time by which it was slower than the fastest members of the collectives it left.
+    """Return, by rank, the fraction of its time by which it was slower than the fastest members of its collectives.
 
-    Without ranks of fewer than two collectives. What follows a message between two ranks is left out: when it ended is
-    not known.
+    Omits ranks with fewer than two collectives. Time after a point-to-point message is ignored, since its end is
+    unknown.
     """
     last: dict[tuple[str, int], int] = {}
     first: dict[tuple[str, int], int] = {}
@@ -49,33 +49,33 @@ def excess(traces: Sequence[Trace]) -> dict[int, float]:
             last[_key(one)] = max(one.began, last.get(_key(one), 0))
         for one, following in _pairs(trace):
             first[_key(one)] = min(following.began, first.get(_key(one), following.began))
-    found = {}
+    result = {}
     for trace in traces:
         slower = known = 0
         for one, following in _pairs(trace):
             slower += max(0, following.began - max(last[_key(one)], first[_key(one)]))
             known += following.began - one.began
         if known > 0:
-            found[trace.rank] = slower / known
-    return found
+            result[trace.rank] = slower / known
+    return result
 
 
 def stragglers(traces: Sequence[Trace], factor: float) -> list[Straggler]:
-    """Ranks because of which everything takes more than `factor` times as long, by rank."""
+    """Return the ranks that slow the job down by more than `factor`, by rank."""
     shares = excess(traces)
     stages: Mapping[int, list[Trace]] = defaultdict(list)
     for trace in traces:
         if trace.rank in shares:
             stages[trace.stage].append(trace)
-    found = []
+    result = []
     for stage in stages.values():
-        # The lower one of two middles: of two ranks the faster is what the other is compared with.
+        # The lower of the two middle values: with two ranks, the slower one is compared with the faster.
         median = statistics.median_low([shares[trace.rank] for trace in stage])
         for trace in stage:
             share = shares[trace.rank] - median
             if (ratio := 1 / max(1 - share, 1e-3)) > factor:
-                found.append(Straggler(rank=trace.rank, host=trace.host, share=share, ratio=ratio))
-    return sorted(found, key=lambda one: one.rank)
+                result.append(Straggler(rank=trace.rank, host=trace.host, share=share, ratio=ratio))
+    return sorted(result, key=lambda straggler: straggler.rank)
 
 
 def _key(flight: Flight) -> tuple[str, int]:
@@ -83,7 +83,7 @@ def _key(flight: Flight) -> tuple[str, int]:
 
 
 def _pairs(trace: Trace) -> Iterator[tuple[Flight, Flight]]:
-    """Each collective of a rank, and what it began next."""
+    """Yield each collective of a rank with what it began next."""
     return (
         (one, following) for one, following in zip(trace.flights, trace.flights[1:], strict=False) if not one.message
     )

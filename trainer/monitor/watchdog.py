@@ -1,7 +1,7 @@
-"""A thread of each rank that sees when training hangs: it writes down where the rank stands, and ends it.
+"""Watchdog: a thread per rank that detects hanging training, writes a report of where the rank stands, and exits.
 
-A rank that is frozen writes nothing, which is how the others know it. A rank that ends with `ExitCode.HUNG` is started
-again by its launcher like any worker that failed, and with it all other ranks.
+A frozen rank writes no report, which is how the others identify it. A rank that exits with `ExitCode.HUNG` is restarted
+by its launcher like any failed worker, together with all other ranks.
 """
 
 import json
@@ -22,12 +22,12 @@ from keepwarm.trainer.job.sections import HealthSpec
 from keepwarm.trainer.monitor import events, hang, hang_report
 from keepwarm.trainer.monitor.hang import Report
 
-RELAXED = 1800.0
-"""Seconds for what takes its own time: evaluation, checkpoints. Collectives have a deadline of their own."""
+SUSPENDED_LIMIT = 1800.0
+"""Time limit of evaluations and checkpoints, in seconds. Collectives have a deadline of their own."""
 
 
 class Watchdog:
-    """Owns its thread from `heartbeat` on, until `close`."""
+    """Detects hangs in a thread of its own, from the first `heartbeat` until `close`."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def heartbeat(self, step: int) -> None:
-        """Step number `step`, from 0, begins."""
+        """Mark the beginning of step `step`, counted from 0."""
         floor = self._spec.min_hang_timeout
         if floor is None:
             return
@@ -65,12 +65,12 @@ class Watchdog:
             self._thread.start()
 
     def suspend(self) -> None:
-        """Something begins that takes longer than a step, and whose duration says nothing about steps."""
+        """Allow for work that takes longer than a step and says nothing about step times."""
         self._usual = False
-        self._limit = None if self._limit is None else max(RELAXED, self._limit)
+        self._limit = None if self._limit is None else max(SUSPENDED_LIMIT, self._limit)
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._closed.set()
         if self._thread is not None:
             self._thread.join(10)
@@ -85,33 +85,33 @@ class Watchdog:
             before = now
             limit, seconds = self._limit, now - self._since
             if limit is not None and seconds > limit:
-                self._found(seconds, grace=max(2.0, limit / 4))
+                self._report(seconds, grace=max(2.0, limit / 4))
                 return
 
-    def _found(self, seconds: float, grace: float) -> None:
-        """Write this rank's report, wait for those of the others, let the lowest rank that wrote one say what it is."""
+    def _report(self, seconds: float, grace: float) -> None:
+        """Write this rank's report and wait for the others'; the lowest rank with a report publishes the verdict."""
         folder = RunFolder(self._folder).hangs / f"restart_{self._restart:03d}_step_{self._step + 1:07d}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             hang_report.write(folder, hang_report.take(self._rank, self._step, seconds))
             end = time.monotonic() + grace
-            while len(found := hang_report.read(folder)) < self._size and time.monotonic() < end:
+            while len(reports := hang_report.read(folder)) < self._size and time.monotonic() < end:
                 time.sleep(0.05)
-            if min(one.rank for one in found) == self._rank:
-                self._say(folder, found)
+            if min(report.rank for report in reports) == self._rank:
+                self._publish(folder, reports)
             else:
-                # The lowest rank ends first: its launcher knows why before it hears of the others.
+                # The lowest rank exits first, so that its launcher knows the cause before it hears of the others.
                 self._closed.wait(grace)
         except OSError as error:
-            print(f"error: rank {self._rank}: training hangs, and {folder} cannot be written: {error}", file=sys.stderr)
+            print(f"error: rank {self._rank}: training hangs; cannot write to {folder}: {error}", file=sys.stderr)
         if not self._closed.is_set():
             self._end(ExitCode.HUNG)
 
-    def _say(self, folder: Path, found: list[Report]) -> None:
-        verdict = hang.judge(found, self._size)
+    def _publish(self, folder: Path, reports: list[Report]) -> None:
+        verdict = hang.judge(reports, self._size)
         (folder / "verdict.json").write_text(json.dumps(msgspec.to_builtins(verdict), indent=1) + "\n")
-        found_hanging = events.Hang(
+        event = events.Hang(
             step=self._step, silent=verdict.silent, late=verdict.late, reason=verdict.text, reports=str(folder)
         )
-        events.append(self._folder, found_hanging)
+        events.append(self._folder, event)
         print(f"error: rank {self._rank}: {verdict.text}; stacks in {folder}", file=sys.stderr, flush=True)

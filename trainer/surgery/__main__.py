@@ -1,4 +1,4 @@
-"""`keepwarm surgery`: models made from models. SRC is a native checkpoint or a run; DST appears whole or not at all."""
+"""`keepwarm surgery`: derive models from models. SRC is a native checkpoint or a run; DST is written atomically."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What training changed in a model, as a vector that can be put onto others (Ilharco et al., 2023)."""
+"""Task vectors: the change that training made to a model, applicable to other models (Ilharco et al., 2023)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +10,11 @@ from keepwarm.trainer.errors import CheckpointError, SpecError
 from keepwarm.trainer.surgery.weights import Array, Model, require_same, write
 
 VECTOR = "is a difference"
-"""Key of the settings of a checkpoint that is no model but the difference of two."""
+"""Setting that marks a checkpoint as the difference of two models rather than a model."""
 
 
 def difference(one: Model, base: Model, destination: Path) -> dict[str, Any]:
-    """What training changed, `one - base` in float32: a task vector, which is no model itself."""
+    """Write the change made by training, `one - base` in float32: a task vector, which is not a model itself."""
     for model in (one, base):
         _require_model(model)
     return _combine((one, base), (1.0, -1.0), destination, "F32", "subtracted", {VECTOR: True})
@@ -23,7 +23,7 @@ def difference(one: Model, base: Model, destination: Path) -> dict[str, Any]:
 def add(
     base: Model, vectors: Sequence[Model], scales: Sequence[float], destination: Path, dtype: str | None
 ) -> dict[str, Any]:
-    """`base` and the sum of `scales` times differences; a negative scale makes the model forget the task."""
+    """Write `base` plus the sum of `scales` times differences; a negative scale removes the task."""
     _require_model(base)
     if len(vectors) != len(scales):
         raise SpecError(f"--scales gives {len(scales)} numbers for {len(vectors)} differences")

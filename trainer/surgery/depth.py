@@ -1,4 +1,4 @@
-"""Other numbers of layers: pruning, stacking (Gong et al., 2019; bert2BERT), and growth that keeps the function."""
+"""Change the number of layers: pruning, stacking (Gong et al., 2019; bert2BERT), function-preserving growth."""
 
 import re
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ How = Literal["identity", "stack", "repeat"]
 
 
 def keep_layers(model: Model, kept: Sequence[int], destination: Path) -> dict[str, Any]:
-    """The model with layers `kept` alone, in that order and numbered anew.
+    """Write the model with only the layers `kept`, in that order and renumbered.
 
     Raises:
         SpecError: a layer that is not there, or twice.
@@ -27,7 +27,7 @@ def keep_layers(model: Model, kept: Sequence[int], destination: Path) -> dict[st
 
 
 def grow_depth(model: Model, layers: int, how: How, destination: Path) -> dict[str, Any]:
-    """The model with more layers.
+    """Write the model with more layers.
 
     - identity: copies spread among the old layers whose outputs are zero, so that the function stays (LLaMA Pro).
     - stack: all layers again and again, as bert2BERT stacks.

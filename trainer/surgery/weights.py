@@ -1,4 +1,4 @@
-"""Weights in and out of native checkpoints, whole tensor by whole tensor: what all operations on models share."""
+"""Read and write weights of native checkpoints tensor by tensor; shared by all operations on models."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ from keepwarm.trainer.model.spec import ModelSpec
 
 Array = npt.NDArray[np.float32]
 Make = Callable[[str], Array]
-"""The values of one parameter of the new model, by its canonical name."""
+"""Returns the values of one parameter of the new model, given its canonical name."""
 
 _BLOCK = 4 << 20
 
@@ -32,7 +32,7 @@ class Model:
     """The weights of an open checkpoint as float32 arrays."""
 
     def __init__(self, native: NativeCheckpoint) -> None:
-        """Raises `CheckpointError` when the checkpoint does not hold the weights of the model that it describes."""
+        """Raises `CheckpointError` if the checkpoint does not contain the weights of the model that it describes."""
         self.native = native
         self.spec = model_spec_of(native)
         check_tensors(native, self.spec)
@@ -41,7 +41,7 @@ class Model:
         return self.native.dtype(PREFIX + name)
 
     def read(self, name: str) -> Array:
-        """A parameter, whole; the array is the caller's."""
+        """Return a whole parameter; the caller owns the array."""
         tensor = self.native.tensors[PREFIX + name]
         held = np.empty(tensor.bytes, np.uint8)
         self.native.read(PREFIX + name, 0, held)
@@ -49,7 +49,7 @@ class Model:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """Of this checkpoint, for the manifest of what is made from it."""
+        """Return the origin record of this checkpoint, for the manifests of derived models."""
         manifest = self.native.manifest
         return {"format": "native", "path": str(self.native.path.resolve()), "run": manifest.run, "step": manifest.step}
 
@@ -65,7 +65,7 @@ def write(
     settings: dict[str, Any],
     keep_files: bool = True,
 ) -> dict[str, Any]:
-    """Write a native checkpoint of weights alone; returns what was done.
+    """Write a native checkpoint with weights only; return a summary.
 
     Args:
         dtype: of each parameter, as the safetensors format names it.

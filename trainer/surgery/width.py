@@ -1,8 +1,8 @@
-"""Wider models that compute the same (bert2BERT, Chen et al., 2021: FPI), or begin better (AKI), and the way back.
+"""Widen models, preserving the function (bert2BERT, Chen et al., 2021: FPI) or a better start (AKI), and reverse it.
 
-Every unit of the wide model is the copy of a unit of the narrow one. Rows that make a copied unit are copies; columns
-that read it are copies divided by the number of copies, so that what they add up to stays. Norms take the mean over
-all units: it stays when every unit has equally many copies, which is why the hidden size grows by whole factors only.
+Every unit of the wide model is a copy of a unit of the narrow one. Rows that produce a copied unit are copied; columns
+that read it are copied and divided by the number of copies, so that their sum is unchanged. Norms average over all
+units, which is unchanged only if every unit has equally many copies. The hidden size therefore grows by whole factors.
 """
 
 from dataclasses import dataclass
@@ -32,12 +32,12 @@ _ROLES: dict[str, tuple[tuple[Units, bool] | None, ...]] = {
     "mlp.up": (("ffn", False), ("hidden", True)),
     "mlp.down": (("hidden", False), ("ffn", True)),
 }
-"""Which units each dim stands for, and whether it reads them."""
+"""The units that each dimension stands for, and whether it reads them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Widths:
-    """Sizes of the wide model; what is None stays."""
+    """Sizes of the wide model; None leaves a size unchanged."""
 
     hidden: int | None = None
     ffn: int | None = None
@@ -46,7 +46,7 @@ class Widths:
 
 
 def grow_width(model: Model, widths: Widths, how: Literal["fpi", "aki"], destination: Path) -> dict[str, Any]:
-    """The wide model. With `aki`, what is new in a layer is made of the layer above: not the same function any more.
+    """Write the wide model. With `aki`, new units are taken from the layer above, which changes the function.
 
     Raises:
         SpecError: a size shrinks, or cannot be grown to without changing the function; names it.
@@ -76,7 +76,7 @@ def grow_width(model: Model, widths: Widths, how: Literal["fpi", "aki"], destina
 
 
 def coalesce_width(model: Model, widths: Widths, destination: Path) -> dict[str, Any]:
-    """The narrow model of which `widths` are the sizes: means of the rows of copies, sums of their columns.
+    """Write the narrow model with sizes `widths`: means of the copied rows, sums of their columns.
 
     Undoes `grow_width` exactly; any other model it merges in the same way (Zou et al., 2024).
 
@@ -117,7 +117,7 @@ def coalesce_width(model: Model, widths: Widths, destination: Path) -> dict[str,
 
 
 def _plan(narrow: ModelSpec, widths: Widths) -> tuple[ModelSpec, dict[Units, Index]]:
-    """The wide spec, and for all units of each kind which narrow unit each is a copy of."""
+    """Return the wide spec, and for all units of each kind the narrow unit that each copies."""
     hidden, ffn, heads = (
         widths.hidden or narrow.hidden_size,
         widths.ffn or narrow.ffn_size,
@@ -164,7 +164,7 @@ def _roles(inside: str, spec: ModelSpec) -> tuple[tuple[Units, bool] | None, ...
 
 
 def _final_scale(name: str, narrow: ModelSpec, copies: dict[Units, Index]) -> np.float32:
-    """A tied head reads copies without division, so what it reads is divided."""
+    """Return the scale of the final norm: a tied head reads copies without division, so its input is divided."""
     tied = narrow.tied_embeddings and name.startswith("final_norm.")
     return np.float32(len(copies["hidden"]) // narrow.hidden_size if tied else 1)
 
@@ -186,7 +186,7 @@ def _grow(
             wider = wider / divisor
             above = None if above is None else np.take(above, of, axis=dim) / divisor
         elif above is not None:
-            # Rows: what is new comes from the layer above.
+            # Rows: new units come from the layer above.
             source = np.take(above, of, axis=dim)
             new = [slice(None)] * values.ndim
             new[dim] = slice(old, None)

@@ -97,7 +97,7 @@ HUGGINGFACE_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing shard": (lambda f: (f / FIRST).unlink(), FIRST + ": missing"),
     "another's place": (lambda f: move_tensor(f, FIRST), r"model\.norm\.weight"),
     "twice in two files": (a_second_copy, r"model\.norm\.weight"),
-    "twice in a header": (a_key_twice, FIRST + ".*stands twice"),
+    "twice in a header": (a_key_twice, FIRST + ".*duplicate key"),
     "truncated": (lambda f: cut(f / FIRST, 1), FIRST + ".*truncated"),
     "empty": (lambda f: (f / FIRST).write_bytes(b""), FIRST),
     "long header": (lambda f: lie(f / FIRST, 2**63), FIRST + ": claims a header of 9223372036854775808"),

@@ -189,7 +189,7 @@ def test_ids_outside_the_vocabulary_are_found_at_once_with_a_sidecar(prefix: Pat
 
 def test_a_sidecar_of_other_data_is_refused(prefix: Path) -> None:
     _write_sidecar(prefix, content="0" * 32)
-    with pytest.raises(DataError, match="describes other data"):
+    with pytest.raises(DataError, match=r"does not match the \.bin and \.idx"):
         TokenFile(prefix)
 
 

@@ -175,7 +175,7 @@ def test_changed_data_are_noticed_when_continuing() -> None:
     loader = BatchLoader(
         changed, LEDGER, RankShare(layout=_layout(1), rank=0, micro_batch_size=1), global_size_at=_ramp
     )
-    with loader, pytest.raises(DataError, match=r"source 'a'.*the file was changed"):
+    with loader, pytest.raises(DataError, match=r"source 'a'.*the file or sequence_length has changed"):
         loader.next_batch()
 
 

@@ -43,7 +43,7 @@ def test_a_threshold_or_the_best_fraction(
 ) -> None:
     options = {"processes": 1, "score_key": "quality", "min_score": least, "top": top}
     if not expected:
-        with pytest.raises(DataError, match="holds no text"):
+        with pytest.raises(DataError, match="contains no text"):
             command([scored], tmp_path / "out", **options)  # type: ignore[arg-type]
         return
     command([scored], tmp_path / "out", **options)  # type: ignore[arg-type]
@@ -65,7 +65,7 @@ def test_a_document_without_a_score_is_named(scored: Path, tmp_path: Path, value
 
 def test_options_that_do_not_fit(scored: Path, tmp_path: Path) -> None:
     for options in ({"score_key": "quality"}, {"top": 0.5}, {"score_key": "quality", "top": 0.5, "min_score": 1.0}):
-        with pytest.raises(SpecError, match="needs one of --min-score and --top"):
+        with pytest.raises(SpecError, match="requires either --min-score or --top"):
             command([scored], tmp_path / "out", processes=1, **options)  # type: ignore[arg-type]
     plain = tmp_path / "plain.txt"
     plain.write_text("text")

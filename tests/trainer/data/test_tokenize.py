@@ -206,7 +206,7 @@ def test_a_full_disk_is_named(tmp_path: Path, corpus: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("content", [b"", b"\n\n", b'{"text": ""}\n'])
 def test_input_without_text_leaves_nothing_behind(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "empty.jsonl").write_bytes(content)
-    with pytest.raises(DataError, match="holds no text"):
+    with pytest.raises(DataError, match="contains no text"):
         tokenize([tmp_path / "empty.jsonl"], tmp_path / "out", "bytes")
     assert _left_in(tmp_path) == ["empty.jsonl"]
 
@@ -230,7 +230,7 @@ def test_inspect_does_not_decode_with_another_tokenizer(tmp_path: Path, corpus: 
     train_tokenizer([corpus], tmp_path / "t.json", 300)
     tokenize([corpus], tmp_path / "out", str(tmp_path / "t.json"))
     assert inspect(tmp_path / "out", length=500)["sample"]["text"] == TEXTS[0]
-    with pytest.raises(DataError, match="was not made with the tokenizer bytes"):
+    with pytest.raises(DataError, match="was not tokenized with bytes"):
         inspect(tmp_path / "out", tokenizer_name="bytes")
     (tmp_path / "t.json").unlink()
     assert inspect(tmp_path / "out")["sample"]["text"] is None

@@ -119,7 +119,7 @@ def test_callbacks_missing_and_mistyped_options_are_both_named() -> None:
 
 
 def test_callbacks_component_of_another_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"callbacks\.stranger: Stranger is no subclass"):
+    with pytest.raises(SpecError, match=r"callbacks\.stranger: Stranger is not a subclass"):
         train(tmp_path / "run", "callbacks={stranger: {}}")
 
 

@@ -79,7 +79,7 @@ def test_a_run_that_starts_from_another_has_its_weights_and_replays_what_it_saw(
     assert ledger["replayed"] == {"more": 8}
     record = manifest_of(child).meta["run"]["parent"]
     assert (record["run"], record["step"], record["ledger"]) == ("one", 8, True)
-    assert "begins with the weights and optimizer state of one at iteration 8" in capsys.readouterr().out
+    assert "initialised with the weights and optimizer state of one at iteration 8" in capsys.readouterr().out
 
     fresh = ["stages.0.optimizer_state=reset", "stages.0.replay={fraction: 0.25}"]
     train([*job(tmp_path, "three", REPLAY.replace("german", "more")), f"init_from={parent}", *fresh])
@@ -131,8 +131,8 @@ def test_data_that_cannot_be_continued_with_are_refused(tmp_path: Path, parent: 
     short.write_text("too short")
     sources = f"en: {corpora / 'handbook_en.jsonl.zst'}, de: "
     for change, error, said in (
-        (f"data.tokenizer={tokenizer}", CheckpointError, "trained with another tokenizer"),
-        (f"data.sources={{{sources}{empty}}}", DataError, r"data\.sources\.de: .*holds no text"),
+        (f"data.tokenizer={tokenizer}", CheckpointError, "trained with a tokenizer other than"),
+        (f"data.sources={{{sources}{empty}}}", DataError, r"data\.sources\.de: .*contains no text"),
         (f"data.sources={{{sources}{short}}}", DataError, r"data\.sources\.de: .*too few for one sample"),
     ):
         with pytest.raises(error, match=said):
@@ -156,7 +156,7 @@ def test_a_gate_stops_with_the_state_saved_and_the_run_goes_on_with_another_rate
 ) -> None:
     gated = GERMAN.replace("3e-3", "0.5").replace("lr:", "gate: {domain: en, max_forgetting: 0.2}, lr:")
     overrides = [*job(tmp_path, "run", ENGLISH, gated), "evaluation.every=2"]
-    with pytest.raises(TrainingStopped, match=r"stages\.german\.gate: domain en has forgotten") as caught:
+    with pytest.raises(TrainingStopped, match=r"stages\.german\.gate: domain en was forgotten by") as caught:
         train(overrides)
     assert caught.value.exit_code == 3
     assert manifest_of(tmp_path / "run").step == 6

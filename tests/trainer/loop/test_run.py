@@ -209,7 +209,7 @@ def test_a_run_that_is_not_finite_stops_itself(tmp_path: Path) -> None:
     command = keepwarm(str(TINY), f"output={output}", rate, "optimizer.name=sgd", "health.max_skipped=3")
     code, said = run(command, tmp_path / "run.out")
     assert code == 3, said
-    assert "3 steps in a row were not finite" in said
+    assert "3 consecutive steps were not finite" in said
     assert "rank 0" in said
     assert "Traceback" not in said
     events = [json.loads(line)["event"] for line in (output / "events.jsonl").read_text().splitlines()]

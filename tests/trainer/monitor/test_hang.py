@@ -42,7 +42,7 @@ def test_who_wrote_no_report_is_silent() -> None:
     verdict = hang.judge([report(0, REDUCE), report(2, REDUCE)], 3)
     assert (verdict.silent, verdict.late) == ((1,), ())
     assert verdict.text == (
-        "no progress for 6.0 s in step 12: rank 1 did not answer: frozen, or the machine is; "
+        "no progress for 6.0 s in step 12: rank 1 did not answer: the process or its machine is frozen; "
         "ranks 0, 2 in gloo:all_reduce number 7 of group data (3)"
     )
 
@@ -50,7 +50,7 @@ def test_who_wrote_no_report_is_silent() -> None:
 def test_who_has_not_come_to_a_collective_is_late() -> None:
     verdict = hang.judge([report(0, REDUCE), report(1, reached=6)], 2)
     assert (verdict.silent, verdict.late) == ((), (1,))
-    assert "rank 1 did not come to what others wait in" in verdict.text
+    assert "rank 1 did not reach a collective that others wait in" in verdict.text
 
 
 def test_ranks_of_other_groups_are_not_late() -> None:

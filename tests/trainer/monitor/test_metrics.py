@@ -144,7 +144,7 @@ def test_sink_that_fails_is_warned_of_once_and_called_again(
     (failed,) = events.read(tmp_path).of(events.SinkFailed)
     assert (failed.sink, failed.reason) == ("flaky", "ConnectionError: gone")
     assert [record.getMessage() for record in caplog.records] == [
-        "metric sink flaky failed: ConnectionError: gone; training goes on"
+        "metric sink flaky failed: ConnectionError: gone; training continues"
     ]
 
 

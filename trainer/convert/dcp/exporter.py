@@ -1,4 +1,4 @@
-"""A native checkpoint, of any layout, to torch's DCP, torchtitan or Megatron Core, with the optimizer state."""
+"""Export a native checkpoint of any layout to torch's DCP, torchtitan or Megatron Core, with the optimizer state."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ _FLOAT_STEP = "optimizer.step as F32"
 
 
 class NativeUnits:
-    """The tensors of a checkpoint as `keepwarm.trainer.convert.whole.Units`: each is one."""
+    """The tensors of a checkpoint as `keepwarm.trainer.convert.whole.Units`, one unit each."""
 
     def __init__(self, native: NativeCheckpoint) -> None:
         self._native = native
@@ -55,7 +55,7 @@ def to_dcp(
     weights_only: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Write the folder `destination`; returns what was done, with what was left behind.
+    """Write the folder `destination`; return a summary, including what was not converted.
 
     Args:
         kind: a name in `keepwarm.trainer.convert.dialects.DIALECTS`.
@@ -100,7 +100,7 @@ def to_dcp(
 
 
 def step_of(native: NativeCheckpoint) -> int:
-    """Updates that the optimizer has done. Raises `CheckpointError` when the checkpoint does not say so."""
+    """Return the number of optimizer updates. Raises `CheckpointError` if the checkpoint does not record it."""
     if STEP not in native.tensors:
         raise CheckpointError(f"{native.path}: {STEP} is missing; --weights-only leaves the optimizer behind")
     out = np.empty(native.tensors[STEP].bytes, np.uint8)
@@ -109,7 +109,7 @@ def step_of(native: NativeCheckpoint) -> int:
 
 
 def moments_of(native: NativeCheckpoint) -> tuple[str, ...]:
-    """The optimizer's moments that are there for every parameter; raises when one is there for some only."""
+    """Return the optimizer moments that exist for every parameter; raise if one exists only for some."""
     parameters = [name.removeprefix(MODEL) for name in native.tensors if name.startswith(MODEL)]
     found = []
     for moment in (*MOMENTS, "momentum"):
@@ -124,7 +124,7 @@ def moments_of(native: NativeCheckpoint) -> tuple[str, ...]:
 
 
 def _steps(kind: str, theirs: list[Theirs]) -> list[Theirs]:
-    """Where the format keeps the number of updates among its tensors: once, or for every parameter."""
+    """Add the number of updates to the format's tensors: once, or for every parameter."""
     names, source = {"dcp": ([STEP], STEP), "megatron": ([], STEP)}.get(
         kind, ([f"optimizer.state.{tensor.name}.step" for tensor in theirs], _FLOAT_STEP)
     )
@@ -136,7 +136,7 @@ def _steps(kind: str, theirs: list[Theirs]) -> list[Theirs]:
 
 
 def _write_megatron(folder: Path, iteration: int, step: int | None) -> None:
-    """What Megatron Core wants beside DCP's files: the names of its back-ends, and state that is not sharded."""
+    """Write the files that Megatron Core needs besides DCP's: its back-ends' names, and state that is not sharded."""
     common: dict[str, Any] = {"iteration": iteration, "checkpoint_version": 3.0}
     if step is not None:
         common["optimizer"] = {"optimizer": {"param_groups": [{"step": step}]}}
@@ -149,7 +149,7 @@ def _write_megatron(folder: Path, iteration: int, step: int | None) -> None:
 
 
 def note_of(native: NativeCheckpoint, spec: ModelSpec, kind: str) -> dict[str, Any]:
-    """What an export says of itself and its parent, so that it comes back as it was."""
+    """Return what an export records about itself and its parent, so that it can be imported unchanged."""
     manifest = native.manifest
     return {
         "format": kind,

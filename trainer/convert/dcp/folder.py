@@ -1,8 +1,8 @@
-"""A folder of `torch.distributed.checkpoint` (DCP), whoever wrote it: torchtitan, Megatron Core, keepwarm.
+"""Read a `torch.distributed.checkpoint` (DCP) folder written by torchtitan, Megatron Core or keepwarm.
 
-Its `.metadata` is a pickle, and so is each tensor. The first is read by an unpickler that knows the few classes of
-which DCP's metadata consist and no others; the tensors by `torch.load(weights_only=True)`. Objects that are not tensors
-are never opened.
+Its `.metadata` is a pickle, and so is each tensor. The metadata are read by an unpickler that only accepts the few
+classes that DCP's metadata consist of; the tensors by `torch.load(weights_only=True)`. Non-tensor objects are never
+opened.
 """
 
 import io
@@ -52,7 +52,7 @@ _CLASSES = {
     ("collections", "ChainMap"): dict,
     ("builtins", "set"): set,
 }
-"""Everything that the metadata of DCP's own writers are made of; none of it does anything but hold values."""
+"""All classes in the metadata of DCP's own writers; none of them does anything but hold values."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -79,7 +79,7 @@ class DcpFolder:
         metadata = _read_metadata(path / METADATA, trust_pickle)
         self.tensors: dict[str, Any] = {}
         self.objects: list[str] = []
-        """Pickled objects, by name; they are not read."""
+        """Names of pickled objects, which are not read."""
         for name, kept in metadata.state_dict_metadata.items():
             if isinstance(kept, dcp_metadata.TensorStorageMetadata):
                 self.tensors[name] = kept
@@ -100,7 +100,7 @@ class DcpFolder:
         return found
 
     def stack(self, name: str) -> None:
-        """From now on a unit of this tensor is what lies at one index of its first dim."""
+        """Treat each index of this tensor's first dimension as a unit from now on."""
         self._stacked.add(name)
 
     def unit_bytes(self, name: str) -> int:
@@ -108,7 +108,7 @@ class DcpFolder:
         return math.prod(shape[1:] if name in self._stacked else shape) * ITEM_SIZE[self.dtype(name)]
 
     def unit(self, name: str, index: int) -> Bytes:
-        """See `keepwarm.trainer.convert.whole.Units`."""
+        """Read as `keepwarm.trainer.convert.whole.Units` does."""
         shape, dtype = self.shape(name), self.dtype(name)
         offsets, part = (0,) * len(shape), shape
         if name in self._stacked:
@@ -131,7 +131,7 @@ class DcpFolder:
         return out
 
     def number(self, name: str) -> float:
-        """The value of a tensor with one element."""
+        """Return the value of a single-element tensor."""
         return float(self._load(_piece(name, self.shape(name), (0,) * len(self.shape(name)), self.shape(name), "U8")))
 
     def _tensor(self, name: str) -> Any:

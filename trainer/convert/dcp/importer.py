@@ -1,4 +1,4 @@
-"""A checkpoint of DCP, torchtitan, Megatron Core or DeepSpeed to a native one; the optimizer state comes along."""
+"""Import a checkpoint of DCP, torchtitan, Megatron Core or DeepSpeed, with the optimizer state."""
 
 import argparse
 import dataclasses
@@ -34,7 +34,7 @@ STEP = "optimizer.step"
 COMMON = "common.pt"
 _PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
 _NOT_THE_MODEL = ("optimizer.", "random.", "rng_state", "dataloader", "lr_scheduler", "train_state", "rerun_state")
-"""What the names of tensors begin with that may be left behind."""
+"""Prefixes of tensors that may be ignored."""
 
 
 def from_dcp(
@@ -48,7 +48,7 @@ def from_dcp(
     trust_pickle: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Write the checkpoint folder `destination`; returns what was done, with what was left behind.
+    """Write the checkpoint folder `destination`; return a summary, including what was not converted.
 
     Args:
         kind: a name in `keepwarm.trainer.convert.dialects.DIALECTS`, or deepspeed.
@@ -120,7 +120,7 @@ def _spec(config: Path | None, note: dict[str, Any], source: Path) -> ModelSpec:
 
 
 def _model_type(config: Path | None, note: dict[str, Any], spec: ModelSpec) -> str:
-    """Of the Hugging Face class whose names the parameters have."""
+    """Return the Hugging Face model type whose names the parameters have."""
     fields = strict_json_file(config) if config is not None and config.suffix == ".json" else {}
     return str(fields.get("model_type") or note.get("model_type") or config_for(spec)["model_type"])
 
@@ -128,7 +128,7 @@ def _model_type(config: Path | None, note: dict[str, Any], spec: ModelSpec) -> s
 def _recipes(
     folder: Folder, dialect: Dialect, kind: str, spec: ModelSpec, weights_only: bool
 ) -> tuple[list[Recipe], bool]:
-    """Recipes of the parameters, checked against the folder, and whether weights of full precision are there."""
+    """Return recipes of the parameters, checked against the folder, and whether full-precision weights exist."""
     recipes = dialect.into(spec)
     apart = any(name.startswith("decoder.layers.0.") for name in folder.tensors)
     if apart:
@@ -170,7 +170,7 @@ def _their_shapes(dialect: Dialect, spec: ModelSpec, apart: bool) -> dict[str, t
 
 
 def _moments(folder: Folder, dialect: Dialect, recipes: list[Recipe]) -> tuple[str, ...]:
-    """The moments that are there for every parameter; raises when one is there for some only."""
+    """Return the moments that exist for every parameter; raise if one exists only for some."""
     names = sorted({name for recipe in recipes for name, *_ in recipe.runs})
     found = []
     for moment in (*MOMENTS, "momentum"):
@@ -195,7 +195,7 @@ def _with_masters(recipes: list[Recipe], dialect: Dialect) -> list[Recipe]:
 
 
 def _step(folder: Folder, kind: str, source: Path, trust_pickle: bool) -> int:
-    """Updates that the optimizer has done."""
+    """Return the number of optimizer updates."""
     if kind == "megatron":
         return _common_step(source / COMMON, trust_pickle)
     if isinstance(folder, DeepSpeedFolder):
@@ -211,7 +211,7 @@ def _step(folder: Folder, kind: str, source: Path, trust_pickle: bool) -> int:
 
 
 def _common_step(file: Path, trust_pickle: bool) -> int:
-    """What Megatron's optimizer has counted, or else the iteration."""
+    """Return the update count of Megatron's optimizer, or else the iteration."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             common = torch.load(file, map_location="cpu", weights_only=not trust_pickle)
@@ -231,7 +231,7 @@ def _common_step(file: Path, trust_pickle: bool) -> int:
 
 
 def _param_groups(saved: Any) -> list[dict[str, Any]]:
-    """Of a Megatron optimizer's own state, which lies one or two levels deep."""
+    """Return the parameter groups in a Megatron optimizer's state, nested one or two levels deep."""
     while isinstance(saved, dict) and "optimizer" in saved:
         saved = saved["optimizer"]
     groups = saved.get("param_groups", []) if isinstance(saved, dict) else []

@@ -1,4 +1,4 @@
-"""Tensors into a `torch.distributed.checkpoint` folder, through torch's own writer, one chunk in memory at a time."""
+"""Write tensors to a `torch.distributed.checkpoint` folder with torch's own writer, one chunk in memory at a time."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class _Planner(DefaultSavePlanner):
-    """Plans chunks that do not exist yet, and makes each when it is written."""
+    """Plans chunks that do not exist yet, and builds each when it is written."""
 
     def __init__(self, tensors: Sequence[Theirs], maker: Maker, written: Callable[[int], object]) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class _Planner(DefaultSavePlanner):
 
 
 def write_dcp(folder: Path, tensors: Sequence[Theirs], maker: Maker, progress: Callable[[int, int], object]) -> int:
-    """Write and sync the files and `.metadata` of a DCP checkpoint; returns the bytes of all tensors."""
+    """Write and sync the files and `.metadata` of a DCP checkpoint; return the total bytes of all tensors."""
     total = sum(maker.bytes(chunk.recipe) for tensor in tensors for chunk in tensor.chunks)
     done = 0
 
@@ -68,12 +68,12 @@ def write_dcp(folder: Path, tensors: Sequence[Theirs], maker: Maker, progress: C
 
     planner: Any = _Planner(tensors, maker, written)
     with warnings.catch_warnings():
-        # It wonders whether one process is meant: it is.
+        # DCP warns about running in a single process, which is intended here.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
             save({}, storage_writer=FileSystemWriter(folder), planner=planner, no_dist=True)
         except CheckpointException as error:
-            # What happened on the only rank, as if it had been done without DCP.
+            # Raise the error of the only rank, as if DCP were not involved.
             failure, _ = next(iter(error.failures.values()))
             raise failure from error
     return total

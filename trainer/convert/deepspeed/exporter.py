@@ -1,4 +1,4 @@
-"""A native checkpoint, of any layout, to a universal checkpoint of DeepSpeed, which every stage of ZeRO loads."""
+"""Export a native checkpoint of any layout to a DeepSpeed universal checkpoint, which every ZeRO stage can load."""
 
 import dataclasses
 from pathlib import Path
@@ -112,9 +112,9 @@ def _write(file: Path, maker: Maker, recipe: Recipe, prefix: str) -> int:
 
 
 def _write_counters(folder: Path, iteration: int, step: int | None, parameters: int) -> None:
-    """What an engine reads beside the tensors. Rates and decay stay those of its own configuration."""
+    """Write the engine state besides the tensors. Learning rates and weight decay come from the engine's own config."""
     written_for = TESTED["deepspeed"].highest
-    # As many groups as an optimizer can have; it takes those that it has, and of them nothing.
+    # As many groups as an optimizer can have; it uses only those that it needs.
     groups: list[dict[str, Any]] = [{} for _ in range(parameters)]
     state = {0: {} if step is None else {"step": torch.tensor(float(step))}}
     common = {"ds_version": written_for, "param_groups": groups}
@@ -128,7 +128,7 @@ def _write_counters(folder: Path, iteration: int, step: int | None, parameters: 
         "mp_world_size": 1,
         "ds_version": written_for,
     }
-    # ZeRO 3 looks for its counters under another name.
+    # ZeRO 3 reads its counters under a different name.
     for file in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
         _save(folder / file, counters)
 

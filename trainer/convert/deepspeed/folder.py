@@ -29,14 +29,14 @@ WEIGHT, COUNTER, TENSOR, SPLIT_DIM, VOCABULARY = "fp32", "step", "param", "cat_d
 
 
 class _Values:
-    """Stands for DeepSpeed's loss scalers, which would be imported otherwise: holds values and does nothing."""
+    """Replaces DeepSpeed's loss scalers, which would otherwise be imported: holds values and does nothing."""
 
 
 _SCALERS = [(_Values, f"deepspeed.runtime.fp16.loss_scaler.{name}") for name in ("LossScaler", "DynamicLossScaler")]
 
 
 def names_of(model_type: str) -> Dialect:
-    """What DeepSpeed calls the state of a Hugging Face model: by the names that the class gives to its parameters."""
+    """Return DeepSpeed's names for the state of a Hugging Face model, derived from its parameter names."""
     return Dialect(
         into=lambda spec: into_canonical(spec, model_type),
         out=lambda spec: [whole(recipe) for recipe in into_huggingface(spec, model_type)],
@@ -45,7 +45,7 @@ def names_of(model_type: str) -> Dialect:
 
 
 def find(source: Path) -> Path:
-    """The folder that is meant: `source`, or what its `latest_universal` names.
+    """Return the universal checkpoint that `source` refers to: itself, or the folder named by its `latest_universal`.
 
     Raises:
         CheckpointError: there is none; names the file.
@@ -79,7 +79,7 @@ class DeepSpeedFolder:
         self.path = find(source)
         self._trust = trust_pickle
         self.objects: list[str] = []
-        """Other files; they are not read."""
+        """Other files, which are not read."""
         self.tensors: dict[str, Path] = {}
         moment = names_of("").moment
         for folder in sorted((self.path / ZERO).iterdir()):
@@ -104,16 +104,16 @@ class DeepSpeedFolder:
         return torch.Size(self.shape(name)).numel() * ITEM_SIZE[self.dtype(name)]
 
     def unit(self, name: str, index: int) -> Bytes:
-        """See `keepwarm.trainer.convert.whole.Units`; each tensor is one."""
+        """Read as `keepwarm.trainer.convert.whole.Units` does; each tensor is one unit."""
         held: Bytes = self._tensor(name).contiguous().reshape(-1).view(torch.uint8).numpy()
         return held
 
     def number(self, name: str) -> float:
-        """The value of a tensor with one element."""
+        """Return the value of a single-element tensor."""
         return float(self._tensor(name))
 
     def steps(self) -> set[int]:
-        """What the optimizer has counted, by whatever of the folder says so: one number, unless it is damaged."""
+        """Return the step counts recorded in the folder's files: a single number, unless it is damaged."""
         counters = [name for name in self.tensors if name.endswith(f".{COUNTER}")]
         if counters:
             return {int(self.number(name)) for name in counters}
@@ -144,7 +144,7 @@ class DeepSpeedFolder:
     def _load(self, file: Path) -> Any:
         try:
             with torch.serialization.safe_globals(_SCALERS):  # type: ignore[arg-type]
-                # Mapped: of a file whose shape is asked for, the values are not read.
+                # Memory-mapped: to learn a shape, the values need not be read.
                 return torch.load(file, map_location="cpu", weights_only=not self._trust, mmap=True)
         except FileNotFoundError as error:
             raise CheckpointError(f"{file}: missing; --weights-only leaves the optimizer behind") from error

@@ -1,4 +1,4 @@
-"""`keepwarm data inspect`: what a token file holds."""
+"""`keepwarm data inspect`: show the contents of a token file."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,16 +15,16 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def inspect(prefix: Path, *, document: int = 0, length: int = 64, tokenizer_name: str | None = None) -> dict[str, Any]:
-    """Documents, tokens, and the first `length` tokens of one document, decoded where the tokenizer is known.
+    """Return documents, tokens, and the first `length` tokens of one document, decoded if the tokenizer is known.
 
-    Without `tokenizer_name`, the tokenizer is the one that the sidecar names, if that is still the same.
+    Without `tokenizer_name`, uses the tokenizer that the sidecar names, if it has not changed.
 
     Raises:
         DataError: the file or the tokenizer cannot be used, or there is no such document.
     """
     tokens = TokenFile(prefix)
     if not 0 <= document < tokens.documents:
-        raise DataError(f"{prefix}: has no document {document}; it holds {tokens.documents}, counted from 0")
+        raise DataError(f"{prefix}: has no document {document}; it has {tokens.documents}, counted from 0")
     whole = tokens.document(document)
     sample = whole[:length]
     tokenizer = _tokenizer(tokens, tokenizer_name)
@@ -55,7 +55,7 @@ def _tokenizer(tokens: TokenFile, name: str | None) -> Tokenizer | None:
     if sidecar is not None and tokenizer.hash != sidecar.tokenizer_hash:
         if name is None:
             return None
-        raise DataError(f"{tokens.path}: was not made with the tokenizer {name}, but with {sidecar.tokenizer}")
+        raise DataError(f"{tokens.path}: was not tokenized with {name}, but with {sidecar.tokenizer}")
     return tokenizer
 
 
@@ -68,17 +68,17 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show the documents, tokens and a decoded sample of a token file."""
-    found = inspect(prefix, document=document, length=length, tokenizer_name=tokenizer)
+    report = inspect(prefix, document=document, length=length, tokenizer_name=tokenizer)
     if json:
-        typer.echo(msgspec.json.encode(found).decode())
+        typer.echo(msgspec.json.encode(report).decode())
         return
-    typer.echo(f"{prefix}: {found['documents']:,} documents, {found['tokens']:,} tokens")
-    typer.echo(f"tokenizer: {found['tokenizer'] or 'unknown'}   content: {found['content']}")
-    if found["prefixed"]:
-        typer.echo(f"{found['prefixed']:,} documents have a prefix that carries no loss")
-    sample = found["sample"]
+    typer.echo(f"{prefix}: {report['documents']:,} documents, {report['tokens']:,} tokens")
+    typer.echo(f"tokenizer: {report['tokenizer'] or 'unknown'}   content: {report['content']}")
+    if report["prefixed"]:
+        typer.echo(f"{report['prefixed']:,} documents have a prefix without loss")
+    sample = report["sample"]
     typer.echo(f"document {document} ({sample['document_tokens']:,} tokens) begins with ids {sample['ids']}")
-    typer.echo(sample["text"] if sample["text"] is not None else "(give --tokenizer to see it decoded)")
+    typer.echo(sample["text"] if sample["text"] is not None else "(give --tokenizer to decode it)")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Text put before each document that says something of it, is seen, and carries no loss. Torch-free.
+"""Text placed before each document, which the model sees but which carries no loss. Torch-free.
 
 Two kinds: metadata (MeCo, Gao et al., 2025: the URL for most of training, plain text for the last tenth), and control
-tokens chosen by a score (Korbak et al., 2023), with which generation then begins.
+tokens chosen by a score (Korbak et al., 2023), with which generation then starts.
 """
 
 import string
@@ -15,23 +15,23 @@ from keepwarm.trainer.errors import DataError, SpecError
 
 
 class Metadata(msgspec.Struct, frozen=True, kw_only=True, tag="metadata"):
-    """Fields of the JSON line, set into a text."""
+    """Fields of the JSON line, inserted into a template."""
 
     template: str
-    """As `URL: {url}` and two line ends."""
+    """Such as `URL: {url}` and two newlines."""
 
 
 class Control(msgspec.Struct, frozen=True, kw_only=True, tag="control"):
-    """One of two texts, by the document's score."""
+    """One of two texts, chosen by the document's score."""
 
     key: str
-    """Of the score in each JSON line."""
+    """Key of the score in each JSON line."""
     least: float
-    """The lowest score that is good."""
+    """Minimum score of a good document."""
     good: str
     bad: str
     unmarked: float
-    """Fraction of the documents that get neither, so that the model also knows text without."""
+    """Fraction of the documents that get neither text, so that the model also learns unmarked text."""
 
 
 Prefix = Metadata | Control
@@ -58,14 +58,14 @@ def fields_of(template: str) -> list[str]:
 
 
 def prefix_of(document: dict[str, Any], text: str, prefix: Prefix, where: str) -> str:
-    """The text before a document; empty for one that gets none.
+    """Return the text before a document; empty if it gets none.
 
     Raises:
-        DataError: the document lacks what the prefix is made of; names the line.
+        DataError: the document lacks a field that the prefix needs; names the line.
     """
     if isinstance(prefix, Control):
         good = score_of(document, prefix.key, where, option="--control-key") >= prefix.least
-        # By the text alone: the same documents are unmarked however the work is cut and wherever it runs.
+        # Depends on the text alone: the same documents are unmarked wherever and in whatever parts they are processed.
         drawn = xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) / 2**64
         return "" if drawn < prefix.unmarked else prefix.good if good else prefix.bad
     values = {field: document.get(field) for field in fields_of(prefix.template)}

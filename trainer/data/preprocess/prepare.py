@@ -1,4 +1,4 @@
-"""The sources that a job names, made ready to draw from."""
+"""Open the sources that a job names, tokenizing text first."""
 
 import fcntl
 import time
@@ -20,23 +20,23 @@ from keepwarm.trainer.errors import DataError, OutputError, TrainerError
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedData:
-    """What a job's data section stands for."""
+    """The sources that a job's data section describes."""
 
     sources: Mapping[str, PackedSource]
     validation: Mapping[str, PackedSource]
     tokenizer: str | None
-    """Hash of the one tokenizer that made all of them; None where no sidecar tells."""
+    """Hash of the single tokenizer used for all of them; None if no sidecar records it."""
 
 
 def prepare_sources(data: DataSpec, vocabulary_size: int, cache: Path, *, timeout: float = 3600.0) -> PreparedData:
     """Open every source, tokenizing text into `cache` first.
 
-    Any number of processes may call this at once: whoever comes first tokenizes, the others wait for its lock. The
-    files in `cache` are named after the content of text and tokenizer, so that a second run finds them.
+    Any number of processes may call this at once: the first one tokenizes, the others wait for its lock. Files in
+    `cache` are named after the content of text and tokenizer, so that a second run finds them.
 
     Args:
-        data: its paths are taken as they stand.
-        vocabulary_size: the model's; the tokenizer's must fit into it, and so must every token id.
+        data: its paths are used unchanged.
+        vocabulary_size: the model's; every token id, and the tokenizer's vocabulary, must fit into it.
         timeout: seconds to wait for another process.
 
     Raises:
@@ -78,7 +78,7 @@ def _fitting_tokenizer(name: str, vocabulary_size: int) -> Tokenizer:
 
 
 def _as_tokens(path: str, name: str, tokenizer: Tokenizer | None, cache: Path, timeout: float) -> Path:
-    """Prefix of the token file made from a text file; made now unless it is there."""
+    """Return the prefix of the token file for a text file, tokenizing it if necessary."""
     text = Path(path)
     if not text.is_file():
         raise DataError(f"{path}: no such file")
@@ -117,14 +117,14 @@ def _lock(path: Path, timeout: float) -> Iterator[None]:
 
 
 def _check_one_tokenizer(opened: Mapping[str, PackedSource], tokenizer: Tokenizer | None) -> str | None:
-    """Ids of different tokenizers mean different text; no run may mix them."""
+    """Check that all sources use the same tokenizer, since ids of different tokenizers mean different text."""
     hashes = {} if tokenizer is None else {"data.tokenizer": tokenizer.hash}
     for key, source in opened.items():
         sidecar = source.tokens.sidecar if isinstance(source.tokens, TokenFile) else None
         if sidecar is not None:
             hashes[key] = sidecar.tokenizer_hash
-    for key, found in hashes.items():
+    for key, hash_ in hashes.items():
         first = next(iter(hashes))
-        if found != hashes[first]:
+        if hash_ != hashes[first]:
             raise DataError(f"{key}: made with another tokenizer than {first}")
     return next(iter(hashes.values()), None)

@@ -1,6 +1,6 @@
-"""A score in each document of JSON lines, and the documents that are good enough by it. Torch-free.
+"""Scores of documents in JSON lines, and the selection of documents by score. Torch-free.
 
-A high-quality subset, gone through several times, is one of the remedies against the stability gap (Guo et al., 2024).
+A high-quality subset, used for several epochs, is one of the remedies for the stability gap (Guo et al., 2024).
 """
 
 import math
@@ -12,16 +12,16 @@ from keepwarm.trainer.errors import DataError
 
 
 class Keep(msgspec.Struct, frozen=True, kw_only=True):
-    """Documents whose score is high enough."""
+    """Selects documents with a high enough score."""
 
     key: str
-    """Of the score in each JSON line."""
+    """Key of the score in each JSON line."""
     least: float
-    """The lowest score that is kept."""
+    """Minimum score to keep."""
 
 
 def score_of(document: dict[str, Any], key: str, where: str, option: str = "--score-key") -> float:
-    """The score of a document; raises DataError, naming the line, where it has none."""
+    """Return the score of a document; raises DataError, naming the line, if there is none."""
     value = document.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise DataError(f"{where}: no number at {key!r} ({option}); its keys are {sorted(document)}")

@@ -1,4 +1,4 @@
-"""Documents in text files: JSON lines or plain text, as they are or compressed. Torch-free."""
+"""Documents in text files: JSON lines or plain text, optionally compressed. Torch-free."""
 
 import gzip
 import json
@@ -28,37 +28,37 @@ class TextPart:
     first_line: int
     """Number of its first line in the file, from 1."""
     payload: bytes
-    """Whole lines of JSON, or one whole document of plain text."""
+    """Whole JSON lines, or one whole plain-text document."""
     read_bytes: int
-    """Bytes of the file, as it lies on disk, that were read to come this far."""
+    """Bytes of the file on disk that have been read up to the end of this part."""
     keep: Keep | None = None
-    """Which of its documents to take; None: all."""
+    """Selection of its documents; None: all."""
     prefix: Prefix | None = None
-    """What to put before each of them."""
+    """Text to put before each of them."""
 
 
 def is_text(path: str | Path) -> bool:
-    """Whether the name is that of a text file: `.jsonl` or `.txt`, with `.gz` or `.zst` or without."""
+    """Return whether a path names a text file: `.jsonl` or `.txt`, optionally with `.gz` or `.zst`."""
     return _kind(Path(path)) in SUFFIXES
 
 
 def parts(path: Path, part_bytes: int, keep: Keep | None = None, prefix: Prefix | None = None) -> Iterator[TextPart]:
-    """The file in pieces: JSON lines in runs of about `part_bytes`, plain text whole, since it is one document.
+    """Yield the file in parts: JSON lines in runs of about `part_bytes`; plain text whole, since it is one document.
 
     Raises:
         DataError: the file is missing, of unknown kind, truncated or not what its name says; names it.
     """
     if _kind(path) not in SUFFIXES:
         kinds = ", ".join(SUFFIXES)
-        raise DataError(f"{path}: unknown kind of text file; known are {kinds}, as they are or with .gz or .zst")
+        raise DataError(f"{path}: unknown kind of text file; known are {kinds}, optionally with .gz or .zst")
     if keep is not None and _kind(path) != ".jsonl":
         raise DataError(f"{path}: plain text has no scores; --score-key is for JSON lines")
     if prefix is not None and _kind(path) != ".jsonl":
         raise DataError(f"{path}: plain text has no fields; --prefix and --control-key are for JSON lines")
     try:
         with path.open("rb") as raw:
-            found = _json_parts(path, raw, part_bytes) if _kind(path) == ".jsonl" else _plain(path, raw)
-            yield from (replace(part, keep=keep, prefix=prefix) for part in found)
+            unfiltered = _json_parts(path, raw, part_bytes) if _kind(path) == ".jsonl" else _plain(path, raw)
+            yield from (replace(part, keep=keep, prefix=prefix) for part in unfiltered)
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise DataError(f"{path}: damaged or truncated: {error}") from None
     except OSError as error:
@@ -66,20 +66,20 @@ def parts(path: Path, part_bytes: int, keep: Keep | None = None, prefix: Prefix 
 
 
 def documents(part: TextPart, text_key: str) -> list[str]:
-    """Texts of a part, without prefixes; otherwise as `prefixed_documents`."""
+    """Return the texts of a part without prefixes; otherwise like `prefixed_documents`."""
     return [text for _, text in prefixed_documents(part, text_key)]
 
 
 def prefixed_documents(part: TextPart, text_key: str) -> list[tuple[str, str]]:
-    """Prefix and text of each document of a part, those left out that are empty or not to be kept.
+    """Return prefix and text of each document of a part, omitting those that are empty or not selected.
 
     Raises:
         DataError: a line is not a JSON object with a string at `text_key`; names file and line.
     """
     if not part.json_lines:
         return [("", text)] if (text := _decoded(part.payload, part.path)) else []
-    found = (_document(value, where, text_key, part) for where, value in json_values(part))
-    return [(prefix, text) for prefix, text in found if text]
+    pairs = (_document(value, where, text_key, part) for where, value in json_values(part))
+    return [(prefix, text) for prefix, text in pairs if text]
 
 
 def json_values(part: TextPart) -> Iterator[tuple[str, Any]]:
@@ -155,7 +155,7 @@ def _chunks(path: Path, raw: BinaryIO) -> Iterator[bytes]:
 
 
 def _zstandard_chunks(raw: BinaryIO) -> Iterator[bytes]:
-    """All frames of the file; zstandard's own reader takes the end of a truncated one for the end of the data."""
+    """Yield all frames of the file; zstandard's own reader mistakes a truncated frame for the end of the data."""
     frame = zstandard.ZstdDecompressor().decompressobj()
     open_frame = True
     while chunk := raw.read(_READ_BYTES // 16):

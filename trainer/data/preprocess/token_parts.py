@@ -1,7 +1,7 @@
-"""Tokenized parts on their way to one `.bin`/`.idx` pair: each a file of its own, complete or absent.
+"""Tokenized parts that are merged into one `.bin`/`.idx` pair: each a file of its own, complete or absent.
 
-A part's file name is made from everything that its tokens depend on, so that whatever an earlier, killed run left
-behind is used where it fits and ignored where it does not.
+A part's file name depends on everything that determines its tokens, so that files left by an earlier, killed run are
+reused if they fit and ignored otherwise.
 """
 
 import os
@@ -22,11 +22,11 @@ from keepwarm.trainer.data.tokenizer import Tokenizer
 from keepwarm.trainer.errors import DataError
 
 _FORMAT = 2
-"""Of the parts; another one makes the parts of an older version be ignored."""
+"""Version of the parts; parts of other versions are ignored."""
 
 
 def part_path(folder: Path, part: TextPart, tokenizer: Tokenizer, text_key: str) -> Path:
-    """Where the tokens of a part belong."""
+    """Return the path for the tokens of a part."""
     digest = xxhash.xxh3_128(part.payload)
     chosen = [one for one in (part.keep, part.prefix) if one is not None]
     digest.update(msgspec.json.encode([_FORMAT, tokenizer.hash, text_key, part.json_lines, *chosen]))
@@ -34,16 +34,16 @@ def part_path(folder: Path, part: TextPart, tokenizer: Tokenizer, text_key: str)
 
 
 def write_part(path: Path, part: TextPart, tokenizer: Tokenizer, text_key: str) -> None:
-    """Tokenize a part and write it whole or not at all.
+    """Tokenize a part and write it atomically.
 
     Raises:
-        DataError: the text is not what it should be; names file and line.
+        DataError: the text is not as expected; names file and line.
         OSError: the folder cannot be written.
     """
-    found = prefixed_documents(part, text_key)
-    before = _encoded_prefixes(part, tokenizer, sorted({prefix for prefix, _ in found}))
-    texts = tokenizer.encode_batch([text for _, text in found])
-    encoded = [(before[prefix], ids) for (prefix, _), ids in zip(found, texts, strict=True)]
+    pairs = prefixed_documents(part, text_key)
+    before = _encoded_prefixes(part, tokenizer, sorted({prefix for prefix, _ in pairs}))
+    texts = tokenizer.encode_batch([text for _, text in pairs])
+    encoded = [(before[prefix], ids) for (prefix, _), ids in zip(pairs, texts, strict=True)]
     prefixes = np.array([len(prefix) for prefix, _ in encoded], np.int64)
     lengths = np.array([len(prefix) + len(ids) + 1 for prefix, ids in encoded], np.int64)
     if lengths.max(initial=0) > LONGEST:
@@ -58,17 +58,18 @@ def write_part(path: Path, part: TextPart, tokenizer: Tokenizer, text_key: str) 
 
 
 def _encoded_prefixes(part: TextPart, tokenizer: Tokenizer, prefixes: Sequence[str]) -> dict[str, list[int]]:
-    """Ids by prefix. Control tokens are the user's own words; metadata are data, in which no special token counts."""
+    """Return ids by prefix. Special tokens are recognised in control tokens, which users choose, but not in
+    metadata."""
     if isinstance(part.prefix, Control):
         return {prefix: tokenizer.encode_marked(prefix) for prefix in prefixes}
     return dict(zip(prefixes, tokenizer.encode_batch(prefixes), strict=True))
 
 
 def merge(folder: Path, paths: Sequence[Path], prefix: Path, tokenizer: Tokenizer) -> Sidecar:
-    """Put the parts together as `prefix`, in Megatron's format. `.idx` appears last: with it, all is there.
+    """Merge the parts into `prefix`, in Megatron's format. `.idx` is written last: once it exists, all is complete.
 
     Raises:
-        DataError: there is no document in them.
+        DataError: the parts contain no document.
     """
     new_bin, new_idx, new_json = (folder / f"merged.{suffix}" for suffix in ("bin", "idx", "json"))
     count, tokens, max_id, prefixed = 0, 0, 0, 0
@@ -86,7 +87,7 @@ def merge(folder: Path, paths: Sequence[Path], prefix: Path, tokenizer: Tokenize
     if not count:
         for path in {*paths}:
             path.unlink()
-        raise DataError(f"{prefix}: nothing to write: the input holds no text")
+        raise DataError(f"{prefix}: nothing to write: the input contains no text")
     sidecar = Sidecar(
         content=content_hash(new_bin, new_idx),
         tokenizer=tokenizer.name,

@@ -1,4 +1,4 @@
-"""`keepwarm data tokenize`: text in, `.bin`, `.idx` and a `.json` sidecar out. Resumable."""
+"""`keepwarm data tokenize`: turn text into `.bin`, `.idx` and a `.json` sidecar. Resumable."""
 
 import fcntl
 import multiprocessing
@@ -46,16 +46,16 @@ def tokenize(
     processes: int = 1,
     on_read: Callable[[int], None] = lambda _: None,
 ) -> Sidecar:
-    """Write the documents of `inputs`, in their order, to `prefix`.bin, .idx and .json.
+    """Write the documents of `inputs`, in order, to `prefix`.bin, .idx and .json.
 
     Every document is followed by the tokenizer's end-of-document token. The same input gives the same bytes, whatever
-    the number of processes and however often the work was killed: finished parts wait in `prefix`.parts.
+    the number of processes and however often the job was killed: finished parts are kept in `prefix`.parts.
 
     Args:
-        inputs: `.jsonl` (one document a line) or `.txt` (one document a file), as they are or with .gz or .zst.
-        options: how the inputs are read, which of their documents are taken and what stands before each.
-        processes: tokenizing processes.
-        on_read: called with the number of bytes of the input that were just read.
+        inputs: `.jsonl` (one document per line) or `.txt` (one document per file), optionally with .gz or .zst.
+        options: how to read the inputs, which documents to take and what to put before each.
+        processes: number of tokenizing processes.
+        on_read: called with the number of input bytes just read.
 
     Raises:
         DataError: an input or the tokenizer cannot be used; names the file, and the line.
@@ -79,14 +79,14 @@ def tokenize(
         raise OutputError(f"{where}: cannot write: {error.strerror or error}") from None
     except BrokenProcessPool:
         raise UnrecoverableFault(
-            "a tokenizing process was killed, perhaps for lack of memory; run the same command again to go on, "
+            "a tokenizing process was killed, perhaps for lack of memory; run the same command again to continue,"
             "with fewer --processes if need be"
         ) from None
 
 
 @contextmanager
 def _parts_folder(prefix: Path) -> Iterator[Path]:
-    """The folder of finished parts, locked for as long as this process lives."""
+    """Yield the folder of finished parts, locked for the lifetime of this process."""
     if Path(f"{prefix}.idx").exists():
         raise OutputError(f"{prefix}.idx: exists already; remove it or choose another --output-prefix")
     folder = Path(f"{prefix}.parts")
@@ -113,7 +113,7 @@ def _tokenized(
     processes: int,
     on_read: Callable[[int], None],
 ) -> Iterator[Path]:
-    """Paths of all parts, in order, each finished when it is yielded."""
+    """Yield the paths of all parts, in order, each once it is finished."""
     with _workers(processes, tokenizer.name) as submit:
         running: deque[tuple[Path, Future[None] | None, int]] = deque()
         for text in texts:
@@ -141,7 +141,7 @@ _Submit = Callable[[Path, TextPart, Tokenizer, str], "Future[None] | None"]
 
 @contextmanager
 def _workers(processes: int, tokenizer_name: str) -> Iterator[_Submit]:
-    """Something that has a part tokenized, here or in another process."""
+    """Yield a function that tokenizes a part, here or in another process."""
     if processes == 1:
         yield write_part
         return
@@ -165,7 +165,7 @@ def _begin_worker(tokenizer_name: str) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """End a worker whose parent was killed; it would wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -191,7 +191,7 @@ def command(
         float | None, typer.Option(min=0, max=1, help="With --score-key: fraction of documents to keep.")
     ] = None,
     prefix: Annotated[
-        str | None, typer.Option(help=r"Text before each document, without loss, as 'URL: {url}\n\n' (MeCo).")
+        str | None, typer.Option(help=r"Text before each document, without loss, such as 'URL: {url}\n\n' (MeCo).")
     ] = None,
     control_key: Annotated[
         str | None, typer.Option(help="Key of a score in each JSON line that selects a control token for the document.")
@@ -209,7 +209,7 @@ def command(
 ) -> None:
     """Tokenize text into Megatron's .bin and .idx files.
 
-    JSON lines hold one document each, a .txt file is one document. Killed and started again, it goes on where it was.
+    JSON lines hold one document each, a .txt file is one document. If killed, run it again to continue.
     """
     options = TextOptions(
         text_key=text_key,

@@ -1,4 +1,4 @@
-"""What `keepwarm data tokenize` takes from its input: which documents, and the text put before each of them."""
+"""Input options of `keepwarm data tokenize`: which documents to take, and the text put before each of them."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,16 +18,16 @@ GOOD_BAD = "<|good|>,<|bad|>"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextOptions:
-    """How the input is read. The tokens depend on all of it but `part_bytes`."""
+    """How to read the input. The tokens depend on all fields except `part_bytes`."""
 
     text_key: str = "text"
     """Key of the text in each JSON line."""
     keep: Keep | None = None
-    """Which documents to take, by a score that each has; None: all."""
+    """Selects documents by score; None: all."""
     prefix: Prefix | None = None
-    """Text put before each document, which carries no loss when it is trained on."""
+    """Text put before each document, which carries no loss in training."""
     part_bytes: int = PART_BYTES
-    """Bytes of JSON lines that are tokenized at a time."""
+    """Bytes of JSON lines to tokenize at a time."""
 
 
 DEFAULT_OPTIONS = TextOptions()
@@ -37,13 +37,13 @@ def keep_from(inputs: Sequence[Path], key: str | None, least: float | None, top:
     """Return the documents to keep by --score-key, --min-score and --top; --top reads all scores of `inputs`.
 
     Raises:
-        SpecError: the options do not belong together.
+        SpecError: the options cannot be combined.
         DataError: an input is missing, or a document has no score.
     """
     if key is None and least is None and top is None:
         return None
     if key is None or (least is None) == (top is None):
-        raise SpecError("--score-key needs one of --min-score and --top, and they need it")
+        raise SpecError("--score-key requires either --min-score or --top, which in turn require it")
     for path in inputs:
         if not path.is_file():
             raise DataError(f"{path}: no such file")
@@ -71,10 +71,10 @@ def prefix_from(template: str | None, key: str | None, least: float, control: st
 
 
 def least_of_top(texts: Iterable[TextPart], key: str, fraction: float) -> float:
-    """Return the lowest score among the best `fraction` of all documents; those that tie with it belong to them.
+    """Return the lowest score among the best `fraction` of all documents, which includes ties.
 
     Raises:
-        DataError: a document has no score, or there is none.
+        DataError: a document has no score, or there are no documents.
     """
     scores = np.fromiter(_scores(texts, key), np.float64)
     if not scores.size:

@@ -1,4 +1,4 @@
-"""What the data commands have in common: how they end."""
+"""Error handling shared by the data commands."""
 
 import sys
 from typing import NoReturn
@@ -10,7 +10,7 @@ from keepwarm.trainer.errors import TrainerError
 
 
 def run(app: typer.Typer) -> NoReturn:
-    """Run a command; an error of ours is one sentence on stderr and its exit code, an interruption is 130."""
+    """Run a command; print errors of ours as one line on stderr and exit with their code, or 130 if interrupted."""
     try:
         app()
     except TrainerError as error:

@@ -1,4 +1,4 @@
-"""`keepwarm data train-tokenizer`: a byte-level BPE from text, saved as `tokenizer.json`."""
+"""`keepwarm data train-tokenizer`: train a byte-level BPE on text and save it as `tokenizer.json`."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -33,13 +33,13 @@ def train_tokenizer(
 ) -> int:
     """Train a byte-level BPE (Sennrich et al., 2016; bytes as in GPT-2) and write it to `output`.
 
-    Any text can be encoded: the vocabulary holds the special tokens, `special` among them, all 256 bytes, and merges.
+    Any text can be encoded: the vocabulary contains the special tokens, including `special`, all 256 bytes, and merges.
 
     Returns:
-        The vocabulary's size, smaller than asked for where the text offers too few merges.
+        The vocabulary's size, smaller than requested if the text offers too few merges.
 
     Raises:
-        DataError: an input cannot be used or holds no text, or the vocabulary is too small.
+        DataError: an input cannot be used or has no text, or the vocabulary is too small.
         OutputError: `output` exists or cannot be written.
     """
     import tokenizers
@@ -52,7 +52,7 @@ def train_tokenizer(
             f"{256 + len(specials)}"
         )
     if output.suffix != ".json":
-        raise OutputError(f"{output}: a tokenizer is told by its suffix: name it .json")
+        raise OutputError(f"{output}: tokenizers are recognised by suffix: use .json")
     if output.exists():
         raise OutputError(f"{output}: exists already; remove it or choose another --output")
     tokenizer = tokenizers.Tokenizer(models.BPE())
@@ -67,13 +67,13 @@ def train_tokenizer(
     texts = _Texts(inputs, text_key)
     tokenizer.train_from_iterator(texts.batches(), trainer)
     if not texts.count:
-        raise DataError(f"{inputs[0]}: holds no text to train on")
+        raise DataError(f"{inputs[0]}: contains no text to train on")
     _save(tokenizer, output)
     return tokenizer.get_vocab_size(with_added_tokens=True)
 
 
 class _Texts:
-    """The documents of the inputs, counted as they pass."""
+    """The documents of the inputs, counted while they are read."""
 
     def __init__(self, inputs: Sequence[Path], text_key: str) -> None:
         self._inputs, self._text_key = inputs, text_key
@@ -101,7 +101,7 @@ def command(
     output: Annotated[Path, typer.Option(help="Write the tokenizer.json to this file.")],
     vocabulary_size: Annotated[int, typer.Option(help="Number of tokens, special ones included.")] = 8192,
     special: Annotated[
-        list[str] | None, typer.Option(help="Special token that no text contains, as <|good|>; repeatable.")
+        list[str] | None, typer.Option(help="Special token that no text contains, such as <|good|>; repeatable.")
     ] = None,
     text_key: Annotated[str, typer.Option(help="Key of the text in each JSON line.")] = "text",
 ) -> None:
