@@ -12,7 +12,7 @@ from keepwarm.trainer.errors import TrainerError
 DEADLINE = timedelta(seconds=60)
 
 
-def test_every_start_has_a_name_of_its_own() -> None:
+def test_start_id_every_start_is_unique() -> None:
     store = HashStore()
     names = set()
     with ThreadPoolExecutor(4) as pool:
@@ -23,7 +23,7 @@ def test_every_start_has_a_name_of_its_own() -> None:
     assert len(names) == 5
 
 
-def test_ranks_that_died_before_they_were_answered_do_no_harm() -> None:
+def test_start_id_ranks_that_died_early_do_no_harm() -> None:
     store = HashStore()
     store.set("keepwarm/hello/1", "dead")
     with ThreadPoolExecutor(2) as pool:
@@ -32,7 +32,7 @@ def test_ranks_that_died_before_they_were_answered_do_no_harm() -> None:
         assert agree(store, 1, 2, DEADLINE) == first.result(60)
 
 
-def test_ranks_that_do_not_come_are_named() -> None:
+def test_start_id_missing_ranks_are_named() -> None:
     store = HashStore()
     with pytest.raises(TrainerError, match=r"rank 0: waited .* for ranks 1, 2 to start"):
         agree(store, 0, 3, timedelta(seconds=0.05))
