@@ -35,13 +35,13 @@ SLURM = {
 }
 
 
-def test_torchrun_speaks_for_itself() -> None:
+def test_ranks_from_torchrun_is_left_to_torch() -> None:
     torchrun = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     assert ranks_from({}) is None
     assert ranks_from(torchrun | SLURM | OPEN_MPI) is None
 
 
-def test_ranks_of_srun() -> None:
+def test_ranks_from_srun_are_read() -> None:
     ranks = ranks_from(SLURM | {"SLURM_RESTART_COUNT": "2", "PMI_RANK": "3", "PMI_SIZE": "8"})
     assert ranks is not None
     assert (ranks.launcher, ranks.rank, ranks.size, ranks.local_rank) == ("srun", 3, 8, 1)
@@ -54,11 +54,11 @@ def test_ranks_of_srun() -> None:
     assert other_rank.port == ranks.port != next_step.port
 
 
-def test_a_batch_script_is_no_rank() -> None:
+def test_ranks_from_batch_script_is_none() -> None:
     assert ranks_from({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "node[0-3]"}) is None
 
 
-def test_ranks_of_open_mpi_inside_a_slurm_allocation() -> None:
+def test_ranks_from_open_mpi_inside_slurm_are_read() -> None:
     ranks = ranks_from(OPEN_MPI | SLURM)
     assert ranks is not None
     assert (ranks.launcher, ranks.rank, ranks.size, ranks.local_rank, ranks.address) == ("Open MPI", 5, 8, 1, None)
@@ -67,7 +67,7 @@ def test_ranks_of_open_mpi_inside_a_slurm_allocation() -> None:
     assert alone.address == "127.0.0.1"
 
 
-def test_ranks_of_mpich() -> None:
+def test_ranks_from_mpich_are_read() -> None:
     ranks = ranks_from({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"})
     assert ranks is not None
     assert (ranks.launcher, ranks.rank, ranks.size, ranks.local_rank) == ("MPICH", 1, 2, 1)
@@ -86,16 +86,16 @@ def test_ranks_of_mpich() -> None:
         ("a[9]b,c", "a9b"),
     ],
 )
-def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
+def test_first_host_of_a_node_list_is_found(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
 
 
-def test_a_node_list_without_names_is_refused() -> None:
+def test_first_host_node_list_without_names_is_refused() -> None:
     with pytest.raises(SpecError, match="MASTER_ADDR"):
         first_host("[0-3]")
 
 
-def test_the_own_address_is_the_one_towards_the_peer() -> None:
+def test_own_address_is_the_one_towards_the_peer() -> None:
     assert own_address(None) is None
     assert own_address("localhost") in ("127.0.0.1", "::1")
     assert own_address("no-such-host.invalid") is None
@@ -128,7 +128,7 @@ def with_keepwarm(folder: Path) -> list[str]:
 
 
 @pytest.mark.dist
-def test_mpirun_trains_as_keepwarm_does(tmp_path: Path) -> None:
+def test_mpirun_trains_as_keepwarm(tmp_path: Path) -> None:
     if shutil.which("mpirun") is None:
         pytest.skip("mpirun is not installed: .ci/run installs it")
     mpirun = ("mpirun", "-n", "2", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none")
@@ -139,14 +139,14 @@ def test_mpirun_trains_as_keepwarm_does(tmp_path: Path) -> None:
 
 @pytest.mark.dist
 @pytest.mark.long
-def test_torchrun_trains_as_keepwarm_does(tmp_path: Path) -> None:
+def test_torchrun_trains_as_keepwarm(tmp_path: Path) -> None:
     torchrun = (sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
     assert trained(tmp_path / "torchrun", *torchrun, "keepwarm.trainer") == with_keepwarm(tmp_path / "keepwarm")
 
 
 @pytest.mark.dist
 @pytest.mark.long
-def test_torchrun_on_two_nodes_trains_as_keepwarm_does(tmp_path: Path) -> None:
+def test_torchrun_on_two_nodes_trains_as_keepwarm(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -157,7 +157,7 @@ def test_torchrun_on_two_nodes_trains_as_keepwarm_does(tmp_path: Path) -> None:
     assert by_torchrun == with_keepwarm(tmp_path / "keepwarm")
 
 
-def test_without_mpi4py_several_nodes_need_an_address(tmp_path: Path) -> None:
+def test_adopt_launcher_several_nodes_without_mpi4py_needs_an_address(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['mpi4py'] = None\n"
         "from keepwarm.trainer.distributed.launcher_environment import adopt_launcher\n"

@@ -57,7 +57,7 @@ def await_that(condition: object, what: str) -> None:
         time.sleep(0.02)
 
 
-def test_every_rank_knows_its_place(program: Path) -> None:
+def test_ranks_each_knows_its_place(program: Path) -> None:
     names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE OMP_NUM_THREADS"
     run(program, f"(folder / f'seen{{rank}}').write_text(' '.join(os.environ[name] for name in '{names}'.split()))", 3)
     assert [(program.parent / f"seen{rank}").read_text() for rank in range(3)] == [
@@ -67,7 +67,7 @@ def test_every_rank_knows_its_place(program: Path) -> None:
     ]
 
 
-def test_ranks_share_a_store_that_is_gone_afterwards(program: Path) -> None:
+def test_ranks_shared_store_is_removed_afterwards(program: Path) -> None:
     run(program, "(folder / f'seen{rank}').write_text(os.environ['KEEPWARM_STORE'])")
     first, second = ((program.parent / f"seen{rank}").read_text() for rank in range(2))
     assert first == second
@@ -75,7 +75,7 @@ def test_ranks_share_a_store_that_is_gone_afterwards(program: Path) -> None:
 
 
 @pytest.mark.parametrize(("code", "kept"), [(2, 2), (3, 3), (4, 4), (130, 130), (1, 4), (77, 4)])
-def test_the_code_of_the_failed_rank_is_kept_and_its_last_words_are_shown(program: Path, code: int, kept: int) -> None:
+def test_ranks_failure_keeps_exit_code_and_shows_last_output(program: Path, code: int, kept: int) -> None:
     with pytest.raises(RanksFailed) as caught:
         run(program, f"if rank == 1: print('last words'); sys.exit({code})")
     assert caught.value.exit_code == kept
@@ -84,14 +84,14 @@ def test_the_code_of_the_failed_rank_is_kept_and_its_last_words_are_shown(progra
         assert "last words" in str(caught.value)
 
 
-def test_a_crash_names_the_signal(program: Path) -> None:
+def test_ranks_crash_names_the_signal(program: Path) -> None:
     with pytest.raises(RanksFailed, match="rank 1 of 2 was ended by SIGSEGV") as caught:
         # pytest's fault handler would write the stacks into its output.
         run(program, "import faulthandler; faulthandler.disable()\nif rank == 1: os.kill(os.getpid(), signal.SIGSEGV)")
     assert caught.value.exit_code == 4
 
 
-def test_the_others_are_ended_after_a_failure(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_failure_ends_the_others(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("keepwarm.launch.local.ranks.FAILURE_GRACE_S", 0.2)
     monkeypatch.setattr("keepwarm.launch.local.ranks.TERMINATION_GRACE_S", 0.2)
     text = """
@@ -154,7 +154,7 @@ def pids(program: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_all_ranks_and_the_code_is_130(program: Path, number: signal.Signals) -> None:
+def test_ranks_signal_ends_all_with_exit_130(program: Path, number: signal.Signals) -> None:
     process = launcher(program, WAITING.format(handler=POLITE))
     process.send_signal(number)
     output, _ = process.communicate(timeout=DEADLINE)
@@ -163,7 +163,7 @@ def test_a_signal_ends_all_ranks_and_the_code_is_130(program: Path, number: sign
     assert all(map(ended, pids(program)))
 
 
-def test_a_second_interrupt_kills(program: Path) -> None:
+def test_ranks_second_interrupt_kills(program: Path) -> None:
     process = launcher(program, WAITING.format(handler=DEAF))
     process.send_signal(signal.SIGINT)
     await_that(lambda: all((program.parent / f"asked{rank}").exists() for rank in range(2)), "SIGTERM at the ranks")
@@ -174,7 +174,7 @@ def test_a_second_interrupt_kills(program: Path) -> None:
     assert all(map(ended, pids(program)))
 
 
-def test_a_module_that_cannot_be_imported_is_named(program: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_ranks_module_without_import_is_named(program: Path, capfd: pytest.CaptureFixture[str]) -> None:
     logs = program.parent / "logs"
     unknown = ("no_such_module",)
     with pytest.raises(LaunchError, match="has died"):
@@ -182,7 +182,7 @@ def test_a_module_that_cannot_be_imported_is_named(program: Path, capfd: pytest.
     assert "no_such_module" in capfd.readouterr().err
 
 
-def test_ranks_clean_up_after_themselves_and_not_after_their_launcher(program: Path) -> None:
+def test_ranks_exit_handlers_run_only_their_own(program: Path) -> None:
     def clean_up(folder: Path = program.parent) -> None:
         (folder / f"launcher-{os.getpid()}").touch()
 

@@ -144,7 +144,7 @@ def apart(tmp_path: Path) -> Iterator[Callable[[int], tuple[Network, Cluster]]]:
         network.close()
 
 
-def test_two_halves_without_a_spare_wait_for_each_other(apart: Callable[[int], tuple[Network, Cluster]]) -> None:
+def test_partition_halves_without_a_spare_wait_for_each_other(apart: Callable[[int], tuple[Network, Cluster]]) -> None:
     network, run = apart(SLOTS)
     before = run.until(run.training, "the first round")[-1]
     network.cable("down")
@@ -156,7 +156,7 @@ def test_two_halves_without_a_spare_wait_for_each_other(apart: Callable[[int], t
     run.end()
 
 
-def test_only_the_half_with_the_spares_trains(apart: Callable[[int], tuple[Network, Cluster]]) -> None:
+def test_partition_only_the_half_with_spares_trains(apart: Callable[[int], tuple[Network, Cluster]]) -> None:
     network, run = apart(SLOTS + HALF)
     before = run.until(run.training, "the first round")[-1]
     network.cable("down")

@@ -26,7 +26,7 @@ def arrived(table: Table) -> Table:
     return table
 
 
-def test_a_round_is_complete_when_every_slot_has_an_owner_that_arrived() -> None:
+def test_slot_table_round_is_complete_when_all_owners_arrived() -> None:
     table = Table(slots=2, max_restarts=0)
     table = slot_table.join(table, "a", 0)
     table = slot_table.arrive(table, "a", 0)
@@ -42,7 +42,7 @@ def test_a_round_is_complete_when_every_slot_has_an_owner_that_arrived() -> None
     assert (table.begun, table.restarts, table.round) == (True, 0, 0)
 
 
-def test_a_spare_takes_the_slot_of_a_lost_node_and_survivors_keep_theirs() -> None:
+def test_slot_table_spare_takes_slot_of_lost_node() -> None:
     table = slot_table.lose(started(spares=2), "n1", "connection closed", 5.0)
     assert table.owners == {0: "n0", 1: "s0", 2: "n2"}
     assert (table.spares, table.round, table.moved, table.complete) == (("s1",), 1, (1,), False)
@@ -52,7 +52,7 @@ def test_a_spare_takes_the_slot_of_a_lost_node_and_survivors_keep_theirs() -> No
     assert [failure.slot for failure in table.gravest] == [1]
 
 
-def test_what_fails_elsewhere_because_of_a_lost_node_is_not_the_cause() -> None:
+def test_slot_table_failures_caused_by_lost_node_are_not_root_cause() -> None:
     table = slot_table.fail(started(), "n0", 0, "failed", "rank 0 gave up", 1.0)
     table = slot_table.fail(table, "n2", 0, "failed", "rank 2 gave up", 1.1)
     assert table.round == 1
@@ -63,14 +63,14 @@ def test_what_fails_elsewhere_because_of_a_lost_node_is_not_the_cause() -> None:
     assert arrived(table).restarts == 0
 
 
-def test_a_replacement_that_dies_before_the_round_is_complete_is_replaced_in_the_same_round() -> None:
+def test_slot_table_replacement_lost_early_is_replaced_in_same_round() -> None:
     table = slot_table.lose(started(spares=2), "n1", "gone", 0.0)
     table = slot_table.arrive(slot_table.arrive(table, "n0", 1), "s0", 1)
     table = slot_table.lose(table, "s0", "gone too", 1.0)
     assert (table.round, table.owners[1], table.arrived) == (1, "s1", ("n0",))
 
 
-def test_without_a_spare_the_slot_stays_vacant_until_a_node_comes() -> None:
+def test_slot_table_without_spare_slot_stays_vacant() -> None:
     table = slot_table.lose(started(spares=0), "n2", "gone", 0.0)
     assert table.vacant == (2,)
     table = slot_table.join(table, "late", "spare")
@@ -78,7 +78,7 @@ def test_without_a_spare_the_slot_stays_vacant_until_a_node_comes() -> None:
     assert slot_table.join(slot_table.lose(started(spares=0), "n2", "gone", 0.0), "late", 1).owners[2] == "late"
 
 
-def test_a_node_that_was_given_up_is_fenced_and_comes_back_as_a_spare() -> None:
+def test_slot_table_lost_node_is_fenced_and_rejoins_as_spare() -> None:
     table = slot_table.lose(started(), "n1", "silent", 0.0)
     assert not table.knows("n1")
     assert slot_table.fail(table, "n1", 0, "failed", "its peers are gone", 1.0) == table
@@ -87,7 +87,7 @@ def test_a_node_that_was_given_up_is_fenced_and_comes_back_as_a_spare() -> None:
     assert slot_table.join(table, "n1", "spare").spares == ("n1",)
 
 
-def test_workers_that_keep_failing_end_the_run() -> None:
+def test_slot_table_repeated_worker_failures_end_the_run() -> None:
     table = started(max_restarts=2)
     for count in range(3):
         assert table.ended is None
@@ -97,7 +97,7 @@ def test_workers_that_keep_failing_end_the_run() -> None:
     assert table.ended.reason == "rank 1 was ended by SIGSEGV, after 2 restarts (cluster.max_restarts)"
 
 
-def test_the_run_has_ended_when_all_have_finished_the_same_round() -> None:
+def test_slot_table_run_ends_when_all_finished_the_same_round() -> None:
     table = slot_table.finish(slot_table.finish(started(), "n0", 0), "n1", 0)
     again = slot_table.lose(table, "n2", "gone before it had finished", 0.0)
     assert (again.finished, again.ended) == ((), None)
@@ -107,7 +107,7 @@ def test_the_run_has_ended_when_all_have_finished_the_same_round() -> None:
     assert slot_table.end(table, 3, "too late").ended == table.ended
 
 
-def test_a_new_store_is_filled_by_those_who_remember() -> None:
+def test_slot_table_new_store_is_rebuilt_from_joining_nodes() -> None:
     table = Table(slots=3, max_restarts=2)
     table = slot_table.join(table, "n2", 2, after_round=4)
     table = slot_table.arrive(table, "n2", table.round)
@@ -119,7 +119,7 @@ def test_a_new_store_is_filled_by_those_who_remember() -> None:
     assert slot_table.fill(table).owners[1] == "s0"
 
 
-def test_a_spare_in_the_slot_of_who_was_lost_with_the_store_is_said_to_have_replaced_it() -> None:
+def test_slot_table_spare_after_store_loss_is_recorded_as_moved() -> None:
     table = Table(slots=2, max_restarts=0)
     table = slot_table.join(table, "b", 1, after_round=4)
     table = slot_table.fill(slot_table.join(table, "s", "spare"))
@@ -133,7 +133,7 @@ def failing(table: Table, node: str, kind: slot_table.Kind, now: float) -> Table
     return arrived(slot_table.fail(table, node, table.round, kind, "it broke", now))
 
 
-def test_a_node_that_fails_again_and_again_makes_room_for_a_spare() -> None:
+def test_slot_table_repeatedly_failing_node_is_replaced_by_spare() -> None:
     table = Table(slots=2, max_restarts=9, max_node_failures=3)
     for node, wish in (("a", 0), ("b", 1), ("s", "spare"), ("t", "spare")):
         table = slot_table.join(table, node, wish)
@@ -148,7 +148,7 @@ def test_a_node_that_fails_again_and_again_makes_room_for_a_spare() -> None:
     assert table.restarts == 2  # what a node is left out for counts as its loss
 
 
-def test_a_node_is_not_left_out_without_blame_or_without_a_spare() -> None:
+def test_slot_table_node_without_blame_or_spare_is_kept() -> None:
     table = Table(slots=2, max_restarts=9, max_node_failures=2)
     for node, wish in (("a", 0), ("b", 1)):
         table = slot_table.join(table, node, wish)
@@ -171,7 +171,7 @@ def elastic(count: int = 4) -> Table:
     return arrived(table)
 
 
-def test_slots_that_nobody_takes_are_given_up() -> None:
+def test_slot_table_vacant_slots_are_given_up() -> None:
     table = elastic()
     assert slot_table.shrink(table) == table  # nothing is vacant
     table = slot_table.lose(table, "n0", "gone", 1.0)
@@ -191,7 +191,7 @@ def test_slots_that_nobody_takes_are_given_up() -> None:
     assert slot_table.shrink(fixed) == fixed
 
 
-def test_one_node_has_memory_saved_before_slots_are_given_up() -> None:
+def test_slot_table_memory_is_flushed_before_slots_are_given_up() -> None:
     whole = arrived(elastic())
     assert slot_table.rescue(whole, "n1") == whole  # nothing is vacant
     table = slot_table.lose(whole, "n2", "gone", 1.0)
@@ -210,7 +210,7 @@ def test_one_node_has_memory_saved_before_slots_are_given_up() -> None:
         assert (other.rescuer, other.saving) == (None, 0)
 
 
-def test_slots_come_back_once_their_nodes_have_and_all_is_saved() -> None:
+def test_slot_table_slots_grow_back_when_nodes_return() -> None:
     table = arrived(slot_table.shrink(slot_table.lose(elastic(), "n0", "gone", 1.0)))
     assert slot_table.want_more(table) == table  # one spare is not enough for four
     table = slot_table.want_more(slot_table.join(table, "back", "spare"))

@@ -90,7 +90,7 @@ def cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
         each.process.wait()
 
 
-def test_who_signals_every_process_gets_a_run_that_saves_and_ends(cluster: Callable[..., Cluster]) -> None:
+def test_supervisors_signalled_as_by_slurm_save_and_end(cluster: Callable[..., Cluster]) -> None:
     """As SLURM does, more than once: before a time limit, at it, and when a job is cancelled or requeued."""
     run = cluster()
     owners = run.running(0)
@@ -109,7 +109,7 @@ def test_who_signals_every_process_gets_a_run_that_saves_and_ends(cluster: Calla
     run.assert_nothing_left()
 
 
-def test_a_node_whose_workers_die_again_and_again_is_left_out(cluster: Callable[..., Cluster]) -> None:
+def test_supervisors_repeatedly_failing_node_is_excluded(cluster: Callable[..., Cluster]) -> None:
     run = cluster()
     (supervisor,) = (record.supervisor for record in run.running(0).values() if record.slot == 1)
     for round in range(3):
@@ -123,7 +123,7 @@ def test_a_node_whose_workers_die_again_and_again_is_left_out(cluster: Callable[
     run.end()
 
 
-def test_nodes_workers_and_stores_die_one_after_the_other(cluster: Callable[..., Cluster]) -> None:
+def test_supervisors_nodes_workers_and_stores_lost_in_turn_recover(cluster: Callable[..., Cluster]) -> None:
     run = cluster(spares=2)
     owners = run.running(0)
     assert names(owners) == ["n0", "n1", "n2"]
@@ -159,7 +159,7 @@ def test_nodes_workers_and_stores_die_one_after_the_other(cluster: Callable[...,
     run.end(0)
 
 
-def test_workers_stay_where_a_fault_was_elsewhere_and_are_replaced_when_one_failed_by_itself(
+def test_supervisors_workers_are_reused_unless_one_failed_by_itself(
     cluster: Callable[..., Cluster],
 ) -> None:
     run = cluster(spares=1, worker=STAYS)
@@ -184,7 +184,7 @@ def test_workers_stay_where_a_fault_was_elsewhere_and_are_replaced_when_one_fail
     run.end()
 
 
-def test_a_frozen_node_is_fenced_and_becomes_a_spare(cluster: Callable[..., Cluster]) -> None:
+def test_supervisors_frozen_node_is_fenced_and_becomes_a_spare(cluster: Callable[..., Cluster]) -> None:
     run = cluster(spares=1, silence=2.0)
     frozen = run.running(0)[1]
     os.kill(frozen.supervisor, signal.SIGSTOP)
@@ -202,7 +202,7 @@ def test_a_frozen_node_is_fenced_and_becomes_a_spare(cluster: Callable[..., Clus
     run.end(3)
 
 
-def test_without_a_spare_the_run_ends_and_says_so(cluster: Callable[..., Cluster]) -> None:
+def test_supervisors_lost_node_without_spare_ends_the_run(cluster: Callable[..., Cluster]) -> None:
     run = cluster(spares=0)
     os.kill(run.running(0)[1].supervisor, signal.SIGKILL)
     assert run.process.wait(DEADLINE) == 4

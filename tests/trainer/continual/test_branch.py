@@ -78,7 +78,7 @@ def test_branch_anneals_from_constant_phase_and_leaves_parent_unchanged(base: Pa
     assert files_of(base) == before
 
 
-def test_branch_default_name_and_overrides(base: Path) -> None:
+def test_branch_default_name_can_be_overridden(base: Path) -> None:
     made = branched(base, 12, 5 * STEP)
     assert (made.name, made.output) == (f"{load_job(base / 'run.json').name}-anneal-12", f"{base}-anneal-12")
     (stage,) = made.stages

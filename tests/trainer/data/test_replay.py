@@ -79,7 +79,7 @@ def test_replay_second_phase_and_other_seed_change_the_order() -> None:
     assert len({tuple(order) for order in (first, second, ids_of(other_seed, 70, 150, replayed=True))}) == 3
 
 
-def test_replay_from_named_stages_and_sources() -> None:
+def test_replay_from_named_stages_and_sources_draws_only_those() -> None:
     assert {name for name, _ in ids_of(three_stages(clause("two")), 70, 300, replayed=True)} == {"b"}
     of_a = three_stages(clause("a", fraction=0.5))
     assert set(ids_of(of_a, 70, 200, replayed=True)) == {one for one in ids_of(of_a, 0, 40) if one[0] == "a"}

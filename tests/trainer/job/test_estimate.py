@@ -121,7 +121,7 @@ def _llama_rows() -> list[tuple[int, int, bool]]:
     return [(128256, 4096, True)] * 2 + layer * 32
 
 
-def test_estimate_llama_8b_replicated_fp32_memory() -> None:
+def test_estimate_llama_8b_replicated_fp32_is_16_bytes_a_parameter() -> None:
     """No axis at all: weights, gradients and two moments of 4 bytes each."""
     plain = estimate_rank(job("llama-3-8b"), 0)
     assert plain.weights == plain.gradients == plain.optimizer // 2 == 4 * 8_030_261_248

@@ -46,7 +46,7 @@ def curve(**clause: object) -> Curve:
         ),
     ],
 )
-def test_curve_values_at_boundaries(clause: dict[str, object], values: dict[int, float]) -> None:
+def test_curve_has_expected_values_at_boundaries(clause: dict[str, object], values: dict[int, float]) -> None:
     made = curve(**clause)
     assert {step: made.at(step) for step in values} == pytest.approx(values, rel=1e-12)
 
