@@ -52,18 +52,18 @@ def check_parsed(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
-def test_documented_command_is_known_with_its_options(block: Block) -> None:
+def test_documented_commands_are_known_with_their_options(block: Block) -> None:
     for words in commands.commands(block.text):
         check_parsed(words)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_page_has_no_command_outside_a_block_of_commands(page: Path) -> None:
+def test_documented_page_has_no_unmarked_command(page: Path) -> None:
     assert commands.unmarked(page) == []
 
 
 @pytest.mark.parametrize("module", ["launch", "trainer"])
-def test_examples_of_help_texts_are_known_with_their_options(module: str) -> None:
+def test_help_examples_are_known_with_their_options(module: str) -> None:
     found = 0
     for file in sorted((ROOT / module).rglob("*.py")):
         for line in re.findall(r"^ {4,12}(keepwarm [a-z].*)$", file.read_text(encoding="utf-8"), re.MULTILINE):
@@ -73,7 +73,7 @@ def test_examples_of_help_texts_are_known_with_their_options(module: str) -> Non
     assert found > 5
 
 
-def test_every_block_that_is_not_run_says_why() -> None:
+def test_command_blocks_not_run_give_a_reason() -> None:
     for block in BLOCKS:
         assert block.not_run is None or len(block.not_run.split()) > 1, block.name
 
@@ -160,12 +160,12 @@ def run_page(page: Path, here: Path, *, long: bool) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in RUNNABLE if page != WALKTHROUGH], ids=lambda page: page.name)
-def test_commands_of_page_run_with_what_the_page_said_to_install(page: Path, tmp_path: Path) -> None:
+def test_documented_commands_run_with_the_installed_extras(page: Path, tmp_path: Path) -> None:
     run_page(page, tmp_path, long=False)
 
 
 @pytest.mark.parametrize("extras", [frozenset(), frozenset({"megatron"})], ids=["base", "megatron"])
-def test_environment_of_a_page_has_its_extras_alone(extras: frozenset[str], tmp_path: Path) -> None:
+def test_page_environment_has_only_its_extras(extras: frozenset[str], tmp_path: Path) -> None:
     code = "import importlib.util as util; print(*(name for name in {!r} if util.find_spec(name)))"
     names = ("torch", "matplotlib", "keepwarm", "megatron", "transformers", "deepspeed", "pytest")
     command = ["python", "-c", code.format(names)]
@@ -182,5 +182,5 @@ LONG = [page for page in RUNNABLE if page != WALKTHROUGH and any(block.long for 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", LONG, ids=lambda page: page.name)
-def test_all_commands_of_page_run(page: Path, tmp_path: Path) -> None:
+def test_documented_long_commands_run(page: Path, tmp_path: Path) -> None:
     run_page(page, tmp_path, long=True)

@@ -17,7 +17,7 @@ def name_of(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", JOBS, ids=name_of)
-def test_jobs_can_be_planned(path: Path) -> None:
+def test_shipped_jobs_can_be_planned(path: Path) -> None:
     job = load_job(path)
     assert job.name == path.stem
     assert job.output == str(Path.cwd() / "runs" / job.name)
@@ -27,16 +27,16 @@ def test_jobs_can_be_planned(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODELS, ids=name_of)
-def test_models_load_by_name(path: Path) -> None:
+def test_shipped_models_load_by_name(path: Path) -> None:
     assert load_model(path) == load_model(path.stem)
 
 
-def test_nothing_else_lies_there() -> None:
+def test_shipped_configs_folder_holds_nothing_else() -> None:
     known = {*JOBS, *MODELS, *(CONFIGS / "corpora").iterdir()}
     assert {path for path in CONFIGS.rglob("*") if path.is_file()} == known
 
 
-def test_the_ci_job_is_what_others_rely_on() -> None:
+def test_shipped_ci_job_has_the_promised_shape() -> None:
     job = load_job(CONFIGS / "ci" / "tiny.yaml")
     plan = Plan(job)
     assert [stage.steps for stage in plan.stages] == [20]
@@ -46,13 +46,13 @@ def test_the_ci_job_is_what_others_rely_on() -> None:
     assert all(Path(source).is_file() for source in [*job.data.sources.values(), *job.data.validation.values()])
 
 
-def test_the_demo_runs_in_three_dimensions() -> None:
+def test_shipped_demo_runs_in_three_dimensions() -> None:
     job = load_job(CONFIGS / "jobs" / "demo.yaml")
     assert job.layout.shape == (2, 2, 2)
     assert load_job(CONFIGS / "jobs" / "demo.yaml", ["parallel.data=1"]).layout.shape == (1, 2, 2)
 
 
-def test_published_layouts_of_530b() -> None:
+def test_shipped_530b_layouts_match_the_paper() -> None:
     for data, ranks in ((8, 2240), (10, 2800), (12, 3360)):
         layout = load_job(CONFIGS / "jobs" / "mt-nlg-530b.yaml", [f"parallel.data={data}"]).layout
         assert layout.world_size == ranks

@@ -64,7 +64,7 @@ FOR_TESTS = {"test", "dev", "long", "fuzz"}
 
 
 @pytest.mark.parametrize("extra", CASES)
-def test_what_an_extra_brings_is_named_where_it_is_missing(extra: str, tmp_path: Path) -> None:
+def test_missing_extra_names_its_install_line(extra: str, tmp_path: Path) -> None:
     blocked, distributions, needs = CASES[extra]
     for name in ("config.json", "tokenizer.json"):  # what lm-eval is asked for
         (tmp_path / name).write_text("{}")

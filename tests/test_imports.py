@@ -53,7 +53,7 @@ def run(code: str) -> str:
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)
-def test_importing_loads_nothing_heavy(module: str) -> None:
+def test_import_of_light_modules_loads_nothing_heavy(module: str) -> None:
     loaded = run(f"import sys, {module}; print(*(name for name in {HEAVY!r} if name in sys.modules))")
     assert loaded.split() == []
 
@@ -75,7 +75,7 @@ def test_planning_loads_nothing_heavy() -> None:
     assert loaded.splitlines()[-1].split() == []
 
 
-def test_the_command_line_loads_neither_pydantic_nor_rich() -> None:
+def test_command_line_loads_neither_pydantic_nor_rich() -> None:
     """`keepwarm --version` and passing on to the data tools stay instant."""
     loaded = run(
         "import sys, keepwarm.launch.cli.main; print(*(name for name in ('pydantic', 'rich') if name in sys.modules))"

@@ -21,7 +21,7 @@ TOOLS = {
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("tool", TOOLS)
-def test_the_code_passes(tool: str) -> None:
+def test_lint_tool_passes(tool: str) -> None:
     command = [sys.executable, *TOOLS[tool]]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, f"{tool}:\n{done.stdout}{done.stderr}"

@@ -39,9 +39,7 @@ def test_promised_extra_holds_what_it_includes() -> None:
         ("", "dev", "megatron", "2 skipped"),
     ],
 )
-def test_skip_for_want_of_an_extra_fails_where_it_is_promised(
-    ci: str, extras: str, extra: str, outcome: str, tmp_path: Path
-) -> None:
+def test_skip_for_a_promised_extra_fails_in_ci(ci: str, extras: str, extra: str, outcome: str, tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text("from tests.conftest import *\n")
     (tmp_path / "test_skipping.py").write_text(SKIPPING.format(extra=extra))
     done = subprocess.run(

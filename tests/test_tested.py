@@ -26,14 +26,14 @@ PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text
         ("unknown", False),
     ],
 )
-def test_range_of_minor_releases_holds_their_patches_alone(version: str, inside: bool) -> None:
+def test_range_of_minor_releases_holds_their_patches(version: str, inside: bool) -> None:
     assert (version in Range("2.11", "2.13")) is inside
 
 
 @pytest.mark.parametrize(
     ("version", "inside"), [("0.16.1", True), ("0.16.1+local", True), ("0.16.2", False), ("0.16.1.post1", True)]
 )
-def test_range_of_one_release_holds_it_alone(version: str, inside: bool) -> None:
+def test_range_of_one_release_holds_only_it(version: str, inside: bool) -> None:
     assert (version in Range("0.16.1", "0.16.1")) is inside
 
 
@@ -45,7 +45,7 @@ def test_zero_bubble_needs_torch_2_13(torch: str, splits: bool) -> None:
 
 
 @pytest.mark.parametrize("distribution", TESTED)
-def test_every_tested_bound_may_be_installed(distribution: str) -> None:
+def test_tested_bounds_may_be_installed(distribution: str) -> None:
     """What pyproject.toml refuses cannot have been tested."""
     tested = TESTED[distribution]
     if distribution == "python":
@@ -67,7 +67,7 @@ def test_classifiers_name_the_tested_interpreters() -> None:
     assert minors == list(range(low, high + 1))
 
 
-def test_what_these_tests_run_with_is_within_the_tested_ranges() -> None:
+def test_installed_versions_are_within_the_tested_ranges() -> None:
     found = {distribution: installed(distribution) for distribution in TESTED}
     assert None not in (found["python"], found["torch"], found["pyeclib"])
     assert {name: one for name, one in found.items() if one is not None and one not in TESTED[name]} == {}

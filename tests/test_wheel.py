@@ -51,7 +51,7 @@ def run(environment: Path, cwd: Path, *command: str) -> str:
     return done.stdout
 
 
-def test_the_wheel_holds_the_four_packages_and_the_configs(wheel: Path) -> None:
+def test_wheel_holds_the_four_packages_and_the_configs(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == OURS
     for path in ("ci/tiny.yaml", "models/tiny.yaml", "corpora/handbook_en.jsonl.zst", "corpora/LICENSE.md"):
@@ -60,7 +60,7 @@ def test_the_wheel_holds_the_four_packages_and_the_configs(wheel: Path) -> None:
         assert f"keepwarm/{marker}" in names
 
 
-def test_plan_from_an_empty_environment(environment: Path, tmp_path: Path) -> None:
+def test_wheel_plans_from_an_empty_environment(environment: Path, tmp_path: Path) -> None:
     where = run(environment, tmp_path, "python", "-P", "-c", "import keepwarm; print(keepwarm.__file__)")
     assert str(environment.parent) in where
     plan = run(environment, tmp_path, "keepwarm", "plan", "configs/ci/tiny.yaml")

@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.ci
-def test_a_worker_a_node_with_its_memory_and_rotten_memory(folder: Path) -> None:
+def test_drill_worker_node_and_rotten_memory_recovers_bitwise(folder: Path) -> None:
     faults = ["--kill", "worker:1@4", "--kill", "node:1@8", "--corrupt", "chunk:0@14"]
     page = folder / "drill.html"
     found = drill(folder / "two", "ci/tiny", *TWO_NODES, *faults, "--html", str(page))
@@ -74,7 +74,7 @@ def test_a_worker_a_node_with_its_memory_and_rotten_memory(folder: Path) -> None
     assert carriers() == []
 
 
-def test_ranks_of_one_launcher(folder: Path) -> None:
+def test_drill_ranks_of_one_launcher_recover_bitwise(folder: Path) -> None:
     snapshot = "snapshot={every: 1, bucket: 65536}"
     found = drill(
         folder / "one", "ci/tiny", "parallel.data=2", snapshot, "--kill", "worker:1@5", "--kill", "worker:0@12"
@@ -89,7 +89,7 @@ CODES = ("{data: 2, parity: 2}", "{data: 3, parity: 1}")
 
 @pytest.mark.long
 @pytest.mark.parametrize("code", CODES)
-def test_every_single_node(folder: Path, code: str) -> None:
+def test_drill_every_single_node_is_decoded(folder: Path, code: str) -> None:
     kills = [f"node:{slot}@{3 + 5 * slot}" for slot in range(4)]
     found = drill(folder / "four", FOUR_NODES, f"snapshot.code={code}", *options("--kill", kills))
     assert_survived(found, ["decoded"] * 4)
@@ -98,7 +98,7 @@ def test_every_single_node(folder: Path, code: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("pairs", [((0, 1), (2, 3), (0, 2)), ((1, 3), (0, 3), (1, 2))], ids=str)
 @pytest.mark.parametrize("at_once", [True, False])
-def test_every_pair_of_nodes(folder: Path, pairs: Sequence[tuple[int, int]], at_once: bool) -> None:
+def test_drill_every_pair_of_nodes_is_decoded(folder: Path, pairs: Sequence[tuple[int, int]], at_once: bool) -> None:
     """At once, and one after the other: the second in the recovery from the first."""
     kills = []
     for step, (one, other) in zip((3, 10, 17), pairs, strict=True):
@@ -112,7 +112,7 @@ def options(name: str, values: Sequence[str]) -> list[str]:
 
 
 @pytest.mark.long
-def test_more_nodes_than_parity_go_back_to_disk(folder: Path) -> None:
+def test_drill_more_nodes_than_parity_restore_from_disk(folder: Path) -> None:
     found = drill(folder / "four", FOUR_NODES, "snapshot.code={data: 3, parity: 1}", "--kill", "nodes:1,2@10")
     assert found["bitwise_equal"], found["differences"]
     assert [fault["level"] for fault in found["faults"]] == ["disk"]
@@ -133,7 +133,9 @@ def test_more_nodes_than_parity_go_back_to_disk(folder: Path) -> None:
     ],
     ids=lambda value: " ".join(map(str, value)),
 )
-def test_faults_of_one_kind_and_together(folder: Path, arguments: list[str], levels: list[str | None]) -> None:
+def test_drill_faults_of_one_kind_and_combined_recover(
+    folder: Path, arguments: list[str], levels: list[str | None]
+) -> None:
     assert_survived(drill(folder / "four", FOUR_NODES, *arguments), levels)
 
 
@@ -143,13 +145,13 @@ ONE_RANK_A_NODE = ("parallel.tensor=1", "cluster.ranks_per_node=1")
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(200))
-def test_drawn_campaigns(folder: Path, seed: int) -> None:
+def test_drill_drawn_campaigns_recover(folder: Path, seed: int) -> None:
     assert_campaign(folder / "drawn", seed, TWELVE_STEPS)
 
 
 @pytest.mark.ci
 @pytest.mark.parametrize("seed", range(20))
-def test_drawn_campaigns_of_four_ranks(folder: Path, seed: int) -> None:
+def test_drill_drawn_campaigns_of_four_ranks_recover(folder: Path, seed: int) -> None:
     assert_campaign(folder / "drawn_small", seed, TWELVE_STEPS, *ONE_RANK_A_NODE)
 
 

@@ -31,7 +31,7 @@ WITHOUT_DEEPSPEED = pytest.mark.skipif(
         ),
     ],
 )
-def test_a_worker_and_a_node_are_restored_from_memory(tmp_path: Path, engine: str, layout: tuple[str, ...]) -> None:
+def test_drill_engine_worker_and_node_restore_from_memory(tmp_path: Path, engine: str, layout: tuple[str, ...]) -> None:
     snapshot = "snapshot={every: 1, bucket: 65536}"
     kills = ("--kill", "worker:1@5", "--kill", "node:1@12")
     found = drill(tmp_path / "drill", "ci/tiny", f"parallel.engine={engine}", *layout, snapshot, *kills)

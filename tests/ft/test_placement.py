@@ -27,7 +27,7 @@ def clusters(draw, largest=24):
 
 @given(clusters(largest=200))
 @settings(deadline=None)
-def test_every_node_is_protected_in_near_equal_groups(cluster):
+def test_place_every_node_is_in_a_group_of_near_equal_size(cluster):
     domains, k, m = cluster
     groups = place(domains, k, m)
     assert sorted(node for group in groups for node in group.members) == list(range(len(domains)))
@@ -44,7 +44,7 @@ def test_every_node_is_protected_in_near_equal_groups(cluster):
 
 @given(clusters(largest=60))
 @settings(deadline=None)
-def test_no_group_holds_more_of_a_domain_than_it_must(cluster):
+def test_place_domains_are_spread_as_far_as_possible(cluster):
     domains, k, m = cluster
     groups = place(domains, k, m)
     sizes = Counter(domains)
@@ -54,7 +54,7 @@ def test_no_group_holds_more_of_a_domain_than_it_must(cluster):
         assert set(group.crowded) == {d for d, held in Counter(group.domains).items() if held > m and held > 1}
 
 
-def test_groups_stride_over_racks():
+def test_place_groups_stride_over_racks():
     racks = [f"rack {node // 4}" for node in range(16)]  # four racks of four, in the order of the nodes
     groups = place(racks, 3, 1)
     assert [group.members for group in groups] == [(0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15)]
@@ -64,7 +64,7 @@ def test_groups_stride_over_racks():
     assert [group.crowded for group in place(["a", "a", "a", "b"], 1, 1)] == [("a",), ()]
 
 
-def test_counts_that_do_not_divide():
+def test_place_counts_that_do_not_divide_give_uneven_groups():
     assert [group.size for group in place(11, 3, 1)] == [6, 5]
     assert [group.k for group in place(11, 3, 1)] == [5, 4]
     assert [(group.members, group.k, group.m) for group in place(2, 1, 1)] == [((0, 1), 1, 1)]
@@ -72,7 +72,7 @@ def test_counts_that_do_not_divide():
     assert [group.size for group in place(39, 18, 2)] == [20, 19]
 
 
-def test_one_node_has_no_parity_and_says_so():
+def test_place_single_node_is_unprotected():
     (group,) = place(1, 6, 2)
     assert (group.members, group.k, group.m, group.protected) == ((0,), 1, 0, False)
 
@@ -109,12 +109,12 @@ def test_code_open_numbers_follow_from_nodes(nodes, code, expected):
         (41, 1, 20, "choose m <= 19"),
     ],
 )
-def test_a_code_that_does_not_fit_is_an_error(nodes, k, m, message):
+def test_place_code_that_does_not_fit_is_refused(nodes, k, m, message):
     with pytest.raises(PlacementError, match=message):
         place(nodes, k, m)
 
 
-def test_loss_probability_counts_every_set():
+def test_loss_probability_equals_enumeration():
     for nodes, k, m in ((7, 2, 1), (9, 2, 2), (6, 1, 1)):
         groups = place(nodes, k, m)
         for failures in range(nodes + 1):
@@ -135,7 +135,7 @@ def test_loss_probability_counts_every_set():
         (13, 3, (0, 0, 0, 0)),
     ],
 )
-def test_the_arithmetic_of_survival(k, m, published):
+def test_loss_probability_matches_published_numbers(k, m, published):
     cases = [(nodes, failures) for nodes in (128, 1024) for failures in (2, 3)]
     computed = [loss_probability(place(nodes, k, m), failures) for nodes, failures in cases]
     assert computed == pytest.approx(published, rel=0.04)

@@ -90,7 +90,7 @@ def test_added_batch_system_runs_lists_and_shows_a_job(machine: Machine, tmp_pat
 
 
 @pytest.mark.dist
-def test_added_batch_system_cancels_a_job_with_its_state_saved(machine: Machine, tmp_path: Path) -> None:
+def test_added_batch_system_cancels_with_state_saved(machine: Machine, tmp_path: Path) -> None:
     run = tmp_path / "run"
     submitted = machine.keepwarm("submit", *JOB, "stages.0.tokens=1_024_000", f"output={run}", *BACKEND)
     assert submitted.returncode == 0, submitted.stderr
@@ -122,7 +122,7 @@ def test_added_batch_system_cancels_a_job_with_its_state_saved(machine: Machine,
         (["--chain", "2"], "--chain: keepwarm submits no chains to the local queue"),
     ],
 )
-def test_added_batch_system_refuses_wrong_options_in_one_sentence(
+def test_added_batch_system_refuses_wrong_options_in_one_line(
     machine: Machine, tmp_path: Path, options: list[str], message: str
 ) -> None:
     refused = machine.keepwarm("submit", *JOB, *options, f"output={tmp_path}/run", *BACKEND)
@@ -131,7 +131,7 @@ def test_added_batch_system_refuses_wrong_options_in_one_sentence(
     assert not (tmp_path / "run").exists()
 
 
-def test_unknown_batch_system_lists_those_that_are_installed(machine: Machine, tmp_path: Path) -> None:
+def test_unknown_batch_system_lists_those_installed(machine: Machine, tmp_path: Path) -> None:
     refused = machine.keepwarm("submit", *JOB, f"output={tmp_path}/run", "--backend", "slrm")
     assert refused.returncode == 2
     assert refused.stderr == (

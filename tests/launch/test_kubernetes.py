@@ -46,7 +46,7 @@ def parsed(text: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("overrides", [(*ASKED, *TWO), FULL], ids=["plain", "full"])
-def test_the_manifests_are_of_the_types_of_the_api(overrides: Sequence[str]) -> None:
+def test_kubernetes_manifests_match_the_api_types(overrides: Sequence[str]) -> None:
     config, jobset = parsed(render(job(*overrides)))
     for document, kind in ((config, IoK8sApiCoreV1ConfigMap), (jobset, JobsetV1alpha2JobSet)):
         known = kind.from_dict(document)
@@ -58,7 +58,7 @@ def test_the_manifests_are_of_the_types_of_the_api(overrides: Sequence[str]) -> 
     assert json.loads(config["data"]["run.json"]) == json.loads(job(*overrides).model_dump_json())
 
 
-def test_there_is_a_pod_for_each_node_and_each_spare() -> None:
+def test_kubernetes_jobset_has_a_pod_for_each_node_and_spare() -> None:
     _, jobset = parsed(render(job(*FULL)))
     assert (jobset["metadata"]["name"], jobset["metadata"]["namespace"]) == ("two-words", "lab")
     (nodes,) = jobset["spec"]["replicatedJobs"]
@@ -75,7 +75,7 @@ def test_there_is_a_pod_for_each_node_and_each_spare() -> None:
 @pytest.mark.parametrize(
     ("text", "name"), [("Two Words!", "two-words"), ("7b", "run-7b"), ("x" * 90, "x" * LONGEST), ("---", "run")]
 )
-def test_names_are_dns_labels(text: str, name: str) -> None:
+def test_kubernetes_object_names_are_dns_labels(text: str, name: str) -> None:
     assert object_name(text) == name
 
 
@@ -87,7 +87,7 @@ def test_names_are_dns_labels(text: str, name: str) -> None:
         (("cluster.kubernetes={image: one}",), "claim"),
     ],
 )
-def test_what_is_missing_is_named(overrides: Sequence[str], message: str) -> None:
+def test_kubernetes_missing_option_is_named(overrides: Sequence[str], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         render(job(*overrides))
 
@@ -101,7 +101,7 @@ def test_what_is_missing_is_named(overrides: Sequence[str], message: str) -> Non
         (["--dry-run", "--sweep", "seed=[1, 2]"], "--sweep: keepwarm submits no arrays to Kubernetes"),
     ],
 )
-def test_kubernetes_submit_refuses_what_it_cannot_do_in_one_sentence(
+def test_kubernetes_submit_unsupported_option_is_refused_in_one_line(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ClusterError, match=re.escape(message)):
@@ -113,12 +113,12 @@ def submit_to_kubernetes(*options: str) -> None:
     cluster(["submit", str(TINY), *ASKED, "--backend", "kubernetes", *options], standalone_mode=False)
 
 
-def test_kubernetes_dry_run_prints_the_manifests_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_kubernetes_dry_run_prints_only_the_manifests(capsys: pytest.CaptureFixture[str]) -> None:
     submit_to_kubernetes("--dry-run")
     assert capsys.readouterr() == (render(job(*ASKED)), "")
 
 
-def test_kubernetes_run_is_not_cancelled_but_the_command_is_named(tmp_path: Path) -> None:
+def test_kubernetes_cancel_names_the_kubectl_command(tmp_path: Path) -> None:
     save_job(job(*FULL), tmp_path / "run.json")
     for action, command in ((cancel, "delete"), (requeue, "delete")):
         with pytest.raises(ClusterError, match=f"if it runs on Kubernetes: kubectl {command} jobset two-words -n lab"):
@@ -130,7 +130,7 @@ def test_kubernetes_run_is_not_cancelled_but_the_command_is_named(tmp_path: Path
 @pytest.mark.long
 @pytest.mark.dist
 @pytest.mark.timeout(600)
-def test_the_pods_command_trains(tmp_path: Path) -> None:
+def test_kubernetes_pod_command_trains(tmp_path: Path) -> None:
     """Each pod a process of its own, the volume and the ConfigMap two folders; started twice, it is done."""
     run, config = tmp_path / "shared" / "run", tmp_path / "config"
     asked = f"{{image: one, claim: two, mount: {tmp_path}, python: {Path(sys.executable).name}}}"

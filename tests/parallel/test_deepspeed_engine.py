@@ -64,7 +64,7 @@ def differences(of: Case, found: Outcome) -> list[str]:
 
 
 @pytest.mark.parametrize("of", [TWO, STAGES], ids=str)
-def test_a_layout_computes_what_the_torch_engine_computes_on_one_rank(of: Case) -> None:
+def test_deepspeed_layout_equals_torch_on_one_rank(of: Case) -> None:
     assert differences(of, parity.run_case(of)) == []
 
 
@@ -90,7 +90,7 @@ LONG = [
 
 @pytest.mark.long
 @pytest.mark.parametrize("of", LONG, ids=str)
-def test_every_layout_computes_what_the_torch_engine_computes_on_one_rank(of: Case) -> None:
+def test_deepspeed_every_layout_equals_torch_on_one_rank(of: Case) -> None:
     assert differences(of, parity.run_case(of)) == []
 
 
@@ -140,7 +140,7 @@ TEETH: list[tuple[Fault, Case]] = [
 
 
 @pytest.mark.parametrize(("fault", "of"), TEETH, ids=lambda value: getattr(value, "__name__", str(value)))
-def test_a_wrong_engine_is_told_from_a_right_one(fault: Fault, of: Case) -> None:
+def test_deepspeed_planted_fault_is_found_in_weights(fault: Fault, of: Case) -> None:
     # Under SGD a wrong norm shows in the weights too; AdamW forgives it.
     of, steps = replace(of, optimizer="sgd"), range(3)
     expected = parity.run_case(of.reference, steps=steps)
@@ -151,7 +151,7 @@ def test_a_wrong_engine_is_told_from_a_right_one(fault: Fault, of: Case) -> None
 
 @pytest.mark.long
 @pytest.mark.parametrize("layout", [{"data": 2}, {"data": 2, "zero_stage": 3}, {"pipeline": 2, "tied": True}], ids=str)
-def test_bf16_stays_close_to_the_torch_engine_and_keeps_fp32_state(layout: dict[str, Any]) -> None:
+def test_deepspeed_bf16_stays_close_to_torch_and_keeps_fp32_state(layout: dict[str, Any]) -> None:
     of = replace(case(**layout, **CLIPPED), precision="bf16")
     expected, found = (parity.run_case(one, steps=range(5)) for one in (of.reference, of))
     exact = parity.run_case(replace(of.reference, precision="fp32"), steps=range(5))
@@ -217,7 +217,7 @@ SKIPPING = [
 
 
 @pytest.mark.parametrize("of", SKIPPING, ids=str)
-def test_a_bad_step_is_skipped_by_all_ranks_and_leaves_no_trace(of: Case) -> None:
+def test_deepspeed_bad_step_is_skipped_by_all_ranks(of: Case) -> None:
     expected = parity.run_case(of, steps=range(2))
     for calls, bad, unchanged, steps in run_ranks(of.world_size, _through_a_bad_step, of, deadline=250.0):
         assert calls == [(1, True, False), (1, True, False)]
@@ -239,13 +239,13 @@ def on(engine: str, of: Case, **layout: int) -> Case:
     return replace(of, engine=engine, **layout)  # type: ignore[arg-type]
 
 
-def test_a_run_goes_from_torch_over_megatron_and_two_stages_of_deepspeed_back_to_torch(tmp_path: Path) -> None:
+def test_deepspeed_relay_torch_megatron_and_back_continues(tmp_path: Path) -> None:
     legs = [on("torch", STAGES, pipeline=1), on("megatron", STAGES, pipeline=1, tensor=2), STAGES]
     _relay([*legs, on("torch", STAGES, pipeline=1, data=2)], tmp_path, 3)
 
 
 @pytest.mark.long
-def test_a_run_goes_through_every_stage_of_zero(tmp_path: Path) -> None:
+def test_deepspeed_relay_through_every_zero_stage_continues(tmp_path: Path) -> None:
     legs = [
         on("torch", CUBE),
         CUBE,
@@ -263,7 +263,7 @@ def test_a_run_goes_through_every_stage_of_zero(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_restored_state_continues_with_the_same_bits(of: Case) -> None:
+def test_deepspeed_restored_state_continues_bitwise(of: Case) -> None:
     whole, half = parity.run_case(of, steps=range(4)), parity.run_case(of, steps=range(2))
     rest = parity.run_case(of, steps=range(2, 4), start=half.state)
     assert half.steps + rest.steps == whole.steps
@@ -288,13 +288,13 @@ TINY = Path(__file__).parents[2] / "configs/ci/tiny.yaml"
         ),
     ],
 )
-def test_what_it_cannot_express_is_refused(overrides: list[str], named: str) -> None:
+def test_deepspeed_unsupported_option_is_refused(overrides: list[str], named: str) -> None:
     with pytest.raises(SpecError, match=rf"parallel\.engine = deepspeed: {named}"):
         load_job(TINY, ["parallel.engine=deepspeed", *overrides])
 
 
 @pytest.mark.parametrize("engine", ["torch", "megatron"])
-def test_zero_is_for_deepspeed_alone(engine: str) -> None:
+def test_zero_stage_of_other_engines_is_refused(engine: str) -> None:
     said = r"parallel\.options\.zero_stage: unknown key of this engine; it belongs to parallel\.engine = deepspeed"
     with pytest.raises(SpecError, match=said):
         load_job(TINY, [f"parallel.engine={engine}", "parallel.options.zero_stage=3"])

@@ -41,7 +41,7 @@ def job(*overrides: str) -> JobSpec:
     return load_job(TINY, list(overrides))
 
 
-def test_torch_needs_nothing_and_refuses_nothing() -> None:
+def test_torch_engine_requires_and_refuses_nothing() -> None:
     require("torch")
     assert refusals(job()) == []
 
@@ -57,7 +57,7 @@ def test_torch_needs_nothing_and_refuses_nothing() -> None:
         ("0.15.0", False),
     ],
 )
-def test_tested_versions_pass_and_no_others(installed: Path, version: str, tested: bool) -> None:
+def test_engine_version_other_than_tested_is_refused(installed: Path, version: str, tested: bool) -> None:
     install(installed, "megatron-core", version)
     if tested:
         require("megatron")
@@ -89,7 +89,7 @@ def refused(arguments: Sequence[str], *paths: Path, options: Sequence[str] = ())
 
 
 @pytest.mark.parametrize("engine", INSTALL)
-def test_an_engine_that_is_not_installed_ends_with_2_and_starts_nothing(engine: str, tmp_path: Path) -> None:
+def test_engine_not_installed_exits_2_and_starts_nothing(engine: str, tmp_path: Path) -> None:
     """With links to everything that is installed but the engine in the place of the site packages."""
     distribution, command = INSTALL[engine]
     others = tmp_path / "site"
@@ -114,7 +114,7 @@ def test_an_engine_that_is_not_installed_ends_with_2_and_starts_nothing(engine: 
     ],
     ids=["train", "nodes", "drill", "submit"],
 )
-def test_an_untested_version_ends_with_2_and_starts_nothing(
+def test_engine_untested_version_exits_2_and_starts_nothing(
     engine: str, job: list[str], installed: Path, tmp_path: Path
 ) -> None:
     distribution, command = INSTALL[engine]
@@ -134,9 +134,7 @@ def test_an_untested_version_ends_with_2_and_starts_nothing(
     ],
     ids=lambda value: value[0],
 )
-def test_an_option_that_the_engine_lacks_ends_with_2_and_starts_nothing(
-    overrides: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_engine_unsupported_option_exits_2_and_starts_nothing(overrides: tuple[str, ...], tmp_path: Path) -> None:
     output = tmp_path / "run"
     error = refused(["train", str(TINY), *overrides, f"output={output}"])
     engine, option = (override.partition("=") for override in overrides)
@@ -158,7 +156,7 @@ def test_an_option_that_the_engine_lacks_ends_with_2_and_starts_nothing(
         ("numerics.compile=true", "numerics.compile"),
     ],
 )
-def test_megatron_refuses_what_it_cannot_express(override: str, named: str) -> None:
+def test_megatron_unsupported_option_is_refused(override: str, named: str) -> None:
     with pytest.raises(SpecError, match=rf"parallel\.engine = megatron: {named}"):
         job("parallel.engine=megatron", override)
 

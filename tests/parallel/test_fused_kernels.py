@@ -53,17 +53,17 @@ def losses(
 
 @there(ADAM)
 @pytest.mark.parametrize("engine", ENGINES.names())
-def test_the_fused_adam_of_apex_computes_what_torch_computes(engine: str) -> None:
+def test_apex_adam_equals_torch(engine: str) -> None:
     assert losses(engine, adam="apex") == pytest.approx(losses(engine), rel=1e-5)
 
 
 @there(NORMS)
 @pytest.mark.parametrize("engine", ENGINES.names())
-def test_the_fused_norms_of_apex_compute_what_torch_computes(engine: str) -> None:
+def test_apex_norms_equal_torch(engine: str) -> None:
     assert losses(engine, norms="apex") == pytest.approx(losses(engine), rel=1e-5)
 
 
 @there(TRANSFORMER_ENGINE)
-def test_the_layers_of_transformer_engine_compute_what_megatron_core_computes() -> None:
+def test_transformer_engine_layers_equal_megatron_core() -> None:
     fused = losses("megatron", options={"transformer_engine": True})
     assert fused == pytest.approx(losses("megatron"), rel=1e-3)  # its products of fp32 matrices may be in TF32

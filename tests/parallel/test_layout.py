@@ -24,14 +24,14 @@ layouts = st.builds(
 
 
 @given(layouts)
-def test_ranks_and_coordinates_are_a_bijection(layout: Layout) -> None:
+def test_layout_ranks_and_coordinates_are_a_bijection(layout: Layout) -> None:
     places = [layout.coordinates(rank) for rank in range(layout.world_size)]
     assert [layout.rank_at(at) for at in places] == list(range(layout.world_size))
     assert set(places) == set(itertools.product(range(layout.data), range(layout.pipeline), range(layout.tensor)))
 
 
 @given(layouts, st.sampled_from(AXES))
-def test_groups_of_an_axis_partition_the_world(layout: Layout, axis: str) -> None:
+def test_layout_groups_of_an_axis_partition_the_world(layout: Layout, axis: str) -> None:
     groups = layout.groups(axis)
     assert sorted(itertools.chain(*groups)) == list(range(layout.world_size))
     for group in groups:
@@ -40,7 +40,7 @@ def test_groups_of_an_axis_partition_the_world(layout: Layout, axis: str) -> Non
 
 
 @given(layouts)
-def test_groups_of_two_axes_meet_in_one_rank(layout: Layout) -> None:
+def test_layout_groups_of_two_axes_meet_in_one_rank(layout: Layout) -> None:
     for a, b in itertools.combinations(AXES, 2):
         of_a = {rank: set(group) for group in layout.groups(a) for rank in group}
         of_b = {rank: set(group) for group in layout.groups(b) for rank in group}
@@ -48,7 +48,7 @@ def test_groups_of_two_axes_meet_in_one_rank(layout: Layout) -> None:
 
 
 @pytest.mark.parametrize(("data", "ranks"), [(8, 2240), (10, 2800), (12, 3360)])
-def test_megatron_turing_placement(data: int, ranks: int) -> None:
+def test_layout_megatron_turing_placement_matches_paper(data: int, ranks: int) -> None:
     layout = Layout.of(ParallelSpec(tensor=8, pipeline=35, data=data), ranks_per_node=8)
     assert (layout.world_size, layout.nodes) == (ranks, ranks // 8)
     for group in layout.groups("tensor"):
@@ -62,7 +62,7 @@ def test_megatron_turing_placement(data: int, ranks: int) -> None:
         assert all(b - a == 35 for a, b in itertools.pairwise(nodes))
 
 
-def test_a_tensor_group_must_fit_a_node() -> None:
+def test_layout_tensor_group_over_two_nodes_is_refused() -> None:
     with pytest.raises(LayoutError, match="tensor group would span two nodes"):
         Layout.of(ParallelSpec(tensor=3, data=4), ranks_per_node=4)
     with pytest.raises(LayoutError, match=r"= 6 ranks do not fill whole nodes of cluster.ranks_per_node = 4"):
@@ -70,13 +70,13 @@ def test_a_tensor_group_must_fit_a_node() -> None:
 
 
 @pytest.mark.parametrize("rank", [-1, 8])
-def test_a_rank_outside_the_world_is_refused(rank: int) -> None:
+def test_layout_rank_outside_the_world_is_refused(rank: int) -> None:
     with pytest.raises(LayoutError, match=f"rank {rank} is outside the world of 8 ranks"):
         Layout.of(ParallelSpec(data=8)).coordinates(rank)
 
 
 @given(st.integers(1, 4), st.sampled_from(["1f1b", "interleaved", "zero_bubble"]))
-def test_stages_are_dealt_out_in_turn(pipeline: int, schedule: str) -> None:
+def test_layout_stages_are_assigned_round_robin(pipeline: int, schedule: str) -> None:
     spec = ParallelSpec(pipeline=pipeline, schedule=schedule)  # type: ignore[arg-type]
     dealt = [stages_of(coordinate, spec) for coordinate in range(pipeline)]
     assert sorted(itertools.chain(*dealt)) == list(range(spec.stages))
@@ -86,7 +86,7 @@ def test_stages_are_dealt_out_in_turn(pipeline: int, schedule: str) -> None:
     assert list(itertools.chain(*layers)) == list(range(3 * spec.stages))
 
 
-def test_uneven_split_of_layers() -> None:
+def test_layout_uneven_layer_split_is_followed() -> None:
     spec = ParallelSpec(pipeline=2, layer_split=(1, 3))
     assert split_layers(4, spec) == [range(0, 1), range(1, 4)]
     with pytest.raises(LayoutError, match=re.escape("must hold 2 numbers that add up to model.layers = 5")):
@@ -95,7 +95,7 @@ def test_uneven_split_of_layers() -> None:
         split_layers(5, ParallelSpec(pipeline=2))
 
 
-def test_micro_batches_that_a_schedule_can_run() -> None:
+def test_layout_micro_batches_unsuited_to_schedule_are_refused() -> None:
     check_micro_batches(1, ParallelSpec(schedule="interleaved"))
     check_micro_batches(4, ParallelSpec(pipeline=4))
     with pytest.raises(LayoutError, match="needs at least 4 micro-batches per data-parallel rank, got 3"):

@@ -43,14 +43,14 @@ Z_LAYOUTS = [
 
 
 @pytest.mark.parametrize("case", Z_LAYOUTS, ids=str)
-def test_z_loss_of_a_layout_is_that_of_one_rank(case: Case) -> None:
+def test_z_loss_of_a_layout_equals_one_rank(case: Case) -> None:
     """Of one rank it is the formula's: `test_parity.plain_loop`."""
     found = parity.run_case(case, steps=STEPS)
     assert set(found.steps[0].losses) == {"main", "z_loss"}
     assert parity.violations(case, reference(case), found) == []
 
 
-def test_z_loss_changes_the_weights_and_its_absence_is_not_reported() -> None:
+def test_z_loss_changes_weights_and_is_reported_only_when_set() -> None:
     with_it, without = reference(Z), reference(replace(Z, z_loss=None))
     assert set(without.steps[0].losses) == {"main"}
     assert with_it.steps[0].loss == without.steps[0].loss
@@ -58,7 +58,7 @@ def test_z_loss_changes_the_weights_and_its_absence_is_not_reported() -> None:
 
 
 @pytest.mark.parametrize(("asked", "weight"), [(None, 1e-3), (0.0, 0.0), (0.5, 0.5)])
-def test_z_loss_of_the_job_goes_before_that_of_the_model(asked: float | None, weight: float) -> None:
+def test_z_loss_of_the_job_overrides_the_model(asked: float | None, weight: float) -> None:
     spec = parity.model_spec(Case()).model_copy(update={"z_loss": 1e-3})
     assert Decoder(spec, 0, z_loss=asked).loss_weights == {"main": 1.0, "z_loss": weight}
 
@@ -135,7 +135,7 @@ ENERGY_LAYOUTS = [
 
 
 @pytest.mark.parametrize("case", ENERGY_LAYOUTS, ids=str)
-def test_losses_of_every_stage_of_a_layout_are_those_of_one_rank(case: Case) -> None:
+def test_losses_of_every_stage_equal_one_rank(case: Case) -> None:
     expected = energy_outcome(case.reference)
     assert parity.violations(case, expected, energy_outcome(case)) == []
     without = main_losses(parity.run_case(case.reference, steps=STEPS))
@@ -153,11 +153,11 @@ def _refused_by_megatron() -> None:
         parity.make_engine(Case(engine="megatron", precision="fp32"), EnergyModel)
 
 
-def test_a_loss_that_megatron_lacks_is_refused() -> None:
+def test_losses_unsupported_by_megatron_are_refused() -> None:
     run_ranks(1, _refused_by_megatron)
 
 
-def test_a_loss_without_a_weight_is_refused() -> None:
+def test_losses_without_a_weight_are_refused() -> None:
     losses = Losses({"main": 1.0}, torch.device("cpu"))
     forward = losses.collected(lambda x: {"main": x, "other": x})
     with pytest.raises(ValueError, match=r"\['other'\]; loss_weights has \['main'\]"):

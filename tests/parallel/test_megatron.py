@@ -60,19 +60,19 @@ def check(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", LAYOUTS, ids=str)
-def test_a_layout_computes_what_torch_computes_on_one_rank(case: Case) -> None:
+def test_megatron_layout_equals_torch_on_one_rank(case: Case) -> None:
     check(case)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("case", FURTHER, ids=str)
-def test_a_further_layout_computes_what_torch_computes_on_one_rank(case: Case) -> None:
+def test_megatron_further_layout_equals_torch_on_one_rank(case: Case) -> None:
     check(case)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("sequence", [False, True])
-def test_bf16_computes_what_torch_computes_in_bf16(sequence: bool) -> None:
+def test_megatron_bf16_equals_torch_in_bf16(sequence: bool) -> None:
     """Under SGD: AdamW enlarges rounding until torch's own layouts differ by 3 % in a norm of these twenty steps."""
     case = replace(SGD, tensor=2, data=2, sequence=sequence, precision="bf16")
     expected, found = (parity.run_case(one).steps for one in (case.reference, case))
@@ -134,7 +134,7 @@ Fault = Callable[[Any], AbstractContextManager[None]]
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_a_fault_is_found_in_the_weights(fault: Fault, case: Case) -> None:
+def test_megatron_planted_fault_is_found_in_weights(fault: Fault, case: Case) -> None:
     steps = range(3)
     expected = parity.run_case(case.reference, steps=steps)
     found = parity.violations(case, expected, parity.run_case(case, steps=steps, fault=fault))
@@ -144,7 +144,7 @@ def test_a_fault_is_found_in_the_weights(fault: Fault, case: Case) -> None:
 STOP, END = 2, 4
 
 
-def test_a_restored_state_continues_with_the_same_bits_and_in_the_torch_engine() -> None:
+def test_megatron_restored_state_continues_bitwise_and_in_torch() -> None:
     whole = parity.run_case(CUBE, steps=range(END))
     half = parity.run_case(CUBE, steps=range(STOP))
     rest = parity.run_case(CUBE, steps=range(STOP, END), start=half.state)
@@ -184,7 +184,7 @@ def same(a: list[parity.HeldShard], b: list[parity.HeldShard]) -> bool:
 
 
 @pytest.mark.parametrize("case", [replace(MEGATRON, data=2)], ids=str)
-def test_nothing_changes_before_an_update_or_in_a_skipped_step(case: Case) -> None:
+def test_megatron_skipped_step_changes_nothing(case: Case) -> None:
     for unchanged, changed, skipped, nothing_done, losses, trained in run_ranks(
         case.world_size, _life_of_an_engine, case, deadline=280.0
     ):
@@ -224,7 +224,7 @@ def _family(case: Case, change: dict[str, object]) -> tuple[list[StepResult], li
 
 @pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_computes_what_torch_computes(family: str) -> None:
+def test_megatron_model_family_equals_torch(family: str) -> None:
     case = replace(SGD, tensor=2, sequence=True, documents=True)
     runs = []
     for one in (case.reference, case):

@@ -76,7 +76,7 @@ def plain_loop(case: Case) -> Outcome:
 @pytest.mark.parametrize("precision", VALUES["precision"])
 @pytest.mark.parametrize("optimizer", VALUES["optimizer"])
 @pytest.mark.parametrize("variant", ["plain", "tied", "documents-clipped", "equal", "z-loss"])
-def test_one_rank_computes_what_a_plain_loop_computes(variant: str, optimizer: str, precision: str) -> None:
+def test_parity_one_rank_equals_plain_loop(variant: str, optimizer: str, precision: str) -> None:
     case = Case(
         tied=variant == "tied",
         documents="documents" in variant,
@@ -89,7 +89,7 @@ def test_one_rank_computes_what_a_plain_loop_computes(variant: str, optimizer: s
     assert parity.violations(case, plain_loop(case), reference(case)) == []
 
 
-def test_the_reference_learns_and_is_clipped_at_every_step() -> None:
+def test_parity_reference_learns_and_is_clipped_at_every_step() -> None:
     for optimizer in ("sgd", "adamw"):
         steps = reference(Case(clipped=True, optimizer=optimizer)).steps
         assert min(step.grad_norm for step in steps) > CLIP_NORM
@@ -101,11 +101,11 @@ def test_the_reference_learns_and_is_clipped_at_every_step() -> None:
 @pytest.mark.parametrize(
     "case", [*COVERING, *EXTRA, *(pytest.param(case, marks=pytest.mark.long) for case in LARGE)], ids=str
 )
-def test_a_layout_computes_what_one_rank_computes(case: Case) -> None:
+def test_parity_layout_equals_one_rank(case: Case) -> None:
     assert parity.violations(case, reference(case), parity.run_case(case)) == []
 
 
-def test_the_cases_cover_every_pair() -> None:
+def test_parity_cases_cover_every_pair() -> None:
     covered = set().union(*map(pairs_of, COVERING))
     possible = {pair for case in _every_layout() for pair in pairs_of(case)}
     assert possible <= covered
@@ -131,5 +131,5 @@ def _long_cases() -> list[Case]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("case", _long_cases(), ids=str)
-def test_the_full_product_computes_what_one_rank_computes(case: Case) -> None:
+def test_parity_full_product_equals_one_rank(case: Case) -> None:
     assert parity.violations(case, reference(case), parity.run_case(case)) == []

@@ -36,13 +36,13 @@ def stopped() -> Outcome:
     return parity.run_case(FULL, steps=range(STOP))
 
 
-def test_the_same_layout_gives_the_same_bits(uninterrupted: Outcome) -> None:
+def test_parity_state_same_layout_repeats_bitwise(uninterrupted: Outcome) -> None:
     again = parity.run_case(FULL, steps=range(END))
     assert again.steps == uninterrupted.steps
     assert parity.differing(again.state, uninterrupted.state) == []
 
 
-def test_a_restored_state_continues_with_the_same_bits(uninterrupted: Outcome, stopped: Outcome) -> None:
+def test_parity_state_restored_continues_bitwise(uninterrupted: Outcome, stopped: Outcome) -> None:
     continued = parity.run_case(FULL, steps=range(STOP, END), start=stopped.state)
     assert continued.steps == uninterrupted.steps[STOP:]
     assert parity.differing(continued.state, uninterrupted.state) == []
@@ -57,7 +57,7 @@ def test_a_restored_state_continues_with_the_same_bits(uninterrupted: Outcome, s
     ids=["1x1x1", "1x2x2-interleaved-ddp"],
 )
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_restored_state_continues_in_another_layout(layout: dict[str, object], optimizer: str) -> None:
+def test_parity_state_restored_continues_in_another_layout(layout: dict[str, object], optimizer: str) -> None:
     here = Case(tensor=2, pipeline=2, tied=True, clipped=True, optimizer=optimizer)
     there = replace(here, **layout)  # type: ignore[arg-type]
     whole = parity.run_case(here.reference, steps=range(END))
@@ -67,7 +67,7 @@ def test_a_restored_state_continues_in_another_layout(layout: dict[str, object],
     assert parity.violations(there, whole, Outcome(half.steps + rest.steps, rest.state)) == []
 
 
-def test_sgd_momentum_continues_with_the_same_bits() -> None:
+def test_parity_state_sgd_momentum_continues_bitwise() -> None:
     case = Case(pipeline=2, data=2, precision="fp32")
     whole = parity.run_case(case, steps=range(END))
     half = parity.run_case(case, steps=range(STOP))
@@ -76,7 +76,7 @@ def test_sgd_momentum_continues_with_the_same_bits() -> None:
     assert parity.differing(rest.state, whole.state) == []
 
 
-def test_the_state_is_complete_before_the_first_step(stopped: Outcome) -> None:
+def test_parity_state_is_complete_before_first_step(stopped: Outcome) -> None:
     fresh = parity.run_case(FULL, steps=range(0)).state
     assert {name: tensor.shape for name, tensor in fresh.items()} == {
         name: tensor.shape for name, tensor in stopped.state.items()
@@ -110,7 +110,7 @@ def _same(a: list[HeldShard], b: list[HeldShard]) -> bool:
 
 
 @pytest.mark.parametrize("case", [Case(), Case(pipeline=2, data=2, optimizer="adamw")], ids=str)
-def test_before_update_is_called_once_before_anything_changes(case: Case) -> None:
+def test_parity_state_before_update_is_called_once_before_changes(case: Case) -> None:
     for seen in run_ranks(case.world_size, _before_update, case):
         assert seen == [(1, True, True), (1, True, True)]
 
@@ -165,7 +165,7 @@ def _skipped(case: Case, what: str) -> tuple[StepResult, bool, list[StepResult],
     [Case(optimizer="adamw"), Case(tensor=2, pipeline=2, data=2, precision="fp32", clipped=True, optimizer="adamw")],
     ids=str,
 )
-def test_a_bad_step_is_skipped_by_all_ranks_and_changes_nothing(case: Case, what: str) -> None:
+def test_parity_state_bad_step_is_skipped_by_all_ranks(case: Case, what: str) -> None:
     expected = parity.run_case(case, steps=range(2))
     ranks = run_ranks(case.world_size, _skipped, case, what, deadline=200.0)
     for bad, unchanged, steps, _ in ranks:
@@ -184,7 +184,7 @@ def _build_twice(case: Case, other: Case) -> list[StepResult]:
     return results
 
 
-def test_engines_of_different_layouts_follow_each_other_in_one_process() -> None:
+def test_parity_state_engines_of_two_layouts_run_in_one_process() -> None:
     first = Case(tensor=2, data=2, sequence=True, precision="fp32")
     other = Case(tensor=2, pipeline=2, precision="fp32")
     for before, _, after in run_ranks(4, _build_twice, first, other):

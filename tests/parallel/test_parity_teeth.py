@@ -106,7 +106,7 @@ FAULTS: list[tuple[Fault, Case]] = [
 
 @pytest.mark.parametrize(("fault", "case"), FAULTS, ids=lambda value: getattr(value, "__name__", str(value)))
 @pytest.mark.parametrize("precision", ["fp64", "fp32"])
-def test_a_fault_is_found_in_the_weights(fault: Fault, case: Case, precision: str) -> None:
+def test_parity_planted_fault_is_found_in_weights(fault: Fault, case: Case, precision: str) -> None:
     case = replace(case, precision=precision)
     expected = parity.run_case(case.reference, steps=STEPS)
     assert parity.violations(case, expected, parity.run_case(case, steps=STEPS, fault=nothing)) == []
@@ -114,7 +114,7 @@ def test_a_fault_is_found_in_the_weights(fault: Fault, case: Case, precision: st
     assert any(text.startswith("weight") for text in found), found
 
 
-def test_adamw_hides_a_doubled_gradient_that_sgd_shows() -> None:
+def test_parity_adamw_hides_doubled_gradient_that_sgd_shows() -> None:
     """Why parity is checked with SGD as well."""
     case = Case(data=2, optimizer="adamw")
     expected = parity.run_case(case.reference, steps=STEPS)

@@ -38,7 +38,7 @@ def job_of(data_mode: str) -> JobSpec:
 
 
 @pytest.mark.parametrize("data_mode", ["fsdp", "ddp"])
-def test_a_stage_of_megatron_turing_holds_what_the_plan_says(rank: int, data_mode: str) -> None:
+def test_scale_megatron_turing_stage_holds_planned_shards(rank: int, data_mode: str) -> None:
     job = job_of(data_mode)
     layout = Layout.of(job.parallel, ranks_per_node=8)
     config = EngineConfig(

@@ -63,7 +63,7 @@ def batch_of(step: int) -> Batch:
     return rank_batch(Case(), step, Layout.of(ParallelSpec()), 0)
 
 
-def test_state_is_complete_from_construction_on(alone: TorchEngine) -> None:
+def test_torch_engine_state_is_complete_from_construction(alone: TorchEngine) -> None:
     state = alone.state()
     weights = {name.removeprefix("model.") for name in state if name.startswith("model.")}
     moments = {f"optimizer.{moment}.{name}" for moment in ("exp_avg", "exp_avg_sq") for name in weights}
@@ -77,13 +77,13 @@ def test_state_is_complete_from_construction_on(alone: TorchEngine) -> None:
     assert int(after["optimizer.step"].local) == 1
 
 
-def test_sgd_with_momentum_holds_one_moment() -> None:
+def test_torch_engine_sgd_momentum_holds_one_moment() -> None:
     engine = engine_of(optimizer=OptimizerSpec(name="sgd", momentum=0.9))
     assert {name.split(".")[1] for name in engine.state() if name.startswith("optimizer")} == {"momentum", "step"}
     engine.close()
 
 
-def test_before_update_comes_once_before_any_change(alone: TorchEngine) -> None:
+def test_torch_engine_before_update_comes_once_before_changes(alone: TorchEngine) -> None:
     start, seen = copy_of(alone), []
     alone.step(batch_of(0), LR, before_update=lambda: seen.append(copy_of(alone)))
     assert len(seen) == 1
@@ -91,7 +91,7 @@ def test_before_update_comes_once_before_any_change(alone: TorchEngine) -> None:
     assert not same(copy_of(alone), start)
 
 
-def test_weights_that_do_not_decay_stand_still_without_gradient() -> None:
+def test_torch_engine_undecayed_weights_stand_still_without_gradient() -> None:
     optimizer = OptimizerSpec(weight_decay=0.5, decay_embeddings=False)
     engine = engine_of(optimizer=optimizer)
     start = copy_of(engine)
@@ -102,7 +102,7 @@ def test_weights_that_do_not_decay_stand_still_without_gradient() -> None:
     engine.close()
 
 
-def test_a_step_without_targets_is_skipped(alone: TorchEngine) -> None:
+def test_torch_engine_step_without_targets_is_skipped(alone: TorchEngine) -> None:
     start = copy_of(alone)
     batch = batch_of(0)
     result = alone.step(replace(batch, targets=torch.full_like(batch.targets, IGNORED)), LR)
@@ -130,7 +130,7 @@ def _one_rank_breaks(case: Case) -> tuple[StepResult, bool, StepResult]:
 
 
 @pytest.mark.dist
-def test_all_ranks_skip_what_one_cannot_do() -> None:
+def test_torch_engine_bad_step_of_one_rank_is_skipped_by_all() -> None:
     results = run_ranks(8, _one_rank_breaks, CUBE)
     assert all(first.skipped and unchanged and not second.skipped for first, unchanged, second in results)
     assert len({second for _, _, second in results}) == 1
@@ -167,7 +167,7 @@ def _restore_and_go_on(case: Case) -> bool:
     ],
     ids=str,
 )
-def test_restored_state_continues_to_the_bit(case: Case) -> None:
+def test_torch_engine_restored_state_continues_bitwise(case: Case) -> None:
     assert all(run_ranks(case.world_size, _restore_and_go_on, case))
 
 
@@ -188,7 +188,7 @@ def _grow(case: Case) -> tuple[list[StepResult], Evaluation, bool]:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero_bubble"])
-def test_the_number_of_micro_batches_may_change(schedule: str) -> None:
+def test_torch_engine_number_of_micro_batches_may_change(schedule: str) -> None:
     case = Case(pipeline=2, schedule=schedule)
     (expected, evaluated, _), *_ = run_ranks(1, _grow, case.reference)
     for steps, score, unchanged in run_ranks(2, _grow, case):
@@ -221,7 +221,7 @@ def _tiny_dims() -> tuple[list[StepResult], int]:
 
 
 @pytest.mark.dist
-def test_ranks_without_any_part_of_a_parameter() -> None:
+def test_torch_engine_ranks_without_a_parameter_shard_train() -> None:
     ((expected, none),) = run_ranks(1, _tiny_dims)
     results = run_ranks(4, _tiny_dims)
     assert none == 0
@@ -241,7 +241,7 @@ def _in_bf16(parallel: ParallelSpec) -> tuple[list[float], set[str]]:
     return losses, kept
 
 
-def test_bf16_alone_needs_no_process_group_and_leaves_none() -> None:
+def test_torch_engine_bf16_on_one_rank_needs_no_process_group() -> None:
     losses, kept = _in_bf16(ParallelSpec())
     assert kept == {"torch.float32"}
     assert losses[-1] < losses[0]
@@ -255,14 +255,14 @@ def test_bf16_alone_needs_no_process_group_and_leaves_none() -> None:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("axis", ["tensor", "pipeline", "data"])
-def test_bf16_on_every_axis(axis: str) -> None:
+def test_torch_engine_bf16_on_every_axis_stays_close(axis: str) -> None:
     alone, _ = _in_bf16(ParallelSpec())
     for losses, kept in run_ranks(2, _in_bf16, ParallelSpec.model_validate({axis: 2})):
         assert losses == pytest.approx(alone, rel=2e-3)
         assert kept == {"torch.float32"}
 
 
-def test_recompute_and_compile_change_nothing_but_memory(alone: TorchEngine) -> None:
+def test_torch_engine_recompute_and_compile_change_no_number(alone: TorchEngine) -> None:
     expected = [alone.step(batch_of(step), LR) for step in range(3)]
     for recompute in ("selective", "full"):
         engine = engine_of(numerics=NumericsSpec.model_validate({"recompute": recompute}))
@@ -281,7 +281,7 @@ def _too_few_micro_batches() -> None:
 
 
 @pytest.mark.dist
-def test_too_few_micro_batches_are_refused() -> None:
+def test_torch_engine_too_few_micro_batches_are_refused() -> None:
     run_ranks(2, _too_few_micro_batches)
 
 
@@ -294,12 +294,12 @@ def test_too_few_micro_batches_are_refused() -> None:
         (ParallelSpec(data=4, shard_size=2), "parallel.shard_size belongs to data_mode hsdp, not to fsdp"),
     ],
 )
-def test_a_layout_that_cannot_be_built_is_refused(parallel: ParallelSpec, message: str) -> None:
+def test_torch_engine_impossible_layout_is_refused(parallel: ParallelSpec, message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         engine_of(parallel=parallel)
 
 
-def test_options_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_engine_missing_options_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "apex.optimizers", None)
     with pytest.raises(EngineUnavailable, match=r"from source.*github\.com/NVIDIA/apex"):
         engine_of(optimizer=OptimizerSpec(implementation="apex"))

@@ -71,13 +71,13 @@ KILLED = ((72, 2), (FIRST + 40, 4), (FIRST + 104, 1), (FIRST + SECOND + 8, 8), (
 
 
 @pytest.mark.parametrize("law", LAWS)
-def test_stopped_inside_stages_with_other_data_sizes_the_stream_is_bitwise_the_same(law: str) -> None:
+def test_a3_stop_with_other_data_sizes_gives_same_stream(law: str) -> None:
     assert stream(0.25, law, KILLED) == stream(0.25, law, WHOLE)
 
 
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("fraction", [0.0, 0.01, 0.05, 0.25, 0.5])
-def test_budget_share_and_origin_of_replay(fraction: float, law: str) -> None:
+def test_a3_replay_has_exact_budget_share_and_origin(fraction: float, law: str) -> None:
     seen = np.array(stream(fraction, law, WHOLE))
     assert len(seen) == FIRST + 2 * SECOND
     first, second, third = np.split(seen, [FIRST, FIRST + SECOND])

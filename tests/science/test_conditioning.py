@@ -47,7 +47,7 @@ def write(path: Path, lines: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
-def test_a20_text_without_metadata_costs_nothing_after_the_cooldown(seed: int, tmp_path: Path) -> None:
+def test_a20_metadata_conditioning_costs_nothing_on_plain_text(seed: int, tmp_path: Path) -> None:
     """MeCo, Gao et al. (2025): metadata for nine tenths of the steps, the plain text for the last tenth.
 
     Paragraphs in two languages, of which the metadata tell the language.
@@ -86,7 +86,7 @@ def paragraphs(end: str) -> list[dict[str, Any]]:
     return [found[index] for index in np.random.default_rng(7).permutation(len(found))]
 
 
-def test_a20_a_good_control_token_halves_what_is_bad(seed: int, tmp_path: Path) -> None:
+def test_a20_good_control_token_halves_bad_text(seed: int, tmp_path: Path) -> None:
     """Korbak et al. (2023): conditional training against maximum likelihood on the same documents."""
     random = np.random.default_rng(7)
     texts = letters(toy.table(toy.SEEDS["t0"]), 30, 8000)

@@ -14,7 +14,7 @@ REPLAY = {"from": ("pretrain",), "fraction": 0.25}
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_rewarming_with_replay_comes_close_to_training_on_the_union(seed: int, tmp_path: Path) -> None:
+def test_a1_rewarming_with_replay_comes_close_to_the_union(seed: int, tmp_path: Path) -> None:
     """A1, after Ibrahim et al. (2024): 80 % of the gap at half of the steps, strong shift, equal budgets."""
     steps = 2000
     base = toy.run(tmp_path / "base", [toy.stage("pretrain", steps, {"t0": 1.0}, toy.COSINE)], seed=seed, domains=BOTH)
@@ -34,7 +34,7 @@ def test_rewarming_with_replay_comes_close_to_training_on_the_union(seed: int, t
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_infinite_schedule_has_no_spike_at_a_switch(seed: int, tmp_path: Path) -> None:
+def test_a7_infinite_schedule_has_no_spike_at_a_switch(seed: int, tmp_path: Path) -> None:
     """A7, after Singh et al. (2025): three tasks of the same data, against cosine that re-warms each time."""
     steps, every = 1000, 50
     flat = {"schedule": "infinite", "max": toy.CONSTANT, "constant": toy.CONSTANT, "min": toy.FLOOR, "warmup": 0.0}

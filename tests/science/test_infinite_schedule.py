@@ -36,7 +36,7 @@ def published(step: int, cooldown: str) -> float:
 
 
 @pytest.mark.parametrize("cooldown", ["cosine", "linear", "inverse_sqrt"])
-def test_the_curve_is_the_formula(cooldown: str) -> None:
+def test_a9_infinite_curve_equals_the_formula(cooldown: str) -> None:
     """The warm-up is one step ahead of the formula, so that the first step trains at all."""
     made = curve(cooldown)
     assert isinstance(made, Infinite)
@@ -50,14 +50,14 @@ def test_the_curve_is_the_formula(cooldown: str) -> None:
 
 @pytest.mark.parametrize("cooldown", ["cosine", "linear", "inverse_sqrt"])
 @pytest.mark.parametrize("at", [0, 10, WARM, 700, COOL, 1500, HOLD, 1999])
-def test_saved_and_restored_anywhere_the_tail_is_the_same(cooldown: str, at: int) -> None:
+def test_a9_infinite_curve_restored_anywhere_continues(cooldown: str, at: int) -> None:
     made = curve(cooldown)
     restored = load_curve(json.loads(json.dumps(made.save())))
     assert [restored.at(step) for step in range(at, STEPS + 1)] == [made.at(step) for step in range(at, STEPS + 1)]
 
 
 @pytest.mark.parametrize("steps", [10, 100, 5000])
-def test_an_anneal_of_any_length_begins_where_the_constant_phase_was(steps: int) -> None:
+def test_a9_anneal_begins_at_the_constant_rate(steps: int) -> None:
     clause = {"schedule": "infinite", "max": CONSTANT, "constant": CONSTANT, "min": FLOOR, "warmup": 0.0}
     anneal = LrSpec.model_validate({**clause, "cooldown_end": 0.0001, "anneal": 0.999}).curve(steps)
     assert curve(anneal=0.0).at(STEPS) == CONSTANT

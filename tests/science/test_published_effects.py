@@ -68,16 +68,14 @@ class TestContinued:
         assert 1 - forgotten[0.25] / forgotten[0.0] >= 0.65
         assert runs[0.25]["t1"] - runs[0.0]["t1"] <= 0.30
 
-    def test_a4_a_higher_peak_learns_and_forgets_more(self, base: tuple[int, toy.Result], continued: Continue) -> None:
+    def test_a4_higher_peak_learns_and_forgets_more(self, base: tuple[int, toy.Result], continued: Continue) -> None:
         """Gupta et al. (2023)."""
         low, half, whole = (run.last for run in (continued(0.0, "low"), continued(max=toy.PEAK / 2), continued(0.0)))
         print(f"A4 seed {base[0]}: {low}, {half}, {whole}")
         assert low["t0"] < half["t0"] < whole["t0"]
         assert low["t1"] > half["t1"] > whole["t1"]
 
-    def test_a5_the_length_of_the_warm_up_does_not_matter(
-        self, base: tuple[int, toy.Result], continued: Continue
-    ) -> None:
+    def test_a5_warmup_length_does_not_matter(self, base: tuple[int, toy.Result], continued: Continue) -> None:
         """Gupta et al. (2023)."""
         runs = [continued(0.25, warmup=0.0).last, continued(0.25).last, continued(0.25, warmup=0.02).last]
         print(f"A5 seed {base[0]}: {runs}")
@@ -85,7 +83,7 @@ class TestContinued:
             losses = [run[domain] for run in runs]
             assert max(losses) - min(losses) < 0.02
 
-    def test_a6_rewarming_on_the_same_data_costs_for_a_while(
+    def test_a6_rewarming_on_the_same_data_costs_temporarily(
         self, base: tuple[int, toy.Result], continued: Continue
     ) -> None:
         """Gupta et al. (2023)."""
@@ -94,7 +92,7 @@ class TestContinued:
         assert max(losses) - losses[0] >= 0.05
         assert losses[-1] - losses[0] <= 0.03
 
-    def test_a10_the_stability_gap_is_found(self, base: tuple[int, toy.Result], continued: Continue) -> None:
+    def test_a10_stability_gap_is_found(self, base: tuple[int, toy.Result], continued: Continue) -> None:
         """Guo et al. (2024): replay; a subset and a better one for several epochs are reported without a claim."""
         run = continued(0.25)
         gap = stability_gap([step for step, _ in run.evaluations], run.losses("t0"), tolerance=0.01)
@@ -111,7 +109,7 @@ class TestContinued:
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_a8_infinite_has_the_lower_worst_point_under_a_strong_shift(seed: int, tmp_path: Path) -> None:
+def test_a8_infinite_schedule_has_the_lower_worst_point(seed: int, tmp_path: Path) -> None:
     """Singh et al. (2025): three domains, 25 % replay, against cosine that re-warms each time."""
     steps, every = 1000, 50
     curves = {"cosine": [toy.COSINE] * 3, "infinite": [INFINITE, HELD, HELD | {"anneal": 0.15}]}
@@ -130,7 +128,7 @@ def test_a8_infinite_has_the_lower_worst_point_under_a_strong_shift(seed: int, t
     assert mean["infinite"] <= mean["cosine"] + 0.03
 
 
-def test_a16_refinement_is_its_closed_form() -> None:
+def test_a16_refined_schedule_equals_its_closed_form() -> None:
     """Defazio et al. (2023)."""
     steps = 1000
     line = 1 - np.arange(1, steps + 1) / steps
@@ -194,7 +192,7 @@ def test_a17_upsampling_at_the_end_lifts_a_domain(seed: int, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
-def test_a21_stages_are_replayed_by_the_power_of_their_age(exponent: float) -> None:
+def test_a21_power_law_replay_weights_stages_by_age(exponent: float) -> None:
     """Catastrophic Interference ... Power-Law Learning Environments (2024): within three standard deviations."""
     pools = tuple(Pool(stage=f"s{age}", age=age, runs=((f"s{age}/8", 0, 50 + age),)) for age in (5, 4, 3, 2, 1, 0))
     made = Replay(stage="now", law="power", exponent=exponent, key="1/6", pools=pools)
@@ -209,7 +207,7 @@ def test_a21_stages_are_replayed_by_the_power_of_their_age(exponent: float) -> N
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_a21_power_law_replay_forgets_less_than_recency_alone(seed: int, tmp_path: Path) -> None:
+def test_a21_power_law_replay_forgets_less_than_recency(seed: int, tmp_path: Path) -> None:
     """Four domains one after the other, the same replay budget."""
     domains = ("t0", "t1", "t2", "t3")
     lost = {}
@@ -230,7 +228,7 @@ def test_a21_power_law_replay_forgets_less_than_recency_alone(seed: int, tmp_pat
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_a27_the_average_of_three_anneals_is_as_good_as_the_best(seed: int, tmp_path: Path) -> None:
+def test_a27_average_of_three_anneals_is_as_good_as_the_best(seed: int, tmp_path: Path) -> None:
     """OLMo 2 (2024): branches of one constant phase that see other data of the same mixture."""
     mixture = {"t0": 1.0, "t1": 1.0}
     base = toy.run(tmp_path / "base", [toy.stage("base", 2000, mixture, INFINITE)], seed=seed, domains=BOTH)

@@ -43,7 +43,7 @@ GROWN: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
 }
 
 
-def test_a22_a_grown_model_needs_fewer_steps_than_one_from_scratch(seed: int, tmp_path: Path) -> None:
+def test_a22_grown_model_needs_fewer_steps_than_from_scratch(seed: int, tmp_path: Path) -> None:
     """Chen et al. (2021), Gong et al. (2019): twice the layers or the width, of a model trained for as long."""
     steps = 400
     train(tmp_path / "small", steps, NARROW, seed=seed, **ENGLISH)
@@ -62,7 +62,7 @@ def test_a22_a_grown_model_needs_fewer_steps_than_one_from_scratch(seed: int, tm
     assert all(grown <= whole for grown, whole in found.values())
 
 
-def test_a25_a_larger_rope_base_takes_to_longer_text_sooner(seed: int, tmp_path: Path) -> None:
+def test_a25_larger_rope_base_adapts_to_longer_text_sooner(seed: int, tmp_path: Path) -> None:
     """Xiong et al. (2023), ABF: 10,000 to 160,000, 150 steps at four times the length."""
     model = NARROW | {"max_sequence_length": 4 * LENGTH}
     _, before = train(tmp_path / "short", 1200, model, seed=seed, **ENGLISH)
@@ -81,7 +81,7 @@ def test_a25_a_larger_rope_base_takes_to_longer_text_sooner(seed: int, tmp_path:
     assert found[160_000][1] <= 1.01 * before
 
 
-def test_a26_rows_of_new_tokens_that_are_means_begin_better_than_drawn_ones(seed: int, tmp_path: Path) -> None:
+def test_a26_mean_rows_for_new_tokens_beat_random_rows(seed: int, tmp_path: Path) -> None:
     """Liu et al. (2023), OFA: a model of English continued on German with a German vocabulary."""
     for text in ("en", "de"):
         train_tokenizer([CORPORA / f"handbook_{text}.jsonl.zst"], tmp_path / f"{text}.json", 1024)

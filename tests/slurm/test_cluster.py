@@ -9,7 +9,7 @@ from tests.support.slurm_cluster import SlurmCluster, await_that, missing
 pytestmark = pytest.mark.slurm
 
 
-def test_nodes_are_separate_machines(cluster: SlurmCluster, folder: Path) -> None:
+def test_cluster_nodes_are_separate_machines(cluster: SlurmCluster, folder: Path) -> None:
     script = (
         f'mkdir /tmp/mine && echo "$(hostname) $(hostname -i) $$(nproc >/dev/null)" >> {folder}/seen; rmdir /tmp/mine'
     )
@@ -19,7 +19,7 @@ def test_nodes_are_separate_machines(cluster: SlurmCluster, folder: Path) -> Non
     assert seen == [[f"node{i}", f"10.77.0.{10 + i}"] for i in range(4)]
 
 
-def test_a_crashed_node_takes_its_processes_with_it_and_comes_back(cluster: SlurmCluster) -> None:
+def test_cluster_crashed_node_loses_its_processes_and_comes_back(cluster: SlurmCluster) -> None:
     victims = cluster.on("node2", "sh", "-c", "setsid sleep 600 >/dev/null 2>&1 & echo $!").stdout
     assert victims.strip() in "".join(cluster.processes("node2"))
     cluster.crash("node2")
@@ -29,7 +29,7 @@ def test_a_crashed_node_takes_its_processes_with_it_and_comes_back(cluster: Slur
     assert cluster.processes("node2") == []
 
 
-def test_two_clusters_at_once_and_nothing_of_them_is_left(cluster: SlurmCluster, tmp_path: Path) -> None:
+def test_cluster_two_at_once_leave_nothing_behind(cluster: SlurmCluster, tmp_path: Path) -> None:
     other = SlurmCluster(tmp_path / "other", nodes=1)
     try:
         other.up()
@@ -41,7 +41,7 @@ def test_two_clusters_at_once_and_nothing_of_them_is_left(cluster: SlurmCluster,
     assert cluster.login("srun", "--nodelist=node3", "hostname").stdout == "node3\n"
 
 
-def test_absence_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_missing_slurm_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     reason = missing()
     assert reason is not None

@@ -24,7 +24,7 @@ def refusal(cluster: SlurmCluster, run: Path, *overrides: str) -> str:
     return result.stderr
 
 
-def test_what_the_cluster_lacks(cluster: SlurmCluster, folder: Path) -> None:
+def test_submit_resources_the_cluster_lacks_are_refused(cluster: SlurmCluster, folder: Path) -> None:
     run = folder / "run"
     assert "no such partition; there are batch, high" in refusal(cluster, run, "cluster.slurm.partition=gpu")
     assert "partition high has 4" in refusal(
@@ -33,13 +33,13 @@ def test_what_the_cluster_lacks(cluster: SlurmCluster, folder: Path) -> None:
     assert "have none" in refusal(cluster, run, "cluster.slurm.gpus_per_node=1")
 
 
-def test_a_folder_that_the_nodes_do_not_see(cluster: SlurmCluster) -> None:
+def test_submit_folder_invisible_to_nodes_is_refused(cluster: SlurmCluster) -> None:
     said = refusal(cluster, Path("/tmp/run-of-the-login-node"))
     assert "does not see the run folder" in said
     assert "node0" in said
 
 
-def test_a_folder_that_cannot_be_written(cluster: SlurmCluster, folder: Path) -> None:
+def test_submit_read_only_folder_is_refused(cluster: SlurmCluster, folder: Path) -> None:
     assert cluster.login("mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)).returncode == 0
     try:
         assert "Read-only file system" in refusal(cluster, folder / "run")

@@ -62,7 +62,7 @@ def slot_of(run: Path, node: str) -> int | None:
     [(2, TWO), pytest.param(4, FOUR, marks=pytest.mark.long), pytest.param(4, EIGHT, marks=pytest.mark.long)],
     ids=["two", "four", "eight"],
 )
-def test_ranks_on_several_nodes_train_as_on_one_machine(
+def test_slurm_several_nodes_train_as_one_machine(
     cluster: SlurmCluster, folder: Path, nodes: int, layout: tuple[str, ...]
 ) -> None:
     run = folder / "run"
@@ -84,7 +84,7 @@ def test_ranks_on_several_nodes_train_as_on_one_machine(
     ],
     ids=["signal", "requeue", "preemption"],
 )
-def test_a_run_that_is_interrupted_continues_exactly(
+def test_slurm_interrupted_run_continues_bitwise(
     cluster: SlurmCluster, folder: Path, command: tuple[str, ...], launcher: str
 ) -> None:
     run = folder / "run"
@@ -105,7 +105,7 @@ def test_a_run_that_is_interrupted_continues_exactly(
 
 
 @pytest.mark.long
-def test_an_unfit_node_is_left_out_and_a_cancelled_run_is_saved(cluster: SlurmCluster, folder: Path) -> None:
+def test_slurm_unfit_node_is_excluded_and_cancelled_run_saved(cluster: SlurmCluster, folder: Path) -> None:
     run = folder / "run"
     held = 'cluster.slurm.extra=["--hold", "--nodelist=node[0-2]"]'
     two = ("parallel.data=2", "cluster.ranks_per_node=1", "cluster.slurm.spares=1", "stages.0.tokens=1_024_000", RANKS)
@@ -133,7 +133,7 @@ def test_an_unfit_node_is_left_out_and_a_cancelled_run_is_saved(cluster: SlurmCl
 
 
 @pytest.mark.long
-def test_a_submission_waits_for_a_controller_that_restarts(cluster: SlurmCluster, folder: Path) -> None:
+def test_slurm_submission_waits_for_a_restarting_controller(cluster: SlurmCluster, folder: Path) -> None:
     run = folder / "run"
     assert cluster.login("pkill", "-x", "slurmctld").returncode == 0
     await_that(lambda: cluster.login("pgrep", "-x", "slurmctld").returncode == 1, "the controller to end")
@@ -147,7 +147,7 @@ def test_a_submission_waits_for_a_controller_that_restarts(cluster: SlurmCluster
 
 
 @pytest.mark.long
-def test_a_spare_takes_the_place_of_a_node_that_crashes(cluster: SlurmCluster, folder: Path) -> None:
+def test_slurm_crashed_node_is_replaced_by_a_spare(cluster: SlurmCluster, folder: Path) -> None:
     run = folder / "run"
     two = ("parallel.data=2", "cluster.ranks_per_node=1", "stages.0.tokens=15_360", "checkpoint.every=5", RANKS)
     nodes = 'cluster.slurm.extra=["--nodelist=node[0-2]"]'
@@ -162,7 +162,7 @@ def test_a_spare_takes_the_place_of_a_node_that_crashes(cluster: SlurmCluster, f
 
 
 @pytest.mark.long
-def test_a_node_that_crashes_is_survived_from_memory(cluster: SlurmCluster, folder: Path) -> None:
+def test_slurm_crashed_node_recovers_from_memory(cluster: SlurmCluster, folder: Path) -> None:
     run = folder / "run"
     longer = ("stages.0.tokens=23_040", "snapshot.durable=null")
     nodes = 'cluster.slurm.extra=["--nodelist=node[0-3]"]'
@@ -178,7 +178,7 @@ def test_a_node_that_crashes_is_survived_from_memory(cluster: SlurmCluster, fold
 
 
 @pytest.mark.long
-def test_without_a_spare_a_node_that_crashes_costs_a_requeue(cluster: SlurmCluster, folder: Path) -> None:
+def test_slurm_crashed_node_without_a_spare_is_requeued(cluster: SlurmCluster, folder: Path) -> None:
     run = folder / "run"
     longer = ("stages.0.tokens=23_040", "cluster.slurm.spares=0")
     job = submitted(cluster, run, *longer, job=SLURM)
@@ -195,7 +195,7 @@ def test_without_a_spare_a_node_that_crashes_costs_a_requeue(cluster: SlurmClust
 
 
 @pytest.mark.long
-def test_a_run_that_is_longer_than_its_limit_continues_exactly(cluster: SlurmCluster, folder: Path) -> None:
+def test_slurm_run_over_its_time_limit_continues_bitwise(cluster: SlurmCluster, folder: Path) -> None:
     run = folder / "run"
     longer = (*TWO, "stages.0.tokens=614_400", "cluster.slurm.time=1", "cluster.slurm.save_before_limit=20")
     job = submitted(cluster, run, *longer)
@@ -207,7 +207,7 @@ def test_a_run_that_is_longer_than_its_limit_continues_exactly(cluster: SlurmClu
 
 
 @pytest.mark.long
-def test_a_drained_node_is_not_waited_for(cluster: SlurmCluster, folder: Path) -> None:
+def test_slurm_drained_node_is_not_waited_for(cluster: SlurmCluster, folder: Path) -> None:
     run = folder / "run"
     cluster.login("scontrol", "update", "NodeName=node1", "State=DRAIN", "Reason=test")
     try:
@@ -223,7 +223,7 @@ def test_a_drained_node_is_not_waited_for(cluster: SlurmCluster, folder: Path) -
 
 
 @pytest.mark.long
-def test_srun_by_hand_trains_as_keepwarm_does(cluster: SlurmCluster, folder: Path) -> None:
+def test_slurm_srun_by_hand_trains_as_keepwarm(cluster: SlurmCluster, folder: Path) -> None:
     run = folder / "run"
     run.mkdir()
     save_job(load_job(Path(TINY), [*SMALL, *TWO, f"output={run}"]), run / "run.json")
@@ -234,7 +234,7 @@ def test_srun_by_hand_trains_as_keepwarm_does(cluster: SlurmCluster, folder: Pat
 
 
 @pytest.mark.long
-def test_a_rank_that_hangs_is_named_and_cured(cluster: SlurmCluster, folder: Path) -> None:
+def test_slurm_hanging_rank_is_named_and_replaced(cluster: SlurmCluster, folder: Path) -> None:
     run = folder / "run"
     longer = ("stages.0.tokens=23_040", "health.min_hang_timeout=10.0")
     job = submitted(cluster, run, *longer, job=SLURM)
@@ -250,7 +250,7 @@ def test_a_rank_that_hangs_is_named_and_cured(cluster: SlurmCluster, folder: Pat
 
 
 @pytest.mark.long
-def test_a_rank_beside_a_hog_is_named(cluster: SlurmCluster, folder: Path) -> None:
+def test_slurm_rank_beside_a_cpu_hog_is_named(cluster: SlurmCluster, folder: Path) -> None:
     run = folder / "run"
     large = ("model.hidden_size=256", "data.sequence_length=256", "stages.0.tokens=768_000")
     job = submitted(cluster, run, *large, "health.straggler_every=10", job=SLURM)
@@ -278,7 +278,7 @@ def test_a_rank_beside_a_hog_is_named(cluster: SlurmCluster, folder: Path) -> No
 
 
 @pytest.mark.long
-def test_a_node_whose_ranks_fail_again_and_again_is_left_out(cluster: SlurmCluster, folder: Path) -> None:
+def test_slurm_node_with_repeated_failures_is_excluded(cluster: SlurmCluster, folder: Path) -> None:
     run = folder / "run"
     two = ("parallel.data=2", "cluster.ranks_per_node=1", "stages.0.tokens=30_720", "checkpoint.every=2", RANKS)
     spare = ("cluster.slurm.spares=1", "cluster.max_node_failures=2", 'cluster.slurm.extra=["--nodelist=node[0-2]"]')
@@ -296,7 +296,7 @@ def test_a_node_whose_ranks_fail_again_and_again_is_left_out(cluster: SlurmClust
 
 
 @pytest.mark.long
-def test_a_sweep_is_an_array_of_runs(cluster: SlurmCluster, folder: Path) -> None:
+def test_slurm_sweep_is_an_array_of_runs(cluster: SlurmCluster, folder: Path) -> None:
     root = folder / "sweep"
     asked = ("--sweep", "stages.0.lr.max=[1e-3, 3e-3]", "--sweep", "seed=[1, 2]", "--max-parallel", "2")
     hold = ("cluster.slurm.copy_code=true", "cluster.slurm.extra=['--hold']")
@@ -319,7 +319,7 @@ def test_a_sweep_is_an_array_of_runs(cluster: SlurmCluster, folder: Path) -> Non
 
 
 @pytest.mark.long
-def test_fifty_submissions_leave_nothing_behind(cluster: SlurmCluster, folder: Path) -> None:
+def test_slurm_fifty_submissions_leave_nothing_behind(cluster: SlurmCluster, folder: Path) -> None:
     small = ("stages.0.tokens=768", "snapshot={every: 1}", "cluster.slurm.launcher=node", "cluster.ranks_per_node=1")
     before = {name: cluster.on(name, "sh", "-c", LEFT).stdout for name in NODES}
     jobs = []

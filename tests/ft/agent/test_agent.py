@@ -36,7 +36,7 @@ def take(snapshotters: list[Any], step: int) -> None:
         wait_committed(snapshotter)
 
 
-def test_one_node_commits_and_restores(tmp_path: Path) -> None:
+def test_agent_single_node_commits_and_restores(tmp_path: Path) -> None:
     with nodes(tmp_path, 1, workers=2) as world:
         states = [random_state(rank, 2) for rank in range(2)]
         snapshotters = world.snapshotters(states)
@@ -53,7 +53,7 @@ def test_one_node_commits_and_restores(tmp_path: Path) -> None:
         assert all(equal(a, random_state(rank, 2)) for rank, a in enumerate(fresh))
 
 
-def test_an_agent_that_is_asked_to_end_serves_its_workers_until_they_leave(tmp_path: Path) -> None:
+def test_agent_sigterm_serves_workers_until_they_leave(tmp_path: Path) -> None:
     with nodes(tmp_path, 2) as world:
         snapshotters = world.snapshotters([random_state(rank, 2) for rank in range(2)])
         recover(world, snapshotters, 1)
@@ -68,7 +68,7 @@ def test_an_agent_that_is_asked_to_end_serves_its_workers_until_they_leave(tmp_p
             assert '"text": "ended", "reason": "SIGTERM"' in world.log(slot)
 
 
-def test_memory_that_rots_after_it_was_chosen_is_found_before_the_next_update(tmp_path: Path) -> None:
+def test_agent_rot_after_choice_is_found_before_update(tmp_path: Path) -> None:
     with nodes(tmp_path, 1) as world:
         (snapshotter,) = world.snapshotters([random_state(0, 1)])
         recover(world, [snapshotter], 1)
@@ -91,7 +91,7 @@ def test_memory_that_rots_after_it_was_chosen_is_found_before_the_next_update(tm
     ("count", "parity", "together"),
     [(2, 1, True), (3, 1, True), (4, 2, True), pytest.param(4, 2, False, marks=pytest.mark.long)],
 )
-def test_lost_agents_are_rebuilt_from_their_group(tmp_path: Path, count: int, parity: int, together: bool) -> None:
+def test_agent_lost_agents_are_rebuilt_from_group(tmp_path: Path, count: int, parity: int, together: bool) -> None:
     with nodes(tmp_path, count, groups=[(range(count), parity)]) as world:
         states = [random_state(rank, count) for rank in range(count)]
         snapshotters = world.snapshotters(states)
@@ -180,7 +180,9 @@ def run_workers(world: Nodes, moment: str) -> None:
     ("moment", "allowed"),
     [("committed", {1}), ("granted", {1}), ("copying", {1}), ("sealed", {1, 2})],  # a seal may die with its sender
 )
-def test_workers_killed_at_any_moment(tmp_path: Path, moment: str, allowed: set[int]) -> None:
+def test_agent_workers_killed_at_any_moment_restores_a_whole_step(
+    tmp_path: Path, moment: str, allowed: set[int]
+) -> None:
     with nodes(tmp_path, 2) as world:
         run_workers(world, moment)
         fresh = [random_state(rank, 2, seed=9) for rank in range(2)]
@@ -195,7 +197,7 @@ def test_workers_killed_at_any_moment(tmp_path: Path, moment: str, allowed: set[
             assert equal(state, expected)
 
 
-def test_a_rotten_chunk_is_repaired_by_the_scrub_and_at_restore(tmp_path: Path) -> None:
+def test_agent_rotten_chunk_is_repaired_by_scrub_and_restore(tmp_path: Path) -> None:
     with nodes(tmp_path, 3, groups=[((0, 1, 2), 1)], scrub=0.2) as world:
         states = [random_state(rank, 3) for rank in range(3)]
         snapshotters = world.snapshotters(states)
@@ -213,7 +215,7 @@ def test_a_rotten_chunk_is_repaired_by_the_scrub_and_at_restore(tmp_path: Path) 
         assert all(equal(state, random_state(rank, 3)) for rank, state in enumerate(fresh))
 
 
-def test_more_losses_than_parity_are_said_with_the_reason(tmp_path: Path) -> None:
+def test_agent_more_losses_than_parity_reports_reason(tmp_path: Path) -> None:
     with nodes(tmp_path, 3, groups=[((0, 1, 2), 1)]) as world:
         snapshotters = world.snapshotters([random_state(rank, 3) for rank in range(3)])
         recover(world, snapshotters, 1)
@@ -234,7 +236,7 @@ def test_more_losses_than_parity_are_said_with_the_reason(tmp_path: Path) -> Non
         assert all(equal(state, random_state(rank, 3, seed=9)) for rank, state in enumerate(fresh))
 
 
-def test_a_restarted_agent_is_filled_by_the_next_snapshot(tmp_path: Path) -> None:
+def test_agent_restarted_is_filled_by_next_snapshot(tmp_path: Path) -> None:
     with nodes(tmp_path, 2) as world:
         states = [random_state(rank, 2) for rank in range(2)]
         snapshotters = world.snapshotters(states)
@@ -252,7 +254,7 @@ def test_a_restarted_agent_is_filled_by_the_next_snapshot(tmp_path: Path) -> Non
         assert {held.step for held in world.status(1).held} >= {3}
 
 
-def test_an_agent_whose_slot_went_to_another_node_makes_way(tmp_path: Path) -> None:
+def test_agent_slot_given_to_another_node_steps_down(tmp_path: Path) -> None:
     """Its supervisor died alone. Nobody dials the highest slot anew while it is connected with the former agent."""
     with nodes(tmp_path, 3) as world:
         states = [random_state(rank, 3) for rank in range(3)]
@@ -272,7 +274,7 @@ def test_an_agent_whose_slot_went_to_another_node_makes_way(tmp_path: Path) -> N
         assert torch.equal(state["w"].local, states[2]["w"].local)
 
 
-def test_nothing_is_left_when_the_job_ends_or_everything_is_killed(tmp_path: Path) -> None:
+def test_agent_job_end_or_kill_leaves_nothing_behind(tmp_path: Path) -> None:
     with nodes(tmp_path, 2) as world:
         snapshotters = world.snapshotters([random_state(rank, 2) for rank in range(2)])
         recover(world, snapshotters, 1)
@@ -289,20 +291,20 @@ def test_nothing_is_left_when_the_job_ends_or_everything_is_killed(tmp_path: Pat
         assert "removed what a killed agent left" in world.log(0)
 
 
-def test_an_agent_ends_when_nobody_needs_it(tmp_path: Path) -> None:
+def test_agent_without_clients_ends(tmp_path: Path) -> None:
     with nodes(tmp_path, 1, lease=0.3) as world:
         world.wait_dead(0)
         assert "no process has needed this agent" in world.log(0)
         assert not Path(world.configs[0].folder).exists()
 
 
-def test_too_little_memory_is_said_before_anything_begins(tmp_path: Path) -> None:
+def test_agent_too_little_memory_is_refused_at_start(tmp_path: Path) -> None:
     world = Nodes(tmp_path, 1, state_bytes=2**45)
     with pytest.raises(MemoryTooSmall, match="is available"):
         world.start(0)
 
 
-def test_a_folder_too_deep_for_a_socket_is_said_before_anything_begins(tmp_path: Path) -> None:
+def test_agent_socket_path_too_long_is_refused_at_start(tmp_path: Path) -> None:
     deep = tmp_path / ("deep" * 25)
     config = AgentConfig(
         run="run", slot=0, folder=str(deep), shared=str(tmp_path), secret="", state_bytes=0,
@@ -314,7 +316,7 @@ def test_a_folder_too_deep_for_a_socket_is_said_before_anything_begins(tmp_path:
 
 
 @pytest.mark.parametrize("secret", [b"x" * 64, b""])
-def test_a_stranger_on_the_socket_is_refused(tmp_path: Path, secret: bytes) -> None:
+def test_agent_unauthenticated_client_is_refused(tmp_path: Path, secret: bytes) -> None:
     with nodes(tmp_path, 1) as world:
         with pytest.raises(AuthenticationFailed):
             AgentClient(world.configs[0].socket, run=world.run, secret=secret, deadline=120.0)
@@ -329,14 +331,14 @@ def test_a_stranger_on_the_socket_is_refused(tmp_path: Path, secret: bytes) -> N
         assert world.status(0).slot == 0
 
 
-def test_an_agent_is_small_and_imports_no_torch() -> None:
+def test_agent_process_is_small_and_imports_no_torch() -> None:
     code = "import sys, keepwarm.ft.agent.agent, psutil; assert 'torch' not in sys.modules; "
     code += "print(psutil.Process().memory_info().rss)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=Path(__file__).parents[3])
     assert int(done.stdout) < 60 << 20
 
 
-def test_committed_snapshots_become_checkpoints(tmp_path: Path) -> None:
+def test_agent_committed_snapshots_become_checkpoints(tmp_path: Path) -> None:
     config = DurableConfig(root=str(tmp_path / "checkpoints"), every=2, keep=1, compress=True)
     with nodes(tmp_path, 2, durable=config) as world:
         states = [random_state(rank, 2) for rank in range(2)]
@@ -356,7 +358,7 @@ def test_committed_snapshots_become_checkpoints(tmp_path: Path) -> None:
         assert stored_bytes(latest, manifest.parts[1])["w"] == weight.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def test_an_agent_does_not_outlive_the_job_for_parts_that_nobody_will_write(tmp_path: Path) -> None:
+def test_agent_missing_checkpoint_parts_do_not_block_job_end(tmp_path: Path) -> None:
     """The other one passes a due snapshot over, as while it writes another, and the job ends before the next."""
     config = DurableConfig(root=str(tmp_path / "checkpoints"), every=2)
     world = Nodes(tmp_path, 2, durable=config)
@@ -377,7 +379,7 @@ def test_an_agent_does_not_outlive_the_job_for_parts_that_nobody_will_write(tmp_
         world.close()
 
 
-def test_a_failing_disk_is_a_warning(tmp_path: Path) -> None:
+def test_agent_failing_disk_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("not a folder")
     with nodes(tmp_path, 1, durable=DurableConfig(root=str(tmp_path / "checkpoints"))) as world:
         snapshotters = world.snapshotters([random_state(0, 1)])
@@ -390,7 +392,7 @@ def test_a_failing_disk_is_a_warning(tmp_path: Path) -> None:
         assert world.status(0).durable["failed"] == 1
 
 
-def test_another_layout_restores_by_name_and_offset(tmp_path: Path) -> None:
+def test_agent_other_layout_restores_by_name_and_offset(tmp_path: Path) -> None:
     with nodes(tmp_path, 2, workers=2) as world:
         states = [random_state(rank, 4) for rank in range(4)]
         snapshotters = world.snapshotters(states)
@@ -408,7 +410,7 @@ def test_another_layout_restores_by_name_and_offset(tmp_path: Path) -> None:
             assert all(torch.equal(state[name].local, states[0][name].local) for state in fresh)
 
 
-def test_a_snapshot_of_another_model_overwrites_nothing(tmp_path: Path) -> None:
+def test_agent_snapshot_of_another_model_overwrites_nothing(tmp_path: Path) -> None:
     with nodes(tmp_path, 1) as world:
         snapshotters = world.snapshotters([random_state(0, 1)])
         recover(world, snapshotters, 1)

@@ -28,7 +28,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "lost", [pytest.param(slots, marks=() if slots in QUICK else pytest.mark.long) for slots in LOST], ids=str
 )
-def test_every_combination_of_lost_agents(tmp_path: Path, lost: tuple[int, ...]) -> None:
+def test_agents_every_combination_of_losses_restores(tmp_path: Path, lost: tuple[int, ...]) -> None:
     """Code (2,2): what came back is as good as what was there, so the others may be lost next."""
     with team(tmp_path, 4, 2) as world:
         others = [slot for slot in range(4) if slot not in lost][:2]
@@ -43,7 +43,7 @@ def test_every_combination_of_lost_agents(tmp_path: Path, lost: tuple[int, ...])
 
 
 @pytest.mark.parametrize("kind", ["data", "parity"])
-def test_rot_in_every_stripe(tmp_path: Path, kind: str) -> None:
+def test_agents_rot_in_every_stripe_is_repaired(tmp_path: Path, kind: str) -> None:
     """Code (3,1): each agent has a damaged chunk, no stripe two; the repaired ones then rebuild a lost agent."""
     with team(tmp_path, 4, 1) as world:
         for slot, agent in world.agents.items():
@@ -58,7 +58,7 @@ def test_rot_in_every_stripe(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("seed", [pytest.param(s, marks=() if s < 3 else pytest.mark.long) for s in range(100)])
-def test_campaign(tmp_path: Path, seed: int) -> None:
+def test_agents_random_campaign_restores(tmp_path: Path, seed: int) -> None:
     """Snapshots that end or not, up to m lost agents or rotten chunks a group, broken links, another epoch."""
     print(f"seed {seed}")
     rng = random.Random(seed)

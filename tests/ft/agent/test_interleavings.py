@@ -40,7 +40,7 @@ def on_send(monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
     monkeypatch.setattr(Link, "send", send)
 
 
-def test_one_decoder_rebuilds_data_and_parity_of_one_stripe(tmp_path: Path) -> None:
+def test_decoder_rebuilds_data_and_parity_of_one_stripe(tmp_path: Path) -> None:
     with team(tmp_path, 4, 2) as world:
         replace(world, 0, 1)
         world.recover(2)
@@ -52,7 +52,9 @@ def test_one_decoder_rebuilds_data_and_parity_of_one_stripe(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("lost", [Part, Fetch, Decode, Decision, Inventory])
-def test_a_link_that_breaks_once_on_each_side(tmp_path: Path, lost: type, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recovery_link_broken_once_on_each_side_completes(
+    tmp_path: Path, lost: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first message of a kind on every link is lost with the link."""
     with team(tmp_path, 3, 1) as world:
         replace(world, 0)
@@ -72,7 +74,7 @@ def test_a_link_that_breaks_once_on_each_side(tmp_path: Path, lost: type, monkey
         assert broken or lost is Decode, "nothing was lost"  # orders travel only when someone asks again
 
 
-def test_parts_that_arrive_before_the_pin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recovery_parts_before_decision_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No decision is ever sent: an agent learns of the choice from what others do about it."""
     with team(tmp_path, 3, 1) as world:
         replace(world, 2)
@@ -84,7 +86,9 @@ def test_parts_that_arrive_before_the_pin(tmp_path: Path, monkeypatch: pytest.Mo
         world.check(2)
 
 
-def test_a_chooser_that_dies_when_it_has_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recovery_elected_agent_dies_after_choice_next_epoch_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It tells nobody; and as it was needed to decode, the next epoch goes without it."""
     with team(tmp_path, 4, 2, silence=0.5, inventory_deadline=1.0) as world:
         replace(world, 3)
@@ -112,7 +116,7 @@ def test_a_chooser_that_dies_when_it_has_chosen(tmp_path: Path, monkeypatch: pyt
         assert world.agents[1].state.epoch > 2
 
 
-def test_a_decoder_that_dies_after_the_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recovery_decoder_dies_after_choice_completes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with team(tmp_path, 4, 2, silence=0.5, inventory_deadline=1.0) as world:
         replace(world, 3)
         monkeypatch.setattr(recovery_election, "CONNECTED_GRACE", 0.5)
@@ -125,7 +129,7 @@ def test_a_decoder_that_dies_after_the_choice(tmp_path: Path, monkeypatch: pytes
         world.check(2)
 
 
-def test_damaged_parts_are_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recovery_damaged_parts_are_requested_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with team(tmp_path, 4, 2) as world:
         replace(world, 0, 1)
         damaged: set[tuple[int, int, int]] = set()
@@ -157,7 +161,9 @@ class WorkerLink:
         self.parts[message.index] = bytes(payload)
 
 
-def test_a_reader_gets_every_bucket_whatever_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_read_damage_and_broken_link_delivers_every_bucket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first part comes damaged, the link breaks after the second, and the owner's data are rebuilt meanwhile."""
     with team(tmp_path, 3, 1) as world:
         replace(world, 1)
@@ -185,7 +191,7 @@ def test_a_reader_gets_every_bucket_whatever_is_lost(tmp_path: Path, monkeypatch
         assert not reader.reads.awaited
 
 
-def test_a_read_outlives_the_next_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_read_outlives_next_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Owner and reader are neither of one group nor neighbours: the link is kept for the read's sake."""
     world = Team(tmp_path, [((0, 1), 1), ((2, 3), 1), ((4, 5), 1), ((6, 7), 1)])
     try:
@@ -203,7 +209,7 @@ def test_a_read_outlives_the_next_epoch(tmp_path: Path, monkeypatch: pytest.Monk
         world.close()
 
 
-def test_who_was_left_out_of_a_choice_gets_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recovery_agent_excluded_from_choice_joins_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with team(tmp_path, 4, 2) as world:
         late = 3, 2
         on_send(monkeypatch, lambda link, m: isinstance(m, Inventory) and (link.mine.slot, m.epoch) == late)
@@ -218,7 +224,9 @@ def test_who_was_left_out_of_a_choice_gets_the_next(tmp_path: Path, monkeypatch:
         world.check(2)
 
 
-def test_a_new_epoch_while_buckets_wait_for_a_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recovery_new_epoch_while_buckets_are_queued_frees_buffers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is coded is dropped, the buffers come back, and no link stays paused."""
     with team(tmp_path, 3, 1, chunk=8) as world:
         held: list[Any] = []
@@ -244,7 +252,7 @@ def test_a_new_epoch_while_buckets_wait_for_a_thread(tmp_path: Path, monkeypatch
         world.take(4)
 
 
-def test_what_is_dropped_from_a_strand_is_released(tmp_path: Path) -> None:
+def test_workpool_dropped_strand_is_released(tmp_path: Path) -> None:
     selector = selectors.DefaultSelector()
     pool, seen, gate = WorkPool(selector, 1), [], threading.Event()
     pool.order("strand", gate.wait, lambda _: seen.append("then"), lambda: seen.append("first"))
@@ -260,7 +268,7 @@ def test_what_is_dropped_from_a_strand_is_released(tmp_path: Path) -> None:
     selector.close()
 
 
-def test_an_outbox_forgets_what_a_closed_link_was_to_get() -> None:
+def test_outbox_closed_link_is_forgotten() -> None:
     class Closed:
         closed, open = True, False
 
@@ -269,7 +277,7 @@ def test_an_outbox_forgets_what_a_closed_link_was_to_get() -> None:
     assert outbox.idle
 
 
-def test_nobody_waits_for_a_slot_that_a_dead_agent_would_have_to_free(tmp_path: Path) -> None:
+def test_snapshot_dead_member_does_not_block_waiting_workers(tmp_path: Path) -> None:
     """The ranks of its node, which would start it again, may themselves wait for those who wait for a slot."""
     with team(tmp_path, 4, 2, silence=0.5) as world:
         world.kill(0)

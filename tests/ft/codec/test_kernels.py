@@ -66,7 +66,7 @@ def test_job_kernel_key_reaches_the_agents(tmp_path: Path, monkeypatch: pytest.M
     assert {operation for _, operation, _ in found} == {"accumulate"}
 
 
-def test_agent_unknown_kernel_is_said_at_start(tmp_path: Path) -> None:
+def test_agent_unknown_kernel_is_refused_at_start(tmp_path: Path) -> None:
     world = Nodes(tmp_path, 1, kernel="isall")
     with pytest.raises(AgentError, match=r"unknown codec kernel 'isall'; did you mean 'isal'\?"):
         world.start(0)

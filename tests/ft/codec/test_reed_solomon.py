@@ -43,13 +43,13 @@ def slow_product(a, b):
     return product
 
 
-def test_field_tables_are_the_field():
+def test_galois_tables_match_definition():
     expected = [[slow_product(a, b) for b in range(256)] for a in range(256)]
     assert np.array_equal(galois.PRODUCTS, expected)
     assert all(galois.PRODUCTS[a, galois.INVERSES[a]] == 1 for a in range(1, 256))
 
 
-def test_parity_rows_are_isals_cauchy_matrix_up_to_scale():
+def test_galois_parity_rows_match_isal_cauchy_matrix_up_to_scale():
     library = isal.ctypes.CDLL(str(isal.bundled_library()))
     for k, m in ((2, 1), (4, 2), (13, 3), (16, 16)):
         whole = np.zeros((k + m, k), np.uint8)
@@ -62,7 +62,7 @@ def test_parity_rows_are_isals_cauchy_matrix_up_to_scale():
         assert np.array_equal(product[ratio, ratio[0, 0]], product[ratio[:, :1], ratio[:1, :]])
 
 
-def test_any_k_rows_of_the_matrix_invert():
+def test_galois_any_k_rows_invert():
     for k, m in ((1, 4), (4, 4), (3, 5), (6, 2)):
         rows = galois.generator_matrix(k, m)
         for chosen in itertools.combinations(range(k + m), k):
@@ -73,7 +73,7 @@ def test_any_k_rows_of_the_matrix_invert():
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_one_parity_chunk_is_xor_and_one_data_chunk_is_mirrored(kernel):
+def test_codec_single_parity_is_xor_and_single_data_is_mirrored(kernel):
     data = random_chunks(5, 777, seed=1)
     (parity,) = encoded(Codec(5, 1, kernel=kernel), data)
     assert np.array_equal(parity, np.bitwise_xor.reduce(data))
@@ -82,7 +82,7 @@ def test_one_parity_chunk_is_xor_and_one_data_chunk_is_mirrored(kernel):
 
 @given(codes, sizes, seeds, st.integers(0, 3), st.data())
 @settings(max_examples=150, deadline=None)
-def test_both_kernels_agree_and_any_k_of_n_give_back_the_rest(code, size, seed, shift, draw):
+def test_codec_kernels_agree_and_any_k_of_n_decode(code, size, seed, shift, draw):
     k, m = code
     data = random_chunks(k, size, seed, shift)
     parity = encoded(Codec(k, m, kernel="numpy"), data)
@@ -99,7 +99,7 @@ def test_both_kernels_agree_and_any_k_of_n_give_back_the_rest(code, size, seed, 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("k", "m"), [(1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (3, 3), (6, 2)])
-def test_every_combination_of_losses_decodes(kernel, k, m):
+def test_codec_every_combination_of_losses_decodes(kernel, k, m):
     codec = Codec(k, m, kernel=kernel)
     data = random_chunks(k, 100, seed=k * 10 + m)
     chunks = data + encoded(codec, data)
@@ -113,7 +113,7 @@ def test_every_combination_of_losses_decodes(kernel, k, m):
 @pytest.mark.parametrize("kernel", KERNELS)
 @given(codes, sizes, seeds, st.data())
 @settings(max_examples=50, deadline=None)
-def test_row_accumulated_in_any_order_and_cut_equals_whole_chunks(kernel, code, size, seed, draw):
+def test_codec_row_accumulated_in_any_order_equals_whole_chunks(kernel, code, size, seed, draw):
     k, m = code
     codec = Codec(k, m, kernel=kernel)
     data = random_chunks(k, size, seed)
@@ -127,7 +127,7 @@ def test_row_accumulated_in_any_order_and_cut_equals_whole_chunks(kernel, code, 
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_sub_range_decodes_into_the_callers_buffers(kernel):
+def test_codec_sub_range_decodes_into_caller_buffers(kernel):
     codec = Codec(4, 2, kernel=kernel)
     data = random_chunks(4, 1000, seed=3)
     chunks = data + encoded(codec, data)
@@ -140,7 +140,7 @@ def test_a_sub_range_decodes_into_the_callers_buffers(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_threads_of_the_caller_share_one_codec(kernel):
+def test_codec_is_shared_by_caller_threads(kernel):
     codec, reference = Codec(3, 2, kernel=kernel), Codec(3, 2, kernel="numpy")
     inputs = [random_chunks(3, 300_000, seed) for seed in range(8)]
 
@@ -157,7 +157,7 @@ def test_threads_of_the_caller_share_one_codec(kernel):
         assert all(np.array_equal(found[i], data[i]) for i in found)
 
 
-def test_lengths_past_isals_limit_are_cut(monkeypatch):
+def test_isal_lengths_over_limit_are_split(monkeypatch):
     monkeypatch.setattr(isal, "MAX_LENGTH", 256)
     codec = Codec(3, 2, kernel="isal")
     data = random_chunks(3, 1000, seed=5)
@@ -168,7 +168,7 @@ def test_lengths_past_isals_limit_are_cut(monkeypatch):
     assert all(np.array_equal(found[i], data[i]) for i in found)
 
 
-def test_every_kind_of_buffer_serves_without_a_copy(tmp_path):
+def test_codec_every_buffer_type_is_used_without_copy(tmp_path):
     codec = Codec(3, 2)
     blocks = random_chunks(3, 4096, seed=6)
     (tmp_path / "chunk").write_bytes(blocks[1].tobytes())
@@ -184,7 +184,7 @@ def test_every_kind_of_buffer_serves_without_a_copy(tmp_path):
         shared.close()
 
 
-def test_no_parity_is_a_code_too():
+def test_codec_without_parity_decodes_nothing():
     Codec(4, 0).decode(dict(enumerate(random_chunks(4, 10, seed=7))), {})
 
 
@@ -206,12 +206,12 @@ def test_no_parity_is_a_code_too():
         (lambda: Codec(2, 1).decode({0: bytes(4), 1: bytes(4)}, {1: bytearray(4)}), "as present and as missing"),
     ],
 )
-def test_what_does_not_fit_is_refused(call, message):
+def test_codec_invalid_call_is_refused(call, message):
     with pytest.raises(CodecError, match=message):
         call()
 
 
-def test_an_output_over_another_buffer_is_refused_and_untouched():
+def test_codec_overlapping_output_is_refused_and_untouched():
     memory = bytearray(range(100))
     view, codec = memoryview(memory), Codec(2, 1)
     for data, parity in ((view[:50], view[49:99]), (view[20:30], view[29:39]), (view[20:30], view[20:30])):
@@ -226,17 +226,17 @@ def test_an_output_over_another_buffer_is_refused_and_untouched():
 
 
 @pytest.mark.parametrize("version", ["1.9.0", "2.29.1", "2.40.0", "3.0.0", "", "two"])
-def test_an_unknown_release_is_refused(version):
+def test_isal_unknown_release_is_refused(version):
     with pytest.raises(KernelUnavailable, match=r"not in the series 2\.30 to 2\.39"):
         isal.check_version(version)
 
 
-def test_the_bundled_release_is_known():
+def test_isal_bundled_release_is_known():
     isal.check_version("2.30")
     assert isal.load().version.startswith("2.3")
 
 
-def test_a_foreign_library_is_refused(tmp_path):
+def test_isal_foreign_library_is_refused(tmp_path):
     foreign = next(Path(str(file.locate())) for file in importlib.metadata.files("pyeclib") if "libnull" in file.name)
     with pytest.raises(KernelUnavailable, match="isal_get_version_str"):
         isal.IsalKernel(foreign)
@@ -245,7 +245,7 @@ def test_a_foreign_library_is_refused(tmp_path):
         isal.IsalKernel(tmp_path / "libisal.so")
 
 
-def test_without_isal_numpy_steps_in_with_one_warning(monkeypatch):
+def test_codec_without_isal_falls_back_to_numpy_with_one_warning(monkeypatch):
     def absent(_name):
         raise importlib.metadata.PackageNotFoundError("pyeclib")
 

@@ -49,7 +49,7 @@ def checkpoint(root: Path, epoch: int = 0, step: int = 100, compress: bool = Fal
 
 
 @pytest.mark.parametrize("compress", [False, True])
-def test_what_was_written_is_read(tmp_path: Path, compress: bool) -> None:
+def test_checkpoint_written_is_read_back(tmp_path: Path, compress: bool) -> None:
     folder = checkpoint(tmp_path, compress=compress)
     manifest = durable.verify(folder)
     assert (manifest.epoch, manifest.step, manifest.meta) == (0, 100, {"tokens": 5})
@@ -61,7 +61,7 @@ def test_what_was_written_is_read(tmp_path: Path, compress: bool) -> None:
             assert piece in [entry.piece for entry in part.entries]
 
 
-def test_the_safetensors_library_reads_a_part(tmp_path: Path) -> None:
+def test_checkpoint_part_is_read_by_safetensors_library(tmp_path: Path) -> None:
     part = write_part(tmp_path, 0, [t for t in tensors(0) if t[0].dtype != "BF16"])
     loaded = safetensors.numpy.load_file(tmp_path / part.file)
     assert loaded["model.w"].tolist() == tensors(0)[0][1].tolist()
@@ -78,7 +78,7 @@ def content_unharmed(bad: bytes, good: bytes) -> bool:
     return bool(one == two)
 
 
-def test_the_file_is_private(tmp_path: Path) -> None:
+def test_checkpoint_part_file_is_private(tmp_path: Path) -> None:
     part = write_part(tmp_path, 0, tensors(0))
     assert (tmp_path / part.file).stat().st_mode & 0o777 == 0o600
 
@@ -86,7 +86,7 @@ def test_the_file_is_private(tmp_path: Path) -> None:
 @pytest.mark.parametrize("compress", [False, True])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), cut=st.booleans())
-def test_any_damage_is_found(tmp_path: Path, compress: bool, where: float, flip: int, cut: bool) -> None:
+def test_checkpoint_any_damage_is_found(tmp_path: Path, compress: bool, where: float, flip: int, cut: bool) -> None:
     folder = durable.staging(tmp_path, 0, 100)
     if not folder.exists():
         checkpoint(tmp_path, compress=compress)
@@ -109,19 +109,19 @@ def test_any_damage_is_found(tmp_path: Path, compress: bool, where: float, flip:
 @given(
     st.binary(max_size=64) | st.builds(lambda n, b: n.to_bytes(8, "little") + b, st.integers(0, 2**64 - 1), st.binary())
 )
-def test_a_foreign_file_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_checkpoint_foreign_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "rank_00000.safetensors").write_bytes(content)
     with pytest.raises(DurableError, match="rank_00000"):
         durable.write_manifest(tmp_path, durable.Identity(run="r", epoch=0, step=1, layout="l"), ranks=1, meta={})
 
 
-def test_a_missing_part_is_named(tmp_path: Path) -> None:
+def test_checkpoint_missing_part_is_named(tmp_path: Path) -> None:
     write_part(tmp_path, 0, tensors(0))
     with pytest.raises(DurableError, match="0 parts of rank 1"):
         durable.write_manifest(tmp_path, durable.Identity(run="r", epoch=0, step=1, layout="l"), ranks=2, meta={})
 
 
-def test_a_manifest_cannot_name_other_files(tmp_path: Path) -> None:
+def test_manifest_other_file_names_are_refused(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["parts"][0]["file"] = "../../rank_00000.safetensors"
@@ -146,7 +146,7 @@ def test_latest_only_moves_forward(tmp_path: Path) -> None:
     assert (tmp_path / "latest").read_text() == "iter_0000200\n"
 
 
-def test_an_unusable_latest_falls_back_to_the_newest_complete(tmp_path: Path) -> None:
+def test_latest_unusable_falls_back_to_newest_complete(tmp_path: Path) -> None:
     for step in (100, 200):
         durable.publish(checkpoint(tmp_path, 0, step), durable.folder(tmp_path, step))
     (tmp_path / "iter_0000300").mkdir()
@@ -155,7 +155,7 @@ def test_an_unusable_latest_falls_back_to_the_newest_complete(tmp_path: Path) ->
         assert durable.latest(tmp_path) == tmp_path / "iter_0000200"
 
 
-def test_retention_by_count_and_by_interval(tmp_path: Path) -> None:
+def test_prune_keeps_by_count_and_interval(tmp_path: Path) -> None:
     for step in (100, 150, 200, 250, 300):
         durable.publish(checkpoint(tmp_path, 0, step), durable.folder(tmp_path, step))
     gone = durable.prune(tmp_path, keep=1, every=200)
@@ -163,7 +163,7 @@ def test_retention_by_count_and_by_interval(tmp_path: Path) -> None:
     assert [path.name for path in durable.checkpoints(tmp_path)] == ["iter_0000200", "iter_0000300"]
 
 
-def test_sweep_removes_what_interrupted_writers_left(tmp_path: Path) -> None:
+def test_sweep_interrupted_writers_leave_nothing(tmp_path: Path) -> None:
     left = checkpoint(tmp_path)
     durable.publish(checkpoint(tmp_path, 0, 200), durable.folder(tmp_path, 200))
     assert durable.sweep(tmp_path) == [left]

@@ -49,7 +49,7 @@ def pairs(draw: st.DrawFn) -> tuple[tuple[int, ...], str, list[Piece], list[Piec
 
 
 @given(pairs(), st.randoms(use_true_random=False))
-def test_any_layout_is_filled_from_any_other(case: Any, random: Any) -> None:
+def test_plan_any_layout_is_filled_from_any_other(case: Any, random: Any) -> None:
     shape, dtype, old, new = case
     width = {"F32": np.uint32, "BF16": np.uint16, "I64": np.uint64, "U8": np.uint8}[dtype]
     whole = np.arange(math.prod(shape)).astype(width).reshape(shape)
@@ -67,7 +67,7 @@ def test_any_layout_is_filled_from_any_other(case: Any, random: Any) -> None:
 
 
 @given(pairs())
-def test_boxes_hold_the_elements_in_order(case: Any) -> None:
+def test_boxes_hold_elements_in_order(case: Any) -> None:
     shape, _, pieces, _ = case
     whole = np.arange(math.prod(shape)).reshape(shape)
     for piece in pieces:
@@ -83,12 +83,12 @@ def piece(**change: Any) -> Piece:
     return Piece(**{"name": "w", "global_shape": (4, 4), "offsets": (0, 0), "shape": (4, 4), "dtype": "F32"} | change)
 
 
-def test_a_hole_is_named() -> None:
+def test_plan_hole_is_named() -> None:
     with pytest.raises(IncompleteError, match=r"w: no stored piece holds \[2, 4\] at \[2, 0\]"):
         plan(piece(), [piece(shape=(2, 4))])
 
 
-def test_another_model_is_refused() -> None:
+def test_plan_another_model_is_refused() -> None:
     with pytest.raises(IncompleteError, match="another model"):
         plan(piece(), [piece(global_shape=(4, 5), shape=(4, 5))])
 
@@ -96,6 +96,6 @@ def test_another_model_is_refused() -> None:
 @pytest.mark.parametrize(
     "wrong", [{"dtype": "F31"}, {"offsets": (1, 0)}, {"flat": (0, 17)}, {"flat": (3, 2)}, {"shape": (4,)}]
 )
-def test_a_piece_must_fit_its_tensor(wrong: dict[str, Any]) -> None:
+def test_piece_outside_its_tensor_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="w: "):
         piece(**wrong)

@@ -10,7 +10,7 @@ from tests.support.ft.team import BUCKET, Team
 MIB = 1 << 20
 
 
-def test_the_arithmetic() -> None:
+def test_host_memory_matches_hand_calculation() -> None:
     memory = host_memory(96 * MIB, members=6, parity=2, bucket_bytes=8 * MIB, durable=True)
     assert (memory.data, memory.parity, memory.durable) == (192 * MIB, 96 * MIB, 96 * MIB)
     assert memory.receiving == 5 * 8 * MIB
@@ -20,7 +20,7 @@ def test_the_arithmetic() -> None:
 
 
 @pytest.mark.parametrize(("members", "parity", "chunk"), [(4, 2, 3), (3, 1, 5), (1, 0, 2)])
-def test_agents_take_what_was_said(tmp_path: Path, members: int, parity: int, chunk: int) -> None:
+def test_host_memory_equals_what_agents_allocate(tmp_path: Path, members: int, parity: int, chunk: int) -> None:
     world = Team(tmp_path, [(range(members), parity)], chunk=chunk)
     try:
         said = host_memory(

@@ -52,7 +52,7 @@ def writer(buffer: SharedBuffer) -> tuple["subprocess.Popen[bytes]", Holder]:
     return process, holder
 
 
-def test_memory_stays_when_its_writer_is_killed() -> None:
+def test_shared_buffer_writer_killed_keeps_contents() -> None:
     buffer = SharedBuffer.create(1 << 20, "test")
     process, holder = writer(buffer)
     assert holder.alive
@@ -67,7 +67,7 @@ def test_memory_stays_when_its_writer_is_killed() -> None:
     buffer.close()
 
 
-def test_a_buffer_cannot_be_resized_by_anyone() -> None:
+def test_shared_buffer_resize_is_refused() -> None:
     buffer = SharedBuffer.create(1 << 16, "test")
     for size in (0, 1 << 17):
         with pytest.raises(PermissionError):
@@ -77,14 +77,14 @@ def test_a_buffer_cannot_be_resized_by_anyone() -> None:
     buffer.close()
 
 
-def test_memory_smaller_than_announced_is_refused() -> None:
+def test_shared_buffer_smaller_than_announced_is_refused() -> None:
     buffer = SharedBuffer.create(1 << 16, "test")
     with pytest.raises(AgentError, match="announced"):
         SharedBuffer(os.dup(buffer.descriptor), 1 << 17)
     buffer.close()
 
 
-def test_no_page_is_faulted_in_after_creation() -> None:
+def test_shared_buffer_pages_are_faulted_in_at_creation() -> None:
     size = 16 << 20
     buffer = SharedBuffer.create(size, "test")
     source = np.ones(size, np.uint8)
@@ -94,13 +94,13 @@ def test_no_page_is_faulted_in_after_creation() -> None:
     buffer.close()
 
 
-def test_an_empty_buffer() -> None:
+def test_shared_buffer_empty_is_allowed() -> None:
     buffer = SharedBuffer.create(0, "test")
     assert len(buffer.data) == 0
     buffer.close()
 
 
-def test_too_little_memory_is_refused_with_the_arithmetic() -> None:
+def test_require_memory_too_little_reports_arithmetic() -> None:
     shared_memory.require_memory({"data buffers": 1 << 20})
     with pytest.raises(
         MemoryTooSmall, match=r"1048576\.00 GiB data buffers \+ 524288\.00 GiB parity buffers = 1572864\.00 GiB"
@@ -108,7 +108,7 @@ def test_too_little_memory_is_refused_with_the_arithmetic() -> None:
         shared_memory.require_memory({"data buffers": 2**50, "parity buffers": 2**49})
 
 
-def test_bucket_sums() -> None:
+def test_bucket_sums_match_xxhash_per_bucket() -> None:
     data = np.arange(10, dtype=np.uint8)
     assert shared_memory.bucket_sums(data, 4) == tuple(
         xxhash.xxh3_64_intdigest(bytes(part)) for part in (data[:4], data[4:8], data[8:])
@@ -116,7 +116,7 @@ def test_bucket_sums() -> None:
     assert shared_memory.bucket_sums(data[:0], 4) == ()
 
 
-def test_a_secret_is_created_once_and_private(tmp_path: Path) -> None:
+def test_secret_is_created_once_and_private(tmp_path: Path) -> None:
     path = tmp_path / "secret"
     secret = create_secret(path)
     assert create_secret(path) == secret == load_secret(path)
@@ -124,7 +124,7 @@ def test_a_secret_is_created_once_and_private(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_secret_that_others_could_read_or_that_is_too_short_is_refused(tmp_path: Path) -> None:
+def test_secret_readable_by_others_or_too_short_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "secret"
     create_secret(path)
     path.chmod(0o640)

@@ -117,18 +117,18 @@ def _machine(examples: int, steps: int) -> None:
     )
 
 
-def test_state_machine() -> None:
+def test_protocol_state_machine_keeps_invariants() -> None:
     _machine(25, 30)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_state_machine_at_length() -> None:
+def test_protocol_state_machine_at_length_keeps_invariants() -> None:
     _machine(1500, 60)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_campaigns(shape: str) -> None:
+def test_protocol_campaigns_keep_invariants(shape: str) -> None:
     sizes, m, durable = SHAPES[shape]
     commits = sum(campaign(seed, lambda: Cluster(sizes, m, durable=durable)).committed for seed in range(6))
     assert commits >= 6 * 3 * sum(sizes)
@@ -137,7 +137,7 @@ def test_campaigns(shape: str) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_campaigns_at_length(shape: str) -> None:
+def test_protocol_campaigns_at_length_keep_invariants(shape: str) -> None:
     sizes, m, durable = SHAPES[shape]
     start = random.SystemRandom().randrange(1 << 30)
     for seed in range(start, start + 300):
@@ -214,7 +214,7 @@ DEFECTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_defects_are_caught(defect: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_protocol_planted_defects_are_caught(defect: str, monkeypatch: pytest.MonkeyPatch) -> None:
     DEFECTS[defect](monkeypatch)
     with pytest.raises((Broken, AssertionError)):
         _many_campaigns()
@@ -226,14 +226,14 @@ def _many_campaigns() -> None:
             campaign(seed, functools.partial(Cluster, sizes, m, durable=durable))
 
 
-def test_same_seed_same_history() -> None:
+def test_protocol_same_seed_gives_same_history() -> None:
     one, two = (campaign(7, lambda: Cluster((4, 4), 2)) for _ in range(2))
     assert one.history == two.history
     assert [node.state for node in one.nodes] == [node.state for node in two.nodes]
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_every_move_can_be_made_at_any_time(name: str) -> None:
+def test_protocol_every_move_is_possible_at_any_time(name: str) -> None:
     cluster, rng = Cluster((3,), 1), random.Random(1)
     for _ in range(4):
         move(cluster, name, rng)

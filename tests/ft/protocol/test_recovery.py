@@ -61,19 +61,19 @@ def emptied(inventories: dict[int, Inventory], slot: int, snapshot: SnapshotId, 
     return {**inventories, slot: msgspec.structs.replace(inventory, holdings=holdings)}
 
 
-def test_the_newest_complete_one_wins() -> None:
+def test_choose_newest_complete_snapshot_wins() -> None:
     assert choose(everything(OLD, NEW), GROUPS, range(8), False) == Choice(NEW, 0)
     again = SnapshotId("run", 2, 9, "layout")
     assert choose(everything(again, NEW), GROUPS, range(8), False) == Choice(again, 0)
 
 
-def test_up_to_m_lost_in_every_stripe() -> None:
+def test_choose_up_to_m_lost_in_every_stripe_decodes() -> None:
     lost = emptied(without(everything(OLD, NEW), 0, 1), 3, NEW, 0, 1, 2, 3)
     assert choose(lost, GROUPS, range(8), True) == Choice(NEW, 2)
     assert choose(emptied(lost, 5, NEW, 2), GROUPS, range(8), True) == Choice(OLD, 1)
 
 
-def test_fall_back_names_the_stripe_and_the_slots() -> None:
+def test_choose_fall_back_names_stripe_and_slots() -> None:
     answer = choose(without(everything(NEW), 0, 2, 4), GROUPS, range(8), True)
     assert isinstance(answer, FallBack)
     assert "stripe 0 of group 0 needs 2 good chunks and has 1" in answer.reason
@@ -81,7 +81,7 @@ def test_fall_back_names_the_stripe_and_the_slots() -> None:
     assert choose({}, GROUPS, (), True) == FallBack("no agent holds a snapshot in memory")
 
 
-def test_fall_back_says_who_was_not_waited_for() -> None:
+def test_choose_fall_back_names_missing_inventories() -> None:
     empty = without(everything(), 3)
     none = "no agent holds a snapshot in memory; slots [3]"
     early = FallBack(f"{none} had not answered yet, and alone cannot change that")
@@ -89,7 +89,7 @@ def test_fall_back_says_who_was_not_waited_for() -> None:
     assert choose(empty, GROUPS, range(8), True) == FallBack(f"{none} did not answer in time")
 
 
-def test_waits_only_for_those_who_matter() -> None:
+def test_choose_waits_only_for_slots_that_matter() -> None:
     one_away = without(everything(NEW), 0)
     assert choose(one_away, GROUPS, range(8), False) == Choice(NEW, 1)
     # The newer one is held by some and could be made whole by the silent ones.
@@ -102,19 +102,19 @@ def test_waits_only_for_those_who_matter() -> None:
     assert choose(without(everything(OLD), 0, 2, 1, 3), GROUPS, range(8), False) == Wait((0, 1, 2, 3))
 
 
-def test_late_inventories_count_as_missing() -> None:
+def test_choose_late_inventories_count_as_missing() -> None:
     inventories = everything(OLD, NEW)
     late = {slot: msgspec.structs.replace(inventories[slot], epoch=1) for slot in (0, 2, 4)}
     assert isinstance(choose({**inventories, **late}, GROUPS, range(8), True), FallBack)
 
 
-def test_what_an_earlier_choice_gave_up_does_not_come_back() -> None:
+def test_choose_snapshot_given_up_earlier_stays_gone() -> None:
     inventories = everything(OLD, NEW)
     inventories[3] = msgspec.structs.replace(inventories[3], decided_epoch=2, decided=OLD)
     assert choose(inventories, GROUPS, range(8), True) == Choice(OLD, 0)
 
 
-def test_chunks_of_different_data_do_not_match() -> None:
+def test_stripe_state_chunks_of_different_data_do_not_match() -> None:
     inventories = everything(NEW)
     holding = inventories[0].holdings[0]
     other = tuple(msgspec.structs.replace(r, digest=1) if not r.sources else r for r in holding.chunks)
@@ -125,14 +125,14 @@ def test_chunks_of_different_data_do_not_match() -> None:
         assert (0 in holders) == (0 in group.parities(stripe))
 
 
-def test_mixed_parity_is_not_a_codeword() -> None:
+def test_chunk_record_mixed_parity_is_refused() -> None:
     with pytest.raises(ValueError, match="counts"):
         ChunkRecord(0, 1, (1, 2), 1, (1,))
 
 
 @settings(deadline=None)
 @given(st.sampled_from(((4, 2), (5, 2), (4, 1), (8, 3), (2, 1))), st.data())
-def test_a_replacement_receives_its_state_once(shape: tuple[int, int], data: st.DataObject) -> None:
+def test_orders_replacement_receives_its_state_once(shape: tuple[int, int], data: st.DataObject) -> None:
     size, m = shape
     group = Group(0, tuple(range(size)), m)
     lost = data.draw(st.sets(st.integers(0, size - 1), min_size=1, max_size=m))
@@ -158,7 +158,7 @@ def test_a_replacement_receives_its_state_once(shape: tuple[int, int], data: st.
     assert list(orders[: len(data_orders)]) == [each for each in orders if each[1] in data_orders]
 
 
-def test_frozen_between_inventory_and_choice() -> None:
+def test_inventory_pending_work_at_epoch_start_changes_nothing() -> None:
     """What is under way when an epoch begins changes nothing that an inventory said."""
     cluster = Cluster((4, 4), 2)
     cluster.round()

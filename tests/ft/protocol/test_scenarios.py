@@ -160,7 +160,7 @@ def replay(text: str) -> str:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_transcript(path: Path) -> None:
+def test_protocol_transcript_is_unchanged(path: Path) -> None:
     before = path.read_text()
     after = replay(before)
     if os.environ.get("KEEPWARM_REWRITE"):
@@ -169,5 +169,5 @@ def test_transcript(path: Path) -> None:
         assert after == before, f"{path.name}: read the difference, then rewrite with KEEPWARM_REWRITE=1"
 
 
-def test_there_are_transcripts() -> None:
+def test_protocol_transcripts_exist() -> None:
     assert len(FILES) >= 5

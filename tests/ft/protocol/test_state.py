@@ -37,7 +37,7 @@ def test_stripes_every_member_holds_one_chunk_of_each(group: Group) -> None:
 
 @given(groups(1, 32))
 @settings(deadline=None)
-def test_stripes_parity_and_traffic_are_even(group: Group) -> None:
+def test_stripes_parity_and_traffic_are_balanced(group: Group) -> None:
     sent: Counter[int] = Counter()
     received: Counter[int] = Counter()
     for stripe in range(group.size):
@@ -51,7 +51,7 @@ def test_stripes_parity_and_traffic_are_even(group: Group) -> None:
 
 @given(groups(2, 16, parity=1))
 @settings(deadline=None)
-def test_stripes_senders_in_order_load_receivers_alike(group: Group) -> None:
+def test_stripes_senders_in_order_load_receivers_evenly(group: Group) -> None:
     for chunk in range(group.data):
         under_way = [group.data_stripes(slot)[chunk] for slot in group.members]
         arrivals = Counter(target for stripe in under_way for target in group.parities(stripe))

@@ -50,7 +50,7 @@ atheris.Fuzz()
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_no_stream_of_bytes_breaks_the_reader(tmp_path: Path) -> None:
+def test_frame_reader_fuzzed_streams_never_crash(tmp_path: Path) -> None:
     pytest.importorskip("atheris", reason="pip install 'keepwarm[fuzz]'")
     corpus = tmp_path / "corpus"
     corpus.mkdir()

@@ -110,7 +110,7 @@ def known(group: int) -> Known:
     return Known(snapshot=SNAPSHOT, prepared=(group,))
 
 
-def test_messages_and_payloads_arrive_in_order(world: World) -> None:
+def test_link_messages_and_payloads_arrive_in_order(world: World) -> None:
     one, two = world.pair()
     data = np.random.default_rng(0).integers(0, 256, LIMIT, np.uint8)
     released = []
@@ -133,7 +133,7 @@ def test_messages_and_payloads_arrive_in_order(world: World) -> None:
         ({"run": "other"}, "belongs to run 'other'"),
     ],
 )
-def test_a_stranger_is_refused_and_the_others_go_on(world: World, stranger: dict[str, Any], why: str) -> None:
+def test_link_stranger_is_refused_and_others_continue(world: World, stranger: dict[str, Any], why: str) -> None:
     one, two = world.pair()
     three = world.add(2, **stranger)
     one.network.set_peers([0, 1, 2])
@@ -145,7 +145,7 @@ def test_a_stranger_is_refused_and_the_others_go_on(world: World, stranger: dict
     world.until(lambda: two.seen)
 
 
-def test_only_the_expected_slot_is_accepted(world: World) -> None:
+def test_link_unexpected_slot_is_refused(world: World) -> None:
     one = world.add(0)
     world.add(2)
     world.addresses[1] = world.addresses[2]
@@ -154,7 +154,7 @@ def test_only_the_expected_slot_is_accepted(world: World) -> None:
     assert "slot 1 was expected, slot 2 answered" in one.refusals[0]
 
 
-def test_a_later_life_replaces_an_earlier_one_and_not_the_other_way_round(world: World) -> None:
+def test_link_later_incarnation_replaces_earlier_only(world: World) -> None:
     one = world.add(0)
     late = world.add(1, incarnation=5)
     one.network.set_peers([1])
@@ -166,9 +166,7 @@ def test_a_later_life_replaces_an_earlier_one_and_not_the_other_way_round(world:
     assert late.losses == []
 
 
-def test_a_frozen_agent_is_not_waited_for_once_its_slot_has_another(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_link_frozen_agent_is_dropped_once_slot_is_reassigned(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("keepwarm.ft.transport.link.HANDSHAKE_DEADLINE", 1e9)
     one = world.add(0)
     with socket.create_server(("127.0.0.1", 0)) as frozen:  # its kernel takes connections, nobody answers
@@ -227,7 +225,7 @@ def refused(world: World, to: Recorder, talk: Callable[[socket.socket], None]) -
     return to.refusals[-1] if to.refusals else to.losses[-1]
 
 
-def test_a_recorded_proof_is_worthless_in_another_connection(world: World) -> None:
+def test_handshake_replayed_proof_is_refused(world: World) -> None:
     one, _ = world.pair()
     mine = Hello(role="agent", run="run", slot=7, epoch=0, incarnation=0, nonce=b"n" * 32)
     theirs = Hello(role="agent", run="run", slot=0, epoch=0, incarnation=0, nonce=b"m" * 32)
@@ -240,7 +238,7 @@ def test_a_recorded_proof_is_worthless_in_another_connection(world: World) -> No
     assert "does not know the job's secret" in refused(world, one, replay)
 
 
-def test_a_proof_sent_back_is_worthless() -> None:
+def test_handshake_reflected_proof_is_refused() -> None:
     mine = Hello(role="agent", run="run", slot=0, epoch=0, incarnation=0, nonce=b"n" * 32)
     theirs = Hello(role="agent", run="run", slot=1, epoch=0, incarnation=0, nonce=b"m" * 32)
     shown = auth.proof(SECRET, mine, theirs, dialled=True)
@@ -262,7 +260,7 @@ def test_a_proof_sent_back_is_worthless() -> None:
         (struct.pack(">I", 40) + b"too short", "in the middle of a frame"),
     ],
 )
-def test_bad_frames_before_the_handshake(world: World, first: bytes, why: str) -> None:
+def test_handshake_bad_frames_are_refused(world: World, first: bytes, why: str) -> None:
     one, _ = world.pair()
 
     def talk(sock: socket.socket) -> None:
@@ -272,7 +270,7 @@ def test_bad_frames_before_the_handshake(world: World, first: bytes, why: str) -
     assert why in refused(world, one, talk)
 
 
-def test_another_message_in_the_handshake_is_refused(world: World) -> None:
+def test_handshake_unexpected_message_is_refused(world: World) -> None:
     one, _ = world.pair()
     assert "middle of the handshake" in refused(world, one, lambda sock: write(sock, encode(known(1))))
     assert "malformed" not in refused(world, one, lambda sock: write(sock, encode(Proof(mac=b"0" * 32))))
@@ -280,7 +278,7 @@ def test_another_message_in_the_handshake_is_refused(world: World) -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(min_size=1, max_size=300), st.booleans())
-def test_fuzzed_bytes_never_get_in_and_never_break_the_agent(world: World, junk: bytes, framed: bool) -> None:
+def test_handshake_fuzzed_bytes_are_refused_and_agent_continues(world: World, junk: bytes, framed: bool) -> None:
     one, two = (world.all[0], world.all[1]) if world.all else world.pair()
     content = struct.pack(">I", len(junk)) + junk if framed else junk
 
@@ -308,7 +306,7 @@ def test_fuzzed_bytes_never_get_in_and_never_break_the_agent(world: World, junk:
         ),
     ],
 )
-def test_a_bad_frame_from_a_peer_ends_that_link_alone(world: World, frame: bytes, why: str) -> None:
+def test_link_bad_frame_from_peer_ends_that_link_alone(world: World, frame: bytes, why: str) -> None:
     one, two = world.pair()
     three = world.add(2)
     for handler in world.all:
@@ -322,7 +320,7 @@ def test_a_bad_frame_from_a_peer_ends_that_link_alone(world: World, frame: bytes
     world.until(lambda: 2 in one.network.links)
 
 
-def test_silence_is_a_loss_and_an_idle_link_is_not_silent(world: World) -> None:
+def test_link_silence_is_a_loss_and_idle_is_not(world: World) -> None:
     one, two = world.pair(silence=0.3)
     end = time.monotonic() + 1.0
     world.until(lambda: time.monotonic() > end)
@@ -335,7 +333,7 @@ def test_silence_is_a_loss_and_an_idle_link_is_not_silent(world: World) -> None:
     world.all.append(two)
 
 
-def test_a_payload_cut_off_is_never_delivered_and_its_memory_is_released(world: World) -> None:
+def test_link_truncated_payload_is_dropped_and_memory_released(world: World) -> None:
     one, two = world.pair()
     released = []
     data = bytes(LIMIT)
@@ -348,13 +346,13 @@ def test_a_payload_cut_off_is_never_delivered_and_its_memory_is_released(world: 
     assert len(two.seen) < 20
 
 
-def test_a_farewell_is_a_message_like_others(world: World) -> None:
+def test_link_farewell_arrives_like_other_messages(world: World) -> None:
     one, two = world.pair()
     one.network.links[1].send(Farewell(reason="end of the job"))
     world.until(lambda: two.seen)
 
 
-def test_the_cap_limits_what_is_sent_over_time() -> None:
+def test_token_bucket_limits_bytes_over_time() -> None:
     now = [0.0]
     bucket = TokenBucket(100.0, burst=50, clock=lambda: now[0])
     assert bucket.available() == 50
@@ -367,7 +365,7 @@ def test_the_cap_limits_what_is_sent_over_time() -> None:
     assert bucket.available() == 50
 
 
-def test_capped_traffic_arrives(world: World) -> None:
+def test_link_capped_traffic_arrives(world: World) -> None:
     one, two = world.pair(rate=2e6)
     data = bytes(LIMIT)
     for index in range(5):

@@ -17,7 +17,7 @@ from keepwarm.parallel.shard import Shard
     elements=st.lists(st.sampled_from([0, 1, 7, 1000, 16_384, 20_001]), min_size=1, max_size=4),
     data=st.data(),
 )
-def test_every_byte_is_stored_by_exactly_one_of_its_replicas(
+def test_snapshot_plan_every_byte_is_stored_by_one_replica(
     own: list[int], elements: list[int], data: st.DataObject
 ) -> None:
     """`own` tensors of each rank's own come before those that several ranks hold, as with pipeline stages."""

@@ -29,7 +29,7 @@ def refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
     assert all(word in result.stderr for word in words), result.stderr
 
 
-def test_help_teaches_by_example() -> None:
+def test_cli_help_shows_examples() -> None:
     assert "keepwarm train configs/jobs/demo.yaml" in keepwarm("--help").stdout
     assert "torchrun --nproc-per-node 8" in keepwarm("train", "--help").stdout
     assert keepwarm("--version").stdout.startswith("keepwarm ")
@@ -43,11 +43,11 @@ def test_help_teaches_by_example() -> None:
         (("data", "tokenize", "--control-least=1"), "--control-least was renamed: write --control-threshold"),
     ],
 )
-def test_renamed_option_is_refused_with_the_new_one(command: tuple[str, ...], said: str) -> None:
+def test_cli_renamed_option_is_refused_with_the_new_one(command: tuple[str, ...], said: str) -> None:
     refused(keepwarm(*command), said)
 
 
-def test_plan_as_json() -> None:
+def test_plan_json_holds_layout_and_learning_rates() -> None:
     result = keepwarm("plan", TINY, "parallel.tensor=2", "--parallel.pipeline=2", "parallel.data=2", "--json")
     assert result.returncode == 0, result.stderr
     plan = json.loads(result.stdout)
@@ -69,7 +69,7 @@ def test_plan_as_json() -> None:
     assert plan["parameters"]["total"] == pytest.approx(100_000, rel=0.2)
 
 
-def test_plan_of_the_530b_job_fits_on_a_page() -> None:
+def test_plan_of_530b_job_fits_on_a_page() -> None:
     result = keepwarm("plan", "mt-nlg-530b")
     assert result.returncode == 0, result.stderr
     assert "data 8 x pipeline 35 x tensor 8 = 2240 ranks on 280 nodes of 8" in result.stdout
@@ -100,27 +100,27 @@ def test_plan_with_many_stages_names_each_once() -> None:
         ("--rezume", "expected KEY=VALUE"),
     ],
 )
-def test_wrong_specs(command: str, override: str, words: str, tmp_path: Path) -> None:
+def test_cli_wrong_spec_is_refused_and_writes_nothing(command: str, override: str, words: str, tmp_path: Path) -> None:
     refused(keepwarm(command, TINY, override, f"output={tmp_path / 'run'}", cwd=tmp_path), words)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("text", "words"), [("", "is empty"), ("name: a\nname: b\n", 'duplicate key "name"')])
-def test_wrong_files(tmp_path: Path, text: str, words: str) -> None:
+def test_cli_wrong_job_file_is_refused_and_writes_nothing(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(text)
     refused(keepwarm("train", str(path), cwd=tmp_path), words, str(path))
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_missing_data_is_found_before_anything_is_made(tmp_path: Path) -> None:
+def test_train_missing_data_is_found_before_anything_is_written(tmp_path: Path) -> None:
     gone = ["data.sources.en=gone.jsonl", "data.sources.de=tokens/de", "data.tokenizer=t.json"]
     result = keepwarm("train", TINY, *gone, f"output={tmp_path / 'run'}", cwd=tmp_path)
     refused(result, f"data.sources.en: {tmp_path / 'gone.jsonl'}: no such file", "tokens/de.idx", "data.tokenizer")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_data_that_only_a_rank_can_refuse_leaves_no_run(tmp_path: Path) -> None:
+def test_train_data_refused_by_a_rank_leaves_no_run(tmp_path: Path) -> None:
     (tmp_path / "foreign.idx").write_bytes(b"not an index")
     (tmp_path / "foreign.bin").write_bytes(b"")
     result = keepwarm("train", TINY, "data.sources.en=foreign", f"output={tmp_path / 'run'}", cwd=tmp_path)
@@ -130,7 +130,7 @@ def test_data_that_only_a_rank_can_refuse_leaves_no_run(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign.bin", "foreign.idx"]
 
 
-def test_an_existing_run_needs_a_word(tmp_path: Path) -> None:
+def test_train_existing_run_needs_resume_or_force(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "run.json").write_text("{}")
@@ -140,7 +140,7 @@ def test_an_existing_run_needs_a_word(tmp_path: Path) -> None:
     assert (run / "run.json").read_text() == "{}"
 
 
-def test_force_empties_run_folders_only(tmp_path: Path) -> None:
+def test_train_force_empties_run_folders_only(tmp_path: Path) -> None:
     thesis = tmp_path / "home" / "thesis.tex"
     thesis.parent.mkdir()
     thesis.write_text("years")
@@ -148,12 +148,12 @@ def test_force_empties_run_folders_only(tmp_path: Path) -> None:
     assert thesis.read_text() == "years"
 
 
-def test_resume_needs_a_run(tmp_path: Path) -> None:
+def test_train_resume_without_a_run_is_refused(tmp_path: Path) -> None:
     refused(keepwarm("train", TINY, f"output={tmp_path / 'run'}", "--resume"), "there is no run to resume")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_output_that_cannot_be_a_folder(tmp_path: Path) -> None:
+def test_train_unusable_output_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused(keepwarm("train", TINY, f"output={tmp_path / 'file'}"), "this is a file")
     refused(keepwarm("train", TINY, f"output={tmp_path / 'file' / 'run'}"), "run folder cannot be used")
@@ -172,7 +172,7 @@ exit $code
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system to fill")
-def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+def test_train_full_disk_leaves_nothing(tmp_path: Path) -> None:
     disk, left = tmp_path / "disk", tmp_path / "left"
     disk.mkdir()
     command = ["unshare", "--mount", "sh", "-ec", FULL_DISK, "sh", str(disk), sys.executable, TINY, str(left)]
@@ -182,7 +182,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     assert left.read_text() == "filler\n"
 
 
-def test_a_file_cut_short_leaves_nothing(tmp_path: Path) -> None:
+def test_train_truncated_run_json_leaves_nothing(tmp_path: Path) -> None:
     """The write of run.json fails half-way."""
 
     def limit() -> None:
@@ -193,14 +193,14 @@ def test_a_file_cut_short_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_traceback_is_shown_when_asked_for() -> None:
+def test_cli_debug_shows_the_traceback() -> None:
     result = keepwarm("plan", TINY, "parallel.tensor=3", "--debug")
     assert result.returncode == 2
     assert "Traceback" in result.stderr
 
 
 @pytest.mark.parametrize("tool", ["train-tokenizer", "tokenize", "inspect"])
-def test_data_tools_get_their_arguments_as_they_are(tool: str) -> None:
+def test_data_tools_receive_their_arguments_unchanged(tool: str) -> None:
     shown = keepwarm("data", tool, "--help")
     assert shown.returncode == 0, shown.stderr
     assert f"keepwarm.trainer.data.preprocess.{tool.replace('-', '_')}" in shown.stdout

@@ -17,7 +17,7 @@ from keepwarm.trainer.job.files import load_job
 ROOT = Path(__file__).parents[3]
 
 
-def test_engines_are_found_with_their_versions() -> None:
+def test_doctor_engines_are_found_with_their_versions() -> None:
     found = {finding.name: finding for finding in findings()}
     assert {"torch", "megatron", "deepspeed", "CUDA", "Apex FusedAdam", "Transformer Engine"} <= set(found)
     assert found["torch"].usable
@@ -25,7 +25,7 @@ def test_engines_are_found_with_their_versions() -> None:
     assert "megatron-core 0.16" in found["megatron"].detail
 
 
-def test_an_untested_version_has_its_install_line(tmp_path: Path) -> None:
+def test_doctor_untested_version_has_its_install_line(tmp_path: Path) -> None:
     info = tmp_path / "megatron_core-0.12.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: megatron-core\nVersion: 0.12.0\n")
@@ -61,7 +61,7 @@ def test_an_untested_version_has_its_install_line(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_kernels_asked_for_and_missing_are_refused(
+def test_check_engine_missing_kernels_are_refused(
     overrides: list[str], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -80,6 +80,6 @@ def test_kernels_asked_for_and_missing_are_refused(
         (["parallel.tensor=2", "parallel.sequence=true", "numerics.norms=apex"], "split by DTensor"),
     ],
 )
-def test_kernels_that_an_engine_cannot_take_are_refused(overrides: list[str], words: str) -> None:
+def test_load_job_kernels_unsupported_by_engine_are_refused(overrides: list[str], words: str) -> None:
     with pytest.raises(SpecError, match=words):
         load_job(ROOT / "configs/ci/tiny.yaml", overrides)

@@ -48,7 +48,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
             world.close()
 
 
-def test_shows_what_the_agents_hold(run: Run) -> None:
+def test_snapshots_shows_what_agents_hold(run: Run) -> None:
     snapshotters = run.snapshotters([random_state(rank, 2) for rank in range(2)])
     together(lambda each: each.restore(1), snapshotters)
     for step in (5, 6):
@@ -87,7 +87,7 @@ def test_shows_what_the_agents_hold(run: Run) -> None:
         assert [row for row in rows if row[:4] == [str(slot), "1", "6", "committed"] and row[-2:] == expected]
 
 
-def test_says_which_agent_does_not_answer_and_when_none_does(run: Run) -> None:
+def test_snapshots_agent_without_answer_is_named(run: Run) -> None:
     run.kill(1)
     done = snapshots(str(run.folder), "--json")
     assert done.returncode == 0, done.stderr
@@ -101,7 +101,7 @@ def test_says_which_agent_does_not_answer_and_when_none_does(run: Run) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_folder_without_snapshots_is_refused(tmp_path: Path) -> None:
+def test_snapshots_folder_without_snapshots_is_refused(tmp_path: Path) -> None:
     done = snapshots(str(tmp_path))
     assert done.returncode == 2
     assert (

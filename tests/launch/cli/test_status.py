@@ -43,7 +43,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_shows_steps_nodes_and_goodput(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_shows_steps_nodes_and_goodput(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = status(run)
     assert (found["run"], found["step"], found["last_step"]) == ("drill", 2, 24)
     assert [node["state"] for node in found["nodes"]] == ["running", "spare"]
@@ -67,17 +67,17 @@ def test_shows_steps_nodes_and_goodput(run: Path, capsys: pytest.CaptureFixture[
     assert "start-up" in shown
 
 
-def test_a_run_that_has_not_begun_has_no_steps(run: Path) -> None:
+def test_status_run_that_has_not_begun_has_no_steps(run: Path) -> None:
     (run / "metrics.jsonl").unlink()
     assert (status(run)["step"], status(run)["loss"]) == (0, None)
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+def test_status_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StatusError, match=r"there is no run here \(run.json is missing\)"):
         status(tmp_path)
 
 
-def test_the_command_ends_with_2_where_there_is_no_run(tmp_path: Path) -> None:
+def test_status_command_without_a_run_exits_2(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-m", "keepwarm", "status", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 2

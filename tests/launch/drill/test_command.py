@@ -29,7 +29,7 @@ TINY = str(ROOT / "configs" / "ci" / "tiny.yaml")
         ([TINY, "snapshot={every: 1}", "--stop", "disk@3"], "set snapshot.durable"),
     ],
 )
-def test_mistakes_are_one_sentence(arguments: list[str], words: str, tmp_path: Path) -> None:
+def test_drill_command_mistake_is_one_line(arguments: list[str], words: str, tmp_path: Path) -> None:
     with pytest.raises(DrillError) as caught:
         main([*arguments, f"output={tmp_path / 'drill'}"])
     assert words in str(caught.value)
@@ -37,19 +37,19 @@ def test_mistakes_are_one_sentence(arguments: list[str], words: str, tmp_path: P
     assert not (tmp_path / "drill").exists()
 
 
-def test_a_run_is_not_drilled_in_its_own_folder(tmp_path: Path) -> None:
+def test_drill_output_in_a_run_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(DrillError, match="this is the folder of a run"):
         main([DRILL, f"output={tmp_path}", "--kill", "worker:1@3"])
     assert (tmp_path / "run.json").read_text() == "{}"
 
 
-def test_a_typo_in_the_spec_is_found_first(tmp_path: Path) -> None:
+def test_drill_command_wrong_spec_is_found_first(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"did you mean parallel\.tensor"):
         main([DRILL, f"output={tmp_path / 'drill'}", "parallel.tensr=1", "--kill", "worker:1@3"])
 
 
-def test_the_exit_code_is_2() -> None:
+def test_drill_command_mistake_exits_2() -> None:
     command = [sys.executable, "-P", "-m", "keepwarm", "drill", DRILL, "--kill", "nodes:1,9@3"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 2

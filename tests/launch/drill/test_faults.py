@@ -26,7 +26,7 @@ ALONE = Stage(steps=24, ranks=8, nodes=1, spares=0, durable=False, supervised=Fa
         ("stop", "disk@70", (), 70, 0.0),
     ],
 )
-def test_faults_are_written_as_they_are_shown(
+def test_fault_option_is_parsed_and_printed_back(
     action: Action, text: str, numbers: tuple[int, ...], step: int, after: float
 ) -> None:
     fault = parse(action, text)
@@ -51,7 +51,7 @@ def test_faults_are_written_as_they_are_shown(
         ("corrupt", "chunks:1,2@3", "one chunk at a time"),
     ],
 )
-def test_bad_syntax_is_one_sentence(action: Action, text: str, words: str) -> None:
+def test_fault_bad_syntax_is_one_line(action: Action, text: str, words: str) -> None:
     with pytest.raises(DrillError) as caught:
         parse(action, text)
     assert words in str(caught.value)
@@ -71,7 +71,7 @@ def test_bad_syntax_is_one_sentence(action: Action, text: str, words: str) -> No
         ("node:0@5", ALONE, "cannot be lost here; set cluster.ranks_per_node"),
     ],
 )
-def test_faults_that_cannot_happen_are_refused(text: str, stage: Stage, words: str) -> None:
+def test_fault_impossible_is_refused(text: str, stage: Stage, words: str) -> None:
     with pytest.raises(DrillError, match=r"^--kill") as caught:
         check([parse("kill", text)], stage)
     assert words in str(caught.value)
@@ -85,7 +85,7 @@ def test_faults_that_cannot_happen_are_refused(text: str, stage: Stage, words: s
         (["nodes:0,3@5", "worker:1@7", "store@8"], 2, None),
     ],
 )
-def test_every_lost_node_needs_a_spare(texts: list[str], spares: int, words: str | None) -> None:
+def test_fault_lost_node_without_a_spare_is_refused(texts: list[str], spares: int, words: str | None) -> None:
     wanted, stage = [parse("kill", text) for text in texts], replace(STAGE, spares=spares)
     if words is None:
         check(wanted, stage)
@@ -94,14 +94,14 @@ def test_every_lost_node_needs_a_spare(texts: list[str], spares: int, words: str
             check(wanted, stage)
 
 
-def test_a_frozen_node_stands_by_again_when_it_has_woken_up() -> None:
+def test_fault_frozen_node_counts_as_spare_after_it_resumes() -> None:
     frozen = [parse("freeze", f"node:{slot}@{step}") for slot, step in ((1, 5), (2, 9))]
     check(frozen, replace(STAGE, spares=1))
     with pytest.raises(DrillError, match="need 2 spares"):
         check([parse("kill", "node:0@3"), *frozen], replace(STAGE, spares=1))
 
 
-def test_a_disk_must_be_in_use() -> None:
+def test_fault_disk_without_durable_snapshots_is_refused() -> None:
     check([parse("stop", "disk@5")], STAGE)
     with pytest.raises(DrillError, match=r"set snapshot\.durable"):
         check([parse("stop", "disk@5")], ALONE)
@@ -119,13 +119,13 @@ def faults(draw_: st.DrawFn) -> Fault:
 
 @settings(deadline=None)
 @given(faults())
-def test_what_is_shown_can_be_given_again(fault: Fault) -> None:
+def test_fault_text_round_trips(fault: Fault) -> None:
     assert parse(fault.action, str(fault).removeprefix(f"{fault.action} ")) == fault
 
 
 @settings(deadline=None)
 @given(st.integers(1, 12), st.integers(0, 10_000), st.sampled_from([STAGE, ALONE]), st.integers(0, 3))
-def test_drawn_campaigns_can_happen_and_are_the_same_again(count: int, seed: int, stage: Stage, parity: int) -> None:
+def test_draw_campaign_is_possible_and_repeatable(count: int, seed: int, stage: Stage, parity: int) -> None:
     drawn = draw(count, seed, stage, parity)
     assert drawn == draw(count, seed, stage, parity)
     assert len(drawn) == count
@@ -135,11 +135,11 @@ def test_drawn_campaigns_can_happen_and_are_the_same_again(count: int, seed: int
     assert max(lost, default=0) <= max(parity, 1)
 
 
-def test_seeds_draw_different_campaigns() -> None:
+def test_draw_seeds_give_different_campaigns() -> None:
     assert len({str(draw(3, seed, STAGE, 2)) for seed in range(20)}) > 15
 
 
-def test_a_job_of_few_steps_has_no_room_for_drawn_faults() -> None:
+def test_draw_job_of_few_steps_is_refused() -> None:
     short = Stage(steps=3, ranks=1, nodes=1, spares=0, durable=False, supervised=False)
     with pytest.raises(DrillError, match="only 3 steps"):
         draw(1, 0, short, 0)

@@ -38,14 +38,14 @@ BEGAN = Began(time=112.0, source="memory", step=5, reason="committed snapshot")
 WORKER = parse("kill", "worker:1@6")
 
 
-def test_without_supervisors_phases_are_what_can_be_seen() -> None:
+def test_outcome_without_supervisors_has_observable_phases() -> None:
     (found,) = outcomes([Struck(fault=WORKER, time=106.5)], [*FIRST, *SECOND], EventLog((BEGAN,)))
     assert (found.level, found.why, found.steps_lost) == ("local", "committed snapshot", 1)
     assert found.seconds == {"detect": 2.5, "start": 3.0, "resume": 1.0}
     assert found.total == 6.5 == sum(found.seconds.values())
 
 
-def test_supervisors_say_what_they_did() -> None:
+def test_outcome_with_supervisors_has_their_phases() -> None:
     phases = {"detect": 1.0, "rendezvous": 0.5, "decode": 0.25}
     failure = Failure(time=107.5, node="a", kind="lost", cause="node lost", slots=(2,))
     recovery = Recovery(
@@ -57,21 +57,21 @@ def test_supervisors_say_what_they_did() -> None:
     assert (found.level, found.why, found.seconds, found.total) == ("decoded", "node lost", phases, 6.5)
 
 
-def test_faults_of_one_outage_share_its_recovery() -> None:
+def test_outcome_faults_of_one_outage_share_its_recovery() -> None:
     struck = [Struck(fault=WORKER, time=106.5), Struck(fault=parse("kill", "worker:2@6+2"), time=108.5)]
     first, second = outcomes(struck, [*FIRST, *SECOND], EventLog((BEGAN,)))
     assert (first.level, second.level) == ("local", "local")
     assert (first.total, second.total) == (6.5, 4.5)
 
 
-def test_a_fault_that_stops_nobody_has_no_level() -> None:
+def test_outcome_fault_without_outage_has_no_level() -> None:
     struck = [Struck(fault=parse("kill", "agent:1@3"), time=103.5), Struck(fault=WORKER, time=106.5)]
     agent, worker = outcomes(struck, [*FIRST, *SECOND], EventLog((BEGAN,)))
     assert (agent.level, agent.total, agent.steps_lost, dict(agent.seconds)) == (None, 0.0, 0, {})
     assert worker.level == "local"
 
 
-def test_a_restart_that_failed_as_well_is_part_of_the_outage() -> None:
+def test_outcome_failed_restart_is_part_of_the_outage() -> None:
     third = [mark(3, 120, "start"), mark(3, 121, "restored", 5), *steps(3, 122, 6, 10)]
     began = Began(time=121.0, source="disk", step=5, reason="two nodes lost")
     (found,) = outcomes([Struck(fault=WORKER, time=106.5)], [*FIRST, *SECOND[:2], *third], EventLog((BEGAN, began)))
@@ -85,7 +85,7 @@ def result(**changes: Any) -> Result:
     return replace(made, **changes)
 
 
-def test_the_json_is_what_the_simulator_reads(tmp_path: Path) -> None:
+def test_outcome_json_is_read_by_the_simulator(tmp_path: Path) -> None:
     data = result().data()
     assert data["bitwise_equal"] is True
     assert data["faults"][0] == {
@@ -106,7 +106,7 @@ def test_the_json_is_what_the_simulator_reads(tmp_path: Path) -> None:
     assert apply_drill(times, file).worker == Restart(2.5, 4.0)
 
 
-def test_the_table_and_the_page_tell_the_same(
+def test_outcome_table_and_page_agree(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
@@ -148,7 +148,7 @@ def run_folder(folder: Path, loss: float, value: int) -> Path:
     return folder
 
 
-def test_runs_are_compared_to_the_bit(tmp_path: Path) -> None:
+def test_differences_compares_runs_bitwise(tmp_path: Path) -> None:
     one = run_folder(tmp_path / "one", 1.0, 7)
     again = run_folder(tmp_path / "again", 1.0, 7)
     (again / "metrics.jsonl").write_text((one / "metrics.jsonl").read_text().replace("0.1}", "0.2}"))

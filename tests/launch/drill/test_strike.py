@@ -35,12 +35,12 @@ def child(token: str) -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-def test_only_processes_with_the_token_are_the_runs(child: "subprocess.Popen[bytes]", token: str) -> None:
+def test_living_processes_are_those_with_the_token(child: "subprocess.Popen[bytes]", token: str) -> None:
     assert [found.pid for found in living(token)] == [child.pid]
     assert living(secrets.token_hex(8)) == []
 
 
-def test_a_pid_that_was_used_again_is_not_signalled(child: "subprocess.Popen[bytes]", token: str) -> None:
+def test_living_reused_pid_is_not_signalled(child: "subprocess.Popen[bytes]", token: str) -> None:
     (found,) = living(token)
     assert not dataclasses.replace(found, started=found.started - 1).send(signal.SIGKILL)
     assert psutil.Process(child.pid).is_running()
@@ -50,11 +50,11 @@ def test_a_pid_that_was_used_again_is_not_signalled(child: "subprocess.Popen[byt
     assert wait_until_gone(token, 30.0) == []
 
 
-def test_what_outlives_a_run_is_reported(child: "subprocess.Popen[bytes]", token: str) -> None:
+def test_wait_until_gone_leftover_process_is_reported(child: "subprocess.Popen[bytes]", token: str) -> None:
     assert [found.pid for found in wait_until_gone(token, 0.05)] == [child.pid]
 
 
-def test_paused_processes_go_on(child: "subprocess.Popen[bytes]", token: str) -> None:
+def test_paused_processes_continue_afterwards(child: "subprocess.Popen[bytes]", token: str) -> None:
     with paused(living(token)):
         _, status = os.waitpid(child.pid, os.WUNTRACED)
         assert os.WIFSTOPPED(status)
@@ -62,7 +62,7 @@ def test_paused_processes_go_on(child: "subprocess.Popen[bytes]", token: str) ->
     assert os.WIFCONTINUED(status)
 
 
-def test_a_slots_owner_is_the_living_one(child: "subprocess.Popen[bytes]", token: str, tmp_path: Path) -> None:
+def test_owner_of_a_slot_is_the_living_one(child: "subprocess.Popen[bytes]", token: str, tmp_path: Path) -> None:
     gone = NodeRecord(node="a", host="h", slot=0, supervisor=2**22 + 1, workers={0: 2**22 + 2}, restart=3)
     here = NodeRecord(node="b", host="h", slot=0, supervisor=child.pid, workers={0: child.pid}, restart=2)
     for record in (gone, here, NodeRecord(node="c", host="h", slot=None, supervisor=1)):
@@ -81,7 +81,7 @@ def test_a_slots_owner_is_the_living_one(child: "subprocess.Popen[bytes]", token
         processes.store()
 
 
-def test_a_stopped_disk_comes_back_whole(tmp_path: Path) -> None:
+def test_stop_disk_undo_restores_contents(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     (folder / "iter_0000001").mkdir(parents=True)
     (folder / "latest").write_text("iter_0000001")
@@ -97,7 +97,7 @@ def test_a_stopped_disk_comes_back_whole(tmp_path: Path) -> None:
     assert folder.is_dir()
 
 
-def test_a_disk_that_nobody_has_used_yet_can_be_stopped(tmp_path: Path) -> None:
+def test_stop_disk_unused_folder_can_be_stopped(tmp_path: Path) -> None:
     undo = stop_disk(tmp_path / "checkpoints")
     assert (tmp_path / "checkpoints").is_file()
     undo()

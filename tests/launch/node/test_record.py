@@ -8,7 +8,7 @@ from keepwarm.launch.node import record as node_record
 from keepwarm.launch.node.record import NodeRecord, StoreRecord
 
 
-def test_records_are_replaced_and_read_by_name(tmp_path: Path) -> None:
+def test_node_records_are_replaced_and_read_by_name(tmp_path: Path) -> None:
     assert node_record.read_all(tmp_path) == []
     first = NodeRecord(node="node-1", host="127.0.0.1", slot=None, supervisor=11, state="spare")
     node_record.write(tmp_path, first)
@@ -20,7 +20,7 @@ def test_records_are_replaced_and_read_by_name(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "nodes").iterdir()) == ["node-0.json", "node-1.json"]
 
 
-def test_the_newest_store_is_the_one_with_the_highest_number(tmp_path: Path) -> None:
+def test_newest_store_has_the_highest_number(tmp_path: Path) -> None:
     assert node_record.newest_store(tmp_path) is None
     assert node_record.newest_claim(tmp_path) == -1
     for number in (2, 10, 9):

@@ -19,7 +19,7 @@ def plan(*overrides: str, job: str = "ci/tiny") -> Plan:
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero_bubble"])
 @pytest.mark.parametrize("data", [1, 2, 4])
-def test_layers_and_ranks_are_each_placed_once(schedule: str, data: int) -> None:
+def test_plan_layers_and_ranks_are_each_placed_once(schedule: str, data: int) -> None:
     made = plan(f"parallel.schedule={schedule}", f"parallel.data={data}", "parallel.pipeline=2", "parallel.tensor=2")
     layers = [layer for pipeline in range(2) for one in made.layers_at(pipeline) for layer in one]
     assert sorted(layers) == list(range(4))
@@ -27,17 +27,17 @@ def test_layers_and_ranks_are_each_placed_once(schedule: str, data: int) -> None
     assert ranks == list(range(4 * data))
 
 
-def test_micro_batches_follow_the_ramp() -> None:
+def test_plan_micro_batches_follow_the_ramp() -> None:
     made = plan(job="mt-nlg-530b")
     assert made.micro_batches(made.stages[0]) == (60, 240)
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(0, []), (1, [0]), (3, [0, 1, 2]), (1000, [0, 333, 666, 999])])
-def test_sampled_steps_have_both_ends(steps: int, expected: list[int]) -> None:
+def test_plan_sampled_steps_include_both_ends(steps: int, expected: list[int]) -> None:
     assert sampled_steps(steps, 4) == expected
 
 
-def test_a_chart_falls_with_the_curve() -> None:
+def test_plan_chart_falls_with_the_curve() -> None:
     curve = LinearSpec(max=1.0, warmup=0.0).curve(1000)
     lines = chart(curve.at, 1000, {0: "first", 10: "hidden", 500: "second"})
     filled = [sum(cell == "█" for cell in line) for line in lines[:6]]
@@ -56,7 +56,7 @@ JOB = """stages=[
    mixture_steps: [{at: 0.5, mixture: {de: 3, en: 1}}]}]"""
 
 
-def test_replay_mixtures_and_the_whole_curve_are_in_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_text_holds_replay_mixtures_and_curve(capsys: pytest.CaptureFixture[str]) -> None:
     made = plan(JOB)
     print_plan(made)
     text = capsys.readouterr().out
@@ -69,7 +69,7 @@ def test_replay_mixtures_and_the_whole_curve_are_in_the_text(capsys: pytest.Capt
     assert made.data()["stages"][1]["mixtures"][1] == {"sample": 160, "weights": {"de": 3, "en": 1}}
 
 
-def test_layouts_that_a_run_may_shrink_to_are_in_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_text_lists_layouts_to_shrink_to(capsys: pytest.CaptureFixture[str]) -> None:
     whole, elastic = plan(job="ci/snapshot"), plan("cluster.elastic=shrink", job="ci/snapshot")
     assert whole.data()["smaller"] == []
     assert [(one["nodes"], one["data"]) for one in elastic.data()["smaller"]] == [(2, 2), (1, 1)]
@@ -80,7 +80,7 @@ def test_layouts_that_a_run_may_shrink_to_are_in_the_plan(capsys: pytest.Capture
     assert "while nodes are missing" not in capsys.readouterr().out
 
 
-def test_the_curve_of_a_job_as_an_image(tmp_path: Path) -> None:
+def test_plan_curve_is_drawn_as_an_image(tmp_path: Path) -> None:
     draw_plan(plan(JOB), tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with pytest.raises(OutputError, match="nowhere"):
@@ -88,16 +88,16 @@ def test_the_curve_of_a_job_as_an_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "text"), [(7, "7"), (1234, "1.23 k"), (1_774_720, "1.77 M"), (5.296e11, "530 B")])
-def test_counts(number: float, text: str) -> None:
+def test_count_formats_thousands(number: float, text: str) -> None:
     assert count(number) == text
 
 
 @pytest.mark.parametrize(("number", "text"), [(12, "12 B"), (2048, "2.0 KiB"), (35.9 * 2**30, "35.9 GiB")])
-def test_sizes(number: float, text: str) -> None:
+def test_size_formats_bytes(number: float, text: str) -> None:
     assert size(number) == text
 
 
-def test_host_memory_is_the_snapshots_of_the_largest_node() -> None:
+def test_plan_host_memory_covers_snapshots_of_the_largest_node() -> None:
     """2 S (1 + m/k), + S with the durable tier; S is weights and two moments in fp32 once, and room beside them."""
     bucket = 1 << 16
     snapshot = f"{{every: 1, bucket: {bucket}, code: {{data: 2, parity: 2}}, durable: {{every: 1}}}}"

@@ -28,14 +28,14 @@ def fail_after(job: JobSpec, mode: Mode, *, log: str | None = None, metrics: str
         raise Failure
 
 
-def test_a_failure_before_training_leaves_nothing(job: JobSpec) -> None:
+def test_prepared_failure_before_training_leaves_nothing(job: JobSpec) -> None:
     folder = Path(job.output)
     with pytest.raises(Failure):
         fail_after(job, "new", log="", metrics="")
     assert not folder.exists()
 
 
-def test_a_failure_in_a_given_empty_folder_leaves_it_empty(job: JobSpec) -> None:
+def test_prepared_failure_in_an_empty_folder_leaves_it_empty(job: JobSpec) -> None:
     folder = Path(job.output)
     folder.mkdir()
     with pytest.raises(Failure):
@@ -44,13 +44,13 @@ def test_a_failure_in_a_given_empty_folder_leaves_it_empty(job: JobSpec) -> None
 
 
 @pytest.mark.parametrize("mode", ["new", "resume", "force"])
-def test_a_failure_after_training_began_keeps_the_run(job: JobSpec, mode: Mode) -> None:
+def test_prepared_failure_after_training_began_keeps_the_run(job: JobSpec, mode: Mode) -> None:
     with pytest.raises(Failure):
         fail_after(job, mode, metrics="{}\n")
     assert (Path(job.output) / "run.json").is_file()
 
 
-def test_force_empties(job: JobSpec) -> None:
+def test_prepared_force_empties_the_folder(job: JobSpec) -> None:
     with prepared(job, "new") as folder:
         (folder / "checkpoints" / "step").mkdir(parents=True)
     with prepared(job, "force") as folder:
@@ -58,14 +58,14 @@ def test_force_empties(job: JobSpec) -> None:
 
 
 @pytest.mark.parametrize("mode", ["resume", "force"])
-def test_one_process_trains_in_a_folder(job: JobSpec, mode: Mode) -> None:
+def test_prepared_second_process_is_refused(job: JobSpec, mode: Mode) -> None:
     with prepared(job, "new") as folder:
         with pytest.raises(OutputError, match="another keepwarm process"):
             fail_after(job, mode)
         assert (folder / "run.json").is_file()
 
 
-def test_overrides_of_a_stored_run_are_told(job: JobSpec) -> None:
+def test_stored_job_overrides_are_listed(job: JobSpec) -> None:
     with prepared(job, "new") as folder:
         before, after = stored_job(folder, ["stages.0.lr.max=1e-3", "evaluation.every=5"])
     assert before == job

@@ -55,7 +55,7 @@ def within_error(values, expected, sigmas=4.0):
 # -- goodput ----------------------------------------------------------------------------------------------------------
 
 
-def test_young_daly_at_16384_gpus():
+def test_simulation_young_daly_matches_published_waste():
     """The published 12.7 % and 0.40 % of waste, first order; the simulation agrees with the complete formula."""
     asked = question(trials=40)
     memory, *_, disk = ask(asked, schemes_for(asked))
@@ -72,7 +72,7 @@ def test_young_daly_at_16384_gpus():
 @pytest.mark.parametrize(
     ("interval", "stall", "restart"), [(100.0, 5.0, 40.0), (1000.0, 60.0, 500.0), (300.0, 0.0, 0.0)]
 )
-def test_goodput_is_dalys_also_where_failures_are_frequent(interval, stall, restart):
+def test_simulation_goodput_equals_daly_for_frequent_failures(interval, stall, restart):
     times = Times(
         interval=interval, stall=stall, worker=THIRTY, node=THIRTY, durable=Restart(restart / 4, restart * 3 / 4)
     )
@@ -92,7 +92,7 @@ def test_goodput_is_dalys_also_where_failures_are_frequent(interval, stall, rest
     st.integers(0, 1 << 30),
 )
 @settings(max_examples=60, deadline=None)
-def test_every_second_is_accounted_for(mtbf, interval, stall, commit, rebuild, spares, seed):
+def test_simulation_every_second_is_accounted_for(mtbf, interval, stall, commit, rebuild, spares, seed):
     times = replace(MEMORY, interval=interval, stall=stall, commit=commit, rebuild=rebuild, durable_every=3 * interval)
     cluster = Cluster(nodes=24, rack=4, spares=spares, repair=3600.0)
     scheme = Scheme(name="s", groups=form_groups(cluster, 2, 1), times=times)
@@ -126,7 +126,7 @@ def scripted(*events, spares=9, repair=1e9, horizon=10_000.0, code=(1, 1), **tim
     return walk(failures, horizon, cluster, Scheme(name="s", groups=groups, times=given))
 
 
-def test_a_node_is_decoded_and_the_work_since_the_snapshot_is_lost():
+def test_walk_lost_node_is_decoded_and_loses_work_since_snapshot():
     ledger = scripted((2050.0, Kind.NODE, 0))
     assert ledger == Ledger(
         productive=10_000 - 50 - 30, lost=50.0, detection=5.0, recovery=25.0, failures=1, from_memory=1
@@ -134,12 +134,12 @@ def test_a_node_is_decoded_and_the_work_since_the_snapshot_is_lost():
     assert scripted((2050.0, Kind.WORKER, 0)).recovery == 1.0
 
 
-def test_an_uncommitted_snapshot_is_not_restored():
+def test_walk_uncommitted_snapshot_is_not_restored():
     assert scripted((2050.0, Kind.NODE, 0), commit=60.0).lost == 150.0
     assert scripted((2065.0, Kind.NODE, 0), commit=60.0).lost == 65.0
 
 
-def test_a_second_loss_in_a_group_goes_back_to_the_checkpoint():
+def test_walk_second_loss_in_a_group_restores_checkpoint():
     ledger = scripted((2550.0, Kind.NODE, 0), (2560.0, Kind.NODE, 2))
     assert (ledger.losses, ledger.groups_lost, ledger.from_memory, ledger.from_durable) == (1, 1, 1, 1)
     assert ledger.lost == 550.0  # to second 2000
@@ -154,7 +154,7 @@ def test_a_second_loss_in_a_group_goes_back_to_the_checkpoint():
     assert (ledger.losses, ledger.from_durable, ledger.lost) == (1, 2, 555.0)
 
 
-def test_without_a_spare_the_run_waits_for_a_repair():
+def test_walk_without_a_spare_waits_for_a_repair():
     ledger = scripted((2000.0, Kind.NODE, 0), spares=0, repair=3600.0)
     assert (ledger.detection, ledger.waiting, ledger.recovery) == (5.0, 3595.0, 25.0)
     # The slot is empty: what strikes it strikes nothing.
@@ -175,7 +175,7 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("k", "m", "published"), PUBLISHED)
-def test_the_arithmetic_of_survival_by_walking_histories(k, m, published):
+def test_walk_survival_matches_published_table(k, m, published):
     """f distinct nodes die in the same instant, in 1,000 histories: memory is lost as often as the table says."""
     cases = [(nodes, failures) for nodes in (128, 1024) for failures in (2, 3)]
     for (nodes, failures), expected in zip(cases, published, strict=True):
@@ -196,7 +196,7 @@ def test_the_arithmetic_of_survival_by_walking_histories(k, m, published):
 
 @pytest.mark.parametrize(("k", "m"), [(1, 1), (3, 1), (1, 2), (6, 2)])
 @pytest.mark.parametrize("worker_share", [0.0, 0.3])
-def test_expected_losses_are_those_of_histories(k, m, worker_share):
+def test_expected_losses_equal_simulated_histories(k, m, worker_share):
     """A cluster failing so often that plain histories see losses: the closed form says how many."""
     times = replace(MEMORY, interval=20.0, rebuild=100.0, durable=THIRTY)
     failures = Renewal(mtbf=500.0, worker_share=worker_share)
@@ -212,7 +212,7 @@ def test_expected_losses_are_those_of_histories(k, m, worker_share):
 
 
 @pytest.mark.parametrize(("k", "m"), [(1, 1), (6, 2)])
-def test_importance_sampling_agrees_with_the_closed_form_where_there_is_one(k, m):
+def test_importance_sampling_equals_closed_form(k, m):
     """With racks of one node a rack failure is a node failure."""
     times = MEMORY.tuned(MTBF)
     cluster = Cluster(nodes=512, rack=1, spares=9)
@@ -226,7 +226,7 @@ def test_importance_sampling_agrees_with_the_closed_form_where_there_is_one(k, m
 
 
 @pytest.mark.parametrize(("k", "m"), [(1, 1), (2, 2)])
-def test_importance_sampling_agrees_with_histories_where_racks_fail(k, m):
+def test_importance_sampling_equals_histories_with_rack_failures(k, m):
     times = replace(MEMORY, interval=20.0, rebuild=100.0, durable=THIRTY)
     failures = Renewal(mtbf=500.0, rack_share=0.2)
     cluster = Cluster(nodes=16, rack=4, spares=64, repair=1.0)
@@ -242,7 +242,7 @@ def test_importance_sampling_agrees_with_histories_where_racks_fail(k, m):
 
 
 @pytest.mark.parametrize(("k", "m", "adjacent_losses"), [(2, 2, 17), (1, 1, 34)])
-def test_placement_matters_more_than_the_code(k, m, adjacent_losses):
+def test_placement_adjacent_groups_lose_memory(k, m, adjacent_losses):
     """54 days on 2,048 nodes, 2 % of the failures take a rack of 8: groups of neighbours are lost 17 to 34 times."""
     failures = Renewal(mtbf=MTBF, rack_share=0.02)
     asked = question(failures=failures, placement="adjacent", trials=60)
@@ -263,7 +263,7 @@ def test_placement_matters_more_than_the_code(k, m, adjacent_losses):
     assert answer.per_trial("losses")[0] < 0.1
 
 
-def test_replicas_and_codes_in_order_at_their_memory():
+def test_schemes_replicas_and_codes_are_ordered_by_losses():
     asked = question(trials=2, code=(6, 2))
     code, two, three, disk = ask(asked, schemes_for(asked))
     assert [answer.scheme.memory for answer in (code, two, three, disk)] == [pytest.approx(1 / 3), 1.0, 2.0, 0.0]
@@ -276,7 +276,7 @@ def test_replicas_and_codes_in_order_at_their_memory():
 
 
 @pytest.mark.parametrize("rack_share", [0.0, 0.1])
-def test_waiting_for_spares_is_that_of_a_queue(rack_share):
+def test_waiting_for_spares_equals_queue_theory(rack_share):
     failures = Renewal(mtbf=5 * 3600.0, rack_share=rack_share)
     base = Cluster(nodes=4096, rack=4, spares=5, repair=DAY)
     # Much longer than a repair, for the formula is that of a stationary queue.
@@ -287,7 +287,7 @@ def test_waiting_for_spares_is_that_of_a_queue(rack_share):
     assert answer.shares["waiting"] == pytest.approx(expected, rel=0.06)
 
 
-def test_spares_that_suffice():
+def test_enough_spares_equals_poisson_tail():
     asked = question(cluster=Cluster(nodes=2048, repair=DAY))
     spares = enough_spares(asked, 1e-3)
     tail = shortage(asked.cluster, asked.failures, asked.horizon)
@@ -297,7 +297,7 @@ def test_spares_that_suffice():
     assert tail[spares] == pytest.approx(poisson, rel=1e-6)
 
 
-def test_a_recommendation_reaches_its_target_with_the_least_memory():
+def test_recommend_reaches_its_target_with_least_memory():
     cluster = Cluster(nodes=128, rack=4)
     asked = question(cluster=cluster, failures=Renewal(mtbf=MTBF, rack_share=0.02), trials=6)
     found = recommend(asked, goodput=0.985, survival=0.99999)
@@ -313,7 +313,7 @@ def test_a_recommendation_reaches_its_target_with_the_least_memory():
     assert ask(fewer, [chosen.scheme])[0].goodput[0] < 0.985
 
 
-def test_targets_out_of_reach_say_why():
+def test_recommend_target_out_of_reach_gives_the_reason():
     asked = question(trials=2)
     with pytest.raises(SimulationError, match=r"goodput of 99\.99% is out of reach.* recovery 0\.27%"):
         recommend(asked, goodput=0.9999, survival=0.99)
@@ -324,7 +324,7 @@ def test_targets_out_of_reach_say_why():
         recommend(racks, goodput=0.5, survival=0.99)
 
 
-def test_the_same_seed_gives_the_same_bits():
+def test_simulation_same_seed_gives_same_bits():
     asked = question(nodes=64, failures=Renewal(mtbf=MTBF, shape=0.7, rack_share=0.02), trials=3)
     first, second = (ask(asked, schemes_for(asked)) for _ in range(2))
     assert [answer.ledgers for answer in first] == [answer.ledgers for answer in second]
@@ -336,7 +336,7 @@ def test_the_same_seed_gives_the_same_bits():
 
 
 @pytest.mark.parametrize("shape", [0.7, 1.0, 2.0])
-def test_times_between_failures_have_the_stated_mean(shape):
+def test_renewal_failures_have_the_stated_mean(shape):
     model = Renewal(mtbf=100.0, shape=shape, rack_share=0.1, worker_share=0.3)
     history = model.sample(10, 1e6, np.random.default_rng(3))
     gaps = np.diff(history.times)
@@ -347,6 +347,6 @@ def test_times_between_failures_have_the_stated_mean(shape):
     assert history.times[-1] < 1e6
 
 
-def test_first_order_adds_the_time_of_a_commit():
+def test_first_order_waste_adds_the_commit_time():
     times = Times(interval=100.0, stall=1.0, commit=20.0, worker=THIRTY, node=THIRTY, durable=THIRTY)
     assert first_order_waste(times, THIRTY, 1000.0) == pytest.approx(0.01 + 0.05 + 0.05)

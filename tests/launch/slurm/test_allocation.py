@@ -23,11 +23,11 @@ from keepwarm.trainer.monitor.events import BatchStarted, NodeExcluded
         ("iteration 3: srun: error: node1: task 3: Killed\n", None),
     ],
 )
-def test_srun_names_the_node_whose_task_failed(line: str, node: str | None) -> None:
+def test_culprit_srun_line_names_the_failed_node(line: str, node: str | None) -> None:
     assert culprit(line) == node
 
 
-def test_nodes_that_supervisors_left_out_stay_out_until_the_run_is_submitted_again() -> None:
+def test_excluded_nodes_stay_out_until_resubmission() -> None:
     start, requeued = (BatchStarted(slurm_job="7", nodes=("n1", "n2"), requeues=count) for count in (0, 1))
     gone = NodeExcluded(host="n1", why="its workers ended 3 starts")
     unfit = NodeExcluded(host="n2", why="does not answer", slurm_job="7")
@@ -35,7 +35,7 @@ def test_nodes_that_supervisors_left_out_stay_out_until_the_run_is_submitted_aga
     assert left_out([start, gone, start]) == {}
 
 
-def test_an_echo_gives_back_what_it_gets_to_many_at_once() -> None:
+def test_network_check_echo_serves_many_at_once() -> None:
     found: list[tuple[float | None, str | None]] = []
     with network_check.echo("127.0.0.1") as address:
         threads = [threading.Thread(target=lambda: found.append(network_check.ask(address))) for _ in range(4)]
@@ -50,7 +50,7 @@ def test_an_echo_gives_back_what_it_gets_to_many_at_once() -> None:
     assert f"cannot reach {address}" in str(wrong)
 
 
-def test_a_network_that_loses_bytes_is_noticed() -> None:
+def test_network_check_lost_bytes_are_noticed() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def deaf() -> None:
@@ -68,7 +68,7 @@ def test_a_network_that_loses_bytes_is_noticed() -> None:
     assert wrong is not None
 
 
-def test_one_that_hardly_anybody_reaches_is_the_one_that_is_apart() -> None:
+def test_network_check_apart_names_the_unreachable_node() -> None:
     fine = dict.fromkeys(["n0", "n1", "n2", "n3"])
     assert network_check.apart(fine, "n0") == {}
     assert network_check.apart(fine | {"n2": "cannot"}, "n0") == {"n2": "cannot"}

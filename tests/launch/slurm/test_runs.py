@@ -29,7 +29,7 @@ def run(folder: Path, steps: int) -> Path:
     return folder
 
 
-def test_how_far_a_run_is(tmp_path: Path) -> None:
+def test_progress_of_a_run_is_read_from_its_metrics(tmp_path: Path) -> None:
     done = progress(run(tmp_path / "half", 10))
     assert (done.step, done.last_step, done.loss, done.tokens_per_s, done.eta_s) == (10, 20, 4.0, 256.0, 20.0)
     new = progress(run(tmp_path / "new", 0))
@@ -47,18 +47,18 @@ def test_runs_are_listed_with_their_state(tmp_path: Path, capsys: pytest.Capture
     assert (shown["state"], shown["progress"]["step"], shown["job"]) == ("ended", 7, None)
 
 
-def test_a_folder_without_runs_is_named(tmp_path: Path) -> None:
+def test_runs_folder_without_runs_is_named(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=str(tmp_path)):
         runs_in(tmp_path)
 
 
-def test_a_run_that_was_never_submitted_cannot_be_cancelled(tmp_path: Path) -> None:
+def test_cancel_run_never_submitted_is_refused(tmp_path: Path) -> None:
     for action in (cancel, requeue):
         with pytest.raises(ClusterError, match="no run was submitted"):
             action(tmp_path, now=True)
 
 
-def test_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_file_is_the_newest_job_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run(tmp_path / "a", 1)
     with pytest.raises(OutputError, match="there are: none"):
         log_file(folder, None)
@@ -75,7 +75,7 @@ def test_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert log_file(folder, None).name == "slurm-12.log"
 
 
-def test_the_log_of_rank_0_is_that_of_its_supervisor(tmp_path: Path) -> None:
+def test_log_file_of_rank_0_is_that_of_its_supervisor(tmp_path: Path) -> None:
     folder = run(tmp_path / "a", 1)
     (folder / "logs").mkdir()
     for slot, node in ((1, "n1"), (0, "n2"), (None, "n3")):

@@ -44,14 +44,14 @@ def job(*overrides: str) -> JobSpec:
 
 
 @pytest.mark.parametrize(("name", "overrides"), [("plain", PLAIN), ("full", FULL)])
-def test_scripts_are_as_the_golden_files(name: str, overrides: Sequence[str]) -> None:
+def test_render_scripts_equal_golden_files(name: str, overrides: Sequence[str]) -> None:
     rendered = render(job(*overrides), FOLDER, python="/shared/venv/bin/python")
     assert rendered == (GOLDEN / f"{name}.sbatch").read_text()
     syntax = subprocess.run(["bash", "-n"], input=rendered, text=True, capture_output=True, check=False, timeout=60)
     assert syntax.stderr == ""
 
 
-def test_the_script_of_a_sweep_leads_each_task_to_its_run() -> None:
+def test_render_sweep_sends_each_task_to_its_run() -> None:
     rendered = render(
         job("cluster.slurm.copy_code=true"), FOLDER, array=Array(members=6, max_parallel=2), python="python"
     )
@@ -61,19 +61,19 @@ def test_the_script_of_a_sweep_leads_each_task_to_its_run() -> None:
     assert rendered.endswith(f"""keepwarm.launch.slurm.job '{FOLDER}'/"$SLURM_ARRAY_TASK_ID"\n""")
 
 
-def test_a_sweep_is_every_combination_of_its_values() -> None:
+def test_sweep_is_every_combination_of_its_values() -> None:
     assert combinations(["seed=[1, 2]", "model.layers=[4]", "stages.0.lr.max=[1e-3, 3e-4]"]) == [
         {"seed": seed, "model.layers": 4, "stages.0.lr.max": rate} for seed in (1, 2) for rate in (1e-3, 3e-4)
     ]
 
 
 @pytest.mark.parametrize("text", ["seed", "seed=", "seed=1,2", "seed=[]", "=[1]", "seed=[1", "output=[a, b]"])
-def test_a_sweep_that_says_no_values_is_refused(text: str) -> None:
+def test_sweep_without_values_is_refused(text: str) -> None:
     with pytest.raises(SpecError, match="--sweep"):
         combinations([text])
 
 
-def test_a_sweep_of_layouts_or_into_a_folder_that_exists_is_refused(tmp_path: Path) -> None:
+def test_sweep_of_layouts_or_into_existing_folder_is_refused(tmp_path: Path) -> None:
     layouts = keepwarm("submit", str(TINY), f"output={tmp_path}/runs", "--sweep=parallel.data=[1, 2]", "--dry-run")
     assert layouts.returncode == 2
     assert "submit runs of different layouts one by one" in layouts.stderr
@@ -86,14 +86,14 @@ def test_a_sweep_of_layouts_or_into_a_folder_that_exists_is_refused(tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ranks_are_started_on_the_nodes_that_were_chosen() -> None:
+def test_rank_step_starts_ranks_on_chosen_nodes() -> None:
     step = rank_step(job(*PLAIN), FOLDER, ["n1", "n3"], resume=True, python="python")
     assert step[0] == "srun"
     assert {"--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--nodelist=n1,n3", "--kill-on-bad-exit=1"} <= set(step)
     assert step[-6:] == ["python", "-P", "-m", "keepwarm.trainer", f"{FOLDER}/run.json", "--resume"]
 
 
-def test_supervisors_are_started_on_every_node() -> None:
+def test_node_step_starts_a_supervisor_on_every_node() -> None:
     step = node_step(
         job(*PLAIN, "cluster.slurm.cpus_per_rank=3"), FOLDER, ["n1", "n2", "n4"], resume=False, python="py"
     )
@@ -101,7 +101,7 @@ def test_supervisors_are_started_on_every_node() -> None:
     assert step[-6:] == ["py", "-P", "-m", "keepwarm.launch.slurm.node", str(FOLDER), "--vacancy-timeout=10"]
 
 
-def test_a_supervisor_is_told_its_name_and_address() -> None:
+def test_supervisor_receives_its_name_and_address() -> None:
     here = {"SLURM_STEP_NODELIST": "localhost", "SLURMD_NODENAME": "n3"}
     told = supervisor(["/shared/run", "--resume"], 4, here)
     assert told[:4] == ["/shared/run", "--resume", "--slots=4", "--node=n3"]
@@ -110,7 +110,7 @@ def test_a_supervisor_is_told_its_name_and_address() -> None:
     assert lost[-1] == "--host=n3"
 
 
-def test_containers() -> None:
+def test_container_command_fits_each_runtime() -> None:
     image = "cluster.slurm.container={image: /images/k.sqsh, mounts: ['/data:/data'], python: /opt/python}"
     pyxis = in_container(job(image).cluster.slurm, FOLDER, "python")
     mounts = f"--container-mounts={FOLDER}:{FOLDER},/data:/data"
@@ -119,7 +119,7 @@ def test_containers() -> None:
     assert in_container(apptainer, FOLDER, "python")[:4] == ["apptainer", "exec", "--nv", "--bind"]
 
 
-def test_chains_wait_for_one_another() -> None:
+def test_chain_jobs_are_singletons() -> None:
     request = Request(job=job(), folder=FOLDER)
     assert Slurm().command(request) == ["sbatch", "--parsable", f"--chdir={FOLDER}", f"{FOLDER}/job.sbatch"]
     assert "--dependency=singleton" in Slurm().command(replace(request, chain=3))
@@ -135,7 +135,7 @@ def test_chains_wait_for_one_another() -> None:
         ("cluster.slurm.partitoin=gpu", "partition"),
     ],
 )
-def test_what_is_no_option_is_refused(override: str, words: str) -> None:
+def test_slurm_unknown_option_is_refused(override: str, words: str) -> None:
     with pytest.raises(SpecError, match=words):
         job(override)
 
@@ -147,7 +147,7 @@ def node(name: str, partition: str = "batch", *, default: bool = True, gpus: int
 CLUSTER = [*(node(f"n{i}") for i in range(4)), *(node(f"g{i}", "gpu", default=False, gpus=2) for i in range(2))]
 
 
-def test_what_the_cluster_can_give_is_accepted() -> None:
+def test_check_cluster_feasible_job_is_accepted() -> None:
     check_cluster(job("parallel.data=4", "cluster.ranks_per_node=1"), CLUSTER)
     check_cluster(job(*PLAIN, "cluster.slurm.partition=gpu", "cluster.slurm.gpus_per_node=2"), CLUSTER)
     check_cluster(job("parallel.data=8", "cluster.ranks_per_node=2", "cluster.slurm.partition=batch,gpu"), CLUSTER)
@@ -164,13 +164,13 @@ def test_what_the_cluster_can_give_is_accepted() -> None:
         (["parallel.data=8"], ["8 ranks on a node need 8 CPUs", "have 4"]),
     ],
 )
-def test_what_the_cluster_cannot_give_is_refused(overrides: list[str], words: list[str]) -> None:
+def test_check_cluster_infeasible_job_is_refused(overrides: list[str], words: list[str]) -> None:
     with pytest.raises(ClusterError) as caught:
         check_cluster(job(*overrides), CLUSTER)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_nodes_that_are_away_are_waited_for() -> None:
+def test_waits_for_names_nodes_that_are_away() -> None:
     four = job("parallel.data=4", "cluster.ranks_per_node=1")
     assert waits_for(four, CLUSTER) is None
     away = [replace(one, state="drained") if one.name == "n2" else one for one in CLUSTER]
@@ -179,7 +179,7 @@ def test_nodes_that_are_away_are_waited_for() -> None:
     assert waits_for(job("cluster.slurm.partition=gpu", "cluster.slurm.spares=1"), CLUSTER) is None
 
 
-def test_excluded_nodes_do_not_count() -> None:
+def test_check_cluster_excluded_nodes_do_not_count() -> None:
     with pytest.raises(ClusterError, match="has 3"):
         check_cluster(job("parallel.data=4", "cluster.ranks_per_node=1"), CLUSTER, {"n2"})
 
@@ -188,11 +188,11 @@ def test_excluded_nodes_do_not_count() -> None:
     ("resources", "gpus"),
     [("(null)", 0), ("gpu:2", 2), ("gpu:a100:4(S:0-1)", 4), ("shard:9,gpu:h100:8", 8), ("gpu:a:1,gpu:b:2", 3)],
 )
-def test_gpus_among_generic_resources(resources: str, gpus: int) -> None:
+def test_gpus_in_generic_resources_are_counted(resources: str, gpus: int) -> None:
     assert gpus_in(resources) == gpus
 
 
-def test_a_job_as_the_controller_prints_it() -> None:
+def test_parse_job_reads_scontrol_output() -> None:
     line = (
         "JobId=12 JobName=tiny UserId=root(0) JobState=RUNNING Reason=None Dependency=(null) Requeue=1 Restarts=2 "
         "ExitCode=0:0 RunTime=00:01:30 TimeLimit=01:00:00 NodeList=node[0-3] ReqNodeList=(null) Comment=a b NumNodes=4"
@@ -216,11 +216,13 @@ def test_a_job_as_the_controller_prints_it() -> None:
         (137, True, False, 4, "give up"),
     ],
 )
-def test_what_follows_when_the_ranks_end(code: int, crashed: bool, ending: bool, failures: int, what: Verdict) -> None:
+def test_verdict_follows_from_how_the_ranks_ended(
+    code: int, crashed: bool, ending: bool, failures: int, what: Verdict
+) -> None:
     assert verdict(code, crashed=crashed, ending=ending, failures=failures, limit=3)[0] == what
 
 
-def test_nodes_must_agree(tmp_path: Path) -> None:
+def test_node_check_disagreeing_nodes_are_named(tmp_path: Path) -> None:
     assert problems(look(tmp_path), look(tmp_path)) == [
         "does not see the run folder: it must be on storage that all nodes share"
     ]
@@ -242,7 +244,7 @@ def keepwarm(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     )  # fmt: skip
 
 
-def test_a_dry_run_needs_no_cluster_and_writes_nothing(tmp_path: Path) -> None:
+def test_submit_dry_run_needs_no_cluster_and_writes_nothing(tmp_path: Path) -> None:
     run = tmp_path / "run"
     result = keepwarm("submit", str(TINY), *PLAIN, f"output={run}", "--dry-run", PATH="/nowhere")
     assert result.returncode == 0, result.stderr
@@ -252,7 +254,7 @@ def test_a_dry_run_needs_no_cluster_and_writes_nothing(tmp_path: Path) -> None:
     assert not run.exists()
 
 
-def test_without_slurm_nothing_is_submitted(tmp_path: Path) -> None:
+def test_submit_without_slurm_is_refused(tmp_path: Path) -> None:
     run = tmp_path / "run"
     result = keepwarm("submit", str(TINY), f"output={run}", PATH="/nowhere")
     assert result.returncode == 2
@@ -261,7 +263,7 @@ def test_without_slurm_nothing_is_submitted(tmp_path: Path) -> None:
     assert not run.exists()
 
 
-def test_the_spec_of_a_run_is_json_that_loads_again(tmp_path: Path) -> None:
+def test_run_json_slurm_section_loads_again(tmp_path: Path) -> None:
     save_job(job(*FULL), tmp_path / "run.json")
     assert load_job(tmp_path / "run.json").cluster.slurm == job(*FULL).cluster.slurm
     assert json.loads((tmp_path / "run.json").read_text())["cluster"]["slurm"]["time"] == "2-12"

@@ -51,7 +51,7 @@ def whole_of(name: str, tensor: torch.Tensor) -> dict[str, Shard]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64])
-def test_every_part_of_a_tensor_loads_from_the_whole(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_load_any_part_of_a_tensor_comes_from_the_whole(tmp_path: Path, dtype: torch.dtype) -> None:
     weights = torch.arange(35).reshape(5, 7).to(dtype)
     path = checkpoints(tmp_path).save(3, whole_of("w", weights), {"note": 1})
     for rows in (slice(0, 5), slice(1, 4), slice(4, 5), slice(2, 2)):
@@ -61,7 +61,7 @@ def test_every_part_of_a_tensor_loads_from_the_whole(tmp_path: Path, dtype: torc
             assert torch.equal(part.local, weights[rows, columns])
 
 
-def test_scalars_and_strided_locals_are_kept(tmp_path: Path) -> None:
+def test_save_scalars_and_strided_locals_are_kept(tmp_path: Path) -> None:
     counter = torch.tensor(7.0)
     transposed = torch.arange(6.0).reshape(2, 3).t()
     shards = {
@@ -88,11 +88,11 @@ def save_in_own_epoch(folder: Path) -> int:
 
 
 @pytest.mark.dist
-def test_ranks_that_heard_of_different_epochs_save_together(tmp_path: Path) -> None:
+def test_save_ranks_with_different_epochs_save_together(tmp_path: Path) -> None:
     assert run_ranks(2, save_in_own_epoch, tmp_path) == [2, 2]
 
 
-def test_only_the_newest_are_kept_and_latest_names_the_last(tmp_path: Path) -> None:
+def test_save_keeps_newest_and_latest_names_the_last(tmp_path: Path) -> None:
     saver = checkpoints(tmp_path, keep=2)
     for step in (1, 2, 3):
         saver.save(step, whole_of("w", torch.full((2, 2), float(step))), {})
@@ -100,7 +100,7 @@ def test_only_the_newest_are_kept_and_latest_names_the_last(tmp_path: Path) -> N
     assert saver.latest() == tmp_path / "iter_0000003"
 
 
-def test_a_flipped_bit_is_named_and_nothing_passes_for_whole(tmp_path: Path) -> None:
+def test_load_flipped_bit_is_refused_with_file_name(tmp_path: Path) -> None:
     path = checkpoints(tmp_path).save(1, whole_of("w", torch.ones(4, 4)), {})
     file = path / "rank_00000.safetensors"
     content = bytearray(file.read_bytes())
@@ -147,7 +147,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_an_error_that_names_the_file(tmp_path: Path, damage: str) -> None:
+def test_load_damage_is_refused_with_file_name(tmp_path: Path, damage: str) -> None:
     tmp = durable.staging(tmp_path, 0, 1)
     tmp.mkdir()
     whole = torch.arange(16.0).reshape(4, 4)
@@ -164,7 +164,7 @@ def test_damage_is_an_error_that_names_the_file(tmp_path: Path, damage: str) -> 
         checkpoint.load(tmp, whole_of("w", torch.zeros(4, 4)))
 
 
-def test_another_models_state_is_refused(tmp_path: Path) -> None:
+def test_load_state_of_another_model_is_refused(tmp_path: Path) -> None:
     path = checkpoints(tmp_path).save(1, whole_of("w", torch.ones(4, 4)), {})
     with pytest.raises(CheckpointError, match="another model"):
         checkpoint.load(path, whole_of("w", torch.zeros(4, 5)))
@@ -172,7 +172,7 @@ def test_another_models_state_is_refused(tmp_path: Path) -> None:
         checkpoint.load(path, whole_of("missing", torch.zeros(1, 1)))
 
 
-def test_an_unwritable_folder_is_an_output_error(tmp_path: Path) -> None:
+def test_save_unwritable_folder_is_an_output_error(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     with pytest.raises(OutputError, match="checkpoint to"):
         checkpoints(tmp_path / "checkpoints").save(1, whole_of("w", torch.ones(1, 1)), {})
@@ -180,7 +180,7 @@ def test_an_unwritable_folder_is_an_output_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["kill", "error"])
 @pytest.mark.parametrize("what", ["new", "same"])
-def test_no_fault_of_a_save_harms_the_checkpoint_before(tmp_path: Path, kind: str, what: str) -> None:
+def test_save_any_fault_leaves_previous_checkpoint_intact(tmp_path: Path, kind: str, what: str) -> None:
     command = [sys.executable, "-m", "tests.support.faulty.save", kind, what, str(tmp_path)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert ran.returncode == 0, ran.stderr[-3000:]

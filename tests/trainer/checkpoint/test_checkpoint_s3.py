@@ -123,15 +123,13 @@ def run(environment: dict[str, str], *command: str) -> str:
     return ran.stdout
 
 
-def test_any_layout_loads_from_a_bucket_and_half_of_a_checkpoint_is_none(
-    tmp_path: Path, environment: dict[str, str]
-) -> None:
+def test_s3_any_layout_loads_and_half_an_upload_is_none(tmp_path: Path, environment: dict[str, str]) -> None:
     said = run(environment, "-c", CLIENT, f"s3://bucket-{uuid.uuid4().hex}/runs/one", str(tmp_path))
     assert said.splitlines()[-1] == "all well"
     assert checkpoint.verify(tmp_path / "back/iter_0000001").meta == {"ledger": 7}
 
 
-def test_a_run_begins_from_a_bucket(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_s3_run_starts_from_bucket(tmp_path: Path, environment: dict[str, str]) -> None:
     url = f"s3://bucket-{uuid.uuid4().hex}/parent"
     train = [
         "-P",

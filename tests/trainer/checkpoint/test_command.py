@@ -81,7 +81,7 @@ def test_verify_reads_everything_and_names_damage(tmp_path: Path) -> None:
         call("verify", tmp_path / "elsewhere")
 
 
-def test_show_gives_global_shapes_and_what_the_ledger_has_given(tmp_path: Path) -> None:
+def test_show_lists_global_shapes_and_ledger(tmp_path: Path) -> None:
     path = write(tmp_path, 7, WEIGHTS, ranks=3)
     _, found = call("show", path)
     by_name = {tensor["name"]: tensor for tensor in found["tensors"]}
@@ -107,7 +107,7 @@ def test_diff_compares_across_layouts(tmp_path: Path, layout: dict[str, Any]) ->
     assert by_name["optimizer.step"]["max_abs_diff"] == 1
 
 
-def test_diff_names_other_shapes(tmp_path: Path) -> None:
+def test_diff_other_shapes_are_named(tmp_path: Path) -> None:
     one, two = write(tmp_path / "one", 5, WEIGHTS), write(tmp_path / "two", 5, WEIGHTS[:8])
     code, found = call("diff", one, two)
     assert code == 1
@@ -117,7 +117,7 @@ def test_diff_names_other_shapes(tmp_path: Path) -> None:
     assert "[12, 10] / [8, 10]" in shown.stdout
 
 
-def test_prune_keeps_the_newest_and_every_nth(tmp_path: Path) -> None:
+def test_prune_keeps_newest_and_every_nth(tmp_path: Path) -> None:
     for step in (10, 20, 25, 30, 35):
         write(tmp_path, step, WEIGHTS)
     _, found = call("prune", tmp_path, "--keep", 2, "--every", 20)
@@ -129,9 +129,7 @@ def test_prune_keeps_the_newest_and_every_nth(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layout", [{}, {"ranks": 3}, {"ranks": 7, "flat": True}])
-def test_weights_alone_are_loaded_into_any_layout_and_dtype(
-    tmp_path: Path, layout: dict[str, Any], dtype: torch.dtype
-) -> None:
+def test_load_weights_fits_any_layout_and_dtype(tmp_path: Path, layout: dict[str, Any], dtype: torch.dtype) -> None:
     path = write(tmp_path, 5, WEIGHTS, **layout)
     shards = {
         name: Shard(

@@ -62,7 +62,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[State, dict[str, 
 
 @pytest.mark.parametrize("target", LAYOUTS)
 @pytest.mark.parametrize("source", LAYOUTS)
-def test_every_layout_loads_every_other(written: tuple[State, dict[str, Path]], source: str, target: str) -> None:
+def test_reshard_every_layout_loads_every_other(
+    written: tuple[State, dict[str, Path]], source: str, target: str
+) -> None:
     state, folders = written
     case, held = LAYOUTS[target], set()
     for rank in range(case.layout.world_size):
@@ -76,7 +78,7 @@ def test_every_layout_loads_every_other(written: tuple[State, dict[str, Path]], 
     assert held == set(state)
 
 
-def test_the_ranks_of_a_layout_write_every_element_once(written: tuple[State, dict[str, Path]]) -> None:
+def test_reshard_ranks_of_a_layout_write_every_element_once(written: tuple[State, dict[str, Path]]) -> None:
     from keepwarm.ft.format import checkpoint as durable
 
     state, folders = written
@@ -90,7 +92,7 @@ def test_the_ranks_of_a_layout_write_every_element_once(written: tuple[State, di
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("source", ["2x2x2", "2x1x2-flat", "data-3"])
-def test_weights_alone_leave_the_optimizer_as_it_was(
+def test_reshard_weights_only_leaves_optimizer_unchanged(
     written: tuple[State, dict[str, Path]], source: str, dtype: torch.dtype
 ) -> None:
     state, folders = written

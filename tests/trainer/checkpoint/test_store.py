@@ -75,7 +75,7 @@ def rows(matrix: torch.Tensor, start: int, stop: int) -> Shard:
 
 
 @pytest.mark.parametrize("target", [{"tensor": 4}, {"pipeline": 2, "data": 2}])
-def test_any_layout_loads_from_a_url_what_any_other_wrote(tmp_path: Path, url: str, target: dict[str, int]) -> None:
+def test_store_any_layout_loads_any_other_from_url(tmp_path: Path, url: str, target: dict[str, int]) -> None:
     state = whole_state(MODEL, seed=5)
     written = Case(spec=ParallelSpec(tensor=2, data=2))
     write_checkpoint(tmp_path / "run/checkpoints", MODEL, written, state, {"ledger": {"seed": 7}})
@@ -91,7 +91,7 @@ def test_any_layout_loads_from_a_url_what_any_other_wrote(tmp_path: Path, url: s
     assert durable.verify(tmp_path / "back/iter_0000001").meta == {"ledger": {"seed": 7}}
 
 
-def test_a_rank_reads_the_chunks_that_it_needs_and_no_more(
+def test_store_rank_reads_only_the_chunks_it_needs(
     tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, matrix = large(tmp_path / "run")
@@ -115,7 +115,7 @@ def test_a_rank_reads_the_chunks_that_it_needs_and_no_more(
 
 
 @pytest.mark.parametrize("compress", [False, True])
-def test_damage_is_found_by_whoever_needs_the_chunk(tmp_path: Path, url: str, compress: bool) -> None:
+def test_store_damage_is_found_by_the_reader_of_the_chunk(tmp_path: Path, url: str, compress: bool) -> None:
     path, matrix = large(tmp_path / "run", compress)
     copy(str(path), url, no_progress)
     files, root = fsspec.core.url_to_fs(f"{url}/iter_0000004")
@@ -135,7 +135,7 @@ def test_damage_is_found_by_whoever_needs_the_chunk(tmp_path: Path, url: str, co
     assert not (tmp_path / "back").exists() or [path.name for path in (tmp_path / "back").glob("[!.]*")] == []
 
 
-def test_what_is_missing_cut_or_there_already_is_named(tmp_path: Path, url: str) -> None:
+def test_store_missing_truncated_or_existing_is_named(tmp_path: Path, url: str) -> None:
     path, matrix = large(tmp_path / "run")
     copy(str(path), url, no_progress)
     with pytest.raises(OutputError, match="iter_0000004 exists already"):
@@ -153,7 +153,7 @@ def test_what_is_missing_cut_or_there_already_is_named(tmp_path: Path, url: str)
         find(f"{url}/nowhere")
 
 
-def test_half_of_an_upload_is_no_checkpoint(tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_partial_upload_is_no_checkpoint(tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     state = whole_state(MODEL, seed=5)
     write_checkpoint(tmp_path / "run", MODEL, Case(spec=ParallelSpec(tensor=2)), state, {})
     files = fsspec.filesystem("memory")
@@ -186,13 +186,13 @@ def test_half_of_an_upload_is_no_checkpoint(tmp_path: Path, memory: str, monkeyp
     assert find(memory) == f"{memory}/iter_0000001"
 
 
-def test_a_protocol_that_is_not_installed_is_named(tmp_path: Path) -> None:
+def test_store_unknown_protocol_is_named(tmp_path: Path) -> None:
     path, _ = large(tmp_path / "run")
     with pytest.raises(TrainerError, match="nosuch"):
         copy(str(path), "nosuch://bucket/run", no_progress)
 
 
-def test_the_command_copies_both_ways(tmp_path: Path, url: str) -> None:
+def test_copy_command_copies_both_ways(tmp_path: Path, url: str) -> None:
     path, _ = large(tmp_path / "run")
     ran = CliRunner().invoke(app, ["copy", str(path), url], catch_exceptions=False)
     assert ran.stdout == f"{url}/iter_0000004: step 4, 24.00 MB\n"

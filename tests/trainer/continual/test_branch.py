@@ -61,7 +61,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(tmp_path_factory.mktemp("runs") / "base", f"stages=[{STAGE}]", *kept)
 
 
-def test_a_branch_anneals_from_the_constant_phase_and_leaves_the_parent_alone(base: Path) -> None:
+def test_branch_anneals_from_constant_phase_and_leaves_parent_unchanged(base: Path) -> None:
     before = files_of(base)
     one = run_branch(base, "one")
     assert rates_of(one) == pytest.approx([1.5e-3 * (1e-4 / 1.5e-3) ** (step / 4) for step in range(4)])
@@ -78,7 +78,7 @@ def test_a_branch_anneals_from_the_constant_phase_and_leaves_the_parent_alone(ba
     assert files_of(base) == before
 
 
-def test_the_default_branch_is_named_after_its_point_and_can_be_changed(base: Path) -> None:
+def test_branch_default_name_can_be_overridden(base: Path) -> None:
     made = branched(base, 12, 5 * STEP)
     assert (made.name, made.output) == (f"{load_job(base / 'run.json').name}-anneal-12", f"{base}-anneal-12")
     (stage,) = made.stages
@@ -96,7 +96,7 @@ def test_the_default_branch_is_named_after_its_point_and_can_be_changed(base: Pa
         (8, ["stages.0.mixture={fr: 1}"], SpecError, "['fr'], not in data.sources"),
     ],
 )
-def test_what_cannot_branch_is_refused(
+def test_branch_impossible_request_is_refused(
     base: Path, at: int, overrides: list[str], error: type[Exception], said: str
 ) -> None:
     before = files_of(base)
@@ -106,7 +106,7 @@ def test_what_cannot_branch_is_refused(
     assert files_of(base) == before
 
 
-def test_a_schedule_without_a_constant_phase_has_no_branch(tmp_path: Path) -> None:
+def test_branch_schedule_without_constant_phase_is_refused(tmp_path: Path) -> None:
     trained(tmp_path / "run", f"stages.0.tokens={2 * STEP}")
     with pytest.raises(SpecError, match="schedule cosine has none"):
         branched(tmp_path / "run", 2, STEP)
@@ -114,7 +114,7 @@ def test_a_schedule_without_a_constant_phase_has_no_branch(tmp_path: Path) -> No
         branched(tmp_path, 2, STEP)
 
 
-def test_the_average_of_branches_is_their_mean_and_begins_a_run(base: Path) -> None:
+def test_average_of_branches_is_their_mean_and_starts_a_run(base: Path) -> None:
     branches = [run_branch(base, "first"), run_branch(base, "second", "stages.0.mixture={de: 1}")]
     soup = base.with_name("soup")
     done = average(branches, soup)
@@ -147,7 +147,7 @@ def test_the_average_of_branches_is_their_mean_and_begins_a_run(base: Path) -> N
     assert not base.with_name("none").exists()
 
 
-def test_the_moving_average_follows_the_weights_and_survives_a_stop(base: Path, tmp_path: Path) -> None:
+def test_moving_average_follows_weights_and_survives_a_stop(base: Path, tmp_path: Path) -> None:
     weight = torch.tensor([1.0, 2.0])
     shard = Shard(name="model.x", global_shape=(2,), offsets=(0,), shape=(2,), local=weight, replicas=(0,))
     mean = MovingAverage(0.75, {"model.x": shard, "optimizer.x": shard})

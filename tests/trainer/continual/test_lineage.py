@@ -47,7 +47,7 @@ def grown(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_tree_has_every_relative_once_and_no_stranger(grown: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lineage_tree_lists_every_relative_once(grown: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(grown)
     expected = [
         "qwen  (Hugging Face model)",
@@ -64,7 +64,7 @@ def test_the_tree_has_every_relative_once_and_no_stranger(grown: Path, monkeypat
         assert f" {name}  (" in marked
 
 
-def test_as_json_every_artefact_names_its_parents(grown: Path) -> None:
+def test_lineage_json_names_parents_of_every_artefact(grown: Path) -> None:
     ran = CliRunner().invoke(app, [str(grown / "two/checkpoints/iter_0000150"), "--json"], catch_exceptions=False)
     found = json.loads(ran.stdout)
     assert found["path"] == str(grown / "two")
@@ -76,7 +76,7 @@ def test_as_json_every_artefact_names_its_parents(grown: Path) -> None:
     assert str(grown / "stranger") not in by_path
 
 
-def test_what_is_gone_or_nothing_of_ours_is_said(grown: Path) -> None:
+def test_lineage_missing_parent_is_reported(grown: Path) -> None:
     (grown / "qwen/config.json").unlink()
     (grown / "qwen").rmdir()
     assert lineage.ancestry(grown / "one")[grown / "qwen"].kind == "gone"

@@ -64,7 +64,7 @@ class Page(HTMLParser):
             self.cells.append(data)
 
 
-def test_the_tables_follow_from_the_run(run: Path) -> None:
+def test_report_tables_match_the_run(run: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["eval"] for line in lines if "eval" in line}
     tables = data(gather(run))
@@ -90,7 +90,7 @@ def test_the_tables_follow_from_the_run(run: Path) -> None:
     assert all(abs(row["asked"] * row["of"] - row["samples"]) <= 1 for row in drawn.values())
 
 
-def test_the_page_is_whole_and_loads_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_page_is_complete_and_loads_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command(run, None, True, False)
     shown = capsys.readouterr().out
     written = [Path(line) for line in shown.splitlines() if line.startswith("/")]
@@ -114,7 +114,7 @@ def test_the_page_is_whole_and_loads_nothing(run: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.long
 @pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium")
-def test_a_browser_without_a_network_shows_all_of_it(run: Path, tmp_path: Path) -> None:
+def test_report_in_browser_without_network_renders(run: Path, tmp_path: Path) -> None:
     command(run, tmp_path / "report.html", False, False)
     browser = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
                "--proxy-server=127.0.0.1:9", "--enable-logging=stderr", "--virtual-time-budget=2000"]  # fmt: skip
@@ -130,7 +130,7 @@ def test_a_browser_without_a_network_shows_all_of_it(run: Path, tmp_path: Path) 
     assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 100
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path: Path, run: Path) -> None:
+def test_report_folder_without_a_run_is_refused(tmp_path: Path, run: Path) -> None:
     with pytest.raises(OutputError, match="not a run folder"):
         gather(tmp_path)
     (tmp_path / "run.json").write_bytes((run / "run.json").read_bytes())

@@ -79,7 +79,7 @@ def write_dcp(folder: Path, state: dict[str, Any]) -> None:
     dcp.save(state, checkpoint_id=folder, no_dist=True)
 
 
-def test_dcp_holds_the_whole_state_and_comes_back(tmp_path: Path, run: tuple[State, Path]) -> None:
+def test_dcp_export_holds_whole_state_and_comes_back(tmp_path: Path, run: tuple[State, Path]) -> None:
     state, path = run
     done = to_dcp(path, tmp_path / "dcp", kind="dcp")
     assert_same(read_dcp(tmp_path / "dcp"), state)
@@ -91,7 +91,7 @@ def test_dcp_holds_the_whole_state_and_comes_back(tmp_path: Path, run: tuple[Sta
     assert manifest.meta["parent"] == {"format": "dcp", "path": str(tmp_path / "dcp")}
 
 
-def test_what_dcp_saved_is_read(tmp_path: Path, run: tuple[State, Path]) -> None:
+def test_dcp_saved_by_torch_is_imported(tmp_path: Path, run: tuple[State, Path]) -> None:
     nested: dict[str, Any] = {"model": {}, "optimizer": {"step": torch.tensor(5), "exp_avg": {}, "exp_avg_sq": {}}}
     for name, tensor in run[0].items():
         section, _, rest = name.partition(".")
@@ -109,7 +109,7 @@ def test_what_dcp_saved_is_read(tmp_path: Path, run: tuple[State, Path]) -> None
 
 
 @pytest.mark.parametrize("dtype", [None, "BF16"])
-def test_weights_alone(tmp_path: Path, run: tuple[State, Path], dtype: str | None) -> None:
+def test_dcp_weights_only_round_trips(tmp_path: Path, run: tuple[State, Path], dtype: str | None) -> None:
     state, path = run
     to_dcp(path, tmp_path / "dcp", kind="dcp", weights_only=True, dtype=dtype)
     weights = {
@@ -123,7 +123,7 @@ def test_weights_alone(tmp_path: Path, run: tuple[State, Path], dtype: str | Non
     assert read_manifest(tmp_path / "native").meta["weights_only"]
 
 
-def test_torchtitan_has_its_names_and_comes_back(tmp_path: Path, run: tuple[State, Path]) -> None:
+def test_torchtitan_export_has_its_names_and_comes_back(tmp_path: Path, run: tuple[State, Path]) -> None:
     state, path = run
     to_dcp(path, tmp_path / "titan", kind="torchtitan")
     titan = read_dcp(tmp_path / "titan")
@@ -141,7 +141,7 @@ def test_torchtitan_has_its_names_and_comes_back(tmp_path: Path, run: tuple[Stat
     assert_same(native_state(tmp_path / "native"), state)
 
 
-def test_torchtitans_queries_and_keys_meet_as_ours_do(tmp_path: Path, run: tuple[State, Path]) -> None:
+def test_torchtitan_query_key_products_equal_native(tmp_path: Path, run: tuple[State, Path]) -> None:
     """Its rotary embedding turns neighbouring features as complex numbers; ours turns features half a head apart."""
     state, path = run
     to_dcp(path, tmp_path / "titan", kind="torchtitan", weights_only=True)
@@ -167,7 +167,7 @@ def test_torchtitans_queries_and_keys_meet_as_ours_do(tmp_path: Path, run: tuple
 
 
 @pytest.mark.parametrize("kind", ["dcp", "torchtitan", "megatron"])
-def test_the_command_converts_both_ways(tmp_path: Path, run: tuple[State, Path], kind: str) -> None:
+def test_convert_command_converts_both_ways(tmp_path: Path, run: tuple[State, Path], kind: str) -> None:
     out, back = tmp_path / "out", tmp_path / "back"
     said = CliRunner().invoke(app, ["--from", "native", "--to", kind, str(run[1]), str(out)], catch_exceptions=False)
     assert said.stdout.startswith(f"{out}: {kind}, ")
@@ -179,7 +179,7 @@ def test_the_command_converts_both_ways(tmp_path: Path, run: tuple[State, Path],
     assert read_manifest(back).meta["parent"]["format"] == kind
 
 
-def test_models_that_torchtitan_lacks_are_refused(tmp_path: Path, run: tuple[State, Path]) -> None:
+def test_torchtitan_unsupported_model_is_refused(tmp_path: Path, run: tuple[State, Path]) -> None:
     changed = MODEL.model_copy(update={"qk_norm": "head"})
     root = tmp_path / "run"
     state = whole_state(changed, seed=1)
@@ -198,7 +198,7 @@ class Harm:
         return Path.touch, (self._target,)
 
 
-def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(tmp_path: Path, run: tuple[State, Path]) -> None:
+def test_dcp_pickle_that_runs_code_is_refused(tmp_path: Path, run: tuple[State, Path]) -> None:
     to_dcp(run[1], tmp_path / "dcp", kind="dcp")
     (tmp_path / "dcp/.metadata").write_bytes(pickle.dumps(Harm(tmp_path / "harm")))
     with pytest.raises(CheckpointError, match=r"\.metadata: .*--trust-pickle"):
@@ -209,7 +209,7 @@ def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(tmp_path: Path, run
     assert (tmp_path / "harm").exists()
 
 
-def test_a_tensor_that_runs_code_is_refused_and_runs_nothing(tmp_path: Path, run: tuple[State, Path]) -> None:
+def test_dcp_tensor_that_runs_code_is_refused(tmp_path: Path, run: tuple[State, Path]) -> None:
     to_dcp(run[1], tmp_path / "dcp", kind="dcp")
     metadata = dcp.FileSystemReader(tmp_path / "dcp").read_metadata()
     index, info = next(iter(metadata.storage_data.items()))
@@ -224,7 +224,7 @@ def test_a_tensor_that_runs_code_is_refused_and_runs_nothing(tmp_path: Path, run
     assert not (tmp_path / "native").exists()
 
 
-def test_damage_is_named(tmp_path: Path, run: tuple[State, Path]) -> None:
+def test_dcp_damage_is_named(tmp_path: Path, run: tuple[State, Path]) -> None:
     to_dcp(run[1], tmp_path / "dcp", kind="dcp")
     file = tmp_path / "dcp/__0_0.distcp"
     content = file.read_bytes()
@@ -240,7 +240,7 @@ def test_damage_is_named(tmp_path: Path, run: tuple[State, Path]) -> None:
     assert not (tmp_path / "native").exists()
 
 
-def test_a_tensor_of_another_shape_or_with_no_place_is_named(tmp_path: Path, run: tuple[State, Path]) -> None:
+def test_dcp_tensor_of_wrong_shape_or_name_is_named(tmp_path: Path, run: tuple[State, Path]) -> None:
     weights = {name: tensor for name, tensor in run[0].items() if name.startswith("model.")}
     config = tmp_path / "model.yaml"
     config.write_text(MODEL.model_dump_json())

@@ -66,7 +66,7 @@ CASES_AND_STAGES = [
 @pytest.mark.dist
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("model", "stage", "ranks_after"), CASES_AND_STAGES)
-def test_what_deepspeed_saved_comes_in_goes_out_and_trains_on_with_the_same_bits(
+def test_deepspeed_checkpoint_round_trips_and_trains_on_bitwise(
     tmp_path: Path, model: str, stage: int, ranks_after: int
 ) -> None:
     wholes = run_ranks(2, deepspeed_llama.train_and_save, model, stage, tmp_path / "theirs", deadline=250.0)
@@ -108,7 +108,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.
     return state, folder / "out"
 
 
-def test_an_export_comes_back_with_its_optimizer_and_its_ledger(
+def test_deepspeed_export_comes_back_with_optimizer_and_ledger(
     tmp_path: Path, exported: tuple[dict[str, torch.Tensor], Path]
 ) -> None:
     state, out = exported
@@ -132,7 +132,7 @@ class Harm:
 WEIGHT = "global_step1_universal/zero/model.layers.1.mlp.up_proj.weight"
 
 
-def test_damage_is_named_and_nothing_in_a_pickle_runs(
+def test_deepspeed_damage_is_named_and_pickles_run_nothing(
     tmp_path: Path, exported: tuple[dict[str, torch.Tensor], Path]
 ) -> None:
     def cut(folder: Path) -> None:
@@ -161,7 +161,7 @@ def test_damage_is_named_and_nothing_in_a_pickle_runs(
     assert not (tmp_path / "harm").exists()
 
 
-def test_an_optimizer_that_is_not_adamw_is_refused(tmp_path: Path) -> None:
+def test_deepspeed_optimizer_other_than_adamw_is_refused(tmp_path: Path) -> None:
     state = {
         name.replace("exp_avg.", "momentum."): tensor
         for name, tensor in whole_state(MODEL, seed=5).items()

@@ -148,7 +148,7 @@ HUGGINGFACE_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", HUGGINGFACE_DAMAGE)
-def test_a_damaged_folder_is_refused_by_name_and_nothing_is_written(tmp_path: Path, sharded: Path, damage: str) -> None:
+def test_convert_damaged_source_is_refused_and_nothing_is_written(tmp_path: Path, sharded: Path, damage: str) -> None:
     shutil.copytree(sharded, tmp_path / "hf")
     harm, message = HUGGINGFACE_DAMAGE[damage]
     harm(tmp_path / "hf")
@@ -184,7 +184,7 @@ NATIVE_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", NATIVE_DAMAGE)
-def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, native: Path, damage: str) -> None:
+def test_convert_damaged_checkpoint_is_refused_by_name(tmp_path: Path, native: Path, damage: str) -> None:
     shutil.copytree(native, tmp_path / "native")
     harm, message = NATIVE_DAMAGE[damage]
     harm(tmp_path / "native")
@@ -193,7 +193,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, native: Path, d
     assert [path.name for path in tmp_path.iterdir()] == ["native"]
 
 
-def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path, native: Path) -> None:
+def test_convert_flipped_bit_is_found_anywhere(tmp_path: Path, native: Path) -> None:
     shutil.copytree(native, tmp_path / "native")
     path = tmp_path / "native/rank_00000.safetensors"
     content = path.read_bytes()
@@ -205,7 +205,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path, native: Path) -> 
     assert not (tmp_path / "hf").exists()
 
 
-def test_what_exists_is_never_overwritten(tmp_path: Path, sharded: Path) -> None:
+def test_convert_existing_target_is_never_overwritten(tmp_path: Path, sharded: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").write_text("precious")
     with pytest.raises(OutputError, match="exists already"):
@@ -228,7 +228,7 @@ def faults(direction: str, format: str, kind: str, source: Path, target: Path) -
 
 @pytest.mark.parametrize("kind", ["kill", "error"])
 @pytest.mark.parametrize("direction", ["from", "to"])
-def test_no_fault_leaves_half_of_a_folder(
+def test_convert_huggingface_fault_leaves_no_partial_folder(
     tmp_path: Path, sharded: Path, native: Path, direction: str, kind: str
 ) -> None:
     found = faults(direction, "hf", kind, sharded if direction == "from" else native, tmp_path / "target")
@@ -250,7 +250,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", ["kill", "error"])
 @pytest.mark.parametrize("direction", ["from", "to"])
 @pytest.mark.parametrize("format", ["dcp", "torchtitan", "megatron", "deepspeed"])
-def test_no_fault_leaves_half_of_a_folder_of_others(
+def test_convert_other_formats_fault_leaves_no_partial_folder(
     tmp_path: Path, trained: Path, format: str, direction: str, kind: str
 ) -> None:
     source = trained

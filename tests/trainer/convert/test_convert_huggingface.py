@@ -94,7 +94,7 @@ OLD = ("llama-head-dim-theta", "mistral-window", "qwen2-window", "olmo2", "gpt-n
 
 
 @pytest.mark.parametrize(("case", "dialect"), [*((case, 5) for case in CASES), *((case, 4) for case in OLD)])
-def test_there_and_back(tmp_path: Path, case: str, dialect: int) -> None:
+def test_huggingface_round_trip_keeps_bytes_and_logits(tmp_path: Path, case: str, dialect: int) -> None:
     theirs = saved(tmp_path / "hf", case)
     if dialect == 4:
         old_dialect(tmp_path / "hf")
@@ -121,7 +121,7 @@ def test_there_and_back(tmp_path: Path, case: str, dialect: int) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_model_without_a_parent_gets_a_config_that_computes_the_same(tmp_path: Path, case: str) -> None:
+def test_huggingface_export_of_native_model_gets_equivalent_config(tmp_path: Path, case: str) -> None:
     """As a model trained here: its checkpoint holds a spec and nothing of Hugging Face's."""
     from transformers import AutoModelForCausalLM
 
@@ -142,7 +142,7 @@ def test_a_model_without_a_parent_gets_a_config_that_computes_the_same(tmp_path:
 
 @pytest.mark.parametrize("case", ["qwen3", "gpt-neox", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_and_several_files(tmp_path: Path, case: str, dtype: torch.dtype) -> None:
+def test_huggingface_half_precision_and_shards_round_trip(tmp_path: Path, case: str, dtype: torch.dtype) -> None:
     saved(tmp_path / "hf", case, dtype, max_shard_size="40KB")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
     from_huggingface(tmp_path / "hf", tmp_path / "native")
@@ -159,7 +159,7 @@ def test_half_precision_and_several_files(tmp_path: Path, case: str, dtype: torc
 
 
 @pytest.mark.parametrize("case", ["llama-grouped-tied", "gpt-neox", "gpt2"])
-def test_dtypes_are_converted_as_torch_converts_them(tmp_path: Path, case: str) -> None:
+def test_huggingface_dtypes_are_converted_as_by_torch(tmp_path: Path, case: str) -> None:
     saved(tmp_path / "hf", case)
     original = tensors_of(tmp_path / "hf")
     for name, dtype in (("BF16", torch.bfloat16), ("F16", torch.float16)):
@@ -171,7 +171,7 @@ def test_dtypes_are_converted_as_torch_converts_them(tmp_path: Path, case: str) 
         assert_same(tensors_of(tmp_path / f"wide-{name}"), {key: t.to(dtype).float() for key, t in original.items()})
 
 
-def test_a_value_too_large_for_the_dtype_is_refused(tmp_path: Path) -> None:
+def test_huggingface_value_too_large_for_dtype_is_refused(tmp_path: Path) -> None:
     model = saved(tmp_path / "hf", "llama")
     with torch.no_grad():
         model.model.norm.weight[3] = 1e5
@@ -181,7 +181,7 @@ def test_a_value_too_large_for_the_dtype_is_refused(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
-def test_files_beside_the_weights_are_carried_and_the_rest_is_named(tmp_path: Path) -> None:
+def test_huggingface_extra_files_are_carried_and_others_named(tmp_path: Path) -> None:
     saved(tmp_path / "hf", "llama")
     texts = {"tokenizer.json": '{"a": 1}', "merges.txt": "a b", "tokenizer.model": "\0x", "LICENSE": "free"}
     for name, text in texts.items():
@@ -199,7 +199,7 @@ def test_files_beside_the_weights_are_carried_and_the_rest_is_named(tmp_path: Pa
     assert not (tmp_path / "again").exists()
 
 
-def test_an_export_of_a_run_has_its_tokenizer(tmp_path: Path) -> None:
+def test_huggingface_export_of_a_run_has_its_tokenizer(tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     text = tmp_path / "text.txt"
@@ -227,7 +227,7 @@ def test_an_export_of_a_run_has_its_tokenizer(tmp_path: Path) -> None:
     assert any("no such tokenizer file" in one for one in done["left"])
 
 
-def test_every_artefact_knows_its_parent(tmp_path: Path) -> None:
+def test_huggingface_every_artefact_names_its_parent(tmp_path: Path) -> None:
     saved(tmp_path / "hf", "llama")
     from_huggingface(tmp_path / "hf", tmp_path / "native")
     meta = read_manifest(tmp_path / "native").meta
@@ -239,7 +239,7 @@ def test_every_artefact_knows_its_parent(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "half").meta["parent"]["hash"] == meta["parent"]["hash"]
 
 
-def test_a_stored_copy_of_a_tied_head_returns_and_a_different_one_is_refused(tmp_path: Path) -> None:
+def test_huggingface_tied_head_copy_is_kept_and_a_different_one_refused(tmp_path: Path) -> None:
     saved(tmp_path / "hf", "llama-grouped-tied")
     file = tmp_path / "hf/model.safetensors"
     tensors = safetensors.torch.load_file(file)
@@ -256,7 +256,7 @@ def test_a_stored_copy_of_a_tied_head_returns_and_a_different_one_is_refused(tmp
         from_huggingface(tmp_path / "hf", tmp_path / "other")
 
 
-def test_gpt2_as_published_without_prefix_and_with_constants(tmp_path: Path) -> None:
+def test_huggingface_gpt2_without_prefix_and_with_constants_is_read(tmp_path: Path) -> None:
     saved(tmp_path / "hf", "gpt2")
     file = tmp_path / "hf/model.safetensors"
     tensors = {name.removeprefix("transformer."): t for name, t in safetensors.torch.load_file(file).items()}
@@ -268,7 +268,7 @@ def test_gpt2_as_published_without_prefix_and_with_constants(tmp_path: Path) -> 
     assert_same(back, tensors)
 
 
-def test_a_model_no_class_computes_is_refused_by_field(tmp_path: Path) -> None:
+def test_huggingface_model_without_a_class_is_refused_by_field(tmp_path: Path) -> None:
     spec = ModelSpec(layers=1, hidden_size=8, heads=2, ffn_size=8, vocabulary_size=8, max_sequence_length=8)
     assert config_for(spec)["model_type"] == "llama"
     with pytest.raises(SpecError, match=r"model\.parallel_residual"):
@@ -277,7 +277,7 @@ def test_a_model_no_class_computes_is_refused_by_field(tmp_path: Path) -> None:
         config_for(spec.model_copy(update={"qk_norm": "head"}), "llama")
 
 
-def test_conversion_runs_without_torch(tmp_path: Path) -> None:
+def test_huggingface_conversion_imports_no_torch(tmp_path: Path) -> None:
     saved(tmp_path / "hf", "qwen2", torch.bfloat16)
     code = (
         "import sys\nfrom pathlib import Path\n"

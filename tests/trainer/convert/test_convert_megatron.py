@@ -73,7 +73,7 @@ def logits(path: Path, spec: ModelSpec) -> torch.Tensor:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", SPECS)
-def test_what_megatron_saved_computes_the_same_and_goes_back_to_it(converted: Path, kind: str) -> None:
+def test_megatron_checkpoint_computes_the_same_and_goes_back(converted: Path, kind: str) -> None:
     folder = converted / kind
     theirs, back = (safetensors.torch.load_file(folder / f"{name}.safetensors") for name in ("theirs", "back"))
     torch.testing.assert_close(logits(folder / "native", SPECS[kind]), theirs["logits"], rtol=1e-5, atol=1e-5)
@@ -83,7 +83,7 @@ def test_what_megatron_saved_computes_the_same_and_goes_back_to_it(converted: Pa
 
 
 @pytest.mark.parametrize("kind", SPECS)
-def test_moments_lie_where_weights_lie_and_come_back(tmp_path: Path, kind: str) -> None:
+def test_megatron_moments_follow_weights_and_come_back(tmp_path: Path, kind: str) -> None:
     spec = SPECS[kind]
     state = whole_state(spec, seed=6)
     meta: dict[str, object] = {"model": spec.model_dump(mode="json"), "ledger": {"seed": 3}}
@@ -102,7 +102,7 @@ def test_moments_lie_where_weights_lie_and_come_back(tmp_path: Path, kind: str) 
         assert native.manifest.meta["ledger"] == {"seed": 3}
 
 
-def test_models_that_megatron_lacks_are_refused(tmp_path: Path) -> None:
+def test_megatron_unsupported_model_is_refused(tmp_path: Path) -> None:
     spec = SPECS["llama"].model_copy(update={"norm_position": "post"})
     meta: dict[str, object] = {"model": spec.model_dump(mode="json")}
     path = write_checkpoint(tmp_path / "run", spec, Case(spec=ParallelSpec()), whole_state(spec, seed=1), meta)
@@ -111,7 +111,7 @@ def test_models_that_megatron_lacks_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "megatron").exists()
 
 
-def test_state_that_is_more_than_plain_values_is_refused(tmp_path: Path) -> None:
+def test_megatron_state_beyond_plain_values_is_refused(tmp_path: Path) -> None:
     spec = SPECS["llama"]
     meta: dict[str, object] = {"model": spec.model_dump(mode="json")}
     path = write_checkpoint(tmp_path / "run", spec, Case(spec=ParallelSpec()), whole_state(spec, seed=1), meta)

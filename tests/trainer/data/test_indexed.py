@@ -32,7 +32,7 @@ def test_token_file_any_integer_type_returns_its_documents(tmp_path: Path, dtype
     assert [tokens.document(i).tolist() for i in range(tokens.documents)] == DOCUMENTS
 
 
-def test_documents_of_several_sequences_and_of_none(tmp_path: Path) -> None:
+def test_token_file_documents_of_several_or_no_sequences_are_read(tmp_path: Path) -> None:
     """Megatron's preprocessing can split a document into sentences, and leaves empty documents in."""
     with TokenFileWriter(tmp_path / "c.bin", np.uint16) as writer:
         writer.add_document(np.arange(5), [2, 3])
@@ -49,7 +49,7 @@ def test_documents_of_several_sequences_and_of_none(tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.data())
-def test_document_starts_agree_with_counting(
+def test_starts_between_equals_counting(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], data: st.DataObject
 ) -> None:
     folder = tmp_path_factory.mktemp("tokens")
@@ -132,7 +132,7 @@ def _damage(prefix: Path, how: str) -> Path:
         ("long bin", "too long"),
     ],
 )
-def test_a_damaged_file_is_named(prefix: Path, how: str, words: str) -> None:
+def test_token_file_damage_is_named(prefix: Path, how: str, words: str) -> None:
     named = _damage(prefix, how)
     with pytest.raises(DataError, match=words) as raised:
         TokenFile(prefix)
@@ -141,7 +141,7 @@ def test_a_damaged_file_is_named(prefix: Path, how: str, words: str) -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(st.integers(0, 33 + 20 * len(DOCUMENTS)), st.integers(1, 255))
-def test_no_flipped_byte_of_an_index_passes_unseen_or_crashes(
+def test_token_file_flipped_index_byte_is_refused_or_harmless(
     tmp_path_factory: pytest.TempPathFactory, place: int, flip: int
 ) -> None:
     """Either the file is refused, or what it describes lies inside the `.bin`."""
@@ -158,7 +158,7 @@ def test_no_flipped_byte_of_an_index_passes_unseen_or_crashes(
     assert sum(map(len, read)) == tokens.count
 
 
-def test_ids_outside_the_vocabulary_are_found_when_read(prefix: Path) -> None:
+def test_token_ids_outside_vocabulary_are_found_when_read(prefix: Path) -> None:
     highest = max(max(document) for document in DOCUMENTS)
     TokenFile(prefix, highest + 1).read(0, 10)
     source = PackedSource("x", TokenFile(prefix, highest), 8)
@@ -166,7 +166,7 @@ def test_ids_outside_the_vocabulary_are_found_when_read(prefix: Path) -> None:
         source.windows(np.arange(source.size))
 
 
-def test_negative_ids_are_found_when_read(tmp_path: Path) -> None:
+def test_token_ids_negative_are_found_when_read(tmp_path: Path) -> None:
     tokens = TokenFile(write_token_file(tmp_path / "c", [[1, -3, 2]], np.int32), 10)
     with pytest.raises(DataError, match="token id -3"):
         tokens.read(0, 3)
@@ -180,32 +180,32 @@ def _write_sidecar(prefix: Path, **changes: object) -> None:
     Path(f"{prefix}.json").write_bytes(msgspec.json.encode(sidecar))
 
 
-def test_ids_outside_the_vocabulary_are_found_at_once_with_a_sidecar(prefix: Path) -> None:
+def test_token_ids_outside_vocabulary_are_found_at_open_with_sidecar(prefix: Path) -> None:
     _write_sidecar(prefix)
     TokenFile(prefix, 200)
     with pytest.raises(DataError, match="token id 199"):
         TokenFile(prefix, 199)
 
 
-def test_a_sidecar_of_other_data_is_refused(prefix: Path) -> None:
+def test_sidecar_of_other_data_is_refused(prefix: Path) -> None:
     _write_sidecar(prefix, content="0" * 32)
     with pytest.raises(DataError, match=r"does not match the \.bin and \.idx"):
         TokenFile(prefix)
 
 
-def test_a_json_file_of_someone_else_is_no_sidecar(prefix: Path) -> None:
+def test_sidecar_unrelated_json_is_ignored(prefix: Path) -> None:
     Path(f"{prefix}.json").write_text('{"hello": 1}')
     assert TokenFile(prefix).sidecar is None
 
 
-def test_content_does_not_depend_on_the_place(tmp_path: Path, prefix: Path) -> None:
+def test_content_hash_is_independent_of_the_path(tmp_path: Path, prefix: Path) -> None:
     (tmp_path / "sub").mkdir()
     other = write_token_file(tmp_path / "sub" / "name", DOCUMENTS)
     changed = write_token_file(tmp_path / "changed", [[(DOCUMENTS[0][0] + 1) % 200, *DOCUMENTS[0][1:]], *DOCUMENTS[1:]])
     assert TokenFile(other).content == TokenFile(prefix).content != TokenFile(changed).content
 
 
-def test_a_source_of_a_billion_samples_opens_and_reads_in_constant_memory(tmp_path: Path) -> None:
+def test_packed_source_of_a_billion_samples_uses_constant_memory(tmp_path: Path) -> None:
     samples, length, documents = 10**9, 4, 4
     total = samples * length + 1
     lengths = np.array([10**9] * (documents - 1) + [total - (documents - 1) * 10**9], np.int64)

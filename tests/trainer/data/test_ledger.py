@@ -60,7 +60,7 @@ def _ids(ledger: Ledger, positions: list[int]) -> list[tuple[str, int]]:
 
 @settings(deadline=None)
 @given(plans, st.randoms(use_true_random=False))
-def test_random_access_equals_counting_one_by_one(plan: list[tuple[int, dict[str, float]]], random: Any) -> None:
+def test_ledger_random_access_equals_counting(plan: list[tuple[int, dict[str, float]]], random: Any) -> None:
     ledger, expected = _planned(plan), _naive(plan)
     positions = list(range(len(expected)))
     random.shuffle(positions)
@@ -69,7 +69,7 @@ def test_random_access_equals_counting_one_by_one(plan: list[tuple[int, dict[str
 
 @settings(deadline=None)
 @given(plans, st.data())
-def test_given_counts_what_was_drawn(plan: list[tuple[int, dict[str, float]]], data: st.DataObject) -> None:
+def test_ledger_given_counts_drawn_samples(plan: list[tuple[int, dict[str, float]]], data: st.DataObject) -> None:
     expected = _naive(plan)
     position = data.draw(st.integers(0, len(expected)))
     ledger = _planned(plan).advanced(position)
@@ -83,7 +83,7 @@ def test_given_counts_what_was_drawn(plan: list[tuple[int, dict[str, float]]], d
 
 @settings(deadline=None)
 @given(plans, st.data())
-def test_saved_and_loaded_anywhere_it_goes_on_the_same(
+def test_ledger_saved_and_loaded_continues_identically(
     plan: list[tuple[int, dict[str, float]]], data: st.DataObject
 ) -> None:
     expected = _naive(plan)
@@ -96,7 +96,7 @@ def test_saved_and_loaded_anywhere_it_goes_on_the_same(
 
 @settings(deadline=None)
 @given(plans)
-def test_planning_ahead_equals_opening_each_stage_when_it_comes(plan: list[tuple[int, dict[str, float]]]) -> None:
+def test_ledger_planning_ahead_equals_opening_stage_by_stage(plan: list[tuple[int, dict[str, float]]]) -> None:
     ledger, seen = Ledger(seed=1), []
     for length, mixture in plan:
         ledger = ledger.opened(mixture, SOURCES)
@@ -105,19 +105,19 @@ def test_planning_ahead_equals_opening_each_stage_when_it_comes(plan: list[tuple
     assert seen == _naive(plan)
 
 
-def test_opening_the_mixture_that_holds_changes_nothing() -> None:
+def test_ledger_reopening_current_mixture_changes_nothing() -> None:
     ledger = Ledger(seed=1).opened({"a": 1, "b": 3}, SOURCES).advanced(5)
     assert ledger.opened({"b": 6, "a": 2}, SOURCES) == ledger
 
 
-def test_a_new_plan_replaces_what_lies_ahead() -> None:
+def test_ledger_new_plan_replaces_future_segments() -> None:
     ledger = _planned([(10, {"a": 1}), (10, {"b": 1}), (10, {"c": 1})]).advanced(12)
     changed = ledger.opened({"a": 1, "c": 1}, SOURCES, start=15)
     assert [segment.start for segment in changed.segments] == [0, 10, 15]
     assert _ids(changed, list(range(15))) == _ids(ledger, list(range(15)))
 
 
-def test_skipping_data_leaves_a_gap_in_what_was_seen() -> None:
+def test_ledger_skipped_data_leave_a_gap() -> None:
     ledger = Ledger(seed=1).opened({"c": 1}, SOURCES, stage="one").advanced(10)
     ledger = ledger.opened({"c": 1}, SOURCES, stage="two", skip=20).advanced(5)
     (given_,) = ledger.given().values()
@@ -127,29 +127,29 @@ def test_skipping_data_leaves_a_gap_in_what_was_seen() -> None:
     assert ("c", 35) in _ids(ledger.opened({"c": 1, "b": 1}, SOURCES), [15, 16])
 
 
-def test_the_past_cannot_be_changed() -> None:
+def test_ledger_changing_the_past_is_refused() -> None:
     with pytest.raises(ValueError, match="already consumed"):
         Ledger(seed=1).opened({"a": 1}, SOURCES).advanced(5).opened({"b": 1}, SOURCES, start=4)
 
 
-def test_a_mixture_of_what_is_not_there_is_refused() -> None:
+def test_ledger_mixture_of_unknown_source_is_refused() -> None:
     with pytest.raises(DataError, match="'z'"):
         Ledger(seed=1).opened({"z": 1}, SOURCES)
 
 
-def test_the_same_data_under_two_names_are_refused() -> None:
+def test_ledger_same_data_under_two_names_are_refused() -> None:
     twice = {"x": counting_source("x", 10), "y": counting_source("y", 10)}
     with pytest.raises(DataError, match=r"data\.sources\.x and data\.sources\.y are the same data"):
         Ledger(seed=1).opened({"x": 1, "y": 1}, twice)
 
 
-def test_a_renamed_source_goes_on_where_it_was() -> None:
+def test_ledger_renamed_source_continues_where_it_was() -> None:
     ledger = Ledger(seed=1).opened({"c": 1}, SOURCES).advanced(10)
     renamed = ledger.opened({"d": 1, "b": 1}, {"d": SOURCES["c"], "b": SOURCES["b"]})
     assert ("c", 10) in _ids(renamed, [10, 11])
 
 
-def test_drawing_without_a_segment_is_refused() -> None:
+def test_ledger_drawing_without_a_segment_is_refused() -> None:
     with pytest.raises(ValueError, match="open one first"):
         Ledger(seed=1).samples_at(np.array([0]))
 
@@ -194,12 +194,12 @@ def _broken(change: str) -> dict[str, Any]:
         "zero weight",
     ],
 )
-def test_a_damaged_ledger_is_refused(change: str) -> None:
+def test_ledger_damaged_is_refused(change: str) -> None:
     with pytest.raises(CheckpointError, match="ledger is damaged"):
         Ledger.load(_broken(change))
 
 
-def test_positions_of_a_long_run_are_found_at_once() -> None:
+def test_ledger_positions_of_a_long_run_are_found_directly() -> None:
     ledger = Ledger(seed=1).opened({"a": 0.7, "b": 0.2, "c": 0.1}, SOURCES)
     far = 10**15
     name, k = _ids(ledger, [far])[0]

@@ -70,7 +70,7 @@ KILLED = ((24, 2), (FIRST + 16, 4), (FIRST + 40, 1), (FIRST + SECOND, 8))
 
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("lengths", [(4, 12), (4, 6), (12, 4), (6, 4), (5, 3)])
-def test_replayed_samples_are_laid_end_to_end_in_their_order(lengths: tuple[int, int], law: str) -> None:
+def test_lengths_replayed_samples_are_packed_in_order(lengths: tuple[int, int], law: str) -> None:
     old, new = lengths
     tokens, targets, ledger = rows(lengths, law, WHOLE)
     again = [row for row in tokens if row[0] < 100_000]
@@ -91,11 +91,11 @@ def test_replayed_samples_are_laid_end_to_end_in_their_order(lengths: tuple[int,
 
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("lengths", [(4, 12), (12, 4), (5, 3)])
-def test_stopped_inside_a_stage_the_rows_are_bitwise_the_same(lengths: tuple[int, int], law: str) -> None:
+def test_lengths_stop_inside_a_stage_gives_bitwise_same_rows(lengths: tuple[int, int], law: str) -> None:
     assert rows(lengths, law, KILLED)[:2] == rows(lengths, law, WHOLE)[:2]
 
 
-def test_with_a_document_mask_no_document_goes_on_in_the_next_piece() -> None:
+def test_lengths_document_mask_ends_documents_at_pieces() -> None:
     documents = tuple(tuple(range(first, first + 7)) for first in range(0, 700, 7))
     old = PackedSource("old", MemoryTokens(documents), 4, document_mask=True)
     sources = {"old": old, "new": replace(NEW, document_mask=True)}
@@ -123,7 +123,7 @@ def test_with_a_document_mask_no_document_goes_on_in_the_next_piece() -> None:
             assert targets[column] == (IGNORED if last else tokens[column] + 1)
 
 
-def test_samples_of_two_lengths_need_two_clauses() -> None:
+def test_lengths_samples_of_two_lengths_need_two_clauses() -> None:
     layout = Layout(data=1, pipeline=1, tensor=1, ranks_per_node=1)
     loader = BatchLoader(
         SOURCES, Ledger(seed=3), RankShare(layout=layout, rank=0, micro_batch_size=8), global_size_at=lambda _: 8
@@ -139,7 +139,7 @@ def test_samples_of_two_lengths_need_two_clauses() -> None:
         loader.next_batch()
 
 
-def test_skipped_samples_are_passed_over_once() -> None:
+def test_lengths_skipped_samples_are_skipped_once() -> None:
     ledger = Ledger(seed=3).opened({"old": 1.0}, SOURCES, stage="first").advanced(10)
     planned = ledger.opened({"old": 1.0, "new": 1.0}, SOURCES, start=20, stage="second", skip=7)
     later = planned.opened({"old": 3.0, "new": 1.0}, SOURCES, start=40, stage="second", skip=7)

@@ -75,7 +75,7 @@ REFERENCE, _ = _stream(LEDGER, 4 * 8 + 12 * 16)
 
 
 @pytest.mark.parametrize(("data", "micro_batch_size"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 2), (8, 1)])
-def test_samples_do_not_depend_on_layout_or_micro_batch(data: int, micro_batch_size: int) -> None:
+def test_loader_samples_are_independent_of_layout_and_micro_batch(data: int, micro_batch_size: int) -> None:
     seen, states = _stream(LEDGER, 192, data=data, micro_batch_size=micro_batch_size)
     assert seen == REFERENCE[:192]
     assert all(state == states[0] for state in states)
@@ -83,7 +83,7 @@ def test_samples_do_not_depend_on_layout_or_micro_batch(data: int, micro_batch_s
 
 @settings(deadline=None, max_examples=15)
 @given(st.lists(st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 4])), min_size=1, max_size=4))
-def test_stopped_anywhere_and_continued_with_another_data_size(stops: list[tuple[int, int]]) -> None:
+def test_loader_continued_with_another_data_size_gives_same_stream(stops: list[tuple[int, int]]) -> None:
     """Each run takes some batches and is continued, from its saved state alone, with other data-parallel ranks."""
     state, seen = LEDGER.save(), []
     for batches, data in stops:
@@ -96,7 +96,7 @@ def test_stopped_anywhere_and_continued_with_another_data_size(stops: list[tuple
     assert seen == REFERENCE[: len(seen)]
 
 
-def test_pipeline_and_tensor_ranks_get_the_batch_of_their_data_coordinate() -> None:
+def test_loader_pipeline_and_tensor_ranks_share_the_batch() -> None:
     layout = _layout(2, 2, 2)
     batches = []
     for rank in range(layout.world_size):
@@ -109,7 +109,7 @@ def test_pipeline_and_tensor_ranks_get_the_batch_of_their_data_coordinate() -> N
     assert [*_first_tokens(batches[0]), *_first_tokens(batches[4])] == REFERENCE[:8]
 
 
-def test_shapes_and_types() -> None:
+def test_loader_batch_has_documented_shapes_and_types() -> None:
     documents = tuple(tuple(document) for document in random_documents(3, 40, longest=9))
     source = PackedSource("a", MemoryTokens(documents), 6, True)
     ledger = Ledger(seed=1).opened({"a": 1}, {"a": source})
@@ -130,7 +130,7 @@ def test_shapes_and_types() -> None:
     assert torch.equal(batch.targets[..., :-1][kept], batch.tokens[..., 1:][kept])
 
 
-def test_the_ledger_knows_only_what_was_handed_out() -> None:
+def test_loader_ledger_counts_only_delivered_samples() -> None:
     with _loader(prefetch=4) as loader:
         loader.next_batch()
         loader.next_batch()
@@ -138,13 +138,13 @@ def test_the_ledger_knows_only_what_was_handed_out() -> None:
         assert sum(given.consumed for given in loader.ledger.given().values()) == 16
 
 
-def test_a_size_other_than_foreseen_is_served_all_the_same() -> None:
+def test_loader_unexpected_batch_size_is_served() -> None:
     with _loader() as loader:
         seen = [token for size in (8, 4, 4, 16) for token in _first_tokens(loader.next_batch(size))]
     assert seen == REFERENCE[:32]
 
 
-def test_another_mixture_from_the_next_sample_on() -> None:
+def test_loader_new_mixture_starts_with_next_sample() -> None:
     with _loader() as loader:
         before = _first_tokens(loader.next_batch())
         loader.open_segment({"b": 1.0})
@@ -155,7 +155,7 @@ def test_another_mixture_from_the_next_sample_on() -> None:
     assert not set(after) & set(drawn_before)
 
 
-def test_restoring_goes_back() -> None:
+def test_loader_restore_goes_back() -> None:
     with _loader() as loader:
         loader.next_batch()
         state = loader.state()
@@ -165,12 +165,12 @@ def test_restoring_goes_back() -> None:
         assert _first_tokens(loader.next_batch()) == first
 
 
-def test_a_damaged_state_is_refused() -> None:
+def test_loader_damaged_state_is_refused() -> None:
     with _loader() as loader, pytest.raises(CheckpointError):
         loader.restore({"position": 3})
 
 
-def test_changed_data_are_noticed_when_continuing() -> None:
+def test_loader_changed_data_are_refused_on_resume() -> None:
     changed = {**SOURCES, "a": counting_source("a", 41)}
     loader = BatchLoader(
         changed, LEDGER, RankShare(layout=_layout(1), rank=0, micro_batch_size=1), global_size_at=_ramp
@@ -179,18 +179,18 @@ def test_changed_data_are_noticed_when_continuing() -> None:
         loader.next_batch()
 
 
-def test_a_ledger_without_a_segment_is_refused() -> None:
+def test_loader_ledger_without_a_segment_is_refused() -> None:
     with _loader(Ledger(seed=1)) as loader, pytest.raises(ValueError, match="open_segment"):
         loader.next_batch()
 
 
 @pytest.mark.parametrize("size", [0, 6, 7])
-def test_a_batch_that_does_not_divide_is_refused(size: int) -> None:
+def test_loader_batch_that_does_not_divide_is_refused(size: int) -> None:
     with _loader(data=2) as loader, pytest.raises(LayoutError, match=f"global batch of {size} samples"):
         loader.next_batch(size)
 
 
-def test_a_source_that_repeats_is_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_loader_repeating_source_warns_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "keepwarm.trainer.data.loader"), _loader() as loader:
         while loader.consumed < 192:
             loader.next_batch()
@@ -202,14 +202,14 @@ def test_a_source_that_repeats_is_warned_about_once(caplog: pytest.LogCaptureFix
     ]
 
 
-def test_other_ranks_do_not_repeat_the_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_loader_repeating_source_on_other_ranks_is_silent(caplog: pytest.LogCaptureFixture) -> None:
     with _loader(data=2, rank=1) as loader:
         while loader.consumed < 192:
             loader.next_batch()
     assert not caplog.records
 
 
-def test_a_bad_token_is_reported_to_the_consumer_with_its_file(tmp_path: Path) -> None:
+def test_loader_bad_token_is_reported_with_its_file(tmp_path: Path) -> None:
     documents = [[1] * 50, [1] * 20 + [99] + [1] * 20]
     source = PackedSource("a", TokenFile(write_token_file(tmp_path / "c", documents), 50), 10)
     ledger = Ledger(seed=1).opened({"a": 1}, {"a": source})
@@ -240,7 +240,7 @@ class _Gate:
         return Samples(zeros, zeros.copy(), None)
 
 
-def test_waiting_for_data_has_a_deadline() -> None:
+def test_loader_waiting_for_data_has_a_deadline() -> None:
     gate = _Gate()
     ledger = Ledger(seed=1).opened({"gate": 1}, {"gate": gate})
     loader = BatchLoader(
@@ -257,7 +257,7 @@ def test_waiting_for_data_has_a_deadline() -> None:
     gate.open.set()
 
 
-def test_closing_ends_the_thread() -> None:
+def test_loader_close_ends_the_thread() -> None:
     before = set(threading.enumerate())
     loader = _loader()
     loader.next_batch()
@@ -268,7 +268,7 @@ def test_closing_ends_the_thread() -> None:
     assert loader.state()["position"] == 8
 
 
-def test_prefetching_stays_within_its_depth() -> None:
+def test_prefetcher_stays_within_its_depth() -> None:
     """The thread may hold `depth` finished items and one in the making."""
     made = itertools.count()
     reached = threading.Event()
@@ -286,7 +286,7 @@ def test_prefetching_stays_within_its_depth() -> None:
     assert next(made) <= 6
 
 
-def test_a_failure_comes_after_the_items_before_it() -> None:
+def test_prefetcher_failure_comes_after_earlier_items() -> None:
     def items() -> Iterator[int]:
         yield 1
         raise DataError("file: broken")
@@ -301,7 +301,7 @@ def test_a_failure_comes_after_the_items_before_it() -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 60), st.sampled_from([(1, 1, 4), (2, 1, 4), (4, 1, 8), (2, 3, 12)]))
-def test_evaluation_covers_the_same_targets_in_every_layout(samples: int, how: tuple[int, int, int]) -> None:
+def test_evaluation_every_layout_covers_the_same_targets(samples: int, how: tuple[int, int, int]) -> None:
     data, micro_batch_size, global_batch_size = how
     source = SOURCES["a"]
     wanted = source.windows(np.arange(min(samples, source.size))).targets

@@ -33,7 +33,7 @@ def _naive(documents: tuple[tuple[int, ...], ...], length: int, masked: bool) ->
 
 @settings(deadline=None)
 @given(corpora, st.integers(1, 6), st.booleans())
-def test_windows_agree_with_packing_token_by_token(
+def test_packing_windows_equal_token_by_token_packing(
     documents: tuple[tuple[int, ...], ...], length: int, masked: bool
 ) -> None:
     total = sum(map(len, documents))
@@ -57,7 +57,7 @@ def test_windows_agree_with_packing_token_by_token(
             assert found.documents is None
 
 
-def test_every_sample_comes_once_in_an_epoch() -> None:
+def test_packing_epoch_has_every_sample_once() -> None:
     source = counting_source("x", 30)
     epochs = source.read(np.arange(60), seed=1).tokens[:, 0] // 4
     assert sorted(epochs[:30].tolist()) == sorted(epochs[30:].tolist()) == list(range(30))

@@ -47,7 +47,7 @@ def without_loss(prefix: Path) -> list[str]:
     return [bytes(file.read(low, high - low).tolist()).decode() for low, high in file.prefixes_between(0, file.count)]
 
 
-def test_metadata_stand_before_each_document_as_a_sequence_of_their_own(corpus: Path, tmp_path: Path) -> None:
+def test_prefix_metadata_is_a_sequence_before_each_document(corpus: Path, tmp_path: Path) -> None:
     command([corpus], tmp_path / "out", prefix=r"URL: {url}\n\n", processes=1)
     expected = [f"URL: site{place % 3}.org\n\n" for place in range(10)]
     assert documents(tmp_path / "out") == [f"{url}text {place}" for place, url in enumerate(expected)]
@@ -60,12 +60,12 @@ def test_metadata_stand_before_each_document_as_a_sequence_of_their_own(corpus: 
     assert sidecar.prefixed == sidecar.documents == 10
 
 
-def test_a_file_without_prefixes_has_none(corpus: Path, tmp_path: Path) -> None:
+def test_prefix_absent_file_has_none(corpus: Path, tmp_path: Path) -> None:
     tokenize([corpus], tmp_path / "out", "bytes")
     assert without_loss(tmp_path / "out") == []
 
 
-def test_control_tokens_follow_the_score_and_some_documents_have_none(corpus: Path, tmp_path: Path) -> None:
+def test_control_tokens_follow_score_and_skip_some_documents(corpus: Path, tmp_path: Path) -> None:
     before = Control(key="nice", least=0.5, good="+", bad="-", unmarked=0.3)
     tokenize([corpus], tmp_path / "out", "bytes", TextOptions(prefix=before))
     tokenize([corpus], tmp_path / "parts", "bytes", TextOptions(prefix=before, part_bytes=16))
@@ -76,7 +76,7 @@ def test_control_tokens_follow_the_score_and_some_documents_have_none(corpus: Pa
     assert without_loss(tmp_path / "out") == [mark for mark in marks if mark]
 
 
-def test_control_tokens_are_special_tokens_and_data_are_not(corpus: Path, tmp_path: Path) -> None:
+def test_control_tokens_are_special_tokens(corpus: Path, tmp_path: Path) -> None:
     train_tokenizer([corpus], tmp_path / "t.json", 300, special=["<|good|>", "<|bad|>"])
     tokenizer = load_tokenizer(str(tmp_path / "t.json"))
     good, bad = (tokenizer.encode_marked(mark) for mark in ("<|good|>", "<|bad|>"))
@@ -97,7 +97,7 @@ pieces = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 7)), min_size=1, m
 
 @settings(deadline=None, max_examples=60)
 @given(pieces, st.integers(1, 6), st.booleans())
-def test_targets_are_masked_token_by_token(
+def test_prefix_targets_are_masked_token_by_token(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[tuple[int, int]], length: int, masked: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("pieces")
@@ -117,7 +117,7 @@ def test_targets_are_masked_token_by_token(
     assert np.array_equal(found.targets, np.where(shown == ord("p"), IGNORED, expected.targets))
 
 
-def test_parts_of_another_prefix_are_not_taken_for_these(corpus: Path, tmp_path: Path) -> None:
+def test_prefix_parts_of_another_prefix_are_not_reused(corpus: Path, tmp_path: Path) -> None:
     from keepwarm.trainer.data.preprocess.text import parts
 
     tokenizer = load_tokenizer("bytes")
@@ -131,7 +131,7 @@ def test_parts_of_another_prefix_are_not_taken_for_these(corpus: Path, tmp_path:
 
 
 @pytest.mark.parametrize("value", ["true", "null", "[1]"])
-def test_a_document_without_the_field_is_named(corpus: Path, tmp_path: Path, value: str) -> None:
+def test_prefix_document_without_field_is_named(corpus: Path, tmp_path: Path, value: str) -> None:
     corpus.write_text(corpus.read_text() + f'{{"text": "x", "url": {value}, "nice": {value}}}\n')
     with pytest.raises(DataError, match=r"corpus\.jsonl:11: no text or number at 'url' \(--prefix\)"):
         tokenize([corpus], tmp_path / "out", "bytes", TextOptions(prefix=metadata("{url}")))
@@ -156,13 +156,15 @@ def test_a_document_without_the_field_is_named(corpus: Path, tmp_path: Path, val
         ({"control_key": "nice", "control": "+,+"}, "two different texts"),
     ],
 )
-def test_options_that_do_not_fit(corpus: Path, tmp_path: Path, options: dict[str, str], message: str) -> None:
+def test_prefix_invalid_options_are_refused(
+    corpus: Path, tmp_path: Path, options: dict[str, str], message: str
+) -> None:
     with pytest.raises(SpecError, match=message):
         command([corpus], tmp_path / "out", processes=1, **options)  # type: ignore[arg-type]
     assert not (tmp_path / "out.idx").exists()
 
 
-def test_plain_text_has_no_fields(tmp_path: Path) -> None:
+def test_prefix_plain_text_is_refused(tmp_path: Path) -> None:
     plain = tmp_path / "plain.txt"
     plain.write_text("text")
     with pytest.raises(DataError, match="plain text has no fields"):

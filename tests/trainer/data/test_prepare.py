@@ -20,7 +20,7 @@ def _data(**changes: Any) -> DataSpec:
     return DataSpec.model_validate({"sequence_length": 64, **changes})
 
 
-def test_text_and_token_files_side_by_side(tmp_path: Path) -> None:
+def test_prepare_text_and_token_files_work_side_by_side(tmp_path: Path) -> None:
     tokens = write_token_file(tmp_path / "tokens", random_documents(1, 50))
     data = _data(
         sources={"de": str(CORPORA / "handbook_de.valid.jsonl.zst"), "raw": str(tokens)},
@@ -36,7 +36,7 @@ def test_text_and_token_files_side_by_side(tmp_path: Path) -> None:
     assert prepared.sources["de"].identity == prepared.validation["de"].identity
 
 
-def test_text_is_tokenized_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_text_is_tokenized_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = write_json_lines(tmp_path / "a.jsonl", ["hello world " * 20])
     data = _data(sources={"a": str(corpus)})
     first = prepare_sources(data, 257, tmp_path / "cache").sources["a"]
@@ -54,7 +54,7 @@ def _identity(arguments: tuple[DataSpec, Path]) -> str:
     return prepare_sources(arguments[0], 257, arguments[1]).sources["a"].identity
 
 
-def test_ranks_that_come_at_once_make_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_concurrent_ranks_tokenize_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = write_json_lines(tmp_path / "a.jsonl", ["hello world " * 20])
     data, calls = _data(sources={"a": str(corpus)}), []
     monkeypatch.setattr(prepare, "tokenize", lambda *a: (calls.append(a), tokenize(*a))[1])
@@ -64,7 +64,7 @@ def test_ranks_that_come_at_once_make_it_once(tmp_path: Path, monkeypatch: pytes
     assert len(calls) == 1
 
 
-def test_waiting_for_another_process_has_a_deadline(tmp_path: Path) -> None:
+def test_prepare_lock_wait_has_a_deadline(tmp_path: Path) -> None:
     with (
         prepare._lock(tmp_path / "x.lock", 1),
         pytest.raises(DataError, match=r"x\.lock: waited 0 s"),
@@ -75,7 +75,7 @@ def test_waiting_for_another_process_has_a_deadline(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("section", ["sources", "validation"])
 @pytest.mark.parametrize("path", ["gone", "gone.jsonl"])
-def test_a_missing_file_is_named_with_its_key(tmp_path: Path, section: str, path: str) -> None:
+def test_prepare_missing_file_is_named_with_its_key(tmp_path: Path, section: str, path: str) -> None:
     tokens = write_token_file(tmp_path / "tokens", random_documents(1, 50))
     parts: dict[str, dict[str, str]] = {"sources": {"good": str(tokens)}}
     parts.setdefault(section, {})["en"] = str(tmp_path / path)
@@ -83,7 +83,7 @@ def test_a_missing_file_is_named_with_its_key(tmp_path: Path, section: str, path
         prepare_sources(_data(**parts), 257, tmp_path / "cache")
 
 
-def test_a_vocabulary_that_does_not_fit_the_model(tmp_path: Path) -> None:
+def test_prepare_vocabulary_larger_than_model_is_refused(tmp_path: Path) -> None:
     corpus = write_json_lines(tmp_path / "a.jsonl", ["hello world " * 20])
     with pytest.raises(
         DataError, match=r"data\.tokenizer: bytes has a vocabulary of 257.*model\.vocabulary_size = 256"
@@ -92,7 +92,7 @@ def test_a_vocabulary_that_does_not_fit_the_model(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_tokens_of_two_tokenizers_are_not_mixed(tmp_path: Path) -> None:
+def test_prepare_mixed_tokenizers_are_refused(tmp_path: Path) -> None:
     corpus = write_json_lines(tmp_path / "a.jsonl", ["hello world " * 20])
     train_tokenizer([corpus], tmp_path / "t.json", 260)
     tokenize([corpus], tmp_path / "bpe", str(tmp_path / "t.json"))
@@ -105,13 +105,13 @@ def test_tokens_of_two_tokenizers_are_not_mixed(tmp_path: Path) -> None:
         prepare_sources(data, 1000, tmp_path / "cache")
 
 
-def test_a_source_shorter_than_a_sample_is_named(tmp_path: Path) -> None:
+def test_prepare_source_shorter_than_a_sample_is_named(tmp_path: Path) -> None:
     tokens = write_token_file(tmp_path / "tokens", [[1] * 64])
     with pytest.raises(DataError, match=r"data\.sources\.a: .*64 tokens are too few .*sequence_length = 64"):
         prepare_sources(_data(sources={"a": str(tokens)}), 257, tmp_path / "cache")
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_prepare_unwritable_cache_is_named(tmp_path: Path) -> None:
     corpus = write_json_lines(tmp_path / "a.jsonl", ["hello world " * 20])
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"data\.sources\.a: .*file.*cannot write"):

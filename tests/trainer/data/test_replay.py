@@ -48,7 +48,7 @@ laws = st.sampled_from([None, 0.5, 2.0])
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 80), st.integers(1, 80), st.sampled_from([0.01, 0.05, 0.25, 0.9]), laws)
-def test_only_what_was_seen_before_the_stage_and_as_much_as_was_asked(
+def test_replay_draws_only_past_samples_in_the_asked_fraction(
     first: int, second: int, fraction: float, exponent: float | None
 ) -> None:
     ledger = three_stages(clause(fraction=fraction, exponent=exponent), first=first, second=second)
@@ -61,7 +61,7 @@ def test_only_what_was_seen_before_the_stage_and_as_much_as_was_asked(
     assert ledger.replayed(end).get("three", 0) == len(ids_of(ledger, begin, end, replayed=True))
 
 
-def test_uniform_replay_repeats_nothing_before_all_was_drawn_and_then_takes_another_order() -> None:
+def test_replay_uniform_repeats_only_after_a_full_pass() -> None:
     ledger = three_stages(clause(fraction=0.5))
     again = ids_of(ledger, 70, 70 + 2 * 140, replayed=True)
     assert len(again) == 140
@@ -70,7 +70,7 @@ def test_uniform_replay_repeats_nothing_before_all_was_drawn_and_then_takes_anot
     assert again[:70] != ids_of(ledger, 0, 70)
 
 
-def test_a_second_replay_phase_and_another_seed_have_other_orders() -> None:
+def test_replay_second_phase_and_other_seed_change_the_order() -> None:
     one = three_stages(clause("one", fraction=0.5))
     other_seed = three_stages(clause("one", fraction=0.5, seed=1))
     later = one.opened({"c": 1}, SOURCES, start=150, stage="four", replay=(clause("one", fraction=0.5),))
@@ -79,7 +79,7 @@ def test_a_second_replay_phase_and_another_seed_have_other_orders() -> None:
     assert len({tuple(order) for order in (first, second, ids_of(other_seed, 70, 150, replayed=True))}) == 3
 
 
-def test_stages_and_sources_may_be_named() -> None:
+def test_replay_from_named_stages_and_sources_draws_only_those() -> None:
     assert {name for name, _ in ids_of(three_stages(clause("two")), 70, 300, replayed=True)} == {"b"}
     of_a = three_stages(clause("a", fraction=0.5))
     assert set(ids_of(of_a, 70, 200, replayed=True)) == {one for one in ids_of(of_a, 0, 40) if one[0] == "a"}
@@ -87,14 +87,14 @@ def test_stages_and_sources_may_be_named() -> None:
     assert Counter(name for name, _ in set(both)) == {"a": 30, "b": 30}
 
 
-def test_two_clauses_have_shares_of_their_own() -> None:
+def test_replay_two_clauses_have_their_own_shares() -> None:
     ledger = three_stages(clause("one", fraction=0.25), clause("two", fraction=0.125))
     assert len(ids_of(ledger, 70, 70 + 800, replayed=True)) == 300
     assert ledger.replayed(870) == {"three": 300}
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
-def test_the_power_law_gives_each_past_stage_its_weight(exponent: float) -> None:
+def test_replay_power_law_weights_past_stages(exponent: float) -> None:
     sizes = {3: 7, 1: 900, 0: 40}
     pools = tuple(Pool(stage=str(age), age=age, runs=((f"s{age}", 10, 10 + size),)) for age, size in sizes.items())
     replay = Replay(stage="now", law="power", exponent=exponent, key="0/4", pools=pools)
@@ -112,7 +112,7 @@ def test_the_power_law_gives_each_past_stage_its_weight(exponent: float) -> None
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5), laws, st.data())
-def test_saved_and_planned_again_anywhere_the_stream_is_the_same(
+def test_replay_saved_and_replanned_gives_same_stream(
     stops: list[int], exponent: float | None, data: st.DataObject
 ) -> None:
     """What the training loop does when it continues: load, then lay down every stage that is not over again."""
@@ -136,7 +136,7 @@ def test_saved_and_planned_again_anywhere_the_stream_is_the_same(
     assert ledger.segments == whole.segments
 
 
-def test_another_fraction_inside_a_stage_goes_on_in_the_same_pass() -> None:
+def test_replay_changed_fraction_continues_the_same_pass() -> None:
     ledger = three_stages(clause(fraction=0.5)).advanced(110)
     more = ledger.opened({"c": 1}, SOURCES, stage="three", replay=(clause(fraction=0.75),))
     again = ids_of(more, 70, 110 + 68, replayed=True)
@@ -145,7 +145,7 @@ def test_another_fraction_inside_a_stage_goes_on_in_the_same_pass() -> None:
     assert [mark.name for mark in more.stages] == ["one", "two", "three"]
 
 
-def test_a_run_replays_what_its_parent_saw_and_goes_on_where_it_stopped() -> None:
+def test_replay_of_parent_continues_where_it_stopped() -> None:
     parent = three_stages().advanced(100)
     ledger = parent.continued("parent").opened({"c": 1}, SOURCES, stage="child", replay=(clause("one", fraction=0.5),))
     assert [(stage.run, stage.name, stage.samples) for stage in ledger.past] == [
@@ -162,7 +162,7 @@ def test_a_run_replays_what_its_parent_saw_and_goes_on_where_it_stopped() -> Non
     assert Ledger.load(json.loads(json.dumps(opened.save()))) == opened
 
 
-def test_a_stand_in_is_drawn_whole_and_said_to_be_one() -> None:
+def test_replay_proxy_source_is_drawn_whole_and_marked() -> None:
     ledger = Ledger(seed=1).opened(
         {"c": 1}, SOURCES, stage="child", replay=(ReplaySpec(fraction=0.5, proxy_source="a"),)
     )
@@ -179,17 +179,17 @@ def test_a_stand_in_is_drawn_whole_and_said_to_be_one() -> None:
         (ReplaySpec(fraction=0.5, proxy_source="z"), "'z' is not in data.sources"),
     ],
 )
-def test_nothing_to_replay_is_refused(wanted: ReplaySpec, message: str) -> None:
+def test_replay_without_a_past_is_refused(wanted: ReplaySpec, message: str) -> None:
     with pytest.raises((SpecError, DataError), match=message):
         three_stages(wanted)
 
 
-def test_fractions_that_leave_nothing_are_refused() -> None:
+def test_replay_fractions_adding_up_to_one_are_refused() -> None:
     with pytest.raises(SpecError, match="add up to 1"):
         three_stages(clause("one", fraction=0.5), clause("two", fraction=0.5))
 
 
-def test_replay_from_what_the_job_does_not_hold_any_more_is_refused() -> None:
+def test_replay_source_missing_from_the_job_is_refused() -> None:
     parent = Ledger(seed=1).opened({"a": 1}, SOURCES, stage="one").advanced(10).continued("parent")
     only_c = {"c": SOURCES["c"]}
     with pytest.raises(DataError, match=r"source 'a' .* not in data\.sources"):
@@ -197,7 +197,7 @@ def test_replay_from_what_the_job_does_not_hold_any_more_is_refused() -> None:
 
 
 @pytest.mark.parametrize("change", ["pools", "index", "units", "unknown source", "backwards"])
-def test_a_damaged_replay_is_refused(change: str) -> None:
+def test_replay_damaged_state_is_refused(change: str) -> None:
     saved: dict[str, Any] = json.loads(json.dumps(three_stages(clause()).advanced(80).save()))
     replay, share = saved["replays"][0], saved["segments"][-1]["replays"][0]
     match change:

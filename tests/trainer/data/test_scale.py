@@ -52,7 +52,7 @@ def peak_of(source: PackedSource) -> int:
         tracemalloc.stop()
 
 
-def test_memory_does_not_grow_with_the_samples() -> None:
+def test_packed_source_memory_is_independent_of_sample_count() -> None:
     large = PackedSource("large", Endless(), LENGTH)
     assert large.size == SAMPLES
     less = PackedSource("large", Endless(count=10**4 * LENGTH + 1), LENGTH)

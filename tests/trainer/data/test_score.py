@@ -38,7 +38,7 @@ def kept(prefix: Path) -> list[int]:
         (None, 1.0, list(range(8))),
     ],
 )
-def test_a_threshold_or_the_best_fraction(
+def test_score_threshold_or_top_fraction_selects_documents(
     scored: Path, tmp_path: Path, least: float | None, top: float | None, expected: list[int]
 ) -> None:
     options = {"processes": 1, "score_key": "quality", "min_score": least, "top": top}
@@ -50,20 +50,20 @@ def test_a_threshold_or_the_best_fraction(
     assert kept(tmp_path / "out") == expected
 
 
-def test_parts_of_another_threshold_are_not_taken_for_these(scored: Path, tmp_path: Path) -> None:
+def test_score_parts_of_another_threshold_are_not_reused(scored: Path, tmp_path: Path) -> None:
     tokenize([scored], tmp_path / "best", "bytes", TextOptions(keep=Keep(key="quality", least=3.0), part_bytes=16))
     tokenize([scored], tmp_path / "good", "bytes", TextOptions(keep=Keep(key="quality", least=2.0), part_bytes=16))
     assert (kept(tmp_path / "best"), kept(tmp_path / "good")) == ([2, 7], [2, 3, 4, 7])
 
 
 @pytest.mark.parametrize("value", ["true", '"high"', "null", "NaN"])
-def test_a_document_without_a_score_is_named(scored: Path, tmp_path: Path, value: str) -> None:
+def test_score_missing_in_a_document_is_named(scored: Path, tmp_path: Path, value: str) -> None:
     scored.write_text(scored.read_text() + f'{{"text": "x", "quality": {value}}}\n')
     with pytest.raises(DataError, match=r"scored\.jsonl:9: no number at 'quality' \(--score-key\)"):
         tokenize([scored], tmp_path / "out", "bytes", TextOptions(keep=Keep(key="quality", least=0.0)))
 
 
-def test_options_that_do_not_fit(scored: Path, tmp_path: Path) -> None:
+def test_score_invalid_options_are_refused(scored: Path, tmp_path: Path) -> None:
     for options in ({"score_key": "quality"}, {"top": 0.5}, {"score_key": "quality", "top": 0.5, "min_score": 1.0}):
         with pytest.raises(SpecError, match="requires either --min-score or --top"):
             command([scored], tmp_path / "out", processes=1, **options)  # type: ignore[arg-type]

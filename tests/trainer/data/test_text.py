@@ -27,7 +27,7 @@ def _write(folder: Path, name: str, raw: bytes) -> Path:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
 @pytest.mark.parametrize("part_bytes", [1, 100, 10**6])
-def test_json_lines_come_back_in_order(tmp_path: Path, name: str, part_bytes: int) -> None:
+def test_text_json_lines_come_back_in_order(tmp_path: Path, name: str, part_bytes: int) -> None:
     path = _write(tmp_path, name, LINES)
     found = list(parts(path, part_bytes))
     assert [text for part in found for text in documents(part, "text")] == TEXTS
@@ -36,14 +36,14 @@ def test_json_lines_come_back_in_order(tmp_path: Path, name: str, part_bytes: in
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst"])
-def test_plain_text_is_one_document(tmp_path: Path, name: str) -> None:
+def test_text_plain_file_is_one_document(tmp_path: Path, name: str) -> None:
     (part,) = parts(_write(tmp_path, name, "Grüße\n\nzwei".encode()), 1)
     assert documents(part, "text") == ["Grüße\n\nzwei"]
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.text(max_size=20), max_size=20), st.integers(1, 200), st.booleans())
-def test_parts_are_whole_lines_at_any_size(
+def test_text_parts_are_whole_lines_at_any_size(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], part_bytes: int, last_newline: bool
 ) -> None:
     raw = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts) + "\n" * last_newline
@@ -57,7 +57,7 @@ def test_parts_are_whole_lines_at_any_size(
         lines_before += part.payload.count(b"\n")
 
 
-def test_another_key_and_blank_lines(tmp_path: Path) -> None:
+def test_text_other_key_and_blank_lines_are_read(tmp_path: Path) -> None:
     path = _write(tmp_path, "a.jsonl", b'{"body": "one"}\n\n  \n{"body": ""}\n{"body": "two"}')
     (part,) = parts(path, 10**6)
     assert documents(part, "body") == ["one", "two"]
@@ -75,7 +75,7 @@ def test_another_key_and_blank_lines(tmp_path: Path) -> None:
         (b"[" * 100_000, "not JSON"),
     ],
 )
-def test_a_bad_line_is_named(line: bytes, words: str) -> None:
+def test_text_bad_line_is_named(line: bytes, words: str) -> None:
     payload = b'{"text": "good"}\n' * 2 + line + b"\n"
     with pytest.raises(DataError, match=words) as raised:
         documents(TextPart("data/a.jsonl", True, 11, payload, 0), "text")
@@ -84,7 +84,7 @@ def test_a_bad_line_is_named(line: bytes, words: str) -> None:
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
 @pytest.mark.parametrize("cut", [1, 9, 60])
-def test_a_truncated_archive_is_named(tmp_path: Path, name: str, cut: int) -> None:
+def test_text_truncated_archive_is_named(tmp_path: Path, name: str, cut: int) -> None:
     path = _write(tmp_path, name, LINES)
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(DataError, match="damaged or truncated") as raised:
@@ -93,14 +93,14 @@ def test_a_truncated_archive_is_named(tmp_path: Path, name: str, cut: int) -> No
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
-def test_an_archive_that_is_none_is_named(tmp_path: Path, name: str) -> None:
+def test_text_invalid_archive_is_named(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(LINES)
     with pytest.raises(DataError, match="damaged or truncated"):
         list(parts(path, 10**6))
 
 
-def test_unknown_kinds_and_missing_files_are_named(tmp_path: Path) -> None:
+def test_text_unknown_kind_or_missing_file_is_named(tmp_path: Path) -> None:
     for name in ("a.csv", "a.gz", "a"):
         assert not is_text(name)
         with pytest.raises(DataError, match="unknown kind"):

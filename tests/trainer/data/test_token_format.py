@@ -44,7 +44,7 @@ def _holds_a_token(split: list[list[int]]) -> bool:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_writer_any_documents_same_bytes_as_megatrons_builder(
+def test_writer_any_documents_equals_megatron_builder_bytewise(
     dtype: type, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     @settings(max_examples=25)
@@ -60,9 +60,7 @@ def test_writer_any_documents_same_bytes_as_megatrons_builder(
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_reader_files_of_megatrons_builder_same_contents_as_megatrons_reader(
-    dtype: type, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_reader_of_megatron_files_equals_megatron_reader(dtype: type, tmp_path_factory: pytest.TempPathFactory) -> None:
     @settings(max_examples=25)
     @given(corpora())
     def compare(documents: list[Document]) -> None:
@@ -82,14 +80,14 @@ def test_reader_files_of_megatrons_builder_same_contents_as_megatrons_reader(
     compare()
 
 
-def test_megatrons_reader_our_file_returns_our_documents(tmp_path: Path) -> None:
+def test_writer_files_are_read_by_megatron(tmp_path: Path) -> None:
     documents: list[Document] = [([1, 2, 3], [1, 2]), ([], []), ([65_499], [1])]
     theirs = megatron_indexed().IndexedDataset(str(write(tmp_path / "ours", documents, np.uint16)))
     assert [theirs[i].tolist() for i in range(len(theirs))] == [[1], [2, 3], [65_499]]
     assert theirs.document_indices.tolist() == [0, 2, 2, 3]
 
 
-def test_dtype_codes_are_megatrons() -> None:
+def test_dtype_codes_equal_megatron() -> None:
     theirs = megatron_indexed().DType
     assert {code: np.dtype(theirs.dtype_from_code(code)) for code in DTYPES} == {
         code: np.dtype(name) for code, name in DTYPES.items()
@@ -98,29 +96,29 @@ def test_dtype_codes_are_megatrons() -> None:
 
 
 @pytest.mark.parametrize("vocabulary_size", [1, 257, 65_499, 65_500, 65_536, 10**6])
-def test_dtype_for_vocabulary_is_megatrons_choice(vocabulary_size: int) -> None:
+def test_dtype_for_vocabulary_equals_megatron(vocabulary_size: int) -> None:
     assert dtype_for(vocabulary_size) is megatron_indexed().DType.optimal_dtype(vocabulary_size)
 
 
 @pytest.mark.parametrize("lengths", [[2], [4], [-1, 4], [], [LONGEST + 1]])
-def test_writer_lengths_that_contradict_the_document_are_refused(lengths: list[int], tmp_path: Path) -> None:
+def test_writer_contradictory_lengths_are_refused(lengths: list[int], tmp_path: Path) -> None:
     with TokenFileWriter(tmp_path / "c.bin", np.uint16) as writer, pytest.raises(ValueError, match="of 3"):
         writer.add_document([1, 2, 3], lengths)
 
 
-def test_writer_a_type_without_code_opens_no_file(tmp_path: Path) -> None:
+def test_writer_type_without_code_opens_no_file(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         TokenFileWriter(tmp_path / "c.bin", np.float32)
     assert not (tmp_path / "c.bin").exists()
 
 
-def test_tokens_outlive_their_reader(tmp_path: Path) -> None:
+def test_reader_tokens_outlive_their_reader(tmp_path: Path) -> None:
     tokens = read(write(tmp_path / "c", [([5, 6, 7], [3])], np.uint16)).tokens(1, 2)
     assert tokens.tolist() == [6, 7]
     assert not tokens.flags.writeable
 
 
-def test_tokenizing_and_opening_load_neither_torch_nor_megatron(tmp_path: Path) -> None:
+def test_tokenize_and_open_import_neither_torch_nor_megatron(tmp_path: Path) -> None:
     corpus = write_json_lines(tmp_path / "corpus.jsonl", ["one", "two"])
     code = f"""
 import sys

@@ -36,7 +36,7 @@ def _left_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_our_files_open_with_megatrons_reader(tmp_path: Path, corpus: Path) -> None:
+def test_tokenize_output_opens_with_megatron_reader(tmp_path: Path, corpus: Path) -> None:
     sidecar = tokenize([corpus], tmp_path / "out", "bytes", TextOptions(part_bytes=SMALL))
     dataset = megatron_indexed().IndexedDataset(str(tmp_path / "out"))
     documents = [[*text.encode(), 256] for text in TEXTS]
@@ -57,7 +57,7 @@ def test_our_files_open_with_megatrons_reader(tmp_path: Path, corpus: Path) -> N
     assert _left_in(tmp_path) == ["corpus.jsonl", "out.bin", "out.idx", "out.json"]
 
 
-def test_several_processes_and_part_sizes_give_the_same_bytes(tmp_path: Path, corpus: Path) -> None:
+def test_tokenize_processes_and_part_sizes_give_same_bytes(tmp_path: Path, corpus: Path) -> None:
     train_tokenizer([corpus], tmp_path / "t.json", 300)
     name, read = str(tmp_path / "t.json"), [0]
     tokenize([corpus, corpus], tmp_path / "one", name)
@@ -122,7 +122,7 @@ KILLED = """
         ("renaming 2", 1),
     ],
 )
-def test_killed_and_started_again_it_gives_the_same_bytes(
+def test_tokenize_killed_and_restarted_gives_same_bytes(
     tmp_path: Path, corpus: Path, moment: str, processes: int
 ) -> None:
     tokenize([corpus], tmp_path / "whole", "bytes", TextOptions(part_bytes=SMALL))
@@ -150,7 +150,7 @@ def test_killed_and_started_again_it_gives_the_same_bytes(
     assert not (tmp_path / "out.parts").exists()
 
 
-def test_finished_parts_are_not_made_again(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenize_finished_parts_are_reused(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = write_json_lines(tmp_path / "broken.jsonl", TEXTS)
     broken.write_text(broken.read_text() + "{\n")
     with pytest.raises(DataError, match=r"broken\.jsonl:121: not JSON"):
@@ -168,7 +168,7 @@ def test_finished_parts_are_not_made_again(tmp_path: Path, corpus: Path, monkeyp
     assert not (tmp_path / "out.parts").exists()
 
 
-def test_parts_of_another_tokenizer_are_not_used(tmp_path: Path, corpus: Path) -> None:
+def test_tokenize_parts_of_another_tokenizer_are_not_reused(tmp_path: Path, corpus: Path) -> None:
     train_tokenizer([corpus], tmp_path / "t.json", 300)
     broken = tmp_path / "broken.jsonl"
     broken.write_text(corpus.read_text() + "{\n")
@@ -179,7 +179,7 @@ def test_parts_of_another_tokenizer_are_not_used(tmp_path: Path, corpus: Path) -
     assert _digest(tmp_path / "out") == _digest(tmp_path / "whole")
 
 
-def test_an_existing_output_is_not_touched(tmp_path: Path, corpus: Path) -> None:
+def test_tokenize_existing_output_is_not_touched(tmp_path: Path, corpus: Path) -> None:
     tokenize([corpus], tmp_path / "out", "bytes")
     before = _digest(tmp_path / "out")
     with pytest.raises(OutputError, match=r"out\.idx: exists already"):
@@ -187,13 +187,13 @@ def test_an_existing_output_is_not_touched(tmp_path: Path, corpus: Path) -> None
     assert _digest(tmp_path / "out") == before
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, corpus: Path) -> None:
+def test_tokenize_unwritable_folder_is_named(tmp_path: Path, corpus: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"file.*: cannot write"):
         tokenize([corpus], tmp_path / "file" / "out", "bytes")
 
 
-def test_a_full_disk_is_named(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenize_full_disk_is_named(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -204,14 +204,14 @@ def test_a_full_disk_is_named(tmp_path: Path, corpus: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b'{"text": ""}\n'])
-def test_input_without_text_leaves_nothing_behind(tmp_path: Path, content: bytes) -> None:
+def test_tokenize_input_without_text_leaves_nothing(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "empty.jsonl").write_bytes(content)
     with pytest.raises(DataError, match="contains no text"):
         tokenize([tmp_path / "empty.jsonl"], tmp_path / "out", "bytes")
     assert _left_in(tmp_path) == ["empty.jsonl"]
 
 
-def test_two_at_once_do_not_write_the_same_file(tmp_path: Path, corpus: Path) -> None:
+def test_tokenize_concurrent_writer_is_refused(tmp_path: Path, corpus: Path) -> None:
     with _parts_folder(tmp_path / "out"), pytest.raises(OutputError, match="another process is writing"):
         tokenize([corpus], tmp_path / "out", "bytes")
 
@@ -226,7 +226,7 @@ def test_inspect_shows_a_document(tmp_path: Path, corpus: Path) -> None:
         inspect(tmp_path / "out", document=120)
 
 
-def test_inspect_does_not_decode_with_another_tokenizer(tmp_path: Path, corpus: Path) -> None:
+def test_inspect_with_another_tokenizer_is_refused(tmp_path: Path, corpus: Path) -> None:
     train_tokenizer([corpus], tmp_path / "t.json", 300)
     tokenize([corpus], tmp_path / "out", str(tmp_path / "t.json"))
     assert inspect(tmp_path / "out", length=500)["sample"]["text"] == TEXTS[0]
@@ -241,7 +241,7 @@ def _tool(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
-def test_the_commands_from_text_to_a_decoded_sample(tmp_path: Path, corpus: Path) -> None:
+def test_data_commands_from_text_to_decoded_sample(tmp_path: Path, corpus: Path) -> None:
     made = _tool("train_tokenizer", "--input", corpus, "--output", tmp_path / "t.json", "--vocabulary-size", "300")
     assert (made.returncode, made.stderr) == (0, "")
     made = _tool("tokenize", "--input", corpus, "--output-prefix", tmp_path / "out", "--tokenizer", tmp_path / "t.json",
@@ -261,7 +261,7 @@ def test_the_commands_from_text_to_a_decoded_sample(tmp_path: Path, corpus: Path
         ("inspect", ["gone"], "gone.idx: no such file"),
     ],
 )
-def test_bad_input_is_one_sentence_and_code_2(name: str, arguments: list[str], words: str) -> None:
+def test_data_commands_bad_input_is_one_line_and_exit_2(name: str, arguments: list[str], words: str) -> None:
     ran = _tool(name, *arguments)
     assert ran.returncode == 2
     assert ran.stdout == ""

@@ -55,7 +55,7 @@ def sentence_piece(tmp_path_factory: pytest.TempPathFactory, german: list[str]) 
 
 
 @given(st.text())
-def test_bytes_round_trip_any_text(text: str) -> None:
+def test_tokenizer_bytes_round_trips_any_text(text: str) -> None:
     tokenizer = load_tokenizer("bytes")
     (ids,) = tokenizer.encode_batch([text])
     assert tokenizer.decode([*ids, tokenizer.end_of_document]) == text
@@ -63,7 +63,7 @@ def test_bytes_round_trip_any_text(text: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "sentence_piece"])
-def test_round_trip(kind: str, request: pytest.FixtureRequest, german: list[str]) -> None:
+def test_tokenizer_round_trips(kind: str, request: pytest.FixtureRequest, german: list[str]) -> None:
     tokenizer: Tokenizer = request.getfixturevalue(kind)
     texts = TEXTS + german
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
@@ -72,16 +72,16 @@ def test_round_trip(kind: str, request: pytest.FixtureRequest, german: list[str]
         assert tokenizer.end_of_document not in ids
 
 
-def test_bpe_compresses(bpe: Tokenizer, german: list[str]) -> None:
+def test_tokenizer_bpe_compresses(bpe: Tokenizer, german: list[str]) -> None:
     assert sum(map(len, bpe.encode_batch(german))) < 0.7 * sum(len(text.encode()) for text in german)
 
 
-def test_the_size_covers_every_id(bpe: Tokenizer) -> None:
+def test_tokenizer_vocabulary_size_covers_every_id(bpe: Tokenizer) -> None:
     assert bpe.vocabulary_size == 400
     assert bpe.decode([bpe.vocabulary_size - 1])
 
 
-def test_the_hash_follows_the_content_not_the_place(tmp_path: Path, bpe: Tokenizer) -> None:
+def test_tokenizer_hash_follows_content_not_path(tmp_path: Path, bpe: Tokenizer) -> None:
     raw = Path(bpe.name).read_text()
     (tmp_path / "copy.json").write_text(raw)
     (tmp_path / "other.json").write_text(raw + " ")
@@ -89,7 +89,7 @@ def test_the_hash_follows_the_content_not_the_place(tmp_path: Path, bpe: Tokeniz
     assert load_tokenizer(str(tmp_path / "other.json")).hash != bpe.hash
 
 
-def test_truncation_and_padding_in_the_file_are_ignored(tmp_path: Path, bpe: Tokenizer) -> None:
+def test_tokenizer_truncation_and_padding_are_ignored(tmp_path: Path, bpe: Tokenizer) -> None:
     described = json.loads(Path(bpe.name).read_text())
     described["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     path = tmp_path / "tokenizer.json"
@@ -107,7 +107,7 @@ def test_truncation_and_padding_in_the_file_are_ignored(tmp_path: Path, bpe: Tok
         ("broken.model", b"\xff\xff\xff", "not a SentencePiece model"),
     ],
 )
-def test_what_is_no_tokenizer_is_named(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
+def test_tokenizer_invalid_file_is_named(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
@@ -116,19 +116,19 @@ def test_what_is_no_tokenizer_is_named(tmp_path: Path, name: str, content: bytes
     assert str(path) in str(raised.value)
 
 
-def test_a_tokenizer_without_an_end_of_document_is_refused(tmp_path: Path, bpe: Tokenizer) -> None:
+def test_tokenizer_without_end_of_document_is_refused(tmp_path: Path, bpe: Tokenizer) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(Path(bpe.name).read_text().replace("<|endoftext|>", "<|other|>"))
     with pytest.raises(DataError, match="known end-of-document tokens"):
         load_tokenizer(str(path))
 
 
-def test_training_is_repeatable(tmp_path: Path, bpe: Tokenizer) -> None:
+def test_train_tokenizer_is_repeatable(tmp_path: Path, bpe: Tokenizer) -> None:
     train_tokenizer([CORPORA / "handbook_de.valid.jsonl.zst"], tmp_path / "again.json", 400)
     assert load_tokenizer(str(tmp_path / "again.json")).hash == bpe.hash
 
 
-def test_training_refuses_what_cannot_be(tmp_path: Path) -> None:
+def test_train_tokenizer_impossible_request_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     corpus = CORPORA / "handbook_de.valid.jsonl.zst"
     with pytest.raises(DataError, match="--vocabulary-size 257"):

@@ -55,7 +55,7 @@ def sample(*arguments: str) -> dict[str, object]:
     return dict(json.loads(ran.stdout))
 
 
-def test_the_likeliest_tokens_are_those_that_transformers_generates(tmp_path: Path, run: Path) -> None:
+def test_sample_greedy_equals_transformers(tmp_path: Path, run: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import AutoModelForCausalLM
@@ -70,7 +70,7 @@ def test_the_likeliest_tokens_are_those_that_transformers_generates(tmp_path: Pa
     assert tokens == theirs[0, ids.shape[1] :].tolist()
 
 
-def test_a_seed_fixes_the_text_and_texts_may_be_longer_than_the_context(run: Path) -> None:
+def test_sample_seed_fixes_text_beyond_context_length(run: Path) -> None:
     texts = [
         sample(str(run), "--prompt", "a", "--prompt", "", "--tokens", "30", "--seed", seed)["samples"]
         for seed in ("1", "1", "2")
@@ -79,7 +79,7 @@ def test_a_seed_fixes_the_text_and_texts_may_be_longer_than_the_context(run: Pat
     assert texts[0] != texts[2]
 
 
-def test_only_tokens_that_are_asked_for_are_drawn_as_often_as_they_should_be() -> None:
+def test_sample_draws_follow_the_filtered_distribution() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).log_softmax(0)
     random = torch.Generator().manual_seed(0)
 
@@ -99,7 +99,7 @@ def test_only_tokens_that_are_asked_for_are_drawn_as_often_as_they_should_be() -
         torch.testing.assert_close(found, expected, rtol=0, atol=0.03)
 
 
-def test_an_unknown_or_foreign_tokenizer_is_refused(tmp_path: Path, run: Path) -> None:
+def test_sample_unknown_or_foreign_tokenizer_is_refused(tmp_path: Path, run: Path) -> None:
     (tmp_path / "copied").mkdir()
     for file in (run / "checkpoints/iter_0000001").iterdir():
         os.link(file, tmp_path / "copied" / file.name)

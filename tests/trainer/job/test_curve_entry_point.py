@@ -72,7 +72,7 @@ def keepwarm(tmp_path: Path) -> Keepwarm:
     return run
 
 
-def test_foreign_curve_planned_trained_and_branched_from(keepwarm: Keepwarm, tmp_path: Path) -> None:
+def test_foreign_curve_is_planned_trained_and_branched_from(keepwarm: Keepwarm, tmp_path: Path) -> None:
     overrides = ["stages.0.lr={schedule: stairs, max: 4e-3, landing: 0.25}", f"stages.0.tokens={8 * STEP}"]
     planned = keepwarm("plan", "ci/tiny", *overrides, "--json")
     assert planned.returncode == 0, planned.stderr

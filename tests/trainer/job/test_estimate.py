@@ -60,7 +60,7 @@ def numel(module: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
-def test_shipped_models_have_as_many_parameters_as_the_built_ones(path: Path) -> None:
+def test_estimate_shipped_models_equal_built_parameter_counts(path: Path) -> None:
     spec = load_model(path)
     with torch.device("meta"):
         whole = Decoder(spec, 1).build_stage(range(spec.layers), embed=True, head=True)
@@ -69,7 +69,7 @@ def test_shipped_models_have_as_many_parameters_as_the_built_ones(path: Path) ->
         assert total_parameters(spec) == PUBLISHED[path.stem]
 
 
-def test_shipped_test_models_have_the_size_they_say() -> None:
+def test_estimate_shipped_models_have_their_stated_size() -> None:
     assert {"tiny", "demo", "mt-nlg-530b", *PUBLISHED} == {path.stem for path in MODELS}
     sizes = {path.stem: total_parameters(load_model(path)) for path in MODELS}
     assert 90_000 <= sizes["tiny"] <= 110_000
@@ -79,7 +79,7 @@ def test_shipped_test_models_have_the_size_they_say() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", ["demo", "pythia-70m", "olmo-2-7b", "mt-nlg-530b"])
-def test_stages_have_as_many_parameters_as_the_built_parts(name: str, tied: bool) -> None:
+def test_estimate_stages_equal_built_parameter_counts(name: str, tied: bool) -> None:
     spec = load_model(shipped_configs() / "models" / f"{name}.yaml").model_copy(update={"tied_embeddings": tied})
     stages = 35 if name == "mt-nlg-530b" else 2
     one = job(spec, batch=64, parallel={"pipeline": stages})
@@ -93,7 +93,7 @@ def test_stages_have_as_many_parameters_as_the_built_parts(name: str, tied: bool
         assert estimate_rank(one, stage).parameters == numel(part)
 
 
-def test_tensor_and_data_axes_split_what_they_hold() -> None:
+def test_estimate_tensor_and_data_axes_split_parameters() -> None:
     """Llama 3 8B on tensor 4: matrices split, norms whole; FSDP over 3 leaves the first rank the larger part."""
     whole = job("llama-3-8b", parallel={"tensor": 4})
     norms = (2 * 32 + 1) * 4096
@@ -120,7 +120,7 @@ def _llama_rows() -> list[tuple[int, int, bool]]:
     return [(128256, 4096, True)] * 2 + layer * 32
 
 
-def test_memory_of_llama_8b_replicated_in_fp32() -> None:
+def test_estimate_llama_8b_replicated_fp32_is_16_bytes_a_parameter() -> None:
     """No axis at all: weights, gradients and two moments of 4 bytes each."""
     plain = estimate_rank(job("llama-3-8b"), 0)
     assert plain.weights == plain.gradients == plain.optimizer // 2 == 4 * 8_030_261_248
@@ -128,7 +128,7 @@ def test_memory_of_llama_8b_replicated_in_fp32() -> None:
     assert plain.total == plain.weights + plain.gradients + plain.optimizer + plain.activations
 
 
-def test_memory_follows_the_data_parallel_mode() -> None:
+def test_estimate_memory_follows_data_mode() -> None:
     def of(mode: str, **more: Any) -> Any:
         return estimate_rank(job("llama-3-8b", batch=8, parallel={"data": 8, "data_mode": mode, **more}), 0)
 
@@ -148,7 +148,7 @@ def test_memory_follows_the_data_parallel_mode() -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "olmo2", "neox", "gpt"])
-def test_activations_are_what_backward_keeps(name: str, recompute: str) -> None:
+def test_estimate_activations_equal_saved_tensors(name: str, recompute: str) -> None:
     """Against the bytes of all tensors that autograd saves in a forward, parameters aside."""
     from keepwarm.parallel.recompute import apply_numerics
     from keepwarm.parallel.spec import NumericsSpec
@@ -210,14 +210,14 @@ FAMILIES = {
 }
 
 
-def test_sequence_parallel_and_tensor_parallel_shrink_activations() -> None:
+def test_estimate_sequence_and_tensor_parallel_shrink_activations() -> None:
     def of(**parallel: Any) -> int:
         return estimate_rank(job("llama-3-8b", sequence=8192, parallel=parallel), 0).activations
 
     assert of() > of(tensor=8) > of(tensor=8, sequence=True)
 
 
-def test_in_flight_micro_batches() -> None:
+def test_estimate_in_flight_micro_batches_follow_schedule() -> None:
     """1F1B holds as many as stages follow; the interleaved schedule its longer warm-up; neither more than there are."""
     plain = job("llama-3-8b", batch=64, parallel={"pipeline": 4}).parallel
     assert [in_flight(plain, at, 64) for at in range(4)] == [4, 3, 2, 1]
@@ -228,19 +228,19 @@ def test_in_flight_micro_batches() -> None:
     assert all(first > second for first, second in pairwise(memory))
 
 
-def test_model_flops_are_those_of_the_best_public_figure() -> None:
+def test_estimate_model_flops_match_published_mfu() -> None:
     """10,471 tokens/s of Llama 3 8B at sequence 8,192 on one H200 are given as 57.8 % MFU."""
     spec = load_model(shipped_configs() / "models" / "llama-3-8b.yaml")
     assert 10_471 * model_flops_per_token(spec, 8192) / 989e12 == pytest.approx(0.578, abs=0.001)
 
 
-def test_planning_needs_no_torch() -> None:
+def test_estimate_imports_no_torch() -> None:
     code = "import sys, keepwarm.trainer.job.estimate, keepwarm.trainer.model.huggingface_config; "
     code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_engines_with_flattened_optimizers_shard_what_zero_says() -> None:
+def test_estimate_zero_stages_match_paper() -> None:
     """Bytes per parameter of the ZeRO paper's stages (Rajbhandari et al., 2020), AdamW, eight data-parallel ranks."""
 
     def of(**parallel: Any) -> tuple[float, float, float]:

@@ -55,7 +55,7 @@ def refused(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_yaml_is_1_2(job_file: Path) -> None:
+def test_job_file_is_read_as_yaml_1_2(job_file: Path) -> None:
     job_file.write_text(JOB.replace("name: small", "name: no"))
     job = load_job(job_file)
     assert job.name == "no"
@@ -63,7 +63,7 @@ def test_yaml_is_1_2(job_file: Path) -> None:
     assert job.stages[0].tokens == 1024
 
 
-def test_paths_are_relative_to_the_file_and_overrides_to_the_working_directory(
+def test_job_file_paths_are_relative_to_file_overrides_to_cwd(
     job_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     elsewhere = tmp_path / "elsewhere"
@@ -78,7 +78,7 @@ def test_paths_are_relative_to_the_file_and_overrides_to_the_working_directory(
 
 
 @pytest.mark.parametrize("dashes", ["", "--"])
-def test_overrides_reach_every_kind_of_place(job_file: Path, dashes: str) -> None:
+def test_job_overrides_reach_every_kind_of_key(job_file: Path, dashes: str) -> None:
     overrides = ["stages.0.tokens=2048", "stages.anneal.lr.max=2e-4", "profile.start=3", "profile.steps=2"]
     overrides += ["optimizer.betas=[0.8, 0.9]", "batch.micro_batch_size=2", "optimizer.clip_norm=null"]
     job = load_job(job_file, [dashes + text for text in overrides])
@@ -91,14 +91,14 @@ def test_overrides_reach_every_kind_of_place(job_file: Path, dashes: str) -> Non
     assert job.batch.micro_batch_size == 2
 
 
-def test_a_model_may_be_a_name_and_still_be_changed(job_file: Path) -> None:
+def test_job_model_name_with_overrides_is_merged(job_file: Path) -> None:
     shipped = load_model("tiny")
     overrides = ["model.layers=2", "model=tiny"]
     job = load_job(job_file, overrides)
     assert job.model == shipped.model_copy(update={"layers": 2})
 
 
-def test_a_model_may_be_a_file_beside_the_job(job_file: Path) -> None:
+def test_job_model_file_beside_the_job_is_read(job_file: Path) -> None:
     shapes = "layers: 2\nhidden_size: 8\nheads: 2\nffn_size: 8\nvocabulary_size: 16\nmax_sequence_length: 64\n"
     (job_file.parent / "mine.yaml").write_text(shapes)
     lines = JOB.splitlines(keepends=True)
@@ -141,7 +141,7 @@ def test_a_model_may_be_a_file_beside_the_job(job_file: Path) -> None:
         ("{global_batch_size: 8}", "{global_batch_size: 8", ["job.yaml:14: not YAML"]),
     ],
 )
-def test_refusals_name_place_key_and_what_would_be_right(job_file: Path, old: str, new: str, words: list[str]) -> None:
+def test_job_refusal_names_place_key_and_alternative(job_file: Path, old: str, new: str, words: list[str]) -> None:
     assert old in JOB
     job_file.write_text(JOB.replace(old, new, 1))
     message = refused(job_file)
@@ -169,11 +169,11 @@ def test_refusals_name_place_key_and_what_would_be_right(job_file: Path, old: st
         ("cluster.ranks_per_node=3", "do not fill whole nodes of cluster.ranks_per_node = 3"),
     ],
 )
-def test_wrong_overrides_are_refused(job_file: Path, override: str, words: str) -> None:
+def test_job_wrong_override_is_refused(job_file: Path, override: str, words: str) -> None:
     assert words in refused(job_file, override)
 
 
-def test_several_problems_are_listed_at_once(job_file: Path) -> None:
+def test_job_several_problems_are_listed_at_once(job_file: Path) -> None:
     message = refused(job_file, "parallel.tensor=3", "parallel.pipeline=3")
     assert "problems" in message
     assert "model.heads = 4" in message
@@ -182,7 +182,7 @@ def test_several_problems_are_listed_at_once(job_file: Path) -> None:
     assert message.count("command line") == 3
 
 
-def test_pipeline_schedules_get_the_micro_batches_they_need(job_file: Path) -> None:
+def test_job_pipeline_schedule_checks_micro_batches(job_file: Path) -> None:
     too_few = refused(job_file, "parallel.pipeline=4", "batch.micro_batch_size=4")
     assert "1f1b over 4 pipeline stages needs at least 4 micro-batches" in too_few
     rounds = ["parallel.pipeline=2", "parallel.schedule=interleaved", "batch.global_batch_size=7"]
@@ -216,12 +216,12 @@ def test_pipeline_schedules_get_the_micro_batches_they_need(job_file: Path) -> N
         ("optimizer.micro_size=2", "optimizer.micro_size: unknown key; did you mean batch.micro_batch_size?"),
     ],
 )
-def test_renamed_key_or_value_is_refused_with_the_new_one(job_file: Path, override: str, said: str) -> None:
+def test_job_renamed_key_is_refused_with_the_new_one(job_file: Path, override: str, said: str) -> None:
     message = refused(job_file, override)
     assert message == f"command line: {said}"
 
 
-def test_renamed_keys_in_an_old_run_are_refused_with_the_new_ones(tmp_path: Path) -> None:
+def test_run_json_renamed_keys_are_refused_with_the_new_ones(tmp_path: Path) -> None:
     old = json.loads(load_job(Path("ci/tiny")).model_dump_json())
     old["batch"] = {"global_size": 8, "micro_size": 1, "ramp": None}
     (tmp_path / "run.json").write_text(json.dumps(old))
@@ -243,25 +243,25 @@ def test_renamed_keys_in_an_old_run_are_refused_with_the_new_ones(tmp_path: Path
         (b"\xff", "UTF-8"),
     ],
 )
-def test_files_that_hold_no_job(tmp_path: Path, content: bytes, words: str) -> None:
+def test_job_file_without_a_job_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
     path = tmp_path / "job.yaml"
     path.write_bytes(content)
     assert words in refused(path)
     assert str(path) in refused(path)
 
 
-def test_a_missing_file_names_a_shipped_one(tmp_path: Path) -> None:
+def test_job_missing_file_names_a_shipped_one(tmp_path: Path) -> None:
     assert "did you mean tiny?" in refused(tmp_path / "tinny")
     assert "got a folder" in refused(tmp_path)
 
 
-def test_yaml_cannot_build_objects(tmp_path: Path) -> None:
+def test_job_file_yaml_cannot_build_objects(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text("name: !!python/object/apply:os.getcwd []\n")
     assert "not YAML" in refused(path)
 
 
-def test_a_moved_run_folder_is_its_own_output(job_file: Path, tmp_path: Path) -> None:
+def test_run_json_moved_folder_is_its_own_output(job_file: Path, tmp_path: Path) -> None:
     job = load_job(job_file)
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
@@ -271,7 +271,7 @@ def test_a_moved_run_folder_is_its_own_output(job_file: Path, tmp_path: Path) ->
     assert again == job.model_copy(update={"output": str(second), "seed": 5})
 
 
-def test_a_failed_save_leaves_nothing(job_file: Path, tmp_path: Path) -> None:
+def test_save_job_failure_leaves_nothing(job_file: Path, tmp_path: Path) -> None:
     job = load_job(job_file)
     with pytest.raises(OutputError, match="nowhere"):
         save_job(job, tmp_path / "nowhere" / "run.json")
@@ -322,7 +322,7 @@ def jobs(draw: st.DrawFn) -> JobSpec:
 
 @given(job=jobs())
 @settings(max_examples=50, deadline=None)
-def test_a_saved_job_is_read_back_as_it_was(job: JobSpec, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_save_job_is_read_back_unchanged(job: JobSpec, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("run") / "run.json"
     save_job(job, path)
     assert load_job(path) == job
@@ -341,7 +341,7 @@ def test_a_saved_job_is_read_back_as_it_was(job: JobSpec, tmp_path_factory: pyte
         ("often", "snapshot"),
     ],
 )
-def test_a_wrong_snapshot_section_is_named(value: str, said: str) -> None:
+def test_job_wrong_snapshot_section_is_named(value: str, said: str) -> None:
     overrides = ["parallel.data=2", "cluster.ranks_per_node=1", f"snapshot={value}"]
     with pytest.raises(SpecError) as caught:
         load_job(Path("configs/ci/tiny.yaml").absolute(), overrides)

@@ -16,14 +16,14 @@ def write(folder: Path, *records: dict[str, object], end: bytes = b"") -> RunFol
     return run
 
 
-def test_metrics_missing_file_is_a_run_that_has_not_begun(tmp_path: Path) -> None:
+def test_metrics_missing_file_is_an_unstarted_run(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     assert (run.metrics(), run.evaluations(), run.last_step(), run.has_begun, run.exists) == ([], [], 0, False, False)
     run.drop_metrics_after(0)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_metrics_torn_last_line_is_left_out(tmp_path: Path) -> None:
+def test_metrics_torn_last_line_is_ignored(tmp_path: Path) -> None:
     run = write(tmp_path, {"step": 0, "eval": {"en": 3.0}}, {"step": 1, "loss": 2.0}, end=TORN)
     assert run.metrics() == [{"step": 0, "eval": {"en": 3.0}}, {"step": 1, "loss": 2.0}]
     assert run.evaluations() == [{"en": 3.0}]
@@ -37,7 +37,7 @@ def test_metrics_cut_anywhere_never_raises(tmp_path: Path, cut: int) -> None:
     assert run.last_step() == (3 if cut == len(line) else 2)
 
 
-def test_recent_metrics_large_file_are_its_newest_records(tmp_path: Path) -> None:
+def test_recent_metrics_of_a_large_file_are_its_newest_records(tmp_path: Path) -> None:
     run = write(tmp_path, *({"step": step, "loss": 1.0} for step in range(1, 10_001)), end=TORN)
     recent = [record["step"] for record in run.recent_metrics()]
     assert recent == list(range(recent[0], 10_001))
@@ -45,7 +45,7 @@ def test_recent_metrics_large_file_are_its_newest_records(tmp_path: Path) -> Non
     assert run.last_step() == 10_000
 
 
-def test_last_step_record_larger_than_the_tail_is_found(tmp_path: Path) -> None:
+def test_last_step_in_record_larger_than_tail_is_found(tmp_path: Path) -> None:
     run = write(tmp_path, {"step": 7, "eval": {f"domain {number}": 1.0 for number in range(10_000)}})
     assert run.recent_metrics() == []
     assert run.last_step() == 7

@@ -46,13 +46,13 @@ def curve(**clause: object) -> Curve:
         ),
     ],
 )
-def test_values_at_the_boundaries(clause: dict[str, object], values: dict[int, float]) -> None:
+def test_curve_has_expected_values_at_boundaries(clause: dict[str, object], values: dict[int, float]) -> None:
     made = curve(**clause)
     assert {step: made.at(step) for step in values} == pytest.approx(values, rel=1e-12)
 
 
 @pytest.mark.parametrize("clause", [{"anneal": 0.0}, {"anneal": 0.85}, {"anneal": 0.15}])
-def test_infinite_as_published(clause: dict[str, float]) -> None:
+def test_curve_infinite_matches_published_values(clause: dict[str, float]) -> None:
     """Singh et al. (2025), language models: 3e-4 to 1.65e-4 at 60 %, annealed to 3e-5."""
     spec = {"schedule": "infinite", "max": 3e-4, "constant": 1.65e-4, "min": 3e-5, "cooldown_end": 0.6} | clause
     if clause["anneal"] > 0.4:
@@ -84,7 +84,7 @@ def specs(draw: st.DrawFn) -> LrSpec:
 
 
 @given(spec=specs(), steps=st.integers(1, 10**7), data=st.data())
-def test_curves_stay_in_range_rise_then_fall_and_survive_json(spec: LrSpec, steps: int, data: st.DataObject) -> None:
+def test_curve_stays_in_range_rises_then_falls_and_survives_json(spec: LrSpec, steps: int, data: st.DataObject) -> None:
     made = spec.curve(steps)
     assert isinstance(made, WarmedCurve)
     assert load_curve(json.loads(json.dumps(made.save()))) == made
@@ -100,7 +100,7 @@ def test_curves_stay_in_range_rise_then_fall_and_survive_json(spec: LrSpec, step
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "inverse_sqrt", "wsd", "infinite"])
-def test_curves_are_continuous(kind: str) -> None:
+def test_curve_is_continuous(kind: str) -> None:
     """No jump larger than the steepest piece makes in one of its steps."""
     clause = {"infinite": {"constant": 0.4, "anneal": 0.2}, "wsd": {"anneal": 0.2}}.get(kind, {})
     floor = {} if kind == "constant" else {"min": 0.1}
@@ -122,13 +122,13 @@ def test_curves_are_continuous(kind: str) -> None:
         ({"schedule": "wsd", "warmup": 0.6, "anneal": 0.6}, "warmup \\+ anneal <= 1"),
     ],
 )
-def test_clauses_that_are_no_curve(clause: dict[str, object], words: str) -> None:
+def test_curve_invalid_clause_is_refused(clause: dict[str, object], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         curve(**clause)
 
 
 @pytest.mark.parametrize("recorded", RECORDED, ids=lambda one: f"{one['clause']['schedule']}-{one['steps']}")
-def test_curves_recorded_clauses_give_the_same_bits(recorded: dict[str, Any]) -> None:
+def test_curve_recorded_clauses_give_same_bits(recorded: dict[str, Any]) -> None:
     made = LrSpec.model_validate_json(json.dumps(recorded["clause"])).curve(recorded["steps"])
     for one in (made, load_curve(recorded["saved"]), load_curve(json.loads(json.dumps(made.save())))):
         assert one == made
@@ -140,7 +140,7 @@ def test_curves_recorded_clauses_give_the_same_bits(recorded: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("recorded", [one for one in RECORDED if one["constant_phase"] != [0, 0]])
-def test_curves_anneal_begins_at_the_constant_rate(recorded: dict[str, Any]) -> None:
+def test_curve_anneal_begins_at_the_constant_rate(recorded: dict[str, Any]) -> None:
     made = load_curve(recorded["saved"])
     assert isinstance(made, AnnealableCurve)
     annealed = LrSpec.model_validate(made.anneal()).curve(1000)

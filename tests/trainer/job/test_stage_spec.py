@@ -42,7 +42,7 @@ def job_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_replay_is_one_clause_or_several_and_survives_run_json(job_file: Path, tmp_path: Path) -> None:
+def test_stage_replay_one_or_several_clauses_survive_run_json(job_file: Path, tmp_path: Path) -> None:
     job = load_job(job_file)
     (clause,) = job.stages[1].replays
     assert (clause.origins, clause.fraction, clause.distribution) == (("english",), 0.25, "uniform")
@@ -78,20 +78,20 @@ def test_replay_is_one_clause_or_several_and_survives_run_json(job_file: Path, t
         ("stages.german.gate={domain: de, max_forgetting: 0.1}", "gate.domain = 'de', a domain without data"),
     ],
 )
-def test_what_does_not_fit_is_refused(job_file: Path, override: str, said: str) -> None:
+def test_stage_invalid_option_is_refused(job_file: Path, override: str, said: str) -> None:
     with pytest.raises(SpecError) as caught:
         load_job(job_file, [override])
     assert said in str(caught.value)
 
 
-def test_a_stage_with_the_name_of_a_source_is_no_problem_until_it_is_ambiguous(job_file: Path) -> None:
+def test_stage_named_like_a_source_is_refused_only_if_ambiguous(job_file: Path) -> None:
     renamed = ["stages.english.name=en", "stages.german.replay={fraction: 0.25}"]
     assert load_job(job_file, renamed).stages[0].name == "en"
     with pytest.raises(SpecError, match="'en' is both a stage and a source"):
         load_job(job_file, [*renamed, "stages.german.replay.from=[en]"])
 
 
-def test_what_only_a_parent_can_tell_is_left_to_its_ledger(job_file: Path) -> None:
+def test_stage_replay_of_parent_stages_is_left_to_the_ledger(job_file: Path) -> None:
     overrides = ["init_from=runs/parent", "stages.english.replay={from: [pretrain], fraction: 0.1}"]
     assert load_job(job_file, overrides).stages[0].replays[0].origins == ("pretrain",)
     with pytest.raises(SpecError, match="cannot replay itself"):

@@ -18,7 +18,7 @@ def batches(draw: st.DrawFn) -> BatchSpec:
 
 
 @given(batches(), st.integers(0, 600), st.integers(1, 600))
-def test_steps_for_equals_counting_them(batch: BatchSpec, consumed: int, samples: int) -> None:
+def test_steps_for_equals_counting(batch: BatchSpec, consumed: int, samples: int) -> None:
     steps = given_out = 0
     while given_out < samples:
         given_out += global_size_at(batch, consumed + given_out)
@@ -27,7 +27,7 @@ def test_steps_for_equals_counting_them(batch: BatchSpec, consumed: int, samples
 
 
 @given(batches(), st.integers(0, 2000))
-def test_the_ramp_never_shrinks_and_ends_at_the_global_size(batch: BatchSpec, consumed: int) -> None:
+def test_batch_ramp_never_shrinks_and_ends_at_global_batch_size(batch: BatchSpec, consumed: int) -> None:
     assert global_size_at(batch, consumed) <= global_size_at(batch, consumed + 1) <= batch.global_batch_size
     if batch.ramp is not None:
         assert global_size_at(batch, 0) == batch.ramp.start or batch.ramp.samples <= 5
@@ -41,14 +41,14 @@ def _stage(**values: object) -> StageSpec:
     )
 
 
-def test_mixture_steps_and_their_samples() -> None:
+def test_mixture_steps_start_at_their_samples() -> None:
     stage = _stage(mixture_steps=({"at": 0.5, "mixture": {"b": 1.0}}, {"at": 0.9, "mixture": {"c": 1.0}}))
     assert mixtures(stage, 11) == ((0, {"a": 3.0, "b": 1.0}), (5, {"b": 1.0}), (9, {"c": 1.0}))
     assert mixtures(stage, 1) == ((0, {"c": 1.0}),)
 
 
 @given(st.integers(1, 300), st.integers(1, 20))
-def test_a_ramp_is_a_staircase_around_the_straight_line(samples: int, stairs: int) -> None:
+def test_mixture_ramp_is_a_staircase_around_the_line(samples: int, stairs: int) -> None:
     ramp = {"to": {"b": 2.0, "c": 2.0}, "start": 0.25, "end": 0.75, "stairs": stairs}
     found = mixtures(_stage(mixture_ramp=ramp), samples)
     begins = [begin for begin, _ in found]

@@ -123,7 +123,7 @@ def test_callbacks_component_of_another_kind_is_refused(tmp_path: Path) -> None:
         train(tmp_path / "run", "callbacks={stranger: {}}")
 
 
-def test_hooks_are_called_in_order(tmp_path: Path) -> None:
+def test_callbacks_hooks_are_called_in_order(tmp_path: Path) -> None:
     assert train(tmp_path / "run", recording(tmp_path / "calls"), "evaluation.every=2")
     evaluated = {2, 3}
     expected = ["0 on_evaluation en de", "0 on_start"]
@@ -134,7 +134,7 @@ def test_hooks_are_called_in_order(tmp_path: Path) -> None:
     assert (tmp_path / "calls").read_text().splitlines() == [*expected, f"{STEPS} close finished"]
 
 
-def test_request_stop_saves_the_state_and_stops(tmp_path: Path) -> None:
+def test_callbacks_request_stop_saves_state_and_stops(tmp_path: Path) -> None:
     with pytest.raises(TrainingStopped, match="enough"):
         train(tmp_path / "run", recording(tmp_path / "calls", stop_after=2))
     assert (tmp_path / "calls").read_text().splitlines()[-2:] == ["2 at_boundary", "2 close stopped"]
@@ -143,7 +143,7 @@ def test_request_stop_saves_the_state_and_stops(tmp_path: Path) -> None:
     assert checkpoint.verify(newest).step == 2
 
 
-def test_change_after_a_step_is_in_its_checkpoint(tmp_path: Path) -> None:
+def test_callbacks_change_after_a_step_is_in_its_checkpoint(tmp_path: Path) -> None:
     assert train(tmp_path / "run", "callbacks={zeroing: {}}")
     newest = checkpoint.latest(tmp_path / "run" / "checkpoints")
     assert newest is not None
@@ -171,7 +171,7 @@ class Closing(Callback):
 
 
 @pytest.mark.parametrize("ending", ["finished", "stopped", "halted", "failed"])
-def test_close_failure_keeps_no_other_from_being_closed(
+def test_callbacks_close_failure_does_not_keep_others_open(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, ending: Ending
 ) -> None:
     class Probe(Callback):

@@ -59,9 +59,7 @@ def files_of(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_run_that_starts_from_another_has_its_weights_and_replays_what_it_saw(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_init_from_run_takes_weights_and_replays_its_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(job(tmp_path, "one", ENGLISH, REPLAY))
     parent, child = tmp_path / "one", tmp_path / "two"
     before = files_of(parent)
@@ -88,7 +86,7 @@ def test_a_run_that_starts_from_another_has_its_weights_and_replays_what_it_saw(
     assert files_of(parent) == before
 
 
-def test_a_run_starts_from_a_url(tmp_path: Path, parent: Path) -> None:
+def test_init_from_url_starts_a_run(tmp_path: Path, parent: Path) -> None:
     train([*job(tmp_path, "child", GERMAN.replace(f"{4 * STEP}", f"{STEP}")), f"init_from={parent.as_uri()}"])
     assert evaluations_of(tmp_path / "child")[0][1] == evaluations_of(parent)[-1][1]
     record = manifest_of(tmp_path / "child").meta["run"]["parent"]
@@ -109,7 +107,7 @@ def test_a_run_starts_from_a_url(tmp_path: Path, parent: Path) -> None:
         ("stages.0.replay={from: [french], fraction: 0.1}", SpecError, "'french' is neither an earlier stage"),
     ],
 )
-def test_a_parent_that_does_not_fit_is_refused(
+def test_init_from_unsuitable_parent_is_refused(
     tmp_path_factory: pytest.TempPathFactory, parent: Path, change: str, error: type[Exception], said: str
 ) -> None:
     change = change.replace("PARENT", str(parent))
@@ -120,7 +118,7 @@ def test_a_parent_that_does_not_fit_is_refused(
     assert files_of(parent).keys() >= before.keys()
 
 
-def test_data_that_cannot_be_continued_with_are_refused(tmp_path: Path, parent: Path) -> None:
+def test_init_from_unsuitable_data_is_refused(tmp_path: Path, parent: Path) -> None:
     before = files_of(parent)
     corpora = shipped_configs() / "corpora"
     tokenizer = tmp_path / "tokenizer.json"
@@ -151,7 +149,7 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "one"
 
 
-def test_a_gate_stops_with_the_state_saved_and_the_run_goes_on_with_another_rate(
+def test_gate_stops_with_state_saved_and_run_continues_with_new_rate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gated = GERMAN.replace("3e-3", "0.5").replace("lr:", "gate: {domain: en, max_forgetting: 0.2}, lr:")
@@ -172,7 +170,7 @@ def test_a_gate_stops_with_the_state_saved_and_the_run_goes_on_with_another_rate
     assert [line["lr"] for line in rates if "lr" in line] == [3e-3] * 4 + [0.5] * 2 + [1e-3] * 2
 
 
-def test_evaluation_inside_a_stage_is_of_the_domains_it_names(tmp_path: Path) -> None:
+def test_evaluation_inside_a_stage_covers_its_named_domains(tmp_path: Path) -> None:
     stage = GERMAN.replace("lr:", "evaluate: [de], optimizer_state: reset, lr:")
     train([*job(tmp_path, "run", ENGLISH, stage), "evaluation.every=2"])
     assert [(step, sorted(losses)) for step, losses in evaluations_of(tmp_path / "run")] == [
@@ -185,7 +183,7 @@ def test_evaluation_inside_a_stage_is_of_the_domains_it_names(tmp_path: Path) ->
     assert updates_of(tmp_path / "run") == 4
 
 
-def test_a_hugging_face_folder_begins_a_run_that_replays_a_stand_in(
+def test_init_from_huggingface_replays_a_proxy_source(
     tmp_path: Path, parent: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "huggingface"
@@ -214,7 +212,7 @@ def test_a_hugging_face_folder_begins_a_run_that_replays_a_stand_in(
     assert files_of(folder).keys() == before.keys() - {str(folder / "model.safetensors")}
 
 
-def test_a_stage_of_longer_samples_packs_what_it_replays(tmp_path: Path) -> None:
+def test_stage_of_longer_samples_packs_its_replay(tmp_path: Path) -> None:
     train(job(tmp_path, "run", ENGLISH, REPLAY.replace("lr:", "sequence_length: 128, lr:")))
     assert [step for step, _ in evaluations_of(tmp_path / "run")] == [0, 4, 6]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

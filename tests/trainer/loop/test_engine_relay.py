@@ -55,7 +55,7 @@ def ledger_of(folder: Path) -> dict[str, Any]:
     return ledger
 
 
-def test_a_run_goes_through_every_engine_and_back(tmp_path: Path) -> None:
+def test_run_through_every_engine_and_back_continues(tmp_path: Path) -> None:
     alone, relay = tmp_path / "alone", tmp_path / "relay"
     end = STEPS * len(LEGS)
     train(str(TINY), f"output={alone}", until(end), *JOB)

@@ -43,7 +43,7 @@ def changed(before: dict[int, int], after: dict[int, int]) -> set[int]:
 
 
 @pytest.mark.ci
-def test_the_first_node_is_lost_and_then_a_worker(whole: Path, start: Callable[..., Run]) -> None:
+def test_nodes_first_node_then_worker_lost_recovers_bitwise(whole: Path, start: Callable[..., Run]) -> None:
     run = start("--nodes", "4", "--spares", "1")
     run.after(3)
     before = workers(run)
@@ -67,9 +67,7 @@ def test_the_first_node_is_lost_and_then_a_worker(whole: Path, start: Callable[.
     assert_nothing_left(run)
 
 
-def test_a_worker_begins_again_and_again_in_its_process_and_keeps_nothing(
-    whole: Path, start: Callable[..., Run]
-) -> None:
+def test_nodes_worker_restarted_in_process_keeps_nothing(whole: Path, start: Callable[..., Run]) -> None:
     run = start("--nodes", "4")
     run.after(3)
     first = workers(run)
@@ -94,7 +92,7 @@ def test_a_worker_begins_again_and_again_in_its_process_and_keeps_nothing(
 
 
 @pytest.mark.long
-def test_a_worker_that_does_not_come_to_rest_is_replaced(whole: Path, start: Callable[..., Run]) -> None:
+def test_nodes_worker_that_does_not_park_is_replaced(whole: Path, start: Callable[..., Run]) -> None:
     run = start("--nodes", "4")
     run.after(3)
     before = workers(run)
@@ -108,7 +106,7 @@ def test_a_worker_that_does_not_come_to_rest_is_replaced(whole: Path, start: Cal
 
 
 @pytest.mark.long
-def test_workers_are_replaced_where_the_job_says_so(whole: Path, start: Callable[..., Run]) -> None:
+def test_nodes_in_process_off_replaces_all_workers(whole: Path, start: Callable[..., Run]) -> None:
     run = start("--nodes", "4", "cluster.in_process=off")
     run.after(3)
     before = workers(run)
@@ -120,7 +118,7 @@ def test_workers_are_replaced_where_the_job_says_so(whole: Path, start: Callable
 
 
 @pytest.mark.long
-def test_two_nodes_are_lost_at_once_and_the_store_with_one(whole: Path, start: Callable[..., Run]) -> None:
+def test_nodes_two_lost_at_once_with_store_recovers_bitwise(whole: Path, start: Callable[..., Run]) -> None:
     run = start("--nodes", "4", "--spares", "2")
     run.after(3)
     run.owner(3)
@@ -154,7 +152,9 @@ def kill_store(run: Run) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("fault", [kill_supervisor, kill_agent, kill_store])
-def test_one_part_of_a_node_is_lost(whole: Path, start: Callable[..., Run], fault: Callable[[Run], None]) -> None:
+def test_nodes_single_component_lost_recovers_bitwise(
+    whole: Path, start: Callable[..., Run], fault: Callable[[Run], None]
+) -> None:
     run = start("--nodes", "4", "--spares", "1")
     run.after(3)
     fault(run)
@@ -166,7 +166,7 @@ def test_one_part_of_a_node_is_lost(whole: Path, start: Callable[..., Run], faul
 
 
 @pytest.mark.long
-def test_a_frozen_node_is_fenced_when_it_wakes_up(whole: Path, start: Callable[..., Run]) -> None:
+def test_nodes_frozen_node_is_fenced_when_it_resumes(whole: Path, start: Callable[..., Run]) -> None:
     run = start("--nodes", "4", "--spares", "1", "snapshot.peer_timeout=2.0")
     run.after(3)
     record = run.owner(2)
@@ -185,7 +185,7 @@ def test_a_frozen_node_is_fenced_when_it_wakes_up(whole: Path, start: Callable[.
 
 
 @pytest.mark.long
-def test_more_nodes_than_parity_are_lost(whole: Path, start: Callable[..., Run]) -> None:
+def test_nodes_more_lost_than_parity_restarts_from_disk(whole: Path, start: Callable[..., Run]) -> None:
     run = start("--nodes", "4", "--spares", "3")
     run.after(12)
     for slot in (0, 1, 2):
@@ -200,7 +200,7 @@ def test_more_nodes_than_parity_are_lost(whole: Path, start: Callable[..., Run])
     assert_equal(run, whole)
 
 
-def test_another_number_of_nodes_is_refused(tmp_path: Path) -> None:
+def test_nodes_number_other_than_layout_is_refused(tmp_path: Path) -> None:
     done = warm.run(command(tmp_path / "run", "--nodes", "3"), timeout=DEADLINE)
     assert done.returncode == 2
     assert "the layout has 4 ranks" in done.stdout

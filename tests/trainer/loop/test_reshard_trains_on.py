@@ -38,7 +38,7 @@ def _run(of: Case, steps: range, root: Path) -> Outcome:
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0]}-to-{pair[1]}")
-def test_a_saved_run_trains_on_as_the_uninterrupted_run_of_the_target(pair: tuple[Case, Case], tmp_path: Path) -> None:
+def test_reshard_saved_run_trains_on_as_uninterrupted_target(pair: tuple[Case, Case], tmp_path: Path) -> None:
     source, target = pair
     whole = parity.run_case(target, steps=range(END))
     half = _run(source, range(STOP), tmp_path)
@@ -51,7 +51,7 @@ def test_a_saved_run_trains_on_as_the_uninterrupted_run_of_the_target(pair: tupl
         assert parity.differing(rest.state, whole.state) == []
 
 
-def test_a_checkpoint_that_lost_a_moment_is_told_from_a_whole_one(tmp_path: Path) -> None:
+def test_reshard_lost_moment_is_detected(tmp_path: Path) -> None:
     """The comparison has teeth: the target with fresh moments is not the uninterrupted run."""
     target = replace(PAIRS[0][1])  # type: ignore[index]
     whole = parity.run_case(target, steps=range(END))

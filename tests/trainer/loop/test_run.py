@@ -131,7 +131,7 @@ def assert_no_agents(folder: Path) -> None:
 
 @pytest.mark.dist
 @pytest.mark.ci
-def test_interrupted_and_resumed_equals_torchrun_uninterrupted(whole: Path, tmp_path: Path) -> None:
+def test_run_interrupted_and_resumed_equals_torchrun_uninterrupted(whole: Path, tmp_path: Path) -> None:
     parts = tmp_path / "parts"
     command = keepwarm(str(TINY), f"output={parts}", *TWO_RANKS)
     code, output = disturbed(command, parts, signal.SIGINT, lambda pid: pid)
@@ -151,7 +151,7 @@ def test_interrupted_and_resumed_equals_torchrun_uninterrupted(whole: Path, tmp_
 @pytest.mark.dist
 @pytest.mark.ci
 @pytest.mark.parametrize("launcher", ["keepwarm", "torchrun"])
-def test_a_killed_worker_is_restarted_from_memory(whole: Path, tmp_path: Path, launcher: str) -> None:
+def test_run_killed_worker_restarts_from_memory(whole: Path, tmp_path: Path, launcher: str) -> None:
     folder = tmp_path / "killed"
     job = [str(TINY), f"output={folder}", *TWO_RANKS, IN_MEMORY]
     command = (
@@ -169,7 +169,7 @@ def test_a_killed_worker_is_restarted_from_memory(whole: Path, tmp_path: Path, l
 
 @pytest.mark.dist
 @pytest.mark.ci
-def test_a_killed_agent_is_replaced_while_training_goes_on(whole: Path, tmp_path: Path) -> None:
+def test_run_killed_agent_is_replaced_during_training(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     command = keepwarm(str(TINY), f"output={folder}", *TWO_RANKS, "snapshot={every: 1, commit_deadline: 30.0}")
     code, output = disturbed(command, folder, signal.SIGKILL, lambda _: agent_lives(folder, 1)[0])
@@ -185,7 +185,7 @@ def test_a_killed_agent_is_replaced_while_training_goes_on(whole: Path, tmp_path
 
 @pytest.mark.dist
 @pytest.mark.ci
-def test_a_frozen_rank_is_named_and_replaced(whole: Path, tmp_path: Path) -> None:
+def test_run_frozen_rank_is_named_and_replaced(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "frozen"
     command = keepwarm(str(TINY), f"output={folder}", *TWO_RANKS, IN_MEMORY, "health.min_hang_timeout=8.0")
     code, output = disturbed(command, folder, signal.SIGSTOP, rank_1_of)
@@ -203,7 +203,7 @@ def test_a_frozen_rank_is_named_and_replaced(whole: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.ci
-def test_a_run_that_is_not_finite_stops_itself(tmp_path: Path) -> None:
+def test_run_non_finite_loss_stops_itself(tmp_path: Path) -> None:
     output = tmp_path / "run"
     rate = "stages.0.lr={schedule: constant, max: 1e30, warmup: 0.0}"
     command = keepwarm(str(TINY), f"output={output}", rate, "optimizer.name=sgd", "health.max_skipped=3")
@@ -218,7 +218,7 @@ def test_a_run_that_is_not_finite_stops_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.ci
-def test_a_world_that_is_not_the_layouts_is_refused(tmp_path: Path) -> None:
+def test_run_world_size_other_than_layout_is_refused(tmp_path: Path) -> None:
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     command = [sys.executable, "-P", "-m", "keepwarm.trainer", str(TINY), f"output={tmp_path / 'run'}"]
     done = subprocess.run(

@@ -21,7 +21,7 @@ SHRINK = ("cluster.elastic=shrink", "cluster.shrink_after=0.5")
 TWO = ("parallel.data=2", "snapshot.code=null", "numerics.precision=fp64", "stages.0.tokens=153_600", *SHRINK)
 
 
-def test_layouts_have_fewer_replicas_that_fit_the_batch_and_a_code_that_fits_the_nodes() -> None:
+def test_shrink_layouts_fit_the_batch_and_the_nodes() -> None:
     job = load_job(Path("ci/snapshot"), SHRINK)
     found = layouts(job)
     assert {nodes: one.parallel.data for nodes, one in found.items()} == {4: 4, 2: 2, 1: 1}  # 8 samples, not by 3
@@ -33,7 +33,7 @@ def test_layouts_have_fewer_replicas_that_fit_the_batch_and_a_code_that_fits_the
     assert list(layouts(load_job(Path("ci/snapshot")))) == [4]
 
 
-def test_what_cannot_shrink_is_refused() -> None:
+def test_shrink_impossible_request_is_refused() -> None:
     with pytest.raises(SpecError, match=r"set snapshot\.durable\.every or checkpoint\.every"):
         load_job(Path("ci/snapshot"), [*SHRINK, "snapshot.durable=null"])
     with pytest.raises(SpecError, match=r"min_data_parallel = 5: there are 4"):
@@ -49,7 +49,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
 @pytest.mark.dist
 @pytest.mark.ci
 @pytest.mark.timeout(900)
-def test_two_replicas_become_one_and_two_again(tmp_path: Path, start: Callable[..., Run]) -> None:
+def test_shrink_two_replicas_become_one_and_two_again(tmp_path: Path, start: Callable[..., Run]) -> None:
     whole = tmp_path / "whole"
     done = warm.run(command(whole, *TWO, "--nodes", "2"), timeout=DEADLINE)
     assert done.returncode == 0, done.stdout
@@ -87,7 +87,7 @@ FOUR = ("numerics.precision=fp64", *SHRINK)
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("lost", [(1,), (0, 2), (0, 1, 2)], ids=str)
-def test_four_replicas_shrink_and_lose_what_parity_cannot_mend(
+def test_shrink_four_replicas_lose_more_than_parity(
     tmp_path: Path, start: Callable[..., Run], lost: tuple[int, ...]
 ) -> None:
     """Nodes with code (2, 2): up to two are decoded and saved first, of three the durable checkpoint is left."""

@@ -85,7 +85,7 @@ def assert_from_memory(run: Run, count: int, newest: int) -> None:
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_a_worker_killed_at_every_moment(
+def test_worker_killed_at_every_moment_recovers_bitwise(
     whole: Path, tmp_path: Path, start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, code: tuple[int, int]
 ) -> None:
     names = [name for name in MOMENTS if name != "prepared" or len(groups_of(code)) > 1]
@@ -115,7 +115,9 @@ def test_a_worker_killed_at_every_moment(
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_agents_lost_in_every_combination(whole: Path, start: Callable[..., Run], code: tuple[int, int]) -> None:
+def test_agents_lost_in_every_combination_recover_from_memory(
+    whole: Path, start: Callable[..., Run], code: tuple[int, int]
+) -> None:
     run = start(code)
     for count, slots in enumerate(bearable(code), 1):
         run.after(run.newest() + 3)
@@ -130,7 +132,9 @@ def test_agents_lost_in_every_combination(whole: Path, start: Callable[..., Run]
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_rotten_chunks_of_data_and_of_parity(whole: Path, start: Callable[..., Run], code: tuple[int, int]) -> None:
+def test_rotten_data_and_parity_chunks_recover_from_memory(
+    whole: Path, start: Callable[..., Run], code: tuple[int, int]
+) -> None:
     run = start(code)
     run.after(5)
     group = groups_of(code)[0]
@@ -183,7 +187,9 @@ def rot(pid: int | None, kind: str, chunks: int, index: int) -> None:
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_more_agents_lost_than_parity(whole: Path, start: Callable[..., Run], code: tuple[int, int]) -> None:
+def test_agents_lost_beyond_parity_recover_from_disk(
+    whole: Path, start: Callable[..., Run], code: tuple[int, int]
+) -> None:
     run = start(code)
     run.until(lambda: checkpoint.latest(run.folder / "checkpoints"), "a durable checkpoint")
     run.after(run.newest() + 2)
@@ -201,7 +207,7 @@ def test_more_agents_lost_than_parity(whole: Path, start: Callable[..., Run], co
 
 
 @pytest.mark.parametrize("first", range(0, CAMPAIGNS, IN_A_ROW))
-def test_random_campaigns_in_a_row(long: Path, start: Callable[..., Run], first: int) -> None:
+def test_random_campaigns_in_a_row_recover_from_memory(long: Path, start: Callable[..., Run], first: int) -> None:
     """In each, up to three times, at random steps, a rank dies, and with it no agents or some that the code can bear.
 
     Several of them strike one run, so that a start is paid once.

@@ -65,26 +65,26 @@ def scores(walked: Path, of: str) -> dict[str, Any]:
     return dict(json.loads((walked / f"{of}.scores.json").read_text())["tasks"])
 
 
-def test_both_stages_were_trained_with_replay(walked: Path) -> None:
+def test_walkthrough_both_stages_train_with_replay(walked: Path) -> None:
     newest = checkpoint.latest(walked / "run/checkpoints")
     assert newest is not None
     ledger = checkpoint.verify(newest).meta["ledger"]
     assert ledger["replayed"] == {"english": 96, "german": 240}
 
 
-def test_the_export_scores_better_than_the_base_on_both_texts(walked: Path) -> None:
+def test_walkthrough_export_scores_better_than_base(walked: Path) -> None:
     base, export = scores(walked, "base"), scores(walked, "export")
     for text in ("en", "de"):
         assert export[text]["bits_per_byte"] < 0.8 * base[text]["bits_per_byte"]
 
 
-def test_the_run_and_its_export_answer_alike(walked: Path) -> None:
+def test_walkthrough_run_and_export_score_the_same(walked: Path) -> None:
     (file,) = (walked / "harness").rglob("results_*.json")
     theirs = json.loads(file.read_text())["results"]["words"]["acc,none"]
     assert scores(walked, "run")["words"]["acc"] == theirs
 
 
-def test_transformers_generates_from_the_export_what_the_run_says(walked: Path) -> None:
+def test_walkthrough_transformers_generates_the_same_text(walked: Path) -> None:
     ours = json.loads((walked / "sample.json").read_text())["samples"][0]["tokens"]
     assert json.loads((walked / "generated.json").read_text())[: len(ours)] == ours
     assert len(ours) > 3

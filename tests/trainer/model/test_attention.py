@@ -40,7 +40,7 @@ def documents_of(lengths: tuple[tuple[int, ...], ...]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_documents_equal_separate_forwards(family: str) -> None:
+def test_attention_packed_documents_equal_separate_forwards(family: str) -> None:
     """Logits and gradients, in fp64, of packed documents and of each document alone."""
     model = whole_model(FAMILIES[family], dtype=torch.float64)
     tokens = torch.randint(0, 64, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -66,7 +66,7 @@ def test_documents_equal_separate_forwards(family: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
-def test_documents_equal_separate_forwards_in_fp32() -> None:
+def test_attention_packed_documents_in_fp32_equal_separate_forwards() -> None:
     model = whole_model(FAMILIES["rotary"])
     tokens = torch.randint(0, 64, (1, 40), generator=torch.Generator().manual_seed(1))
     documents = documents_of(((9, 23, 8),))
@@ -129,7 +129,7 @@ def test_positions_restart_with_every_document(rows: list[list[int]]) -> None:
     assert runs == tuple(length for row in lengths for length in row)
 
 
-def test_plain_causal_attention_needs_no_mask() -> None:
+def test_attention_plain_causal_needs_no_mask() -> None:
     seen = context(None, 64, torch.device("cpu"), None, 64)
     assert seen.mask is seen.runs is seen.blocks is None
     query = torch.randn(1, 8, 2, 4)
@@ -137,7 +137,7 @@ def test_plain_causal_attention_needs_no_mask() -> None:
     assert torch.equal(attend(query, query, query, seen), expected.transpose(1, 2))
 
 
-def test_rotation_stays_wide_in_bf16() -> None:
+def test_rotary_in_bf16_stays_fp32() -> None:
     """Cosines in bf16 would shift positions beyond 256 by whole tokens."""
     model = whole_model(FAMILIES["rotary"], dtype=torch.bfloat16)
     cosine, sine = model._rotation_of(64, None, torch.zeros(1, dtype=torch.bfloat16)) or (None, None)

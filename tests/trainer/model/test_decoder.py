@@ -48,7 +48,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parts_make_the_whole(family: str, packed: bool) -> None:
+def test_decoder_stages_compose_to_the_whole(family: str, packed: bool) -> None:
     """Three stages, split unevenly, give bitwise the loss and gradients of one."""
     spec = FAMILIES[family]
     decoder = Decoder(spec, seed=1)
@@ -80,7 +80,7 @@ def test_parts_make_the_whole(family: str, packed: bool) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_part_from_the_meta_device_is_the_same(family: str) -> None:
+def test_decoder_stage_from_meta_device_is_the_same(family: str) -> None:
     """Nothing but parameters has to be filled in after `to_empty`."""
     spec = FAMILIES[family]
     decoder = Decoder(spec, seed=1)
@@ -97,7 +97,7 @@ def test_a_part_from_the_meta_device_is_the_same(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "gpt-tied"])
-def test_tied_embeddings_are_one_parameter(family: str) -> None:
+def test_decoder_tied_embeddings_are_one_parameter(family: str) -> None:
     model = whole_model(FAMILIES[family])
     assert model.head is not None
     assert model.embedding is not None
@@ -106,7 +106,7 @@ def test_tied_embeddings_are_one_parameter(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_tensor_plan_names_every_matrix(family: str) -> None:
+def test_decoder_tensor_plan_names_every_matrix(family: str) -> None:
     decoder = Decoder(FAMILIES[family], seed=1)
     part = decoder.build_stage(range(4), embed=True, head=True)
     plan = decoder.tensor_plan()
@@ -118,7 +118,7 @@ def test_the_tensor_plan_names_every_matrix(family: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_other_types_come_close_to_fp32(family: str, dtype: torch.dtype) -> None:
+def test_decoder_other_dtypes_stay_close_to_fp32(family: str, dtype: torch.dtype) -> None:
     tokens, documents, targets = batch()
     expected = losses_of(whole_model(FAMILIES[family]), tokens, documents, targets)
     model = whole_model(FAMILIES[family], dtype=dtype)
@@ -128,7 +128,7 @@ def test_other_types_come_close_to_fp32(family: str, dtype: torch.dtype) -> None
     torch.testing.assert_close(loss.float(), expected, rtol=1e-6 if dtype == torch.float64 else 2e-2, atol=1e-6)
 
 
-def test_heads_are_counted_by_the_width_at_hand() -> None:
+def test_attention_half_of_the_heads_gives_half_of_the_sum() -> None:
     """Half of the heads, with the halves of the matrices that belong to them, give half of the sum."""
     spec = FAMILIES["qwen3"]
     model = whole_model(spec)
@@ -153,7 +153,7 @@ def test_heads_are_counted_by_the_width_at_hand() -> None:
         torch.testing.assert_close(halves[0] + halves[1], expected)
 
 
-def test_inference_first_does_not_break_training() -> None:
+def test_decoder_inference_first_does_not_break_training() -> None:
     model = whole_model(FAMILIES["llama"])
     tokens, documents, targets = batch()
     with torch.inference_mode():
@@ -166,7 +166,7 @@ def test_inference_first_does_not_break_training() -> None:
 # What dynamo itself does while it looks at the input of a layer.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("packed", [False, True])
-def test_compiled_layers_agree(packed: bool) -> None:
+def test_decoder_compiled_layers_agree(packed: bool) -> None:
     tokens, documents, targets = batch()
     plain, compiled = (whole_model(FAMILIES["qwen3"]) for _ in range(2))
     for layer in compiled.layers.values():

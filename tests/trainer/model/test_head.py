@@ -40,7 +40,7 @@ def reference(x: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> t
 
 @pytest.mark.parametrize("z_weight", [0.0, 1e-3])
 @pytest.mark.parametrize("tokens_at_once", [1, 7, 17, 51, 1000])
-def test_loss_and_gradients_are_those_of_cross_entropy(tokens_at_once: int, z_weight: float) -> None:
+def test_head_loss_and_gradients_equal_cross_entropy(tokens_at_once: int, z_weight: float) -> None:
     x, targets, weight = inputs()
     # Samples and columns weigh differently, so that no gradient hides in a sum.
     scale = torch.tensor([[1.0, 0.5], [2.0, 3.0], [0.1, 7.0]], dtype=torch.float64) * torch.tensor([1.0, z_weight])
@@ -54,7 +54,7 @@ def test_loss_and_gradients_are_those_of_cross_entropy(tokens_at_once: int, z_we
     torch.testing.assert_close(made.weight.grad, their_weight.grad, rtol=1e-11, atol=1e-12)
 
 
-def test_gradients_are_the_derivatives() -> None:
+def test_head_gradients_equal_numerical_derivatives() -> None:
     x, targets, weight = inputs()
     made = head(weight[:8], tokens_at_once=5)
     made.weight.requires_grad_(False)
@@ -62,7 +62,7 @@ def test_gradients_are_the_derivatives() -> None:
     assert torch.autograd.gradcheck(lambda part: losses_of(made, part, few), (x[:1].requires_grad_(),))
 
 
-def test_a_sample_without_targets_has_no_loss_and_no_gradient() -> None:
+def test_head_sample_without_targets_has_no_loss_or_gradient() -> None:
     x, targets, weight = inputs()
     targets[1] = IGNORED
     made = head(weight, tokens_at_once=8)
@@ -77,7 +77,7 @@ def test_a_sample_without_targets_has_no_loss_and_no_gradient() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("tokens_at_once", [7, 1000])
-def test_loss_is_at_least_fp32(dtype: torch.dtype, tokens_at_once: int) -> None:
+def test_head_loss_is_at_least_fp32(dtype: torch.dtype, tokens_at_once: int) -> None:
     x, targets, weight = inputs(dtype)
     made = head(weight, tokens_at_once=tokens_at_once)
     x.requires_grad_()
@@ -90,7 +90,7 @@ def test_loss_is_at_least_fp32(dtype: torch.dtype, tokens_at_once: int) -> None:
     assert x.grad.dtype == dtype
 
 
-def test_chunks_keep_no_logits() -> None:
+def test_head_chunks_keep_no_logits() -> None:
     x, targets, weight = inputs()
     sizes: list[int] = []
 
@@ -105,7 +105,7 @@ def test_chunks_keep_no_logits() -> None:
         assert (51 * VOCABULARY in sizes) == keeps
 
 
-def test_without_targets_the_head_gives_logits() -> None:
+def test_head_without_targets_returns_logits() -> None:
     x, _, weight = inputs()
     torch.testing.assert_close(head(weight)(x), F.linear(x, weight))
 
@@ -127,7 +127,7 @@ def _on_a_slice(tokens_at_once: int) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("tokens_at_once", [10, 1000])
-def test_slices_of_the_vocabulary_make_the_whole(tokens_at_once: int) -> None:
+def test_head_vocabulary_slices_compose_to_the_whole(tokens_at_once: int) -> None:
     x, targets, weight = inputs()
     whole = head(weight)
     x.requires_grad_()

@@ -26,7 +26,7 @@ def quiet() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_equal_those_of_transformers(case: str) -> None:
+def test_huggingface_logits_equal_transformers(case: str) -> None:
     kind, changes = CASES[case]
     theirs = hf_model(kind, changes)
     spec = model_spec_from_hf_config(theirs.config.to_dict())
@@ -88,7 +88,7 @@ PYTHIA_70M = {
 }
 
 
-def test_both_dialects_give_one_spec() -> None:
+def test_huggingface_config_both_dialects_give_one_spec() -> None:
     new = {key: value for key, value in LLAMA_3_8B.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
     new |= {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "dtype": "bfloat16"}
     assert model_spec_from_hf_config(new) == model_spec_from_hf_config(LLAMA_3_8B)
@@ -113,6 +113,6 @@ def test_both_dialects_give_one_spec() -> None:
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, "max_window_layers"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
+def test_huggingface_config_unsupported_field_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(SpecError, match=named):
         model_spec_from_hf_config(LLAMA_3_8B | changes)

@@ -15,7 +15,7 @@ SHAPES = [(1, 1), (7, 5), (300, 24), (33, 4096), (3, 5000), (2, 8193), (5000, 1)
 
 @given(st.data())
 @settings(max_examples=150, deadline=None)
-def test_a_box_holds_what_the_whole_holds_there(data: st.DataObject) -> None:
+def test_initial_slice_equals_the_whole_there(data: st.DataObject) -> None:
     shape = data.draw(st.sampled_from(SHAPES))
     starts = [data.draw(st.integers(0, size - 1)) for size in shape]
     sizes = [data.draw(st.integers(1, size - start)) for size, start in zip(shape, starts, strict=True)]
@@ -24,11 +24,11 @@ def test_a_box_holds_what_the_whole_holds_there(data: st.DataObject) -> None:
     assert torch.equal(box, whole[starts[0] : starts[0] + sizes[0], starts[1] : starts[1] + sizes[1]])
 
 
-def test_an_empty_box_is_empty() -> None:
+def test_initial_empty_slice_is_empty() -> None:
     assert normal(3, "a.weight", (7, 5), (7, 0), (0, 5)).shape == (0, 5)
 
 
-def test_seed_and_name_and_place_all_matter() -> None:
+def test_initial_seed_name_and_place_all_matter() -> None:
     shape = (64, 5000)
     one = normal(1, "a.weight", shape, (0, 0), shape)
     assert torch.equal(one, normal(1, "a.weight", shape, (0, 0), shape))
@@ -37,7 +37,7 @@ def test_seed_and_name_and_place_all_matter() -> None:
     assert one.unique().numel() > 0.99 * one.numel()
 
 
-def test_numbers_are_normal() -> None:
+def test_initial_numbers_are_normal() -> None:
     numbers = normal(1, "a.weight", (512, 2048), (0, 0), (512, 2048))
     assert numbers.dtype == torch.float32
     assert abs(numbers.mean()) < 0.005
@@ -47,7 +47,7 @@ def test_numbers_are_normal() -> None:
     assert (rows - torch.eye(64)).abs().max() < 0.15
 
 
-def test_these_bits_do_not_change() -> None:
+def test_initial_bits_are_pinned() -> None:
     """A changed stream would silently change every run that starts anew."""
     numbers = normal(1234, "layers.0.attention.query.weight", (8, 6000), (5, 4094), (1, 4))
     assert numbers[0].tolist() == PINNED
@@ -73,7 +73,7 @@ SPEC = ModelSpec(
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_every_parameter_starts_as_published(tied: bool) -> None:
+def test_initial_every_parameter_starts_as_published(tied: bool) -> None:
     decoder = Decoder(SPEC.model_copy(update={"tied_embeddings": tied}), seed=1)
     part = decoder.build_stage(range(2), embed=True, head=True)
     seen = set()
@@ -94,7 +94,7 @@ def test_every_parameter_starts_as_published(tied: bool) -> None:
     assert seen == {"bias", "norm", "matrix"}
 
 
-def test_a_tied_head_starts_as_the_embedding() -> None:
+def test_initial_tied_head_equals_embedding() -> None:
     decoder = Decoder(SPEC.model_copy(update={"tied_embeddings": True}), seed=1)
     boxes = [decoder.initial(name, (512, 64), (100, 0), (50, 64)) for name in ("embedding.weight", "head.weight")]
     assert torch.equal(*boxes)

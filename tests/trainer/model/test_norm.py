@@ -41,7 +41,7 @@ def _on_a_part() -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.dist
-def test_split_features_are_normalised_together() -> None:
+def test_rms_norm_split_features_equal_the_whole() -> None:
     whole = run(RMSNorm(FEATURES, 1e-3), *inputs())
     parts = zip(*run_ranks(4, _on_a_part), strict=True)
     for expected, pieces in zip(whole, parts, strict=True):

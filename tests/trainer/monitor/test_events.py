@@ -13,11 +13,11 @@ from keepwarm.trainer.monitor import events
 ROOT = Path(__file__).parents[3]
 
 
-def test_read_missing_file_is_an_empty_log(tmp_path: Path) -> None:
+def test_events_missing_file_is_an_empty_log(tmp_path: Path) -> None:
     assert events.read(tmp_path) == events.EventLog(())
 
 
-def test_append_from_many_processes_keeps_lines_whole(tmp_path: Path) -> None:
+def test_events_appended_by_many_processes_keep_lines_whole(tmp_path: Path) -> None:
     code = """if True:
         import sys
         from pathlib import Path
@@ -47,7 +47,7 @@ def test_append_from_many_processes_keeps_lines_whole(tmp_path: Path) -> None:
         "3",
     ],
 )
-def test_read_event_of_another_version_is_counted_and_left_out(tmp_path: Path, line: str) -> None:
+def test_events_of_another_version_are_counted_and_skipped(tmp_path: Path, line: str) -> None:
     events.append(tmp_path, events.Interrupted(step=1))
     with RunFolder(tmp_path).events_file.open("a") as file:
         file.write(line + "\n")
@@ -56,17 +56,17 @@ def test_read_event_of_another_version_is_counted_and_left_out(tmp_path: Path, l
     assert ([event.step for event in log.of(events.Interrupted)], log.unknown) == ([1, 2], 1)
 
 
-def test_read_unknown_field_is_ignored(tmp_path: Path) -> None:
+def test_events_unknown_field_is_ignored(tmp_path: Path) -> None:
     RunFolder(tmp_path).events_file.write_text('{"event": "interrupted", "time": 1.0, "step": 3, "by": "x"}\n')
     assert events.read(tmp_path) == events.EventLog((events.Interrupted(time=1.0, step=3),))
 
 
-def test_decode_every_event_is_named_in_snake_case() -> None:
+def test_events_all_names_are_snake_case() -> None:
     assert len(events.KINDS) == 27
     assert all(name.replace("_", "").islower() for name in events.KINDS)
     assert events.KINDS["lr_changed"] is events.LrChanged
 
 
-def test_decode_is_the_inverse_of_encode() -> None:
+def test_events_decode_inverts_encode() -> None:
     event = events.Failure(time=1.5, node="a", kind="agent", cause="it died", slots=(None, 3))
     assert events.decode(msgspec.json.encode(event)) == event

@@ -48,7 +48,7 @@ FIRST = marks(
 )
 
 
-def test_an_undisturbed_run() -> None:
+def test_goodput_undisturbed_run_is_accounted() -> None:
     found = [*FIRST, *marks((1, 123, "end", 3))]
     assert table(found) == {"productive": 8.0, "snapshot stall": 2.0, "start-up": 11.0, "evaluation": 2.0}
     account = goodput(found)
@@ -57,7 +57,7 @@ def test_an_undisturbed_run() -> None:
     assert "34.8% of 23.0 s: productive 8.0 s" in account.text()
 
 
-def test_a_failure_costs_the_steps_after_the_restored_one() -> None:
+def test_goodput_failure_costs_steps_after_the_restored_one() -> None:
     found = [*FIRST, *marks((2, 130, "start"), (2, 134, "restored", 2), (2, 137, "step", 3), (2, 138, "end", 3))]
     # Noticed at 126, a second late: 3 s of the fourth step are lost besides the third with its 3 s.
     assert table(found, Outage(126, 1.0)) == {
@@ -73,23 +73,23 @@ def test_a_failure_costs_the_steps_after_the_restored_one() -> None:
     assert (account.steps, account.steps_lost, account.restarts) == (3, 1, 1)
 
 
-def test_without_an_outage_the_failure_is_where_the_next_process_begins() -> None:
+def test_goodput_without_outage_dates_failure_at_next_start() -> None:
     found = [*FIRST, *marks((2, 130, "start"), (2, 134, "restored", 3), (2, 137, "step", 4))]
     assert table(found)["lost work"] == 8.0
     assert table(found)["recovery"] == 4.0
 
 
-def test_an_evaluation_that_is_repeated_is_lost() -> None:
+def test_goodput_repeated_evaluation_is_lost() -> None:
     found = marks((1, 0, "start"), (1, 1, "restored"), (1, 3, "evaluation"), (2, 3, "start"), (2, 4, "restored"))
     assert table(found) == {"lost work": 2.0, "recovery": 1.0, "start-up": 1.0}
 
 
-def test_a_failure_while_starting_is_no_lost_work() -> None:
+def test_goodput_failure_during_start_loses_no_work() -> None:
     found = marks((1, 0, "start"), (2, 5, "start"), (2, 7, "restored"), (2, 8, "step", 1))
     assert table(found) == {"start-up": 5.0, "recovery": 2.0, "productive": 1.0}
 
 
-def test_time_between_an_end_and_a_continuation_is_not_the_runs() -> None:
+def test_goodput_time_between_end_and_continuation_is_excluded() -> None:
     found = marks((1, 0, "start"), (1, 1, "restored"), (1, 2, "step", 1), (1, 2, "end", 1))
     later = Mark(session=2, time=1000.0, mark="start")
     account = goodput([*found, later, *marks((2, 1001, "restored", 1), (2, 1003, "step", 2))])
@@ -98,7 +98,7 @@ def test_time_between_an_end_and_a_continuation_is_not_the_runs() -> None:
     assert account.seconds["start-up"] == 2.0
 
 
-def test_a_frozen_process_that_wakes_up_changes_nothing() -> None:
+def test_goodput_frozen_process_that_resumes_changes_nothing() -> None:
     found = [*FIRST, *marks((2, 130, "start"), (2, 134, "restored", 2), (2, 137, "step", 3))]
     woken = marks((1, 135, "step", 4))
     assert goodput([*found[:-1], *woken, found[-1]]) == goodput(found)
@@ -134,7 +134,7 @@ def histories(draw: Callable[[Any], Any]) -> tuple[list[Mark], list[Outage]]:
 
 @settings(deadline=None)
 @given(histories())
-def test_every_second_is_accounted_for_once(history: tuple[list[Mark], list[Outage]]) -> None:
+def test_goodput_every_second_is_accounted_once(history: tuple[list[Mark], list[Outage]]) -> None:
     found, outages = history
     account = goodput(found, outages)
     made = spans(found, outages)
@@ -148,12 +148,12 @@ def test_every_second_is_accounted_for_once(history: tuple[list[Mark], list[Outa
 
 @settings(deadline=None)
 @given(histories())
-def test_steps_that_count_are_each_counted_once(history: tuple[list[Mark], list[Outage]]) -> None:
+def test_goodput_kept_steps_are_counted_once(history: tuple[list[Mark], list[Outage]]) -> None:
     kept = [span.step for span in spans(*history) if span.completes and span.kind == "productive"]
     assert kept == sorted(set(kept))
 
 
-def test_the_ledger_survives_restarts_and_torn_lines(tmp_path: Path) -> None:
+def test_goodput_file_survives_restarts_and_torn_lines(tmp_path: Path) -> None:
     first = Timeline(tmp_path, rank=0, began=0.0, restart=False, fresh=True)
     first.restored(0)
     first.step(1, 0.0)
@@ -176,7 +176,7 @@ def test_the_ledger_survives_restarts_and_torn_lines(tmp_path: Path) -> None:
     assert stored["wall_s"] == pytest.approx(sum(stored["seconds"].values()))
 
 
-def test_outages_come_from_the_events_of_supervisors(tmp_path: Path) -> None:
+def test_goodput_outages_come_from_supervisor_events(tmp_path: Path) -> None:
     timeline = Timeline(tmp_path, rank=0, began=100.0, restart=False, fresh=True)
     timeline.close(0, ended=False)
     lines = [

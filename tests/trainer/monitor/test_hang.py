@@ -29,16 +29,16 @@ def report(rank: int, *waiting: Waiting, reached: int = 7) -> Report:
         ([900.0] + [20.0] * 32, 200.0),
     ],
 )
-def test_the_deadline_follows_the_median_of_the_newest_steps(seconds: list[float], expected: float | None) -> None:
+def test_hang_deadline_follows_median_of_newest_steps(seconds: list[float], expected: float | None) -> None:
     assert hang.deadline(seconds, floor=120.0, factor=10.0) == expected
 
 
 @pytest.mark.parametrize(("waited", "frozen"), [(1.0, False), (30.9, False), (31.1, True)])
-def test_who_was_stopped_itself_begins_anew(waited: float, frozen: bool) -> None:
+def test_hang_own_freeze_resets_the_deadline(waited: float, frozen: bool) -> None:
     assert hang.was_frozen(waited, asked=1.0, floor=120.0) is frozen
 
 
-def test_who_wrote_no_report_is_silent() -> None:
+def test_hang_rank_without_report_is_silent() -> None:
     verdict = hang.judge([report(0, REDUCE), report(2, REDUCE)], 3)
     assert (verdict.silent, verdict.late) == ((1,), ())
     assert verdict.text == (
@@ -47,13 +47,13 @@ def test_who_wrote_no_report_is_silent() -> None:
     )
 
 
-def test_who_has_not_come_to_a_collective_is_late() -> None:
+def test_hang_rank_missing_from_collective_is_late() -> None:
     verdict = hang.judge([report(0, REDUCE), report(1, reached=6)], 2)
     assert (verdict.silent, verdict.late) == ((), (1,))
     assert "rank 1 did not reach a collective that others wait in" in verdict.text
 
 
-def test_ranks_of_other_groups_are_not_late() -> None:
+def test_hang_ranks_of_other_groups_are_not_late() -> None:
     other = Report(rank=1, step=11, seconds=4.0, waiting=(), reached={"data (4)": 2}, stacks="")
     verdict = hang.judge([report(0, REDUCE), other], 2)
     assert (verdict.silent, verdict.late) == ((), ())
@@ -77,7 +77,7 @@ def watchdog(folder: Path, ended: Ended, rank: int = 0, **health: float | None) 
     return Watchdog(spec, folder, rank=rank, size=2, restart=1, end=ended)
 
 
-def test_ranks_that_hang_end_and_the_lowest_says_why(tmp_path: Path) -> None:
+def test_hang_ranks_end_and_the_lowest_reports(tmp_path: Path) -> None:
     ended = [Ended(), Ended()]
     dogs = [watchdog(tmp_path, one, rank) for rank, one in enumerate(ended)]
     for step in range(hang.KNOWN + 1):
@@ -96,7 +96,7 @@ def test_ranks_that_hang_end_and_the_lowest_says_why(tmp_path: Path) -> None:
     assert "test_hang.py" in (Path(event.reports) / "rank_00000.json").read_text()
 
 
-def test_what_takes_its_own_time_is_left_alone(tmp_path: Path) -> None:
+def test_hang_suspended_or_disabled_watchdog_does_nothing(tmp_path: Path) -> None:
     ended = Ended()
     for relaxed, health in ((True, {}), (False, {"min_hang_timeout": None})):
         dog = watchdog(tmp_path, ended, **health)

@@ -6,13 +6,13 @@ from keepwarm.trainer.job.sections import HealthSpec
 from keepwarm.trainer.monitor.health import WARM_STEPS, Health
 
 
-def test_stops_after_max_skipped_in_a_row() -> None:
+def test_health_stops_after_max_skipped_in_a_row() -> None:
     health = Health(spec=HealthSpec(max_skipped=3))
     verdicts = [health.judge(math.nan, skipped=True) for _ in range(3)]
     assert verdicts == ["skipped", "skipped", "stop"]
 
 
-def test_a_good_step_starts_the_count_anew() -> None:
+def test_health_good_step_resets_the_count() -> None:
     health = Health(spec=HealthSpec(max_skipped=2))
     assert health.judge(math.inf, skipped=True) == "skipped"
     assert health.judge(1.0, skipped=False) == "good"
@@ -20,14 +20,14 @@ def test_a_good_step_starts_the_count_anew() -> None:
     assert (health.skipped_total, health.skipped_in_a_row) == (2, 1)
 
 
-def test_a_spike_is_judged_against_the_running_mean() -> None:
+def test_health_spike_is_judged_against_running_mean() -> None:
     health = Health(spec=HealthSpec(spike_factor=1.5))
     assert {health.judge(2.0, skipped=False) for _ in range(WARM_STEPS)} == {"good"}
     assert health.judge(2.9, skipped=False) == "good"
     assert health.judge(4.0, skipped=False) == "spike"
 
 
-def test_saved_and_loaded_it_judges_the_same() -> None:
+def test_health_saved_and_loaded_judges_the_same() -> None:
     health = Health(spec=HealthSpec())
     for loss in (3.0, 2.5, 2.0):
         health.judge(loss, skipped=False)

@@ -30,7 +30,7 @@ def steps_in(folder: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_resuming_drops_later_lines_and_a_torn_one(tmp_path: Path) -> None:
+def test_metrics_resume_drops_later_and_torn_lines(tmp_path: Path) -> None:
     first = Metrics(tmp_path, LogSpec(tensorboard=False), "run", rank=0, resume_step=None)
     first.evaluation(0, {"en": 3.0})
     for step in (1, 2, 3):
@@ -46,7 +46,7 @@ def test_resuming_drops_later_lines_and_a_torn_one(tmp_path: Path) -> None:
     assert RunFolder(tmp_path).evaluations() == [{"en": 3.0}]
 
 
-def test_a_loss_that_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
+def test_metrics_non_finite_loss_is_null_in_json(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, LogSpec(tensorboard=False), "run", rank=0, resume_step=None)
     metrics.step(at(1, math.nan))
     metrics.close()
@@ -63,7 +63,7 @@ def test_losses_besides_the_main_one_are_written_by_name(tmp_path: Path) -> None
     assert (more["loss/z_loss"], more["loss/balance"]) == (16.0, None)
 
 
-def test_tensorboard_events_are_written(tmp_path: Path) -> None:
+def test_metrics_tensorboard_events_are_written(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, LogSpec(), "run", rank=0, resume_step=None)
     metrics.step(at(1))
     metrics.close()
@@ -74,7 +74,7 @@ def test_tensorboard_events_are_written(tmp_path: Path) -> None:
     assert events.Scalars("loss")[0].value == 2.0
 
 
-def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+def test_metrics_other_ranks_write_nothing(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, LogSpec(), "run", rank=1, resume_step=None)
     metrics.step(at(1))
     metrics.event(events.Interrupted(step=1))
@@ -82,7 +82,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_log_line_has_megatrons_grammar() -> None:
+def test_log_line_matches_megatron_grammar() -> None:
     line = LogLine(
         metrics=at(7), last_step=20, consumed_samples=56, global_batch_size=8, tokens_per_s=5120.0, skipped=0
     ).text()
@@ -131,7 +131,7 @@ def log_spec(sinks: str) -> LogSpec:
     return load_job(Path("ci/tiny"), ["log.tensorboard=false", f"log.sinks={sinks}"]).log
 
 
-def test_sink_that_fails_is_warned_of_once_and_called_again(
+def test_sink_failure_warns_once_and_sink_is_called_again(
     tmp_path: Path, flaky: type[Flaky], caplog: pytest.LogCaptureFixture
 ) -> None:
     metrics = Metrics(tmp_path, log_spec("{flaky: {fails_at: [1, 2]}}"), "run", rank=0, resume_step=None)
@@ -148,7 +148,7 @@ def test_sink_that_fails_is_warned_of_once_and_called_again(
     ]
 
 
-def test_sink_that_cannot_be_opened_is_left_out(tmp_path: Path, flaky: type[Flaky]) -> None:
+def test_sink_that_cannot_be_opened_is_skipped(tmp_path: Path, flaky: type[Flaky]) -> None:
     metrics = Metrics(tmp_path, log_spec("{flaky: {fails_to_open: true}}"), "run", rank=0, resume_step=None)
     metrics.step(at(1))
     metrics.close()
@@ -171,7 +171,7 @@ def test_sink_wrong_name_or_option_is_refused(sinks: str, message: str) -> None:
     assert message in str(refused.value)
 
 
-def test_sinks_short_forms_are_overruled_by_the_section() -> None:
+def test_sinks_section_overrides_short_forms() -> None:
     assert LogSpec(wandb="p").chosen == {"tensorboard": {}, "wandb": {"project": "p"}}
     sinks = {"wandb": {"project": "q", "tags": ["a"]}}
     assert LogSpec(tensorboard=False, wandb="p", sinks=sinks).chosen == sinks

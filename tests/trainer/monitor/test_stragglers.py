@@ -47,38 +47,38 @@ def traces(
     ]
 
 
-def test_what_is_waited_does_not_count() -> None:
+def test_straggler_waiting_time_does_not_count() -> None:
     assert excess(traces([[10] * 11, [30] * 11])) == pytest.approx({0: 0.0, 1: 2 / 3})
 
 
-def test_what_communication_takes_is_nobodys() -> None:
+def test_straggler_communication_time_does_not_count() -> None:
     found = excess(traces([[10] * 11, [30] * 11], communication=30))
     assert found == pytest.approx({0: 0.0, 1: 1 / 3})
 
 
-def test_a_slow_rank_is_named_with_its_host() -> None:
+def test_straggler_slow_rank_is_named_with_its_host() -> None:
     (found,) = stragglers(traces([[10] * 9, [10] * 9, [25] * 9, [10] * 9]), 1.5)
     assert (found.rank, found.host) == (2, "node-2")
     assert found.ratio == pytest.approx(2.5)
 
 
-def test_groups_of_their_own_wait_for_their_own_members() -> None:
+def test_straggler_is_judged_within_its_own_group() -> None:
     (found,) = stragglers(traces([[10] * 9, [10] * 9, [40] * 9, [10] * 9], groups=2), 1.5)
     assert found.rank == 2
     assert found.ratio == pytest.approx(4)
 
 
-def test_stages_have_work_of_their_own() -> None:
+def test_straggler_pipeline_stages_are_not_compared() -> None:
     assert not stragglers(traces([[10] * 9, [30] * 9], stages=[0, 1]), 1.5)
 
 
-def test_equal_ranks_and_short_traces_have_no_straggler() -> None:
+def test_straggler_equal_ranks_and_short_traces_have_none() -> None:
     assert not stragglers(traces([[10] * 9] * 4), 1.5)
     assert not stragglers(traces([[10], [90]]), 1.5)
     assert not stragglers([], 1.5)
 
 
-def test_what_follows_a_message_is_not_judged() -> None:
+def test_straggler_time_after_a_message_does_not_count() -> None:
     flights = (flight("a", 0, 0), flight("b", 0, 10, message=True), flight("a", 1, 5000))
     assert excess([Trace(0, 0, "", flights)]) == {0: 0.0}
 
@@ -86,7 +86,7 @@ def test_what_follows_a_message_is_not_judged() -> None:
 @pytest.mark.dist
 @pytest.mark.ci
 @pytest.mark.timeout(600)
-def test_a_rank_that_is_slowed_down_is_named(tmp_path: Path) -> None:
+def test_straggler_slowed_rank_in_a_run_is_named(tmp_path: Path) -> None:
     folder, log = tmp_path / "slow", tmp_path / "slow.out"
     steps = ["stages.0.tokens=512000", "health.straggler_every=5"]
     with started(keepwarm(str(TINY), f"output={folder}", *TWO_RANKS, *steps), log) as process:

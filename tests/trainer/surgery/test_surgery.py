@@ -95,7 +95,7 @@ def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], tol
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("sizes", [{"ffn": 33}, {"heads": 8}, {"hidden": 48, "ffn": 40, "heads": 12}])
-def test_a_widened_model_computes_the_same_and_coalesces_back(tmp_path: Path, kind: str, sizes: dict[str, int]) -> None:
+def test_widen_keeps_the_function_and_coalesces_back(tmp_path: Path, kind: str, sizes: dict[str, int]) -> None:
     path = checkpoint(tmp_path / "run", MODELS[kind])
     wider = [option for name, size in sizes.items() for option in (f"--{name}", size)]
     run("widen", path, "--to", tmp_path / "wide", *wider)
@@ -108,7 +108,7 @@ def test_a_widened_model_computes_the_same_and_coalesces_back(tmp_path: Path, ki
     assert_equal(weights(tmp_path / "back"), weights(path), tolerance=1e-6)
 
 
-def test_advanced_knowledge_comes_from_the_layer_above(tmp_path: Path) -> None:
+def test_widen_aki_copies_from_the_layer_above(tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "run", LLAMA)
     run("widen", path, "--to", tmp_path / "wide", "--ffn", 30, "--how", "aki")
     old, new = weights(path), weights(tmp_path / "wide")
@@ -119,7 +119,7 @@ def test_advanced_knowledge_comes_from_the_layer_above(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_silent_layers_keep_the_function(tmp_path: Path, kind: str) -> None:
+def test_deepen_silent_layers_keep_the_function(tmp_path: Path, kind: str) -> None:
     path = checkpoint(tmp_path / "run", MODELS[kind])
     run("deepen", path, "--layers", 5, "--to", tmp_path / "deep")
     assert torch.equal(logits(tmp_path / "deep"), logits(path))
@@ -127,7 +127,7 @@ def test_silent_layers_keep_the_function(tmp_path: Path, kind: str) -> None:
     assert torch.equal(new["layers.1.attention.query.weight"], old["layers.0.attention.query.weight"])
 
 
-def test_stacked_and_repeated_layers_lie_where_they_should_and_coalesce_back(tmp_path: Path) -> None:
+def test_deepen_stacked_and_repeated_layers_coalesce_back(tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "run", LLAMA)
     old = weights(path)
     for how, order in (("stack", (0, 1, 0, 1)), ("repeat", (0, 0, 1, 1))):
@@ -167,7 +167,7 @@ def tokenizer(path: Path, tokens: Sequence[str]) -> Path:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("start", ["mean", "neighbours"])
-def test_tokens_that_stay_keep_their_logits(tmp_path: Path, tied: bool, start: str) -> None:
+def test_vocabulary_kept_tokens_keep_their_logits(tmp_path: Path, tied: bool, start: str) -> None:
     path = checkpoint(tmp_path / "run", LLAMA.model_copy(update={"tied_embeddings": tied}))
     old = [f"word{at:02d}" for at in range(40)]
     new = [*reversed(old[5:]), "word071", "quite else", "zzz"]
@@ -189,7 +189,7 @@ def test_tokens_that_stay_keep_their_logits(tmp_path: Path, tied: bool, start: s
         assert not torch.allclose(made, mean, atol=1e-3)
 
 
-def test_another_rotary_base_changes_the_spec_alone(tmp_path: Path) -> None:
+def test_rope_theta_changes_the_spec_alone(tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "run", LLAMA)
     done = run("rope", path, "--theta", 500000, "--max-sequence-length", 64, "--to", tmp_path / "long")
     assert (done["model"]["rope_theta"], done["model"]["max_sequence_length"]) == (500000.0, 64)
@@ -217,7 +217,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_cannot_be_is_refused_and_nothing_is_written(tmp_path: Path, name: str) -> None:
+def test_surgery_impossible_request_is_refused_and_writes_nothing(tmp_path: Path, name: str) -> None:
     path = checkpoint(tmp_path / "run", LLAMA)
     command, *options = REFUSALS[name].command
     with pytest.raises(SpecError, match=REFUSALS[name].said):
@@ -225,7 +225,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(tmp_path: Path, name: 
     assert not (tmp_path / "no").exists()
 
 
-def test_other_architectures_are_not_subtracted(tmp_path: Path) -> None:
+def test_difference_of_other_architectures_is_refused(tmp_path: Path) -> None:
     one, two = checkpoint(tmp_path / "one", LLAMA), checkpoint(tmp_path / "two", MODELS["gpt"])
     with pytest.raises(SpecError, match="missing"):
         run("difference", one, "--base", two, "--to", tmp_path / "no")
