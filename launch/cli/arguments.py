@@ -13,7 +13,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace those of the job file, as parallel.tensor=2."),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (also KEEPWARM_DEBUG=1).")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")]
 Force = Annotated[bool, typer.Option("--force", help="Empty the output folder and start the run again.")]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from keepwarm.launch.cli.arguments import WITH_OVERRIDES, Debug, Force, Job, Overrides, Resume, RunFolder, start_mode
+from keepwarm.launch.cli.arguments import WITH_OVERRIDES, Force, Job, Overrides, Resume, RunFolder, start_mode
 
 cluster = typer.Typer()
 
@@ -34,7 +34,6 @@ def submit(
     sweep: Sweep = None,
     max_parallel: MaxParallel = None,
     backend: Backend = "slurm",
-    debug: Debug = False,
 ) -> None:
     """Submit a job to a batch system after checking it against its files and the cluster.
 
@@ -66,7 +65,6 @@ def submit(
 def runs(
     folder: Runs = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
-    debug: Debug = False,
 ) -> None:
     """List runs with the state of their job, nodes, restarts, step, loss, speed and time left."""
     from keepwarm.launch.batch.runs import show_runs
@@ -78,7 +76,6 @@ def runs(
 def watch(
     folder: Runs = Path("runs"),
     every: Annotated[float, typer.Option("--every", min=0.1, metavar="SECONDS", help="Time between refreshes.")] = 5.0,
-    debug: Debug = False,
 ) -> None:
     """List runs and refresh the list until none of their jobs is active."""
     from keepwarm.launch.batch.watch import watch as watch_runs
@@ -94,7 +91,6 @@ def logs(
     ] = None,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Number of lines to show.")] = 50,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing what is added, until Ctrl-C.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Print the end of the log of a run's job, or of one of its ranks."""
     from keepwarm.launch.batch.logs import show_log
@@ -103,7 +99,7 @@ def logs(
 
 
 @cluster.command()
-def cancel(run: RunFolder, now: Now = False, debug: Debug = False) -> None:
+def cancel(run: RunFolder, now: Now = False) -> None:
     """Save the state of a run and end its job."""
     from keepwarm.launch.batch.jobs import cancel as cancel_run
 
@@ -111,7 +107,7 @@ def cancel(run: RunFolder, now: Now = False, debug: Debug = False) -> None:
 
 
 @cluster.command()
-def requeue(run: RunFolder, now: Now = False, debug: Debug = False) -> None:
+def requeue(run: RunFolder, now: Now = False) -> None:
     """Save the state of a run and put its job back into the queue."""
     from keepwarm.launch.batch.jobs import requeue as requeue_run
 

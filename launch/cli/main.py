@@ -14,7 +14,6 @@ from keepwarm.exit_code import ExitCode
 from keepwarm.launch.cli.arguments import (
     PASSED_THROUGH,
     WITH_OVERRIDES,
-    Debug,
     Force,
     Job,
     Overrides,
@@ -43,6 +42,7 @@ Any value can be changed on the command line:
     keepwarm train job.yaml parallel.tensor=2 stages.0.lr.max=3e-4 output=runs/second
 
 Exit codes: 0 done, 2 bad input, 3 training stopped itself, 4 a fault that could not be recovered, 130 interrupted.
+Add `--debug` to any command to see the traceback of an error.
 """,
 )
 data = typer.Typer(
@@ -80,7 +80,6 @@ def plan(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     png: Annotated[Path | None, typer.Option("--png", help="Also plot learning rate and mixture to this file.")] = None,
-    debug: Debug = False,
 ) -> None:
     """Show a job's spec, rank layout, parameters, memory, steps and learning rates without starting anything.
 
@@ -118,7 +117,6 @@ def train(
     spares: Annotated[
         int, typer.Option("--spares", min=0, max=64, help="Number of nodes that wait to replace a lost one.")
     ] = 0,
-    debug: Debug = False,
 ) -> None:
     """Run a job on this machine: start its ranks, wait for them and exit with their code.
 
@@ -145,7 +143,6 @@ def branch(
     at: Annotated[int, typer.Option("--at", min=1, help="Step of the checkpoint, in a constant phase.")],
     anneal: Annotated[int, typer.Option("--anneal", min=1, help="Tokens over which the learning rate decays.")],
     overrides: Overrides = None,
-    debug: Debug = False,
 ) -> None:
     """Start a new run from a checkpoint in another run's constant phase, and anneal it for a release.
 
@@ -196,7 +193,6 @@ def drill(context: typer.Context) -> None:
 def status(
     run: RunFolder,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Show the progress of a run and where its time went.
 
@@ -223,7 +219,6 @@ def doctor(
 def snapshots(
     run: RunFolder,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Show the snapshots that a run's agents hold in this machine's memory.
 
@@ -306,10 +301,13 @@ def main() -> None:
     from keepwarm.trainer.errors import TrainerError
 
     signal.signal(signal.SIGINT, lambda number, frame: sys.exit(ExitCode.INTERRUPTED))
+    if "--debug" in sys.argv:  # of every command, and of the programs that some of them become
+        sys.argv.remove("--debug")
+        os.environ["KEEPWARM_DEBUG"] = "1"
     try:
         app(prog_name="keepwarm")
     except (LaunchError, TrainerError, ParallelError) as error:
-        if "--debug" in sys.argv or os.environ.get("KEEPWARM_DEBUG", "0") not in ("", "0"):
+        if os.environ.get("KEEPWARM_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
         elif str(error):
             print(f"keepwarm: {error}", file=sys.stderr)

@@ -4,7 +4,8 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,19 +23,40 @@ _PART_BYTES = 4 << 20
 _TEXT_METRICS = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 
 
+Tasks = Annotated[list[str] | None, typer.Option(help="Task of lm-eval; repeatable.")]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=FILE", help="Compute the perplexity of a .jsonl or .txt (.gz, .zst) file."),
+]
+Shots = Annotated[int | None, typer.Option(min=0, help="Number of examples before each question; default: the task's.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `keepwarm eval`; the command's help explains each."""
+
+    path: Path
+    tasks: list[str] | None
+    text: list[str] | None
+    include_path: Path | None
+    limit: int | None
+    shots: int | None
+    batch_size: int
+    dtype: str
+    device: str
+    online: bool
+    output: Path | None
+    as_json: bool
+
+
 @app.command()
 def command(
     path: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, checkpoint or Hugging Face folder.")],
-    tasks: Annotated[list[str] | None, typer.Option(help="Task of lm-eval; repeatable.")] = None,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=FILE", help="Compute the perplexity of a .jsonl or .txt (.gz, .zst) file."),
-    ] = None,
+    tasks: Tasks = None,
+    text: Texts = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with your own task files.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of documents per task.")] = None,
-    shots: Annotated[
-        int | None, typer.Option(min=0, help="Number of examples before each question; default: the task's.")
-    ] = None,
+    shots: Shots = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of requests to compute at once.")] = 8,
     dtype: Annotated[str, typer.Option(help="Compute in float32, bfloat16 or auto.")] = "auto",
     device: Annotated[str, typer.Option(help="Device: cpu or cuda.")] = "",
@@ -50,36 +72,39 @@ def command(
 
     keepwarm eval runs/large --tasks hellaswag --tasks arc_easy --online
     """
-    texts = [_named_file(one) for one in text or []]
-    if not tasks and not texts:
+    run(Options(**locals()))
+
+
+def run(options: Options) -> None:
+    """Score what the options name and print the result.
+
+    Raises:
+        SpecError, DataError, CheckpointError, OutputError: nothing was scored, or the result cannot be written.
+    """
+    texts = [_named_file(one) for one in options.text or []]
+    if not options.tasks and not texts:
         raise SpecError("nothing to score: give --tasks or --text NAME=FILE")
-    if output is not None and output.exists():
-        raise OutputError(f"{output}: exists already; remove it or choose another --output")
+    if options.output is not None and options.output.exists():
+        raise OutputError(f"{options.output}: exists already; remove it or choose another --output")
     with tempfile.TemporaryDirectory(prefix="keepwarm-eval-") as name:
         work = Path(name)
-        with _offline(work) if not online else contextlib.nullcontext():
+        with _offline(work) if not options.online else contextlib.nullcontext():
             local = [_text_task(task, file, work) for task, file in texts]
-            model, note = _model(path, work)
-            found = _scores(
-                model,
-                [*(tasks or []), *local],
-                include_path=include_path,
-                limit=limit,
-                shots=shots,
-                batch_size=batch_size,
-                dtype=dtype,
-                device=device or _device(),
-                online=online,
-            )
-    result = {"path": str(path), **note, "tasks": found}
-    if output is not None:
+            model, note = _model(options.path, work)
+            found = _scores(model, [*(options.tasks or []), *local], options)
+    result = {"path": str(options.path), **note, "tasks": found}
+    if options.output is not None:
         try:
-            output.write_text(json.dumps(result, indent=1) + "\n")
+            options.output.write_text(json.dumps(result, indent=1) + "\n")
         except OSError as error:
-            raise OutputError(f"{output}: {error.strerror}") from error
-    if as_json:
+            raise OutputError(f"{options.output}: {error.strerror}") from error
+    if options.as_json:
         typer.echo(json.dumps(result))
-        return
+    else:
+        _print(found)
+
+
+def _print(found: Mapping[str, Mapping[str, float | str]]) -> None:
     for task, scores in found.items():
         for metric, value in scores.items():
             typer.echo(
@@ -160,10 +185,7 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _scores(
-    model: Path, tasks: Sequence[str | dict[str, Any]], *, include_path: Path | None, limit: int | None,
-    shots: int | None, batch_size: int, dtype: str, device: str, online: bool,
-) -> dict[str, dict[str, float | str]]:  # fmt: skip
+def _scores(model: Path, tasks: Sequence[str | dict[str, Any]], options: Options) -> dict[str, dict[str, float | str]]:
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
@@ -173,20 +195,21 @@ def _scores(
     try:
         found = lm_eval.simple_evaluate(
             model="hf",
-            model_args={"pretrained": str(model), "dtype": dtype},
+            model_args={"pretrained": str(model), "dtype": options.dtype},
             tasks=list(tasks),
             task_manager=TaskManager(
-                include_path=None if include_path is None else str(include_path), include_defaults=named
+                include_path=None if options.include_path is None else str(options.include_path),
+                include_defaults=named,
             ),
-            num_fewshot=shots,
-            limit=limit,
-            batch_size=batch_size,
-            device=device,
+            num_fewshot=options.shots,
+            limit=options.limit,
+            batch_size=options.batch_size,
+            device=options.device or _device(),
             log_samples=False,
             bootstrap_iters=0,
         )
     except OSError as error:
-        hint = "" if online else "; nothing is downloaded without --online"
+        hint = "" if options.online else "; nothing is downloaded without --online"
         raise CheckpointError(f"{model}: {str(error).splitlines()[0]}{hint}") from error
     except (KeyError, ValueError) as error:
         known = "--tasks must name tasks of lm-eval, or of --include-path"

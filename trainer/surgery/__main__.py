@@ -111,20 +111,28 @@ def widen(
 def coalesce(
     source: Source,
     to: Destination,
-    layers: Size = None,
     hidden: Size = None,
     ffn: Size = None,
     heads: Size = None,
     as_json: AsJson = False,
 ) -> None:
-    """Shrink a model by merging neighbouring layers or units; undoes `deepen --how repeat` or `widen`."""
-    if (layers is None) == (hidden is None and ffn is None and heads is None):
-        raise SpecError("coalesce: give --layers, or some of --hidden, --ffn and --heads")
+    """Shrink a model by merging neighbouring units; undoes `widen`."""
+    if hidden is None and ffn is None and heads is None:
+        raise SpecError("coalesce: give some of --hidden, --ffn and --heads")
     with _Opened([source]) as (model,):
-        if layers is not None:
-            _tell(depth.coalesce_depth(model, layers, to), as_json)
-        else:
-            _tell(width.coalesce_width(model, Widths(hidden=hidden, ffn=ffn, heads=heads), to), as_json)
+        _tell(width.coalesce_width(model, Widths(hidden=hidden, ffn=ffn, heads=heads), to), as_json)
+
+
+@app.command()
+def coalesce_layers(
+    source: Source,
+    layers: Annotated[int, typer.Option(min=1, help="Number of layers of the new model.")],
+    to: Destination,
+    as_json: AsJson = False,
+) -> None:
+    """Shrink a model by merging neighbouring layers; undoes `deepen --how repeat`."""
+    with _Opened([source]) as (model,):
+        _tell(depth.coalesce_depth(model, layers, to), as_json)
 
 
 @app.command("vocabulary")

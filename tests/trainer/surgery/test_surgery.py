@@ -135,7 +135,7 @@ def test_deepen_stacked_and_repeated_layers_coalesce_back(tmp_path: Path) -> Non
         new = weights(tmp_path / how)
         for index, source in enumerate(order):
             assert torch.equal(new[f"layers.{index}.mlp.up.weight"], old[f"layers.{source}.mlp.up.weight"])
-    run("coalesce", tmp_path / "repeat", "--layers", 2, "--to", tmp_path / "back")
+    run("coalesce-layers", tmp_path / "repeat", "--layers", 2, "--to", tmp_path / "back")
     assert_equal(weights(tmp_path / "back"), old)
     run("prune", tmp_path / "stack", "--keep", "2-3", "--to", tmp_path / "pruned")
     assert torch.equal(logits(tmp_path / "pruned"), logits(path))
@@ -212,7 +212,7 @@ REFUSALS = {
     "a layer that is not there": Refusal(("prune", "--keep", "1,2"), r"--keep \[1, 2\]"),
     "a layer twice": Refusal(("prune", "--keep", "0,0"), r"--keep \[0, 0\]"),
     "no layers": Refusal(("prune", "--keep", "x"), "write layers as"),
-    "nothing to coalesce": Refusal(("coalesce",), "give --layers, or some of"),
+    "nothing to coalesce": Refusal(("coalesce",), "give some of --hidden"),
 }
 
 
