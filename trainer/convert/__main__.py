@@ -5,6 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ import typer
 
 from keepwarm.trainer.convert.dtypes import SHORT
 from keepwarm.trainer.convert.huggingface.exporter import to_huggingface
-from keepwarm.trainer.convert.huggingface.importer import from_huggingface
+from keepwarm.trainer.convert.huggingface.importer import Progress, from_huggingface, silent
 from keepwarm.trainer.data.preprocess import tool
 from keepwarm.trainer.errors import SpecError
 
@@ -31,27 +32,46 @@ class Format(StrEnum):
     DEEPSPEED = "deepspeed"
 
 
+Dtype = Annotated[str | None, typer.Option(help="Type of the weights: bf16, fp32 or fp16; default: as stored.")]
+ModelType = Annotated[
+    str | None, typer.Option(help="To hf, deepspeed: model family, as llama or qwen3; default: the parent's.")
+]
+Config = Annotated[Path | None, typer.Option(help="From all but hf: config.json or model spec; default: found in SRC.")]
+WeightsOnly = Annotated[bool, typer.Option("--weights-only", help="Leave out the optimizer state.")]
+TrustPickle = Annotated[
+    bool, typer.Option("--trust-pickle", help="Let pickles in SRC run code: only for files you trust.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `keepwarm convert`; the command's help explains each."""
+
+    source: Path
+    destination: Path
+    given: Format
+    wanted: Format
+    dtype: str | None
+    max_shard_size: str
+    model_type: str | None
+    config: Path | None
+    weights_only: bool
+    trust_pickle: bool
+    as_json: bool
+
+
 @app.command()
 def command(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Model folder, checkpoint or run folder.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to create; must not exist.")],
     given: Annotated[Format, typer.Option("--from", help="Format of SRC.")],
     wanted: Annotated[Format, typer.Option("--to", help="Format of DST.")],
-    dtype: Annotated[
-        str | None, typer.Option(help="Type of the weights: bf16, fp32 or fp16; default: as stored.")
-    ] = None,
+    dtype: Dtype = None,
     max_shard_size: Annotated[str, typer.Option(help="To hf: maximum size of a file, as 5GB or 500MB.")] = "5GB",
-    model_type: Annotated[
-        str | None, typer.Option(help="To hf, deepspeed: model family, as llama or qwen3; default: the parent's.")
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="From all but hf: config.json or model spec; default: found in SRC."),
-    ] = None,
-    weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave out the optimizer state.")] = False,
-    trust_pickle: Annotated[
-        bool, typer.Option("--trust-pickle", help="Let pickles in SRC run code: only for files you trust.")
-    ] = False,
+    model_type: ModelType = None,
+    config: Config = None,
+    weights_only: WeightsOnly = False,
+    trust_pickle: TrustPickle = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Convert checkpoints from and to the formats of other programs. DST is written whole or not at all.
@@ -68,50 +88,60 @@ def command(
     torchtitan (Llama 3), megatron (Megatron Core torch_dist, GPT), deepspeed (universal checkpoint, with the names of a
     Hugging Face model). All but hf carry AdamW's state.
     """
+    options = Options(**locals())
     began = time.perf_counter()
-    progress = _bar() if sys.stderr.isatty() and not as_json else lambda done, total: None
-    match given, wanted:
-        case Format.HF, Format.NATIVE:
-            done = from_huggingface(source, destination, dtype=_dtype(dtype), progress=progress)
-        case Format.NATIVE, Format.HF:
-            done = to_huggingface(
-                source,
-                destination,
-                dtype=_dtype(dtype),
-                max_shard_bytes=_size(max_shard_size),
-                model_type=model_type,
-                progress=progress,
-            )
-        case ((Format.DCP | Format.TORCHTITAN | Format.MEGATRON | Format.DEEPSPEED), Format.NATIVE):
-            from keepwarm.trainer.convert.dcp.importer import from_dcp
+    done = convert(options, _bar() if sys.stderr.isatty() and not as_json else silent)
+    _print(done | {"seconds": round(time.perf_counter() - began, 3)}, as_json)
 
-            done = from_dcp(
+
+def convert(options: Options, progress: Progress) -> dict[str, Any]:
+    """Write the checkpoint that the options ask for; return a summary.
+
+    Raises:
+        SpecError, CheckpointError, OutputError: nothing is left at the destination.
+    """
+    source, destination, dtype = options.source, options.destination, _dtype(options.dtype)
+    match options.given, options.wanted:
+        case Format.HF, Format.NATIVE:
+            return from_huggingface(source, destination, dtype=dtype, progress=progress)
+        case Format.NATIVE, Format.HF:
+            return to_huggingface(
                 source,
                 destination,
-                kind=given,
-                config=config,
-                dtype=_dtype(dtype),
-                weights_only=weights_only,
-                trust_pickle=trust_pickle,
+                dtype=dtype,
+                max_shard_bytes=_size(options.max_shard_size),
+                model_type=options.model_type,
                 progress=progress,
             )
-        case Format.NATIVE, (Format.DCP | Format.TORCHTITAN | Format.MEGATRON):
+        case ((Format.DCP | Format.TORCHTITAN | Format.MEGATRON | Format.DEEPSPEED) as kind, Format.NATIVE):
+            from keepwarm.trainer.convert.dcp.importer import ImportOptions, from_dcp
+
+            chosen = ImportOptions(
+                config=options.config,
+                dtype=dtype,
+                weights_only=options.weights_only,
+                trust_pickle=options.trust_pickle,
+            )
+            return from_dcp(source, destination, kind=kind, options=chosen, progress=progress)
+        case Format.NATIVE, (Format.DCP | Format.TORCHTITAN | Format.MEGATRON) as kind:
             from keepwarm.trainer.convert.dcp.exporter import to_dcp
 
-            done = to_dcp(
-                source, destination, kind=wanted, dtype=_dtype(dtype), weights_only=weights_only, progress=progress
-            )
+            weights_only = options.weights_only
+            return to_dcp(source, destination, kind=kind, dtype=dtype, weights_only=weights_only, progress=progress)
         case Format.NATIVE, Format.DEEPSPEED:
             from keepwarm.trainer.convert.deepspeed.exporter import to_deepspeed
 
             if dtype is not None:
                 raise SpecError("--dtype: a universal checkpoint of DeepSpeed is fp32 throughout")
-            done = to_deepspeed(
-                source, destination, model_type=model_type, weights_only=weights_only, progress=progress
+            return to_deepspeed(
+                source,
+                destination,
+                model_type=options.model_type,
+                weights_only=options.weights_only,
+                progress=progress,
             )
-        case _:
+        case given, wanted:
             raise SpecError(f"--from {given} --to {wanted}: nothing to convert; one of them must be native")
-    _print(done | {"seconds": round(time.perf_counter() - began, 3)}, as_json)
 
 
 def _print(done: dict[str, Any], as_json: bool) -> None:

@@ -59,16 +59,14 @@ def assemble(
 ) -> Run:
     """Build a run from any model and any sources; `build` passes those that the job names.
 
-    The order matters. Restoring writes into the shards of every stateful part, so these are built first; anything
-    derived from the state, such as curves and ledger segments, is built afterwards.
+    The order matters: a restore writes into the shards of every stateful part; curves and segments follow from that.
     """
     registered = registered_callbacks(job.callbacks)
     folder = Path(job.output)
     plans = plan_stages(job)
     parts = _stateful_parts(job, world, model, data)
-    checkpoints = Checkpoints(
-        RunFolder(folder).checkpoints, job.checkpoint, world, run=job.name, layout=layout_hash(job)
-    )
+    root = RunFolder(folder).checkpoints
+    checkpoints = Checkpoints(root, job.checkpoint, world, run=job.name, layout=layout_hash(job))
     if start != "restart":
         checkpoints.sweep()
     memory = MemoryTier() if job.snapshot == "off" else Snapshots(job, world, parts.shards(), parts.random)

@@ -13,7 +13,7 @@ from keepwarm.trainer.convert.native import NativeCheckpoint
 from keepwarm.trainer.data.preprocess import tool
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.surgery import arithmetic, depth, vocabulary, width
-from keepwarm.trainer.surgery.weights import Model, write
+from keepwarm.trainer.surgery.weights import Derivation, Model, write
 from keepwarm.trainer.surgery.width import Widths
 
 app = typer.Typer(
@@ -177,10 +177,8 @@ def rope(
             to,
             spec,
             model.read,
+            Derivation(parents=[model], made_by="given another RoPE base", settings=changes),
             dtype=model.dtype,
-            parents=[model],
-            made_by="given another RoPE base",
-            settings=changes,
         )
         _tell(done, as_json)
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from keepwarm.trainer.errors import CheckpointError, SpecError
-from keepwarm.trainer.surgery.weights import Array, Model, require_same, write
+from keepwarm.trainer.surgery.weights import Array, Derivation, Model, require_same, write
 
 VECTOR = "is a difference"
 """Setting that marks a checkpoint as the difference of two models rather than a model."""
@@ -58,10 +58,8 @@ def _combine(
         destination,
         first.spec,
         make,
+        Derivation(parents=models, made_by=made_by, settings=settings),
         dtype=lambda name: dtype or first.dtype(name),
-        parents=models,
-        made_by=made_by,
-        settings=settings,
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.model.shapes import split_layer
-from keepwarm.trainer.surgery.weights import Array, Model, write
+from keepwarm.trainer.surgery.weights import Array, Derivation, Model, write
 
 How = Literal["identity", "stack", "repeat"]
 
@@ -73,10 +73,8 @@ def coalesce_depth(model: Model, layers: int, destination: Path) -> dict[str, An
         destination,
         model.spec.model_copy(update={"layers": layers}),
         make,
+        Derivation(parents=[model], made_by="coalesced", settings={"layers": layers}),
         dtype=lambda name: model.dtype(_in(name, 0)),
-        parents=[model],
-        made_by="coalesced",
-        settings={"layers": layers},
     )
 
 
@@ -120,8 +118,6 @@ def _from_layers(
         destination,
         model.spec.model_copy(update={"layers": len(sources)}),
         make,
+        Derivation(parents=[model], made_by=made_by, settings=settings),
         dtype=lambda name: model.dtype(source(name)),
-        parents=[model],
-        made_by=made_by,
-        settings=settings,
     )

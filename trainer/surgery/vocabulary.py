@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from keepwarm.trainer.errors import DataError, SpecError
-from keepwarm.trainer.surgery.weights import Array, Model, write
+from keepwarm.trainer.surgery.weights import Array, Derivation, Model, write
 
 Start = Literal["mean", "neighbours"]
 
@@ -57,11 +57,13 @@ def change_vocabulary(
         destination,
         model.spec.model_copy(update={"vocabulary_size": rows}),
         make,
+        Derivation(
+            parents=[model],
+            made_by="given another vocabulary",
+            settings={"size": rows, "start": start, "shared": len(shared), "new": len(fresh)},
+            keep_files=False,
+        ),
         dtype=model.dtype,
-        parents=[model],
-        made_by="given another vocabulary",
-        settings={"size": rows, "start": start, "shared": len(shared), "new": len(fresh)},
-        keep_files=False,
     )
     return done | {"shared": len(shared), "new": len(fresh)}
 

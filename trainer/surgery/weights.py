@@ -1,6 +1,7 @@
 """Read and write weights of native checkpoints tensor by tensor; shared by all operations on models."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +55,36 @@ class Model:
         return {"format": "native", "path": str(self.native.path.resolve()), "run": manifest.run, "step": manifest.step}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Derivation:
+    """How a model was made, for its lineage."""
+
+    parents: Sequence[Model]
+    made_by: str
+    """The operation, in the past tense."""
+    settings: dict[str, Any]
+    keep_files: bool = True
+    """Carry the first parent's tokenizer and other files along."""
+
+    def meta(self, spec: ModelSpec) -> dict[str, Any]:
+        """Return what the manifest of the new model records."""
+        return {
+            "weights_only": True,
+            "note": "model weights alone: no optimizer state, no ledger",
+            "model": spec.model_dump(mode="json"),
+            "made_by": self.made_by,
+            "settings": self.settings,
+            "parents": [parent.origin for parent in self.parents],
+            "parent": self.parents[0].origin,
+        }
+
+
 def write(
-    destination: Path,
-    spec: ModelSpec,
-    make: Make,
-    *,
-    dtype: Callable[[str], str],
-    parents: Sequence[Model],
-    made_by: str,
-    settings: dict[str, Any],
-    keep_files: bool = True,
+    destination: Path, spec: ModelSpec, make: Make, derivation: Derivation, *, dtype: Callable[[str], str]
 ) -> dict[str, Any]:
     """Write a native checkpoint with weights only; return a summary.
 
-    Args:
-        dtype: of each parameter, as the safetensors format names it.
-        parents: the first one's tokenizer and other carried files go along with `keep_files`.
-        made_by: the operation, in the past tense, for the lineage; `settings` are its own.
+    `dtype` names the type of each parameter, as the safetensors format does.
 
     Raises:
         CheckpointError: a parent is damaged, or a value does not fit into its dtype; names the tensor.
@@ -92,29 +106,20 @@ def write(
         for start in range(0, len(flat), _BLOCK):
             yield cast(flat[start : start + _BLOCK].view(np.uint8), "F32", piece.dtype, piece.name)
 
-    first = parents[0].native
-    meta: dict[str, Any] = {
-        "weights_only": True,
-        "note": "model weights alone: no optimizer state, no ledger",
-        "model": spec.model_dump(mode="json"),
-        "made_by": made_by,
-        "settings": settings,
-        "parents": [parent.origin for parent in parents],
-        "parent": parents[0].origin,
-    }
+    first, meta = derivation.parents[0].native, derivation.meta(spec)
     with new_folder(destination) as tmp:
         try:
             part = write_part_blocks(tmp, 0, pieces, blocks)
         except FtError as error:
             raise CheckpointError(str(error)) from error
-        if keep_files and (kept := first.manifest.meta.get(FILES)):
+        if derivation.keep_files and (kept := first.manifest.meta.get(FILES)):
             meta[FILES] = kept | {"files": _carry(first, kept, tmp)}
         checkpoint.write_manifest(
             tmp, checkpoint.Identity(run=first.manifest.run, epoch=0, step=0, layout="whole"), ranks=1, meta=meta
         )
     return {
         "destination": str(destination),
-        "made_by": made_by,
+        "made_by": derivation.made_by,
         "parameters": sum(piece.elements for piece in pieces),
         "bytes": part.data_bytes,
         "model": spec.model_dump(mode="json"),

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.model.shapes import split_layer
 from keepwarm.trainer.model.spec import ModelSpec
-from keepwarm.trainer.surgery.weights import Array, Model, write
+from keepwarm.trainer.surgery.weights import Array, Derivation, Model, write
 
 Units = Literal["hidden", "queries", "keys", "ffn"]
 Index = npt.NDArray[np.int64]
@@ -68,10 +68,12 @@ def grow_width(model: Model, widths: Widths, how: Literal["fpi", "aki"], destina
         destination,
         wide,
         make,
+        Derivation(
+            parents=[model],
+            made_by="widened",
+            settings={"how": how, "hidden": wide.hidden_size, "ffn": wide.ffn_size, "heads": wide.heads},
+        ),
         dtype=model.dtype,
-        parents=[model],
-        made_by="widened",
-        settings={"how": how, "hidden": wide.hidden_size, "ffn": wide.ffn_size, "heads": wide.heads},
     )
 
 
@@ -109,10 +111,12 @@ def coalesce_width(model: Model, widths: Widths, destination: Path) -> dict[str,
         destination,
         narrow,
         make,
+        Derivation(
+            parents=[model],
+            made_by="coalesced",
+            settings={"hidden": narrow.hidden_size, "ffn": narrow.ffn_size, "heads": narrow.heads},
+        ),
         dtype=model.dtype,
-        parents=[model],
-        made_by="coalesced",
-        settings={"hidden": narrow.hidden_size, "ffn": narrow.ffn_size, "heads": narrow.heads},
     )
 
 

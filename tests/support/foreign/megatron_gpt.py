@@ -89,7 +89,7 @@ def main(folder: Path) -> None:
     from megatron.core import dist_checkpointing, parallel_state
 
     from keepwarm.trainer.convert.dcp.exporter import to_dcp
-    from keepwarm.trainer.convert.dcp.importer import from_dcp
+    from keepwarm.trainer.convert.dcp.importer import ImportOptions, from_dcp
 
     torch.cuda.synchronize = lambda *arguments: None
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
@@ -106,7 +106,7 @@ def main(folder: Path) -> None:
         (at / "theirs").mkdir()
         dist_checkpointing.save({**gpt.sharded_state_dict(), "iteration": 3}, str(at / "theirs"))
         safetensors.torch.save_file(state_of(gpt), at / "theirs.safetensors")
-        from_dcp(at / "theirs", at / "native", kind="megatron", config=at / "model.yaml")
+        from_dcp(at / "theirs", at / "native", kind="megatron", options=ImportOptions(config=at / "model.yaml"))
         to_dcp(at / "native", at / "back", kind="megatron")
         with torch.no_grad():
             for parameter in gpt.parameters():

@@ -18,7 +18,7 @@ from keepwarm.ft.format.manifest import read_manifest
 from keepwarm.parallel.spec import ParallelSpec
 from keepwarm.trainer.convert.__main__ import app
 from keepwarm.trainer.convert.dcp.exporter import to_dcp
-from keepwarm.trainer.convert.dcp.importer import from_dcp
+from keepwarm.trainer.convert.dcp.importer import ImportOptions, from_dcp
 from keepwarm.trainer.convert.native import NativeCheckpoint
 from keepwarm.trainer.errors import CheckpointError, SpecError
 from keepwarm.trainer.model.rotary import rotate, rotation
@@ -103,7 +103,7 @@ def test_dcp_saved_by_torch_is_imported(tmp_path: Path, run: tuple[State, Path])
     write_dcp(tmp_path / "dcp", nested | {"dataloader": {"position": 7}})
     config = tmp_path / "model.yaml"
     config.write_text(MODEL.model_dump_json())
-    done = from_dcp(tmp_path / "dcp", tmp_path / "native", kind="dcp", config=config)
+    done = from_dcp(tmp_path / "dcp", tmp_path / "native", kind="dcp", options=ImportOptions(config=config))
     assert_same(native_state(tmp_path / "native"), run[0])
     assert done["left"] == ["dataloader.position"]
 
@@ -205,7 +205,7 @@ def test_dcp_pickle_that_runs_code_is_refused(tmp_path: Path, run: tuple[State, 
         from_dcp(tmp_path / "dcp", tmp_path / "native", kind="dcp")
     assert not (tmp_path / "harm").exists()
     with pytest.raises(CheckpointError, match=r"not DCP's metadata"):
-        from_dcp(tmp_path / "dcp", tmp_path / "native", kind="dcp", trust_pickle=True)
+        from_dcp(tmp_path / "dcp", tmp_path / "native", kind="dcp", options=ImportOptions(trust_pickle=True))
     assert (tmp_path / "harm").exists()
 
 
@@ -250,4 +250,4 @@ def test_dcp_tensor_of_wrong_shape_or_name_is_named(tmp_path: Path, run: tuple[S
     ):
         write_dcp(tmp_path / name, weights | change)
         with pytest.raises(CheckpointError, match=message):
-            from_dcp(tmp_path / name, tmp_path / "native", kind="dcp", config=config)
+            from_dcp(tmp_path / name, tmp_path / "native", kind="dcp", options=ImportOptions(config=config))

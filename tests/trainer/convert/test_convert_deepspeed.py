@@ -13,7 +13,7 @@ import torch
 from keepwarm.ft.format import checkpoint
 from keepwarm.ft.format.writer import write_part
 from keepwarm.parallel.spec import ParallelSpec
-from keepwarm.trainer.convert.dcp.importer import from_dcp
+from keepwarm.trainer.convert.dcp.importer import ImportOptions, from_dcp
 from keepwarm.trainer.convert.deepspeed.exporter import to_deepspeed
 from keepwarm.trainer.convert.native import NativeCheckpoint
 from keepwarm.trainer.errors import CheckpointError, SpecError
@@ -73,7 +73,12 @@ def test_deepspeed_checkpoint_round_trips_and_trains_on_bitwise(
     _, half, end = wholes[0]
     theirs = hf_model(*CASES[model], torch.float32)
     theirs.config.save_pretrained(tmp_path)
-    done = from_dcp(tmp_path / "theirs", tmp_path / "native", kind="deepspeed", config=tmp_path / "config.json")
+    done = from_dcp(
+        tmp_path / "theirs",
+        tmp_path / "native",
+        kind="deepspeed",
+        options=ImportOptions(config=tmp_path / "config.json"),
+    )
     assert done["moments"] == ["exp_avg", "exp_avg_sq"]
 
     # The oracle for names and layout: whole tensors, by torch.
@@ -117,7 +122,7 @@ def test_deepspeed_export_comes_back_with_optimizer_and_ledger(
     manifest = checkpoint.verify(tmp_path / "native")
     assert (manifest.step, manifest.meta["ledger"]) == (1, {"seed": 7})
     assert done["left"] == []
-    from_dcp(out, tmp_path / "weights", kind="deepspeed", weights_only=True)
+    from_dcp(out, tmp_path / "weights", kind="deepspeed", options=ImportOptions(weights_only=True))
     assert_same(native_state(tmp_path / "weights"), {n: t for n, t in state.items() if n.startswith("model.")})
 
 

@@ -11,7 +11,7 @@ import torch
 
 from keepwarm.parallel.spec import ParallelSpec
 from keepwarm.trainer.convert.dcp.exporter import to_dcp
-from keepwarm.trainer.convert.dcp.importer import from_dcp
+from keepwarm.trainer.convert.dcp.importer import ImportOptions, from_dcp
 from keepwarm.trainer.convert.native import NativeCheckpoint
 from keepwarm.trainer.errors import CheckpointError, SpecError
 from keepwarm.trainer.model.decoder import Decoder
@@ -119,4 +119,4 @@ def test_megatron_state_beyond_plain_values_is_refused(tmp_path: Path) -> None:
     torch.save({"iteration": 1, "args": Path("code")}, tmp_path / "megatron/common.pt")
     with pytest.raises(CheckpointError, match=r"common\.pt: .*--weights-only.*--trust-pickle"):
         from_dcp(tmp_path / "megatron", tmp_path / "native", kind="megatron")
-    from_dcp(tmp_path / "megatron", tmp_path / "native", kind="megatron", weights_only=True)
+    from_dcp(tmp_path / "megatron", tmp_path / "native", kind="megatron", options=ImportOptions(weights_only=True))

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pickle
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +38,31 @@ _NOT_THE_MODEL = ("optimizer.", "random.", "rng_state", "dataloader", "lr_schedu
 """Prefixes of tensors that may be ignored."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """How a foreign checkpoint is read."""
+
+    config: Path | None = None
+    """A config.json or model spec that describes the model; not needed for what keepwarm exported."""
+    dtype: str | None = None
+    """Type of the weights, as the safetensors format names it; None: as stored."""
+    weights_only: bool = False
+    """Leave the optimizer state behind."""
+    trust_pickle: bool = False
+    """See `DcpFolder`."""
+
+
 def from_dcp(
     source: Path,
     destination: Path,
     *,
     kind: str,
-    config: Path | None = None,
-    dtype: str | None = None,
-    weights_only: bool = False,
-    trust_pickle: bool = False,
+    options: ImportOptions = ImportOptions(),
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the checkpoint folder `destination`; return a summary, including what was not converted.
 
-    Args:
-        kind: a name in `keepwarm.trainer.convert.dialects.DIALECTS`, or deepspeed.
-        config: a config.json or model spec that says what the model is; not needed for what keepwarm exported.
-        weights_only: leave the optimizer state behind.
-        trust_pickle: see `DcpFolder`.
+    `kind` is a name in `keepwarm.trainer.convert.dialects.DIALECTS`, or deepspeed.
 
     Raises:
         SpecError: the model cannot be described, or not in this format.
@@ -62,14 +70,15 @@ def from_dcp(
         OutputError: `destination` exists or cannot be written; nothing is left there.
     """
     note = strict_json_file(source / NOTE) if (source / NOTE).is_file() else {}
-    spec = _spec(config, note, source)
+    spec, dtype, trust_pickle = _spec(options.config, note, source), options.dtype, options.trust_pickle
     folder: Folder
     if kind == "deepspeed":
-        folder, dialect = DeepSpeedFolder(source, trust_pickle=trust_pickle), names_of(_model_type(config, note, spec))
+        folder = DeepSpeedFolder(source, trust_pickle=trust_pickle)
+        dialect = names_of(_model_type(options.config, note, spec))
     else:
         folder, dialect = DcpFolder(source, trust_pickle=trust_pickle), DIALECTS[kind]
-    recipes, masters = _recipes(folder, dialect, kind, spec, weights_only)
-    moments = () if weights_only else _moments(folder, dialect, recipes)
+    recipes, masters = _recipes(folder, dialect, kind, spec, options.weights_only)
+    moments = () if options.weights_only else _moments(folder, dialect, recipes)
     if moments and dtype is not None:
         raise SpecError("--dtype converts weights alone; add --weights-only")
     step = _step(folder, kind, source, trust_pickle) if moments else None

@@ -1,6 +1,7 @@
 """Export a native checkpoint of any layout to a DeepSpeed universal checkpoint, which every ZeRO stage can load."""
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,9 @@ def to_deepspeed(
         total = 4 * sum(recipe.elements for recipe in recipes) * (1 + len(moments))
         size = 0
         for recipe in recipes:
-            place = folder / ZERO / recipe.name
-            place.mkdir(parents=True)
-            for key in (WEIGHT, *moments):
-                size += _write(place / f"{key}.pt", maker, recipe, MODEL if key == WEIGHT else f"optimizer.{key}.")
+            for written in _write_parameter(folder / ZERO / recipe.name, maker, recipe, moments, step):
+                size += written
                 progress(size, total)
-            if step is not None:
-                _save(place / f"{COUNTER}.pt", torch.tensor(float(step)))
-            sync(place)
         _write_counters(folder, native.manifest.step, step, len(recipes))
         sync(folder / ZERO)
         sync(folder)
@@ -96,6 +92,18 @@ def to_deepspeed(
         "carried": [],
         "left": left,
     }
+
+
+def _write_parameter(
+    place: Path, maker: Maker, recipe: Recipe, moments: Sequence[str], step: int | None
+) -> Iterator[int]:
+    """Write the folder of one parameter; yield the bytes of its weight and of each moment once they are written."""
+    place.mkdir(parents=True)
+    for key in (WEIGHT, *moments):
+        yield _write(place / f"{key}.pt", maker, recipe, MODEL if key == WEIGHT else f"optimizer.{key}.")
+    if step is not None:
+        _save(place / f"{COUNTER}.pt", torch.tensor(float(step)))
+    sync(place)
 
 
 def _write(file: Path, maker: Maker, recipe: Recipe, prefix: str) -> int:
