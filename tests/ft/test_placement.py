@@ -17,7 +17,7 @@ small_codes = st.sampled_from([(1, 1), (2, 1), (3, 1), (2, 2), (1, 2), (4, 2), (
 
 
 @st.composite
-def clusters(draw, largest=24):
+def clusters(draw: st.DrawFn, largest: int = 24) -> tuple[list[int], int, int]:
     """A code and the failure domains of enough nodes for it."""
     k, m = draw(small_codes)
     nodes = draw(st.integers(k + m, largest))
@@ -27,7 +27,7 @@ def clusters(draw, largest=24):
 
 @given(clusters(largest=200))
 @settings(deadline=None)
-def test_place_every_node_is_in_a_group_of_near_equal_size(cluster):
+def test_place_every_node_is_in_a_group_of_near_equal_size(cluster: tuple[list[int], int, int]) -> None:
     domains, k, m = cluster
     groups = place(domains, k, m)
     assert sorted(node for group in groups for node in group.members) == list(range(len(domains)))
@@ -44,7 +44,7 @@ def test_place_every_node_is_in_a_group_of_near_equal_size(cluster):
 
 @given(clusters(largest=60))
 @settings(deadline=None)
-def test_place_domains_are_spread_as_far_as_possible(cluster):
+def test_place_domains_are_spread_as_far_as_possible(cluster: tuple[list[int], int, int]) -> None:
     domains, k, m = cluster
     groups = place(domains, k, m)
     sizes = Counter(domains)
@@ -54,7 +54,7 @@ def test_place_domains_are_spread_as_far_as_possible(cluster):
         assert set(group.crowded) == {d for d, held in Counter(group.domains).items() if held > m and held > 1}
 
 
-def test_place_groups_stride_over_racks():
+def test_place_groups_stride_over_racks() -> None:
     racks = [f"rack {node // 4}" for node in range(16)]  # four racks of four, in the order of the nodes
     groups = place(racks, 3, 1)
     assert [group.members for group in groups] == [(0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15)]
@@ -64,7 +64,7 @@ def test_place_groups_stride_over_racks():
     assert [group.crowded for group in place(["a", "a", "a", "b"], 1, 1)] == [("a",), ()]
 
 
-def test_place_counts_that_do_not_divide_give_uneven_groups():
+def test_place_counts_that_do_not_divide_give_uneven_groups() -> None:
     assert [group.size for group in place(11, 3, 1)] == [6, 5]
     assert [group.k for group in place(11, 3, 1)] == [5, 4]
     assert [(group.members, group.k, group.m) for group in place(2, 1, 1)] == [((0, 1), 1, 1)]
@@ -72,7 +72,7 @@ def test_place_counts_that_do_not_divide_give_uneven_groups():
     assert [group.size for group in place(39, 18, 2)] == [20, 19]
 
 
-def test_place_single_node_is_unprotected():
+def test_place_single_node_is_unprotected() -> None:
     (group,) = place(1, 6, 2)
     assert (group.members, group.k, group.m, group.protected) == ((0,), 1, 0, False)
 
@@ -91,7 +91,7 @@ def test_place_single_node_is_unprotected():
         (4, CodeSpec(data=3, parity=1), (3, 1)),
     ],
 )
-def test_code_open_numbers_follow_from_nodes(nodes, code, expected):
+def test_code_open_numbers_follow_from_nodes(nodes: int, code: CodeSpec | None, expected: tuple[int, int]) -> None:
     (group,) = groups_of(nodes, SnapshotSpec(code=code))
     assert (group.k, group.m) == expected
 
@@ -109,12 +109,12 @@ def test_code_open_numbers_follow_from_nodes(nodes, code, expected):
         (41, 1, 20, "choose m <= 19"),
     ],
 )
-def test_place_code_that_does_not_fit_is_refused(nodes, k, m, message):
+def test_place_code_that_does_not_fit_is_refused(nodes: int, k: int, m: int, message: str) -> None:
     with pytest.raises(PlacementError, match=message):
         place(nodes, k, m)
 
 
-def test_loss_probability_equals_enumeration():
+def test_loss_probability_equals_enumeration() -> None:
     for nodes, k, m in ((7, 2, 1), (9, 2, 2), (6, 1, 1)):
         groups = place(nodes, k, m)
         for failures in range(nodes + 1):
@@ -135,7 +135,7 @@ def test_loss_probability_equals_enumeration():
         (13, 3, (0, 0, 0, 0)),
     ],
 )
-def test_loss_probability_matches_published_numbers(k, m, published):
+def test_loss_probability_matches_published_numbers(k: int, m: int, published: tuple[float, ...]) -> None:
     cases = [(nodes, failures) for nodes in (128, 1024) for failures in (2, 3)]
     computed = [loss_probability(place(nodes, k, m), failures) for nodes, failures in cases]
     assert computed == pytest.approx(published, rel=0.04)

@@ -11,10 +11,10 @@ from keepwarm.ft.format.writer import write_part
 from keepwarm.ft.worker.snapshotter import piece_of
 from keepwarm.parallel.mesh.layout import Layout, split_layers, stages_of
 from keepwarm.parallel.native.data import shard_size_of
-from keepwarm.parallel.native.tensor import SPLIT_DIM
 from keepwarm.parallel.parameter import ShardingSpec
 from keepwarm.parallel.shard import Shard
 from keepwarm.parallel.spec import ParallelSpec
+from keepwarm.parallel.style import SPLIT_DIM
 from keepwarm.trainer.checkpoint.checkpoint import host_bytes
 from keepwarm.trainer.model.shapes import parameter_shapes, tensor_plan
 from keepwarm.trainer.model.spec import ModelSpec

@@ -347,8 +347,8 @@ def violations(case: Case, expected: Outcome, found: Outcome) -> list[str]:
         weights = {name for name in expected.state if name.startswith("model.")}
         assert weights == {name for name in found.state if name.startswith("model.")}
         for name in sorted(weights):
-            a, b = expected.state[name].double(), found.state[name].double()
-            error = float((a - b).norm() / a.norm())
+            wanted, got = expected.state[name].double(), found.state[name].double()
+            error = float((wanted - got).norm() / wanted.norm())
             if not error <= (1e-9 if double else 1e-6):
                 problems.append(f"weight {name}: relative error {error:.1e}")
     return problems

@@ -131,7 +131,7 @@ class SlurmCluster:
 
     def login(self, *command: str, timeout: float = DEADLINE, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a command on the login node."""
-        return self.on(_LOGIN, *command, timeout=timeout, **environment)
+        return self.on(_LOGIN, *command, timeout=timeout, cwd=None, **environment)
 
     def start(self, *command: str, output: Path) -> subprocess.Popen[bytes]:
         """Start a command on the login node; it ends with the cluster."""

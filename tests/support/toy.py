@@ -25,7 +25,8 @@ from keepwarm.trainer.data.permutation import window_at
 from keepwarm.trainer.data.preprocess.prepare import PreparedData
 from keepwarm.trainer.data.table import Ints
 from keepwarm.trainer.distributed.world import World
-from keepwarm.trainer.job.spec import CheckpointSpec, JobSpec
+from keepwarm.trainer.job.sections import CheckpointSpec
+from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.loop.build import assemble
 from keepwarm.trainer.loop.interrupt import Interrupt
 from keepwarm.trainer.loop.loop import train

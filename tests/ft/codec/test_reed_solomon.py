@@ -3,10 +3,13 @@
 import importlib.metadata
 import itertools
 import mmap
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +18,8 @@ from keepwarm.ft.codec import galois, isal, reed_solomon
 from keepwarm.ft.codec.reed_solomon import Codec
 from keepwarm.ft.errors import CodecError, KernelUnavailable
 from tests.support.coding import encoded
+
+Chunk = npt.NDArray[np.uint8]
 
 KERNELS = ("isal", "numpy")
 # Around the kernels' vector widths, cache lines and the NumPy kernel's pieces.
@@ -25,13 +30,13 @@ sizes = st.one_of(st.sampled_from(SIZES), st.integers(0, 600))
 seeds = st.integers(0, 2**32 - 1)
 
 
-def random_chunks(count, size, seed, shift=0):
+def random_chunks(count: int, size: int, seed: int, shift: int = 0) -> list[Chunk]:
     """Chunks that start `shift`, 2 `shift` ... bytes off their allocation."""
     random = np.random.default_rng(seed)
     return [random.integers(0, 256, size + i * shift, np.uint8)[i * shift :] for i in range(count)]
 
 
-def slow_product(a, b):
+def slow_product(a: int, b: int) -> int:
     """Polynomial product modulo 0x11d, bit by bit."""
     product = 0
     for bit in range(8):
@@ -43,13 +48,13 @@ def slow_product(a, b):
     return product
 
 
-def test_galois_tables_match_definition():
+def test_galois_tables_match_definition() -> None:
     expected = [[slow_product(a, b) for b in range(256)] for a in range(256)]
     assert np.array_equal(galois.PRODUCTS, expected)
     assert all(galois.PRODUCTS[a, galois.INVERSES[a]] == 1 for a in range(1, 256))
 
 
-def test_galois_parity_rows_match_isal_cauchy_matrix_up_to_scale():
+def test_galois_parity_rows_match_isal_cauchy_matrix_up_to_scale() -> None:
     library = isal.ctypes.CDLL(str(isal.bundled_library()))
     for k, m in ((2, 1), (4, 2), (13, 3), (16, 16)):
         whole = np.zeros((k + m, k), np.uint8)
@@ -62,7 +67,7 @@ def test_galois_parity_rows_match_isal_cauchy_matrix_up_to_scale():
         assert np.array_equal(product[ratio, ratio[0, 0]], product[ratio[:, :1], ratio[:1, :]])
 
 
-def test_galois_any_k_rows_invert():
+def test_galois_any_k_rows_invert() -> None:
     for k, m in ((1, 4), (4, 4), (3, 5), (6, 2)):
         rows = galois.generator_matrix(k, m)
         for chosen in itertools.combinations(range(k + m), k):
@@ -73,7 +78,7 @@ def test_galois_any_k_rows_invert():
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_codec_single_parity_is_xor_and_single_data_is_mirrored(kernel):
+def test_codec_single_parity_is_xor_and_single_data_is_mirrored(kernel: str) -> None:
     data = random_chunks(5, 777, seed=1)
     (parity,) = encoded(Codec(5, 1, kernel=kernel), data)
     assert np.array_equal(parity, np.bitwise_xor.reduce(data))
@@ -82,7 +87,9 @@ def test_codec_single_parity_is_xor_and_single_data_is_mirrored(kernel):
 
 @given(codes, sizes, seeds, st.integers(0, 3), st.data())
 @settings(max_examples=150, deadline=None)
-def test_codec_kernels_agree_and_any_k_of_n_decode(code, size, seed, shift, draw):
+def test_codec_kernels_agree_and_any_k_of_n_decode(
+    code: tuple[int, int], size: int, seed: int, shift: int, draw: st.DataObject
+) -> None:
     k, m = code
     data = random_chunks(k, size, seed, shift)
     parity = encoded(Codec(k, m, kernel="numpy"), data)
@@ -99,7 +106,7 @@ def test_codec_kernels_agree_and_any_k_of_n_decode(code, size, seed, shift, draw
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("k", "m"), [(1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (3, 3), (6, 2)])
-def test_codec_every_combination_of_losses_decodes(kernel, k, m):
+def test_codec_every_combination_of_losses_decodes(kernel: str, k: int, m: int) -> None:
     codec = Codec(k, m, kernel=kernel)
     data = random_chunks(k, 100, seed=k * 10 + m)
     chunks = data + encoded(codec, data)
@@ -113,7 +120,9 @@ def test_codec_every_combination_of_losses_decodes(kernel, k, m):
 @pytest.mark.parametrize("kernel", KERNELS)
 @given(codes, sizes, seeds, st.data())
 @settings(max_examples=50, deadline=None)
-def test_codec_row_accumulated_in_any_order_equals_whole_chunks(kernel, code, size, seed, draw):
+def test_codec_row_accumulated_in_any_order_equals_whole_chunks(
+    kernel: str, code: tuple[int, int], size: int, seed: int, draw: st.DataObject
+) -> None:
     k, m = code
     codec = Codec(k, m, kernel=kernel)
     data = random_chunks(k, size, seed)
@@ -127,7 +136,7 @@ def test_codec_row_accumulated_in_any_order_equals_whole_chunks(kernel, code, si
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_codec_sub_range_decodes_into_caller_buffers(kernel):
+def test_codec_sub_range_decodes_into_caller_buffers(kernel: str) -> None:
     codec = Codec(4, 2, kernel=kernel)
     data = random_chunks(4, 1000, seed=3)
     chunks = data + encoded(codec, data)
@@ -140,11 +149,11 @@ def test_codec_sub_range_decodes_into_caller_buffers(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_codec_is_shared_by_caller_threads(kernel):
+def test_codec_is_shared_by_caller_threads(kernel: str) -> None:
     codec, reference = Codec(3, 2, kernel=kernel), Codec(3, 2, kernel="numpy")
     inputs = [random_chunks(3, 300_000, seed) for seed in range(8)]
 
-    def coded_and_lost(data):
+    def coded_and_lost(data: list[Chunk]) -> tuple[list[Chunk], dict[int, Chunk]]:
         parity = encoded(codec, data)
         found = {0: np.empty(300_000, np.uint8), 2: np.empty(300_000, np.uint8)}
         codec.decode({1: data[1], 3: parity[0], 4: parity[1]}, found)
@@ -157,7 +166,7 @@ def test_codec_is_shared_by_caller_threads(kernel):
         assert all(np.array_equal(found[i], data[i]) for i in found)
 
 
-def test_isal_lengths_over_limit_are_split(monkeypatch):
+def test_isal_lengths_over_limit_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isal, "MAX_LENGTH", 256)
     codec = Codec(3, 2, kernel="isal")
     data = random_chunks(3, 1000, seed=5)
@@ -168,7 +177,7 @@ def test_isal_lengths_over_limit_are_split(monkeypatch):
     assert all(np.array_equal(found[i], data[i]) for i in found)
 
 
-def test_codec_every_buffer_type_is_used_without_copy(tmp_path):
+def test_codec_every_buffer_type_is_used_without_copy(tmp_path: Path) -> None:
     codec = Codec(3, 2)
     blocks = random_chunks(3, 4096, seed=6)
     (tmp_path / "chunk").write_bytes(blocks[1].tobytes())
@@ -184,7 +193,7 @@ def test_codec_every_buffer_type_is_used_without_copy(tmp_path):
         shared.close()
 
 
-def test_codec_without_parity_decodes_nothing():
+def test_codec_without_parity_decodes_nothing() -> None:
     Codec(4, 0).decode(dict(enumerate(random_chunks(4, 10, seed=7))), {})
 
 
@@ -206,12 +215,12 @@ def test_codec_without_parity_decodes_nothing():
         (lambda: Codec(2, 1).decode({0: bytes(4), 1: bytes(4)}, {1: bytearray(4)}), "as present and as missing"),
     ],
 )
-def test_codec_invalid_call_is_refused(call, message):
+def test_codec_invalid_call_is_refused(call: Callable[[], object], message: str) -> None:
     with pytest.raises(CodecError, match=message):
         call()
 
 
-def test_codec_overlapping_output_is_refused_and_untouched():
+def test_codec_overlapping_output_is_refused_and_untouched() -> None:
     memory = bytearray(range(100))
     view, codec = memoryview(memory), Codec(2, 1)
     for data, parity in ((view[:50], view[49:99]), (view[20:30], view[29:39]), (view[20:30], view[20:30])):
@@ -226,17 +235,17 @@ def test_codec_overlapping_output_is_refused_and_untouched():
 
 
 @pytest.mark.parametrize("version", ["1.9.0", "2.29.1", "2.40.0", "3.0.0", "", "two"])
-def test_isal_unknown_release_is_refused(version):
+def test_isal_unknown_release_is_refused(version: str) -> None:
     with pytest.raises(KernelUnavailable, match=r"not in the series 2\.30 to 2\.39"):
         isal.check_version(version)
 
 
-def test_isal_bundled_release_is_known():
+def test_isal_bundled_release_is_known() -> None:
     isal.check_version("2.30")
     assert isal.load().version.startswith("2.3")
 
 
-def test_isal_foreign_library_is_refused(tmp_path):
+def test_isal_foreign_library_is_refused(tmp_path: Path) -> None:
     foreign = next(Path(str(file.locate())) for file in importlib.metadata.files("pyeclib") if "libnull" in file.name)
     with pytest.raises(KernelUnavailable, match="isal_get_version_str"):
         isal.IsalKernel(foreign)
@@ -245,8 +254,8 @@ def test_isal_foreign_library_is_refused(tmp_path):
         isal.IsalKernel(tmp_path / "libisal.so")
 
 
-def test_codec_without_isal_falls_back_to_numpy_with_one_warning(monkeypatch):
-    def absent(_name):
+def test_codec_without_isal_falls_back_to_numpy_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(_name: str) -> NoReturn:
         raise importlib.metadata.PackageNotFoundError("pyeclib")
 
     monkeypatch.setattr(isal.metadata, "files", absent)

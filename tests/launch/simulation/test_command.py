@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,24 +19,24 @@ QUICK = ("--gpus", "64", "--mtbf", "1h", "--duration", "2d", "--trials", "2", "-
 TIMES = Times(stall=0.01, worker=Restart(1, 1), node=Restart(5, 25), durable=Restart(5, 595))
 
 
-def simulate(*arguments, capsys):
+def simulate(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 0
     return capsys.readouterr().out
 
 
-def as_json(*arguments, capsys):
+def as_json(*arguments: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return json.loads(simulate(*arguments, "--json", capsys=capsys))
 
 
-def test_simulate_same_command_prints_same_bytes(capsys):
+def test_simulate_same_command_prints_same_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     first, second = (simulate(*QUICK, "--rack-share", "0.1", "--json", capsys=capsys) for _ in range(2))
     assert first == second
     assert first != simulate(*QUICK, "--rack-share", "0.1", "--json", "--seed", "1", capsys=capsys)
 
 
-def test_simulate_tables_name_schemes_and_assumptions(capsys):
+def test_simulate_tables_name_schemes_and_assumptions(capsys: pytest.CaptureFixture[str]) -> None:
     text = simulate(*QUICK, "--target-goodput", "0.9", capsys=capsys)
     for name in ("code (2, 2)", "2 replicas", "3 replicas", "disk", "recommended: code ("):
         assert name in text
@@ -44,7 +45,7 @@ def test_simulate_tables_name_schemes_and_assumptions(capsys):
     assert "\x1b" not in text  # plain where it is not a terminal
 
 
-def test_simulate_one_node_to_100_000_gpus_scales(capsys):
+def test_simulate_one_node_to_100_000_gpus_scales(capsys: pytest.CaptureFixture[str]) -> None:
     found = as_json("--gpus", "8,64,100000", "--rack-share", "0.02", "--duration", "3d", "--trials", "2", capsys=capsys)
     one, small, large = found["sizes"]
     assert [size["nodes"] for size in found["sizes"]] == [1, 8, 12500]
@@ -55,14 +56,14 @@ def test_simulate_one_node_to_100_000_gpus_scales(capsys):
     assert goodputs[0] > goodputs[1] > 0.9
 
 
-def test_simulate_plot_writes_pictures(tmp_path, capsys):
+def test_simulate_plot_writes_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "out"
     simulate("--gpus", "64,512", "--duration", "2d", "--trials", "2", "--plot", str(folder), capsys=capsys)
     assert {path.name for path in folder.iterdir()} == {"waste-64.png", "waste-512.png", "goodput.png", "losses.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())
 
 
-def test_simulate_trace_is_replayed(tmp_path, capsys):
+def test_simulate_trace_is_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [(3600, "node", 0), (3605, "node", 4), (9000, "worker", 1), (20000, "rack", ""), (86400, "", "")]
     table = tmp_path / "failures.csv"
     table.write_text("time_s,kind,node\n" + "".join(f"{time},{kind},{node}\n" for time, kind, node in rows))
@@ -85,7 +86,7 @@ def test_simulate_trace_is_replayed(tmp_path, capsys):
     assert pairs["failures"] == 4  # the fifth comes at the end
 
 
-def drill(tmp_path, **changes):
+def drill(tmp_path: Path, **changes: Any) -> Path:
     phases = {
         "detect": 1.0,
         "rendezvous": 0.5,
@@ -111,7 +112,7 @@ def drill(tmp_path, **changes):
     return path
 
 
-def test_apply_drill_sets_detection_and_recovery(tmp_path, capsys):
+def test_apply_drill_sets_detection_and_recovery(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = drill(tmp_path)
     assert apply_drill(TIMES, path) == Times(
         stall=0.01, worker=Restart(0.25, 0.5), node=Restart(1.0, 5.0), durable=TIMES.durable
@@ -137,7 +138,7 @@ def test_apply_drill_sets_detection_and_recovery(tmp_path, capsys):
         ),
     ],
 )
-def test_apply_drill_empty_drill_is_refused(tmp_path, changes, message):
+def test_apply_drill_empty_drill_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SimulationError, match=message):
         apply_drill(TIMES, drill(tmp_path, **changes))
 
@@ -155,7 +156,7 @@ def test_apply_drill_empty_drill_is_refused(tmp_path, changes, message):
         ("t.json", "[1]", "failure 1: expected an object"),
     ],
 )
-def test_load_trace_bad_row_is_named(tmp_path, name, text, message):
+def test_load_trace_bad_row_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(SimulationError, match=message):
         load_trace(tmp_path / name)
@@ -184,14 +185,14 @@ def test_load_trace_bad_row_is_named(tmp_path, name, text, message):
         (("--drill", "nowhere.json"), r"nowhere.json: No such file"),
     ],
 )
-def test_simulate_bad_input_is_one_line(arguments, message):
+def test_simulate_bad_input_is_one_line(arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(SimulationError, match=message) as raised:
         main([*arguments, "--duration", "1d", "--trials", "2"])
     assert raised.value.exit_code == 2
     assert "\n" not in str(raised.value)
 
 
-def test_simulate_bad_input_exits_2_with_message_on_stderr():
+def test_simulate_bad_input_exits_2_with_message_on_stderr() -> None:
     command = [sys.executable, "-c", "from keepwarm.launch.cli.main import main; main()", "simulate", "--gpus", "12"]
     ended = subprocess.run(
         command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[3], check=False
@@ -201,7 +202,7 @@ def test_simulate_bad_input_exits_2_with_message_on_stderr():
     assert ended.stderr.count("\n") == 1
 
 
-def test_simulate_imports_no_torch():
+def test_simulate_imports_no_torch() -> None:
     program = "import sys, keepwarm.launch.simulation.command, keepwarm.launch.simulation.report; "
     program += "sys.exit('torch' in sys.modules)"
     assert (
@@ -215,11 +216,11 @@ def test_simulate_imports_no_torch():
 @pytest.mark.parametrize(
     ("text", "value"), [("10ms", 0.01), ("30s", 30), ("30", 30), ("3.1h", 11160), ("54d", 4665600), (" 1e3 s ", 1000)]
 )
-def test_seconds_parses_durations(text, value):
+def test_seconds_parses_durations(text: str, value: float) -> None:
     assert seconds(text) == pytest.approx(value)
 
 
-def test_duration_formats_seconds():
+def test_duration_formats_seconds() -> None:
     assert [duration(s) for s in (0, 0.0149, 14.94, 818.2, 11160, 54 * 86400, float("inf"))] == [
         "0 ms",
         "14.9 ms",

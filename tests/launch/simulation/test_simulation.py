@@ -1,7 +1,9 @@
 """The simulator against closed forms, published arithmetic and itself."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,8 +37,8 @@ MEMORY = Times(stall=0.01, worker=THIRTY, node=THIRTY, durable=Restart(5.0, 595.
 DISK = replace(MEMORY, stall=30.0)
 
 
-def question(nodes=2048, **changes):
-    given = {
+def question(nodes: int = 2048, **changes: Any) -> Question:
+    given: dict[str, Any] = {
         "cluster": Cluster(nodes=nodes, spares=64, repair=1.0),  # never a wait
         "failures": Renewal(mtbf=MTBF),
         "horizon": LLAMA,
@@ -46,7 +48,7 @@ def question(nodes=2048, **changes):
     return with_intervals(Question(**given | changes))
 
 
-def within_error(values, expected, sigmas=4.0):
+def within_error(values: Sequence[float], expected: float, sigmas: float = 4.0) -> bool:
     """Whether `expected` lies within so many standard errors of the mean: chance fails one seed in 16,000."""
     mean, error = mean_error(values)
     return abs(mean - expected) <= sigmas * error
@@ -55,7 +57,7 @@ def within_error(values, expected, sigmas=4.0):
 # -- goodput ----------------------------------------------------------------------------------------------------------
 
 
-def test_simulation_young_daly_matches_published_waste():
+def test_simulation_young_daly_matches_published_waste() -> None:
     """The published 12.7 % and 0.40 % of waste, first order; the simulation agrees with the complete formula."""
     asked = question(trials=40)
     memory, *_, disk = ask(asked, schemes_for(asked))
@@ -72,7 +74,7 @@ def test_simulation_young_daly_matches_published_waste():
 @pytest.mark.parametrize(
     ("interval", "stall", "restart"), [(100.0, 5.0, 40.0), (1000.0, 60.0, 500.0), (300.0, 0.0, 0.0)]
 )
-def test_simulation_goodput_equals_daly_for_frequent_failures(interval, stall, restart):
+def test_simulation_goodput_equals_daly_for_frequent_failures(interval: float, stall: float, restart: float) -> None:
     times = Times(
         interval=interval, stall=stall, worker=THIRTY, node=THIRTY, durable=Restart(restart / 4, restart * 3 / 4)
     )
@@ -92,7 +94,9 @@ def test_simulation_goodput_equals_daly_for_frequent_failures(interval, stall, r
     st.integers(0, 1 << 30),
 )
 @settings(max_examples=60, deadline=None)
-def test_simulation_every_second_is_accounted_for(mtbf, interval, stall, commit, rebuild, spares, seed):
+def test_simulation_every_second_is_accounted_for(
+    mtbf: float, interval: float, stall: float, commit: float, rebuild: float, spares: int, seed: int
+) -> None:
     times = replace(MEMORY, interval=interval, stall=stall, commit=commit, rebuild=rebuild, durable_every=3 * interval)
     cluster = Cluster(nodes=24, rack=4, spares=spares, repair=3600.0)
     scheme = Scheme(name="s", groups=form_groups(cluster, 2, 1), times=times)
@@ -106,7 +110,14 @@ def test_simulation_every_second_is_accounted_for(mtbf, interval, stall, commit,
     assert ledger.losses <= ledger.from_durable
 
 
-def scripted(*events, spares=9, repair=1e9, horizon=10_000.0, code=(1, 1), **times):
+def scripted(
+    *events: tuple[float, Kind, int],
+    spares: int = 9,
+    repair: float = 1e9,
+    horizon: float = 10_000.0,
+    code: tuple[int, int] = (1, 1),
+    **times: float,
+) -> Ledger:
     """Nodes 0-2, 1-3 protect each other under (1, 1); a snapshot every 100 s, instantly committed."""
     cluster = Cluster(nodes=4, rack=1, spares=spares, repair=repair)
     given = Times(
@@ -126,7 +137,7 @@ def scripted(*events, spares=9, repair=1e9, horizon=10_000.0, code=(1, 1), **tim
     return walk(failures, horizon, cluster, Scheme(name="s", groups=groups, times=given))
 
 
-def test_walk_lost_node_is_decoded_and_loses_work_since_snapshot():
+def test_walk_lost_node_is_decoded_and_loses_work_since_snapshot() -> None:
     ledger = scripted((2050.0, Kind.NODE, 0))
     assert ledger == Ledger(
         productive=10_000 - 50 - 30, lost=50.0, detection=5.0, recovery=25.0, failures=1, from_memory=1
@@ -134,12 +145,12 @@ def test_walk_lost_node_is_decoded_and_loses_work_since_snapshot():
     assert scripted((2050.0, Kind.WORKER, 0)).recovery == 1.0
 
 
-def test_walk_uncommitted_snapshot_is_not_restored():
+def test_walk_uncommitted_snapshot_is_not_restored() -> None:
     assert scripted((2050.0, Kind.NODE, 0), commit=60.0).lost == 150.0
     assert scripted((2065.0, Kind.NODE, 0), commit=60.0).lost == 65.0
 
 
-def test_walk_second_loss_in_a_group_restores_checkpoint():
+def test_walk_second_loss_in_a_group_restores_checkpoint() -> None:
     ledger = scripted((2550.0, Kind.NODE, 0), (2560.0, Kind.NODE, 2))
     assert (ledger.losses, ledger.groups_lost, ledger.from_memory, ledger.from_durable) == (1, 1, 1, 1)
     assert ledger.lost == 550.0  # to second 2000
@@ -154,7 +165,7 @@ def test_walk_second_loss_in_a_group_restores_checkpoint():
     assert (ledger.losses, ledger.from_durable, ledger.lost) == (1, 2, 555.0)
 
 
-def test_walk_without_a_spare_waits_for_a_repair():
+def test_walk_without_a_spare_waits_for_a_repair() -> None:
     ledger = scripted((2000.0, Kind.NODE, 0), spares=0, repair=3600.0)
     assert (ledger.detection, ledger.waiting, ledger.recovery) == (5.0, 3595.0, 25.0)
     # The slot is empty: what strikes it strikes nothing.
@@ -175,7 +186,7 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("k", "m", "published"), PUBLISHED)
-def test_walk_survival_matches_published_table(k, m, published):
+def test_walk_survival_matches_published_table(k: int, m: int, published: tuple[float, ...]) -> None:
     """f distinct nodes die in the same instant, in 1,000 histories: memory is lost as often as the table says."""
     cases = [(nodes, failures) for nodes in (128, 1024) for failures in (2, 3)]
     for (nodes, failures), expected in zip(cases, published, strict=True):
@@ -196,7 +207,7 @@ def test_walk_survival_matches_published_table(k, m, published):
 
 @pytest.mark.parametrize(("k", "m"), [(1, 1), (3, 1), (1, 2), (6, 2)])
 @pytest.mark.parametrize("worker_share", [0.0, 0.3])
-def test_expected_losses_equal_simulated_histories(k, m, worker_share):
+def test_expected_losses_equal_simulated_histories(k: int, m: int, worker_share: float) -> None:
     """A cluster failing so often that plain histories see losses: the closed form says how many."""
     times = replace(MEMORY, interval=20.0, rebuild=100.0, durable=THIRTY)
     failures = Renewal(mtbf=500.0, worker_share=worker_share)
@@ -212,7 +223,7 @@ def test_expected_losses_equal_simulated_histories(k, m, worker_share):
 
 
 @pytest.mark.parametrize(("k", "m"), [(1, 1), (6, 2)])
-def test_importance_sampling_equals_closed_form(k, m):
+def test_importance_sampling_equals_closed_form(k: int, m: int) -> None:
     """With racks of one node a rack failure is a node failure."""
     times = MEMORY.tuned(MTBF)
     cluster = Cluster(nodes=512, rack=1, spares=9)
@@ -226,7 +237,7 @@ def test_importance_sampling_equals_closed_form(k, m):
 
 
 @pytest.mark.parametrize(("k", "m"), [(1, 1), (2, 2)])
-def test_importance_sampling_equals_histories_with_rack_failures(k, m):
+def test_importance_sampling_equals_histories_with_rack_failures(k: int, m: int) -> None:
     times = replace(MEMORY, interval=20.0, rebuild=100.0, durable=THIRTY)
     failures = Renewal(mtbf=500.0, rack_share=0.2)
     cluster = Cluster(nodes=16, rack=4, spares=64, repair=1.0)
@@ -242,7 +253,7 @@ def test_importance_sampling_equals_histories_with_rack_failures(k, m):
 
 
 @pytest.mark.parametrize(("k", "m", "adjacent_losses"), [(2, 2, 17), (1, 1, 34)])
-def test_placement_adjacent_groups_lose_memory(k, m, adjacent_losses):
+def test_placement_adjacent_groups_lose_memory(k: int, m: int, adjacent_losses: float) -> None:
     """54 days on 2,048 nodes, 2 % of the failures take a rack of 8: groups of neighbours are lost 17 to 34 times."""
     failures = Renewal(mtbf=MTBF, rack_share=0.02)
     asked = question(failures=failures, placement="adjacent", trials=60)
@@ -263,7 +274,7 @@ def test_placement_adjacent_groups_lose_memory(k, m, adjacent_losses):
     assert answer.per_trial("losses")[0] < 0.1
 
 
-def test_schemes_replicas_and_codes_are_ordered_by_losses():
+def test_schemes_replicas_and_codes_are_ordered_by_losses() -> None:
     asked = question(trials=2, code=(6, 2))
     code, two, three, disk = ask(asked, schemes_for(asked))
     assert [answer.scheme.memory for answer in (code, two, three, disk)] == [pytest.approx(1 / 3), 1.0, 2.0, 0.0]
@@ -276,7 +287,7 @@ def test_schemes_replicas_and_codes_are_ordered_by_losses():
 
 
 @pytest.mark.parametrize("rack_share", [0.0, 0.1])
-def test_waiting_for_spares_equals_queue_theory(rack_share):
+def test_waiting_for_spares_equals_queue_theory(rack_share: float) -> None:
     failures = Renewal(mtbf=5 * 3600.0, rack_share=rack_share)
     base = Cluster(nodes=4096, rack=4, spares=5, repair=DAY)
     # Much longer than a repair, for the formula is that of a stationary queue.
@@ -287,7 +298,7 @@ def test_waiting_for_spares_equals_queue_theory(rack_share):
     assert answer.shares["waiting"] == pytest.approx(expected, rel=0.06)
 
 
-def test_enough_spares_equals_poisson_tail():
+def test_enough_spares_equals_poisson_tail() -> None:
     asked = question(cluster=Cluster(nodes=2048, repair=DAY))
     spares = enough_spares(asked, 1e-3)
     tail = shortage(asked.cluster, asked.failures, asked.horizon)
@@ -297,7 +308,7 @@ def test_enough_spares_equals_poisson_tail():
     assert tail[spares] == pytest.approx(poisson, rel=1e-6)
 
 
-def test_recommend_reaches_its_target_with_least_memory():
+def test_recommend_reaches_its_target_with_least_memory() -> None:
     cluster = Cluster(nodes=128, rack=4)
     asked = question(cluster=cluster, failures=Renewal(mtbf=MTBF, rack_share=0.02), trials=6)
     found = recommend(asked, goodput=0.985, survival=0.99999)
@@ -313,7 +324,7 @@ def test_recommend_reaches_its_target_with_least_memory():
     assert ask(fewer, [chosen.scheme])[0].goodput[0] < 0.985
 
 
-def test_recommend_target_out_of_reach_gives_the_reason():
+def test_recommend_target_out_of_reach_gives_the_reason() -> None:
     asked = question(trials=2)
     with pytest.raises(SimulationError, match=r"goodput of 99\.99% is out of reach.* recovery 0\.27%"):
         recommend(asked, goodput=0.9999, survival=0.99)
@@ -324,7 +335,7 @@ def test_recommend_target_out_of_reach_gives_the_reason():
         recommend(racks, goodput=0.5, survival=0.99)
 
 
-def test_simulation_same_seed_gives_same_bits():
+def test_simulation_same_seed_gives_same_bits() -> None:
     asked = question(nodes=64, failures=Renewal(mtbf=MTBF, shape=0.7, rack_share=0.02), trials=3)
     first, second = (ask(asked, schemes_for(asked)) for _ in range(2))
     assert [answer.ledgers for answer in first] == [answer.ledgers for answer in second]
@@ -336,7 +347,7 @@ def test_simulation_same_seed_gives_same_bits():
 
 
 @pytest.mark.parametrize("shape", [0.7, 1.0, 2.0])
-def test_renewal_failures_have_the_stated_mean(shape):
+def test_renewal_failures_have_the_stated_mean(shape: float) -> None:
     model = Renewal(mtbf=100.0, shape=shape, rack_share=0.1, worker_share=0.3)
     history = model.sample(10, 1e6, np.random.default_rng(3))
     gaps = np.diff(history.times)
@@ -347,6 +358,6 @@ def test_renewal_failures_have_the_stated_mean(shape):
     assert history.times[-1] < 1e6
 
 
-def test_first_order_waste_adds_the_commit_time():
+def test_first_order_waste_adds_the_commit_time() -> None:
     times = Times(interval=100.0, stall=1.0, commit=20.0, worker=THIRTY, node=THIRTY, durable=THIRTY)
     assert first_order_waste(times, THIRTY, 1000.0) == pytest.approx(0.01 + 0.05 + 0.05)

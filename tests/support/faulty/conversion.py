@@ -91,7 +91,7 @@ def inject(faults: Faults) -> None:
         opened = real_open(file, mode, *arguments, **options)
         return CountedFile(opened, faults) if set(mode) & set("wxa+") else opened
 
-    io.open = counted_open  # type: ignore[assignment]
+    io.open = counted_open
     for name in faults.operations:
         setattr(os, name, faults.around(name, getattr(os, name)))
     shutil.copyfile = faults.around("copyfile", shutil.copyfile)

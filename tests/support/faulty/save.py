@@ -9,6 +9,7 @@ anything under a final name is not whole, or the next save does not succeed.
 
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,9 +59,8 @@ def main(kind: str, what: str, folder: Path) -> int:
     for at in range(1, 10_000):
         root = folder / "root"
         shutil.copytree(before, root)
-        status = in_child(
-            lambda root=root: save(root, *((3, 0) if what == "new" else (2, 1))), Faults(at, kind, OPERATIONS)
-        )
+        saving = partial(save, root, *((3, 0) if what == "new" else (2, 1)))
+        status = in_child(saving, Faults(at, kind, OPERATIONS))
         # A fault in deleting what nobody needs any more may be survived.
         assert status in (0, 1, 4) if kind == "error" else status in (0, -9), f"fault {at} ended with {status}"
         whole(root, 2)

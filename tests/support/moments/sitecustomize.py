@@ -143,7 +143,7 @@ class Finder(importlib.abc.MetaPathFinder):
             load(module)
             watcher(module)
 
-        spec.loader.exec_module = exec_module
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
