@@ -16,32 +16,15 @@ PACKAGES = ("launch", "trainer", "parallel", "ft")
 FILES_IN_A_FOLDER = 18
 LINES_OF_A_FUNCTION = 60
 PARAMETERS = 6
-LONG_PARAMETER_LISTS = 9
-"""Functions of more than `PARAMETERS` parameters that are allowed besides commands, whose options typer reads."""
 
-CROWDED = {"tests/support"}
-"""Folders that hold more files."""
-LONG = {
-    "trainer/convert/__main__.py:command",
-    "trainer/convert/dcp/importer.py:from_dcp",
-    "trainer/convert/deepspeed/exporter.py:to_deepspeed",
-    "trainer/inference/lm_eval.py:command",
-    "trainer/loop/build.py:assemble",
-    "trainer/surgery/weights.py:write",
-}
-"""Functions that have more lines."""
-CIRCLES = {"keepwarm.trainer.convert"}
-"""Folders whose members import one another in a circle: here the folder `huggingface` and two files beside it."""
 COMMANDS = {
     "launch/cli/cluster.py:submit",
-    "launch/cli/main.py:train",
     "launch/drill/command.py:drill",
     "launch/simulation/command.py:simulate",
     "trainer/convert/__main__.py:command",
     "trainer/data/preprocess/tokenize.py:command",
     "trainer/inference/lm_eval.py:command",
     "trainer/inference/sample.py:command",
-    "trainer/surgery/__main__.py:coalesce",
     "trainer/surgery/__main__.py:vocabulary_",
     "trainer/surgery/__main__.py:widen",
 }
@@ -87,19 +70,18 @@ def is_command(function: Function) -> bool:
 def test_no_folder_is_crowded() -> None:
     tests = [path for path in (ROOT / "tests").rglob("*.py") if path.name != "__init__.py"]
     sizes = Counter(name_of(path.parent) for path in (*product_files(), *tests))
-    assert {folder for folder, size in sizes.items() if size > FILES_IN_A_FOLDER} == CROWDED
+    assert {folder for folder, size in sizes.items() if size > FILES_IN_A_FOLDER} == set()
 
 
 def test_no_function_is_long() -> None:
     lines = {name: max((one.end_lineno or 0) - one.lineno + 1 for one in all_) for name, all_ in functions().items()}
-    assert {name for name, count in lines.items() if count > LINES_OF_A_FUNCTION} == LONG
+    assert {name for name, count in lines.items() if count > LINES_OF_A_FUNCTION} == set()
 
 
 def test_few_functions_have_many_parameters() -> None:
     many = {name: each for name, found in functions().items() for each in found if parameters(each) > PARAMETERS}
     assert {name for name, each in many.items() if is_command(each)} == COMMANDS
-    others = sorted(name for name, each in many.items() if not is_command(each))
-    assert len(others) <= LONG_PARAMETER_LISTS, others
+    assert [name for name, each in many.items() if not is_command(each)] == []
 
 
 # ---- imports
@@ -142,7 +124,7 @@ def test_files_and_folders_import_one_another_in_no_circle(package: str) -> None
     siblings = sibling_imports(package)
     assert siblings
     circles = {folder for folder, edges in siblings.items() if cycle(edges)}
-    assert circles == {folder for folder in CIRCLES if folder in siblings}
+    assert circles == set()
 
 
 def test_cycle_is_found() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from keepwarm.trainer.monitor.events import PHASES
 from tests.bench import torchrun
-from tests.support.node_run import DEADLINE, ROOT, Run, runs
+from tests.support.runs.node_run import DEADLINE, ROOT, Run, runs
 
 DRILL = ROOT / "configs" / "ci" / "drill.yaml"
 NODES = 4

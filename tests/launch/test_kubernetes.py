@@ -22,7 +22,7 @@ from keepwarm.launch.kubernetes import LONGEST, object_name, render
 from keepwarm.trainer.errors import OutputError, SpecError
 from keepwarm.trainer.job.files import load_job, save_job
 from keepwarm.trainer.job.spec import JobSpec
-from tests.support.run_contents import steps_of
+from tests.support.runs.run_contents import steps_of
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "ci" / "tiny.yaml"

@@ -19,9 +19,9 @@ from keepwarm.parallel.targets import IGNORED
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.job.files import load_job
 from tests.support import parity
-from tests.support.legs import train_leg
 from tests.support.parity import Case, HeldShard, Outcome
 from tests.support.ranks import run_ranks
+from tests.support.runs.legs import train_leg
 
 pytestmark = [
     pytest.mark.skipif(

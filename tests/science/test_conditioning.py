@@ -17,8 +17,8 @@ from keepwarm.trainer.data.preprocess.text import documents, parts
 from keepwarm.trainer.data.preprocess.tokenize import tokenize
 from keepwarm.trainer.data.preprocess.tokenize_options import TextOptions
 from keepwarm.trainer.inference.generate import Sampling, generate, load_model
-from tests.support import toy
-from tests.support.text_run import CORPORA, NARROW, train
+from tests.support.runs import toy
+from tests.support.runs.text_run import CORPORA, NARROW, train
 
 pytestmark = [
     pytest.mark.science,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import toy
+from tests.support.runs import toy
 
 pytestmark = [pytest.mark.science, pytest.mark.timeout(1800)]
 

@@ -12,7 +12,7 @@ from keepwarm.trainer.continual.forgetting import stability_gap
 from keepwarm.trainer.continual.refine import clause, refined
 from keepwarm.trainer.data.replay import Pool, Replay
 from keepwarm.trainer.job.curve import LrSpec
-from tests.support import toy
+from tests.support.runs import toy
 
 pytestmark = pytest.mark.science
 long = [pytest.mark.long, pytest.mark.timeout(3600)]

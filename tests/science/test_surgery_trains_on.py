@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from keepwarm.trainer.convert.native import NativeCheckpoint
 from keepwarm.trainer.data.preprocess.train_tokenizer import train_tokenizer
 from keepwarm.trainer.surgery.__main__ import app
-from keepwarm.trainer.surgery.weights import Array, Model, write
-from tests.support.text_run import CORPORA, LENGTH, NARROW, handbook, train
+from keepwarm.trainer.surgery.weights import Array, Derivation, Model, write
+from tests.support.runs.text_run import CORPORA, LENGTH, NARROW, handbook, train
 
 pytestmark = [
     pytest.mark.science,
@@ -120,4 +120,4 @@ def draw_new_rows(source: Path, to: Path, tokenizers: Path, seed: int, *, like_o
                 values[fresh] = generator.normal(mean, std, (len(fresh), values.shape[1]))
             return values
 
-        write(to, model.spec, make, dtype=model.dtype, parents=[model], made_by="drawn", settings={})
+        write(to, model.spec, make, Derivation(parents=[model], made_by="drawn", settings={}), dtype=model.dtype)

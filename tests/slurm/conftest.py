@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.slurm_cluster import SlurmCluster, missing
+from tests.support.runs.slurm_cluster import SlurmCluster, missing
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.slurm_cluster import SlurmCluster, await_that, missing
+from tests.support.runs.slurm_cluster import SlurmCluster, await_that, missing
 
 pytestmark = pytest.mark.slurm
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.slurm_cluster import SlurmCluster
+from tests.support.runs.slurm_cluster import SlurmCluster
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "ci" / "tiny.yaml")

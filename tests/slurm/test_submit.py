@@ -10,7 +10,7 @@ import pytest
 from keepwarm.launch.node import record as node_record
 from keepwarm.trainer.job.files import load_job, save_job
 from keepwarm.trainer.monitor import events
-from tests.support.slurm_cluster import SlurmCluster, await_that, losses, show
+from tests.support.runs.slurm_cluster import SlurmCluster, await_that, losses, show
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "ci" / "tiny.yaml")

@@ -16,7 +16,7 @@ from keepwarm.ft.format import checkpoint
 from keepwarm.ft.format.contents import ITEM_SIZE, Bytes, Piece, move_bytes, plan
 from keepwarm.ft.format.manifest import MANIFEST, Entry, Part, read_manifest
 from keepwarm.ft.format.reader import read_part
-from keepwarm.trainer.convert.huggingface.folder import read_exactly
+from keepwarm.trainer.convert.safetensors_file import read_exactly
 from keepwarm.trainer.errors import CheckpointError
 from keepwarm.trainer.job.run_folder import RunFolder
 

@@ -112,3 +112,16 @@ def _stored(path: Path, name: str, note: Any, data: int) -> Stored:
     if stop - start != size:
         raise CheckpointError(f"{path}: {name} has {stop - start} bytes, {dtype}{list(shape)} has {size}")
     return Stored(file=path, dtype=dtype, shape=shape, start=data + start, size=size)
+
+
+def read_exactly(descriptor: int, path: Path, start: int, out: Bytes) -> None:
+    """Fill `out` from byte `start` of an open file. Raises `CheckpointError` naming it when it ends early."""
+    view = memoryview(out.data)
+    try:
+        while view:
+            count = os.preadv(descriptor, [view], start)
+            if not count:
+                raise CheckpointError(f"{path}: ends {len(view)} bytes too early")
+            view, start = view[count:], start + count
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error

@@ -13,7 +13,7 @@ from keepwarm.ft.errors import AgentError, KernelUnavailable
 from keepwarm.ft.spec import CodeSpec
 from tests.support import outside_kernel
 from tests.support.ft.nodes import BUCKET, Nodes, equal, nodes, random_state, together, wait_committed
-from tests.support.node_run import runs
+from tests.support.runs.node_run import runs
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from keepwarm.trainer.distributed.launcher_environment import PORTS, first_host, own_address, ranks_from
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.job.files import load_job, save_job
-from tests.support import warm
+from tests.support.runs import warm
 
 ROOT = Path(__file__).parents[3]
 SMALL = ("stages.0.tokens=1024", "log.tensorboard=false", "parallel.data=2", "evaluation.samples=2")

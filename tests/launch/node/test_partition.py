@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from keepwarm.launch.node import record as node_record
-from tests.support.stand_ins import StandIns, alive, wait_until_dead
+from tests.support.runs.stand_ins import StandIns, alive, wait_until_dead
 
 SLOTS = 4
 HALF = 2

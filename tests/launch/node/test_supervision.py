@@ -10,7 +10,7 @@ import pytest
 from keepwarm.launch.node import record as node_record
 from keepwarm.launch.node.record import NodeRecord
 from keepwarm.trainer.monitor import events
-from tests.support.stand_ins import DEADLINE, REUSABLE, WORKER, StandIns, alive, wait_until_dead
+from tests.support.runs.stand_ins import DEADLINE, REUSABLE, WORKER, StandIns, alive, wait_until_dead
 
 pytestmark = pytest.mark.timeout(300)
 

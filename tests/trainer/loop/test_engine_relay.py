@@ -8,8 +8,8 @@ import pytest
 
 from keepwarm.ft.format import checkpoint
 from keepwarm.ft.format.manifest import read_manifest
-from tests.support import warm
-from tests.support.run_contents import steps_of
+from tests.support.runs import warm
+from tests.support.runs.run_contents import steps_of
 from tests.trainer.loop.test_run import DEADLINE, TINY
 
 pytestmark = [

@@ -11,8 +11,8 @@ import pytest
 
 from keepwarm.launch.node import record as node_record
 from keepwarm.trainer.monitor import events
-from tests.support import warm
-from tests.support.node_run import DEADLINE, Run, assert_equal, assert_nothing_left, command, runs
+from tests.support.runs import warm
+from tests.support.runs.node_run import DEADLINE, Run, assert_equal, assert_nothing_left, command, runs
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.dist]
 

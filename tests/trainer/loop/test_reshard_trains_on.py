@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.support import parity
-from tests.support.legs import train_leg
 from tests.support.parity import Case, Outcome
 from tests.support.ranks import run_ranks
+from tests.support.runs.legs import train_leg
 
 pytestmark = pytest.mark.dist
 

@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support import warm
-from tests.support.run_contents import steps_of, tensors_of
+from tests.support.runs import warm
+from tests.support.runs.run_contents import steps_of, tensors_of
 
 TINY = Path(__file__).parents[3] / "configs" / "ci" / "tiny.yaml"
 DEADLINE = 280.0

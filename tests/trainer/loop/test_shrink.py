@@ -13,9 +13,9 @@ from keepwarm.ft.format.manifest import read_manifest
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.job.files import load_job
 from keepwarm.trainer.job.shrink import layouts, resized
-from tests.support import warm
-from tests.support.node_run import DEADLINE, ROOT, Run, assert_nothing_left, command, runs
-from tests.support.run_contents import steps_of
+from tests.support.runs import warm
+from tests.support.runs.node_run import DEADLINE, ROOT, Run, assert_nothing_left, command, runs
+from tests.support.runs.run_contents import steps_of
 
 SHRINK = ("cluster.elastic=shrink", "cluster.shrink_after=0.5")
 TWO = ("parallel.data=2", "snapshot.code=null", "numerics.precision=fp64", "stages.0.tokens=153_600", *SHRINK)

@@ -19,8 +19,8 @@ import pytest
 from keepwarm.ft.format import checkpoint
 from keepwarm.ft.placement import place
 from keepwarm.ft.protocol.state import Group
-from tests.support import warm
-from tests.support.node_run import ROOT, Run, assert_equal, assert_nothing_left, command, runs
+from tests.support.runs import warm
+from tests.support.runs.node_run import ROOT, Run, assert_equal, assert_nothing_left, command, runs
 
 CODES = [(2, 2), (3, 1), (1, 1)]
 STEPS, LONG = 60, 110

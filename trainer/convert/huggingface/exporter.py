@@ -15,10 +15,10 @@ from keepwarm.trainer.convert.dtypes import NAMES
 from keepwarm.trainer.convert.huggingface.config import config_for, fits, in_both_dialects, with_dtype
 from keepwarm.trainer.convert.huggingface.folder import CONFIG, INDEX, NOTE, SINGLE, dump_config, strict_json_file
 from keepwarm.trainer.convert.huggingface.importer import FILES, Progress, carry, file_sum, silent
+from keepwarm.trainer.convert.huggingface.tokenizer import CARRIED, write_tokenizer
 from keepwarm.trainer.convert.native import PREFIX, NativeCheckpoint
 from keepwarm.trainer.convert.output_folder import new_folder, write_file
 from keepwarm.trainer.convert.recipes import Recipe, into_huggingface
-from keepwarm.trainer.convert.run_tokenizer import CARRIED, write_tokenizer
 from keepwarm.trainer.convert.safetensors_file import write_tensors
 from keepwarm.trainer.convert.streaming import Maker
 from keepwarm.trainer.errors import CheckpointError

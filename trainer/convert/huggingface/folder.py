@@ -10,7 +10,7 @@ import numpy as np
 
 from keepwarm.ft.format.contents import Bytes
 from keepwarm.trainer.convert.dtypes import NAMES
-from keepwarm.trainer.convert.safetensors_file import Stored, read_tensors, strict_json
+from keepwarm.trainer.convert.safetensors_file import Stored, read_exactly, read_tensors, strict_json
 from keepwarm.trainer.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -134,19 +134,6 @@ class HuggingFaceFolder:
         if lost:
             raise CheckpointError(f"{self.path / places[lost[0]]}: {lost[0]} is missing, {INDEX} says it is there")
         return tensors
-
-
-def read_exactly(descriptor: int, path: Path, start: int, out: Bytes) -> None:
-    """Fill `out` from byte `start` of an open file. Raises `CheckpointError` naming it when it ends early."""
-    view = memoryview(out.data)
-    try:
-        while view:
-            count = os.preadv(descriptor, [view], start)
-            if not count:
-                raise CheckpointError(f"{path}: ends {len(view)} bytes too early")
-            view, start = view[count:], start + count
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
 
 
 def strict_json_file(path: Path) -> dict[str, Any]:

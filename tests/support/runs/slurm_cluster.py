@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEADLINE = 120.0
 """Seconds that anything waited for may take on a busy machine."""
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "mungekey", "ip", "nsenter", "unshare")

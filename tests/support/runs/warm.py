@@ -19,7 +19,7 @@ from pathlib import Path
 
 from keepwarm.launch.forkserver import PRELOADED, ForkServer, Worker
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 """From before any test has changed it."""
 _MODULES = (

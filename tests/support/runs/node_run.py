@@ -23,10 +23,10 @@ import pytest
 from keepwarm.launch.node import record as node_record
 from keepwarm.launch.node.record import NodeRecord
 from keepwarm.trainer.monitor import events
-from tests.support import warm
-from tests.support.run_contents import steps_of, tensors_of
+from tests.support.runs import warm
+from tests.support.runs.run_contents import steps_of, tensors_of
 
-JOB = Path(__file__).parents[2] / "configs" / "ci" / "snapshot.yaml"
+JOB = Path(__file__).parents[3] / "configs" / "ci" / "snapshot.yaml"
 ROOT = JOB.parents[2]
 DEADLINE = 280.0
 STEPS = 30
