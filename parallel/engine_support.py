@@ -48,6 +48,10 @@ class Requirement:
         return None
 
 
+MEGATRON_CORE = Requirement(distribution="megatron-core", install="pip install 'keepwarm[megatron]'")
+"""Of two engines: megatron, and deepspeed for its tensor-parallel layers."""
+
+
 class EngineInfo(Component, ABC):
     """One engine, as the registry has it; made with the `parallel.options` of a job.
 

@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.codec.kernel import Region
 from keepwarm.ft.errors import CodecError
-
-Bytes = npt.NDArray[np.uint8]
 
 POLYNOMIAL = 0x11D
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keepwarm.ft.codec.galois import Bytes
+from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.codec.kernel import Region
 from keepwarm.ft.errors import KernelUnavailable
 

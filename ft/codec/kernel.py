@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from keepwarm.registry import Registry
 
 if TYPE_CHECKING:
-    from keepwarm.ft.codec.galois import Bytes
+    from keepwarm.ft.arrays import Bytes
 
 AUTO = "auto"
 """ISA-L, or NumPy with a warning where ISA-L cannot be used."""

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from keepwarm.ft.codec.galois import Bytes, NumpyKernel, generator_matrix, invert, matmul, region_of
+from keepwarm.ft.arrays import Bytes
+from keepwarm.ft.codec.galois import NumpyKernel, generator_matrix, invert, matmul, region_of
 from keepwarm.ft.codec.kernel import AUTO, KERNELS, Kernel, Region
 from keepwarm.ft.errors import CodecError, KernelUnavailable
 from keepwarm.registry import UnknownName, UnusableComponent

@@ -6,8 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from keepwarm.parallel.engine_registry import EngineOptions
-from keepwarm.parallel.engine_support import EngineInfo, Job, Requirement
-from keepwarm.parallel.megatron.info import MEGATRON_CORE
+from keepwarm.parallel.engine_support import MEGATRON_CORE, EngineInfo, Job, Requirement
 from keepwarm.parallel.memory import RankEstimate, Workload, data_share
 
 DEEPSPEED = Requirement(distribution="deepspeed", install="DS_BUILD_OPS=0 pip install 'keepwarm[deepspeed]'")

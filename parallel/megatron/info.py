@@ -6,12 +6,10 @@ from pydantic import Field
 
 from keepwarm.parallel.architecture import Architecture
 from keepwarm.parallel.engine_registry import EngineOptions
-from keepwarm.parallel.engine_support import EngineInfo, Job, Requirement
+from keepwarm.parallel.engine_support import MEGATRON_CORE, EngineInfo, Job
 from keepwarm.parallel.errors import LayoutError
 from keepwarm.parallel.memory import RankEstimate, Workload, data_share
 from keepwarm.parallel.spec import ParallelSpec
-
-MEGATRON_CORE = Requirement(distribution="megatron-core", install="pip install 'keepwarm[megatron]'")
 
 
 class MegatronOptions(EngineOptions):

@@ -22,8 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.codec import isal
-from keepwarm.ft.codec.galois import Bytes, generator_matrix, invert, matmul
+from keepwarm.ft.codec.galois import generator_matrix, invert, matmul
 from keepwarm.ft.codec.reed_solomon import Codec
 from tests.support.coding import encoded
 

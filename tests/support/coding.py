@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from keepwarm.ft.codec.galois import Bytes
+from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.codec.reed_solomon import Buffer, Codec
 
 

@@ -114,7 +114,7 @@ def convert(options: Options, progress: Progress) -> dict[str, Any]:
                 progress=progress,
             )
         case ((Format.DCP | Format.TORCHTITAN | Format.MEGATRON | Format.DEEPSPEED) as kind, Format.NATIVE):
-            from keepwarm.trainer.convert.dcp.importer import ImportOptions, from_dcp
+            from keepwarm.trainer.convert.importer import ImportOptions, from_dcp
 
             chosen = ImportOptions(
                 config=options.config,

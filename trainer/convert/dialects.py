@@ -17,6 +17,10 @@ from keepwarm.trainer.model.spec import ModelSpec
 
 Runs = tuple[tuple[str, int, int], ...]
 
+STEP = "optimizer.step"
+"""The optimizer's counter in a native checkpoint."""
+COMMON = "common.pt"
+"""File of Megatron Core's plain values in a checkpoint."""
 MODEL = "model."
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

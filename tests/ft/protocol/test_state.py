@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keepwarm.ft.codec.galois import Bytes
+from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.codec.reed_solomon import Codec
 from keepwarm.ft.placement import place
 from keepwarm.ft.protocol.state import Group, Topology

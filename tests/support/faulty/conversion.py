@@ -103,8 +103,8 @@ def converter(direction: str, format: str) -> Callable[[Path, Path], object]:
         return from_huggingface if direction == "from" else to_huggingface
     # With torch, which those above do without.
     from keepwarm.trainer.convert.dcp.exporter import to_dcp
-    from keepwarm.trainer.convert.dcp.importer import ImportOptions, from_dcp
     from keepwarm.trainer.convert.deepspeed.exporter import to_deepspeed
+    from keepwarm.trainer.convert.importer import ImportOptions, from_dcp
 
     if direction == "from":
         return functools.partial(from_dcp, kind=format, options=ImportOptions(trust_pickle=True))

@@ -89,7 +89,7 @@ def main(folder: Path) -> None:
     from megatron.core import dist_checkpointing, parallel_state
 
     from keepwarm.trainer.convert.dcp.exporter import to_dcp
-    from keepwarm.trainer.convert.dcp.importer import ImportOptions, from_dcp
+    from keepwarm.trainer.convert.importer import ImportOptions, from_dcp
 
     torch.cuda.synchronize = lambda *arguments: None
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]

@@ -18,7 +18,7 @@ from keepwarm.ft.format.manifest import read_manifest
 from keepwarm.parallel.spec import ParallelSpec
 from keepwarm.trainer.convert.__main__ import app
 from keepwarm.trainer.convert.dcp.exporter import to_dcp
-from keepwarm.trainer.convert.dcp.importer import ImportOptions, from_dcp
+from keepwarm.trainer.convert.importer import ImportOptions, from_dcp
 from keepwarm.trainer.convert.native import NativeCheckpoint
 from keepwarm.trainer.errors import CheckpointError, SpecError
 from keepwarm.trainer.model.rotary import rotate, rotation

@@ -13,8 +13,8 @@ import torch
 from keepwarm.ft.format import checkpoint
 from keepwarm.ft.format.writer import write_part
 from keepwarm.parallel.spec import ParallelSpec
-from keepwarm.trainer.convert.dcp.importer import ImportOptions, from_dcp
 from keepwarm.trainer.convert.deepspeed.exporter import to_deepspeed
+from keepwarm.trainer.convert.importer import ImportOptions, from_dcp
 from keepwarm.trainer.convert.native import NativeCheckpoint
 from keepwarm.trainer.errors import CheckpointError, SpecError
 from keepwarm.trainer.model.huggingface_config import model_spec_from_hf_config

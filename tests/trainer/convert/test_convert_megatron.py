@@ -11,7 +11,7 @@ import torch
 
 from keepwarm.parallel.spec import ParallelSpec
 from keepwarm.trainer.convert.dcp.exporter import to_dcp
-from keepwarm.trainer.convert.dcp.importer import ImportOptions, from_dcp
+from keepwarm.trainer.convert.importer import ImportOptions, from_dcp
 from keepwarm.trainer.convert.native import NativeCheckpoint
 from keepwarm.trainer.errors import CheckpointError, SpecError
 from keepwarm.trainer.model.decoder import Decoder

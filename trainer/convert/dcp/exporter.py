@@ -9,9 +9,8 @@ import xxhash
 
 from keepwarm.ft.format.contents import Bytes
 from keepwarm.ft.format.manifest import MANIFEST
-from keepwarm.trainer.convert.dcp.importer import COMMON, STEP
 from keepwarm.trainer.convert.dcp.writer import write_dcp
-from keepwarm.trainer.convert.dialects import DIALECTS, MODEL, MOMENTS, Chunk, Theirs, sections
+from keepwarm.trainer.convert.dialects import COMMON, DIALECTS, MODEL, MOMENTS, STEP, Chunk, Theirs, sections
 from keepwarm.trainer.convert.huggingface.exporter import check_tensors, model_spec_of
 from keepwarm.trainer.convert.huggingface.folder import NOTE, dump_config
 from keepwarm.trainer.convert.huggingface.importer import Progress, silent

@@ -18,7 +18,7 @@ from keepwarm.ft.format.contents import ITEM_SIZE, Piece
 from keepwarm.ft.format.writer import write_part_blocks
 from keepwarm.trainer.convert.dcp.folder import DcpFolder
 from keepwarm.trainer.convert.deepspeed.folder import DeepSpeedFolder, names_of
-from keepwarm.trainer.convert.dialects import DIALECTS, MODEL, MOMENTS, Dialect, per_layer, with_moments
+from keepwarm.trainer.convert.dialects import COMMON, DIALECTS, MODEL, MOMENTS, STEP, Dialect, per_layer, with_moments
 from keepwarm.trainer.convert.huggingface.config import config_for
 from keepwarm.trainer.convert.huggingface.folder import NOTE, strict_json_file
 from keepwarm.trainer.convert.huggingface.importer import Progress, silent, whole_piece
@@ -31,8 +31,6 @@ from keepwarm.trainer.job.files import load_model
 from keepwarm.trainer.model.huggingface_config import model_spec_from_hf_config
 from keepwarm.trainer.model.spec import ModelSpec
 
-STEP = "optimizer.step"
-COMMON = "common.pt"
 _PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
 _NOT_THE_MODEL = ("optimizer.", "random.", "rng_state", "dataloader", "lr_scheduler", "train_state", "rerun_state")
 """Prefixes of tensors that may be ignored."""
