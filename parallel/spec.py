@@ -55,7 +55,7 @@ class ParallelSpec(Section):
         return self.pipeline * per_rank if self.pipeline > 1 else 1
 
     def options_as(self, kind: type[Options]) -> Options:
-        """Return the engine's options by their class. Raises TypeError if they are those of another engine."""
+        """Return the engine's options as `kind`. Raise TypeError if they are those of another engine."""
         if not isinstance(self.options, kind):
             raise TypeError(f"options of parallel.engine = {self.engine} are no {kind.__name__}")
         return self.options
@@ -73,7 +73,7 @@ class ParallelSpec(Section):
     @classmethod
     def _of_engine(cls, values: Any, info: ValidationInfo) -> Any:
         """Validate the options as the engine's own section."""
-        if "engine" not in info.data:  # refused already
+        if "engine" not in info.data:  # already rejected
             return Section()
         own = ENGINES.get(info.data["engine"]).Options
         if type(values) is Section:  # the default
