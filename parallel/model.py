@@ -1,4 +1,4 @@
-"""What an engine needs to know about a model. `parallel` never imports a model; `trainer.loop.build` passes it in."""
+"""The interface of a model to engines. `parallel` never imports a model; `trainer.loop.build` passes it in."""
 
 from collections.abc import Mapping
 from typing import Protocol

@@ -23,7 +23,7 @@ Options = TypeVar("Options", bound=Section)
 
 
 class ParallelSpec(Section):
-    """How the ranks are laid out and what runs on each axis of the mesh."""
+    """Layout of the ranks, and the form of parallelism on each axis of the mesh."""
 
     engine: str = Field(
         DEFAULT_ENGINE, description="what runs the mesh: torch, megatron, deepspeed, or an engine of another package"
@@ -102,7 +102,7 @@ class OptimizerSpec(Section):
 
 
 class NumericsSpec(Section):
-    """Precision and what is traded for memory or speed."""
+    """Precision, and trade-offs between memory, speed and reproducibility."""
 
     precision: Literal["fp32", "bf16", "fp64"] = Field(
         "fp32", description="bf16: bf16 compute, fp32 master weights, moments and reduction"
