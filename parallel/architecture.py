@@ -1,11 +1,12 @@
-"""What an engine that brings its own layers must know of a model, as the `model` section says it. Torch-free."""
+"""Model shape as the `model` section describes it, for engines that bring their own layers. Torch-free."""
 
 from typing import Literal, Protocol
 
 
 class Architecture(Protocol):
-    """The shape of a decoder-only transformer; `keepwarm.trainer.model.spec.ModelSpec` is one, and explains every
-    field.
+    """The shape of a decoder-only transformer.
+
+    `keepwarm.trainer.model.spec.ModelSpec` implements it and documents every field.
     """
 
     @property

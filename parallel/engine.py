@@ -1,4 +1,4 @@
-"""The interface that every engine implements, and what passes through it."""
+"""The interface that every engine implements, and the types of its arguments and results."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from keepwarm.parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """What every engine is built from."""
+    """Arguments that every engine is built from."""
 
     model: ModelParts
     parallel: ParallelSpec
@@ -24,16 +24,16 @@ class EngineConfig:
     numerics: NumericsSpec
     layout: Layout
     device: torch.device
-    """Where parameters live; for CUDA the current device."""
+    """Device of the parameters; with CUDA it is the current device."""
     timeout: timedelta
-    """Of every collective in the groups that the engine makes."""
+    """Timeout of every collective in the groups that the engine creates."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """One data-parallel rank's share of a global batch, split into micro-batches; CPU tensors.
 
-    Every rank of the same data coordinate holds the same batch, so each pipeline stage has what it needs.
+    All ranks with the same data coordinate hold the same batch, so every pipeline stage has what it needs.
     Tokens, targets and documents have the shape `[micro_batches, micro_batch_size, sequence]`.
     """
 
@@ -42,13 +42,13 @@ class Batch:
     targets: torch.Tensor
     """int64 next-token ids, `keepwarm.parallel.targets.IGNORED` where masked."""
     documents: torch.Tensor | None = None
-    """int32 document index of each token; None: attention may cross documents."""
+    """int32 document index of each token; None: attention may cross document boundaries."""
     extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Named inputs of each sample besides these, such as logits of a teacher: `[micro_batches, micro_batch_size, ...]`.
-    Every stage is given all of it, as keyword arguments of these names."""
+    """Additional named inputs of each sample, such as teacher logits: `[micro_batches, micro_batch_size, ...]`.
+    Every stage receives all of them as keyword arguments."""
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        """The batch with every tensor changed alike."""
+        """Return the batch with `change` applied to every tensor."""
         return Batch(
             tokens=change(self.tokens),
             targets=change(self.targets),
@@ -57,27 +57,27 @@ class Batch:
         )
 
     def micro_batch(self, index: int) -> "Batch":
-        """One micro-batch, of tensors without the first dim."""
+        """Return one micro-batch, whose tensors lack the first dim."""
         return self.map(lambda tensor: tensor[index])
 
     def keywords(self) -> dict[str, Any]:
-        """What the forward of a stage takes besides its first argument."""
+        """Return the keyword arguments of a stage's forward; its first argument is passed separately."""
         documents = {} if self.documents is None else {"documents": self.documents}
         return {"targets": self.targets, **documents, **self.extra}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What one step did; equal on every rank."""
+    """Result of one step, equal on every rank."""
 
     losses: Mapping[str, float] = field(hash=False)
-    """Every loss that is optimised by its name, not weighted, per unmasked target of the global batch."""
+    """Each optimised loss by name, unweighted, per unmasked target of the global batch."""
     tokens: int
-    """Unmasked targets of the global batch."""
+    """Number of unmasked targets in the global batch."""
     grad_norm: float
     """Global 2-norm of the gradient before clipping."""
     skipped: bool
-    """True when a loss or the norm was not finite; nothing was changed then."""
+    """Whether the step was skipped because a loss or the norm was not finite; no state has changed then."""
 
     @property
     def loss(self) -> float:
@@ -87,12 +87,12 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """What the losses of a global batch are; equal on every rank."""
+    """Losses of a global batch, equal on every rank."""
 
     sums: Mapping[str, float]
-    """Every loss that is optimised by its name, not weighted, summed over the global batch."""
+    """Each optimised loss by name, unweighted, summed over the global batch."""
     tokens: int
-    """Unmasked targets of the global batch."""
+    """Number of unmasked targets in the global batch."""
 
     @property
     def loss_sum(self) -> float:
@@ -101,32 +101,32 @@ class Evaluation:
 
 
 class Engine(Protocol):
-    """A model with its optimizer, sharding over the ranks of a mesh. Every method is collective."""
+    """A model and its optimizer, sharded over the ranks of a mesh. Every method is collective."""
 
     layout: Layout
 
     def step(self, batch: Batch, lr: float, before_update: Callable[[], None] | None = None) -> StepResult:
-        """Forward, backward and one optimizer update.
+        """Run forward, backward and one optimizer update.
 
-        What is optimised is the weighted sum of the losses over the unmasked targets of the global batch, divided by
-        their number. `before_update` is called once, after the last backward and before any state changes; a running
-        snapshot copy is joined there. The update is skipped by all ranks or by none.
+        The objective is the weighted sum of the losses over the unmasked targets of the global batch, divided by their
+        number. `before_update` is called once, after the last backward and before any state changes, so that a running
+        snapshot copy can be joined there. Either all ranks skip the update or none does.
         """
         ...
 
     def evaluate(self, batch: Batch) -> Evaluation:
-        """The losses of a global batch, without any update."""
+        """Return the losses of a global batch without updating anything."""
         ...
 
     def state(self) -> Mapping[str, Shard]:
-        """Live shards by canonical name: `model.<parameter>`, `optimizer.<moment>.<parameter>` and counters.
+        """Return live shards by canonical name: `model.<parameter>`, `optimizer.<moment>.<parameter>` and counters.
 
-        Complete from construction on: moments exist before the first step.
+        The state is complete from construction on: moments exist before the first step.
         """
         ...
 
     def restored(self) -> None:
-        """Called after someone wrote into the shards of `state()`: refresh whatever is derived from them."""
+        """Refresh everything derived from the shards of `state()`; call it after writing into them."""
         ...
 
     def close(self) -> None:
@@ -135,7 +135,7 @@ class Engine(Protocol):
 
 
 def local_rows(global_batch_size: int, layout: Layout, rank: int) -> range:
-    """Samples of a global batch that belong to `rank`: contiguous blocks in the order of the data axis."""
+    """Return the samples of a global batch that belong to `rank`: contiguous blocks in data-axis order."""
     share = global_batch_size // layout.data
     start = layout.coordinates(rank).data * share
     return range(start, start + share)

@@ -1,7 +1,7 @@
-"""Engines by name, ours and those of other packages, and the base of their option sections. Torch-free.
+"""Registry of built-in and third-party engines by name, and the base class of their options. Torch-free.
 
-An engine is registered with its `keepwarm.parallel.engine_support.EngineInfo`; other packages list theirs in the
-entry-point group `keepwarm.engines`. The name is what `parallel.engine` says.
+An engine is registered by its `keepwarm.parallel.engine_support.EngineInfo`; other packages list theirs in the
+entry-point group `keepwarm.engines`. The key `parallel.engine` holds the name.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ ENGINES: Registry[type[Component]] = Registry(
 
 
 class EngineOptions(Section):
-    """Base of `parallel.options`, the keys of one engine."""
+    """Base of `parallel.options`, the keys that are specific to one engine."""
 
     @classmethod
     def unknown_key(cls, key: str, values: Any) -> str | None:
@@ -35,7 +35,7 @@ class EngineOptions(Section):
 
 
 def usable_engines() -> Iterator[tuple[str, type[Component]]]:
-    """All engines whose information can be imported; for hints, which must not fail where a foreign one is broken."""
+    """Yield all engines whose information can be imported; for hints, which must not fail on a broken plugin."""
     for name in ENGINES.names():
         try:
             yield name, ENGINES.get(name)

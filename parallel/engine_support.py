@@ -1,4 +1,4 @@
-"""What is known of an engine before a rank runs it: what it needs installed, cannot express and takes. Torch-free."""
+"""Engine properties known before a rank runs: requirements, unsupported settings and memory. Torch-free."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from keepwarm.tested import TESTED, installed
 
 
 class Job(Protocol):
-    """The sections of a job that an engine may refuse; `keepwarm.trainer.job.spec.JobSpec` has them."""
+    """The sections of a job that an engine may reject; `keepwarm.trainer.job.spec.JobSpec` has them."""
 
     @property
     def model(self) -> Architecture: ...
@@ -32,14 +32,14 @@ class Job(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Requirement:
-    """A distribution that an engine needs, in a version that `keepwarm.tested` lists, or in any if it lists none."""
+    """A distribution that an engine needs, in a version from `keepwarm.tested` (any version if it lists none)."""
 
     distribution: str
     install: str
-    """The command that installs it."""
+    """The command that installs the distribution."""
 
     def problem(self) -> str | None:
-        """Return why it cannot be used, with the command that mends it; None when it can."""
+        """Return why the distribution cannot be used and the command that fixes it, or None if it can."""
         found, tested = installed(self.distribution), TESTED.get(self.distribution)
         if found is None:
             return f"{self.distribution} is not installed: {self.install}"
@@ -53,24 +53,26 @@ MEGATRON_CORE = Requirement(distribution="megatron-core", install="pip install '
 
 
 class EngineInfo(Component, ABC):
-    """One engine, as the registry has it; made with the `parallel.options` of a job.
+    """One registered engine, constructed with the `parallel.options` of a job.
 
-    Its module is imported wherever a job is read, also on machines without torch. The engine itself, a
-    `keepwarm.parallel.engine.Engine`, is another class, which only the ranks that run it import.
+    Its module is imported wherever a job is read, including machines without torch. The engine itself, a
+    `keepwarm.parallel.engine.Engine`, is a separate class that only the ranks that run it import.
     """
 
     engine: ClassVar[str]
-    """Where the class of the engine is, as "module:class"; called with an `EngineConfig`."""
+    """Location of the engine class as "module:class"; the class is called with an `EngineConfig`."""
     requirements: ClassVar[tuple[Requirement, ...]] = ()
     in_process: ClassVar[bool] = False
-    """It can be closed after a failure and made again in the same process: nothing of it lives in module globals."""
+    """Whether an engine can be closed after a failure and created again in the same process.
+
+    This requires that it keeps no state in module globals."""
 
     def __init__(self, options: Any) -> None:
-        """Take the options, an instance of `Options`."""
+        """Store the options, an instance of `Options`."""
         self.options = options
 
     def refuses(self, job: Job) -> Iterator[str]:
-        """Yield what the job asks for and the engine cannot express: key, reason and way out."""
+        """Yield a line for each setting of the job that the engine does not support: key, reason and alternative."""
         yield from ()
 
     @classmethod
@@ -80,25 +82,25 @@ class EngineInfo(Component, ABC):
 
     @abstractmethod
     def memory(self, work: Workload) -> RankEstimate:
-        """Return what every rank at one pipeline coordinate holds, at most; for the planner."""
+        """Return the maximum that any rank at one pipeline coordinate holds; used by the planner."""
 
     @classmethod
     def engine_class(cls) -> Any:
-        """Import and return the class of the engine; brings a library of many seconds."""
+        """Import and return the engine class; importing its library can take many seconds."""
         module, _, name = cls.engine.partition(":")
         return getattr(import_module(module), name)
 
 
 def engine_info(parallel: ParallelSpec) -> EngineInfo:
-    """Return what is known of the engine that a job names, with the options that it gives."""
+    """Return the information of the engine that a job names, constructed with the job's options."""
     return registered_engine(parallel.engine)(parallel.options)
 
 
 def registered_engine(name: str) -> type[EngineInfo]:
-    """Return the registered engine of this name.
+    """Return the registered engine with this name.
 
     Raises:
-        EngineUnavailable: there is none, or it cannot be imported.
+        EngineUnavailable: no engine has this name, or it cannot be imported.
     """
     try:
         found = ENGINES.get(name)
@@ -110,12 +112,12 @@ def registered_engine(name: str) -> type[EngineInfo]:
 
 
 def require(name: str) -> None:
-    """Raise EngineUnavailable when something that the engine needs is missing or of an untested version."""
+    """Raise EngineUnavailable if a requirement of the engine is missing or has an untested version."""
     problems = [text for one in registered_engine(name).requirements if (text := one.problem()) is not None]
     if problems:
         raise EngineUnavailable(f"parallel.engine = {name}: " + "; ".join(problems))
 
 
 def refusals(job: Job) -> list[str]:
-    """Return what the job asks for and its engine cannot express, a line each with key, reason and way out; pure."""
+    """Return one line for each setting of the job that its engine does not support: key, reason, alternative. Pure."""
     return [f"parallel.engine = {job.parallel.engine}: {reason}" for reason in engine_info(job.parallel).refuses(job)]

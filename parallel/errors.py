@@ -1,13 +1,13 @@
-"""What can go wrong in `parallel`.
+"""Errors raised by `parallel`.
 
 ParallelError
 ├── LayoutError          the spec asks for a layout that cannot be built (bad input)
-└── EngineUnavailable    the engine or an option of it is not installed (bad input)
+└── EngineUnavailable    the engine or an optional dependency of it is not installed (bad input)
 """
 
 
 class ParallelError(Exception):
-    """Base of every error raised by this package; the message says what to do next."""
+    """Base of every error raised by this package; the message says how to fix it."""
 
 
 class LayoutError(ParallelError):
@@ -15,4 +15,4 @@ class LayoutError(ParallelError):
 
 
 class EngineUnavailable(ParallelError):
-    """The engine, or an option of it, needs something that is not installed."""
+    """The engine, or an option of it, needs a package that is not installed."""

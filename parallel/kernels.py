@@ -1,4 +1,4 @@
-"""Fused kernels of packages that are not required: what asks for them, and how to install them. Torch-free."""
+"""Fused kernels from optional packages: the setting that selects them and how to install them. Torch-free."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -11,22 +11,22 @@ _APEX = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernel:
-    """What a job can have computed by a package that is not required."""
+    """A fused implementation from an optional package that a job can select."""
 
     name: str
     module: str
-    """That is there when it is installed; for Apex the extension that the kernels are compiled into."""
+    """Module that exists if the package is installed; for Apex, the compiled extension that holds the kernels."""
     install: str
     key: str
     value: str | bool
-    """Of `key`, which asks for it."""
+    """Value of `key` that selects the kernel."""
 
     @property
     def missing(self) -> bool:
         return importlib.util.find_spec(self.module) is None
 
     def is_asked_by(self, job: object) -> bool:
-        """Return whether a job asks for it; the options of another engine do not have its key."""
+        """Return whether a job selects this kernel; the options of other engines lack its key."""
         value = job
         for name in self.key.split("."):
             value = getattr(value, name, None)
@@ -38,7 +38,7 @@ class Kernel:
 
     @property
     def problem(self) -> str:
-        """What a job that asks for it is told where it is missing."""
+        """Error message for a job that selects the kernel where it is not installed."""
         return f"{self.asked}: {self.name} is not installed: {self.install}; or leave it out"
 
 

@@ -1,4 +1,4 @@
-"""The named losses of a step: summed for the record, and weighted into what backward starts from."""
+"""The named losses of a step: summed for reporting, and combined into the weighted objective for backward."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,46 +6,46 @@ from typing import Any
 import torch
 
 MAIN = "main"
-"""The name of the cross-entropy of the targets; what is reported as the loss."""
+"""Name of the cross-entropy of the targets, which is reported as the loss."""
 Z_LOSS = "z_loss"
-"""The name of the squared log-partition of the vocabulary."""
+"""Name of the squared log-partition over the vocabulary."""
 
 StageOutput = torch.Tensor | dict[str, torch.Tensor] | tuple[torch.Tensor, dict[str, torch.Tensor]]
-"""Hidden states, the losses of the last stage, or the hidden states of an earlier stage with losses of its own."""
+"""Hidden states, the losses of the last stage, or the hidden states of an earlier stage that adds losses."""
 
 
 class Losses:
     """Collects the named losses of one rank over the micro-batches of a step or an evaluation.
 
-    Every loss is a sum over a micro-batch, equal on all ranks of the tensor axis. What is optimised is the weighted
-    sum of all of them over the global batch, divided by the number of its unmasked targets: a loss that is a mean over
-    a micro-batch must be multiplied by the unmasked targets of that micro-batch. Losses of weight 0 are left out.
+    Every loss is a sum over a micro-batch, equal on all ranks of the tensor axis. The objective is the weighted sum of
+    all losses over the global batch, divided by its number of unmasked targets: a loss that is a mean over a
+    micro-batch must be multiplied by the unmasked targets of that micro-batch. Losses of weight 0 are left out.
     """
 
     def __init__(self, weights: Mapping[str, float], device: torch.device) -> None:
-        """`weights` are those of `ModelParts.loss_weights`: equal on every rank, whatever stages it has."""
+        """`weights` are those of `ModelParts.loss_weights`, equal on every rank regardless of its stages."""
         self._weights = weights
         self.names = tuple(name for name, weight in weights.items() if weight)
-        """Of the losses that are optimised and reported; the order of `totals`."""
+        """Names of the losses that are optimised and reported, in the order of `totals`."""
         self.totals = torch.zeros(len(self.names), device=device, dtype=torch.float64)
-        """Sums, not weighted, over the micro-batches that this rank has seen."""
+        """Unweighted sums over the micro-batches that this rank has processed."""
         self.count = torch.ones((), device=device)
-        """Unmasked targets of the global batch."""
+        """Number of unmasked targets in the global batch."""
         self.scale = 1
-        """What the engine divides gradients by after backward."""
+        """Divisor that the engine applies to gradients after backward."""
 
     @property
     def columns(self) -> int:
-        """Columns of the table that the last stage returns: all losses, in the order of the weights."""
+        """Number of columns in the table that the last stage returns: all losses, in the order of the weights."""
         return len(self._weights)
 
     def start(self, count: torch.Tensor) -> None:
-        """Begin a step or an evaluation over `count` unmasked targets."""
+        """Start a step or an evaluation over `count` unmasked targets."""
         self.count = count
         self.totals.zero_()
 
     def add(self, losses: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Record the losses of a micro-batch, tensors of any shape to be summed; return what is optimised of them."""
+        """Record the losses of a micro-batch, summing tensors of any shape; return their share of the objective."""
         objective: torch.Tensor | None = None
         for index, name in enumerate(self.names):
             if name not in losses:
@@ -60,17 +60,17 @@ class Losses:
         return objective if self.scale == 1 else objective * self.scale
 
     def add_table(self, table: torch.Tensor) -> torch.Tensor:
-        """`add` of what the last stage returns, `[samples, columns]`."""
+        """Record the losses that the last stage returns as a table `[samples, columns]`; otherwise like `add`."""
         return self.add(dict(zip(self._weights, table.unbind(1), strict=True)))
 
     def collected(self, forward: Callable[..., StageOutput]) -> Callable[..., torch.Tensor]:
-        """The forward of a stage module, with one tensor as result: what pipelines and wrappers of modules can carry.
+        """Wrap the forward of a stage module to return one tensor, as pipelines and module wrappers require.
 
         The last stage returns its losses as a table `[micro, columns]`, for `add_table`. Losses of an earlier stage are
-        recorded at once; their gradient joins that of its hidden states.
+        recorded immediately; their gradient is added in the backward of its hidden states.
 
         Raises:
-            ValueError: a stage returns a loss whose weight the model does not say.
+            ValueError: a stage returns a loss for which the model gives no weight.
         """
 
         def forward_of_stage(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -93,7 +93,7 @@ class Losses:
 
 
 def _attached(hidden: torch.Tensor, objective: torch.Tensor) -> torch.Tensor:
-    """`hidden` as it is; in backward `objective` receives the gradient of a loss of its own."""
+    """Return `hidden` unchanged; backward also starts the backward of `objective`, with gradient 1."""
     return _Attached.apply(hidden, objective)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -101,7 +101,7 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, objective: torch.Tensor) -> torch.Tensor:
         ctx.gradient = torch.ones_like(objective)
-        return hidden.clone()  # FSDP hangs its own hooks on what a stage returns, which must not be a view.
+        return hidden.clone()  # FSDP hooks the outputs of a stage, which must not be views.
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What a rank holds in memory, and the numbers that an engine estimates it from. Pure and torch-free."""
+"""Memory held by a rank, and the figures from which an engine estimates it. Pure and torch-free."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,19 +11,19 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankEstimate:
-    """What one rank holds; memory in bytes."""
+    """Estimated memory of one rank, in bytes unless stated otherwise."""
 
     parameters: int
-    """Elements of model parameters that the rank stores between steps."""
+    """Number of parameter elements that the rank stores between steps."""
     weights: int
-    """Stored weights (fp32 masters under bf16), and what of them is gathered for computing at the same time."""
+    """Stored weights (fp32 masters under bf16) plus the weights gathered for computation at the same time."""
     gradients: int
     optimizer: int
     activations: int
 
     @property
     def total(self) -> int:
-        """Bytes of all four."""
+        """Bytes of all four categories."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
@@ -34,16 +34,16 @@ class Head:
     tokens: int
     hidden_size: int
     vocabulary: int
-    """Columns of the projection that the tensor axis leaves to a rank."""
+    """Number of columns of the projection that the tensor axis leaves to a rank."""
     chunk: int
-    """Tokens whose logits keepwarm's own head computes at once."""
+    """Number of tokens whose logits keepwarm's own head computes at once."""
 
     def bytes_in_chunks(self, compute: int) -> int:
-        """Input and output of the norm, one chunk of logits and of their gradient."""
+        """Return the bytes of the norm's input and output, and of one chunk of logits with its gradient."""
         return self._norm(compute) + self.chunk * self.vocabulary * (compute + max(4, compute))
 
     def bytes_at_once(self, compute: int) -> int:
-        """Input and output of the norm, all logits, and their exponentials and gradient in fp32."""
+        """Return the bytes of the norm's input and output, all logits, and their fp32 exponentials and gradient."""
         return self._norm(compute) + self.tokens * self.vocabulary * (compute + 3 * 4)
 
     def _norm(self, compute: int) -> int:
@@ -52,38 +52,38 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """What every rank at one pipeline coordinate computes, as far as it decides its memory."""
+    """The work of every rank at one pipeline coordinate, as far as it determines memory."""
 
     parallel: ParallelSpec
     optimizer: OptimizerSpec
     numerics: NumericsSpec
     stages: tuple[Mapping[str, Shape], ...]
-    """Shapes of the parameters of each pipeline stage by name, as the tensor axis splits them."""
+    """Parameter shapes of each pipeline stage by name, as split by the tensor axis."""
     micro_batches: int
-    """Of a step, on each data-parallel rank."""
+    """Number of micro-batches per step on each data-parallel rank."""
     layer_elements: int
-    """Elements that the layers keep for backward, of all micro-batches in flight."""
+    """Number of elements that the layers keep for backward, over all micro-batches in flight."""
     head: Head | None
-    """None before the last stage."""
+    """The head, or None on a coordinate without the last stage."""
 
     @property
     def elements(self) -> int:
-        """Elements of the parameters, whole on the data axis."""
+        """Number of parameter elements before sharding over the data axis."""
         return sum(elements(stage.values()) for stage in self.stages)
 
     @property
     def master_bytes(self) -> int:
-        """Bytes of a stored element."""
+        """Bytes per stored element."""
         return 8 if self.numerics.precision == "fp64" else 4
 
     @property
     def compute_bytes(self) -> int:
-        """Bytes of an element that is computed with."""
+        """Bytes per element in the precision of computation."""
         return 2 if self.numerics.precision == "bf16" else self.master_bytes
 
     @property
     def moments(self) -> int:
-        """Numbers that the optimizer keeps for each element."""
+        """Number of values that the optimizer keeps for each element."""
         return 2 if self.optimizer.name == "adamw" else int(self.optimizer.momentum > 0)
 
     @property
@@ -93,15 +93,15 @@ class Workload:
 
     @property
     def activations(self) -> int:
-        """Bytes kept for backward, with keepwarm's own head, which computes logits in chunks."""
+        """Bytes kept for backward with keepwarm's own head, which computes logits in chunks."""
         return self.layer_activations + (0 if self.head is None else self.head.bytes_in_chunks(self.compute_bytes))
 
 
 def elements(shapes: Iterable[Shape]) -> int:
-    """Return the number of elements of all tensors."""
+    """Return the total number of elements of tensors of these shapes."""
     return sum(prod(shape) for shape in shapes)
 
 
 def data_share(work: Workload) -> int:
-    """Return the elements of one of the equal parts, as an optimizer cuts a flattened buffer over the data axis."""
+    """Return the elements per rank when an optimizer cuts a flattened buffer into equal parts over the data axis."""
     return work.elements if work.parallel.data_mode == "ddp" else ceil(work.elements / work.parallel.data)

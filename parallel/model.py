@@ -1,4 +1,4 @@
-"""What an engine must be told about a model. `parallel` never imports one; `trainer.loop.build` hands it in."""
+"""The interface of a model to engines. `parallel` never imports a model; `trainer.loop.build` passes it in."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -16,64 +16,64 @@ class ModelParts(Protocol):
     layers: int
     hidden_size: int
     heads: int
-    """Attention heads; `heads` and `kv_heads` must divide by the tensor axis."""
+    """Number of attention heads; `heads` and `kv_heads` must be divisible by the tensor axis."""
     kv_heads: int
     vocabulary_size: int
     tied_embeddings: bool
-    """The head's weight is the embedding's weight; its one canonical name is the embedding's."""
+    """Whether the head shares the embedding's weight; its only canonical name is then the embedding's."""
     loss_weights: Mapping[str, float]
-    """Every loss that stages return, by name, and its weight in what is optimised; one of weight 0 is left out.
+    """Weight in the objective of every loss that stages return, by name; losses of weight 0 are left out.
 
-    `main`, the cross-entropy of the targets, is always one of them.
+    `main`, the cross-entropy of the targets, is always present.
     """
 
     @property
     def spec(self) -> Architecture:
-        """The model's shape, for engines that bring layers of their own instead of calling `build_stage`."""
+        """The model's shape, for engines that bring their own layers instead of calling `build_stage`."""
         ...
 
     def build_stage(self, layers: range, *, embed: bool, head: bool) -> nn.Module:
-        """Layers `layers` (global indices), with the embedding and/or the head, under the current device.
+        """Build `layers` (global indices) on the current device, with the embedding and/or the head.
 
-        Parameter names are canonical whatever the stage (but see `canonical`): layers live in a ModuleDict `layers`
-        keyed by global index, each with a child `attention`. There are no buffers. An engine sets the attribute
-        `sequence_shards` when hidden states come in split along the sequence: into how many.
+        Parameter names are canonical in every stage (but see `canonical`): layers live in a ModuleDict `layers`
+        keyed by global index, each with a child `attention`. There are no buffers. If hidden states arrive split along
+        the sequence, the engine sets the attribute `sequence_shards` to the number of parts.
         The module's forward is `forward(x, documents=None, targets=None, **extra)`:
 
         - `x`: token ids int64 `[micro, sequence]` if `embed`, else hidden states `[micro, sequence, hidden]`.
         - `documents`: int32 `[micro, sequence]` or None: index of the document each token belongs to, for
           attention that stays inside documents and positions that restart.
-        - `extra`: the named tensors of `Batch.extra`, where the batch has any.
-        - returns hidden states; a stage that adds losses of its own (say, one that balances experts) returns hidden
-          states and a dict of them. With `head`: logits `[micro, sequence, vocabulary]`
-          when `targets` is None, else a dict with `main` and the others. Losses are float `[micro]`, not weighted,
-          summed over the unmasked targets of each sample; `keepwarm.parallel.loss.Losses` says what they have to obey.
+        - `extra`: the named tensors of `Batch.extra`, if the batch has any.
+        - returns hidden states; a stage that adds its own losses (for example, to balance experts) returns hidden
+          states and a dict of losses. With `head`: logits `[micro, sequence, vocabulary]` if `targets` is None, else a
+          dict with `main` and the others. Losses are float `[micro]`, unweighted, summed over the unmasked targets of
+          each sample; `keepwarm.parallel.loss.Losses` states their contract.
         """
         ...
 
     def canonical(self, name: str) -> str:
-        """The name under which a stage's parameter is known everywhere: the tied head's is the embedding's."""
+        """Return the canonical name of a stage's parameter; for the tied head it is the embedding's."""
         ...
 
     def tensor_plan(self) -> Mapping[str, TensorStyle]:
-        """fnmatch patterns of module names to their tensor-parallel style; unnamed modules are replicated."""
+        """Map fnmatch patterns of module names to tensor-parallel styles; modules that match none are replicated."""
         ...
 
     def initial(
         self, name: str, global_shape: tuple[int, ...], offsets: tuple[int, ...], shape: tuple[int, ...]
     ) -> torch.Tensor:
-        """Initial values (fp32, CPU) of a box of the parameter `name`: a function of (seed, name, index) alone."""
+        """Return initial values (fp32, CPU) of a box of the parameter: a function of (seed, name, index) only."""
         ...
 
     def decays(self, name: str) -> bool:
-        """Whether weight decay may apply to this parameter (not to norms and biases)."""
+        """Return whether weight decay may apply to this parameter (not to norms and biases)."""
         ...
 
     def is_embedding(self, name: str) -> bool:
-        """Whether the parameter is a token or position embedding (see `OptimizerSpec.decay_embeddings`)."""
+        """Return whether the parameter is a token or position embedding (see `OptimizerSpec.decay_embeddings`)."""
         ...
 
 
 def is_tied_across(name: str, model: ModelParts, pipeline: int) -> bool:
-    """Whether a parameter of this canonical name exists on the first and on the last pipeline rank."""
+    """Return whether the parameter with this canonical name exists on both the first and the last pipeline rank."""
     return pipeline > 1 and model.tied_embeddings and model.canonical("head.weight") == name

@@ -1,4 +1,4 @@
-"""Activations that backward computes again, compiled layers, bf16: all replace a forward and keep every name."""
+"""Activation recomputation, layer compilation and bf16: each replaces a forward and keeps all parameter names."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +12,9 @@ from keepwarm.parallel.spec import NumericsSpec
 
 
 def apply_numerics(part: nn.Module, numerics: NumericsSpec) -> None:
-    """Compile the layers of a stage and let backward recompute them, whole or their attention, as the spec says.
+    """Compile the layers of a stage and recompute them in backward, fully or attention only, as the spec says.
 
-    Selective recompute is that of Korthikanti et al. (2022): attention costs much memory and little time.
+    Selective recomputation follows Korthikanti et al. (2022): attention takes much memory and little time.
     """
     for layer in layers_of(part):
         if numerics.recompute == "selective":
@@ -27,7 +27,7 @@ def apply_numerics(part: nn.Module, numerics: NumericsSpec) -> None:
 
 
 def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward`, whose activations are dropped and computed again in backward; there is no randomness to replay."""
+    """Wrap `forward` to drop its activations and recompute them in backward; there is no RNG state to restore."""
 
     def again(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
@@ -36,7 +36,7 @@ def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_bf16(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """`forward` with matrices multiplied in bf16, from weights that stay fp32 and with gradients in fp32."""
+    """Wrap `forward` to multiply matrices in bf16; weights and gradients stay fp32."""
 
     def lower(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast(device.type, torch.bfloat16):

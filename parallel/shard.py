@@ -1,4 +1,4 @@
-"""The one notion of state: a global tensor name and the part of that tensor that a rank holds."""
+"""The unit of state: a global tensor name and the part of that tensor that a rank holds."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ class Shard:
     partition flattened buffers hold only the elements `flat = (start, stop)` of that box in row-major order, and
     `local` is then one-dimensional.
 
-    `local` is the engine's own memory: whoever restores writes into it in place and then calls
-    `Engine.restored()`; whoever reads it does so between steps, or before `before_update` returns.
+    `local` is the engine's own memory. Restore by writing into it in place and then calling `Engine.restored()`;
+    read it only between steps, or before `before_update` returns.
     """
 
     name: str
@@ -23,7 +23,7 @@ class Shard:
     shape: tuple[int, ...]
     local: torch.Tensor
     replicas: tuple[int, ...]
-    """Global ranks, ascending, that hold exactly these bytes; the holder itself is one of them."""
+    """Global ranks that hold exactly these bytes, ascending; includes the holder itself."""
     flat: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:

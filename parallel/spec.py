@@ -23,7 +23,7 @@ Options = TypeVar("Options", bound=Section)
 
 
 class ParallelSpec(Section):
-    """How the ranks are laid out and what runs on each axis of the mesh."""
+    """Layout of the ranks, and the form of parallelism on each axis of the mesh."""
 
     engine: str = Field(
         DEFAULT_ENGINE, description="what runs the mesh: torch, megatron, deepspeed, or an engine of another package"
@@ -55,7 +55,7 @@ class ParallelSpec(Section):
         return self.pipeline * per_rank if self.pipeline > 1 else 1
 
     def options_as(self, kind: type[Options]) -> Options:
-        """Return the engine's options by their class. Raises TypeError if they are those of another engine."""
+        """Return the engine's options as `kind`. Raise TypeError if they are those of another engine."""
         if not isinstance(self.options, kind):
             raise TypeError(f"options of parallel.engine = {self.engine} are no {kind.__name__}")
         return self.options
@@ -73,7 +73,7 @@ class ParallelSpec(Section):
     @classmethod
     def _of_engine(cls, values: Any, info: ValidationInfo) -> Any:
         """Validate the options as the engine's own section."""
-        if "engine" not in info.data:  # refused already
+        if "engine" not in info.data:  # already rejected
             return Section()
         own = ENGINES.get(info.data["engine"]).Options
         if type(values) is Section:  # the default
@@ -102,7 +102,7 @@ class OptimizerSpec(Section):
 
 
 class NumericsSpec(Section):
-    """Precision and what is traded for memory or speed."""
+    """Precision, and trade-offs between memory, speed and reproducibility."""
 
     precision: Literal["fp32", "bf16", "fp64"] = Field(
         "fp32", description="bf16: bf16 compute, fp32 master weights, moments and reduction"

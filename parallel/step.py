@@ -1,4 +1,4 @@
-"""What every engine does around forward and backward: count, agree, decide whether to skip, clip."""
+"""The parts of a step shared by all engines: count targets, reduce sums, decide whether to skip, clip."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,13 +15,13 @@ from keepwarm.parallel.targets import IGNORED
 
 
 def set_determinism(config: EngineConfig) -> None:
-    """Let torch choose deterministic kernels, for the whole process, where the job asks for them."""
+    """Make torch choose deterministic kernels for the whole process if the job asks for them."""
     if config.numerics.deterministic:
         torch.use_deterministic_algorithms(True)
 
 
 def begin(batch: Batch, config: EngineConfig, mesh: Mesh, losses: Losses) -> Batch:
-    """The batch on the device of the engine; `losses` begin a step over its global count of unmasked targets.
+    """Return the batch on the engine's device, and start a step of `losses` over its global count of unmasked targets.
 
     Raises:
         LayoutError: the sequence cannot be split over the tensor axis.
@@ -46,9 +46,9 @@ def finish(
     gradients: Sequence[clip.Gradient],
     before_update: Callable[[], None] | None,
 ) -> StepResult:
-    """The result of a step after its last backward, equal on every rank, with gradients clipped unless it is skipped.
+    """Return the result of a step after its last backward, equal on every rank; clip gradients unless it is skipped.
 
-    A step is skipped when a loss or the norm of the gradient is not finite: the caller then updates nothing.
+    A step is skipped if a loss or the gradient norm is not finite: the caller must then update nothing.
     """
     squared = clip.squared_norm(gradients, mesh.rank, config.device)
     *totals, squared_norm, count = _agree(mesh, losses, squared)
@@ -64,15 +64,15 @@ def finish(
 
 
 def evaluated(mesh: Mesh, losses: Losses) -> Evaluation:
-    """What an evaluation has summed over all ranks."""
+    """Return the result of an evaluation, summed over all ranks."""
     *totals, count = _agree(mesh, losses)
     return Evaluation(sums=dict(zip(losses.names, totals, strict=True)), tokens=int(count))
 
 
 def _agree(mesh: Mesh, losses: Losses, *others: torch.Tensor) -> list[float]:
-    """Sums over the world: of every loss, then of all `others`, then the count, which every rank knows.
+    """Return sums over the world: of every loss, then of all `others`, then the count, which every rank knows.
 
-    A loss is equal on all ranks of the tensor axis and counts on the first of them.
+    A loss is equal on all ranks of the tensor axis and is counted on the first of them only.
     """
     totals = losses.totals if mesh.at.tensor == 0 else torch.zeros_like(losses.totals)
     numbers = torch.stack([*totals, *others, losses.count.double()])

@@ -1,4 +1,4 @@
-"""What a target says besides the token to predict. Torch-free, as data are prepared without torch."""
+"""Special value of targets. Torch-free, because data are prepared without torch."""
 
 IGNORED = -100
 """Target of a position that carries no loss."""

@@ -1,4 +1,4 @@
-"""The engine over DeepSpeed: ZeRO 1 to 3, its pipeline with ZeRO 1, Megatron Core's layers on the tensor axis."""
+"""DeepSpeed engine: ZeRO stages 1 to 3, pipelines with ZeRO 1, and Megatron Core's layers on the tensor axis."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class _Step:
-    """What the update at the end of DeepSpeed's step needs from outside, and what it found."""
+    """Inputs of the update at the end of DeepSpeed's step, and its result."""
 
     lr: float
     before_update: Callable[[], None] | None
@@ -37,21 +37,21 @@ class _Step:
 
 
 class DeepSpeedEngine:
-    """An `Engine` for one rank; every rank of the layout makes one.
+    """An `Engine` for one rank; every rank of the layout creates one.
 
-    DeepSpeed averages over micro-batches and over the data axis. The loss is multiplied beforehand by what it will be
-    divided by, so that gradients are those of the loss that `Engine` defines. Clipping and the decision to skip a step
-    are the engine's own; to skip, DeepSpeed is shown a gradient that is not finite.
+    DeepSpeed averages over micro-batches and over the data axis. The loss is multiplied by the divisor beforehand, so
+    that the gradients are those of the loss that `Engine` defines. The engine itself clips gradients and decides
+    whether to skip a step; to skip one, it hands DeepSpeed a non-finite gradient.
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        """Build this rank's stage, write in the initial weights and make the optimizer's state.
+        """Build this rank's stage, fill in the initial weights and allocate the optimizer state.
 
-        `torch.distributed` is initialised by the caller, or not at all for a world of one rank.
+        The caller initialises `torch.distributed`; a world of one rank does not need it.
 
         Raises:
             LayoutError: the layout does not fit the model or the world.
-            EngineUnavailable: an option is not installed.
+            EngineUnavailable: an optional dependency is not installed.
         """
         optimizer, model = config.optimizer, config.model
         self._options = config.parallel.options_as(DeepSpeedOptions)
@@ -75,14 +75,14 @@ class DeepSpeedEngine:
         self._update = self._zero.step
         self._norm = math.nan
         if self._options.zero_stage < 3:
-            # DeepSpeed agrees on the norm of one parameter group after the other; stages between the first and the last
-            # have none for tied embeddings, and all would wait for ever. What is agreed here says the same.
+            # DeepSpeed all-reduces the norm of each parameter group in turn. Middle stages have no group for tied
+            # embeddings, so all ranks would deadlock. `self._norm` carries the same verdict, already agreed on.
             self._zero.scaled_global_norm = lambda: torch.tensor(self._norm, device=config.device)
         self._zero.step = self._decide
 
     @property
     def mesh(self) -> Mesh:
-        """The process groups; the engine's own."""
+        """The process groups, owned by the engine."""
         return self._mesh
 
     def step(self, batch: Batch, lr: float, before_update: Callable[[], None] | None = None) -> StepResult:
@@ -110,7 +110,7 @@ class DeepSpeedEngine:
         return step.evaluated(self._mesh, self._losses)
 
     def state(self) -> Mapping[str, Shard]:
-        """See `Engine.state`; weights are ZeRO's fp32 master weights, of which each rank holds its partition."""
+        """See `Engine.state`. Weights are ZeRO's fp32 master weights; each rank holds its partition."""
         buffers = self._partition.buffers
         shards = [counter_shard(self.counter, range(self.layout.world_size))]
         for fragment in self._partition.fragments:
@@ -132,12 +132,12 @@ class DeepSpeedEngine:
         self._zero.step = self._update
         self._pipeline = None
         self._deepspeed.destroy()
-        # ZeRO 3 puts one of its own in the place of torch's, for the whole process.
+        # ZeRO 3 replaces torch's `linear` with its own for the whole process.
         nn.functional.linear = self._linear
         self._mesh.close()
 
     def _build(self) -> tuple[nn.Module, list[UnpartitionedParameter]]:
-        """This rank's stage with its initial weights, and where its parameters lie in the model."""
+        """Return this rank's stage with its initial weights, and where its parameters lie in the model."""
         model, numerics, device = self._config.model, self._config.numerics, self._config.device
         stage, layout = self._mesh.at.pipeline, self.layout
         split: dict[str, int] = {}
@@ -177,7 +177,7 @@ class DeepSpeedEngine:
         return module, placed
 
     def _make(self, module: nn.Module, placed: list[UnpartitionedParameter]) -> None:
-        """Hand the stage to DeepSpeed."""
+        """Create DeepSpeed's engine over the stage."""
         config = configuration(self._options, [one.parameter for one in placed])
         with prepared(self._mesh, self._config.device):
             if self.layout.pipeline > 1:
@@ -192,11 +192,11 @@ class DeepSpeedEngine:
         self._zero = self._deepspeed.optimizer
 
     def _forward(self, micro: Batch) -> torch.Tensor:
-        """What is optimised of one micro-batch, without a pipeline."""
+        """Return the objective of one micro-batch, without a pipeline."""
         return self._losses.add_table(self._deepspeed(micro.tokens, **micro.keywords()))
 
     def _accumulate(self, batch: Batch) -> None:
-        """Forward and backward of every micro-batch without a pipeline, and the update."""
+        """Run forward and backward of every micro-batch without a pipeline, then the update."""
         last = len(batch.tokens) - 1
         for micro in range(last + 1):
             self._deepspeed.set_gradient_accumulation_boundary(micro == last)
@@ -204,7 +204,10 @@ class DeepSpeedEngine:
         self._deepspeed.step()
 
     def _decide(self, closure: Callable[[], float] | None = None) -> None:
-        """Stands before DeepSpeed's update, which its engines call after the last backward of a step."""
+        """Finish the step and update unless it is skipped.
+
+        Replaces the update that DeepSpeed's engines call after the last backward of a step.
+        """
         pending = self._pending
         if pending is None:
             raise AssertionError("DeepSpeed updates outside of a step")

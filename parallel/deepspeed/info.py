@@ -1,4 +1,4 @@
-"""What is known of the deepspeed engine before a rank runs it. Torch-free."""
+"""Properties of the deepspeed engine that are known before a rank runs it. Torch-free."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -52,9 +52,9 @@ class DeepSpeedInfo(EngineInfo):
             yield "numerics.compile: its hooks and compiled layers have not been tried together; set false"
 
     def memory(self, work: Workload) -> RankEstimate:
-        """Return what each rank holds under ZeRO (Rajbhandari et al., 2020), what is offloaded aside.
+        """Return what each rank holds under ZeRO (Rajbhandari et al., 2020), excluding offloaded state.
 
-        There are fp32 masters beside the weights even where these are fp32 too.
+        ZeRO keeps fp32 master weights in addition to the weights, even where these are already fp32.
         """
         zero, offload = self.options.zero_stage, self.options.offload_optimizer
         whole, share, master = work.elements, data_share(work), work.master_bytes

@@ -15,16 +15,16 @@ from keepwarm.parallel.mesh.mesh import Mesh
 
 
 class MicroBatchQueue:
-    """The micro-batches of a step, in the order in which every stage runs their forwards.
+    """The micro-batches of a step, in the order in which every stage runs their forward passes.
 
-    Ranks of one data coordinate hold the same batch, so nothing of it needs to travel with the hidden states.
+    Ranks with the same data coordinate hold the same batch, so none of it is sent along with the hidden states.
     """
 
     def __init__(self) -> None:
         self._waiting: Iterator[Batch] = iter(())
 
     def load(self, batch: Batch) -> None:
-        """Take in all micro-batches of `batch`."""
+        """Queue all micro-batches of `batch`."""
         self._waiting = iter([batch.micro_batch(index) for index in range(len(batch.tokens))])
 
     def next(self) -> Batch:
@@ -32,7 +32,7 @@ class MicroBatchQueue:
 
 
 class StageWithInputs(nn.Module):
-    """A stage that takes what it needs besides hidden states from the queue."""
+    """A stage that takes its inputs other than hidden states from the queue."""
 
     def __init__(self, stage: nn.Module, queue: MicroBatchQueue) -> None:
         super().__init__()
@@ -45,14 +45,14 @@ class StageWithInputs(nn.Module):
 
 
 class RemoteStagePlaceholder(nn.Module):
-    """Stands for a stage of another rank, which `PipelineModule` counts but does not run here."""
+    """Placeholder for a stage of another rank, which `PipelineModule` counts but does not run here."""
 
 
 class Stages(PipelineModule):  # type: ignore[misc]
-    """This rank's stage as one layer of as many as there are stages, on the mesh of the layout."""
+    """This rank's stage as one layer of a `PipelineModule` that has one layer per stage, on the mesh of the layout."""
 
     def __init__(self, module: nn.Module, mesh: Mesh, losses: Losses, tied: Sequence[nn.Parameter]) -> None:
-        """`tied` are the parameters that the other end of the pipeline has too."""
+        """`tied` are the parameters that the other end of the pipeline also holds."""
         stage, layout = mesh.at.pipeline, mesh.layout
         queue = MicroBatchQueue()
         layers = [
@@ -64,12 +64,12 @@ class Stages(PipelineModule):  # type: ignore[misc]
         self.queue = queue
         self.layout = layout
         self.micro_batches = 1
-        """Of the step that runs: what DeepSpeed divides the loss by."""
+        """Micro-batches in the current step; DeepSpeed divides the loss by this number."""
         self._losses = losses
         self._tied = [(parameter, mesh.ends) for parameter in tied]
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, dist.ProcessGroup | None]]:
-        """What the pipeline engine sums before it reduces gradients over the data axis, and over which ranks."""
+        """Return the parameters whose gradients are summed before the data-axis reduction, each with its group."""
         return self._tied
 
     def _objective(self, table: torch.Tensor, _targets: torch.Tensor) -> torch.Tensor:
@@ -77,28 +77,28 @@ class Stages(PipelineModule):  # type: ignore[misc]
 
 
 class Pipeline:
-    """DeepSpeed's pipeline engine for one rank: 1F1B over the stages, one on each rank."""
+    """DeepSpeed's pipeline engine for one rank: a 1F1B schedule with one stage per rank."""
 
     def __init__(self, stages: Stages, engine: Any) -> None:
-        """`engine` is DeepSpeed's, over `stages`."""
+        """`engine` is DeepSpeed's engine over `stages`."""
         self.engine = engine
         self._stages = stages
         self._shape: torch.Size | None = None
 
     def train(self, batch: Batch) -> None:
-        """Forward and backward of all micro-batches, and the update."""
+        """Run forward and backward of all micro-batches, then the update."""
         self._stages.micro_batches = len(batch.tokens)
         self.engine.set_train_batch_size(len(batch.tokens) * self._stages.layout.data)
         self.engine.train_batch(self._load(batch))
 
     def evaluate(self, batch: Batch) -> None:
-        """Forward of all micro-batches; the losses of the last stage collect the result."""
+        """Run the forward pass of all micro-batches; the losses on the last stage collect the result."""
         self.engine.eval_batch(
             self._load(batch), reduce_output=None, bcast_loss=False, num_micro_batches=len(batch.tokens)
         )
 
     def _load(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """What the first stage takes as inputs and the last one as labels."""
+        """Return what the first stage takes as inputs and the last one as labels."""
         if batch.tokens.shape[1:] != self._shape:
             self._shape = batch.tokens.shape[1:]
             self.engine.reset_activation_shape()

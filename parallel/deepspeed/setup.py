@@ -1,4 +1,4 @@
-"""What DeepSpeed must be told before it may run: its configuration, its groups, and what it may not do by itself."""
+"""Set up DeepSpeed: configuration, process groups, and environment variables that turn off its autodetection."""
 
 import contextlib
 import io
@@ -17,26 +17,26 @@ from keepwarm.parallel.deepspeed.info import DeepSpeedOptions
 from keepwarm.parallel.mesh.mesh import Mesh
 
 BUCKET = 500_000_000
-"""Elements of a gradient that are reduced at once, at most; DeepSpeed's own default."""
+"""Maximum number of gradient elements in one reduction; DeepSpeed's default."""
 
 WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
-    # An optimizer that nobody asked for is imported, decorated with torch.compile: that loads all of inductor.
+    # DeepSpeed imports an unused optimizer decorated with torch.compile, which loads all of inductor.
     ("`torch.jit.script(_method)?` is deprecated", DeprecationWarning),
-    # Renamed in torch after this DeepSpeed.
+    # Renamed in torch after this version of DeepSpeed.
     ("`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated", FutureWarning),
 )
-"""What DeepSpeed makes torch warn of, by regular expression; not the user's affair, and silent for good."""
+"""Torch warnings caused by DeepSpeed, as regular expressions. Users cannot act on them: silenced for the process."""
 
 
 def configuration(options: DeepSpeedOptions, parameters: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """DeepSpeed's own configuration.
+    """Return DeepSpeed's own configuration.
 
     Clipping stays off: the engine clips by its own norm, which counts replicated and tied parameters once. DeepSpeed
-    still computes its norm, by which all ranks together discard a gradient that is not finite.
+    still computes its own norm, by which all ranks together discard a non-finite gradient.
 
     Args:
-        parameters: of this rank, before ZeRO shards them. No bucket is larger than all of them; under ZeRO 3 norms and
-            biases stay whole, matrices do not.
+        parameters: of this rank, before ZeRO shards them. No bucket is larger than their total size. ZeRO 3 keeps
+            norms and biases whole and shards matrices.
     """
     bucket = min(BUCKET, sum(one.numel() for one in parameters))
     zero: dict[str, Any] = {
@@ -65,7 +65,7 @@ def configuration(options: DeepSpeedOptions, parameters: Sequence[torch.Tensor])
 
 
 class Groups:
-    """The process groups of a mesh under the names that DeepSpeed asks for (Megatron's `mpu`), without a pipeline."""
+    """The process groups of a mesh under the names that DeepSpeed expects (Megatron's `mpu`), without a pipeline."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
@@ -91,14 +91,14 @@ class Groups:
 
 @contextlib.contextmanager
 def prepared(mesh: Mesh, device: torch.device) -> Iterator[None]:
-    """DeepSpeed imported, quiet, and kept from compiling; what it prints while an engine is built is dropped.
+    """Import DeepSpeed, silence it, and prevent it from compiling operators; drop its output while an engine is built.
 
-    Its collectives load a shared-memory operator on a CPU, compiling it for minutes, unless the table of operators that
-    can be built says no; it looks there once, when its first engine is made.
+    On a CPU, DeepSpeed's collectives compile a shared-memory operator, which takes minutes, unless the table of
+    buildable operators excludes it. DeepSpeed reads that table once, when it creates its first engine.
     """
-    # Otherwise it looks for one, and says at length that there is none.
+    # If unset, DeepSpeed probes for an accelerator and logs at length that there is none.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    # Set by every launcher; a rank that was started by hand has its place on the node from the layout.
+    # Every launcher sets this; for a rank started by hand it follows from the layout.
     os.environ.setdefault("LOCAL_RANK", str(mesh.rank % mesh.layout.ranks_per_node))
     for message, category in WARNINGS:
         warnings.filterwarnings("ignore", message, category)
@@ -108,7 +108,7 @@ def prepared(mesh: Mesh, device: torch.device) -> Iterator[None]:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()):
         if not deepspeed.comm.is_initialized():
-            # Adopts torch's process group; by itself it would look for a launcher, or for MPI.
+            # Adopts torch's process group; by default DeepSpeed would look for a launcher or MPI.
             deepspeed.comm.init_distributed(auto_mpi_discovery=False)
         yield
 
@@ -116,7 +116,7 @@ def prepared(mesh: Mesh, device: torch.device) -> Iterator[None]:
 def initialized(
     module: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], groups: Groups | None
 ) -> Any:
-    """DeepSpeed's engine over a module; a `PipelineModule` brings its own groups. Within `prepared`."""
+    """Return DeepSpeed's engine over a module; call it within `prepared`. A `PipelineModule` brings its own groups."""
     import deepspeed
 
     engine, *_ = deepspeed.initialize(

@@ -1,6 +1,6 @@
-"""Tensor parallelism for the DeepSpeed engine: Megatron Core's parallel layers in place of a part's own.
+"""Tensor parallelism for the DeepSpeed engine: Megatron Core's parallel layers replace the model's own.
 
-The split of matrices is that of Shoeybi et al. (2019); which module is split how, the model says
+Matrices are split as in Shoeybi et al. (2019); the model specifies the style of each module
 (`keepwarm.parallel.style`). Importing this module imports Megatron Core.
 """
 
@@ -28,7 +28,7 @@ with warnings.catch_warnings():
 
 
 class Column(ColumnParallelLinear):  # type: ignore[misc]
-    """A linear layer whose outputs are split; returns them without the bias that it has added already."""
+    """A linear layer with split outputs. It adds the bias itself and returns only the outputs."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = super().forward(x)[0]
@@ -36,7 +36,7 @@ class Column(ColumnParallelLinear):  # type: ignore[misc]
 
 
 class Row(RowParallelLinear):  # type: ignore[misc]
-    """A linear layer whose inputs are split; returns the sum over the ranks, bias added once."""
+    """A linear layer with split inputs. It returns the sum over the ranks, with the bias added once."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = super().forward(x)[0]
@@ -44,10 +44,10 @@ class Row(RowParallelLinear):  # type: ignore[misc]
 
 
 def split(part: nn.Module, plan: Mapping[str, TensorStyle], group: dist.ProcessGroup) -> dict[str, int]:
-    """Replace the modules of `part`, on the meta device, by ones that hold this rank's share.
+    """Replace the modules of `part`, which is on the meta device, by modules that hold this rank's share.
 
     Returns:
-        The split dim of every parameter that is split, by name; the others are whole on every rank.
+        The split dim of each split parameter by name; all other parameters are whole on every rank.
     """
     if not torch.cuda.is_available():
         warnings.filterwarnings("ignore", "When using async grad allreduce it is recommended to set the environment")
@@ -81,7 +81,7 @@ def _replace(
     owner = part.get_submodule(parent)
 
     def nothing(_: torch.Tensor) -> None:
-        """Initial weights are written in afterwards."""
+        """Leave the weight uninitialised; initial weights are filled in later."""
 
     match module:
         case nn.Embedding():
@@ -116,7 +116,7 @@ def _replace(
 
 
 def _keep(module: nn.Module, style: TensorStyle, group: dist.ProcessGroup) -> None:
-    """The head and norms over split features know how to work with their share; they need it and the group."""
+    """Shard the weight of a module that supports it, the head or a norm over split features, and set its group."""
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     rows = weight.shape[0] // group.size()
     module.weight = nn.Parameter(weight.new_empty(rows, *weight.shape[1:]))
@@ -135,7 +135,7 @@ def _keep(module: nn.Module, style: TensorStyle, group: dist.ProcessGroup) -> No
 
 
 def _summed(gradient: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The whole gradient of a parameter of which each rank uses the same values on heads of its own."""
+    """Return the sum over `group` of the gradient of a replicated parameter that each rank applies to its own heads."""
     total = gradient.clone()
     dist.all_reduce(total, group=group)
     return total

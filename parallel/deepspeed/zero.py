@@ -1,8 +1,8 @@
-"""The partition that ZeRO gives a rank, in terms of parameters: what of each it holds, and that part's gradient.
+"""This rank's ZeRO partition by parameter: which elements of each parameter it holds, and their gradients.
 
-ZeRO (Rajbhandari et al., 2020) keeps fp32 weights and moments in flat buffers. Stages 1 and 2 lay the parameters of a
-group one after the other and cut the whole into equal parts, one for each data-parallel rank; stage 3 cuts every
-parameter by itself. Everything here is read from attributes of DeepSpeed's optimizers: they have no interface for it.
+ZeRO (Rajbhandari et al., 2020) keeps fp32 weights and moments in flat buffers. Stages 1 and 2 concatenate the
+parameters of a group and cut the result into equal parts, one per data-parallel rank; stage 3 cuts every parameter
+separately. DeepSpeed's optimizers have no public interface for this, so everything here reads their attributes.
 """
 
 import math
@@ -21,28 +21,28 @@ from keepwarm.parallel.shard import Shard
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnpartitionedParameter:
-    """One parameter of this rank before ZeRO cuts it."""
+    """One parameter of this rank before ZeRO partitions it."""
 
     name: str
     """Canonical name."""
     parameter: nn.Parameter
     global_shape: tuple[int, ...]
     box: TensorSlice
-    """What the tensor axis leaves of it."""
+    """The part of the parameter that tensor parallelism leaves to this rank."""
     replicas: tuple[int, ...]
-    """Ranks of the same data coordinate that hold the same box, ascending."""
+    """Ranks with the same data coordinate that hold the same box, ascending."""
     tied: bool
-    """Whether the other end of the pipeline has it too."""
+    """Whether the other end of the pipeline also holds it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fragment:
-    """The elements `start` to `stop` of a parameter's box; they lie at `at` in flat buffer number `buffer`."""
+    """Elements `start` to `stop` of a parameter's box, stored at offset `at` in flat buffer number `buffer`."""
 
     placed: UnpartitionedParameter
     buffer: int
     index: int
-    """Among the parameters of the buffer."""
+    """Index of the parameter among those of the buffer."""
     at: int
     start: int
     stop: int
@@ -52,11 +52,11 @@ class Fragment:
         return self.stop - self.start
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
-        """These elements of a tensor that has the shape of the buffer."""
+        """Return these elements of a tensor that has the shape of the buffer."""
         return flat.detach().narrow(0, self.at, self.elements)
 
     def shard(self, prefix: str, flat: torch.Tensor) -> Shard:
-        """The same as a shard: a plain box where nothing was cut off."""
+        """Return these elements as a shard; it is a plain box if nothing was cut off."""
         placed, local = self.placed, self.of(flat)
         whole = self.elements == math.prod(placed.box.shape)
         return Shard(
@@ -71,18 +71,18 @@ class Fragment:
 
 
 class Partition:
-    """What ZeRO 1 or 2 leaves on this rank. The buffers live as long as the optimizer."""
+    """The part that ZeRO 1 or 2 leaves on this rank. The buffers live as long as the optimizer."""
 
     def __init__(self, zero: Any, placed: Iterable[UnpartitionedParameter]) -> None:
         """`zero` is DeepSpeed's optimizer over exactly the `placed` parameters."""
         self._zero = zero
         self.buffers: Sequence[torch.Tensor] = self._buffers()
-        """fp32 weights, one flat tensor for each group of the optimizer; what is stepped."""
+        """fp32 weights that the optimizer updates: one flat tensor per parameter group."""
         self.fragments = list(self._fragments({one.parameter: one for one in placed}))
-        """Every element of this rank once, in the order of the buffers."""
+        """Every element of this rank exactly once, in the order of the buffers."""
 
     def gradients(self) -> list[Gradient]:
-        """The gradient of every fragment after the last backward of a step."""
+        """Return the gradient of every fragment after the last backward of a step."""
         return [Gradient(self._gradient(one), one.placed.replicas) for one in self.fragments]
 
     def _gradient(self, fragment: Fragment) -> torch.Tensor:
@@ -94,7 +94,7 @@ class Partition:
         return gradient if gradient.numel() == fragment.elements else gradient[: fragment.elements]
 
     def discard(self) -> None:
-        """Let the coming step of DeepSpeed discard the gradient: that is what it does when its norm is not finite."""
+        """Make DeepSpeed discard the gradient in its next step by making the norm non-finite."""
         if self._offloads():
             norms: dict[int, torch.Tensor] = self._zero.norm_for_param_grads
             norms.update(dict.fromkeys(norms, torch.tensor(math.nan)))
@@ -102,7 +102,7 @@ class Partition:
             gradient.tensor.fill_(math.nan)
 
     def refresh(self) -> None:
-        """Give the model the weights that are in the buffers. Collective over the data axis."""
+        """Copy the weights from the buffers into the model. Collective over the data axis."""
         self._zero.update_lp_params()
 
     def _buffers(self) -> Sequence[torch.Tensor]:
@@ -127,13 +127,13 @@ class Partition:
 
 
 class PartitionByParameter(Partition):
-    """What ZeRO 3 leaves on this rank: a part of each parameter, the last one padded."""
+    """The part that ZeRO 3 leaves on this rank: a piece of each parameter, the last piece padded."""
 
     def refresh(self) -> None:
         """See `Partition.refresh`."""
         for flat, buffer in zip(self._zero.fp16_partitioned_groups_flat, self.buffers, strict=True):
             flat.data.copy_(buffer.data)
-        # Small parameters stay whole on every rank between steps.
+        # ZeRO 3 keeps small parameters whole on every rank between steps.
         kept = self._zero.persistent_parameters
         if kept:
             kept[0].partition(kept)
@@ -159,10 +159,10 @@ class PartitionByParameter(Partition):
 
 
 def groups_of(placed: Sequence[UnpartitionedParameter], decay: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Groups of parameters for the optimizer: by weight decay, and what is tied across stages by itself.
+    """Return the optimizer's parameter groups: one per weight decay, with parameters tied across stages kept separate.
 
-    Where the cuts of a group fall depends on all that is in it; tied embeddings are replicas of each other only if they
-    are cut alike on both stages.
+    ZeRO's cut positions depend on all parameters in a group. Tied embeddings are replicas of each other only if both
+    stages cut them alike.
     """
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for one in placed:

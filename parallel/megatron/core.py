@@ -1,26 +1,26 @@
-"""Megatron Core without the warnings that it is known to give."""
+"""Imports from Megatron Core, with its known warnings suppressed."""
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 _EXPECTED = (
-    # About packages that are optional for it, and modules that it has moved.
+    # Packages that are optional for Megatron Core, and modules that it has moved.
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",
     "The following imports from `dynamic_context.py` will be removed",
     "`torch.jit.script_method` is deprecated",
     "`torch.jit.script` is deprecated",
-    # Advice on the order of CUDA kernels, docs/engines.md has it.
+    # Advice on the order of CUDA kernels; docs/engines.md covers it.
     r"When using (async grad allreduce|sequence parallelism) it is recommended to set the environment variable",
-    # It calls the collectives by the names that torch before 2.13 has.
+    # Megatron Core calls collectives by the names they had before torch 2.13.
     r"`torch\.distributed\.\w+` is deprecated",
 )
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Ignore the warnings that are known, and no others."""
+    """Ignore the known warnings and no others."""
     with warnings.catch_warnings():
         for message in _EXPECTED:
             warnings.filterwarnings("ignore", message=message)

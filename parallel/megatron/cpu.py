@@ -1,9 +1,9 @@
-"""Megatron Core without CUDA, for tests and debugging: what it says of a CUDA device is done on the CPU.
+"""Megatron Core without CUDA, for tests and debugging: its requests for a CUDA device are redirected to the CPU.
 
-Megatron Core asks for the current CUDA device where it allocates, names the device "cuda" in a few places, and tells
-types of parameters by the names that CUDA tensors have. Inside `without_cuda` one public function of `torch.cuda` is
-replaced and a torch function mode redirects these three; outside nothing is changed. Kernels that exist for CUDA
-alone, CUDA's random numbers and streams are not imitated: what needs them is not available without CUDA.
+Megatron Core allocates on the current CUDA device, names the device "cuda" in a few places, and identifies parameter
+types by the names of CUDA tensors. Inside `without_cuda` one public function of `torch.cuda` is replaced and a torch
+function mode redirects these three; outside it nothing changes. CUDA-only kernels, CUDA's random numbers and streams
+are not emulated: features that need them are unavailable without CUDA.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 @contextmanager
 def without_cuda() -> Iterator[None]:
-    """Run Megatron Core on the CPU; does nothing where CUDA is available."""
+    """Run Megatron Core on the CPU; do nothing if CUDA is available."""
     if torch.cuda.is_available():
         yield
         return

@@ -1,4 +1,4 @@
-"""Megatron Core as an engine: its layers, pipeline schedules, data parallelism and optimizers behind our interface."""
+"""Megatron engine: Megatron Core's layers, pipeline schedules, data parallelism and optimizers."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
@@ -32,20 +32,20 @@ from keepwarm.parallel.targets import IGNORED
 
 
 class MegatronEngine:
-    """An `Engine` for one rank; every rank of the layout makes one.
+    """An `Engine` for one rank; every rank of the layout creates one.
 
-    Process groups are handed to Megatron Core explicitly, its `parallel_state` is never initialised. One thing stays
-    global: its tracker of random states, which is set to the one that does nothing, as there is no dropout.
+    Process groups are passed to Megatron Core explicitly; its `parallel_state` is never initialised. One thing remains
+    global: its random-state tracker, which is set to the no-op tracker because there is no dropout.
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        """Build this rank's stages, make the optimizer's state and write in the initial weights.
+        """Build this rank's stages, allocate the optimizer state and fill in the initial weights.
 
-        What `MegatronInfo.refuses` names must have been refused before.
+        Jobs for which `MegatronInfo.refuses` yields a reason must have been rejected before.
 
         Raises:
             LayoutError: the layout does not fit the world.
-            EngineUnavailable: an option is not installed, or the model has a loss that is not computed here.
+            EngineUnavailable: an optional dependency is not installed, or the model has a loss that this engine lacks.
         """
         model, parallel = config.model, config.parallel
         if unknown := set(model.loss_weights) - set(NAMES):
@@ -75,7 +75,7 @@ class MegatronEngine:
 
     @property
     def mesh(self) -> Mesh:
-        """The process groups; the engine's own."""
+        """The process groups, owned by the engine."""
         return self._groups.mesh
 
     def step(self, batch: Batch, lr: float, before_update: Callable[[], None] | None = None) -> StepResult:
@@ -104,7 +104,7 @@ class MegatronEngine:
         return step.evaluated(self.mesh, self._losses)
 
     def state(self) -> Mapping[str, Shard]:
-        """See `Engine.state`. Of a name that this rank updates no element of it has no shard."""
+        """See `Engine.state`. A name has no shard on a rank that updates none of its elements."""
         return dict(self._state)
 
     def restored(self) -> None:
@@ -118,7 +118,7 @@ class MegatronEngine:
         self._groups.close()
 
     def _wrap(self, gpts: list[Any]) -> list[Any]:
-        """Data parallelism around every stage, and its part in the schedules."""
+        """Wrap every stage in data parallelism and connect it to the pipeline schedules."""
         options = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=True,
@@ -146,7 +146,7 @@ class MegatronEngine:
         self.restored()
 
     def _run(self, batch: Batch, *, training: bool) -> None:
-        """Forward, and in training backward, of all micro-batches; losses are collected on the last stage."""
+        """Run forward, and backward in training, of all micro-batches; the last stage collects the losses."""
         micro_batches, micro_batch_size, sequence = batch.tokens.shape
         virtual = self._transformer.virtual_pipeline_model_parallel_size
         inputs = [_micro_batches(batch) for _ in self._chunks]
@@ -168,12 +168,12 @@ class MegatronEngine:
         return chunk(micro.tokens, positions, mask), functools.partial(self._loss, micro)
 
     def _loss(self, micro: Batch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        """What backward starts from, from this rank's part of the logits."""
+        """Return the objective of one micro-batch, computed from this rank's part of the logits."""
         objective = self._losses.add(losses_of(logits, micro, self._groups.collection.tp))
         return objective, torch.zeros((), dtype=torch.int, device=self._config.device), {}
 
     def _filled_up(self, batch: Batch) -> Batch:
-        """With micro-batches without targets up to what the interleaved schedule can run."""
+        """Pad the batch with micro-batches without targets to a count that an interleaved schedule can run."""
         missing = -len(batch.tokens) % self.layout.pipeline
         if not missing or self._transformer.virtual_pipeline_model_parallel_size is None:
             return batch
@@ -183,16 +183,16 @@ class MegatronEngine:
 
 
 def _finalise(chunks: list[Any], tokens: torch.Tensor | None, **options: Any) -> None:
-    """Reduce gradients over the data axis, and what is left of them over tensor ranks and tied stages; no division."""
+    """Reduce gradients over the data axis, then over tensor ranks and tied stages where needed, without dividing."""
     finalize_model_grads(chunks, None, **options)
 
 
 _Inputs = tuple[Batch, torch.Tensor, torch.Tensor | None]
-"""One micro-batch, the positions of its tokens, and its mask of attention."""
+"""One micro-batch, the positions of its tokens, and its attention mask."""
 
 
 def _micro_batches(batch: Batch) -> Iterator[_Inputs]:
-    """The inputs of one micro-batch after the other."""
+    """Yield the inputs of each micro-batch in order."""
     index = torch.arange(batch.tokens.shape[-1], device=batch.tokens.device)
     for number in range(len(batch.tokens)):
         micro = batch.micro_batch(number)
@@ -205,7 +205,10 @@ def _micro_batches(batch: Batch) -> Iterator[_Inputs]:
 
 
 def _positions_in(documents: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Position of each token inside its document; rotary embeddings need none, as they see distances alone."""
+    """Return the position of each token inside its document, for learned positions.
+
+    Rotary embeddings do not need it, as they depend on distances only.
+    """
     starts = torch.zeros_like(documents, dtype=torch.int64)
     starts[:, 1:] = torch.where(documents[:, 1:] != documents[:, :-1], index[1:], 0)
     return index - starts.cummax(dim=1).values

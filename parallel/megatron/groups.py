@@ -14,10 +14,10 @@ from keepwarm.parallel.mesh.mesh import Mesh
 
 
 class Groups:
-    """A mesh, its groups as Megatron Core's collection, and a group of this rank alone for the axes that we lack."""
+    """A mesh, its groups in Megatron Core's collection, and a single-rank group for axes that keepwarm lacks."""
 
     def __init__(self, layout: Layout, device: torch.device, timeout: timedelta) -> None:
-        """Collective. Raises LayoutError when the layout does not have as many ranks as are running."""
+        """Create the groups; collective. Raise LayoutError if the layout and the world differ in size."""
         self.mesh = Mesh(layout, device, timeout, alone=True)
         self._buffer = GlobalMemoryBuffer()
         self._alone = _alone(layout.world_size, self.mesh.rank, timeout)
@@ -43,9 +43,10 @@ class Groups:
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Around everything that Megatron Core does: known warnings ignored, its one global buffer ours, CUDA or not.
+        """Prepare the process for calls into Megatron Core, all of which must run inside this context.
 
-        Sequence parallelism gathers into the buffer, and finds it in `parallel_state` alone.
+        It suppresses known warnings, redirects CUDA to the CPU where there is none, and installs this engine's global
+        memory buffer: sequence parallelism gathers into that buffer and looks it up only in `parallel_state`.
         """
         before = parallel_state._GLOBAL_MEMORY_BUFFER
         parallel_state._GLOBAL_MEMORY_BUFFER = self._buffer
@@ -62,7 +63,7 @@ class Groups:
 
 
 def _alone(world_size: int, rank: int, timeout: timedelta) -> dist.ProcessGroup:
-    """The group of `rank`; every rank takes part in making every group, as `Mesh` does."""
+    """Return the group that contains only `rank`; every rank takes part in creating every group, as in `Mesh`."""
     mine: dist.ProcessGroup | None = None
     for one in range(world_size):
         group = dist.new_group([one], timeout=timeout)

@@ -1,4 +1,4 @@
-"""What is known of the megatron engine before a rank runs it. Torch-free."""
+"""Properties of the megatron engine that are known before a rank runs it. Torch-free."""
 
 from collections.abc import Iterator
 
@@ -59,9 +59,9 @@ class MegatronInfo(EngineInfo):
         super().check_micro_batches(count, parallel)
 
     def memory(self, work: Workload) -> RankEstimate:
-        """Return what each rank holds: the distributed optimizer is ZeRO stage 1 (Rajbhandari et al., 2020).
+        """Return what each rank holds; the distributed optimizer is ZeRO stage 1 (Rajbhandari et al., 2020).
 
-        Weights and gradients, these in fp32, are whole. Logits are not computed in chunks.
+        Weights and fp32 gradients are not sharded over the data axis. Logits are not computed in chunks.
         """
         whole, share = work.elements, data_share(work)
         master, compute = work.master_bytes, work.compute_bytes
@@ -76,7 +76,7 @@ class MegatronInfo(EngineInfo):
 
 
 def _families_of_gpt_model(model: Architecture) -> Iterator[str]:
-    """What the transformer layers of Megatron Core 0.16 lack."""
+    """Yield the model features that the transformer layers of Megatron Core 0.16 lack."""
     if model.norm_position == "post":
         yield "model.norm_position = post (OLMo 2): its layers normalise before attention and MLP"
     if model.parallel_residual:

@@ -1,4 +1,4 @@
-"""Modules that Megatron Core's layers are put together from where its own do not fit."""
+"""Building blocks for Megatron Core's layers where its own do not fit."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ from keepwarm.parallel.optimizer import apex
 class QueryKeyValueAttention(SelfAttention):  # type: ignore[misc]
     """Self-attention whose fused projection holds all query rows, then all key rows, then all value rows.
 
-    Megatron Core interleaves them by group of heads. In blocks, each of the three is contiguous memory, so that it can
-    be a shard of its own: state has the projections unfused.
+    Megatron Core interleaves them by head group. With one block per projection, each is contiguous memory and can be a
+    shard of its own: the state stores the projections unfused.
     """
 
     def get_query_key_value_tensors(
         self, hidden_states: torch.Tensor, key_value_states: torch.Tensor | None = None, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of `[sequence, micro, hidden]`: three of `[sequence, micro, heads of this rank, head_dim]`."""
+        """Split `[sequence, micro, hidden]` into three tensors `[sequence, micro, heads of this rank, head_dim]`."""
         mixed, _ = self.linear_qkv(hidden_states)
         size = self.hidden_size_per_attention_head
         heads, groups = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
@@ -33,7 +33,7 @@ class QueryKeyValueAttention(SelfAttention):  # type: ignore[misc]
 
 
 class ScaledDotProductAttention(nn.Module):
-    """Causal attention through PyTorch's fused kernels, which Megatron Core has through Transformer Engine alone."""
+    """Causal attention through PyTorch's fused kernels; Megatron Core's fused attention needs Transformer Engine."""
 
     def __init__(self, config: Any, **options: Any) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class ScaledDotProductAttention(nn.Module):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **_: Any
     ) -> torch.Tensor:
-        """All `[sequence, micro, heads, head_dim]`, the result with the last two dims in one.
+        """Attend; inputs are `[sequence, micro, heads, head_dim]`, and the result merges the last two dims.
 
         `attention_mask` is bool `[micro, 1, sequence, sequence]`, True where a query may see a key; None: causal.
         """
@@ -57,7 +57,7 @@ class ScaledDotProductAttention(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """PyTorch's norm, marked for sequence parallelism as Megatron Core expects."""
+    """PyTorch's RMSNorm, marked for sequence parallelism as Megatron Core expects."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float, **options: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -65,7 +65,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class ApexRMSNorm(RMSNorm):
-    """The same through Apex's fused kernel."""
+    """RMSNorm through Apex's fused kernel."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert self.eps is not None
@@ -73,7 +73,7 @@ class ApexRMSNorm(RMSNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """As `RMSNorm`."""
+    """PyTorch's LayerNorm, marked like `RMSNorm`."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float, **options: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -81,7 +81,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class ApexLayerNorm(LayerNorm):
-    """As `ApexRMSNorm`."""
+    """LayerNorm through Apex's fused kernel."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return apex.layer_norm()(x, self.normalized_shape, self.weight, self.bias, self.eps)

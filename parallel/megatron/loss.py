@@ -1,4 +1,4 @@
-"""Losses over a vocabulary that the tensor axis splits; Megatron Core's own cross-entropy takes no process group."""
+"""Losses over a vocabulary split by the tensor axis; Megatron Core's cross-entropy accepts no process group."""
 
 import torch
 import torch.distributed as dist
@@ -9,13 +9,13 @@ from keepwarm.parallel.mesh.collective import reduce_from
 from keepwarm.parallel.targets import IGNORED
 
 NAMES = (MAIN, Z_LOSS)
-"""The losses that `losses_of` returns."""
+"""Names of the losses that `losses_of` returns."""
 
 
 def losses_of(logits: torch.Tensor, micro: Batch, group: dist.ProcessGroup) -> dict[str, torch.Tensor]:
-    """The losses of a micro-batch by name, fp32 `[micro, sequence]`, zero where the target is ignored.
+    """Return the losses of a micro-batch by name, fp32 `[micro, sequence]`, zero where the target is ignored.
 
-    `logits` are this rank's part, as for `cross_entropy`.
+    `logits` are this rank's part, as in `cross_entropy`.
     """
     entropy, partition = cross_entropy(logits, micro.targets, group)
     kept = micro.targets != IGNORED
@@ -25,10 +25,10 @@ def losses_of(logits: torch.Tensor, micro: Batch, group: dist.ProcessGroup) -> d
 def cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy and log-partition of every target, fp32 `[micro, sequence]`.
+    """Return cross-entropy and log-partition of every target, each fp32 `[micro, sequence]`.
 
-    `logits` are `[micro, sequence, tokens of this rank]`, the ranks of `group` hold the vocabulary in equal parts one
-    after the other. Of a target that is no token id the first is the log-partition.
+    `logits` are `[micro, sequence, tokens of this rank]`; the ranks of `group` hold consecutive equal parts of the
+    vocabulary. If a target is not a token id, its cross-entropy is the log-partition.
     """
     logits = logits.float()
     largest = logits.detach().amax(-1)

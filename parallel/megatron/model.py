@@ -1,4 +1,4 @@
-"""Megatron Core's `GPTModel` for our models: its configuration, its layers and the stages of one rank."""
+"""Megatron Core's `GPTModel` for keepwarm's models: configuration, layers and the stages of one rank."""
 
 import functools
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def transformer_config(config: EngineConfig) -> Any:
-    """What Megatron Core calls the configuration of model and parallelism; no dropout, no initialisation."""
+    """Return Megatron Core's configuration of model and parallelism, without dropout and initialisation."""
     spec, parallel, numerics = config.model.spec, config.parallel, config.numerics
     dtype = DTYPES[numerics.precision]
     stages = parallel.stages // parallel.pipeline
@@ -75,9 +75,9 @@ def transformer_config(config: EngineConfig) -> Any:
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        # The engine divides by the global count of targets itself.
+        # The engine itself divides by the global count of targets.
         calculate_per_token_loss=True,
-        # Two ranks that are each other's next and previous at once need the calls that name their direction.
+        # Two ranks that are both each other's next and previous need the calls that name their direction.
         overlap_p2p_comm=stages > 1,
         batch_p2p_comm=stages == 1,
         batch_p2p_sync=False,
@@ -86,9 +86,9 @@ def transformer_config(config: EngineConfig) -> Any:
 
 
 def build_stages(config: EngineConfig, transformer: Any, groups: Any, stages: tuple[int, ...]) -> list[Any]:
-    """The `GPTModel` of each of this rank's pipeline stages; their parameters hold no values yet.
+    """Return the `GPTModel` of each of this rank's pipeline stages; their parameters have no values yet.
 
-    `transformer` is the `transformer_config`; `groups` are the process groups as Megatron Core collects them.
+    `transformer` is the `transformer_config`; `groups` is Megatron Core's collection of process groups.
     """
     split = split_layers(config.model.layers, config.parallel)
     return [_build(config, transformer, groups, stage, chunk, len(split[stage])) for chunk, stage in enumerate(stages)]
@@ -123,7 +123,7 @@ def _build(config: EngineConfig, transformer: Any, groups: Any, stage: int, chun
 
 @dataclass(frozen=True, kw_only=True)
 class BuildingBlocks:
-    """The classes that layers are put together from."""
+    """The classes that make up a layer."""
 
     norm: Any
     column: Any
@@ -131,12 +131,12 @@ class BuildingBlocks:
 
 
 def building_blocks(spec: Architecture, parallel: ParallelSpec, numerics: NumericsSpec) -> BuildingBlocks:
-    """Megatron Core's own linear layers with PyTorch's or Apex's norms, or Transformer Engine's of both.
+    """Return Megatron Core's own linear layers with PyTorch's or Apex's norms, or Transformer Engine's for both.
 
-    Transformer Engine's attention is not among them: PyTorch's kernels take the masks of documents as they are.
+    Transformer Engine's attention is not used: PyTorch's kernels accept document masks directly.
 
     Raises:
-        EngineUnavailable: what is asked for is not installed.
+        EngineUnavailable: a selected implementation is not installed.
     """
     if parallel.options_as(MegatronOptions).transformer_engine:
         from keepwarm.parallel.megatron.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear

@@ -1,6 +1,6 @@
-"""What Megatron Core's parameters are called everywhere else, and which part of which tensor they hold.
+"""Map Megatron Core's parameters to canonical names, and to the part of each tensor that they hold.
 
-A parameter may hold several tensors of ours one after the other: query, key and value, or gate and up.
+One of its parameters may hold several canonical tensors in sequence: query, key and value, or gate and up.
 """
 
 import re
@@ -16,28 +16,28 @@ from keepwarm.parallel.parameter import ShardingSpec, TensorSlice
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """One of our tensors in the memory of a parameter of Megatron Core."""
+    """One canonical tensor inside the memory of a Megatron Core parameter."""
 
     name: str
     """Canonical name."""
     global_shape: tuple[int, ...]
     box: TensorSlice
-    """What this rank has of it."""
+    """The part of the tensor that this rank holds."""
     replicas: tuple[int, ...]
-    """Ranks that have the same box, ascending, where every data-parallel rank holds the whole parameter."""
+    """Ranks that hold the same box if every data-parallel rank holds the whole parameter, ascending."""
     start: int
-    """First element of the parameter, in row-major order, that belongs to it."""
+    """Index of the piece's first element in the parameter, in row-major order."""
 
     @property
     def stop(self) -> int:
-        """First element after it."""
+        """Index just past the piece's last element."""
         return self.start + prod(self.box.shape)
 
 
 def pieces_of(
     gpt: nn.Module, layers: range, model: ModelParts, sharding: ShardingSpec
 ) -> Iterator[tuple[nn.Parameter, list[Piece]]]:
-    """Every parameter of a stage with our tensors in it, in the order in which the stage registers them."""
+    """Yield every parameter of a stage with the canonical tensors in it, in the order of registration."""
     for name, parameter in gpt.named_parameters():
         dim = _split_dim(name)
         start, pieces = 0, []
@@ -51,7 +51,7 @@ def pieces_of(
 
 
 def _split_dim(name: str) -> int | None:
-    """The dim of a parameter that the tensor axis splits; Megatron Core notes it only where it also initialises."""
+    """Return the dim that the tensor axis splits; Megatron Core records it only on parameters that it initialises."""
     module, kind = name.rsplit(".", 2)[-2:]
     if module in ("word_embeddings", "linear_qkv", "linear_fc1", "output_layer"):
         return 0
@@ -61,7 +61,7 @@ def _split_dim(name: str) -> int | None:
 def _piece(
     name: str, shape: tuple[int, ...], dim: int | None, start: int, model: ModelParts, sharding: ShardingSpec
 ) -> Piece:
-    """The piece of `shape` on this rank, split over the tensor axis along `dim`."""
+    """Return the piece of `shape` on this rank, split over the tensor axis along `dim`."""
     tensor = sharding.layout.tensor
     whole = tuple(size * tensor if at == dim else size for at, size in enumerate(shape))
     box = TensorSlice.whole(whole) if dim is None else TensorSlice.whole(whole).cut(dim, tensor, sharding.at.tensor)
@@ -74,7 +74,7 @@ def _piece(
 
 
 def _parts(name: str, layers: range, model: ModelParts, rows: int, sharding: ShardingSpec) -> Iterator[tuple[str, int]]:
-    """Canonical names of what a parameter holds, with the rows of each on this rank."""
+    """Yield the canonical names of the tensors in a parameter, with the rows of each on this rank."""
     found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
     if found is None:
         yield model.canonical(_OUTSIDE[name]), rows

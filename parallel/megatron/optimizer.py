@@ -1,7 +1,7 @@
-"""Megatron Core's optimizers as an engine needs them: state by name, and one update from ready gradients.
+"""Megatron Core's optimizers with the interface an engine needs: state by name, and updates from reduced gradients.
 
-With `data_mode` fsdp it is the distributed optimizer (ZeRO stage 1, Rajbhandari et al., 2020): each data-parallel rank
-updates a range of the flattened weights, of which every tensor then has a range of its own on it; all ranks gather the
+With `data_mode` fsdp this is the distributed optimizer (ZeRO stage 1, Rajbhandari et al., 2020): each data-parallel
+rank updates a range of the flattened weights, in which each tensor has a range of its own; all ranks then gather the
 result. With ddp every rank updates everything.
 """
 
@@ -37,20 +37,20 @@ from keepwarm.parallel.spec import OptimizerSpec, ParallelSpec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MainParameter:
-    """What this rank updates of one parameter, in fp32: all of it, or a range of its elements."""
+    """The part of one parameter that this rank updates, in fp32: all of it, or a range of its elements."""
 
     parameter: nn.Parameter
-    """As the model computes with it."""
+    """The parameter that the model computes with."""
     pieces: Sequence[Piece]
     local: nn.Parameter
-    """What the optimizer steps; one-dimensional when it is a range."""
+    """The tensor that the optimizer updates; one-dimensional if it is a range."""
     span: tuple[int, int] | None
-    """The elements of the parameter that it is; None: all."""
+    """Range of the parameter's elements that `local` holds; None: all of them."""
     replicas: tuple[int, ...]
     """Ranks that update the same elements."""
 
     def parts(self) -> Iterator[tuple[Piece, int, int]]:
-        """The tensors of ours that are in it, and their first element here and the first after them."""
+        """Yield the canonical tensors in this part, each with its first and one-past-last index in `local`."""
         start, stop = self.span or (0, self.parameter.numel())
         for piece in self.pieces:
             first, last = max(piece.start, start), min(piece.stop, stop)
@@ -58,7 +58,7 @@ class MainParameter:
                 yield piece, first - start, last - start
 
     def shards(self, prefix: str, tensor: torch.Tensor) -> Iterator[Shard]:
-        """A tensor of the shape of `local`, as shards of the state."""
+        """Yield the shards of the state that `tensor`, shaped like `local`, holds."""
         for piece, first, last in self.parts():
             within, flat = tensor.detach().view(-1)[first:last], None
             if self.span is None:
@@ -76,7 +76,7 @@ class MainParameter:
             )
 
     def write_back(self) -> None:
-        """Copy into the parameter where it is not the same memory."""
+        """Copy `local` into the parameter unless they share memory."""
         if self.local.dtype != self.parameter.dtype:
             start, stop = self.span or (0, self.parameter.numel())
             self.parameter.detach().view(-1)[start:stop].copy_(self.local.detach().view(-1))
@@ -92,27 +92,27 @@ class MegatronUpdater:
         parameters: Sequence[tuple[nn.Parameter, list[Piece]]],
         mesh: Mesh,
     ) -> None:
-        """`chunks` are the stages, wrapped by Megatron Core's data parallelism; `parameters` are theirs."""
+        """`chunks` are the stages, wrapped in Megatron Core's data parallelism; `parameters` are their parameters."""
         self._spec, self._chunks, self._distributed = config.optimizer, chunks, is_distributed(config.parallel)
         self.counter = torch.zeros((), dtype=torch.int64)
-        """Updates done; part of the state."""
+        """Number of updates done; part of the state."""
         inner = make_optimizer(self._spec, _groups(self._spec, config.model, parameters), config.device)
-        with torch.no_grad():  # views that it makes of parameters are then leaves, as optimizers ask for
+        with torch.no_grad():  # the views it creates of parameters are then leaves, which optimizers require
             self._optimizer = _wrap(inner, config, chunks, mesh)
         materialise(inner, self._spec, config.device)
         self._inner = inner
         self.mains = [main for one in parameters if (main := self._main(*one, mesh)) is not None]
 
     def gradients(self) -> list[Gradient]:
-        """The gradients of what this rank updates; ready after `prepare`."""
+        """Return the gradients of the elements that this rank updates; valid after `prepare`."""
         return [Gradient(main.local.grad, main.replicas) for main in self.mains if main.local.grad is not None]
 
     def prepare(self) -> None:
-        """Give what this rank updates the gradients that were reduced over the data axis."""
+        """Assign the gradients reduced over the data axis to the elements that this rank updates."""
         self._optimizer.prepare_grads()
 
     def step(self, lr: float) -> None:
-        """One update, after which every rank has the new weights."""
+        """Apply one update, after which every rank has the new weights."""
         for group in self._inner.param_groups:
             group["lr"] = lr
         self._optimizer.step_with_ready_grads()
@@ -125,7 +125,7 @@ class MegatronUpdater:
         self._optimizer.zero_grad()
 
     def restored(self) -> None:
-        """Let the weights, on all ranks, and everything that counts steps follow the state."""
+        """Refresh the weights on all ranks and all step counters from the restored state."""
         set_step(self._inner, int(self.counter))
         for main in self.mains:
             main.write_back()
@@ -134,7 +134,7 @@ class MegatronUpdater:
                 chunk.start_param_sync(force_sync=True)
 
     def shards(self, ranks: Iterable[int]) -> Iterator[Shard]:
-        """Weights, moments and counter; `ranks` are all ranks of the world, which share the counter."""
+        """Yield weights, moments and counter; `ranks` are all ranks of the world, which share the counter."""
         for main in self.mains:
             yield from main.shards("model", main.local)
             for key, stored in moments(self._spec).items():
@@ -142,7 +142,7 @@ class MegatronUpdater:
         yield counter_shard(self.counter, ranks)
 
     def _main(self, parameter: nn.Parameter, pieces: list[Piece], mesh: Mesh) -> MainParameter | None:
-        """None where this rank updates no element of the parameter."""
+        """Return the part of the parameter that this rank updates, or None if there is none."""
         replicas = pieces[0].replicas
         if not self._distributed:
             local = getattr(parameter, "main_param", parameter)
@@ -162,7 +162,7 @@ class MegatronUpdater:
 def _groups(
     spec: OptimizerSpec, model: ModelParts, parameters: Sequence[tuple[nn.Parameter, list[Piece]]]
 ) -> list[dict[str, Any]]:
-    """Parameters by the rate at which they decay."""
+    """Group the parameters by weight decay."""
     groups: dict[float, list[nn.Parameter]] = {}
     for parameter, pieces in parameters:
         groups.setdefault(weight_decay(spec, model, pieces[0].name), []).append(parameter)
@@ -170,7 +170,7 @@ def _groups(
 
 
 def is_distributed(spec: ParallelSpec) -> bool:
-    """Whether the data axis shards the optimizer's state."""
+    """Return whether the optimizer state is sharded over the data axis."""
     return spec.data_mode == "fsdp"
 
 

@@ -1,4 +1,4 @@
-"""Transformer Engine's layers, as Megatron Core wraps them; importing this needs Transformer Engine."""
+"""Transformer Engine's layers as wrapped by Megatron Core; importing this module requires Transformer Engine."""
 
 from keepwarm.parallel.errors import EngineUnavailable
 from keepwarm.parallel.kernels import TRANSFORMER_ENGINE

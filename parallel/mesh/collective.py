@@ -1,6 +1,7 @@
-"""The four collectives at the ends of a tensor-parallel region, as autograd sees them.
+"""The four collectives at the boundaries of a tensor-parallel region, with autograd support.
 
-Names and pairs are those of Megatron-LM (Shoeybi et al., 2019; Korthikanti et al., 2022). The sequence is dim 1.
+Names and forward/backward pairs follow Megatron-LM (Shoeybi et al., 2019; Korthikanti et al., 2022). The sequence is
+dim 1.
 """
 
 from typing import Any
@@ -10,7 +11,7 @@ import torch.distributed as dist
 
 SEQUENCE_DIM = 1
 
-# torch before 2.13 has these under their old names alone, and later ones warn of the old names.
+# torch before 2.13 has only the old names; later versions warn about them.
 _gather_single = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 _reduce_scatter_single = (
     dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
@@ -18,22 +19,22 @@ _reduce_scatter_single = (
 
 
 def copy_to(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """`x` as it is; its gradient is summed over `group`."""
+    """Return `x` unchanged; its gradient is summed over `group`."""
     return _Copy.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def reduce_from(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """`x` summed over `group`; the gradient passes as it is."""
+    """Return `x` summed over `group`; its gradient passes unchanged."""
     return _Reduce.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def gather_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The whole sequence from the parts on the ranks of `group`; the gradient is summed and split again."""
+    """Gather the whole sequence from the parts on the ranks of `group`; the gradient is reduce-scattered."""
     return _Gather.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """`x` summed over `group`, of which each rank keeps its part of the sequence; the gradient is gathered."""
+    """Sum `x` over `group` and keep this rank's part of the sequence; the gradient is gathered."""
     return _Scatter.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -1,7 +1,7 @@
-"""Mesh arithmetic: which rank stands where. Pure and torch-free.
+"""Mesh arithmetic: the coordinates of each rank. Pure and torch-free.
 
-Axes from outermost to innermost are data, pipeline, tensor, as in Megatron-Turing NLG (Smith et al., 2022):
-tensor groups lie inside a node, pipeline neighbours on neighbouring nodes, data-parallel replicas outermost.
+Axes from outermost to innermost are data, pipeline and tensor, as in Megatron-Turing NLG (Smith et al., 2022): tensor
+groups lie inside a node, pipeline neighbours on neighbouring nodes, and data-parallel replicas are outermost.
 """
 
 import itertools
@@ -17,7 +17,7 @@ AXES: tuple[Axis, ...] = ("data", "pipeline", "tensor")
 
 
 class Coordinates(NamedTuple):
-    """Position of one rank in the mesh, each from 0."""
+    """Position of one rank in the mesh, counted from 0 on each axis."""
 
     data: int
     pipeline: int
@@ -35,7 +35,7 @@ class Layout:
 
     @classmethod
     def of(cls, spec: ParallelSpec, ranks_per_node: int | None = None) -> "Layout":
-        """The layout a spec asks for; without `ranks_per_node`, all ranks are on one node.
+        """Return the layout that a spec asks for; without `ranks_per_node`, all ranks are on one node.
 
         Raises:
             LayoutError: ranks do not fill whole nodes, or a tensor group would span two nodes.
@@ -68,7 +68,7 @@ class Layout:
         return self.data, self.pipeline, self.tensor
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Position of `rank`; the inverse of `rank_at`."""
+        """Return the position of `rank`; the inverse of `rank_at`."""
         if not 0 <= rank < self.world_size:
             raise LayoutError(f"rank {rank} is outside the world of {self.world_size} ranks")
         rest, tensor = divmod(rank, self.tensor)
@@ -76,14 +76,14 @@ class Layout:
         return Coordinates(data, pipeline, tensor)
 
     def rank_at(self, at: Coordinates) -> int:
-        """Rank that stands at these coordinates."""
+        """Return the rank at these coordinates."""
         return (at.data * self.pipeline + at.pipeline) * self.tensor + at.tensor
 
     def node_of(self, rank: int) -> int:
         return rank // self.ranks_per_node
 
     def groups(self, axis: Axis) -> list[tuple[int, ...]]:
-        """Every group of ranks that differ in `axis` only, each in order along that axis."""
+        """Return every group of ranks that differ only in `axis`, each ordered along that axis."""
         found: dict[Coordinates, list[int]] = {}
         for rank in range(self.world_size):
             key = self.coordinates(rank)._replace(**{axis: 0})
@@ -92,10 +92,10 @@ class Layout:
 
 
 def split_layers(layers: int, spec: ParallelSpec) -> list[range]:
-    """Layers of every pipeline stage, first to last, by global index.
+    """Return the layers of every pipeline stage, first to last, by global index.
 
     Raises:
-        LayoutError: the layers do not divide and no `layer_split` says how, or the split does not add up.
+        LayoutError: the layers do not divide evenly and there is no `layer_split`, or the split does not add up.
     """
     stages = spec.stages
     if spec.layer_split is None:
@@ -119,7 +119,7 @@ def split_layers(layers: int, spec: ParallelSpec) -> list[range]:
 def check_micro_batches(count: int, spec: ParallelSpec) -> None:
     """Raise LayoutError if the pipeline schedule cannot run a step of `count` micro-batches per data-parallel rank.
 
-    The message says which counts it can run. `EngineInfo.check_micro_batches` knows what an engine asks besides.
+    The message lists the counts it can run. `EngineInfo.check_micro_batches` adds the engine's own constraints.
     """
     if spec.pipeline == 1:
         return
@@ -138,5 +138,5 @@ def check_micro_batches(count: int, spec: ParallelSpec) -> None:
 
 
 def stages_of(pipeline_coordinate: int, spec: ParallelSpec) -> tuple[int, ...]:
-    """Pipeline stages that stand on one pipeline coordinate, in order: stage i is on coordinate i mod pipeline."""
+    """Return the pipeline stages of one pipeline coordinate, in order: stage i is on coordinate i mod pipeline."""
     return tuple(range(pipeline_coordinate, spec.stages, spec.pipeline))

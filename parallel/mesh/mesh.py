@@ -1,4 +1,4 @@
-"""The mesh of one run: process groups and the DeviceMesh over them, made from a `Layout` and owned by an engine."""
+"""The mesh of one run: process groups and their DeviceMesh, created from a `Layout` and owned by an engine."""
 
 from datetime import timedelta
 
@@ -15,8 +15,8 @@ from keepwarm.parallel.mesh.layout import AXES, Axis, Layout
 class Mesh:
     """Process groups of one rank, one per axis, plus the pair of pipeline ends that holds tied embeddings.
 
-    Created collectively: every rank of the world makes the same groups in the same order. A world of one rank needs
-    no process group at all; every group is then None and `device_mesh` must not be asked for.
+    Creation is collective: every rank of the world creates the same groups in the same order. A world of one rank needs
+    no process groups; every group is then None and `device_mesh` must not be called.
     """
 
     def __init__(
@@ -28,14 +28,14 @@ class Mesh:
         shard_size: int | None = None,
         alone: bool = False,
     ) -> None:
-        """Make the groups.
+        """Create the groups.
 
         Args:
             shard_size: splits the data axis into (replicate, shard), as hybrid sharding needs it.
-            alone: a world of one rank needs a DeviceMesh too; a process group is made for it where there is none.
+            alone: create a DeviceMesh for a world of one rank too, and a process group for it if there is none.
 
         Raises:
-            LayoutError: the layout does not have as many ranks as are running.
+            LayoutError: the size of the layout is not that of the running world.
         """
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world != layout.world_size:
@@ -60,7 +60,7 @@ class Mesh:
             self._make_groups()
 
     def group(self, axis: Axis) -> dist.ProcessGroup | None:
-        """The group along `axis` that this rank is in; None in a world of one."""
+        """Return this rank's group along `axis`; None in a world of one."""
         return self._groups.get(axis)
 
     @property
@@ -74,7 +74,7 @@ class Mesh:
         return self._groups.get("ends")
 
     def device_mesh(self, *axes: str) -> DeviceMesh:
-        """The part of the DeviceMesh along the named axes; `data` is `replicate` and `shard` under hybrid sharding."""
+        """Return the DeviceMesh along the named axes; under hybrid sharding `data` is `replicate` and `shard`."""
         if self._root is None:
             raise LayoutError("a DeviceMesh needs an initialised process group")
         names: list[str] = []
@@ -83,9 +83,9 @@ class Mesh:
         return self._root[tuple(names)]
 
     def close(self) -> None:
-        """Destroy the groups made here; the caller's default group stays."""
-        # DTensor remembers how it sharded by meshes that compare equal whatever their groups; another engine in this
-        # process would be given the groups that end here.
+        """Destroy the groups created here; the caller's default group stays."""
+        # DTensor caches sharding decisions by meshes that compare equal whatever their groups; another engine in this
+        # process would be given the groups destroyed here.
         _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
         self._root = None
         self._groups.clear()
@@ -122,10 +122,10 @@ class Mesh:
         )
 
     def _new(self, name: str, lines: list[list[int]]) -> dist.ProcessGroup | None:
-        """Make one group of each line and return this rank's, as torch's own meshes do.
+        """Create one group per line and return the one that contains this rank, as torch's own meshes do.
 
-        Every rank takes part in making every group: names are then counted and never used again. Groups made by
-        their members alone reuse names, and with them what a closed engine left in the store.
+        Every rank takes part in creating every group, so that group names are counted globally and never reused. Groups
+        created by their members alone reuse names, and with them leftovers of a closed engine in the store.
         """
         mine: dist.ProcessGroup | None = None
         for line in lines:
@@ -137,6 +137,6 @@ class Mesh:
 
 
 def _lines(ranks: torch.Tensor, dim: int) -> list[list[int]]:
-    """The ranks along `dim`, one list for each place in the other dims."""
+    """Return the lines of ranks along `dim`, one for each position in the other dims."""
     lines: list[list[int]] = ranks.movedim(dim, -1).reshape(-1, ranks.shape[dim]).tolist()
     return lines

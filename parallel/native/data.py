@@ -12,7 +12,7 @@ from keepwarm.parallel.spec import NumericsSpec, ParallelSpec
 
 
 def shard_size_of(spec: ParallelSpec) -> int:
-    """Ranks of the data axis over which one copy of the parameters is sharding.
+    """Return the number of data-axis ranks over which one copy of the parameters is sharded.
 
     Raises:
         LayoutError: `shard_size` does not fit the mode or the number of data-parallel ranks.
@@ -30,15 +30,15 @@ def shard_size_of(spec: ParallelSpec) -> int:
 
 
 def is_wrapped(spec: ParallelSpec, numerics: NumericsSpec) -> bool:
-    """Whether stages run under FSDP: to reduce over the data axis, or to compute in bf16 from fp32 weights."""
+    """Return whether stages run under FSDP, to reduce over the data axis or to compute in bf16 from fp32 weights."""
     return spec.data > 1 or numerics.precision == "bf16"
 
 
 def wrap(part: nn.Module, mesh: DeviceMesh, spec: ParallelSpec, numerics: NumericsSpec, device: torch.device) -> None:
     """Put one pipeline stage and each of its layers under FSDP; `mesh` has the data axis (two dims for hsdp).
 
-    Parameters on the meta device get memory on `device` layer by layer, so no more than one layer is ever whole. The
-    gradient is the sum over the ranks: each rank's loss is divided by the global count of targets already.
+    Parameters on the meta device are allocated on `device` layer by layer, so at most one layer is ever whole. The
+    gradient is the sum over the ranks: each rank's loss is already divided by the global count of targets.
     """
     policy = MixedPrecisionPolicy()
     if numerics.precision == "bf16":
@@ -49,8 +49,8 @@ def wrap(part: nn.Module, mesh: DeviceMesh, spec: ParallelSpec, numerics: Numeri
         if spec.data > 1 and shard_size_of(spec) == 1:
             replicate(module, mesh=mesh, mp_policy=policy)
         else:
-            # What surrounds the layers is needed again at once when backward begins. Zero-bubble schedules find the
-            # weights whose gradient they have put off by walking the module: these must not be shards by then.
+            # Parameters outside the layers are needed again as soon as backward begins. Zero-bubble schedules walk the
+            # module to find the weights whose gradient they have deferred: these must not be resharded by then.
             reshard = spec.reshard_after_forward and module is not part and spec.schedule != "zero_bubble"
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     for managed in wrapped(part):
@@ -59,7 +59,7 @@ def wrap(part: nn.Module, mesh: DeviceMesh, spec: ParallelSpec, numerics: Numeri
 
 
 def prepare_backward(part: nn.Module, *, last: bool) -> None:
-    """Reduce gradients, and free gathered weights, in the last backward of a step only."""
+    """Reduce gradients and free gathered weights only in the last backward of a step."""
     if isinstance(part, FSDPModule):
         part.set_is_last_backward(last)
         part.set_requires_gradient_sync(last)
@@ -67,6 +67,6 @@ def prepare_backward(part: nn.Module, *, last: bool) -> None:
 
 
 def reshard(part: nn.Module) -> None:
-    """Forget gathered weights; the next forward gathers them from the shards."""
+    """Free gathered weights; the next forward gathers them from the shards."""
     for module in wrapped(part):
         module.reshard()

@@ -1,4 +1,4 @@
-"""The default engine: PyTorch's own DTensor, pipelining and FSDP2, on CPU with gloo and on CUDA with NCCL."""
+"""Default engine: PyTorch's own DTensor, pipelining and FSDP2, with gloo on CPUs and NCCL on CUDA."""
 
 from collections.abc import Callable, Mapping
 
@@ -22,20 +22,20 @@ from keepwarm.tested import splits_custom_backward
 
 
 class TorchEngine:
-    """An `Engine` for one rank; every rank of the layout makes one.
+    """An `Engine` for one rank; every rank of the layout creates one.
 
-    Gradients are summed over micro-batches and the data axis and reduced once per step.
+    Gradients are summed over micro-batches and the data axis, and reduced once per step.
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        """Build this rank's stages, write in the initial weights and make the optimizer's state.
+        """Build this rank's stages, fill in the initial weights and allocate the optimizer state.
 
-        `torch.distributed` is initialised by the caller, or not at all for a world of one rank. Threads are set by
-        the caller too, before the first operation.
+        The caller initialises `torch.distributed` (a world of one rank does not need it) and sets the number of threads
+        before the first operation.
 
         Raises:
             LayoutError: the layout does not fit the model or the world.
-            EngineUnavailable: an option is not installed, or cannot be combined with another.
+            EngineUnavailable: an optional dependency is not installed, or cannot be combined with another option.
         """
         model, parallel, numerics = config.model, config.parallel, config.numerics
         _check(model, parallel, numerics)
@@ -56,7 +56,7 @@ class TorchEngine:
 
     @property
     def mesh(self) -> Mesh:
-        """The process groups; the engine's own."""
+        """The process groups, owned by the engine."""
         return self._mesh
 
     def step(self, batch: Batch, lr: float, before_update: Callable[[], None] | None = None) -> StepResult:
@@ -92,7 +92,7 @@ class TorchEngine:
         return step.evaluated(self._mesh, self._losses)
 
     def state(self) -> Mapping[str, Shard]:
-        """See `Engine.state`; moments are named as torch's optimizers name them, `optimizer.step` counts updates."""
+        """See `Engine.state`. Moments have the names that torch's optimizers use; `optimizer.step` counts updates."""
         shards = [sharded.shard("model", sharded.local.data) for sharded in self._parameters]
         shards += self._updater.shards(range(self.layout.world_size))
         return {shard.name: shard for shard in shards}
@@ -115,12 +115,12 @@ class TorchEngine:
         return Pipeline(self._modules, self._config, group, self._losses)
 
     def _forward(self, micro: Batch) -> torch.Tensor:
-        """What is optimised of one micro-batch, without a pipeline."""
+        """Return the objective of one micro-batch, without a pipeline."""
         (module,) = self._modules.values()
         return self._losses.add_table(module(micro.tokens, **micro.keywords()))
 
     def _accumulate(self, batch: Batch) -> None:
-        """Forward and backward of every micro-batch without a pipeline."""
+        """Run forward and backward of every micro-batch without a pipeline."""
         (module,) = self._modules.values()
         last = len(batch.tokens) - 1
         for micro in range(last + 1):

@@ -1,4 +1,4 @@
-"""What is known of the torch engine before a rank runs it. Torch-free."""
+"""Properties of the torch engine that are known before a rank runs it. Torch-free."""
 
 from collections.abc import Iterator
 

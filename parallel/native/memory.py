@@ -1,4 +1,4 @@
-"""Memory of a rank under FSDP2, HSDP or plain replicas. Pure and torch-free."""
+"""Memory of a rank under FSDP2, HSDP or plain replication. Pure and torch-free."""
 
 from math import ceil, prod
 
@@ -9,10 +9,9 @@ Shapes = dict[str, Shape]
 
 
 def estimate(work: Workload) -> RankEstimate:
-    """Return what each rank holds, at most.
+    """Return the maximum that any rank holds.
 
-    FSDP splits the first dim of every parameter as `torch.chunk` does, so that the first data-parallel rank holds the
-    most.
+    FSDP splits the first dim of every parameter as `torch.chunk` does, so the first data-parallel rank holds the most.
     """
     stages = [dict(stage) for stage in work.stages]
     stored = sum(_stored(work.parallel, shapes) for shapes in stages)
@@ -42,21 +41,21 @@ def _shard_size(parallel: ParallelSpec) -> int:
 
 
 def _gathered(work: Workload, shapes: Shapes) -> int:
-    """Elements that FSDP holds beside the stored ones: gathered over the data axis, or cast for computing.
+    """Return the elements that FSDP holds besides the stored ones: gathered over the data axis, or cast for computing.
 
-    Gradient accumulation keeps them from one micro-batch to the next; what surrounds the layers always stays.
+    Gradient accumulation keeps them between micro-batches; parameters outside the layers stay gathered throughout.
     """
     if _shard_size(work.parallel) == 1 and work.numerics.precision != "bf16":
         return 0
     if not work.parallel.reshard_after_forward or work.micro_batches > 1:
         return elements(shapes.values())
     around = elements(shape for name, shape in shapes.items() if not name.startswith("layers."))
-    # The layer at work and the one that is gathered ahead of it.
+    # The current layer and the next one, which is prefetched.
     return around + 2 * _largest_layer(shapes)
 
 
 def _gradients(work: Workload, shapes: Shapes) -> int:
-    """Elements of gradient: unsharded while micro-batches accumulate, since they are reduced once per step."""
+    """Return the gradient elements; they are unsharded during accumulation, as they are reduced once per step."""
     if _shard_size(work.parallel) == 1 or work.micro_batches > 1:
         return elements(shapes.values())
     return _stored(work.parallel, shapes) + _largest_layer(shapes)

@@ -1,6 +1,6 @@
-"""Pipeline parallelism over the schedules of torch.distributed.pipelining.
+"""Pipeline parallelism with the schedules of torch.distributed.pipelining.
 
-Shapes are given to the stages up front, so that no stage runs a trial forward or sends pickled descriptions.
+Stages are given their shapes up front, so none runs a trial forward or sends pickled metadata.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from keepwarm.parallel.loss import Losses
 from keepwarm.parallel.mesh.layout import check_micro_batches
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-"""Of the hidden states that are sent between stages."""
+"""Dtype of the hidden states that are sent between stages."""
 
 MULTI: Mapping[str, type[PipelineScheduleMulti]] = {
     "interleaved": ScheduleInterleaved1F1B,
@@ -33,7 +33,7 @@ MULTI: Mapping[str, type[PipelineScheduleMulti]] = {
 
 
 class Shape(NamedTuple):
-    """What fixes the buffers of a schedule."""
+    """Properties that determine the buffers of a schedule."""
 
     micro_batches: int
     micro_batch_size: int
@@ -42,12 +42,12 @@ class Shape(NamedTuple):
 
 
 class Pipeline:
-    """The stages of one rank and its schedules, built again when the micro-batches change in number or shape."""
+    """The stages of one rank and their schedules, rebuilt when the number or shape of micro-batches changes."""
 
     def __init__(
         self, stages: Mapping[int, nn.Module], config: EngineConfig, group: dist.ProcessGroup, losses: Losses
     ) -> None:
-        """`stages` are this rank's modules by index; their forwards are `losses.collected`."""
+        """`stages` are this rank's modules by index, whose forwards are wrapped by `losses.collected`."""
         self._stages = stages
         self._spec = config.parallel
         self._group = group
@@ -55,11 +55,11 @@ class Pipeline:
         self._hidden_size = config.model.hidden_size
         self._dtype = DTYPES[config.numerics.precision]
         self._losses = losses
-        # One for training and one for evaluation: a schedule holds the buffers of all its micro-batches.
+        # One for training and one for evaluation: a schedule keeps the buffers of all its micro-batches.
         self._schedules: dict[bool, tuple[Shape, PipelineScheduleSingle | PipelineScheduleMulti]] = {}
 
     def train(self, batch: Batch) -> None:
-        """Forward and backward of all micro-batches.
+        """Run forward and backward of all micro-batches.
 
         Raises:
             LayoutError: the schedule cannot run this number of micro-batches.
@@ -68,14 +68,14 @@ class Pipeline:
         self._run(batch, training=True)
 
     def evaluate(self, batch: Batch) -> None:
-        """Forward of all micro-batches."""
+        """Run the forward pass of all micro-batches."""
         with torch.no_grad():
             table = self._run(batch, training=False)
             if table is not None:
                 self._losses.add_table(table)
 
     def _run(self, batch: Batch, *, training: bool) -> torch.Tensor | None:
-        """Return the table of losses of all samples on the last stage in an evaluation; in training, add them up."""
+        """Run the schedule. In training, add up the losses; in an evaluation, return the last stage's table of them."""
         count, size, length = batch.tokens.shape
         schedule = self._schedule(Shape(count, size, length, training))
         samples = batch.map(lambda tensor: tensor.flatten(0, 1))
@@ -129,7 +129,7 @@ class Pipeline:
 
 
 class _Stage(PipelineStage):
-    """A stage that has no gradient to reduce after a forward without backward."""
+    """A stage that skips gradient reduction after a forward without backward."""
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         if self.has_backward:

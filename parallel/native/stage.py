@@ -1,4 +1,4 @@
-"""One pipeline stage of one rank: built, split over the mesh, and known by its parameters."""
+"""Build one pipeline stage of a rank, split it over the mesh, and name its sharded parameters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,19 +19,19 @@ from keepwarm.parallel.recompute import apply_numerics
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """A stage as a module, and this rank's boxes of its parameters."""
+    """A stage as a module, with this rank's boxes of its parameters."""
 
     index: int
-    """Among all stages of the pipeline."""
+    """Index among all stages of the pipeline."""
     module: nn.Module
     parameters: tuple[ShardedParameter, ...]
 
     @classmethod
     def build(cls, index: int, config: EngineConfig, mesh: Mesh) -> "Stage":
-        """Build on the meta device, split over the axes, and give what is left memory on the device of the config.
+        """Build the stage on the meta device, split it over the axes, and allocate the rest on the config's device.
 
-        The parameters hold no values until `initialise`; on the meta device they never do, which is how a layout of
-        thousands of ranks is validated on one machine.
+        The parameters hold no values until `initialise`. On the meta device they never do, which allows a layout of
+        thousands of ranks to be validated on one machine.
         """
         model, spec, numerics = config.model, config.parallel, config.numerics
         with torch.device("meta"):
@@ -53,7 +53,7 @@ class Stage:
         return cls(index=index, module=module, parameters=tuple(sharded))
 
     def initialise(self, model: ModelParts) -> None:
-        """Write in the initial values of this rank's boxes."""
+        """Fill in the initial values of this rank's boxes."""
         for sharded in self.parameters:
             if sharded.local.numel():
                 values = model.initial(sharded.name, sharded.global_shape, sharded.box.offsets, sharded.box.shape)

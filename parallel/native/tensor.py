@@ -1,7 +1,7 @@
-"""Tensor parallelism: parameters are DTensors on the tensor axis, modules compute on their local parts.
+"""Tensor parallelism: parameters are DTensors on the tensor axis, and modules compute on their local parts.
 
-The split of matrices is Megatron's (Shoeybi et al., 2019), sequence parallelism that of Korthikanti et al. (2022):
-with it, whatever lies between the matrices holds only this rank's part of the sequence, and the all-reduce at
+Matrices are split as in Megatron (Shoeybi et al., 2019), sequences as in Korthikanti et al. (2022): with sequence
+parallelism, everything between the matrices holds only this rank's part of the sequence, and the all-reduce at
 either end of a split region becomes an all-gather and a reduce-scatter.
 """
 
@@ -26,17 +26,17 @@ class TensorParallel:
     """Splits the modules of pipeline stages over the ranks of one tensor group."""
 
     def __init__(self, plan: Mapping[str, TensorStyle], mesh: DeviceMesh, *, sequence: bool) -> None:
-        """`mesh` has the tensor axis alone; `sequence` splits activations between the matrices along dim 1."""
+        """`mesh` has only the tensor axis; `sequence` splits activations between the matrices along dim 1."""
         self._plan = plan
         self._mesh = mesh
         self._group: dist.ProcessGroup = mesh.get_group()
         self._sequence = sequence
 
     def apply(self, part: nn.Module) -> dict[str, int]:
-        """Turn the parameters of `part`, on any device, into DTensors, and its forwards into local computation.
+        """Turn the parameters of `part`, on any device, into DTensors, and make its forwards compute locally.
 
         Returns:
-            The split dim of every parameter that is split, by name; the others are whole on every rank.
+            The split dim of each split parameter by name; all other parameters are whole on every rank.
         """
         styles = {name: style for name, _ in part.named_modules() if (style := self._style(name)) is not None}
         regions = {name.rpartition(".")[0] for name, style in styles.items() if style == "column"}
@@ -75,7 +75,7 @@ class TensorParallel:
         return nn.Parameter(whole)
 
     def _adapt(self, module: nn.Module, style: TensorStyle | None) -> None:
-        """Let the forward of a module that owns parameters run on local parts, and place its gradients."""
+        """Make a module that owns parameters compute on local parts, and set the placement of its gradients."""
         match style:
             case "row":
                 module.forward = self._row(module)
@@ -89,14 +89,14 @@ class TensorParallel:
                 module.reduce_group = self._group  # type: ignore[assignment]
             case "positions" if self._sequence:
                 module.forward = self._own_part(module.forward)
-        # Whole parameters whose gradient each rank sees a part of; that of `row` is its bias, added behind the sum.
+        # Whole parameters of whose gradient each rank computes a part; for `row` it is the bias, added after the sum.
         partial = style == "per_head" or (self._sequence and style in ("sequence", "positions", "row"))
         _localize(module, Partial() if partial else None)
         if style == "head":
             self._enter(module)
 
     def _enter(self, module: nn.Module) -> None:
-        """At the entrance of a split region every rank needs the whole of the first argument."""
+        """Collect the first argument at the entrance of a split region, where every rank needs all of it."""
         inner, group = module.forward, self._group
         collect = gather_sequence if self._sequence else copy_to
 
@@ -137,7 +137,7 @@ class TensorParallel:
 
 
 def _localize(module: nn.Module, gradient: Placement | None) -> None:
-    """Run the forward on local tensors; `gradient` is how those of whole parameters lie on the tensor axis."""
+    """Run the forward on local tensors; `gradient` is the placement of whole parameters' gradients."""
     inner = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:

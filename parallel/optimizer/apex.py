@@ -1,4 +1,4 @@
-"""NVIDIA's Apex: what is used of it, and what to do where it is missing."""
+"""Optional kernels from NVIDIA Apex, and the error raised if Apex is missing."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ Shape = tuple[int, ...]
 
 
 def fused_adam() -> Any:
-    """The optimizer's class.
+    """Return Apex's FusedAdam class.
 
     Raises:
         EngineUnavailable: Apex is not installed.
@@ -25,7 +25,7 @@ def fused_adam() -> Any:
 
 
 def rms_norm() -> Callable[[torch.Tensor, Shape, torch.Tensor, float], torch.Tensor]:
-    """Takes what `torch.nn.functional.rms_norm` takes; raises as `fused_adam`."""
+    """Return Apex's RMS norm, with the arguments of `torch.nn.functional.rms_norm`; raise as `fused_adam`."""
     try:
         from apex.normalization.fused_layer_norm import fused_rms_norm_affine
     except ImportError as error:
@@ -34,7 +34,7 @@ def rms_norm() -> Callable[[torch.Tensor, Shape, torch.Tensor, float], torch.Ten
 
 
 def layer_norm() -> Callable[[torch.Tensor, Shape, torch.Tensor, torch.Tensor, float], torch.Tensor]:
-    """Takes what `torch.nn.functional.layer_norm` takes; raises as `fused_adam`."""
+    """Return Apex's layer norm, with the arguments of `torch.nn.functional.layer_norm`; raise as `fused_adam`."""
     try:
         from apex.normalization.fused_layer_norm import fused_layer_norm_affine
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The gradient over all axes of the mesh: what is left to sum after backward, its 2-norm, and clipping."""
+"""Gradients over all axes of the mesh: the sums that remain after backward, the 2-norm, and clipping."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -11,19 +11,19 @@ from keepwarm.parallel.parameter import ShardedParameter, local_of
 
 
 class Gradient(NamedTuple):
-    """The gradient of what this rank updates of one parameter."""
+    """Gradient of the elements of one parameter that this rank updates."""
 
     tensor: torch.Tensor
-    """Live: clipping scales it in place."""
+    """The live gradient: clipping scales it in place."""
     replicas: tuple[int, ...]
-    """Ranks, ascending, that hold the gradient of the same elements."""
+    """Ranks that hold the gradient of the same elements, ascending."""
 
 
 def finish(parameters: Iterable[ShardedParameter]) -> None:
-    """Sum gradients that are still partial over the tensor axis and hand all of them to the local parameters.
+    """Sum gradients that are still partial over the tensor axis, and assign all gradients to the local parameters.
 
-    Norms under sequence parallelism see part of the sequence on each rank; where FSDP reduces the gradient it has
-    summed these already.
+    Under sequence parallelism, norms see part of the sequence on each rank. Where FSDP reduces their gradients, it has
+    already summed them.
     """
     for sharded in parameters:
         gradient = sharded.parameter.grad
@@ -33,14 +33,14 @@ def finish(parameters: Iterable[ShardedParameter]) -> None:
 
 
 def gradients_of(parameters: Iterable[ShardedParameter]) -> list[Gradient]:
-    """The gradients of the local parameters; parameters without one are left out."""
+    """Return the gradients of the local parameters; parameters without one are left out."""
     return [Gradient(sharded.local.grad, sharded.replicas) for sharded in parameters if sharded.local.grad is not None]
 
 
 def squared_norm(gradients: Iterable[Gradient], rank: int, device: torch.device) -> torch.Tensor:
-    """This rank's part of the squared 2-norm, 0-dim fp64: each gradient counts on the first of the ranks that hold it.
+    """Return this rank's part of the squared 2-norm, 0-dim fp64: each gradient counts on its first holder only.
 
-    Summed over the world it is the squared norm of the whole gradient, with every replicated or tied parameter
+    Summed over the world, the parts are the squared norm of the whole gradient, with every replicated or tied parameter
     counted once.
     """
     mine = [one.tensor for one in gradients if one.replicas[0] == rank and one.tensor.numel()]
@@ -50,7 +50,7 @@ def squared_norm(gradients: Iterable[Gradient], rank: int, device: torch.device)
 
 
 def clip(gradients: Iterable[Gradient], norm: float, limit: float) -> None:
-    """Scale all gradients so that their global norm is at most `limit`; torch's epsilon of 1e-6 in the quotient."""
+    """Scale all gradients so that their global norm is at most `limit`; like torch, add 1e-6 to the divisor."""
     factor = limit / (norm + 1e-6)
     tensors = [one.tensor for one in gradients]
     if factor < 1.0 and tensors:

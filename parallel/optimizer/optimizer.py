@@ -1,4 +1,4 @@
-"""The update rule over the local parts of all parameters of a rank, whatever stages and axes they come from."""
+"""The optimizer over the local parts of all parameters of a rank, across all stages and axes."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,16 +20,16 @@ class Updater:
     def __init__(
         self, spec: OptimizerSpec, model: ModelParts, parameters: Sequence[ShardedParameter], device: torch.device
     ) -> None:
-        """Raises EngineUnavailable when the spec asks for Apex and it is not installed."""
+        """Raise EngineUnavailable if the spec asks for Apex and it is not installed."""
         self._spec = spec
         self._parameters = parameters
         self.counter = torch.zeros((), dtype=torch.int64)
-        """Updates done; part of the state."""
+        """Number of updates done; part of the state."""
         self._optimizer = make_optimizer(spec, _groups(spec, model, parameters), device)
         materialise(self._optimizer, spec, device)
 
     def step(self, lr: float) -> None:
-        """One update from the gradients of the local parameters."""
+        """Apply one update from the gradients of the local parameters."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
@@ -40,11 +40,11 @@ class Updater:
         self._optimizer.zero_grad(set_to_none=True)
 
     def restored(self) -> None:
-        """Let everything that counts steps follow `counter`."""
+        """Reset all step counters to the restored `counter`."""
         set_step(self._optimizer, int(self.counter))
 
     def shards(self, ranks: Iterable[int]) -> Iterator[Shard]:
-        """Moments and counter; `ranks` are all ranks of the world, which share the counter."""
+        """Yield moments and counter; `ranks` are all ranks of the world, which share the counter."""
         for sharded in self._parameters:
             for key, stored in moments(self._spec).items():
                 yield sharded.shard(f"optimizer.{key}", self._optimizer.state[sharded.local][stored])
@@ -52,12 +52,12 @@ class Updater:
 
 
 def counter_shard(counter: torch.Tensor, ranks: Iterable[int]) -> Shard:
-    """The number of updates done, which all `ranks` share."""
+    """Return the shard of the update counter, which all `ranks` share."""
     return Shard(name=COUNTER, global_shape=(), offsets=(), shape=(), local=counter, replicas=tuple(sorted(ranks)))
 
 
 def moments(spec: OptimizerSpec) -> Mapping[str, str]:
-    """The moments that the update rule keeps of each parameter, and the key under which the optimizer has them."""
+    """Map each moment of the update rule to its key in the optimizer state."""
     if spec.name == "adamw":
         return {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
     return {"momentum": "momentum_buffer"} if spec.momentum else {}
@@ -69,9 +69,9 @@ def materialise(
     device: torch.device,
     tensors: Iterable[torch.Tensor] | None = None,
 ) -> None:
-    """Make the state that the optimizer would make in its first step; of `tensors` instead of its parameters if given.
+    """Create the state that the optimizer would create in its first step, for `tensors` or else for its parameters.
 
-    `device` is where the optimizer's parameters live.
+    `device` is the device of the optimizer's parameters.
     """
     group = optimizer.param_groups[0]
     for tensor in [one for each in optimizer.param_groups for one in each["params"]] if tensors is None else tensors:
@@ -83,7 +83,7 @@ def materialise(
 
 
 def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Let everything in the optimizer that counts steps say `step`."""
+    """Set every step counter in the optimizer to `step`."""
     for state in optimizer.state.values():
         if "step" in state:
             state["step"].fill_(step)
@@ -93,13 +93,13 @@ def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
 
 
 def weight_decay(spec: OptimizerSpec, model: ModelParts, name: str) -> float:
-    """The rate at which the parameter of this canonical name decays."""
+    """Return the weight decay of the parameter with this canonical name."""
     decays = model.decays(name) and (spec.decay_embeddings or not model.is_embedding(name))
     return spec.weight_decay if decays else 0.0
 
 
 def _groups(spec: OptimizerSpec, model: ModelParts, parameters: Sequence[ShardedParameter]) -> list[dict[str, Any]]:
-    """Parameters that decay and those that do not; empty groups are left out."""
+    """Group parameters into those with and without weight decay; empty groups are left out."""
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
     for sharded in parameters:
@@ -109,12 +109,12 @@ def _groups(spec: OptimizerSpec, model: ModelParts, parameters: Sequence[Sharded
 
 
 def make_optimizer(spec: OptimizerSpec, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer of the spec over `groups` on `device`.
+    """Return the optimizer of the spec over `groups` on `device`.
 
     Raises:
         EngineUnavailable: the spec asks for Apex and it is not installed.
     """
-    # The learning rate comes with every step.
+    # Every step sets the learning rate.
     if spec.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=spec.momentum, foreach=True)
     if spec.implementation == "apex":

@@ -1,4 +1,4 @@
-"""Self-attention and everything that decides which token sees which."""
+"""Self-attention, and the masks and document lengths that determine which tokens each query sees."""
 
 import itertools
 from collections.abc import Callable
@@ -18,20 +18,20 @@ from keepwarm.trainer.model.spec import ModelSpec
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """What all layers of one forward share about the sequence; at most one of the last three is set.
+    """Sequence properties shared by all layers of one forward; at most one of the last three is set.
 
-    Deliberately not a pytree: FSDP casts floating-point tensors among a layer's inputs to its compute type, and the
-    rotation must stay in fp32.
+    Deliberately not a pytree: FSDP casts floating-point tensors among a layer's inputs to its compute dtype, and the
+    rotation must stay fp32.
     """
 
     rotation: tuple[torch.Tensor, torch.Tensor] | None = None
     """Cosines and sines `[1 or micro, sequence, 1, rotating / 2]`; None with learned positions."""
     runs: tuple[int, ...] | None = None
-    """Lengths of the documents, one after the other over all samples."""
+    """Lengths of the documents, concatenated over all samples."""
     mask: torch.Tensor | None = None
     """True where a query `[sequence, 1]` may see a key `[1, sequence]`."""
     blocks: BlockMask | None = None
-    """The same on CUDA, for FlexAttention."""
+    """The same mask on CUDA, for FlexAttention."""
 
 
 def context(
@@ -41,10 +41,10 @@ def context(
     documents: torch.Tensor | None,
     window: int | None,
 ) -> Context:
-    """The shared part of one forward over `sequence` tokens.
+    """Return what the layers share in one forward over `sequence` tokens.
 
-    Without documents and within the window, plain causal attention needs nothing. On the CPU documents are attended
-    one after the other, which costs less than causal attention over the whole, where a mask would cost more.
+    Without documents and within the window, plain causal attention needs no mask. On the CPU, attention runs over one
+    document at a time, which is cheaper than causal attention over the whole sequence; a mask would be slower.
     """
     windowed = window is not None and window < sequence
     if device.type == "cuda" and (documents is not None or windowed):
@@ -81,7 +81,7 @@ def _blocks(sequence: int, device: torch.device, documents: torch.Tensor | None,
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: Context) -> torch.Tensor:
-    """Causal attention; all `[micro, sequence, heads, head_dim]`, keys and values with fewer heads when grouped."""
+    """Return causal attention; all are `[micro, sequence, heads, head_dim]`, with fewer key/value heads if grouped."""
     if seen.blocks is not None:
         flex = _compiled_flex()
         heads_first = (x.transpose(1, 2) for x in (query, key, value))
@@ -98,12 +98,12 @@ def _compiled_flex() -> Callable[..., torch.Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-# Compiled code would be specialised on every new list of lengths.
+# Compiled code would be specialised for each new list of lengths.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend_documents(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, runs: tuple[int, ...], mask: torch.Tensor | None
 ) -> torch.Tensor:
-    # `split`, not slices: its backward is one concatenation, that of a slice fills a whole zero tensor.
+    # `split` instead of slices: its backward is one concatenation, while that of a slice fills a whole zero tensor.
     heads_first = (torch.split(x.flatten(0, 1).transpose(0, 1)[None], list(runs), dim=2) for x in (query, key, value))
     parts = [
         _attend(q, k, v, None if mask is None else mask[: q.shape[2], : q.shape[2]])
@@ -126,7 +126,7 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: t
 class Attention(nn.Module):
     """Multi-head or grouped-query self-attention.
 
-    The number of heads is read off the width of the projections, so the module works on whatever share of the heads
+    The number of heads follows from the width of the projections, so the module works with any share of the heads that
     tensor parallelism leaves on this rank.
     """
 
@@ -145,7 +145,7 @@ class Attention(nn.Module):
             self.key_norm = RMSNorm(self.head_dim if per_head else keys, spec.norm_eps)
 
     def forward(self, x: torch.Tensor, seen: Context) -> torch.Tensor:
-        """`x` and the result: `[micro, sequence, hidden]`."""
+        """Attend within `x`; input and result are `[micro, sequence, hidden]`."""
         query, key, value = self.query(x), self.key(x), self.value(x)
         if self.qk_norm == "projection":
             query, key = self.query_norm(query), self.key_norm(key)

@@ -1,4 +1,4 @@
-"""Sums over an explicit process group that autograd understands."""
+"""Sums over an explicit process group, with autograd support."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from torch.distributed.tensor import DTensor
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:
-    """The part of a parameter that this rank holds, whether or not an engine made it a DTensor."""
+    """Return this rank's part of a parameter, whether or not an engine made it a DTensor."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def sum_over(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Sum of `tensor` over the ranks of `group`, equal on all of them; the gradient is summed likewise."""
+    """Sum `tensor` over the ranks of `group`; the gradient is summed likewise. Both are equal on all ranks."""
     return tensor if group is None else _Sum.apply(tensor, group)  # type: ignore[no-untyped-call]
 
 

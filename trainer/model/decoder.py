@@ -1,4 +1,4 @@
-"""The decoder-only transformer, whole or as the stages of a pipeline."""
+"""The decoder-only transformer, whole or split into pipeline stages."""
 
 from collections.abc import Mapping
 from typing import Literal, cast
@@ -31,7 +31,7 @@ class Layer(nn.Module):
         self.parallel_residual = spec.parallel_residual
 
     def forward(self, x: torch.Tensor, seen: Context) -> torch.Tensor:
-        """`x` and the result: `[micro, sequence, hidden]`."""
+        """Apply the layer; input and result are `[micro, sequence, hidden]`."""
         if self.after:
             x = x + self.attention_norm(self.attention(x, seen))
             change: torch.Tensor = self.mlp_norm(self.mlp(x))
@@ -44,9 +44,9 @@ class Layer(nn.Module):
 
 
 class StageModule(nn.Module):
-    """Consecutive layers, with the embedding before and the head behind them where the stage has these.
+    """Consecutive layers, preceded by the embedding and followed by the head if the stage has them.
 
-    `sequence_shards` is set by an engine whose hidden states arrive split along the sequence: into how many.
+    If hidden states arrive split along the sequence, the engine sets `sequence_shards` to the number of parts.
     """
 
     def __init__(self, spec: ModelSpec, layers: range, *, embed: bool, head: bool) -> None:
@@ -63,9 +63,9 @@ class StageModule(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Let the head use the embedding's parameter where the spec says so and the stage has both.
+        """Share the embedding's parameter with the head if the spec ties them and the stage has both.
 
-        Called once more by whoever replaces parameters (`to_empty`, `parallelize_module`).
+        Call it again after replacing parameters (`to_empty`, `parallelize_module`).
         """
         if self.spec.tied_embeddings and self.embedding is not None and self.head is not None:
             self.head.weight = cast(nn.Parameter, self.embedding.weight)
@@ -94,13 +94,13 @@ class StageModule(nn.Module):
     def _rotation_of(
         self, sequence: int, positions: torch.Tensor | None, x: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Cosines and sines of the tokens, from a table kept for the last length, device and type."""
+        """Return cosines and sines of the tokens, from a table cached for the last length, device and dtype."""
         spec = self.spec
         if spec.position == "learned":
             return None
         key = (sequence, x.device, x.dtype)
         if self._rotation is None or self._rotation[0] != key:
-            # A table made in inference mode could not be saved for a later backward.
+            # A table created in inference mode could not be saved for a later backward.
             with torch.inference_mode(False):
                 where = torch.arange(sequence, device=x.device)
                 size = round(spec.size_per_head * spec.rotary_fraction)
@@ -112,11 +112,11 @@ class StageModule(nn.Module):
 
 
 class Decoder:
-    """A decoder-only transformer as `keepwarm.parallel.model.ModelParts`: built in stages, initialised by name and
-    index.
+    """A decoder-only transformer as `keepwarm.parallel.model.ModelParts`, built in stages.
 
-    A stage with a head but no embedding owns the head's weight as `head.weight` even when embeddings are tied; its
-    canonical name, given by `canonical`, is then `embedding.weight`, of which the two are replicas.
+    Initial values depend only on the seed and on a parameter's name and index. A stage with a head but no embedding
+    owns the head's weight as `head.weight` even if embeddings are tied; its canonical name, given by `canonical`, is
+    then `embedding.weight`, and the two are replicas.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Decoder:
         norms: Literal["torch", "apex"] = "torch",
         z_loss: float | None = None,
     ) -> None:
-        """`z_loss` is the weight of the squared log-partition where it is not that of the spec."""
+        """`z_loss` is the weight of the squared log-partition; it overrides that of the spec."""
         self.spec = spec
         self.seed = seed
         self.norms = norms
@@ -140,7 +140,7 @@ class Decoder:
         self.loss_weights: Mapping[str, float] = {MAIN: 1.0, Z_LOSS: spec.z_loss if z_loss is None else z_loss}
 
     def build_stage(self, layers: range, *, embed: bool, head: bool) -> StageModule:
-        """See `keepwarm.parallel.model.ModelParts`; values are not those of `initial` until someone writes these in."""
+        """See `keepwarm.parallel.model.ModelParts`; weights are not those of `initial` until copied in."""
         stage = StageModule(self.spec, layers, embed=embed, head=head)
         if self.norms == "apex":
             use_apex(stage)
@@ -151,7 +151,7 @@ class Decoder:
         return tensor_plan(self.spec)
 
     def canonical(self, name: str) -> str:
-        """The name under which a stage's parameter is known everywhere."""
+        """Return the canonical name of a stage's parameter."""
         return "embedding.weight" if name == "head.weight" and self.tied_embeddings else name
 
     def initial(
@@ -169,11 +169,11 @@ class Decoder:
         return normal(self.seed, name, global_shape, offsets, shape).mul_(std)
 
     def decays(self, name: str) -> bool:
-        """Everything but norms and biases."""
+        """Return whether the parameter is anything but a norm or a bias."""
         return not (name.endswith(".bias") or _is_norm(name))
 
     def is_embedding(self, name: str) -> bool:
-        """The token embedding (with the tied head) and the learned positions."""
+        """Return whether the parameter is the token embedding (or the tied head) or the learned positions."""
         return self.canonical(name) in ("embedding.weight", "positions.weight")
 
 

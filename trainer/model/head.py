@@ -1,4 +1,4 @@
-"""Output projection and loss in one, a chunk of tokens at a time."""
+"""Output projection fused with the loss, computed one chunk of tokens at a time."""
 
 from typing import Any, NamedTuple
 
@@ -14,12 +14,12 @@ from keepwarm.trainer.model.shapes import LOGITS_AT_ONCE
 
 
 class Head(nn.Module):
-    """Projects onto the vocabulary and, given targets, returns the loss instead of the logits.
+    """Projects onto the vocabulary and, given targets, returns the losses instead of the logits.
 
-    Vocabulary parallelism: the engine gives `weight` as this rank's rows (a tensor, or a DTensor sharded on dim 0),
-    sets `vocabulary_group` to the ranks that share the vocabulary and `vocabulary_start` to the first token of this
-    rank. The input is the same on all of them; its gradient is then partial, to be summed over the group by the
-    engine. The result is equal on all of them, the gradient of `weight` complete for the local rows.
+    Vocabulary parallelism: the engine makes `weight` this rank's rows (a tensor, or a DTensor sharded on dim 0), and
+    sets `vocabulary_group` to the ranks that share the vocabulary and `vocabulary_start` to this rank's first token.
+    The input must be equal on all of them; its gradient is partial, and the engine must sum it over the group. The
+    result is equal on all of them, and the gradient of `weight` is complete for the local rows.
     """
 
     def __init__(self, hidden_size: int, vocabulary_size: int) -> None:
@@ -30,10 +30,10 @@ class Head(nn.Module):
         self.vocabulary_start = 0
 
     def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Logits `[micro, sequence, vocabulary]`; with `targets` `[micro, sequence]`, the losses, float `[micro]` each.
+        """Return logits `[micro, sequence, vocabulary]`; given `targets` `[micro, sequence]`, losses, float `[micro]`.
 
         `main` is the cross-entropy and `z_loss` the squared log-partition (Chowdhery et al., 2022), both summed over
-        the targets of a sample other than `IGNORED` and at least fp32. Logits gathered over a vocabulary group carry no
+        the targets of a sample other than `IGNORED`, in at least fp32. Logits gathered over a vocabulary group carry no
         gradient.
         """
         weight = local(self.weight)
@@ -55,10 +55,10 @@ class Head(nn.Module):
 
 
 class _Vocabulary(NamedTuple):
-    """Which part of the vocabulary is here, and how much is computed at once."""
+    """This rank's part of the vocabulary, and the chunk size."""
 
     chunk: int
-    """Tokens whose logits exist at once."""
+    """Number of tokens whose logits exist at the same time."""
     group: dist.ProcessGroup | None
     """Ranks that share the vocabulary."""
     start: int
@@ -66,10 +66,10 @@ class _Vocabulary(NamedTuple):
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Cross-entropy and log-partition of each token `[tokens]`, both zero where the target is ignored.
+    """Cross-entropy and log-partition of each token, `[tokens]`; both are zero where the target is ignored.
 
-    One chunk keeps its logits for backward. More than one keep none: backward projects again, so the memory is that
-    of one chunk whatever the length.
+    A single chunk keeps its logits for backward. With several chunks none does: backward projects again, so memory is
+    that of one chunk at any length.
     """
 
     @staticmethod
@@ -96,7 +96,7 @@ class _ChunkedLoss(torch.autograd.Function):
         kept = targets != IGNORED
         of_loss, of_partition = (gradient.where(kept, 0) for gradient in gradients)
         grad_x = torch.empty_like(x)
-        # Chunks add up in fp32: in bf16 every addition would round away part of the sum.
+        # Accumulate chunks in fp32: in bf16 every addition would round away part of the sum.
         grad_weight = torch.zeros_like(weight, dtype=partition.dtype) if logits is None else None
         for part in _chunks(len(x), ctx.chunk):
             again = F.linear(x[part], weight) if logits is None else logits
@@ -126,7 +126,7 @@ def _log_partition(logits: torch.Tensor, group: dist.ProcessGroup | None) -> tor
 
 
 def _local(index: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row-wise column indices clamped into the local slice `[tokens, 1]`, and which of them lie in it `[tokens]`."""
+    """Return row-wise column indices `[tokens, 1]` clamped to the local slice, and which are inside it `[tokens]`."""
     return index.clamp(0, size - 1)[:, None], (index >= 0) & (index < size)
 
 

@@ -1,4 +1,4 @@
-"""The model spec behind a Hugging Face `config.json`, in the dialects of transformers 4 and 5. Torch-free."""
+"""Read a model spec from a Hugging Face `config.json` in the dialect of transformers 4 or 5. Torch-free."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,12 +9,12 @@ from keepwarm.trainer.model.spec import ModelSpec
 
 
 def model_spec_from_hf_config(config: Mapping[str, Any]) -> ModelSpec:
-    """Return the spec of a model of a registered family.
+    """Return the model spec for a config of a registered family.
 
-    Dropout is ignored: there is none here. A field left out has the default of transformers.
+    Dropout is ignored: keepwarm has none. A missing field takes the default of transformers.
 
     Raises:
-        SpecError: naming the field, when a value cannot be expressed or a field that is set is not known.
+        SpecError: a value cannot be expressed, or a field that is set is unknown; the message names the field.
     """
     fields = ConfigFields(config)
     family = family_of(fields.need("model_type"), "config.json: model_type =")

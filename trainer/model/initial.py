@@ -1,8 +1,8 @@
 """Initial weights as a pure function of (seed, name, global index), so that every layout starts from the same bits.
 
-A matrix is tiled by its global shape alone. Each tile is one stream of normal numbers: NumPy's counter-based Philox
-(Salmon et al., 2011) with the key (seed, xxh3 of the name) and a counter block per tile. A box draws only the tiles
-that it touches.
+A matrix is tiled by its global shape only. Each tile is one stream of normal numbers: NumPy's counter-based Philox
+(Salmon et al., 2011) with the key (seed, xxh3 of the name) and one counter block per tile. A box draws only the tiles
+that it overlaps.
 """
 
 import numpy as np
@@ -11,13 +11,13 @@ import xxhash
 from numpy.typing import NDArray
 
 TILE = 4096
-"""Numbers in a tile, at most. Part of what fixes the bits."""
+"""Maximum number of values in a tile. Changing it changes the initial bits."""
 
 
 def normal(
     seed: int, name: str, global_shape: tuple[int, ...], offsets: tuple[int, ...], shape: tuple[int, ...]
 ) -> torch.Tensor:
-    """Standard normal numbers, fp32 on the CPU, of the box of `shape` at `offsets` in a matrix of `global_shape`."""
+    """Return standard normal values, fp32 on the CPU, for the box of `shape` at `offsets` in `global_shape`."""
     out = np.empty(shape, np.float32)
     width = min(global_shape[1], TILE)
     height = max(1, TILE // width)
@@ -29,7 +29,7 @@ def normal(
 
 
 class _Tiles:
-    """The streams of one tensor; positioning an existing generator is cheaper than making one per tile."""
+    """Random streams of one tensor; repositioning a generator is cheaper than creating one per tile."""
 
     def __init__(self, seed: int, name: str, height: int, width: int) -> None:
         key = np.array([seed, xxhash.xxh3_64_intdigest(name.encode())], np.uint64)
@@ -39,7 +39,7 @@ class _Tiles:
         self._tile = np.empty((height, width), np.float32)
 
     def draw(self, row: int, column: int) -> NDArray[np.float32]:
-        """One tile; the array is overwritten by the next call."""
+        """Return one tile; the next call overwrites the array."""
         self._start["state"]["counter"][1:3] = column, row
         self._bits.state = self._start
         self._numbers.standard_normal(dtype=np.float32, out=self._tile)
@@ -49,7 +49,7 @@ class _Tiles:
 def _paste(
     out: NDArray[np.float32], offsets: tuple[int, ...], tile: NDArray[np.float32], corner: tuple[int, int]
 ) -> None:
-    """Copy what `tile`, at `corner` of the whole tensor, shares with the box `out` at `offsets`."""
+    """Copy the overlap of `tile`, placed at `corner` of the whole tensor, into the box `out` at `offsets`."""
     target, source = [], []
     for dim in range(2):
         start = max(offsets[dim], corner[dim])

@@ -22,7 +22,7 @@ class GatedMLP(nn.Module):
 
 
 class PlainMLP(nn.Module):
-    """`down(gelu(up(x)))`, GELU exact or with the tanh approximation."""
+    """`down(gelu(up(x)))`, with exact GELU or its tanh approximation."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -36,5 +36,5 @@ class PlainMLP(nn.Module):
 
 
 def mlp(spec: ModelSpec) -> nn.Module:
-    """The MLP of this family."""
+    """Return the MLP that the spec selects."""
     return GatedMLP(spec) if spec.activation == "swiglu" else PlainMLP(spec)

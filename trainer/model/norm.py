@@ -14,9 +14,9 @@ from keepwarm.trainer.model.spec import ModelSpec
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dim (Zhang and Sennrich, 2019).
 
-    When tensor parallelism splits that dim (OLMo 2 normalises the whole query projection), the engine sets
-    `reduce_group`: `x` and `weight` are then this rank's part, and the mean runs over all `features`. The gradient
-    with respect to both is complete on every rank.
+    If tensor parallelism splits that dim (OLMo 2 normalises the whole query projection), the engine sets
+    `reduce_group`: `x` and `weight` are then this rank's part, and the mean runs over all `features`. The gradients
+    with respect to both are complete on every rank.
     """
 
     def __init__(self, features: int, eps: float) -> None:
@@ -38,7 +38,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """PyTorch's, with a kernel that can be replaced."""
+    """PyTorch's LayerNorm with a replaceable kernel."""
 
     def __init__(self, features: int, eps: float) -> None:
         super().__init__(features, eps=eps)
@@ -49,7 +49,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 def use_apex(model: nn.Module) -> None:
-    """Have Apex's fused kernels compute the norms of a model on a GPU.
+    """Make a model on a GPU compute its norms with Apex's fused kernels.
 
     Raises:
         EngineUnavailable: Apex is not installed.
@@ -62,7 +62,7 @@ def use_apex(model: nn.Module) -> None:
 
 
 def norm(spec: ModelSpec, features: int) -> nn.Module:
-    """The norm of this family over `features` values."""
+    """Return the norm that the spec selects, over `features` values."""
     if spec.norm == "rms":
         return RMSNorm(features, spec.norm_eps)
     return LayerNorm(features, spec.norm_eps)

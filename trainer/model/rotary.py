@@ -4,9 +4,9 @@ import torch
 
 
 def rotation(positions: torch.Tensor, size: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines `[..., 1, size / 2]` for integer `positions` `[...]`, in fp32 or, for fp64 models, fp64.
+    """Return cosines and sines `[..., 1, size / 2]` for integer `positions` `[...]`, in fp32, or fp64 for fp64 models.
 
-    `size` is the number of features of a head that rotate. The dim of size 1 stands for the heads.
+    `size` is the number of rotating features per head. The dim of size 1 broadcasts over the heads.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     exponents = torch.arange(0, size, 2, dtype=torch.int64, device=positions.device).to(wide) / size
@@ -23,7 +23,7 @@ def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.T
 
 
 def positions_in(documents: torch.Tensor) -> torch.Tensor:
-    """Position of each token inside its document, int64 `[micro, sequence]`, for int32 `documents` of that shape.
+    """Return each token's position inside its document, int64 `[micro, sequence]`; `documents` is int32 of that shape.
 
     A document is a run of equal indices within one sample.
     """

@@ -1,5 +1,4 @@
-"""Names, shapes and tensor-parallel styles of all parameters of a model: what planning, building and conversion
-share. Torch-free."""
+"""Names, shapes and tensor-parallel styles of all parameters, for planning, building and conversion. Torch-free."""
 
 from collections.abc import Mapping
 
@@ -9,11 +8,11 @@ from keepwarm.trainer.model.spec import ModelSpec
 Shapes = dict[str, tuple[int, ...]]
 
 LOGITS_AT_ONCE = 1 << 26
-"""Logits that the head computes in one chunk, at most: 256 MB in fp32."""
+"""Maximum number of logits that the head computes in one chunk: 256 MB in fp32."""
 
 
 def parameter_shapes(spec: ModelSpec, layers: range | None = None, *, embed: bool = True, head: bool = True) -> Shapes:
-    """Parameters of a part by module name, in the order in which it registers them; by default the whole model.
+    """Return the parameter shapes of a part by module name, in order of registration; by default of the whole model.
 
     With tied embeddings a part that has both ends holds one matrix, `embedding.weight`; a part with only the head
     holds its copy as `head.weight`.
@@ -59,7 +58,7 @@ def _norm(spec: ModelSpec, name: str, features: int) -> Shapes:
 
 
 def tensor_plan(spec: ModelSpec) -> Mapping[str, TensorStyle]:
-    """fnmatch patterns of module names to their style; modules that this family lacks are not named."""
+    """Map fnmatch patterns of module names to their styles; modules that the model lacks are left out."""
     plan: dict[str, TensorStyle] = {
         "embedding": "vocabulary",
         "layers.*.attention.query": "column",
@@ -84,7 +83,7 @@ def tensor_plan(spec: ModelSpec) -> Mapping[str, TensorStyle]:
 
 
 def local_shape(name: str, shape: tuple[int, ...], plan: Mapping[str, TensorStyle], tensor: int) -> tuple[int, ...]:
-    """What one of `tensor` ranks holds of a parameter before data parallelism splits it further."""
+    """Return the shape that each of `tensor` ranks holds of a parameter before data parallelism splits it further."""
     match _style(name.rpartition(".")[0], plan):
         case "column" | "vocabulary" | "head" | "column_norm":
             dim = 0

@@ -1,4 +1,4 @@
-"""The model section of a job spec: one decoder-only transformer, many families. Torch-free."""
+"""The `model` section of a job spec: one decoder-only transformer that covers many families. Torch-free."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""The interface of a model family: one architecture of Hugging Face in terms of a model spec. Torch-free."""
+"""The interface of a model family: a Hugging Face architecture expressed as a model spec. Torch-free."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
@@ -16,17 +16,17 @@ PLAIN_ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-"""Activations of an MLP without a gate: their names to ours."""
+"""Activations of an MLP without a gate: Hugging Face name to keepwarm name."""
 
 
 class ModelFamily(ABC):
-    """How Hugging Face describes and stores the models of one architecture.
+    """The way Hugging Face describes and stores models of one architecture.
 
-    A family adds no computation: it translates to and from the switches of `ModelSpec`, by which engines, estimates and
-    other formats go.
+    A family adds no computation: it translates to and from the fields of `ModelSpec`, which engines, estimates and
+    other formats rely on.
 
     model_type  `model_type` in config.json; the name under which the family is registered
-    class_name  the class that runs an export, for `architectures` in config.json
+    class_name  the class that loads an export, for `architectures` in config.json
     tensors     names and layout of the tensors
     """
 
@@ -38,24 +38,24 @@ class ModelFamily(ABC):
     def read_config(self, config: ConfigFields) -> dict[str, Any]:
         """Return the fields of the model spec that `config` describes.
 
-        A field left out has the default of transformers. Raise `SpecError` if a value cannot be expressed.
+        A missing field takes the default of transformers. Raise `SpecError` if a value cannot be expressed.
         """
 
     @abstractmethod
     def write_config(self, spec: ModelSpec) -> Config:
         """Return the config of a model, without `model_type` and `architectures`.
 
-        What the family cannot express may be left out: the caller reads the config back and refuses one that describes
-        another model.
+        Settings that the family cannot express may be left out: the caller reads the config back and rejects it if it
+        describes another model.
         """
 
     def in_both_dialects(self, config: Config, spec: ModelSpec) -> Config:
-        """Return `config` with fields that only transformers 4 or only 5 reads added from their twins."""
+        """Return `config`, adding each field that only transformers 4 or only 5 reads from its counterpart."""
         return config
 
 
 def read_shared(config: ConfigFields, *, tied: bool) -> dict[str, Any]:
-    """Return the spec's fields that every class has; `tied` is its default for tied embeddings."""
+    """Return the spec fields that every class has; `tied` is the class's default for tied embeddings."""
     return {
         "vocabulary_size": config.need("vocab_size"),
         "tied_embeddings": config.take("tie_word_embeddings", tied),
@@ -70,14 +70,14 @@ def write_shared(spec: ModelSpec) -> Config:
         "tie_word_embeddings": spec.tied_embeddings,
         "initializer_range": spec.init.std,
         "use_cache": True,
-        # Their defaults are Llama's own ids, which mean nothing in another vocabulary.
+        # The defaults are Llama's own ids, which mean nothing in another vocabulary.
         "bos_token_id": None,
         "eos_token_id": None,
     }
 
 
 def read_sizes(config: ConfigFields) -> dict[str, Any]:
-    """Return the spec's sizes from the field names that all classes since GPT-NeoX share."""
+    """Return the sizes for the spec from the field names that all classes since GPT-NeoX share."""
     return {
         "layers": config.need("num_hidden_layers"),
         "hidden_size": config.need("hidden_size"),
@@ -99,5 +99,5 @@ def write_sizes(spec: ModelSpec) -> Config:
 
 
 def plain_activation(spec: ModelSpec) -> str:
-    """Return their name of the activation of an MLP without a gate."""
+    """Return Hugging Face's name for the activation of an MLP without a gate."""
     return "gelu_new" if spec.activation == "gelu_tanh" else "gelu"

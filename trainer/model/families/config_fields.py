@@ -1,4 +1,4 @@
-"""The fields of a Hugging Face `config.json`, each of which must be used, known to be harmless, or off. Torch-free."""
+"""Fields of a Hugging Face `config.json`; each must be used, known to be harmless, or off. Torch-free."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -44,11 +44,11 @@ GENERIC = frozenset(
         "_attn_implementation_autoset",
     }
 )
-"""Fields that say nothing about what the model computes."""
+"""Fields that do not affect what the model computes."""
 
 
 class ConfigFields:
-    """A config.json from which a model family takes its fields; `finish` refuses those that are left and set."""
+    """A config.json from which a model family takes its fields; `finish` rejects fields that are set but not taken."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = config
@@ -63,7 +63,7 @@ class ConfigFields:
         return default if value is None else value
 
     def take_nullable(self, name: str, default: Any) -> Any:
-        """Return a field, or `default` if it is absent: null has a meaning of its own."""
+        """Return a field, or `default` if it is absent; null is a value in its own right."""
         self._used.add(name)
         return self._config.get(name, default)
 
@@ -87,11 +87,11 @@ class ConfigFields:
             raise SpecError(f"config.json: {name} = {self._config[name]!r} is not supported, only {value!r}")
 
     def harmless(self, *names: str) -> None:
-        """Allow any value of fields that do not change what the model computes here."""
+        """Accept any value of fields that do not change what the model computes here."""
         self._used.update(names)
 
     def finish(self) -> None:
-        """Raise `SpecError` if a field is set that nothing has used."""
+        """Raise `SpecError` if a field is set but was never used."""
         for name in sorted(set(self._config) - self._used - GENERIC):
             if self._config[name]:
                 raise SpecError(f"config.json: {name} = {self._config[name]!r} is not understood")

@@ -1,4 +1,4 @@
-"""GPT-NeoX (Pythia): attention and MLP side by side, part of each head rotates. Torch-free."""
+"""GPT-NeoX (Pythia): parallel attention and MLP; rotary embeddings cover part of each head. Torch-free."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Llama, and what the families descended from it share with it. Torch-free."""
+"""Llama, and the parts that its descendant families share. Torch-free."""
 
 from typing import Any, ClassVar
 
@@ -39,7 +39,7 @@ class LlamaFamily(ModelFamily):
             "mlp.down": "mlp.down_proj",
         },
     )
-    # What transformers takes for a field that is left out; None: kv_heads = heads, head_dim = hidden_size / heads.
+    # Transformers' value for a missing field; None: kv_heads = heads, head_dim = hidden_size / heads.
     default_kv_heads: ClassVar[int | None] = None
     default_head_dim: ClassVar[int | None] = None
     default_norm_eps: ClassVar[float] = 1e-6
@@ -82,11 +82,11 @@ class LlamaFamily(ModelFamily):
         return None if layer_type(config) == "full_attention" else window
 
     def read_own(self, config: ConfigFields) -> dict[str, Any]:
-        """Return the spec's fields that descendants set in other ways."""
+        """Return the spec fields that descendants set differently."""
         return {**read_attention_bias(config), "mlp_bias": config.take("mlp_bias", False)}
 
     def write_own(self, spec: ModelSpec) -> Config:
-        """Return the config fields that not all descendants have."""
+        """Return the config fields that only some descendants have."""
         return {
             "head_dim": spec.size_per_head,
             "attention_bias": spec.attention_output_bias,
@@ -95,13 +95,13 @@ class LlamaFamily(ModelFamily):
 
 
 def read_attention_bias(config: ConfigFields) -> dict[str, Any]:
-    """Return the spec's biases of attention where one field sets them all."""
+    """Return the spec's attention biases if a single field sets them all."""
     biased = config.take("attention_bias", False)
     return {"qkv_bias": biased, "attention_output_bias": biased}
 
 
 def layer_type(config: ConfigFields) -> str | None:
-    """Return the one type of all layers, if `layer_types` is set. Raise `SpecError` if they are of several."""
+    """Return the common type of all layers if `layer_types` is set. Raise `SpecError` if the types differ."""
     types = set(config.take("layer_types", ()))
     if not types <= {"full_attention", "sliding_attention"} or len(types) > 1:
         raise SpecError(f"config.json: layer_types = {sorted(types)} is not supported: all layers must be of one type")
@@ -109,5 +109,5 @@ def layer_type(config: ConfigFields) -> str | None:
 
 
 def given_head_dim(spec: ModelSpec) -> Config:
-    """Return the size of a head if it does not follow from the other sizes."""
+    """Return the head size as a config field if it does not follow from the other sizes."""
     return {} if spec.head_dim is None else {"head_dim": spec.head_dim}

@@ -1,4 +1,4 @@
-"""OLMo 2: Llama with norms behind attention and MLP, and of all query and key heads together. Torch-free."""
+"""OLMo 2: Llama with norms after attention and MLP, and a norm over all query or key heads together. Torch-free."""
 
 import dataclasses
 from typing import Any

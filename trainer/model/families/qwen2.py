@@ -1,4 +1,4 @@
-"""Qwen2: Llama with biases on query, key and value, and a window that a switch turns on. Torch-free."""
+"""Qwen2: Llama with biases on query, key and value, and an optional sliding window. Torch-free."""
 
 from typing import Any
 

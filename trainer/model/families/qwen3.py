@@ -1,4 +1,4 @@
-"""Qwen3: Qwen2 with a norm of every query and key head, and its biases off. Torch-free."""
+"""Qwen3: Qwen2 with a norm on every query and key head, and without biases. Torch-free."""
 
 from typing import Any
 

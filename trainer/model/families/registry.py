@@ -1,4 +1,4 @@
-"""The model families by their `model_type`: ours and those of installed packages. Torch-free."""
+"""Registry of built-in and third-party model families by `model_type`. Torch-free."""
 
 from keepwarm.registry import Registry, UnusableComponent
 from keepwarm.trainer.errors import SpecError
@@ -18,13 +18,13 @@ FAMILIES: Registry[type[ModelFamily]] = Registry(
     },
     ModelFamily,
 )
-"""An export without a `model_type` takes the first that fits."""
+"""Model families; an export without a `model_type` uses the first one that fits."""
 
 
 def family_of(model_type: str, key: str = "model type") -> ModelFamily:
     """Return the family with this `model_type`; `key` names the setting it comes from.
 
-    Raise `SpecError` if there is none, or an installed package's cannot be used.
+    Raise `SpecError` if there is none, or if a third-party family cannot be imported.
     """
     if model_type not in FAMILIES:
         raise SpecError(f"{key} {model_type!r} is not supported; it may be {', '.join(FAMILIES.names())}")

@@ -1,4 +1,4 @@
-"""Rotary embeddings in a config.json: fields of their own in transformers 4, `rope_parameters` in 5. Torch-free."""
+"""Rotary embeddings in a config.json: separate fields in transformers 4, `rope_parameters` in 5. Torch-free."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from keepwarm.trainer.model.families.config_fields import ConfigFields
 
 
 def read_rope(config: ConfigFields, *, theta: str = "rope_theta", fraction: str | None = None) -> dict[str, Any]:
-    """Return the spec's rotary fields; `theta` and `fraction` are the names of the old fields.
+    """Return the spec's rotary fields; `theta` and `fraction` are the field names in transformers 4.
 
-    Raise `SpecError` if the frequencies are scaled, or part of a head rotates where the class has no `fraction`.
+    Raise `SpecError` if the frequencies are scaled, or if part of a head rotates and the class has no `fraction`.
     """
     rope = dict(config.take("rope_parameters", {}))
     for name in ("rope_parameters", "rope_scaling"):
@@ -22,7 +22,7 @@ def read_rope(config: ConfigFields, *, theta: str = "rope_theta", fraction: str 
     if unknown:
         raise SpecError(f"config.json: rope_parameters.{unknown[0]} is not understood")
     if fraction is None and rope.get("partial_rotary_factor", 1.0) != 1.0:
-        # Their classes read it for other kinds of RoPE alone.
+        # These classes read it only for other kinds of RoPE.
         raise SpecError("config.json: rope_parameters.partial_rotary_factor is not supported for this model_type")
     old_fraction = 1.0 if fraction is None else config.take(fraction, 0.25)
     return {
@@ -32,7 +32,7 @@ def read_rope(config: ConfigFields, *, theta: str = "rope_theta", fraction: str 
 
 
 def add_rope(config: Config, *, old: Config, parameters: Config) -> Config:
-    """Return `config` with the rotary fields of both dialects; what it holds already stays."""
+    """Return `config` with the rotary fields of both dialects; existing fields are kept."""
     made = {**old, **config}
     if config.get("rope_parameters") is None:
         made["rope_parameters"] = {"rope_type": "default", **parameters}

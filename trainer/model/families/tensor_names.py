@@ -1,4 +1,4 @@
-"""Names and layout of a model family's tensors, by the canonical names of the parameters they hold. Torch-free."""
+"""Tensor names and layouts of a model family, by the canonical names of the parameters. Torch-free."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from keepwarm.trainer.model.shapes import split_layer
 PROJECTIONS = ("attention.query", "attention.key", "attention.value")
 
 BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias|attn\.bias|attn\.masked_bias)$")
-"""Constants that older versions saved among the parameters."""
+"""Constants that older versions saved alongside the parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,31 +19,31 @@ class Fusion:
     """Several modules of a layer that the family stores as one."""
 
     module: str
-    """Its name inside a layer."""
+    """Name of the fused module inside a layer."""
     parts: tuple[str, ...]
-    """Canonical names of the modules it holds, in their order."""
+    """Canonical names of the modules it holds, in order."""
     order: Literal["blocks", "groups"] = "blocks"
-    """blocks: each part whole, one after the other; groups: for each key-value head its share of every part."""
+    """blocks: each part whole, in sequence; groups: for each key-value head, its share of every part."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorNames:
-    """A family's tensors: names by canonical name, fused modules, transposed matrices."""
+    """A family's tensors: their names by canonical name, fused modules, and transposed matrices."""
 
     top: Mapping[str, str]
     """Modules outside the layers by canonical name; `embedding`, `final_norm` and `head` are required."""
     layer: str
-    """Prefix of a layer; `{}` is its index."""
+    """Prefix of a layer; `{}` stands for its index."""
     inside: Mapping[str, str]
     """Modules inside a layer by canonical name, without those in `fusions`."""
     fusions: tuple[Fusion, ...] = ()
     transposed: bool = False
-    """Linear layers inside layers store `[inputs, outputs]`, as GPT-2's Conv1D does."""
+    """Whether linear layers inside layers store `[inputs, outputs]`, as GPT-2's Conv1D does."""
     head_alias: str | None = None
-    """A second name under which files may hold the head."""
+    """Second name that files may use for the head."""
 
     def name(self, canonical: str) -> str:
-        """Return the tensor that holds a canonical parameter. Raise `CheckpointError` if the family has none."""
+        """Return the tensor name of a canonical parameter. Raise `CheckpointError` if the family has none."""
         module, _, kind = canonical.rpartition(".")
         index, inside = split_layer(module)
         fusion = self.fusion(canonical)
@@ -56,7 +56,7 @@ class TensorNames:
         return f"{self.layer.format(index)}{theirs}.{kind}"
 
     def fusion(self, canonical: str) -> Fusion | None:
-        """Return the fusion that a canonical parameter is a part of, or None."""
+        """Return the fusion that contains a canonical parameter, or None."""
         index, inside = split_layer(canonical.rpartition(".")[0])
         if index is None:
             return None
