@@ -16,7 +16,7 @@ Overrides = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (also KEEPWARM_DEBUG=1).")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")]
-Force = Annotated[bool, typer.Option("--force", help="Empty the output folder and start the run again.")]
+Force = Annotated[bool, typer.Option("--force", help="Empty the output folder and restart the run from scratch.")]
 
 
 def start_mode(*, resume: bool, force: bool) -> Literal["new", "resume", "force"]:
