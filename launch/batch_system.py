@@ -1,7 +1,8 @@
-"""What keepwarm's commands need of a batch system, and the registry of batch systems. Torch-free.
+"""Interface and registry of batch systems. Torch-free.
 
-`submit`, `runs`, `watch`, `logs`, `cancel` and `requeue` know `BatchSystem` alone. To add one, subclass it in a package
-of its own and name the class in the entry-point group `keepwarm.batch_systems`; docs/clusters.md has an example.
+`submit`, `runs`, `watch`, `logs`, `cancel` and `requeue` depend on `BatchSystem` alone. To add a batch system, subclass
+it in your own package and list the class in the entry-point group `keepwarm.batch_systems`; docs/clusters.md has an
+example.
 """
 
 from abc import ABC, abstractmethod
@@ -22,87 +23,87 @@ Phase = Literal["pending", "running", "ended"]
 
 @dataclass(frozen=True, kw_only=True)
 class Array:
-    """Runs that are submitted together, in the folders 0, 1... below one."""
+    """Runs submitted together, in the subfolders 0, 1... of one folder."""
 
     members: int
     max_parallel: int | None = None
-    """How many of them run at the same time; None: as many as there is room for."""
+    """Maximum number of concurrent runs; None for no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A job that is to be submitted."""
+    """A job to submit."""
 
     job: JobSpec
     folder: Path
-    """Run folder; of an array, the folder that holds the run folders."""
+    """Run folder; for an array, the folder that holds the run folders."""
     mode: Mode = "new"
     chain: int = 1
-    """Jobs that continue one another."""
+    """Number of consecutive jobs, each continuing the previous one."""
     array: Array | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchJob:
-    """A job as its batch system knows it."""
+    """A job as reported by its batch system."""
 
     id: str
     phase: Phase
     state: str
-    """The batch system's own word, in lower case."""
+    """State in the batch system's own terms, in lower case."""
     reason: str = ""
-    """Why it is in this state, if the batch system says so."""
+    """Reason for the state, if the batch system gives one."""
     nodes: str = ""
     restarts: int = 0
-    """How often the batch system put it back into the queue."""
+    """How often the batch system has requeued the job."""
     run_time: str = ""
     time_limit: str = ""
 
     @property
     def active(self) -> bool:
-        """Whether it has not ended."""
+        """Return whether the job has not ended."""
         return self.phase != "ended"
 
 
 class BatchSystem(ABC):
-    """A batch system. Stateless: each command makes one, perhaps on another machine than the last.
+    """A batch system. Stateless: each command creates an instance, possibly on a different machine.
 
-    All methods raise ClusterError if the batch system is absent, does not answer or refuses. What a class does not
-    override is refused in one sentence.
+    All methods raise ClusterError if the batch system is absent, unresponsive or refuses. So do `submit`, `state`,
+    `cancel` and `requeue` of a subclass that does not override them.
     """
 
     name: ClassVar[str]
-    """As registered; `cluster.NAME` of the job holds its options."""
+    """Registered name; the job's section `cluster.NAME` holds the options."""
     title: ClassVar[str]
-    """Its name in sentences."""
+    """Name used in messages."""
     options: ClassVar[type[BaseModel]]
-    """Class of `cluster.NAME`."""
+    """Class of the job's section `cluster.NAME`."""
     script: ClassVar[str] = "job.sh"
-    """File in the run folder that the rendered text is written to."""
+    """Name of the rendered file in the run folder."""
     sees_files: ClassVar[bool] = True
-    """Whether the job's data and output lie where the submitting machine sees them."""
+    """Whether the submitting machine sees the job's data and output."""
     has_chains: ClassVar[bool] = False
     has_arrays: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, request: Request, *, dry_run: bool) -> list[str]:
-        """Raise ClusterError, naming the key or option, if this can never run; return remarks for the user.
+        """Raise ClusterError, naming the key or option, if the request can never run; return remarks for the user.
 
-        Writes nothing. With `dry_run`, the absence of the batch system is a remark.
+        Writes nothing. With `dry_run`, an absent batch system is a remark.
         """
 
     @abstractmethod
     def render(self, request: Request) -> str:
-        """The script or manifest. Pure. Raises SpecError, naming the key, if an option is missing or does not fit."""
+        """Return the script or manifest. Pure. Raises SpecError, naming the key, if an option is missing or invalid."""
 
     def command(self, request: Request) -> list[str]:
-        """The command that submits the script, to be shown by a dry run; empty if there is none."""
+        """Return the command that submits the script, for a dry run to show; empty if there is none."""
         return []
 
     def stage(self, request: Request, folder: Path) -> list[str]:
-        """Prepare what the job needs beside its script; return remarks for the user.
+        """Prepare what the job needs besides its script; return remarks for the user.
 
-        `folder` is the run folder, of an array that of its first run. The script and `run.json` are written.
+        `folder` is the run folder or, for an array, that of its first run. The script and `run.json` already exist.
         """
         return []
 
@@ -111,27 +112,27 @@ class BatchSystem(ABC):
         raise self._refusal("submit")
 
     def member(self, job_id: str, index: int) -> str:
-        """The ID of one run of an array."""
+        """Return the ID of one run of an array."""
         return f"{job_id}_{index}"
 
     def state(self, job_id: str) -> BatchJob | None:
-        """The job, or None once the batch system has forgotten it."""
+        """Return the job, or None if the batch system has forgotten it."""
         raise self._refusal("runs")
 
     def cancel(self, job: BatchJob, *, now: bool) -> None:
-        """End a job that is active: after the current step and with its state saved, or `now`."""
+        """End an active job: after the current step and with its state saved, or immediately if `now`."""
         raise self._refusal("cancel")
 
     def requeue(self, job: BatchJob, *, now: bool) -> None:
-        """Put a running job back into the queue: after the current step and with its state saved, or `now`."""
+        """Requeue a running job: after the current step and with its state saved, or immediately if `now`."""
         raise self._refusal("requeue")
 
     def logs(self, folder: Path) -> list[Path]:
-        """The logs of a run's jobs. Those of its ranks and nodes lie beside them under names that keepwarm gives."""
+        """Return the logs of a run's jobs. keepwarm itself names the logs of ranks and nodes."""
         return list((folder / "logs").glob(f"{self.name}-*.log"))
 
     def advice(self, job: JobSpec, command: str) -> str | None:
-        """What to do instead of `keepwarm COMMAND` for a run that was started by other means; None if unknown."""
+        """Return advice in place of `keepwarm COMMAND` for a run started by other means; None if unknown."""
         return None
 
     def _refusal(self, command: str) -> ClusterError:
@@ -147,7 +148,7 @@ BATCH_SYSTEMS: Registry[type[BatchSystem]] = Registry(
 
 
 def batch_system(name: str) -> BatchSystem:
-    """Raises ClusterError if there is none of this name, or it cannot be imported."""
+    """Return the batch system of a name. Raises ClusterError if it is not registered or cannot be imported."""
     try:
         return BATCH_SYSTEMS.get(name)()
     except (UnknownName, UnusableComponent) as error:

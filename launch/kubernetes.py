@@ -1,7 +1,7 @@
-"""Kubernetes as a batch system: a run as a JobSet whose pods are the run's nodes, each with a supervisor.
+"""Kubernetes batch system: a run is a JobSet whose pods are the run's nodes, each with a supervisor.
 
-keepwarm prints the manifests and leaves the rest to kubectl. The Job replaces a pod that dies; the new one comes back
-as a node without a slot, a spare, which takes the slot that became vacant. JobSet: jobset.x-k8s.io/v1alpha2.
+keepwarm prints the manifests and leaves the rest to kubectl. The Job replaces a pod that dies; the new pod joins as a
+spare node and takes the vacant slot. JobSet: jobset.x-k8s.io/v1alpha2.
 """
 
 import io
@@ -22,16 +22,16 @@ from keepwarm.trainer.job.run_folder import METRICS_FILE, RUN_FILE
 from keepwarm.trainer.job.spec import JobSpec
 
 LONGEST = 40
-"""Characters of the JobSet's name: those of its pods add theirs, and 63 is the limit of a host name."""
+"""Maximum length of the JobSet's name: pod names append to it, and a host name has at most 63 characters."""
 REPLACED = 1000
-"""Pods that may die before the Job gives up."""
+"""Number of pods that may die before the Job fails."""
 POD_GRACE_S = 120
-"""Seconds that a pod that is asked to end has to save its state."""
+"""Seconds for a pod to save its state after it is asked to terminate."""
 _SPEC = "/etc/keepwarm"
 
 
 class Kubernetes(BatchSystem):
-    """Prints manifests for `kubectl apply -f -`; submits nothing itself."""
+    """Renders manifests for `kubectl apply -f -`; submits nothing itself."""
 
     name = "kubernetes"
     title = "Kubernetes"
@@ -63,12 +63,12 @@ class Kubernetes(BatchSystem):
 
 
 def render(job: JobSpec) -> str:
-    """The manifests as one YAML stream, for `kubectl apply -f -`.
+    """Return the manifests as one YAML stream for `kubectl apply -f -`.
 
-    The resolved job is part of them: the run folder need not be seen from here.
+    They include the resolved job, so the run folder need not be visible from this machine.
 
     Raises:
-        SpecError: a key that Kubernetes needs is missing or does not fit; names it.
+        SpecError: a key that Kubernetes needs is missing or invalid; names the key.
     """
     asked = job.cluster.kubernetes
     if asked is None:
@@ -87,7 +87,7 @@ def render(job: JobSpec) -> str:
 
 
 def manifests(job: JobSpec, asked: KubernetesSpec) -> list[dict[str, Any]]:
-    """The ConfigMap with the job, and the JobSet."""
+    """Return the ConfigMap that holds the job, and the JobSet."""
     name = object_name(job.name)
     about = {"name": name, **({"namespace": asked.namespace} if asked.namespace else {})}
     data = {RUN_FILE: LiteralScalarString(job.model_dump_json(indent=2) + "\n")}
@@ -124,13 +124,13 @@ def manifests(job: JobSpec, asked: KubernetesSpec) -> list[dict[str, Any]]:
 
 
 def object_name(text: str) -> str:
-    """A name of Kubernetes's kind, a DNS label, from that of a job."""
+    """Convert a job's name to a Kubernetes object name, which is a DNS label."""
     name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:LONGEST].strip("-")
     return name if name[:1].isalpha() else f"run-{name}".strip("-")
 
 
 def _failures() -> dict[str, Any]:
-    """Bad input and a run that stopped itself are final; pods that a node loses are nobody's fault."""
+    """Return the pod failure policy: bad input and a run that stopped itself are final; disruptions do not count."""
     final = [int(ExitCode.BAD_INPUT), int(ExitCode.TRAINING_STOPPED)]
     return {
         "rules": [
@@ -168,7 +168,7 @@ def _pod(job: JobSpec, asked: KubernetesSpec, name: str) -> dict[str, Any]:
         "terminationGracePeriodSeconds": POD_GRACE_S,
         **({"serviceAccountName": asked.service_account} if asked.service_account else {}),
         **({"nodeSelector": dict(asked.node_selector)} if asked.node_selector else {}),
-        # Two pods on one machine would be lost together.
+        # Two pods on the same machine would be lost together.
         "topologySpreadConstraints": [
             {
                 "maxSkew": 1,
@@ -187,7 +187,7 @@ def _pod(job: JobSpec, asked: KubernetesSpec, name: str) -> dict[str, Any]:
 
 
 def _start(job: JobSpec, asked: KubernetesSpec) -> str:
-    """What each pod does. Whoever comes first puts the job into the run folder, whole or not at all."""
+    """Return the script of each pod. The first pod writes the job to the run folder atomically."""
     folder = shlex.quote(job.output)
     return (
         f"mkdir -p {folder}\n"

@@ -1,4 +1,4 @@
-"""The jobs of a run in its batch system: found, cancelled, requeued."""
+"""Find, cancel and requeue the jobs of a run in its batch system."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ from keepwarm.trainer.job.run_folder import RunFolder
 
 
 def jobs_of(folder: Path) -> list[BatchJob]:
-    """The jobs of a run that its batch system still knows, first to last; none if it was never submitted.
+    """Return the run's jobs that its batch system still knows, oldest first; empty if it was never submitted.
 
     Raises:
-        ClusterError: it was submitted, and the batch system cannot be asked.
+        ClusterError: the run was submitted, but its batch system cannot be queried.
     """
     recorded = read_submission(folder)
     if recorded is None:
@@ -23,7 +23,7 @@ def jobs_of(folder: Path) -> list[BatchJob]:
 
 
 def cancel(folder: Path, *, now: bool) -> str:
-    """End a run's jobs, after the current step and with the state saved unless `now`; return what was done.
+    """End a run's jobs, after the current step and with the state saved unless `now`; return a message.
 
     Raises:
         ClusterError: no job of the run is active, or the batch system refuses.
@@ -54,7 +54,7 @@ def requeue(folder: Path, *, now: bool) -> str:
 
 
 def advice(folder: Path, command: str) -> str:
-    """What to do instead of `keepwarm COMMAND` for a run that was not submitted from its folder; may be empty."""
+    """Return advice in place of `keepwarm COMMAND` for a run not submitted from its folder; may be empty."""
     if not RunFolder(folder).exists:
         return ""
     job = load_run(RunFolder(folder).run_file)

@@ -1,4 +1,4 @@
-"""`keepwarm logs RUN`: the ends of a run's logs, and what is added to them."""
+"""`keepwarm logs RUN`: print the last lines of a run's logs, and follow them."""
 
 import contextlib
 import time
@@ -17,11 +17,11 @@ _PAUSE = 0.5
 
 
 def log_file(folder: Path, rank: int | None) -> Path:
-    """The log of a rank, or of the newest job; without a job or its log, that of rank 0.
+    """Return the log of a rank, or of the newest job; without a job log, that of rank 0.
 
     Raises:
-        OutputError: there is none; names those that there are.
-        ClusterError: the batch system that the run was submitted to is not installed here.
+        OutputError: the log does not exist; names the existing logs.
+        ClusterError: the run's batch system is not installed here.
     """
     found = _job_logs(folder) if rank is None else _rank_logs(folder, rank)
     if not found and rank is None:
@@ -35,7 +35,7 @@ def log_file(folder: Path, rank: int | None) -> Path:
 
 
 def show_log(folder: Path, rank: int | None, lines: int, *, follow: bool) -> None:
-    """Print the last lines of a log; with `follow` go on until Ctrl-C. Raises as `log_file`."""
+    """Print the last lines of a log; with `follow`, continue until Ctrl-C. Raises as `log_file`."""
     path = log_file(folder, rank)
     with path.open(encoding="utf-8", errors="replace") as file:
         print("".join(deque(file, maxlen=lines)), end="", flush=True)
@@ -51,7 +51,7 @@ def _job_logs(folder: Path) -> list[Path]:
 
 def _rank_logs(folder: Path, rank: int) -> list[Path]:
     own = RunFolder(folder).logs / f"rank_{rank:05d}.log"
-    # Rank 0 writes to the output of its node's supervisor, where there are supervisors.
+    # Under a supervisor, rank 0 writes to the supervisor's output.
     node = [RunFolder(folder).logs / f"node_{record.node}.log" for record in read_all(folder) if record.slot == 0]
     return [path for path in (own, *(node if rank == 0 else ())) if path.is_file()]
 

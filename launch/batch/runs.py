@@ -1,4 +1,4 @@
-"""`keepwarm runs`: the runs of a folder, how far each is and what its batch system says of its job."""
+"""`keepwarm runs`: list the runs of a folder with their progress and the state of their jobs."""
 
 import json
 import time
@@ -24,7 +24,7 @@ class RunRow:
     name: str
     progress: Progress
     job: BatchJob | None
-    """Of the jobs that the batch system still knows, the first that has not ended, else the last."""
+    """First active job known to the batch system, else the last known one."""
 
     @property
     def state(self) -> str:
@@ -34,11 +34,11 @@ class RunRow:
 
 
 def runs_in(root: Path) -> list[RunRow]:
-    """The runs in a folder and the folders right below it, or the run that the folder is, by name.
+    """Return the runs at a folder and in its immediate subfolders, sorted by name.
 
     Raises:
-        OutputError: there is none.
-        ClusterError: one was submitted, and its batch system cannot be asked.
+        OutputError: there is no run.
+        ClusterError: a run was submitted, but its batch system cannot be queried.
     """
     folders = [path.parent for path in (root / RUN_FILE, *sorted(root.glob(f"*/{RUN_FILE}"))) if path.is_file()]
     if not folders:
@@ -47,7 +47,7 @@ def runs_in(root: Path) -> list[RunRow]:
 
 
 def show_runs(root: Path, *, as_json: bool) -> None:
-    """Print them; raises as `runs_in`."""
+    """Print the runs of a folder. Raises as `runs_in`."""
     rows = runs_in(root)
     if as_json:
         print(json.dumps([asdict(row) | {"state": row.state} for row in rows]))
@@ -56,7 +56,7 @@ def show_runs(root: Path, *, as_json: bool) -> None:
 
 
 def table(rows: list[RunRow]) -> Iterator[str]:
-    """A line each, below a head."""
+    """Yield a header and one line per run."""
     lines = [("RUN", "STATE", "JOB", "NODES", "RESTARTS", "STEP", "LOSS", "TOKENS/S", "LEFT"), *map(_cells, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:

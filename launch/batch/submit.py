@@ -1,4 +1,4 @@
-"""`keepwarm submit`: from a job file to a job in the queue of a batch system."""
+"""`keepwarm submit`: submit a job file to a batch system."""
 
 import shlex
 import time
@@ -21,17 +21,17 @@ from keepwarm.trainer.job.run_folder import RunFolder
 
 @dataclass(frozen=True, kw_only=True)
 class SubmitOptions:
-    """Options of `keepwarm submit`. Raises OptionError if they contradict each other."""
+    """Options of `keepwarm submit`. Raises OptionError if they conflict."""
 
     backend: str = "slurm"
     """Name of the batch system."""
     mode: Mode = "new"
     chain: int = 1
-    """Jobs that run one after the other, each continuing the one before; for runs longer than the time limit."""
+    """Number of consecutive jobs, each continuing the previous one; for runs longer than the time limit."""
     sweep: Sequence[str] = ()
     max_parallel: int | None = None
     dry_run: bool = False
-    """Print the script and the command; write and submit nothing."""
+    """Print the script and the command without writing or submitting anything."""
 
     def __post_init__(self) -> None:
         if self.sweep and (self.mode != "new" or self.chain > 1):
@@ -77,15 +77,15 @@ def submit_run(path: Path, overrides: Sequence[str], options: SubmitOptions) -> 
 
 
 def messages() -> Console:
-    """The console for what is said to the user beside a command's result."""
+    """Return the console for messages to the user, separate from a command's result on stdout."""
     return Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
 def admit(system: BatchSystem, request: Request, console: Console, *, dry_run: bool) -> None:
-    """Check a request against this machine and the batch system, and print its remarks.
+    """Check a request against this machine and the batch system, and print the batch system's remarks.
 
     Raises:
-        PreflightError, DataError, ClusterError: the job cannot run, and why.
+        PreflightError, DataError, ClusterError: the job cannot run; the message gives the reason.
     """
     if request.array is not None and not system.has_arrays:
         raise ClusterError(f"--sweep: keepwarm submits no arrays to {system.title}; submit the runs one by one")

@@ -1,4 +1,4 @@
-"""`keepwarm submit --sweep`: one run for each combination of values, as the tasks of one array job."""
+"""`keepwarm submit --sweep`: submit one run per combination of values, as tasks of one array job."""
 
 import contextlib
 import itertools
@@ -26,14 +26,14 @@ from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.job.yaml import parse_value
 
 TABLE = "sweep.json"
-"""In the folder of a sweep: the values of each run, by its folder's name."""
+"""File in the sweep's folder that maps each run folder's name to the run's values."""
 
 
 def combinations(sweeps: Sequence[str]) -> list[dict[str, Any]]:
-    """Every combination of the values that are asked for as `KEY=[VALUE, VALUE]`, the last key changing fastest.
+    """Return every combination of the values given as `KEY=[VALUE, VALUE]`; the last key varies fastest.
 
     Raises:
-        SpecError: a text is something else, or names a key again.
+        SpecError: an argument has another form, repeats a key, or sets `output` or `name`.
     """
     asked: dict[str, list[Any]] = {}
     for text in sweeps:
@@ -48,7 +48,7 @@ def combinations(sweeps: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def submit_sweep(path: Path, overrides: Sequence[str], options: SubmitOptions) -> None:
-    """Create a run folder for every combination, below the job's output, and submit them as one array job.
+    """Create a run folder per combination below the job's output, and submit all runs as one array job.
 
     Raises:
         SpecError, DataError, OutputError, PreflightError, ClusterError: nothing was submitted.
@@ -91,7 +91,7 @@ def _member(path: Path, overrides: Sequence[str], base: JobSpec, number: int, va
 
 
 def _named(job: JobSpec, name: str) -> JobSpec:
-    """The job under the name of the sweep, by which the script of all runs is rendered."""
+    """Return the job under the sweep's name, which the script shared by all runs uses."""
     return job.model_copy(update={"name": name})
 
 

@@ -1,4 +1,4 @@
-"""`keepwarm watch`: the table of runs, refreshed until all of their jobs have ended."""
+"""`keepwarm watch`: refresh the table of runs until all of their jobs have ended."""
 
 import time
 from pathlib import Path
@@ -11,7 +11,7 @@ from keepwarm.launch.batch.runs import runs_in, table
 
 
 def watch(root: Path, every: float) -> None:
-    """Print the table of runs in place every so many seconds until no job is active. Raises as `runs_in`."""
+    """Redraw the table of runs in place `every` seconds until no job is active. Raises as `runs_in`."""
     with Live(console=Console(), auto_refresh=False) as live:
         while True:
             rows = runs_in(root)

@@ -1,4 +1,4 @@
-"""`keepwarm branch`: a new run from a checkpoint of another, which is only read."""
+"""`keepwarm branch`: start a new run from another run's checkpoint, which is only read."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +11,9 @@ from keepwarm.trainer.job.stages import plan_stages
 
 
 def branch_here(folder: Path, step: int, tokens: int, overrides: Sequence[str]) -> None:
-    """Run the branch to its end; raises as `keepwarm.trainer.continual.branch.branched` and
-    `keepwarm.launch.local.train.train_here`.
+    """Run the branch to completion.
+
+    Raises the errors of `keepwarm.trainer.continual.branch.branched` and `keepwarm.launch.local.train.train_here`.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     job = branched(folder, step, tokens, overrides)

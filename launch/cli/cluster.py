@@ -1,4 +1,4 @@
-"""The commands for runs on a cluster. Importing this loads neither torch nor what they plan with."""
+"""Commands for runs on a cluster. Importing this module loads neither torch nor the planner."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +9,7 @@ from keepwarm.launch.cli.arguments import WITH_OVERRIDES, Force, Job, Overrides,
 
 cluster = typer.Typer()
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the script and the command, and submit nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the script and the command without submitting.")]
 Chain = Annotated[int, typer.Option("--chain", min=1, help="Number of jobs to submit, each continuing the one before.")]
 Sweep = Annotated[
     list[str] | None,
@@ -17,9 +17,9 @@ Sweep = Annotated[
 ]
 MaxParallel = Annotated[int | None, typer.Option(min=1, help="Maximum number of sweep runs to execute concurrently.")]
 Backend = Annotated[
-    str, typer.Option("--backend", metavar="NAME", help="Batch system: slurm, kubernetes, or one that is installed.")
+    str, typer.Option("--backend", metavar="NAME", help="Batch system: slurm, kubernetes or an installed plug-in.")
 ]
-Runs = Annotated[Path, typer.Argument(metavar="FOLDER", help="A run folder, or a folder of run folders.")]
+Runs = Annotated[Path, typer.Argument(metavar="FOLDER", help="Run folder, or a folder of run folders.")]
 Now = Annotated[bool, typer.Option("--now", help="Stop immediately and discard steps since the last saved state.")]
 
 
@@ -66,7 +66,7 @@ def runs(
     folder: Runs = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:
-    """List runs with the state of their job, nodes, restarts, step, loss, speed and time left."""
+    """List runs with job state, nodes, restarts, step, loss, speed and time left."""
     from keepwarm.launch.batch.runs import show_runs
 
     show_runs(folder, as_json=as_json)
@@ -90,9 +90,9 @@ def logs(
         int | None, typer.Option("--rank", min=0, help="Show this rank's log instead of the job's.")
     ] = None,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Number of lines to show.")] = 50,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing what is added, until Ctrl-C.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing new lines until Ctrl-C.")] = False,
 ) -> None:
-    """Print the end of the log of a run's job, or of one of its ranks."""
+    """Print the last lines of a job's log, or of one rank's log."""
     from keepwarm.launch.batch.logs import show_log
 
     show_log(run, rank, lines, follow=follow)
@@ -100,7 +100,7 @@ def logs(
 
 @cluster.command()
 def cancel(run: RunFolder, now: Now = False) -> None:
-    """Save the state of a run and end its job."""
+    """Save a run's state and end its job."""
     from keepwarm.launch.batch.jobs import cancel as cancel_run
 
     print(cancel_run(run, now=now))
@@ -108,7 +108,7 @@ def cancel(run: RunFolder, now: Now = False) -> None:
 
 @cluster.command()
 def requeue(run: RunFolder, now: Now = False) -> None:
-    """Save the state of a run and put its job back into the queue."""
+    """Save a run's state and put its job back into the queue."""
     from keepwarm.launch.batch.jobs import requeue as requeue_run
 
     print(requeue_run(run, now=now))

@@ -1,4 +1,4 @@
-"""`keepwarm doctor`: which engines and kernels this machine can use, and which versions lie outside what was tested."""
+"""`keepwarm doctor`: list usable engines and kernels on this machine, and versions outside the tested ranges."""
 
 import json
 from collections.abc import Iterator
@@ -14,18 +14,18 @@ from keepwarm.tested import TESTED, installed
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One thing that a job may ask for."""
+    """Availability of one thing that a job may request."""
 
     kind: str
     """version, device, engine or kernel."""
     name: str
     usable: bool
     detail: str
-    """Which version there is, or why it cannot be used and what to do. Of a version: the range that was tested."""
+    """Installed version, or why it is unusable and what to do. For a version, also the tested range."""
 
 
 def show(*, as_json: bool) -> None:
-    """Print what was found."""
+    """Print the findings."""
     found = list(findings())
     if as_json:
         print(json.dumps([asdict(finding) for finding in found]))
@@ -36,7 +36,7 @@ def show(*, as_json: bool) -> None:
 
 
 def findings() -> Iterator[Finding]:
-    """Everything that is looked for, without importing any of it."""
+    """Yield a finding per version, device, engine and kernel, without importing any of them."""
     for distribution, tested in TESTED.items():
         found = installed(distribution)
         if found is not None:

@@ -1,4 +1,4 @@
-"""The command `keepwarm`. Importing this module loads neither torch nor what it plans with: commands import late."""
+"""The `keepwarm` command. Importing this module loads neither torch nor the planner: commands import lazily."""
 
 import os
 import signal
@@ -144,7 +144,7 @@ def branch(
     anneal: Annotated[int, typer.Option("--anneal", min=1, help="Tokens over which the learning rate decays.")],
     overrides: Overrides = None,
 ) -> None:
-    """Start a new run from a checkpoint in another run's constant phase, and anneal it for a release.
+    """Start a new run from a checkpoint in another run's constant phase and anneal it for a release.
 
     keepwarm branch runs/base --at 6000 --anneal 2_000_000_000
 
@@ -286,7 +286,7 @@ def checkpoint(context: typer.Context) -> None:
 
 
 def _run_tool(module: str, arguments: Sequence[str]) -> NoReturn:
-    """Become the tool: its options, output and exit code are its own."""
+    """Replace this process with the tool, which handles its own options, output and exit code."""
     from keepwarm.trainer.job.renames import refuse_old_options
 
     refuse_old_options(arguments)
@@ -295,7 +295,7 @@ def _run_tool(module: str, arguments: Sequence[str]) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point: errors as one readable message on stderr and an exit code, never a traceback unless asked for."""
+    """Entry point. Report errors as one message on stderr and an exit code; show a traceback only on request."""
     from keepwarm.launch.errors import LaunchError
     from keepwarm.parallel.errors import ParallelError
     from keepwarm.trainer.errors import TrainerError

@@ -1,4 +1,4 @@
-"""`keepwarm snapshots RUN`: what the agents of a run hold in the memory of this machine."""
+"""`keepwarm snapshots RUN`: show the snapshots that a run's agents hold in this machine's memory."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,14 +15,14 @@ from keepwarm.launch.errors import SnapshotsError
 from keepwarm.launch.plan.text import size
 
 AGENT_TIMEOUT_S = 10.0
-"""Seconds that each agent has for its handshake, and again for its answer."""
+"""Timeout of an agent's handshake, and again of its answer."""
 
 
 def show(folder: Path, *, as_json: bool) -> None:
-    """Print what the agents of the run in `folder` hold on this machine.
+    """Print the snapshots that this machine's agents of the run in `folder` hold.
 
     Raises:
-        SnapshotsError: no snapshots were ever taken in the folder, or none of its agents runs here.
+        SnapshotsError: the run never took a snapshot, or none of its agents runs here.
     """
     found, silent = ask(folder)
     if as_json:
@@ -33,7 +33,7 @@ def show(folder: Path, *, as_json: bool) -> None:
 
 
 def ask(folder: Path) -> tuple[list[Status], dict[int, str]]:
-    """The answer of every agent of the run on this machine, and of those that gave none, by slot, why.
+    """Return the answers of the run's agents on this machine and, by slot, why the others gave none.
 
     Raises:
         SnapshotsError: as `show`.
@@ -66,7 +66,7 @@ def _status(path: Path, run: str, secret: bytes) -> Status:
 
 
 def text(found: Sequence[Status], silent: Mapping[int, str]) -> Iterator[str]:
-    """The answers as tables: agents, snapshots, the last commits, and what goes on in the background."""
+    """Yield the answers as tables: agents, snapshots, latest commits and background work."""
     yield f"run {found[0].run}: {len(found)} of its agents on this machine"
     for rows in (_agents(found), _snapshots(found), _commits(found), _background(found)):
         yield from _table(list(rows))
@@ -133,7 +133,7 @@ def _background(found: Sequence[Status]) -> Rows:
 
 
 def _table(lines: list[tuple[str, ...]]) -> Iterator[str]:
-    """Columns as wide as they must be, below an empty line; nothing when there is only the head."""
+    """Yield a blank line and aligned columns; nothing if there is only the header."""
     if len(lines) == 1:
         return
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

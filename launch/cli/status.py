@@ -1,4 +1,4 @@
-"""`keepwarm status RUN`: how far a run is, what is saved of it, which nodes it is on, and where its time went."""
+"""`keepwarm status RUN`: show a run's progress, saved state, nodes and time breakdown."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ def show(folder: Path, *, as_json: bool) -> None:
 
 
 def status(folder: Path) -> dict[str, Any]:
-    """Plain values: the run's name, completed steps of how many, speed, what is saved, restarts, nodes, goodput.
+    """Return name, completed and total steps, speed, saved state, restarts, nodes and goodput as plain values.
 
     Raises:
         StatusError: as `show`.
@@ -63,14 +63,14 @@ def status(folder: Path) -> dict[str, Any]:
 
 
 def committed(folder: Path) -> tuple[int, int] | None:
-    """(epoch, step) of the newest snapshot that agents on this machine know to be committed; None without agents."""
+    """Return (epoch, step) of the newest snapshot committed according to agents here; None without agents."""
     with contextlib.suppress(SnapshotsError):
         return max((one.committed for one in ask(folder)[0] if one.committed is not None), default=None)
     return None
 
 
 def restarts(log: Sequence[events.Event]) -> list[dict[str, Any]]:
-    """When the ranks began again, at which level, and why, as supervisors or the batch job recorded it. Pure."""
+    """Return time, recovery level and cause of each restart that supervisors or the batch job recorded. Pure."""
     return [
         {"time": event.time, "level": event.level if isinstance(event, events.Recovery) else None, "why": event.why}
         for event in log

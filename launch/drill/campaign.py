@@ -1,4 +1,4 @@
-"""A drill from beginning to end: the uninterrupted run, the run with faults, what came of them, nothing left behind."""
+"""Run a whole drill: an uninterrupted run, a run with faults, their comparison and a check for leftover processes."""
 
 import contextlib
 import fcntl
@@ -29,8 +29,8 @@ from keepwarm.trainer.monitor.goodput import Goodput, of_run, read_marks
 
 UNINTERRUPTED, WITH_FAULTS = "uninterrupted", "faults"
 RESIDUE_GRACE_S = 20.0
-"""Seconds that what belongs to a run may take to end after it, before it counts as left behind. An agent whose node
-has died has its lease besides."""
+"""Seconds after the end of a run before a process of it counts as left behind. An agent whose node has died gets its
+lease in addition."""
 RUN_POLL_INTERVAL_S = 0.02
 LOG_LINES = 20
 
@@ -39,12 +39,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a drill has shown."""
+    """Result of a drill."""
 
     outcomes: Sequence[Outcome]
     differences: Sequence[str]
     residue: Sequence[str]
-    """Commands of processes that outlived the run; they have been killed."""
+    """Command lines of processes that outlived the run and were killed."""
     goodput: Goodput
 
     @property
@@ -52,7 +52,7 @@ class Result:
         return not self.differences
 
     def data(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return {
             "bitwise_equal": self.bitwise_equal,
             "differences": list(self.differences),
@@ -64,17 +64,17 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Drill:
-    """What is to be done."""
+    """Specification of a drill."""
 
     job: JobSpec
     source: Path
-    """The job file."""
+    """Job file."""
     overrides: Sequence[str]
     faults: Sequence[Fault]
     launch: Sequence[str] = ()
-    """Further arguments of `keepwarm train` for the run with faults."""
+    """Additional arguments of `keepwarm train` for the run with faults."""
     timeout: float
-    """Seconds that each of the two runs may take."""
+    """Maximum duration of each of the two runs, in seconds."""
 
     @property
     def folder(self) -> Path:
@@ -82,10 +82,10 @@ class Drill:
 
 
 def run(drill: Drill, *, fresh: bool, say: Say) -> Result:
-    """Run the job twice and compare.
+    """Run the job with and without faults and compare the results.
 
     Raises:
-        DrillError: a fault could not be done, or a run took too long.
+        DrillError: a fault could not be injected, or a run took too long.
         RanksFailed: one of the runs failed.
     """
     with _held(drill.folder):
@@ -94,7 +94,7 @@ def run(drill: Drill, *, fresh: bool, say: Say) -> Result:
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """For this process alone."""
+    """Lock the folder for this process inside the block."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -128,9 +128,9 @@ def _run(drill: Drill, *, fresh: bool, say: Say) -> Result:
 
 
 def _uninterrupted(drill: Drill, folder: Path, *, fresh: bool, say: Say) -> None:
-    """Make the run that nothing happens to, unless the folder holds that of the same job already.
+    """Make the uninterrupted run, unless the folder already holds that of the same job.
 
-    It takes no snapshots: these must not change what is computed either.
+    It takes no snapshots, so the comparison also shows that snapshots do not change the results.
     """
     stored, key = folder.with_suffix(".json"), _key(drill.job)
     if not fresh and stored.is_file() and stored.read_text(encoding="utf-8") == key and folder.is_dir():
@@ -144,7 +144,7 @@ def _uninterrupted(drill: Drill, folder: Path, *, fresh: bool, say: Say) -> None
 
 
 def _key(job: JobSpec) -> str:
-    """Equal for jobs that compute the same with the same libraries."""
+    """Return a key that is equal for jobs that compute the same with the same libraries."""
     from importlib.metadata import version
 
     spec = job.model_dump(mode="json", exclude={"output", "snapshot", "cluster", "log"})
@@ -155,13 +155,13 @@ def _key(job: JobSpec) -> str:
 
 
 def _files(source: str) -> list[Path]:
-    """What a source of the spec is made of: a text file, or a pair of Megatron files."""
+    """Return the files of a data source: a text file, or a pair of Megatron files."""
     return [path for path in map(Path, (source, f"{source}.bin", f"{source}.idx")) if path.is_file()]
 
 
 @dataclass
 class _Trial:
-    """One run of the job by `keepwarm train`, watched. Leaving the context ends all of its processes."""
+    """A monitored run of the job by `keepwarm train`. Leaving the context ends all of its processes."""
 
     drill: Drill
     folder: Path
@@ -174,7 +174,7 @@ class _Trial:
         self.log = self.folder.with_suffix(".log")
         command = [sys.executable, "-P", "-m", "keepwarm", "train", str(self.drill.source), *self.drill.overrides]
         if RunFolder(self.folder).exists:
-            shutil.rmtree(self.folder)  # now: the metrics of an earlier drill must not be taken for this one's
+            shutil.rmtree(self.folder)  # before polling starts: metrics of an earlier drill must not count
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, f"output={self.folder}", *self.arguments],
@@ -199,7 +199,7 @@ class _Trial:
         self.process.wait()
 
     def suffer(self, faults: Sequence[Fault], say: Say) -> list[Struck]:
-        """Do every fault at its step, and wait for the end of the run."""
+        """Inject every fault at its step and wait for the end of the run."""
         struck: list[Struck] = []
         for fault in sorted(faults, key=lambda fault: (fault.step, fault.after)):
             self._until_step(fault)
@@ -213,7 +213,7 @@ class _Trial:
         return struck
 
     def _strike(self, fault: Fault) -> Struck:
-        """Do it, as soon as its aim exists."""
+        """Inject the fault as soon as its target exists."""
         end = min(self.end, time.monotonic() + RESIDUE_GRACE_S)
         while True:
             try:
@@ -235,7 +235,7 @@ class _Trial:
             self._pause(min(RUN_POLL_INTERVAL_S, max(0.0, later - time.monotonic())))
 
     def _undo_recovered(self, struck: Sequence[Struck]) -> None:
-        """Wake frozen nodes and give back disks, once the run has gone on without them for some steps."""
+        """Resume frozen nodes and restore disks once the run has continued without them for some steps."""
         marks = list(read_marks(self.folder))
         for fault, undo in list(self.undo):
             since = next(each.time for each in struck if each.fault == fault)
@@ -252,13 +252,13 @@ class _Trial:
         self.undo.clear()
 
     def wait(self) -> None:
-        """Until the run has ended, successfully."""
+        """Wait until the run ends successfully; raise if it fails."""
         while self.process.poll() is None:
             self._pause(0.2)
         self._judge()
 
     def _pause(self, seconds: float = RUN_POLL_INTERVAL_S) -> None:
-        """Let time pass; raises when the run ends or has taken too long."""
+        """Sleep; raise if the run ends or takes too long."""
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -281,7 +281,7 @@ class _Trial:
             )
 
     def _step(self) -> int:
-        """Completed steps, as the newest line of metrics.jsonl says."""
+        """Return the number of completed steps from the newest line of metrics.jsonl."""
         return RunFolder(self.folder).last_step()
 
 

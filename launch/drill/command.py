@@ -23,37 +23,35 @@ from keepwarm.trainer.job.stages import plan_stages
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 DRAWN_SPARES = 3
-"""Spare nodes assumed when faults are drawn and --spares is not given."""
+"""Number of spare nodes assumed when faults are drawn and --spares is not given."""
 _SETTINGS = {"help_option_names": ["-h", "--help"], "ignore_unknown_options": True}
 
 
 Faults = list[str] | None
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, or the name of a shipped job.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace those of the job file.")
-]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the job file.")]
 Kill = Annotated[
     Faults,
     typer.Option(help="Kill worker:RANK@STEP, node:SLOT@STEP, agent:SLOT@STEP, supervisor:.. or store@STEP."),
 ]
-Freeze = Annotated[Faults, typer.Option(help="Freeze node:SLOT@STEP until it was replaced.")]
+Freeze = Annotated[Faults, typer.Option(help="Freeze node:SLOT@STEP until it has been replaced.")]
 Corrupt = Annotated[Faults, typer.Option(help="Corrupt chunk:SLOT@STEP of the newest snapshot, then kill a worker.")]
-Stop = Annotated[Faults, typer.Option(help="Stop disk@STEP: let no checkpoint be written for two steps.")]
+Stop = Annotated[Faults, typer.Option(help="Stop disk@STEP: prevent checkpoint writes for two steps.")]
 Spares = Annotated[
     int | None,
-    typer.Option(min=0, max=64, help="Number of nodes that wait to replace a lost one. [default: as many as are lost]"),
+    typer.Option(min=0, max=64, help="Number of spare nodes that replace lost ones. [default: as many as are lost]"),
 ]
 Random = Annotated[int, typer.Option(min=0, help="Number of faults to draw at random.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed; the same seed draws the same faults.")]
 Timeout = Annotated[float, typer.Option(min=1, help="Maximum duration of each of the two runs, in seconds.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Repeat the uninterrupted run even if its result exists.")]
-Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result to this file as one page.")]
+Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the result to this file as an HTML page.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """As given on the command line."""
+    """Command-line options."""
 
     job: Path
     overrides: Faults
@@ -71,12 +69,12 @@ class Options:
 
     @property
     def changes(self) -> list[str]:
-        """The overrides of the job, apart from that of its output folder."""
+        """Return the job overrides other than that of the output folder."""
         return [text for text in self.overrides or [] if not text.removeprefix("--").startswith("output=")]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command. Raises DrillError on bad input, RanksFailed when the run was not the same."""
+    """Run the command. Raises DrillError on bad input, RanksFailed if the results differ."""
     app(args=list(arguments), prog_name="keepwarm drill", standalone_mode=True)
 
 
@@ -104,7 +102,7 @@ def drill(
 
     keepwarm drill ci/drill --random 3 --seed 7 --json
 
-    A fault happens after the step is completed; `@20+1.5` is one and a half seconds later. Write several at once as
+    A fault is injected after its step completes; `@20+1.5` is 1.5 seconds later. Inject several at once with
     `workers:0,3@20`. Both runs are kept in the job's output folder. Exit code 0 means that losses and final state are
     bitwise equal and no process was left behind. See docs/drills.md.
     """
@@ -116,7 +114,7 @@ def run(options: Options) -> None:
 
     Raises:
         SpecError, DataError, PreflightError, DrillError: nothing was started.
-        RanksFailed: the run with faults was not the same as the one without.
+        RanksFailed: the run with faults differs from the uninterrupted run.
     """
     job = load_job(options.job, options.overrides or [])
     check_job(job)
@@ -136,7 +134,10 @@ def run(options: Options) -> None:
 
 
 def _plan(options: Options, job: JobSpec) -> campaign.Drill:
-    """Raises DrillError if there is no fault, one cannot happen to the job, or the output folder is that of a run."""
+    """Plan the drill.
+
+    Raises DrillError if there is no fault, a fault does not apply to the job, or the output folder holds a run.
+    """
     stage = _stage(job, DRAWN_SPARES if options.spares is None else options.spares)
     wanted = _faults(options, job, stage)
     lost = sum(len(fault.numbers) for fault in wanted if fault.target in ("node", "supervisor"))
@@ -156,7 +157,7 @@ def _plan(options: Options, job: JobSpec) -> campaign.Drill:
 
 
 def _faults(options: Options, job: JobSpec, stage: Stage) -> list[Fault]:
-    """Those that are given and those that are drawn."""
+    """Return the faults given on the command line and those drawn at random."""
     given: list[tuple[Action, Faults]] = [
         ("kill", options.kill),
         ("freeze", options.freeze),

@@ -1,4 +1,4 @@
-"""Whether two runs of one job computed the same, to the bit."""
+"""Compare two runs of a job for bitwise equality."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,16 +10,16 @@ from keepwarm.launch.errors import DrillError
 from keepwarm.trainer.job.run_folder import RunFolder
 
 SHOWN = 3
-"""Differences of each kind that are named."""
+"""Maximum number of differences listed per kind."""
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What differs between the losses, rates, norms and final state of two finished runs; nothing when all is equal.
+    """Return the differences in losses, rates, norms and final state of two finished runs; empty if all are equal.
 
-    Every stored byte is verified against its checksum first.
+    Verifies every stored byte against its checksum first.
 
     Raises:
-        DrillError: one of the runs has no complete checkpoint, or it is damaged.
+        DrillError: one of the runs has no complete checkpoint, or a damaged one.
     """
     return [*_first(_of_steps(_steps(one), _steps(other))), *_first(_of_state(_state(one), _state(other)))]
 
@@ -31,7 +31,7 @@ def _first(found: Iterator[str]) -> list[str]:
 
 
 def _steps(folder: Path) -> list[dict[str, Any]]:
-    """Every line of metrics.jsonl without the time, the one value in which equal runs differ."""
+    """Return the lines of metrics.jsonl without times, the only values in which equal runs differ."""
     lines = RunFolder(folder).metrics()
     return [{key: value for key, value in line.items() if key != "step_time_s"} for line in lines]
 
@@ -46,11 +46,11 @@ def _of_steps(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> Iterato
 
 
 Place = tuple[str, tuple[int, ...], tuple[int, int] | None]
-"""Name, offsets and flat range of a piece; optimizers cut several ranges out of one box."""
+"""Name, offsets and flat range of a piece; optimizers take several ranges of one tensor slice."""
 
 
 def _state(folder: Path) -> dict[Place, str]:
-    """The checksum of every piece of the newest checkpoint."""
+    """Return the checksum of every piece of the newest checkpoint."""
     newest = checkpoint.latest(RunFolder(folder).checkpoints)
     if newest is None:
         raise DrillError(f"{folder}: the run has left no complete checkpoint to compare")

@@ -1,4 +1,4 @@
-"""Faults of a drill: how they are written, which ones a job can have, and how a campaign is drawn. Pure."""
+"""Faults of a drill: parse them, check them against a job and draw random ones. Pure."""
 
 import random
 import re
@@ -17,7 +17,7 @@ TARGETS: dict[Action, tuple[Target, ...]] = {
     "corrupt": ("chunk",),
     "stop": ("disk",),
 }
-"""What each option can be aimed at."""
+"""Targets of each option."""
 UNNUMBERED = ("store", "disk")
 EXAMPLES = {"kill": "node:2@35", "freeze": "node:1@55", "corrupt": "chunk:1@60", "stop": "disk@70"}
 
@@ -26,12 +26,12 @@ _GRAMMAR = re.compile(r"(?P<target>[a-z]+)(?::(?P<numbers>\d+(?:,\d+)*))?@(?P<st
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fault:
-    """Something that is done to a run from outside, `after` seconds after its `step`-th step was completed."""
+    """A fault injected into a run from outside, `after` seconds after its `step`-th step has completed."""
 
     action: Action
     target: Target
     numbers: tuple[int, ...] = ()
-    """Ranks of workers, slots of everything else; none for a store or a disk."""
+    """Ranks of workers, or slots of other targets; empty for a store or a disk."""
     step: int
     after: float = 0.0
 
@@ -43,29 +43,29 @@ class Fault:
 
     @property
     def option(self) -> str:
-        """As it was written on the command line."""
+        """Return the fault in command-line form."""
         return f"--{self}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """What a job offers for a drill."""
+    """Properties of a job that determine which faults apply to it."""
 
     steps: int
     ranks: int
     nodes: int
     spares: int
     durable: bool
-    """Agents write checkpoints to disk."""
+    """Whether agents write checkpoints to disk."""
     supervised: bool
-    """Every node has a supervisor of its own, and the nodes meet in a store."""
+    """Whether every node has its own supervisor and the nodes rendezvous through a store."""
 
 
 def parse(action: Action, text: str) -> Fault:
-    """A fault from what follows its option, as `node:2@35` or `nodes:0,3@50+1.5`.
+    """Parse the value of a fault option, such as `node:2@35` or `nodes:0,3@50+1.5`.
 
     Raises:
-        DrillError: with what was expected.
+        DrillError: the text is invalid; says what is expected.
     """
     known = TARGETS[action]
     found = _GRAMMAR.fullmatch(text.strip())
@@ -94,10 +94,10 @@ def parse(action: Action, text: str) -> Fault:
 
 
 def check(faults: Sequence[Fault], stage: Stage) -> None:
-    """Whether all of them can happen to the job.
+    """Check that all faults apply to the job.
 
     Raises:
-        DrillError: for the first that cannot.
+        DrillError: a fault does not apply; names the first one.
     """
     for fault in faults:
         if not 1 <= fault.step < stage.steps:
@@ -125,7 +125,7 @@ def check(faults: Sequence[Fault], stage: Stage) -> None:
 
 
 def spares_needed(faults: Sequence[Fault]) -> int:
-    """Nodes that must stand by, so that every lost one is replaced. A frozen one stands by once it has woken up."""
+    """Return the number of spares that replace every lost node. A frozen node becomes a spare once it is resumed."""
     needed = gone = 0
     for fault in sorted(faults, key=lambda fault: (fault.step, fault.after)):
         if fault.target in ("node", "supervisor"):
@@ -139,8 +139,8 @@ def _range(word: str, count: int) -> str:
 
 
 def draw(count: int, seed: int, stage: Stage, parity: int) -> list[Fault]:
-    """A campaign of `count` faults; the same arguments give the same one. Loses no more nodes than there are spares,
-    and no more than `parity` at once."""
+    """Draw `count` faults; the same arguments give the same faults. They lose no more nodes than there are spares, and
+    no more than `parity` at once."""
     random_ = random.Random(f"keepwarm drill {seed}")
     places = range(2, stage.steps - 1, 3)
     if not places:
@@ -159,7 +159,7 @@ def draw(count: int, seed: int, stage: Stage, parity: int) -> list[Fault]:
 
 
 def _possible(stage: Stage, spares: int, parity: int) -> list[tuple[Action, Target, int]]:
-    """(action, target, how many at once at most)."""
+    """Return (action, target, maximum number at once) of every possible fault."""
     found: list[tuple[Action, Target, int]] = [("kill", "worker", min(2, stage.ranks)), ("corrupt", "chunk", 1)]
     if parity:
         found.append(("kill", "agent", 1))

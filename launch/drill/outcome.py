@@ -1,4 +1,4 @@
-"""What came of each fault: from when it happened, the marks of the run and the events of its supervisors. Pure."""
+"""Derive the cost of each fault from its time, the run's marks and the supervisors' events. Pure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ from keepwarm.trainer.monitor.goodput import Mark
 
 _BY_SOURCE: dict[str, Level] = {"memory": "local", "disk": "disk", "nothing": "disk"}
 UNDISTURBED = 2
-"""Steps that a session must still complete after a fault to have been undisturbed by it: one may be under way."""
+"""Steps that a session must complete after a fault to count as undisturbed; one step may already be in progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Struck:
-    """A fault that was done, at `time` seconds since 1970."""
+    """A fault injected at `time`, in Unix time."""
 
     fault: Fault
     time: float
@@ -23,21 +23,21 @@ class Struck:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a fault cost."""
+    """Cost of a fault."""
 
     fault: Fault
     level: Level | None = None
-    """Of the recovery; None: training went on without a restart."""
+    """Recovery level; None if training continued without a restart."""
     why: str = "training went on"
     steps_lost: int = 0
-    """Completed steps that had to be computed again."""
+    """Completed steps that had to be recomputed."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """By phase. Phases may overlap or leave gaps."""
+    """Duration of each phase. Phases may overlap or leave gaps."""
     total: float = 0.0
     """Seconds from the fault to the end of the next step."""
 
     def data(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return {
             "fault": str(self.fault),
             "level": self.level,
@@ -49,7 +49,7 @@ class Outcome:
 
 
 def outcomes(struck: Sequence[Struck], marks: Sequence[Mark], log: EventLog) -> list[Outcome]:
-    """One for each fault. Faults that fall into one outage share its recovery: each counts from its own moment on."""
+    """Return one outcome per fault. Faults in the same outage share its recovery, each measured from its own time."""
     return [_outcome(each, marks, log) for each in struck]
 
 
@@ -78,7 +78,7 @@ def _outcome(struck: Struck, marks: Sequence[Mark], log: EventLog) -> Outcome:
 def _phases(
     recovery: Recovery | None, struck: float, marks: Sequence[Mark], restored: Mark, resumed: Mark
 ) -> Mapping[str, float]:
-    """As the supervisors measured them; without supervisors what can be seen from outside."""
+    """Return the phases measured by supervisors or, without supervisors, those observable from outside."""
     if recovery is not None:
         return recovery.phases
     started = next(mark.time for mark in marks if mark.session == resumed.session and mark.mark == "start")

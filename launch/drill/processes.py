@@ -1,4 +1,4 @@
-"""The processes of one run, and of no other: everything a drill starts carries its token in the environment."""
+"""Find the processes of a run by the token in their environment, which everything that a drill starts inherits."""
 
 import contextlib
 import os
@@ -18,12 +18,12 @@ from keepwarm.launch.node.record import NodeRecord
 from keepwarm.trainer.job.run_folder import RunFolder
 
 TOKEN = "KEEPWARM_DRILL"
-"""Environment variable that every process of a drill inherits."""
+"""Environment variable inherited by every process of a drill."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A process of the run at one moment."""
+    """A process of the run at the time of the scan."""
 
     pid: int
     started: float
@@ -31,7 +31,7 @@ class Found:
     environment: dict[str, str] = field(compare=False)
 
     def send(self, number: signal.Signals) -> bool:
-        """Signal this very process; False when it has ended, whoever has its pid now."""
+        """Signal exactly this process; return False if it has exited, even if its pid has been reused."""
         with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
             handle = os.pidfd_open(self.pid)
             try:
@@ -45,7 +45,7 @@ class Found:
 
 
 def living(token: str) -> list[Found]:
-    """Every process that carries the token, zombies aside."""
+    """Return every process that carries the token, except zombies."""
     return [found for process in psutil.process_iter() if (found := _look(process, token)) is not None]
 
 
@@ -58,32 +58,32 @@ def _look(process: psutil.Process, token: str) -> Found | None:
 
 
 def _module(found: Found) -> str:
-    """What `python -m` runs there."""
+    """Return the module that the process runs with `python -m`."""
     words = found.command
     return words[words.index("-m") + 1] if "-m" in words[:-1] else ""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Who is who among the processes of a run right now."""
+    """Processes of a run by role, at one point in time."""
 
     folder: Path
     all: dict[int, Found]
-    """By pid."""
+    """All processes by pid."""
     records: tuple[NodeRecord, ...]
-    """Of nodes that have a slot."""
+    """Records of nodes that have a slot."""
 
     @classmethod
     def look(cls, folder: Path, token: str) -> "Processes":
-        """Look at the machine and at the records in the run folder."""
+        """Scan the machine's processes and the records in the run folder."""
         records = [record for record in node_record.read_all(folder) if record.slot is not None]
         return cls(folder, {found.pid: found for found in living(token)}, tuple(records))
 
     def worker(self, rank: int) -> list[Found]:
-        """The worker of a rank.
+        """Return the worker of a rank.
 
         Raises:
-            DrillError: none runs.
+            DrillError: it is not running.
         """
         recorded = [record.workers[rank] for record in self.records if rank in record.workers]
         if not self.records:
@@ -92,14 +92,14 @@ class Processes:
         return self._or_raise(found[-1:], f"worker of rank {rank}")
 
     def workers(self) -> list[Found]:
-        """All workers that run."""
+        """Return all running workers."""
         pids = {pid for record in self.records for pid in record.workers.values()}
         if not self.records:
             pids = set(read_pids(RunFolder(self.folder).logs).values())
         return [self.all[pid] for pid in sorted(pids) if pid in self.all]
 
     def agent(self, slot: int) -> list[Found]:
-        """The snapshot agent of a slot."""
+        """Return the snapshot agent of a slot."""
         recorded = [record.agent for record in self.records if record.slot == slot and record.agent in self.all]
         if recorded:
             return [self.all[pid] for pid in recorded[-1:] if pid is not None]
@@ -108,10 +108,10 @@ class Processes:
         return self._or_raise(found, f"snapshot agent of node {slot}")
 
     def ranks(self, slot: int) -> list[int]:
-        """Those that run on the node that owns a slot.
+        """Return the ranks on the node that owns a slot.
 
         Raises:
-            DrillError: none of them runs.
+            DrillError: none of them is running.
         """
         ranks = sorted(rank for rank, pid in self._owner(slot).workers.items() if pid in self.all)
         if not ranks:
@@ -119,23 +119,23 @@ class Processes:
         return ranks
 
     def supervisor(self, slot: int) -> list[Found]:
-        """The supervisor of the node that owns a slot."""
+        """Return the supervisor of the node that owns a slot."""
         return self._or_raise([self.all[self._owner(slot).supervisor]], f"supervisor of node {slot}")
 
     def node(self, slot: int) -> list[Found]:
-        """Everything that runs on the node that owns a slot; its supervisor first."""
+        """Return all processes on the node that owns a slot, the supervisor first."""
         record = self._owner(slot)
         pids = [record.supervisor, *_descendants(record.supervisor), record.agent, *record.workers.values()]
         pids += [pid for worker in record.workers.values() for pid in _descendants(worker)]
         return [self.all[pid] for pid in dict.fromkeys(pids) if pid is not None and pid in self.all]
 
     def store(self) -> list[Found]:
-        """The store in which the nodes meet."""
+        """Return the process of the nodes' rendezvous store."""
         record = node_record.newest_store(self.folder)
         return self._or_raise([self.all[record.pid]] if record and record.pid in self.all else [], "store")
 
     def _owner(self, slot: int) -> NodeRecord:
-        """The living owner of a slot; a node that was replaced may still have a record that names it."""
+        """Return the record of the live owner of a slot; a replaced node may still have a record of the slot."""
         owners = [record for record in self.records if record.slot == slot and record.supervisor in self.all]
         owners = [record for record in owners if record.state not in ("fenced", "ended")]
         if not owners:
@@ -150,7 +150,7 @@ class Processes:
 
 
 def _slot_of(agent: Found) -> int | None:
-    """Its configuration lies in a folder `<run>-<slot>` or `<run>-<slot>.<node>`."""
+    """Return an agent's slot from its configuration folder, `<run>-<slot>` or `<run>-<slot>.<node>`."""
     slot = Path(agent.command[-1]).parent.name.rpartition("-")[2].partition(".")[0]
     return int(slot) if slot.isdigit() else None
 
@@ -163,7 +163,7 @@ def _descendants(pid: int) -> list[int]:
 
 @contextlib.contextmanager
 def paused(processes: Iterable[Found]) -> Iterator[None]:
-    """They stand still inside the block."""
+    """Stop the processes inside the block."""
     stopped = [found for found in processes if found.send(signal.SIGSTOP)]
     try:
         yield
@@ -173,7 +173,7 @@ def paused(processes: Iterable[Found]) -> Iterator[None]:
 
 
 def wait_until_gone(token: str, deadline: float) -> list[Found]:
-    """Wait until no process carries the token; returns those that are still there after `deadline` seconds."""
+    """Wait until no process carries the token; return those left after `deadline` seconds."""
     end = time.monotonic() + deadline
     while (left := living(token)) and (seconds := end - time.monotonic()) > 0:
         with contextlib.suppress(ProcessLookupError):

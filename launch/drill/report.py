@@ -1,4 +1,4 @@
-"""What a drill has shown, for people: a table on the terminal, and one self-contained HTML page."""
+"""Present the result of a drill as a table on the terminal and as a self-contained HTML page."""
 
 from collections.abc import Sequence
 from html import escape
@@ -13,12 +13,12 @@ from keepwarm.trainer.monitor.events import PHASES
 from keepwarm.trainer.monitor.goodput import KINDS
 
 WIDTH = 160
-"""Of the table in a file or a pipe."""
+"""Table width when the output is a file or a pipe."""
 COLOURS = ("#b5534c", "#d9904a", "#d8bd55", "#7fa860", "#4f9a94", "#5479a8", "#8a6aa3")
 
 
 def print_result(result: Result, name: str) -> None:
-    """The table, what differs, what was left behind, where the time went."""
+    """Print the table of faults, differences, leftover processes and the time by phase."""
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=max(console.width, WIDTH))
@@ -36,7 +36,7 @@ def print_result(result: Result, name: str) -> None:
 
 
 def verdict(result: Result) -> list[str]:
-    """Whether all is well, and what is not."""
+    """Return the differences or their absence, the leftover processes and the goodput, as lines."""
     equal = "losses and final state are bitwise equal to the uninterrupted run"
     lines = [equal] if result.bitwise_equal else ["NOT equal to the uninterrupted run:", *result.differences]
     lines += [f"left behind and killed: {command}" for command in result.residue]
@@ -44,7 +44,7 @@ def verdict(result: Result) -> list[str]:
 
 
 def phases_of(outcomes: Sequence[Outcome]) -> list[str]:
-    """The phases that occur, in the order in which they come."""
+    """Return the phases that occur, in chronological order."""
     return [phase for phase in PHASES if any(phase in outcome.seconds for outcome in outcomes)]
 
 
@@ -62,7 +62,7 @@ def _yes(equal: bool) -> str:
 
 
 def write_html(result: Result, name: str, path: Path) -> None:
-    """One page without scripts and without anything fetched."""
+    """Write a single page without scripts or external resources."""
     phases = phases_of(result.outcomes)
     colours = dict(zip(PHASES, COLOURS, strict=True))
     heads = ["fault", "level", "steps lost", *phases, "total", "bitwise equal"]
@@ -94,7 +94,7 @@ def _tags(tag: str, texts: Sequence[str]) -> str:
 
 
 def _bar(outcome: Outcome, slowest: float, colours: dict[str, str]) -> str:
-    """Phases beside each other, to the scale of the slowest recovery, which fills the page."""
+    """Return the phases as one bar, scaled so that the slowest recovery fills the page's width."""
     parts = [
         f'<b style="width:{100 * seconds / slowest:.2f}%;background:{colours[phase]}" '
         f'title="{escape(phase)} {seconds:.2f} s"></b>'

@@ -1,4 +1,4 @@
-"""Doing to a run what a fault says. From outside: signals, bytes in the agents' memory, the checkpoint folder."""
+"""Inject faults into a run from outside, by signals, the agents' memory and the checkpoint folder."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ from keepwarm.trainer.job.files import load_run
 from keepwarm.trainer.job.run_folder import RunFolder
 
 AGENT_TIMEOUT_S = 10.0
-"""Seconds that an agent has to answer, and a drill to find it with its newest snapshot committed."""
+"""Timeout of an agent's answer, and of the wait for its newest snapshot to be committed."""
 LOOKS = 10
 BROKEN_BYTES = 64
 
@@ -28,10 +28,10 @@ Undo = Callable[[], None]
 
 
 def strike(fault: Fault, folder: Path, token: str) -> tuple[float, Undo | None]:
-    """Do it now; returns when it happened, in seconds since 1970, and how to end what does not end by itself.
+    """Inject the fault now; return its Unix time and, for a fault that does not end by itself, the undo function.
 
     Raises:
-        DrillError: what it is aimed at does not exist at the moment.
+        DrillError: the target does not exist at the moment.
     """
     processes = Processes.look(folder, token)
     if fault.target == "disk":
@@ -52,13 +52,13 @@ def strike(fault: Fault, folder: Path, token: str) -> tuple[float, Undo | None]:
     else:
         victims = [found for number in fault.numbers for found in aims[fault.target](number)]
     if fault.target == "node":
-        # A node that dies does not see parts of itself die: nothing of it may act any more.
+        # A dying node does not see its own parts die: stop all of them first, so that none can react.
         _send(victims, signal.SIGSTOP)
     return _send(victims, signal.SIGKILL), None
 
 
 def _send(found: list[Found], number: signal.Signals) -> float:
-    """Returns when the first of them got it."""
+    """Signal the processes; return the Unix time of the first signal."""
     began = time.time()
     for process in found:
         process.send(number)
@@ -70,10 +70,10 @@ def _wake(frozen: list[Found]) -> None:
 
 
 def corrupt(processes: Processes, slot: int) -> float:
-    """Break bytes of the newest committed snapshot in a node's memory and kill a worker of that node; returns when.
+    """Corrupt the newest committed snapshot in a node's memory and kill a worker of that node; return the Unix time.
 
-    The workers stand still meanwhile. A newer snapshot that others could complete without the victim must not be under
-    way then, or that one would be restored: they go on for a moment until none is.
+    The workers are stopped meanwhile. If a newer snapshot is in progress that the others could complete without the
+    victim, it would be restored instead: in that case, let the workers continue for a moment and try again.
     """
     agent = processes.agent(slot)[0]
     ranks = _ranks_of(processes, slot)
@@ -101,10 +101,10 @@ def _ranks_of(processes: Processes, slot: int) -> list[int]:
 
 
 def _newest_committed(folder: Path, agent: Found, *, alone: bool) -> Held | None:
-    """What the agent holds; None while a newer one may be committed though one of the node's workers dies.
+    """Return the agent's newest committed snapshot; None while a newer one may still commit after a worker's death.
 
-    It may not be while that worker has not written its part: nothing newer is sealed, or, if there are other workers
-    (not `alone`), even begun.
+    No newer snapshot can commit while the worker has not written its part: none is sealed or, if the node has other
+    workers (not `alone`), even begun.
     """
     before: Held | None = None
     for _ in range(LOOKS):
@@ -114,7 +114,7 @@ def _newest_committed(folder: Path, agent: Found, *, alone: bool) -> Held | None
         if newest is None or any(_age(each) > _age(newest) and each.phase not in harmless for each in held):
             before = None
         elif newest == before:
-            # At the second look the agent has read what its workers had sent before they stood still.
+            # By the second poll, the agent has read everything that its workers sent before they were stopped.
             return newest
         else:
             before = newest
@@ -143,7 +143,7 @@ def _status(folder: Path, agent: Found) -> Status:
 
 
 def _memory(pid: int, label: str) -> Path:
-    """The agent's memory of a slot, as a file."""
+    """Return the path of an agent's memory file by its label."""
     name = re.compile(rf"/memfd:keepwarm:{label}(?: \(deleted\))?")
     for path in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
@@ -160,7 +160,7 @@ def _break(memory: Path) -> None:
 
 
 def stop_disk(folder: Path) -> Undo:
-    """Put a file where the checkpoint folder is: every access fails, for root as well. Returns how to undo that."""
+    """Replace the checkpoint folder with a file, so that every access fails, even as root; return an undo function."""
     aside = folder.with_name(f".{folder.name}.stopped")
     with contextlib.suppress(FileNotFoundError):
         folder.rename(aside)
@@ -183,7 +183,7 @@ def stop_disk(folder: Path) -> Undo:
 
 
 def _attempts(folder: Path) -> Iterator[None]:
-    """An agent may make the folder anew in the moment in which it is away: it is empty then, and goes again."""
+    """Yield attempts to replace the folder. An agent may recreate it in between; it is empty then and is removed."""
     for _ in range(100):
         yield
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""What a job would do, as data: layout, parameters, memory, steps, learning rates. Pure and torch-free."""
+"""Plan of a job as data: layout, parameters, memory, steps and learning rates. Pure and torch-free."""
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from keepwarm.ft.memory.buffers import HostMemory
 
 CURVE_POINTS = 64
-"""Steps at which a stage's learning rate is sampled for the plan, first and last included."""
+"""Number of steps at which a stage's learning rate is sampled, including the first and last."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A job with everything that follows from it."""
+    """A job with everything derived from it."""
 
     job: JobSpec
 
@@ -35,25 +35,25 @@ class Plan:
 
     @cached_property
     def parameters(self) -> int:
-        """Of the whole model; tied embeddings count once."""
+        """Return the number of parameters of the whole model; tied embeddings count once."""
         return total_parameters(self.job.model)
 
     @cached_property
     def estimates(self) -> tuple[RankEstimate, ...]:
-        """What one rank holds, by pipeline coordinate; ranks that differ in data or tensor only hold as much."""
+        """Return a rank's estimate by pipeline coordinate; the data and tensor coordinates make no difference."""
         return tuple(estimate_rank(self.job, pipeline) for pipeline in range(self.layout.pipeline))
 
     @cached_property
     def host_memory(self) -> "HostMemory | None":
-        """What the snapshot agent of a node takes, at most; None without snapshots.
+        """Return the maximum host memory of a node's snapshot agent; None without snapshots.
 
         Raises:
-            PlacementError: the code does not fit the nodes.
+            PlacementError: the code does not fit the number of nodes.
         """
         spec, layout = self.job.snapshot, self.layout
         if spec == "off":
             return None
-        # They import NumPy, which a plan without snapshots needs not.
+        # These import NumPy, which a plan without snapshots does not need.
         from keepwarm.ft.format.contents import META_BYTES
         from keepwarm.ft.memory.buffers import host_memory
 
@@ -75,49 +75,49 @@ class Plan:
         return max(possible, key=lambda memory: memory.total)
 
     def node_memory(self, *, gpus: bool) -> int:
-        """Bytes of host memory that a node needs for its snapshots, and without GPUs for what its ranks hold.
+        """Return the bytes of host memory that a node needs for its snapshots and, without GPUs, for its ranks.
 
         Raises:
-            PlacementError: the code does not fit the nodes.
+            PlacementError: the code does not fit the number of nodes.
         """
         host = 0 if self.host_memory is None else self.host_memory.total
         return host + (0 if gpus else self.layout.ranks_per_node * max(each.total for each in self.estimates))
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of one durable checkpoint, uncompressed."""
+        """Return the size of one durable checkpoint, uncompressed."""
         each = (state_bytes(self.job, at) for at in range(self.layout.pipeline))
         return sum(each) * self.layout.data * self.layout.tensor
 
     @cached_property
     def smaller(self) -> tuple["Plan", ...]:
-        """What the job may go on as while nodes are missing, the largest layout first."""
+        """Return plans of the layouts that the job may shrink to while nodes are missing, the largest first."""
         return tuple(Plan(job) for job in layouts(self.job).values() if job is not self.job)
 
     def layers_at(self, pipeline: int) -> list[range]:
-        """Layers of the pipeline stages on one pipeline coordinate."""
+        """Return the layers of the pipeline stages at a pipeline coordinate."""
         split = split_layers(self.job.model.layers, self.job.parallel)
         return [split[stage] for stage in stages_of(pipeline, self.job.parallel)]
 
     def ranks_at(self, data: int, pipeline: int) -> range:
-        """The tensor group that stands at these coordinates."""
+        """Return the ranks of the tensor group at these coordinates."""
         first = self.layout.rank_at(Coordinates(data, pipeline, 0))
         return range(first, first + self.layout.tensor)
 
     def rate_at(self, step: int) -> float:
-        """Learning rate of a step counted from the start of the job."""
+        """Return the learning rate of a step counted from the start of the job."""
         stage = next(stage for stage in self.stages if step < stage.end_step)
         return stage.curve.at(step - stage.start_step)
 
     def micro_batches(self, stage: StagePlan) -> tuple[int, int]:
-        """Micro-batches per step and data-parallel rank in the first and in the last step of a stage."""
+        """Return the micro-batches per step and data-parallel rank in the first and last step of a stage."""
         unit = self.layout.data * self.job.batch.micro_batch_size
         last = max(stage.start_sample, stage.end_sample - 1)
         first_size, last_size = (global_size_at(self.job.batch, at) for at in (stage.start_sample, last))
         return first_size // unit, last_size // unit
 
     def data(self) -> dict[str, Any]:
-        """Plain values, for JSON. Bytes, tokens, and steps counted from the start of the job."""
+        """Return plain values for JSON: bytes, tokens, and steps counted from the start of the job."""
         layout = self.layout
         return {
             "job": self.job.model_dump(mode="json"),
@@ -158,7 +158,7 @@ class Plan:
 
 
 def sampled_steps(steps: int, points: int) -> list[int]:
-    """At most `points` steps of a stage, evenly spread, the first and the last included."""
+    """Return at most `points` evenly spaced steps of a stage, including the first and last."""
     if steps <= points:
         return list(range(steps))
     return sorted({round(i * (steps - 1) / (points - 1)) for i in range(points)})

@@ -1,4 +1,4 @@
-"""A plan as a PNG file: the learning rate of the whole job, and what is drawn when."""
+"""Plot a plan to a PNG file: the learning rate and data mixture of the whole job."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +41,10 @@ def draw_plan(plan: Plan, file: Path) -> None:
 
 
 def mixture_staircase(plan: Plan) -> tuple[list[float], dict[str, list[float]]]:
-    """Steps at which the mixture changes, and the job's end; and by source, and for replay, the share from each on."""
+    """Return the steps at which the mixture changes, plus the last step, and the shares from each step on.
+
+    Shares are by source, with replay as one more.
+    """
     names = [*plan.job.data.sources, "replay"]
     edges: list[float] = []
     rows: list[Sequence[float]] = []
@@ -59,5 +62,5 @@ def mixture_staircase(plan: Plan) -> tuple[list[float], dict[str, list[float]]]:
 
 
 def _step(stage: StagePlan, sample: int) -> float:
-    """Where a sample of a stage stands among its steps, taken as of one size."""
+    """Return the step of a sample of a stage, assuming a constant batch size."""
     return stage.start_step + stage.steps * sample / stage.samples

@@ -1,4 +1,4 @@
-"""A plan as text for a terminal. Plain text: rich takes as long to import as everything else here does together."""
+"""Print a plan to the terminal. Plain text, because importing rich would double the command's import time."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,13 +10,13 @@ from keepwarm.trainer.data.spec import ReplaySpec
 from keepwarm.trainer.job.stages import StagePlan
 
 SHOWN = 8
-"""Rows of one kind that are shown in full; of more, the first and the last ones."""
+"""Maximum number of rows of a kind to show in full; of a longer list, the first and last rows are shown."""
 _CHART_COLUMNS, _CHART_ROWS = 60, 6
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 
 def print_plan(plan: Plan) -> None:
-    """To stdout."""
+    """Print a plan to stdout."""
     print(f"# {plan.job.name}: the resolved spec")
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
@@ -28,7 +28,7 @@ def print_plan(plan: Plan) -> None:
 
 
 def count(number: float) -> str:
-    """A number of things in three digits: 1.30 M, 530 B."""
+    """Format a count with three digits: 1.30 M, 530 B."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}" if number / size < 999.5 else f"{number / size:.0f} {unit}"
@@ -36,7 +36,7 @@ def count(number: float) -> str:
 
 
 def size(number: float) -> str:
-    """Bytes in binary units."""
+    """Format bytes in binary units."""
     for unit, bytes_ in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if number >= bytes_:
             return f"{number / bytes_:.1f} {unit}"
@@ -44,7 +44,7 @@ def size(number: float) -> str:
 
 
 def chart(rate: Callable[[int], float], last: int, marks: Mapping[int, str]) -> list[str]:
-    """The rate of steps 0 to `last` - 1 as a bar chart, highest on top, with `marks` at their steps below the axis."""
+    """Draw the rate of steps 0 to `last` - 1 as a bar chart, highest on top, with `marks` below the axis."""
     steps = sampled_steps(last, _CHART_COLUMNS)
     values = [rate(step) for step in steps]
     peak = max(values)
@@ -65,7 +65,7 @@ def chart(rate: Callable[[int], float], last: int, marks: Mapping[int, str]) -> 
 
 
 def ends(items: Sequence[int]) -> Iterator[int | None]:
-    """All items if they are few, else the first and last ones with None for those between."""
+    """Yield all items if they are few, else the first and last ones with None in between."""
     if len(items) <= SHOWN:
         yield from items
         return
@@ -75,7 +75,7 @@ def ends(items: Sequence[int]) -> Iterator[int | None]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as their widest cell, two spaces apart."""
+    """Align columns to their widest cell, two spaces apart."""
     lines = [header, ["-" * len(cell) for cell in header], *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return ["  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
@@ -191,7 +191,7 @@ def _curve(plan: Plan) -> list[str]:
 
 
 def _rates(stage: StagePlan) -> tuple[float, float, float]:
-    """First, highest and last rate."""
+    """Return the first, highest and last rate."""
     peak = max(stage.curve.at(step) for step in {*sampled_steps(stage.steps, 1000), *stage.curve.corners})
     return stage.curve.at(0), peak, stage.curve.at(stage.steps - 1)
 

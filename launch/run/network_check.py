@@ -1,4 +1,4 @@
-"""Whether the network between the nodes carries what a run sends: an echo on the first node, asked by all others."""
+"""Check the network between nodes: every node sends data to an echo server on the first node."""
 
 import contextlib
 import os
@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterator, Mapping
 
 BYTES = 4 << 20
-"""Sent by each node, and sent back."""
+"""Bytes that each node sends and receives back."""
 NETWORK_CHECK_TIMEOUT_S = 20.0
-"""Seconds that one node may take for it."""
+"""Timeout of the check on one node."""
 
 
 class _Echo(socketserver.BaseRequestHandler):
@@ -33,7 +33,7 @@ class _Server(socketserver.ThreadingTCPServer):
 
 @contextlib.contextmanager
 def echo(host: str) -> Iterator[str]:
-    """An echo at this address of this node while the body runs; gives `HOST:PORT`."""
+    """Run an echo server at this address of this node inside the block; yield `HOST:PORT`."""
     with _Server((host, 0), _Echo) as server:
         thread = threading.Thread(target=server.serve_forever, name="echo", daemon=True)
         thread.start()
@@ -45,7 +45,7 @@ def echo(host: str) -> Iterator[str]:
 
 
 def ask(address: str) -> tuple[float | None, str | None]:
-    """Bytes a second, each way, between here and an echo; or None and what is wrong."""
+    """Return the bytes per second to and from an echo server, each way; or None and the problem."""
     host, _, port = address.rpartition(":")
     sent = os.urandom(BYTES)
     received = bytearray()
@@ -70,11 +70,11 @@ def _send(connection: socket.socket, data: bytes) -> None:
 
 
 def apart(wrong: Mapping[str, str | None], first: str) -> dict[str, str]:
-    """The nodes that the network does not carry, with why: those that did not reach the first one, or the first one
-    itself when most others did not. Pure.
+    """Return the unreachable nodes with the reason: those that did not reach the first node, or the first node itself
+    if most others did not reach it. Pure.
 
     Args:
-        wrong: what each node has to say about its way to the first one; None where all is well.
+        wrong: by node, the problem in reaching the first node; None if there is none.
     """
     others = {name: said for name, said in wrong.items() if name != first}
     lost = {name: said for name, said in others.items() if said is not None}

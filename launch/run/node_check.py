@@ -1,7 +1,6 @@
-"""One node's own view of itself before a run starts: `python -P -m keepwarm.launch.run.node_check RUN [HOST:PORT]`, one
-JSON line.
+"""Check this node before a run starts: `python -P -m keepwarm.launch.run.node_check RUN [HOST:PORT]`.
 
-Imports nothing heavy: it runs on every node at every start.
+Prints one JSON line. Imports nothing heavy, because it runs on every node at every start.
 """
 
 import hashlib
@@ -21,12 +20,12 @@ from keepwarm.trainer.job.run_folder import RunFolder
 
 PACKAGES = ("keepwarm", "torch", "megatron-core", "numpy")
 MARK = "keepwarm-node "
-"""Before the JSON, so that what setup lines print does not matter."""
+"""Prefix of the JSON line, which tells it from the output of setup commands."""
 _SIZE = 256
 
 
 def digest(folder: Path) -> str | None:
-    """Of the spec in a run folder; None when this node does not see it."""
+    """Return the digest of the spec in a run folder; None if this node does not see it."""
     try:
         return hashlib.sha256(RunFolder(folder).run_file.read_bytes()).hexdigest()[:16]
     except OSError:
@@ -34,7 +33,7 @@ def digest(folder: Path) -> str | None:
 
 
 def look(folder: Path, echo: str | None = None) -> dict[str, Any]:
-    """What nodes must agree on, and what each must have; `echo` is where the first node sends back what it gets."""
+    """Return the properties of this node, and its speed to the echo server at the address `echo` if given."""
     speed, wrong = (None, None) if echo is None else network_check.ask(echo)
     return {
         "host": socket.gethostname().partition(".")[0],
@@ -56,7 +55,7 @@ AGREE = ("spec", "python", *PACKAGES, "arithmetic")
 
 
 def problems(seen: dict[str, Any], wanted: dict[str, Any], memory: int = 0) -> list[str]:
-    """Why a node cannot take part that must have so many bytes of memory free; empty when it can. Pure."""
+    """Return why a node is unusable, given the `memory` in bytes that it must have free; empty if usable. Pure."""
     if seen["spec"] is None:
         return ["does not see the run folder: it must be on storage that all nodes share"]
     found = [f"{key} is {seen[key]}, not {wanted[key]}" for key in AGREE if seen.get(key) != wanted[key]]
@@ -75,7 +74,7 @@ def _version(name: str) -> str | None:
 
 
 def memory_free() -> int:
-    """Bytes of host memory that processes could still take; 0 where the kernel does not say."""
+    """Return the available host memory in bytes; 0 if the kernel does not report it."""
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
@@ -83,7 +82,7 @@ def memory_free() -> int:
 
 
 def _arithmetic() -> str:
-    """Of a product of integer matrices, exact on every healthy processor and library."""
+    """Return the digest of an integer matrix product, which is exact on every healthy processor and library."""
     import numpy as np
 
     numbers = np.arange(_SIZE * _SIZE, dtype=np.float64).reshape(_SIZE, _SIZE) % 1021

@@ -1,4 +1,4 @@
-"""What must be right on this machine before a rank is started; each check raises with one readable sentence."""
+"""Preflight checks of this machine before ranks start; each raises an error of one readable sentence."""
 
 import shutil
 from pathlib import Path
@@ -19,10 +19,10 @@ _TEXT_ENDINGS = (".jsonl", ".txt", ".jsonl.gz", ".txt.gz", ".jsonl.zst", ".txt.z
 
 
 def check_job(job: JobSpec) -> None:
-    """All that this machine, which sees data and outputs, can say before a job is started.
+    """Run all checks possible on a machine that sees the job's data and output.
 
     Raises:
-        PreflightError, DataError: it cannot run, and why.
+        PreflightError, DataError: the job cannot run; the message gives the reason.
     """
     check_engine(job)
     check_data_exists(job.data)
@@ -30,9 +30,9 @@ def check_job(job: JobSpec) -> None:
 
 
 def check_memory(job: JobSpec, *, emulated: bool) -> None:
-    """Raise PreflightError when a layout that the job may shrink to needs more memory than is free on this machine.
+    """Raise PreflightError if a layout that the job may shrink to needs more memory than this machine has free.
 
-    `emulated`: all nodes of the layout are on it.
+    `emulated` means that all nodes of the layout run on this machine.
     """
     if job.cluster.elastic == "wait":
         return
@@ -48,12 +48,12 @@ def check_memory(job: JobSpec, *, emulated: bool) -> None:
 
 
 def check_disk(job: JobSpec) -> None:
-    """Raise PreflightError when not even one checkpoint fits where the outputs go."""
+    """Raise PreflightError if the output's disk has no room for a single checkpoint."""
     folder = Path(job.output).absolute()
     while not folder.is_dir():
         folder = folder.parent
     needed, disk = Plan(job).checkpoint_bytes, shutil.disk_usage(folder)
-    if needed > disk.free and disk.total:  # what has no size is no disk
+    if needed > disk.free and disk.total:  # a total of 0 is not a real disk
         raise PreflightError(
             f"a checkpoint of this job takes {size(needed)}, and {folder} has {size(disk.free)} free: "
             "make room, or choose another place with output=PATH"
@@ -61,7 +61,7 @@ def check_disk(job: JobSpec) -> None:
 
 
 def check_engine(job: JobSpec) -> None:
-    """Raise PreflightError when the engine, or the fused kernels that the job asks for, cannot be had here."""
+    """Raise PreflightError if the engine or a fused kernel that the job requests is unavailable here."""
     try:
         require(job.parallel.engine)
     except EngineUnavailable as error:
@@ -72,7 +72,7 @@ def check_engine(job: JobSpec) -> None:
 
 
 def check_data_exists(spec: DataSpec) -> None:
-    """Raise DataError, with every path that is missing, before the run folder is touched."""
+    """Raise DataError with every missing path. Called before the run folder is touched."""
     missing = []
     for section, table in (("sources", spec.sources), ("validation", spec.validation)):
         for name, path in table.items():

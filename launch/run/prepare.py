@@ -1,4 +1,4 @@
-"""Prepare the run folder: create, continue or refuse it; and which values an override of a continued run changes."""
+"""Prepare a run folder: create, resume or refuse it, and list the values that overrides of a resumed run change."""
 
 import contextlib
 import fcntl
@@ -19,13 +19,13 @@ Mode = Literal["new", "resume", "force"]
 
 @contextlib.contextmanager
 def prepared(job: JobSpec, mode: Mode) -> Iterator[Path]:
-    """The run folder with the job's `run.json` in it, held for this process alone.
+    """Write the job's `run.json` to its run folder and yield the folder, locked for this process.
 
-    When the body raises before anything was trained, a folder that was made here is removed again.
+    If the body raises before any training, a folder created here is removed.
 
     Raises:
-        OutputError: the folder cannot be made or written, holds something else, exists in mode `new`, holds no run
-            in mode `resume`, or another process trains in it.
+        OutputError: the folder cannot be created or written, holds something else, exists in mode `new`, holds no
+            run in mode `resume`, or another process trains in it.
     """
     folder = Path(job.output)
     _admit(folder, mode)
@@ -47,11 +47,11 @@ def prepared(job: JobSpec, mode: Mode) -> Iterator[Path]:
 
 
 def stored_job(folder: Path, overrides: list[str]) -> tuple[JobSpec, JobSpec]:
-    """The job that a run folder was made with, before and after overrides.
+    """Return the job stored in a run folder, before and after overrides.
 
     Raises:
         OutputError: there is no run in the folder.
-        SpecError: the overrides do not fit it.
+        SpecError: an override does not fit the job.
     """
     file = RunFolder(folder).run_file
     if not file.is_file():
@@ -62,7 +62,7 @@ def stored_job(folder: Path, overrides: list[str]) -> tuple[JobSpec, JobSpec]:
 
 
 def changes(before: JobSpec, after: JobSpec) -> list[str]:
-    """`KEY: before -> after` for every value that differs."""
+    """Return `KEY: before -> after` for every changed value."""
     old, new = _flat(before.model_dump(mode="json")), _flat(after.model_dump(mode="json"))
     keys = [*old, *(key for key in new if key not in old)]
     return [f"{key}: {_shown(old, key)} -> {_shown(new, key)}" for key in keys if old.get(key) != new.get(key)]
@@ -103,7 +103,7 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _clear(folder: Path) -> None:
-    # run.json goes last: a clearing that was cut short can be repeated.
+    # Remove run.json last, so that an interrupted clearing can be repeated.
     for path in sorted(folder.iterdir(), key=lambda path: path.name == RUN_FILE):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""How far a run is, by its own metrics."""
+"""Progress of a run, read from its metrics."""
 
 import statistics
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.job.stages import plan_stages
 
 RECENT_STEPS = 20
-"""Steps whose times are averaged."""
+"""Number of recent steps whose median time gives the speed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Progress:
     loss: float | None
     tokens_per_s: float | None
     eta_s: float | None
-    """Seconds to the last step at the present speed."""
+    """Seconds to the last step at the current speed."""
 
 
 def progress(folder: Path) -> Progress:

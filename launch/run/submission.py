@@ -1,4 +1,4 @@
-"""The record in a run folder of how the run was submitted to a batch system."""
+"""Record in a run folder of its submission to a batch system."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -12,18 +12,18 @@ RECORD_FILE = "submission.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """The last submission of a run."""
+    """Latest submission of a run."""
 
     batch_system: str
     submitted: float
     """Unix time."""
     resume: bool
-    """Whether the run existed before and is continued."""
+    """Whether the submission resumes an existing run."""
     jobs: tuple[str, ...] = ()
-    """IDs of its jobs, first to last; none while they are being submitted."""
+    """IDs of its jobs in order of submission; empty until the first one is known."""
 
     def with_job(self, job_id: str) -> Self:
-        """The same with one more job."""
+        """Return a copy with one more job."""
         return replace(self, jobs=(*self.jobs, job_id))
 
     def write(self, folder: Path) -> None:
@@ -32,7 +32,7 @@ class Submission:
 
 
 def read_submission(folder: Path) -> Submission | None:
-    """The record of a run folder; None if the run was never submitted."""
+    """Return the record of a run folder; None if the run was never submitted."""
     try:
         values = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What can be computed instead of simulated, under exponential times between failures."""
+"""Closed-form results for exponential times between failures, which replace simulation where they apply."""
 
 import math
 from collections.abc import Sequence
@@ -14,31 +14,31 @@ from keepwarm.launch.simulation.failures import FailureModel
 from keepwarm.launch.simulation.scheme import Restart, Times
 
 MORE_EVENTS = 3
-"""Failures of one chain that are followed beyond the m + 1 which a loss takes."""
+"""Failures of a chain to follow beyond the m + 1 needed for a loss."""
 
 MOST_AWAY = 600
-"""Nodes in repair at once, beyond which no number of spares is computed: e^-600 is near the smallest float."""
+"""Limit on nodes in repair at once, beyond which no shortage is computed: e^-600 is near the smallest float."""
 
 
 def daly_goodput(interval: float, stall: float, restart: float, mtbf: float) -> float:
-    """Productive share of the time (Daly, 2006, equation 13, complete): failures strike stalls and restarts too.
+    """Return the goodput by Daly's complete formula (2006, equation 13): failures strike stalls and restarts too.
 
-    One interval t takes M e^(R/M) (e^((t + C)/M) - 1) seconds on average. All in seconds.
+    One interval t takes M e^(R/M) (e^((t + C)/M) - 1) seconds on average. All arguments are in seconds.
     """
     return interval / (mtbf * math.exp(restart / mtbf) * math.expm1((interval + stall) / mtbf))
 
 
 def first_order_waste(times: Times, restart: Restart, mtbf: float) -> float:
-    """C/t + t/2M + R/M, and L/M for a commit that takes L."""
+    """Return C/t + t/2M + R/M, plus L/M for a commit latency L."""
     return waste(times.period, times.stall, mtbf, restart.total + times.commit)
 
 
 def losses_per_chain(groups: Sequence[Group], window: float, failures: FailureModel) -> float:
-    """Probability that a chain of failures, each within `window` of the one before, loses memory. No rack failures.
+    """Return the probability that a chain of failures, each within `window` of the previous one, loses memory.
 
-    With p = P(next failure within the window) and D_n the number of distinct nodes lost by the n-th failure, a Markov
-    chain, it is the sum over n of p^(n-1) P(the n-th is the first fatal one), where losing the (f+1)-th node is fatal
-    with loss_probability(f+1) - loss_probability(f).
+    Assumes no rack failures. With p = P(next failure within the window) and D_n the number of distinct nodes lost by
+    the n-th failure, a Markov chain, the result is the sum over n of p^(n-1) P(the n-th is the first fatal one), where
+    losing the (f+1)-th node is fatal with probability loss_probability(f+1) - loss_probability(f).
     """
     nodes, m = sum(group.size for group in groups), groups[0].m
     follows = failures.within(window)
@@ -55,11 +55,10 @@ def losses_per_chain(groups: Sequence[Group], window: float, failures: FailureMo
 
 
 def shortage(cluster: Cluster, failures: FailureModel, horizon: float) -> NDArray[np.float64]:
-    """Share of the time, by the number of spares from 0 on, for which more nodes are away than there are spares.
+    """Return, for 0, 1... spares, the share of time for which more nodes are in repair than there are spares.
 
-    Nodes in repair are those of an M/G/infinity queue (Palm, 1943): Poisson, with rack failures arriving as batches,
-    at their stationary mean. The array ends where the share falls below 1e-9 or at all nodes.
-
+    Nodes in repair form an M/G/infinity queue (Palm, 1943): Poisson, with rack failures arriving as batches, at their
+    stationary mean. The array ends where the share falls below 1e-9, or at the number of nodes.
     """
     rate = failures.count(horizon) / horizon * min(cluster.repair, horizon)
     singles = rate * (1 - failures.rack_share - failures.worker_share)

@@ -1,4 +1,4 @@
-"""The simulated machines: nodes in racks, and the groups that protect each other."""
+"""Simulated cluster: nodes in racks, and groups of nodes that protect each other."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,15 +15,15 @@ Placement = Literal["spread", "adjacent"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
-    """Nodes 0..N-1; node i stands in rack i div `rack`. Spares come on top and stand elsewhere."""
+    """Nodes 0..N-1; node i is in rack i div `rack`. Spares are additional and in other racks."""
 
     nodes: int
     gpus_per_node: int = 8
     rack: int = 8
-    """Nodes that a rack failure takes at once."""
+    """Nodes per rack, which a rack failure takes down together."""
     spares: int = 0
     repair: float = 86400.0
-    """Seconds from a node's failure until it is back, as a spare; `inf`: never."""
+    """Seconds from a node's failure until it returns as a spare; `inf` for never."""
 
     @property
     def gpus(self) -> int:
@@ -35,10 +35,10 @@ class Cluster:
 
 
 def form_groups(cluster: Cluster, k: int, m: int, placement: Placement = "spread") -> tuple[Group, ...]:
-    """Groups of the code (k, m): `spread` over racks as `keepwarm.ft.placement.place` does, or of `adjacent` nodes.
+    """Form groups of the code (k, m): `spread` over racks as by `keepwarm.ft.placement.place`, or of `adjacent` nodes.
 
     Raises:
-        SimulationError: the code does not fit the nodes.
+        SimulationError: the code does not fit the number of nodes.
     """
     racks = [node // cluster.rack for node in range(cluster.nodes)]
     try:
@@ -56,7 +56,7 @@ def form_groups(cluster: Cluster, k: int, m: int, placement: Placement = "spread
 
 
 def group_numbers(groups: tuple[Group, ...]) -> NDArray[np.int64]:
-    """The number of each node's group, indexed by node."""
+    """Return the group number of each node, indexed by node."""
     numbers = np.empty(sum(group.size for group in groups), dtype=np.int64)
     for number, group in enumerate(groups):
         numbers[list(group.members)] = number

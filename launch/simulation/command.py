@@ -1,4 +1,4 @@
-"""`keepwarm simulate`: what snapshots, codes and spares buy on a cluster of a given size. Starts nothing."""
+"""`keepwarm simulate`: estimate the benefit of snapshots, codes and spares on a given cluster. Starts nothing."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,53 +12,54 @@ from keepwarm.launch.simulation.run import run
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
-Gpus = Annotated[str, typer.Option(help="Number of GPUs, 8 to 100,000; several sizes as 64,1024,16384.")]
-GpusPerNode = Annotated[int, typer.Option(min=1, help="Number of GPUs that share a node and its memory.")]
+Gpus = Annotated[str, typer.Option(help="Number of GPUs, 8 to 100,000, or several sizes such as 64,1024.")]
+GpusPerNode = Annotated[int, typer.Option(min=1, help="Number of GPUs per node.")]
 Rack = Annotated[int, typer.Option(min=1, max=256, help="Number of nodes in a rack.")]
-Mtbf = Annotated[str | None, typer.Option(help="Mean time between failures of the whole cluster, as 3.1h.")]
+Mtbf = Annotated[str | None, typer.Option(help="Mean time between failures of the cluster, such as 3.1h.")]
 NodeMtbf = Annotated[
     str | None,
-    typer.Option(help="Mean time between failures of one node, as 5y. [default: 264d, from Llama 3's 419 failures]"),
+    typer.Option(help="Mean time between failures of a node, such as 5y. [default: 264d, from Llama 3's 419 failures]"),
 ]
 Weibull = Annotated[float, typer.Option(help="Weibull shape of the times between failures; 1: exponential.")]
 TraceFile = Annotated[
     Path | None, typer.Option(help="Recorded failures to replay: CSV or JSON with time_s, optional kind and node.")
 ]
 RackShare = Annotated[float, typer.Option(help="Share of failures that take down a whole rack.")]
-WorkerShare = Annotated[float, typer.Option(help="Share of failures that end processes only.")]
+WorkerShare = Annotated[float, typer.Option(help="Share of failures that kill processes only.")]
 Duration = Annotated[str | None, typer.Option("--duration", help="Simulated time. [default: 30d, or all of the trace]")]
 Code = Annotated[str, typer.Option(help="Erasure code k,m of the snapshots.")]
 GroupPlacement = Annotated[
-    Placement, typer.Option(help="Spread coding groups over racks, or form them of adjacent nodes.")
+    Placement, typer.Option(help="Spread coding groups over racks or form them of adjacent nodes.")
 ]
 Interval = Annotated[str, typer.Option(help="Training time between snapshots; auto: Young/Daly.")]
-Stall = Annotated[str, typer.Option(help="Time for which one snapshot stops the training.")]
-Commit = Annotated[str, typer.Option(help="Time until a snapshot can be restored from the peers.")]
+Stall = Annotated[str, typer.Option(help="Time for which a snapshot pauses training.")]
+Commit = Annotated[str, typer.Option(help="Time until a snapshot can be restored from peers.")]
 Detection = Annotated[str, typer.Option(help="Time from a failure until it is detected.")]
 Recovery = Annotated[str, typer.Option(help="Time from a failure to the next step, detection included.")]
-WorkerRecovery = Annotated[str | None, typer.Option(help="The same if only processes died. [default: as --recovery]")]
+WorkerRecovery = Annotated[str | None, typer.Option(help="The same if only processes died. [default: --recovery]")]
 Rebuild = Annotated[
-    str | None, typer.Option(help="Time from then until redundancy is restored. [default: the next snapshot]")
+    str | None, typer.Option(help="Time from recovery until redundancy is restored. [default: the next snapshot]")
 ]
 DrillFile = Annotated[
     Path | None, typer.Option(help="Output of `keepwarm drill --json` to take detection and recovery times from.")
 ]
 DrillScale = Annotated[float, typer.Option(help="Ratio of a node's state in bytes to that in the drill.")]
 DiskInterval = Annotated[str, typer.Option(help="Training time between checkpoints of the scheme without snapshots.")]
-DiskStall = Annotated[str, typer.Option(help="Time for which one of these checkpoints stops the training.")]
-DiskRecovery = Annotated[str, typer.Option(help="Time from a failure to the next step, from disk.")]
+DiskStall = Annotated[str, typer.Option(help="Time for which such a checkpoint pauses training.")]
+DiskRecovery = Annotated[str, typer.Option(help="Time from a failure to the next step when restoring from disk.")]
 DurableEvery = Annotated[
-    str, typer.Option(help="Training time between durable checkpoints that the agents write below the snapshots.")
+    str, typer.Option(help="Training time between the durable checkpoints that agents write from snapshots.")
 ]
 Spares = Annotated[
-    str, typer.Option(help="Number of hot spare nodes; auto: enough to wait less than 0.1 % of the time.")
+    str, typer.Option(help="Number of hot spare nodes; auto: enough to wait for at most 0.1 % of the time.")
 ]
-Repair = Annotated[str, typer.Option(help="Time until a broken node is back as a spare.")]
+Repair = Annotated[str, typer.Option(help="Time until a failed node returns as a spare.")]
 Trials = Annotated[int, typer.Option(min=2, max=10_000, help="Number of histories to simulate.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed; the same seed gives the same result.")]
-TargetGoodput = Annotated[float | None, typer.Option(help="Recommend a configuration for this goodput, as 0.99.")]
+TargetGoodput = Annotated[float | None, typer.Option(help="Recommend a configuration for this goodput, such as 0.99.")]
 TargetSurvival = Annotated[
-    float | None, typer.Option(help="Recommend a configuration for this probability of never losing memory, as 0.999.")
+    float | None,
+    typer.Option(help="Recommend a configuration for this probability of never losing memory, such as 0.999."),
 ]
 Plot = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write plots to this folder as PNG files.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -1,4 +1,4 @@
-"""Recovery times that a fire drill measured, from the JSON of `keepwarm drill --json`."""
+"""Read measured recovery times from the output of `keepwarm drill --json`."""
 
 import json
 from dataclasses import replace
@@ -11,19 +11,19 @@ from keepwarm.launch.simulation.scheme import Restart, Times
 from keepwarm.trainer.monitor.events import LEVELS
 
 PER_BYTE = ("fetch", "decode", "verify")
-"""Phases that grow with the state of a node."""
+"""Phases whose duration grows with the size of a node's state."""
 DETECT = "detect"
 RESTARTS = {"local": "worker", "decoded": "node", "disk": "durable"}
-"""The restart of the simulator that a level of recovery is."""
+"""Restart in `Times` that corresponds to each recovery level."""
 
 
 def apply_drill(times: Times, path: Path, scale: float = 1.0) -> Times:
-    """`times` with the median detection and recovery of every level of recovery that the drill saw.
+    """Return `times` with the median detection and recovery times of every recovery level in the drill.
 
-    `scale` multiplies the phases that move bytes: the bytes of state of a node there over those in the drill.
+    `scale` multiplies the phases that move bytes: it is the simulated size of a node's state over that in the drill.
 
     Raises:
-        SimulationError: the file is not a drill's, was not bitwise equal, or no fault was recovered from.
+        SimulationError: the file is not from a drill, the drill was not bitwise equal, or had no recovery.
     """
     faults = _read(path)
     restarts: dict[str, list[Restart]] = {}
@@ -78,7 +78,7 @@ def _restart(fault: dict[str, Any], scale: float, where: str) -> Restart:
     if not isinstance(phases, dict) or not all(isinstance(s, int | float) and s >= 0 for s in phases.values()):
         raise SimulationError(f"{where}: expected seconds by phase, found {phases!r}")
     scaled = {phase: s * (scale if phase in PER_BYTE else 1.0) for phase, s in phases.items()}
-    # Phases may overlap or leave gaps: the total is what was waited for.
+    # Phases may overlap or leave gaps, so use the total for the waiting time.
     total = fault.get("total_s", sum(phases.values()))
     if not isinstance(total, int | float) or total < 0:
         raise SimulationError(f"{where}: total_s is {total!r}, not a number of seconds")

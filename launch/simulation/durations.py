@@ -1,4 +1,4 @@
-"""Lengths of time as people write them: 10ms, 30s, 3.1h, 54d."""
+"""Parse and format durations such as 10ms, 30s, 3.1h, 54d."""
 
 import math
 import re
@@ -10,10 +10,10 @@ _DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([a-z]*)\s*"
 
 
 def seconds(text: str, name: str = "a length of time") -> float:
-    """`text` in seconds; a bare number is in seconds. `name` is the option that an error names.
+    """Parse a duration to seconds; a bare number is in seconds. `name` is the option to name in an error.
 
     Raises:
-        SimulationError: no number, or an unknown unit.
+        SimulationError: the number is missing or the unit is unknown.
     """
     match = _DURATION.fullmatch(text)
     if match is None or (match[2] or "s") not in UNITS:
@@ -22,7 +22,7 @@ def seconds(text: str, name: str = "a length of time") -> float:
 
 
 def duration(value: float) -> str:
-    """Seconds in the largest unit that keeps three digits readable."""
+    """Format seconds in the largest unit that keeps three digits readable."""
     if not math.isfinite(value):
         return "never"
     for unit in ("y", "d", "h", "m", "s"):

@@ -1,4 +1,4 @@
-"""When what fails: independent times, exponential or Weibull, or a recorded trace. Seeded, vectorised."""
+"""Failure models: independent exponential or Weibull times, or a recorded trace. Seeded and vectorised."""
 
 import csv
 import json
@@ -15,31 +15,31 @@ from numpy.typing import NDArray
 from keepwarm.launch.errors import SimulationError
 
 LLAMA_3_NODE_MTBF = 54 * 86400 * 2048 / 419
-"""Seconds between failures of one node of 8 GPUs: 419 unexpected stops of 16,384 GPUs in 54 days (Llama 3, 2024)."""
+"""MTBF of a node of 8 GPUs in seconds: 419 unexpected interruptions on 16,384 GPUs in 54 days (Llama 3, 2024)."""
 
 MOST_FAILURES = 5_000_000
 
 
 class Kind(IntEnum):
     WORKER = 0
-    """Processes end, the memory of their node stays."""
+    """Processes die, but their node's memory survives."""
     NODE = 1
     RACK = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Failures:
-    """One history, in order of time; arrays of one length."""
+    """One failure history in chronological order, as arrays of equal length."""
 
     times: NDArray[np.float64]
     """Seconds since the start."""
     kinds: NDArray[np.int8]
     nodes: NDArray[np.int64]
-    """Struck node; of a rack failure, one node of the rack that is struck."""
+    """Failed node; for a rack failure, one node of the failed rack."""
 
 
 class FailureModel(Protocol):
-    """What can be asked of any source of failures."""
+    """Interface of failure models."""
 
     @property
     def rack_share(self) -> float: ...
@@ -47,29 +47,29 @@ class FailureModel(Protocol):
     def worker_share(self) -> float: ...
     @property
     def draws_nodes(self) -> bool:
-        """Whether every node is struck as likely as any other, independently of the past."""
+        """Return whether every node is equally likely to fail, independently of the past."""
         ...
 
     def sample(self, nodes: int, horizon: float, random: np.random.Generator) -> Failures: ...
     def count(self, horizon: float) -> float:
-        """Failures expected before `horizon`, in seconds."""
+        """Return the expected number of failures before `horizon`, in seconds."""
         ...
 
     def within(self, window: float) -> float:
-        """Probability that the next failure follows within `window` seconds of one."""
+        """Return the probability that the next failure follows within `window` seconds."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Renewal:
-    """Times between the failures of the cluster are independent: Weibull, exponential for shape 1.
+    """Independent Weibull times between failures of the cluster; exponential for shape 1.
 
-    Shapes of 0.7 to 0.8 were fitted to the failures of whole systems (Schroeder and Gibson, 2006): a failure is then
-    likelier soon after another one.
+    Schroeder and Gibson (2006) fitted shapes of 0.7 to 0.8 to the failures of whole systems: a failure is then more
+    likely soon after another one.
     """
 
     mtbf: float
-    """Mean seconds between failures of any kind, anywhere in the cluster."""
+    """Mean time between failures of any kind in the whole cluster, in seconds."""
     shape: float = 1.0
     rack_share: float = 0.0
     worker_share: float = 0.0
@@ -119,16 +119,16 @@ class Renewal:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Recorded failures, replayed as they stand; nodes that it does not name are drawn anew in every trial."""
+    """Recorded failures, replayed as recorded; nodes that the trace does not name are redrawn in every trial."""
 
     times: NDArray[np.float64]
     kinds: NDArray[np.int8]
     nodes: NDArray[np.int64]
-    """-1: not named."""
+    """Failed nodes; -1 if not named."""
 
     @property
     def span(self) -> float:
-        """Seconds up to the last failure."""
+        """Return the time of the last failure in seconds."""
         return float(self.times[-1])
 
     @property
@@ -158,12 +158,12 @@ class Trace:
 
 
 def load_trace(path: Path) -> Trace:
-    """Reads a trace: CSV with a header, or JSON with a list of objects; keys `time_s`, optional `kind` and `node`.
+    """Read a trace: CSV with a header or a JSON list of objects, with keys `time_s` and optional `kind` and `node`.
 
     `time_s` is in seconds since the start; `kind` is worker, node (the default) or rack; `node` counts from 0.
 
     Raises:
-        SimulationError: the file cannot be read, or a row does not fit; names the row.
+        SimulationError: the file cannot be read, or a row is invalid; names the row.
     """
     rows = _read_rows(path)
     times, kinds, nodes = [], [], []

@@ -1,4 +1,4 @@
-"""The options of `keepwarm simulate`, and the questions that they ask."""
+"""Options of `keepwarm simulate`, and their conversion to questions."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,12 +13,12 @@ from keepwarm.launch.simulation.scheme import Restart, Times
 from keepwarm.launch.simulation.study import Question, fitting_code, with_intervals, with_spares
 
 LARGEST = 100_000
-"""GPUs."""
+"""Maximum number of GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """As given on the command line; times, sizes and the code are still text."""
+    """Command-line options; times, sizes and the code are unparsed text."""
 
     gpus: str
     gpus_per_node: int
@@ -56,15 +56,15 @@ class Options:
 
 
 def sizes(options: Options) -> list[int]:
-    """Number of nodes of each cluster. Raises SimulationError."""
+    """Return the number of nodes of each cluster. Raises SimulationError if a size is invalid."""
     return [_nodes(size, options.gpus_per_node) for size in options.gpus.split(",")]
 
 
 def questions(options: Options) -> Iterator[Question]:
-    """One question for each size, in order.
+    """Yield one question per size, in order.
 
     Raises:
-        SimulationError: an option is wrong, or contradicts another one.
+        SimulationError: an option is invalid or conflicts with another one.
     """
     times, each = _times(options), sizes(options)
     disk = replace(
@@ -123,7 +123,7 @@ def _recorded(options: Options) -> Trace | None:
 
 
 def _renewal(options: Options, nodes: int) -> Renewal:
-    """Failures at random, at the rate of the whole cluster."""
+    """Return random failures at the rate of the whole cluster."""
     of_node = _above_zero(options.node_mtbf, "--node-mtbf") if options.node_mtbf else None
     return Renewal(
         mtbf=_above_zero(options.mtbf, "--mtbf")

@@ -1,4 +1,4 @@
-"""Answers as PNG files, drawn with matplotlib."""
+"""Plot answers to PNG files with matplotlib."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ WASTED = {
 
 
 def plot(asked: Sequence[Asked], folder: Path) -> list[Path]:
-    """Writes `waste-<gpus>.png` for each size, and `goodput.png` and `losses.png` over sizes if there are several.
+    """Write `waste-<gpus>.png` for each size, and `goodput.png` and `losses.png` over sizes if there are several.
 
     Returns:
         The files written.
@@ -43,7 +43,7 @@ def plot(asked: Sequence[Asked], folder: Path) -> list[Path]:
 
 
 def _waste(question: Question, answers: Sequence[Answer]) -> "Figure":
-    """Where the unproductive time goes, a bar for each scheme."""
+    """Plot the unproductive time by cause, one bar per scheme."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 1.2 + 0.5 * len(answers)), layout="constrained")
@@ -62,7 +62,7 @@ def _waste(question: Question, answers: Sequence[Answer]) -> "Figure":
 
 
 def _over_sizes(asked: Sequence[Asked], what: Literal["goodput", "losses"]) -> "Figure":
-    """A line for each scheme over the number of GPUs; code names differ where small clusters shorten the code."""
+    """Plot one line per scheme over the number of GPUs; code names differ where small clusters shorten the code."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
@@ -77,7 +77,7 @@ def _over_sizes(asked: Sequence[Asked], what: Literal["goodput", "losses"]) -> "
         if what == "goodput":
             values, errors = zip(*(answer.goodput for _, answer in found), strict=True)
             sizes, percent, spread = [gpus for gpus, _ in found], [100 * v for v in values], [100 * e for e in errors]
-            # Schemes that restart alike lie on each other: later ones are drawn smaller.
+            # Schemes with equal restarts overlap, so later ones are drawn smaller.
             axes.errorbar(sizes, percent, spread, linestyle="", capsize=3, color=f"C{column}")
             axes.plot(sizes, percent, marker="o", label=label, color=f"C{column}", ms=10 - 2 * column, lw=4 - column)
         elif points := [(gpus, answer.losses.expected) for gpus, answer in found if answer.losses.expected > 0]:

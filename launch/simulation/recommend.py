@@ -1,4 +1,4 @@
-"""The least memory and the fewest spares that reach a target."""
+"""Recommend the least memory and the fewest spares that reach a target."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ LARGEST_M = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """The widest code with `m` parity chunks that survives as often as asked."""
+    """The widest code with `m` parity chunks that reaches the survival target."""
 
     scheme: Scheme
     k: int
@@ -25,27 +25,27 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recommendation:
-    """What to configure, and what the simulation says about it."""
+    """Recommended configuration and its simulation."""
 
     chosen: Candidate
     candidates: tuple[Candidate, ...]
-    """One of each m that can reach the target."""
+    """One candidate for each m that can reach the target."""
     spares: int
     answer: Answer
-    """The recommended configuration, simulated."""
+    """Simulation of the recommended configuration."""
 
 
 def recommend(
     question: Question, goodput: float, survival: float, progress: Callable[[], None] = lambda: None
 ) -> Recommendation:
-    """The code of least memory with P(no loss of memory in the run) >= `survival`, and spares for `goodput`.
+    """Return the code of least memory with P(no loss of memory in the run) >= `survival`, and the spares for `goodput`.
 
-    The interval is the question's. Half of what the goal leaves beyond the first-order waste may go to waiting for
-    spares: the other half covers what the formula leaves out, and chance. Of codes that take equal memory the one
-    with smaller m sends least.
+    The interval is the question's. Half of the time that the goodput target leaves beyond the first-order waste may go
+    to waiting for spares; the other half covers chance and what the formula omits. Among codes of equal memory, the
+    one with smaller m sends less data.
 
     Raises:
-        SimulationError: no code or no number of spares reaches the target; says what stands in the way.
+        SimulationError: no code or no number of spares reaches the target; names the obstacle.
     """
     if not (0 < goodput < 1 and 0 < survival < 1):
         raise SimulationError(f"targets must lie between 0 and 1: goodput {goodput}, survival {survival}")
@@ -81,7 +81,7 @@ def _spares(question: Question, goodput: float) -> int:
 
 
 def _widest(question: Question, m: int, survival: float, progress: Callable[[], None]) -> Candidate | None:
-    """By bisection: of wider groups more members can be lost."""
+    """Find the widest code by bisection: survival falls with the width of the groups."""
 
     def try_k(k: int) -> Candidate:
         scheme = scheme_of(question, k, m)

@@ -1,4 +1,4 @@
-"""Answers as tables and as plain data."""
+"""Present answers as tables and as plain data."""
 
 import math
 import sys
@@ -28,7 +28,7 @@ SURVIVAL_HEADER = (
 
 
 def print_report(asked: Sequence[Asked], recommendation: Recommendation | None) -> None:
-    """To stdout: rich tables on a terminal, plain text otherwise."""
+    """Print a report to stdout: rich tables on a terminal, plain text otherwise."""
     for question, answers in asked:
         print("\n".join(assumptions(question)))
         _print_table("where the time goes", HEADER, [_time_row(answer) for answer in answers])
@@ -53,7 +53,7 @@ def print_report(asked: Sequence[Asked], recommendation: Recommendation | None) 
 
 
 def assumptions(question: Question) -> list[str]:
-    """What an answer rests on, in words."""
+    """Return the assumptions behind an answer, in words."""
     cluster, times, disk, failures = question.cluster, question.times, question.disk, question.failures
     model = getattr(failures, "shape", None)
     drawn = "from the trace" if model is None else "exponential" if model == 1 else f"Weibull of shape {model:g}"
@@ -73,7 +73,7 @@ def assumptions(question: Question) -> list[str]:
 
 
 def as_data(asked: Sequence[Asked], recommendation: Recommendation | None) -> dict[str, Any]:
-    """For JSON: seconds, shares and counts. The same question gives the same data."""
+    """Return plain values for JSON: seconds, shares and counts. The same question gives the same data."""
     data: dict[str, Any] = {"sizes": [_size_data(question, answers) for question, answers in asked]}
     if recommendation is not None:
         chosen, question = recommendation.chosen, asked[-1][0]

@@ -1,4 +1,4 @@
-"""Run a simulation from its options to its tables, plots or JSON."""
+"""Run a simulation from options to tables, plots or JSON."""
 
 import json
 import sys
@@ -12,13 +12,13 @@ from keepwarm.launch.simulation.report import Asked, as_data, print_report
 from keepwarm.launch.simulation.study import ask, schemes_for
 
 GOODPUT, SURVIVAL = 0.9, 0.999
-"""Targets where only the other one is given."""
+"""Default of each target if only the other one is given."""
 PROGRESS_DELAY_S = 2.0
-"""Seconds of computing after which progress is shown."""
+"""Seconds of computation after which progress is shown."""
 
 
 def run(options: Options) -> None:
-    """Answer what the options ask, and print it. Raises SimulationError."""
+    """Simulate what the options request and print the answers. Raises SimulationError on bad input."""
     goodput, survival = options.target_goodput, options.target_survival
     wanted = goodput is not None or survival is not None
     trials, advice = options.trials, None
@@ -41,7 +41,7 @@ def run(options: Options) -> None:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A step counter that shows itself on stderr once the work has taken longer than PROGRESS_DELAY_S."""
+    """Yield a function that counts steps; show progress on stderr after PROGRESS_DELAY_S."""
     began = shown = monotonic()
     done = 0
 

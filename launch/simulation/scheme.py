@@ -1,4 +1,4 @@
-"""How a run is protected: which nodes hold what, and what saving and restoring cost."""
+"""Protection schemes: the placement of redundancy on nodes, and the costs of saving and restoring."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,11 +15,11 @@ from keepwarm.launch.simulation.cluster import group_numbers
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """From a failure to the next step, in seconds."""
+    """Duration from a failure to the next step, in seconds."""
 
     detection: float
     recovery: float
-    """After detection."""
+    """Seconds after detection."""
 
     def __post_init__(self) -> None:
         if not (self.detection >= 0 and self.recovery >= 0):
@@ -31,46 +31,49 @@ class Restart:
 
     @classmethod
     def within(cls, total: float, detection: float) -> "Restart":
-        """`total` seconds, of which `detection` at most."""
+        """Return a restart of `total` seconds, at most `detection` of them for detection."""
         return cls(min(detection, total), max(total - detection, 0.0))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Times:
-    """Seconds; nothing here depends on the scheme."""
+    """Durations in seconds, independent of the scheme."""
 
     interval: float | None = None
-    """Training between two snapshots; None: not chosen yet, see `tuned`."""
+    """Training time between snapshots; None until chosen by `tuned`."""
     stall: float
-    """What one snapshot costs the training."""
+    """Time for which one snapshot pauses training."""
     commit: float = 0.0
-    """From the end of the stall until a snapshot can be restored."""
+    """Time from the end of the stall until the snapshot can be restored."""
     worker: Restart
     node: Restart
     durable: Restart
-    """From a checkpoint on shared storage."""
+    """Restart from a checkpoint on shared storage."""
     rebuild: float | None = None
-    """From the restart until redundancy is whole; None: the first snapshot after the restart makes it whole."""
+    """Time from the restart until full redundancy; None if the first snapshot after the restart restores it."""
     durable_every: float = 1800.0
-    """Training between two durable checkpoints, which agents write without stopping the training."""
+    """Training time between durable checkpoints, which agents write without pausing training."""
     durable_lag: float = 0.0
-    """Until such a checkpoint is complete."""
+    """Time until such a checkpoint is complete."""
 
     @property
     def period(self) -> float:
-        """The interval, which must have been chosen."""
+        """Return the interval. Raises ValueError if none has been chosen."""
         if self.interval is None:
             raise ValueError("the interval has not been chosen: call tuned()")
         return self.interval
 
     @property
     def window(self) -> float:
-        """From a node's failure until the redundancy that it took is whole again."""
+        """Return the time from a node's failure until full redundancy is restored."""
         rebuild = self.period + self.stall + self.commit if self.rebuild is None else self.rebuild
         return self.node.total + rebuild
 
     def tuned(self, mtbf: float) -> "Times":
-        """With the Young/Daly interval where none is given, but not below a commit or 10 ms: a step is no shorter."""
+        """Return a copy with an interval: if none is given, Young/Daly's, but at least the commit time and 10 ms.
+
+        No step is shorter than that.
+        """
         if self.interval is not None:
             return self
         return replace(self, interval=max(young_daly(self.stall, mtbf), self.commit, 0.01))
@@ -78,14 +81,14 @@ class Times:
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """One way to protect a run."""
+    """A way to protect a run."""
 
     name: str
     groups: tuple[Group, ...] | None
-    """None: checkpoints on shared storage only, every `times.interval`."""
+    """Coding groups; None for checkpoints on shared storage only, every `times.interval`."""
     times: Times
     replicas: bool = False
-    """Each node's state lies whole on the next m members of its group, rather than as parity."""
+    """Whether the next m members of its group hold copies of a node's state instead of parity."""
 
     @cached_property
     def group_of(self) -> NDArray[np.int64]:
@@ -93,17 +96,17 @@ class Scheme:
 
     @property
     def code(self) -> tuple[int, int] | None:
-        """(k, m) of the smallest group, which has the least of k."""
+        """Return (k, m) of the smallest group, which has the smallest k."""
         if self.groups is None:
             return None
         return min(group.k for group in self.groups), self.groups[0].m
 
     @property
     def memory(self) -> float:
-        """Parity or replicas held, as a share of the state; the largest of any node."""
+        """Return the parity or replicas held by a node as a share of the state, maximum over nodes."""
         return max((group.m if self.replicas else group.m / group.k for group in self.groups or ()), default=0.0)
 
 
 def crowded(groups: Sequence[Group]) -> int:
-    """Groups that lose data when one rack fails."""
+    """Count the groups that lose data when a single rack fails."""
     return sum(1 for group in groups if group.crowded)

@@ -1,4 +1,4 @@
-"""Schemes side by side: the same failures strike each of them."""
+"""Compare schemes under the same failures."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,21 +16,21 @@ from keepwarm.launch.simulation.survival import Losses, expected_losses
 from keepwarm.launch.simulation.timeline import SECONDS, Ledger, walk
 
 AUTO_WAITING = 1e-3
-"""Share of the time that a run may wait for a node where the number of spares is not given."""
+"""Maximum share of time that a run may wait for a node if the number of spares is not given."""
 SEEN = 30
-"""Simulated losses from which on counting them is good enough: a relative error below a fifth."""
+"""Number of simulated losses from which counting them is accurate enough: a relative error below a fifth."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """What to simulate, of one size."""
+    """A simulation of one cluster size."""
 
     cluster: Cluster
     failures: FailureModel
     horizon: float
     """Seconds of cluster time in each trial."""
     times: Times
-    """Of snapshots in memory."""
+    """Times of snapshots in memory."""
     disk: Times
     code: tuple[int, int] = (4, 2)
     placement: Placement = "spread"
@@ -44,11 +44,11 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """One scheme of a question."""
+    """Answer to a question for one scheme."""
 
     scheme: Scheme
     ledgers: tuple[Ledger, ...]
-    """One of each trial."""
+    """One ledger per trial."""
     losses: Losses
     first_order: float
     """Goodput by Young/Daly's first-order formula, without waiting for spares."""
@@ -57,17 +57,17 @@ class Answer:
 
     @property
     def goodput(self) -> tuple[float, float]:
-        """Productive share of the time: the mean of the trials and its standard error."""
+        """Return the productive share of time: mean over trials and its standard error."""
         return mean_error([ledger.productive / ledger.seconds for ledger in self.ledgers])
 
     @property
     def shares(self) -> dict[str, float]:
-        """Where the time went, as shares that add up to 1."""
+        """Return the time by cause, as shares that add up to 1."""
         total = math.fsum(ledger.seconds for ledger in self.ledgers)
         return {name: math.fsum(getattr(ledger, name) for ledger in self.ledgers) / total for name in SECONDS}
 
     def per_trial(self, name: str) -> tuple[float, float]:
-        """Mean and standard error of a number of the ledger."""
+        """Return the mean and standard error of a ledger field."""
         return mean_error([float(getattr(ledger, name)) for ledger in self.ledgers])
 
     @property
@@ -76,7 +76,7 @@ class Answer:
 
 
 def mean_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error; that of a single value is not known."""
+    """Return the mean and its standard error, which is unknown for a single value."""
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
         return mean, math.nan
@@ -84,7 +84,7 @@ def mean_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def schemes_for(question: Question) -> tuple[Scheme, ...]:
-    """Snapshots under the question's code, two and three replicas where the nodes allow, and checkpoints on disk."""
+    """Return snapshots under the question's code, two and three replicas if nodes suffice, and checkpoints on disk."""
     found = [scheme_of(question, *question.code)]
     for replicas in (2, 3):
         if (1, replicas - 1) != question.code and question.cluster.nodes >= replicas:
@@ -93,7 +93,7 @@ def schemes_for(question: Question) -> tuple[Scheme, ...]:
 
 
 def scheme_of(question: Question, k: int, m: int) -> Scheme:
-    """Raises SimulationError: the code does not fit the nodes."""
+    """Return the scheme of a code (k, m). Raises SimulationError if the code does not fit the nodes."""
     groups = form_groups(question.cluster, k, m, question.placement)
     alone, replicas = question.cluster.nodes == 1, k == 1
     name = "one node" if alone else f"{m + 1} replicas" if replicas else f"code ({k}, {m})"
@@ -101,7 +101,7 @@ def scheme_of(question: Question, k: int, m: int) -> Scheme:
 
 
 def fitting_code(nodes: int, k: int, m: int) -> tuple[int, int]:
-    """(k, m), or the strongest code of that kind that so few nodes allow; (1, 1) on one node, which has no parity."""
+    """Return (k, m), or the strongest such code that the nodes allow; (1, 1) for one node, which has no parity."""
     if nodes >= k + m or nodes == 1 or k < 1 or m < 0 or k + m > MAX_GROUP:
         return k, m
     m = min(m, nodes - 1)
@@ -109,9 +109,9 @@ def fitting_code(nodes: int, k: int, m: int) -> tuple[int, int]:
 
 
 def ask(question: Question, schemes: Sequence[Scheme], progress: Callable[[], None] = lambda: None) -> list[Answer]:
-    """Walks every scheme through the same `trials` histories; `progress` is called after each history.
+    """Walk every scheme through the same `trials` histories, calling `progress` after each history.
 
-    Trial i depends on the seed and on i alone. A wait of `progress` or its errors are the caller's.
+    Trial i depends only on the seed and i. Errors of `progress` propagate.
     """
     ledgers: list[list[Ledger]] = [[] for _ in schemes]
     for sequence in np.random.SeedSequence(question.seed).spawn(question.trials):
@@ -123,19 +123,19 @@ def ask(question: Question, schemes: Sequence[Scheme], progress: Callable[[], No
 
 
 def enough_spares(question: Question, share: float) -> int | None:
-    """The fewest spares with which the run waits for a node for at most `share` of the time; None: no number."""
+    """Return the fewest spares with which the run waits for at most `share` of the time; None if no number does."""
     tail = shortage(question.cluster, question.failures, question.horizon)
     fits = np.flatnonzero(tail <= share)
     return int(fits[0]) if len(fits) else None
 
 
 def with_intervals(question: Question) -> Question:
-    """With the Young/Daly intervals where none are given."""
+    """Return the question with Young/Daly intervals where none are given."""
     return replace(question, times=question.times.tuned(question.mtbf), disk=question.disk.tuned(question.mtbf))
 
 
 def with_spares(question: Question, spares: int | None) -> Question:
-    """With so many spares; None: as many as let the run wait for a thousandth of the time."""
+    """Return the question with this many spares; None for enough to wait at most a thousandth of the time."""
     if spares is None and (spares := enough_spares(question, AUTO_WAITING)) is None:
         raise SimulationError(
             "too many nodes are in repair at once for a sensible number of spares: give --spares, or a shorter --repair"
@@ -158,7 +158,7 @@ def _answer(question: Question, scheme: Scheme, ledgers: tuple[Ledger, ...]) -> 
 
 
 def _losses(question: Question, scheme: Scheme, ledgers: tuple[Ledger, ...]) -> Losses:
-    """Counted where histories lose often enough, computed where they do not and it is possible."""
+    """Return the losses, counted if the histories contain enough of them, else computed if possible."""
     if scheme.groups is None:
         return Losses(0.0, 0.0, "none to lose")
     counted = [float(ledger.losses) for ledger in ledgers]

@@ -1,4 +1,4 @@
-"""How many times memory will be lost, also where no simulated history loses it: closed form, importance sampling."""
+"""Expected losses of memory by closed form or importance sampling, even if no simulated history has a loss."""
 
 import math
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ from keepwarm.launch.simulation.scheme import Scheme
 
 CHAINS = 10_000
 AT_ONCE = 1_280_000
-"""Chains that are sampled together times the square of the nodes in a rack: bounds the memory taken."""
+"""Chains sampled per batch times the square of the nodes in a rack; bounds the memory used."""
 NEAR = 0.7
-"""Share of the sampled failures that are aimed at groups which have already lost a node."""
+"""Share of sampled failures directed at groups that have already lost a node."""
 OFTEN = 0.5
-"""Share of the sampled failures that are rack failures, however rare these are."""
+"""Share of sampled failures that are rack failures, however rare those are."""
 
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """Expected number of losses of memory in a run, and its standard error."""
+    """Expected number of losses of memory in a run and its standard error."""
 
     expected: float
     error: float
@@ -31,18 +31,18 @@ class Losses:
 
     @property
     def survival(self) -> float:
-        """Probability that memory is never lost; losses are rare and independent, hence Poisson."""
+        """Return the probability that memory is never lost; losses are rare and independent, hence Poisson."""
         return math.exp(-self.expected)
 
 
 def expected_losses(
     cluster: Cluster, scheme: Scheme, failures: FailureModel, horizon: float, seed: int, chains: int = CHAINS
 ) -> Losses:
-    """Losses before `horizon`, in seconds, without simulating histories. Spares are assumed to be at hand.
+    """Return the losses before `horizon`, in seconds, without simulating histories. Assumes that spares are available.
 
-    A chain is a run of failures, each within `scheme.times.window` of the one before: redundancy becomes whole when
-    it ends. There are as many as failures that end a chain. Without rack failures the closed form, which is exact
-    but for chains of more than m + 4 failures; with them `chains` samples.
+    A chain is a sequence of failures, each within `scheme.times.window` of the previous one; redundancy is complete
+    again when it ends. There are as many chains as failures that end one. Without rack failures, uses the closed form,
+    which is exact except for chains of more than m + 4 failures; with rack failures, samples `chains` chains.
 
     Raises:
         SimulationError: the scheme has no groups, or the trace names its nodes.
@@ -64,10 +64,10 @@ def expected_losses(
 def _sample_chains(
     cluster: Cluster, scheme: Scheme, failures: FailureModel, random: np.random.Generator, chains: int
 ) -> NDArray[np.float64]:
-    """For each chain the sum over n of p^(n-1) w_n [the n-th failure is the first fatal one], w its likelihood ratio.
+    """Return per chain the sum over n of p^(n-1) w_n [the n-th failure is the first fatal one], w the likelihood ratio.
 
-    That a failure follows in time is forced, and p stands for it; which kind it is and where it strikes are drawn
-    from a mixture with the true distribution, so that weights are bounded (Heidelberger, 1995, failure biasing).
+    The next failure is forced to follow within the window, weighted by p; its kind and node are drawn from a mixture
+    with the true distribution, so that the weights are bounded (failure biasing; Heidelberger, 1995).
     """
     group_of, groups = scheme.group_of, scheme.groups or ()
     m, nodes, rack = groups[0].m, cluster.nodes, cluster.rack
@@ -108,7 +108,7 @@ def _near(
     random: np.random.Generator,
     otherwise: NDArray[np.int64],
 ) -> NDArray[np.int64]:
-    """In each row a member, any as likely, of the group of one of the lost nodes, any as likely."""
+    """Draw in each row a uniform member of the group of a uniformly drawn lost node."""
     gone = lost >= 0
     counts = gone.sum(axis=1)
     pick = np.minimum((random.random(len(lost)) * counts).astype(np.int64), np.maximum(counts - 1, 0))
@@ -126,9 +126,9 @@ def _ratio(
     nodes: int,
     is_worker: NDArray[np.bool_],
 ) -> NDArray[np.float64]:
-    """Of each row, the uniform probability of the struck nodes over that of the mixture which they were drawn from.
+    """Return per row the uniform probability of the failed nodes over that of the mixture they were drawn from.
 
-    A rack is struck through any of its nodes, so both are sums over the struck nodes.
+    A rack can be drawn through any of its nodes, so both probabilities are sums over the failed nodes.
     """
     gone = lost >= 0
     counts = gone.sum(axis=1)
@@ -144,11 +144,11 @@ def _ratio(
 
 
 def _fatal(lost: NDArray[np.int64], group_of: NDArray[np.int64], m: int) -> NDArray[np.bool_]:
-    """Whether a row of nodes, -1 for none and with repetitions, holds more than m of some group."""
+    """Return whether each row of nodes, with -1 for none and repetitions, holds more than m of some group."""
     ordered = np.sort(lost, axis=1)
     repeated = np.zeros(ordered.shape, bool)
     repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-    # Nodes that do not count get a number below all groups, each its own.
+    # Nodes that do not count each get a distinct number below all group numbers.
     own = -1 - np.arange(ordered.shape[1])
     numbers = np.where(repeated | (ordered < 0), own, group_of[ordered])
     numbers.sort(axis=1)

@@ -1,4 +1,4 @@
-"""One history of failures, walked from failure to failure: where every second of it went. Deterministic."""
+"""Walk a failure history and account for every second of it. Deterministic."""
 
 import math
 from collections import defaultdict, deque
@@ -11,24 +11,24 @@ from keepwarm.launch.simulation.scheme import Scheme
 
 @dataclass(slots=True)
 class Ledger:
-    """Seconds of one history, and what happened in it; the seconds add up to its length."""
+    """Seconds of one history by cause, which add up to its length, and counts of events."""
 
     productive: float = 0.0
     stall: float = 0.0
-    """Snapshots that stop the training."""
+    """Pauses of training for snapshots."""
     lost: float = 0.0
-    """Work done again, because it came after the snapshot that was restored."""
+    """Work since the restored snapshot, which had to be redone."""
     detection: float = 0.0
     recovery: float = 0.0
     waiting: float = 0.0
-    """No spare was left."""
+    """Waiting for a spare."""
     failures: int = 0
     from_memory: int = 0
     from_durable: int = 0
     losses: int = 0
-    """Times at which memory was lost: more than m nodes of some group were gone."""
+    """Number of times that memory was lost, because more than m nodes of some group were gone."""
     groups_lost: int = 0
-    """Groups that were lost in them; one rack can take several."""
+    """Number of groups lost; one rack failure can take several."""
 
     @property
     def seconds(self) -> float:
@@ -39,12 +39,12 @@ SECONDS = tuple(field.name for field in fields(Ledger) if field.type is float)
 
 
 def walk(failures: Failures, horizon: float, cluster: Cluster, scheme: Scheme) -> Ledger:
-    """Where the seconds until `horizon` go.
+    """Account for the seconds until `horizon`.
 
-    Between failures training alternates between `interval` of work and `stall`. A failure stops it: detection, waiting
-    for as many nodes as died, recovery; what was done after the last committed snapshot is done again. A failure
-    within that time starts it over. Lost nodes count together until redundancy is whole; more than m of one group and
-    the run goes back to the durable checkpoint, and stays there until a new snapshot has been committed.
+    Between failures, training alternates between `interval` of work and `stall`. A failure stops it for detection,
+    waiting for as many nodes as died, and recovery; work since the last committed snapshot is redone. Another failure
+    during this time restarts the recovery. Lost nodes accumulate until redundancy is complete; if a group loses more
+    than m of them, the run returns to the durable checkpoint, and depends on it until a new snapshot is committed.
     """
     history = _History(cluster, scheme)
     events = zip(failures.times.tolist(), failures.kinds.tolist(), failures.nodes.tolist(), strict=True)
@@ -63,13 +63,13 @@ class _History:
         self.begun = self.saved = self.durable = 0.0  # work, in seconds of training
         self.reached = 0.0
         self.in_memory = False
-        """Whether a committed snapshot can be restored."""
+        """Whether there is a committed snapshot to restore."""
         self.whole = 0.0
         self.erased: defaultdict[int, set[int]] = defaultdict(set)
         self.available: deque[float] = deque([0.0] * cluster.spares)
-        """When each node beside the run can take a slot, ascending: repairs take equally long."""
+        """Times at which the nodes outside the run can take a slot, ascending because all repairs take equally long."""
         self.filled: dict[int, float] = {}
-        """When slots that are or were vacant get their node."""
+        """Times at which slots that are or were vacant get a node."""
 
     def fail(self, now: float, kind: int, node: int) -> None:
         struck = [node] if kind != Kind.RACK else list(self.cluster.rack_of(node))
@@ -106,7 +106,7 @@ class _History:
         done = self._work(elapsed)
         self.ledger.stall += elapsed - done
         self.reached = self.begun + done
-        # A thousandth of a millisecond: a snapshot that is complete up to rounding is complete.
+        # Tolerance for rounding: a snapshot that is complete up to rounding counts as complete.
         committed = math.floor((elapsed - times.commit) / cycle + 1e-9)
         if committed > 0 and self.group_of is None:
             self.durable = self.begun + committed * times.period

@@ -1,4 +1,4 @@
-"""The nodes of a SLURM allocation: which of them are fit for a start, and who is to blame when one ends."""
+"""Nodes of a SLURM allocation: select the healthy ones for a start, and attribute failures to nodes."""
 
 import json
 import os
@@ -25,21 +25,21 @@ from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.monitor import events
 
 NODE_CHECK_TIMEOUT_S = 120.0
-"""Seconds that a node has to say how it is."""
+"""Timeout of the health check of the nodes."""
 
 
 @dataclass
 class Allocation:
-    """The nodes of this job, and what this process was told about its end."""
+    """Nodes of this job, their failures, and whether SLURM is ending the job."""
 
     folder: Path
     job: JobSpec
     nodes: list[str]
     ending: bool = False
     bad: dict[str, str] = field(default_factory=dict)
-    """Why a node is left out."""
+    """Reason for each excluded node."""
     blamed: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """When starts ended because of ranks on a node."""
+    """Unix times of failed starts, by the node whose rank failed first."""
 
     def say(self, text: str) -> None:
         print(f"keepwarm: {text}", flush=True)
@@ -55,9 +55,9 @@ class Allocation:
         self.ending = True
 
     def healthy(self) -> list[str]:
-        """The nodes that can take part, in SLURM's order; those that cannot are named in the log.
+        """Return the usable nodes in SLURM's order; log the excluded ones.
 
-        Whose ranks ended one start after another take part only while there are not enough others.
+        Nodes whose ranks failed repeatedly are used only while there are not enough others.
         """
         unfit, failing = self._unfit(), self._failing()
         for name, why in failing.items():
@@ -71,11 +71,11 @@ class Allocation:
         return [name for name in self.nodes if name not in unfit]
 
     def blame(self, name: str) -> None:
-        """A start ended because of a rank on this node."""
+        """Record that a rank on this node ended a start."""
         self.blamed[name].append(time.time())
 
     def _failing(self) -> dict[str, str]:
-        """Nodes whose ranks ended starts again and again, as this process counted or as their supervisors did."""
+        """Return nodes whose ranks failed repeatedly, as counted here or by supervisors, with the reason."""
         limit, now = self.job.cluster.max_node_failures, time.time()
         counts = {name: sum(now - at < ATTRIBUTION_WINDOW_S for at in times) for name, times in self.blamed.items()}
         return {name: f"ended {count} starts" for name, count in counts.items() if count >= limit} | left_out(
@@ -83,7 +83,7 @@ class Allocation:
         )
 
     def _unfit(self) -> dict[str, str]:
-        """Nodes that cannot take part, and why: asked all together, and one by one when that goes wrong."""
+        """Return unusable nodes with the reason. Check all nodes in one step, then those without an answer singly."""
         first = self.nodes[0]
         gpus = bool(self.job.cluster.slurm.gpus_per_node)
         memory = max(Plan(one).node_memory(gpus=gpus) for one in layouts(self.job).values())
@@ -92,7 +92,7 @@ class Allocation:
         with network_check.echo(host or "127.0.0.1") as echo:
             seen = self._ask(self.nodes, echo)
             for name in [name for name in self.nodes if name not in seen]:
-                # A node that is dead makes srun give up the whole step.
+                # A dead node makes srun abort the whole step.
                 seen |= self._ask([name], echo)
         found = {name: "; ".join(why) for name, one in seen.items() if (why := problems(one, wanted, memory))}
         apart = network_check.apart({name: one["network_wrong"] for name, one in seen.items()}, first)
@@ -116,13 +116,13 @@ class Allocation:
         return {record["node"]: record for record in map(json.loads, lines)}
 
     def run(self, command: Sequence[str], restarts: int) -> tuple[int, str | None]:
-        """Run the step to its end; its exit code, 128 + n for a signal, and the node whose task failed first."""
+        """Run the step to completion; return its exit code, 128 + n for signal n, and the node that failed first."""
         environment = os.environ | {
             "TORCHELASTIC_RESTART_COUNT": str(restarts),
             "OMP_NUM_THREADS": str(self.job.numerics.threads_per_rank),
             "PYTHONUNBUFFERED": "1",
         }
-        # Its own session: the signal that ends the batch shell must not make srun kill ranks that are about to save.
+        # In its own session: the signal that ends the batch shell must not make srun kill ranks before they save.
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, start_new_session=True,
             text=True, errors="replace",
@@ -137,14 +137,14 @@ class Allocation:
 
 
 def culprit(line: str) -> str | None:
-    """The node whose task srun says has failed; None for one that ended because it was asked to. Pure."""
+    """Return the node of the failed task that an srun message names; None for a requested exit. Pure."""
     asked = rf"Terminated|User defined signal|Exited with exit code {ExitCode.INTERRUPTED:d}\b"
     found = re.match(rf"srun: error: ([^\s:]+): tasks? [\d,\-\[\]]+: (?!{asked})", line)
     return None if found is None else found.group(1)
 
 
 def left_out(log: Sequence[events.Event]) -> dict[str, str]:
-    """Nodes that supervisors left out since the job was submitted last, and why. Pure."""
+    """Return nodes that supervisors have excluded since the last submission, with the reason. Pure."""
     found: dict[str, str] = {}
     for event in log:
         if isinstance(event, events.BatchStarted) and not event.requeues:

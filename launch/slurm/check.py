@@ -1,4 +1,4 @@
-"""What the cluster says of a job before it is submitted: partitions, nodes, GPUs, whether nodes see the run folder."""
+"""Check a job against the cluster before submission: partitions, nodes, GPUs, visibility of the run folder."""
 
 import json
 import subprocess
@@ -13,11 +13,11 @@ from keepwarm.launch.slurm.script import cpus_per_rank, in_container, options
 from keepwarm.trainer.job.spec import JobSpec
 
 PROBE_WAIT = 5
-"""Seconds that a node is waited for that could say whether it sees the run folder."""
+"""Seconds to wait for a free node to probe for the run folder."""
 
 
 def check_offered(job: JobSpec, *, dry_run: bool) -> list[str]:
-    """As `check_cluster`; return remarks for the user, of which the absence of a cluster is one in a dry run."""
+    """Check as `check_cluster` and return remarks for the user; in a dry run, an absent cluster is a remark."""
     try:
         offered = commands.nodes()
     except ClusterError as error:
@@ -30,7 +30,7 @@ def check_offered(job: JobSpec, *, dry_run: bool) -> list[str]:
 
 
 def waits_for(job: JobSpec, offered: Sequence[commands.Node]) -> str | None:
-    """Why a job that the cluster can run would not start now even if nobody else had one; None when it would. Pure."""
+    """Return why the job would have to wait even on an idle cluster; None if it would start at once. Pure."""
     wanted = _partitions(job, offered)
     there = {node.name: node for node in offered if node.partition in wanted}
     needed = job.layout.nodes + job.cluster.slurm.spares
@@ -42,7 +42,7 @@ def waits_for(job: JobSpec, offered: Sequence[commands.Node]) -> str | None:
 
 
 def check_cluster(job: JobSpec, offered: Sequence[commands.Node], excluded: Collection[str] = ()) -> None:
-    """Raise ClusterError, naming the key, when the cluster cannot give what the job asks for, however long it waits."""
+    """Raise ClusterError, naming the key, if the cluster can never provide what the job requests."""
     asked = job.cluster.slurm
     known = commands.partitions(offered)
     if asked.partition is None and not any(node.default for node in offered):
@@ -74,7 +74,7 @@ def check_cluster(job: JobSpec, offered: Sequence[commands.Node], excluded: Coll
 
 
 def _partitions(job: JobSpec, offered: Sequence[commands.Node]) -> list[str]:
-    """Those that the job may go to."""
+    """Return the partitions that may run the job."""
     asked = job.cluster.slurm.partition
     return asked.split(",") if asked else list(dict.fromkeys(node.partition for node in offered if node.default))
 
@@ -84,12 +84,12 @@ def _excluded(job: JobSpec) -> list[str]:
 
 
 def probe(job: JobSpec, folder: Path) -> list[str]:
-    """Ask one free node whether it sees the run folder; return remarks for the user.
+    """Check on one free node that the run folder is visible; return remarks for the user.
 
-    With no node free, the job asks all of them when it starts.
+    If no node is free, the check is left to the job, which checks all of its nodes when it starts.
 
     Raises:
-        ClusterError: the node does not see the run folder, or keepwarm.
+        ClusterError: the run folder or keepwarm is not visible on the node.
     """
     only = [
         text for text in options(job, folder) if text.startswith(("--partition", "--account", "--qos", "--exclude"))

@@ -1,4 +1,4 @@
-"""SLURM's commands, asked with a deadline and read into values. Formats are those that no version has changed."""
+"""Run SLURM's commands with a deadline and parse their output. Uses only formats common to all versions."""
 
 import re
 import subprocess
@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from keepwarm.launch.errors import ClusterError
 
 COMMAND_TIMEOUT_S = 30.0
-"""Seconds that one command may take."""
+"""Timeout of one command."""
 CONTROLLER_TIMEOUT_S = 60.0
-"""Seconds that a controller which does not answer, as while it restarts, is asked again."""
+"""Seconds for which commands are retried while the controller does not answer, for example during its restart."""
 _PAUSE = 1.0
 _UNCONFIGURED = ("Could not establish a configuration source", "No such file or directory: slurm.conf")
 _ELSEWHERE = "submit from a login node of the cluster, or run the job here with keepwarm train"
@@ -19,10 +19,10 @@ _SILENT = ("Unable to contact slurm controller", "Connection refused", "Zero Byt
 
 
 def ask(*command: str, stdin: str | None = None, patience: float = CONTROLLER_TIMEOUT_S) -> str:
-    """The standard output of a SLURM command.
+    """Run a SLURM command and return its standard output, retrying a silent controller for `patience` seconds.
 
     Raises:
-        ClusterError: with what the command said. A silent controller is asked again for `patience` seconds first.
+        ClusterError: the command is missing, timed out or failed; includes its error output.
     """
     end = time.monotonic() + patience
     while True:
@@ -52,19 +52,19 @@ def ask(*command: str, stdin: str | None = None, patience: float = CONTROLLER_TI
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """A node as one partition offers it."""
+    """A node as listed in one partition."""
 
     name: str
     partition: str
     default: bool
-    """Whether it is the partition that jobs go to when they name none."""
+    """Whether the partition is the cluster's default."""
     state: str
     gpus: int
     cpus: int
 
     @property
     def usable(self) -> bool:
-        """Whether it can run a job now or when another has ended."""
+        """Return whether the node can run a job now or after its current one."""
         return (
             not any(word in self.state for word in ("down", "drain", "fail", "inval", "unknown"))
             and "*" not in self.state
@@ -72,7 +72,7 @@ class Node:
 
 
 def nodes() -> list[Node]:
-    """Every node of every partition."""
+    """Return every node of every partition."""
     return [
         _node(line) for line in ask("sinfo", "--noheader", "--Node", "--format=%N|%P|%T|%G|%c").splitlines() if line
     ]
@@ -91,13 +91,13 @@ def _node(line: str) -> Node:
 
 
 def gpus_in(resources: str) -> int:
-    """The number of GPUs in a list of generic resources, as `gpu:a100:4(S:0-1),shard:8`."""
+    """Return the number of GPUs in a list of generic resources such as `gpu:a100:4(S:0-1),shard:8`."""
     return sum(int(count) for count in re.findall(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)", resources))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job as the controller knows it; some minutes after its end it forgets."""
+    """A job as reported by the controller, which forgets jobs some minutes after their end."""
 
     id: str
     state: str
@@ -114,10 +114,10 @@ GOING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE
 
 
 def job(identity: str) -> Job | None:
-    """The job, or None when the controller has forgotten it.
+    """Return the job, or None if the controller has forgotten it.
 
     Raises:
-        ClusterError: the controller cannot be asked.
+        ClusterError: the controller cannot be queried.
     """
     try:
         found = parse_job(ask("scontrol", "show", "job", "--oneliner", identity))
@@ -125,12 +125,12 @@ def job(identity: str) -> Job | None:
         if "Invalid job id" in str(error):
             return None
         raise
-    # A task of an array is known under two numbers, and shares one with the others until it starts.
+    # An array task has two IDs, and shares one with the other tasks until it starts.
     return replace(found, id=identity)
 
 
 def parse_job(line: str) -> Job:
-    """One line of `scontrol show job --oneliner`."""
+    """Parse one line of `scontrol show job --oneliner`."""
     values = dict(re.findall(r"(?:^|\s)([A-Za-z]+)=(\S*)", line))
     return Job(
         id=values["JobId"],
@@ -145,10 +145,10 @@ def parse_job(line: str) -> Job:
 
 
 def host_names(node_list: str) -> list[str]:
-    """The names in a node list, as `node[0-3]`."""
+    """Return the host names in a node list such as `node[0-3]`."""
     return ask("scontrol", "show", "hostnames", node_list).split() if node_list else []
 
 
 def partitions(offered: Sequence[Node]) -> list[str]:
-    """Their names, each once."""
+    """Return the distinct partition names."""
     return list(dict.fromkeys(node.partition for node in offered))

@@ -1,7 +1,7 @@
-"""What runs on the first node of a SLURM allocation: `python -P -m keepwarm.launch.slurm.job RUN`.
+"""Batch job on the first node of a SLURM allocation: `python -P -m keepwarm.launch.slurm.job RUN`.
 
-Checks the nodes, starts the ranks on as many healthy ones as the layout has, and decides what follows when they end:
-nothing, the same again on the nodes that are left, or a requeue of the job.
+Checks the nodes, starts the ranks on as many healthy nodes as the layout needs, and decides when they end whether to
+stop, restart on the remaining nodes or requeue the job.
 """
 
 import os
@@ -23,21 +23,21 @@ from keepwarm.trainer.job.stages import plan_stages
 from keepwarm.trainer.monitor import events
 
 REQUEUE_GRACE_S = 60.0
-"""Seconds that SLURM has to end this process once it has put the job back into the queue."""
+"""Seconds to wait for SLURM to end this process after requeueing the job."""
 
 Verdict = Literal["done", "again", "requeue", "give up"]
 _POLITE = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
 def verdict(code: int, *, crashed: bool, ending: bool, failures: int, limit: int) -> tuple[Verdict, str]:
-    """What follows when the ranks ended with `code`, and why. Pure.
+    """Decide what follows after the ranks exited with `code`, and give the reason. Pure.
 
     Args:
-        code: of srun, the largest of its tasks; 128 + n when a signal ended it.
-        crashed: a task ended by itself first; what srun did to the others then says nothing.
-        ending: SLURM ends the job by itself, by scancel, preemption or requeue: what comes next is its decision.
-        failures: starts in a row, this one included, that failed without a step in between.
-        limit: of `failures`.
+        code: exit code of srun, the largest of its tasks' codes; 128 + n if signal n ended it.
+        crashed: whether a task failed on its own first; srun's treatment of the others is then irrelevant.
+        ending: whether SLURM is ending the job (scancel, preemption or requeue) and so decides what comes next.
+        failures: consecutive starts, including this one, that failed without completing a step.
+        limit: maximum of `failures`.
     """
     if code == ExitCode.DONE:
         return "done", "finished"
@@ -53,7 +53,7 @@ def verdict(code: int, *, crashed: bool, ending: bool, failures: int, limit: int
 
 
 def run_job(folder: Path) -> int:
-    """The whole life of one start of the job; its exit code."""
+    """Run one start of the batch job and return its exit code."""
     job = load_run(RunFolder(folder).run_file)
     here = Allocation(folder, job, commands.host_names(os.environ["SLURM_JOB_NODELIST"]))
     signal.signal(signal.SIGTERM, here.note_end)
@@ -70,7 +70,7 @@ def run_job(folder: Path) -> int:
         restarts = max(requeues + attempts, 1 if begun else 0)
         code, guilty = here.run(_step(here, nodes, resume=resume, begun=begun > 0, restarts=restarts), restarts)
         if code and RunFolder(folder).last_step() >= plan_stages(job)[-1].end_step and _finished(folder):
-            code = ExitCode.DONE  # of a node that was lost on the way
+            code = ExitCode.DONE  # the nonzero code came from a node lost during the run
         attempts += 1
         failures = 1 if RunFolder(folder).last_step() > begun else failures + 1
         what, why = verdict(
@@ -91,7 +91,7 @@ def run_job(folder: Path) -> int:
 
 
 def _step(here: Allocation, nodes: list[str], *, resume: bool, begun: bool, restarts: int) -> list[str]:
-    """The srun command of the next start."""
+    """Return the srun command of the next start."""
     job, folder = here.job, here.folder
     if job.cluster.slurm.launcher == "rank":
         here.say(f"{job.name}: starting {job.layout.world_size} ranks on {', '.join(nodes[: job.layout.nodes])}")
@@ -99,19 +99,19 @@ def _step(here: Allocation, nodes: list[str], *, resume: bool, begun: bool, rest
     here.say(f"{job.name}: starting supervisors on {', '.join(nodes)} for {job.layout.nodes} slots")
     saved = (RunFolder(folder).checkpoints / "latest").exists()
     if begun and not saved:
-        # Nothing was saved before everything was lost: the run begins anew, and so does its record.
+        # Everything was lost before anything was saved: the run starts over, and so do its metrics.
         RunFolder(folder).metrics_file.unlink()
     return node_step(job, folder, nodes, resume=saved)
 
 
 def _finished(folder: Path) -> bool:
-    """Whether rank 0 has said so since the last start."""
+    """Return whether rank 0 has recorded the end of the run since the last start."""
     told = [type(event) for event in events.read(folder).of(events.Began, events.Finished)]
     return told[-1:] == [events.Finished]
 
 
 def _requeue(here: Allocation, why: str) -> int:
-    """Put the job back into the queue, without the nodes that are not fit; it goes on from where it is saved."""
+    """Requeue the job without the unfit nodes; it resumes from its saved state."""
     identity = here.slurm_job
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
@@ -124,11 +124,11 @@ def _requeue(here: Allocation, why: str) -> int:
     if here.bad:
         excluded = ",".join([*here.job.cluster.slurm.exclude, *here.bad])
         try:
-            # Only now: a running job that has lost a node cannot be changed where nothing keeps accounts.
+            # Only after the requeue: without accounting, SLURM cannot update a running job that has lost a node.
             commands.ask("scontrol", "update", f"JobId={identity}", f"ExcNodeList={excluded}")
         except ClusterError as error:
             here.say(f"the next start may get {excluded} again: {error}")
-    # SLURM ends this process now; until it says so the job must not end by itself.
+    # SLURM will end this process; the job must not exit on its own before that.
     signal.sigtimedwait([signal.SIGTERM], REQUEUE_GRACE_S)
     return ExitCode.INTERRUPTED
 

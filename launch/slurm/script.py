@@ -1,4 +1,4 @@
-"""The sbatch script of a run, and the command lines inside it. Pure: the same job gives the same text."""
+"""Render the sbatch script of a run and its srun commands. Pure: the same job gives the same text."""
 
 import shlex
 import sys
@@ -15,13 +15,13 @@ SCRIPT = "job.sbatch"
 """Name of the rendered script in the run folder."""
 LOG = "slurm-%j.log"
 ALLOCATION_VACANCY_TIMEOUT_S = 10.0
-"""Seconds that a slot may stay vacant inside an allocation."""
+"""Maximum time for which a slot may stay vacant inside an allocation."""
 CODE = "code"
-"""Folder of the copied code in the run folder."""
+"""Folder inside the run folder that holds the copy of the code."""
 
 
 def render(job: JobSpec, folder: Path, *, array: Array | None = None, python: str = sys.executable) -> str:
-    """The whole script. Inside the allocation `keepwarm.launch.slurm.job` decides what is started where."""
+    """Return the whole script. Inside the allocation, `keepwarm.launch.slurm.job` decides what to start where."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         undefined=jinja2.StrictUndefined,
@@ -44,7 +44,7 @@ def render(job: JobSpec, folder: Path, *, array: Array | None = None, python: st
 
 
 def options(job: JobSpec, folder: Path, array: Array | None = None) -> list[str]:
-    """What the script asks of SLURM, one option each, quoted as sbatch reads them."""
+    """Return the script's sbatch options, quoted as sbatch reads them."""
     slurm = job.cluster.slurm
     logs = str(folder).replace("%", "%%") + ("" if array is None else "/%a")
     asked = {
@@ -62,11 +62,11 @@ def options(job: JobSpec, folder: Path, array: Array | None = None) -> list[str]
         "output": f"{logs}/logs/{LOG}",
         "array": None if array is None else _array(array),
         "open-mode": "append",
-        # To the ranks alone: what ends the batch shell would end the ranks before they have saved.
+        # To the ranks only: a signal that ends the batch shell would end the ranks before they have saved.
         "signal": f"USR1@{slurm.save_before_limit}",
     }
     named = [f"--{key}={shlex.quote(str(value))}" for key, value in asked.items() if value is not None]
-    # The death of a node must not end the job: the others hold its state.
+    # Losing a node must not end the job: the other nodes hold its state.
     return [*named, "--no-kill", "--requeue", *slurm.extra]
 
 
@@ -79,7 +79,7 @@ def cpus_per_rank(job: JobSpec) -> int:
 
 
 def rank_step(job: JobSpec, folder: Path, nodes: list[str], *, resume: bool, python: str = sys.executable) -> list[str]:
-    """The srun command that starts one task per rank on these nodes; ranks count along the nodes in SLURM's order."""
+    """Return the srun command that starts one task per rank, numbered along the nodes in SLURM's order."""
     logs = str(RunFolder(folder).logs).replace("%", "%%")
     return [
         "srun",
@@ -89,9 +89,9 @@ def rank_step(job: JobSpec, folder: Path, nodes: list[str], *, resume: bool, pyt
         f"--cpus-per-task={cpus_per_rank(job)}",
         f"--nodelist={','.join(nodes)}",
         "--distribution=block",
-        # A step that ended with a dead node keeps its place for minutes; only one step runs at a time.
+        # A step that ended with a dead node holds its resources for minutes; only one step runs at a time.
         "--overlap",
-        # Without --no-kill: when a node dies, SLURM ends the step on the others, which would wait for it.
+        # No --no-kill: when a node dies, SLURM must end the step on the other nodes, which would wait for it.
         "--kill-on-bad-exit=1",
         "--open-mode=append",
         f"--output={logs}/rank_%5t.log",
@@ -102,7 +102,7 @@ def rank_step(job: JobSpec, folder: Path, nodes: list[str], *, resume: bool, pyt
 
 
 def node_step(job: JobSpec, folder: Path, nodes: list[str], *, resume: bool, python: str = sys.executable) -> list[str]:
-    """The srun command that starts one supervisor per node, spares included; each starts the ranks of its slot."""
+    """Return the srun command that starts one supervisor per node, spares included; each starts its slot's ranks."""
     logs = str(RunFolder(folder).logs).replace("%", "%%")
     return [
         "srun",
@@ -112,20 +112,20 @@ def node_step(job: JobSpec, folder: Path, nodes: list[str], *, resume: bool, pyt
         f"--cpus-per-task={job.layout.ranks_per_node * cpus_per_rank(job)}",
         f"--nodelist={','.join(nodes)}",
         "--overlap",
-        # The others go on when a node dies, or when a supervisor gives up its own.
+        # The other nodes continue when a node dies or its supervisor gives up.
         "--no-kill",
         "--kill-on-bad-exit=0",
         "--open-mode=append",
         f"--output={logs}/node_%N.log",
         *in_container(job.cluster.slurm, folder, python),
-        # A node that comes back later cannot join the step: without a spare the job is requeued.
+        # A node that comes back later cannot join the step: without a spare, the job is requeued.
         *("-P", "-m", "keepwarm.launch.slurm.node", str(folder), f"--vacancy-timeout={ALLOCATION_VACANCY_TIMEOUT_S:g}"),
         *(["--resume"] if resume else []),
     ]
 
 
 def in_container(slurm: SlurmSpec, folder: Path, python: str) -> list[str]:
-    """Options of srun and the interpreter behind them, inside the job's image where it has one."""
+    """Return srun's container options, if the job names an image, followed by the interpreter."""
     if (container := slurm.container) is None:
         return [python]
     mounts = [f"{folder}:{folder}", *container.mounts]

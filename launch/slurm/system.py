@@ -1,4 +1,4 @@
-"""SLURM as a batch system."""
+"""SLURM batch system."""
 
 import shutil
 from pathlib import Path
@@ -12,7 +12,7 @@ from keepwarm.trainer.job.cluster import SlurmSpec
 
 
 class Slurm(BatchSystem):
-    """Submits with sbatch; asks and ends jobs with scontrol and scancel."""
+    """Submits jobs with sbatch; queries and ends them with scontrol and scancel."""
 
     name = "slurm"
     title = "SLURM"
@@ -46,7 +46,7 @@ class Slurm(BatchSystem):
         if now or job.phase != "running":
             commands.ask("scancel", job.id)
         else:
-            # Without this it would be put back into the queue once its state is saved.
+            # Otherwise the job would be requeued once its state is saved.
             commands.ask("scontrol", "update", f"JobId={job.id}", "Requeue=0")
             commands.ask("scancel", "--signal=USR1", job.id)
 
@@ -68,9 +68,9 @@ def _batch_job(job: commands.Job) -> BatchJob:
 
 
 def _copy_code(request: Request) -> None:
-    """Copy the code that runs here into the folder, if the job asks for it: the nodes run the copy.
+    """Copy the running code into the run folder, if the job requests it, for the nodes to run.
 
-    A copy from an earlier submission is replaced.
+    Replaces the copy of an earlier submission.
     """
     copy = request.folder / CODE
     if copy.is_dir():
