@@ -102,7 +102,7 @@ def plan(
 
 
 def stripe_state(inventories: Mapping[int, Inventory], group: Group, snapshot: SnapshotId, stripe: int) -> StripeState:
-    """Return the holders of a stripe whose chunks belong together: the largest such set, preferring data on a tie."""
+    """Return the largest set of a stripe's holders whose chunks belong together, and their version."""
     chunks = {slot: record for slot in group.members if (record := _record(inventories, slot, snapshot, stripe))}
     sources = group.sources(stripe)
     versions = {_version(chunks[slot]) for slot in group.parities(stripe) if slot in chunks}
