@@ -1,4 +1,4 @@
-"""The type of raw memory that all of `ft` passes around."""
+"""Type of raw memory used throughout `ft`."""
 
 from typing import TypeAlias
 
@@ -6,4 +6,4 @@ import numpy as np
 import numpy.typing as npt
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
-"""A one-dimensional array of bytes; often a view of shared memory, which its owner keeps mapped."""
+"""A one-dimensional byte array, often a view of shared memory that its owner keeps mapped."""

@@ -1,8 +1,8 @@
-"""What can go wrong in `ft`.
+"""Exceptions of `ft`.
 
 FtError
-├── CodecError           buffers or losses that the code cannot work with
-│   └── KernelUnavailable    the compiled kernel was asked for by name and cannot be used
+├── CodecError           buffers or losses that the code cannot handle
+│   └── KernelUnavailable    the kernel requested by name cannot be used
 ├── PlacementError       the code does not fit the nodes (bad input)
 ├── MemoryTooSmall       host memory cannot hold the buffers (bad input)
 ├── ForeignSnapshot      a snapshot of another job, model or layout
@@ -13,13 +13,13 @@ FtError
 │   └── PeerLost              the other side closed, or was silent past a deadline
 ├── AgentError           the agent of this node cannot be started or reached, or refused a request
 │   └── BufferBusy           no buffer is free: the previous snapshot is not committed yet
-├── IncompleteError      the pieces at hand do not cover a tensor
+├── IncompleteError      the available pieces do not cover a tensor
 └── DurableError         a durable checkpoint cannot be written or read
 """
 
 
 class FtError(Exception):
-    """Base of every error raised by this package; the message says what to do next."""
+    """Base of all errors raised by this package. The message says what to do next."""
 
 
 class CodecError(FtError):
@@ -27,27 +27,27 @@ class CodecError(FtError):
 
 
 class KernelUnavailable(CodecError):
-    """The kernel asked for by name cannot be used on this machine."""
+    """The kernel requested by name cannot be used on this machine."""
 
 
 class PlacementError(FtError):
-    """The code does not fit the number of nodes; shows the arithmetic."""
+    """The code does not fit the number of nodes. The message shows the arithmetic."""
 
 
 class MemoryTooSmall(FtError):
-    """Host memory cannot hold the buffers; shows the arithmetic."""
+    """Host memory cannot hold the buffers. The message shows the arithmetic."""
 
 
 class ForeignSnapshot(FtError):
-    """The snapshot belongs to another job, model or layout; nothing was overwritten."""
+    """The snapshot belongs to another job, model or layout. Nothing was overwritten."""
 
 
 class ChunkCorrupt(FtError):
-    """A chunk does not match its checksum; names the node, the stripe and the chunk."""
+    """A chunk does not match its checksum. The message names the node, the stripe and the chunk."""
 
 
 class TransportError(FtError):
-    """A link to an agent failed; names the peer."""
+    """A link to an agent failed. The message names the peer."""
 
 
 class AuthenticationFailed(TransportError):
@@ -59,7 +59,7 @@ class FrameError(TransportError):
 
 
 class PeerLost(TransportError):
-    """The other side closed the connection or was silent past a deadline; says who waited for whom."""
+    """The other side closed the connection or was silent past a deadline. The message names both sides."""
 
 
 class AgentError(FtError):
@@ -71,8 +71,8 @@ class BufferBusy(AgentError):
 
 
 class IncompleteError(FtError):
-    """The pieces at hand do not cover a tensor; names the tensor and the first hole."""
+    """The available pieces do not cover a tensor. The message names the tensor and the first gap."""
 
 
 class DurableError(FtError):
-    """A durable checkpoint cannot be written or read; names the file."""
+    """A durable checkpoint cannot be written or read. The message names the file."""

@@ -1,8 +1,8 @@
-"""Which nodes protect each other: groups over failure domains. Pure and torch-free.
+"""Assign nodes to protection groups across failure domains. Pure and torch-free.
 
-Nodes are numbered 0..N-1. A failure domain is whatever fails at once: a rack, a switch, or the node itself. A group
-of g nodes under a code with m parity chunks survives the loss of any m of them, and g = k + m. How the stripes of a
-group lie on its members is `keepwarm.ft.protocol.state.Group`.
+Nodes are numbered 0..N-1. A failure domain is anything that fails as a unit: a rack, a switch or the node itself. A
+group of g nodes under a code with m parity chunks survives the loss of any m of them, and g = k + m. For the placement
+of stripes within a group, see `keepwarm.ft.protocol.state.Group`.
 """
 
 from collections import Counter
@@ -17,13 +17,13 @@ MAX_GROUP = 32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Nodes that hold parity for each other; a node's position in `members` is its number within the group."""
+    """Nodes that hold parity for each other. A node's position in `members` is its number within the group."""
 
     members: tuple[int, ...]
     domains: tuple[Hashable, ...]
     """Failure domain of each member."""
     m: int
-    """Members that may be lost at once; 0 means that there is no parity and the caller warns."""
+    """Members that may be lost at once. 0 means no parity, and the caller warns."""
 
     @property
     def size(self) -> int:
@@ -31,7 +31,7 @@ class Group:
 
     @property
     def k(self) -> int:
-        """Chunks that a member's state is split into, and sources per stripe."""
+        """Chunks per member's state, and sources per stripe."""
         return self.size - self.m
 
     @property
@@ -40,21 +40,21 @@ class Group:
 
     @property
     def crowded(self) -> tuple[Hashable, ...]:
-        """Domains of several nodes that hold more than m members: losing one of them loses data; the caller warns."""
+        """Multi-node domains with more than m members here. Losing one loses data, so the caller warns."""
         counts = Counter(self.domains)
         return tuple(domain for domain, count in counts.items() if count > max(self.m, 1))
 
 
 def place(nodes: int | Sequence[Hashable], k: int, m: int) -> tuple[Group, ...]:
-    """Divides nodes, given as their number or as each one's failure domain, into groups for the code (k, m).
+    """Divide nodes, given as a count or as each node's failure domain, into groups for the code (k, m).
 
     N nodes form N div (k + m) groups whose sizes differ by at most one, so that no node is left without parity; a
-    group of g' nodes is coded (g' - m, m). Where this would exceed 32 nodes, there are more and smaller groups. The
-    members of each domain are dealt over the groups in turn, so that no group holds more than ceil(d / groups) of a
+    group of g' nodes uses the code (g' - m, m). If this would exceed 32 nodes, there are more and smaller groups. The
+    members of each domain are dealt to the groups in turn, so that no group holds more than ceil(d / groups) of a
     domain of d nodes, which is the least possible. A single node becomes a group without parity.
 
     Raises:
-        PlacementError: k < 1, m < 0, k + m > 32, no node, or fewer than k + m nodes where there are several.
+        PlacementError: if k < 1, m < 0, k + m > 32, there is no node, or there are several but fewer than k + m.
     """
     domains: Sequence[Hashable] = range(nodes) if isinstance(nodes, int) else nodes
     count, width = len(domains), k + m
@@ -88,17 +88,17 @@ def place(nodes: int | Sequence[Hashable], k: int, m: int) -> tuple[Group, ...]:
 
 
 def code_for(nodes: int, code: CodeSpec | None) -> tuple[int, int]:
-    """Return (k, m): what the spec leaves open comes from (4, 2), made smaller until a group fits the nodes, m last."""
+    """Return (k, m). Values missing from the spec start at (4, 2) and shrink until a group fits, m last."""
     code = code or CodeSpec()
     parity = code.parity or (2 if nodes >= 4 else 1)
     return code.data or max(1, min(4, nodes - parity)), parity
 
 
 def groups_of(nodes: int, spec: SnapshotSpec) -> tuple[Group, ...]:
-    """Which nodes protect each other.
+    """Return the groups of nodes that protect each other.
 
     Raises:
-        PlacementError: the code does not fit the nodes.
+        PlacementError: if the code does not fit the nodes.
     """
     domains = list(spec.domains) if isinstance(spec.domains, tuple) else nodes
     return place(domains, *code_for(nodes, spec.code))

@@ -1,4 +1,4 @@
-"""The section of the job spec that configures snapshots. Torch-free."""
+"""Snapshot section of the job spec. Torch-free."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""How likely simultaneous node failures are to lose data. Pure arithmetic, exact until the last division."""
+"""Probability that simultaneous node failures lose data. Pure arithmetic, exact until the last division."""
 
 import itertools
 import math
@@ -8,14 +8,14 @@ from keepwarm.ft.placement import Group
 
 
 def loss_probability(groups: Iterable[Group], failures: int) -> float:
-    """Probability that `failures` distinct nodes, all sets of them equally likely, lose data.
+    """Return the probability that losing `failures` distinct nodes, with all sets equally likely, loses data.
 
-    Data are lost when some group loses more than its m members. With N nodes in groups of g, the sets of f nodes that
-    every group survives number the coefficient of x^f in the product over groups of sum(C(g, i) x^i, i <= m), out of
-    C(N, f). Failures that strike a domain at once are not random in this sense: see `Group.crowded`.
+    Data is lost if any group loses more than m members. With N nodes in groups of g, the number of sets of f nodes that
+    every group survives is the coefficient of x^f in the product over groups of sum(C(g, i) x^i, i <= m), out of
+    C(N, f). Failures of a whole domain are not random in this sense: see `Group.crowded`.
 
     Raises:
-        ValueError: there are fewer nodes than failures.
+        ValueError: if there are fewer nodes than failures.
     """
     shapes = [(group.size, group.m) for group in groups]
     nodes = sum(size for size, _ in shapes)

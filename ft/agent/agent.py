@@ -1,7 +1,7 @@
-"""The snapshot agent of one node: `python -P -m keepwarm.ft.agent CONFIG.json`.
+"""Snapshot agent of one node: `python -P -m keepwarm.ft.agent CONFIG.json`.
 
-The shell around `keepwarm.ft.protocol.step`: it owns the sockets, the memory, the threads and the clock, hands events
-to the pure protocol one at a time and has the effects carried out. It decides nothing about snapshots.
+The shell around `keepwarm.ft.protocol.step`: it owns the sockets, memory, threads and clock, feeds events to the pure
+protocol one at a time and carries out the resulting effects. It makes no decisions about snapshots.
 """
 
 import collections
@@ -65,19 +65,19 @@ from keepwarm.ft.transport.network import Network, NetworkLimits
 
 TICK = 0.05
 SLOT_POLL_INTERVAL_S = 0.25
-"""How often an agent without workers checks that it still owns its slot, in seconds."""
+"""Interval at which an agent without workers checks that it still owns its slot, in seconds."""
 FAREWELL = 60.0
-"""Seconds that an agent which was asked to end leaves its workers to save and end."""
+"""Grace period in which an agent that was asked to stop lets its workers save and exit, in seconds."""
 
 
 class Agent:
-    """The agent of one slot, which implements `keepwarm.ft.agent.shell.Shell` for its parts and listens to its workers.
+    """Agent of one slot. Implements `keepwarm.ft.agent.shell.Shell` for its parts and handles its workers' sessions.
 
-    Its memory is one incarnation of the slot's.
+    Each process is one incarnation of the slot's memory.
     """
 
     def __init__(self, config: AgentConfig, clock: Callable[[], float] = time.monotonic) -> None:
-        """Take the memory and open the sockets. Raises `AgentError` when the slot's agent runs already."""
+        """Allocate the memory and open the sockets. Raise `AgentError` if the slot's agent is already running."""
         self.config, self.clock = config, clock
         self.folder = agent_config.private_folder(Path(config.folder))
         self._lock = take_lock(self.folder)
@@ -117,7 +117,7 @@ class Agent:
         self._ended = ""
         self._next_look = 0.0
         self._leaves: tuple[str, float] | None = None
-        """The signal that asked this agent to end, and when."""
+        """The signal that asked this agent to stop, and when it arrived."""
         self.journal.write("info", "started", pid=os.getpid(), bytes=self.memory.bytes, address=self.network.address)
 
     def _open_sockets(self, secret: bytes) -> tuple[Network, WorkerSessions]:
@@ -131,13 +131,13 @@ class Agent:
         to_workers = dataclasses.replace(to_peers, roles=worker_sessions.ROLES)
         return network, WorkerSessions(self.selector, config.socket, to_workers, self.memory, self, self.journal)
 
-    # ---- from start to end
+    # ---- life cycle
 
     def run(self) -> str:
-        """Serve until the job ends, the lease runs out or SIGTERM comes; returns why.
+        """Serve until the job ends, the lease expires or SIGTERM arrives. Return the reason.
 
-        Batch systems signal every process of a job. What they say is meant for those who train and are about to save:
-        asked to end, an agent does so once its workers have left and what they gave it is on disk.
+        Batch systems signal every process of a job, but the signal is meant for the workers, which are about to save.
+        An agent that receives it therefore exits only after its workers have left and their data is on disk.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._asked)
@@ -161,7 +161,7 @@ class Agent:
         self._leaves = self._leaves or (signal.Signals(number).name, self.clock())
 
     def close(self) -> None:
-        """Leave nothing behind: sockets, endpoint, folder and, with the last mapping, the memory."""
+        """Release everything: sockets, endpoint, folder and, with the last mapping, the memory."""
         self.journal.write("info", "ended", reason=self._ended)
         if self.durable is not None:
             self.durable.close()
@@ -196,7 +196,7 @@ class Agent:
             self._next_look = now + SLOT_POLL_INTERVAL_S
             endpoint = self.registry.endpoint(self.config.slot)
             if endpoint is not None and endpoint.incarnation > self.state.incarnation:
-                # Its supervisor has died. Peers that stay connected with this agent would not meet the other one.
+                # This agent's supervisor has died. Peers still connected here would not reach the newer agent.
                 self.end("the slot has another agent, on another node")
 
     def connect_peers(self, *, everyone: bool) -> None:
@@ -205,7 +205,7 @@ class Agent:
     # ---- the protocol
 
     def dispatch(self, event: events.Event, arrived: Arrived | None = None) -> None:
-        """Handle one event after the other, and of each all effects before the next; `arrived` belongs to `event`."""
+        """Handle events one at a time, with all effects of each before the next. `arrived` belongs to `event`."""
         self._events.append((event, arrived))
         if self._dispatching:
             return
@@ -220,7 +220,7 @@ class Agent:
             self._dispatching = False
 
     def route(self, sender: int, incarnation: int, message: Any) -> None:
-        """Handle a message of an agent, this one included."""
+        """Handle a message from an agent, which may be this one."""
         if isinstance(message, (Decode, Fetch, Read)):
             self.election.catch_up(message.epoch)
         if isinstance(message, Inventory):
@@ -233,7 +233,7 @@ class Agent:
             self.dispatch(events.Received(sender, incarnation, message))
             self.election.heard(message)
 
-    # ---- SessionHandler of the processes of this node
+    # ---- SessionHandler: processes on this node
 
     def configured(self, geometry: Geometry) -> Attached:
         self.dispatch(events.Configured(geometry))
@@ -281,7 +281,7 @@ class Agent:
 
 
 def _event(worker: int, message: Wire) -> events.Event | None:
-    """What a worker's message is to the protocol; None when it is none of its messages."""
+    """Convert a worker's message to a protocol event. Return None for any other message."""
     match message:
         case Open(snapshot=snapshot, wait=wait):
             return events.WorkerOpened(worker, snapshot, wait)

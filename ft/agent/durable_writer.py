@@ -1,7 +1,7 @@
-"""Committed snapshots become durable checkpoints, written by the agents while the workers train on.
+"""Write committed snapshots as durable checkpoints while the workers keep training.
 
-Every agent writes the parts of its own workers; the lowest living slot waits for all parts, writes the manifest,
-verifies and publishes. A disk that fails, is full or slow costs a warning and a later checkpoint, nothing else.
+Each agent writes its own workers' parts. The lowest live slot waits for all parts, writes the manifest, verifies and
+publishes. A failing, full or slow disk costs only a warning and a later checkpoint.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from keepwarm.ft.protocol.messages import SnapshotId
 
 @dataclass
 class Report:
-    """What became of the checkpoints since this agent began."""
+    """Outcome of the checkpoints written since this agent started."""
 
     written: int = 0
     published: int = 0
@@ -39,7 +39,7 @@ class Report:
 
 
 class DurableWriter:
-    """One checkpoint at a time on a thread of its own."""
+    """Writes one checkpoint at a time on a dedicated thread."""
 
     def __init__(self, shell: Shell, config: DurableConfig) -> None:
         self._shell, self._config = shell, config
@@ -48,9 +48,9 @@ class DurableWriter:
         self._under_way = 0
         self._owed = False
         self._saves: int | None = None
-        """The epoch that a supervisor wants on disk."""
+        """The epoch that a supervisor has asked to have on disk."""
         self._abandoned = threading.Event()
-        """Of the checkpoint that was begun last."""
+        """Set to abandon the most recently started checkpoint."""
         self.report = Report()
 
     @property
@@ -58,7 +58,7 @@ class DurableWriter:
         return self._under_way > 0
 
     def committed(self, snapshot: SnapshotId) -> None:
-        """Begin to write a snapshot that is due; one that comes while another is written is passed over."""
+        """Start writing a snapshot if it is due. Skip it if another one is being written."""
         due = snapshot.step % self._config.every == 0 or self._owed
         if not due or self.busy:
             self._owed = self._owed or due
@@ -66,22 +66,25 @@ class DurableWriter:
         self._begin(snapshot, snapshot.epoch)
 
     def save(self, epoch: int) -> None:
-        """Write what an epoch restores, due or not, as soon as this agent has it whole."""
+        """Write the snapshot that an epoch restores, due or not, as soon as this agent has all of its part."""
         self._saves = epoch
         self.decided()
 
     def decided(self) -> None:
-        """An epoch's decision is in force."""
+        """React to an epoch's decision coming into force."""
         state = self._shell.state
         if self._saves is None or not state.restorable or state.epoch < self._saves:
             return
         asked, self._saves = self._saves, None
         if state.decided is not None:
-            self.abandon()  # what is under way may wait for an agent that is lost
+            self.abandon()  # the write in progress may be waiting for a lost agent
             self._begin(state.decided, asked)
 
     def _begin(self, snapshot: SnapshotId, epoch: int) -> None:
-        """`epoch`: the snapshot's, or the later one that a supervisor wants on disk; all write into one folder."""
+        """Start writing for `epoch`: the snapshot's, or a later one that a supervisor wants on disk.
+
+        All writers share one folder.
+        """
         copy = self._shell.state.copy(snapshot)
         if copy is None or copy.data is None:
             return
@@ -98,7 +101,7 @@ class DurableWriter:
         )
 
     def abandon(self) -> None:
-        """Parts that are missing will not come: the agents that were to write them have left."""
+        """Stop waiting for missing parts: the agents that should have written them are gone."""
         self._abandoned.set()
 
     def close(self) -> None:
@@ -119,7 +122,7 @@ class DurableWriter:
         self._shell.dispatch(events.DurableEnded(snapshot))
 
     def _write(self, snapshot: SnapshotId, tmp: Path, data: Bytes, publishes: threading.Event | None) -> str:
-        """On the thread: returns what went wrong, or nothing. `publishes`, unless that event says to give it up."""
+        """Write on the thread; publish if `publishes` is given and not set. Return the error message, or ""."""
         began = self._shell.clock()
         try:
             tmp.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -162,7 +165,7 @@ class DurableWriter:
 
 
 def parts(data: Bytes) -> list[tuple[Contents, Bytes]]:
-    """The workers' parts of a data buffer; every part says how long it is."""
+    """Return the workers' parts of a data buffer. Each part records its own length."""
     found = []
     at = 0
     while at + 16 <= len(data):

@@ -1,4 +1,4 @@
-"""Carries out what the protocol wants done: every effect goes to the part of the agent that it concerns."""
+"""Carry out protocol effects by dispatching each one to the responsible part of the agent."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from keepwarm.ft.protocol.messages import AgentMessage, Committed, EpochBegan, G
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The parts of an agent that carry effects out."""
+    """Parts of the agent that carry out effects."""
 
     sessions: WorkerSessions
     encoder: Encoder
@@ -30,13 +30,13 @@ class Parts:
 
 
 class Effects:
-    """Every effect's place in the agent."""
+    """Maps each effect type to its handler."""
 
     def __init__(self, shell: Shell, parts: Parts) -> None:
         self._shell, self._parts = shell, parts
 
     def carry_out(self, effect: events.Effect, arrived: Arrived | None) -> None:
-        """Carry one effect out; `arrived` is the bucket that the event behind it brought, if it brought one."""
+        """Carry out one effect. `arrived` is the bucket delivered with the event that caused it, if any."""
         match effect:
             case events.Accumulate():
                 assert arrived is not None

@@ -1,4 +1,4 @@
-"""Coding of snapshots: data chunks are sent to the holders of their parity, buckets that arrive enter parity chunks."""
+"""Encode snapshots: send data chunks to the parity holders and accumulate arriving buckets into parity chunks."""
 
 import functools
 from collections.abc import Hashable
@@ -11,7 +11,7 @@ from keepwarm.ft.protocol.messages import SnapshotId, digest
 
 
 class Encoder:
-    """Carries out the effects that read and write buffers, on the threads of the pool."""
+    """Runs the effects that read and write buffers on the thread pool."""
 
     def __init__(self, shell: Shell) -> None:
         self._shell = shell
@@ -32,7 +32,7 @@ class Encoder:
         shell.outbox.add(link, Job(effect.snapshot, effect.stripe, pieces), replace=True)
 
     def verify(self, effect: events.Verify) -> None:
-        """Compare a data buffer with its workers' checksums."""
+        """Verify a data buffer against its workers' checksums."""
         shell, sums = self._shell, effect.sums
         size = shell.config.bucket_bytes
         data = shell.memory.data[effect.buffer].data[: len(sums) * size]
@@ -52,7 +52,7 @@ class Encoder:
         shell.pool.order(strand, lambda: shell.memory.parity_chunk(effect.buffer, effect.stripe).fill(0))
 
     def accumulate(self, effect: events.Accumulate, arrived: Arrived) -> None:
-        """Add a bucket that arrived to the parity of its stripe; its receive buffer is free after that."""
+        """Add an arrived bucket to the parity of its stripe, then free its receive buffer."""
         shell = self._shell
         group, data = shell.state.group, arrived.data
         arrived.wanted = True
@@ -63,7 +63,7 @@ class Encoder:
         shell.pool.order(strand, functools.partial(row.accumulate, target, effect.column, data), None, arrived.done)
 
     def finish(self, effect: events.FinishParity) -> None:
-        """Read a parity chunk that is complete and checksum it."""
+        """Read back a complete parity chunk and compute its checksum."""
         shell = self._shell
         chunk = shell.memory.parity_chunk(effect.buffer, effect.stripe)
         shell.pool.order(
@@ -73,17 +73,17 @@ class Encoder:
         )
 
     def stop(self, snapshot: SnapshotId) -> None:
-        """Forget what is unfinished of a snapshot."""
+        """Drop all unfinished work on a snapshot."""
         self._shell.outbox.stop(lambda job: job.snapshot == snapshot)
         gone = self._strands.pop(snapshot, set())
         self._shell.pool.drop(lambda strand: strand in gone)
 
     def release(self, snapshot: SnapshotId) -> None:
-        """The snapshot has left its buffers."""
+        """Release the buffers of a snapshot."""
         self._strands.pop(snapshot, None)
 
     def _parity_strand(self, snapshot: SnapshotId, buffer: int, stripe: int) -> Hashable:
-        """Work on one chunk of parity memory, whatever snapshot it is for, goes in order."""
+        """Return the strand of one parity chunk, which serializes work on that memory across snapshots."""
         strand = ("parity", buffer, stripe)
         self._strands.setdefault(snapshot, set()).add(strand)
         return strand

@@ -1,4 +1,4 @@
-"""Buckets on their way in: each is checksummed on a thread, then the protocol decides what becomes of it."""
+"""Receive buckets: checksum each one on a thread, then let the protocol decide what to do with it."""
 
 from collections.abc import Hashable
 
@@ -13,7 +13,7 @@ from keepwarm.ft.transport.link import Link
 
 
 class Inbox:
-    """Receive buffers of one bucket each; a link fills one at a time and is paused until that one is free again."""
+    """One-bucket receive buffers. A link fills one at a time and is paused until that buffer is free again."""
 
     def __init__(self, shell: Shell) -> None:
         self._shell = shell
@@ -22,11 +22,11 @@ class Inbox:
 
     @property
     def free(self) -> int:
-        """Receive buffers that wait for their next bucket; they are kept."""
+        """Number of idle receive buffers. They are kept for reuse."""
         return len(self._free)
 
     def target(self, link: Link, size: int) -> memoryview | None:
-        """Memory for a bucket of `size` bytes; None when buckets of this job are smaller."""
+        """Return memory for a bucket of `size` bytes, or None if this job's buckets are smaller."""
         if size > self._shell.config.bucket_bytes:
             return None
         self._filling[link] = self._free.pop() if self._free else self._new()
@@ -36,7 +36,7 @@ class Inbox:
         assert link.theirs is not None
         shell = self._shell
         sender, incarnation, data = link.slot, link.theirs.incarnation, self._filling.pop(link)
-        link.pause()  # what follows waits in the sockets: one bucket of a peer takes memory here
+        link.pause()  # further data waits in the sockets: each peer may occupy memory for one bucket
 
         def done() -> None:
             self._free.append(data)
@@ -51,16 +51,16 @@ class Inbox:
         shell.pool.order(strand(link), lambda: xxhash.xxh3_64_intdigest(payload) == message.sum, arrived)
 
     def forget(self, link: Link) -> None:
-        """The link has gone, perhaps in the middle of a bucket."""
+        """Clean up after a lost link, which may have been in the middle of a bucket."""
         if (buffer := self._filling.pop(link, None)) is not None:
             self._free.append(buffer)
 
     def _new(self) -> Bytes:
         buffer = np.empty(self._shell.config.bucket_bytes, np.uint8)
-        buffer.fill(0)  # fault it in, once
+        buffer.fill(0)  # fault the pages in once
         return buffer
 
 
 def strand(link: Link) -> Hashable:
-    """What arrives on one link is handled in order."""
+    """Return the strand of a link, which keeps its buckets in order."""
     return "link", id(link)

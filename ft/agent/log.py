@@ -1,4 +1,4 @@
-"""The agent's log: one JSON object a line."""
+"""Agent log, one JSON object per line."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Journal:
-    """Appends to a file that only its owner can read; a full disk loses lines and nothing else."""
+    """Appends to a file that only its owner can read. A full disk loses log lines and has no other effect."""
 
     def __init__(self, path: Path, **always: Any) -> None:
         self._always = always

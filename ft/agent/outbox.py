@@ -1,7 +1,7 @@
-"""Bulk data on its way out: which bucket goes to whom next, straight from the slots, a little at a time.
+"""Send bulk data: choose which bucket goes to which peer next, read straight from the buffers, a little at a time.
 
-Every link has its own queue, so that a slow peer holds up nobody else, and gets its next bucket only when little is
-left to send. Buckets of a chunk go in order; chunks of one link one after the other.
+Each link has its own queue, so a slow peer delays only itself. A link gets its next bucket only when little is left to
+send. Buckets of a chunk are sent in order, and the chunks of one link one after another.
 """
 
 import collections
@@ -19,7 +19,7 @@ Piece = tuple[Wire, "memoryview | None"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Source:
-    """The chunk of slot `owner` that parts are sent of, and the epoch in which they are asked for."""
+    """The chunk of slot `owner` that parts are read from, and the epoch of the request."""
 
     epoch: int
     snapshot: SnapshotId
@@ -28,20 +28,20 @@ class Source:
 
 
 class Job:
-    """One chunk being sent: what it belongs to, and what is left of it."""
+    """One chunk being sent: its identity and its remaining buckets."""
 
     def __init__(self, snapshot: SnapshotId, stripe: int, pieces: Iterator[Piece]) -> None:
         self.snapshot, self.stripe, self.pieces = snapshot, stripe, pieces
 
 
 class Outbox:
-    """Chunks to be sent, by link."""
+    """Chunks queued for sending, by link."""
 
     def __init__(self) -> None:
         self._jobs: dict[Link, collections.deque[Job]] = {}
 
     def add(self, link: Link, job: Job, *, replace: bool = False) -> None:
-        """Queue a chunk; with `replace` instead of what is left of the same snapshot and stripe to this link."""
+        """Queue a chunk. With `replace`, drop what is left of the same snapshot and stripe on this link."""
         if link.closed:
             return
         queue = self._jobs.setdefault(link, collections.deque())
@@ -52,7 +52,7 @@ class Outbox:
         self.drained(link)
 
     def drained(self, link: Link) -> None:
-        """Queue a little more on the link."""
+        """Queue a few more buckets on the link."""
         queue = self._jobs.get(link)
         while queue and link.open and link.channel.pending < Link.LOW_WATER:
             piece = next(queue[0].pieces, None)
@@ -62,12 +62,12 @@ class Outbox:
             link.send(*piece)
 
     def stop(self, wanted: Callable[[Job], bool]) -> None:
-        """Forget the chunks that `wanted` names; buckets given to a link already are still sent."""
+        """Drop the chunks that `wanted` selects. Buckets already handed to a link are still sent."""
         for link, queue in list(self._jobs.items()):
             self._jobs[link] = collections.deque(job for job in queue if not wanted(job))
 
     def holds(self, link: Link, snapshot: SnapshotId, stripe: int) -> bool:
-        """Whether a chunk of the stripe still waits to be sent on the link."""
+        """Return whether a chunk of the stripe is still waiting to be sent on the link."""
         return any((job.snapshot, job.stripe) == (snapshot, stripe) for job in self._jobs.get(link, ()))
 
     def forget(self, link: Link) -> None:
@@ -81,7 +81,7 @@ class Outbox:
 def chunk_pieces(
     snapshot: SnapshotId, stripe: int, sums: tuple[int, ...], start: int, bucket: Callable[[int], Bytes]
 ) -> Iterator[Piece]:
-    """A data chunk for the parity of its stripe; `bucket(i)` gives the bytes of the chunk's bucket i."""
+    """Yield a data chunk for the parity of its stripe. `bucket(i)` returns the bytes of the chunk's bucket i."""
     for index in range(start, len(sums)):
         data = bucket(index)
         yield (
@@ -92,7 +92,7 @@ def chunk_pieces(
 
 
 def part_pieces(source: Source, indices: range, count: int, bucket: Callable[[int], Bytes]) -> Iterator[Piece]:
-    """Buckets `indices` of a chunk of `count` buckets, each with the checksum of what is in memory now."""
+    """Yield buckets `indices` of a chunk of `count` buckets, each with a checksum of its current bytes."""
     for index in indices:
         data = bucket(index)
         yield (

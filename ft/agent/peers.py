@@ -1,4 +1,4 @@
-"""The agents of other slots: with whom to stay connected, and which part of this agent handles what they send."""
+"""Links to the agents of other slots: which ones to keep open, and which part of this agent handles each message."""
 
 from keepwarm.ft.agent.inbox import Inbox, strand
 from keepwarm.ft.agent.recovery_election import RecoveryElection
@@ -11,7 +11,7 @@ from keepwarm.ft.transport.link import Link
 
 
 class PeerLinks:
-    """The handler of the links to other agents."""
+    """Handler of the links to other agents."""
 
     def __init__(self, shell: Shell, inbox: Inbox, repair: Repair, reads: Reads, election: RecoveryElection) -> None:
         self._shell, self._inbox, self._repair, self._reads, self._election = shell, inbox, repair, reads, election
@@ -19,17 +19,17 @@ class PeerLinks:
 
     @property
     def _near(self) -> set[int]:
-        """The group and the neighbours in the tree: without them nothing is committed."""
+        """Return the group members and tree neighbours, all of which are required for a commit."""
         return {*self._shell.state.group.members, *self._shell.state.topology.neighbours(self._shell.config.slot)}
 
     def connect(self, *, everyone: bool) -> None:
-        """Stay connected with the slots that commits, repairs and reads need; with `everyone`, with all slots."""
+        """Connect to the slots that commits, repairs and reads need, or to all slots with `everyone`."""
         network, slots = self._shell.network, self._shell.state.topology.slots
         needed = self._reads.awaited | self._repair.awaited
         network.set_peers(range(slots) if everyone else self._near | needed | network.links.keys(), needed)
 
     def tick(self, now: float) -> None:
-        """Tell the protocol of slots that commits need and that have been away for long."""
+        """Report to the protocol slots that commits need and that have been away for too long."""
         missing = self._near - self._shell.network.links.keys() - {self._shell.config.slot}
         self._missing = {slot: self._missing.get(slot, now) for slot in missing}
         for slot, since in self._missing.items():

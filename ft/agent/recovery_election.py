@@ -1,7 +1,7 @@
-"""How agents settle what an epoch restores: inventories go to the lowest living slot, its choice is written once.
+"""Agree on the snapshot to restore. Agents send inventories to the lowest live slot, which writes the decision once.
 
-Whatever is written first in the shared folder stands, whoever wrote it. It also says who decodes what, and every agent
-reads it there: a message only tells that it is time to.
+The first decision written to the shared folder stands, whichever agent wrote it. It includes the decoding plan, and
+every agent reads it from there: messages only signal that it is ready.
 """
 
 from typing import Any
@@ -14,17 +14,17 @@ from keepwarm.ft.protocol.messages import Decision, Inventory, InventoryRequest
 from keepwarm.ft.protocol.state import Mode
 
 SETTLE_POLL_INTERVAL_S = 0.3
-"""Seconds between looks at the shared folder while an epoch is not settled."""
+"""Interval at which the shared folder is checked until an epoch is decided, in seconds."""
 CONNECTED_GRACE = 5.0
-"""Seconds that the choice waits for a connected agent whose answer could not change it: left out, it would need
-another epoch to take part again. They begin when the chooser has verified its own memory, and as long as that took is
-added: verifying another agent's memory takes about as long, and whoever were slower would never be waited for."""
+"""Seconds to wait for a connected agent whose answer could not change the choice. An agent that is left out needs
+another epoch to take part again. The wait starts when the chooser has verified its own memory and is extended by the
+time that took: other agents need about as long, and a slower one would otherwise always be left out."""
 KNOWN_GRACE = 0.5
-"""The same for an agent that has published where it listens and is not connected (yet)."""
+"""As `CONNECTED_GRACE`, for an agent that has published its endpoint but is not connected (yet)."""
 
 
 class RecoveryElection:
-    """One epoch at a time: ask, collect, choose, tell."""
+    """Runs one epoch at a time: request inventories, collect them, choose, announce."""
 
     def __init__(self, shell: Shell) -> None:
         self._shell = shell
@@ -35,24 +35,24 @@ class RecoveryElection:
         self._next_look = 0.0
         self._decision: Decision | None = None
         self.choice: Choice | None = None
-        """Of the present epoch, once it was read: the decision may be known before."""
+        """The choice of the current epoch once it has been read. The decision may be known earlier."""
         self._wanted: str = ""
         self._ready = False
 
-    # ---- beginning
+    # ---- starting an epoch
 
     def begin(self, epoch: int) -> None:
-        """A worker, a supervisor or the protocol begins an epoch; nothing when it has begun already."""
+        """Start an epoch for a worker, a supervisor or the protocol. Do nothing if it has already begun."""
         self._shell.dispatch(events.EpochAdvanced(epoch))
 
     def request(self, reason: str) -> None:
-        """The protocol needs the next epoch to go on; asked for once, at the next tick."""
+        """Request the next epoch, which the protocol needs to proceed. It is requested once, at the next tick."""
         if not self._wanted:
             self._shell.journal.write("info", "a new epoch is needed", reason=reason)
         self._wanted = reason
 
     def began(self, epoch: int) -> None:
-        """The protocol has begun an epoch: verify the memory, then take part in the choice."""
+        """Handle the start of an epoch: verify the memory, then take part in the election."""
         shell = self._shell
         self._epoch, self._decision, self.choice, self._wanted = epoch, None, None, ""
         self._inventories, self._asked, self._ready = {}, set(), False
@@ -60,7 +60,7 @@ class RecoveryElection:
         self._deadline = self._began + shell.config.inventory_deadline
         shell.connect_peers(everyone=True)
         for link in shell.network.links.values():
-            link.send(InventoryRequest(epoch=epoch))  # tells them of the epoch; the answer matters to the chooser
+            link.send(InventoryRequest(epoch=epoch))  # announces the epoch; only the chooser uses the answers
         verify_all(shell, lambda: self._verified(epoch))
 
     def _verified(self, epoch: int) -> None:
@@ -75,7 +75,7 @@ class RecoveryElection:
             shell.dispatch(events.Received(shell.config.slot, shell.state.incarnation, InventoryRequest(epoch=epoch)))
 
     def asked(self, sender: int, request: InventoryRequest) -> None:
-        """Someone wants this agent's inventory: it gets it once the memory has been verified."""
+        """Answer a request for this agent's inventory once the memory has been verified."""
         if request.epoch > self._shell.state.epoch:
             self.begin(request.epoch)
         if request.epoch != self._epoch:
@@ -95,12 +95,12 @@ class RecoveryElection:
             link.send(self._decision)
 
     def lost(self, slot: int) -> None:
-        """What an agent said counts while it is there: it may come back with an empty memory, or not at all."""
+        """Discard a lost agent's inventory: it may come back with empty memory, or not at all."""
         if self._decision is None:
             self._inventories.pop(slot, None)
 
     def catch_up(self, epoch: int) -> None:
-        """A peer acts on a decision that has not come over its own link yet: read it where it was written first."""
+        """Read a decision from the shared folder if a peer acts on it before it has arrived over the peer's link."""
         shell = self._shell
         if epoch < shell.state.epoch or (epoch == self._epoch and self.choice is not None):
             return
@@ -118,7 +118,7 @@ class RecoveryElection:
 
     def tick(self, now: float) -> None:
         shell = self._shell
-        # One epoch is settled before the next: also by an agent that the choice left out, which stays RECOVERING.
+        # Each epoch is settled before the next, even by an agent that the choice left out and that stays RECOVERING.
         if self._wanted and (shell.state.mode is not Mode.RECOVERING or self._decision is not None):
             self.begin(max(shell.state.epoch, shell.registry.newest_epoch()) + 1)
         if not self._epoch or self.choice is not None or now < self._next_look:
@@ -131,7 +131,7 @@ class RecoveryElection:
             self._choose(now)
 
     def _choose(self, now: float) -> None:
-        """The lowest slot that is connected chooses; others do when it stays silent past the deadline."""
+        """Choose if this is the lowest connected slot. Other slots choose once it has been silent past the deadline."""
         shell = self._shell
         first = min([shell.config.slot, *shell.network.links]) == shell.config.slot
         late = now > self._deadline + (0.0 if first else shell.config.inventory_deadline)
@@ -161,7 +161,7 @@ class RecoveryElection:
         self._decided(choice)
 
     def _whole_reason(self, reason: str) -> str:
-        """With that of the epoch before, when it had nothing to restore and so gave up what was left."""
+        """Append the previous epoch's reason if that epoch restored nothing and so discarded what was left."""
         registry = self._shell.registry
         before = registry.newest_epoch()
         choice = registry.choice(before)
@@ -171,7 +171,7 @@ class RecoveryElection:
         return earlier if earlier.startswith(recovery.NOTHING_HELD) else f"{reason}; in epoch {before}: {earlier}"
 
     def _unheard(self, now: float) -> bool:
-        """Whether agents that can be expected to answer at once have not."""
+        """Return whether agents that should answer immediately have not answered yet."""
         registry, links = self._shell.registry, self._shell.network.links
         missing = set(range(self._shell.state.topology.slots)) - self._inventories.keys()
         if now < self._patience(CONNECTED_GRACE) and missing & links.keys():
@@ -179,17 +179,17 @@ class RecoveryElection:
         return now < self._patience(KNOWN_GRACE) and any(registry.endpoint(slot) is not None for slot in missing)
 
     def _patience(self, grace: float) -> float:
-        """Until when an answer that could not change the choice is waited for."""
+        """Return the time until which to wait for an answer that could not change the choice."""
         return self._verified_at + (self._verified_at - self._began) + grace
 
     def _decided(self, choice: Choice) -> None:
-        """The choice is read: it is in force wherever it can be, and its orders are followed."""
+        """Apply a choice that has been read: put it in force where possible and follow its orders."""
         self._decision, self.choice = choice.decision, choice
         self._shell.dispatch(events.PlanRead(choice.decision, choice.orders))
         self._shell.connect_peers(everyone=False)
 
     def heard(self, message: Any) -> None:
-        """A decision that a peer sent ends the election here as well; its orders are read from the folder."""
+        """End the election here on a decision from a peer. Its orders are read from the shared folder."""
         if not isinstance(message, Decision) or message.epoch != self._epoch:
             return
         if self._decision is None:

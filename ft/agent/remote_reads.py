@@ -1,7 +1,7 @@
-"""Bytes of the chosen snapshot that a worker did not copy itself: asked for on its node, answered by the owner's agent.
+"""Serve a worker the bytes of the chosen snapshot that it did not copy itself: its agent asks the owner's agent.
 
-A bucket counts as delivered once it has been passed on to the worker with the checksum that it was sent with. What is
-missing is asked for again when a bucket comes damaged and when a link to the owner comes back.
+A bucket counts as delivered once it has been passed to the worker with the checksum it was sent with. Missing buckets
+are requested again when a bucket arrives damaged and when a link to the owner is restored.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,14 +18,14 @@ from keepwarm.ft.transport.link import Link
 
 @dataclass
 class Wanted:
-    """What one worker waits for from one owner."""
+    """Buckets that one worker is waiting for from one owner."""
 
     read: Read
     missing: set[int] = field(default_factory=set)
 
 
 class Reads:
-    """Both ends: what workers of this node wait for, and what other agents asked this one for."""
+    """Both ends of remote reads: requests by workers of this node, and requests by other agents to this one."""
 
     def __init__(self, shell: Shell) -> None:
         self._shell = shell
@@ -34,11 +34,11 @@ class Reads:
 
     @property
     def awaited(self) -> set[int]:
-        """Slots that workers of this node read from."""
+        """Return the slots that workers of this node are reading from."""
         self._wanted = {key: wanted for key, wanted in self._wanted.items() if not key[0].closed and wanted.missing}
         return {owner for _, owner in self._wanted}
 
-    # ---- for workers of this node
+    # ---- requests of this node's workers
 
     def for_worker(self, link: Link, read: Read) -> None:
         if read.owner == self._shell.config.slot:
@@ -52,7 +52,7 @@ class Reads:
         self._ask(read.owner, wanted, range(read.first, read.first + read.count))
 
     def connected(self, slot: int) -> None:
-        """Parts may have been lost with the link before this one; one that comes twice does no harm."""
+        """Request parts that may have been lost with the previous link. Receiving one twice is harmless."""
         for (link, owner), wanted in self._wanted.items():
             if owner == slot and not link.closed:
                 self._ask(owner, wanted, wanted.missing)
@@ -81,7 +81,7 @@ class Reads:
         ]
 
     def _ask(self, owner: int, wanted: Wanted, indices: Iterable[int]) -> None:
-        """Without a link nothing is lost: `connected` asks."""
+        """Request buckets from their owner. Without a link, `connected` does so later."""
         link = self._shell.network.links.get(owner)
         if link is None:
             return
@@ -89,7 +89,7 @@ class Reads:
             read = wanted.read
             link.send(Read(epoch=read.epoch, snapshot=read.snapshot, owner=owner, first=first, count=count))
 
-    # ---- for other agents
+    # ---- requests of other agents
 
     def for_peer(self, sender: int, read: Read) -> None:
         link = self._shell.network.links.get(sender)
@@ -97,7 +97,7 @@ class Reads:
             self._answer(link, read)
 
     def answer_early(self) -> None:
-        """The choice is known, or data that were missing are back: answer who asked too early."""
+        """Answer early requests now that the choice is known or missing data has been restored."""
         early, self._early = self._early, []
         for link, read in early:
             if not link.closed:
@@ -107,7 +107,7 @@ class Reads:
         shell = self._shell
         buffer = self._whole(read.snapshot)
         if buffer is None:
-            # Until this node's data are back; a later epoch may have begun meanwhile, its choice is the same.
+            # Wait until this node's data is back. A later epoch may have begun by then, but its choice is the same.
             if (link, read) not in self._early:
                 self._early.append((link, read))
             return
@@ -120,7 +120,7 @@ class Reads:
         shell.outbox.add(link, Job(read.snapshot, READ_STRIPE, pieces))
 
     def _whole(self, snapshot: SnapshotId) -> int | None:
-        """The data buffer of a committed snapshot if all of this node's data are here."""
+        """Return the data buffer of a committed snapshot if all of this node's data is present."""
         state = self._shell.state
         copy = state.copy(snapshot)
         if copy is None or not copy.committed:
@@ -129,7 +129,7 @@ class Reads:
 
 
 def _runs(indices: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """(first, count) of runs of consecutive numbers."""
+    """Yield (first, count) for each run of consecutive numbers."""
     first, count = 0, 0
     for index in sorted(indices):
         if count and index == first + count:

@@ -1,8 +1,8 @@
-"""Chunks that are lost come back: fetched from k members of the group, decoded, checked, sent to where they belong.
+"""Rebuild lost chunks: fetch k chunks from group members, decode, verify and send the result to its owner.
 
-The orders of an epoch stand beside its choice, so decoders and targets know them whatever messages were lost. A target
-asks its decoder again while nothing comes, a decoder its sources; when one of them has gone for longer than
-`silence`, the next epoch makes another plan.
+The orders of an epoch are stored with its decision, so decoders and targets know them even if messages are lost.
+Targets repeat their request to the decoder while nothing arrives, and decoders repeat theirs to the sources. If one of
+them is gone for longer than `silence`, the next epoch makes a new plan.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from keepwarm.ft.protocol import events
 from keepwarm.ft.protocol.messages import ChunkRecord, Decode, Fetch, Part, SnapshotId, digest
 
 RETRY = 1.0
-"""Seconds without progress after which a fetch or a rebuilt chunk is asked for again."""
+"""Seconds without progress after which a fetch or rebuilt chunk is requested again."""
 Key = tuple[SnapshotId, int]
 
 
 class Decoding:
-    """One stripe to be rebuilt by this agent, and the k chunks it gathers, each as long as the longest data chunk."""
+    """One stripe for this agent to rebuild, and the k chunks it gathers, each as long as the longest data chunk."""
 
     def __init__(self, order: Decode, bucket_bytes: int) -> None:
         self.order, self.bucket_bytes = order, bucket_bytes
@@ -36,7 +36,7 @@ class Decoding:
         self.heard = 0.0
 
     def start(self, now: float) -> None:
-        """Take the memory, which one stripe of an agent has at a time."""
+        """Allocate the memory. Only one stripe per agent is decoded at a time."""
         self.chunks = {slot: np.zeros(self.buckets * self.bucket_bytes, np.uint8) for slot in self.order.sources}
         self.heard = now
 
@@ -50,7 +50,7 @@ class Decoding:
 
 
 class Filling:
-    """One chunk of this agent being filled by a decoder."""
+    """One chunk of this agent that a decoder is filling."""
 
     def __init__(self, order: Decode, decoder: int, now: float) -> None:
         self.order, self.decoder, self.heard = order, decoder, now
@@ -58,19 +58,19 @@ class Filling:
 
 
 class Repair:
-    """Decodes for others and receives what others decoded."""
+    """Decodes chunks for other agents and receives chunks that others decoded."""
 
     def __init__(self, shell: Shell) -> None:
         self._shell = shell
         self._decoding: dict[Key, Decoding] = {}
-        """In order; the first one is under way."""
+        """Queue of decodings. The first one is in progress."""
         self._filling: dict[Key, Filling] = {}
         self._absent: dict[int, float] = {}
         self.rebuilt = 0
 
     @property
     def awaited(self) -> set[int]:
-        """Slots without which what this epoch restores is not whole; what is repaired at rest has time."""
+        """Return the slots required to complete this epoch's restore. Repairs at rest are not urgent."""
         mine = self._shell.config.slot
         found = {filling.decoder for filling in self._filling.values()}
         for decoding in self._decoding.values():
@@ -79,13 +79,13 @@ class Repair:
         return found - {mine}
 
     def begin_epoch(self) -> None:
-        """What an earlier epoch had begun is void."""
+        """Discard all repairs of earlier epochs."""
         self._decoding.clear()
         self._filling.clear()
         self._absent.clear()
 
     def follow(self, orders: Sequence[tuple[int, Decode]]) -> None:
-        """Expect what others decode for this agent, then decode what is asked of it; `orders` are (decoder, order)."""
+        """Expect chunks decoded for this agent, then decode those assigned to it. `orders` are (decoder, order)."""
         shell = self._shell
         for decoder, order in orders:
             if decoder != shell.config.slot and shell.config.slot in order.targets:
@@ -95,7 +95,7 @@ class Repair:
                 self.decode(order)
 
     def _request_epoch(self, reason: str) -> None:
-        """What this epoch restores cannot be made whole any more."""
+        """Request a new epoch because this epoch's restore can no longer be completed."""
         self._shell.dispatch(events.EpochNeeded(self._shell.state.epoch, reason))
 
     def tick(self, now: float) -> None:
@@ -109,7 +109,7 @@ class Repair:
         self._look_for_absent(now)
 
     def connected(self, slot: int) -> None:
-        """A link is back: what was under way on the one before is asked for again."""
+        """Repeat the requests that were pending on the previous link to `slot`."""
         for decoding in list(self._decoding.values())[:1]:
             if slot in decoding.awaited:
                 self._fetch(decoding)
@@ -118,14 +118,14 @@ class Repair:
                 self._ask(filling, self._shell.clock())
 
     def _ask(self, filling: Filling, now: float) -> None:
-        """Ask the decoder for this agent's chunk (again); it ignores that while it is at it."""
+        """Ask the decoder for this agent's chunk (again). The decoder ignores the request while it is working on it."""
         filling.heard = now
         link = self._shell.network.links.get(filling.decoder)
         if link is not None:
             link.send(msgspec.structs.replace(filling.order, targets=(self._shell.config.slot,)))
 
     def _look_for_absent(self, now: float) -> None:
-        """An epoch whose decoders or sources have gone cannot end: another one makes another plan."""
+        """Request a new epoch, and so a new plan, if decoders or sources of this one have gone."""
         shell = self._shell
         awaited = self.awaited - shell.network.links.keys()
         self._absent = {slot: self._absent.get(slot, now) for slot in awaited}
@@ -137,7 +137,7 @@ class Repair:
     # ---- decoding
 
     def decode(self, order: Decode) -> None:
-        """Rebuild a stripe for its targets, after those that were asked for before; nothing when that is under way."""
+        """Queue a stripe to be rebuilt for its targets. Do nothing if that is already in progress."""
         shell, key = self._shell, (order.snapshot, order.stripe)
         if order.epoch != shell.state.epoch or shell.state.copy(order.snapshot) is None:
             return
@@ -159,7 +159,7 @@ class Repair:
             self._fetch(first)
 
     def _fetch(self, decoding: Decoding) -> None:
-        """Ask for what is missing of the sources; this agent's own chunk is copied."""
+        """Request the missing source buckets. This agent's own chunk is copied."""
         shell, order = self._shell, decoding.order
         copy = shell.state.copy(order.snapshot)
         for slot in order.sources:
@@ -225,7 +225,7 @@ class Repair:
                     count = order.counts[column] if column < group.data else shell.memory.shape.chunk
                     self._deliver(order, slot, chunk, count)
                 decoding.targets.difference_update(targets)
-                if decoding.targets:  # others asked while this went on
+                if decoding.targets:  # more targets asked in the meantime
                     self._solve(decoding)
                     return
                 del self._decoding[key]
@@ -234,7 +234,7 @@ class Repair:
         shell.pool.run(solve, send)
 
     def _deliver(self, order: Decode, slot: int, chunk: Bytes, count: int) -> None:
-        """Bring a decoded chunk to its owner, here or elsewhere; an empty one as a single empty part."""
+        """Deliver a decoded chunk to its owner, local or remote. An empty chunk is sent as a single empty part."""
         shell = self._shell
         size = shell.config.bucket_bytes
         pieces = part_pieces(
@@ -253,10 +253,10 @@ class Repair:
                 target[:] = payload
                 self.part(part, target)
 
-    # ---- what arrives
+    # ---- incoming parts
 
     def target(self, part: Part, size: int) -> memoryview | None:
-        """Where the payload of a part goes: into the chunk it belongs to, or into the decoding that gathers it."""
+        """Return the destination of a part's payload: the chunk it belongs to, or the decoding that gathers it."""
         shell = self._shell
         key = (part.snapshot, part.stripe)
         start = part.index * shell.config.bucket_bytes
@@ -275,7 +275,7 @@ class Repair:
         return chunk[start : start + size].data if start + size <= len(chunk) else np.empty(size, np.uint8).data
 
     def part(self, part: Part, payload: memoryview | None) -> None:
-        """A part has arrived; without payload it was not wanted. One that is damaged is asked for again in time."""
+        """Handle a part. Without a payload it was not wanted. A damaged part is requested again later."""
         if payload is None:
             return
         if xxhash.xxh3_64_intdigest(payload) != part.sum:
@@ -293,7 +293,7 @@ class Repair:
                 self._filled(part, filling)
 
     def _heard(self, decoder: int) -> None:
-        """A decoder sends one chunk after the other: who waits for a later one need not ask."""
+        """Postpone retries for all chunks of a decoder that is active, because it sends them one after another."""
         for filling in self._filling.values():
             if filling.decoder == decoder:
                 filling.heard = self._shell.clock()
@@ -319,10 +319,10 @@ class Repair:
         shell.journal.write("info", "a chunk is back", snapshot=part.snapshot, stripe=part.stripe)
         shell.dispatch(events.ChunkRebuilt(part.snapshot, record, sums))
 
-    # ---- what others ask for
+    # ---- requests of other agents
 
     def send_chunk(self, to: int, snapshot: SnapshotId, stripe: int, start: int) -> None:
-        """Check this agent's chunk against its digest, then send it; a chunk that has rotted is not sent."""
+        """Verify this agent's chunk against its digest, then send it. A corrupt chunk is not sent."""
         shell = self._shell
         copy = shell.state.copy(snapshot)
         link = shell.network.links.get(to)
@@ -348,7 +348,7 @@ class Repair:
 
 
 def _wrong(chunk: Bytes, column: int, order: Decode, size: int) -> str | None:
-    """Why a data chunk is not the one that was recorded; parity has nothing to be compared with here."""
+    """Return why a data chunk differs from its record, or None. Parity chunks have no reference to check here."""
     if column >= len(order.digests):
         return None
     count = order.counts[column]

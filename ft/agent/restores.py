@@ -1,4 +1,4 @@
-"""Answers to the workers that ask what an epoch restores, once that is decided and this node has it whole."""
+"""Answer workers that ask what an epoch restores, once it is decided and this node has all of its data."""
 
 from keepwarm.ft.agent.shell import Shell
 from keepwarm.ft.agent.worker_sessions import WorkerSessions
@@ -8,7 +8,7 @@ from keepwarm.ft.protocol.state import Copy
 
 
 class RestoreAnswers:
-    """Workers wait in their sessions (`waits_for_epoch`); `answer` is called whenever that may have an end."""
+    """Workers wait in their sessions (`waits_for_epoch`). `answer` is called whenever that wait may be over."""
 
     def __init__(self, shell: Shell, sessions: WorkerSessions) -> None:
         self._shell, self._sessions = shell, sessions
@@ -38,5 +38,5 @@ class RestoreAnswers:
 
 
 def _bucket_sums(copy: Copy, slot: int) -> tuple[int, ...]:
-    """Checksums of all buckets of a copy's data buffer, on its own node `slot`."""
+    """Return the checksums of all buckets of a copy's data buffer on its own node, `slot`."""
     return tuple(value for stripe in copy.group.data_stripes(slot) for value in copy.chunk_sums(slot, stripe))

@@ -1,4 +1,4 @@
-"""Reads the memory at rest again and again, so that a chunk that rots is found before it is needed."""
+"""Scrub memory at rest continuously, to find corrupt chunks before they are needed."""
 
 import functools
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from keepwarm.ft.protocol.messages import ChunkRecord, SnapshotId, digest
 from keepwarm.ft.protocol.state import Copy
 
 READ_AT_ONCE = 32 << 20
-"""Bytes that one thread reads of a chunk while others read on."""
+"""Bytes of a chunk that one thread reads at a time while other threads read the rest."""
 
 
 class Scrub:
-    """One chunk at a time on a thread of the pool; a pass begins every `config.scrub` seconds."""
+    """Scrubs one chunk at a time on a pool thread. A pass starts every `config.scrub` seconds."""
 
     def __init__(self, shell: Shell) -> None:
         self._shell = shell
@@ -51,7 +51,7 @@ class Scrub:
             self._running = False
             now = shell.state.copy(copy.snapshot)
             if now is None or (now.data, now.parity) != (copy.data, copy.parity):
-                return  # the buffer may hold another snapshot by now
+                return  # the buffer may already hold another snapshot
             self.checked += 1
             self.damaged += not intact
             if not intact:
@@ -62,7 +62,7 @@ class Scrub:
 
 
 def verify_all(shell: Shell, then: Callable[[], None]) -> None:
-    """Read every good chunk of every copy that recovery may choose; those that have rotted are told first."""
+    """Verify every good chunk of every copy that recovery may choose, and report corrupt ones before calling `then`."""
     waiting = 0
 
     def told(snapshot: SnapshotId, record: ChunkRecord, intact: bool) -> None:
@@ -86,7 +86,7 @@ def verify_all(shell: Shell, then: Callable[[], None]) -> None:
 
 
 def _verify(shell: Shell, chunk: Bytes, record: ChunkRecord, then: Callable[[bool], None]) -> None:
-    """Read one chunk on all threads of the pool: at a start, everyone waits for it."""
+    """Verify one chunk on all pool threads, since at a start every agent waits for the result."""
     buckets = shell.memory.buckets(chunk)[: record.count]
     share = max(1, READ_AT_ONCE // shell.config.bucket_bytes)
     parts = [buckets[at : at + share] for at in range(0, len(buckets), share)] or [[]]

@@ -1,4 +1,4 @@
-"""What the parts of an agent may use of it: a narrow interface, so that none of them needs to know the others."""
+"""Interface through which the parts of an agent use it, so that they need not know each other."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from keepwarm.ft.transport.network import Network
 
 @dataclasses.dataclass
 class Arrived:
-    """A bucket in a receive buffer. An effect that takes it sets `wanted` and sees to it that `done` is called."""
+    """A bucket in a receive buffer. An effect that uses it sets `wanted` and must arrange for `done` to be called."""
 
     data: Bytes
     done: Callable[[], None]
@@ -27,13 +27,13 @@ class Arrived:
 
 
 class Shell(Protocol):
-    """The agent as its parts see it. All members belong to the thread that drives the selector."""
+    """The agent as seen by its parts. All members belong to the thread that drives the selector."""
 
     @property
     def config(self) -> AgentConfig: ...
     @property
     def clock(self) -> Callable[[], float]:
-        """Seconds of a monotonic clock."""
+        """Monotonic clock, in seconds."""
         ...
 
     @property
@@ -52,17 +52,17 @@ class Shell(Protocol):
     def journal(self) -> Journal: ...
     @property
     def state(self) -> State:
-        """The protocol's present state; changes with `dispatch` alone."""
+        """Current protocol state. Only `dispatch` changes it."""
         ...
 
     def dispatch(self, event: Event, arrived: Arrived | None = None) -> None:
-        """Have the protocol handle an event and its effects carried out, after those that are under way."""
+        """Pass an event to the protocol and carry out its effects, after any already in progress."""
         ...
 
     def route(self, sender: int, incarnation: int, message: Any) -> None:
-        """Handle a message of an agent, this one included."""
+        """Handle a message from an agent, which may be this one."""
         ...
 
     def connect_peers(self, *, everyone: bool) -> None:
-        """Stay connected with the slots that commits, repairs and reads need; with `everyone`, with all slots."""
+        """Connect to the slots that commits, repairs and reads need, or to all slots with `everyone`."""
         ...

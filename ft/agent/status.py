@@ -1,4 +1,4 @@
-"""What an agent tells about itself (`keepwarm.ft.discovery.status`), and the times of its last commits."""
+"""Agent status report (`keepwarm.ft.discovery.status`) and recent commit times."""
 
 import collections
 import dataclasses
@@ -15,11 +15,11 @@ from keepwarm.ft.protocol.messages import SnapshotId
 from keepwarm.ft.protocol.state import Copy
 
 REMEMBERED = 32
-"""Commits whose times are kept."""
+"""Number of recent commits whose times are kept."""
 
 
 class CommitTimes:
-    """Seconds from the first grant of a snapshot on this node to its commit."""
+    """Time from the first grant of a snapshot on this node to its commit, in seconds."""
 
     def __init__(self) -> None:
         self._begun: dict[SnapshotId, float] = {}
@@ -29,7 +29,7 @@ class CommitTimes:
         self._begun.setdefault(snapshot, now)
 
     def committed(self, snapshot: SnapshotId, now: float) -> float:
-        """Return the seconds that the snapshot took; 0 when no worker of this node had a part in it."""
+        """Return the snapshot's commit time in seconds, or 0 if no worker of this node took part in it."""
         seconds = now - self._begun.pop(snapshot, now)
         self.last.append(Commit(epoch=snapshot.epoch, step=snapshot.step, committed=seconds))
         return seconds
@@ -41,7 +41,7 @@ class CommitTimes:
 def status(
     shell: Shell, sessions: WorkerSessions, commits: CommitTimes, scrub: Scrub, durable: DurableWriter | None
 ) -> Status:
-    """Return what `keepwarm snapshots` shows."""
+    """Return the status shown by `keepwarm snapshots`."""
     state, memory = shell.state, shell.memory
     process = psutil.Process().memory_info()
     return Status(

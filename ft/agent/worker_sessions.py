@@ -1,8 +1,8 @@
-"""The processes of this node that talk to the agent: workers with a part of the buffers, supervisors and onlookers.
+"""Sessions with the processes of this node: workers that own part of the buffers, supervisors and observers.
 
-They come over a 0600 Unix socket in a 0700 folder, must belong to the same user and know the job's secret. A worker
-that leaves without a word may still be able to write into the buffers that it has mapped, so it counts as lost only
-when its process is known to be dead; a process that left its socket and stays is killed.
+Processes connect to a 0600 Unix socket in a 0700 folder, must run as the same user and must know the job's secret. A
+worker that disconnects without a farewell may still write to the buffers it has mapped, so it counts as lost only when
+its process is known to be dead. A process that outlives its socket is killed.
 """
 
 import contextlib
@@ -26,18 +26,18 @@ from keepwarm.ft.transport.link import Credentials, FarEnd, Link
 
 ROLES = frozenset({"worker", "supervisor", "onlooker"})
 WORKER_EXIT_GRACE_S = 5.0
-"""Seconds that a process may live on after its socket closed, before it is killed."""
+"""Grace period of a process whose socket has closed before it is killed, in seconds."""
 decode = decoder_of(WorkerMessage | Status)
 
 
 class Session:
-    """One process at the socket."""
+    """One process connected to the socket."""
 
     def __init__(self, link: Link, holder: Holder) -> None:
         self.link, self.holder = link, holder
         self.attach: Attach | None = None
         self.attached = self.released = False
-        """`released`: it said that it does not touch the buffers any more."""
+        """`released`: the process has declared that it no longer touches the buffers."""
         self.left_at: float | None = None
         self.waits_for_epoch: int | None = None
 
@@ -47,40 +47,40 @@ class Session:
 
 
 class SessionHandler(Protocol):
-    """What an agent learns from its sessions. Called from the thread that drives the selector."""
+    """Receives session events. Called from the thread that drives the selector."""
 
     def configured(self, geometry: Geometry) -> Attached:
-        """All workers of a layout are here; returns what each is told, apart from the place of its part."""
+        """Handle a complete layout of workers. Return the reply for all of them, except for the offset of each part."""
         ...
 
     def worker_lost(self, worker: int) -> None:
-        """The worker cannot write into any buffer any more."""
+        """Handle a worker that can no longer write to any buffer."""
         ...
 
     def worker_message(self, session: Session, message: Wire) -> None: ...
 
     def session_drained(self, link: Link) -> None:
-        """Little is queued on the link: bulk data may follow."""
+        """Handle a link with little left to send, which can take more bulk data."""
         ...
 
     def session_lost(self, link: Link) -> None: ...
 
 
 class WorkerSessions:
-    """Accepts processes, knows which worker is which, and tells its handler what an agent must know."""
+    """Accepts processes, tracks which worker each one is and reports to its handler."""
 
     def __init__(
         self, selector: selectors.BaseSelector, path: Path, credentials: Credentials, memory: Memory,
         handler: SessionHandler, journal: Journal,
     ) -> None:  # fmt: skip
-        """Listen on the Unix socket `path`, which is made; workers that attach are handed the buffers of `memory`."""
+        """Create and listen on the Unix socket `path`. Workers that attach receive the buffers of `memory`."""
         self._selector, self._path, self._credentials = selector, path, credentials
         self._memory, self._handler, self._journal = memory, handler, journal
         self.by_link: dict[Link, Session] = {}
         self._leaving: list[Session] = []
         self.last_seen = time.monotonic()
         self.ended = False
-        """All workers have said that the job is over."""
+        """Set once all workers have reported the end of the job."""
         path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._listener.bind(str(path))
@@ -127,7 +127,7 @@ class WorkerSessions:
 
     def refused(self, link: Link, reason: str) -> None:
         session = self.by_link.pop(link)
-        if link.channel.received:  # who only looked whether someone answers is no stranger
+        if link.channel.received:  # a connection that sent nothing was only a liveness probe
             self._journal.write("warning", "refused a process on the socket", pid=session.holder.pid, reason=reason)
         session.holder.close()
 
@@ -169,11 +169,11 @@ class WorkerSessions:
 
     @property
     def workers(self) -> dict[int, Session]:
-        """Attached workers by their number."""
+        """Attached workers by worker number."""
         return {g.attach.worker: g for g in self.by_link.values() if g.attach is not None and g.attached}
 
     def send(self, worker: int, message: Wire) -> None:
-        """Nothing when the worker has gone."""
+        """Send a message to a worker. Do nothing if it has gone."""
         session = self.workers.get(worker)
         if session is not None:
             session.link.send(message)
@@ -219,7 +219,7 @@ class WorkerSessions:
         self._attach_all()
 
     def _attach_all(self) -> None:
-        """Attach the workers of a layout once all of them are here and all former ones are dead."""
+        """Attach the workers of a layout once all of them have connected and all previous ones are dead."""
         if any(session.attach is not None for session in self._leaving):
             return
         here = [session for session in self.by_link.values() if session.attach is not None]
@@ -255,7 +255,7 @@ class WorkerSessions:
                 )
 
     def _reaped(self, session: Session) -> None:
-        """The process is dead: nobody writes into what it held."""
+        """Release the session of a dead process, which can no longer write to its buffers."""
         self._leaving.remove(session)
         self._selector.unregister(session.holder.fileno())
         session.holder.close()
@@ -268,7 +268,7 @@ END_OF_JOB = "end of the job"
 
 
 class _DeathWatch:
-    """A process that was waited for has died."""
+    """Selector handler for the death of an awaited process."""
 
     def __init__(self, sessions: WorkerSessions) -> None:
         self._sessions = sessions

@@ -1,7 +1,7 @@
-"""What the agent computes outside its loop: checksums and parity, on a few threads that release the GIL.
+"""Compute checksums and parity outside the agent's loop, on a few threads that release the GIL.
 
-Work on one piece of memory runs in the order in which it was asked for (a `Strand`); different pieces run in parallel.
-Results come back through `WorkPool.collect`, in the thread that drives the selector.
+Work on one piece of memory runs in submission order (a strand). Different pieces run in parallel. Results are returned
+through `WorkPool.collect`, in the thread that drives the selector.
 """
 
 import collections
@@ -12,11 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 Job = tuple[Callable[[], Any], Callable[[Any], None] | None, Callable[[], None] | None]
-"""Work, what follows from its result, and what must be done in the loop in any case, also when the job is dropped."""
+"""Work, callback for its result, and cleanup that always runs in the loop, even if the job is dropped."""
 
 
 class WorkPool:
-    """A few threads, strands of ordered work, and an event descriptor that wakes the selector."""
+    """A few threads, strands of ordered work, and an eventfd that wakes the selector."""
 
     def __init__(self, selector: selectors.BaseSelector, threads: int) -> None:
         self._selector = selector
@@ -27,18 +27,18 @@ class WorkPool:
         selector.register(self._wake, selectors.EVENT_READ, self)
 
     def run(self, work: Callable[[], Any], then: Callable[[Any], None] | None = None) -> None:
-        """Run `work` on a thread and later `then(result)` in the loop."""
+        """Run `work` on a thread, then call `then(result)` in the loop."""
         self._submit(work, then)
 
     def follow(self, future: "Future[Any]", then: Callable[[Any], None]) -> None:
-        """Call `then(result)` in the loop when a future of another pool is done."""
+        """Call `then(result)` in the loop when a future of another pool completes."""
         future.add_done_callback(lambda done: self._finished(done, then))
 
     def order(
         self, strand: Hashable, work: Callable[[], Any], then: Callable[[Any], None] | None = None,
         always: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
-        """As `run`, after everything asked for earlier on the same strand; `always()` comes last, also after `drop`."""
+        """Run as `run` does, after earlier work on the same strand. `always()` is called last, even after `drop`."""
         queue = self._strands.setdefault(strand, collections.deque())
         queue.append((work, then, always))
         if len(queue) == 1:
@@ -48,7 +48,7 @@ class WorkPool:
         return strand in self._strands
 
     def drop(self, wanted: Callable[[Hashable], bool]) -> None:
-        """Forget what has not begun on the strands that `wanted` names; what has begun ends, unheard."""
+        """Drop pending work on the strands that `wanted` selects. Running work finishes, its result is ignored."""
         for strand in [strand for strand in self._strands if wanted(strand)]:
             queue = self._strands[strand]
             work, _, always = queue.popleft()
@@ -59,7 +59,7 @@ class WorkPool:
                 self._later(release)
 
     def ready(self, mask: int) -> None:
-        """The selector woke up for finished work."""
+        """Handle the wake-up of the selector for finished work."""
         try:
             os.eventfd_read(self._wake)
         except BlockingIOError:
@@ -67,7 +67,7 @@ class WorkPool:
         self.collect()
 
     def collect(self) -> None:
-        """Hand out what has finished. An exception of the work is raised here: it is a defect of the agent."""
+        """Deliver finished results. Re-raise exceptions of the work, which are bugs in the agent."""
         while self._done:
             future, then = self._done.popleft()
             result = future.result()
@@ -75,7 +75,7 @@ class WorkPool:
                 then(result)
 
     def close(self) -> None:
-        """Wait for what runs, forget the rest."""
+        """Wait for running work and cancel the rest."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._selector.unregister(self._wake)
         os.close(self._wake)
@@ -85,7 +85,7 @@ class WorkPool:
         future.add_done_callback(lambda done: self._finished(done, then))
 
     def _later(self, action: Callable[[], None]) -> None:
-        """Call it from the loop, not from within what is going on."""
+        """Call `action` from the loop later, not from the current call stack."""
         done: Future[Any] = Future()
         done.set_result(None)
         self._finished(done, lambda _: action())

@@ -15,12 +15,12 @@ from keepwarm.ft.errors import CodecError
 
 POLYNOMIAL = 0x11D
 
-# Keeps the kernel's pieces of input, product and sum in the first cache levels.
+# Keeps the kernel's blocks of input, product and sum in the lower cache levels.
 _PIECE = 1 << 15
 
 
 def region_of(buffer: Any) -> Region:
-    """All of a buffer. Raises `TypeError`, `ValueError` or `BufferError` when it is none that can be used."""
+    """Return the region of a whole buffer. Raise `TypeError`, `ValueError` or `BufferError` if it is unusable."""
     view = memoryview(buffer)
     size = view.nbytes
     if not view.c_contiguous:
@@ -29,17 +29,17 @@ def region_of(buffer: Any) -> Region:
         return view, 0, 0
     if view.readonly:
         return view, int(np.frombuffer(view, np.uint8).ctypes.data), size
-    # Several times faster than NumPy's way to the address, which shows in calls of few milliseconds.
+    # Several times faster than NumPy's own way to get the address, which matters in calls of a few milliseconds.
     return view, ctypes.addressof(ctypes.c_char.from_buffer(view)), size
 
 
 def generator_matrix(k: int, m: int) -> Bytes:
-    """The (k + m, k) matrix that maps data to all chunks: the identity above m parity rows.
+    """Return the (k + m, k) matrix that maps data to all chunks: the identity above m parity rows.
 
-    The parity rows are those of ISA-L's `gf_gen_cauchy1_matrix`, 1 / (i xor j) for i in k..k+m-1 and j in 0..k-1,
-    with columns, then rows, scaled so that the first row and the first column are ones. Scaling keeps every square
-    submatrix of a Cauchy matrix invertible (Bloemer et al., 1995: An XOR-based erasure-resilient coding scheme), so
-    any k rows of the result are.
+    The parity rows are those of ISA-L's `gf_gen_cauchy1_matrix`, 1 / (i xor j) for i in k..k+m-1 and j in 0..k-1, with
+    columns, then rows, scaled so that the first row and the first column are ones. Scaling keeps every square submatrix
+    of a Cauchy matrix invertible (Bloemer et al., 1995: An XOR-based erasure-resilient coding scheme), so any k rows of
+    the result are invertible.
     """
     i, j = np.arange(k, k + m)[:, None], np.arange(k)[None, :]
     cauchy = INVERSES[i ^ j]
@@ -49,16 +49,16 @@ def generator_matrix(k: int, m: int) -> Bytes:
 
 
 def matmul(a: Bytes, b: Bytes) -> Bytes:
-    """Matrix product over the field."""
+    """Return the matrix product over the field."""
     product: Bytes = np.bitwise_xor.reduce(PRODUCTS[a[:, :, None], b[None, :, :]], axis=1)
     return product
 
 
 def invert(matrix: Bytes) -> Bytes:
-    """Inverse of a square matrix over the field, by Gauss-Jordan elimination.
+    """Return the inverse of a square matrix over the field, by Gauss-Jordan elimination.
 
     Raises:
-        CodecError: the matrix is singular; no choice of k chunks of this code is.
+        CodecError: if the matrix is singular, which never occurs for k chunks of this code.
     """
     size = len(matrix)
     work = np.concatenate([matrix, np.eye(size, dtype=np.uint8)], axis=1)
@@ -76,7 +76,7 @@ def invert(matrix: Bytes) -> Bytes:
 
 
 def _field_tables() -> tuple[Bytes, Bytes]:
-    """All 256 x 256 products, and the inverses (that of 0 is given as 0), from powers of the generator x."""
+    """Return all 256 x 256 products and the inverses (0 stands for that of 0), from powers of the generator x."""
     exponents, logarithms = np.zeros(510, np.uint8), np.zeros(256, np.int64)
     power = 1
     for exponent in range(255):
@@ -96,16 +96,16 @@ PRODUCTS, INVERSES = _field_tables()
 
 
 class NumpyKernel:
-    """The reference: one table look-up per byte and coefficient."""
+    """Reference kernel: one table lookup per byte and coefficient."""
 
     name = "numpy"
 
     def prepare(self, rows: Bytes) -> Bytes:
-        """Coefficient rows of shape (outputs, inputs) as they are."""
+        """Return coefficient rows of shape (outputs, inputs) unchanged."""
         return rows
 
     def multiply(self, tables: Bytes, inputs: Sequence[Region], outputs: Sequence[Region]) -> None:
-        """outputs[i] = sum over j of rows[i, j] * inputs[j]."""
+        """Compute outputs[i] = sum over j of rows[i, j] * inputs[j]."""
         sources = [_bytes(source) for source in inputs]
         for row, output in zip(tables, outputs, strict=True):
             target = _bytes(output)
@@ -114,7 +114,7 @@ class NumpyKernel:
                 _add_product(int(coefficient), source, target)
 
     def accumulate(self, tables: Bytes, column: int, source: Region, output: Region) -> None:
-        """output += rows[0, column] * source."""
+        """Compute output += rows[0, column] * source."""
         _add_product(int(tables[0, column]), _bytes(source), _bytes(output))
 
 
@@ -126,6 +126,6 @@ def _add_product(coefficient: int, source: Bytes, output: Bytes) -> None:
     product = np.empty(min(_PIECE, source.size), np.uint8)
     for at in range(0, source.size, _PIECE):
         piece, target = source[at : at + _PIECE], output[at : at + _PIECE]
-        # Every byte is a valid index; "clip" spares NumPy a buffered, checked pass.
+        # Every byte is a valid index; "clip" avoids NumPy's buffered, checked pass.
         np.take(PRODUCTS[coefficient], piece, out=product[: piece.size], mode="clip")
         np.bitwise_xor(target, product[: piece.size], out=target)

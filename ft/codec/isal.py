@@ -1,7 +1,7 @@
 """Binding to Intel ISA-L's erasure-code kernels, as bundled in the `pyeclib` wheel.
 
-Only the block kernels are bound; pyeclib's own Python API copies every chunk and is more than ten times slower.
-ctypes drops the GIL for the length of each call.
+Only the block kernels are bound: pyeclib's own Python API copies every chunk and is more than ten times slower. ctypes
+releases the GIL during each call.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.codec.kernel import Region
 from keepwarm.ft.errors import KernelUnavailable
 
-# The releases that this binding was written against: 2.30 to 2.39.
+# Supported releases: 2.30 to 2.39.
 MAJOR = 2
 MINORS = range(30, 40)
 
@@ -31,28 +31,28 @@ _SIGNATURES = {
     "ec_encode_data": (_int, _int, _int, _pointer, _pointer, _pointer),
     "ec_encode_data_update": (_int, _int, _int, _int, _pointer, _pointer, _pointer),
 }
-# Bytes of table per coefficient.
+# Table bytes per coefficient.
 _TABLE = 32
 _CACHE_LINE = 64
 
 
 class Tables(NamedTuple):
-    """ISA-L's multiplication tables for a matrix: of shape (outputs, inputs, 32), and where they lie."""
+    """ISA-L's multiplication tables for a matrix, of shape (outputs, inputs, 32), and their address."""
 
     array: Bytes
     address: int
 
 
 class IsalKernel:
-    """The loaded library. Stateless beyond its function pointers, so threads may share it."""
+    """The loaded library. It holds only function pointers, so threads may share it."""
 
     name = "isal"
 
     def __init__(self, path: Path) -> None:
-        """Loads the library at `path` and checks its version.
+        """Load the library at `path` and check its version.
 
         Raises:
-            KernelUnavailable: it cannot be loaded, has no version or another one, or lacks a function.
+            KernelUnavailable: if it cannot be loaded, has no supported version, or lacks a function.
         """
         try:
             library = ctypes.CDLL(str(path))
@@ -67,10 +67,10 @@ class IsalKernel:
         self._library = library
 
     def prepare(self, rows: Bytes) -> Tables:
-        """Multiplication tables of shape (outputs, inputs, 32) for coefficient rows of shape (outputs, inputs)."""
+        """Return multiplication tables of shape (outputs, inputs, 32) for coefficients of shape (outputs, inputs)."""
         outputs, inputs = rows.shape
         coefficients = np.ascontiguousarray(rows)
-        # On a cache line of their own: the kernels load from them for every line of data.
+        # Align to a cache line: the kernels load from the tables for every line of data.
         room = np.zeros(outputs * inputs * _TABLE + _CACHE_LINE, np.uint8)
         start = -room.ctypes.data % _CACHE_LINE
         tables = room[start : start + outputs * inputs * _TABLE].reshape(outputs, inputs, _TABLE)
@@ -78,7 +78,7 @@ class IsalKernel:
         return Tables(tables, tables.ctypes.data)
 
     def multiply(self, tables: Tables, inputs: Sequence[Region], outputs: Sequence[Region]) -> None:
-        """outputs[i] = sum over j of rows[i, j] * inputs[j]."""
+        """Compute outputs[i] = sum over j of rows[i, j] * inputs[j]."""
         size = outputs[0][2]
         for at in range(0, size, MAX_LENGTH):
             length = min(MAX_LENGTH, size - at)
@@ -87,7 +87,7 @@ class IsalKernel:
             )
 
     def accumulate(self, tables: Tables, column: int, source: Region, output: Region) -> None:
-        """output += rows[0, column] * source."""
+        """Compute output += rows[0, column] * source."""
         _, address, size = source
         columns = tables.array.shape[1]
         for at in range(0, size, MAX_LENGTH):
@@ -98,10 +98,10 @@ class IsalKernel:
 
 
 def check_version(version: str) -> None:
-    """Refuses a release that this binding was not written against.
+    """Reject releases that this binding does not support.
 
     Raises:
-        KernelUnavailable: the version is not in the series 2.30 to 2.39.
+        KernelUnavailable: if the version is not in the series 2.30 to 2.39.
     """
     major, _, rest = version.partition(".")
     minor = rest.partition(".")[0]
@@ -113,10 +113,10 @@ def check_version(version: str) -> None:
 
 
 def bundled_library() -> Path:
-    """Path of the ISA-L that the `pyeclib` wheel carries.
+    """Return the path of the ISA-L bundled in the `pyeclib` wheel.
 
     Raises:
-        KernelUnavailable: pyeclib is not installed, or was built without the library.
+        KernelUnavailable: if pyeclib is not installed or was built without the library.
     """
     try:
         files = metadata.files("pyeclib") or []
@@ -130,7 +130,7 @@ def bundled_library() -> Path:
 
 @functools.cache
 def load() -> IsalKernel:
-    """The bundled library, loaded once per process.
+    """Return the bundled library, loaded once per process.
 
     Raises:
         KernelUnavailable: see `bundled_library` and `IsalKernel`.
@@ -139,7 +139,7 @@ def load() -> IsalKernel:
 
 
 def _pointers(regions: Sequence[Region], at: int) -> bytes:
-    """Their addresses, from byte `at` on, as the kernels' arrays of pointers: cheaper than an array of ctypes."""
+    """Return the addresses from byte `at` on as an array of C pointers, cheaper than an array of ctypes objects."""
     return _PACKERS[len(regions)].pack(*[address + at for _, address, _ in regions])
 
 

@@ -1,11 +1,11 @@
-"""Systematic Reed-Solomon code over GF(2^8): k data chunks, m parity chunks, any k of the k + m give back the rest.
+"""Systematic Reed-Solomon code over GF(2^8): k data chunks, m parity chunks, any k of the k + m recover the rest.
 
-`keepwarm.ft.codec.galois.generator_matrix` has the matrix; XOR is the case m = 1 and mirroring the case k = 1, byte for
+`keepwarm.ft.codec.galois.generator_matrix` is the matrix. XOR is the case m = 1 and mirroring the case k = 1, byte for
 byte.
 
 Chunk indices: 0..k-1 are data, k..k+m-1 parity. All buffers belong to the caller, are read and written in place and
-are never copied or kept; read-only ones serve as inputs. One `Codec` may be used by several threads at once, and each
-call works on the thread that makes it: the agent codes different stripes in parallel.
+are never copied or kept. Inputs may be read-only. Several threads may use one `Codec` concurrently, and each
+call runs on the calling thread: the agent codes different stripes in parallel.
 """
 
 import functools
@@ -27,17 +27,17 @@ MAX_CHUNKS = 32
 
 
 class Codec:
-    """The code (k, m) on this machine; see the module for the matrix and who owns the buffers."""
+    """The code (k, m) on this machine. See the module for the matrix and buffer ownership."""
 
     def __init__(self, k: int, m: int, *, kernel: str = AUTO) -> None:
-        """k >= 1 data and m >= 0 parity chunks, k + m <= 32; `kernel` is `auto` or a name in
+        """Create a code with k >= 1 data and m >= 0 parity chunks, k + m <= 32; `kernel` is `auto` or a name in
         `keepwarm.ft.codec.kernel.KERNELS`.
 
-        `auto` takes ISA-L, or NumPy with one warning per process where ISA-L is not usable.
+        `auto` selects ISA-L, or NumPy with one warning per process if ISA-L is not usable.
 
         Raises:
-            CodecError: k or m is out of range.
-            KernelUnavailable: the kernel asked for by name is unknown or not usable.
+            CodecError: if k or m is out of range.
+            KernelUnavailable: if the kernel requested by name is unknown or not usable.
         """
         if k < 1 or m < 0 or k + m > MAX_CHUNKS:
             raise CodecError(f"code ({k}, {m}): needs k >= 1, m >= 0 and k + m <= {MAX_CHUNKS}, k + m is {k + m}")
@@ -47,17 +47,17 @@ class Codec:
         self._rows = tuple(ParityRow(self.kernel, row) for row in generator_matrix(k, m)[k:])
 
     def row(self, index: int) -> "ParityRow":
-        """Return row 0..m-1 of the parity, by which one member of a stripe makes its parity chunk k + index."""
+        """Return row `index` (0..m-1) of the parity, with which one stripe member computes parity chunk k + index."""
         return self._rows[index]
 
     def decode(self, present: Mapping[int, Buffer], missing: Mapping[int, Buffer]) -> None:
-        """Write the chunks `missing` from any k or more chunks `present`, data or parity either way.
+        """Write the chunks `missing` from any k or more chunks `present`; both may be data or parity.
 
-        All buffers may be the same sub-range of their chunks. Of more than k present ones, data come first, then the
+        All buffers may be the same sub-range of their chunks. If more than k are present, data is preferred, then the
         lowest parity indices; the others are not read.
 
         Raises:
-            CodecError: fewer than k present, an index out of range or on both sides, or a buffer does not serve.
+            CodecError: if fewer than k are present, an index is out of range or on both sides, or a buffer is unusable.
         """
         known, wanted = sorted(present), sorted(missing)
         if stray := [i for i in known + wanted if not 0 <= i < self.k + self.m]:
@@ -75,27 +75,27 @@ class Codec:
             self.kernel.multiply(self._decoder(survivors, tuple(wanted)), inputs, outputs)
 
     def _prepare_decoder(self, survivors: tuple[int, ...], wanted: tuple[int, ...]) -> Any:
-        """Survivors = G[survivors] data, so wanted = G[wanted] G[survivors]^-1 survivors."""
+        """Prepare wanted = G[wanted] G[survivors]^-1 survivors, as survivors = G[survivors] data."""
         generator = generator_matrix(self.k, self.m)
         inverse = invert(generator[list(survivors)])
         return self.kernel.prepare(matmul(generator[list(wanted)], inverse))
 
 
 class ParityRow:
-    """One row of the parity of a code: what a single member of a stripe makes, out of the data of the k others."""
+    """One row of a code's parity: computed by a single stripe member from the data of the k others."""
 
     def __init__(self, kernel: Kernel, coefficients: Bytes) -> None:
         self._kernel, self._columns = kernel, len(coefficients)
         self._tables = kernel.prepare(coefficients[None, :])
 
     def accumulate(self, parity: Buffer, column: int, data: Buffer) -> None:
-        """Add bytes of data chunk `column` into the parity bytes of the same place; both have one size.
+        """Add bytes of data chunk `column` to the parity bytes at the same place. Both have the same size.
 
-        Parity starts as zeros and is complete when every byte of all k columns has been added, in any order and cut.
-        Adding the same bytes twice takes them out again: the caller sees to it that each enters once.
+        Parity starts as zeros and is complete once every byte of all k columns has been added, in any order and split.
+        Adding the same bytes twice removes them again: the caller must add each exactly once.
 
         Raises:
-            CodecError: there is no such column, the sizes differ, or a buffer does not serve.
+            CodecError: if there is no such column, the sizes differ, or a buffer is unusable.
         """
         if not 0 <= column < self._columns:
             raise CodecError(f"there is no data chunk {column}, but {self._columns} of them from 0 on")
@@ -119,10 +119,10 @@ def _choose_kernel(name: str) -> Kernel:
 
 @functools.cache
 def load_kernel(name: str) -> Kernel:
-    """Return the kernel of this name, one for the process, once it has shown that it computes what NumPy does.
+    """Return the kernel of this name, one per process, after checking that it computes the same as NumPy.
 
     Raises:
-        KernelUnavailable: there is none of this name, it cannot be used on this machine, or it computes otherwise.
+        KernelUnavailable: if the name is unknown, or the kernel is unusable on this machine or computes otherwise.
     """
     try:
         kernel = KERNELS.get(name)()
@@ -139,7 +139,7 @@ def load_kernel(name: str) -> Kernel:
 
 
 def _agrees(kernel: Kernel) -> bool:
-    """Whether a kernel computes the bytes of the reference. Parity of another field would show at recovery only."""
+    """Return whether a kernel matches the reference. Parity over another field would only show at recovery."""
     rows = generator_matrix(3, 2)[3:]
     data = np.random.default_rng(0).integers(0, 256, (3, 1000), np.uint8)
     inputs = [region_of(chunk) for chunk in data]
@@ -180,12 +180,12 @@ def _common_size(regions: list[Region]) -> int:
 
 
 def _refuse_overlap(inputs: list[Region], outputs: list[Region], size: int) -> None:
-    """An output that shares memory with another buffer would be coded from half-written bytes."""
+    """Raise if an output overlaps another buffer, because it would be coded from half-written bytes."""
     starts = [(address, False) for _, address, _ in inputs] + [(address, True) for _, address, _ in outputs]
     starts.sort()
     end, end_is_output = 0, False
     for start, is_output in starts if size else ():
         if start < end and (is_output or end_is_output):
             raise CodecError("an output buffer overlaps another buffer of the same call")
-        # Of two inputs that overlap, the later one reaches further: all are equally long.
+        # Of two overlapping inputs the later one reaches further, as all have the same length.
         end, end_is_output = start + size, is_output

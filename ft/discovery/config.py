@@ -1,4 +1,4 @@
-"""How one snapshot agent is told what to do: a JSON file, never arguments, and where it keeps what is its own."""
+"""Configuration of a snapshot agent, passed as a JSON file and never as arguments, and its private folder."""
 
 import hashlib
 import os
@@ -15,17 +15,17 @@ from keepwarm.ft.protocol.state import Group, Topology
 
 SOCKET = "agent.sock"
 SOCKET_BYTES = 107
-"""Bytes that the path of a Unix socket may have: `sun_path` of unix(7) without its last zero."""
+"""Maximum bytes of a Unix socket path: `sun_path` of unix(7) without the trailing NUL."""
 LOCK = "lock"
 LOG = "agent.log"
 
 
 class AgentExit(IntEnum):
-    """What an agent process ends with when it cannot begin; the process that started it acts on the code."""
+    """Exit codes of an agent process that cannot start. The process that started it acts on them."""
 
     BAD_CONFIG = 2
     TAKEN = 3
-    """The agent of the slot runs already, or its folder cannot be used."""
+    """The slot's agent is already running, or its folder cannot be used."""
     MEMORY_TOO_SMALL = 4
 
 
@@ -37,20 +37,20 @@ class GroupConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class DurableConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Committed snapshots that become checkpoints on storage that all nodes share."""
+    """Committed snapshots that become checkpoints on storage shared by all nodes."""
 
     root: str
     every: int = 1
-    """Steps: of the committed snapshots those are written whose step is a multiple, the newest if several wait."""
+    """Write committed snapshots whose step is a multiple of this; only the newest if several are waiting."""
     keep: int = 2
     keep_every: int | None = None
     compress: bool = False
     deadline: float = 600.0
-    """Seconds that the lowest slot waits for the other nodes' parts."""
+    """Seconds the lowest slot waits for the other nodes' parts."""
 
 
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything an agent is told. Paths are absolute; `folder` is on the node, `shared` on storage all nodes see."""
+    """Complete agent configuration. Paths are absolute; `folder` is on the node, `shared` on shared storage."""
 
     run: str
     slot: int
@@ -59,21 +59,21 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     secret: str
     groups: tuple[GroupConfig, ...]
     state_bytes: int
-    """S: bytes of the largest node state of the job."""
+    """S, the bytes of the job's largest node state."""
     bucket_bytes: int = 4 << 20
     host: str = "127.0.0.1"
-    """Address to listen on for the other agents, and the one they are told."""
+    """Address to listen on for the other agents, which is also the advertised address."""
     port: int = 0
     rate: float | None = None
-    """Bytes per second sent to all peers together; null: no cap."""
+    """Bytes per second sent to all peers together. null: no cap."""
     silence: float = 5.0
     """Seconds without a byte from a peer after which it counts as lost."""
     lease: float = 60.0
-    """Seconds that the agent stays after the last process that needs it has gone."""
+    """Seconds the agent stays after the last process that needs it is gone."""
     inventory_deadline: float = 10.0
-    """Seconds that a choice at recovery waits for agents that do not answer."""
+    """Seconds a recovery decision waits for agents that do not answer."""
     scrub: float | None = 60.0
-    """Seconds between two passes over the memory at rest; null: none."""
+    """Seconds between scrubs of the memory at rest. null: no scrubbing."""
     threads: int = 2
     kernel: str = AUTO
     """Codec kernel: `auto`, or a name in `keepwarm.ft.codec.kernel.KERNELS`."""
@@ -99,7 +99,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def socket(self) -> Path:
-        """Raises `AgentError` when the folder's path is too long for a socket in it."""
+        """Return the socket's path. Raise `AgentError` if it is too long for a Unix socket."""
         path = Path(self.folder) / SOCKET
         if (size := len(os.fsencode(path))) > SOCKET_BYTES:
             raise AgentError(
@@ -117,7 +117,7 @@ def load(path: Path) -> AgentConfig:
 
 
 def write(config: AgentConfig) -> Path:
-    """Store the config in the agent's folder, which is made, readable by its owner alone."""
+    """Write the config to the agent's folder, which is created if needed and readable only by its owner."""
     folder = private_folder(Path(config.folder))
     path = folder / "agent.json"
     atomic_write(path, msgspec.json.format(msgspec.json.encode(config)))
@@ -125,11 +125,11 @@ def write(config: AgentConfig) -> Path:
 
 
 NODE = "KEEPWARM_NODE"
-"""Environment variable that names the node, where several are emulated on one machine: each has agents of its own."""
+"""Environment variable that names the node if several are emulated on one machine, each with its own agents."""
 
 
 def runtime_folder(run: str, slot: int) -> Path:
-    """Where the agent of a run and slot keeps its socket on this node; short, as socket paths must be."""
+    """Return the folder of an agent's socket on this node. It is short, because socket paths must be."""
     base = os.environ.get("XDG_RUNTIME_DIR")
     root = Path(base) / "keepwarm" if base else Path("/tmp") / f"keepwarm-{os.geteuid()}"
     node = os.environ.get(NODE)
@@ -138,9 +138,9 @@ def runtime_folder(run: str, slot: int) -> Path:
 
 
 def agents_here(run: str) -> dict[int, Path]:
-    """The socket of every agent of a run that has a folder on this node, by slot; the agent may be dead."""
+    """Return the sockets, by slot, of a run's agents with a folder on this node. The agents may be dead."""
     folders = runtime_folder(run, 0).parent.glob(f"{_folder_name(run)}-*")
-    by_age = sorted(folders, key=_changed)  # of emulated nodes the last that had the slot
+    by_age = sorted(folders, key=_changed)  # of several emulated nodes, the last to own the slot
     found = {int(folder.name.rpartition("-")[2].partition(".")[0]): folder / SOCKET for folder in by_age}
     return dict(sorted(found.items()))
 
@@ -148,7 +148,7 @@ def agents_here(run: str) -> dict[int, Path]:
 def _changed(folder: Path) -> float:
     try:
         return folder.stat().st_mtime
-    except FileNotFoundError:  # its agent has just left
+    except FileNotFoundError:  # its agent has just exited
         return 0.0
 
 
@@ -157,7 +157,7 @@ def _folder_name(run: str) -> str:
 
 
 def private_folder(path: Path) -> Path:
-    """Make `path` and its parent 0700; refuse when they are someone else's."""
+    """Create `path` and its parent with mode 0700. Refuse folders owned by another user."""
     for folder in (path.parent, path):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = path.lstat()

@@ -1,4 +1,4 @@
-"""Where agents find each other and what is decided once per epoch: small files in the folder that all nodes share."""
+"""Agent discovery and per-epoch decisions, as small files in the folder shared by all nodes."""
 
 import contextlib
 from pathlib import Path
@@ -10,14 +10,14 @@ from keepwarm.ft.errors import AgentError
 from keepwarm.ft.protocol.messages import Decision, Decode
 
 AGENTS_FOLDER = "agents"
-"""In the run folder."""
+"""Folder name inside the run folder."""
 TEMPLATE_FILE = "template.json"
-"""In the folder of agents: the config that rank 0 gave its agent, from which supervisors start others. Only slot, host
-and runtime folder differ."""
+"""File in the agents folder: the config of rank 0's agent, from which supervisors start others. Only slot, host and
+runtime folder differ."""
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the agent of a slot listens in its present incarnation."""
+    """Address of a slot's agent in its current incarnation."""
 
     host: str
     port: int
@@ -25,9 +25,9 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """What an epoch restores, and who decodes what for it: (decoder, order).
+    """Decision of an epoch and its decoding plan: (decoder, order).
 
-    One file, so that whoever knows the choice knows the orders, whichever links or agents were lost meanwhile.
+    Stored in one file, so that an agent that knows the choice also knows the orders, even if links or agents were lost.
     """
 
     decision: Decision
@@ -35,7 +35,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Registry:
-    """The files: `<slot>.json` says where an agent listens, `choice-<epoch>.json` what that epoch restores."""
+    """The files: `<slot>.json` holds an agent's endpoint, `choice-<epoch>.json` what that epoch restores."""
 
     def __init__(self, shared: Path) -> None:
         self.folder = shared / AGENTS_FOLDER
@@ -60,7 +60,7 @@ class Registry:
         return None if endpoint is None else (endpoint.host, endpoint.port)
 
     def choose(self, choice: Choice) -> Choice:
-        """Compare-and-set of the choice of an epoch: the first one stands and is returned to everybody."""
+        """Write the choice of an epoch by compare-and-set. The first one stands and is returned to every caller."""
         path = self.folder / f"choice-{choice.decision.epoch}.json"
         atomic_create(path, msgspec.json.encode(choice))
         chosen = self.choice(choice.decision.epoch)
@@ -69,12 +69,12 @@ class Registry:
         return chosen
 
     def newest_epoch(self) -> int:
-        """The highest epoch that was ever decided here; 0 when none was."""
+        """Return the highest epoch that has been decided here, or 0 if none has."""
         names = (path.stem.removeprefix("choice-") for path in self.folder.glob("choice-*.json"))
         return max((int(name) for name in names if name.isdigit()), default=0)
 
     def explain(self, epoch: int, reason: str) -> None:
-        """Keep the words of a choice that restores nothing."""
+        """Record the reason for a choice that restores nothing."""
         atomic_write(self.folder / f"reason-{epoch}.txt", reason.encode(), durable=True)
 
     def reason(self, epoch: int) -> str:

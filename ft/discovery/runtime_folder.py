@@ -1,4 +1,4 @@
-"""What an agent leaves in the file system of its node while it lives, and how the rest is swept."""
+"""Runtime folder of a live agent on its node, and cleanup of those left by dead agents."""
 
 import contextlib
 import fcntl
@@ -11,10 +11,10 @@ from keepwarm.ft.errors import AgentError
 
 
 def take_lock(folder: Path) -> int:
-    """Claim the folder for this process; the kernel gives it up when the process ends, however it ends."""
+    """Lock the folder for this process. The kernel releases the lock when the process ends for any reason."""
     claimed = _claim(folder / f".{LOCK}.{os.getpid()}", folder)
     try:
-        # Linked into place with the lock held: an agent that sweeps meanwhile never sees a lock that nobody holds.
+        # Link the file into place with the lock held: a concurrent sweep never sees an unheld lock.
         os.link(folder / f".{LOCK}.{os.getpid()}", folder / LOCK)
     except FileExistsError:
         os.close(claimed)
@@ -35,9 +35,9 @@ def _claim(path: Path, folder: Path) -> int:
 
 
 def sweep(root: Path, mine: Path) -> list[Path]:
-    """Remove the folders of dead agents of other runs; memory has gone with them.
+    """Remove the folders of dead agents of other runs. Their memory is already gone.
 
-    Those of the same run are left to the agents that follow them: one of them may be starting right now.
+    Folders of the same run are left to their successors, one of which may be starting right now.
     """
     gone = []
     run = mine.name.rpartition("-")[0]
@@ -52,7 +52,7 @@ def sweep(root: Path, mine: Path) -> list[Path]:
 
 
 def clear(folder: Path, lock: int) -> None:
-    """Remove a folder whose lock is held, and the lock with it."""
+    """Remove a folder whose lock is held, together with the lock."""
     shutil.rmtree(folder, ignore_errors=True)
     os.close(lock)
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""What an agent tells about itself: `keepwarm snapshots` and tests ask for it."""
+"""Agent status, requested by `keepwarm snapshots` and tests."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from keepwarm.ft.protocol.messages import Wire
 
 
 class Commit(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds from the first grant of a snapshot on this node until it was known to be committed."""
+    """Time from the first grant of a snapshot on this node until its commit was known, in seconds."""
 
     epoch: int
     step: int
@@ -25,11 +25,11 @@ class Held(msgspec.Struct, frozen=True, kw_only=True):
     data: int | None
     parity: int | None
     chunks: dict[int, str]
-    """Digest of every good chunk by stripe."""
+    """Digest of every good chunk, by stripe."""
 
 
 class Status(Wire, frozen=True, kw_only=True):
-    """One agent at one moment; sizes in bytes, times in seconds."""
+    """Status of one agent at one moment. Sizes are in bytes, times in seconds."""
 
     run: str
     slot: int
@@ -44,7 +44,7 @@ class Status(Wire, frozen=True, kw_only=True):
     buffers: int
     buffer_bytes: int
     memory_bytes: int
-    """In all buffers, data and parity."""
+    """Bytes of all buffers, data and parity."""
     resident_bytes: int
     held: tuple[Held, ...]
     committed: tuple[int, int] | None

@@ -1,12 +1,12 @@
-"""Durable checkpoints: one safetensors file per rank and a JSON manifest, complete and verified or not there.
+"""Durable checkpoints: one safetensors file per rank and a JSON manifest, either complete and verified or absent.
 
 A folder `iter_0000100` holds
 
     rank_00000.safetensors      (or .safetensors.zst)  the pieces of one rank; the header describes each of them
     manifest.json               identity, free-form `meta`, and checksums of every header and tensor
 
-It is written under a temporary name, synced and renamed, and the file `latest` beside it only ever moves forward in
-(epoch, step). Nothing here is pickled, and no length from a file is believed before it is compared with the file.
+It is written under a temporary name, synced and renamed. The file `latest` beside it only moves forward in
+(epoch, step). Nothing is pickled, and every length in a file is checked against the file before use.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ _FINAL = re.compile(r"iter_(\d{7,})")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Identity:
-    """Which state a checkpoint holds: step `step` of a run's epoch, in the pieces of a layout."""
+    """Identity of the state in a checkpoint: step `step` of a run's epoch, in the pieces of a layout."""
 
     run: str
     epoch: int
@@ -44,7 +44,7 @@ class Identity:
 
 
 def write_manifest(directory: Path, identity: Identity, *, ranks: int, meta: Mapping[str, Any]) -> Manifest:
-    """Collect the headers of the parts of all `ranks` into the manifest; raises when one is missing or another's."""
+    """Collect the part headers of all `ranks` into the manifest. Raise if one is missing or belongs elsewhere."""
     parts = []
     for rank in range(ranks):
         found = sorted(directory.glob(f"rank_{rank:05d}.safetensors*"))
@@ -60,13 +60,13 @@ def write_manifest(directory: Path, identity: Identity, *, ranks: int, meta: Map
 
 
 def verify(directory: Path, progress: Callable[[int, int], object] | None = None) -> Manifest:
-    """Read every byte of a checkpoint and compare it with the manifest; raises `DurableError` naming the file.
+    """Verify every byte of a checkpoint against the manifest. Raise `DurableError` naming the file.
 
-    `progress` is called with the bytes read so far and those of the whole checkpoint.
+    `progress` is called with the bytes read so far and the total bytes of the checkpoint.
     """
     manifest = read_manifest(directory)
     done, total = 0, sum(part.data_bytes for part in manifest.parts)
-    # Touched once: fresh memory for every block would cost more than the reading.
+    # Reuse one buffer: fresh memory for every block would cost more than reading it.
     memory = np.empty(BLOCK, np.uint8)
     for part in manifest.parts:
         for entry, blocks in read_part(directory, part, memory):
@@ -81,18 +81,18 @@ def verify(directory: Path, progress: Callable[[int, int], object] | None = None
 
 
 def folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies once it is published."""
+    """Return the folder of the published checkpoint of a step."""
     return root / f"iter_{step:07d}"
 
 
 def staging(root: Path, epoch: int, step: int, writer: str = "agents") -> Path:
-    """Where it is written before that, the same on every node; agents and workers may write one step at once."""
+    """Return the staging folder, the same on every node. `writer` keeps agents and workers apart on one step."""
     return root / f"tmp-{epoch}-{step}-{writer}"
 
 
 @contextlib.contextmanager
 def _sole_publisher(root: Path) -> Iterator[None]:
-    """One process at a time gives names and takes them away; the kernel ends the claim of one that dies."""
+    """Allow one process at a time to publish or rename. The kernel releases the lock if the process dies."""
     descriptor = os.open(root / ".publishing", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -102,10 +102,10 @@ def _sole_publisher(root: Path) -> Iterator[None]:
 
 
 def publish(tmp: Path, final: Path) -> bool:
-    """Give a complete checkpoint its name and move `latest` forward to it; the caller has verified it.
+    """Rename a complete, verified checkpoint to its final name and move `latest` forward to it.
 
-    Returns False, and leaves `latest` alone, when a checkpoint of a newer (epoch, step) is the latest already. A
-    checkpoint of the same step from an earlier epoch is replaced.
+    Return False, and leave `latest` alone, if the latest checkpoint already has a newer (epoch, step). A checkpoint of
+    the same step from an earlier epoch is replaced.
     """
     with _sole_publisher(final.parent):
         return _publish(tmp, final)
@@ -138,14 +138,14 @@ def _publish(tmp: Path, final: Path) -> bool:
 
 
 def _undo_replacement(root: Path) -> None:
-    """Give a checkpoint its name back that a killed publisher took away and gave to no other."""
+    """Restore the name of a checkpoint that a killed publisher moved away without replacing it."""
     replaced = [path for path in root.glob(f"{_REPLACED}*") if (path / MANIFEST).is_file()]
     if not replaced:
         return
     with contextlib.suppress(OSError):
         descriptor = os.open(root / ".publishing", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            # Whoever holds it is alive and will finish.
+            # The holder is alive and will finish.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for path in replaced:
                 final = root / path.name.removeprefix(_REPLACED)
@@ -156,7 +156,7 @@ def _undo_replacement(root: Path) -> None:
 
 
 def latest(root: Path) -> Path | None:
-    """The newest complete checkpoint: what `latest` names, or the highest (epoch, step) when that file is unusable."""
+    """Return the newest complete checkpoint: that in `latest`, or the highest (epoch, step) if the file is unusable."""
     _undo_replacement(root)
     with contextlib.suppress(OSError, UnicodeDecodeError):
         name = (root / LATEST).read_text().strip()
@@ -167,7 +167,7 @@ def latest(root: Path) -> Path | None:
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints under `root`, ascending in (epoch, step); those with an unreadable manifest are left out."""
+    """Return complete checkpoints under `root`, ascending in (epoch, step), skipping unreadable manifests."""
     found = []
     for path in root.glob("iter_*"):
         if _FINAL.fullmatch(path.name):
@@ -178,9 +178,9 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def prune(root: Path, keep: int, every: int | None = None) -> list[Path]:
-    """Delete all but the newest `keep` checkpoints and those whose step is a multiple of `every`; returns the deleted.
+    """Delete all but the newest `keep` checkpoints and those whose step is a multiple of `every`. Return the deleted.
 
-    What `latest` names is never deleted. Staging folders are left to `sweep`.
+    The checkpoint named by `latest` is never deleted. Staging folders are left to `sweep`.
     """
     if not root.is_dir():
         return []
@@ -196,7 +196,7 @@ def _prune(root: Path, keep: int, every: int | None) -> list[Path]:
         step = read_manifest(path).step
         if path in spared or (every is not None and step % every == 0):
             continue
-        # Renamed first: a reader must never meet half of a checkpoint under its final name.
+        # Rename first: a reader must never see half a checkpoint under its final name.
         doomed = path.with_name(f"tmp-pruned-{path.name}")
         path.rename(doomed)
         shutil.rmtree(doomed)
@@ -205,7 +205,7 @@ def _prune(root: Path, keep: int, every: int | None) -> list[Path]:
 
 
 def sweep(root: Path) -> list[Path]:
-    """Delete what interrupted writers left; only before anyone writes to `root`."""
+    """Delete the remains of interrupted writers. Call only before any process writes to `root`."""
     _undo_replacement(root)
     left = [path for path in root.glob("tmp-*") if path.is_dir()]
     for path in left:

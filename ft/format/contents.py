@@ -1,8 +1,8 @@
-"""What a snapshot or a checkpoint holds, by global name and offset, and how one layout is filled from another.
+"""Contents of a snapshot or checkpoint by global name and offset, and the moves that fill one layout from another.
 
-A rank's part of a tensor is a `Piece`: the box of `shape` at `offsets` inside `global_shape`, or of that box only the
-elements `flat = (start, stop)` in row-major order. Any piece falls apart into few boxes whose elements lie one after
-the other in its own memory, so that filling one piece from others is the intersection of boxes.
+A rank's part of a tensor is a `Piece`: the box of `shape` at `offsets` inside `global_shape`, or only the elements
+`flat = (start, stop)` of that box in row-major order. Any piece decomposes into a few boxes whose elements are
+contiguous in its own memory, so filling one piece from others is an intersection of boxes.
 """
 
 import math
@@ -19,7 +19,7 @@ ITEM_SIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
 }  # fmt: skip
-"""Bytes of one element of each dtype, by its name in the safetensors format."""
+"""Bytes per element of each dtype, by its safetensors name."""
 
 
 class Piece(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,29 +53,29 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Contents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What stands at the head of every worker's part of a buffer: who wrote it, and which bytes hold which piece.
+    """Header of every worker's part of a buffer: its writer, and which bytes hold which piece.
 
-    Coded with the data, so that whoever has a part of a snapshot can read it without asking anyone.
+    Encoded with the data, so that a part of a snapshot can be read without any other source.
     """
 
     version: int = 1
     rank: int
     world: int
     workers: int
-    """Of the node: as many parts stand one after the other in a buffer."""
+    """Workers of the node, and so the number of consecutive parts in a buffer."""
     size: int
-    """Bytes of the whole part, header included; a multiple of the bucket size."""
+    """Bytes of the whole part, including the header. A multiple of the bucket size."""
     entries: tuple[tuple[Piece, int], ...]
-    """Pieces and the byte of the part at which each begins."""
+    """Pieces and their start offsets within the part, in bytes."""
     meta: Annotated[bytes, msgspec.Meta(max_length=256 << 20)]
     """The writer's own small state."""
 
 
 _MAGIC = b"keepwarm"
 HEAD_BYTES = 16
-"""Magic and u64 length in front of the encoded contents."""
+"""Magic and u64 length before the encoded contents."""
 META_BYTES = 1 << 20
-"""Room for the small state in the contents, unless the caller knows better."""
+"""Default number of bytes reserved for the small state in the contents."""
 
 
 def encode_contents(contents: Contents) -> bytes:
@@ -84,7 +84,7 @@ def encode_contents(contents: Contents) -> bytes:
 
 
 def contents_length(head: Any) -> int:
-    """Bytes of the encoded contents with their head; `head` are the first `HEAD_BYTES` of a part."""
+    """Return the bytes of the encoded contents with their head. `head` is the first `HEAD_BYTES` of a part."""
     raw = bytes(head[:HEAD_BYTES])
     if raw[:8] != _MAGIC:
         raise IncompleteError("there is no part of a snapshot here")
@@ -92,7 +92,7 @@ def contents_length(head: Any) -> int:
 
 
 def decode_contents(part: Any) -> Contents:
-    """The contents of a part, from its first `contents_length` bytes. Raises `IncompleteError` when they are not."""
+    """Decode a part's contents from its first `contents_length` bytes. Raise `IncompleteError` if they are invalid."""
     length = contents_length(part)
     if length > len(part):
         raise IncompleteError(f"the head of a part has {length} bytes, {len(part)} are there")
@@ -109,7 +109,7 @@ def decode_contents(part: Any) -> Contents:
 
 
 class Box(msgspec.Struct, frozen=True):
-    """A box of a global tensor; elements `start ...` of the piece it belongs to hold it in row-major order."""
+    """A box of a global tensor, held in row-major order by elements `start ...` of its piece."""
 
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
@@ -140,7 +140,7 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def run(self) -> tuple[int, int] | None:
-        """The bytes (start, stop) of the target piece that this move writes, where it is a plain copy of `span`."""
+        """The bytes (start, stop) of the target piece written by this move, if it is a plain copy of `span`."""
         if not (_contiguous(self.shape, self.read.shape) and _contiguous(self.shape, self.write.shape)):
             return None
         first = [o - b for o, b in zip(self.offsets, self.write.offsets, strict=True)]
@@ -149,7 +149,7 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def boxes(piece: Piece) -> list[Box]:
-    """The piece as boxes, in the order of its own memory; at most 2 x dimensions - 1 of them."""
+    """Return the piece as boxes, in the order of its own memory; at most 2 x dimensions - 1 of them."""
     start, stop = piece.flat or (0, math.prod(piece.shape))
     found: list[Box] = []
     for offsets, shape in _runs(piece.shape, start, stop):
@@ -159,10 +159,10 @@ def boxes(piece: Piece) -> list[Box]:
 
 
 def plan(target: Piece, sources: Sequence[Piece]) -> list[Move]:
-    """Moves that fill `target` from `sources`, each element once; earlier sources are preferred.
+    """Return moves that fill `target` from `sources`, each element once. Earlier sources are preferred.
 
-    Sources of another name are passed over. Raises `IncompleteError` when an element is in none of them, or when a
-    source of the same name has another global shape or dtype.
+    Sources with another name are skipped. Raise `IncompleteError` if no source has an element, or if a source of the
+    same name has another global shape or dtype.
     """
     moves: list[Move] = []
     holes = boxes(target)
@@ -203,14 +203,14 @@ def plan(target: Piece, sources: Sequence[Piece]) -> list[Move]:
 
 
 def move_bytes(move: Move, source: Bytes, target: Bytes) -> None:
-    """Carry out a move; `source` holds the bytes `move.span` of the source piece, `target` the whole target piece."""
+    """Execute a move. `source` is the bytes `move.span` of the source piece, `target` the whole target piece."""
     run = move.run
     if run is not None:
         np.copyto(target[run[0] : run[1]], source[: run[1] - run[0]])
         return
     shift = move.span[0] // move.item_size
     first = [o - b for o, b in zip(move.offsets, move.read.offsets, strict=True)]
-    # A strided view onto the span alone: the source may be a part of the piece, too short for the whole box.
+    # A strided view of the span only: the source may be a fragment of the piece, too short for the whole box.
     strides = _strides(move.read.shape, move.item_size)
     skip = (move.read.start + _ravel(first, move.read.shape) - shift) * move.item_size
     seen = np.lib.stride_tricks.as_strided(source[skip:], (*move.shape, move.item_size), (*strides, 1), writeable=False)
@@ -221,13 +221,13 @@ def move_bytes(move: Move, source: Bytes, target: Bytes) -> None:
 
 
 def as_bytes(memory: Any) -> Bytes:
-    """A flat view of the bytes of any contiguous buffer; no copy."""
+    """Return a flat byte view of any contiguous buffer, without copying."""
     view = memoryview(memory)
     return np.frombuffer(view if view.nbytes else b"", dtype=np.uint8)
 
 
 def _runs(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Boxes (offsets, shape) that hold the elements start ... stop of an array of `shape`, in order."""
+    """Yield boxes (offsets, shape) that hold the elements start ... stop of an array of `shape`, in order."""
     if start >= stop:
         return
     if stop - start == math.prod(shape):
@@ -264,7 +264,7 @@ def _intersection(one: Box, two: Box) -> tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def _minus(box: Box, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[Box]:
-    """What is left of `box` without the region, as boxes; their `start` means nothing."""
+    """Yield the rest of `box` without the region, as boxes whose `start` is meaningless."""
     low, size = list(box.offsets), list(box.shape)
     for dim, (o, s) in enumerate(zip(offsets, shape, strict=True)):
         for a, b in ((low[dim], o), (o + s, low[dim] + size[dim])):
@@ -290,7 +290,7 @@ def _strides(shape: Sequence[int], item_size: int) -> tuple[int, ...]:
 
 
 def _contiguous(part: Sequence[int], whole: Sequence[int]) -> bool:
-    """True when a region of shape `part` lies in one run inside a row-major box of shape `whole`."""
+    """Return whether a region of shape `part` is contiguous inside a row-major box of shape `whole`."""
     dims = list(zip(part, whole, strict=True))
     while dims and dims[0][0] == 1:
         dims.pop(0)

@@ -1,4 +1,4 @@
-"""What a durable checkpoint says of itself: `manifest.json`, its parts, and every piece in them."""
+"""Manifest of a durable checkpoint: `manifest.json`, its parts, and every piece in them."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from keepwarm.ft.format.contents import Piece
 VERSION = 1
 MANIFEST = "manifest.json"
 CHUNK = 4 << 20
-"""Bytes of a longer piece that have a checksum of their own: who needs a part of it reads whole chunks."""
+"""Bytes per separately checksummed chunk of a long piece. Partial reads fetch whole chunks."""
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -23,7 +23,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     stop: int
     xxh3: str
     chunks: tuple[str, ...] = ()
-    """The xxh3_64 of every `CHUNK` bytes, the last one shorter; empty for a piece of one chunk."""
+    """The xxh3_64 of every `CHUNK` bytes, the last one shorter. Empty for a piece of one chunk."""
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,7 +42,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a checkpoint is and what it holds; `meta` is its writer's own JSON."""
+    """Identity and contents of a checkpoint. `meta` is its writer's own JSON."""
 
     version: int
     run: str
@@ -65,7 +65,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def decode_manifest(content: bytes, path: str) -> Manifest:
-    """The manifest in `content`, which was read from `path`."""
+    """Decode the manifest in `content`, which was read from `path`."""
     try:
         manifest = msgspec.json.decode(content, type=Manifest)
     except (msgspec.DecodeError, ValueError) as error:

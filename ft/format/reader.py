@@ -1,4 +1,4 @@
-"""Parts of a durable checkpoint read back; no length in a file is believed before it is compared with the file."""
+"""Read parts of a durable checkpoint. Every length in a file is checked against the file before use."""
 
 import contextlib
 import io
@@ -16,17 +16,17 @@ from keepwarm.ft.format.manifest import MANIFEST, Entry, Part, check_entry
 from keepwarm.ft.format.writer import Note
 
 HEADER_LIMIT = 100_000_000
-"""Bytes; the safetensors library refuses longer headers as well."""
+"""Maximum header bytes, the limit of the safetensors library too."""
 BLOCK = 4 << 20
-"""Bytes read at once."""
+"""Bytes per read."""
 
 
 def read_part(
     directory: Path, part: Part, memory: Bytes | None = None
 ) -> Iterator[tuple[Entry, Iterator[bytes | memoryview]]]:
-    """Pieces of one part with their bytes in blocks, in the order of the file; the caller checks the sums.
+    """Yield the pieces of one part with their bytes in blocks, in file order. The caller verifies the checksums.
 
-    With `memory`, blocks lie in it, each overwritten by the next.
+    With `memory`, blocks are views of it, each overwritten by the next.
     """
     path = directory / part.file
     with _opened(path) as file:
@@ -40,7 +40,7 @@ def read_part(
 
 
 def expand(file: IO[bytes], part: Part, entry: Entry, where: str, out: Bytes) -> None:
-    """Read one piece out of a compressed part, open at its beginning, into `out`; the caller checks the sum."""
+    """Read one piece of a compressed part, opened at its start, into `out`. The caller verifies the checksum."""
     try:
         with zstandard.ZstdDecompressor().stream_reader(file, closefd=False) as reader:
             _skip(reader, part.header_bytes + entry.start, Path(where))
@@ -50,7 +50,7 @@ def expand(file: IO[bytes], part: Part, entry: Entry, where: str, out: Bytes) ->
 
 
 def read_header(path: Path) -> Part:
-    """What a part says of itself. Raises `DurableError` naming the file when that contradicts the file."""
+    """Read the header of a part. Raise `DurableError` naming the file if they contradict each other."""
     with _opened(path) as file:
         length = int.from_bytes(_exactly(file, 8, path), "little")
         bound = HEADER_LIMIT if path.suffix == ".zst" else min(HEADER_LIMIT, path.stat().st_size - 8)
@@ -86,7 +86,7 @@ def read_header(path: Path) -> Part:
 
 
 def compare(directory: Path, part: Part, entry: Entry, seen: str) -> None:
-    """Raise `DurableError` unless the checksum that was `seen` is the one of the entry."""
+    """Raise `DurableError` unless the computed checksum `seen` equals that of the entry."""
     if seen != entry.xxh3:
         raise DurableError(f"{directory / part.file}: {entry.piece.name} has checksum {seen}, written was {entry.xxh3}")
 

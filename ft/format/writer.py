@@ -1,4 +1,4 @@
-"""Parts of a durable checkpoint: one rank's safetensors file, written in blocks and synced."""
+"""Write parts of a durable checkpoint: one rank's safetensors file, written in blocks and synced."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ _WRITEBACK = 16 << 20
 
 
 class Note(msgspec.Struct, frozen=True, array_like=True):
-    """What a part's header says of a piece."""
+    """A piece's entry in a part header."""
 
     piece: Piece
     xxh3: str
@@ -33,7 +33,7 @@ def write_part(
 ) -> Part:  # fmt: skip
     """Write one rank's pieces, each with the contiguous buffer that holds its bytes, and sync the file.
 
-    The caller makes sure that the buffers do not change meanwhile. A part of the same rank is overwritten.
+    The caller must not change the buffers meanwhile. An existing part of the same rank is overwritten.
     """
     pairs = sorted(tensors, key=lambda pair: (-ITEM_SIZE[pair[0].dtype], pair[0].name))
     pieces, views = [piece for piece, _ in pairs], {piece.name: as_bytes(buffer) for piece, buffer in pairs}
@@ -53,7 +53,7 @@ def _blocks(view: Bytes) -> Iterator[Any]:
 def _write_compressed(
     directory: Path, rank: int, pieces: Sequence[Piece], views: Mapping[str, Bytes], meta: dict[str, str]
 ) -> Part:
-    """Nothing can be put before what is compressed already: the sums are computed first."""
+    """Write a compressed part. Checksums are computed first, because nothing can be prepended to compressed data."""
     _check_names(rank, pieces)
     entries, start = [], 0
     for piece in pieces:
@@ -84,12 +84,12 @@ def write_part_blocks(
     directory: Path, rank: int, pieces: Sequence[Piece], blocks: Callable[[Piece], Iterable[Any]], *,
     meta: Mapping[str, str] | None = None,
 ) -> Part:  # fmt: skip
-    """`write_part` for pieces larger than memory: `blocks(piece)` gives the bytes of each in turn, in any portions.
+    """Write pieces larger than memory, as `write_part`. `blocks(piece)` yields the bytes of each, in any portions.
 
-    Pieces lie in the file in the order given. A block may be overwritten by its maker once the next one is asked for.
+    Pieces are stored in the given order. The producer may overwrite a block once the next one is requested.
     """
     _check_names(rank, pieces)
-    # Sums are known last and stand first: as many characters are kept free for them.
+    # Checksums come first in the file but are known last, so reserve exactly their length.
     unknown = xxhash.xxh3_64_hexdigest(b"")
     entries, start = [], 0
     for piece in pieces:
@@ -118,7 +118,7 @@ def write_part_blocks(
 
 
 class Sums:
-    """Checksums of a piece whose bytes come in blocks of any size: of all of it and of its chunks."""
+    """Checksums of a piece, whole and per chunk, from blocks of any size."""
 
     def __init__(self) -> None:
         self._whole, self._chunk = xxhash.xxh3_64(), xxhash.xxh3_64()
@@ -142,21 +142,21 @@ class Sums:
         return str(self._whole.hexdigest())
 
     def chunks(self) -> tuple[str, ...]:
-        """As `Entry.chunks` has them."""
+        """Return the checksums for `Entry.chunks`."""
         found = (*self._chunks, self._chunk.hexdigest()) if self._filled else tuple(self._chunks)
         return found if len(found) > 1 else ()
 
 
 def begin_writeback(file: IO[bytes], start: int) -> int:
-    """Let the disk work on bytes from `start` while more are made; returns from where on there are new ones.
+    """Start writing bytes from `start` to disk while more are produced. Return the start of the next call's range.
 
-    Without it the disk would idle until the sync at the end, which then takes as long as the writing did.
+    Without this the disk would idle until the final sync, which would then take as long as the writing did.
     """
     stop = file.tell()
     if stop - start < _WRITEBACK or not hasattr(os, "posix_fadvise"):
         return start
     file.flush()
-    # Linux writes dirty pages out before it drops them, without waiting.
+    # Linux writes dirty pages out before dropping them, without blocking.
     os.posix_fadvise(file.fileno(), start, stop - start, os.POSIX_FADV_DONTNEED)
     return stop
 
@@ -182,7 +182,7 @@ def _header(rank: int, entries: list[Entry], meta: dict[str, str]) -> bytes:
 
 @contextlib.contextmanager
 def _new_part(directory: Path, rank: int, name: str) -> Iterator[IO[bytes]]:
-    """A file that takes the place of any part of this rank, and its name, once it is whole and synced."""
+    """Open a file and yield it. Once complete and synced, it replaces any part of this rank."""
     path = directory / f".{name}"
     for other in (*directory.glob(f"rank_{rank:05d}.safetensors*"), path):
         other.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The agent's buffers by what lies where: data buffers, parity buffers, chunks of stripes, buckets of chunks."""
+"""Layout of the agent's memory: data buffers, parity buffers, chunks of stripes, buckets of chunks."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from keepwarm.ft.protocol.state import Group
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Sizes that follow from the group and from S; every data chunk of a group has `chunk` buckets."""
+    """Sizes derived from the group and from S. Every data chunk of a group has `chunk` buckets."""
 
     bucket_bytes: int
     chunk: int
@@ -22,7 +22,7 @@ class Shape:
 
     @property
     def buckets(self) -> int:
-        """Of a data buffer."""
+        """Buckets of a data buffer."""
         return self.chunk * self.group.data
 
     @property
@@ -41,7 +41,7 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class HostMemory:
-    """Bytes that one node's agent takes: 2 S (1 + m/k), S more with the durable tier, and what it receives into."""
+    """Bytes one node's agent uses: 2 S (1 + m/k), another S with the durable tier, and receive buffers."""
 
     data: int
     parity: int
@@ -54,10 +54,10 @@ class HostMemory:
 
 
 def host_memory(state_bytes: int, *, members: int, parity: int, bucket_bytes: int, durable: bool) -> HostMemory:
-    """What snapshots take on a node of a group of `members` nodes, `parity` chunks to a stripe. Pure.
+    """Return the memory snapshots use on a node of a group of `members` nodes with `parity` chunks per stripe. Pure.
 
-    `state_bytes` is S, what the ranks of the largest node of the group store; it is rounded up to whole chunks. The
-    buffers are taken at the agent's start; `receiving` is the most that lies in receive buffers while a snapshot is
+    `state_bytes` is S, the bytes stored by the ranks of the group's largest node, rounded up to whole chunks. The
+    buffers are allocated when the agent starts. `receiving` is the maximum in receive buffers while a snapshot is
     coded, one bucket for each peer of the group.
     """
     group = Group(0, tuple(range(members)), parity if members > 1 else 0)
@@ -71,10 +71,10 @@ def host_memory(state_bytes: int, *, members: int, parity: int, bucket_bytes: in
 
 
 class Memory:
-    """Data buffers of S bytes, which workers map, and parity buffers of S * m / k bytes, which stay with the agent."""
+    """Data buffers of S bytes, which workers map, and parity buffers of S * m / k bytes, which only the agent uses."""
 
     def __init__(self, shape: Shape, slot: int, *, data_buffers: int, parity_buffers: int) -> None:
-        """Takes all of it at once, faulted in. Raises `MemoryTooSmall` with the arithmetic before anything is taken."""
+        """Allocate and fault in everything. Raise `MemoryTooSmall` with the arithmetic before allocating anything."""
         parts = {f"in {data_buffers} data buffers": data_buffers * shape.data_bytes}
         if parity_buffers:
             parts[f"in {parity_buffers} parity buffers"] = parity_buffers * shape.parity_bytes
@@ -88,16 +88,16 @@ class Memory:
         return self.data[buffer].data[index * size : (index + 1) * size]
 
     def data_chunk(self, buffer: int, stripe: int) -> Bytes:
-        """This agent's data chunk of a stripe; raises `ValueError` when it holds parity there."""
+        """Return this agent's data chunk of a stripe. Raise `ValueError` if it holds parity there."""
         return _part(self.data[buffer], self.shape.group.data_stripes(self._slot).index(stripe), self.shape.chunk_bytes)
 
     def parity_chunk(self, buffer: int, stripe: int) -> Bytes:
-        """This agent's parity chunk of a stripe; raises `ValueError` when it holds data there."""
+        """Return this agent's parity chunk of a stripe. Raise `ValueError` if it holds data there."""
         stripes = self.shape.group.parity_stripes(self._slot)
         return _part(self.parity[buffer], stripes.index(stripe), self.shape.chunk_bytes)
 
     def chunk(self, data: int | None, parity: int | None, stripe: int) -> Bytes:
-        """This agent's chunk of a stripe, data or parity."""
+        """Return this agent's chunk of a stripe, data or parity."""
         if stripe in self.shape.group.data_stripes(self._slot):
             assert data is not None
             return self.data_chunk(data, stripe)

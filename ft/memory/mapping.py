@@ -1,5 +1,7 @@
-"""Shared memory mapped where huge pages fit. Small pages are given to a mapping one by one, a tenth of a second for a
-GB, and every process that maps the memory pays for it anew; huge ones cost nothing.
+"""Shared memory mapped with huge pages where possible.
+
+Small pages are added to a mapping one by one, which takes 0.1 s per GB in every process that maps the memory. With huge
+pages that cost is negligible.
 """
 
 import contextlib
@@ -12,8 +14,8 @@ import numpy as np
 
 from keepwarm.ft.arrays import Bytes
 
-# MADV_POPULATE_*, Linux 5.14, and MADV_COLLAPSE, Linux 6.1. Through ctypes: the mmap module knows none of them and
-# holds the lock of the interpreter meanwhile.
+# MADV_POPULATE_*, Linux 5.14, and MADV_COLLAPSE, Linux 6.1. Called through ctypes: the mmap module lacks them and
+# holds the GIL during madvise.
 POPULATE_READ, POPULATE_WRITE, _COLLAPSE = 22, 23, 25
 _NONE, _READ_WRITE = 0, mmap.PROT_READ | mmap.PROT_WRITE
 _FIXED, _NO_RESERVE = 0x10, 0x4000
@@ -27,7 +29,7 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def _huge_page() -> int:
-    """Bytes of one; those of a small page where the kernel has none of a size that is worth it."""
+    """Return the huge page size, or the small page size if the kernel has no suitable huge pages."""
     with contextlib.suppress(OSError, ValueError):
         size = int(Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read_text())
         if mmap.PAGESIZE < size <= 32 << 20:
@@ -39,13 +41,13 @@ HUGE_PAGE = _huge_page()
 
 
 class MappedMemory:
-    """A file's first `size` bytes, shared and writable. `numpy.asarray` gives them; unmapped with the last view."""
+    """A file's first `size` bytes, shared and writable. View with `numpy.asarray`; unmapped with the last view."""
 
     def __init__(self, descriptor: int, size: int) -> None:
-        """`size` > 0. Raises `OSError`; the descriptor stays the caller's."""
+        """Map `size` > 0 bytes. The caller keeps ownership of the descriptor. Raise `OSError` on failure."""
         self._length = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         self._address = 0
-        # Huge pages need an address that is a multiple of theirs: taken out of a larger range that is reserved first.
+        # Huge pages need an aligned address, so reserve a larger range first and map inside it.
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
         reserved = _map(None, self._length + HUGE_PAGE, _NONE, private, -1)
         address = -(-reserved // HUGE_PAGE) * HUGE_PAGE
@@ -61,17 +63,17 @@ class MappedMemory:
         self.__array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3}
 
     def gather(self, data: Bytes) -> None:
-        """Put new memory, `data` of which is all zeros, into huge pages where the kernel can; never an error.
+        """Collapse new memory, where `data` is all zeros, into huge pages if the kernel can. Never raise.
 
-        Only whole ones, so that no memory is taken beyond the size.
+        Only whole huge pages are used, so that no memory beyond the size is allocated.
         """
         whole = len(data) // HUGE_PAGE * HUGE_PAGE
         if HUGE_PAGE > mmap.PAGESIZE and whole:
-            data[:whole:HUGE_PAGE] = 0  # what has no page yet is not collapsed
+            data[:whole:HUGE_PAGE] = 0  # only memory that already has pages is collapsed
             _libc.madvise(self._address, whole, _COLLAPSE)
 
     def populate(self, start: int, stop: int, advice: int) -> bool:
-        """Give the pages from `start`, the beginning of one, to `stop` their memory; whether the kernel can."""
+        """Populate the pages from `start` (page-aligned) to `stop`. Return whether the kernel can."""
         return bool(_libc.madvise(self._address + start, stop - start, advice) == 0)
 
     def __del__(self) -> None:
@@ -88,6 +90,6 @@ def _map(address: int | None, length: int, protection: int, flags: int, descript
 
 
 def view(mapping: MappedMemory) -> Bytes:
-    """Its memory; keeps it mapped."""
+    """Return the mapped memory. The view keeps it mapped."""
     data: Bytes = np.asarray(mapping)
     return data

@@ -1,8 +1,8 @@
-"""Buffers of anonymous shared memory: owned by the agent, mapped by the workers, freed with the last of them.
+"""Buffers of anonymous shared memory: owned by the agent, mapped by the workers, freed with the last user.
 
-A buffer is a memfd of fixed size, faulted in at start (a first write to a fresh page costs five times the copy) and
-sealed against resizing, so that no process can make another one fault by truncating it. It holds data alone; what lies
-where is said in messages. Nobody writes into a buffer without having been granted it.
+A buffer is a memfd of fixed size. It is faulted in at startup (the first write to a fresh page costs five times the
+copy) and sealed against resizing, so that no process can make another one fault by truncating it. It holds only data;
+messages describe its layout. A process writes to a buffer only after being granted it.
 """
 
 import contextlib
@@ -33,10 +33,10 @@ _EMPTY: Bytes = np.empty(0, np.uint8)
 
 
 class SharedBuffer:
-    """One mapped buffer. `data` is writable memory of `size` bytes; every view of it must be dropped before `close`."""
+    """One mapped buffer. `data` is writable memory of `size` bytes; drop every view of it before `close`."""
 
     def __init__(self, descriptor: int, size: int) -> None:
-        """Map the memfd `descriptor`, which this object owns from here on."""
+        """Map the memfd `descriptor` and take ownership of it."""
         self.descriptor, self.size = descriptor, size
         actual = os.fstat(descriptor).st_size
         if actual < size:
@@ -48,7 +48,7 @@ class SharedBuffer:
 
     @classmethod
     def create(cls, size: int, label: str) -> "SharedBuffer":
-        """New memory of `size` bytes, zeros, every page faulted in; `label` shows up in /proc/PID/maps."""
+        """Allocate `size` zero bytes with every page faulted in. `label` appears in /proc/PID/maps."""
         descriptor = os.memfd_create(f"keepwarm:{label}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(descriptor, size)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
@@ -59,9 +59,9 @@ class SharedBuffer:
         return buffer
 
     def fault_in(self) -> None:
-        """Give every page of this mapping its memory, once, for writing; other threads run meanwhile.
+        """Fault in every page of this mapping for writing, once. Other threads keep running.
 
-        A mapping handed to another process needs its own call: it is no small part of the time that copying takes.
+        A mapping in another process needs its own call: faulting in is a considerable part of the time a copy takes.
         """
         if self._faulted or self._map is None:
             return
@@ -71,12 +71,12 @@ class SharedBuffer:
             pages[...] = pages
 
     def fault_in_to_read(self, start: int, stop: int) -> None:
-        """Map the bytes from `start` to `stop` for reading, which is several times cheaper; they must have memory."""
+        """Fault in bytes `start` to `stop` for reading, which is several times cheaper. They must have memory."""
         if not self._faulted and self._map is not None:
             self._map.populate(start - start % mmap.PAGESIZE, stop, POPULATE_READ)
 
     def close(self) -> None:
-        # A view that someone still holds keeps the mapping alive.
+        # Any remaining view keeps the mapping alive.
         self.data, self._map = _EMPTY, None
         if self.descriptor >= 0:
             os.close(self.descriptor)
@@ -84,7 +84,7 @@ class SharedBuffer:
 
 
 def available_memory() -> int:
-    """Bytes that can still be taken on this host without swapping: MemAvailable, or what the cgroup leaves of it."""
+    """Return the bytes available on this host without swapping: MemAvailable, or what the cgroup limit leaves."""
     free = int(psutil.virtual_memory().available)
     with contextlib.suppress(OSError, StopIteration, ValueError):
         line = next(x for x in Path("/proc/self/cgroup").read_text().splitlines() if x.startswith("0::"))
@@ -110,15 +110,15 @@ def require_memory(parts: Mapping[str, int], reserve: int = 256 << 20) -> None:
 
 
 def bucket_sums(data: Bytes, bucket: int) -> tuple[int, ...]:
-    """xxh3_64 of every `bucket` bytes of `data`; the last one may be shorter."""
+    """Return the xxh3_64 of every `bucket` bytes of `data`. The last bucket may be shorter."""
     return tuple(xxhash.xxh3_64_intdigest(data[at : at + bucket].data) for at in range(0, len(data), bucket))
 
 
 class Holder:
-    """The process at the other end of a Unix socket, known by a pidfd, so that its number cannot be reused."""
+    """The process at the other end of a Unix socket, tracked by a pidfd so that PID reuse cannot confuse it."""
 
     def __init__(self, connection: socket.socket) -> None:
-        """Raises `AgentError` when it is another user's or has gone."""
+        """Identify the process. Raise `AgentError` if it belongs to another user or is gone."""
         size = _CREDENTIALS.size
         self.pid, self.uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
         if self.uid != os.geteuid():
@@ -132,7 +132,7 @@ class Holder:
                 raise AgentError(f"process {self.pid} has gone: {error.strerror}") from error
 
     def fileno(self) -> int:
-        """Readable once the process is dead."""
+        """Return the pidfd, which is readable once the process is dead."""
         return self._pidfd
 
     @property
@@ -142,7 +142,7 @@ class Holder:
         return not poll.poll(0)
 
     def kill(self) -> None:
-        """Send SIGKILL; the process is dead, and its mappings gone, when `fileno` is readable."""
+        """Send SIGKILL. The process is dead and its mappings are gone once `fileno` is readable."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
@@ -153,9 +153,9 @@ class Holder:
 
 
 def register_host_memory(buffer: SharedBuffer) -> bool:
-    """Page-lock a buffer for CUDA, so that device copies are asynchronous; False when there is no CUDA in this process.
+    """Page-lock a buffer for asynchronous CUDA copies. Return False if this process has no CUDA.
 
-    The registration ends with the process. Uses the CUDA runtime that torch has loaded, if any.
+    The registration ends with the process. Uses the CUDA runtime loaded by torch, if any.
     """
     with contextlib.suppress(OSError, AttributeError):
         runtime = ctypes.CDLL(_loaded("libcudart"))
@@ -165,7 +165,7 @@ def register_host_memory(buffer: SharedBuffer) -> bool:
 
 
 def _loaded(name: str) -> str:
-    """Path of a library that this process has mapped; raises `OSError` when there is none."""
+    """Return the path of a library mapped by this process. Raise `OSError` if there is none."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         path = line.split(maxsplit=5)[-1]
         if Path(path).name.startswith(name):

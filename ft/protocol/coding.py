@@ -1,4 +1,4 @@
-"""The protocol's part inside a group: sources send, parity accumulates each bucket once, members say Stored."""
+"""Protocol within a group: sources send, parity accumulates each bucket once, members announce `Stored`."""
 
 from dataclasses import replace
 
@@ -20,13 +20,13 @@ from keepwarm.ft.protocol.transition import Transition
 
 
 def begin(transition: Transition, copy: Copy) -> None:
-    """The copy has its buffers: ask the sources of this agent's parity for their buckets."""
+    """Request buckets from the sources of this agent's parity, once the copy has its buffers."""
     for stripe in copy.group.parity_stripes(transition.state.slot):
         _ask_from_zero(transition, copy, stripe)
 
 
 def restart(transition: Transition, copy: Copy, stripe: int) -> None:
-    """Start a parity chunk over from zeros: adding is not idempotent, so nothing half-known may stay in it."""
+    """Restart a parity chunk from zeros: adding is not idempotent, so no partial sum of unknown content may remain."""
     coding = {key: value for key, value in copy.coding.items() if key[0] != stripe}
     good = {key: record for key, record in copy.good.items() if key != stripe}
     _ask_from_zero(
@@ -42,7 +42,7 @@ def _ask_from_zero(transition: Transition, copy: Copy, stripe: int) -> None:
 
 
 def sealed(transition: Transition, copy: Copy) -> None:
-    """All workers of this node have sealed: read it once, and serve who waits."""
+    """Verify the data and serve waiting parity holders, once all workers of this node have sealed."""
     assert copy.data is not None
     flat = tuple(sum_ for worker in sorted(copy.sums) for sum_ in copy.sums[worker])
     transition.emit(Verify(copy.snapshot, copy.data, flat))
@@ -135,7 +135,7 @@ def on_lost_chunk(transition: Transition, sender: int, lost: ChunkLost) -> None:
 
 
 def _coding(transition: Transition, snapshot: SnapshotId, stripe: int, sender: int) -> Copy | None:
-    """The copy whose parity of `stripe` still takes buckets from `sender`."""
+    """Return the copy whose parity of `stripe` still accepts buckets from `sender`, or None."""
     copy = transition.state.copy(snapshot)
     if copy is None or not copy.open or stripe not in range(copy.group.size):
         return None
@@ -163,7 +163,7 @@ def on_data_verified(transition: Transition, event: DataVerified) -> None:
 
 
 def lose(transition: Transition, copy: Copy, stripes: set[int]) -> None:
-    """Chunks of a stored snapshot are damaged: erasures, and those who still wait for them must not."""
+    """Mark damaged chunks of a stored snapshot as erasures and tell the agents still waiting for them."""
     transition.put(replace(copy, good={key: record for key, record in copy.good.items() if key not in stripes}))
     transition.log("warning", f"snapshot {copy.snapshot}: damaged chunks in stripes {sorted(stripes)}")
     for stripe in sorted(stripes & set(copy.group.data_stripes(transition.state.slot))):
@@ -189,7 +189,7 @@ def on_parity_verified(transition: Transition, event: ParityVerified) -> None:
 
 
 def check_stored(transition: Transition, copy: Copy) -> None:
-    """Once data and all parity of this agent are good it says so, and never takes it back."""
+    """Announce `Stored` once all data and parity of this agent are good. It is never withdrawn."""
     if copy.phase is Phase.SEALED and len(copy.good) == copy.group.size and transition.state.slot not in copy.members:
         check_prepared(transition, say_stored(transition, copy))
 
@@ -201,10 +201,10 @@ def say_stored(transition: Transition, copy: Copy) -> Copy:
 
 
 def on_stored(transition: Transition, sender: int, stored: Stored) -> None:
-    """Also when word of the commit was faster: a chunk that rots later is repaired from what the members stored.
+    """Record what a member stored, even after the commit is known: it is needed to repair chunks that decay later.
 
-    Of a snapshot that was chosen at recovery members say it when they have all of it again. Whoever learns it so
-    answers: word of the choice may have been slower than what this agent said.
+    For a snapshot chosen at recovery, members announce `Stored` once they have all of it again. The receiver replies
+    with its own, because the sender may have learned of the choice only after this agent announced it.
     """
     copy = transition.state.copy(stored.snapshot)
     if copy is None or sender not in copy.group.members or sender in copy.members:
@@ -222,7 +222,7 @@ def on_stored(transition: Transition, sender: int, stored: Stored) -> None:
 
 
 def check_prepared(transition: Transition, copy: Copy) -> None:
-    """PREPARED: every member has stored and verified its data and its parity, and they belong together."""
+    """Enter PREPARED once every member has stored and verified its data and its parity, and these belong together."""
     if copy.phase is not Phase.SEALED or len(copy.members) < copy.group.size:
         return
     for stripe in range(copy.group.size):

@@ -1,9 +1,8 @@
-"""What happens to an agent's protocol (events) and what it wants done (effects).
+"""Events an agent's protocol receives and effects it requests.
 
-The shell (`keepwarm.ft.agent.agent`) passes one event at a time to `keepwarm.ft.protocol.step.step` and carries the
-effects out in order. Every field is a value; an effect that needs no answer says nothing more, the others name the
-event that answers them. A snapshot that an effect's answer belongs to may be gone by then: `step` ignores answers it
-does not expect.
+The shell (`keepwarm.ft.agent.agent`) passes one event at a time to `keepwarm.ft.protocol.step.step` and carries out the
+effects in order. Every field is a value. An effect that expects an answer names the event that answers it. The snapshot
+concerned may be gone by then: `step` ignores answers it does not expect.
 """
 
 import enum
@@ -15,7 +14,7 @@ from keepwarm.ft.protocol.state import Geometry, Topology
 
 
 class Reason(enum.Enum):
-    """Why a snapshot was refused; what the worker should do is in the words."""
+    """Why a snapshot was refused. The value also says what the worker should do."""
 
     BUSY = "the previous snapshot is not committed yet: skip this one"
     VOID = "another node cannot take part in this snapshot: skip it"
@@ -30,7 +29,7 @@ class Reason(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Configured:
-    """Workers of a layout have attached. `topology` is new only when the layout's nodes are others than before."""
+    """The workers of a layout have attached. `topology` is set only if the layout's nodes differ from before."""
 
     geometry: Geometry
     topology: Topology | None = None
@@ -38,7 +37,7 @@ class Configured:
 
 @dataclass(frozen=True, slots=True)
 class WorkerOpened:
-    """A worker asks for a buffer. With `wait` it can wait until the previous snapshot is committed."""
+    """A worker requests a buffer. With `wait`, it can wait until the previous snapshot is committed."""
 
     worker: int
     snapshot: SnapshotId
@@ -47,7 +46,7 @@ class WorkerOpened:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSealed:
-    """A worker has written its part; `sums` are the xxh3_64 of its buckets."""
+    """A worker has written its part. `sums` are the xxh3_64 checksums of its buckets."""
 
     worker: int
     snapshot: SnapshotId
@@ -56,7 +55,7 @@ class WorkerSealed:
 
 @dataclass(frozen=True, slots=True)
 class WorkerCancelled:
-    """A living worker gave up a snapshot (or its wait for one) and will not touch the buffer again."""
+    """A live worker has cancelled a snapshot (or its wait for one) and will not touch the buffer again."""
 
     worker: int
     snapshot: SnapshotId
@@ -64,14 +63,14 @@ class WorkerCancelled:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
-    """A worker's process is dead: the shell has made sure of it (pidfd), so that it cannot write any more."""
+    """A worker's process is dead. The shell has verified this (pidfd), so the process can no longer write."""
 
     worker: int
 
 
 @dataclass(frozen=True, slots=True)
 class DataVerified:
-    """Answer to `Verify`: `bad` are the buckets of the data buffer whose bytes do not match their checksum."""
+    """Answer to `Verify`. `bad` lists the buckets of the data buffer that do not match their checksums."""
 
     snapshot: SnapshotId
     bad: tuple[int, ...] = ()
@@ -79,7 +78,7 @@ class DataVerified:
 
 @dataclass(frozen=True, slots=True)
 class ParityVerified:
-    """Answer to `FinishParity`: the digest of the finished parity chunk as read back, or None when that failed."""
+    """Answer to `FinishParity`: the digest of the finished parity chunk as read back, or None if that failed."""
 
     snapshot: SnapshotId
     stripe: int
@@ -96,21 +95,21 @@ class PeerConnected:
 
 @dataclass(frozen=True, slots=True)
 class PeerLost:
-    """The link to another agent is gone."""
+    """The link to another agent is lost."""
 
     slot: int
 
 
 @dataclass(frozen=True, slots=True)
 class PeerAway:
-    """An agent without which nothing is committed has had no link for so long that nobody should wait for it."""
+    """An agent required for commits has been disconnected for so long that no worker should wait for it."""
 
     slot: int
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A message came over the link to `sender`, in its incarnation `incarnation`. Not for `Bucket`."""
+    """A message arrived over the link to `sender` in its incarnation `incarnation`. Not used for `Bucket`."""
 
     sender: int
     incarnation: int
@@ -119,9 +118,9 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class BucketArrived:
-    """A bucket lies in a receive buffer; `intact`: its bytes have the checksum that its header says.
+    """A bucket is in a receive buffer. `intact`: its bytes match the checksum in its header.
 
-    The buffer is free again when the effects of this event are carried out.
+    The buffer is free again once the effects of this event have been carried out.
     """
 
     sender: int
@@ -132,7 +131,7 @@ class BucketArrived:
 
 @dataclass(frozen=True, slots=True)
 class Scrubbed:
-    """The background scrub read this agent's chunk of a stripe; `intact`: it still has its digest."""
+    """The background scrub has read this agent's chunk of a stripe. `intact`: it still matches its digest."""
 
     snapshot: SnapshotId
     stripe: int
@@ -141,10 +140,10 @@ class Scrubbed:
 
 @dataclass(frozen=True, slots=True)
 class ChunkRebuilt:
-    """All `Part`s of this agent's chunk of `stripe` arrived and lie in the buffer, each with its checksum.
+    """All `Part`s of this agent's chunk of `stripe` have arrived in the buffer, each matching its checksum.
 
-    `sums` are the checksums of its buckets, for data chunks; `record` identifies it. The shell has compared it with
-    what the group recorded where that is known (`Decode.digests`).
+    `sums` are the checksums of its buckets, for data chunks; `record` identifies it. The shell has compared it with the
+    group's record where that is known (`Decode.digests`).
     """
 
     snapshot: SnapshotId
@@ -154,14 +153,14 @@ class ChunkRebuilt:
 
 @dataclass(frozen=True, slots=True)
 class EpochAdvanced:
-    """The supervisor or a peer began a new epoch. Lower ones than the present are ignored."""
+    """The supervisor or a peer has begun a new epoch. Epochs lower than the current one are ignored."""
 
     epoch: int
 
 
 @dataclass(frozen=True, slots=True)
 class EpochNeeded:
-    """Something was found in `epoch` that only the next epoch can mend. Nothing when another one has begun."""
+    """A problem in `epoch` can only be resolved by the next epoch. Ignored if another epoch has begun."""
 
     epoch: int
     reason: str
@@ -169,7 +168,7 @@ class EpochNeeded:
 
 @dataclass(frozen=True, slots=True)
 class PlanRead:
-    """A decision was read where it was written, with its plan: (decoder, order) of every chunk that is rebuilt."""
+    """A decision was read from the shared folder with its plan: (decoder, order) for every chunk to rebuild."""
 
     decision: Decision
     orders: tuple[tuple[int, Decode], ...]
@@ -177,14 +176,14 @@ class PlanRead:
 
 @dataclass(frozen=True, slots=True)
 class DurableStarted:
-    """The durable tier begins to read a committed snapshot's data buffer."""
+    """The durable tier starts reading a committed snapshot's data buffer."""
 
     snapshot: SnapshotId
 
 
 @dataclass(frozen=True, slots=True)
 class DurableEnded:
-    """The durable tier needs the snapshot no longer, written or not."""
+    """The durable tier no longer needs the snapshot, whether or not it was written."""
 
     snapshot: SnapshotId
 
@@ -201,7 +200,7 @@ Event: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Tell the worker to write its part into data buffer `buffer`, from bucket `first` on (`messages.Granted`)."""
+    """Tell the worker to write its part into data buffer `buffer`, starting at bucket `first` (`messages.Granted`)."""
 
     worker: int
     snapshot: SnapshotId
@@ -228,7 +227,10 @@ class Revoke:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send a message to another agent. Messages to one agent stay in order while its link lasts; dropped without."""
+    """Send a message to another agent. Messages to one agent keep their order while its link lasts.
+
+    Without a link the message is dropped.
+    """
 
     to: int
     message: AgentMessage
@@ -236,10 +238,11 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class SendChunk:
-    """Send this agent's data chunk of a stripe as `Bucket`s from bucket `start` on, then a `ChunkEnd`.
+    """Send this agent's data chunk of a stripe as `Bucket`s starting at bucket `start`, then a `ChunkEnd`.
 
-    `sums` are those of all buckets of the chunk, from 0; `first` is the bucket of the data buffer where it begins.
-    Replaces an unfinished sending of the same (snapshot, stripe, to). Staggering and bandwidth are the shell's.
+    `sums` are the checksums of all buckets of the chunk, from 0. `first` is the bucket of the data buffer where the
+    chunk begins. Replaces any unfinished send of the same (snapshot, stripe, to). The shell handles staggering and
+    bandwidth.
     """
 
     to: int
@@ -253,14 +256,14 @@ class SendChunk:
 
 @dataclass(frozen=True, slots=True)
 class StopCoding:
-    """Forget unfinished sending, verifying and coding of a snapshot; its buffers may be given to another one."""
+    """Drop unfinished sending, verification and coding of a snapshot. Its buffers may be given to another one."""
 
     snapshot: SnapshotId
 
 
 @dataclass(frozen=True, slots=True)
 class Verify:
-    """Read the data buffer against the workers' checksums. Answer: `DataVerified`."""
+    """Verify the data buffer against the workers' checksums. Answer: `DataVerified`."""
 
     snapshot: SnapshotId
     buffer: int
@@ -269,7 +272,7 @@ class Verify:
 
 @dataclass(frozen=True, slots=True)
 class ClearParity:
-    """Make this agent's parity chunk of a stripe zero before it accumulates (again)."""
+    """Zero this agent's parity chunk of a stripe before it accumulates (again)."""
 
     snapshot: SnapshotId
     stripe: int
@@ -278,10 +281,7 @@ class ClearParity:
 
 @dataclass(frozen=True, slots=True)
 class Accumulate:
-    """Add the bucket that just arrived into bucket `index` of the parity of a stripe, with `source`'s coefficient.
-
-    Emitted exactly once for each (snapshot, stripe, source, index) after a `ClearParity` of that stripe.
-    """
+    """Add the bucket that just arrived to bucket `index` of a stripe's parity, scaled by `source`'s coefficient."""
 
     snapshot: SnapshotId
     stripe: int
@@ -293,7 +293,7 @@ class Accumulate:
 
 @dataclass(frozen=True, slots=True)
 class FinishParity:
-    """All sources of a stripe are in: read the parity chunk and checksum it. Answer: `ParityVerified`."""
+    """Read and checksum the parity chunk, now that all sources of the stripe are in. Answer: `ParityVerified`."""
 
     snapshot: SnapshotId
     stripe: int
@@ -302,14 +302,14 @@ class FinishParity:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """The snapshot is committed: tell the workers, the durable tier and the log."""
+    """Announce to the workers, the durable tier and the log that the snapshot is committed."""
 
     snapshot: SnapshotId
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """A snapshot has left its buffers (None: it had none, or keeps that one). They may be granted again."""
+    """Release the buffers a snapshot has left, which may be granted again. None: it had none, or keeps that one."""
 
     snapshot: SnapshotId
     data: int | None
@@ -318,9 +318,10 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Decided:
-    """The decision of this epoch is in force: answer workers' `Restore` from the state when `whole`.
+    """Put this epoch's decision into force: answer workers' `Restore` from the state if `whole`.
 
-    `whole` is False while own data chunks are missing; another `Decided` follows when they are back.
+    `whole` is False while some of this agent's data chunks are missing. Another `Decided` follows when they are
+    restored.
     """
 
     epoch: int
@@ -331,9 +332,9 @@ class Decided:
 
 @dataclass(frozen=True, slots=True)
 class FollowOrders:
-    """Once per epoch, when its decision is in force: decode what `orders` ask of this agent, expect what others decode.
+    """Decode what `orders` assign to this agent and expect what others decode. Each is (decoder, order).
 
-    Each is (decoder, order).
+    Emitted once per epoch, when its decision is in force.
     """
 
     orders: tuple[tuple[int, Decode], ...]
@@ -341,14 +342,14 @@ class FollowOrders:
 
 @dataclass(frozen=True, slots=True)
 class StartDecode:
-    """Fetch from `order.sources`, decode, check against `order.digests`, send to `order.targets`."""
+    """Fetch from `order.sources`, decode, verify against `order.digests` and send to `order.targets`."""
 
     order: Decode
 
 
 @dataclass(frozen=True, slots=True)
 class SendPart:
-    """Send this agent's chunk of a stripe (data or parity) as `Part`s from bucket `start` on."""
+    """Send this agent's chunk of a stripe (data or parity) as `Part`s starting at bucket `start`."""
 
     to: int
     snapshot: SnapshotId
@@ -358,21 +359,21 @@ class SendPart:
 
 @dataclass(frozen=True, slots=True)
 class BeginEpoch:
-    """Tell the workers of the new epoch, that copies in progress are given up (`messages.EpochBegan`)."""
+    """Tell the workers that a new epoch has begun and copies in progress are cancelled (`messages.EpochBegan`)."""
 
     epoch: int
 
 
 @dataclass(frozen=True, slots=True)
 class RequestEpoch:
-    """Ask the supervisors for a new epoch; repeated requests for one cause are harmless."""
+    """Ask the supervisors for a new epoch. Repeated requests for the same cause are harmless."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """A line for the log: level is `info`, `warning` or `error`."""
+    """Write a log line at level `info`, `warning` or `error`."""
 
     level: str
     text: str

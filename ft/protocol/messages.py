@@ -1,11 +1,11 @@
-"""What agents say to each other, and workers to their agent: typed, length-limited, never pickled.
+"""Messages between agents, and between workers and their agent: typed, length-limited, never pickled.
 
-A frame is a big-endian u32 length, that many bytes of msgpack (at most `MESSAGE_LIMIT`), and for the two messages that
-carry bytes, `Bucket` and `Part`, `size` bytes of payload right after it (at most the bucket size the two sides agreed
-on). `encode` and `decode` deal with the msgpack alone; the transport owns lengths, payloads and deadlines.
+A frame is a big-endian u32 length, that many bytes of msgpack (at most `MESSAGE_LIMIT`) and, for the two messages that
+carry bytes, `Bucket` and `Part`, `size` bytes of payload (at most the agreed bucket size). `encode` and `decode` handle
+only the msgpack; the transport handles lengths, payloads and deadlines.
 
-Words: a *stripe* is one codeword of a group, a *chunk* is what one member stores of one stripe (data or parity), a
-*bucket* is the unit in which a chunk is copied, checksummed, sent and coded. Checksums are xxh3_64, chunks are
+Terms: a *stripe* is one codeword of a group, a *chunk* is one member's share of a stripe (data or parity), and a
+*bucket* is the unit in which a chunk is copied, checksummed, sent and coded. Checksums are xxh3_64. Chunks are
 identified by `digest`, the checksum of their buckets' checksums. Slots, stripes and indices count from 0.
 """
 
@@ -20,9 +20,9 @@ from msgspec import Meta
 from keepwarm.ft.errors import TransportError
 
 MESSAGE_LIMIT = 4 << 20
-"""Bytes of msgpack in one frame."""
+"""Maximum msgpack bytes in one frame."""
 MEMBERS_LIMIT = 64
-"""Members of one group: k + m <= 32 in the code, near-equal groups can be one code larger."""
+"""Maximum members of one group: the code has k + m <= 32, but near-equal groups can be larger than one code."""
 
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=128)]
 Text: TypeAlias = Annotated[str, Meta(max_length=1024)]
@@ -36,9 +36,10 @@ Nonce: TypeAlias = Annotated[bytes, Meta(min_length=16, max_length=64)]
 
 
 def digest(sums: Iterable[int], start: int = 0) -> int:
-    """The checksum that identifies a chunk: h <- xxh3_64(h, checksum) over its buckets in order, from `start`.
+    """Return the checksum that identifies a chunk: h <- xxh3_64(h, checksum) over its buckets in order, from `start`.
 
-    A chain, so that it grows bucket by bucket: `digest([*a, *b]) == digest(b, digest(a))`. An empty chunk has 0.
+    It is a chain and so can be extended bucket by bucket: `digest([*a, *b]) == digest(b, digest(a))`. An empty chunk
+    has digest 0.
     """
     value = start
     for sum_ in sums:
@@ -47,7 +48,7 @@ def digest(sums: Iterable[int], start: int = 0) -> int:
 
 
 class Wire(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
-    """Base of every message: immutable, tagged by class name, unknown fields refused."""
+    """Base of all messages: immutable, tagged by class name, unknown fields rejected."""
 
 
 class SnapshotId(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
@@ -60,7 +61,7 @@ class SnapshotId(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_
 
     @property
     def age(self) -> tuple[int, int]:
-        """(epoch, step): of two snapshots of a run the one with the higher age is newer."""
+        """(epoch, step). Of two snapshots of a run, the one with the higher age is newer."""
         return self.epoch, self.step
 
     def __str__(self) -> str:
@@ -71,7 +72,7 @@ class SnapshotId(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_
 
 
 class Hello(Wire, frozen=True):
-    """First frame of either side. `incarnation` numbers the incarnations of a slot's memory: higher is later."""
+    """First frame from each side. `incarnation` numbers the incarnations of a slot's memory; higher is later."""
 
     role: Name
     run: Name
@@ -82,13 +83,13 @@ class Hello(Wire, frozen=True):
 
 
 class Proof(Wire, frozen=True):
-    """Second frame of either side: HMAC over both `Hello` frames with the job's secret."""
+    """Second frame from each side: HMAC over both `Hello` frames with the job's secret."""
 
     mac: Annotated[bytes, Meta(min_length=32, max_length=64)]
 
 
 class Farewell(Wire, frozen=True):
-    """The sender is about to close the connection, and why. No answer."""
+    """Announce that the sender is about to close the connection, and why. No answer."""
 
     reason: Text
 
@@ -97,20 +98,20 @@ class Farewell(Wire, frozen=True):
 
 
 class Want(Wire, frozen=True):
-    """To a source: my parity of `stripe` has your buckets before `start`; send from there on.
+    """Tell a source: my parity of `stripe` has your buckets before `start`; send from there on.
 
-    Sent when the parity buffer is granted, after a damaged bucket, after a reconnect and when a stripe starts over.
+    Sent when the parity buffer is granted, after a damaged bucket, after a reconnect and when a stripe restarts.
     """
 
     snapshot: SnapshotId
     stripe: Small
     start: Small
     damaged: bool = False
-    """Bucket `start` came with another checksum than its header's: read your data again."""
+    """Bucket `start` did not match the checksum in its header: verify your data."""
 
 
 class Bucket(Wire, frozen=True):
-    """Bucket `index` of the sender's data chunk in `stripe`; `size` bytes of payload follow, whose xxh3_64 is `sum`."""
+    """Bucket `index` of the sender's data chunk in `stripe`, followed by `size` bytes of payload with xxh3_64 `sum`."""
 
     snapshot: SnapshotId
     stripe: Small
@@ -120,7 +121,7 @@ class Bucket(Wire, frozen=True):
 
 
 class ChunkEnd(Wire, frozen=True):
-    """The sender's chunk in `stripe` has `count` buckets (what is missing up to the chunk size is zeros)."""
+    """Marks the end of the sender's chunk in `stripe` after `count` buckets; the rest of the chunk size is zeros."""
 
     snapshot: SnapshotId
     stripe: Small
@@ -129,16 +130,16 @@ class ChunkEnd(Wire, frozen=True):
 
 
 class ChunkLost(Wire, frozen=True):
-    """To those who want it: the sender's data chunk in `stripe` is damaged and nobody can code it any more."""
+    """Tell receivers that the sender's data chunk of `stripe` is corrupt and cannot be encoded."""
 
     snapshot: SnapshotId
     stripe: Small
 
 
 class ChunkRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """One good chunk: its stripe and the digest of its `count` buckets (what a data chunk lacks to full size is zeros).
+    """One good chunk: its stripe and the digest of its `count` buckets. The rest of a data chunk is zeros.
 
-    For parity, `sources` and `counts` are the digests and counts of the k data chunks it was made of, by column.
+    For parity, `sources` and `counts` are the digests and counts of the k data chunks it was computed from, by column.
     """
 
     stripe: Small
@@ -156,7 +157,7 @@ Records: TypeAlias = Annotated[tuple[ChunkRecord, ...], Meta(max_length=MEMBERS_
 
 
 class Stored(Wire, frozen=True):
-    """To the group: the sender has stored and verified its data and its parity of `snapshot`. Never taken back."""
+    """Tell the group that the sender has stored and verified its data and parity of `snapshot`. Never withdrawn."""
 
     snapshot: SnapshotId
     chunks: Records
@@ -166,7 +167,7 @@ class Stored(Wire, frozen=True):
 
 
 class Known(Wire, frozen=True):
-    """What the sender knows of `snapshot`: groups that are PREPARED, or that it can never be (`void`)."""
+    """Facts about `snapshot`: the groups known to be PREPARED, or that it can never be committed (`void`)."""
 
     snapshot: SnapshotId
     prepared: Annotated[tuple[Small, ...], Meta(max_length=65_536)] = ()
@@ -178,13 +179,13 @@ class Known(Wire, frozen=True):
 
 
 class InventoryRequest(Wire, frozen=True):
-    """Epoch `epoch` has begun: stop what belongs to earlier ones and say what you hold."""
+    """Announce epoch `epoch`: stop the work of earlier epochs and report what you hold."""
 
     epoch: Count
 
 
 class Holding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """The good chunks of one snapshot in one agent's memory, and whether the agent knows it to be committed."""
+    """The good chunks of one snapshot in one agent's memory, and whether the agent knows that it is committed."""
 
     snapshot: SnapshotId
     chunks: Records
@@ -192,9 +193,9 @@ class Holding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_lik
 
 
 class Inventory(Wire, frozen=True):
-    """Everything that can be restored from slot `slot`. Until a `Decision` of this epoch nothing of it is given up.
+    """Everything that can be restored from slot `slot`. None of it is released until this epoch's `Decision`.
 
-    `decided_epoch` and `decided` repeat the last choice that the sender was told of (0 and None: never).
+    `decided_epoch` and `decided` repeat the last decision the sender received (0 and None: never).
     """
 
     slot: Small
@@ -206,10 +207,11 @@ class Inventory(Wire, frozen=True):
 
 
 class Decision(Wire, frozen=True):
-    """The choice of `epoch`, written by compare-and-set: keep `snapshot` alone (None: nothing in memory is used).
+    """The decision of `epoch`, written by compare-and-set: keep only `snapshot` (None: use nothing in memory).
 
-    `incarnations[slot]` is that of the agent that takes part in this epoch, 0 where there is none. Within an epoch
-    every other incarnation of a slot is fenced: what forgot its promises may not make new ones until the next epoch.
+    `incarnations[slot]` is the incarnation of the agent that takes part in this epoch, or 0 if there is none. Within an
+    epoch every other incarnation of a slot is fenced: an agent that forgot its promises may not make new ones until the
+    next epoch.
     """
 
     epoch: Count
@@ -218,10 +220,10 @@ class Decision(Wire, frozen=True):
 
 
 class Decode(Wire, frozen=True):
-    """To a survivor: rebuild the chunks of `targets` in `stripe` from those of `sources` and send them there.
+    """Tell a survivor to rebuild the chunks of `targets` in `stripe` from those of `sources` and send them there.
 
-    `sources` are k members whose chunks are good, the receiver first if it is one of them;
-    `digests` and `counts` are those of the stripe's data chunks by column, to check and to cut what comes out.
+    `sources` are k members whose chunks are good, the receiver first if it is one of them. `digests` and `counts` are
+    those of the stripe's data chunks by column, used to verify and trim the result.
     """
 
     epoch: Count
@@ -234,7 +236,7 @@ class Decode(Wire, frozen=True):
 
 
 class Fetch(Wire, frozen=True):
-    """Send me your chunk (data or parity) of `stripe`, as `Part`s, from bucket `start` on."""
+    """Request the receiver's chunk (data or parity) of `stripe` as `Part`s, starting at bucket `start`."""
 
     epoch: Count
     snapshot: SnapshotId
@@ -243,7 +245,7 @@ class Fetch(Wire, frozen=True):
 
 
 class Part(Wire, frozen=True):
-    """Bucket `index` of `count` of slot `owner`'s chunk in `stripe`; `size` bytes of payload follow."""
+    """Bucket `index` of `count` of slot `owner`'s chunk in `stripe`, followed by `size` bytes of payload."""
 
     epoch: Count
     snapshot: SnapshotId
@@ -259,7 +261,7 @@ class Part(Wire, frozen=True):
 
 
 class Attach(Wire, frozen=True):
-    """Worker `worker` (its local rank) of `workers` on this node joins; its part of a buffer has `buckets` buckets."""
+    """Attach worker `worker` (its local rank) of `workers` on this node. Its part of a buffer has `buckets` buckets."""
 
     run: Name
     layout: Name
@@ -269,7 +271,7 @@ class Attach(Wire, frozen=True):
 
 
 class Attached(Wire, frozen=True):
-    """The memfds of the buffers come with this message; the worker's part starts at bucket `first` of each of them."""
+    """Carries the buffers' memfds. The worker's part starts at bucket `first` of each buffer."""
 
     epoch: Count
     buffers: Small
@@ -279,21 +281,21 @@ class Attached(Wire, frozen=True):
 
 
 class Open(Wire, frozen=True):
-    """May I write `snapshot`? A step is offered once per epoch. With `wait` the answer comes when a buffer is free."""
+    """Request a buffer for `snapshot`. A step is offered once per epoch. With `wait`, wait for a free buffer."""
 
     snapshot: SnapshotId
     wait: bool = True
 
 
 class Granted(Wire, frozen=True):
-    """Write your part of `snapshot` into data buffer `buffer`; it is yours until `Seal` or `Cancel`."""
+    """Grant data buffer `buffer` for the worker's part of `snapshot`, until `Seal` or `Cancel`."""
 
     snapshot: SnapshotId
     buffer: Small
 
 
 class Refused(Wire, frozen=True):
-    """Not `snapshot`; `reason` is one of `keepwarm.ft.protocol.events.Reason`, `text` says it in words."""
+    """Refuse `snapshot`. `reason` is a `keepwarm.ft.protocol.events.Reason`, and `text` explains it."""
 
     snapshot: SnapshotId
     reason: Name
@@ -301,39 +303,39 @@ class Refused(Wire, frozen=True):
 
 
 class Seal(Wire, frozen=True):
-    """The worker's part of `snapshot` is written; one xxh3_64 per bucket, in order. It is not touched again."""
+    """Declare the worker's part of `snapshot` written, with one xxh3_64 per bucket, in order. It is final."""
 
     snapshot: SnapshotId
     sums: Sums
 
 
 class Cancel(Wire, frozen=True):
-    """The worker gives up `snapshot` and does not touch its buffer again."""
+    """Cancel `snapshot`. The worker does not touch its buffer again."""
 
     snapshot: SnapshotId
 
 
 class Revoked(Wire, frozen=True):
-    """`snapshot` can no longer be committed: stop writing and answer `Cancel`."""
+    """Revoke `snapshot`, which can no longer be committed: stop writing and answer `Cancel`."""
 
     snapshot: SnapshotId
 
 
 class Committed(Wire, frozen=True):
-    """`snapshot` is committed; `seconds` is how long that took from the first grant."""
+    """Announce that `snapshot` is committed. `seconds` is the time since its first grant."""
 
     snapshot: SnapshotId
     seconds: float
 
 
 class Restore(Wire, frozen=True):
-    """Which snapshot is restored in `epoch`? Answered by `Restored` once this node's data chunks are whole."""
+    """Ask which snapshot `epoch` restores. Answered by `Restored` once this node has all of its data chunks."""
 
     epoch: Count
 
 
 class Restored(Wire, frozen=True):
-    """The decided snapshot lies in data buffer `buffer` with bucket checksums `sums`; None: nothing is, see `text`."""
+    """The decided snapshot is in data buffer `buffer` with bucket checksums `sums`. None: nothing is, see `text`."""
 
     epoch: Count
     snapshot: SnapshotId | None
@@ -343,11 +345,11 @@ class Restored(Wire, frozen=True):
 
 
 READ_STRIPE = 1_000_000
-"""Stands for the stripe in a `Part` that answers a `Read`: its index counts from the start of the owner's data."""
+"""Stripe number of a `Part` that answers a `Read`: its index then counts from the start of the owner's data."""
 
 
 class Read(Wire, frozen=True):
-    """Send me buckets `first ... first + count` of slot `owner`'s data of the decided snapshot, as `Part`s."""
+    """Request buckets `first ... first + count` of slot `owner`'s data of the decided snapshot, as `Part`s."""
 
     epoch: Count
     snapshot: SnapshotId
@@ -357,32 +359,32 @@ class Read(Wire, frozen=True):
 
 
 class EpochBegan(Wire, frozen=True):
-    """Offer snapshots under `epoch` from now on; what was not committed is given up or was chosen."""
+    """Tell workers to offer snapshots under `epoch` from now on. Uncommitted ones are discarded unless chosen."""
 
     epoch: Count
 
 
 class Save(Wire, frozen=True):
-    """A supervisor to its agent: write to disk what this epoch restores, as the layout is about to change."""
+    """Sent by a supervisor: write what this epoch restores to disk, because the layout is about to change."""
 
     epoch: Count
 
 
 class StatusRequest(Wire, frozen=True):
-    """What `keepwarm snapshots` asks."""
+    """Request the status shown by `keepwarm snapshots`."""
 
 
 AgentMessage: TypeAlias = (
     Hello | Proof | Farewell | Want | Bucket | ChunkEnd | ChunkLost | Stored | Known
     | InventoryRequest | Inventory | Decision | Decode | Fetch | Part | Read
 )  # fmt: skip
-"""What goes over TCP between agents."""
+"""Messages sent over TCP between agents."""
 
 WorkerMessage: TypeAlias = (
     Hello | Proof | Farewell | Attach | Attached | Open | Granted | Refused | Seal | Cancel | Revoked | Committed
     | EpochBegan | Restore | Restored | Read | Part | Save | StatusRequest
 )  # fmt: skip
-"""What goes over the Unix socket between a worker and its agent."""
+"""Messages sent over the Unix socket between a worker and its agent."""
 
 T = TypeVar("T")
 _encoder = msgspec.msgpack.Encoder()
@@ -390,7 +392,7 @@ _agent_decoder: msgspec.msgpack.Decoder[AgentMessage] = msgspec.msgpack.Decoder(
 
 
 def encode(message: Wire) -> bytes:
-    """The msgpack of a message. Raises `TransportError` when it is longer than `MESSAGE_LIMIT`."""
+    """Return the msgpack of a message. Raise `TransportError` if it is longer than `MESSAGE_LIMIT`."""
     data = _encoder.encode(message)
     if len(data) > MESSAGE_LIMIT:
         raise TransportError(f"{type(message).__name__} of {len(data)} bytes is over the limit of {MESSAGE_LIMIT}")
@@ -398,7 +400,7 @@ def encode(message: Wire) -> bytes:
 
 
 def decode_agent(data: bytes | bytearray | memoryview) -> AgentMessage:
-    """The inverse of `encode` for what agents send. Raises `TransportError` on anything else."""
+    """Decode a message from an agent, the inverse of `encode`. Raise `TransportError` on anything else."""
     return _decode(_agent_decoder, data)
 
 

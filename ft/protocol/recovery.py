@@ -1,8 +1,7 @@
-"""What is restored after a failure, and who decodes what for whom. Pure: the same inventories give the same answer.
+"""Choose what to restore after a failure and plan the decoding. Pure: the same inventories give the same answer.
 
-A candidate is a snapshot of which every stripe of every group has k chunks that belong together: data chunks whose
-digest a parity chunk recorded, parity chunks that recorded the same ones, or all data chunks. The highest
-(epoch, step) wins.
+A candidate is a snapshot for which every stripe of every group has k chunks that belong together: parity chunks that
+recorded the same data digests, data chunks with those digests, or all data chunks. The highest (epoch, step) wins.
 """
 
 from collections import Counter
@@ -14,12 +13,12 @@ from keepwarm.ft.protocol.state import Group
 
 NOTHING_HELD = "no agent holds a snapshot in memory"
 Version = tuple[tuple[int, int], ...]
-"""(digest, count) of the k data chunks of a stripe, by column: what makes chunks belong together."""
+"""(digest, count) of the k data chunks of a stripe, by column. Chunks with equal versions belong together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Restore this snapshot. `lost` is the largest number of chunks that a stripe of it lacks."""
+    """Restore this snapshot. `lost` is the largest number of chunks missing from any of its stripes."""
 
     snapshot: SnapshotId
     lost: int
@@ -27,14 +26,14 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """These slots have not answered and could change the answer."""
+    """Wait for these slots: they have not answered and could change the result."""
 
     slots: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class FallBack:
-    """Nothing in memory can be restored; `reason` says why the newest one cannot."""
+    """Nothing in memory can be restored. `reason` says why the newest snapshot cannot."""
 
     reason: str
 
@@ -45,16 +44,16 @@ class StripeState:
 
     holders: tuple[int, ...]
     version: Version
-    """Empty when no parity is among the holders and not all data are: then it is no codeword yet."""
+    """Empty if no holder has parity and not all data is present: then it is not a codeword yet."""
 
 
 def choose(
     inventories: Mapping[int, Inventory], groups: Sequence[Group], expected: Collection[int], deadline_passed: bool
 ) -> Choice | Wait | FallBack:
-    """What to restore, from the inventories that have arrived, by slot.
+    """Choose what to restore from the inventories received so far, by slot.
 
-    `expected` are the slots whose agents may still answer. They are waited for until the deadline, unless no answer of
-    theirs can bring a newer snapshot. Inventories whose epoch is older than another's are late and taken for missing.
+    `expected` are the slots whose agents may still answer. They are awaited until the deadline, unless no answer of
+    theirs can yield a newer snapshot. Inventories from an epoch older than another's are late and treated as missing.
     """
     epoch = max((inventory.epoch for inventory in inventories.values()), default=0)
     here = {slot: inventory for slot, inventory in inventories.items() if inventory.epoch == epoch}
@@ -72,10 +71,10 @@ def plan(
     inventories: Mapping[int, Inventory], groups: Sequence[Group], snapshot: SnapshotId, epoch: int,
     present: Collection[int],
 ) -> tuple[tuple[int, Decode], ...]:  # fmt: skip
-    """Orders (decoder, order) that make `snapshot` whole again on the slots `present`, data chunks before parity.
+    """Return orders (decoder, order) that complete `snapshot` on the slots `present`, data chunks before parity.
 
-    Every decoder holds one of the stripe's good chunks, so it fetches k - 1 others; the stripes of a group are dealt
-    over the survivors by least work, so that they decode different ones and a replacement receives S, not k S.
+    Every decoder holds one of the stripe's good chunks, so it fetches k - 1 others. The stripes of a group are assigned
+    to the survivors with the least work, so that each decodes different ones and a replacement receives S, not k S.
     """
     data_first: list[tuple[int, Decode]] = []
     parity_later: list[tuple[int, Decode]] = []
@@ -103,7 +102,7 @@ def plan(
 
 
 def stripe_state(inventories: Mapping[int, Inventory], group: Group, snapshot: SnapshotId, stripe: int) -> StripeState:
-    """Which holders of a stripe have chunks that belong together; of several possibilities the largest, then data."""
+    """Return the largest set of a stripe's holders whose chunks belong together, and their version."""
     chunks = {slot: record for slot in group.members if (record := _record(inventories, slot, snapshot, stripe))}
     sources = group.sources(stripe)
     versions = {_version(chunks[slot]) for slot in group.parities(stripe) if slot in chunks}
@@ -135,7 +134,7 @@ def _record(inventories: Mapping[int, Inventory], slot: int, snapshot: SnapshotI
 
 
 def _on_the_branch(inventories: Mapping[int, Inventory]) -> list[SnapshotId]:
-    """Snapshots that somebody holds, newest first, without those that an earlier choice has given up."""
+    """Return the snapshots held by any agent, newest first, without those discarded by an earlier decision."""
     last = max(inventories.values(), key=lambda each: (each.decided_epoch, each.slot), default=None)
     held = {holding.snapshot for inventory in inventories.values() for holding in inventory.holdings}
     if last is not None:
@@ -144,7 +143,7 @@ def _on_the_branch(inventories: Mapping[int, Inventory]) -> list[SnapshotId]:
 
 
 def _lost(inventories: Mapping[int, Inventory], groups: Sequence[Group], snapshot: SnapshotId) -> int | None:
-    """The most chunks that a stripe lacks; None when a stripe cannot be decoded."""
+    """Return the largest number of chunks missing from a stripe, or None if a stripe cannot be decoded."""
     most = 0
     for group in groups:
         for stripe in range(group.size):
@@ -159,7 +158,7 @@ def _could_change(
     inventories: Mapping[int, Inventory], groups: Sequence[Group], seen: Sequence[SnapshotId],
     best: SnapshotId | None, missing: frozenset[int],
 ) -> bool:  # fmt: skip
-    """Whether chunks on the missing slots could make a newer snapshot whole, one that was seen or one that was not."""
+    """Return whether chunks on the missing slots could complete a newer snapshot, known or unknown."""
     newer = seen[: seen.index(best)] if best is not None else seen
     for snapshot in newer:
         if all(
@@ -174,7 +173,7 @@ def _could_change(
 def _possible(
     inventories: Mapping[int, Inventory], group: Group, snapshot: SnapshotId, stripe: int, missing: frozenset[int]
 ) -> set[int]:
-    """Members that have, or could have, a chunk of the stripe."""
+    """Return the members that have, or could have, a chunk of the stripe."""
     return {s for s in group.members if s in missing or _record(inventories, s, snapshot, stripe) is not None}
 
 

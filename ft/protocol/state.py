@@ -1,6 +1,6 @@
-"""What one agent knows, as immutable values: groups and stripes, the copies in its buffers, its peers' facts.
+"""State of one agent as immutable values: groups and stripes, the copies in its buffers, facts from its peers.
 
-Nothing here does I/O. Mappings are never changed in place; `keepwarm.ft.protocol.step.step` returns new values.
+No I/O happens here. Mappings are never modified in place; `keepwarm.ft.protocol.step.step` returns new values.
 """
 
 import enum
@@ -14,10 +14,10 @@ from keepwarm.ft.protocol.messages import ChunkRecord, SnapshotId
 class Group:
     """Nodes that protect each other with `parity` (m) chunks in each of their `size` stripes, one stripe per member.
 
-    Parity rotates as in RAID-6 (Chen et al., 1994, section 3): row r of stripe t lies on `members[(t + r) % size]`; the
-    other k = size - m members, in order of their place in `members`, hold the data chunks of columns 0 ... k-1. So
-    every member holds one chunk of every stripe, data in k of them and parity in m, and any m members may be lost. With
-    S the bytes of the largest member state, each member holds m S / k of parity and sends and receives m S.
+    Parity rotates as in RAID-6 (Chen et al., 1994, section 3): row r of stripe t is on `members[(t + r) % size]`. The
+    other k = size - m members, in the order of `members`, hold the data chunks of columns 0 ... k-1. Every member thus
+    holds one chunk of every stripe, data in k of them and parity in m, and any m members may be lost. With S the bytes
+    of the largest member state, each member holds m S / k of parity and sends and receives m S.
     """
 
     index: int
@@ -30,34 +30,34 @@ class Group:
 
     @property
     def data(self) -> int:
-        """k, the data chunks of a stripe and of a member."""
+        """k, the number of data chunks per stripe and per member."""
         return len(self.members) - self.parity
 
     def parities(self, stripe: int) -> tuple[int, ...]:
-        """Slots that hold the stripe's parity, in order of row."""
+        """Return the slots that hold the stripe's parity, in row order."""
         return tuple(self.members[(stripe + row) % self.size] for row in range(self.parity))
 
     def sources(self, stripe: int) -> tuple[int, ...]:
-        """Slots that hold the stripe's data, in order of column."""
+        """Return the slots that hold the stripe's data, in column order."""
         parities = self.parities(stripe)
         return tuple(slot for slot in self.members if slot not in parities)
 
     def data_stripes(self, slot: int) -> tuple[int, ...]:
-        """Stripes in which the slot holds data, in order of its chunks 0 ... k-1.
+        """Return the stripes in which the slot holds data, in the order of its chunks 0 ... k-1.
 
-        Chunk c of member i belongs to stripe i + 1 + c, so that members that send in order load all receivers alike.
+        Chunk c of member i belongs to stripe i + 1 + c, so members that send in order load all receivers equally.
         """
         first = self.members.index(slot) + 1
         return tuple((first + chunk) % self.size for chunk in range(self.data))
 
     def parity_stripes(self, slot: int) -> tuple[int, ...]:
-        """Stripes whose parity the slot holds; its j-th parity chunk belongs to the j-th of them."""
+        """Return the stripes whose parity the slot holds, in the order of its parity chunks."""
         return tuple(t for t in range(self.size) if slot in self.parities(t))
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """All groups of a job. Slots are 0 ... n-1, each in exactly one group."""
+    """All groups of a job. Slots are 0 ... n-1, and each belongs to exactly one group."""
 
     groups: tuple[Group, ...]
 
@@ -69,17 +69,17 @@ class Topology:
         return next(group for group in self.groups if slot in group.members)
 
     def neighbours(self, slot: int) -> tuple[int, ...]:
-        """The slot's parent and children in the binary tree of agents (parent of i: (i-1) div 2)."""
+        """Return the slot's parent and children in the binary tree of agents (parent of i: (i-1) div 2)."""
         around = ((slot - 1) // 2 if slot else -1, 2 * slot + 1, 2 * slot + 2)
         return tuple(other for other in around if 0 <= other < self.slots)
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How workers share a data buffer: worker w owns `parts[w]` buckets after those of the workers before it.
+    """Layout of a data buffer: worker w owns `parts[w]` buckets, after those of the workers before it.
 
-    Data chunk j is buckets [j * chunk, (j + 1) * chunk) of the buffer; what lies behind the last part is zeros and is
-    neither sent nor coded. `layout` is the hash of the layout that snapshots of this geometry belong to.
+    Data chunk j is buckets [j * chunk, (j + 1) * chunk) of the buffer. The space after the last part is zeros and is
+    neither sent nor coded. `layout` is the hash of the job layout that snapshots of this geometry belong to.
     """
 
     layout: str
@@ -87,39 +87,39 @@ class Geometry:
     chunk: int
 
     def first(self, worker: int) -> int:
-        """The bucket at which a worker's part starts."""
+        """Return the first bucket of a worker's part."""
         return sum(self.parts[:worker])
 
 
 class Phase(enum.Enum):
-    """How far a snapshot has come on this agent."""
+    """Progress of a snapshot on this agent."""
 
     FILLING = "filling"
     SEALED = "sealed"
     PREPARED = "prepared"
     COMMITTED = "committed"
     DRAINING = "draining"
-    """Given up; a worker may still write into the buffer."""
+    """Discarded, but a worker may still write to the buffer."""
     DURABLE = "durable"
-    """Superseded; the data buffer is still being written to disk, the parity is gone. Not restored from."""
+    """Superseded. The data buffer is still being written to disk and the parity is gone. Not restorable."""
     REBUILT = "rebuilt"
-    """Chosen at recovery, and some of this agent's chunks are still missing. Counts as committed."""
+    """Chosen at recovery, but some of this agent's chunks are still missing. Counts as committed."""
 
 
 class Mode(enum.Enum):
     """Whether this agent takes part in snapshots."""
 
     JOINING = "joining"
-    """Its memory is empty and it has not been told the choice of any epoch."""
+    """The memory is empty and the agent has not received any epoch's decision."""
     RECOVERING = "recovering"
-    """An epoch began; nothing is given up until its choice is known."""
+    """An epoch has begun. Nothing is released until its decision is known."""
     ACTIVE = "active"
-    """The choice is known; snapshots are taken."""
+    """The decision is known and snapshots are taken."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What the parity of one stripe has taken from one source: buckets before `next`, chained to `digest`."""
+    """Buckets a stripe's parity has received from one source: those before `next`, chained into `digest`."""
 
     next: int = 0
     digest: int = 0
@@ -135,18 +135,18 @@ class Copy:
     group: Group
     phase: Phase
     data: int | None
-    """Data buffer, and below the parity buffer; None when the copy holds none."""
+    """Data buffer and, below, parity buffer. None if the copy has none."""
     parity: int | None
     writers: frozenset[int] = frozenset()
-    """Workers that were granted the buffer and have neither sealed, cancelled nor died."""
+    """Workers that were granted the buffer and have not sealed, cancelled or died."""
     sums: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    """Checksums of the buckets of each worker's sealed part."""
+    """Bucket checksums of each worker's sealed part."""
     rebuilt: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    """Checksums of the buckets of data chunks that came from peers, by stripe."""
+    """Bucket checksums of data chunks rebuilt by peers, by stripe."""
     held: bool = False
-    """The durable tier reads the data buffer."""
+    """The durable tier is reading the data buffer."""
     verified: bool = False
-    """The agent itself has read the data and found those checksums."""
+    """The agent has read the data back and confirmed those checksums."""
     coding: Mapping[tuple[int, int], Progress] = field(default_factory=dict)
     """Progress of this agent's parity by (stripe, source)."""
     finishing: frozenset[int] = frozenset()
@@ -154,20 +154,20 @@ class Copy:
     good: Mapping[int, ChunkRecord] = field(default_factory=dict)
     """This agent's good chunks by stripe: data once verified, parity once coded."""
     members: Mapping[int, tuple[ChunkRecord, ...]] = field(default_factory=dict)
-    """What each member of the group said it has stored, this agent included."""
+    """Chunks that each group member, this agent included, has announced as stored."""
 
     @property
     def candidate(self) -> bool:
-        """Whether recovery may use it."""
+        """Whether recovery may choose this copy."""
         return self.phase in (Phase.SEALED, Phase.PREPARED, Phase.COMMITTED, Phase.REBUILT)
 
     @property
     def open(self) -> bool:
-        """Whether it may still become committed."""
+        """Whether the snapshot can still be committed."""
         return self.phase in (Phase.FILLING, Phase.SEALED, Phase.PREPARED)
 
     def chunk_sums(self, slot: int, stripe: int) -> tuple[int, ...]:
-        """Checksums of the buckets of the data chunk that `slot`, this agent's, holds in the stripe."""
+        """Return the bucket checksums of the data chunk in the stripe on `slot`, which is this agent's slot."""
         if stripe in self.rebuilt:
             return self.rebuilt[stripe]
         flat = tuple(sum_ for worker in sorted(self.sums) for sum_ in self.sums[worker])
@@ -176,13 +176,13 @@ class Copy:
 
     @property
     def committed(self) -> bool:
-        """Whether it is committed, or was chosen at recovery."""
+        """Whether the snapshot is committed or was chosen at recovery."""
         return self.phase in (Phase.COMMITTED, Phase.REBUILT)
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Everything one agent decides from. `initial` makes the first one of an incarnation."""
+    """Complete protocol state of one agent. `initial` creates the first state of an incarnation."""
 
     run: str
     slot: int
@@ -191,36 +191,36 @@ class State:
     data_buffers: int
     parity_buffers: int
     geometry: Geometry | None = None
-    """None until workers have attached: nothing is granted before."""
+    """None until workers have attached. Nothing is granted before that."""
     mode: Mode = Mode.JOINING
     epoch: int = 0
     incarnations: tuple[int, ...] = ()
-    """Incarnation of every slot in this epoch; messages of any other incarnation are dropped."""
+    """Incarnation of every slot in this epoch. Messages from any other incarnation are dropped."""
     peers: frozenset[int] = frozenset()
-    """Slots that are connected."""
+    """Connected slots."""
     away: frozenset[int] = frozenset()
-    """Slots that have not been connected for long: no worker waits for a commit that needs them."""
+    """Slots disconnected for so long that no worker waits for a commit that needs them."""
     copies: tuple[Copy, ...] = ()
     """At most `data_buffers`, oldest first."""
     waiting: tuple[tuple[int, SnapshotId], ...] = ()
-    """(worker, snapshot) to be granted when a buffer is free."""
+    """(worker, snapshot) pairs to be granted when a buffer is free."""
     newest: tuple[int, int] = (-1, -1)
-    """Age of the newest snapshot that was granted or that this agent vowed never to store."""
+    """Age of the newest snapshot that was granted or that this agent has promised never to store."""
     known: Mapping[SnapshotId, frozenset[int]] = field(default_factory=dict)
     """Groups known to be PREPARED, of snapshots newer than `committed`."""
     void: frozenset[SnapshotId] = frozenset()
     """Snapshots newer than `committed` that can never be committed."""
     wants: Mapping[tuple[SnapshotId, int, int], int] = field(default_factory=dict)
-    """First bucket that (snapshot, stripe, slot) waits for, of snapshots not yet sealed here."""
+    """First bucket wanted by (snapshot, stripe, slot), for snapshots not yet sealed here."""
     committed: SnapshotId | None = None
     """The newest snapshot known to be committed, held here or not."""
     decided_epoch: int = 0
     decided: SnapshotId | None = None
-    """What the last decision restores, that of `decided_epoch`."""
+    """Snapshot restored by the last decision, that of `decided_epoch`."""
     decided_whole: bool = False
-    """Whether this node's data of `decided` were here when that was last looked at; True when nothing is restored."""
+    """Whether this node had all data of `decided` when last checked. True if nothing is restored."""
     planned_epoch: int = 0
-    """Epoch whose decode orders this agent follows."""
+    """Epoch of the decode orders that this agent follows."""
 
     def copy(self, snapshot: SnapshotId | None) -> Copy | None:
         return next((copy for copy in self.copies if copy.snapshot == snapshot), None)
@@ -231,14 +231,14 @@ class State:
 
     @property
     def restorable(self) -> bool:
-        """Whether the decision of this epoch is in force and this node has all of its data."""
+        """Whether this epoch's decision is in force and this node has all of its data."""
         return self.mode is Mode.ACTIVE and self.decided_whole
 
 
 def initial(run: str, slot: int, incarnation: int, topology: Topology, *, durable: bool = False) -> State:
-    """The state of an agent whose memory is empty.
+    """Return the state of an agent whose memory is empty.
 
-    `incarnation` is higher than every earlier one of the slot. With `durable` there is a third data buffer.
+    `incarnation` is higher than all earlier ones of the slot. With `durable` there is a third data buffer.
     """
     parity_buffers = 2 if topology.group_of(slot).parity else 0
     return State(

@@ -1,14 +1,14 @@
-"""The snapshot protocol of one agent: a pure function `(state, event) -> (state, effects)`.
+"""Snapshot protocol of one agent: a pure function `(state, event) -> (state, effects)`.
 
-A snapshot goes FILLING (workers write) -> SEALED (this node's part is whole; coding runs) -> PREPARED (every member of
-the group has stored and verified its data and parity) -> COMMITTED (every group is known to be PREPARED). Agents pass
-on facts, never orders: "group g is PREPARED", "some agent has not stored s and never will" (`void`). The two exclude
-each other, because an agent says either Stored or never, and within an epoch no agent forgets: an incarnation that
-begins later, or was not at hand when the epoch's choice was made, takes no part until the next epoch.
+A snapshot goes FILLING (workers write) -> SEALED (this node's part is complete; coding runs) -> PREPARED (every member
+of the group has stored and verified its data and parity) -> COMMITTED (every group is known to be PREPARED). Agents
+pass on facts, never orders: "group g is PREPARED", "some agent has not stored s and never will" (`void`). The two are
+mutually exclusive, because an agent announces either Stored or never, and no agent forgets within an epoch: an
+incarnation that starts later, or was absent when the epoch's decision was made, takes no part until the next epoch.
 
-Buffers of the snapshot before are given up on COMMITTED alone. From the beginning of an epoch until its choice is known
-nothing is given up at all, so an inventory stays true. Delivery may lose, repeat and reorder: every message is safe to
-ignore, to repeat and to come late, and `PeerConnected` says again whatever still matters.
+The previous snapshot's buffers are released only on COMMITTED. Between the start of an epoch and its decision nothing
+at all is released, so an inventory stays true. Delivery may lose, repeat and reorder messages: every message may safely
+be ignored, repeated or late, and `PeerConnected` repeats whatever still matters.
 """
 
 from dataclasses import replace
@@ -66,11 +66,11 @@ from keepwarm.ft.protocol.state import Copy, Geometry, Mode, Phase, State
 from keepwarm.ft.protocol.transition import Transition
 
 KNOWN_LIMIT = 8
-"""Snapshots of which facts are kept before they are seen here; more can only come from a defect."""
+"""Maximum number of snapshots whose facts are kept before they are seen here. More can only come from a bug."""
 
 
 def step(state: State, event: Event) -> tuple[State, tuple[Effect, ...]]:
-    """The next state, and what the shell does about it, in order. Never raises on what a peer or worker sends."""
+    """Return the next state and the effects for the shell, in order. Never raise on input from a peer or worker."""
     transition = Transition(state)
     _handle(transition, event)
     _grant_waiting(transition)
@@ -78,7 +78,7 @@ def step(state: State, event: Event) -> tuple[State, tuple[Effect, ...]]:
 
 
 def inventory(state: State) -> Inventory:
-    """What can be restored from this agent's memory."""
+    """Return what can be restored from this agent's memory."""
     holdings = tuple(
         Holding(copy.snapshot, tuple(copy.good[stripe] for stripe in sorted(copy.good)), copy.committed)
         for copy in state.copies
@@ -136,7 +136,7 @@ def _handle(transition: Transition, event: Event) -> None:
             _rebuilt(transition, event)
         case DurableStarted(snapshot):
             copy = transition.state.copy(snapshot)
-            # One at a time, and only with a buffer to spare: the disk must never stop snapshots.
+            # One at a time, and only with a spare buffer: the disk must never block snapshots.
             spare = transition.state.data_buffers > 2 and not any(other.held for other in transition.state.copies)
             if copy is not None and copy.committed and spare:
                 transition.put(replace(copy, held=True))
@@ -229,7 +229,7 @@ def _seal(transition: Transition, worker: int, snapshot: SnapshotId, sums: tuple
 
 
 def _stop(transition: Transition, worker: int, snapshot: SnapshotId, why: str) -> None:
-    """A worker will not write (any more) into a snapshot that it asked for or was granted."""
+    """Handle a worker that will not write (any more) to a snapshot it requested or was granted."""
     state = transition.state
     if (worker, snapshot) in state.waiting:
         transition.set(waiting=tuple(each for each in state.waiting if each != (worker, snapshot)))
@@ -248,16 +248,16 @@ def _stop(transition: Transition, worker: int, snapshot: SnapshotId, why: str) -
 
 
 def _alive(transition: Transition, slot: int, incarnation: int) -> bool:
-    """Whether this incarnation of the slot takes part in the present epoch."""
+    """Return whether this incarnation of the slot takes part in the current epoch."""
     incarnations = transition.state.incarnations
     return transition.state.mode is Mode.ACTIVE and slot < len(incarnations) and incarnations[slot] == incarnation
 
 
 def _away(transition: Transition, slot: int) -> None:
-    """The snapshot before may never be committed now: whoever waits for that would hold up training.
+    """Void the snapshots whose workers wait for a commit that may now never happen: waiting would stall training.
 
-    The agent that is away may even be kept from coming back by those who wait: its own workers start it again, at the
-    next snapshot, and no worker reaches that before all have joined the present one.
+    The wait could even prevent the absent agent from returning: its own workers restart it at the next snapshot, and no
+    worker reaches that before all have finished the current one.
     """
     transition.set(away=transition.state.away | {slot})
     for _, snapshot in transition.state.waiting:
@@ -339,7 +339,7 @@ def _know(transition: Transition, sender: int, known: Known) -> None:
         transition.void(known.snapshot, f"slot {sender} says so", sender)
     else:
         groups = everything if known.committed else everything & frozenset(known.prepared)
-        # Who told of a part must hear of the whole; who told of the whole need not.
+        # A peer that reported only some groups must learn of the commit; one that reported the commit need not.
         transition.learn(known.snapshot, groups, sender if known.committed else None)
 
 
@@ -347,7 +347,7 @@ def _know(transition: Transition, sender: int, known: Known) -> None:
 
 
 def _advance(transition: Transition, epoch: int) -> None:
-    """A new epoch: stop what is unfinished, keep every chunk, wait for the choice."""
+    """Begin a new epoch: stop unfinished work, keep every chunk and wait for the decision."""
     state = transition.state
     if epoch <= state.epoch:
         return
@@ -364,7 +364,7 @@ def _advance(transition: Transition, epoch: int) -> None:
 
 
 def _decide(transition: Transition, decision: Decision) -> None:
-    """The choice of an epoch: keep it, give up the rest, take part again."""
+    """Apply an epoch's decision: keep the chosen snapshot, discard the rest and take part again."""
     _advance(transition, decision.epoch)
     state = transition.state
     if decision.epoch < state.epoch or (state.mode is Mode.ACTIVE and state.decided_epoch == decision.epoch):
@@ -395,7 +395,7 @@ def _decide(transition: Transition, decision: Decision) -> None:
         return
     transition.set(newest=max(transition.state.newest, decision.snapshot.age))
     phase = Phase.COMMITTED if len(chosen.good) == chosen.group.size else Phase.REBUILT
-    # What the members had stored before may be lost by now: they say again what they have.
+    # What members stored earlier may be lost by now, so they announce again what they have.
     chosen = transition.put(replace(chosen, phase=phase, coding={}, finishing=frozenset(), members={}))
     if phase is Phase.COMMITTED:
         chosen = coding.say_stored(transition, chosen)
@@ -403,14 +403,14 @@ def _decide(transition: Transition, decision: Decision) -> None:
 
 
 def _announce(transition: Transition, copy: Copy | None, *, whole: bool) -> None:
-    """Say what the decision in force means here: `copy` is restored, or nothing in memory."""
+    """Announce the effect of the decision on this agent: `copy` is restored, or nothing in memory is."""
     transition.set(decided_whole=whole)
     snapshot, buffer = (copy.snapshot, copy.data) if copy is not None else (None, None)
     transition.emit(Decided(transition.state.decided_epoch, snapshot, buffer, whole))
 
 
 def _plan(transition: Transition, decision: Decision, orders: tuple[tuple[int, Decode], ...]) -> None:
-    """The plan is read with the decision; it is followed once, by agents for which the decision is in force."""
+    """Follow a plan, which is read with its decision. Only once, and only if the decision is in force here."""
     _decide(transition, decision)
     state = transition.state
     in_force = state.mode is Mode.ACTIVE and state.decided_epoch == decision.epoch
@@ -420,7 +420,7 @@ def _plan(transition: Transition, decision: Decision, orders: tuple[tuple[int, D
 
 
 def _empty_copy(transition: Transition, snapshot: SnapshotId) -> Copy | None:
-    """A place for the chosen snapshot on an agent that has nothing of it: its peers fill it."""
+    """Allocate a copy of the chosen snapshot on an agent that has none of it. Its peers fill it."""
     state, (data, parity) = transition.state, transition.free_buffers()
     if data is None or (state.parity_buffers and parity is None):
         return None
@@ -449,7 +449,7 @@ def _rebuilt(transition: Transition, event: ChunkRebuilt) -> None:
 
 
 def _scrubbed(transition: Transition, snapshot: SnapshotId, stripe: int) -> None:
-    """A chunk has rotted: an erasure. Of a committed snapshot it is decoded from the group."""
+    """Mark a corrupt chunk as an erasure. If its snapshot is committed, the group decodes it."""
     state, copy = transition.state, transition.state.copy(snapshot)
     if copy is None or stripe not in copy.good:
         return

@@ -1,4 +1,4 @@
-"""What the handlers of the protocol share: the state as it becomes, and the effects so far, of one event."""
+"""Working state of one protocol step: the next state and the effects emitted so far."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,7 +9,7 @@ from keepwarm.ft.protocol.state import Copy, Mode, Phase, State
 
 
 class Transition:
-    """One event's worth of change. Lives no longer than the call of `keepwarm.ft.protocol.step.step` that made it."""
+    """The changes of one event. Lives only as long as the `keepwarm.ft.protocol.step.step` call that created it."""
 
     def __init__(self, state: State) -> None:
         self.state = state
@@ -34,14 +34,14 @@ class Transition:
         self.emit(*(Send(slot, message) for slot in self.state.group.members if slot != self.state.slot))
 
     def free_buffers(self) -> tuple[int | None, int | None]:
-        """A free data buffer and a free parity buffer; None where none is free (or the group has no parity)."""
+        """Return a free data buffer and a free parity buffer. None: none is free (or the group has no parity)."""
         state = self.state
         data = set(range(state.data_buffers)) - {copy.data for copy in state.copies}
         parity = set(range(state.parity_buffers)) - {copy.parity for copy in state.copies}
         return min(data, default=None), min(parity, default=None)
 
     def drop(self, copy: Copy) -> None:
-        """Give up a copy; its data buffer stays taken while a worker may write it or the disk reads it."""
+        """Discard a copy. Its data buffer stays in use while a worker may write to it or the disk tier reads it."""
         if copy.open:
             self.emit(StopCoding(copy.snapshot))
         keep = copy.writers or copy.held
@@ -56,9 +56,9 @@ class Transition:
             self.set(copies=tuple(other for other in self.state.copies if other.snapshot != copy.snapshot))
 
     def void(self, snapshot: SnapshotId, why: str, sender: int | None = None) -> None:
-        """Some agent, this one unless `sender` said so, has not stored the snapshot and never will.
+        """Record that an agent (this one unless `sender` is given) has not stored the snapshot and never will.
 
-        The caller makes sure of that before this agent is the first to say it.
+        The caller must guarantee this before this agent is the first to say it.
         """
         state = self.state
         if snapshot in state.void or self.superseded(snapshot):
@@ -83,12 +83,12 @@ class Transition:
         return committed is not None and snapshot.age <= committed.age
 
     def foreign(self, snapshot: SnapshotId) -> bool:
-        """Whether a message about the snapshot is none of this agent's present business."""
+        """Return whether a message about the snapshot does not concern this agent now."""
         state = self.state
         return state.mode is not Mode.ACTIVE or snapshot.run != state.run or snapshot.epoch != state.epoch
 
     def learn(self, snapshot: SnapshotId, groups: frozenset[int], sender: int | None = None) -> None:
-        """Groups are PREPARED: tell the parent what is new, the children when it is all, and commit then."""
+        """Record PREPARED groups: tell the parent what is new and the children when complete, then commit."""
         state = self.state
         before = state.known.get(snapshot, frozenset())
         if self.superseded(snapshot) or groups <= before:
@@ -106,7 +106,7 @@ class Transition:
             self.commit(snapshot)
 
     def commit(self, snapshot: SnapshotId) -> None:
-        """Every group is PREPARED: this snapshot replaces the ones before it."""
+        """Commit a snapshot whose groups are all PREPARED. It replaces the ones before it."""
         state, copy = self.state, self.state.copy(snapshot)
         if snapshot in state.void or (copy is not None and state.slot not in copy.members):
             self.log("error", f"snapshot {snapshot} is said to be committed and cannot be; a defect, please report it")

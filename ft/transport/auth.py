@@ -1,7 +1,7 @@
 """The job's secret, and the proof that both ends of a connection know it.
 
-Each side sends a `Hello` with a fresh nonce, then a `Proof`: HMAC-SHA256, keyed with the secret, over which side it
-is and both `Hello` frames as they were sent, the connecting side's first. So a proof says who spoke to whom, in which
+Each side sends a `Hello` with a fresh nonce, then a `Proof`: HMAC-SHA256, keyed with the secret, over the side's
+direction and both `Hello` frames as sent, the connecting side's first. A proof is thus bound to both parties, their
 roles, slots, run and epoch, and is worthless in any other connection, direction or job.
 """
 
@@ -17,7 +17,7 @@ from keepwarm.ft.errors import AuthenticationFailed
 from keepwarm.ft.protocol.messages import Hello, Proof, encode
 
 SECRET = "secret"
-"""File in the run folder; a run that starts anew gets another, and with it another identity."""
+"""File in the run folder. A run restarted from scratch gets a new secret and with it a new identity."""
 
 NONCE_BYTES = 32
 _SECRET_BYTES = 32
@@ -26,13 +26,13 @@ _PURPOSE = b"keepwarm agent 1"
 
 
 def create_secret(path: Path) -> bytes:
-    """Write a fresh secret to a new 0600 file, unless there is one already; returns what the file holds."""
+    """Write a fresh secret to a new 0600 file unless one exists. Return the secret in the file."""
     atomic_create(path, secrets.token_hex(_SECRET_BYTES).encode())
     return load_secret(path)
 
 
 def load_secret(path: Path) -> bytes:
-    """Read the job's secret. Raises `AuthenticationFailed` when others could read or replace it."""
+    """Read the job's secret. Raise `AuthenticationFailed` if other users could read or replace it."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
@@ -51,7 +51,7 @@ def load_secret(path: Path) -> bytes:
 
 
 def run_identity(secret: bytes) -> str:
-    """What a run is called among agents; says nothing about the secret."""
+    """Return the name of a run among agents. It reveals nothing about the secret."""
     return hashlib.sha256(b"keepwarm run " + secret).hexdigest()[:16]
 
 
@@ -60,7 +60,7 @@ def nonce() -> bytes:
 
 
 def proof(secret: bytes, mine: Hello, theirs: Hello, *, dialled: bool) -> Proof:
-    """What the side that sent `mine` shows; `dialled` is True on the side that opened the connection."""
+    """Return the proof of the side that sent `mine`. `dialled` is True on the side that opened the connection."""
     first, second = (encode(mine), encode(theirs)) if dialled else (encode(theirs), encode(mine))
     text = b"".join(
         len(part).to_bytes(4, "big") + part
@@ -70,7 +70,7 @@ def proof(secret: bytes, mine: Hello, theirs: Hello, *, dialled: bool) -> Proof:
 
 
 def check_hello(mine: Hello, theirs: Hello, roles: frozenset[str]) -> None:
-    """Raises `AuthenticationFailed` when the other side has no business here, before anything secret is computed."""
+    """Raise `AuthenticationFailed` if the other side does not belong here, before computing anything secret."""
     if theirs.run != mine.run:
         raise AuthenticationFailed(f"it belongs to run {theirs.run!r}, not {mine.run!r}")
     if theirs.role not in roles:
@@ -82,6 +82,6 @@ def check_hello(mine: Hello, theirs: Hello, roles: frozenset[str]) -> None:
 
 
 def check_proof(secret: bytes, mine: Hello, theirs: Hello, shown: Proof, *, dialled: bool) -> None:
-    """Raises `AuthenticationFailed` unless `shown` is what the sender of `theirs` must show; constant time."""
+    """Raise `AuthenticationFailed` unless `shown` is the proof expected from the sender of `theirs`. Constant time."""
     if not hmac.compare_digest(shown.mac, proof(secret, theirs, mine, dialled=not dialled).mac):
         raise AuthenticationFailed("it does not know the job's secret")

@@ -1,14 +1,14 @@
-"""A bandwidth cap that all links of an agent share."""
+"""Bandwidth cap shared by all links of an agent."""
 
 import time
 from collections.abc import Callable
 
 TURN = 4 << 20
-"""Bytes read or written on one link before the others have their turn."""
+"""Maximum bytes read or written on one link before the others get their turn."""
 
 
 class TokenBucket:
-    """A bandwidth cap: at most `rate` bytes per second over time and `burst` at once; None: no cap."""
+    """Bandwidth cap: at most `rate` bytes per second on average and `burst` bytes at once. None: no cap."""
 
     def __init__(self, rate: float | None, burst: int = TURN, clock: Callable[[], float] = time.monotonic) -> None:
         self.rate, self.burst, self._clock = rate, burst, clock
@@ -26,7 +26,7 @@ class TokenBucket:
         self._tokens -= size
 
     def wait(self, size: int = 64 << 10) -> float:
-        """Seconds until `size` bytes are available."""
+        """Return the seconds until `size` bytes are available."""
         if self.rate is None:
             return 0.0
         return max(0.0, (min(size, self.burst) - self.available()) / self.rate)

@@ -1,7 +1,7 @@
-"""Framed messages over one non-blocking socket; nothing is copied twice.
+"""Framed messages over one non-blocking socket, without extra copies.
 
-A frame is a big-endian u32 length and that many bytes of msgpack; `Bucket` and `Part` are followed by `size` bytes of
-payload, which are received straight into the memory they are meant for. A frame of length 0 says "still here".
+A frame is a big-endian u32 length and that many bytes of msgpack. `Bucket` and `Part` are followed by `size` bytes of
+payload, received straight into their destination. A frame of length 0 is a keep-alive.
 """
 
 import array
@@ -27,7 +27,7 @@ Decoder: TypeAlias = Callable[[memoryview], Wire]
 
 
 class Channel:
-    """Frames over one stream socket, which it owns. Reads and writes as far as the socket goes, never waits."""
+    """Frames over one stream socket, which it owns. Reads and writes as far as the socket allows and never blocks."""
 
     def __init__(self, sock: socket.socket, decode: Decoder, payload_limit: int) -> None:
         sock.setblocking(False)
@@ -42,9 +42,10 @@ class Channel:
         self._out: collections.deque[tuple[memoryview, Callable[[], None] | None]] = collections.deque()
         self._descriptors: list[int] = []
         self.pending = 0
-        """Bytes queued and not yet given to the kernel."""
+        """Bytes queued but not yet passed to the kernel."""
         self.descriptors: list[int] = []
-        """Received over a Unix socket; whoever takes them owns them, the rest is closed with the channel."""
+        """Descriptors received over a Unix socket. Ownership passes to the taker; the rest are closed with the channel.
+        """
 
     def send(
         self,
@@ -55,7 +56,7 @@ class Channel:
     ) -> None:
         """Queue a frame (None: an empty one). `payload` must not change until `done` is called.
 
-        `descriptors` travel with the frame over a Unix socket; they must stay open until it has been written.
+        `descriptors` are sent with the frame over a Unix socket and must stay open until it has been written.
         """
         body = encode(message) if message is not None else b""
         self._descriptors.extend(descriptors)
@@ -68,7 +69,7 @@ class Channel:
         self.pending += view.nbytes
 
     def write(self, budget: int = TURN) -> int:
-        """Give at most `budget` bytes to the kernel; returns how many. Raises `PeerLost` when the other side left."""
+        """Pass at most `budget` bytes to the kernel. Return how many. Raise `PeerLost` if the other side left."""
         total = 0
         while self._out and total < budget:
             views, size = [], 0
@@ -108,13 +109,13 @@ class Channel:
                 done()
 
     def read(self, target: Callable[[Wire, int], memoryview | None]) -> Iterator[tuple[Wire | None, memoryview | None]]:
-        """Messages that have arrived whole, with their payloads; (None, None) for an empty frame.
+        """Yield complete messages with their payloads, and (None, None) for an empty frame.
 
-        `target(message, size)` gives the memory for a payload, exactly `size` bytes, or None to drop it. Raises
-        `FrameError` for what cannot be a frame, `PeerLost` when the other side has closed.
+        `target(message, size)` returns memory of exactly `size` bytes for a payload, or None to drop it. Raise
+        `FrameError` for an invalid frame and `PeerLost` if the other side has closed.
         """
         budget = TURN
-        yield from self._frames(target)  # left over from a reader that stopped in between
+        yield from self._frames(target)  # left over from a reader that stopped early
         while budget > 0:
             try:
                 count = self._receive()
@@ -189,7 +190,7 @@ class Channel:
             raise FrameError(str(error)) from error
 
     def _expect(self, message: Wire, size: int, target: Callable[[Wire, int], memoryview | None]) -> None:
-        """Begin the payload of `message` with what of it has arrived together with the frame."""
+        """Start the payload of `message` with the bytes that arrived together with the frame."""
         if size > self.payload_limit:
             raise FrameError(f"{type(message).__name__} with {size} bytes is over the limit of {self.payload_limit}")
         self._message, self._target = message, target(message, size)
@@ -202,7 +203,7 @@ class Channel:
         self._left = size - early
 
     def close(self) -> None:
-        """Close the socket; payloads not sent yet are released."""
+        """Close the socket and release unsent payloads."""
         self.socket.close()
         while self.descriptors:
             os.close(self.descriptors.pop())
@@ -215,7 +216,7 @@ class Channel:
 
 
 def decoder_of(kind: Any) -> Decoder:
-    """Decodes one of the messages of the union `kind`; raises `FrameError` on anything else."""
+    """Return a decoder for the message union `kind`, which raises `FrameError` on anything else."""
     decoder = msgspec.msgpack.Decoder(kind)
 
     def decode(data: memoryview) -> Wire:

@@ -1,7 +1,7 @@
-"""One connection between two processes that know the job's secret: a handshake, deadlines, a share of the bandwidth.
+"""Connection between two processes that know the job's secret: handshake, deadlines, bandwidth cap.
 
-Before it is open only the two frames of the handshake (`keepwarm.ft.transport.auth`) are read, and of each at most 512
-bytes. Whoever drives the selector calls `tick(now)`, which looks after time.
+Until the link is open, only the two handshake frames (`keepwarm.ft.transport.auth`) are read, at most 512 bytes each.
+The owner of the selector must call `tick(now)` regularly to enforce deadlines.
 """
 
 import contextlib
@@ -21,16 +21,16 @@ from keepwarm.ft.transport.bandwidth import TURN, TokenBucket
 from keepwarm.ft.transport.channel import Channel
 
 HANDSHAKE_LIMIT = 512
-"""Bytes of a frame before the other side has shown that it knows the secret."""
+"""Maximum frame size in bytes until the other side has proved that it knows the secret."""
 HANDSHAKE_DEADLINE = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Credentials:
-    """Who this side of a link is, the job's secret that proves it, and the roles that the other side may have."""
+    """Identity of this side of a link, the secret that proves it, and the roles allowed on the other side."""
 
     hello: Hello
-    """With any nonce: every link draws its own."""
+    """The nonce is ignored: every link draws its own."""
     secret: bytes
     roles: frozenset[str]
 
@@ -40,7 +40,7 @@ class Credentials:
 
 @dataclass(frozen=True, kw_only=True)
 class FarEnd:
-    """The other side of a link, before it has said who it is; `expected` is the slot that must answer."""
+    """The other side of a link before it has identified itself. `expected` is the slot that must answer."""
 
     label: str
     dialled: bool
@@ -49,35 +49,35 @@ class FarEnd:
 
 @dataclass(frozen=True, kw_only=True)
 class LinkLimits:
-    """The bandwidth that links share, and the seconds without a byte after which a link is lost (None: never)."""
+    """Bandwidth shared by links, and seconds without a byte after which a link is lost (None: never)."""
 
     cap: TokenBucket = field(default_factory=lambda: TokenBucket(None))
     silence: float | None = None
 
 
 class Handler(Protocol):
-    """The user of links. Called from the thread that drives the selector."""
+    """Receives link events. Called from the thread that drives the selector."""
 
     def connected(self, link: "Link") -> None:
-        """The other side has shown that it knows the secret; `link.theirs` says who it is."""
+        """Handle a link whose other side has proved its knowledge of the secret. `link.theirs` identifies it."""
         ...
 
     def lost(self, link: "Link", reason: str) -> None:
-        """An open link has gone; called once."""
+        """Handle the loss of an open link. Called once."""
         ...
 
     def refused(self, link: "Link", reason: str) -> None:
-        """A link never came to be open."""
+        """Handle a link that failed before it opened."""
         ...
 
     def target(self, link: "Link", message: Wire, size: int) -> memoryview | None:
-        """Memory for the payload of `message`, exactly `size` bytes; None: drop it."""
+        """Return memory of exactly `size` bytes for the payload of `message`, or None to drop it."""
         ...
 
     def received(self, link: "Link", message: Wire, payload: memoryview | None) -> None: ...
 
     def drained(self, link: "Link") -> None:
-        """Little is queued on the link: bulk data may follow."""
+        """Handle a link with little left to send, which can take more bulk data."""
         ...
 
 
@@ -90,7 +90,7 @@ class Link:
         self, channel: Channel, selector: selectors.BaseSelector, handler: Handler, credentials: Credentials,
         far: FarEnd, limits: LinkLimits | None = None,
     ) -> None:  # fmt: skip
-        """Takes over `channel` and begins the handshake."""
+        """Take ownership of `channel` and start the handshake."""
         limits = limits or LinkLimits()
         self.channel, self.mine, self._credentials = channel, credentials.fresh(), credentials
         self.dialled, self.label, self._expected = far.dialled, far.label, far.expected
@@ -109,7 +109,7 @@ class Link:
 
     @property
     def slot(self) -> int:
-        """The slot that the other side has shown to be; -1 before that."""
+        """Authenticated slot of the other side, -1 before authentication."""
         return self.theirs.slot if self.theirs is not None and self.open else -1
 
     def send(
@@ -119,7 +119,7 @@ class Link:
         done: Callable[[], None] | None = None,
         descriptors: Iterable[int] = (),
     ) -> None:
-        """As `Channel.send`; nothing on a closed link, where `done` is called at once."""
+        """Send as `Channel.send` does. On a closed link send nothing and call `done` immediately."""
         if self.closed:
             if done is not None:
                 done()
@@ -128,7 +128,7 @@ class Link:
         self._watch(throttled=self._throttled)
 
     def ready(self, mask: int) -> None:
-        """The selector found the socket ready."""
+        """Handle a socket that the selector reports as ready."""
         if self.closed:
             return
         with self._guard():
@@ -144,7 +144,7 @@ class Link:
                 self._heard = time.monotonic()
 
     def tick(self, now: float) -> None:
-        """Look after deadlines and throttling; to be called a few times a second."""
+        """Enforce deadlines and throttling. Must be called a few times a second."""
         if self.closed:
             return
         with self._guard():
@@ -161,7 +161,7 @@ class Link:
             self._watch(throttled=self._cap.rate is not None and self._cap.available() < min(65536, self._cap.burst))
 
     def pause(self) -> None:
-        """Read nothing until `resume`: the other side feels it and waits."""
+        """Stop reading until `resume`. Backpressure makes the other side wait."""
         self.paused = True
         self._watch(throttled=self._throttled)
 
@@ -169,11 +169,11 @@ class Link:
         if self.paused and not self.closed:
             self.paused = False
             self._watch(throttled=self._throttled)
-            # What lies in the buffer already makes no socket readable.
+            # Data already in the buffer does not make the socket readable.
             self.ready(selectors.EVENT_READ)
 
     def close(self, reason: str) -> None:
-        """End the link and tell the handler; nothing happens a second time."""
+        """Close the link and notify the handler. Further calls have no effect."""
         if self.closed:
             return
         self.closed, self.reason = True, reason
@@ -186,7 +186,7 @@ class Link:
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
-        """Whatever is wrong with this link ends this link alone."""
+        """Close this link on a transport error, so that the error affects only this link."""
         try:
             yield
         except TransportError as error:

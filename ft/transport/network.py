@@ -1,7 +1,7 @@
-"""The links to the agents of other slots: one connection per peer, dialled again when it breaks.
+"""Links to the agents of other slots: one connection per peer, redialled when it breaks.
 
-They share one selector with whoever drives them: every registered object has `ready(mask)`, and `Network.tick(now)`
-looks after time.
+All share one selector with its owner: every registered object has `ready(mask)`, and `Network.tick(now)` handles
+timeouts.
 """
 
 import contextlib
@@ -20,21 +20,21 @@ from keepwarm.ft.transport.link import Credentials, FarEnd, Handler, Link, LinkL
 
 
 class Peer(msgspec.Struct):
-    """A slot that should be connected, and when to try again."""
+    """A slot to stay connected to, and when to retry."""
 
     slot: int
     retry_at: float = 0.0
     delay: float = 0.05
     link: Link | None = None
     dialled: tuple[str, int] | None = None
-    """The address that `link` was made to, if it was made from here."""
+    """The address dialled for `link`, if this side dialled it."""
     needed: float | None = None
-    """Since when there is no way without a link."""
+    """Since when the link has been needed without an alternative."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkLimits:
-    """Bytes of a payload, bytes per second sent on all links together (None: no cap), seconds of silence of a peer."""
+    """Maximum payload bytes, total send rate in bytes per second (None: no cap), and peer timeout in seconds."""
 
     payload: int
     rate: float | None = None
@@ -42,20 +42,20 @@ class NetworkLimits:
 
 
 class Network:
-    """Links to the agents of other slots. Of two agents the one with the lower slot dials, again and again.
+    """Links to the agents of other slots. Of two agents, the one with the lower slot dials and redials.
 
-    The higher one dials too, a little later, when the link is `needed`: the lower one may not want it.
+    The higher one also dials, a little later, if the link is `needed`: the lower one may not want it.
     """
 
     ROLES = frozenset({"agent"})
     PATIENCE = 0.5
-    """Seconds that the higher slot waits for the lower one to dial."""
+    """Seconds the higher slot waits for the lower one to dial."""
 
     def __init__(
         self, selector: selectors.BaseSelector, handler: Handler, credentials: Credentials, *, bind: tuple[str, int],
         resolve: Callable[[int], tuple[str, int] | None], limits: NetworkLimits,
     ) -> None:  # fmt: skip
-        """`bind` is the address to listen on (port 0: any); `resolve(slot)` says where a peer listens, if known."""
+        """Listen on `bind` (port 0: any). `resolve(slot)` returns a peer's address, if known."""
         self._selector, self._handler, self._credentials, self._resolve = selector, handler, credentials, resolve
         self.slot, self._payload_limit = credentials.hello.slot, limits.payload
         self._limits = LinkLimits(cap=TokenBucket(limits.rate), silence=limits.silence)
@@ -77,7 +77,7 @@ class Network:
         return {slot: peer.link for slot, peer in self._peers.items() if peer.link is not None and peer.link.open}
 
     def set_peers(self, slots: Iterable[int], needed: Collection[int] = ()) -> None:
-        """The slots to stay connected with, those `needed` in any case; links to others end."""
+        """Set the slots to stay connected to, those in `needed` from either side. Links to other slots are closed."""
         wanted = set(slots) - {self.slot}
         for slot in wanted - self._peers.keys():
             self._peers[slot] = Peer(slot)
@@ -90,7 +90,7 @@ class Network:
             peer.needed = (peer.needed or now) if slot in needed else None
 
     def ready(self, mask: int) -> None:
-        """The selector found a connection waiting."""
+        """Accept a waiting connection."""
         with contextlib.suppress(BlockingIOError, ConnectionError):
             connection, address = self._listener.accept()
             self._add(connection, f"{address[0]}:{address[1]}", dialled=False)
@@ -107,7 +107,7 @@ class Network:
                 self._dial(peer)
 
     def opened(self, link: Link) -> None:
-        """To be called by the handler for every open link: the newest link of a slot is the link of that slot."""
+        """Register an open link. The handler must call this for each one; the newest link of a slot replaces others."""
         peer = self._peers.setdefault(link.slot, Peer(link.slot))
         old = peer.link
         if old is not None and old.open and old is not link and _incarnation(link) < _incarnation(old):
@@ -118,7 +118,7 @@ class Network:
             old.close("replaced by a newer connection")
 
     def forget(self, link: Link) -> None:
-        """To be called by the handler for every link that ended."""
+        """Remove a closed link. The handler must call this for each one."""
         self._links.discard(link)
 
     def close(self) -> None:
@@ -128,7 +128,11 @@ class Network:
             link.close("this agent is leaving")
 
     def _give_up_former(self, peer: Peer) -> None:
-        """A frozen agent takes connections, in its kernel, and never says hello: the slot may have another by now."""
+        """Drop an attempted link to a process that is no longer its slot's agent.
+
+        A frozen agent's kernel still accepts connections, but the agent never says hello, and the slot may have a new
+        one.
+        """
         link = peer.link
         if link is None or link.open or link.closed or peer.dialled is None:
             return

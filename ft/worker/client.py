@@ -1,7 +1,7 @@
-"""A worker's side of the socket to its node's agent. Torch-free; one background thread does all reading and writing.
+"""A worker's side of the socket to its node's agent. Torch-free; one background thread does all I/O.
 
-An agent that dies is not the end of training: `gone` becomes true, waiting calls raise `AgentError`, the buffers are
-unmapped with their last view, and a new client may be made for the agent that starts next.
+Training survives the death of an agent: `gone` becomes true, waiting calls raise `AgentError`, the buffers are unmapped
+with their last view, and a new client can be created for the next agent.
 """
 
 import collections
@@ -60,9 +60,10 @@ END_OF_JOB = "end of the job"
 
 
 def ensure_agent(config: AgentConfig, deadline: float = AGENT_START_TIMEOUT_S) -> None:
-    """Start the agent of a slot, detached, unless one runs already; returns once its socket answers.
+    """Start the agent of a slot, detached, unless one is running. Return once its socket answers.
 
-    Raises `MemoryTooSmall` with the agent's own words when the host cannot hold the buffers, `AgentError` otherwise.
+    Raise `MemoryTooSmall` with the agent's own message if the host cannot hold the buffers, and `AgentError` on any
+    other failure.
     """
     if _answers(config.socket):
         return
@@ -70,7 +71,7 @@ def ensure_agent(config: AgentConfig, deadline: float = AGENT_START_TIMEOUT_S) -
     end = time.monotonic() + deadline
     while not _answers(config.socket):
         code = process.poll()
-        if code is not None and code != AgentExit.TAKEN:  # else another process was faster
+        if code is not None and code != AgentExit.TAKEN:  # otherwise another process started it first
             text = words.read_text().strip().splitlines()
             kind = MemoryTooSmall if code == AgentExit.MEMORY_TOO_SMALL else AgentError
             raise kind(text[-1] if text else f"the agent ended with {code}")
@@ -80,9 +81,9 @@ def ensure_agent(config: AgentConfig, deadline: float = AGENT_START_TIMEOUT_S) -
 
 
 def start_agent(config: AgentConfig) -> "tuple[subprocess.Popen[bytes], Path]":
-    """Start the agent of a slot, detached, and do not wait for it; returns it and the file for its last words.
+    """Start the agent of a slot, detached, without waiting. Return its process and the file for its last message.
 
-    One that finds the slot's agent running ends with `AgentExit.TAKEN`.
+    A process that finds the slot's agent already running exits with `AgentExit.TAKEN`.
     """
     path = agent_config.write(config)
     logs = Path(config.shared) / AGENTS_FOLDER
@@ -98,7 +99,7 @@ def start_agent(config: AgentConfig) -> "tuple[subprocess.Popen[bytes], Path]":
 
 
 _children: "list[subprocess.Popen[bytes]]" = []
-"""Kept so that no destructor complains of a child that is meant to live on."""
+"""Kept to prevent the destructor's warning about a child that is meant to outlive this process."""
 
 
 def _answers(path: Path) -> bool:
@@ -109,13 +110,13 @@ def _answers(path: Path) -> bool:
 
 
 class AgentClient:
-    """One process at its agent's socket. Methods may be called from any thread."""
+    """Connection of one process to its agent. Methods may be called from any thread."""
 
     def __init__(
         self, path: Path, *, run: str, secret: bytes, worker: int = 0, role: str = "worker",
         deadline: float = AGENT_START_TIMEOUT_S,
     ) -> None:  # fmt: skip
-        """Connect and prove that both sides know the secret; raises `AgentError` or `AuthenticationFailed`."""
+        """Connect and prove mutual knowledge of the secret. Raise `AgentError` or `AuthenticationFailed`."""
         self.run, self.worker, self.deadline = run, worker, deadline
         self.buffers: list[SharedBuffer] = []
         self.epoch = 0
@@ -151,13 +152,13 @@ class AgentClient:
 
     @property
     def gone(self) -> bool:
-        """The agent has gone, or told this process to go."""
+        """Whether the agent is gone or has told this process to leave."""
         return bool(self._why)
 
     # ---- requests
 
     def attach(self, *, layout: str, workers: int, buckets: int, deadline: float | None = None) -> Attached:
-        """Take this worker's place; returns once all workers of the node have. Maps the buffers, not yet faulted in."""
+        """Attach this worker and map the buffers, not faulted in. Return once all workers of the node have attached."""
         self._send(Attach(run=self.run, layout=layout, worker=self.worker, workers=workers, buckets=buckets))
         what = f"all {workers} workers of this node to attach"
         self.attached = self._wait(Attached, lambda _: True, deadline, what)
@@ -165,7 +166,7 @@ class AgentClient:
         return self.attached
 
     def open(self, snapshot: SnapshotId, *, wait: bool = True, deadline: float | None = None) -> Granted | Refused:
-        """Ask for a buffer for this worker's part of a snapshot."""
+        """Request a buffer for this worker's part of a snapshot."""
         self._send(Open(snapshot=snapshot, wait=wait))
         what = f"a buffer for snapshot {snapshot}"
         answer: Granted | Refused = self._wait((Granted, Refused), lambda m: m.snapshot == snapshot, deadline, what)
@@ -178,28 +179,28 @@ class AgentClient:
         self._send(Cancel(snapshot=snapshot))
 
     def revoked(self, snapshot: SnapshotId) -> bool:
-        """Whether the agent has said that a granted snapshot is given up; answer with `cancel`."""
+        """Return whether the agent has revoked a granted snapshot. The worker must answer with `cancel`."""
         return snapshot in self._revoked or self.gone
 
     def restore(self, epoch: int, *, deadline: float | None = None) -> Restored:
-        """What epoch `epoch` restores; begins that epoch when the agents have not."""
+        """Return what epoch `epoch` restores. Begin that epoch if the agents have not."""
         self._send(Restore(epoch=epoch))
         answer: Restored = self._wait(Restored, lambda m: m.epoch >= epoch, deadline, f"the choice of epoch {epoch}")
         self.epoch = max(self.epoch, answer.epoch)
         return answer
 
     def begin(self, epoch: int) -> None:
-        """For a supervisor: have the agents decide what epoch `epoch` restores before its workers ask."""
+        """Make the agents decide what epoch `epoch` restores before its workers ask. For supervisors."""
         self._send(Restore(epoch=epoch))
 
     def save(self, epoch: int) -> None:
-        """For a supervisor: have the agent write to disk what epoch `epoch` restores, once it has it."""
+        """Make the agent write to disk what epoch `epoch` restores, once it has it. For supervisors."""
         self._send(Save(epoch=epoch))
 
     def read(
         self, *, epoch: int, snapshot: SnapshotId, owner: int, first: int, count: int, deadline: float | None = None
     ) -> Bytes:
-        """Buckets of another node's data of the chosen snapshot; one call at a time for each owner."""
+        """Read buckets of another node's data of the chosen snapshot. Only one call at a time per owner."""
         assert self.attached is not None
         size = self.attached.bucket_bytes
         missing = set(range(first, first + count))
@@ -220,13 +221,13 @@ class AgentClient:
         return answer
 
     def interrupt(self) -> None:
-        """Have all calls that wait, and those to come, raise `AgentError` at once."""
+        """Make all pending and future calls raise `AgentError` immediately."""
         with self._news:
             self._interrupted = True
             self._news.notify_all()
 
     def close(self, *, end_of_job: bool = False) -> None:
-        """Unmap the buffers and say so; with `end_of_job` the agent ends when all workers have."""
+        """Unmap the buffers and say farewell. With `end_of_job` the agent exits once all workers have done so."""
         for buffer in self.buffers:
             buffer.close()
         self.buffers, self._interrupted = [], False
@@ -291,7 +292,7 @@ class AgentClient:
         return
 
     def _part(self, link: Link, part: Part, payload: memoryview | None) -> None:
-        """Bytes for `read`, which may have given up meanwhile; a damaged bucket is asked for again."""
+        """Store bytes for `read`, which may have given up by now. Request a damaged bucket again."""
         waiting = self._reads.get(part.owner)
         if payload is None or waiting is None:
             return
@@ -301,10 +302,10 @@ class AgentClient:
             index = part.index
             link.send(Read(epoch=part.epoch, snapshot=part.snapshot, owner=part.owner, first=index, count=1))
 
-    # ---- inside
+    # ---- internals
 
     def _serve(self) -> None:
-        """The thread: one selector, until the link is closed."""
+        """Run the thread: drive one selector until the link is closed."""
         while not self._link.closed:
             for key, mask in self._selector.select(1.0):
                 if key.data is None:

@@ -1,7 +1,7 @@
-"""Snapshots of a training job in the memory of its nodes, for any trainer: the worker's half of `ft` in one class.
+"""In-memory snapshots of a training job for any trainer: the worker's half of `ft` in one class.
 
-It starts the agent of each node, decides when a snapshot is due, takes it while training runs on, and restores. A
-trainer calls `maybe_snapshot` after a step, `join` before the next update, `restore` at a start and `close` at the end.
+It starts the agent of each node, decides when a snapshot is due, takes it while training continues, and restores. A
+trainer calls `maybe_snapshot` after a step, `join` before the next update, `restore` at startup and `close` at the end.
 """
 
 import contextlib
@@ -31,19 +31,19 @@ from keepwarm.ft.worker.snapshotter import Restoration, Shard, SnapshotOptions, 
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """Where a job runs. Rank r is on node r // ranks_per_node."""
+    """Nodes and ranks of a job. Rank r is on node r // ranks_per_node."""
 
     folder: Path
-    """The run folder, on storage that all nodes share."""
+    """The run folder, on storage shared by all nodes."""
     layout: str
-    """Equal for starts whose ranks hold the same shards; memory of another layout is not restored rank by rank."""
+    """Equal for launches whose ranks hold the same shards. Memory of another layout is not restored rank by rank."""
     ranks_per_node: int
     host: str = "127.0.0.1"
-    """Address of this node that the others reach."""
+    """Address of this node that the other nodes can reach."""
 
 
 class InMemoryCheckpointer:
-    """One rank's link to the agent of its node. Methods are collective, but for `join`, `abandon` and properties."""
+    """One rank's connection to its node's agent. All methods except `join`, `abandon` and properties are collective."""
 
     def __init__(
         self,
@@ -55,17 +55,7 @@ class InMemoryCheckpointer:
         optional: tuple[str, ...] = (),
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Start the agents that do not run yet, and attach to this node's.
-
-        Args:
-            state: live shards; their names, shapes and memory stay what they are until `close`.
-            capture: called right before a snapshot, to bring `state` up to date with what lies elsewhere.
-            optional: names that begin with one of these keep their values where a snapshot lacks them.
-            group: all ranks of the job, with a backend for CPU tensors; None: the default group, or one rank alone.
-
-        Raises:
-            PlacementError, MemoryTooSmall, AgentError: with the arithmetic, before anything was changed.
-        """
+        """Start the agents that are not running and attach to this node's."""
         self._spec, self._state, self._deployment = spec, state, deployment
         self._capture, self._optional = capture, optional
         self._ranks = _Ranks(group)
@@ -79,12 +69,13 @@ class InMemoryCheckpointer:
         self._registry = Registry(deployment.folder)
         self._attach()
         self.phases: dict[str, float] = {}
-        """Seconds of the last `restore` on this rank: waiting for the agents' choice, for lost chunks, copying."""
+        """Seconds of the last `restore` on this rank: waiting for the agents' decision, for lost chunks, and copying.
+        """
         self._interval = Interval(mtbf=spec.mtbf)
         self._next = 0
         self._lost_agent: str | None = None
 
-    # ---- while it is built
+    # ---- construction
 
     def _shared_secret(self) -> bytes:
         path = self._deployment.folder / SECRET
@@ -98,7 +89,7 @@ class InMemoryCheckpointer:
         run = run_identity(self._secret)
         groups = groups_of(self._nodes, spec)
         self.protected = all(group.protected for group in groups)
-        """False on a single node: its memory has no parity anywhere else."""
+        """False on a single node, where no other node can hold parity."""
         return AgentConfig(
             run=run,
             slot=self._node,
@@ -121,14 +112,14 @@ class InMemoryCheckpointer:
         )
 
     def _state_bytes(self) -> int:
-        """Bytes of the largest node state: the sum over a node's ranks, the largest over the nodes."""
+        """Return the bytes of the largest node state: summed over a node's ranks, maximum over the nodes."""
         parts = torch.zeros(self._ranks.size, dtype=torch.int64)
         parts[self._ranks.rank] = plan_part(self._state, self._ranks.rank, self._spec.bucket).size
         self._ranks.all_reduce(parts, dist.ReduceOp.SUM)
         return int(parts.view(self._nodes, self._deployment.ranks_per_node).sum(dim=1).max())
 
     def _start_agents(self) -> None:
-        """Start this node's agent from its first rank; all ranks raise when that fails on one of them."""
+        """Start this node's agent from its first rank. Raise on all ranks if it fails on any of them."""
         failure: Exception | None = None
         if self._local == 0:
             try:
@@ -142,7 +133,7 @@ class InMemoryCheckpointer:
             atomic_write(template, msgspec.json.encode(self._config), mode=0o644)
 
     def _attach(self) -> None:
-        """Take this rank's place at its node's agent; returns when all ranks of the node have."""
+        """Attach this rank to its node's agent. Return once all ranks of the node have attached."""
         config = self._config
         self._client = AgentClient(config.socket, run=config.run, secret=self._secret, worker=self._local)
         self._snapshotter = Snapshotter(
@@ -165,13 +156,14 @@ class InMemoryCheckpointer:
             bucket_bytes=self._config.bucket_bytes,
         )
 
-    # ---- taking
+    # ---- taking snapshots
 
     def maybe_snapshot(self, step: int, meta: Callable[[], bytes], step_seconds: float) -> None:
-        """Begin a snapshot when one is due after `step` completed steps; it is copied while training goes on.
+        """Start a snapshot if one is due after `step` completed steps. It is copied while training continues.
 
-        `meta` returns the small state that continues training besides the shards; it is called only when one is due.
-        `step_seconds`: how long the step took. A snapshot that fails does not raise: see `last_error`.
+        `meta` returns the small state that, besides the shards, is needed to continue training; it is called only if a
+        snapshot is due. `step_seconds` is the duration of the step. A failing snapshot does not raise: see
+        `last_error`.
         """
         self._interval = self._interval.measured(step=step_seconds)
         if step < self._next:
@@ -183,7 +175,7 @@ class InMemoryCheckpointer:
         self._next = step + self._steps_to_next()
 
     def _replace_dead_agents(self) -> None:
-        """Start the agents that have died, empty; the next snapshot fills them. Decided alike on all ranks."""
+        """Restart dead agents, which begin empty and are filled by the next snapshot. All ranks decide alike."""
         gone = torch.zeros(self._nodes, dtype=torch.int64)
         gone[self._node] = int(self._client.gone)
         self._ranks.all_reduce(gone, dist.ReduceOp.MAX)
@@ -198,7 +190,7 @@ class InMemoryCheckpointer:
             self._lost_agent = str(error)
 
     def _steps_to_next(self) -> int:
-        """As the spec says, or agreed from what all ranks measured."""
+        """Return the interval in steps: from the spec, or agreed from the measurements of all ranks."""
         if isinstance(self._spec.every, int):
             return self._spec.every
         commits = self.commit_seconds
@@ -208,25 +200,25 @@ class InMemoryCheckpointer:
         return self._ranks.largest(self._interval.steps)
 
     def join(self) -> None:
-        """Wait for the running copy: the caller is about to change the tensors.
+        """Wait for the running copy. Call this before changing the tensors.
 
-        Raises FtError when what was restored at the start turns out to be damaged.
+        Raise FtError if the data restored at startup turns out to be damaged.
         """
         self._snapshotter.join()
 
     @property
     def last_error(self) -> str | None:
-        """Why the last snapshot was not taken; None when it was."""
+        """Why the last snapshot was not taken, or None if it was."""
         failure = self._snapshotter.failure
         return self._lost_agent or (None if failure is None else str(failure))
 
     @property
     def commit_seconds(self) -> list[float]:
-        """Seconds from the grant to the commit of the newest snapshots of this node, oldest first."""
+        """Seconds from grant to commit of this node's newest snapshots, oldest first."""
         return [commit.seconds for commit in self._client.commits]
 
     def timings(self) -> dict[str, float]:
-        """Counts and seconds of this rank: `taken`, `skipped`, `blocked_s`, `last_copy_s`, and `bytes` of its part."""
+        """Return counters and seconds of this rank: `taken`, `skipped`, `blocked_s`, `last_copy_s` and its `bytes`."""
         timings = self._snapshotter.timings
         return {
             "taken": timings.taken,
@@ -236,24 +228,24 @@ class InMemoryCheckpointer:
             "bytes": timings.bytes,
         }
 
-    # ---- restoring
+    # ---- restoring snapshots
 
     @property
     def epoch(self) -> int:
-        """Grows by one with every start of the workers; part of a snapshot's identity."""
+        """Number of the current epoch, one higher at every start of the workers. Part of a snapshot's identity."""
         return self._client.epoch
 
     def restore(self, settled: int = 0) -> Restoration | str:
-        """Begin the next epoch and write the committed state into the live shards; else return why there is none.
+        """Begin the next epoch and restore the committed state into the live shards, or return why there is none.
 
-        `settled` is the epoch that a supervisor has had the agents begin, 0 for none. Raises FtError: agents, peers or
-        bytes were lost on the way, or the agents restored different steps.
+        `settled` is the epoch that a supervisor has made the agents begin, 0 for none. Raise FtError if agents, peers
+        or bytes were lost on the way, or if the agents restored different steps.
         """
         epoch = self._next_epoch(settled)
         began, waited = time.time(), time.perf_counter()
         self._client.restore(epoch, deadline=self._spec.commit_deadline)
         waited = time.perf_counter() - waited
-        # The agents first verify what they hold and then choose: the file of the choice has the time of that.
+        # The agents first verify what they hold and then choose. The decision file's timestamp tells when that was.
         verified = min(max(0.0, self._chosen_at() - began), waited)
         fetched = time.perf_counter()
         restored = self._snapshotter.restore(epoch)
@@ -264,14 +256,14 @@ class InMemoryCheckpointer:
         return restored
 
     def begin_epoch(self, settled: int = 0) -> None:
-        """Begin the next epoch, in which snapshots can be taken, without restoring anything; see `restore`."""
+        """Begin the next epoch without restoring, so that snapshots can be taken. See `restore`."""
         self._client.restore(self._next_epoch(settled), deadline=self._spec.commit_deadline)
 
     def _next_epoch(self, settled: int) -> int:
         return self._ranks.largest(settled or self._registry.newest_epoch() + 1 if self._ranks.rank == 0 else 0)
 
     def _agree(self, restored: Restoration | str) -> None:
-        """Raise on all ranks when they restored different steps: agents may have settled different epochs."""
+        """Raise on all ranks if they restored different steps, as when agents settled different epochs."""
         mine = -1 if isinstance(restored, str) else restored.epoch << 40 | restored.step
         newest, oldest = self._ranks.largest(mine), -self._ranks.largest(-mine)
         if newest != oldest:
@@ -282,13 +274,13 @@ class InMemoryCheckpointer:
         return self._registry.folder / f"choice-{self._client.epoch}.json"
 
     def _chosen_at(self) -> float:
-        """When the present epoch was settled, in seconds since 1970; 0 when that cannot be told."""
+        """Return when the current epoch was decided, in seconds since 1970, or 0 if unknown."""
         with contextlib.suppress(OSError):
             return self._choice().stat().st_mtime
         return 0.0
 
     def decoded(self) -> int:
-        """Bytes of chunks that the present epoch's choice had decoded, data and parity, on all nodes."""
+        """Return the bytes of chunks, data and parity on all nodes, that the current epoch's decision had decoded."""
         found = 0
         with contextlib.suppress(OSError, ValueError, AttributeError):
             choice = json.loads(self._choice().read_bytes())
@@ -299,18 +291,18 @@ class InMemoryCheckpointer:
     # ---- leaving
 
     def abandon(self) -> None:
-        """Leave the agent at once: a running copy is given up, and no peer is waited for."""
+        """Leave the agent immediately: cancel a running copy and wait for no peer."""
         self._snapshotter.abandon()
         self._client.close()
 
     def close(self, *, finished: bool) -> None:
-        """Leave the agent; it ends when all workers of a `finished` job have. Raises FtError as `join` does."""
+        """Leave the agent, which exits once all workers of a `finished` job have left. Raise FtError as `join` does."""
         self.join()
         self._client.close(end_of_job=finished)
 
 
 class _Ranks:
-    """The ranks of a process group, or this one alone where there is no group."""
+    """Collectives over a process group, or this rank alone if there is none."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group

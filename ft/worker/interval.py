@@ -1,7 +1,7 @@
-"""How often to take a snapshot, in steps: the Young/Daly period, recomputed as measurements come in. Pure.
+"""Snapshot interval in steps: the Young/Daly period, updated with every measurement. Pure.
 
-With C the time that one snapshot costs the training and M the mean time between failures of the whole job, the waste
-C/t + t/2M is least at t = sqrt(2 C M) (Young 1974; Daly 2006, first order, good for C << M).
+With C the time one snapshot costs training and M the mean time between failures of the whole job, the waste C/t + t/2M
+is minimal at t = sqrt(2 C M) (Young 1974; Daly 2006, first order, good for C << M).
 """
 
 import math
@@ -12,9 +12,9 @@ SMOOTHING = 0.2
 
 
 def young_daly(cost: float, mtbf: float) -> float:
-    """Seconds between snapshots that waste least, for a cost C >= 0 and a mean time between failures M > 0, both in s.
+    """Return the snapshot period of least waste, for a cost C >= 0 and a mean time between failures M > 0, in seconds.
 
-    Raises `ValueError` for anything else.
+    Raise `ValueError` for any other input.
     """
     if not (cost >= 0 and mtbf > 0 and math.isfinite(cost)):
         raise ValueError(f"cost {cost} s must be finite and >= 0, mtbf {mtbf} s must be > 0")
@@ -22,35 +22,35 @@ def young_daly(cost: float, mtbf: float) -> float:
 
 
 def waste(period: float, cost: float, mtbf: float, recovery: float = 0.0) -> float:
-    """Share of the time that is lost, to first order: C/t + t/2M + R/M, all in seconds, t > 0, M > 0."""
+    """Return the fraction of time lost, to first order: C/t + t/2M + R/M, all in seconds, t > 0, M > 0."""
     return cost / period + period / (2 * mtbf) + recovery / mtbf
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """Running means, in seconds, of what decides `snapshot.every: auto`; None: not measured yet."""
+    """Running means, in seconds, of the inputs to `snapshot.every: auto`. None: not measured yet."""
 
     mtbf: float
     step: float | None = None
-    """One training step without a snapshot's cost."""
+    """One training step without the cost of a snapshot."""
     copy: float | None = None
-    """What one snapshot adds to training: blocked time and slowing down."""
+    """Time one snapshot adds to training: blocked time and slowdown."""
     commit: float | None = None
-    """From the grant of the slot to COMMITTED."""
+    """Time from the grant of the buffer to COMMITTED."""
 
     def measured(
         self, *, step: float | None = None, copy: float | None = None, commit: float | None = None
     ) -> "Interval":
-        """With one more measurement of each quantity that is given."""
+        """Return new means with one more measurement of each given quantity."""
         return replace(
             self, step=_mean(self.step, step), copy=_mean(self.copy, copy), commit=_mean(self.commit, commit)
         )
 
     @property
     def steps(self) -> int:
-        """Steps from one snapshot to the next: max(Young/Daly, time of a commit), rounded up, at least 1.
+        """Return the steps between snapshots: max(Young/Daly period, commit time), rounded up, at least 1.
 
-        Every step as long as steps and copies have not been measured.
+        1 until steps and copies have been measured.
         """
         if self.step is None or self.copy is None or self.step <= 0:
             return 1

@@ -1,4 +1,4 @@
-"""The chosen snapshot as one rank sees it: its own node's buffer, and the others' through the agent. Torch-free."""
+"""Read the chosen snapshot for one rank: its own node's buffer directly, others through the agent. Torch-free."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,14 +25,14 @@ from keepwarm.ft.worker.client import AgentClient
 
 T = TypeVar("T")
 CACHED = 8
-"""Answers of other nodes that are kept: neighbouring tensors share buckets."""
+"""Number of cached answers from other nodes: neighbouring tensors share buckets."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankPlace:
-    """Where a rank stands: one of `world` ranks, on node `node` of `nodes`, each of which has `workers` ranks.
+    """Position of a rank: one of `world` ranks, on node `node` of `nodes`, each of which has `workers` ranks.
 
-    `node` is the slot of the node's agent; `bucket_bytes` must be that of the agents.
+    `node` is the slot of the node's agent. `bucket_bytes` must equal that of the agents.
     """
 
     rank: int
@@ -45,7 +45,7 @@ class RankPlace:
 
 @dataclass(frozen=True)
 class Stored:
-    """A piece in some node's data buffer."""
+    """A piece in a node's data buffer."""
 
     piece: Piece
     owner: int
@@ -53,16 +53,16 @@ class Stored:
 
 
 Moves = Mapping[str, Sequence[tuple[Move, Stored]]]
-"""What fills each of a rank's shards, by name."""
+"""Moves that fill each of a rank's shards, by name."""
 
 
 class Reader:
-    """Finds what fills a rank's shards, and gives the bytes, checked against their checksums."""
+    """Finds the data that fills a rank's shards and returns its bytes, verified against their checksums."""
 
     def __init__(
         self, client: AgentClient, restored: Restored, snapshot: SnapshotId, place: RankPlace, deadline: float
     ) -> None:
-        """`snapshot` is what `restored` says; `deadline` in seconds, for each answer of another node."""
+        """Read `snapshot`, the one named by `restored`. `deadline` is in seconds, per answer from another node."""
         self._client, self._snapshot, self._epoch, self._sums = client, snapshot, restored.epoch, restored.sums
         self._place, self._node, self._size, self._deadline = place, place.node, place.bucket_bytes, deadline
         self._buffer = client.buffers[restored.buffer]
@@ -70,9 +70,10 @@ class Reader:
         self._cache: dict[tuple[int, int, int], Bytes] = {}
 
     def find(self, targets: Mapping[str, Piece], optional: tuple[str, ...]) -> tuple[Moves, bytes, bool]:
-        """Moves for every shard, the small state of this rank (of rank 0 under another layout), all of it local?
+        """Return moves for every shard, this rank's small state, and whether all of it is local.
 
-        Names that begin with one of `optional` may be missing. Raises `IncompleteError` when anything else is.
+        If the layout differs, the small state is that of rank 0. Names that begin with one of `optional` may be
+        missing. Raise `IncompleteError` if any other name is.
         """
         own = self._parts(self._node)
         meta = {contents.rank: contents.meta for contents, _ in own}
@@ -91,11 +92,11 @@ class Reader:
         return _moves(everything, targets, optional), own_meta or meta[min(meta)], False
 
     def local(self, moves: Iterable[tuple[Move, Stored]]) -> bool:
-        """Whether all bytes lie on this node."""
+        """Return whether all bytes are on this node."""
         return all(stored.owner == self._node for _, stored in moves)
 
     def spans(self, moves: Moves) -> list[tuple[int, int]]:
-        """The bytes of this node's buffer that the moves read."""
+        """Return the byte ranges of this node's buffer that the moves read."""
         return [
             (stored.start + move.span[0], stored.start + move.span[1])
             for per_shard in moves.values()
@@ -104,13 +105,13 @@ class Reader:
         ]
 
     def check(self, spans: Iterable[tuple[int, int]], threads: Executor) -> None:
-        """Check all buckets of this node with bytes of these spans, in parallel. Raises `ChunkCorrupt`."""
+        """Verify this node's buckets that overlap the spans, in parallel. Raise `ChunkCorrupt` on a mismatch."""
         buckets = {index for start, stop in spans for index in self._buckets(start, stop)}
         run_all(threads, self._check, sorted(buckets - self._checked))
         self._checked |= buckets
 
     def fill(self, copies: Sequence[tuple[int, Bytes]], threads: Executor) -> None:
-        """Copy the bytes of this node's buffer from each start on into its target, in parallel and without a check."""
+        """Copy this node's bytes from each start into its target, in parallel and without verification."""
         parts = [
             (start + at, target[at : at + self._size])
             for start, target in copies
@@ -126,7 +127,7 @@ class Reader:
         run_all(threads, fill, parts)
 
     def bytes(self, owner: int, start: int, stop: int) -> Bytes:
-        """Bytes of a node's data buffer, checked; those of another node by one thread at a time."""
+        """Return verified bytes of a node's data buffer. Only one thread at a time may read from other nodes."""
         buckets = self._buckets(start, stop)
         if owner == self._node:
             for index in buckets:
@@ -159,7 +160,7 @@ class Reader:
             )
 
     def _parts(self, owner: int) -> list[tuple[Contents, list[Stored]]]:
-        """The contents of all workers' parts on a node."""
+        """Return the contents of all workers' parts on a node."""
         found: list[tuple[Contents, list[Stored]]] = []
         at, count = 0, 1
         while len(found) < count:
@@ -172,7 +173,7 @@ class Reader:
 
 
 def run_all(threads: Executor, function: Callable[[T], None], items: Sequence[T]) -> None:
-    """Call a function for all items, a few long runs of neighbours to a thread; raises what the first raised."""
+    """Call a function for all items, giving each thread a few long runs of neighbours. Raise the first exception."""
     share = max(1, math.ceil(len(items) / 16))
     runs = [items[at : at + share] for at in range(0, len(items), share)]
 

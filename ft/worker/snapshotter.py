@@ -1,8 +1,8 @@
-"""The worker's side of a snapshot: copies live shards into the granted buffer while training runs on, and back.
+"""Worker's side of a snapshot: copy live shards into the granted buffer while training continues, and back.
 
-A worker's part of a buffer begins with its `Contents` (what lies where, and the caller's small state), followed by the
-pieces. Data-parallel replicas split between them what they hold alike, so each copies and stores its share alone.
-The only module of `ft` that imports torch.
+A worker's part of a buffer starts with its `Contents` (a map of the part, and the caller's small state), followed by
+the pieces. Data-parallel replicas divide identical data among themselves, so each copies and stores only its share.
+This is the only module of `ft` that imports torch.
 """
 
 import os
@@ -31,12 +31,12 @@ DTYPES: dict[torch.dtype, str] = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 WHOLE_BELOW = 1 << 16
-"""Bytes under which replicas do not split a shard; they take turns."""
+"""Size in bytes below which replicas do not split a shard but take turns storing it whole."""
 _ALIGNMENT = 64
 
 
 class Shard(Protocol):
-    """One rank's live part of a global tensor, as `Engine.state()` gives it."""
+    """One rank's live part of a global tensor, as returned by `Engine.state()`."""
 
     @property
     def name(self) -> str: ...
@@ -56,7 +56,7 @@ class Shard(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PartPlan:
-    """What one rank stores and where in its part of a buffer; a pure function of the state's shapes and the rank."""
+    """Data one rank stores and its offsets in the part. A pure function of the state's shapes and the rank."""
 
     entries: tuple[tuple[Piece, int], ...]
     header_bytes: int
@@ -70,18 +70,18 @@ class PartPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Restoration:
-    """What was restored: the step that had just been completed, and its small state."""
+    """The restored step, which had just been completed, and its small state."""
 
     epoch: int
     step: int
     meta: bytes
     local: bool
-    """All bytes came from this node's own memory."""
+    """Whether all bytes came from this node's own memory."""
 
 
 @dataclass
 class Timings:
-    """Seconds of the last snapshot on this worker, and totals."""
+    """Timings of the last snapshot on this worker in seconds, and totals."""
 
     copy: float = 0.0
     blocked: float = 0.0
@@ -92,7 +92,7 @@ class Timings:
 
 
 def plan_part(state: Mapping[str, Shard], rank: int, bucket_bytes: int, *, meta_bytes: int = META_BYTES) -> PartPlan:
-    """Which bytes `rank` stores of `state`; `meta_bytes` is room for the small state."""
+    """Plan which bytes of `state` `rank` stores. `meta_bytes` is the space reserved for the small state."""
     pieces = [piece for shard in state.values() if (piece := share(shard, rank)) is not None]
     unplaced = tuple((piece, 0) for piece in pieces)
     empty = Contents(rank=0, world=0, workers=0, size=0, meta=b"", entries=unplaced)
@@ -108,9 +108,9 @@ def plan_part(state: Mapping[str, Shard], rank: int, bucket_bytes: int, *, meta_
 
 
 def share(shard: Shard, rank: int) -> Piece | None:
-    """The piece of a shard that `rank` stores of what its replicas hold alike; None when it stores none of it.
+    """Return the piece of a replicated shard that `rank` stores, or None if it stores none of it.
 
-    Depends on the shard alone: replicas may hold different numbers of others, as pipeline stages do.
+    Depends on the shard alone, because replicas may hold different numbers of other shards, as pipeline stages do.
     """
     dtype = DTYPES[shard.local.dtype]
     start, stop = shard.flat or (0, shard.local.numel())
@@ -135,15 +135,15 @@ def share(shard: Shard, rank: int) -> Piece | None:
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotOptions:
-    """How a worker takes part in snapshots; `deadline` in seconds, for a buffer and for the agents' answers."""
+    """Options of a worker's snapshots. `deadline` is in seconds, for a buffer and for the agents' answers."""
 
     busy: Literal["wait", "skip"] = "wait"
-    """While the previous snapshot is not committed: wait for a buffer, or skip this snapshot."""
+    """Behaviour while the previous snapshot is not committed: wait for a buffer, or skip this snapshot."""
     meta_bytes: int = META_BYTES
-    """Room for the small state."""
+    """Bytes reserved for the small state."""
     deadline: float = 600.0
     optional: tuple[str, ...] = ()
-    """Names that begin with one of these may be missing from what is restored; they then keep their values."""
+    """Names with one of these prefixes may be missing from the restored snapshot and then keep their values."""
 
 
 class Snapshotter:
@@ -153,9 +153,9 @@ class Snapshotter:
         self, client: AgentClient, state: Mapping[str, Shard], place: RankPlace, *, layout: str,
         options: SnapshotOptions | None = None,
     ) -> None:  # fmt: skip
-        """Attach to the agent: returns when all workers of this node have. `layout` is the hash of the job's layout.
+        """Attach to the agent with all workers of this node. `layout` is the hash of the job's layout.
 
-        Raises `AgentError` when the agent refuses this worker.
+        Raise `AgentError` if the agent refuses this worker.
         """
         options = options or SnapshotOptions()
         self.client, self.state, self.place, self.layout = client, dict(state), place, layout
@@ -180,13 +180,13 @@ class Snapshotter:
         self._rotten: FtError | None = None
         self._sealed: SnapshotId | None = None
 
-    # ---- taking
+    # ---- taking snapshots
 
     def offer(self, step: int, meta: bytes) -> None:
-        """Begin a snapshot of the state after `step`; returns at once. `join` before the state changes again.
+        """Start a snapshot of the state after `step` and return immediately. `join` before the state changes again.
 
-        `meta` is everything else that makes continuation bitwise (random states, ledger, counters), captured by the
-        caller now. Raises `ValueError` when it is longer than was planned for.
+        `meta` is everything else needed for bitwise continuation (random states, ledger, counters), captured by the
+        caller now. Raise `ValueError` if it exceeds the planned size.
         """
         self.join()
         if self.client.gone:
@@ -202,10 +202,10 @@ class Snapshotter:
         self._thread.start()
 
     def join(self) -> float:
-        """Wait until the running copy is done and the tensors may change; returns the seconds that took.
+        """Wait until the running copy is done and the tensors may change. Return the seconds spent waiting.
 
-        With `when_busy: wait` that includes the wait for a buffer. A failing snapshot does not end training: it is kept
-        in `failure`. After a restore, raises `ChunkCorrupt` when what was restored was not what is recorded.
+        With `when_busy: wait` this includes the wait for a buffer. A failing snapshot does not stop training: the error
+        is kept in `failure`. After a restore, raise `ChunkCorrupt` if the restored data does not match its checksums.
         """
         blocked = self._wait()
         if self._rotten is not None:
@@ -227,24 +227,24 @@ class Snapshotter:
         return blocked
 
     def cancel(self) -> None:
-        """Give up a running copy, as after a failure elsewhere, and what was restored."""
+        """Cancel a running copy, as after a failure elsewhere, and the check of restored data."""
         self._cancelled.set()
         self._wait()
         self._rotten = None
 
     def abandon(self) -> None:
-        """As `cancel`, and the copy does not wait for its buffer either: the client is of use for `close` alone."""
+        """Cancel as `cancel` does, without waiting for a buffer. Afterwards the client can only be closed."""
         self.client.interrupt()
         self.cancel()
 
     @property
     def failure(self) -> BaseException | None:
-        """Why the last snapshot was not taken; None when it was sealed."""
+        """Why the last snapshot was not taken, or None if it was sealed."""
         return self._failed
 
     @property
     def sealed(self) -> SnapshotId | None:
-        """The last snapshot that this worker has sealed; it may not be committed yet."""
+        """The last snapshot sealed by this worker. It may not be committed yet."""
         return self._sealed
 
     def _head(self, meta: bytes) -> bytes:
@@ -260,7 +260,7 @@ class Snapshotter:
         return head
 
     def _take(self, snapshot: SnapshotId, head: bytes, ready: Any) -> None:
-        """On the thread: get a buffer, copy, seal."""
+        """Get a buffer, copy and seal, on the thread."""
         self._failed = None
         try:
             answer = self.client.open(snapshot, wait=self._options.busy == "wait", deadline=self._options.deadline)
@@ -283,7 +283,7 @@ class Snapshotter:
             self._failed = error
 
     def _copy(self, snapshot: SnapshotId, buffer: Bytes, head: bytes, ready: Any) -> tuple[int, ...]:
-        """Copy header and pieces in buckets, checksumming each bucket as soon as it is full."""
+        """Copy header and pieces bucket by bucket, computing each checksum as soon as its bucket is full."""
         part = buffer[self._first : self._first + self.plan.size]
         size = self.plan.bucket_bytes
         sums: list[int] = []
@@ -302,7 +302,7 @@ class Snapshotter:
                 source = _bytes_of(self.state[piece.name], piece)
                 done = 0
                 while done < piece.bytes:
-                    # Up to the end of a bucket, so that its checksum is taken while it is warm.
+                    # Stop at the end of a bucket, to compute its checksum while it is in cache.
                     stop = min(piece.bytes, _up(at + done + 1, size) - at)
                     np.copyto(part[at + done : at + stop], source[done:stop])
                     done = stop
@@ -322,14 +322,14 @@ class Snapshotter:
                 target.copy_(local[first : first + piece.elements], non_blocking=True)
         self._stream.synchronize()
 
-    # ---- restoring
+    # ---- restoring snapshots
 
     def restore(self, epoch: int) -> Restoration | str:
-        """Write what epoch `epoch` restores into the live shards; the reason, in words, when nothing is in memory.
+        """Restore epoch `epoch`'s snapshot into the live shards, or return the reason why none is in memory.
 
-        Everything is found before the first byte is written. The agents have verified their memory in this epoch; what
-        is copied from this node's is checked once more while the first step runs, and `join` tells. Raises
-        `ForeignSnapshot` when the snapshot is of another model, `ChunkCorrupt` when other bytes do not match.
+        All sources are located before the first byte is written. The agents have verified their memory in this epoch.
+        Data copied from this node's memory is verified once more during the first step, and `join` reports the result.
+        Raise `ForeignSnapshot` if the snapshot is of another model, and `ChunkCorrupt` if other bytes do not match.
         """
         self.cancel()
         answer = self.client.restore(epoch, deadline=self._options.deadline)
@@ -354,7 +354,7 @@ class Snapshotter:
         return Restoration(epoch=answer.snapshot.epoch, step=answer.snapshot.step, meta=meta, local=local)
 
     def _check_after(self, source: Reader, copied: Sequence[tuple[int, Bytes]]) -> None:
-        """Memory that is whole after it was copied was whole before; nobody writes into it until `join`."""
+        """Verify memory after it was copied: nothing writes to it until `join`, so if it is intact now, it was then."""
         try:
             with self._threads() as threads:
                 source.check([(start, start + len(target)) for start, target in copied], threads)
@@ -362,11 +362,11 @@ class Snapshotter:
             self._rotten = error
 
     def _threads(self) -> ThreadPoolExecutor:
-        """This worker's share of the cores."""
+        """Return a thread pool sized to this worker's share of the cores."""
         return ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // self.place.workers), "restore")
 
     def _sorted(self, moves: Moves, source: Reader) -> tuple[list[tuple[int, Bytes]], Moves]:
-        """What can be copied from this node's buffer, from which byte on, straight into shards; moves for the rest."""
+        """Split the moves into (start, target) copies from this node's buffer straight into shards, and the rest."""
         whole: list[tuple[int, Bytes]] = []
         rest: dict[str, Sequence[tuple[Move, Stored]]] = {}
         for name, each in moves.items():
@@ -384,7 +384,7 @@ class Snapshotter:
 
 
 class _Stopped(FtError):
-    """A copy was given up on the way."""
+    """A copy was cancelled partway."""
 
 
 def _write(shard: Shard, moves: Iterable[tuple[Move, Stored]], source: Reader) -> None:
@@ -402,12 +402,12 @@ def _write(shard: Shard, moves: Iterable[tuple[Move, Stored]], source: Reader) -
 
 
 def _direct(shard: Shard) -> bool:
-    """Whether bytes can be copied straight into the shard's memory."""
+    """Return whether bytes can be copied straight into the shard's memory."""
     return shard.local.device.type == "cpu" and shard.local.is_contiguous()
 
 
 def piece_of(shard: Shard) -> Piece:
-    """The shard without its memory."""
+    """Return the shard's description without its memory."""
     return Piece(
         name=shard.name, global_shape=tuple(shard.global_shape), offsets=tuple(shard.offsets),
         shape=tuple(shard.shape), dtype=DTYPES[shard.local.dtype], flat=shard.flat,
@@ -415,7 +415,7 @@ def piece_of(shard: Shard) -> Piece:
 
 
 def _bytes_of(shard: Shard, piece: Piece) -> Bytes:
-    """The bytes of a piece in a live CPU shard; a copy only where the tensor is not contiguous."""
+    """Return the bytes of a piece in a live CPU shard, copying only if the tensor is not contiguous."""
     flat = shard.local.detach().reshape(-1).view(torch.uint8).numpy()
     if piece.flat is None:
         return flat
