@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Iterable
 
-from keepwarm.ft.placement import Group
+from keepwarm.ft.groups import Group
 
 
 def loss_probability(groups: Iterable[Group], failures: int) -> float:

@@ -8,7 +8,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from keepwarm.parallel.mesh.layout import Coordinates, Layout
+from keepwarm.parallel.mesh.axes import Coordinates
+from keepwarm.parallel.mesh.layout import Layout
 from keepwarm.parallel.shard import Shard
 
 

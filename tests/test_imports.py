@@ -20,7 +20,7 @@ TORCH_FREE = [
     "keepwarm.trainer.job.estimate",
     "keepwarm.trainer.monitor.events",
     "keepwarm.trainer.job.run_folder",
-    "keepwarm.trainer.job.schedule",
+    "keepwarm.trainer.job.learning_rate",
     "keepwarm.trainer.job.spec",
     "keepwarm.trainer.job.checks",
     "keepwarm.trainer.job.messages",

@@ -11,7 +11,8 @@ import msgspec
 from keepwarm.files import atomic_write
 from keepwarm.ft.codec.kernel import AUTO
 from keepwarm.ft.errors import AgentError
-from keepwarm.ft.protocol.state import Group, Topology
+from keepwarm.ft.protocol.parity_placement import StripeGroup
+from keepwarm.ft.protocol.state import Topology
 
 SOCKET = "agent.sock"
 SOCKET_BYTES = 107
@@ -92,7 +93,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def topology(self) -> Topology:
         return Topology(
             tuple(
-                Group(index=i, members=group.members, parity=group.parity if len(group.members) > 1 else 0)
+                StripeGroup(index=i, members=group.members, parity=group.parity if len(group.members) > 1 else 0)
                 for i, group in enumerate(self.groups)
             )
         )

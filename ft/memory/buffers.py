@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.memory.shared_memory import SharedBuffer, require_memory
-from keepwarm.ft.protocol.state import Group
+from keepwarm.ft.protocol.parity_placement import StripeGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,10 +13,10 @@ class Shape:
 
     bucket_bytes: int
     chunk: int
-    group: Group
+    group: StripeGroup
 
     @classmethod
-    def of(cls, state_bytes: int, bucket_bytes: int, group: Group) -> "Shape":
+    def of(cls, state_bytes: int, bucket_bytes: int, group: StripeGroup) -> "Shape":
         buckets = -(-state_bytes // bucket_bytes)
         return cls(bucket_bytes=bucket_bytes, chunk=-(-buckets // group.data), group=group)
 
@@ -60,7 +60,7 @@ def host_memory(state_bytes: int, *, members: int, parity: int, bucket_bytes: in
     buffers are allocated when the agent starts. `receiving` is the maximum in receive buffers while a snapshot is
     coded, one bucket for each peer of the group.
     """
-    group = Group(0, tuple(range(members)), parity if members > 1 else 0)
+    group = StripeGroup(0, tuple(range(members)), parity if members > 1 else 0)
     shape = Shape.of(state_bytes, bucket_bytes, group)
     return HostMemory(
         data=2 * shape.data_bytes,

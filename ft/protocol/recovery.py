@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from keepwarm.ft.protocol.messages import ChunkRecord, Decode, Inventory, SnapshotId
-from keepwarm.ft.protocol.state import Group
+from keepwarm.ft.protocol.parity_placement import StripeGroup
 
 NOTHING_HELD = "no agent holds a snapshot in memory"
 Version = tuple[tuple[int, int], ...]
@@ -48,7 +48,10 @@ class StripeState:
 
 
 def choose(
-    inventories: Mapping[int, Inventory], groups: Sequence[Group], expected: Collection[int], deadline_passed: bool
+    inventories: Mapping[int, Inventory],
+    groups: Sequence[StripeGroup],
+    expected: Collection[int],
+    deadline_passed: bool,
 ) -> Choice | Wait | FallBack:
     """Choose what to restore from the inventories received so far, by slot.
 
@@ -68,7 +71,7 @@ def choose(
 
 
 def plan(
-    inventories: Mapping[int, Inventory], groups: Sequence[Group], snapshot: SnapshotId, epoch: int,
+    inventories: Mapping[int, Inventory], groups: Sequence[StripeGroup], snapshot: SnapshotId, epoch: int,
     present: Collection[int],
 ) -> tuple[tuple[int, Decode], ...]:  # fmt: skip
     """Return orders (decoder, order) that complete `snapshot` on the slots `present`, data chunks before parity.
@@ -101,7 +104,9 @@ def plan(
     return (*data_first, *parity_later)
 
 
-def stripe_state(inventories: Mapping[int, Inventory], group: Group, snapshot: SnapshotId, stripe: int) -> StripeState:
+def stripe_state(
+    inventories: Mapping[int, Inventory], group: StripeGroup, snapshot: SnapshotId, stripe: int
+) -> StripeState:
     """Return the largest set of a stripe's holders whose chunks belong together, and their version."""
     chunks = {slot: record for slot in group.members if (record := _record(inventories, slot, snapshot, stripe))}
     sources = group.sources(stripe)
@@ -142,7 +147,7 @@ def _on_the_branch(inventories: Mapping[int, Inventory]) -> list[SnapshotId]:
     return sorted(held, key=lambda each: (each.age, each.layout), reverse=True)
 
 
-def _lost(inventories: Mapping[int, Inventory], groups: Sequence[Group], snapshot: SnapshotId) -> int | None:
+def _lost(inventories: Mapping[int, Inventory], groups: Sequence[StripeGroup], snapshot: SnapshotId) -> int | None:
     """Return the largest number of chunks missing from a stripe, or None if a stripe cannot be decoded."""
     most = 0
     for group in groups:
@@ -155,7 +160,7 @@ def _lost(inventories: Mapping[int, Inventory], groups: Sequence[Group], snapsho
 
 
 def _could_change(
-    inventories: Mapping[int, Inventory], groups: Sequence[Group], seen: Sequence[SnapshotId],
+    inventories: Mapping[int, Inventory], groups: Sequence[StripeGroup], seen: Sequence[SnapshotId],
     best: SnapshotId | None, missing: frozenset[int],
 ) -> bool:  # fmt: skip
     """Return whether chunks on the missing slots could complete a newer snapshot, known or unknown."""
@@ -171,13 +176,13 @@ def _could_change(
 
 
 def _possible(
-    inventories: Mapping[int, Inventory], group: Group, snapshot: SnapshotId, stripe: int, missing: frozenset[int]
+    inventories: Mapping[int, Inventory], group: StripeGroup, snapshot: SnapshotId, stripe: int, missing: frozenset[int]
 ) -> set[int]:
     """Return the members that have, or could have, a chunk of the stripe."""
     return {s for s in group.members if s in missing or _record(inventories, s, snapshot, stripe) is not None}
 
 
-def _why_not(inventories: Mapping[int, Inventory], groups: Sequence[Group], seen: Sequence[SnapshotId]) -> str:
+def _why_not(inventories: Mapping[int, Inventory], groups: Sequence[StripeGroup], seen: Sequence[SnapshotId]) -> str:
     if not seen:
         return NOTHING_HELD
     for group in groups:

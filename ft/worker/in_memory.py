@@ -20,7 +20,7 @@ from keepwarm.ft.codec.kernel import AUTO
 from keepwarm.ft.discovery.config import AgentConfig, DurableConfig, GroupConfig, runtime_folder
 from keepwarm.ft.discovery.registry import AGENTS_FOLDER, TEMPLATE_FILE, Registry
 from keepwarm.ft.errors import AgentError, FtError, PlacementError
-from keepwarm.ft.placement import groups_of
+from keepwarm.ft.groups import groups_of
 from keepwarm.ft.spec import SnapshotSpec
 from keepwarm.ft.transport.auth import SECRET, create_secret, load_secret, run_identity
 from keepwarm.ft.worker.client import AgentClient, ensure_agent

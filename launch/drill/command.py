@@ -188,7 +188,7 @@ def _stage(job: JobSpec, spares: int) -> Stage:
 
 
 def _parity(job: JobSpec) -> int:
-    from keepwarm.ft.placement import groups_of
+    from keepwarm.ft.groups import groups_of
 
     assert job.snapshot != "off"
     return min(group.m for group in groups_of(job.layout.nodes, job.snapshot))

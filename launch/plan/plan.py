@@ -4,9 +4,10 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from keepwarm.ft.placement import groups_of
+from keepwarm.ft.groups import groups_of
 from keepwarm.parallel.memory import RankEstimate
-from keepwarm.parallel.mesh.layout import Coordinates, Layout, split_layers, stages_of
+from keepwarm.parallel.mesh.axes import Coordinates
+from keepwarm.parallel.mesh.layout import Layout, split_layers, stages_of
 from keepwarm.trainer.job.estimate import estimate_rank, state_bytes, total_parameters
 from keepwarm.trainer.job.shrink import layouts
 from keepwarm.trainer.job.spec import JobSpec

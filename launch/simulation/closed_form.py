@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from keepwarm.ft.placement import Group
+from keepwarm.ft.groups import Group
 from keepwarm.ft.survival import loss_probability
 from keepwarm.ft.worker.interval import waste
 from keepwarm.launch.simulation.cluster import Cluster

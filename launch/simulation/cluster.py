@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepwarm.ft.errors import PlacementError
-from keepwarm.ft.placement import Group, place
+from keepwarm.ft.groups import Group, place
 from keepwarm.launch.errors import SimulationError
 
 Placement = Literal["spread", "adjacent"]
@@ -35,7 +35,7 @@ class Cluster:
 
 
 def form_groups(cluster: Cluster, k: int, m: int, placement: Placement = "spread") -> tuple[Group, ...]:
-    """Form groups of the code (k, m): `spread` over racks as by `keepwarm.ft.placement.place`, or of `adjacent` nodes.
+    """Form groups of the code (k, m): `spread` over racks as by `keepwarm.ft.groups.place`, or of `adjacent` nodes.
 
     Raises:
         SimulationError: the code does not fit the number of nodes.

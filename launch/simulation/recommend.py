@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from keepwarm.ft.placement import MAX_GROUP
+from keepwarm.ft.groups import MAX_GROUP
 from keepwarm.launch.errors import SimulationError
 from keepwarm.launch.simulation.closed_form import first_order_waste
 from keepwarm.launch.simulation.scheme import Scheme

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from keepwarm.ft.placement import Group
+from keepwarm.ft.groups import Group
 from keepwarm.ft.worker.interval import young_daly
 from keepwarm.launch.errors import SimulationError
 from keepwarm.launch.simulation.cluster import group_numbers

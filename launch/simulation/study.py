@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from keepwarm.ft.placement import MAX_GROUP
+from keepwarm.ft.groups import MAX_GROUP
 from keepwarm.launch.errors import SimulationError
 from keepwarm.launch.simulation.closed_form import daly_goodput, first_order_waste, shortage
 from keepwarm.launch.simulation.cluster import Cluster, Placement, form_groups

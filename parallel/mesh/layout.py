@@ -7,21 +7,10 @@ groups lie inside a node, pipeline neighbours on neighbouring nodes, and data-pa
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
 from keepwarm.parallel.errors import LayoutError
+from keepwarm.parallel.mesh.axes import Axis, Coordinates
 from keepwarm.parallel.spec import ParallelSpec
-
-Axis = Literal["data", "pipeline", "tensor"]
-AXES: tuple[Axis, ...] = ("data", "pipeline", "tensor")
-
-
-class Coordinates(NamedTuple):
-    """Position of one rank in the mesh, counted from 0 on each axis."""
-
-    data: int
-    pipeline: int
-    tensor: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from keepwarm.parallel.errors import LayoutError
-from keepwarm.parallel.mesh.layout import AXES, Axis, Layout
+from keepwarm.parallel.mesh.axes import AXES, Axis
+from keepwarm.parallel.mesh.layout import Layout
 
 
 class Mesh:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keepwarm.parallel.errors import LayoutError
-from keepwarm.parallel.mesh.layout import AXES, Layout, check_micro_batches, split_layers, stages_of
+from keepwarm.parallel.mesh.axes import AXES
+from keepwarm.parallel.mesh.layout import Layout, check_micro_batches, split_layers, stages_of
 from keepwarm.parallel.spec import ParallelSpec
 
 sizes = st.integers(1, 6)

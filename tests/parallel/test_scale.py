@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from keepwarm.parallel.engine import EngineConfig
-from keepwarm.parallel.mesh.layout import Coordinates, Layout
+from keepwarm.parallel.mesh.axes import Coordinates
+from keepwarm.parallel.mesh.layout import Layout
 from keepwarm.parallel.mesh.mesh import Mesh
 from keepwarm.parallel.native.data import shard_size_of
 from keepwarm.parallel.native.stage import Stage

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from keepwarm.trainer.job.curve import Curve, LrSpec, load_curve
-from keepwarm.trainer.job.schedule import Infinite
+from keepwarm.trainer.job.learning_rate import Infinite
 
 pytestmark = pytest.mark.science
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from keepwarm.ft.errors import PlacementError
-from keepwarm.ft.placement import groups_of
+from keepwarm.ft.groups import groups_of
 from keepwarm.ft.spec import SnapshotSpec
 from keepwarm.parallel.engine_support import engine_info, refusals
 from keepwarm.parallel.errors import LayoutError

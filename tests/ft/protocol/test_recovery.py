@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 from keepwarm.ft.protocol import step
 from keepwarm.ft.protocol.events import EpochAdvanced
 from keepwarm.ft.protocol.messages import ChunkRecord, Holding, Inventory, SnapshotId, digest
+from keepwarm.ft.protocol.parity_placement import StripeGroup
 from keepwarm.ft.protocol.recovery import Choice, FallBack, Wait, choose, plan, stripe_state
-from keepwarm.ft.protocol.state import Group
 from tests.support.ft.cluster import Cluster
 
-GROUPS = (Group(0, (0, 2, 4, 6), 2), Group(1, (1, 3, 5, 7), 2))
+GROUPS = (StripeGroup(0, (0, 2, 4, 6), 2), StripeGroup(1, (1, 3, 5, 7), 2))
 OLD, NEW = SnapshotId("run", 1, 10, "layout"), SnapshotId("run", 1, 11, "layout")
 
 
-def records(group: Group, slot: int, snapshot: SnapshotId) -> tuple[ChunkRecord, ...]:
+def records(group: StripeGroup, slot: int, snapshot: SnapshotId) -> tuple[ChunkRecord, ...]:
     """What a member holds of a complete snapshot."""
 
     def data(source: int, stripe: int) -> int:
@@ -134,7 +134,7 @@ def test_chunk_record_mixed_parity_is_refused() -> None:
 @given(st.sampled_from(((4, 2), (5, 2), (4, 1), (8, 3), (2, 1))), st.data())
 def test_orders_replacement_receives_its_state_once(shape: tuple[int, int], data: st.DataObject) -> None:
     size, m = shape
-    group = Group(0, tuple(range(size)), m)
+    group = StripeGroup(0, tuple(range(size)), m)
     lost = data.draw(st.sets(st.integers(0, size - 1), min_size=1, max_size=m))
     inventories = {
         slot: Inventory(slot=slot, incarnation=1, epoch=2, holdings=(Holding(NEW, records(group, slot, NEW)),))

@@ -15,7 +15,8 @@ import pytest
 from keepwarm.ft.protocol import events as ev
 from keepwarm.ft.protocol import messages as msg
 from keepwarm.ft.protocol import step as protocol
-from keepwarm.ft.protocol.state import Geometry, Group, State, Topology, initial
+from keepwarm.ft.protocol.parity_placement import StripeGroup
+from keepwarm.ft.protocol.state import Geometry, State, Topology, initial
 
 FOLDER = Path(__file__).parent / "scenarios"
 FILES = sorted(FOLDER.glob("*.txt"))
@@ -43,7 +44,7 @@ def start(words: list[str]) -> State:
     groups = []
     for index, text in enumerate(given["groups"].split("+")):
         members, _, parity = text.partition("/")
-        groups.append(Group(index, tuple(int(slot) for slot in members.split(",")), int(parity)))
+        groups.append(StripeGroup(index, tuple(int(slot) for slot in members.split(",")), int(parity)))
     state = initial("run", int(given["slot"]), 1, Topology(tuple(groups)), durable="durable" in given)
     parts = tuple(int(part) for part in given.get("parts", "1").split(","))
     return protocol.step(state, ev.Configured(Geometry("layout", parts, int(given.get("chunk", "1")))))[0]

@@ -10,22 +10,25 @@ from hypothesis import strategies as st
 
 from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.codec.reed_solomon import Codec
-from keepwarm.ft.placement import place
-from keepwarm.ft.protocol.state import Group, Topology
+from keepwarm.ft.groups import place
+from keepwarm.ft.protocol.parity_placement import StripeGroup
+from keepwarm.ft.protocol.state import Topology
 from tests.support.coding import encoded
 
 SIZE = 64
 
 
-def groups(least: int, largest: int, parity: int = 0) -> st.SearchStrategy[Group]:
+def groups(least: int, largest: int, parity: int = 0) -> st.SearchStrategy[StripeGroup]:
     """A group of slots in any order, with at least `parity` parity chunks in each stripe."""
     sizes = st.integers(least, largest).flatmap(lambda g: st.tuples(st.just(g), st.integers(parity, g - 1)))
-    return sizes.flatmap(lambda s: st.builds(Group, st.just(0), st.permutations(range(s[0])).map(tuple), st.just(s[1])))
+    return sizes.flatmap(
+        lambda s: st.builds(StripeGroup, st.just(0), st.permutations(range(s[0])).map(tuple), st.just(s[1]))
+    )
 
 
 @given(groups(1, 32))
 @settings(deadline=None)
-def test_stripes_every_member_holds_one_chunk_of_each(group: Group) -> None:
+def test_stripes_every_member_holds_one_chunk_of_each(group: StripeGroup) -> None:
     for stripe in range(group.size):
         assert sorted(group.sources(stripe) + group.parities(stripe)) == sorted(group.members)
         assert len(group.sources(stripe)) == group.data
@@ -37,7 +40,7 @@ def test_stripes_every_member_holds_one_chunk_of_each(group: Group) -> None:
 
 @given(groups(1, 32))
 @settings(deadline=None)
-def test_stripes_parity_and_traffic_are_balanced(group: Group) -> None:
+def test_stripes_parity_and_traffic_are_balanced(group: StripeGroup) -> None:
     sent: Counter[int] = Counter()
     received: Counter[int] = Counter()
     for stripe in range(group.size):
@@ -51,7 +54,7 @@ def test_stripes_parity_and_traffic_are_balanced(group: Group) -> None:
 
 @given(groups(2, 16, parity=1))
 @settings(deadline=None)
-def test_stripes_senders_in_order_load_receivers_evenly(group: Group) -> None:
+def test_stripes_senders_in_order_load_receivers_evenly(group: StripeGroup) -> None:
     for chunk in range(group.data):
         under_way = [group.data_stripes(slot)[chunk] for slot in group.members]
         arrivals = Counter(target for stripe in under_way for target in group.parities(stripe))
@@ -61,7 +64,7 @@ def test_stripes_senders_in_order_load_receivers_evenly(group: Group) -> None:
 @pytest.mark.parametrize(("nodes", "k", "m"), [(1, 4, 2), (2, 1, 1), (4, 2, 2), (7, 2, 1), (9, 2, 2), (8, 1, 1)])
 def test_group_any_m_members_lost_decode_from_the_rest(nodes: int, k: int, m: int) -> None:
     placed = place(nodes, k, m)
-    topology = Topology(tuple(Group(i, group.members, group.m) for i, group in enumerate(placed)))
+    topology = Topology(tuple(StripeGroup(i, group.members, group.m) for i, group in enumerate(placed)))
     assert topology.slots == nodes
     for group in topology.groups:
         codec = Codec(group.data, group.parity)

@@ -10,7 +10,7 @@ from keepwarm.launch.plan.plot import draw_plan
 from keepwarm.launch.plan.text import chart, count, print_plan, size
 from keepwarm.trainer.errors import OutputError
 from keepwarm.trainer.job.files import load_job
-from keepwarm.trainer.job.schedule import LinearSpec
+from keepwarm.trainer.job.learning_rate import LinearSpec
 
 
 def plan(*overrides: str, job: str = "ci/tiny") -> Plan:

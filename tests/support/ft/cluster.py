@@ -16,7 +16,8 @@ from keepwarm.ft.protocol import events as ev
 from keepwarm.ft.protocol import messages as msg
 from keepwarm.ft.protocol import recovery
 from keepwarm.ft.protocol import step as protocol
-from keepwarm.ft.protocol.state import Geometry, Group, State, Topology, initial
+from keepwarm.ft.protocol.parity_placement import StripeGroup
+from keepwarm.ft.protocol.state import Geometry, State, Topology, initial
 
 BUCKET = 4
 LAYOUT = "layout"
@@ -56,7 +57,7 @@ class Cluster:
         order = sorted(slots, key=lambda slot: (slot % len(sizes), slot))
         groups, start = [], 0
         for index, size in enumerate(sizes):
-            groups.append(Group(index, tuple(sorted(order[start : start + size])), m))
+            groups.append(StripeGroup(index, tuple(sorted(order[start : start + size])), m))
             start += size
         self.topology, self.m, self.third, self.chunk = Topology(tuple(groups)), m, durable, chunk
         self.epoch, self.incarnations = 0, [0] * self.topology.slots
@@ -423,7 +424,7 @@ class Cluster:
                         raise Broken(f"{chosen}: slot {slot} stripe {stripe} is not what its workers wrote")
 
     def _decoded(
-        self, group: Group, snapshot: msg.SnapshotId, stripe: int, sources: tuple[int, ...]
+        self, group: StripeGroup, snapshot: msg.SnapshotId, stripe: int, sources: tuple[int, ...]
     ) -> list["np.ndarray[Any, np.dtype[np.uint8]]"]:
         """All k + m chunks of a stripe from the memory of k holders, by column and row."""
         order = (*group.sources(stripe), *group.parities(stripe))
@@ -492,7 +493,7 @@ def sums_of(view: Any, count: int) -> tuple[int, ...]:
 _codecs: dict[tuple[int, int], Codec] = {}
 
 
-def codec(group: Group) -> Codec:
+def codec(group: StripeGroup) -> Codec:
     key = (group.data, group.parity)
     if key not in _codecs:
         _codecs[key] = Codec(*key, kernel="numpy")

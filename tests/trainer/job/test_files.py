@@ -11,7 +11,7 @@ from keepwarm.parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
 from keepwarm.trainer.data.spec import DataSpec
 from keepwarm.trainer.errors import OutputError, SpecError
 from keepwarm.trainer.job.files import load_job, load_model, load_run, save_job
-from keepwarm.trainer.job.schedule import CosineSpec, LinearSpec
+from keepwarm.trainer.job.learning_rate import CosineSpec, LinearSpec
 from keepwarm.trainer.job.sections import BatchSpec, EvaluationSpec, StageSpec
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.model.spec import ModelSpec

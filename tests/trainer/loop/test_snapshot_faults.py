@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from keepwarm.ft.format import checkpoint
-from keepwarm.ft.placement import place
-from keepwarm.ft.protocol.state import Group
+from keepwarm.ft.groups import place
+from keepwarm.ft.protocol.parity_placement import StripeGroup
 from tests.support.runs import warm
 from tests.support.runs.node_run import ROOT, Run, assert_equal, assert_nothing_left, command, runs
 
@@ -66,8 +66,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
         yield protected
 
 
-def groups_of(code: tuple[int, int]) -> list[Group]:
-    return [Group(index, placed.members, placed.m) for index, placed in enumerate(place(4, *code))]
+def groups_of(code: tuple[int, int]) -> list[StripeGroup]:
+    return [StripeGroup(index, placed.members, placed.m) for index, placed in enumerate(place(4, *code))]
 
 
 def bearable(code: tuple[int, int]) -> list[tuple[int, ...]]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keepwarm.ft.errors import PlacementError
-from keepwarm.ft.placement import groups_of, place
+from keepwarm.ft.groups import groups_of, place
 from keepwarm.ft.spec import CodeSpec, SnapshotSpec
 from keepwarm.ft.survival import loss_probability
 

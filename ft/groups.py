@@ -2,7 +2,7 @@
 
 Nodes are numbered 0..N-1. A failure domain is anything that fails as a unit: a rack, a switch or the node itself. A
 group of g nodes under a code with m parity chunks survives the loss of any m of them, and g = k + m. For the placement
-of stripes within a group, see `keepwarm.ft.protocol.state.Group`.
+of stripes within a group, see `keepwarm.ft.protocol.parity_placement.StripeGroup`.
 """
 
 from collections import Counter

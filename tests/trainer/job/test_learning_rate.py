@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from keepwarm.trainer.job.curve import AnnealableCurve, Curve, LrSpec, load_curve
-from keepwarm.trainer.job.schedule import WarmedCurve
+from keepwarm.trainer.job.learning_rate import WarmedCurve
 
 STEPS = 1000
 RECORDED = json.loads((Path(__file__).parent / "golden" / "curves.json").read_text())
