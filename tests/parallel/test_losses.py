@@ -34,7 +34,7 @@ Z32 = replace(Z, precision="fp32")
 Z_LAYOUTS = [
     replace(Z, tensor=2, pipeline=2, schedule="interleaved", documents=True),
     replace(Z, tensor=2, data=2, sequence=True, tied=True),
-    replace(Z32, engine="megatron", tensor=2, pipeline=2, data_mode="replicate"),
+    replace(Z32, engine="megatron", tensor=2, pipeline=2, data_mode="ddp"),
     replace(Z32, engine="deepspeed", tensor=2, pipeline=2, micro_batches=4),
     pytest.param(replace(Z, pipeline=2, data=2, schedule="zero_bubble"), marks=pytest.mark.long),
     pytest.param(replace(Z32, engine="megatron", data=2, optimizer="adamw"), marks=pytest.mark.long),
