@@ -19,7 +19,7 @@ from keepwarm.ft.agent.shell import Shell
 from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.discovery.config import DurableConfig
 from keepwarm.ft.errors import DurableError, FtError
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.contents import Contents, contents_length, decode_contents
 from keepwarm.ft.format.writer import write_part
 from keepwarm.ft.protocol import events
@@ -93,7 +93,7 @@ class DurableWriter:
         shell = self._shell
         shell.dispatch(events.DurableStarted(snapshot))
         data = shell.memory.data[copy.data].data
-        tmp = checkpoint.staging(self._root, epoch, snapshot.step)
+        tmp = publication.staging(self._root, epoch, snapshot.step)
         first = min([shell.config.slot, *shell.network.links]) == shell.config.slot
         shell.pool.follow(
             self._pool.submit(self._write, snapshot, tmp, data, self._abandoned if first else None),
@@ -152,16 +152,16 @@ class DurableWriter:
         meta: dict[str, Any] = {}
         with contextlib.suppress(msgspec.DecodeError):
             meta = msgspec.json.decode(contents.meta, type=dict[str, Any])
-        identity = checkpoint.Identity(
+        identity = publication.Identity(
             run=snapshot.run, epoch=snapshot.epoch, step=snapshot.step, layout=snapshot.layout
         )
-        checkpoint.write_manifest(tmp, identity, ranks=contents.world, meta=meta)
-        checkpoint.verify(tmp)
-        final = checkpoint.folder(self._root, snapshot.step)
-        if checkpoint.publish(tmp, final):
+        publication.write_manifest(tmp, identity, ranks=contents.world, meta=meta)
+        publication.verify(tmp)
+        final = publication.folder(self._root, snapshot.step)
+        if publication.publish(tmp, final):
             self.report.published += 1
             self._shell.journal.write("info", "published a checkpoint", folder=final)
-        checkpoint.prune(self._root, self._config.keep, self._config.keep_every)
+        publication.prune(self._root, self._config.keep, self._config.keep_every)
 
 
 def parts(data: Bytes) -> list[tuple[Contents, Bytes]]:

@@ -9,7 +9,7 @@ from typing import Any
 from keepwarm.ft.agent.scrubber import verify_all
 from keepwarm.ft.agent.shell import Shell
 from keepwarm.ft.discovery.registry import Choice
-from keepwarm.ft.protocol import events, recovery
+from keepwarm.ft.protocol import events, restore_choice
 from keepwarm.ft.protocol.messages import Decision, Inventory, InventoryRequest
 from keepwarm.ft.protocol.state import Mode
 
@@ -141,11 +141,11 @@ class RecoveryElection:
         if self._unheard(now):
             return
         expected = range(topology.slots)
-        answer = recovery.choose(self._inventories, topology.groups, expected, now > self._deadline)
-        if isinstance(answer, recovery.Wait):
+        answer = restore_choice.choose(self._inventories, topology.groups, expected, now > self._deadline)
+        if isinstance(answer, restore_choice.Wait):
             return
-        snapshot = answer.snapshot if isinstance(answer, recovery.Choice) else None
-        if isinstance(answer, recovery.FallBack):
+        snapshot = answer.snapshot if isinstance(answer, restore_choice.Choice) else None
+        if isinstance(answer, restore_choice.FallBack):
             reason = self._whole_reason(answer.reason)
             shell.registry.explain(self._epoch, reason)
             shell.journal.write("info", "nothing in memory is restored", epoch=self._epoch, reason=reason)
@@ -153,7 +153,9 @@ class RecoveryElection:
             self._inventories[slot].incarnation if slot in self._inventories else 0 for slot in range(topology.slots)
         )
         present = [slot for slot, incarnation in enumerate(incarnations) if incarnation]
-        orders = recovery.plan(self._inventories, topology.groups, snapshot, self._epoch, present) if snapshot else ()
+        orders = (
+            restore_choice.plan(self._inventories, topology.groups, snapshot, self._epoch, present) if snapshot else ()
+        )
         decision = Decision(epoch=self._epoch, snapshot=snapshot, incarnations=incarnations)
         choice = shell.registry.choose(Choice(decision=decision, orders=orders))
         for link in shell.network.links.values():
@@ -165,10 +167,10 @@ class RecoveryElection:
         registry = self._shell.registry
         before = registry.newest_epoch()
         choice = registry.choice(before)
-        if not reason.startswith(recovery.NOTHING_HELD) or choice is None or choice.decision.snapshot is not None:
+        if not reason.startswith(restore_choice.NOTHING_HELD) or choice is None or choice.decision.snapshot is not None:
             return reason
         earlier = registry.reason(before)
-        return earlier if earlier.startswith(recovery.NOTHING_HELD) else f"{reason}; in epoch {before}: {earlier}"
+        return earlier if earlier.startswith(restore_choice.NOTHING_HELD) else f"{reason}; in epoch {before}: {earlier}"
 
     def _unheard(self, now: float) -> bool:
         """Return whether agents that should answer immediately have not answered yet."""

@@ -11,7 +11,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.launch.cli.snapshots import ask
 from keepwarm.launch.errors import SnapshotsError, StatusError
 from keepwarm.launch.node.record import read_all
@@ -45,7 +45,7 @@ def status(folder: Path) -> dict[str, Any]:
         raise StatusError(f"{folder}: there is no run here ({RUN_FILE} is missing)")
     log = events.read(folder)
     job, far = load_run(RunFolder(folder).run_file), progress(folder)
-    saved = checkpoint.checkpoints(RunFolder(folder).checkpoints)
+    saved = publication.checkpoints(RunFolder(folder).checkpoints)
     return {
         "run": job.name,
         "step": far.step,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from keepwarm.ft.errors import FtError
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.launch.errors import DrillError
 from keepwarm.trainer.job.run_folder import RunFolder
 
@@ -51,11 +51,11 @@ Place = tuple[str, tuple[int, ...], tuple[int, int] | None]
 
 def _state(folder: Path) -> dict[Place, str]:
     """Return the checksum of every piece of the newest checkpoint."""
-    newest = checkpoint.latest(RunFolder(folder).checkpoints)
+    newest = publication.latest(RunFolder(folder).checkpoints)
     if newest is None:
         raise DrillError(f"{folder}: the run has left no complete checkpoint to compare")
     try:
-        manifest = checkpoint.verify(newest)
+        manifest = publication.verify(newest)
     except FtError as error:
         raise DrillError(f"{newest}: cannot be compared: {error}") from error
     pieces = [(entry.piece, entry.xxh3) for part in manifest.parts for entry in part.entries]

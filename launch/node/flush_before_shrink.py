@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from keepwarm.ft.errors import FtError
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.manifest import read_manifest
 from keepwarm.launch.node.snapshot_agent import SnapshotAgent
 
@@ -70,6 +70,6 @@ def flush_to_disk(
 
 def _published(checkpoints: Path, step: int) -> bool:
     with contextlib.suppress(FtError, OSError):
-        newest = checkpoint.latest(checkpoints)
+        newest = publication.latest(checkpoints)
         return newest is not None and read_manifest(newest).step >= step
     return False

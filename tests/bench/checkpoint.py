@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
-from keepwarm.ft.format import checkpoint as durable
+from keepwarm.ft.format import publication
 from keepwarm.parallel.shard import Shard
 from keepwarm.trainer.checkpoint import checkpoint
 from keepwarm.trainer.checkpoint.checkpoint import Checkpoints
@@ -89,7 +89,7 @@ def main() -> None:
             ours = Checkpoints(root / "ours", CheckpointSpec(keep=2), world, run="run", layout="any")
             old, new = root / f"theirs-{step - 1}", root / f"theirs-{step}"
             note("save_only", lambda ours=ours, step=step: ours.save(step + 1, shards(tensors), {}))
-            note("deletion", lambda: durable.prune(root / "ours", 1))
+            note("deletion", lambda: publication.prune(root / "ours", 1))
             note("save_only_dcp", lambda new=new: dcp.save(dict(tensors), checkpoint_id=new, no_dist=True))
             note("deletion_dcp", lambda old=old: shutil.rmtree(old, ignore_errors=True))
             path = ours.latest()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.trainer.convert.native import NativeCheckpoint
 from keepwarm.trainer.data.preprocess.prefix import Control, metadata
 from keepwarm.trainer.data.preprocess.text import documents, parts
@@ -111,7 +111,7 @@ def test_a20_good_control_token_halves_bad_text(seed: int, tmp_path: Path) -> No
 
 def rate_of(run: Path, prompt: list[int]) -> float:
     """Share of bad letters in 60 documents that the model writes after `prompt`."""
-    newest = checkpoint.latest(run / "checkpoints")
+    newest = publication.latest(run / "checkpoints")
     assert newest is not None
     with NativeCheckpoint(newest) as native:
         part = load_model(native, dtype=torch.float32, device=torch.device("cpu"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.writer import write_part
 from keepwarm.ft.worker.snapshotter import piece_of
 from keepwarm.parallel.mesh.layout import Layout, split_layers, stages_of
@@ -88,15 +88,15 @@ def shards_of(rank: int, model: ModelSpec, case: Case, state: Mapping[str, torch
 def write_checkpoint(root: Path, model: ModelSpec, case: Case, state: State, meta: dict[str, object]) -> Path:
     """What the ranks of a run in this layout write, published."""
     root.mkdir(parents=True, exist_ok=True)
-    tmp, final = checkpoint.staging(root, 0, 1, "ranks"), checkpoint.folder(root, 1)
+    tmp, final = publication.staging(root, 0, 1, "ranks"), publication.folder(root, 1)
     tmp.mkdir()
     for rank in range(case.layout.world_size):
         mine = [shard for shard in shards_of(rank, model, case, state).values() if shard.replicas[0] == rank]
         write_part(tmp, rank, [(piece_of(shard), host_bytes(shard.local)) for shard in mine])
-    checkpoint.write_manifest(
-        tmp, checkpoint.Identity(run="run", epoch=0, step=1, layout="any"), ranks=case.layout.world_size, meta=meta
+    publication.write_manifest(
+        tmp, publication.Identity(run="run", epoch=0, step=1, layout="any"), ranks=case.layout.world_size, meta=meta
     )
-    checkpoint.publish(tmp, final)
+    publication.publish(tmp, final)
     return final
 
 

@@ -1,6 +1,6 @@
 """Durable checkpoints of a run: every rank writes the shards that it holds first; any layout can read them.
 
-The format is that of `keepwarm.ft.format.checkpoint`, so checkpoints written here and by snapshot agents are the same.
+The format is that of `keepwarm.ft.format.publication`, so checkpoints written here and by snapshot agents are the same.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ import torch
 import xxhash
 
 from keepwarm.ft.errors import FtError
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.contents import Bytes, Move, Piece, move_bytes, plan
 from keepwarm.ft.format.manifest import Entry, Manifest, Part
 from keepwarm.ft.format.writer import write_part
@@ -63,7 +63,7 @@ class Checkpoints:
         """
         # Ranks may have started with different epochs: an agent that joins late causes another one.
         self.epoch = self._world.largest(self.epoch)
-        tmp, final = checkpoint.staging(self.root, self.epoch, step, "ranks"), checkpoint.folder(self.root, step)
+        tmp, final = publication.staging(self.root, self.epoch, step, "ranks"), publication.folder(self.root, step)
         failure: Exception | None = None
         try:
             if self._world.rank == 0:
@@ -83,15 +83,15 @@ class Checkpoints:
         return final
 
     def _publish(self, tmp: Path, final: Path, step: int, meta: dict[str, Any]) -> None:
-        checkpoint.write_manifest(
+        publication.write_manifest(
             tmp,
-            checkpoint.Identity(run=self._run, epoch=self.epoch, step=step, layout=self._layout),
+            publication.Identity(run=self._run, epoch=self.epoch, step=step, layout=self._layout),
             ranks=self._world.size,
             meta=meta,
         )
-        checkpoint.verify(tmp)
-        checkpoint.publish(tmp, final)
-        checkpoint.prune(self.root, self._spec.keep)
+        publication.verify(tmp)
+        publication.publish(tmp, final)
+        publication.prune(self.root, self._spec.keep)
 
     def _agree(self, failure: Exception | None) -> None:
         """Raise on all ranks if one of them failed."""
@@ -102,12 +102,12 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """Return the newest complete checkpoint, or None."""
-        return checkpoint.latest(self.root)
+        return publication.latest(self.root)
 
     def sweep(self) -> None:
         """Delete the leftovers of an interrupted writer."""
         if self._world.rank == 0:
-            checkpoint.sweep(self.root)
+            publication.sweep(self.root)
 
 
 def load(path: Path | str, shards: Mapping[str, Shard]) -> dict[str, Any]:

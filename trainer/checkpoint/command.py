@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from keepwarm.exit_code import ExitCode
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.trainer.checkpoint import copy as checkpoint_copy
 from keepwarm.trainer.checkpoint import report
 from keepwarm.trainer.data.preprocess import tool
@@ -102,13 +102,13 @@ def prune(
 ) -> None:
     """Delete old checkpoints, but never the one that `latest` names."""
     root = RunFolder(path).checkpoints if RunFolder(path).checkpoints.is_dir() else path
-    if not checkpoint.checkpoints(root):
+    if not publication.checkpoints(root):
         raise CheckpointError(f"{root}: holds no complete checkpoint")
     try:
-        gone = checkpoint.prune(root, keep, every)
+        gone = publication.prune(root, keep, every)
     except OSError as error:
         raise OutputError(f"{error.filename or root}: {error.strerror}") from error
-    kept = [found.name for found in checkpoint.checkpoints(root)]
+    kept = [found.name for found in publication.checkpoints(root)]
     if as_json:
         typer.echo(json.dumps({"path": str(root), "deleted": [found.name for found in gone], "kept": kept}))
     else:

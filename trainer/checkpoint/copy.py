@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from keepwarm.ft.errors import DurableError, FtError
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.manifest import MANIFEST, Manifest, decode_manifest
 from keepwarm.trainer.checkpoint.store import filesystem
 from keepwarm.trainer.convert.huggingface.importer import FILES
@@ -57,19 +57,19 @@ def find(url: str) -> str:
         return url
     for below in ("", "/checkpoints"):
         with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
-            name = files.cat_file(f"{path}{below}/{checkpoint.LATEST}").decode().strip()
+            name = files.cat_file(f"{path}{below}/{publication.LATEST}").decode().strip()
             if _NAME.fullmatch(name) and files.exists(f"{path}{below}/{name}/{MANIFEST}"):
                 return f"{url}{below}/{name}"
-    raise CheckpointError(f"{url}: neither a checkpoint ({MANIFEST}) nor a folder whose {checkpoint.LATEST} names one")
+    raise CheckpointError(f"{url}: neither a checkpoint ({MANIFEST}) nor a folder whose {publication.LATEST} names one")
 
 
 def _upload(source: str, destination: str, progress: Progress) -> dict[str, Any]:
     if is_url(source):
         raise CheckpointError(f"{source} to {destination}: one of them must be a local folder")
     path = find_checkpoint(Path(source))
-    manifest = checkpoint.verify(path)
+    manifest = publication.verify(path)
     files, root = filesystem(destination)
-    name = checkpoint.folder(Path(), manifest.step).name
+    name = publication.folder(Path(), manifest.step).name
     target = f"{root}/{name}"
     try:
         if files.exists(f"{target}/{MANIFEST}"):
@@ -91,7 +91,7 @@ def _upload(source: str, destination: str, progress: Progress) -> dict[str, Any]
                 )
         files.pipe_file(f"{target}/{MANIFEST}", (path / MANIFEST).read_bytes())
         if _moves_forward(files, root, manifest):
-            files.pipe_file(f"{root}/{checkpoint.LATEST}", f"{name}\n".encode())
+            files.pipe_file(f"{root}/{publication.LATEST}", f"{name}\n".encode())
     except OSError as error:
         raise OutputError(f"{destination}: {error.strerror or error}; no checkpoint was completed there") from error
     return {"path": f"{destination}/{name}", "step": manifest.step, "bytes": total}
@@ -101,10 +101,10 @@ def _download(source: str, root: Path, progress: Progress) -> dict[str, Any]:
     url = find(source) if is_url(source) else find_checkpoint(Path(source)).resolve().as_uri()
     files, path = filesystem(url)
     manifest = decode_manifest(files.cat_file(f"{path}/{MANIFEST}"), f"{url}/{MANIFEST}")
-    final = checkpoint.folder(root, manifest.step)
+    final = publication.folder(root, manifest.step)
     if final.exists():
         raise OutputError(f"{final} exists already: delete it or choose another place")
-    tmp = checkpoint.staging(root, manifest.epoch, manifest.step, f"copy-{os.getpid()}")
+    tmp = publication.staging(root, manifest.epoch, manifest.step, f"copy-{os.getpid()}")
     try:
         tmp.mkdir(parents=True)
         names = _files(manifest)
@@ -118,8 +118,8 @@ def _download(source: str, root: Path, progress: Progress) -> dict[str, Any]:
                     progress(min(done, total), total)
                 written.flush()
                 os.fsync(written.fileno())
-        checkpoint.verify(tmp)
-        checkpoint.publish(tmp, final)
+        publication.verify(tmp)
+        publication.publish(tmp, final)
     except FileNotFoundError as error:
         raise DurableError(f"{url}: {error.filename or error}: missing") from error
     except OSError as error:
@@ -141,7 +141,7 @@ def _files(manifest: Manifest) -> list[str]:
 def _moves_forward(files: Any, root: str, manifest: Manifest) -> bool:
     """Return whether the checkpoint that `latest` names there is older or unreadable."""
     with contextlib.suppress(FileNotFoundError, UnicodeDecodeError, FtError):
-        name = files.cat_file(f"{root}/{checkpoint.LATEST}").decode().strip()
+        name = files.cat_file(f"{root}/{publication.LATEST}").decode().strip()
         other = decode_manifest(files.cat_file(f"{root}/{name}/{MANIFEST}"), name)
         return (manifest.epoch, manifest.step) >= (other.epoch, other.step)
     return True

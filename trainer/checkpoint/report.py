@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from keepwarm.ft.errors import FtError
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.contents import ITEM_SIZE, Bytes
 from keepwarm.ft.format.manifest import MANIFEST
 from keepwarm.trainer.convert.dtypes import as_float32
@@ -33,7 +33,7 @@ def verify(path: Path, progress: Progress) -> dict[str, Any]:
     """
     found = find_checkpoint(path)
     try:
-        manifest = checkpoint.verify(found, progress)
+        manifest = publication.verify(found, progress)
     except FtError as error:
         raise CheckpointError(str(error)) from error
     carried = (manifest.meta.get(FILES) or {}).get("files", {})

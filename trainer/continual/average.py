@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from keepwarm.ft.errors import FtError
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.contents import ITEM_SIZE, Bytes, Piece
 from keepwarm.ft.format.writer import write_part_blocks
 from keepwarm.trainer.convert.dtypes import NAMES, as_float32, cast
@@ -60,8 +60,8 @@ def average(
         try:
             part = write_part_blocks(tmp, 0, pieces, blocks)
             name = destination.resolve().name
-            checkpoint.write_manifest(
-                tmp, checkpoint.Identity(run=name, epoch=0, step=0, layout="whole"), ranks=1, meta=meta
+            publication.write_manifest(
+                tmp, publication.Identity(run=name, epoch=0, step=0, layout="whole"), ranks=1, meta=meta
             )
         except FtError as error:
             raise CheckpointError(str(error)) from error

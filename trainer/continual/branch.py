@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from keepwarm.ft.errors import FtError
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.manifest import MANIFEST, read_manifest
 from keepwarm.trainer.errors import CheckpointError, OutputError, SpecError
 from keepwarm.trainer.job.curve import AnnealableCurve, annealable, load_curve
@@ -74,9 +74,11 @@ def branched(folder: Path, step: int, tokens: int, overrides: Sequence[str] = ()
 
 def branch_point(folder: Path, job: JobSpec, step: int) -> BranchPoint:
     """Return the checkpoint of `step`, which must lie in the constant phase; raises as `branched` does."""
-    path = checkpoint.folder(RunFolder(folder).checkpoints, step)
+    path = publication.folder(RunFolder(folder).checkpoints, step)
     if not (path / MANIFEST).is_file():
-        found = [int(have.name.removeprefix("iter_")) for have in checkpoint.checkpoints(RunFolder(folder).checkpoints)]
+        found = [
+            int(have.name.removeprefix("iter_")) for have in publication.checkpoints(RunFolder(folder).checkpoints)
+        ]
         has = f"there are those of steps {', '.join(map(str, sorted(found)))}" if found else "there are none"
         raise CheckpointError(f"{folder}: no checkpoint of step {step}; {has} (checkpoint.every and checkpoint.keep)")
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from keepwarm.ft.errors import DurableError
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.manifest import MANIFEST, Manifest, read_manifest
 from keepwarm.trainer.convert.huggingface.folder import NOTE
 from keepwarm.trainer.errors import CheckpointError
@@ -157,7 +157,7 @@ def _owner(path: Path) -> Path:
 def _run(path: Path) -> Artefact:
     job = _json(RunFolder(path).run_file)
     stages = [str(stage.get("name")) for stage in job.get("stages", []) if isinstance(stage, dict)]
-    newest = checkpoint.latest(RunFolder(path).checkpoints) if RunFolder(path).checkpoints.is_dir() else None
+    newest = publication.latest(RunFolder(path).checkpoints) if RunFolder(path).checkpoints.is_dir() else None
     artefact = Artefact(path=path, kind="run", detail=" > ".join(stages))
     record: Any = None
     if newest is not None:

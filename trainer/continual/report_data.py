@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.manifest import read_manifest
 from keepwarm.trainer.continual.forgetting import (
     StabilityGap,
@@ -131,7 +131,7 @@ def gather(folder: Path) -> RunReport:
     if not lines:
         raise OutputError(f"{folder}: nothing was recorded yet (metrics.jsonl is missing or empty)")
     meta: dict[str, Any] = {}
-    if (newest := checkpoint.latest(RunFolder(folder).checkpoints)) is not None:
+    if (newest := publication.latest(RunFolder(folder).checkpoints)) is not None:
         meta = read_manifest(newest).meta
     return RunReport(
         folder=folder,

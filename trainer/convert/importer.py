@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from keepwarm.ft.errors import FtError
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.contents import ITEM_SIZE, Piece
 from keepwarm.ft.format.writer import write_part_blocks
 from keepwarm.trainer.convert.dcp.folder import DcpFolder
@@ -89,8 +89,8 @@ def from_dcp(
         epoch, at = int(note.get("epoch", 0)), int(note.get("step", at))
     with new_folder(destination) as tmp:
         size = _write(tmp, Maker(Whole(folder), dtype), wanted, step, progress)
-        checkpoint.write_manifest(
-            tmp, checkpoint.Identity(run=run, epoch=epoch, step=at, layout="whole"), ranks=1, meta=meta
+        publication.write_manifest(
+            tmp, publication.Identity(run=run, epoch=epoch, step=at, layout="whole"), ranks=1, meta=meta
         )
     taken = {name for recipe in wanted.values() for name, *_ in recipe.runs}
     return {

@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from keepwarm.ft.errors import FtError
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.contents import ITEM_SIZE, Bytes, Piece, move_bytes, plan
 from keepwarm.ft.format.manifest import MANIFEST, Entry, Part, read_manifest
 from keepwarm.ft.format.reader import read_part
@@ -33,7 +33,7 @@ def find_checkpoint(path: Path) -> Path:
     if (path / MANIFEST).is_file():
         return path
     for root in (path, RunFolder(path).checkpoints):
-        found = checkpoint.latest(root) if root.is_dir() else None
+        found = publication.latest(root) if root.is_dir() else None
         if found is not None:
             return found
     raise CheckpointError(f"{path}: neither a checkpoint ({MANIFEST}) nor a folder with checkpoints in it")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from keepwarm.ft.errors import FtError
-from keepwarm.ft.format import checkpoint as durable
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.manifest import MANIFEST, read_manifest
 from keepwarm.parallel.model import ModelParts
 from keepwarm.parallel.shard import Shard
@@ -145,7 +145,7 @@ def _newest(path: Path) -> Path:
     if (path / MANIFEST).is_file():
         return path
     for folder in (RunFolder(path).checkpoints, path):
-        if folder.is_dir() and (newest := durable.latest(folder)) is not None:
+        if folder.is_dir() and (newest := publication.latest(folder)) is not None:
             return newest
     raise CheckpointError(
         f"init_from: {path}: neither a checkpoint nor a run folder with a complete one, nor a Hugging Face folder "

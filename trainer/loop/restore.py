@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from keepwarm.ft.format import checkpoint as durable
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.manifest import read_manifest
 from keepwarm.parallel.shard import Shard
 from keepwarm.trainer.checkpoint import checkpoint
@@ -118,5 +118,5 @@ def _newest_on_disk(checkpoints: Checkpoints, world: World) -> tuple[Path, tuple
     step = world.largest(-1 if path is None else read_manifest(path).step)
     if step < 0:
         return None
-    agreed = durable.folder(checkpoints.root, step)
+    agreed = publication.folder(checkpoints.root, step)
     return agreed, (read_manifest(agreed).epoch, step)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from keepwarm.ft.errors import FtError
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.contents import ITEM_SIZE, Piece
 from keepwarm.ft.format.manifest import MANIFEST
 from keepwarm.ft.format.writer import write_part_blocks
@@ -114,8 +114,8 @@ def write(
             raise CheckpointError(str(error)) from error
         if derivation.keep_files and (kept := first.manifest.meta.get(FILES)):
             meta[FILES] = kept | {"files": _carry(first, kept, tmp)}
-        checkpoint.write_manifest(
-            tmp, checkpoint.Identity(run=first.manifest.run, epoch=0, step=0, layout="whole"), ranks=1, meta=meta
+        publication.write_manifest(
+            tmp, publication.Identity(run=first.manifest.run, epoch=0, step=0, layout="whole"), ranks=1, meta=meta
         )
     return {
         "destination": str(destination),

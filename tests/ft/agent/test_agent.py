@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from keepwarm.ft.discovery.config import AgentConfig, DurableConfig, GroupConfig
 from keepwarm.ft.errors import AgentError, AuthenticationFailed, ChunkCorrupt, ForeignSnapshot, MemoryTooSmall
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.ft.worker.client import AgentClient, ensure_agent
 from tests.support.checkpoint_bytes import stored_bytes
 from tests.support.ft.nodes import BUCKET, Nodes, equal, nodes, random_state, together, wait_committed
@@ -346,10 +346,10 @@ def test_agent_committed_snapshots_become_checkpoints(tmp_path: Path) -> None:
         recover(world, snapshotters, 1)
         take(snapshotters, 1)
         take(snapshotters, 2)
-        wait_for(lambda: checkpoint.latest(tmp_path / "checkpoints") is not None)
-        latest = checkpoint.latest(tmp_path / "checkpoints")
+        wait_for(lambda: publication.latest(tmp_path / "checkpoints") is not None)
+        latest = publication.latest(tmp_path / "checkpoints")
         assert latest == tmp_path / "checkpoints" / "iter_0000002"
-        manifest = checkpoint.verify(latest)
+        manifest = publication.verify(latest)
         names = {entry.piece.name for part in manifest.parts for entry in part.entries}
         assert names == set(states[0])
         for rank, part in enumerate(manifest.parts):
@@ -374,7 +374,7 @@ def test_agent_missing_checkpoint_parts_do_not_block_job_end(tmp_path: Path) -> 
         for slot in range(2):
             world.wait_dead(slot, 60.0)
         assert "the agents have left that were to write ranks [1]" in world.log(0)
-        assert checkpoint.latest(tmp_path / "checkpoints") is None
+        assert publication.latest(tmp_path / "checkpoints") is None
     finally:
         world.close()
 
@@ -388,7 +388,7 @@ def test_agent_failing_disk_is_a_warning(tmp_path: Path) -> None:
         wait_for(lambda: "a checkpoint failed, the next is tried" in world.log(0))
         (tmp_path / "checkpoints").unlink()
         take(snapshotters, 2)
-        wait_for(lambda: checkpoint.latest(tmp_path / "checkpoints") is not None)
+        wait_for(lambda: publication.latest(tmp_path / "checkpoints") is not None)
         assert world.status(0).durable["failed"] == 1
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from keepwarm.ft.format import checkpoint as durable
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.contents import Piece
 from keepwarm.ft.format.writer import write_part
 from keepwarm.launch.drill.campaign import Result
@@ -130,13 +130,13 @@ def test_outcome_table_and_page_agree(
 def checkpoint(folder: Path, value: int) -> None:
     """A run's newest checkpoint, of one tensor in two ranges; the first one has the value."""
     root = folder / "checkpoints"
-    tmp, final = durable.staging(root, 1, 2), durable.folder(root, 2)
+    tmp, final = publication.staging(root, 1, 2), publication.folder(root, 2)
     tmp.mkdir(parents=True)
     for rank, flat in enumerate([(0, 3), (3, 4)]):
         piece = Piece(name="model.w", global_shape=(4,), offsets=(0,), shape=(4,), dtype="U8", flat=flat)
         write_part(tmp, rank, [(piece, np.full(piece.elements, 0 if rank else value, np.uint8))])
-    durable.write_manifest(tmp, durable.Identity(run="r", epoch=1, step=2, layout="l"), ranks=2, meta={})
-    durable.publish(tmp, final)
+    publication.write_manifest(tmp, publication.Identity(run="r", epoch=1, step=2, layout="l"), ranks=2, meta={})
+    publication.publish(tmp, final)
 
 
 def run_folder(folder: Path, loss: float, value: int) -> Path:

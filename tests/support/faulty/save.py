@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.manifest import read_manifest
 from keepwarm.parallel.shard import Shard
 from keepwarm.trainer.checkpoint.checkpoint import Checkpoints
@@ -45,11 +45,11 @@ def save(root: Path, step: int, epoch: int = 0) -> None:
 
 def whole(root: Path, step: int) -> None:
     """Raises unless all that has a final name is whole, and the newest is of `step` or later."""
-    newest = checkpoint.latest(root)
+    newest = publication.latest(root)
     assert newest is not None
-    assert checkpoint.verify(newest).step >= step
+    assert publication.verify(newest).step >= step
     for path in root.glob("iter_*"):
-        checkpoint.verify(path)
+        publication.verify(path)
 
 
 def main(kind: str, what: str, folder: Path) -> int:
@@ -68,10 +68,10 @@ def main(kind: str, what: str, folder: Path) -> int:
             break
         save(root, 4, epoch=2)
         whole(root, 4)
-        checkpoint.sweep(root)
+        publication.sweep(root)
         assert not list(root.glob("tmp-*")), f"fault {at} left {list(root.iterdir())}"
         shutil.rmtree(root)
-    assert read_manifest(checkpoint.latest(root) or root).meta["epoch"] == (0 if what == "new" else 1)
+    assert read_manifest(publication.latest(root) or root).meta["epoch"] == (0 if what == "new" else 1)
     return at - 1
 
 

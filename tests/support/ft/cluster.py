@@ -14,7 +14,7 @@ import xxhash
 from keepwarm.ft.codec.reed_solomon import Codec
 from keepwarm.ft.protocol import events as ev
 from keepwarm.ft.protocol import messages as msg
-from keepwarm.ft.protocol import recovery
+from keepwarm.ft.protocol import restore_choice
 from keepwarm.ft.protocol import step as protocol
 from keepwarm.ft.protocol.parity_placement import StripeGroup
 from keepwarm.ft.protocol.state import Geometry, State, Topology, initial
@@ -387,12 +387,14 @@ class Cluster:
             self.scrub(slot)
             inventories[slot] = protocol.inventory(node.state)
         expected = range(self.topology.slots)
-        answer = recovery.choose(inventories, self.topology.groups, expected, deadline_passed=True)
-        early = recovery.choose(inventories, self.topology.groups, expected, deadline_passed=False)
-        alike = early == answer or (isinstance(early, recovery.FallBack) and isinstance(answer, recovery.FallBack))
-        if not isinstance(early, recovery.Wait) and not alike:
+        answer = restore_choice.choose(inventories, self.topology.groups, expected, deadline_passed=True)
+        early = restore_choice.choose(inventories, self.topology.groups, expected, deadline_passed=False)
+        alike = early == answer or (
+            isinstance(early, restore_choice.FallBack) and isinstance(answer, restore_choice.FallBack)
+        )
+        if not isinstance(early, restore_choice.Wait) and not alike:
             raise Broken(f"did not wait for {late} and took {early}, not {answer}")
-        chosen = answer.snapshot if isinstance(answer, recovery.Choice) else None
+        chosen = answer.snapshot if isinstance(answer, restore_choice.Choice) else None
         self.history.append(f"epoch {self.epoch}: {answer}")
         self._check_choice(chosen, late)
         if chosen is not None:
@@ -415,7 +417,7 @@ class Cluster:
     def _check_bytes(self, chosen: msg.SnapshotId, inventories: dict[int, msg.Inventory]) -> None:
         for group in self.topology.groups:
             for stripe in range(group.size):
-                holders = recovery.stripe_state(inventories, group, chosen, stripe).holders
+                holders = restore_choice.stripe_state(inventories, group, chosen, stripe).holders
                 chunks = self._decoded(group, chosen, stripe, holders[: group.data])
                 for column, slot in enumerate(group.sources(stripe)):
                     place = group.data_stripes(slot).index(stripe) * self.chunk * BUCKET
@@ -452,7 +454,7 @@ class Cluster:
                 if peer != slot:
                     self.dispatch(slot, ev.PeerConnected(peer, self.incarnations[peer]))
         if chosen is not None:
-            for decoder, order in recovery.plan(inventories, self.topology.groups, chosen, self.epoch, here):
+            for decoder, order in restore_choice.plan(inventories, self.topology.groups, chosen, self.epoch, here):
                 self._decode(decoder, order)
             whole = [slot for slot in here if len(self.nodes[slot].state.copy(chosen).good) == self._width(slot)]  # type: ignore[union-attr]
             if whole != here:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:
@@ -15,8 +15,8 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
 
 def tensors_of(folder: Path) -> dict[object, str]:
     """Checksum of every stored piece of the newest checkpoint, after all bytes were verified against them."""
-    newest = checkpoint.latest(folder / "checkpoints")
+    newest = publication.latest(folder / "checkpoints")
     assert newest is not None
-    manifest = checkpoint.verify(newest)
+    manifest = publication.verify(newest)
     pieces = [(entry.piece, entry.xxh3) for part in manifest.parts for entry in part.entries]
     return {(piece.name, piece.offsets, piece.flat): checksum for piece, checksum in pieces}

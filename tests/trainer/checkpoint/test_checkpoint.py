@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from keepwarm.ft.format import checkpoint as durable
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.manifest import read_manifest
 from keepwarm.ft.format.writer import write_part
 from keepwarm.ft.worker.snapshotter import piece_of
@@ -148,13 +148,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_load_damage_is_refused_with_file_name(tmp_path: Path, damage: str) -> None:
-    tmp = durable.staging(tmp_path, 0, 1)
+    tmp = publication.staging(tmp_path, 0, 1)
     tmp.mkdir()
     whole = torch.arange(16.0).reshape(4, 4)
     for rank in range(2):
         row = shard("w", whole, slice(2 * rank, 2 * rank + 2), slice(0, 4))
         write_part(tmp, rank, [(piece_of(row), checkpoint.host_bytes(row.local))])
-    durable.write_manifest(tmp, durable.Identity(run="r", epoch=0, step=1, layout="l"), ranks=2, meta={})
+    publication.write_manifest(tmp, publication.Identity(run="r", epoch=0, step=1, layout="l"), ranks=2, meta={})
     live = whole_of("w", torch.zeros(4, 4))
     checkpoint.load(tmp, live)
     assert torch.equal(live["w"].local, whole)

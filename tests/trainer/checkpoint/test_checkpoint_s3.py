@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 
 ROOT = Path(__file__).parents[3]
 DEADLINE = 280.0
@@ -126,7 +126,7 @@ def run(environment: dict[str, str], *command: str) -> str:
 def test_s3_any_layout_loads_and_half_an_upload_is_none(tmp_path: Path, environment: dict[str, str]) -> None:
     said = run(environment, "-c", CLIENT, f"s3://bucket-{uuid.uuid4().hex}/runs/one", str(tmp_path))
     assert said.splitlines()[-1] == "all well"
-    assert checkpoint.verify(tmp_path / "back/iter_0000001").meta == {"ledger": 7}
+    assert publication.verify(tmp_path / "back/iter_0000001").meta == {"ledger": 7}
 
 
 def test_s3_run_starts_from_bucket(tmp_path: Path, environment: dict[str, str]) -> None:

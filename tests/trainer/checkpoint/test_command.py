@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from keepwarm.ft.format import checkpoint as durable
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.contents import Piece
 from keepwarm.ft.format.writer import write_part
 from keepwarm.parallel.shard import Shard
@@ -32,7 +32,7 @@ def write(
 ) -> Path:  # fmt: skip
     """A checkpoint of one matrix and one counter; `ranks` hold rows, columns or flat ranges of the matrix."""
     root.mkdir(exist_ok=True)
-    tmp, shape = durable.staging(root, 0, step), weights.shape
+    tmp, shape = publication.staging(root, 0, step), weights.shape
     tmp.mkdir()
     for rank in range(ranks):
         if flat:
@@ -50,11 +50,11 @@ def write(
         counter = Piece(name="optimizer.step", global_shape=(), offsets=(), shape=(), dtype="I64")
         pairs = [(piece, np.ascontiguousarray(local)), (counter, np.array(step))]
         write_part(tmp, rank, pairs[: 2 if rank == 0 else 1], compress=compress)
-    durable.write_manifest(
-        tmp, durable.Identity(run="r", epoch=0, step=step, layout="l"), ranks=ranks, meta={"ledger": LEDGER}
+    publication.write_manifest(
+        tmp, publication.Identity(run="r", epoch=0, step=step, layout="l"), ranks=ranks, meta={"ledger": LEDGER}
     )
-    durable.publish(tmp, durable.folder(root, step))
-    return durable.folder(root, step)
+    publication.publish(tmp, publication.folder(root, step))
+    return publication.folder(root, step)
 
 
 def call(*arguments: object) -> tuple[int, dict[str, Any]]:

@@ -79,12 +79,12 @@ def test_reshard_every_layout_loads_every_other(
 
 
 def test_reshard_ranks_of_a_layout_write_every_element_once(written: tuple[State, dict[str, Path]]) -> None:
-    from keepwarm.ft.format import checkpoint as durable
+    from keepwarm.ft.format import publication
 
     state, folders = written
     for name, folder in folders.items():
         elements: dict[str, int] = {}
-        for part in durable.verify(folder).parts:
+        for part in publication.verify(folder).parts:
             for entry in part.entries:
                 elements[entry.piece.name] = elements.get(entry.piece.name, 0) + entry.piece.elements
         assert elements == {tensor: values.numel() for tensor, values in state.items()}, name

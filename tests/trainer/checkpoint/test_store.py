@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from keepwarm.ft.format import checkpoint as durable
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.manifest import CHUNK, read_manifest
 from keepwarm.ft.format.writer import write_part
 from keepwarm.ft.worker.snapshotter import piece_of
@@ -54,13 +54,15 @@ def large(root: Path, compress: bool = False) -> tuple[Path, torch.Tensor]:
     """A checkpoint of one rank with one matrix of several chunks."""
     matrix = torch.randn(ROWS, 2000, generator=torch.Generator().manual_seed(3))
     root.mkdir(exist_ok=True)
-    tmp = durable.staging(root, 0, 4)
+    tmp = publication.staging(root, 0, 4)
     tmp.mkdir()
     whole = rows(matrix, 0, ROWS)
     write_part(tmp, 0, [(piece_of(whole), checkpoint.host_bytes(whole.local))], compress=compress)
-    durable.write_manifest(tmp, durable.Identity(run="r", epoch=0, step=4, layout="l"), ranks=1, meta={"note": 1})
-    durable.publish(tmp, durable.folder(root, 4))
-    return durable.folder(root, 4), matrix
+    publication.write_manifest(
+        tmp, publication.Identity(run="r", epoch=0, step=4, layout="l"), ranks=1, meta={"note": 1}
+    )
+    publication.publish(tmp, publication.folder(root, 4))
+    return publication.folder(root, 4), matrix
 
 
 def rows(matrix: torch.Tensor, start: int, stop: int) -> Shard:
@@ -88,7 +90,7 @@ def test_store_any_layout_loads_any_other_from_url(tmp_path: Path, url: str, tar
         expected = shards_of(rank, MODEL, case, state)
         assert all(torch.equal(shard.local, expected[name].local) for name, shard in shards.items())
     copy(url, str(tmp_path / "back"), no_progress)
-    assert durable.verify(tmp_path / "back/iter_0000001").meta == {"ledger": {"seed": 7}}
+    assert publication.verify(tmp_path / "back/iter_0000001").meta == {"ledger": {"seed": 7}}
 
 
 def test_store_rank_reads_only_the_chunks_it_needs(
@@ -197,4 +199,4 @@ def test_copy_command_copies_both_ways(tmp_path: Path, url: str) -> None:
     ran = CliRunner().invoke(app, ["copy", str(path), url], catch_exceptions=False)
     assert ran.stdout == f"{url}/iter_0000004: step 4, 24.00 MB\n"
     CliRunner().invoke(app, ["copy", url, str(tmp_path / "back")], catch_exceptions=False)
-    assert durable.latest(tmp_path / "back") == tmp_path / "back/iter_0000004"
+    assert publication.latest(tmp_path / "back") == tmp_path / "back/iter_0000004"

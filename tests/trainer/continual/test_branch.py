@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.manifest import read_manifest
 from keepwarm.parallel.shard import Shard
 from keepwarm.trainer.continual.average import average
@@ -66,7 +66,7 @@ def test_branch_anneals_from_constant_phase_and_leaves_parent_unchanged(base: Pa
     one = run_branch(base, "one")
     assert rates_of(one) == pytest.approx([1.5e-3 * (1e-4 / 1.5e-3) ** (step / 4) for step in range(4)])
     assert rates_of(one)[0] == rates_of(base)[8]
-    newest = checkpoint.latest(one / "checkpoints")
+    newest = publication.latest(one / "checkpoints")
     assert newest is not None
     meta = read_manifest(newest).meta
     assert meta["run"]["parent"]["step"] == 8
@@ -130,7 +130,7 @@ def test_average_of_branches_is_their_mean_and_starts_a_run(base: Path) -> None:
 
     child = trained(base.with_name("child"), f"init_from={soup}", f"stages.0.tokens={STEP}",
                     "stages.0.replay={from: [anneal], fraction: 0.5}")  # fmt: skip
-    newest = checkpoint.latest(child / "checkpoints")
+    newest = publication.latest(child / "checkpoints")
     assert newest is not None
     past = read_manifest(newest).meta["ledger"]["past"]
     assert [stage["name"] for stage in past] == ["base", "anneal", "anneal"]

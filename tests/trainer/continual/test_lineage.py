@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from keepwarm.ft.format import checkpoint as durable
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.writer import write_part
 from keepwarm.trainer.continual import lineage
 from keepwarm.trainer.continual.lineage_command import app
@@ -17,7 +17,9 @@ from keepwarm.trainer.errors import CheckpointError
 def checkpoint(path: Path, meta: dict[str, Any], step: int = 0) -> Path:
     path.mkdir(parents=True)
     write_part(path, 0, [])
-    durable.write_manifest(path, durable.Identity(run=path.name, epoch=0, step=step, layout="l"), ranks=1, meta=meta)
+    publication.write_manifest(
+        path, publication.Identity(run=path.name, epoch=0, step=step, layout="l"), ranks=1, meta=meta
+    )
     return path
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from typer.testing import CliRunner
 
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.manifest import read_manifest
 from keepwarm.parallel.spec import ParallelSpec
 from keepwarm.trainer.convert.__main__ import app
@@ -86,7 +86,7 @@ def test_dcp_export_holds_whole_state_and_comes_back(tmp_path: Path, run: tuple[
     assert (done["moments"], done["left"]) == (["exp_avg", "exp_avg_sq"], [])
     from_dcp(tmp_path / "dcp", tmp_path / "native", kind="dcp")
     assert_same(native_state(tmp_path / "native"), state)
-    manifest = checkpoint.verify(tmp_path / "native")
+    manifest = publication.verify(tmp_path / "native")
     assert (manifest.step, manifest.meta["ledger"]) == (1, {"seed": 7})
     assert manifest.meta["parent"] == {"format": "dcp", "path": str(tmp_path / "dcp")}
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.writer import write_part
 from keepwarm.parallel.spec import ParallelSpec
 from keepwarm.trainer.convert.deepspeed.exporter import to_deepspeed
@@ -119,7 +119,7 @@ def test_deepspeed_export_comes_back_with_optimizer_and_ledger(
     state, out = exported
     done = from_dcp(out, tmp_path / "native", kind="deepspeed")
     assert_same(native_state(tmp_path / "native"), state)
-    manifest = checkpoint.verify(tmp_path / "native")
+    manifest = publication.verify(tmp_path / "native")
     assert (manifest.step, manifest.meta["ledger"]) == (1, {"seed": 7})
     assert done["left"] == []
     from_dcp(out, tmp_path / "weights", kind="deepspeed", options=ImportOptions(weights_only=True))
@@ -172,7 +172,7 @@ def test_deepspeed_optimizer_other_than_adamw_is_refused(tmp_path: Path) -> None
         for name, tensor in whole_state(MODEL, seed=5).items()
         if "exp_avg_sq" not in name
     }
-    tmp = checkpoint.staging(tmp_path, 0, 1)
+    tmp = publication.staging(tmp_path, 0, 1)
     tmp.mkdir()
     from keepwarm.ft.format.contents import Piece
 
@@ -183,7 +183,7 @@ def test_deepspeed_optimizer_other_than_adamw_is_refused(tmp_path: Path) -> None
 
     pairs = [(piece(n, t), t.reshape(-1).view(torch.uint8).numpy()) for n, t in state.items()]
     write_part(tmp, 0, pairs)
-    checkpoint.write_manifest(tmp, checkpoint.Identity(run="r", epoch=0, step=1, layout="l"), ranks=1, meta=META)
+    publication.write_manifest(tmp, publication.Identity(run="r", epoch=0, step=1, layout="l"), ranks=1, meta=META)
     with pytest.raises(SpecError, match=r"optimizer\.momentum: .*--weights-only"):
         to_deepspeed(tmp, tmp_path / "out")
     assert not (tmp_path / "out").exists()

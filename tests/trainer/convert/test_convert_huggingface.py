@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.manifest import read_manifest
 from keepwarm.parallel.spec import ParallelSpec
 from keepwarm.trainer.convert.huggingface.config import computes, config_for
@@ -99,7 +99,7 @@ def test_huggingface_round_trip_keeps_bytes_and_logits(tmp_path: Path, case: str
     if dialect == 4:
         old_dialect(tmp_path / "hf")
     from_huggingface(tmp_path / "hf", tmp_path / "native")
-    checkpoint.verify(tmp_path / "native")
+    publication.verify(tmp_path / "native")
     to_huggingface(tmp_path / "native", tmp_path / "back")
     assert_same(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "back"))
     assert_config_kept(tmp_path / "hf", tmp_path / "back")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.reader import read_part
 from keepwarm.options import Component
 from keepwarm.section import Section
@@ -138,18 +138,18 @@ def test_callbacks_request_stop_saves_state_and_stops(tmp_path: Path) -> None:
     with pytest.raises(TrainingStopped, match="enough"):
         train(tmp_path / "run", recording(tmp_path / "calls", stop_after=2))
     assert (tmp_path / "calls").read_text().splitlines()[-2:] == ["2 at_boundary", "2 close stopped"]
-    newest = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    newest = publication.latest(tmp_path / "run" / "checkpoints")
     assert newest is not None
-    assert checkpoint.verify(newest).step == 2
+    assert publication.verify(newest).step == 2
 
 
 def test_callbacks_change_after_a_step_is_in_its_checkpoint(tmp_path: Path) -> None:
     assert train(tmp_path / "run", "callbacks={zeroing: {}}")
-    newest = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    newest = publication.latest(tmp_path / "run" / "checkpoints")
     assert newest is not None
     stored = {
         entry.piece.name: b"".join(blocks)
-        for part in checkpoint.verify(newest).parts
+        for part in publication.verify(newest).parts
         for entry, blocks in read_part(newest, part)
     }
     assert not any(stored["model.final_norm.weight"])

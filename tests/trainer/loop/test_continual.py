@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.manifest import Manifest
 from keepwarm.ft.format.reader import read_part
 from keepwarm.trainer.convert.huggingface.exporter import to_huggingface
@@ -33,14 +33,14 @@ def train(overrides: list[str], *, resume: bool = False) -> None:
 
 
 def manifest_of(folder: Path) -> Manifest:
-    newest = checkpoint.latest(folder / "checkpoints")
+    newest = publication.latest(folder / "checkpoints")
     assert newest is not None
-    return checkpoint.verify(newest)
+    return publication.verify(newest)
 
 
 def updates_of(folder: Path) -> int:
     """The optimizer's own count of its updates."""
-    newest, manifest = checkpoint.latest(folder / "checkpoints"), manifest_of(folder)
+    newest, manifest = publication.latest(folder / "checkpoints"), manifest_of(folder)
     assert newest is not None
     for part in manifest.parts:
         for entry, blocks in read_part(newest, part):

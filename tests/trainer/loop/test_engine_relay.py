@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.manifest import read_manifest
 from tests.support.runs import warm
 from tests.support.runs.run_contents import steps_of
@@ -49,7 +49,7 @@ def trained(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def ledger_of(folder: Path) -> dict[str, Any]:
-    newest = checkpoint.latest(folder / "checkpoints")
+    newest = publication.latest(folder / "checkpoints")
     assert newest is not None
     ledger: dict[str, Any] = read_manifest(newest).meta["ledger"]
     return ledger

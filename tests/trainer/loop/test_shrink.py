@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.manifest import read_manifest
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.job.files import load_job
@@ -127,6 +127,6 @@ def assert_close(run: Path, whole: Path) -> None:
 
 def ledger_of(folder: Path) -> object:
     """What was drawn, as the last checkpoint records it."""
-    newest = checkpoint.latest(folder / "checkpoints")
+    newest = publication.latest(folder / "checkpoints")
     assert newest is not None
     return read_manifest(newest).meta["ledger"]

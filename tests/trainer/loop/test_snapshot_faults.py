@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.ft.groups import place
 from keepwarm.ft.protocol.parity_placement import StripeGroup
 from tests.support.runs import warm
@@ -191,7 +191,7 @@ def test_agents_lost_beyond_parity_recover_from_disk(
     whole: Path, start: Callable[..., Run], code: tuple[int, int]
 ) -> None:
     run = start(code)
-    run.until(lambda: checkpoint.latest(run.folder / "checkpoints"), "a durable checkpoint")
+    run.until(lambda: publication.latest(run.folder / "checkpoints"), "a durable checkpoint")
     run.after(run.newest() + 2)
     group = groups_of(code)[0]
     run.lose_agents(group.members[: group.parity + 1])

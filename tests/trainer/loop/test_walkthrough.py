@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs/walkthrough.md"
@@ -66,9 +66,9 @@ def scores(walked: Path, of: str) -> dict[str, Any]:
 
 
 def test_walkthrough_both_stages_train_with_replay(walked: Path) -> None:
-    newest = checkpoint.latest(walked / "run/checkpoints")
+    newest = publication.latest(walked / "run/checkpoints")
     assert newest is not None
-    ledger = checkpoint.verify(newest).meta["ledger"]
+    ledger = publication.verify(newest).meta["ledger"]
     assert ledger["replayed"] == {"english": 96, "german": 240}
 
 

@@ -10,7 +10,7 @@ import xxhash
 from pydantic import ValidationError
 
 from keepwarm.ft.errors import FtError
-from keepwarm.ft.format import checkpoint
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.contents import Piece
 from keepwarm.ft.format.manifest import Part
 from keepwarm.ft.format.writer import write_part_blocks
@@ -77,8 +77,11 @@ def from_huggingface(
                     "tied_head": tied_head,
                 },
             }
-            checkpoint.write_manifest(
-                tmp, checkpoint.Identity(run=source.resolve().name, epoch=0, step=0, layout="whole"), ranks=1, meta=meta
+            publication.write_manifest(
+                tmp,
+                publication.Identity(run=source.resolve().name, epoch=0, step=0, layout="whole"),
+                ranks=1,
+                meta=meta,
             )
     return {
         "source": str(source),

@@ -9,7 +9,7 @@ from keepwarm.ft.protocol import step
 from keepwarm.ft.protocol.events import EpochAdvanced
 from keepwarm.ft.protocol.messages import ChunkRecord, Holding, Inventory, SnapshotId, digest
 from keepwarm.ft.protocol.parity_placement import StripeGroup
-from keepwarm.ft.protocol.recovery import Choice, FallBack, Wait, choose, plan, stripe_state
+from keepwarm.ft.protocol.restore_choice import Choice, FallBack, Wait, choose, plan, stripe_state
 from tests.support.ft.cluster import Cluster
 
 GROUPS = (StripeGroup(0, (0, 2, 4, 6), 2), StripeGroup(1, (1, 3, 5, 7), 2))

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from keepwarm.ft.errors import DurableError
-from keepwarm.ft.format import checkpoint as durable
+from keepwarm.ft.format import publication
 from keepwarm.ft.format.contents import Piece, as_bytes
 from keepwarm.ft.format.manifest import read_manifest
 from keepwarm.ft.format.writer import write_part
@@ -37,21 +37,21 @@ def tensors(rank: int) -> list[tuple[Piece, Any]]:
 
 def checkpoint(root: Path, epoch: int = 0, step: int = 100, compress: bool = False) -> Path:
     root.mkdir(exist_ok=True)
-    tmp = durable.staging(root, epoch, step)
+    tmp = publication.staging(root, epoch, step)
     tmp.mkdir()
     for rank in (0, 1):
         write_part(tmp, rank, tensors(rank), compress=compress)
-    durable.write_manifest(
-        tmp, durable.Identity(run="r", epoch=epoch, step=step, layout="l"), ranks=2, meta={"tokens": 5}
+    publication.write_manifest(
+        tmp, publication.Identity(run="r", epoch=epoch, step=step, layout="l"), ranks=2, meta={"tokens": 5}
     )
-    durable.verify(tmp)
+    publication.verify(tmp)
     return tmp
 
 
 @pytest.mark.parametrize("compress", [False, True])
 def test_checkpoint_written_is_read_back(tmp_path: Path, compress: bool) -> None:
     folder = checkpoint(tmp_path, compress=compress)
-    manifest = durable.verify(folder)
+    manifest = publication.verify(folder)
     assert (manifest.epoch, manifest.step, manifest.meta) == (0, 100, {"tokens": 5})
     for rank, part in enumerate(manifest.parts):
         assert part.compressed == compress
@@ -87,7 +87,7 @@ def test_checkpoint_part_file_is_private(tmp_path: Path) -> None:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), cut=st.booleans())
 def test_checkpoint_any_damage_is_found(tmp_path: Path, compress: bool, where: float, flip: int, cut: bool) -> None:
-    folder = durable.staging(tmp_path, 0, 100)
+    folder = publication.staging(tmp_path, 0, 100)
     if not folder.exists():
         checkpoint(tmp_path, compress=compress)
     path = next(folder.glob("rank_00001*"))
@@ -97,10 +97,10 @@ def test_checkpoint_any_damage_is_found(tmp_path: Path, compress: bool, where: f
     path.write_bytes(bad)
     try:
         if compress and content_unharmed(bad, good):
-            durable.verify(folder)
+            publication.verify(folder)
         else:
             with pytest.raises(DurableError, match="rank_00001"):
-                durable.verify(folder)
+                publication.verify(folder)
     finally:
         path.write_bytes(good)
 
@@ -112,13 +112,17 @@ def test_checkpoint_any_damage_is_found(tmp_path: Path, compress: bool, where: f
 def test_checkpoint_foreign_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "rank_00000.safetensors").write_bytes(content)
     with pytest.raises(DurableError, match="rank_00000"):
-        durable.write_manifest(tmp_path, durable.Identity(run="r", epoch=0, step=1, layout="l"), ranks=1, meta={})
+        publication.write_manifest(
+            tmp_path, publication.Identity(run="r", epoch=0, step=1, layout="l"), ranks=1, meta={}
+        )
 
 
 def test_checkpoint_missing_part_is_named(tmp_path: Path) -> None:
     write_part(tmp_path, 0, tensors(0))
     with pytest.raises(DurableError, match="0 parts of rank 1"):
-        durable.write_manifest(tmp_path, durable.Identity(run="r", epoch=0, step=1, layout="l"), ranks=2, meta={})
+        publication.write_manifest(
+            tmp_path, publication.Identity(run="r", epoch=0, step=1, layout="l"), ranks=2, meta={}
+        )
 
 
 def test_manifest_other_file_names_are_refused(tmp_path: Path) -> None:
@@ -132,14 +136,14 @@ def test_manifest_other_file_names_are_refused(tmp_path: Path) -> None:
 
 def test_latest_only_moves_forward(tmp_path: Path) -> None:
     def publish(epoch: int, step: int) -> bool:
-        return durable.publish(checkpoint(tmp_path, epoch, step), durable.folder(tmp_path, step))
+        return publication.publish(checkpoint(tmp_path, epoch, step), publication.folder(tmp_path, step))
 
     assert publish(0, 100)
     assert publish(0, 200)
     assert not publish(0, 150)
-    assert durable.latest(tmp_path) == tmp_path / "iter_0000200"
+    assert publication.latest(tmp_path) == tmp_path / "iter_0000200"
     assert publish(1, 120)
-    assert durable.latest(tmp_path) == tmp_path / "iter_0000120"
+    assert publication.latest(tmp_path) == tmp_path / "iter_0000120"
     assert publish(1, 200)
     assert not publish(0, 200)
     assert read_manifest(tmp_path / "iter_0000200").epoch == 1
@@ -148,23 +152,23 @@ def test_latest_only_moves_forward(tmp_path: Path) -> None:
 
 def test_latest_unusable_falls_back_to_newest_complete(tmp_path: Path) -> None:
     for step in (100, 200):
-        durable.publish(checkpoint(tmp_path, 0, step), durable.folder(tmp_path, step))
+        publication.publish(checkpoint(tmp_path, 0, step), publication.folder(tmp_path, step))
     (tmp_path / "iter_0000300").mkdir()
     for content in ("iter_0000300\n", "../elsewhere\n", ""):
         (tmp_path / "latest").write_text(content)
-        assert durable.latest(tmp_path) == tmp_path / "iter_0000200"
+        assert publication.latest(tmp_path) == tmp_path / "iter_0000200"
 
 
 def test_prune_keeps_by_count_and_interval(tmp_path: Path) -> None:
     for step in (100, 150, 200, 250, 300):
-        durable.publish(checkpoint(tmp_path, 0, step), durable.folder(tmp_path, step))
-    gone = durable.prune(tmp_path, keep=1, every=200)
+        publication.publish(checkpoint(tmp_path, 0, step), publication.folder(tmp_path, step))
+    gone = publication.prune(tmp_path, keep=1, every=200)
     assert [path.name for path in gone] == ["iter_0000100", "iter_0000150", "iter_0000250"]
-    assert [path.name for path in durable.checkpoints(tmp_path)] == ["iter_0000200", "iter_0000300"]
+    assert [path.name for path in publication.checkpoints(tmp_path)] == ["iter_0000200", "iter_0000300"]
 
 
 def test_sweep_interrupted_writers_leave_nothing(tmp_path: Path) -> None:
     left = checkpoint(tmp_path)
-    durable.publish(checkpoint(tmp_path, 0, 200), durable.folder(tmp_path, 200))
-    assert durable.sweep(tmp_path) == [left]
+    publication.publish(checkpoint(tmp_path, 0, 200), publication.folder(tmp_path, 200))
+    assert publication.sweep(tmp_path) == [left]
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["iter_0000200"]
