@@ -11,7 +11,8 @@ class Section(BaseModel):
     Registered components (engines, curves, metric sinks, ...) declare their own options as a subclass.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    # Sections that a job does not use, as those of other curves, cost nothing at start.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
     @classmethod
     def variant(cls, values: Any) -> "type[Section]":
