@@ -15,7 +15,7 @@ import pytest
 from keepwarm.launch.run.submission import read_submission
 
 ROOT = Path(__file__).parents[2]
-PLUGIN = ROOT / "tests" / "support" / "local_queue.py"
+PLUGIN = ROOT / "tests" / "support" / "runs" / "local_queue.py"
 JOB = ("ci/tiny", "parallel.data=2", "log.tensorboard=false", "evaluation.samples=2")
 BACKEND = ("--backend", "local_queue")
 DEADLINE = 240.0
