@@ -5,7 +5,6 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import (
     Field,
-    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     SerializeAsAny,
@@ -111,9 +110,6 @@ class NumericsSpec(Section):
         "none", description="activations computed again in backward: nothing, attention only, whole layers"
     )
     norms: Literal["torch", "apex"] = Field("torch", description="apex: FusedRMSNorm, FusedLayerNorm, on a GPU")
-    z_loss: NonNegativeFloat | None = Field(
-        None, description="weight of the squared log-partition (PaLM: 1e-4); default: model.z_loss"
-    )
     compile: bool = Field(False, description="torch.compile each layer")
     deterministic: bool = Field(False, description="CUDA: bitwise repeatable kernels")
     threads_per_rank: PositiveInt = Field(1, description="CPU threads of each rank; part of what fixes the bits")

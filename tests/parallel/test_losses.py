@@ -12,7 +12,6 @@ import torch.distributed as dist
 from keepwarm.parallel.engine import Batch, StepResult
 from keepwarm.parallel.errors import EngineUnavailable
 from keepwarm.parallel.loss import Losses
-from keepwarm.parallel.spec import NumericsSpec
 from keepwarm.parallel.targets import IGNORED
 from keepwarm.trainer.model.decoder import Decoder, StageModule
 from tests.support import parity
@@ -51,16 +50,10 @@ def test_z_loss_of_a_layout_equals_one_rank(case: Case) -> None:
 
 
 def test_z_loss_changes_weights_and_is_reported_only_when_set() -> None:
-    with_it, without = reference(Z), reference(replace(Z, z_loss=None))
+    with_it, without = reference(Z), reference(replace(Z, z_loss=0.0))
     assert set(without.steps[0].losses) == {"main"}
     assert with_it.steps[0].loss == without.steps[0].loss
     assert parity.differing(with_it.state, without.state)
-
-
-@pytest.mark.parametrize(("asked", "weight"), [(None, 1e-3), (0.0, 0.0), (0.5, 0.5)])
-def test_z_loss_of_the_job_overrides_the_model(asked: float | None, weight: float) -> None:
-    spec = parity.model_spec(Case()).model_copy(update={"z_loss": 1e-3})
-    assert Decoder(spec, 0, z_loss=asked).loss_weights == {"main": 1.0, "z_loss": weight}
 
 
 class EnergyStage(StageModule):
@@ -89,10 +82,10 @@ class EnergyStage(StageModule):
 
 
 class EnergyModel(Decoder):
-    """As somebody else's model: no file of an engine knows its loss."""
+    """A model of another package: no file of an engine knows its loss."""
 
-    def __init__(self, case: Case, numerics: NumericsSpec) -> None:
-        super().__init__(parity.model_spec(case), parity.SEED, z_loss=numerics.z_loss)
+    def __init__(self, case: Case) -> None:
+        super().__init__(parity.model_spec(case), parity.SEED)
         self.loss_weights: Mapping[str, float] = {**self.loss_weights, "energy": 3.0}
 
     def build_stage(self, layers: range, *, embed: bool, head: bool) -> StageModule:

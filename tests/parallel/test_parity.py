@@ -61,7 +61,7 @@ def plain_loop(case: Case) -> Outcome:
         losses = {"main": F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)}
         if case.z_loss:
             losses["z_loss"] = logits.logsumexp(-1)[targets != -100].square().mean()
-        (losses["main"] + (case.z_loss or 0) * losses.get("z_loss", 0)).backward()
+        (losses["main"] + case.z_loss * losses.get("z_loss", 0)).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM if case.clipped else torch.inf)
         for group in optimizer.param_groups:
             group["lr"] = parity.learning_rate(case, step)
@@ -82,7 +82,7 @@ def test_parity_one_rank_equals_plain_loop(variant: str, optimizer: str, precisi
         documents="documents" in variant,
         clipped="clipped" in variant,
         masks="equal" if variant == "equal" else "unequal",
-        z_loss=1e-2 if variant == "z-loss" else None,
+        z_loss=1e-2 if variant == "z-loss" else 0.0,
         optimizer=optimizer,
         precision=precision,
     )

@@ -54,7 +54,7 @@ class Case:
     engine: str = "torch"
     zero_stage: int = 1
     offload: bool = False
-    z_loss: float | None = None
+    z_loss: float = 0.0
 
     @property
     def world_size(self) -> int:
@@ -93,7 +93,9 @@ class Outcome:
 
 def model_spec(case: Case) -> ModelSpec:
     """The model of `configs/ci/tiny.yaml`."""
-    return load_model(ROOT / "configs/models/tiny.yaml").model_copy(update={"tied_embeddings": case.tied})
+    return load_model(ROOT / "configs/models/tiny.yaml").model_copy(
+        update={"tied_embeddings": case.tied, "z_loss": case.z_loss}
+    )
 
 
 def optimizer_spec(case: Case) -> OptimizerSpec:
@@ -147,12 +149,12 @@ def rank_batch(case: Case, step: int, layout: Layout, rank: int) -> Batch:
     return Batch(tokens=tokens, targets=targets, documents=documents)
 
 
-def make_model(case: Case, numerics: NumericsSpec) -> ModelParts:
+def make_model(case: Case) -> ModelParts:
     """The model that the case trains."""
-    return Decoder(model_spec(case), SEED, z_loss=numerics.z_loss)
+    return Decoder(model_spec(case), SEED)
 
 
-def make_engine(case: Case, model: Callable[[Case, NumericsSpec], ModelParts] = make_model) -> Any:
+def make_engine(case: Case, model: Callable[[Case], ModelParts] = make_model) -> Any:
     """The engine of this rank, called by every rank of the case's world."""
     zero = {"zero_stage": case.zero_stage, "offload_optimizer": case.offload}
     spec = ParallelSpec.model_validate(
@@ -170,12 +172,10 @@ def make_engine(case: Case, model: Callable[[Case, NumericsSpec], ModelParts] = 
             "options": zero if case.engine == "deepspeed" else {},
         }
     )
-    numerics = NumericsSpec.model_validate(
-        {"precision": case.precision, "recompute": case.recompute, "z_loss": case.z_loss}
-    )
+    numerics = NumericsSpec.model_validate({"precision": case.precision, "recompute": case.recompute})
     return registered_engine(spec.engine).engine_class()(
         EngineConfig(
-            model=model(case, numerics),
+            model=model(case),
             parallel=spec,
             optimizer=optimizer_spec(case),
             numerics=numerics,

@@ -50,7 +50,7 @@ def build(job: JobSpec, world: World, *, start: Start, timeline: Timeline) -> Ru
     """
     torch.manual_seed(job.seed + world.rank)
     data = prepare_sources(job.data, job.model.vocabulary_size, Path(job.output) / "data")
-    model = Decoder(job.model, job.seed, norms=job.numerics.norms, z_loss=job.numerics.z_loss)
+    model = Decoder(job.model, job.seed, norms=job.numerics.norms)
     return assemble(job, world, model, data, start=start, timeline=timeline)
 
 

@@ -119,15 +119,7 @@ class Decoder:
     then `embedding.weight`, and the two are replicas.
     """
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        seed: int,
-        *,
-        norms: Literal["torch", "apex"] = "torch",
-        z_loss: float | None = None,
-    ) -> None:
-        """`z_loss` is the weight of the squared log-partition; it overrides that of the spec."""
+    def __init__(self, spec: ModelSpec, seed: int, *, norms: Literal["torch", "apex"] = "torch") -> None:
         self.spec = spec
         self.seed = seed
         self.norms = norms
@@ -137,7 +129,7 @@ class Decoder:
         self.kv_heads = spec.key_value_heads
         self.vocabulary_size = spec.vocabulary_size
         self.tied_embeddings = spec.tied_embeddings
-        self.loss_weights: Mapping[str, float] = {MAIN: 1.0, Z_LOSS: spec.z_loss if z_loss is None else z_loss}
+        self.loss_weights: Mapping[str, float] = {MAIN: 1.0, Z_LOSS: spec.z_loss}
 
     def build_stage(self, layers: range, *, embed: bool, head: bool) -> StageModule:
         """See `keepwarm.parallel.model.ModelParts`; weights are not those of `initial` until copied in."""
