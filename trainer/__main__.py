@@ -6,6 +6,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from keepwarm.debug import wants_traceback
 from keepwarm.exit_code import ExitCode
 
 
@@ -30,7 +31,7 @@ def main(arguments: list[str]) -> int:
                 print(f"rank {rank}: lost its peers ({request}); restarting in this process", file=sys.stderr)
             control.park()
     except (TrainerError, ParallelError, FtError) as error:
-        if os.environ.get("KEEPWARM_DEBUG"):
+        if wants_traceback():
             traceback.print_exc()
         print(f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
         return error.exit_code if isinstance(error, TrainerError) else ExitCode.BAD_INPUT

@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from keepwarm import debug
 from keepwarm.exit_code import ExitCode
 from keepwarm.launch.cli.arguments import (
     PASSED_THROUGH,
@@ -303,11 +304,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, lambda number, frame: sys.exit(ExitCode.INTERRUPTED))
     if "--debug" in sys.argv:  # of every command, and of the programs that some of them become
         sys.argv.remove("--debug")
-        os.environ["KEEPWARM_DEBUG"] = "1"
+        os.environ[debug.VARIABLE] = "1"
     try:
         app(prog_name="keepwarm")
     except (LaunchError, TrainerError, ParallelError) as error:
-        if os.environ.get("KEEPWARM_DEBUG", "0") not in ("", "0"):
+        if debug.wants_traceback():
             traceback.print_exc()
         elif str(error):
             print(f"keepwarm: {error}", file=sys.stderr)

@@ -76,7 +76,7 @@ def _admit(folder: Path, mode: Mode) -> None:
     except OSError as error:
         raise OutputError(f"{folder}: cannot be read: {error.strerror}") from error
     if mode == "new" and used:
-        raise OutputError(f"{folder}: the run folder exists; --resume continues it, --force starts it anew")
+        raise OutputError(f"{folder}: the run folder exists; --resume continues it, --force starts over")
     if mode == "force" and used and not RunFolder(folder).exists:
         raise OutputError(f"{folder}: --force empties run folders only, and this has no {RUN_FILE}; choose another")
 

@@ -44,7 +44,7 @@ def verdict(code: int, *, crashed: bool, ending: bool, failures: int, limit: int
     if ending:
         return "give up", "SLURM ends the job"
     if not crashed and (code == ExitCode.INTERRUPTED or code in [128 + number for number in _POLITE]):
-        return "requeue", "the state is saved, the time limit is near or somebody asked for it"
+        return "requeue", "the state is saved: the time limit is near, or a user asked for the end"
     if code in (ExitCode.BAD_INPUT, ExitCode.TRAINING_STOPPED):
         return "give up", "bad input" if code == ExitCode.BAD_INPUT else "training stopped itself"
     if failures > limit:

@@ -9,9 +9,9 @@ import typer
 
 from keepwarm.exit_code import ExitCode
 from keepwarm.ft.format import publication
+from keepwarm.trainer import tool
 from keepwarm.trainer.checkpoint import copy as checkpoint_copy
 from keepwarm.trainer.checkpoint import report
-from keepwarm.trainer.data.preprocess import tool
 from keepwarm.trainer.errors import CheckpointError, OutputError
 from keepwarm.trainer.job.run_folder import RunFolder
 

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from keepwarm.trainer import tool
 from keepwarm.trainer.continual.average import average
-from keepwarm.trainer.data.preprocess import tool
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

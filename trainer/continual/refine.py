@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
+from keepwarm.trainer import tool
 from keepwarm.trainer.continual.report_data import gather
-from keepwarm.trainer.data.preprocess import tool
 from keepwarm.trainer.errors import SpecError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from keepwarm.trainer import tool
 from keepwarm.trainer.continual.report_data import Drawn, RunReport, gather
 from keepwarm.trainer.continual.report_figures import as_svg, figures, write_pngs
-from keepwarm.trainer.data.preprocess import tool
 from keepwarm.trainer.errors import OutputError
 from keepwarm.trainer.monitor import events
 

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
+from keepwarm.trainer import tool
 from keepwarm.trainer.convert.dtypes import SHORT
 from keepwarm.trainer.convert.huggingface.exporter import to_huggingface
 from keepwarm.trainer.convert.huggingface.importer import Progress, from_huggingface, silent
-from keepwarm.trainer.data.preprocess import tool
 from keepwarm.trainer.errors import SpecError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")

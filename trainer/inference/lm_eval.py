@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
+from keepwarm.trainer import tool
 from keepwarm.trainer.convert.huggingface.exporter import to_huggingface
 from keepwarm.trainer.convert.huggingface.folder import CONFIG, NOTE, strict_json_file
-from keepwarm.trainer.data.preprocess import tool
 from keepwarm.trainer.data.preprocess.text import documents, parts
 from keepwarm.trainer.errors import CheckpointError, DataError, OutputError, SpecError
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from keepwarm.trainer import tool
 from keepwarm.trainer.convert.huggingface.tokenizer import find_tokenizer
 from keepwarm.trainer.convert.native import NativeCheckpoint
-from keepwarm.trainer.data.preprocess import tool
 from keepwarm.trainer.data.tokenizer import load_tokenizer
 from keepwarm.trainer.errors import CheckpointError, DataError, SpecError
 

@@ -151,7 +151,7 @@ def _data(job: Job) -> Iterator[str]:
 
 
 def _parent(job: Job) -> Iterator[str]:
-    # Starting anew with --force empties the output folder.
+    # Starting over with --force empties the output folder.
     if job.init_from is None or is_url(job.init_from):
         return
     parent, output = Path(job.init_from), Path(job.output)

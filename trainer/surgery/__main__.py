@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from keepwarm.trainer import tool
 from keepwarm.trainer.convert.dtypes import SHORT
 from keepwarm.trainer.convert.native import NativeCheckpoint
-from keepwarm.trainer.data.preprocess import tool
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.surgery import arithmetic, depth, vocabulary, width
 from keepwarm.trainer.surgery.weights import Derivation, Model, write

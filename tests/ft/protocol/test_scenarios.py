@@ -1,6 +1,6 @@
 """Transcripts of one agent: what happens (`>`) and what it does about it (indented), in tests/scenarios/*.txt.
 
-`KEEPWARM_REWRITE=1 pytest tests/ft/protocol/test_scenarios.py` writes them anew; read the difference.
+`KEEPWARM_REWRITE=1 pytest tests/ft/protocol/test_scenarios.py` rewrites them; read the difference.
 """
 
 import os

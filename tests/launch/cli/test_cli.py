@@ -134,7 +134,7 @@ def test_train_existing_run_needs_resume_or_force(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "run.json").write_text("{}")
-    refused(keepwarm("train", TINY, f"output={run}"), "--resume continues it, --force starts it anew")
+    refused(keepwarm("train", TINY, f"output={run}"), "--resume continues it, --force starts over")
     refused(keepwarm("train", str(run)), "--resume")
     refused(keepwarm("train", TINY, f"output={run}", "--resume", "--force"), "--resume", "--force")
     assert (run / "run.json").read_text() == "{}"
@@ -193,10 +193,13 @@ def test_train_truncated_run_json_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_cli_debug_shows_the_traceback() -> None:
-    result = keepwarm("plan", TINY, "parallel.tensor=3", "--debug")
-    assert result.returncode == 2
-    assert "Traceback" in result.stderr
+@pytest.mark.parametrize("command", [("plan", TINY, "parallel.tensor=3"), ("lineage", "nowhere")])
+def test_cli_debug_shows_the_traceback(command: tuple[str, ...]) -> None:
+    """Of a command of this program, and of one that becomes a program of its own."""
+    for extra in ((), ("--debug",)):
+        result = keepwarm(*command, *extra)
+        assert result.returncode == 2
+        assert ("Traceback" in result.stderr) == bool(extra)
 
 
 @pytest.mark.parametrize("tool", ["train-tokenizer", "tokenize", "inspect"])

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
+from keepwarm.trainer import tool
 from keepwarm.trainer.data.indexed import TokenFile
-from keepwarm.trainer.data.preprocess import tool
 from keepwarm.trainer.data.tokenizer import Tokenizer, load_tokenizer
 from keepwarm.trainer.errors import DataError
 

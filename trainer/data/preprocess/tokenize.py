@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from keepwarm.exit_code import ExitCode
+from keepwarm.trainer import tool
 from keepwarm.trainer.data.indexed import Sidecar
-from keepwarm.trainer.data.preprocess import tool
 from keepwarm.trainer.data.preprocess.text import TextPart, parts
 from keepwarm.trainer.data.preprocess.token_parts import merge, part_path, write_part
 from keepwarm.trainer.data.preprocess.tokenize_options import (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from keepwarm.files import READABLE, atomic_write
-from keepwarm.trainer.data.preprocess import tool
+from keepwarm.trainer import tool
 from keepwarm.trainer.data.preprocess.text import documents, parts
 from keepwarm.trainer.data.tokenizer import END_OF_DOCUMENT
 from keepwarm.trainer.errors import DataError, OutputError

@@ -1,19 +1,26 @@
-"""Error handling shared by the data commands."""
+"""Error handling shared by the commands of this package, each of which is a program of its own."""
 
 import sys
+import traceback
 from typing import NoReturn
 
 import typer
 
+from keepwarm.debug import wants_traceback
 from keepwarm.exit_code import ExitCode
 from keepwarm.trainer.errors import TrainerError
 
 
 def run(app: typer.Typer) -> NoReturn:
-    """Run a command; print errors of ours as one line on stderr and exit with their code, or 130 if interrupted."""
+    """Run a command; print errors of ours as one line on stderr and exit with their code, or 130 if interrupted.
+
+    With `--debug` or KEEPWARM_DEBUG=1 the traceback comes before that line.
+    """
     try:
         app()
     except TrainerError as error:
+        if wants_traceback():
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
