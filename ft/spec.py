@@ -12,7 +12,7 @@ from pydantic import (
 )
 
 from keepwarm.ft.codec.kernel import AUTO, KERNELS
-from keepwarm.registry import UnknownName, UnusableComponent
+from keepwarm.options import check_name
 from keepwarm.section import Section
 
 CODE_LIMIT = 32
@@ -33,13 +33,7 @@ class CodeSpec(Section):
     @field_validator("kernel")
     @classmethod
     def _is_registered(cls, name: str) -> str:
-        try:
-            if name != AUTO:
-                KERNELS.get(name)
-        except UnknownName as error:
-            raise ValueError(f"{error}, {AUTO}") from error
-        except UnusableComponent as error:
-            raise ValueError(str(error)) from error
+        check_name(KERNELS, name, AUTO)
         return name
 
     @model_validator(mode="after")

@@ -76,7 +76,7 @@ class BatchSystem(ABC):
     """Registered name; the job's section `cluster.NAME` holds the options."""
     title: ClassVar[str]
     """Name used in messages."""
-    options: ClassVar[type[BaseModel]]
+    Options: ClassVar[type[BaseModel]]
     """Class of the job's section `cluster.NAME`."""
     script: ClassVar[str] = "job.sh"
     """Name of the rendered file in the run folder."""

@@ -35,7 +35,7 @@ class Kubernetes(BatchSystem):
 
     name = "kubernetes"
     title = "Kubernetes"
-    options = KubernetesSpec
+    Options = KubernetesSpec
     sees_files = False
 
     def check(self, request: Request, *, dry_run: bool) -> list[str]:

@@ -4,11 +4,10 @@ An engine is registered by its `keepwarm.parallel.engine_support.EngineInfo`; ot
 entry-point group `keepwarm.engines`. The key `parallel.engine` holds the name.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 from keepwarm.options import Component
-from keepwarm.registry import Registry, UnusableComponent
+from keepwarm.registry import Registry
 from keepwarm.section import Section
 
 ENGINES: Registry[type[Component]] = Registry(
@@ -28,16 +27,7 @@ class EngineOptions(Section):
 
     @classmethod
     def unknown_key(cls, key: str, values: Any) -> str | None:
-        owners = [name for name, engine in usable_engines() if key in engine.Options.model_fields]
+        owners = [name for name, engine in ENGINES.usable() if key in engine.Options.model_fields]
         if owners:
             return f"of this engine; it belongs to parallel.engine = {', '.join(owners)}"
         return None if cls.model_fields else "of this engine, which has no options"
-
-
-def usable_engines() -> Iterator[tuple[str, type[Component]]]:
-    """Yield all engines whose information can be imported; for hints, which must not fail on a broken plugin."""
-    for name in ENGINES.names():
-        try:
-            yield name, ENGINES.get(name)
-        except UnusableComponent:
-            continue

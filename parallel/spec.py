@@ -13,8 +13,8 @@ from pydantic import (
     field_validator,
 )
 
-from keepwarm.parallel.engine_registry import ENGINES, usable_engines
-from keepwarm.registry import UnknownName, UnusableComponent
+from keepwarm.options import check_name
+from keepwarm.parallel.engine_registry import ENGINES
 from keepwarm.section import Section
 
 DEFAULT_ENGINE = "torch"
@@ -62,10 +62,7 @@ class ParallelSpec(Section):
     @field_validator("engine")
     @classmethod
     def _registered(cls, name: str) -> str:
-        try:
-            ENGINES.get(name)
-        except (UnknownName, UnusableComponent) as error:
-            raise ValueError(str(error)) from error
+        check_name(ENGINES, name)
         return name
 
     @field_validator("options", mode="before")
@@ -83,7 +80,7 @@ class ParallelSpec(Section):
     @classmethod
     def variant(cls, values: Any) -> type[Section]:
         name = values.get("engine", DEFAULT_ENGINE) if isinstance(values, dict) else None
-        own = next((engine.Options for usable, engine in usable_engines() if usable == name), None)
+        own = next((engine.Options for usable, engine in ENGINES.usable() if usable == name), None)
         return cls if own is None else create_model(cls.__name__, __base__=cls, options=(own, ...))
 
 

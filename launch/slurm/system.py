@@ -16,7 +16,7 @@ class Slurm(BatchSystem):
 
     name = "slurm"
     title = "SLURM"
-    options = SlurmSpec
+    Options = SlurmSpec
     script = SCRIPT
     has_chains = True
     has_arrays = True

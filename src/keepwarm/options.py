@@ -18,6 +18,18 @@ class Component:
     Options: ClassVar[type[Section]] = Section
 
 
+def check_name(registry: Registry[Any], name: str, *besides: str) -> None:
+    """Raise ValueError unless a component of this name can be imported, or it is `besides`; for validators of a job."""
+    if name in besides:
+        return
+    try:
+        registry.get(name)
+    except UnknownName as error:
+        raise ValueError(", ".join([str(error), *besides])) from error
+    except UnusableComponent as error:
+        raise ValueError(str(error)) from error
+
+
 def parse_options(component: type[Component], values: Mapping[str, Any]) -> Any:
     """Return the component's `Options` with these values, which come from YAML or JSON.
 

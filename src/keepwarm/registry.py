@@ -6,7 +6,7 @@ the like must not be loaded.
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
@@ -55,6 +55,14 @@ class Registry(Generic[T]):
         if name not in self._loaded:
             self._loaded[name] = self._checked(name, self._load(name))
         return self._loaded[name]
+
+    def usable(self) -> Iterator[tuple[str, T]]:
+        """Yield the components that can be imported, with their names; for hints, which a broken one must not spoil."""
+        for name in self.names():
+            try:
+                yield name, self.get(name)
+            except UnusableComponent:
+                continue
 
     def register(self, name: str) -> Callable[[Added], Added]:
         """Decorate a component of the running process, as in a notebook or a test; installed ones use entry points."""

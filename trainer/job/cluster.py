@@ -23,7 +23,7 @@ from keepwarm.registry import Registry, UnusableComponent
 from keepwarm.section import Section
 
 ADDED_BATCH_SYSTEMS: Registry[Any] = Registry("batch system", "keepwarm.batch_systems", {})
-"""Batch systems of other packages. Each declares its options section in the attribute `options`."""
+"""Batch systems of other packages. Each declares its options section in the attribute `Options`."""
 
 Line = Annotated[str, StringConstraints(pattern=r"^[^\n\r]*$")]
 """One line of a shell script."""
@@ -126,7 +126,7 @@ def _options_of(name: str) -> type[section.Section]:
 
     Raises UnusableComponent if the batch system cannot be imported or declares no options.
     """
-    options = getattr(ADDED_BATCH_SYSTEMS.get(name), "options", None)
+    options = getattr(ADDED_BATCH_SYSTEMS.get(name), "Options", None)
     if not (isinstance(options, type) and issubclass(options, section.Section)):
         raise UnusableComponent(f"batch system {name!r} declares no options section")
     return options

@@ -6,7 +6,6 @@ entry-point group `keepwarm.curves`, whose names are the values of `lr.schedule`
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Self
 
@@ -26,7 +25,7 @@ def _of_its_shape(
     """Validate a clause as the options of its shape."""
     if not isinstance(value, dict):
         return handler(value)
-    options = _curve_named(_schedule(value)).options
+    options = _curve_named(_schedule(value)).Options
     # JSON has lists where strict Python values must be tuples.
     return options.model_validate_json(json.dumps(value)) if info.mode == "json" else options.model_validate(value)
 
@@ -54,12 +53,12 @@ class LrSpec(Section):
     @classmethod
     def variant(cls, values: Any) -> type[Section]:
         if cls is LrSpec and isinstance(values, dict):
-            return next((curve.options for name, curve in _usable() if name == _schedule(values)), cls)
+            return next((curve.Options for name, curve in CURVES.usable() if name == _schedule(values)), cls)
         return cls
 
     @classmethod
     def unknown_key(cls, key: str, values: Any) -> str | None:
-        owners = [name for name, curve in _usable() if key in curve.options.model_fields]
+        owners = [name for name, curve in CURVES.usable() if key in curve.Options.model_fields]
         if not owners:
             return None
         have = "schedule {} has it" if len(owners) == 1 else "schedules {} have it"
@@ -73,7 +72,7 @@ class Curve(ABC):
     Fields are plain values that JSON holds; a shape with others overrides `save` and `load`.
     """
 
-    options: ClassVar[type[LrSpec]]
+    Options: ClassVar[type[LrSpec]]
     """Options of this shape; their `curve` method builds it."""
 
     kind: str
@@ -153,16 +152,7 @@ def load_curve(saved: dict[str, Any]) -> Curve:
 
 def annealable() -> list[str]:
     """Return the names of the shapes with a constant phase to branch from."""
-    return [name for name, curve in _usable() if issubclass(curve, AnnealableCurve)]
-
-
-def _usable() -> Iterator[tuple[str, type[Curve]]]:
-    """Yield all shapes that can be imported, for hints, which must not fail because of a broken third-party package."""
-    for name in CURVES.names():
-        try:
-            yield name, CURVES.get(name)
-        except UnusableComponent:
-            continue
+    return [name for name, curve in CURVES.usable() if issubclass(curve, AnnealableCurve)]
 
 
 def _schedule(values: dict[str, Any]) -> Any:

@@ -79,7 +79,7 @@ class ConstantSpec(WarmedSpec):
 class Constant(WarmedCurve, AnnealableCurve):
     """Constant at the peak."""
 
-    options = ConstantSpec
+    Options = ConstantSpec
 
     @property
     def constant_phase(self) -> range:
@@ -106,7 +106,7 @@ class LinearSpec(FallingSpec):
 class Linear(WarmedCurve):
     """Straight line from the peak to the floor."""
 
-    options = LinearSpec
+    Options = LinearSpec
     floor: float
 
     def warmed_at(self, step: int) -> float:
@@ -127,7 +127,7 @@ class CosineSpec(FallingSpec):
 class Cosine(WarmedCurve):
     """Half a cosine from the peak to the floor."""
 
-    options = CosineSpec
+    Options = CosineSpec
     floor: float
 
     def warmed_at(self, step: int) -> float:
@@ -148,7 +148,7 @@ class InverseSqrtSpec(FallingSpec):
 class InverseSqrt(WarmedCurve):
     """Peak times sqrt(warm-up / step)."""
 
-    options = InverseSqrtSpec
+    Options = InverseSqrtSpec
     floor: float
 
     def warmed_at(self, step: int) -> float:
@@ -182,7 +182,7 @@ class WsdSpec(FallingSpec):
 class Wsd(WarmedCurve, AnnealableCurve):
     """Constant at the peak, then a straight line to the floor from `constant_end` on."""
 
-    options = WsdSpec
+    Options = WsdSpec
     floor: float
     constant_end: int
 
@@ -238,7 +238,7 @@ class InfiniteSpec(FallingSpec):
 class Infinite(WarmedCurve, AnnealableCurve):
     """Cooldown to a constant rate, held until an anneal of any length."""
 
-    options = InfiniteSpec
+    Options = InfiniteSpec
     floor: float
     constant: float
     cooldown: Cooldown
@@ -299,7 +299,7 @@ class PiecewiseSpec(LrSpec):
 class Piecewise(Curve):
     """Linear interpolation between points."""
 
-    options = PiecewiseSpec
+    Options = PiecewiseSpec
     peak: float
     points: Points
 

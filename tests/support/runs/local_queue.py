@@ -33,7 +33,7 @@ class LocalQueue(BatchSystem):
 
     name = "local_queue"
     title = "the local queue"
-    options = LocalQueueOptions
+    Options = LocalQueueOptions
 
     def check(self, request: Request, *, dry_run: bool) -> list[str]:
         return ["the local queue has room"]

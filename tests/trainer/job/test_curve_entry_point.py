@@ -31,7 +31,7 @@ class StairsSpec(LrSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class Stairs(AnnealableCurve):
-    options = StairsSpec
+    Options = StairsSpec
     peak: float
     landing: int
 
