@@ -4,9 +4,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -23,6 +22,7 @@ from keepwarm.launch.cli.arguments import (
     start_mode,
 )
 from keepwarm.launch.cli.cluster import cluster
+from keepwarm.launch.cli.programs import DATA_PROGRAMS, PROGRAMS, add_programs
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -157,24 +157,6 @@ def branch(
 
 
 @app.command(context_settings=PASSED_THROUGH)
-def report(context: typer.Context) -> None:
-    """Write a one-page report about a run: losses by domain, schedule, forgetting, data drawn, goodput."""
-    _run_tool("keepwarm.trainer.continual.report", context.args)
-
-
-@app.command(context_settings=PASSED_THROUGH)
-def refine(context: typer.Context) -> None:
-    """Refine a learning-rate schedule from the gradient norms of a run."""
-    _run_tool("keepwarm.trainer.continual.refine", context.args)
-
-
-@app.command(context_settings=PASSED_THROUGH)
-def average(context: typer.Context) -> None:
-    """Average the weights of several branches into one checkpoint."""
-    _run_tool("keepwarm.trainer.continual.average_command", context.args)
-
-
-@app.command(context_settings=PASSED_THROUGH)
 def simulate(context: typer.Context) -> None:
     """Simulate goodput and survival of codes, replicas, disk and spares on 8 to 100,000 GPUs."""
     from keepwarm.launch.simulation.command import main as run
@@ -232,67 +214,8 @@ def snapshots(
     show(run, as_json=as_json)
 
 
-@data.command("train-tokenizer", context_settings=PASSED_THROUGH)
-def train_tokenizer(context: typer.Context) -> None:
-    """Train a byte-level BPE tokenizer on text."""
-    _run_tool("keepwarm.trainer.data.preprocess.train_tokenizer", context.args)
-
-
-@data.command(context_settings=PASSED_THROUGH)
-def tokenize(context: typer.Context) -> None:
-    """Tokenize JSON lines or text into Megatron .bin and .idx files."""
-    _run_tool("keepwarm.trainer.data.preprocess.tokenize", context.args)
-
-
-@data.command(context_settings=PASSED_THROUGH)
-def inspect(context: typer.Context) -> None:
-    """Show the documents, tokens and a decoded sample of tokenized data."""
-    _run_tool("keepwarm.trainer.data.preprocess.inspect", context.args)
-
-
-@app.command(context_settings=PASSED_THROUGH)
-def convert(context: typer.Context) -> None:
-    """Convert checkpoints from and to Hugging Face, DCP, torchtitan, Megatron Core and DeepSpeed."""
-    _run_tool("keepwarm.trainer.convert", context.args)
-
-
-@app.command(context_settings=PASSED_THROUGH)
-def surgery(context: typer.Context) -> None:
-    """Derive models from models: task vectors, growth, pruning, other vocabularies."""
-    _run_tool("keepwarm.trainer.surgery", context.args)
-
-
-@app.command(context_settings=PASSED_THROUGH)
-def sample(context: typer.Context) -> None:
-    """Continue a prompt with the newest checkpoint of a run."""
-    _run_tool("keepwarm.trainer.inference.sample", context.args)
-
-
-@app.command("eval", context_settings=PASSED_THROUGH)
-def evaluate(context: typer.Context) -> None:
-    """Export the newest checkpoint of a run and score it with the LM Evaluation Harness."""
-    _run_tool("keepwarm.trainer.inference.lm_eval", context.args)
-
-
-@app.command(context_settings=PASSED_THROUGH)
-def lineage(context: typer.Context) -> None:
-    """Show what a run, checkpoint or export was derived from, and what was derived from it."""
-    _run_tool("keepwarm.trainer.continual.lineage_command", context.args)
-
-
-@app.command(context_settings=PASSED_THROUGH)
-def checkpoint(context: typer.Context) -> None:
-    """Verify, show, diff or prune checkpoints."""
-    _run_tool("keepwarm.trainer.checkpoint.command", context.args)
-
-
-def _run_tool(module: str, arguments: Sequence[str]) -> NoReturn:
-    """Replace this process with the tool, which handles its own options, output and exit code."""
-    from keepwarm.trainer.job.renames import refuse_old_options
-
-    refuse_old_options(arguments)
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-P", "-m", module, *arguments])
+add_programs(app, PROGRAMS)
+add_programs(data, DATA_PROGRAMS)
 
 
 def main() -> None:
