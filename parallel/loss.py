@@ -44,8 +44,11 @@ class Losses:
         self.count = count
         self.totals.zero_()
 
-    def add(self, losses: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Record the losses of a micro-batch, summing tensors of any shape; return their share of the objective."""
+    def add(self, losses: Mapping[str, torch.Tensor], micro_batches: int = 1) -> torch.Tensor:
+        """Record the losses of a micro-batch, summing tensors of any shape; return their share of the objective.
+
+        `micro_batches` is a further divisor that the engine applies; both are multiplied before the loss, for the bits.
+        """
         objective: torch.Tensor | None = None
         for index, name in enumerate(self.names):
             if name not in losses:
@@ -57,11 +60,12 @@ class Losses:
         if objective is None:
             return torch.zeros((), device=self.totals.device)
         objective = objective / self.count
-        return objective if self.scale == 1 else objective * self.scale
+        divisor = self.scale * micro_batches
+        return objective if divisor == 1 else objective * divisor
 
-    def add_table(self, table: torch.Tensor) -> torch.Tensor:
+    def add_table(self, table: torch.Tensor, micro_batches: int = 1) -> torch.Tensor:
         """Record the losses that the last stage returns as a table `[samples, columns]`; otherwise like `add`."""
-        return self.add(dict(zip(self._weights, table.unbind(1), strict=True)))
+        return self.add(dict(zip(self._weights, table.unbind(1), strict=True)), micro_batches)
 
     def collected(self, forward: Callable[..., StageOutput]) -> Callable[..., torch.Tensor]:
         """Wrap the forward of a stage module to return one tensor, as pipelines and module wrappers require.

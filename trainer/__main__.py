@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -P -m keepwarm.trainer",
-        description="Run one rank of a job; start one process per rank of its layout, for example with"
+        description="Run one rank of a job; start one process per rank of its layout, for example with "
         "`torchrun --nproc-per-node 8 -m keepwarm.trainer runs/demo/run.json`. `keepwarm train` does that for you.",
     )
     parser.add_argument("job", type=Path, help="run.json of a run folder, or a job file")

@@ -19,7 +19,7 @@ from keepwarm.ft.discovery.status import Status
 from keepwarm.ft.errors import AgentError
 from keepwarm.ft.memory.buffers import Memory
 from keepwarm.ft.memory.shared_memory import Holder
-from keepwarm.ft.protocol.messages import Attach, Attached, Farewell, Wire, WorkerMessage
+from keepwarm.ft.protocol.messages import END_OF_JOB, Attach, Attached, Farewell, Wire, WorkerMessage
 from keepwarm.ft.protocol.state import Geometry
 from keepwarm.ft.transport.channel import Channel, decoder_of
 from keepwarm.ft.transport.link import Credentials, FarEnd, Link
@@ -262,9 +262,6 @@ class WorkerSessions:
         if session.attached and session.attach is not None:
             self._handler.worker_lost(session.attach.worker)
         self._attach_all()
-
-
-END_OF_JOB = "end of the job"
 
 
 class _DeathWatch:

@@ -125,6 +125,8 @@ def write(config: AgentConfig) -> Path:
     return path
 
 
+AGENT_MODULE = "keepwarm.ft.agent"
+"""What `python -m` runs as an agent; agents are found by it among the processes of a machine."""
 NODE = "KEEPWARM_NODE"
 """Environment variable that names the node if several are emulated on one machine, each with its own agents."""
 

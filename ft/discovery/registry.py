@@ -61,7 +61,7 @@ class Registry:
 
     def choose(self, choice: Choice) -> Choice:
         """Write the choice of an epoch by compare-and-set. The first one stands and is returned to every caller."""
-        path = self.folder / f"choice-{choice.decision.epoch}.json"
+        path = self._choice_file(choice.decision.epoch)
         atomic_create(path, msgspec.json.encode(choice))
         chosen = self.choice(choice.decision.epoch)
         if chosen is None:
@@ -83,6 +83,16 @@ class Registry:
         return "no committed snapshot is left in memory"
 
     def choice(self, epoch: int) -> Choice | None:
-        with contextlib.suppress(OSError):
-            return msgspec.json.decode((self.folder / f"choice-{epoch}.json").read_bytes(), type=Choice)
+        """Return the choice of an epoch; None if there is none, or none that this version can read."""
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            return msgspec.json.decode(self._choice_file(epoch).read_bytes(), type=Choice)
         return None
+
+    def decided_at(self, epoch: int) -> float:
+        """Return when an epoch was decided, in seconds since 1970, or 0 if unknown."""
+        with contextlib.suppress(OSError):
+            return self._choice_file(epoch).stat().st_mtime
+        return 0.0
+
+    def _choice_file(self, epoch: int) -> Path:
+        return self.folder / f"choice-{epoch}.json"

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-from keepwarm.ft.arrays import Bytes as Bytes
+from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.errors import IncompleteError
 
 ITEM_SIZE = {

@@ -10,8 +10,9 @@ import msgspec
 import xxhash
 import zstandard
 
+from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.errors import DurableError
-from keepwarm.ft.format.contents import Bytes, as_bytes
+from keepwarm.ft.format.contents import as_bytes
 from keepwarm.ft.format.manifest import MANIFEST, Entry, Part, check_entry
 from keepwarm.ft.format.writer import Note
 

@@ -344,6 +344,8 @@ class Restored(Wire, frozen=True):
     text: Text = ""
 
 
+END_OF_JOB = "end of the job"
+"""Reason of a worker's `Farewell` that ends the agent once all have said so."""
 READ_STRIPE = 1_000_000
 """Stripe number of a `Part` that answers a `Read`: its index then counts from the start of the owner's data."""
 

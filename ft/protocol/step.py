@@ -13,7 +13,7 @@ be ignored, repeated or late, and `PeerConnected` repeats whatever still matters
 
 from dataclasses import replace
 
-from keepwarm.ft.protocol import coding as coding
+from keepwarm.ft.protocol import coding
 from keepwarm.ft.protocol.events import (  # fmt: skip
     BeginEpoch,
     BucketArrived,

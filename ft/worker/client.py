@@ -22,12 +22,13 @@ import xxhash
 
 from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.discovery import config as agent_config
-from keepwarm.ft.discovery.config import AgentConfig, AgentExit
+from keepwarm.ft.discovery.config import AGENT_MODULE, AgentConfig, AgentExit
 from keepwarm.ft.discovery.registry import AGENTS_FOLDER
 from keepwarm.ft.discovery.status import Status
 from keepwarm.ft.errors import AgentError, AuthenticationFailed, MemoryTooSmall
 from keepwarm.ft.memory.shared_memory import SharedBuffer
 from keepwarm.ft.protocol.messages import (  # fmt: skip
+    END_OF_JOB,
     READ_STRIPE,
     Attach,
     Attached,
@@ -56,7 +57,6 @@ from keepwarm.ft.transport.channel import Channel, decoder_of
 from keepwarm.ft.transport.link import Credentials, FarEnd, Link
 
 AGENT_START_TIMEOUT_S = 60.0
-END_OF_JOB = "end of the job"
 
 
 def ensure_agent(config: AgentConfig, deadline: float = AGENT_START_TIMEOUT_S) -> None:
@@ -91,7 +91,7 @@ def start_agent(config: AgentConfig) -> "tuple[subprocess.Popen[bytes], Path]":
     words = logs / f"agent-{config.slot}.err"
     with words.open("wb") as err:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "keepwarm.ft.agent", str(path)],
+            [sys.executable, "-P", "-m", AGENT_MODULE, str(path)],
             stdin=subprocess.DEVNULL, stdout=err, stderr=err, start_new_session=True, cwd="/",
         )  # fmt: skip
     _children[:] = [*(child for child in _children if child.poll() is None), process]

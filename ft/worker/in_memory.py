@@ -4,8 +4,6 @@ It starts the agent of each node, decides when a snapshot is due, takes it while
 trainer calls `maybe_snapshot` after a step, `join` before the next update, `restore` at startup and `close` at the end.
 """
 
-import contextlib
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from keepwarm.files import atomic_write
+from keepwarm.files import READABLE, atomic_write
 from keepwarm.ft.codec.kernel import AUTO
 from keepwarm.ft.discovery.config import AgentConfig, DurableConfig, GroupConfig, runtime_folder
 from keepwarm.ft.discovery.registry import AGENTS_FOLDER, TEMPLATE_FILE, Registry
@@ -43,7 +41,10 @@ class Deployment:
 
 
 class InMemoryCheckpointer:
-    """One rank's connection to its node's agent. All methods except `join`, `abandon` and properties are collective."""
+    """One rank's connection to its node's agent.
+
+    Every rank must construct it and call `maybe_snapshot`, `restore`, `begin_epoch` and `close`: these are collective.
+    """
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class InMemoryCheckpointer:
         if rest:
             raise PlacementError(f"{self._ranks.size} ranks do not fill nodes of {deployment.ranks_per_node} ranks")
         self._node, self._local = divmod(self._ranks.rank, deployment.ranks_per_node)
+        self._groups = groups_of(self._nodes, spec)
         self._secret = self._shared_secret()
         self._config = self._agent_config()
         self._start_agents()
@@ -87,9 +89,6 @@ class InMemoryCheckpointer:
     def _agent_config(self) -> AgentConfig:
         spec, deployment = self._spec, self._deployment
         run = run_identity(self._secret)
-        groups = groups_of(self._nodes, spec)
-        self.protected = all(group.protected for group in groups)
-        """False on a single node, where no other node can hold parity."""
         return AgentConfig(
             run=run,
             slot=self._node,
@@ -97,7 +96,7 @@ class InMemoryCheckpointer:
             folder=str(runtime_folder(run, self._node)),
             shared=str(deployment.folder),
             secret=str(deployment.folder / SECRET),
-            groups=tuple(GroupConfig(members=group.members, parity=group.m) for group in groups),
+            groups=tuple(GroupConfig(members=group.members, parity=group.m) for group in self._groups),
             state_bytes=self._state_bytes(),
             bucket_bytes=spec.bucket,
             rate=spec.bandwidth,
@@ -130,7 +129,7 @@ class InMemoryCheckpointer:
             raise failure or AgentError(f"rank {self._ranks.rank}: the agent of another node could not be started")
         if self._ranks.rank == 0:
             template = self._deployment.folder / AGENTS_FOLDER / TEMPLATE_FILE
-            atomic_write(template, msgspec.json.encode(self._config), mode=0o644)
+            atomic_write(template, msgspec.json.encode(self._config), mode=READABLE)
 
     def _attach(self) -> None:
         """Attach this rank to its node's agent. Return once all ranks of the node have attached."""
@@ -156,6 +155,11 @@ class InMemoryCheckpointer:
             bucket_bytes=self._config.bucket_bytes,
         )
 
+    @property
+    def protected(self) -> bool:
+        """Whether every group has parity; false on a single node, where no other node can hold any."""
+        return all(group.protected for group in self._groups)
+
     # ---- taking snapshots
 
     def maybe_snapshot(self, step: int, meta: Callable[[], bytes], step_seconds: float) -> None:
@@ -164,6 +168,10 @@ class InMemoryCheckpointer:
         `meta` returns the small state that, besides the shards, is needed to continue training; it is called only if a
         snapshot is due. `step_seconds` is the duration of the step. A failing snapshot does not raise: see
         `last_error`.
+
+        Raises:
+            ValueError: `meta` is larger than the room planned for it, 1 MiB.
+            FtError: the data restored at startup turns out to be damaged, as `join` finds.
         """
         self._interval = self._interval.measured(step=step_seconds)
         if step < self._next:
@@ -246,7 +254,7 @@ class InMemoryCheckpointer:
         self._client.restore(epoch, deadline=self._spec.commit_deadline)
         waited = time.perf_counter() - waited
         # The agents first verify what they hold and then choose. The decision file's timestamp tells when that was.
-        verified = min(max(0.0, self._chosen_at() - began), waited)
+        verified = min(max(0.0, self._registry.decided_at(self._client.epoch) - began), waited)
         fetched = time.perf_counter()
         restored = self._snapshotter.restore(epoch)
         self._agree(restored)
@@ -270,23 +278,12 @@ class InMemoryCheckpointer:
             what = restored if isinstance(restored, str) else f"step {restored.step} of epoch {restored.epoch}"
             raise AgentError(f"agents do not agree on what is restored, here: {what}")
 
-    def _choice(self) -> Path:
-        return self._registry.folder / f"choice-{self._client.epoch}.json"
-
-    def _chosen_at(self) -> float:
-        """Return when the current epoch was decided, in seconds since 1970, or 0 if unknown."""
-        with contextlib.suppress(OSError):
-            return self._choice().stat().st_mtime
-        return 0.0
-
     def decoded(self) -> int:
         """Return the bytes of chunks, data and parity on all nodes, that the current epoch's decision had decoded."""
-        found = 0
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            choice = json.loads(self._choice().read_bytes())
-            for _, order in choice.get("orders", ()):
-                found += len(order["targets"]) * max(order["counts"], default=0) * self._config.bucket_bytes
-        return found
+        choice = self._registry.choice(self._client.epoch)
+        orders = () if choice is None else choice.orders
+        buckets = sum(len(order.targets) * max(order.counts, default=0) for _, order in orders)
+        return buckets * self._config.bucket_bytes
 
     # ---- leaving
 

@@ -17,7 +17,7 @@ def branch_here(folder: Path, step: int, tokens: int, overrides: Sequence[str]) 
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     job = branched(folder, step, tokens, overrides)
-    (plan,) = plan_stages(job)
+    plan = plan_stages(job)[0]
     console.print(
         f"keepwarm: {job.name}: branches from {job.init_from}: {job.stages[0].tokens:,} tokens, "
         f"learning rate {plan.curve.at(0):g} to {plan.curve.at(plan.steps):g}"

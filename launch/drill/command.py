@@ -119,7 +119,7 @@ def run(options: Options) -> None:
     job = load_job(options.job, options.overrides or [])
     check_job(job)
     plan = _plan(options, job)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the run as well
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(ExitCode.INTERRUPTED))  # ends the run as well
     result = campaign.run(
         plan, fresh=options.fresh, say=lambda text: print(f"drill: {text}", file=sys.stderr, flush=True)
     )

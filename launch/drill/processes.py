@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from keepwarm.ft.discovery.config import AGENT_MODULE
 from keepwarm.launch.errors import DrillError
 from keepwarm.launch.local.ranks import read_pids
 from keepwarm.launch.node import record as node_record
@@ -103,7 +104,7 @@ class Processes:
         recorded = [record.agent for record in self.records if record.slot == slot and record.agent in self.all]
         if recorded:
             return [self.all[pid] for pid in recorded[-1:] if pid is not None]
-        agents = [found for found in self.all.values() if _module(found) == "keepwarm.ft.agent.agent"]
+        agents = [found for found in self.all.values() if _module(found) == AGENT_MODULE]
         found = [agent for agent in agents if _slot_of(agent) == slot]
         return self._or_raise(found, f"snapshot agent of node {slot}")
 

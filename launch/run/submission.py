@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from keepwarm.files import atomic_write
+from keepwarm.files import READABLE, atomic_write
 
 RECORD_FILE = "submission.json"
 
@@ -28,7 +28,7 @@ class Submission:
 
     def write(self, folder: Path) -> None:
         """Replace the record of a run folder. Raises OSError."""
-        atomic_write(folder / RECORD_FILE, (json.dumps(asdict(self)) + "\n").encode(), mode=0o644)
+        atomic_write(folder / RECORD_FILE, (json.dumps(asdict(self)) + "\n").encode(), mode=READABLE)
 
 
 def read_submission(folder: Path) -> Submission | None:

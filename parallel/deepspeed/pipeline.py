@@ -73,7 +73,7 @@ class Stages(PipelineModule):  # type: ignore[misc]
         return self._tied
 
     def _objective(self, table: torch.Tensor, _targets: torch.Tensor) -> torch.Tensor:
-        return self._losses.add_table(table) * self.micro_batches
+        return self._losses.add_table(table, self.micro_batches)
 
 
 class Pipeline:

@@ -287,7 +287,7 @@ def test_slurm_node_with_repeated_failures_is_excluded(cluster: SlurmCluster, fo
         await_that(lambda: len(happened(run, "began")) == start, f"start {start}", 300)  # noqa: B023
         reached = step_of(run) + 3
         await_that(lambda: step_of(run) >= reached, "three more steps", 300)  # noqa: B023
-        assert cluster.on("node1", "pkill", "-KILL", "-f", "m trainer").returncode == 0
+        assert cluster.on("node1", "pkill", "-KILL", "-f", "m keepwarm.trainer").returncode == 0
     assert cluster.await_end(job, 600) == "COMPLETED", words(run)
     (left_out,) = happened(run, "node_excluded")
     assert (left_out["host"], left_out["why"]) == ("node1", "ended 2 starts")

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 import xxhash
 
+from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.errors import FtError
 from keepwarm.ft.format import publication
-from keepwarm.ft.format.contents import Bytes, Move, Piece, move_bytes, plan
+from keepwarm.ft.format.contents import Move, Piece, move_bytes, plan
 from keepwarm.ft.format.manifest import Entry, Manifest, Part
 from keepwarm.ft.format.writer import write_part
 from keepwarm.ft.worker.snapshotter import DTYPES, piece_of

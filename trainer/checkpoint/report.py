@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.errors import FtError
 from keepwarm.ft.format import publication
-from keepwarm.ft.format.contents import ITEM_SIZE, Bytes
+from keepwarm.ft.format.contents import ITEM_SIZE
 from keepwarm.ft.format.manifest import MANIFEST
 from keepwarm.trainer.convert.dtypes import as_float32
 from keepwarm.trainer.convert.huggingface.importer import FILES, file_sum

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
+from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.errors import DurableError
-from keepwarm.ft.format.contents import Bytes
 from keepwarm.ft.format.manifest import CHUNK, MANIFEST, Entry, Part, decode_manifest
 from keepwarm.ft.format.reader import expand
 from keepwarm.trainer.job.url import is_url

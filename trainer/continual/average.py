@@ -12,9 +12,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.errors import FtError
 from keepwarm.ft.format import publication
-from keepwarm.ft.format.contents import ITEM_SIZE, Bytes, Piece
+from keepwarm.ft.format.contents import ITEM_SIZE, Piece
 from keepwarm.ft.format.writer import write_part_blocks
 from keepwarm.trainer.convert.dtypes import NAMES, as_float32, cast
 from keepwarm.trainer.convert.huggingface.exporter import model_spec_of

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from keepwarm.ft.format.contents import Bytes
+from keepwarm.ft.arrays import Bytes
 from keepwarm.trainer.errors import CheckpointError
 
 NAMES: Mapping[str, str] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.errors import FtError
 from keepwarm.ft.format import publication
-from keepwarm.ft.format.contents import ITEM_SIZE, Bytes, Piece, move_bytes, plan
+from keepwarm.ft.format.contents import ITEM_SIZE, Piece, move_bytes, plan
 from keepwarm.ft.format.manifest import MANIFEST, Entry, Part, read_manifest
 from keepwarm.ft.format.reader import read_part
 from keepwarm.trainer.convert.safetensors_file import read_exactly

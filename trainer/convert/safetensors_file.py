@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keepwarm.ft.format.contents import ITEM_SIZE, Bytes
+from keepwarm.ft.arrays import Bytes
+from keepwarm.ft.format.contents import ITEM_SIZE
 from keepwarm.ft.format.writer import begin_writeback
 from keepwarm.trainer.errors import CheckpointError
 

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from keepwarm.ft.format.contents import ITEM_SIZE, Bytes
+from keepwarm.ft.arrays import Bytes
+from keepwarm.ft.format.contents import ITEM_SIZE
 from keepwarm.trainer.convert.dtypes import cast
 from keepwarm.trainer.convert.recipes import Recipe
 

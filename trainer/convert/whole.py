@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from keepwarm.ft.format.contents import Bytes
+from keepwarm.ft.arrays import Bytes
 
 KEPT = 6
 """Units to keep: one layer's queries, keys and values with biases come from three tensors or from one."""

@@ -76,7 +76,7 @@ class TokenFile:
         return self.read(start, end - start)
 
     def starts_between(self, start: int, end: int) -> Ints:
-        """Return the tokens in `[start, end)` that begin a document, ascending; prefixes by binary search."""
+        """Return the tokens in `[start, end)` that begin a document, ascending; found by binary search."""
         first, last = self._bisect(start), self._bisect(end)
         return self._starts(np.arange(first, last))
 
@@ -156,7 +156,7 @@ def _read_sidecar(path: Path, content: str) -> Sidecar | None:
         return None
     if sidecar.content != content:
         raise DataError(
-            f"{path}: does not match the .bin and .idx next to it; one of them was replaced:"
+            f"{path}: does not match the .bin and .idx next to it; one of them was replaced: "
             "tokenize again, or delete this file if it is the stale one"
         )
     return sidecar

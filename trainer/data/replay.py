@@ -142,8 +142,8 @@ def pools_of(
             raise SpecError(f"{where}: from: {name!r} is both a stage and a source; rename one of them")
         if name not in stages and name not in names:
             raise SpecError(
-                f"{where}: from: {name!r} is neither an earlier stage ({', '.join(sorted(stages)) or 'there are none'})"
-                f"nor a source ({', '.join(sorted(names))})"
+                f"{where}: from: {name!r} is neither an earlier stage "
+                f"({', '.join(sorted(stages)) or 'there are none'}) nor a source ({', '.join(sorted(names))})"
             )
     wanted = {identity for name in origins for identity in names.get(name, ())}
     pools = []

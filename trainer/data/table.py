@@ -39,7 +39,7 @@ def quantise(mixture: Mapping[str, float], units_in_all: int = UNITS) -> dict[st
     for name in names:
         if exact[name] < 1:
             raise SpecError(
-                f"mixture.{name} is {float(exact[name] / UNITS):.2e} of the total, below the smallest share"
+                f"mixture.{name} is {float(exact[name] / UNITS):.2e} of the total, below the smallest share "
                 f"of 1/{UNITS:,} = {1 / UNITS:.2e}; raise it or remove the source"
             )
     units = {name: int(exact[name]) for name in names}

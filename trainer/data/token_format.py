@@ -7,6 +7,7 @@ sequence lengths, int64 byte offsets into `.bin`, and int64 document boundaries 
 """
 
 import struct
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ class TokenFileWriter:
     """Write a token file document by document, with the bytes that Megatron Core's builder writes.
 
     A context manager that closes `.bin`; `finish` writes `.idx` and makes the file readable. The lengths of all
-    sequences stay in memory until then, 8 bytes each.
+    sequences and the ends of all documents stay in memory until then, 8 bytes each.
 
     Raises:
         OSError: the file cannot be written.
@@ -112,8 +113,8 @@ class TokenFileWriter:
         """`dtype`: one of `DTYPES`; KeyError for any other."""
         self._dtype = np.dtype(dtype)
         self._code = CODES[self._dtype]
-        self._lengths: list[int] = []
-        self._boundaries = [0]
+        self._lengths = array("q")
+        self._boundaries = array("q", [0])
         self._stream = bin_path.open("wb")
 
     def __enter__(self) -> Self:

@@ -141,7 +141,7 @@ class HealthCheck(Callback):
             run.console.warn(f"iteration {step} skipped on {ranks}: {seen}")
         else:
             raise TrainingStopped(
-                f"{health.skipped_in_a_row} consecutive steps were not finite (health.max_skipped), the last one"
-                f"iteration {step} on {ranks}: {seen}; check the data and the learning rate of these steps in"
+                f"{health.skipped_in_a_row} consecutive steps were not finite (health.max_skipped), the last one "
+                f"iteration {step} on {ranks}: {seen}; check the data and the learning rate of these steps in "
                 "metrics.jsonl"
             )

@@ -1,4 +1,6 @@
-"""Transcripts of one agent: what happens (`>`) and what it does about it (indented), in tests/scenarios/*.txt.
+"""Transcripts of one agent: what happens (`>`), what it does about it (indented).
+
+They lie in tests/ft/protocol/scenarios/*.txt.
 
 `KEEPWARM_REWRITE=1 pytest tests/ft/protocol/test_scenarios.py` rewrites them; read the difference.
 """

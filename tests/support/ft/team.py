@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from keepwarm.ft.agent.agent import Agent
+from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.discovery.config import AgentConfig, GroupConfig
-from keepwarm.ft.format.contents import Bytes
 from keepwarm.ft.memory.shared_memory import bucket_sums
 from keepwarm.ft.protocol import events
 from keepwarm.ft.protocol.messages import SnapshotId

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import xxhash
 
-from keepwarm.ft.format.contents import Bytes
+from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.format.manifest import MANIFEST
 from keepwarm.trainer.convert.dcp.writer import write_dcp
 from keepwarm.trainer.convert.dialects import COMMON, DIALECTS, MODEL, MOMENTS, STEP, Chunk, Theirs, sections

@@ -17,8 +17,9 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint import planner as dcp_planner
 from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 
+from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.errors import FtError
-from keepwarm.ft.format.contents import ITEM_SIZE, Bytes, Piece, move_bytes, plan
+from keepwarm.ft.format.contents import ITEM_SIZE, Piece, move_bytes, plan
 from keepwarm.ft.worker.snapshotter import DTYPES
 from keepwarm.trainer.errors import CheckpointError
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from keepwarm.ft.format.contents import ITEM_SIZE, Bytes
+from keepwarm.ft.arrays import Bytes
+from keepwarm.ft.format.contents import ITEM_SIZE
 from keepwarm.ft.worker.snapshotter import DTYPES
 from keepwarm.trainer.convert.dialects import MOMENTS, Dialect, whole
 from keepwarm.trainer.convert.recipes import into_canonical, into_huggingface

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from keepwarm.ft.format.contents import Bytes
+from keepwarm.ft.arrays import Bytes
 from keepwarm.trainer.convert.dtypes import NAMES
 from keepwarm.trainer.convert.safetensors_file import Stored, read_exactly, read_tensors, strict_json
 from keepwarm.trainer.errors import CheckpointError

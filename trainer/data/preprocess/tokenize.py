@@ -79,7 +79,7 @@ def tokenize(
         raise OutputError(f"{where}: cannot write: {error.strerror or error}") from None
     except BrokenProcessPool:
         raise UnrecoverableFault(
-            "a tokenizing process was killed, perhaps for lack of memory; run the same command again to continue,"
+            "a tokenizing process was killed, perhaps for lack of memory; run the same command again to continue, "
             "with fewer --processes if need be"
         ) from None
 
