@@ -108,7 +108,7 @@ class Plan:
     def rate_at(self, step: int) -> float:
         """Return the learning rate of a step counted from the start of the job."""
         stage = next(stage for stage in self.stages if step < stage.end_step)
-        return stage.curve.at(step - stage.start_step)
+        return stage.rate_at(step)
 
     def micro_batches(self, stage: StagePlan) -> tuple[int, int]:
         """Return the micro-batches per step and data-parallel rank in the first and last step of a stage."""

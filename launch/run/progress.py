@@ -6,7 +6,7 @@ from pathlib import Path
 
 from keepwarm.trainer.job.files import load_run
 from keepwarm.trainer.job.run_folder import RunFolder
-from keepwarm.trainer.job.stages import plan_stages
+from keepwarm.trainer.monitor.resolved_stages import resolved_stages
 
 RECENT_STEPS = 20
 """Number of recent steps whose median time gives the speed."""
@@ -28,7 +28,7 @@ def progress(folder: Path) -> Progress:
     """Read the progress of a run from the end of its metrics. Raises SpecError if there is no run in the folder."""
     job = load_run(RunFolder(folder).run_file)
     steps = [record for record in RunFolder(folder).recent_metrics() if "loss" in record][-RECENT_STEPS:]
-    last_step = plan_stages(job)[-1].end_step
+    last_step = resolved_stages(folder, job)[-1].end_step
     if not steps:
         return Progress(step=0, last_step=last_step, loss=None, tokens_per_s=None, eta_s=None)
     seconds = statistics.median(record["step_time_s"] for record in steps)

@@ -19,8 +19,8 @@ from keepwarm.launch.slurm.script import node_step, rank_step
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.job.files import load_run
 from keepwarm.trainer.job.run_folder import RunFolder
-from keepwarm.trainer.job.stages import plan_stages
 from keepwarm.trainer.monitor import events
+from keepwarm.trainer.monitor.resolved_stages import resolved_stages
 
 REQUEUE_GRACE_S = 60.0
 """Seconds to wait for SLURM to end this process after requeueing the job."""
@@ -69,7 +69,7 @@ def run_job(folder: Path) -> int:
         begun = RunFolder(folder).last_step()
         restarts = max(requeues + attempts, 1 if begun else 0)
         code, guilty = here.run(_step(here, nodes, resume=resume, begun=begun > 0, restarts=restarts), restarts)
-        if code and RunFolder(folder).last_step() >= plan_stages(job)[-1].end_step and _finished(folder):
+        if code and RunFolder(folder).last_step() >= resolved_stages(folder, job)[-1].end_step and _finished(folder):
             code = ExitCode.DONE  # the nonzero code came from a node lost during the run
         attempts += 1
         failures = 1 if RunFolder(folder).last_step() > begun else failures + 1

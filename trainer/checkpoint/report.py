@@ -15,6 +15,7 @@ from keepwarm.ft.format.manifest import MANIFEST
 from keepwarm.trainer.convert.dtypes import as_float32
 from keepwarm.trainer.convert.huggingface.importer import FILES, file_sum
 from keepwarm.trainer.convert.native import NativeCheckpoint, find_checkpoint
+from keepwarm.trainer.data.ledger import Ledger
 from keepwarm.trainer.errors import CheckpointError
 
 Progress = Callable[[int, int], object]
@@ -134,12 +135,13 @@ def _values(block: Bytes, dtype: str) -> npt.NDArray[np.float64]:
 
 def _ledger(saved: Any) -> dict[str, Any] | None:
     """Return the number of samples that each source has given, by its name in the job."""
-    if not isinstance(saved, dict):
+    if saved is None:
         return None
-    names = {identity: origin["name"] for identity, origin in saved.get("sources", {}).items()}
+    ledger = Ledger.load(saved)
+    labels = ledger.labels()
     return {
-        "seed": saved.get("seed"),
-        "position": saved.get("position"),
-        "segments": len(saved.get("segments", ())),
-        "given": {names.get(source, source): given["consumed"] for source, given in saved.get("given", {}).items()},
+        "seed": ledger.seed,
+        "position": ledger.position,
+        "segments": len(ledger.segments),
+        "given": {labels[identity]: given.consumed for identity, given in ledger.given().items()},
     }

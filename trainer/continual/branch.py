@@ -13,9 +13,11 @@ from typing import Any
 from keepwarm.ft.errors import FtError
 from keepwarm.ft.format import publication
 from keepwarm.ft.format.manifest import MANIFEST, read_manifest
+from keepwarm.trainer.data.ledger import Ledger
 from keepwarm.trainer.errors import CheckpointError, OutputError, SpecError
 from keepwarm.trainer.job.curve import AnnealableCurve, annealable, load_curve
 from keepwarm.trainer.job.files import load_job, load_run
+from keepwarm.trainer.job.position import position_at, stage_records
 from keepwarm.trainer.job.run_folder import RUN_FILE, RunFolder
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.job.stages import StagePlan, global_size_at, plan_stages
@@ -85,24 +87,26 @@ def branch_point(folder: Path, job: JobSpec, step: int) -> BranchPoint:
         meta = read_manifest(path).meta
     except FtError as error:
         raise CheckpointError(str(error)) from error
-    plan = next((plan for plan in plan_stages(job) if plan.start_step < step <= plan.end_step), None)
     try:
-        curve = None if plan is None else load_curve(meta["run"]["curves"][plan.index])
-        position = int(meta["ledger"]["position"])
+        ledger = Ledger.load(meta["ledger"])
+        records = stage_records(meta["run"], ledger)
+        curve = load_curve(meta["run"]["curves"][len(records) - 1]) if records else None
     except (KeyError, IndexError, TypeError) as error:
         raise CheckpointError(f"{path}: lacks the curves or the ledger of a run") from error
-    if plan is None or curve is None:
+    if curve is None or [stage.name for stage in job.stages[: len(records)]] != [record.name for record in records]:
         raise SpecError(f"--at {step}: lies in no stage of {folder}")
+    plan = plan_stages(job, position_at(step, records, ledger))[len(records) - 1]
+    begin = records[-1].curve_step
     phase = curve.constant_phase if isinstance(curve, AnnealableCurve) else range(0)
-    if not isinstance(curve, AnnealableCurve) or step - plan.start_step not in phase:
-        first, last = (plan.start_step + at for at in (phase.start, phase.stop - 1))
+    if not isinstance(curve, AnnealableCurve) or step - begin not in phase:
+        first, last = (begin + at for at in (phase.start, phase.stop - 1))
         where = (
             f"its rate is constant after steps {first} to {last}"
             if phase
             else f"schedule {curve.kind} has none here; {', '.join(annealable())} may have one"
         )
         raise SpecError(f"--at {step}: lies outside the constant phase of stages.{plan.name}: {where}")
-    return BranchPoint(path=path, step=step, plan=plan, curve=curve, position=position)
+    return BranchPoint(path=path, step=step, plan=plan, curve=curve, position=ledger.position)
 
 
 def _stage(parent: JobSpec, point: BranchPoint, tokens: int) -> dict[str, Any]:

@@ -38,6 +38,7 @@ LISTED = (
     events.SnapshotFailed,
     events.Gate,
     events.LrChanged,
+    events.DataChanged,
     events.Hang,
     events.Straggler,
 )

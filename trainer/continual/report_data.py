@@ -21,10 +21,11 @@ from keepwarm.trainer.errors import OutputError
 from keepwarm.trainer.job.files import load_run
 from keepwarm.trainer.job.run_folder import RUN_FILE, RunFolder
 from keepwarm.trainer.job.spec import JobSpec
-from keepwarm.trainer.job.stages import StagePlan, plan_stages
+from keepwarm.trainer.job.stages import StagePlan
 from keepwarm.trainer.monitor import events
 from keepwarm.trainer.monitor.events import Event
 from keepwarm.trainer.monitor.goodput import of_run
+from keepwarm.trainer.monitor.resolved_stages import resolved_stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +137,7 @@ def gather(folder: Path) -> RunReport:
     return RunReport(
         folder=folder,
         job=job,
-        plans=plan_stages(job),
+        plans=resolved_stages(folder, job),
         steps=[line for line in lines if "loss" in line],
         evaluations={line["step"]: line["eval"] for line in lines if "eval" in line},
         events=events.read(folder).events,
@@ -167,7 +168,7 @@ def _of_stage(ledger: Ledger, stage: str, start: int, end: int) -> list[Drawn]:
 
 def _label(ledger: Ledger, segment: Segment, share: Share | ReplayShare) -> str:
     if isinstance(share, Share):
-        return ledger.sources[share.source].name
+        return ledger.labels()[share.source]
     replay = ledger.replays[share.replay]
     law = replay.law if replay.law == "uniform" else f"power {replay.exponent:g}"
     return f"replay of {', '.join(dict.fromkeys(pool.stage for pool in replay.pools))} ({law})"

@@ -7,6 +7,7 @@ stage can draw exactly the seen samples again. Torch-free.
 """
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -292,6 +293,24 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             source: Given(consumed=sum(end - start for start, end in ranges), ranges=ranges)
             for source, ranges in seen.items()
         }
+
+    def labels(self) -> dict[str, str]:
+        """Return, by identity, the job's name of each source; content and length are added where a name has several."""
+        names = Counter(origin.name for origin in self.sources.values())
+        return {
+            identity: origin.name
+            if names[origin.name] == 1
+            else f"{origin.name} (content {content_of(identity)}, {length_of(identity)} tokens)"
+            for identity, origin in self.sources.items()
+        }
+
+    def tokens_between(self, start: int, end: int) -> int:
+        """Return the number of tokens in the samples at positions `start` to `end`, including replayed ones."""
+        ends = [*(segment.start for segment in self.segments[1:]), end]
+        return sum(
+            max(0, min(end, stop) - max(start, segment.start)) * segment.sequence_length
+            for segment, stop in zip(self.segments, ends, strict=False)
+        )
 
     def epochs(self, position: int | None = None) -> dict[str, float]:
         """Return, by identity, the number of passes over each source's samples; above 1 they repeat."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from keepwarm.trainer.data.replay import Run
+from keepwarm.trainer.data.replay import Run, length_of
 from keepwarm.trainer.data.table import Table, table
 
 Ranges = tuple[tuple[int, int], ...]
@@ -46,6 +46,11 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def table(self) -> Table:
         """The order in which the shares take turns."""
         return table(tuple(share.units for share in self.all_shares))
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens in each of its samples."""
+        return length_of(self.shares[0].source)
 
     @property
     def all_shares(self) -> tuple[Share | ReplayShare, ...]:

@@ -1,10 +1,11 @@
 """The plan of a job: batch-size ramp, and steps and tokens of every stage. Pure and torch-free."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from keepwarm.trainer.job.curve import Curve
+from keepwarm.trainer.job.position import START, BegunStage, Position
 from keepwarm.trainer.job.sections import BatchSpec, MixtureRamp, StageSpec
 from keepwarm.trainer.job.spec import JobSpec
 
@@ -22,6 +23,9 @@ class StagePlan:
     sequence_length: int
     tokens: int
     curve: Curve
+    curve_step: int
+    """Step of the run at which step 0 of the curve lies: `start_step`, unless the run continued with another batch,
+    sequence length or budget within the stage."""
     mixtures: tuple[tuple[int, Mapping[str, float]], ...]
     """Mixtures, each with the sample of the stage (from 0) at which it takes effect; the first one at 0."""
 
@@ -32,6 +36,10 @@ class StagePlan:
     @property
     def end_sample(self) -> int:
         return self.start_sample + self.samples
+
+    def rate_at(self, step: int) -> float:
+        """Return the learning rate of a step, counted from the start of the job."""
+        return self.curve.at(step - self.curve_step)
 
 
 def global_size_at(batch: BatchSpec, consumed: int) -> int:
@@ -56,30 +64,75 @@ def steps_for(batch: BatchSpec, consumed: int, samples: int) -> tuple[int, int]:
     return steps, taken
 
 
-def plan_stages(job: JobSpec) -> tuple[StagePlan, ...]:
-    """Return every stage of the job in order; token budgets are rounded up to whole steps."""
-    plans: list[StagePlan] = []
-    step = consumed = 0
-    for index, stage in enumerate(job.stages):
-        length = stage.sequence_length or job.data.sequence_length
-        wanted = -(-stage.tokens // length)
-        steps, samples = steps_for(job.batch, consumed, wanted)
-        plans.append(
-            StagePlan(
-                index=index,
-                name=stage.name,
-                start_step=step,
-                steps=steps,
-                start_sample=consumed,
-                samples=samples,
-                sequence_length=length,
-                tokens=samples * length,
-                curve=stage.lr.curve(steps),
-                mixtures=mixtures(stage, samples),
-            )
-        )
-        step, consumed = step + steps, consumed + samples
+def plan_stages(job: JobSpec, position: Position = START) -> tuple[StagePlan, ...]:
+    """Return every stage of the job in order; token budgets are rounded up to whole steps.
+
+    Stages that the run has left keep their boundaries. The stage in progress has the rest of its budget ahead, in
+    steps of the job's present batch and sequence length, and its curve and mixtures continue at the fraction of the
+    budget that was consumed. The stages of `position` must be the first ones of the job.
+    """
+    begun, plans = position.stages, []
+    for index, stage in enumerate(begun[:-1]):
+        plans.append(_left(job, index, stage, begun[index + 1]))
+    step, consumed = position.step, position.samples
+    for index in range(len(plans), len(job.stages)):
+        fresh = BegunStage(name=job.stages[index].name, start_step=step, start_sample=consumed, tokens=0)
+        plans.append(_ahead(job, index, begun[index] if index < len(begun) else fresh, step, consumed))
+        step, consumed = plans[-1].end_step, plans[-1].end_sample
     return tuple(plans)
+
+
+def _left(job: JobSpec, index: int, stage: BegunStage, following: BegunStage) -> StagePlan:
+    spec, steps = job.stages[index], following.start_step - stage.start_step
+    samples = following.start_sample - stage.start_sample
+    return StagePlan(
+        index=index,
+        name=stage.name,
+        start_step=stage.start_step,
+        steps=steps,
+        start_sample=stage.start_sample,
+        samples=samples,
+        sequence_length=stage.tokens // samples,
+        tokens=stage.tokens,
+        curve=spec.lr.curve(steps),
+        curve_step=stage.start_step,
+        mixtures=mixtures(spec, samples),
+    )
+
+
+def _ahead(job: JobSpec, index: int, stage: BegunStage, step: int, consumed: int) -> StagePlan:
+    """Return the plan of a stage that the run is in or will begin, at `step` completed steps and `consumed` samples.
+
+    The stage is laid out twice: as a whole, as if it had always been trained as the job now says, and from here on.
+    Both end at the same point, which places curve and mixtures so that they continue at the consumed fraction.
+    """
+    spec = job.stages[index]
+    length = spec.sequence_length or job.data.sequence_length
+    whole_steps, whole_samples = steps_for(job.batch, stage.start_sample, -(-spec.tokens // length))
+    steps, samples = steps_for(job.batch, consumed, -(-max(0, spec.tokens - stage.tokens) // length))
+    end_step, end_sample = step + steps, consumed + samples
+    return StagePlan(
+        index=index,
+        name=stage.name,
+        start_step=stage.start_step,
+        steps=end_step - stage.start_step,
+        start_sample=stage.start_sample,
+        samples=end_sample - stage.start_sample,
+        sequence_length=length,
+        tokens=stage.tokens + samples * length,
+        curve=spec.lr.curve(whole_steps),
+        curve_step=end_step - whole_steps,
+        mixtures=_moved(mixtures(spec, whole_samples), end_sample - whole_samples - stage.start_sample),
+    )
+
+
+def _moved(
+    changes: Sequence[tuple[int, Mapping[str, float]]], samples: int
+) -> tuple[tuple[int, Mapping[str, float]], ...]:
+    """Return the changes of mixture moved by `samples`, with the mixture in force at the start of the stage at 0."""
+    before = [index for index, (first, _) in enumerate(changes) if first + samples <= 0]
+    kept = changes[before[-1] if before else 0 :]
+    return ((0, kept[0][1]), *((first + samples, mixture) for first, mixture in kept[1:]))
 
 
 def mixtures(stage: StageSpec, samples: int) -> tuple[tuple[int, Mapping[str, float]], ...]:

@@ -1,6 +1,6 @@
 """Composition root: the only module that combines parts of `trainer`, `parallel` and `ft` into a run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.job.stages import StagePlan, global_size_at, plan_stages
 from keepwarm.trainer.loop.callback import Callback, Callbacks, Run, registered_callbacks
+from keepwarm.trainer.loop.continuation import Change, adopt_curves, adopt_data, check_continues
 from keepwarm.trainer.loop.durable_saver import DurableSaver
 from keepwarm.trainer.loop.evaluation import Evaluation, Evaluator
 from keepwarm.trainer.loop.init_from import adopt
@@ -63,7 +64,6 @@ def assemble(
     """
     registered = registered_callbacks(job.callbacks)
     folder = Path(job.output)
-    plans = plan_stages(job)
     parts = _stateful_parts(job, world, model, data)
     root = RunFolder(folder).checkpoints
     checkpoints = Checkpoints(root, job.checkpoint, world, run=job.name, layout=layout_hash(job))
@@ -71,12 +71,12 @@ def assemble(
         checkpoints.sweep()
     memory = MemoryTier() if job.snapshot == "off" else Snapshots(job, world, parts.shards(), parts.random)
     beginning = begin(start, parts.shards(), checkpoints, memory, world)
-    state = _first_state(job, plans, parts, beginning)
+    state = _first_state(job, parts, beginning, data)
     if beginning.meta is None and job.init_from is not None:
         _begin_with_parent(job, world, model, parts, state, data.tokenizer)
     _begin_averages(parts, beginning)
-    state.tokenizer = data.tokenizer
-    changes = state.adopt_curves(plans)
+    plans = plan_stages(job, state.position(parts.loader.ledger))
+    changes: list[Change] = [*adopt_data(state, parts.loader.ledger, data), *adopt_curves(state, plans, job.stages)]
     checkpoints.epoch = memory.epoch
     _open_segments(job, plans, parts.loader)
     watchdog = Watchdog(job.health, folder, rank=world.rank, size=world.size, restart=world.restarts)
@@ -149,14 +149,16 @@ def _stateful_parts(job: JobSpec, world: World, model: ModelParts, data: Prepare
     )
 
 
-def _first_state(job: JobSpec, plans: Sequence[StagePlan], parts: _Parts, beginning: Beginning) -> RunState:
+def _first_state(job: JobSpec, parts: _Parts, beginning: Beginning, data: PreparedData) -> RunState:
     """Continue from the state restored into the shards, or start at step 0."""
     if beginning.meta is None:
-        return RunState(step=0, curves=[plan.curve for plan in plans], health=Health(spec=job.health))
+        return RunState(step=0, curves=[], health=Health(spec=job.health), seed=job.seed)
     parts.engine.restored()
     parts.random.restored()
     parts.loader.restore(beginning.meta["ledger"])
-    return RunState.load(beginning.meta["run"], job.health)
+    state = RunState.load(beginning.meta["run"], job.health, parts.loader.ledger)
+    check_continues(job, state, parts.loader.ledger, data.tokenizer)
+    return state
 
 
 def _begin_with_parent(

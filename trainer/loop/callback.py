@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from keepwarm.parallel.engine import Engine, StepResult
     from keepwarm.trainer.data.loader import BatchLoader
     from keepwarm.trainer.distributed.world import World
+    from keepwarm.trainer.job.position import Position
     from keepwarm.trainer.job.spec import JobSpec
     from keepwarm.trainer.job.stages import StagePlan
     from keepwarm.trainer.loop.run_state import RunState
@@ -79,6 +80,11 @@ class Run:
     def stage_at(self, step: int) -> StagePlan:
         """Return the stage that contains step `step`, counted from 0."""
         return next(plan for plan in self.plans if step < plan.end_step)
+
+    @property
+    def position(self) -> Position:
+        """How far the run has come."""
+        return self.state.position(self.loader.ledger)
 
     def request_stop(self, reason: str) -> None:
         """Stop training (exit code 3) after this step, with its state saved. All ranks must call this."""

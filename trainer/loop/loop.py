@@ -5,7 +5,7 @@ import time
 import torch
 
 from keepwarm.trainer.errors import TrainingStopped
-from keepwarm.trainer.job.stages import global_size_at
+from keepwarm.trainer.job.stages import StagePlan, global_size_at
 from keepwarm.trainer.loop.callback import Run, StepDone
 from keepwarm.trainer.loop.interrupt import Interrupt
 from keepwarm.trainer.monitor import events
@@ -45,9 +45,9 @@ def _check_stop(run: Run) -> None:
 def _step(run: Run) -> None:
     state, plan = run.state, run.stage_at(run.state.step)
     run.callbacks.before_step(run)
-    if state.step == plan.start_step and run.job.stages[plan.index].optimizer_state == "reset":
-        _reset_optimizer(run)
-    lr = state.curves[plan.index].at(state.step - plan.start_step)
+    if plan.index == len(state.stages):
+        _begin_stage(run, plan)
+    lr = state.curves[plan.index].at(state.step - plan.curve_step)
     samples = global_size_at(run.job.batch, run.loader.consumed)
     began = time.perf_counter()
     batch = run.loader.next_batch()
@@ -55,6 +55,13 @@ def _step(run: Run) -> None:
     seconds = time.perf_counter() - began
     state.step += 1
     run.callbacks.after_step(run, StepDone(plan=plan, result=result, lr=lr, samples=samples, seconds=seconds))
+
+
+def _begin_stage(run: Run, plan: StagePlan) -> None:
+    spec = run.job.stages[plan.index]
+    run.state.begin_stage(plan, spec)
+    if spec.optimizer_state == "reset":
+        _reset_optimizer(run)
 
 
 def _reset_optimizer(run: Run) -> None:

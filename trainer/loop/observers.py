@@ -7,6 +7,7 @@ from keepwarm.parallel.loss import MAIN
 from keepwarm.trainer.errors import TrainingStopped
 from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.loop.callback import Callback, Ending, Run, StepDone
+from keepwarm.trainer.loop.continuation import Change
 from keepwarm.trainer.loop.restore import Beginning
 from keepwarm.trainer.monitor import events
 from keepwarm.trainer.monitor.console import LogLine
@@ -19,7 +20,7 @@ from keepwarm.trainer.monitor.watchdog import Watchdog
 class Opening(Callback):
     """Reports the origin of a run: its parent, changes on continuation, restored state."""
 
-    def __init__(self, beginning: Beginning, changes: Sequence[str]) -> None:
+    def __init__(self, beginning: Beginning, changes: Sequence[Change]) -> None:
         super().__init__()
         self._beginning = beginning
         self._changes = changes
@@ -30,13 +31,14 @@ class Opening(Callback):
             run.metrics.event(events.Parent(**state.parent))
             run.console.parent(state.parent)
         for change in self._changes:
-            run.metrics.event(events.LrChanged(step=state.step, change=change))
-            run.console.changed(change)
+            run.metrics.event(change)
+            run.console.changed(change.change)
         for replay in run.loader.ledger.replays:
             if not replay.known:
                 run.console.stand_in(replay.stage, replay.pools[0].stage)
         axes = (layout.data, layout.pipeline, layout.tensor)
-        run.metrics.event(events.TrainingStarted(step=state.step, ranks=run.world.size, layout=axes))
+        started = events.TrainingStarted(step=state.step, ranks=run.world.size, layout=axes, position=run.position)
+        run.metrics.event(started)
         run.metrics.event(events.Began(source=beginning.source, step=beginning.step, reason=beginning.reason))
         if beginning.source != "nothing":
             run.console.continues(beginning.step, beginning.source, beginning.reason)

@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
+from keepwarm.trainer.job.position import START, Position
 from keepwarm.trainer.job.run_folder import RunFolder
 
 PHASES = ("detect", "rendezvous", "start", "fetch", "decode", "verify", "resume")
@@ -38,11 +39,15 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag=_s
 
 
 class TrainingStarted(Event, frozen=True, kw_only=True):
-    """All ranks have joined and training begins after `step` steps; `layout` is data, pipeline, tensor."""
+    """All ranks have joined and training begins after `step` steps; `layout` is data, pipeline, tensor.
+
+    `position` has the samples consumed until then, and the stages that have begun.
+    """
 
     step: int
     ranks: int
     layout: tuple[int, int, int]
+    position: Position = START
 
 
 class Began(Event, frozen=True, kw_only=True):
@@ -78,6 +83,13 @@ class Parent(Event, frozen=True, kw_only=True):
 
 class LrChanged(Event, frozen=True, kw_only=True):
     """The learning-rate schedule of a continued run changes at `step`; `change` is `KEY: OLD -> NEW`."""
+
+    step: int
+    change: str
+
+
+class DataChanged(Event, frozen=True, kw_only=True):
+    """A continued run found other content in a source or a validation domain; `change` names it and the effect."""
 
     step: int
     change: str

@@ -85,10 +85,14 @@ class Timeline:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if fresh else 0)
         self._descriptor = os.open(RunFolder(folder).timeline_file, flags, 0o644)
         self._session = time.time_ns()
-        self._write("start", at=began, restart=restart)
+        self._start: float | None = began
+        if restart:
+            self._write_start(restart=True)
 
     def restored(self, step: int) -> None:
         """Record that training begins after `step` completed steps."""
+        # Not earlier: a start that a user asked for and that is refused leaves the run as it was.
+        self._write_start(restart=False)
         self._write("restored", step=step)
 
     def step(self, step: int, stalled: float) -> None:
@@ -111,6 +115,11 @@ class Timeline:
             self._write("end", step=step)
         os.close(self._descriptor)
         self._descriptor = -1
+
+    def _write_start(self, *, restart: bool) -> None:
+        if self._descriptor >= 0 and self._start is not None:
+            self._write("start", at=self._start, restart=restart)
+            self._start = None
 
     def _write(self, mark: Any, *, at: float | None = None, **values: Any) -> None:
         if self._descriptor >= 0:

@@ -15,15 +15,11 @@ from keepwarm.ft.format.writer import write_part
 from keepwarm.parallel.shard import Shard
 from keepwarm.trainer.checkpoint import checkpoint
 from keepwarm.trainer.checkpoint.command import app
+from keepwarm.trainer.data.ledger import Ledger
 from keepwarm.trainer.errors import CheckpointError
+from tests.support.corpus import counting_source
 
-LEDGER = {
-    "seed": 1,
-    "position": 640,
-    "sources": {"abc": {"name": "english", "size": 1000}},
-    "segments": [{}],
-    "given": {"abc": {"consumed": 640, "ranges": [[0, 640]]}},
-}
+LEDGER = Ledger(seed=1).opened({"english": 1.0}, {"english": counting_source("english", 2000)}).advanced(640).save()
 
 
 def write(

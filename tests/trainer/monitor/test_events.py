@@ -62,7 +62,7 @@ def test_events_unknown_field_is_ignored(tmp_path: Path) -> None:
 
 
 def test_events_all_names_are_snake_case() -> None:
-    assert len(events.KINDS) == 27
+    assert len(events.KINDS) == 28
     assert all(name.replace("_", "").islower() for name in events.KINDS)
     assert events.KINDS["lr_changed"] is events.LrChanged
 
