@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from typing import Annotated, Any
@@ -202,7 +203,7 @@ def _gaps(report: RunReport) -> list[str]:
             rows.append(_row(plan.name, [f"<td>{escape(domain)}</td>", *map(_number, numbers)]))
     if not rows:
         return []
-    title = "<h2>Stability gap: the worst point inside a stage</h2>"
+    title = "<h2>Stability gap: domains that rise within a stage before they recover</h2>"
     return [title, *_table(["stage", "domain", "worst - final", "at step", "recovered at step"], rows)]
 
 
@@ -231,9 +232,28 @@ def _events(log: Sequence[events.Event]) -> list[str]:
     for event in log:
         if isinstance(event, LISTED):
             line = msgspec.to_builtins(event)
-            rest = {key: value for key, value in line.items() if key not in ("time", "event")}
-            rows.append(_row(line["event"], [f"<td>{escape(json.dumps(rest))}</td>"]))
-    return ["<h2>Events</h2>", *_table(["event", ""], rows)] if rows else []
+            at = datetime.fromtimestamp(line.pop("time"), UTC).strftime("%Y-%m-%d %H:%M:%S")
+            name = line.pop("event").replace("_", " ")
+            details = "; ".join(f"{key.replace('_', ' ')} {_words(value)}" for key, value in line.items())
+            rows.append(_row(at, [f"<td>{escape(name)}</td>", f"<td>{escape(details)}</td>"]))
+    return ["<h2>Events</h2>", *_table(["time (UTC)", "event", ""], rows)] if rows else []
+
+
+def _words(value: Any) -> str:
+    """Return the field of an event as text for people."""
+    match value:
+        case None:
+            return "none"
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return f"{value:.6g}"
+        case dict():
+            return ", ".join(f"{key} {_words(inner)}" for key, inner in value.items()) or "none"
+        case list() | tuple():
+            return ", ".join(map(_words, value)) or "none"
+        case _:
+            return str(value)
 
 
 def _plain(value: Any, key: str = "") -> Iterable[tuple[str, Any]]:

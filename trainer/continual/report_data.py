@@ -83,7 +83,10 @@ class RunReport:
         return found
 
     def gaps(self, plan: StagePlan) -> dict[str, StabilityGap]:
-        """Return, by domain, the worst loss within a stage and the recovery from it."""
+        """Return, by domain that the stage disturbs, the worst loss within it and the recovery from it.
+
+        A domain whose loss is highest at the start of the stage is only learnt there, and has no gap.
+        """
         found = {}
         for domain in self.domains:
             points = [
@@ -92,7 +95,9 @@ class RunReport:
                 if plan.start_step <= step <= plan.end_step and domain in losses
             ]
             if len(points) > 2:
-                found[domain] = stability_gap([step for step, _ in points], [loss for _, loss in points])
+                gap = stability_gap([step for step, _ in points], [loss for _, loss in points])
+                if gap.worst_step > points[0][0] and gap.depth > 0:
+                    found[domain] = gap
         return found
 
     def transfer(self) -> tuple[float, float] | None:

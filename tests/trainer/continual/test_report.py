@@ -75,9 +75,16 @@ def test_report_tables_match_the_run(run: Path) -> None:
     assert tables["forgetting_from_best"] == {name: column[-1] - min(column) for name, column in ever.items()}
     assert tables["backward_transfer"] == pytest.approx(losses[4]["en"] - losses[12]["en"])
     assert tables["forward_transfer"] == pytest.approx(losses[0]["de"] - losses[4]["de"])
-    worst = max((losses[step]["de"], step) for step in (4, 6, 8, 10, 12))
-    gap = tables["stability_gaps"]["<second>"]["de"]
-    assert (gap["depth"], gap["worst_step"]) == (pytest.approx(worst[0] - losses[12]["de"]), worst[1])
+    for stage, steps in (("first", (0, 2, 4)), ("<second>", (4, 6, 8, 10, 12))):
+        worst = {name: max((losses[step][name], -step) for step in steps) for name in ("en", "de")}
+        expected = {
+            name: (pytest.approx(loss - losses[steps[-1]][name]), -step)
+            for name, (loss, step) in worst.items()
+            if -step not in (steps[0], steps[-1])
+        }
+        found = tables["stability_gaps"][stage]
+        assert {name: (gap["depth"], gap["worst_step"]) for name, gap in found.items()} == expected
+        assert "de" not in found
     drawn = {(row["stage"], row["what"]): row for row in tables["drawn"]}
     assert drawn[("first", "en")]["samples"] == 32
     second = {what: row for (stage, what), row in drawn.items() if stage == "<second>"}
@@ -107,6 +114,8 @@ def test_report_page_is_complete_and_loads_nothing(run: Path, capsys: pytest.Cap
     assert "after <second>" in page.cells
     assert "<second>" not in text
     assert "began" in page.cells
+    assert "source nothing; step 0; reason a fresh run" in page.cells
+    assert not any("{" in cell for cell in page.cells)
     assert text.count("<svg") == 2
     command(run, None, False, False)
     assert written[0].read_text() == text
