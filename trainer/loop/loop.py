@@ -22,6 +22,8 @@ def train(run: Run, interrupt: Interrupt) -> bool:
     """
     run.timeline.restored(run.state.step)
     run.callbacks.on_start(run)
+    if run.stop_reason is not None:
+        run.callbacks.at_boundary(run)  # saves the state
     _check_stop(run)
     while run.state.step < run.last_step:
         _step(run)
