@@ -26,8 +26,10 @@ from typing import NoReturn
 
 import msgspec
 
+from keepwarm import signals
 from keepwarm.exit_code import ExitCode
 from keepwarm.launch.errors import LaunchError
+from keepwarm.side_writer import protect_streams
 from keepwarm.trainer.distributed.in_process_restart import CONTROL, Park, Report, Resume, WorkerState
 
 PRELOADED = ("keepwarm.trainer.loop.session", "torch.utils.tensorboard")
@@ -38,6 +40,8 @@ PARK_TIMEOUT_S = 2.0
 _PR_SET_PDEATHSIG = 1
 _MESSAGE_BYTES = 1 << 18
 _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
+_LEFT_IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that workers ignore if this process does. Not SIGTERM: with it launchers ask ranks to save and end."""
 
 
 def preload(modules: Sequence[str] = PRELOADED) -> None:
@@ -210,6 +214,7 @@ class ForkServerProcess:
         atexit._clear()
         weakref.finalize._registry.clear()  # type: ignore[attr-defined]
         weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
+        self._ignored = signals.ignored(_LEFT_IGNORED)
         for number in _HANDLED:
             signal.signal(number, signal.SIG_IGN if number != signal.SIGCHLD else signal.SIG_DFL)
         self._socket, self._pid = connection, os.getpid()
@@ -258,7 +263,7 @@ class ForkServerProcess:
             self._selector.close()
             for inherited in (self._socket, channel, *self._channels.values()):
                 inherited.close()
-            _run_child(worker, theirs, self._pid)
+            _run_child(worker, theirs, self._pid, self._ignored)
         theirs.close()
         self._channels[pid] = channel
         self._selector.register(channel, selectors.EVENT_READ, partial(self._on_report, pid))
@@ -301,17 +306,19 @@ def die_with(parent: int) -> None:
         os._exit(ExitCode.FAULT)
 
 
-def _run_child(worker: Worker, channel: socket.socket, server: int) -> NoReturn:
+def _run_child(worker: Worker, channel: socket.socket, server: int, ignored: frozenset[signal.Signals]) -> NoReturn:
     """Run a worker in this fork, in a session of its own, and end as a new interpreter would."""
     code: int = ExitCode.FAULT
     try:
         os.setsid()
-        for number in _HANDLED:
+        for number in set(_HANDLED) - ignored:
             signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.SIGINT not in ignored:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         # Line-buffered, so that nothing is lost when it is killed; errors as a new interpreter has them.
         sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+        protect_streams()
         _run_module(worker, channel, server)
         code = 0
     except SystemExit as exit:
@@ -343,7 +350,13 @@ def _run_module(worker: Worker, channel: socket.socket, server: int) -> None:
 def _redirect(log: str | None) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
-    if log is not None:
+    if log is None:
+        return
+    try:
         output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
+    except OSError as error:
+        print(f"keepwarm: {log}: {error.strerror}; only errors of this process are shown, here", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return
+    os.dup2(output, 1)
+    os.dup2(output, 2)

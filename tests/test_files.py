@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from keepwarm.files import READABLE, atomic_create, atomic_file, atomic_write
+from keepwarm.files import READABLE, atomic_create, atomic_file, atomic_write, lines_from_end
 
 
 def test_atomic_write_existing_file_is_replaced_and_no_sibling_stays(tmp_path: Path) -> None:
@@ -53,3 +53,14 @@ def test_atomic_create_second_call_keeps_the_first_content(tmp_path: Path) -> No
 def test_atomic_create_missing_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         atomic_create(tmp_path / "none" / "a", b"")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"one", b"one\n", b"\n\none\ntwo", b"x" * 200_000 + b"\ny\n" + b"z" * 70_000]
+)
+def test_lines_from_end_are_those_from_the_start_reversed(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a").write_bytes(content)
+    found = list(lines_from_end(tmp_path / "a"))
+    assert [line for _, line in reversed(found)] == content.split(b"\n")
+    assert all(content[:end].endswith(line) for end, line in found)
+    assert [end for end, _ in found] == sorted({end for end, _ in found}, reverse=True)

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from keepwarm.debug import wants_traceback
 from keepwarm.exit_code import ExitCode
+from keepwarm.side_writer import protect_streams
 
 
 def main(arguments: list[str]) -> int:
-    """Train the job; return the exit code: 0 done, 2 bad input, 3 stopped itself, 4 lost, 130 interrupted."""
+    """Train the job; return the exit code: 0 done, 2 bad input, 3 stopped itself, 4 lost, 6 unsaved, 130 signal."""
+    protect_streams()
     options = _parser().parse_args(arguments)
     # Heavy imports come after the arguments are validated: a typo must not cost three seconds.
     from keepwarm.ft.errors import FtError

@@ -3,11 +3,12 @@
 TrainerError
 ├── SpecError            2  the job or model spec is wrong
 ├── DataError            2  a data file or tokenizer is missing, foreign, truncated or does not fit
-├── OutputError          2  the run folder exists, is read-only or full
+├── OutputError          2  the run folder exists or cannot be written at the start
 ├── CheckpointError      2  a saved state is missing, damaged or does not fit
 ├── RestoreFailed        1  state could not be restored from memory; another start may succeed
 ├── TrainingStopped      3  training stopped itself: NaN, a gate
-└── UnrecoverableFault   4  a fault that no level of recovery can fix
+├── UnrecoverableFault   4  a fault that no level of recovery can fix
+└── StateNotSaved        6  the state could not be written: a full disk
 """
 
 from keepwarm.exit_code import ExitCode
@@ -51,3 +52,9 @@ class UnrecoverableFault(TrainerError):
     """A fault that could not be recovered."""
 
     exit_code = ExitCode.UNRECOVERABLE
+
+
+class StateNotSaved(TrainerError):
+    """The training state could not be written; names the folder. Earlier checkpoints are untouched."""
+
+    exit_code = ExitCode.STATE_NOT_SAVED

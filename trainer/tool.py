@@ -8,14 +8,17 @@ import typer
 
 from keepwarm.debug import wants_traceback
 from keepwarm.exit_code import ExitCode
+from keepwarm.side_writer import protect_streams
 from keepwarm.trainer.errors import TrainerError
 
 
 def run(app: typer.Typer) -> NoReturn:
     """Run a command; print errors of ours as one line on stderr and exit with their code, or 130 if interrupted.
 
-    With `--debug` or KEEPWARM_DEBUG=1 the traceback comes before that line.
+    With `--debug` or KEEPWARM_DEBUG=1 the traceback comes before that line. Progress and warnings on stderr never end a
+    command; what it prints on stdout is its result.
     """
+    protect_streams(2)
     try:
         app()
     except TrainerError as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from keepwarm import signals
 from keepwarm.ft.agent import status as agent_status
 from keepwarm.ft.agent import worker_sessions
 from keepwarm.ft.agent.durable_writer import DurableWriter
@@ -62,6 +63,7 @@ from keepwarm.ft.protocol.step import step
 from keepwarm.ft.transport.auth import load_secret, nonce
 from keepwarm.ft.transport.link import Credentials, Link
 from keepwarm.ft.transport.network import Network, NetworkLimits
+from keepwarm.side_writer import protect_streams
 
 TICK = 0.05
 SLOT_POLL_INTERVAL_S = 0.25
@@ -139,8 +141,8 @@ class Agent:
         Batch systems signal every process of a job, but the signal is meant for the workers, which are about to save.
         An agent that receives it therefore exits only after its workers have left and their data is on disk.
         """
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._asked)
+        signal.signal(signal.SIGTERM, self._asked)
+        signals.handle((signal.SIGINT,), self._asked)
         for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)
         next_tick = 0.0
@@ -293,6 +295,7 @@ def _event(worker: int, message: Wire) -> events.Event | None:
 
 
 def main(arguments: list[str]) -> int:
+    protect_streams()
     if len(arguments) != 1:
         print("usage: python -P -m keepwarm.ft.agent CONFIG.json", file=sys.stderr)
         return AgentExit.BAD_CONFIG

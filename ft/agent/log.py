@@ -1,10 +1,11 @@
 """Agent log, one JSON object per line."""
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
+
+from keepwarm.side_writer import LOG_LIMIT_BYTES, SideWriter
 
 
 class Journal:
@@ -12,14 +13,11 @@ class Journal:
 
     def __init__(self, path: Path, **always: Any) -> None:
         self._always = always
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._file = SideWriter(path, mode=0o600, limit=LOG_LIMIT_BYTES)
 
     def write(self, level: str, text: str, **fields: Any) -> None:
         line = {"time": round(time.time(), 3), "level": level, **self._always, "text": text, **fields}
-        try:
-            os.write(self._descriptor, json.dumps(line, default=str).encode() + b"\n")
-        except OSError:
-            return
+        self._file.write(json.dumps(line, default=str).encode())
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        self._file.close()

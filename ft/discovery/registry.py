@@ -8,6 +8,7 @@ import msgspec
 from keepwarm.files import atomic_create, atomic_write
 from keepwarm.ft.errors import AgentError
 from keepwarm.ft.protocol.messages import Decision, Decode
+from keepwarm.side_writer import attempt
 
 AGENTS_FOLDER = "agents"
 """Folder name inside the run folder."""
@@ -75,7 +76,8 @@ class Registry:
 
     def explain(self, epoch: int, reason: str) -> None:
         """Record the reason for a choice that restores nothing."""
-        atomic_write(self.folder / f"reason-{epoch}.txt", reason.encode(), durable=True)
+        with attempt(f"reason-{epoch}.txt"):
+            atomic_write(self.folder / f"reason-{epoch}.txt", reason.encode(), durable=True)
 
     def reason(self, epoch: int) -> str:
         with contextlib.suppress(OSError, UnicodeDecodeError):

@@ -128,13 +128,22 @@ def _publish(tmp: Path, final: Path) -> bool:
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
         tmp.rename(final)
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
     else:
         tmp.rename(final)
     sync_directory(final.parent)
     if forward:
-        atomic_write(final.parent / LATEST, f"{final.name}\n".encode(), durable=True)
+        _point_to(final)
     return forward
+
+
+def _point_to(final: Path) -> None:
+    """Move `latest` to a checkpoint that has its name. Without the file, readers compare all checkpoints."""
+    latest_file = final.parent / LATEST
+    try:
+        atomic_write(latest_file, f"{final.name}\n".encode(), durable=True)
+    except OSError:
+        latest_file.unlink(missing_ok=True)
 
 
 def _undo_replacement(root: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from keepwarm import debug
+from keepwarm import debug, signals
 from keepwarm.exit_code import ExitCode
 from keepwarm.launch.cli.arguments import (
     PASSED_THROUGH,
@@ -23,6 +23,7 @@ from keepwarm.launch.cli.arguments import (
 )
 from keepwarm.launch.cli.cluster import cluster
 from keepwarm.launch.cli.programs import DATA_PROGRAMS, PROGRAMS, add_programs
+from keepwarm.side_writer import protect_streams
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,7 +43,8 @@ Any value can be changed on the command line:
 
     keepwarm train job.yaml parallel.tensor=2 stages.0.lr.max=3e-4 output=runs/second
 
-Exit codes: 0 done, 2 bad input, 3 training stopped itself, 4 a fault that could not be recovered, 130 interrupted.
+Exit codes: 0 done, 2 bad input, 3 training stopped itself, 4 a fault that could not be recovered, 6 the state could
+not be saved, 130 interrupted.
 Add `--debug` to any command to see the traceback of an error.
 """,
 )
@@ -224,7 +226,8 @@ def main() -> None:
     from keepwarm.parallel.errors import ParallelError
     from keepwarm.trainer.errors import TrainerError
 
-    signal.signal(signal.SIGINT, lambda number, frame: sys.exit(ExitCode.INTERRUPTED))
+    protect_streams(2)
+    signals.handle((signal.SIGINT,), lambda number, frame: sys.exit(ExitCode.INTERRUPTED))
     if "--debug" in sys.argv:  # of every command, and of the programs that some of them become
         sys.argv.remove("--debug")
         os.environ[debug.VARIABLE] = "1"

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from keepwarm import signals
 from keepwarm.exit_code import ExitCode
 from keepwarm.launch.drill import campaign, faults
 from keepwarm.launch.drill.faults import Action, Fault, Stage
@@ -119,7 +120,7 @@ def run(options: Options) -> None:
     job = load_job(options.job, options.overrides or [])
     check_job(job)
     plan = _plan(options, job)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(ExitCode.INTERRUPTED))  # ends the run as well
+    signals.handle((signal.SIGTERM,), lambda number, frame: sys.exit(ExitCode.INTERRUPTED))  # ends the run as well
     result = campaign.run(
         plan, fresh=options.fresh, say=lambda text: print(f"drill: {text}", file=sys.stderr, flush=True)
     )

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from keepwarm import signals
 from keepwarm.exit_code import ExitCode
 from keepwarm.ft.discovery.config import NODE, runtime_folder
 from keepwarm.ft.discovery.runtime_folder import clear, take_lock
@@ -96,8 +97,7 @@ class Nodes:
 
     def run(self) -> int:
         """Wait for all supervisors; return the exit code that most of the survivors agree on."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(number, self._forward)
+        signals.handle((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1), self._forward)
         with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
             for pid in self._pids:
                 descriptor = os.pidfd_open(pid)

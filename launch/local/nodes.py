@@ -8,6 +8,7 @@ from types import FrameType
 
 from rich.console import Console
 
+from keepwarm import signals
 from keepwarm.exit_code import ExitCode
 from keepwarm.launch.errors import PreflightError, RanksFailed
 from keepwarm.launch.forkserver import ForkServer, Worker
@@ -37,7 +38,7 @@ def run_on_nodes(job: JobSpec, mode: Mode, console: Console, *, nodes: int, spar
         # Left by an earlier start. The lock on the run folder guarantees that none of its supervisors lives.
         shutil.rmtree(RunFolder(folder).nodes, ignore_errors=True)
         record.make_folder(folder)
-        seen = len(events.read(folder).of(events.SupervisorEnded))
+        seen = events.size(folder)
         console.print(
             f"keepwarm: {job.name}: starting {nodes} nodes of {job.layout.ranks_per_node} "
             f"{'rank' if job.layout.ranks_per_node == 1 else 'ranks'} and {spares} "
@@ -47,7 +48,7 @@ def run_on_nodes(job: JobSpec, mode: Mode, console: Console, *, nodes: int, spar
         arguments = (str(folder), "--slots", str(nodes), "--spares", str(spares), *resume)
         code = _run(Worker(module="keepwarm.launch.local.emulated_nodes", arguments=arguments, environment={}))
         if code:
-            ended = events.read(folder).of(events.SupervisorEnded)[seen:]
+            ended = events.read(folder, start=seen).of(events.SupervisorEnded)
             last = [event.why for event in ended if event.code == code]
             why = last[-1] if last else "every node was lost; --resume continues from the newest checkpoint"
             raise RanksFailed(why, code if code in ExitCode.of_run() else ExitCode.UNRECOVERABLE)
@@ -87,9 +88,5 @@ def _recorded_signals() -> Iterator[list[signal.Signals]]:
     def record_signal(number: int, frame: FrameType | None) -> None:
         pending.append(signal.Signals(number))
 
-    before = {number: signal.signal(number, record_signal) for number in _FORWARDED}
-    try:
+    with signals.handled(_FORWARDED, record_signal):
         yield pending
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

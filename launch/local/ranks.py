@@ -13,11 +13,13 @@ from types import FrameType
 
 import msgspec
 
+from keepwarm import signals
 from keepwarm.exit_code import ExitCode
 from keepwarm.files import READABLE, atomic_write
 from keepwarm.launch.errors import RanksFailed
 from keepwarm.launch.forkserver import PRELOADED, ForkServer, Worker
 from keepwarm.launch.rank_processes import FAILURE_GRACE_S, RankProcesses
+from keepwarm.side_writer import attempt
 
 PIDS = "pids.json"
 """In the folder of logs: the pid of every rank."""
@@ -57,12 +59,13 @@ def run_ranks(arguments: Sequence[str], options: RankOptions) -> None:
     times; as under torchrun, TORCHELASTIC_RESTART_COUNT counts the restarts.
 
     Raises:
-        RanksFailed: a rank failed; the others have ended too. Its exit code is the rank's own 2, 3 or 4, 130 when a
+        RanksFailed: a rank failed; the others have ended too. Its exit code is the rank's own 2, 3, 4 or 6, 130 when a
             signal ended the run, and 4 for a crash.
         LaunchError: no rank could be started.
     """
     logs, limit = options.logs, options.max_restarts
-    logs.mkdir(parents=True, exist_ok=True)
+    with attempt("logs"):
+        logs.mkdir(parents=True, exist_ok=True)
     common = _environment(options.world_size, options.threads_per_rank)
     with (
         contextlib.closing(ForkServer(options.preloaded, common)) as server,
@@ -72,7 +75,7 @@ def run_ranks(arguments: Sequence[str], options: RankOptions) -> None:
         for restart in range(limit + 1):
             with contextlib.ExitStack() as stack:
                 ranks = _Start(processes, logs, restarts_left=limit - restart)
-                stack.enter_context(ranks.signals_counted())
+                stack.enter_context(signals.handled(_FORWARDED, ranks.count))
                 stack.callback(processes.kill)
                 own = {"KEEPWARM_STORE": f"{meeting_place}/store-{restart}", "TORCHELASTIC_RESTART_COUNT": str(restart)}
                 processes.start(_workers(arguments, options, own))
@@ -103,7 +106,8 @@ def _log(logs: Path, rank: int) -> Path:
 
 def _write_pids(logs: Path, pids: Mapping[int, int]) -> None:
     """Tell drills which process is which rank: a forked process shows the environment of its parent."""
-    atomic_write(logs / PIDS, msgspec.json.encode(pids), mode=READABLE)
+    with attempt(PIDS):
+        atomic_write(logs / PIDS, msgspec.json.encode(pids), mode=READABLE)
 
 
 def read_pids(logs: Path) -> dict[int, int]:
@@ -182,21 +186,14 @@ class _Start:
             self.processes.park()
         self.processes.kill()
 
-    @contextlib.contextmanager
-    def signals_counted(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._count) for number in _FORWARDED}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _count(self, number: int, frame: FrameType | None) -> None:
+    def count(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal that asks this process to end."""
         repeated = self.signals > 0
         self.signals = 2 if repeated and number in (signal.SIGINT, signal.SIGTERM) else max(1, self.signals)
         if number == signal.SIGINT and not repeated:
             text = "\ninterrupted: saving after this step, then ending; interrupt again to end at once\n"
-            os.write(sys.stderr.fileno(), text.encode())
+            with attempt("stderr"):
+                os.write(sys.stderr.fileno(), text.encode())
 
     def raise_first_failure(self) -> None:
         """Raise `RanksFailed` for the rank that failed first, with the end of its log unless rank 0 failed alike."""
@@ -204,7 +201,9 @@ class _Start:
         if not failures:
             return
         rank, code = failures[0]
-        if self.signals or code == ExitCode.INTERRUPTED:
+        if ExitCode.STATE_NOT_SAVED in self.processes.codes.values():
+            rank, code = next(failure for failure in failures if failure[1] == ExitCode.STATE_NOT_SAVED)
+        elif self.signals or code == ExitCode.INTERRUPTED:
             raise RanksFailed("interrupted", ExitCode.INTERRUPTED)
         kept = code if code in ExitCode.of_run() else ExitCode.UNRECOVERABLE
         if kept != ExitCode.UNRECOVERABLE and (0, code) in failures:

@@ -1,5 +1,6 @@
 """`keepwarm train`: run a job on this machine, from its file to the end of its ranks."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,11 +10,14 @@ from keepwarm.launch.local.nodes import run_on_nodes
 from keepwarm.launch.local.ranks import RankOptions, run_ranks
 from keepwarm.launch.run.preflight import check_job
 from keepwarm.launch.run.prepare import Mode, changes, prepared, stored_job
+from keepwarm.side_writer import protect_streams
 from keepwarm.trainer.distributed.in_process_restart import supports_in_process_restart
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.job.files import load_job
 from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.job.spec import JobSpec
+
+_GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
 
 
 def train_here(path: Path, overrides: Sequence[str], mode: Mode, *, nodes: int | None = None, spares: int = 0) -> None:
@@ -25,6 +29,7 @@ def train_here(path: Path, overrides: Sequence[str], mode: Mode, *, nodes: int |
         SpecError, DataError, OutputError, PreflightError: nothing was started.
         RanksFailed: a rank ended early.
     """
+    protect_streams()
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     job = continued(path, overrides, console) if mode == "resume" else load_job(job_file(path), overrides)
     if nodes is None and not spares:
@@ -36,11 +41,14 @@ def train_here(path: Path, overrides: Sequence[str], mode: Mode, *, nodes: int |
 def run_here(job: JobSpec, mode: Mode, console: Console) -> None:
     """Make the run folder of a validated job and run its ranks to the end; raises as `train_here`."""
     check_job(job)
+    protect_streams()
     with prepared(job, mode) as folder:
         world_size = job.layout.world_size
         console.print(
             f"keepwarm: {job.name}: starting {world_size} {'rank' if world_size == 1 else 'ranks'}; outputs in {folder}"
         )
+        if (advice := idle_cores(world_size, job.numerics.threads_per_rank)) is not None:
+            console.print(f"keepwarm: {advice}")
         run_ranks(
             [str(RunFolder(folder).run_file), *(["--resume"] if mode == "resume" else [])],
             RankOptions(
@@ -51,6 +59,16 @@ def run_here(job: JobSpec, mode: Mode, console: Console) -> None:
                 reusable=supports_in_process_restart(job),
             ),
         )
+
+
+def idle_cores(ranks: int, threads: int) -> str | None:
+    """Return a sentence on the cores that this many ranks leave unused here; None if none, or if GPUs do the work."""
+    cores = len(os.sched_getaffinity(0))
+    more = cores // ranks
+    if more <= threads or any(map(os.path.exists, _GPU_DEVICES)):
+        return None
+    used = f"{ranks * threads} of {cores} cores {'is' if ranks * threads == 1 else 'are'} used"
+    return f"{used}; numerics.threads_per_rank={more} uses {'all' if more * ranks == cores else more * ranks}"
 
 
 def job_file(path: Path) -> Path:

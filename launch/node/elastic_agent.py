@@ -32,6 +32,7 @@ UNLIMITED = 1 << 30
 FINAL: dict[int, str] = {
     ExitCode.TRAINING_STOPPED: "training stopped itself",
     ExitCode.UNRECOVERABLE: "unrecoverable fault",
+    ExitCode.STATE_NOT_SAVED: "the state could not be saved",
     ExitCode.INTERRUPTED: "interrupted",
 }
 """Exit codes of a worker that end the run for all nodes."""

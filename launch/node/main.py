@@ -5,7 +5,7 @@
 
 It takes a slot or waits as a spare, keeps the slot's snapshot agent running, and starts and restarts workers until the
 run has ended. Its exit code is that of the run: 0 done, 2 bad input, 3 training stopped itself, 4 unrecoverable fault,
-130 interrupted. `RUN_FOLDER` holds the `run.json` of the job and is shared by all nodes.
+6 state not saved, 130 interrupted. `RUN_FOLDER` holds the `run.json` of the job and is shared by all nodes.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from keepwarm.exit_code import ExitCode
 from keepwarm.launch.errors import LaunchError
 from keepwarm.launch.node.options import LOOPBACK, VACANCY_TIMEOUT_S, Options
 from keepwarm.launch.run.preflight import check_memory
+from keepwarm.side_writer import protect_streams
 from keepwarm.trainer.errors import TrainerError
 from keepwarm.trainer.job.files import load_run
 from keepwarm.trainer.job.run_folder import RunFolder
@@ -33,6 +34,7 @@ def set_environment(job: JobSpec) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
+    protect_streams()
     parser = argparse.ArgumentParser(
         prog="python -P -m keepwarm.launch.node", description="Supervise one node of a run."
     )

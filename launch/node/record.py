@@ -15,6 +15,7 @@ from typing import Literal
 import msgspec
 
 from keepwarm.files import READABLE, atomic_write
+from keepwarm.side_writer import attempt
 from keepwarm.trainer.job.run_folder import RunFolder
 
 State = Literal["joining", "spare", "starting", "running", "restarting", "fenced", "ended"]
@@ -70,8 +71,9 @@ def make_folder(folder: Path) -> Path:
 
 
 def write(folder: Path, record: NodeRecord) -> None:
-    """Replace a node's record in a run folder atomically."""
-    atomic_write(make_folder(folder) / f"{record.node}.json", msgspec.json.encode(record), mode=READABLE)
+    """Replace a node's record in a run folder atomically; on a full disk the old one stays."""
+    with attempt(f"{record.node}.json"):
+        atomic_write(make_folder(folder) / f"{record.node}.json", msgspec.json.encode(record), mode=READABLE)
 
 
 def read_all(folder: Path) -> list[NodeRecord]:
@@ -91,7 +93,8 @@ def write_store(folder: Path, record: StoreRecord) -> None:
 
 def write_end(folder: Path, record: EndRecord) -> None:
     """Record the end of the run; every supervisor that knows of it does."""
-    atomic_write(RunFolder(folder).nodes / "store-end.json", msgspec.json.encode(record), mode=READABLE)
+    with attempt("store-end.json"):
+        atomic_write(RunFolder(folder).nodes / "store-end.json", msgspec.json.encode(record), mode=READABLE)
 
 
 def read_end(folder: Path) -> EndRecord | None:

@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
+from keepwarm import signals
 from keepwarm.exit_code import ExitCode
 from keepwarm.ft.discovery.config import NODE
 from keepwarm.ft.errors import FtError
@@ -27,6 +28,7 @@ from keepwarm.launch.node.record import NodeRecord, State
 from keepwarm.launch.node.rendezvous import Excluded, Fenced, NoSpareLeft, SlotRendezvous
 from keepwarm.launch.node.slot_table import Kind, Table
 from keepwarm.launch.node.snapshot_agent import SnapshotAgent
+from keepwarm.side_writer import attempt
 from keepwarm.trainer.distributed.in_process_restart import EPOCH, RECOVERY, supports_in_process_restart
 from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.job.shrink import layouts
@@ -48,7 +50,8 @@ class Supervisor:
         self._options, self._job, self._server = options, job, server
         folder = options.folder
         logs = RunFolder(folder).logs
-        logs.mkdir(parents=True, exist_ok=True)
+        with attempt("logs"):
+            logs.mkdir(parents=True, exist_ok=True)
         arguments = (str(RunFolder(folder).run_file), *(["--resume"] if options.resume else []))
         workers = WorkerOptions(
             module=options.module,
@@ -81,8 +84,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Take part in the run until it has ended; return its exit code."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
+        signals.handle((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), self._on_signal)
         code, why = int(ExitCode.UNRECOVERABLE), "internal error"
         try:
             self._record_state(state="joining")
@@ -133,7 +135,7 @@ class Supervisor:
         self._handler.on_reconnected(before)
 
     def _leave(self, code: int, why: str) -> None:
-        if code:
+        if code and code != ExitCode.STATE_NOT_SAVED:  # then memory is newer than the disk
             self._snapshot_agent.kill()
         else:
             self._snapshot_agent.close()

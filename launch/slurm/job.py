@@ -45,6 +45,8 @@ def verdict(code: int, *, crashed: bool, ending: bool, failures: int, limit: int
         return "give up", "SLURM ends the job"
     if not crashed and (code == ExitCode.INTERRUPTED or code in [128 + number for number in _POLITE]):
         return "requeue", "the state is saved: the time limit is near, or a user asked for the end"
+    if code == ExitCode.STATE_NOT_SAVED and failures <= limit:
+        return "requeue", "the state could not be saved, as on a full disk; a later start repeats the steps"
     if code in (ExitCode.BAD_INPUT, ExitCode.TRAINING_STOPPED):
         return "give up", "bad input" if code == ExitCode.BAD_INPUT else "training stopped itself"
     if failures > limit:
@@ -73,6 +75,8 @@ def run_job(folder: Path) -> int:
             code = ExitCode.DONE  # the nonzero code came from a node lost during the run
         attempts += 1
         failures = 1 if RunFolder(folder).last_step() > begun else failures + 1
+        if code == ExitCode.STATE_NOT_SAVED:
+            failures = 1 + _unsaved(folder)
         what, why = verdict(
             code,
             crashed=guilty is not None,
@@ -108,6 +112,12 @@ def _finished(folder: Path) -> bool:
     """Return whether rank 0 has recorded the end of the run since the last start."""
     told = [type(event) for event in events.read(folder).of(events.Began, events.Finished)]
     return told[-1:] == [events.Finished]
+
+
+def _unsaved(folder: Path) -> int:
+    """Return how many starts before this one, in earlier requeues too, ended in a row without their state saved."""
+    codes = [event.code for event in events.read(folder).of(events.BatchEnded)]
+    return next((count for count, code in enumerate(reversed(codes)) if code != ExitCode.STATE_NOT_SAVED), len(codes))
 
 
 def _requeue(here: Allocation, why: str) -> int:

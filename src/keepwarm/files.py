@@ -1,4 +1,4 @@
-"""Atomic replacement of files: readers see the old content or the new, never half of one."""
+"""Atomic replacement of files: readers see the old content or the new, never half of one. Line files from their end."""
 
 import contextlib
 import os
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+_BLOCK_BYTES = 64 << 10
 READABLE = 0o666
 """Mode of a file that others may read as far as the umask lets them, as `open` makes it."""
 
@@ -57,6 +58,36 @@ def atomic_create(path: Path, content: bytes, *, mode: int = 0o600) -> bool:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
     return True
+
+
+def lines_from_end(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file, last one first, each with the offset at which it ends: without its newline.
+
+    Only as much is read as is asked for.
+
+    Raises OSError.
+    """
+    with path.open("rb") as file:
+        start = stop = file.seek(0, os.SEEK_END)
+        held = b""
+        while start > 0:
+            size = min(_BLOCK_BYTES, start)
+            start = file.seek(start - size)
+            first, *whole = (file.read(size) + held).split(b"\n")
+            for line in reversed(whole):
+                yield stop, line
+                stop -= len(line) + 1
+            held = first
+        yield stop, held
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file that another program or library has written to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_directory(folder: Path) -> None:

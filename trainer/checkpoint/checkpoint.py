@@ -3,6 +3,7 @@
 The format is that of `keepwarm.ft.format.publication`, so checkpoints written here and by snapshot agents are the same.
 """
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 import xxhash
 
+from keepwarm import side_writer
 from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.errors import FtError
 from keepwarm.ft.format import publication
@@ -22,7 +24,7 @@ from keepwarm.ft.worker.snapshotter import DTYPES, piece_of
 from keepwarm.parallel.shard import Shard
 from keepwarm.trainer.checkpoint.store import Checkpoint, opened
 from keepwarm.trainer.distributed.world import World
-from keepwarm.trainer.errors import CheckpointError, OutputError
+from keepwarm.trainer.errors import CheckpointError, StateNotSaved
 from keepwarm.trainer.job.sections import CheckpointSpec
 from keepwarm.trainer.job.spec import JobSpec
 
@@ -32,6 +34,10 @@ WEIGHTS = "model."
 OPTIONAL = ("random.", "average.")
 """Names with these prefixes may be missing: generators belong to one rank, and a layout with more ranks finds none for
 the new ones; a moving average may be asked for later."""
+
+
+_REASONS = 3
+"""How many ranks' reasons a failure quotes."""
 
 
 def layout_hash(job: JobSpec) -> str:
@@ -60,27 +66,30 @@ class Checkpoints:
         """Write, verify and publish the checkpoint of `step`, then delete those beyond `keep`.
 
         Raises:
-            OutputError: the disk is full or the folder cannot be written; existing checkpoints stay intact.
+            StateNotSaved: on all ranks, as the disk is full or the folder cannot be written by one of them; existing
+                checkpoints stay intact, and nothing of this one keeps its space.
         """
         # Ranks may have started with different epochs: an agent that joins late causes another one.
         self.epoch = self._world.largest(self.epoch)
         tmp, final = publication.staging(self.root, self.epoch, step, "ranks"), publication.folder(self.root, step)
         failure: Exception | None = None
         try:
-            if self._world.rank == 0:
-                tmp.mkdir(parents=True, exist_ok=True)
-            self._world.barrier()
+            # By every rank, not by one for which the others wait: a rank that fails goes on to what all take part in.
+            tmp.mkdir(parents=True, exist_ok=True)
             mine = [shard for shard in shards.values() if shard.replicas[0] == self._world.rank]
             write_part(tmp, self._world.rank, [(piece_of(shard), host_bytes(shard.local)) for shard in mine])
         except (OSError, FtError) as error:
             failure = error
-        self._agree(failure)
+        self._agree(failure, tmp)
         if self._world.rank == 0:
             try:
                 self._publish(tmp, final, step, meta)
             except (OSError, FtError) as error:
                 failure = error
-        self._agree(failure)
+        self._agree(failure, tmp)
+        if self._world.rank == 0:
+            with side_writer.attempt("old checkpoints"):
+                publication.prune(self.root, self._spec.keep)
         return final
 
     def _publish(self, tmp: Path, final: Path, step: int, meta: dict[str, Any]) -> None:
@@ -92,14 +101,17 @@ class Checkpoints:
         )
         publication.verify(tmp)
         publication.publish(tmp, final)
-        publication.prune(self.root, self._spec.keep)
 
-    def _agree(self, failure: Exception | None) -> None:
-        """Raise on all ranks if one of them failed."""
-        if self._world.any(failure is not None):
-            raise OutputError(
-                f"checkpoint to {self.root} failed: {failure or 'on another rank'}; earlier checkpoints are untouched"
-            )
+    def _agree(self, failure: Exception | None, tmp: Path) -> None:
+        """Raise on all ranks if one of them failed; rank 0 names the others' reasons and makes the room free again."""
+        if not self._world.any(failure is not None):
+            return
+        reasons = self._world.gather(b"" if failure is None else str(failure).encode())
+        if self._world.rank == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
+        ranks = [f"rank {rank}: {reason.decode()}" for rank, reason in enumerate(reasons) if reason]
+        why = "; ".join(ranks[:_REASONS]) if ranks else str(failure or "on another rank")
+        raise StateNotSaved(f"checkpoint to {self.root} failed: {why}; earlier checkpoints are untouched")
 
     def latest(self) -> Path | None:
         """Return the newest complete checkpoint, or None."""
@@ -108,7 +120,8 @@ class Checkpoints:
     def sweep(self) -> None:
         """Delete the leftovers of an interrupted writer."""
         if self._world.rank == 0:
-            publication.sweep(self.root)
+            with side_writer.attempt("leftovers of checkpoints"):
+                publication.sweep(self.root)
 
 
 def load(path: Path | str, shards: Mapping[str, Shard]) -> dict[str, Any]:

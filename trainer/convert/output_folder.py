@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from keepwarm.files import sync_directory
 from keepwarm.trainer.errors import OutputError
 
 
@@ -32,9 +33,9 @@ def new_folder(final: Path) -> Iterator[Path]:
             stack.callback(shutil.rmtree, tmp, ignore_errors=True)
             stack.callback(os.close, _locked(tmp))
             yield tmp
-            sync(tmp)
+            sync_directory(tmp)
             tmp.rename(final)
-            sync(final.parent)
+            sync_directory(final.parent)
         except (OSError, RuntimeError) as error:
             why = _write_failure(error, final)
             if why is None:
@@ -60,21 +61,6 @@ def write_file(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync_file(path: Path) -> None:
-    """Make a file written by another library survive a power cut."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _locked(folder: Path) -> int:

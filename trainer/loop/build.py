@@ -24,9 +24,10 @@ from keepwarm.trainer.loop.callback import Callback, Callbacks, Run, registered_
 from keepwarm.trainer.loop.continuation import Change, adopt_curves, adopt_data, check_continues
 from keepwarm.trainer.loop.durable_saver import DurableSaver
 from keepwarm.trainer.loop.evaluation import Evaluation, Evaluator
+from keepwarm.trainer.loop.health_check import HealthCheck
 from keepwarm.trainer.loop.init_from import adopt
 from keepwarm.trainer.loop.moving_average import MovingAverage
-from keepwarm.trainer.loop.observers import HealthCheck, Heartbeat, Opening, Profiling, StepReport
+from keepwarm.trainer.loop.observers import Heartbeat, Opening, Profiling, StepReport
 from keepwarm.trainer.loop.restore import Beginning, Start, begin
 from keepwarm.trainer.loop.run_state import RunState
 from keepwarm.trainer.loop.snapshots import MemoryTier, Snapshots
@@ -96,7 +97,6 @@ def assemble(
         callbacks=Callbacks(
             [
                 Opening(beginning, changes),
-                Heartbeat(watchdog),
                 *_profiling(job, world),
                 # Updates the average while no snapshot is being copied, so that this step's snapshot includes it.
                 *parts.averages,
@@ -111,6 +111,7 @@ def assemble(
                 # Copies in the background: anything that changes the state must come earlier.
                 memory,
                 DurableSaver(checkpoints, parts.random, parts.beside_engine(), watchdog),
+                Heartbeat(watchdog),  # closes first: closing the others may take longer than a step
             ]
         ),
     )

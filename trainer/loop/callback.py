@@ -156,8 +156,8 @@ class Callback(Component):
     def close(self, run: Run, ending: Ending) -> None:
         """Free resources; called once, when the run ends in this process.
 
-        Collective work is allowed only if the ending is `finished` or `stopped`; otherwise peers may be dead, and
-        exceptions are only logged.
+        Collective work is allowed only if the ending is `finished` or `stopped`; otherwise peers may be dead. An
+        exception is raised only if the run ends without one, and logged otherwise.
         """
 
 
@@ -193,21 +193,17 @@ class Callbacks(tuple[Callback, ...]):
             callback.at_boundary(run)
 
     def close(self, run: Run, ending: Ending) -> None:
-        """Close all callbacks, last one first, even if some fail.
-
-        The first error is raised after `finished` and `stopped`. After `halted` and `failed`, which have an error of
-        their own, errors are logged.
-        """
+        """Close all callbacks, last one first, even if some fail; raise the first error, and log the others."""
         failures: list[Exception] = []
         for callback in reversed(self):
             try:
                 callback.close(run, ending)
             except Exception as error:
                 failures.append(error)
-        if failures and ending in ("finished", "stopped"):
-            raise failures[0]
-        for failure in failures:
+        for failure in failures[1:]:
             logging.warning("closing a callback failed: %s", failure)
+        if failures:
+            raise failures[0]
 
 
 def registered_callbacks(chosen: Mapping[str, Mapping[str, Any]]) -> list[Callback]:

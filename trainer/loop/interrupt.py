@@ -1,8 +1,11 @@
 """Signals that request a stop after the current step, with the state saved."""
 
+import contextlib
 import signal
-from types import FrameType, TracebackType
-from typing import Self
+from collections.abc import Iterator
+from types import FrameType
+
+from keepwarm import signals
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Ctrl-C, a regular termination request, and the signal SLURM sends before a time limit."""
@@ -14,13 +17,11 @@ class Interrupt:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
 
-    def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    @contextlib.contextmanager
+    def watching(self) -> Iterator["Interrupt"]:
+        """Remember signals inside the `with` block. Those that this process ignores stay ignored."""
+        with signals.handled(SIGNALS, self._remember):
+            yield self
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.received is signal.SIGINT and number == signal.SIGINT:

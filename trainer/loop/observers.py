@@ -1,10 +1,10 @@
-"""Callbacks that only observe a run: opening lines, log and metrics, health, hang detection, profile."""
+"""Callbacks that only observe a run: opening lines, log and metrics, hang detection, profile."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from keepwarm import side_writer
 from keepwarm.parallel.loss import MAIN
-from keepwarm.trainer.errors import TrainingStopped
 from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.loop.callback import Callback, Ending, Run, StepDone
 from keepwarm.trainer.loop.continuation import Change
@@ -123,27 +123,5 @@ class StepReport(Callback):
                 before, after = (losses[0], losses[-1]) if losses else ({}, {})
                 run.console.summary(before, after, tokens_per_s, run.job.output)
         run.metrics.close()
-
-
-class HealthCheck(Callback):
-    """Warns of spikes and skipped steps, and stops training after too many consecutive skipped steps."""
-
-    def after_step(self, run: Run, done: StepDone) -> None:
-        health, step, result = run.state.health, run.state.step, done.result
-        verdict = health.judge(result.loss, result.skipped)
-        if verdict == "good":
-            return
-        event = {"skipped": events.Skipped, "spike": events.Spike, "stop": events.Stopped}[verdict]
-        run.metrics.event(event(step=step, loss=repr(result.loss), grad_norm=repr(result.grad_norm)))
-        ranks = f"ranks 0-{run.world.size - 1}" if run.world.size > 1 else "rank 0"
-        seen = f"loss {result.loss}, gradient norm {result.grad_norm}"
-        if verdict == "spike":
-            run.console.warn(f"loss spike at iteration {step}: {seen}")
-        elif verdict == "skipped":
-            run.console.warn(f"iteration {step} skipped on {ranks}: {seen}")
-        else:
-            raise TrainingStopped(
-                f"{health.skipped_in_a_row} consecutive steps were not finite (health.max_skipped), the last one "
-                f"iteration {step} on {ranks}: {seen}; check the data and the learning rate of these steps in "
-                "metrics.jsonl"
-            )
+        for output, loss in side_writer.losses().items():
+            run.console.warn(f"{output}: {loss.dropped} writes were dropped, the last one by {loss.reason}")

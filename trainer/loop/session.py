@@ -3,10 +3,12 @@
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
+from keepwarm import side_writer
 from keepwarm.trainer.distributed.in_process_restart import ControlChannel, RestartRequested
 from keepwarm.trainer.distributed.world import World, join
 from keepwarm.trainer.errors import OutputError, TrainingStopped
@@ -34,6 +36,7 @@ def run_session(path: Path, overrides: Sequence[str], *, resume: bool, control: 
     if job.cluster.elastic == "shrink":
         job = resized(job, int(os.environ.get("WORLD_SIZE", job.layout.world_size)))
     logging.basicConfig(format=" %(levelname)s: %(message)s", level=logging.WARNING)
+    side_writer.forget()
     if job.layout.world_size > 1:
         flight_recorder.enable()  # before the process group exists
     world = join(job.layout.world_size, job.numerics)
@@ -42,20 +45,16 @@ def run_session(path: Path, overrides: Sequence[str], *, resume: bool, control: 
     control = control or ControlChannel(None)
     timeline = _timeline(job, world, start, control.resumed_at)
     run = build(job, world, start=start, timeline=timeline)
-    ending: Ending = "failed"
     try:
         # Not earlier: a rank that waits for others in a library must end at the first signal.
-        with Interrupt() as interrupt, _parking(job, world, control), run.console:
+        with Interrupt().watching() as interrupt, _parking(job, world, control), run.console:
             finished = train(run, interrupt)
-        ending = "finished" if finished else "stopped"
-    except TrainingStopped:
-        ending = "stopped"
+    except BaseException as error:
+        for failure in _leave(run, _ending(error)):
+            logging.warning("leaving the run failed: %s", failure)
         raise
-    except RestartRequested:
-        ending = "halted"
-        raise
-    finally:
-        _leave(run, ending)
+    if failures := _leave(run, "finished" if finished else "stopped"):
+        raise failures[0]
     return finished
 
 
@@ -71,20 +70,34 @@ def _start(job: JobSpec, world: World, resume: bool) -> Start:
     return "fresh"
 
 
-def _leave(run: Run, ending: Ending) -> None:
-    """Free what the run holds in this process; if its state is saved, report where the time went."""
-    try:
-        run.callbacks.close(run, ending)
-    finally:
-        run.loader.close()
-    if ending == "failed":
-        return
-    run.timeline.close(run.state.step, ended=ending != "halted")
-    if ending != "halted" and run.world.rank == 0:
-        with contextlib.suppress(OSError):
-            run.console.print(write_result(Path(run.job.output)).text())
-    run.engine.close()
-    run.world.leave()
+def _ending(error: BaseException) -> Ending:
+    """Return how a run ends that an exception ends."""
+    if isinstance(error, TrainingStopped):
+        return "stopped"
+    return "halted" if isinstance(error, RestartRequested) else "failed"
+
+
+def _leave(run: Run, ending: Ending) -> list[Exception]:
+    """Free what the run holds in this process, whatever fails of it, and return the failures.
+
+    If the state is saved, first record where the time went: what follows may fail.
+    """
+    if ending != "failed":
+        run.timeline.close(run.state.step, ended=ending != "halted")
+    saved = ending in ("finished", "stopped") and run.world.rank == 0
+    account = write_result(Path(run.job.output)).text() if saved else None
+    steps: list[Callable[[], object]] = [partial(run.callbacks.close, run, ending), run.loader.close]
+    if account is not None:
+        steps.append(partial(run.console.print, account))
+    if ending != "failed":
+        steps += [run.engine.close, run.world.leave]
+    failures: list[Exception] = []
+    for step in steps:
+        try:
+            step()
+        except Exception as error:
+            failures.append(error)
+    return failures
 
 
 def _parking(job: JobSpec, world: World, control: ControlChannel) -> AbstractContextManager[None]:

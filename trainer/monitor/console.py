@@ -1,5 +1,6 @@
 """Terminal output of a run: Megatron's log line, a live progress line, the closing table."""
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,9 +46,47 @@ class LogLine:
             parts += [f"TFLOP/s per GPU: {self.tflops_per_gpu:.1f}", f"MFU: {100 * self.mfu:.1f} %"]
         return " " + " | ".join(parts) + " |"
 
+    def short(self) -> str:
+        """Return the line for a terminal, which fits into 80 columns."""
+        step, left = self.metrics, self.last_step - self.metrics.step
+        parts = [
+            f"{step.step}/{self.last_step}",
+            f"loss {step.loss:.4f}",
+            f"lr {step.lr:.1e}",
+            f"{_short(self.tokens_per_s)} tok/s",
+            f"{_duration(left * step.step_time_s)} left",
+        ]
+        if self.mfu is not None:
+            parts.insert(-1, f"MFU {self.mfu:.0%}")
+        return " " + " | ".join(parts)
+
+
+def _short(number: float) -> str:
+    """Return a number in at most five characters: 512, 1.23k, 45.6M."""
+    for unit in ("", "k", "M", "G"):
+        if abs(number) < 999.5:
+            return f"{number:.0f}" if not unit else f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}T"
+
+
+def _duration(seconds: float) -> str:
+    """Return a time as 3d 4h, 5h 6m, 7m or 8s."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    minutes = round(seconds / 60)
+    if minutes >= 48 * 60:
+        return f"{minutes // 1440}d {minutes % 1440 // 60}h"
+    if minutes >= 60:
+        return f"{minutes // 60}h {minutes % 60}m"
+    return f"{minutes}m" if minutes else f"{seconds:.0f}s"
+
 
 class RunConsole:
-    """Rank 0's terminal output; silent on other ranks. Errors bypass it and go to stderr."""
+    """Rank 0's terminal output; silent on other ranks. Errors bypass it and go to stderr.
+
+    Files and pipes get Megatron's lines, a terminal shorter ones with the time that is left.
+    """
 
     def __init__(self, *, rank: int, steps: int, done: int, log_every: int) -> None:
         self._active = rank == 0
@@ -85,7 +124,7 @@ class RunConsole:
             speed=f"{line.tokens_per_s:.0f}",
         )
         if step.step % self._log_every == 0 or step.step == line.last_step:
-            self.print(line.text())
+            self.print(line.short() if self._console.is_terminal else line.text())
 
     def print(self, text: str) -> None:
         """Print one line."""

@@ -5,15 +5,15 @@ docs/reference.md lists all of them with the docstrings below. Torch-free.
 """
 
 import contextlib
-import os
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, Union
 
 import msgspec
 
+from keepwarm.side_writer import SideWriter
 from keepwarm.trainer.job.position import START, Position
 from keepwarm.trainer.job.run_folder import RunFolder
 
@@ -29,6 +29,10 @@ LEVELS: tuple[Level, ...] = ("local", "decoded", "disk", "resized")
 
 def _snake_case(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
+Number = float | None
+"""None when read: not finite, which JSON cannot express."""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag=_snake_case):
@@ -62,7 +66,7 @@ class Finished(Event, frozen=True, kw_only=True):
     """The last stage is complete."""
 
     step: int
-    tokens_per_s: float
+    tokens_per_s: Number
 
 
 class Interrupted(Event, frozen=True, kw_only=True):
@@ -96,14 +100,15 @@ class DataChanged(Event, frozen=True, kw_only=True):
 
 
 class Gate(Event, frozen=True, kw_only=True):
-    """A domain was forgotten by more than a stage's gate allows; `before` and `now` are its losses."""
+    """A domain was forgotten by more than a stage's gate allows; `before` and `now` are its losses, null if not
+    finite."""
 
     step: int
     stage: str
     domain: str
     action: str
-    before: float
-    now: float
+    before: Number
+    now: Number
 
 
 class Skipped(Event, frozen=True, kw_only=True):
@@ -136,8 +141,8 @@ class Straggler(Event, frozen=True, kw_only=True):
     step: int
     rank: int
     host: str
-    share: float
-    ratio: float
+    share: Number
+    ratio: Number
 
 
 class Hang(Event, frozen=True, kw_only=True):
@@ -169,10 +174,26 @@ class SnapshotFailed(Event, frozen=True, kw_only=True):
     reason: str
 
 
+class CheckpointFailed(Event, frozen=True, kw_only=True):
+    """No checkpoint could be written after `step`; the next one is tried when it is due, the last one a few times."""
+
+    step: int
+    reason: str
+
+
 class SinkFailed(Event, frozen=True, kw_only=True):
-    """A metric sink failed for the first time; the other sinks and training continue."""
+    """An output besides the state, such as a metric sink, a log or the terminal, failed for the first time; training
+    continues."""
 
     sink: str
+    reason: str
+
+
+class OutputLost(Event, frozen=True, kw_only=True):
+    """When rank 0 ends: how many writes to an output besides the state were dropped, and why the last one was."""
+
+    output: str
+    dropped: int
     reason: str
 
 
@@ -283,12 +304,9 @@ class Requeue(Event, frozen=True, kw_only=True):
 
 KINDS: dict[str, type[Event]] = {_snake_case(kind.__name__): kind for kind in Event.__subclasses__()}
 """All events by the name used in the log."""
+_DECODER: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Union[tuple(KINDS.values())])  # noqa: UP007
 
 E = TypeVar("E", bound=Event)
-
-
-class _Line(msgspec.Struct):
-    event: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,26 +323,30 @@ class EventLog:
 
 
 def append(folder: Path, event: Event) -> None:
-    """Append one line to the log of a run folder, with the current time.
+    """Append one line to the log of a run folder, with the current time; one that cannot be written is dropped.
 
     Each line is a single write: lines of several processes do not mix on a local or a POSIX shared file system.
-
-    Raises OSError.
     """
-    line = msgspec.json.encode(msgspec.structs.replace(event, time=time.time())) + b"\n"
-    path = RunFolder(folder).events_file
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        os.write(descriptor, line)
-    finally:
-        os.close(descriptor)
+    writer = SideWriter(RunFolder(folder).events_file)
+    writer.write(msgspec.json.encode(msgspec.structs.replace(event, time=time.time())))
+    writer.close()
 
 
-def read(folder: Path) -> EventLog:
-    """Read the log of a run folder; empty if there is no file. Skips lines that are not JSON, such as torn ones."""
+def size(folder: Path) -> int:
+    """Return the length of the log in bytes, for a later `read` of what is added."""
+    with contextlib.suppress(FileNotFoundError):
+        return RunFolder(folder).events_file.stat().st_size
+    return 0
+
+
+def read(folder: Path, *, start: int = 0) -> EventLog:
+    """Read the log of a run folder from a byte on; empty if there is no file. Skips lines that are not JSON, such as
+    torn ones.
+    """
     events: list[Event] = []
     unknown = 0
     with contextlib.suppress(FileNotFoundError), RunFolder(folder).events_file.open("rb") as lines:
+        lines.seek(start)
         for line in lines:
             try:
                 events.append(decode(line))
@@ -340,7 +362,4 @@ def decode(line: bytes) -> Event:
 
     Raises msgspec.DecodeError if the line is not JSON, and its subclass ValidationError if the event is unknown.
     """
-    name = msgspec.json.decode(line, type=_Line).event
-    if name not in KINDS:
-        raise msgspec.ValidationError(f"unknown event {name!r}")
-    return msgspec.json.decode(line, type=KINDS[name])
+    return _DECODER.decode(line)

@@ -17,7 +17,9 @@ from typing import Any, Literal
 
 import msgspec
 
+from keepwarm import side_writer
 from keepwarm.files import READABLE, atomic_write
+from keepwarm.side_writer import SideWriter
 from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.monitor import events
 
@@ -78,12 +80,8 @@ class Timeline:
 
     def __init__(self, folder: Path, *, rank: int, began: float, restart: bool, fresh: bool) -> None:
         """`began`: start time of this process; `fresh`: discard the records of an earlier run in the folder."""
-        self._descriptor = -1
-        if rank != 0:
-            return
         # A frozen process that resumes and its successor write to the same file: lines must not mix.
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if fresh else 0)
-        self._descriptor = os.open(RunFolder(folder).timeline_file, flags, 0o644)
+        self._file = SideWriter(RunFolder(folder).timeline_file, fresh=fresh) if rank == 0 else None
         self._session = time.time_ns()
         self._start: float | None = began
         if restart:
@@ -109,24 +107,21 @@ class Timeline:
 
     def close(self, step: int, *, ended: bool) -> None:
         """Record the end of the session. `ended`: with the state saved, rather than by a failure."""
-        if self._descriptor < 0:
-            return
         if ended:
             self._write("end", step=step)
-        os.close(self._descriptor)
-        self._descriptor = -1
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def _write_start(self, *, restart: bool) -> None:
-        if self._descriptor >= 0 and self._start is not None:
+        if self._start is not None:
             self._write("start", at=self._start, restart=restart)
             self._start = None
 
     def _write(self, mark: Any, *, at: float | None = None, **values: Any) -> None:
-        if self._descriptor >= 0:
+        if self._file is not None:
             line = Mark(time=time.time() if at is None else at, mark=mark, session=self._session, **values)
-            # A full disk must not end the training.
-            with contextlib.suppress(OSError):
-                os.write(self._descriptor, msgspec.json.encode(line) + b"\n")
+            self._file.write(msgspec.json.encode(line))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,7 +303,8 @@ def of_run(folder: Path) -> Goodput:
 
 
 def write_result(folder: Path) -> Goodput:
-    """Store the goodput as `goodput.json` and return it."""
-    result = of_run(folder)
-    atomic_write(RunFolder(folder).goodput_file, (json.dumps(result.data()) + "\n").encode(), mode=READABLE)
+    """Store the goodput as `goodput.json`, if the disk has room, and return it."""
+    result, path = of_run(folder), RunFolder(folder).goodput_file
+    with side_writer.attempt(path.name):
+        atomic_write(path, (json.dumps(result.data()) + "\n").encode(), mode=READABLE)
     return result

@@ -7,6 +7,7 @@ also read on machines without torch: do heavy imports inside `__init__`.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,16 +97,25 @@ class TensorBoard(MetricSink):
     def __init__(self, options: TensorBoardOptions, context: SinkContext) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = None if context.resume_step is None else context.resume_step + 1
         folder = str(context.folder / "tensorboard")
-        self._writer = SummaryWriter(folder, purge_step=purge, flush_secs=options.flush_seconds)
+        purge = None if context.resume_step is None else context.resume_step + 1
+        self._open = partial(SummaryWriter, folder, flush_secs=options.flush_seconds)
+        self._writer: SummaryWriter | None = self._open(purge_step=purge)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for key, value in values.items():
-            self._writer.add_scalar(key, value, step)
+        if self._writer is None:
+            self._writer = self._open()
+        try:
+            for key, value in values.items():
+                self._writer.add_scalar(key, value, step)
+        except OSError:
+            # Its thread has ended with the first failure: only another writer, with another file, can write again.
+            self._writer = None
+            raise
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class WeightsAndBiasesOptions(Section):

@@ -1,15 +1,15 @@
 """Machine-readable records of a run: metrics.jsonl, events.jsonl, and the metric sinks that its job names."""
 
-import contextlib
 import json
-import logging
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from keepwarm import side_writer
 from keepwarm.options import parse_options
+from keepwarm.side_writer import SideWriter
 from keepwarm.trainer.errors import SpecError, TrainerError
 from keepwarm.trainer.job.extensions import METRIC_SINKS
 from keepwarm.trainer.job.run_folder import RunFolder
@@ -25,15 +25,16 @@ class JsonLines(MetricSink):
     def __init__(self, options: None, context: SinkContext) -> None:
         run = RunFolder(context.folder)
         if context.resume_step is not None:
-            run.drop_metrics_after(context.resume_step)
-        self._file = run.metrics_file.open("a", encoding="utf-8", buffering=1)
+            with side_writer.attempt(run.metrics_file.name):
+                run.drop_metrics_after(context.resume_step)
+        self._file = SideWriter(run.metrics_file)
 
     def step(self, metrics: StepMetrics) -> None:
         unknown = {key: None for key, value in metrics.scalars().items() if not math.isfinite(value)}
-        self._file.write(json.dumps(metrics.record() | unknown) + "\n")
+        self._file.write(json.dumps(metrics.record() | unknown).encode())
 
     def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, "eval": losses}) + "\n")
+        self._file.write(json.dumps({"step": step, "eval": losses}).encode())
 
     def close(self) -> None:
         self._file.close()
@@ -48,14 +49,13 @@ class Metrics:
     def __init__(self, folder: Path, spec: LogSpec, name: str, *, rank: int, resume_step: int | None) -> None:
         """Open the sinks; for a resumed run, first drop the lines of steps after `resume_step`.
 
-        Raises:
-            SpecError: a sink needs something that is not installed.
-            OSError: metrics.jsonl cannot be opened.
+        Raises SpecError if a sink needs something that is not installed.
         """
         self._active = rank == 0
         self._folder = folder
         self._sinks: dict[str, MetricSink] = {}
         self._failed: set[str] = set()
+        """Outputs whose failure is recorded as an event."""
         if not self._active:
             return
         context = SinkContext(folder=folder, run=name, resume_step=resume_step)
@@ -67,6 +67,7 @@ class Metrics:
         """Record one step."""
         for name, sink in self._sinks.items():
             self._attempt(name, partial(sink.step, metrics))
+        self._record_failures()
 
     def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
         """Record the validation loss of every domain after `step` completed steps."""
@@ -79,10 +80,14 @@ class Metrics:
             events.append(self._folder, event)
 
     def close(self) -> None:
-        """Flush and close every sink."""
+        """Flush and close every sink; record what was lost."""
         for name, sink in self._sinks.items():
             self._attempt(name, sink.close)
         self._sinks.clear()
+        self._record_failures()
+        if self._active:
+            for output, loss in side_writer.losses().items():
+                self.event(events.OutputLost(output=output, dropped=loss.dropped, reason=loss.reason))
 
     def _open(self, name: str, options: Mapping[str, Any], context: SinkContext) -> None:
         component = METRIC_SINKS.get(name)
@@ -91,19 +96,19 @@ class Metrics:
         self._sinks[name] = component(parse_options(component, options), context)
 
     def _attempt(self, name: str, write: Callable[[], None], *, fatal: tuple[type[Exception], ...] = ()) -> None:
-        """Perform a write that training does not depend on, and warn of the first failure of each sink.
-
-        All metrics are written through here; errors of the kinds in `fatal` are raised.
-        """
+        """Perform a write that training does not depend on; raise errors of the kinds in `fatal` alone."""
         try:
             write()
         except fatal:
             raise
         except Exception as error:
-            if name in self._failed:
-                return
-            self._failed.add(name)
-            reason = f"{type(error).__name__}: {error}"
-            logging.warning("metric sink %s failed: %s; training continues", name, reason)
-            with contextlib.suppress(OSError):
-                self.event(events.SinkFailed(sink=name, reason=reason))
+            side_writer.lost(f"metric sink {name}", error)
+
+    def _record_failures(self) -> None:
+        """Record the first failure of every output of this process as an event."""
+        if not self._active:
+            return
+        for output, loss in side_writer.losses().items():
+            if output not in self._failed:
+                self._failed.add(output)
+                self.event(events.SinkFailed(sink=output, reason=loss.reason))

@@ -74,7 +74,7 @@ def test_run_ranks_store_is_shared_and_removed_afterwards(program: Path) -> None
     assert not Path(first).parent.exists()
 
 
-@pytest.mark.parametrize(("code", "kept"), [(2, 2), (3, 3), (4, 4), (130, 130), (1, 4), (77, 4)])
+@pytest.mark.parametrize(("code", "kept"), [(2, 2), (3, 3), (4, 4), (6, 6), (130, 130), (1, 4), (77, 4)])
 def test_run_ranks_failed_rank_gives_exit_code_and_end_of_log(program: Path, code: int, kept: int) -> None:
     with pytest.raises(RanksFailed) as caught:
         run(program, f"if rank == 1: print('last words'); sys.exit({code})")

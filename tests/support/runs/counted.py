@@ -187,7 +187,7 @@ class Counted:
         timeline = Timeline(self.folder, rank=1, began=0.0, restart=False, fresh=start == "fresh")
         data = PreparedData(sources=sources, validation={}, tokenizer=None)
         run = assemble(job, world, cast(ModelParts, ToyParts(1)), data, start=start, timeline=timeline)
-        with Interrupt() as interrupt:
+        with Interrupt().watching() as interrupt:
             if stop_after is not None:
                 original = run.engine.step
 

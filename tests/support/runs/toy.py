@@ -253,7 +253,7 @@ def run(
         parent.save(folder / "parent", world)
     timeline = Timeline(run_folder, rank=1, began=0.0, restart=False, fresh=True)
     run = assemble(job, world, ToyParts(seed), data, start="fresh", timeline=timeline)
-    with Interrupt() as interrupt:
+    with Interrupt().watching() as interrupt:
         train(run, interrupt)
     run.callbacks.close(run, "finished")
     run.loader.close()

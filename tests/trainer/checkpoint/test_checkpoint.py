@@ -21,7 +21,7 @@ from keepwarm.parallel.shard import Shard
 from keepwarm.trainer.checkpoint import checkpoint
 from keepwarm.trainer.checkpoint.checkpoint import Checkpoints
 from keepwarm.trainer.distributed.world import World
-from keepwarm.trainer.errors import CheckpointError, OutputError
+from keepwarm.trainer.errors import CheckpointError, StateNotSaved
 from keepwarm.trainer.job.sections import CheckpointSpec
 from tests.support.ranks import run_ranks
 
@@ -172,9 +172,9 @@ def test_load_state_of_another_model_is_refused(tmp_path: Path) -> None:
         checkpoint.load(path, whole_of("missing", torch.zeros(1, 1)))
 
 
-def test_save_unwritable_folder_is_an_output_error(tmp_path: Path) -> None:
+def test_save_unwritable_folder_is_a_state_that_is_not_saved(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    with pytest.raises(OutputError, match="checkpoint to"):
+    with pytest.raises(StateNotSaved, match="checkpoint to"):
         checkpoints(tmp_path / "checkpoints").save(1, whole_of("w", torch.ones(1, 1)), {})
 
 

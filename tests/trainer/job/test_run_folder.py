@@ -51,6 +51,30 @@ def test_last_step_in_record_larger_than_tail_is_found(tmp_path: Path) -> None:
     assert run.last_step() == 7
 
 
+@pytest.mark.parametrize("step", [0, 1, 4_321, 9_999, 10_000, 20_000])
+def test_drop_metrics_after_reads_only_what_it_drops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    records = [{"step": number, "loss": float(number)} for number in range(1, 10_001)]
+    run = write(tmp_path, {"step": 0, "eval": {}}, *records, end=TORN)
+    parsed: list[bytes] = []
+    parse = json.loads
+    monkeypatch.setattr(json, "loads", lambda line: (parsed.append(line), parse(line))[1])
+    run.drop_metrics_after(step)
+    assert len(parsed) == max(0, 10_000 - step) + 2  # the torn line, and the newest one before it
+    monkeypatch.undo()
+    before = [{"step": 0, "eval": {}}] if step else []
+    assert run.metrics() == [*before, *records[:step]]
+    assert run.metrics_file.read_bytes().endswith(b"\n" if step else b"")
+
+
+def test_drop_metrics_after_a_cut_line_that_is_whole_json_keeps_it(tmp_path: Path) -> None:
+    run = write(tmp_path, {"step": 1, "loss": 1.0}, end=b'{"step": 2, "loss": 2.0}')
+    run.drop_metrics_after(2)
+    assert run.last_step() == 2
+    assert b"\0" not in run.metrics_file.read_bytes()
+
+
 def test_drop_metrics_after_keeps_the_step_without_its_evaluation(tmp_path: Path) -> None:
     steps = [{"step": step, "loss": float(step)} for step in (1, 2, 3)]
     run = write(tmp_path, *steps[:2], {"step": 2, "eval": {}}, steps[2], end=TORN)

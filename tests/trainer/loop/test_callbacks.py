@@ -1,9 +1,10 @@
 """Loop callbacks of other packages: refused or built from a job, called in order, and what they may change."""
 
+import contextlib
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,11 +13,14 @@ from keepwarm.ft.format import publication
 from keepwarm.ft.format.reader import read_part
 from keepwarm.options import Component
 from keepwarm.section import Section
+from keepwarm.trainer.distributed.in_process_restart import RestartRequested
 from keepwarm.trainer.errors import SpecError, TrainingStopped
 from keepwarm.trainer.job.extensions import CALLBACKS
 from keepwarm.trainer.job.files import load_job, shipped_configs
 from keepwarm.trainer.loop.callback import Callback, Callbacks, Ending, Run, StepDone
 from keepwarm.trainer.loop.session import run_session
+from keepwarm.trainer.monitor.goodput import read_marks
+from keepwarm.trainer.monitor.watchdog import Watchdog
 
 TINY = shipped_configs() / "ci" / "tiny.yaml"
 STEPS = 3
@@ -170,31 +174,98 @@ class Closing(Callback):
             raise RuntimeError(self.error)
 
 
-@pytest.mark.parametrize("ending", ["finished", "stopped", "halted", "failed"])
-def test_callbacks_close_failure_does_not_keep_others_open(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, ending: Ending
-) -> None:
+def test_callbacks_close_failure_does_not_keep_others_open(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Probe(Callback):
-        def close(self, run: Run, _: Ending) -> None:
+        def close(self, run: Run, ending: Ending) -> None:
             callbacks = Callbacks([Closing(), Closing("first"), Closing("last")])
-            try:
+            with pytest.raises(RuntimeError, match="last"):
                 callbacks.close(run, ending)
-            except RuntimeError as error:
-                raised.append(str(error))
             closed.extend(one.closed for one in callbacks if isinstance(one, Closing))
 
-    raised: list[str] = []
     closed: list[bool] = []
-    CALLBACKS.register("probe")(Probe)
-    try:
-        with caplog.at_level(logging.WARNING):
-            assert train(tmp_path / "run", "callbacks={probe: {}}")
-    finally:
-        CALLBACKS.unregister("probe")
+    with added("probe", Probe), caplog.at_level(logging.WARNING):
+        assert train(tmp_path / "run", "callbacks={probe: {}}")
     assert closed == [True, True, True]
     logged = [record.getMessage() for record in caplog.records if "closing a callback" in record.getMessage()]
-    if ending in ("finished", "stopped"):
-        assert (raised, logged) == (["last"], [])
-    else:
-        assert raised == []
-        assert logged == [f"closing a callback failed: {text}" for text in ("last", "first")]
+    assert logged == ["closing a callback failed: first"]
+
+
+class Faulty(Callback):
+    """Ends the run after its second step if told how, and fails when it is closed."""
+
+    ends_with: ClassVar[Exception | None] = None
+    ended: ClassVar[list[Ending]] = []
+
+    def after_step(self, run: Run, done: StepDone) -> None:
+        if run.state.step == 2 and self.ends_with is not None:
+            raise self.ends_with
+
+    def close(self, run: Run, ending: Ending) -> None:
+        self.ended.append(ending)
+        raise RuntimeError("cannot close")
+
+
+@pytest.mark.parametrize(
+    ("ends_with", "ending"),
+    [
+        (TrainingStopped("enough"), "stopped"),
+        (RestartRequested("peers died"), "halted"),
+        (ValueError("a defect"), "failed"),
+        (None, "finished"),
+    ],
+    ids=["stopped", "halted", "failed", "finished"],
+)
+def test_session_close_failure_is_raised_only_without_another_error(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    ends_with: Exception | None,
+    ending: Ending,
+) -> None:
+    monkeypatch.setattr(Faulty, "ends_with", ends_with)
+    monkeypatch.setattr(Faulty, "ended", [])
+    expected = ends_with or RuntimeError("cannot close")
+    with added("faulty", Faulty), caplog.at_level(logging.WARNING), pytest.raises(type(expected), match=str(expected)):
+        train(tmp_path / "run", "callbacks={faulty: {}}")
+    assert Faulty.ended == [ending]
+    logged = [record.getMessage() for record in caplog.records if "leaving the run" in record.getMessage()]
+    assert logged == ([] if ends_with is None else ["leaving the run failed: cannot close"])
+    marks = [mark.mark for mark in read_marks(tmp_path / "run")]
+    assert (marks[-1] == "end") == (ending in ("finished", "stopped"))
+    assert (tmp_path / "run" / "goodput.json").exists() == (ending in ("finished", "stopped"))
+
+
+class StopsAtOnce(Callback):
+    """Requests a stop before the first step."""
+
+    def on_start(self, run: Run) -> None:
+        run.request_stop("nothing to do")
+
+
+def test_callbacks_request_stop_at_the_start_saves_the_state(tmp_path: Path) -> None:
+    with added("stops", StopsAtOnce), pytest.raises(TrainingStopped, match="nothing to do"):
+        train(tmp_path / "run", "callbacks={stops: {}}")
+    newest = publication.latest(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    assert publication.verify(newest).step == 0
+
+
+def test_callbacks_watchdog_is_closed_before_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(Callback):
+        def close(self, run: Run, ending: Ending) -> None:
+            order.append("callback")
+
+    order: list[str] = []
+    monkeypatch.setattr(Watchdog, "close", lambda self: order.append("watchdog"))
+    with added("slow", Slow):
+        assert train(tmp_path / "run", "callbacks={slow: {}}")
+    assert order == ["watchdog", "callback"]
+
+
+@contextlib.contextmanager
+def added(name: str, component: type[Callback]) -> Iterator[None]:
+    CALLBACKS.register(name)(component)
+    try:
+        yield
+    finally:
+        CALLBACKS.unregister(name)

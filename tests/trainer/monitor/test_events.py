@@ -1,5 +1,6 @@
 """The log of a run's events: written by many processes, read by other versions, described in the documentation."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -61,10 +62,36 @@ def test_events_unknown_field_is_ignored(tmp_path: Path) -> None:
     assert events.read(tmp_path) == events.EventLog((events.Interrupted(time=1.0, step=3),))
 
 
-def test_events_all_names_are_snake_case() -> None:
-    assert len(events.KINDS) == 28
-    assert all(name.replace("_", "").islower() for name in events.KINDS)
-    assert events.KINDS["lr_changed"] is events.LrChanged
+NAMES = """
+training_started began finished interrupted parent lr_changed data_changed gate skipped spike stopped straggler hang
+snapshots snapshot_failed checkpoint_failed sink_failed output_lost recovery supervisor_started supervisor_ended failure whole
+node_excluded memory_saved memory_not_saved resized batch_started batch_ended requeue
+"""
+
+
+def test_events_names_are_those_that_scripts_know() -> None:
+    assert list(events.KINDS) == NAMES.split()
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_events_number_that_is_not_finite_stays_readable(tmp_path: Path, value: float) -> None:
+    gate = events.Gate(step=1, stage="a", domain="en", action="stop", before=1.0, now=value)
+    slow = events.Straggler(step=1, rank=0, host="h", share=value, ratio=value)
+    for event in (gate, slow, events.Finished(step=1, tokens_per_s=value)):
+        events.append(tmp_path, event)
+    log = events.read(tmp_path)
+    assert log.unknown == 0
+    assert [(event.before, event.now) for event in log.of(events.Gate)] == [(1.0, None)]
+    assert [(event.share, event.ratio) for event in log.of(events.Straggler)] == [(None, None)]
+    assert [event.tokens_per_s for event in log.of(events.Finished)] == [None]
+
+
+def test_events_read_from_a_position_are_those_added_since(tmp_path: Path) -> None:
+    assert events.size(tmp_path) == 0
+    events.append(tmp_path, events.Interrupted(step=1))
+    seen = events.size(tmp_path)
+    events.append(tmp_path, events.Interrupted(step=2))
+    assert [event.step for event in events.read(tmp_path, start=seen).of(events.Interrupted)] == [2]
 
 
 def test_events_decode_inverts_encode() -> None:

@@ -1,8 +1,13 @@
 """The files of a run folder, and the log line that Megatron-LM's users parse."""
 
+import contextlib
 import json
 import math
+import os
 import re
+import subprocess
+import sys
+import termios
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +15,7 @@ from typing import ClassVar
 
 import pytest
 
+from keepwarm import side_writer
 from keepwarm.section import Section
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.job.extensions import METRIC_SINKS
@@ -95,6 +101,52 @@ def test_log_line_matches_megatron_grammar() -> None:
     assert found.groups() == ("7", "20", "56", "100.0", "1.000000E-03", "8", "2.000000E+00", "0.500")
 
 
+ON_A_TERMINAL = """
+import sys
+from keepwarm.trainer.monitor.console import LogLine, RunConsole
+from keepwarm.trainer.monitor.metric_sinks import StepMetrics
+metrics = StepMetrics(step=123_456, stage="a stage with a long name", loss=12.3456, lr=1.234567e-05, grad_norm=1e3,
+                      tokens=64, step_time_s=float(sys.argv[1]))
+line = LogLine(metrics=metrics, last_step=1_234_567, consumed_samples=10**12, global_batch_size=4096,
+               tokens_per_s=float(sys.argv[2]), skipped=3, tflops_per_gpu=400.0, mfu=0.456)
+with RunConsole(rank=0, steps=1_234_567, done=0, log_every=1) as console:
+    console.step(line)
+"""
+
+
+def on_a_terminal(columns: int, *arguments: str) -> str:
+    """What the program prints on a pseudo-terminal of this width."""
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (40, columns))
+    environment = {**os.environ, "TERM": "xterm"} | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", ON_A_TERMINAL, *arguments]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        seen = b""
+        with contextlib.suppress(OSError):  # the kernel's word for the end of a terminal
+            while data := os.read(ours, 1 << 16):
+                seen += data
+        assert process.wait(60) == 0, seen
+    os.close(ours)
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
+
+
+@pytest.mark.parametrize("columns", [80, 150])
+@pytest.mark.parametrize(("step_time", "tokens_per_s", "shown", "left"), [
+    ("0.5", "123456", "123k", "6d 10h"),
+    ("1e-6", "12", "12", "1s"),
+    ("0.02", "1.5e9", "1.5G", "6h 10m"),
+])  # fmt: skip
+def test_log_line_on_a_terminal_is_short_and_shows_what_is_left(
+    columns: int, step_time: str, tokens_per_s: str, shown: str, left: str
+) -> None:
+    output = on_a_terminal(columns, step_time, tokens_per_s)
+    expected = f" 123456/1234567 | loss 12.3456 | lr 1.2e-05 | {shown} tok/s | MFU 46% | {left} left"
+    assert [line.strip() for line in re.split(r"[\r\n]+", output) if "lr " in line] == [expected.strip()]
+    assert len(expected) <= 80
+    assert "consumed samples" not in output
+
+
 class FlakyOptions(Section):
     """Steps at which the sink fails."""
 
@@ -117,6 +169,11 @@ class Flaky(MetricSink):
         if step in self._fails_at:
             raise ConnectionError("gone")
         self.seen.append((step, dict(values)))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_lost() -> None:
+    side_writer.forget()
 
 
 @pytest.fixture
@@ -142,9 +199,11 @@ def test_sink_failure_warns_once_and_sink_is_called_again(
     assert flaky.seen == [(3, at(3).scalars()), (3, {"eval/en": 2.0})]
     assert steps_in(tmp_path) == [1, 2, 3, 3]
     (failed,) = events.read(tmp_path).of(events.SinkFailed)
-    assert (failed.sink, failed.reason) == ("flaky", "ConnectionError: gone")
+    assert (failed.sink, failed.reason) == ("metric sink flaky", "ConnectionError: gone")
+    (lost,) = events.read(tmp_path).of(events.OutputLost)
+    assert (lost.output, lost.dropped, lost.reason) == ("metric sink flaky", 2, "ConnectionError: gone")
     assert [record.getMessage() for record in caplog.records] == [
-        "metric sink flaky failed: ConnectionError: gone; training continues"
+        "metric sink flaky: ConnectionError: gone; what cannot be written is dropped, the work goes on"
     ]
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import xxhash
 
+from keepwarm.files import sync_file
 from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.format.manifest import MANIFEST
 from keepwarm.trainer.convert.dcp.writer import write_dcp
@@ -15,7 +16,7 @@ from keepwarm.trainer.convert.huggingface.exporter import check_tensors, model_s
 from keepwarm.trainer.convert.huggingface.folder import NOTE, dump_config
 from keepwarm.trainer.convert.huggingface.importer import Progress, silent
 from keepwarm.trainer.convert.native import NativeCheckpoint
-from keepwarm.trainer.convert.output_folder import new_folder, sync_file, write_file
+from keepwarm.trainer.convert.output_folder import new_folder, write_file
 from keepwarm.trainer.convert.recipes import Recipe
 from keepwarm.trainer.convert.streaming import Maker
 from keepwarm.trainer.convert.whole import Whole

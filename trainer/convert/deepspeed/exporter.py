@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from keepwarm.files import sync_directory, sync_file
 from keepwarm.tested import TESTED
 from keepwarm.trainer.convert.dcp.exporter import NativeUnits, moments_of, note_of, step_of
 from keepwarm.trainer.convert.deepspeed.folder import (
@@ -25,7 +26,7 @@ from keepwarm.trainer.convert.huggingface.exporter import check_tensors, model_s
 from keepwarm.trainer.convert.huggingface.folder import CONFIG, NOTE, dump_config
 from keepwarm.trainer.convert.huggingface.importer import FILES, Progress, silent
 from keepwarm.trainer.convert.native import NativeCheckpoint
-from keepwarm.trainer.convert.output_folder import new_folder, sync, sync_file, write_file
+from keepwarm.trainer.convert.output_folder import new_folder, write_file
 from keepwarm.trainer.convert.recipes import Recipe, into_huggingface
 from keepwarm.trainer.convert.streaming import Maker
 from keepwarm.trainer.convert.whole import Whole
@@ -73,8 +74,8 @@ def to_deepspeed(
                 size += written
                 progress(size, total)
         _write_counters(folder, native.manifest.step, step, len(recipes))
-        sync(folder / ZERO)
-        sync(folder)
+        sync_directory(folder / ZERO)
+        sync_directory(folder)
         write_file(tmp / LATEST, folder.name.encode())
         write_file(tmp / CONFIG, dump_config(config))
         write_file(tmp / NOTE, dump_config(note_of(native, spec, "deepspeed") | {"model_type": model_type}))
@@ -103,7 +104,7 @@ def _write_parameter(
         yield _write(place / f"{key}.pt", maker, recipe, MODEL if key == WEIGHT else f"optimizer.{key}.")
     if step is not None:
         _save(place / f"{COUNTER}.pt", torch.tensor(float(step)))
-    sync(place)
+    sync_directory(place)
 
 
 def _write(file: Path, maker: Maker, recipe: Recipe, prefix: str) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import xxhash
 from pydantic import ValidationError
 
+from keepwarm.files import sync_directory
 from keepwarm.ft.errors import FtError
 from keepwarm.ft.format import publication
 from keepwarm.ft.format.contents import Piece
@@ -17,7 +18,7 @@ from keepwarm.ft.format.writer import write_part_blocks
 from keepwarm.trainer.convert.huggingface.config import with_dtype
 from keepwarm.trainer.convert.huggingface.folder import CONFIG, HuggingFaceFolder, dump_config
 from keepwarm.trainer.convert.native import PREFIX
-from keepwarm.trainer.convert.output_folder import new_folder, sync
+from keepwarm.trainer.convert.output_folder import new_folder
 from keepwarm.trainer.convert.recipes import Recipe, into_canonical, source_shapes
 from keepwarm.trainer.convert.streaming import Maker
 from keepwarm.trainer.errors import CheckpointError, SpecError
@@ -105,7 +106,7 @@ def carry(source: Path, names: list[str], target: Path) -> dict[str, str]:
         shutil.copyfile(source / name, target / name)
         sums[name] = file_sum(target / name, flush=True)
     if names:
-        sync(target)
+        sync_directory(target)
     return sums
 
 

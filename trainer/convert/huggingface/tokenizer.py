@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from keepwarm.files import sync_file
 from keepwarm.trainer.convert.huggingface.folder import dump_config, strict_json_file
 from keepwarm.trainer.convert.huggingface.importer import FILES
 from keepwarm.trainer.convert.native import NativeCheckpoint
-from keepwarm.trainer.convert.output_folder import sync_file, write_file
+from keepwarm.trainer.convert.output_folder import write_file
 from keepwarm.trainer.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from keepwarm.trainer.errors import DataError
 from keepwarm.trainer.job.run_folder import RunFolder

@@ -4,7 +4,6 @@ A part's file name depends on everything that determines its tokens, so that fil
 reused if they fit and ignored otherwise.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from keepwarm.files import READABLE, atomic_file
+from keepwarm.files import READABLE, atomic_file, sync_directory, sync_file
 from keepwarm.trainer.data.indexed import Sidecar, content_hash
 from keepwarm.trainer.data.preprocess.prefix import Control
 from keepwarm.trainer.data.preprocess.text import TextPart, prefixed_documents
@@ -101,15 +100,7 @@ def merge(folder: Path, paths: Sequence[Path], prefix: Path, tokenizer: Tokenize
     )
     new_json.write_bytes(msgspec.json.format(msgspec.json.encode(sidecar)) + b"\n")
     for new, suffix in ((new_bin, ".bin"), (new_json, ".json"), (new_idx, ".idx")):
-        _sync(new)
+        sync_file(new)
         new.replace(f"{prefix}{suffix}")
-    _sync(prefix.parent)
+    sync_directory(prefix.parent)
     return sidecar
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

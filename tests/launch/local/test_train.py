@@ -1,0 +1,36 @@
+"""What `keepwarm train` says at the start."""
+
+import os
+from collections.abc import Sequence
+
+import pytest
+
+from keepwarm.launch.local import train
+from keepwarm.launch.local.train import idle_cores
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "threads", "sentence"),
+    [
+        (8, 1, 1, "1 of 8 cores is used; numerics.threads_per_rank=8 uses all"),
+        (8, 2, 2, "4 of 8 cores are used; numerics.threads_per_rank=4 uses all"),
+        (8, 3, 1, "3 of 8 cores are used; numerics.threads_per_rank=2 uses 6"),
+        (8, 8, 1, None),
+        (8, 5, 1, None),
+        (2, 8, 1, None),
+        (8, 1, 16, None),
+    ],
+)
+def test_idle_cores_are_named_with_the_key(
+    monkeypatch: pytest.MonkeyPatch, cores: int, ranks: int, threads: int, sentence: str | None
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(train, "_GPU_DEVICES", ())
+    assert idle_cores(ranks, threads) == sentence
+
+
+@pytest.mark.parametrize("devices", [("/dev/null",), ("/nowhere", "/dev/null")])
+def test_idle_cores_do_not_matter_beside_a_gpu(monkeypatch: pytest.MonkeyPatch, devices: Sequence[str]) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(train, "_GPU_DEVICES", devices)
+    assert idle_cores(1, 1) is None

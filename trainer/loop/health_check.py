@@ -1,0 +1,29 @@
+"""Callback that judges every step by its loss: spikes, skipped steps, and when to stop."""
+
+from keepwarm.trainer.errors import TrainingStopped
+from keepwarm.trainer.loop.callback import Callback, Run, StepDone
+from keepwarm.trainer.monitor import events
+
+
+class HealthCheck(Callback):
+    """Warns of spikes and skipped steps, and stops training after too many consecutive skipped steps."""
+
+    def after_step(self, run: Run, done: StepDone) -> None:
+        health, step, result = run.state.health, run.state.step, done.result
+        verdict = health.judge(result.loss, result.skipped)
+        if verdict == "good":
+            return
+        event = {"skipped": events.Skipped, "spike": events.Spike, "stop": events.Stopped}[verdict]
+        run.metrics.event(event(step=step, loss=repr(result.loss), grad_norm=repr(result.grad_norm)))
+        ranks = f"ranks 0-{run.world.size - 1}" if run.world.size > 1 else "rank 0"
+        seen = f"loss {result.loss}, gradient norm {result.grad_norm}"
+        if verdict == "spike":
+            run.console.warn(f"loss spike at iteration {step}: {seen}")
+        elif verdict == "skipped":
+            run.console.warn(f"iteration {step} skipped on {ranks}: {seen}")
+        else:
+            raise TrainingStopped(
+                f"{health.skipped_in_a_row} consecutive steps were not finite (health.max_skipped), the last one "
+                f"iteration {step} on {ranks}: {seen}; check the data and the learning rate of these steps in "
+                "metrics.jsonl"
+            )
