@@ -104,7 +104,7 @@ def _print_dry_run(system: BatchSystem, request: Request, values: Sequence[dict[
 
 def _submit(system: BatchSystem, request: Request, jobs: Sequence[JobSpec], console: Console) -> str:
     with contextlib.ExitStack() as stack:
-        folders = [stack.enter_context(prepared(job, "new")) for job in jobs]
+        folders = [stack.enter_context(prepared(job, "new")).parent for job in jobs]
         for folder in folders:
             RunFolder(folder).logs.mkdir()
         for remark in system.stage(request, folders[0]):

@@ -49,7 +49,7 @@ class Supervisor:
         folder = options.folder
         logs = RunFolder(folder).logs
         logs.mkdir(parents=True, exist_ok=True)
-        arguments = (str(RunFolder(folder).run_file), *(["--resume"] if options.resume else []))
+        arguments = (str(folder / options.spec), *(["--resume"] if options.resume else []))
         workers = WorkerOptions(
             module=options.module,
             arguments=arguments,

@@ -10,17 +10,19 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 import keepwarm
-from keepwarm.files import READABLE, atomic_write
+from keepwarm.files import READABLE, atomic_write, sync_directory
 from keepwarm.parallel.errors import LayoutError
 from keepwarm.trainer.errors import OutputError, SpecError
 from keepwarm.trainer.job.messages import explain
 from keepwarm.trainer.job.overrides import Override
+from keepwarm.trainer.job.run_folder import PROPOSED_FILE, RUN_FILE, SUBMITTED_FILE
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.job.url import is_url
 from keepwarm.trainer.job.yaml import Document, read_document
 from keepwarm.trainer.model.spec import ModelSpec
 
 _Spec = TypeVar("_Spec", bound=BaseModel)
+_PROPOSALS = (PROPOSED_FILE, SUBMITTED_FILE)
 
 
 def shipped_configs() -> Path:
@@ -68,12 +70,57 @@ def load_model(name: str | Path) -> ModelSpec:
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
-    """Load the job from the `run.json` of a run folder; its output is that folder, even if it has been moved.
+    """Load the job from the `run.json` of a run folder, or a proposed spec beside it; the output is that folder, even
+    if it has been moved. If the proposal is absent because it was accepted, load `run.json`.
 
     Raises:
         SpecError: as `load_job`.
     """
-    return load_job(path, [*overrides, f"output={json.dumps(str(path.resolve().parent))}"])
+    folder = path.resolve().parent
+    changes = [*overrides, f"output={json.dumps(str(folder))}"]
+    try:
+        return load_job(path, changes)
+    except SpecError:
+        if path.name not in _PROPOSALS or path.exists():
+            raise
+    return load_job(path.with_name(RUN_FILE), changes)
+
+
+def is_run_file(path: Path) -> bool:
+    """Return whether the name is that of a run's spec, accepted or proposed, rather than of a job file."""
+    return path.name in (RUN_FILE, *_PROPOSALS)
+
+
+def accept(path: Path) -> None:
+    """Replace `run.json` with the spec that the ranks were started with, if it is a proposal not yet accepted.
+
+    Raises:
+        OutputError: the folder is read-only.
+    """
+    if path.name not in _PROPOSALS:
+        return
+    try:
+        path.replace(path.with_name(RUN_FILE))
+        sync_directory(path.parent)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(f"{path.with_name(RUN_FILE)}: cannot be replaced: {error.strerror or error}") from error
+
+
+def spec_files(path: Path, overrides: Sequence[str] = ()) -> dict[str, Path]:
+    """Return the files that `load_job` reads for a job, by what they are: the job file, and the model's if it names
+    one.
+
+    Raises:
+        SpecError: as `load_job`.
+    """
+    path = find_job(path)
+    model, base = read_document(path).values.get("model"), path.parent
+    for change in map(Override.parse, overrides):
+        if change.keys == ("model",):
+            model, base = change.value, Path.cwd()
+    return {"the job file": path} | ({"model": find_model(model, base)} if isinstance(model, str) else {})
 
 
 def save_job(job: JobSpec, path: Path) -> None:
