@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,8 +18,8 @@ from keepwarm.trainer.job.messages import explain
 from keepwarm.trainer.job.overrides import Override
 from keepwarm.trainer.job.run_folder import PROPOSED_FILE, RUN_FILE, SUBMITTED_FILE
 from keepwarm.trainer.job.spec import JobSpec
-from keepwarm.trainer.job.url import is_url
-from keepwarm.trainer.job.yaml import Document, read_document
+from keepwarm.trainer.job.url import expand_paths, is_url, path_override
+from keepwarm.trainer.job.yaml import Document, Keys, read_document
 from keepwarm.trainer.model.spec import ModelSpec
 
 _Spec = TypeVar("_Spec", bound=BaseModel)
@@ -34,14 +35,14 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
     """Load the job from a YAML file or `run.json`, with overrides applied and the named model filled in.
 
     `path` may also name a shipped job, such as `ci/tiny`. Data paths in the file are relative to the file; those in
-    overrides, `output` and `init_from` are relative to the working directory. In the result all are absolute.
+    overrides, `output` and `init_from` are relative to the working directory. In the result all are absolute, and `~`
+    and environment variables are expanded.
 
     Raises:
         SpecError: lists every problem with its file and line, its key and the expected value.
     """
     path = find_job(path)
-    changes = [Override.parse(text) for text in overrides]
-    document = read_document(path)
+    document, changes = _read(path, overrides)
     _anchor_data(document.values, path.parent)
     model_base = path.parent
     for change in changes:
@@ -57,6 +58,22 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
         if isinstance(document.values.get(key), str) and not (key == "init_from" and is_url(document.values[key])):
             document.values[key] = _anchored(document.values[key], Path.cwd())
     return _validate(JobSpec, document, path)
+
+
+def _read(path: Path, overrides: Sequence[str]) -> tuple[Document, list[Override]]:
+    """Read a job file and its overrides, with `~` and variables in paths expanded. A `run.json` has neither."""
+
+    def refuse(keys: Keys, why: str) -> SpecError:
+        return SpecError(f"{document.place(keys)}: {'.'.join(keys)}: {why}")
+
+    def refuse_override(keys: Keys, why: str) -> SpecError:
+        return SpecError(f"override {'.'.join(keys)}: {why}")
+
+    document = read_document(path)
+    if not is_run_file(path):
+        document.values = expand_paths(document.values, (), refuse)
+    changes = [Override.parse(text) for text in overrides]
+    return document, [replace(one, value=expand_paths(one.value, one.keys, refuse_override)) for one in changes]
 
 
 def load_model(name: str | Path) -> ModelSpec:
@@ -77,7 +94,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
         SpecError: as `load_job`.
     """
     folder = path.resolve().parent
-    changes = [*overrides, f"output={json.dumps(str(folder))}"]
+    changes = [*overrides, path_override("output", folder)]
     try:
         return load_job(path, changes)
     except SpecError:
@@ -116,8 +133,9 @@ def spec_files(path: Path, overrides: Sequence[str] = ()) -> dict[str, Path]:
         SpecError: as `load_job`.
     """
     path = find_job(path)
-    model, base = read_document(path).values.get("model"), path.parent
-    for change in map(Override.parse, overrides):
+    document, changes = _read(path, overrides)
+    model, base = document.values.get("model"), path.parent
+    for change in changes:
         if change.keys == ("model",):
             model, base = change.value, Path.cwd()
     return {"the job file": path} | ({"model": find_model(model, base)} if isinstance(model, str) else {})
