@@ -349,7 +349,7 @@ def test_job_wrong_snapshot_section_is_named(value: str, said: str) -> None:
 
 
 def test_job_paths_expand_home_and_variables(job_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HOME", "/home/ann$")
+    monkeypatch.setenv("HOME", "/home/ann")
     monkeypatch.setenv("SCRATCH", "/scratch/7")
     text = JOB.replace("output: out", "output: ~/runs/y\ninit_from: s3://$BUCKET/run")
     monkeypatch.setenv("BUCKET", "b")
@@ -357,13 +357,13 @@ def test_job_paths_expand_home_and_variables(job_file: Path, monkeypatch: pytest
     job_file.write_text(text)
     container = "cluster.slurm.container={image: $SCRATCH/i.sqsh, mounts: ['~/data:/data', '$SCRATCH:$SCRATCH']}"
     job = load_job(job_file, [container, "data.validation={en: $SCRATCH/v.jsonl}", "data.tokenizer=~/t.json"])
-    assert job.output == "/home/ann$/runs/y"
+    assert job.output == "/home/ann/runs/y"
     assert job.init_from == "s3://b/run"
     assert job.data.sources == {"en": "/scratch/7/en.jsonl", "de": str(tmp_path / "a$b" / "de")}
     assert job.data.validation == {"en": "/scratch/7/v.jsonl"}
-    assert job.data.tokenizer == "/home/ann$/t.json"
+    assert job.data.tokenizer == "/home/ann/t.json"
     assert job.cluster.slurm.container is not None
-    assert job.cluster.slurm.container.mounts == ("/home/ann$/data:/data", "/scratch/7:/scratch/7")
+    assert job.cluster.slurm.container.mounts == ("/home/ann/data:/data", "/scratch/7:/scratch/7")
     assert job.cluster.slurm.container.image == "/scratch/7/i.sqsh"
 
 
