@@ -18,7 +18,7 @@ from keepwarm.trainer.job.messages import explain
 from keepwarm.trainer.job.overrides import Override
 from keepwarm.trainer.job.run_folder import PROPOSED_FILE, RUN_FILE, SUBMITTED_FILE
 from keepwarm.trainer.job.spec import JobSpec
-from keepwarm.trainer.job.url import expand_paths, is_url, path_override
+from keepwarm.trainer.job.url import expand_paths, is_remote, local_path, path_override
 from keepwarm.trainer.job.yaml import Document, Keys, read_document
 from keepwarm.trainer.model.spec import ModelSpec
 
@@ -55,7 +55,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
             change.apply(document)
     _anchor_data(document.values, Path.cwd())
     for key in ("output", "init_from"):
-        if isinstance(document.values.get(key), str) and not (key == "init_from" and is_url(document.values[key])):
+        if isinstance(document.values.get(key), str) and not (key == "init_from" and is_remote(document.values[key])):
             document.values[key] = _anchored(document.values[key], Path.cwd())
     return _validate(JobSpec, document, path)
 
@@ -206,7 +206,7 @@ def _anchor_data(values: dict[str, Any], base: Path) -> None:
 
 
 def _anchored(path: Any, base: Path) -> Any:
-    return os.path.normpath(base.resolve() / path) if isinstance(path, str) and path else path
+    return os.path.normpath(base.resolve() / local_path(path)) if isinstance(path, str) and path else path
 
 
 def _validate(spec: type[_Spec], document: Document, path: Path) -> _Spec:

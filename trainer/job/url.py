@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*(::|://)", re.IGNORECASE)
 _VARIABLE = re.compile(r"\$(?:(?P<escaped>\$)|(?P<name>[A-Za-z_]\w*)|\{(?P<braced>[A-Za-z_]\w*)\})?")
@@ -24,6 +25,22 @@ PATHS = tuple(
 def is_url(where: str | Path) -> bool:
     """Return whether `where` is an fsspec URL, such as `s3://bucket/run`, `memory://run` or `file:///run`."""
     return isinstance(where, str) and _URL.match(where) is not None
+
+
+def is_remote(where: str | Path) -> bool:
+    """Return whether `where` is a URL of another protocol than `file:`, which names a path on this machine."""
+    return isinstance(where, str) and is_url(where) and not where.lower().startswith("file:")
+
+
+def local_path(where: str | Path) -> Path:
+    """Return the path that a `file:` URL names, also one that went through `Path`, which merges its slashes; any other
+    path unchanged.
+    """
+    first, *rest = Path(where).parts or ("",)
+    if first.lower() != "file:":
+        return Path(where)
+    path = Path("/", *rest)
+    return path if path.exists() else Path(unquote(str(path)))
 
 
 def expanded(path: str, environment: Mapping[str, str] = os.environ) -> str:
