@@ -16,6 +16,7 @@ from keepwarm.parallel.errors import LayoutError
 from keepwarm.trainer.errors import OutputError, SpecError
 from keepwarm.trainer.job.messages import explain
 from keepwarm.trainer.job.overrides import Override
+from keepwarm.trainer.job.renames import upgrade
 from keepwarm.trainer.job.run_folder import PROPOSED_FILE, RUN_FILE, SUBMITTED_FILE
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.job.url import expand_paths, is_remote, local_path, path_override
@@ -70,7 +71,9 @@ def _read(path: Path, overrides: Sequence[str]) -> tuple[Document, list[Override
         return SpecError(f"override {'.'.join(keys)}: {why}")
 
     document = read_document(path)
-    if not is_run_file(path):
+    if is_run_file(path):
+        upgrade(document.values)
+    else:
         document.values = expand_paths(document.values, (), refuse)
     changes = [Override.parse(text) for text in overrides]
     return document, [replace(one, value=expand_paths(one.value, one.keys, refuse_override)) for one in changes]

@@ -390,3 +390,37 @@ def test_job_path_that_cannot_be_expanded_is_refused(job_file: Path, key: str, t
     assert refused(job_file, f"{key}={json.dumps(text)}").startswith(f"override {key}: {text!r}: {why}")
     job_file.write_text(JOB.replace("output: out", f"output: {json.dumps(text)}"))
     assert refused(job_file).startswith(f"{job_file}:2: output: {text!r}: {why}")
+
+
+OLDER = {
+    ("batch", "micro_batch_size"): "micro_size",
+    ("batch", "global_batch_size"): "global_size",
+    ("snapshot", "peer_timeout"): "silence",
+    ("snapshot", "when_busy"): "busy",
+    ("cluster", "min_data_parallel"): "least_data",
+    ("cluster", "slurm", "save_before_limit"): "notice",
+    ("health", "min_hang_timeout"): "hang_floor",
+    ("stages", 1, "replay", "distribution"): "law",
+}
+
+
+def test_run_json_of_an_older_version_is_loaded_with_its_renamed_keys(job_file: Path, tmp_path: Path) -> None:
+    names = "{law: text/en, notice: text/de}"  # old keys are ordinary names elsewhere
+    replay = "stages.1.replay={from: [pretrain], fraction: 0.25}"
+    mixture = ["stages.0.mixture={law: 2, notice: 1}", "stages.1.mixture={law: 1}"]
+    asked = [f"data.sources={names}", *mixture, replay, "snapshot={}", f"output={tmp_path / 'run'}"]
+    job = load_job(job_file, asked)
+    values = job.model_dump(mode="json")
+    for (*parents, new), old in OLDER.items():
+        section = values
+        for key in parents:
+            section = section[key]
+        section[old] = section.pop(new)
+    values["parallel"] |= {"data_mode": "fsdp"}
+    values["model"] |= {"norm_position": {"pre": "before", "post": "after"}[values["model"]["norm_position"]]}
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps(values))
+    assert load_run(run / "run.json") == job
+    (tmp_path / "old.yaml").write_text(json.dumps(values))
+    assert "it was renamed; write batch.micro_batch_size" in refused(tmp_path / "old.yaml")
