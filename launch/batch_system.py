@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from keepwarm.launch.errors import ClusterError
 from keepwarm.launch.run.prepare import Mode
 from keepwarm.registry import Registry, UnknownName, UnusableComponent
+from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.job.spec import JobSpec
 
 Phase = Literal["pending", "running", "ended"]
@@ -41,6 +42,13 @@ class Request:
     chain: int = 1
     """Number of consecutive jobs, each continuing the previous one."""
     array: Array | None = None
+
+    @property
+    def spec(self) -> Path:
+        """Argument of `python -P -m keepwarm.trainer`; names `run.json`, and on resuming the changes that wait for the
+        job, if there are any.
+        """
+        return RunFolder(self.folder).submitted_file if self.mode == "resume" else RunFolder(self.folder).run_file
 
 
 @dataclass(frozen=True, kw_only=True)

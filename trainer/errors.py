@@ -5,6 +5,7 @@ TrainerError
 ├── DataError            2  a data file or tokenizer is missing, foreign, truncated or does not fit
 ├── OutputError          2  the run folder exists or cannot be written at the start
 ├── CheckpointError      2  a saved state is missing, damaged or does not fit
+├── RendezvousFailed     1  the ranks do not reach each other; another start may succeed
 ├── RestoreFailed        1  state could not be restored from memory; another start may succeed
 ├── TrainingStopped      3  training stopped itself: NaN, a gate
 ├── UnrecoverableFault   4  a fault that no level of recovery can fix
@@ -34,6 +35,12 @@ class OutputError(TrainerError):
 
 class CheckpointError(TrainerError):
     """A saved state cannot be used; names the file."""
+
+
+class RendezvousFailed(TrainerError):
+    """The ranks do not reach each other; names the address or the interfaces."""
+
+    exit_code = ExitCode.FAULT
 
 
 class RestoreFailed(TrainerError):

@@ -8,6 +8,7 @@ import typer
 
 from keepwarm.debug import wants_traceback
 from keepwarm.exit_code import ExitCode
+from keepwarm.ft.errors import FtError
 from keepwarm.side_writer import protect_streams
 from keepwarm.trainer.errors import TrainerError
 
@@ -21,11 +22,11 @@ def run(app: typer.Typer) -> NoReturn:
     protect_streams(2)
     try:
         app()
-    except TrainerError as error:
+    except (TrainerError, FtError) as error:
         if wants_traceback():
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(error.exit_code if isinstance(error, TrainerError) else ExitCode.BAD_INPUT)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(ExitCode.INTERRUPTED)

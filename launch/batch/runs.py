@@ -9,7 +9,7 @@ from pathlib import Path
 from keepwarm.launch.batch.jobs import jobs_of
 from keepwarm.launch.batch_system import BatchJob
 from keepwarm.launch.run.progress import Progress, progress
-from keepwarm.trainer.errors import OutputError
+from keepwarm.trainer.errors import OutputError, TrainerError
 from keepwarm.trainer.job.files import load_run
 from keepwarm.trainer.job.run_folder import RUN_FILE, RunFolder
 
@@ -22,14 +22,19 @@ class RunRow:
 
     folder: str
     name: str
-    progress: Progress
-    job: BatchJob | None
+    progress: Progress | None
+    """None if the run cannot be read."""
+    job: BatchJob | None = None
     """First active job known to the batch system, else the last known one."""
+    error: str | None = None
+    """Why the run cannot be read."""
 
     @property
     def state(self) -> str:
         if self.job is not None:
             return self.job.state
+        if self.progress is None:
+            return "unreadable"
         return "finished" if self.progress.step >= self.progress.last_step else "ended" if self.progress.step else "new"
 
 
@@ -56,23 +61,28 @@ def show_runs(root: Path, *, as_json: bool) -> None:
 
 
 def table(rows: list[RunRow]) -> Iterator[str]:
-    """Yield a header and one line per run."""
+    """Yield a header and one line per run, then the reason for each run that cannot be read."""
     lines = [("RUN", "STATE", "JOB", "NODES", "RESTARTS", "STEP", "LOSS", "TOKENS/S", "LEFT"), *map(_cells, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+    yield from (f"{row.folder}: cannot be read: {row.error}" for row in rows if row.error is not None)
 
 
 def _row(folder: Path) -> RunRow:
-    known = jobs_of(folder)
-    job = next((job for job in known if job.active), known[-1] if known else None)
-    return RunRow(
-        folder=str(folder), name=load_run(RunFolder(folder).run_file).name, progress=progress(folder), job=job
-    )
+    try:
+        known = jobs_of(folder)
+        job = next((job for job in known if job.active), known[-1] if known else None)
+        name = load_run(RunFolder(folder).run_file).name
+        return RunRow(folder=str(folder), name=name, progress=progress(folder), job=job)
+    except TrainerError as error:
+        return RunRow(folder=str(folder), name=folder.name, progress=None, error=str(error))
 
 
 def _cells(row: RunRow) -> tuple[str, ...]:
     done, job = row.progress, row.job
+    if done is None:
+        return (row.folder, row.state, *["-"] * 7)
     return (
         row.folder,
         row.state,

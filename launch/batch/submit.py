@@ -11,11 +11,10 @@ from rich.console import Console
 from keepwarm.launch.batch.jobs import jobs_of
 from keepwarm.launch.batch_system import BatchSystem, Request, batch_system
 from keepwarm.launch.errors import ClusterError, OptionError
-from keepwarm.launch.local.train import continued, job_file
+from keepwarm.launch.local.train import continued, new_job
 from keepwarm.launch.run.preflight import check_engine, check_job
-from keepwarm.launch.run.prepare import Mode, prepared
+from keepwarm.launch.run.prepare import Mode, prepared, waiting
 from keepwarm.launch.run.submission import Submission
-from keepwarm.trainer.job.files import load_job
 from keepwarm.trainer.job.run_folder import RunFolder
 
 
@@ -51,7 +50,7 @@ def submit_run(path: Path, overrides: Sequence[str], options: SubmitOptions) -> 
     console = messages()
     system = batch_system(options.backend)
     resume = options.mode == "resume"
-    job = continued(path, overrides, console) if resume else load_job(job_file(path), overrides)
+    job = continued(path, overrides, console) if resume else new_job(path, overrides, options.mode)
     request = Request(job=job, folder=Path(job.output), mode=options.mode, chain=options.chain)
     admit(system, request, console, dry_run=options.dry_run)
     if options.dry_run:
@@ -61,7 +60,10 @@ def submit_run(path: Path, overrides: Sequence[str], options: SubmitOptions) -> 
         return
     if request.mode != "new":
         _refuse_while_active(request.folder)
-    with prepared(job, request.mode) as folder:
+        for line in waiting(request.folder) if resume else ():
+            console.print(f"keepwarm: no longer waiting for an earlier submission: {line}")
+    with prepared(job, request.mode, submitted=True) as spec:
+        folder = spec.parent
         RunFolder(folder).logs.mkdir(exist_ok=True)
         (folder / system.script).write_text(system.render(request), encoding="utf-8")
         for remark in system.stage(request, folder):

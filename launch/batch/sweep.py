@@ -23,6 +23,7 @@ from keepwarm.trainer.errors import OutputError, SpecError
 from keepwarm.trainer.job.files import load_job
 from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.job.spec import JobSpec
+from keepwarm.trainer.job.url import path_override
 from keepwarm.trainer.job.yaml import parse_value
 
 TABLE = "sweep.json"
@@ -86,8 +87,8 @@ def submit_sweep(path: Path, overrides: Sequence[str], options: SubmitOptions) -
 
 def _member(path: Path, overrides: Sequence[str], base: JobSpec, number: int, values: dict[str, Any]) -> JobSpec:
     own = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    output, name = str(Path(base.output) / str(number)), f"{base.name}-{number}"
-    return load_job(path, [*overrides, *own, f"output={json.dumps(output)}", f"name={json.dumps(name)}"])
+    output = path_override("output", Path(base.output) / str(number))
+    return load_job(path, [*overrides, *own, output, f"name={json.dumps(f'{base.name}-{number}')}"])
 
 
 def _named(job: JobSpec, name: str) -> JobSpec:
@@ -104,7 +105,7 @@ def _print_dry_run(system: BatchSystem, request: Request, values: Sequence[dict[
 
 def _submit(system: BatchSystem, request: Request, jobs: Sequence[JobSpec], console: Console) -> str:
     with contextlib.ExitStack() as stack:
-        folders = [stack.enter_context(prepared(job, "new")) for job in jobs]
+        folders = [stack.enter_context(prepared(job, "new")).parent for job in jobs]
         for folder in folders:
             RunFolder(folder).logs.mkdir()
         for remark in system.stage(request, folders[0]):

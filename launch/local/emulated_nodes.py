@@ -1,5 +1,5 @@
 """Emulate several nodes on one machine: `python -P -m keepwarm.launch.local.emulated_nodes RUN_FOLDER --slots N
---spares M [--resume]`.
+--spares M [--resume] [--spec NAME]`.
 
 Each node has a supervisor in a session of its own, with an agent and workers; killing these loses the node and its
 memory. This process imports once what all of them need, forks the supervisors, forwards signals to them and ends with
@@ -27,7 +27,7 @@ from keepwarm.ft.transport.auth import SECRET, load_secret, run_identity
 from keepwarm.launch.node.main import set_environment
 from keepwarm.launch.node.options import VACANCY_TIMEOUT_S, Options
 from keepwarm.trainer.job.files import load_run
-from keepwarm.trainer.job.run_folder import RunFolder
+from keepwarm.trainer.job.run_folder import RUN_FILE
 from keepwarm.trainer.job.spec import JobSpec
 
 AGENTS_END_TIMEOUT_S = 30.0
@@ -42,10 +42,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--slots", type=int, required=True)
     parser.add_argument("--spares", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--spec", default=RUN_FILE)
     parser.add_argument("--vacancy-timeout", type=float, default=VACANCY_TIMEOUT_S)
     given = parser.parse_args(arguments)
     folder = given.folder.absolute()
-    job = load_run(RunFolder(folder).run_file)
+    job = load_run(folder / given.spec)
     set_environment(job)
     from keepwarm.launch.forkserver import die_with, preload
 
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str]) -> int:
             requested_slot=number if number < given.slots else "spare",
             resume=given.resume,
             vacancy_timeout=given.vacancy_timeout,
+            spec=given.spec,
         )
         for number in range(given.slots + given.spares)
     ]

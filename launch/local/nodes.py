@@ -34,7 +34,8 @@ def run_on_nodes(job: JobSpec, mode: Mode, console: Console, *, nodes: int, spar
     check_nodes(job, nodes, spares)
     check_job(job)
     check_memory(job, emulated=True)
-    with prepared(job, mode) as folder:
+    with prepared(job, mode) as spec:
+        folder = spec.parent
         # Left by an earlier start. The lock on the run folder guarantees that none of its supervisors lives.
         shutil.rmtree(RunFolder(folder).nodes, ignore_errors=True)
         record.make_folder(folder)
@@ -45,7 +46,7 @@ def run_on_nodes(job: JobSpec, mode: Mode, console: Console, *, nodes: int, spar
             f"{'spare' if spares == 1 else 'spares'}; outputs in {folder}"
         )
         resume = ("--resume",) if mode == "resume" else ()
-        arguments = (str(folder), "--slots", str(nodes), "--spares", str(spares), *resume)
+        arguments = (str(folder), "--slots", str(nodes), "--spares", str(spares), "--spec", spec.name, *resume)
         code = _run(Worker(module="keepwarm.launch.local.emulated_nodes", arguments=arguments, environment={}))
         if code:
             ended = events.read(folder, start=seen).of(events.SupervisorEnded)

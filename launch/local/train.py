@@ -8,13 +8,14 @@ from rich.console import Console
 
 from keepwarm.launch.local.nodes import run_on_nodes
 from keepwarm.launch.local.ranks import RankOptions, run_ranks
+from keepwarm.launch.run.inputs import refuse_inputs_inside
 from keepwarm.launch.run.preflight import check_job
-from keepwarm.launch.run.prepare import Mode, changes, prepared, stored_job
+from keepwarm.launch.run.prepare import Mode, changes, prepared, stored_job, waiting
 from keepwarm.side_writer import protect_streams
 from keepwarm.trainer.distributed.in_process_restart import supports_in_process_restart
-from keepwarm.trainer.errors import SpecError
-from keepwarm.trainer.job.files import load_job
-from keepwarm.trainer.job.run_folder import RunFolder
+from keepwarm.trainer.errors import OutputError, SpecError
+from keepwarm.trainer.job.files import load_job, spec_files
+from keepwarm.trainer.job.run_folder import SUBMITTED_FILE, RunFolder
 from keepwarm.trainer.job.spec import JobSpec
 
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
@@ -31,7 +32,9 @@ def train_here(path: Path, overrides: Sequence[str], mode: Mode, *, nodes: int |
     """
     protect_streams()
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-    job = continued(path, overrides, console) if mode == "resume" else load_job(job_file(path), overrides)
+    job = continued(path, overrides, console) if mode == "resume" else new_job(path, overrides, mode)
+    if mode == "resume":
+        _leave_waiting(job, overrides, console)
     if nodes is None and not spares:
         run_here(job, mode, console)
     else:
@@ -42,7 +45,8 @@ def run_here(job: JobSpec, mode: Mode, console: Console) -> None:
     """Make the run folder of a validated job and run its ranks to the end; raises as `train_here`."""
     check_job(job)
     protect_streams()
-    with prepared(job, mode) as folder:
+    with prepared(job, mode) as spec:
+        folder = spec.parent
         world_size = job.layout.world_size
         console.print(
             f"keepwarm: {job.name}: starting {world_size} {'rank' if world_size == 1 else 'ranks'}; outputs in {folder}"
@@ -50,7 +54,7 @@ def run_here(job: JobSpec, mode: Mode, console: Console) -> None:
         if (advice := idle_cores(world_size, job.numerics.threads_per_rank)) is not None:
             console.print(f"keepwarm: {advice}")
         run_ranks(
-            [str(RunFolder(folder).run_file), *(["--resume"] if mode == "resume" else [])],
+            [str(spec), *(["--resume"] if mode == "resume" else [])],
             RankOptions(
                 world_size=world_size,
                 threads_per_rank=job.numerics.threads_per_rank,
@@ -69,6 +73,19 @@ def idle_cores(ranks: int, threads: int) -> str | None:
         return None
     used = f"{ranks * threads} of {cores} cores {'is' if ranks * threads == 1 else 'are'} used"
     return f"{used}; numerics.threads_per_rank={more} uses {'all' if more * ranks == cores else more * ranks}"
+
+
+def new_job(path: Path, overrides: Sequence[str], mode: Mode) -> JobSpec:
+    """Load the job of a run that does not continue another.
+
+    Raises:
+        SpecError: the job is wrong, or `path` is a run folder.
+        OutputError: mode `force` would delete a file that describes the job.
+    """
+    job = load_job(job_file(path), overrides)
+    if mode == "force":
+        refuse_inputs_inside(Path(job.output), spec_files(path, overrides))
+    return job
 
 
 def job_file(path: Path) -> Path:
@@ -90,5 +107,24 @@ def continued(path: Path, overrides: Sequence[str], console: Console) -> JobSpec
         for line in changes(after, wanted):
             console.print(f"keepwarm: not used, as the run keeps its own spec: {line}; override it to change it")
     for line in changes(before, after):
-        console.print(f"keepwarm: changed for the rest of the run: {line}")
+        console.print(f"keepwarm: changed for the rest of the run, once its ranks accept it: {line}")
     return after
+
+
+def _leave_waiting(job: JobSpec, overrides: Sequence[str], console: Console) -> None:
+    """Print the changes that wait for a submitted job, which this start does not use.
+
+    Raises:
+        OutputError: this start has overrides too, which that job would undo.
+    """
+    changed = waiting(Path(job.output))
+    if not changed:
+        return
+    file = Path(job.output) / SUBMITTED_FILE
+    if overrides:
+        raise OutputError(
+            f"{file}: a submitted job is to resume this run with {'; '.join(changed)}, and would undo other changes: "
+            "wait for it, or cancel it and delete this file"
+        )
+    for line in changed:
+        console.print(f"keepwarm: not used, as it waits for a submitted job in {file}: {line}")

@@ -1,7 +1,7 @@
 """Supervise one node of a run. Start it once on every node, spares included:
 
     python -P -m keepwarm.launch.node RUN_FOLDER --slots N [--node NAME] [--host ADDRESS] [--ranks-per-node R]
-                             [--slot K | --spare] [--resume]
+                             [--slot K | --spare] [--resume] [--spec NAME]
 
 It takes a slot or waits as a spare, keeps the slot's snapshot agent running, and starts and restarts workers until the
 run has ended. Its exit code is that of the run: 0 done, 2 bad input, 3 training stopped itself, 4 unrecoverable fault,
@@ -22,7 +22,7 @@ from keepwarm.launch.run.preflight import check_memory
 from keepwarm.side_writer import protect_streams
 from keepwarm.trainer.errors import TrainerError
 from keepwarm.trainer.job.files import load_run
-from keepwarm.trainer.job.run_folder import RunFolder
+from keepwarm.trainer.job.run_folder import RUN_FILE
 from keepwarm.trainer.job.spec import JobSpec
 
 
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     place.add_argument("--slot", type=int, metavar="K", help="take this slot when it is vacant")
     place.add_argument("--spare", action="store_true", help="take no slot until a node is lost")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+    parser.add_argument("--spec", default=RUN_FILE, metavar="NAME", help="file in the run folder that names the job")
     parser.add_argument(
         "--vacancy-timeout",
         type=float,
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     given = parser.parse_args(arguments)
     try:
-        job = load_run(RunFolder(given.folder.absolute()).run_file)
+        job = load_run(given.folder.absolute() / given.spec)
         check_memory(job, emulated=False)
     except (TrainerError, LaunchError) as error:
         print(f"keepwarm: {error}", file=sys.stderr)
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     layout = job.layout
     if given.slots != layout.nodes or given.ranks_per_node not in (None, layout.ranks_per_node):
         print(
-            f"keepwarm: {RunFolder(given.folder).run_file}: the layout has {layout.nodes} nodes of "
+            f"keepwarm: {given.folder / given.spec}: the layout has {layout.nodes} nodes of "
             f"{layout.ranks_per_node} ranks (parallel.*, cluster.ranks_per_node), but the command line asks for "
             f"{given.slots} slots of {given.ranks_per_node or layout.ranks_per_node}",
             file=sys.stderr,
@@ -79,6 +80,7 @@ def main(arguments: Sequence[str]) -> int:
         requested_slot="spare" if given.spare else "any" if given.slot is None else given.slot,
         resume=given.resume,
         vacancy_timeout=given.vacancy_timeout,
+        spec=given.spec,
     )
     set_environment(job)
     # Imported last: the arguments are valid and the threads are set.

@@ -5,6 +5,7 @@ from pathlib import Path
 import msgspec
 
 from keepwarm.launch.node.slot_table import RequestedSlot
+from keepwarm.trainer.job.run_folder import RUN_FILE
 
 VACANCY_TIMEOUT_S = 600.0
 """Seconds that a slot may stay vacant."""
@@ -25,5 +26,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     requested_slot: RequestedSlot = "any"
     resume: bool = False
     vacancy_timeout: float = VACANCY_TIMEOUT_S
+    spec: str = RUN_FILE
+    """Name of the spec in the run folder: `run.json`, or one proposed beside it."""
     module: str = "keepwarm.trainer"
     """Module that workers run."""

@@ -52,7 +52,7 @@ class Supervisor:
         logs = RunFolder(folder).logs
         with attempt("logs"):
             logs.mkdir(parents=True, exist_ok=True)
-        arguments = (str(RunFolder(folder).run_file), *(["--resume"] if options.resume else []))
+        arguments = (str(folder / options.spec), *(["--resume"] if options.resume else []))
         workers = WorkerOptions(
             module=options.module,
             arguments=arguments,

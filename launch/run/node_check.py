@@ -3,6 +3,7 @@
 Prints one JSON line. Imports nothing heavy, because it runs on every node at every start.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -25,11 +26,17 @@ _SIZE = 256
 
 
 def digest(folder: Path) -> str | None:
-    """Return the digest of the spec in a run folder; None if this node does not see it."""
+    """Return the digest of the spec in a run folder and of the one that a batch job proposes; None if this node sees
+    no run there.
+    """
+    seen = hashlib.sha256()
     try:
-        return hashlib.sha256(RunFolder(folder).run_file.read_bytes()).hexdigest()[:16]
+        seen.update(RunFolder(folder).run_file.read_bytes())
+        with contextlib.suppress(FileNotFoundError):
+            seen.update(RunFolder(folder).submitted_file.read_bytes())
     except OSError:
         return None
+    return seen.hexdigest()[:16]
 
 
 def look(folder: Path, echo: str | None = None) -> dict[str, Any]:

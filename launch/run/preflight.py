@@ -76,14 +76,17 @@ def check_data_exists(spec: DataSpec) -> None:
     missing = []
     for section, table in (("sources", spec.sources), ("validation", spec.validation)):
         for name, path in table.items():
-            missing += [f"data.{section}.{name}: {file}: no such file" for file in _files(path) if not file.is_file()]
+            missing += [
+                f"data.{section}.{name}: {file}: no such file" for file in data_files(path) if not file.is_file()
+            ]
     if spec.tokenizer != "bytes" and not Path(spec.tokenizer).is_file():
         missing.append(f"data.tokenizer: {spec.tokenizer}: no such file")
     if missing:
         raise DataError("\n  ".join([f"{len(missing)} data files are missing:", *missing] if missing[1:] else missing))
 
 
-def _files(path: str) -> list[Path]:
+def data_files(path: str) -> list[Path]:
+    """Return the files of a data source: its text, or those of a Megatron prefix."""
     if path.endswith(_TEXT_ENDINGS):
         return [Path(path)]
     return [Path(f"{path}.idx"), Path(f"{path}.bin")]

@@ -4,12 +4,13 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from keepwarm.trainer.errors import OutputError
+from keepwarm.launch.run.inputs import inputs, refuse_inputs_inside
+from keepwarm.trainer.errors import OutputError, SpecError
 from keepwarm.trainer.job.files import load_run, save_job
 from keepwarm.trainer.job.run_folder import RUN_FILE, RunFolder
 from keepwarm.trainer.job.spec import JobSpec
@@ -18,32 +19,64 @@ Mode = Literal["new", "resume", "force"]
 
 
 @contextlib.contextmanager
-def prepared(job: JobSpec, mode: Mode) -> Iterator[Path]:
-    """Write the job's `run.json` to its run folder and yield the folder, locked for this process.
+def prepared(job: JobSpec, mode: Mode, *, submitted: bool = False) -> Iterator[Path]:
+    """Write the job to its run folder, locked for this process, and yield the file to start the ranks with: `run.json`,
+    or in mode `resume`, if the job differs from the run's spec, a proposal that replaces `run.json` once all ranks have
+    accepted it.
 
-    If the body raises before any training, a folder created here is removed.
+    A proposal that was not accepted is deleted at the end of the block; with `submitted` it waits for a batch job. If
+    the body raises before any training, a folder created here is removed.
 
     Raises:
-        OutputError: the folder cannot be created or written, holds something else, exists in mode `new`, holds no
-            run in mode `resume`, or another process trains in it.
+        OutputError: the folder cannot be created or written, holds something else or an input of the job, exists in
+            mode `new`, holds no run in mode `resume`, or another process trains in it.
     """
     folder = Path(job.output)
     _admit(folder, mode)
+    if mode == "force":
+        refuse_inputs_inside(folder, inputs(job))
     made = not folder.is_dir()
     with contextlib.ExitStack() as stack:
         with _explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_held(folder))
+        if mode == "resume":
+            yield stack.enter_context(_proposed(job, folder, submitted=submitted))
+            return
         try:
             with _explained(folder):
-                if mode == "force":
-                    _clear(folder)
+                if mode == "force" and (left := RunFolder(folder).clear()):
+                    names = ", ".join(path.name for path in left)
+                    print(f"keepwarm: {folder}: left in place, as keepwarm did not write it: {names}", file=sys.stderr)
                 save_job(job, RunFolder(folder).run_file)
-            yield folder
+            yield RunFolder(folder).run_file
         except BaseException:
-            if mode != "resume" and not RunFolder(folder).has_begun:
+            if not RunFolder(folder).has_begun:
                 _undo(folder, made)
             raise
+
+
+@contextlib.contextmanager
+def _proposed(job: JobSpec, folder: Path, *, submitted: bool) -> Iterator[Path]:
+    """Yield the file to resume a run with, and delete a proposal that was not accepted."""
+    run = RunFolder(folder)
+    unchanged = job == load_run(run.run_file)
+    with _explained(folder):
+        run.proposed_file.unlink(missing_ok=True)  # of a start that was killed
+        if submitted:
+            run.submitted_file.unlink(missing_ok=True)
+    if unchanged:
+        yield run.run_file
+        return
+    file = run.submitted_file if submitted else run.proposed_file
+    save_job(job, file)
+    try:
+        yield file
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
+    if not submitted:
+        file.unlink(missing_ok=True)
 
 
 def stored_job(folder: Path, overrides: list[str]) -> tuple[JobSpec, JobSpec]:
@@ -51,14 +84,34 @@ def stored_job(folder: Path, overrides: list[str]) -> tuple[JobSpec, JobSpec]:
 
     Raises:
         OutputError: there is no run in the folder.
-        SpecError: an override does not fit the job.
+        SpecError: an override does not fit the job, or changes what a run keeps from its first start.
     """
     file = RunFolder(folder).run_file
     if not file.is_file():
         raise OutputError(
             f"{folder}: there is no run to resume ({RUN_FILE} is missing); leave out --resume to start one"
         )
-    return load_run(file), load_run(file, overrides)
+    before, after = load_run(file), load_run(file, overrides)
+    for key, reason in _KEPT.items():
+        old, new = getattr(before, key), getattr(after, key)
+        if old != new:
+            raise SpecError(f"override {key}={new}: a run keeps {key} = {old}: {reason}; start a new run to change it")
+    return before, after
+
+
+_KEPT = {
+    "seed": "its ledger, saved in every checkpoint, orders the data by it",
+    "init_from": "it was read at the first start alone",
+}
+"""Keys that a resumed run does not read again, each with the reason."""
+
+
+def waiting(folder: Path) -> list[str]:
+    """Return the changes with which a submitted job is to resume the run in a folder, and which it has not yet begun
+    with; `KEY: before -> after` for each.
+    """
+    file = RunFolder(folder).submitted_file
+    return changes(load_run(RunFolder(folder).run_file), load_run(file)) if file.is_file() else []
 
 
 def changes(before: JobSpec, after: JobSpec) -> list[str]:
@@ -77,8 +130,10 @@ def _admit(folder: Path, mode: Mode) -> None:
         raise OutputError(f"{folder}: cannot be read: {error.strerror}") from error
     if mode == "new" and used:
         raise OutputError(f"{folder}: the run folder exists; --resume continues it, --force starts over")
+    if mode == "resume" and not RunFolder(folder).exists:
+        raise OutputError(f"{folder}: there is no run to resume ({RUN_FILE} is missing)")
     if mode == "force" and used and not RunFolder(folder).exists:
-        raise OutputError(f"{folder}: --force empties run folders only, and this has no {RUN_FILE}; choose another")
+        raise OutputError(f"{folder}: --force clears run folders only, and this has no {RUN_FILE}; choose another")
 
 
 @contextlib.contextmanager
@@ -102,19 +157,10 @@ def _held(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _clear(folder: Path) -> None:
-    # Remove run.json last, so that an interrupted clearing can be repeated.
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == RUN_FILE):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
 def _undo(folder: Path, made: bool) -> None:
     with contextlib.suppress(OSError):
-        _clear(folder)
-        if made:
+        left = RunFolder(folder).clear()
+        if made and not left:
             folder.rmdir()
 
 

@@ -5,7 +5,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
+import msgspec
+
 from keepwarm.files import READABLE, atomic_write
+from keepwarm.trainer.errors import OutputError
 
 RECORD_FILE = "submission.json"
 
@@ -32,9 +35,14 @@ class Submission:
 
 
 def read_submission(folder: Path) -> Submission | None:
-    """Return the record of a run folder; None if the run was never submitted."""
+    """Return the record of a run folder; None if the run was never submitted. Fields of other versions are ignored.
+
+    Raises OutputError if it cannot be read.
+    """
+    file = folder / RECORD_FILE
     try:
-        values = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        return msgspec.json.decode(file.read_bytes(), type=Submission)
     except FileNotFoundError:
         return None
-    return Submission(**values | {"jobs": tuple(values["jobs"])})
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise OutputError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error

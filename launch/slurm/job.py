@@ -18,7 +18,7 @@ from keepwarm.launch.slurm.allocation import Allocation
 from keepwarm.launch.slurm.script import node_step, rank_step
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.job.files import load_run
-from keepwarm.trainer.job.run_folder import RunFolder
+from keepwarm.trainer.job.run_folder import RUN_FILE, RunFolder
 from keepwarm.trainer.monitor import events
 from keepwarm.trainer.monitor.resolved_stages import resolved_stages
 
@@ -56,7 +56,7 @@ def verdict(code: int, *, crashed: bool, ending: bool, failures: int, limit: int
 
 def run_job(folder: Path) -> int:
     """Run one start of the batch job and return its exit code."""
-    job = load_run(RunFolder(folder).run_file)
+    job = load_run(RunFolder(folder).submitted_file)
     here = Allocation(folder, job, commands.host_names(os.environ["SLURM_JOB_NODELIST"]))
     signal.signal(signal.SIGTERM, here.note_end)
     requeues = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
@@ -97,15 +97,17 @@ def run_job(folder: Path) -> int:
 def _step(here: Allocation, nodes: list[str], *, resume: bool, begun: bool, restarts: int) -> list[str]:
     """Return the srun command of the next start."""
     job, folder = here.job, here.folder
+    proposal = RunFolder(folder).submitted_file
+    spec = proposal.name if proposal.is_file() else RUN_FILE
     if job.cluster.slurm.launcher == "rank":
         here.say(f"{job.name}: starting {job.layout.world_size} ranks on {', '.join(nodes[: job.layout.nodes])}")
-        return rank_step(job, folder, nodes[: job.layout.nodes], resume=resume and not restarts)
+        return rank_step(job, folder, nodes[: job.layout.nodes], resume=resume and not restarts, spec=spec)
     here.say(f"{job.name}: starting supervisors on {', '.join(nodes)} for {job.layout.nodes} slots")
     saved = (RunFolder(folder).checkpoints / "latest").exists()
     if begun and not saved:
         # Everything was lost before anything was saved: the run starts over, and so do its metrics.
         RunFolder(folder).metrics_file.unlink()
-    return node_step(job, folder, nodes, resume=saved)
+    return node_step(job, folder, nodes, resume=saved, spec=spec)
 
 
 def _finished(folder: Path) -> bool:

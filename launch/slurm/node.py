@@ -1,8 +1,9 @@
-"""Node task of a SLURM step: `python -P -m keepwarm.launch.slurm.node RUN [--resume]` becomes the node's supervisor.
+"""Node task of a SLURM step: `python -P -m keepwarm.launch.slurm.node RUN [OPTIONS]` becomes the node's supervisor.
 
 Adds what only the node itself knows: its name and the address at which the other nodes of the step reach it.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from keepwarm.trainer.distributed.launcher_environment import first_host, own_address
 from keepwarm.trainer.job.files import load_run
-from keepwarm.trainer.job.run_folder import RunFolder
+from keepwarm.trainer.job.run_folder import RUN_FILE
 
 
 def supervisor(arguments: list[str], slots: int, environment: Mapping[str, str]) -> list[str]:
@@ -20,9 +21,17 @@ def supervisor(arguments: list[str], slots: int, environment: Mapping[str, str])
     return [*arguments, f"--slots={slots}", f"--node={node}", f"--host={host or node}"]
 
 
+def _spec(arguments: list[str]) -> Path:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--spec", default=RUN_FILE)
+    given, _ = parser.parse_known_args(arguments)
+    return Path(given.folder / given.spec)
+
+
 def main() -> None:
     """Replace this process with the supervisor, so that SLURM's signals reach it directly."""
-    slots = load_run(RunFolder(Path(sys.argv[1])).run_file).layout.nodes
+    slots = load_run(_spec(sys.argv[1:])).layout.nodes
     told = supervisor(sys.argv[1:], slots, os.environ)
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-P", "-m", "keepwarm.launch.node", *told])

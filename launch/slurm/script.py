@@ -8,7 +8,7 @@ import jinja2
 
 from keepwarm.launch.batch_system import Array
 from keepwarm.trainer.job.cluster import SlurmSpec
-from keepwarm.trainer.job.run_folder import RunFolder
+from keepwarm.trainer.job.run_folder import RUN_FILE, RunFolder
 from keepwarm.trainer.job.spec import JobSpec
 
 SCRIPT = "job.sbatch"
@@ -78,8 +78,12 @@ def cpus_per_rank(job: JobSpec) -> int:
     return job.cluster.slurm.cpus_per_rank or job.numerics.threads_per_rank
 
 
-def rank_step(job: JobSpec, folder: Path, nodes: list[str], *, resume: bool, python: str = sys.executable) -> list[str]:
-    """Return the srun command that starts one task per rank, numbered along the nodes in SLURM's order."""
+def rank_step(
+    job: JobSpec, folder: Path, nodes: list[str], *, resume: bool, spec: str = RUN_FILE, python: str = sys.executable
+) -> list[str]:
+    """Return the srun command that starts one task per rank, numbered along the nodes in SLURM's order; `spec` names
+    the run's spec in its folder.
+    """
     logs = str(RunFolder(folder).logs).replace("%", "%%")
     return [
         "srun",
@@ -96,12 +100,14 @@ def rank_step(job: JobSpec, folder: Path, nodes: list[str], *, resume: bool, pyt
         "--open-mode=append",
         f"--output={logs}/rank_%5t.log",
         *in_container(job.cluster.slurm, folder, python),
-        *("-P", "-m", "keepwarm.trainer", str(RunFolder(folder).run_file)),
+        *("-P", "-m", "keepwarm.trainer", str(folder / spec)),
         *(["--resume"] if resume else []),
     ]
 
 
-def node_step(job: JobSpec, folder: Path, nodes: list[str], *, resume: bool, python: str = sys.executable) -> list[str]:
+def node_step(
+    job: JobSpec, folder: Path, nodes: list[str], *, resume: bool, spec: str = RUN_FILE, python: str = sys.executable
+) -> list[str]:
     """Return the srun command that starts one supervisor per node, spares included; each starts its slot's ranks."""
     logs = str(RunFolder(folder).logs).replace("%", "%%")
     return [
@@ -120,6 +126,7 @@ def node_step(job: JobSpec, folder: Path, nodes: list[str], *, resume: bool, pyt
         *in_container(job.cluster.slurm, folder, python),
         # A node that comes back later cannot join the step: without a spare, the job is requeued.
         *("-P", "-m", "keepwarm.launch.slurm.node", str(folder), f"--vacancy-timeout={ALLOCATION_VACANCY_TIMEOUT_S:g}"),
+        *([] if spec == RUN_FILE else [f"--spec={spec}"]),
         *(["--resume"] if resume else []),
     ]
 

@@ -14,6 +14,7 @@ from keepwarm.trainer.checkpoint import copy as checkpoint_copy
 from keepwarm.trainer.checkpoint import report
 from keepwarm.trainer.errors import CheckpointError, OutputError
 from keepwarm.trainer.job.run_folder import RunFolder
+from keepwarm.trainer.job.url import local_path
 
 app = typer.Typer(
     add_completion=False,
@@ -101,6 +102,7 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Delete old checkpoints, but never the one that `latest` names."""
+    path = local_path(path)
     root = RunFolder(path).checkpoints if RunFolder(path).checkpoints.is_dir() else path
     if not publication.checkpoints(root):
         raise CheckpointError(f"{root}: holds no complete checkpoint")

@@ -17,9 +17,9 @@ from keepwarm.ft.format import publication
 from keepwarm.ft.format.manifest import MANIFEST, Manifest, decode_manifest
 from keepwarm.trainer.checkpoint.store import filesystem
 from keepwarm.trainer.convert.huggingface.importer import FILES
-from keepwarm.trainer.convert.native import find_checkpoint
+from keepwarm.trainer.convert.native import find_checkpoint, with_older
 from keepwarm.trainer.errors import CheckpointError, OutputError
-from keepwarm.trainer.job.url import is_url
+from keepwarm.trainer.job.url import is_remote, local_path
 
 Progress = Callable[[int, int], object]
 """Called with the bytes copied so far and the total size."""
@@ -38,9 +38,9 @@ def copy(source: str, destination: str, progress: Progress) -> dict[str, Any]:
         OutputError: the destination already has that checkpoint, or cannot be written.
     """
     try:
-        if is_url(destination):
+        if is_remote(destination):
             return _upload(source, destination.rstrip("/"), progress)
-        return _download(source, Path(destination), progress)
+        return _download(source, local_path(destination), progress)
     except FtError as error:
         raise CheckpointError(str(error)) from error
 
@@ -51,6 +51,8 @@ def find(url: str) -> str:
     Raises:
         CheckpointError: there is none.
     """
+    if not is_remote(url):
+        return str(find_checkpoint(local_path(url)))
     url = url.rstrip("/")
     files, path = filesystem(url)
     if files.exists(f"{path}/{MANIFEST}"):
@@ -64,10 +66,11 @@ def find(url: str) -> str:
 
 
 def _upload(source: str, destination: str, progress: Progress) -> dict[str, Any]:
-    if is_url(source):
+    if is_remote(source):
         raise CheckpointError(f"{source} to {destination}: one of them must be a local folder")
-    path = find_checkpoint(Path(source))
-    manifest = publication.verify(path)
+    path = find_checkpoint(local_path(source))
+    with _naming_older(str(path)):
+        manifest = publication.verify(path)
     files, root = filesystem(destination)
     name = publication.folder(Path(), manifest.step).name
     target = f"{root}/{name}"
@@ -98,9 +101,10 @@ def _upload(source: str, destination: str, progress: Progress) -> dict[str, Any]
 
 
 def _download(source: str, root: Path, progress: Progress) -> dict[str, Any]:
-    url = find(source) if is_url(source) else find_checkpoint(Path(source)).resolve().as_uri()
+    url = find(source)
     files, path = filesystem(url)
-    manifest = decode_manifest(files.cat_file(f"{path}/{MANIFEST}"), f"{url}/{MANIFEST}")
+    with _naming_older(url):
+        manifest = decode_manifest(files.cat_file(f"{path}/{MANIFEST}"), f"{url}/{MANIFEST}")
     final = publication.folder(root, manifest.step)
     if final.exists():
         raise OutputError(f"{final} exists already: delete it or choose another place")
@@ -118,7 +122,8 @@ def _download(source: str, root: Path, progress: Progress) -> dict[str, Any]:
                     progress(min(done, total), total)
                 written.flush()
                 os.fsync(written.fileno())
-        publication.verify(tmp)
+        with _naming_older(url, tmp):
+            publication.verify(tmp)
         publication.publish(tmp, final)
     except FileNotFoundError as error:
         raise DurableError(f"{url}: {error.filename or error}: missing") from error
@@ -127,6 +132,16 @@ def _download(source: str, root: Path, progress: Progress) -> dict[str, Any]:
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return {"path": str(final), "step": manifest.step, "bytes": total}
+
+
+@contextlib.contextmanager
+def _naming_older(source: str, copied: Path | None = None) -> Iterator[None]:
+    """Name the source in errors about its copy and, of a damaged local source, the checkpoint before it."""
+    try:
+        yield
+    except FtError as error:
+        found = error if copied is None else DurableError(str(error).replace(str(copied), source))
+        raise CheckpointError(str(found) if is_remote(source) else with_older(found, Path(source))) from error
 
 
 def _files(manifest: Manifest) -> list[str]:

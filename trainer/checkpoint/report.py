@@ -14,7 +14,7 @@ from keepwarm.ft.format.contents import ITEM_SIZE
 from keepwarm.ft.format.manifest import MANIFEST
 from keepwarm.trainer.convert.dtypes import as_float32
 from keepwarm.trainer.convert.huggingface.importer import FILES, file_sum
-from keepwarm.trainer.convert.native import NativeCheckpoint, find_checkpoint
+from keepwarm.trainer.convert.native import NativeCheckpoint, find_checkpoint, with_older
 from keepwarm.trainer.data.ledger import Ledger
 from keepwarm.trainer.errors import CheckpointError
 
@@ -37,7 +37,7 @@ def verify(path: Path, progress: Progress) -> dict[str, Any]:
     try:
         manifest = publication.verify(found, progress)
     except FtError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(with_older(error, found)) from error
     carried = (manifest.meta.get(FILES) or {}).get("files", {})
     for name, expected in carried.items():
         if Path(name).name != name or file_sum(found / FILES / name) != expected:

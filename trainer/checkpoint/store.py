@@ -16,7 +16,8 @@ from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.errors import DurableError
 from keepwarm.ft.format.manifest import CHUNK, MANIFEST, Entry, Part, decode_manifest
 from keepwarm.ft.format.reader import expand
-from keepwarm.trainer.job.url import is_url
+from keepwarm.trainer.convert.native import with_older
+from keepwarm.trainer.job.url import is_remote, is_url, local_path
 
 
 class Store(Protocol):
@@ -97,13 +98,15 @@ class UrlStore:
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """Return the fsspec filesystem of a URL, and the path in it.
+    """Return the fsspec filesystem of a URL or local path, and the path in it.
 
     Raises:
         DurableError: the protocol is unknown, or its package is missing; says how to install it.
     """
     import fsspec  # type: ignore[import-untyped]
 
+    if not is_url(url):
+        return fsspec.filesystem("file"), url.rstrip("/")
     try:
         files, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
@@ -182,8 +185,10 @@ def opened(where: str | Path) -> Iterator[Checkpoint]:
     Raises:
         DurableError: it is missing or damaged, or its protocol is not installed; names the file.
     """
-    store = UrlStore(str(where)) if is_url(where) else LocalStore(Path(where))
+    store = UrlStore(str(where)) if is_remote(where) else LocalStore(local_path(where))
     try:
         yield Checkpoint(store)
+    except DurableError as error:
+        raise DurableError(str(error) if is_remote(where) else with_older(error, local_path(where))) from error
     finally:
         store.close()

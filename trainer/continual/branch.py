@@ -21,6 +21,7 @@ from keepwarm.trainer.job.position import position_at, stage_records
 from keepwarm.trainer.job.run_folder import RUN_FILE, RunFolder
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.job.stages import StagePlan, global_size_at, plan_stages
+from keepwarm.trainer.job.url import path_override
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +61,14 @@ def branched(folder: Path, step: int, tokens: int, overrides: Sequence[str] = ()
     name = f"{parent.name}-anneal-{step}"
     made = {
         "name": name,
-        "output": str(Path(parent.output).with_name(f"{Path(parent.output).name}-anneal-{step}")),
-        "init_from": str(point.path),
         "batch.global_batch_size": global_size_at(parent.batch, point.position),
         "batch.ramp": None,
         "stages": [_stage(parent, point, tokens)],
     }
-    job = load_job(
-        RunFolder(folder).run_file, [*(f"{key}={json.dumps(value)}" for key, value in made.items()), *overrides]
-    )
+    output = Path(parent.output).with_name(f"{Path(parent.output).name}-anneal-{step}")
+    paths = [path_override("output", output), path_override("init_from", point.path)]
+    own = [f"{key}={json.dumps(value)}" for key, value in made.items()]
+    job = load_job(RunFolder(folder).run_file, [*paths, *own, *overrides])
     if folder in (Path(job.output).resolve(), *Path(job.output).resolve().parents):
         raise SpecError(f"output = {job.output} lies in {folder}, from which the branch begins; choose another")
     return job

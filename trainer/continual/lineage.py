@@ -44,11 +44,17 @@ def describe(path: Path) -> Artefact | None:
     """Describe the artefact in a folder; None if it is not ours. A checkpoint inside a run is described as the run."""
     path = _owner(path.resolve())
     if RunFolder(path).exists:
-        return _run(path)
+        try:
+            return _run(path)
+        except CheckpointError as error:
+            return Artefact(path=path, kind="run", detail=f"that cannot be read: {error}")
     if (path / MANIFEST).is_file():
         return _checkpoint(path)
     if (path / NOTE).is_file():
-        note = _json(path / NOTE)
+        try:
+            note = _json(path / NOTE)
+        except CheckpointError as error:
+            return Artefact(path=path, kind="export", detail=f"that cannot be read: {error}")
         kind = note.get("format", "Hugging Face")
         return Artefact(path=path, kind="export", detail=str(kind), parents=_parents(note.get("parent"), "exported"))
     return None
@@ -156,7 +162,8 @@ def _owner(path: Path) -> Path:
 
 def _run(path: Path) -> Artefact:
     job = _json(RunFolder(path).run_file)
-    stages = [str(stage.get("name")) for stage in job.get("stages", []) if isinstance(stage, dict)]
+    named = job.get("stages")
+    stages = [str(stage.get("name")) for stage in named if isinstance(stage, dict)] if isinstance(named, list) else []
     newest = publication.latest(RunFolder(path).checkpoints) if RunFolder(path).checkpoints.is_dir() else None
     artefact = Artefact(path=path, kind="run", detail=" > ".join(stages))
     record: Any = None
@@ -212,8 +219,8 @@ def _manifest(path: Path) -> Manifest | None:
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     return found if isinstance(found, dict) else {}
 
 

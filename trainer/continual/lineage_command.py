@@ -8,6 +8,7 @@ import typer
 
 from keepwarm.trainer import tool
 from keepwarm.trainer.continual import lineage
+from keepwarm.trainer.job.url import local_path
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -26,6 +27,7 @@ def command(
 
     keepwarm lineage exports/demo --in .
     """
+    path = local_path(path)
     members = lineage.ancestry(path)
     start = next(iter(members))
     members = lineage.family(path, start.parent if below is None else below)

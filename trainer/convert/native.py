@@ -20,6 +20,7 @@ from keepwarm.ft.format.reader import read_part
 from keepwarm.trainer.convert.safetensors_file import read_exactly
 from keepwarm.trainer.errors import CheckpointError
 from keepwarm.trainer.job.run_folder import RunFolder
+from keepwarm.trainer.job.url import local_path
 
 PREFIX = "model."
 """Prefix of parameter names; other names belong to the optimizer and to ranks."""
@@ -31,13 +32,46 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
+    path = local_path(path)
     if (path / MANIFEST).is_file():
         return path
     for root in (path, RunFolder(path).checkpoints):
         found = publication.latest(root) if root.is_dir() else None
         if found is not None:
             return found
+    if len(path.parts) > 1 and path.parts[0].endswith(":"):
+        raise CheckpointError(f"{path}: this is a URL; keepwarm checkpoint copy brings the checkpoint here")
     raise CheckpointError(f"{path}: neither a checkpoint ({MANIFEST}) nor a folder with checkpoints in it")
+
+
+def with_older(error: Exception, path: Path) -> str:
+    """Return the message of an error; if it is about a file of the checkpoint `path`, with the newest older checkpoint
+    beside it whose files are complete.
+    """
+    older = _older(path) if str(error).startswith(f"{path}/") else None
+    if older is None:
+        return str(error)
+    return (
+        f"{error}; the checkpoint before it, {older}, has all of its files: give that one, or move {path} elsewhere to "
+        "resume from it"
+    )
+
+
+def _older(path: Path) -> Path | None:
+    beside = publication.checkpoints(path.parent)
+    before = beside[: beside.index(path)] if path in beside else [one for one in beside if one.name < path.name]
+    return next((one for one in reversed(before) if _has_all_files(one)), None)
+
+
+def _has_all_files(path: Path) -> bool:
+    try:
+        for part in read_manifest(path).parts:
+            size = (path / part.file).stat().st_size
+            if size < 1 or (not part.compressed and size != part.header_bytes + part.data_bytes):
+                return False
+    except (OSError, FtError):
+        return False
+    return True
 
 
 @dataclass(kw_only=True)
@@ -76,7 +110,7 @@ class NativeCheckpoint:
         try:
             self.manifest = read_manifest(self.path)
         except FtError as error:
-            raise CheckpointError(str(error)) from error
+            raise CheckpointError(with_older(error, self.path)) from error
         self._scratch = scratch
         self._progress: dict[str, _Progress] = {}
         self._descriptors: dict[str, int] = {}
@@ -88,11 +122,13 @@ class NativeCheckpoint:
     def __enter__(self) -> "NativeCheckpoint":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
         self._progress.clear()
+        if isinstance(error, CheckpointError) and (message := with_older(error, self.path)) != str(error):
+            raise CheckpointError(message) from error
 
     def dtype(self, name: str) -> str:
         return self._tensor(name).dtype

@@ -4,6 +4,8 @@ import contextlib
 import os
 import socket
 import stat
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,10 +18,12 @@ from torch.distributed.rendezvous import rendezvous
 from keepwarm.parallel.spec import NumericsSpec
 from keepwarm.trainer.distributed.launcher_environment import adopt_launcher
 from keepwarm.trainer.distributed.start_id import agree
-from keepwarm.trainer.errors import SpecError
+from keepwarm.trainer.errors import RendezvousFailed, SpecError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """Deadline of every collective; the error names a rank that does not arrive."""
+NAME_TIMEOUT_S = 60.0
+"""How long the name of rank 0's host may take to become known, as that of a new pod."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,14 +103,15 @@ def join(expected: int, numerics: NumericsSpec) -> World:
         numerics: threads are set before the first operation, deterministic libraries before they are loaded.
 
     Raises:
-        SpecError: the launcher started a different number of ranks.
+        SpecError: the launcher started a different number of ranks, or names no usable network interface or host.
+        RendezvousFailed: the ranks do not reach each other.
     """
     torch.set_num_threads(numerics.threads_per_rank)
     if numerics.deterministic:
         for key, value in _REPEATABLE.items():
             os.environ.setdefault(key, value)
     adopt_launcher()
-    rank, size, local_rank = (int(os.environ.get(key, default)) for key, default in _FROM_TORCHRUN)
+    rank, size, local_rank = (_number(key, default) for key, default in _FROM_TORCHRUN)
     if size != expected:
         raise SpecError(
             f"the layout has {expected} ranks (parallel.data x pipeline x tensor), but {size} were started: "
@@ -117,10 +122,14 @@ def join(expected: int, numerics: NumericsSpec) -> World:
     if cuda:
         torch.cuda.set_device(device)
     if size > 1:
-        _connect(rank, size, "cpu:gloo,cuda:nccl" if cuda else "gloo")
+        check_interfaces(os.environ, [name for _, name in socket.if_nameindex()], cuda=cuda)
+        try:
+            _connect(rank, size, "cpu:gloo,cuda:nccl" if cuda else "gloo")
+        except RuntimeError as error:  # torch's own network errors among them
+            raise RendezvousFailed(f"the ranks do not reach each other{_place()}: {_first_line(error)}") from error
     world = World(rank=rank, size=size, local_rank=local_rank, device=device)
     # The launcher of a replacement node counts from zero.
-    return replace(world, restarts=world.largest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))))
+    return replace(world, restarts=world.largest(_number("TORCHELASTIC_RESTART_COUNT", "0")))
 
 
 _REPEATABLE = {"NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -136,6 +145,53 @@ def _connect(rank: int, size: int, backend: str) -> None:
     if file is not None:
         store = FileStore(str(Path(file)), size)
     else:
+        _find_host(os.environ.get("MASTER_ADDR", "localhost"))
+        _number("MASTER_PORT", "0", most=65_535)
         shared, rank, size = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
         store = PrefixStore(f"keepwarm/{agree(shared, rank, size, COLLECTIVE_TIMEOUT)}", shared)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+
+
+def check_interfaces(environment: Mapping[str, str], known: Sequence[str], *, cuda: bool) -> None:
+    """Raise SpecError if gloo or NCCL is to use network interfaces that this host does not have. Pure."""
+    for name in ("GLOO_SOCKET_IFNAME", *(["NCCL_SOCKET_IFNAME"] if cuda else [])):
+        asked = environment.get(name, "")
+        # NCCL takes prefixes, `^` for all but these and `=` for exact names.
+        is_exact = name.startswith("GLOO") or asked.startswith("=")
+        if not asked or (asked.startswith("^") and not name.startswith("GLOO")):
+            continue
+        words = asked.removeprefix("=").split(",")
+        found = [word in known if is_exact else any(one.startswith(word) for one in known) for word in words]
+        if not (all(found) if name.startswith("GLOO") else any(found)):
+            raise SpecError(f"{name}={asked}: {socket.gethostname()} has no such network interface: {', '.join(known)}")
+
+
+def _find_host(name: str) -> None:
+    """Raise SpecError unless the name or address of rank 0's host is known within NAME_TIMEOUT_S."""
+    end = time.monotonic() + NAME_TIMEOUT_S
+    while True:
+        try:
+            socket.getaddrinfo(name, None)
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > end:
+                why = getattr(error, "strerror", None) or error
+                raise SpecError(
+                    f"MASTER_ADDR={name}: no such host ({why}); set it to the host of rank 0, as this one sees it"
+                ) from error
+        time.sleep(1.0)
+
+
+def _number(variable: str, default: str, most: int = 2**31 - 1) -> int:
+    text = os.environ.get(variable, default)
+    if not text.isascii() or not text.isdecimal() or int(text) > most:
+        raise SpecError(f"{variable}={text}: expected a whole number of at most {most}, as the launcher sets it")
+    return int(text)
+
+
+def _place() -> str:
+    return f" at MASTER_ADDR={os.environ['MASTER_ADDR']}" if "MASTER_ADDR" in os.environ else ""
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

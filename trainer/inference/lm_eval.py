@@ -16,6 +16,7 @@ from keepwarm.trainer.convert.huggingface.exporter import to_huggingface
 from keepwarm.trainer.convert.huggingface.folder import CONFIG, NOTE, strict_json_file
 from keepwarm.trainer.data.preprocess.text import documents, parts
 from keepwarm.trainer.errors import CheckpointError, DataError, OutputError, SpecError
+from keepwarm.trainer.job.url import local_path
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -143,6 +144,7 @@ def _text_task(name: str, file: Path, work: Path) -> dict[str, Any]:
 
 def _model(path: Path, work: Path) -> tuple[Path, dict[str, Any]]:
     """Return a Hugging Face folder with a tokenizer, and what is known about its origin."""
+    path = local_path(path)
     if (path / CONFIG).is_file():
         folder = path
     else:

@@ -4,23 +4,27 @@ import difflib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 import keepwarm
-from keepwarm.files import READABLE, atomic_write
+from keepwarm.files import READABLE, atomic_write, sync_directory
 from keepwarm.parallel.errors import LayoutError
 from keepwarm.trainer.errors import OutputError, SpecError
 from keepwarm.trainer.job.messages import explain
 from keepwarm.trainer.job.overrides import Override
+from keepwarm.trainer.job.renames import upgrade
+from keepwarm.trainer.job.run_folder import PROPOSED_FILE, RUN_FILE, SUBMITTED_FILE
 from keepwarm.trainer.job.spec import JobSpec
-from keepwarm.trainer.job.url import is_url
-from keepwarm.trainer.job.yaml import Document, read_document
+from keepwarm.trainer.job.url import expand_paths, is_remote, local_path, path_override
+from keepwarm.trainer.job.yaml import Document, Keys, read_document
 from keepwarm.trainer.model.spec import ModelSpec
 
 _Spec = TypeVar("_Spec", bound=BaseModel)
+_PROPOSALS = (PROPOSED_FILE, SUBMITTED_FILE)
 
 
 def shipped_configs() -> Path:
@@ -32,14 +36,14 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
     """Load the job from a YAML file or `run.json`, with overrides applied and the named model filled in.
 
     `path` may also name a shipped job, such as `ci/tiny`. Data paths in the file are relative to the file; those in
-    overrides, `output` and `init_from` are relative to the working directory. In the result all are absolute.
+    overrides, `output` and `init_from` are relative to the working directory. In the result all are absolute, and `~`
+    and environment variables are expanded.
 
     Raises:
         SpecError: lists every problem with its file and line, its key and the expected value.
     """
     path = find_job(path)
-    changes = [Override.parse(text) for text in overrides]
-    document = read_document(path)
+    document, changes = _read(path, overrides)
     _anchor_data(document.values, path.parent)
     model_base = path.parent
     for change in changes:
@@ -52,9 +56,27 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
             change.apply(document)
     _anchor_data(document.values, Path.cwd())
     for key in ("output", "init_from"):
-        if isinstance(document.values.get(key), str) and not (key == "init_from" and is_url(document.values[key])):
+        if isinstance(document.values.get(key), str) and not (key == "init_from" and is_remote(document.values[key])):
             document.values[key] = _anchored(document.values[key], Path.cwd())
     return _validate(JobSpec, document, path)
+
+
+def _read(path: Path, overrides: Sequence[str]) -> tuple[Document, list[Override]]:
+    """Read a job file and its overrides, with `~` and variables in paths expanded. A `run.json` has neither."""
+
+    def refuse(keys: Keys, why: str) -> SpecError:
+        return SpecError(f"{document.place(keys)}: {'.'.join(keys)}: {why}")
+
+    def refuse_override(keys: Keys, why: str) -> SpecError:
+        return SpecError(f"override {'.'.join(keys)}: {why}")
+
+    document = read_document(path)
+    if is_run_file(path):
+        upgrade(document.values)
+    else:
+        document.values = expand_paths(document.values, (), refuse)
+    changes = [Override.parse(text) for text in overrides]
+    return document, [replace(one, value=expand_paths(one.value, one.keys, refuse_override)) for one in changes]
 
 
 def load_model(name: str | Path) -> ModelSpec:
@@ -68,12 +90,58 @@ def load_model(name: str | Path) -> ModelSpec:
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
-    """Load the job from the `run.json` of a run folder; its output is that folder, even if it has been moved.
+    """Load the job from the `run.json` of a run folder, or a proposed spec beside it; the output is that folder, even
+    if it has been moved. If the proposal is absent because it was accepted, load `run.json`.
 
     Raises:
         SpecError: as `load_job`.
     """
-    return load_job(path, [*overrides, f"output={json.dumps(str(path.resolve().parent))}"])
+    folder = path.resolve().parent
+    changes = [*overrides, path_override("output", folder)]
+    try:
+        return load_job(path, changes)
+    except SpecError:
+        if path.name not in _PROPOSALS or path.exists():
+            raise
+    return load_job(path.with_name(RUN_FILE), changes)
+
+
+def is_run_file(path: Path) -> bool:
+    """Return whether the name is that of a run's spec, accepted or proposed, rather than of a job file."""
+    return path.name in (RUN_FILE, *_PROPOSALS)
+
+
+def accept(path: Path) -> None:
+    """Replace `run.json` with the spec that the ranks were started with, if it is a proposal not yet accepted.
+
+    Raises:
+        OutputError: the folder is read-only.
+    """
+    if path.name not in _PROPOSALS:
+        return
+    try:
+        path.replace(path.with_name(RUN_FILE))
+        sync_directory(path.parent)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(f"{path.with_name(RUN_FILE)}: cannot be replaced: {error.strerror or error}") from error
+
+
+def spec_files(path: Path, overrides: Sequence[str] = ()) -> dict[str, Path]:
+    """Return the files that `load_job` reads for a job, by what they are: the job file, and the model's if it names
+    one.
+
+    Raises:
+        SpecError: as `load_job`.
+    """
+    path = find_job(path)
+    document, changes = _read(path, overrides)
+    model, base = document.values.get("model"), path.parent
+    for change in changes:
+        if change.keys == ("model",):
+            model, base = change.value, Path.cwd()
+    return {"the job file": path} | ({"model": find_model(model, base)} if isinstance(model, str) else {})
 
 
 def save_job(job: JobSpec, path: Path) -> None:
@@ -141,7 +209,7 @@ def _anchor_data(values: dict[str, Any], base: Path) -> None:
 
 
 def _anchored(path: Any, base: Path) -> Any:
-    return os.path.normpath(base.resolve() / path) if isinstance(path, str) and path else path
+    return os.path.normpath(base.resolve() / local_path(path)) if isinstance(path, str) and path else path
 
 
 def _validate(spec: type[_Spec], document: Document, path: Path) -> _Spec:

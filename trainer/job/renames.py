@@ -1,6 +1,6 @@
 """Renamed keys, values and options. Old names are refused with a sentence that gives the new one. Torch-free."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from keepwarm.trainer.errors import SpecError
@@ -27,6 +27,47 @@ VALUES: Mapping[str, Mapping[str, str]] = {
 """By key: old value to new value."""
 OPTIONS: Mapping[str, str] = {"--control-least": "--control-threshold", "--at-once": "--max-parallel"}
 """Old command-line option to new option."""
+
+
+_SECTIONS: Mapping[str, tuple[str, ...]] = {
+    "batch": ("micro_size", "global_size"),
+    "snapshot": ("silence", "busy"),
+    "cluster": ("least_data",),
+    "cluster.slurm": ("notice",),
+    "health": ("hang_floor",),
+    "stages.*.replay": ("stand_in", "law"),
+    "stages.*.replay.*": ("stand_in", "law"),
+    "parallel": ("zero_stage", "offload_optimizer", "transformer_engine", "data_mode"),
+    "model": ("norm_position",),
+}
+"""Where the old keys and values stand in a job; elsewhere these words may be names of sources and the like."""
+
+
+def upgrade(values: Any) -> None:
+    """Rename, in place, old keys and values in the resolved spec that an older version wrote."""
+    for section, keys in _SECTIONS.items():
+        for found in _found(values, section.split(".")):
+            for key in keys:
+                if key in VALUES and isinstance(found.get(key), str):
+                    found[key] = VALUES[key].get(found[key], found[key])
+                if key in KEYS and key in found:
+                    *parents, new = KEYS[key].split(".")
+                    target = found
+                    for parent in parents:
+                        target = target.setdefault(parent, {})
+                    if isinstance(target, dict):
+                        target.setdefault(new, found.pop(key))
+
+
+def _found(values: Any, path: list[str]) -> Iterator[dict[str, Any]]:
+    if not path:
+        if isinstance(values, dict):
+            yield values
+    elif path[0] != "*":
+        yield from _found(values.get(path[0]), path[1:]) if isinstance(values, dict) else ()
+    elif isinstance(values, list):
+        for inner in values:
+            yield from _found(inner, path[1:])
 
 
 def new_key(old: str, known: Iterable[str]) -> str | None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,23 @@ from typing import Any
 from keepwarm.files import lines_from_end
 
 RUN_FILE = "run.json"
+PROPOSED_FILE = "run.proposed.json"
+"""Changed spec of a run that is being resumed here, until its ranks accept it."""
+SUBMITTED_FILE = "run.submitted.json"
+"""Changed spec of a run that a batch job is to resume, until that job's ranks accept it."""
 METRICS_FILE = "metrics.jsonl"
 _TAIL_BYTES = 64 << 10
+_HASH = "[0-9a-f]" * 32
+WRITTEN = (
+    METRICS_FILE, "events.jsonl", "goodput.jsonl", "goodput.json", "report.html", "submission.json", "job.sbatch",
+    "job.sh", "secret", "code", "tensorboard", "nodes", "agents", "hangs", "profile", "parent", "wandb",
+    "checkpoints/iter_[0-9]*", "checkpoints/tmp-*", "checkpoints/latest", "checkpoints/.publishing", "checkpoints",
+    f"data/*-{_HASH}.*", "data", "logs/*.log", "logs/*.log.*", "logs/pids.json", "logs",
+    ".[a-z]*.[0-9]*.[0-9a-f]*.tmp", PROPOSED_FILE, SUBMITTED_FILE, RUN_FILE,
+)  # fmt: skip
+"""Patterns of all that keepwarm writes to a run folder, a folder after its contents and `run.json` last."""
+_SHARED = ("checkpoints", "data", "logs")
+"""Folders that may hold the files of others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +44,16 @@ class RunFolder:
     def run_file(self) -> Path:
         """The resolved job spec that the run executes."""
         return self.path / RUN_FILE
+
+    @property
+    def proposed_file(self) -> Path:
+        """Changed spec of a start by `keepwarm train`, until its ranks accept it."""
+        return self.path / PROPOSED_FILE
+
+    @property
+    def submitted_file(self) -> Path:
+        """Changed spec of a batch job's start, until its ranks accept it."""
+        return self.path / SUBMITTED_FILE
 
     @property
     def metrics_file(self) -> Path:
@@ -83,6 +109,22 @@ class RunFolder:
     def has_begun(self) -> bool:
         """Whether anything was recorded, that is, the first evaluation or step is complete."""
         return self.metrics_file.is_file() and self.metrics_file.stat().st_size > 0
+
+    def clear(self) -> list[Path]:
+        """Delete what keepwarm wrote, `run.json` last, so that an interrupted clearing can be repeated; return what is
+        left: the files of others.
+
+        Raises OSError.
+        """
+        for pattern in WRITTEN:
+            for path in self.path.glob(pattern):
+                if path.is_symlink() or not path.is_dir():
+                    path.unlink()
+                elif pattern not in _SHARED:
+                    shutil.rmtree(path)
+                elif not any(path.iterdir()):
+                    path.rmdir()
+        return sorted(self.path.iterdir())
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the records of all steps and evaluations in order; empty if there is no file."""

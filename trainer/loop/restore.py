@@ -9,11 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from keepwarm.ft.errors import DurableError
 from keepwarm.ft.format import publication
-from keepwarm.ft.format.manifest import read_manifest
+from keepwarm.ft.format.manifest import Manifest, read_manifest
 from keepwarm.parallel.shard import Shard
 from keepwarm.trainer.checkpoint import checkpoint
 from keepwarm.trainer.checkpoint.checkpoint import Checkpoints
+from keepwarm.trainer.convert.native import with_older
 from keepwarm.trainer.distributed.in_process_restart import RECOVERY
 from keepwarm.trainer.distributed.world import World
 from keepwarm.trainer.errors import CheckpointError
@@ -115,8 +117,15 @@ def _fill(
 def _newest_on_disk(checkpoints: Checkpoints, world: World) -> tuple[Path, tuple[int, int]] | None:
     """Return the newest complete checkpoint and its (epoch, step), as seen by rank 0: agents may publish more."""
     path = checkpoints.latest() if world.rank == 0 else None
-    step = world.largest(-1 if path is None else read_manifest(path).step)
+    step = world.largest(-1 if path is None else _manifest(path).step)
     if step < 0:
         return None
     agreed = publication.folder(checkpoints.root, step)
-    return agreed, (read_manifest(agreed).epoch, step)
+    return agreed, (_manifest(agreed).epoch, step)
+
+
+def _manifest(path: Path) -> Manifest:
+    try:
+        return read_manifest(path)
+    except DurableError as error:
+        raise CheckpointError(with_older(error, path)) from error

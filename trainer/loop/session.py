@@ -12,8 +12,8 @@ from keepwarm import side_writer
 from keepwarm.trainer.distributed.in_process_restart import ControlChannel, RestartRequested
 from keepwarm.trainer.distributed.world import World, join
 from keepwarm.trainer.errors import OutputError, TrainingStopped
-from keepwarm.trainer.job.files import load_job, load_run, save_job
-from keepwarm.trainer.job.run_folder import RUN_FILE, RunFolder
+from keepwarm.trainer.job.files import accept, is_run_file, load_job, load_run, save_job
+from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.job.shrink import resized
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.loop.build import build
@@ -32,7 +32,7 @@ def run_session(path: Path, overrides: Sequence[str], *, resume: bool, control: 
         TrainerError: with the exit code of its kind.
         RestartRequested: peers have died; nothing of the run is left in this process, which may start again.
     """
-    job = load_run(path, overrides) if path.name == RUN_FILE else load_job(path, overrides)
+    job = load_run(path, overrides) if is_run_file(path) else load_job(path, overrides)
     if job.cluster.elastic == "shrink":
         job = resized(job, int(os.environ.get("WORLD_SIZE", job.layout.world_size)))
     logging.basicConfig(format=" %(levelname)s: %(message)s", level=logging.WARNING)
@@ -45,6 +45,9 @@ def run_session(path: Path, overrides: Sequence[str], *, resume: bool, control: 
     control = control or ControlChannel(None)
     timeline = _timeline(job, world, start, control.resumed_at)
     run = build(job, world, start=start, timeline=timeline)
+    world.barrier()  # a rank that refuses the spec never arrives
+    if world.rank == 0:
+        accept(path)
     try:
         # Not earlier: a rank that waits for others in a library must end at the first signal.
         with Interrupt().watching() as interrupt, _parking(job, world, control), run.console:

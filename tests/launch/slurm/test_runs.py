@@ -8,6 +8,7 @@ import pytest
 from keepwarm.launch.batch.jobs import cancel, requeue
 from keepwarm.launch.batch.logs import log_file, show_log
 from keepwarm.launch.batch.runs import runs_in, show_runs, table
+from keepwarm.launch.batch.watch import watch
 from keepwarm.launch.errors import ClusterError
 from keepwarm.launch.node import record
 from keepwarm.launch.node.record import NodeRecord
@@ -45,6 +46,44 @@ def test_runs_are_listed_with_their_state(tmp_path: Path, capsys: pytest.Capture
     show_runs(tmp_path / "b", as_json=True)
     (shown,) = json.loads(capsys.readouterr().out)
     assert (shown["state"], shown["progress"]["step"], shown["job"]) == ("ended", 7, None)
+
+
+BROKEN = {
+    "empty": ("run.json", b"", "not JSON"),
+    "text": ("run.json", b"[1, 2", "not JSON"),
+    "binary": ("run.json", b"\xff\xfe", "not UTF-8"),
+    "deep": ("run.json", b"[" * 100_000, "not JSON"),
+    "foreign": ("run.json", b'{"name": "x", "steps": 5}', "unknown key"),
+    "submitted": ("submission.json", b"{", "submission.json: cannot be read"),
+}
+
+
+def test_runs_unreadable_ones_are_shown_with_the_reason_beside_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "a", 7)
+    for name, (file, content, _) in BROKEN.items():
+        (run(tmp_path / name, 3) / file).write_bytes(content)
+    (tmp_path / "a" / "metrics.jsonl").open("a").write(
+        '\n{"step": 8, "loss": 4.0}\n'
+    )  # of a version without the others
+    rows = runs_in(tmp_path)
+    assert {row.name: row.state for row in rows} == {"a": "ended"} | dict.fromkeys(BROKEN, "unreadable")
+    lines = list(table(rows))
+    for name, (_, _, why) in BROKEN.items():
+        (said,) = [line for line in lines if line.startswith(f"{tmp_path / name}: cannot be read: ")]
+        assert why in said
+    show_runs(tmp_path, as_json=True)
+    shown = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert shown["a"]["progress"]["step"] == 7
+    assert shown["empty"]["state"] == "unreadable"
+    assert "not JSON" in shown["empty"]["error"]
+
+
+@pytest.mark.parametrize(("file", "content", "why"), [BROKEN["empty"], BROKEN["submitted"]])
+def test_watch_ends_when_what_is_left_cannot_be_read(tmp_path: Path, file: str, content: bytes, why: str) -> None:
+    (run(tmp_path / "a", 3) / file).write_bytes(content)
+    watch(tmp_path, 60.0)
 
 
 def test_runs_folder_without_runs_is_named(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from keepwarm.launch.batch_system import BatchJob, BatchSystem, Request
 from keepwarm.section import Section
 from keepwarm.trainer.distributed.launcher_environment import PORTS, Ranks
 from keepwarm.trainer.job.files import load_run
-from keepwarm.trainer.job.run_folder import RUN_FILE
 
 
 class LocalQueueOptions(Section):
@@ -42,7 +41,7 @@ class LocalQueue(BatchSystem):
         options = request.job.cluster.batch_options(self.name)
         setup = options.setup if isinstance(options, LocalQueueOptions) else ()
         resume = ["--resume"] if request.mode == "resume" else []
-        command = [sys.executable, "-P", "-m", __name__, str(request.folder), *resume]
+        command = [sys.executable, "-P", "-m", __name__, str(request.spec), *resume]
         return "\n".join(["#!/bin/bash", *setup, f"exec {shlex.join(command)}", ""])
 
     def submit(self, request: Request) -> str:
@@ -87,8 +86,8 @@ def rank_from(environment: Mapping[str, str]) -> Ranks | None:
 
 def main() -> None:
     """Run the ranks of a job, pass signals on to them and record how they ended."""
-    folder, arguments = Path(sys.argv[1]), sys.argv[2:]
-    job = load_run(folder / RUN_FILE)
+    spec, arguments = Path(sys.argv[1]), sys.argv[2:]
+    folder, job = spec.parent, load_run(spec)
     size, job_id = job.layout.world_size, str(os.getpid())
     ranks: list[subprocess.Popen[bytes]] = []
 
@@ -103,7 +102,7 @@ def main() -> None:
         with (folder / "logs" / f"rank_{rank:05d}.log").open("ab") as log:
             ranks.append(
                 subprocess.Popen(
-                    [sys.executable, "-P", "-m", "keepwarm.trainer", str(folder / RUN_FILE), *arguments],
+                    [sys.executable, "-P", "-m", "keepwarm.trainer", str(spec), *arguments],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | own | {"OMP_NUM_THREADS": "1"},
                 )
             )  # fmt: skip

@@ -13,8 +13,10 @@ from keepwarm.ft.format import publication
 from keepwarm.ft.format.contents import Piece
 from keepwarm.ft.format.writer import write_part
 from keepwarm.parallel.shard import Shard
-from keepwarm.trainer.checkpoint import checkpoint
+from keepwarm.trainer.checkpoint import checkpoint, copy
 from keepwarm.trainer.checkpoint.command import app
+from keepwarm.trainer.checkpoint.store import opened
+from keepwarm.trainer.convert.native import NativeCheckpoint
 from keepwarm.trainer.data.ledger import Ledger
 from keepwarm.trainer.errors import CheckpointError
 from tests.support.corpus import counting_source
@@ -144,3 +146,62 @@ def test_load_weights_fits_any_layout_and_dtype(tmp_path: Path, layout: dict[str
     lost = Shard(name="model.v", global_shape=(1,), offsets=(0,), shape=(1,), local=torch.ones(1), replicas=(0,))
     with pytest.raises(CheckpointError, match=r"model\.v"):
         checkpoint.load_weights(path, {"model.v": lost})
+
+
+@pytest.mark.parametrize(
+    ("name", "quoted"),
+    [("plain", False), ("a b", False), ("a::b", False), ("a b", True), ("a%20b", True), ("a::b", True)],
+)
+def test_file_url_means_its_path_in_every_command(tmp_path: Path, name: str, quoted: bool) -> None:
+    """As other programs write it, percent-encoded, and as it was typed."""
+    path = write(tmp_path / "run", 3, np.ones((2, 2), np.float32))
+    folder = tmp_path / name
+    url = folder.as_uri() if quoted else f"file://{folder}"
+    if quoted:
+        folder.mkdir()
+    copied = copy.copy(str(path), url, lambda done, total: None)["path"]
+    assert Path(copied) == folder / path.name
+    for said in (f"{url}/{path.name}", url):
+        assert call("verify", said)[1]["path"] == copied
+        assert call("show", said)[1]["step"] == 3
+        assert call("diff", said, path)[1]["equal"]
+    with opened(f"{url}/{path.name}") as stored:
+        assert stored.manifest.step == 3
+    assert call("prune", url, "--keep", 1)[1]["kept"] == [path.name]
+    again = copy.copy(f"{url}/{path.name}", str(tmp_path / "back"), lambda done, total: None)
+    assert again["path"] == str(tmp_path / "back" / path.name)
+
+
+def test_other_url_is_refused_with_the_command_that_copies_it(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["verify", "s3://bucket/run"])
+    assert isinstance(result.exception, CheckpointError)
+    assert "this is a URL; keepwarm checkpoint copy brings the checkpoint here" in str(result.exception)
+
+
+@pytest.mark.parametrize("cut", ["rank_00000.safetensors", "manifest.json"])
+def test_damaged_newest_checkpoint_names_the_newest_older_one_that_is_whole(tmp_path: Path, cut: str) -> None:
+    root = tmp_path / "run"
+    whole, worse, newest = (write(root, step, np.ones((64, 64), np.float32)) for step in (1, 2, 3))
+    (worse / "rank_00000.safetensors").write_bytes(b"")
+    (newest / cut).write_bytes((newest / cut).read_bytes()[:-100])
+    shard = Shard(
+        name="model.w", global_shape=(64, 64), offsets=(0, 0), shape=(64, 64), local=torch.zeros(64, 64), replicas=(0,)
+    )
+    readers = {
+        "verify": lambda: call("verify", root),
+        "copy": lambda: copy.copy(str(root), str(tmp_path / "other"), lambda done, total: None),
+        "upload": lambda: copy.copy(str(root), "memory://other", lambda done, total: None),
+        "convert": lambda: _read_whole(root),
+        "resume": lambda: checkpoint.load_weights(newest, {"model.w": shard}),
+    }
+    for name, read in readers.items():
+        with pytest.raises(CheckpointError) as caught:
+            read()
+        assert f"the checkpoint before it, {whole}, has all of its files: give that one" in str(caught.value), name
+        assert f"or move {newest} elsewhere" in str(caught.value), name
+
+
+def _read_whole(root: Path) -> None:
+    with NativeCheckpoint(root) as native:
+        for name in native.tensors:
+            list(native.blocks(name, 1 << 20))

@@ -82,7 +82,7 @@ def test_store_any_layout_loads_any_other_from_url(tmp_path: Path, url: str, tar
     written = Case(spec=ParallelSpec(tensor=2, data=2))
     write_checkpoint(tmp_path / "run/checkpoints", MODEL, written, state, {"ledger": {"seed": 7}})
     done = copy(str(tmp_path / "run"), url, no_progress)
-    assert find(url) == done["path"] == f"{url}/iter_0000001"
+    assert find(url) == done["path"] == f"{url.removeprefix('file://')}/iter_0000001"
     case = Case(spec=ParallelSpec(**target))
     for rank in range(case.layout.world_size):
         shards = shards_of(rank, MODEL, case, None)
@@ -197,6 +197,6 @@ def test_store_unknown_protocol_is_named(tmp_path: Path) -> None:
 def test_copy_command_copies_both_ways(tmp_path: Path, url: str) -> None:
     path, _ = large(tmp_path / "run")
     ran = CliRunner().invoke(app, ["copy", str(path), url], catch_exceptions=False)
-    assert ran.stdout == f"{url}/iter_0000004: step 4, 24.00 MB\n"
+    assert ran.stdout == f"{url.removeprefix('file://')}/iter_0000004: step 4, 24.00 MB\n"
     CliRunner().invoke(app, ["copy", url, str(tmp_path / "back")], catch_exceptions=False)
     assert publication.latest(tmp_path / "back") == tmp_path / "back/iter_0000004"

@@ -84,3 +84,13 @@ def test_lineage_missing_parent_is_reported(grown: Path) -> None:
     assert lineage.ancestry(grown / "one")[grown / "qwen"].kind == "gone"
     with pytest.raises(CheckpointError, match="neither a run"):
         lineage.ancestry(grown / "exports")
+
+
+@pytest.mark.parametrize("content", [b"", b"[1", b'{"stages": 3}', b"[" * 100_000, b"\xff"])
+def test_lineage_unreadable_run_does_not_hide_the_others(grown: Path, content: bytes) -> None:
+    (grown / "stranger" / "run.json").write_bytes(content)
+    (grown / "two" / "run.json").write_bytes(content)
+    found = CliRunner().invoke(app, [str(grown / "one"), "--in", str(grown), "--json"])
+    assert found.exit_code == 0, found.output
+    paths = {Path(artefact["path"]).name for artefact in json.loads(found.stdout)["artefacts"]}
+    assert {"one", "native", "soup"} <= paths

@@ -346,3 +346,81 @@ def test_job_wrong_snapshot_section_is_named(value: str, said: str) -> None:
     with pytest.raises(SpecError) as caught:
         load_job(Path("configs/ci/tiny.yaml").absolute(), overrides)
     assert said in str(caught.value)
+
+
+def test_job_paths_expand_home_and_variables(job_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.setenv("SCRATCH", "/scratch/7")
+    text = JOB.replace("output: out", "output: ~/runs/y\ninit_from: s3://$BUCKET/run")
+    monkeypatch.setenv("BUCKET", "b")
+    text = text.replace("text/en.jsonl", "'${SCRATCH}/en.jsonl'").replace("/corpora/de", "a$$b/de")
+    job_file.write_text(text)
+    container = "cluster.slurm.container={image: $SCRATCH/i.sqsh, mounts: ['~/data:/data', '$SCRATCH:$SCRATCH']}"
+    job = load_job(job_file, [container, "data.validation={en: $SCRATCH/v.jsonl}", "data.tokenizer=~/t.json"])
+    assert job.output == "/home/ann/runs/y"
+    assert job.init_from == "s3://b/run"
+    assert job.data.sources == {"en": "/scratch/7/en.jsonl", "de": str(tmp_path / "a$b" / "de")}
+    assert job.data.validation == {"en": "/scratch/7/v.jsonl"}
+    assert job.data.tokenizer == "/home/ann/t.json"
+    assert job.cluster.slurm.container is not None
+    assert job.cluster.slurm.container.mounts == ("/home/ann/data:/data", "/scratch/7:/scratch/7")
+    assert job.cluster.slurm.container.image == "/scratch/7/i.sqsh"
+
+
+def test_run_json_is_not_expanded_again(job_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "$NOT_SET"
+    folder.mkdir()
+    job = load_job(job_file, ["output=./$$NOT_SET"]).model_copy(update={"output": str(folder)})
+    save_job(job, folder / "run.json")
+    assert load_run(folder / "run.json") == job
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("$NOT_SET/x", "the environment variable NOT_SET is not set"),
+        ("${NOT_SET}", "the environment variable NOT_SET is not set"),
+        ("a$", "a dollar sign must begin"),
+        ("${A:-b}", "a dollar sign must begin"),
+        ("~no-such-user/x", "there is no home directory for ~no-such-user"),
+    ],
+)
+@pytest.mark.parametrize("key", ["output", "data.sources.en", "data.tokenizer", "init_from", "model"])
+def test_job_path_that_cannot_be_expanded_is_refused(job_file: Path, key: str, text: str, why: str) -> None:
+    assert refused(job_file, f"{key}={json.dumps(text)}").startswith(f"override {key}: {text!r}: {why}")
+    job_file.write_text(JOB.replace("output: out", f"output: {json.dumps(text)}"))
+    assert refused(job_file).startswith(f"{job_file}:2: output: {text!r}: {why}")
+
+
+OLDER = {
+    ("batch", "micro_batch_size"): "micro_size",
+    ("batch", "global_batch_size"): "global_size",
+    ("snapshot", "peer_timeout"): "silence",
+    ("snapshot", "when_busy"): "busy",
+    ("cluster", "min_data_parallel"): "least_data",
+    ("cluster", "slurm", "save_before_limit"): "notice",
+    ("health", "min_hang_timeout"): "hang_floor",
+    ("stages", 1, "replay", "distribution"): "law",
+}
+
+
+def test_run_json_of_an_older_version_is_loaded_with_its_renamed_keys(job_file: Path, tmp_path: Path) -> None:
+    names = "{law: text/en, notice: text/de}"  # old keys are ordinary names elsewhere
+    replay = "stages.1.replay={from: [pretrain], fraction: 0.25}"
+    mixture = ["stages.0.mixture={law: 2, notice: 1}", "stages.1.mixture={law: 1}"]
+    asked = [f"data.sources={names}", *mixture, replay, "snapshot={}", f"output={tmp_path / 'run'}"]
+    job = load_job(job_file, asked)
+    values = job.model_dump(mode="json")
+    for (*parents, new), old in OLDER.items():
+        section: Any = values
+        for key in parents:
+            section = section[key]
+        section[old] = section.pop(new)
+    values["parallel"] |= {"data_mode": "fsdp"}
+    values["model"] |= {"norm_position": {"pre": "before", "post": "after"}[values["model"]["norm_position"]]}
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps(values))
+    assert load_run(run / "run.json") == job
+    (tmp_path / "old.yaml").write_text(json.dumps(values))
+    assert "it was renamed; write batch.micro_batch_size" in refused(tmp_path / "old.yaml")
