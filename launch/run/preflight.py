@@ -10,12 +10,11 @@ from keepwarm.launch.run.node_check import memory_free
 from keepwarm.parallel.engine_support import require
 from keepwarm.parallel.errors import EngineUnavailable
 from keepwarm.parallel.kernels import KERNELS
+from keepwarm.trainer.data.preprocess.text import is_text
 from keepwarm.trainer.data.spec import DataSpec
 from keepwarm.trainer.errors import DataError
 from keepwarm.trainer.job.shrink import layouts
 from keepwarm.trainer.job.spec import JobSpec
-
-_TEXT_ENDINGS = (".jsonl", ".txt", ".jsonl.gz", ".txt.gz", ".jsonl.zst", ".txt.zst")
 
 
 def check_job(job: JobSpec) -> None:
@@ -84,6 +83,6 @@ def check_data_exists(spec: DataSpec) -> None:
 
 
 def _files(path: str) -> list[Path]:
-    if path.endswith(_TEXT_ENDINGS):
+    if is_text(path):
         return [Path(path)]
     return [Path(f"{path}.idx"), Path(f"{path}.bin")]
