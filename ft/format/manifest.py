@@ -68,7 +68,7 @@ def decode_manifest(content: bytes, path: str) -> Manifest:
     """Decode the manifest in `content`, which was read from `path`."""
     try:
         manifest = msgspec.json.decode(content, type=Manifest)
-    except (msgspec.DecodeError, ValueError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise DurableError(f"{path}: {error}") from error
     if manifest.version != VERSION:
         raise DurableError(f"{path}: format version {manifest.version}, this program reads {VERSION}")

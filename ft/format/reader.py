@@ -71,7 +71,7 @@ def read_header(path: Path) -> Part:
             entries.append(entry)
         entries.sort(key=lambda entry: (entry.start, entry.stop))
         rank = int(notes["keepwarm.rank"])
-    except (msgspec.DecodeError, KeyError, ValueError) as error:
+    except (msgspec.DecodeError, KeyError, ValueError, RecursionError) as error:
         raise DurableError(f"{path}: not a part of a keepwarm checkpoint: {error}") from error
     stops = [0, *(entry.stop for entry in entries)]
     if [entry.start for entry in entries] != stops[:-1]:

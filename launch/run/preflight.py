@@ -10,12 +10,11 @@ from keepwarm.launch.run.node_check import memory_free
 from keepwarm.parallel.engine_support import require
 from keepwarm.parallel.errors import EngineUnavailable
 from keepwarm.parallel.kernels import KERNELS
+from keepwarm.trainer.data.preprocess.text import is_text
 from keepwarm.trainer.data.spec import DataSpec
 from keepwarm.trainer.errors import DataError
 from keepwarm.trainer.job.shrink import layouts
 from keepwarm.trainer.job.spec import JobSpec
-
-_TEXT_ENDINGS = (".jsonl", ".txt", ".jsonl.gz", ".txt.gz", ".jsonl.zst", ".txt.zst")
 
 
 def check_job(job: JobSpec) -> None:
@@ -87,6 +86,6 @@ def check_data_exists(spec: DataSpec) -> None:
 
 def data_files(path: str) -> list[Path]:
     """Return the files of a data source: its text, or those of a Megatron prefix."""
-    if path.endswith(_TEXT_ENDINGS):
+    if is_text(path):
         return [Path(path)]
     return [Path(f"{path}.idx"), Path(f"{path}.bin")]

@@ -1,11 +1,11 @@
 """Read measured recovery times from the output of `keepwarm drill --json`."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from keepwarm.foreign_json import parse_json
 from keepwarm.launch.errors import SimulationError
 from keepwarm.launch.simulation.scheme import Restart, Times
 from keepwarm.trainer.monitor.events import LEVELS
@@ -51,7 +51,7 @@ def _typical(found: list[Restart] | None, otherwise: Restart) -> Restart:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        drill = json.loads(path.read_text(encoding="utf-8"))
+        drill = parse_json(path.read_bytes())
     except OSError as error:
         raise SimulationError(f"{path}: {error.strerror}") from error
     except ValueError as error:

@@ -1,7 +1,6 @@
 """Failure models: independent exponential or Weibull times, or a recorded trace. Seeded and vectorised."""
 
 import csv
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from keepwarm.foreign_json import parse_json
 from keepwarm.launch.errors import SimulationError
 
 LLAMA_3_NODE_MTBF = 54 * 86400 * 2048 / 419
@@ -190,8 +190,11 @@ def load_trace(path: Path) -> Trace:
 
 def _read_rows(path: Path) -> list[Any]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = json.load(file) if path.suffix == ".json" else list(csv.DictReader(file, skipinitialspace=True))
+        if path.suffix == ".json":
+            rows = parse_json(path.read_bytes())
+        else:
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file, skipinitialspace=True))
     except OSError as error:
         raise SimulationError(f"{path}: {error.strerror}") from error
     except (ValueError, csv.Error) as error:
@@ -209,5 +212,5 @@ def _number(row: Mapping[str, Any], key: str, where: str, default: float | None 
         return default
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise SimulationError(f"{where}: {key} is {value!r}, not a number") from None

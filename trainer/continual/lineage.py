@@ -1,12 +1,12 @@
 """Lineage: every run, checkpoint and export records its parents. Torch-free."""
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from keepwarm.foreign_json import parse_json
 from keepwarm.ft.errors import DurableError
 from keepwarm.ft.format import publication
 from keepwarm.ft.format.manifest import MANIFEST, Manifest, read_manifest
@@ -218,8 +218,8 @@ def _manifest(path: Path) -> Manifest | None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        found = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     return found if isinstance(found, dict) else {}
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from keepwarm.foreign_json import parse_json
 from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.format.contents import ITEM_SIZE
 from keepwarm.ft.format.writer import begin_writeback
@@ -58,19 +59,10 @@ def read_tensors(path: Path) -> dict[str, Stored]:
 
 def strict_json(text: bytes, path: Path) -> dict[str, Any]:
     """Parse a JSON object without duplicate keys. Raises `CheckpointError` naming the file."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"{path}: duplicate key {twice}")
-        return found
-
     try:
-        table = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
+        table = parse_json(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     if not isinstance(table, dict):
         raise CheckpointError(f"{path}: a {type(table).__name__} where an object should be")
     return table

@@ -6,12 +6,14 @@ import msgspec
 import numpy as np
 import xxhash
 
+from keepwarm.foreign_json import parse_json
 from keepwarm.trainer.data.table import Ints
 from keepwarm.trainer.data.token_format import TokenFileReader
 from keepwarm.trainer.errors import DataError
 
 _CHUNK = 1 << 20
 _WHOLE_BYTES = 64 << 20
+_SIDECAR_LIMIT = 1 << 20
 _BLOCKS, _BLOCK_BYTES = 1024, 64 << 10
 
 
@@ -30,6 +32,8 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     max_id: int
     prefixed: int = 0
     """Documents with two sequences, the first of which is a prefix without loss; all others have one."""
+    skipped: int = 0
+    """Lines of the input that were left out since they are no document."""
 
 
 class TokenFile:
@@ -151,9 +155,13 @@ def _read_sidecar(path: Path, content: str) -> Sidecar | None:
     if not path.is_file():
         return None
     try:
-        sidecar = msgspec.json.decode(path.read_bytes(), type=Sidecar)
-    except msgspec.MsgspecError:
+        if path.stat().st_size > _SIDECAR_LIMIT:
+            return None
+        sidecar = msgspec.convert(parse_json(path.read_bytes()), Sidecar)
+    except ValueError:  # Those of msgspec too.
         return None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from None
     if sidecar.content != content:
         raise DataError(
             f"{path}: does not match the .bin and .idx next to it; one of them was replaced: "

@@ -10,13 +10,16 @@ from keepwarm.section import Section
 class DataSpec(Section):
     """The token data and how they are packed into samples.
 
-    A path is a Megatron prefix (`PATH.bin` and `PATH.idx`) or text (`.jsonl`, `.txt`, with `.gz` or `.zst`), which is
-    tokenized once into the run folder. Relative paths are relative to the job file.
+    A path is a Megatron prefix (`PATH.bin` and `PATH.idx`) or text (`.jsonl`, `.ndjson`, `.json`, `.txt`, with
+    `.gz` or `.zst`), which is tokenized once into the run folder. Relative paths are relative to the job file.
     """
 
     sources: dict[str, str] = Field(min_length=1, description="training data by source name")
     validation: dict[str, str] = Field(default_factory=dict, description="held-out data by domain name")
     tokenizer: str = Field("bytes", description="`bytes`, a Hugging Face tokenizer.json or a SentencePiece .model")
+    end_of_document: str | None = Field(
+        None, min_length=1, description="token that ends each document of text; default: the tokenizer's own"
+    )
     sequence_length: PositiveInt = Field(description="tokens per sample")
     document_mask: bool = Field(
         False, description="attention stays within documents, positions restart, targets across boundaries are masked"

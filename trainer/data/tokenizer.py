@@ -1,18 +1,14 @@
 """Tokenizers: bytes, Hugging Face `tokenizer.json`, SentencePiece `.model`. Torch-free."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import xxhash
 
+from keepwarm.trainer.data.huggingface_tokenizer import HuggingFaceTokenizer
 from keepwarm.trainer.errors import DataError
-
-if TYPE_CHECKING:
-    pass
-
-END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "<|end_of_document|>", "</s>", "<eos>")
-"""Names of end-of-document tokens in `tokenizer.json` files; the first one present is used."""
 
 
 class Tokenizer(Protocol):
@@ -25,7 +21,7 @@ class Tokenizer(Protocol):
 
     @property
     def hash(self) -> str:
-        """Equal for equal tokenizers, wherever their files lie."""
+        """Equal for equal tokenizers, wherever their files lie; the choice of the end of a document is not part."""
         ...
 
     @property
@@ -34,12 +30,22 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def largest_id(self) -> int:
+        """Largest id that the model behind the tokenizer gives to a document, its end included. Added tokens that a
+        text may or may not contain do not count."""
+        ...
+
+    @property
     def end_of_document(self) -> int:
         """Id that is appended to every document."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text; special tokens are neither added nor recognised in the text."""
+        """Return the ids of each text; control tokens are neither added nor recognised in the text.
+
+        Raises:
+            DataError: a text cannot be encoded.
+        """
         ...
 
     def encode_marked(self, text: str) -> list[int]:
@@ -50,20 +56,34 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str, end_of_document: str | int | None = None) -> Tokenizer:
     """Load a tokenizer: `bytes`, or a tokenizer file, by its suffix.
 
+    Args:
+        end_of_document: text or id of the token that ends a document; None: the tokenizer's own.
+
     Raises:
-        DataError: the file is missing, not a tokenizer, or has no end-of-document token; names it.
+        DataError: the file is missing, not a tokenizer, or has not exactly one end-of-document token; names it.
     """
     if name == "bytes":
+        if end_of_document not in (None, ByteTokenizer.end_of_document):
+            raise DataError(f"bytes have no token {end_of_document!r}: id 256 ends their documents")
         return ByteTokenizer()
     path = Path(name)
-    if path.suffix not in (".json", ".model"):
+    if path.suffix.lower() not in (".json", ".model"):
         raise DataError(f"{name}: not a tokenizer: give `bytes`, a tokenizer.json or a SentencePiece .model")
     if not path.is_file():
         raise DataError(f"{name}: no such tokenizer file")
-    return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+    kind = HuggingFaceTokenizer if path.suffix.lower() == ".json" else SentencePieceTokenizer
+    try:
+        return kind(path, end_of_document)
+    except OSError as error:
+        raise DataError(f"{name}: {error.strerror or error}") from None
+
+
+def tokenizer_hash(path: Path) -> str:
+    """Return the hash of the tokenizer in a file without loading it."""
+    return xxhash.xxh3_128_hexdigest(path.read_bytes())
 
 
 class ByteTokenizer:
@@ -72,7 +92,7 @@ class ByteTokenizer:
     name = "bytes"
     hash = "bytes"
     vocabulary_size = 257
-    end_of_document = 256
+    largest_id = end_of_document = 256
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode("utf-8")) for text in texts]
@@ -85,48 +105,10 @@ class ByteTokenizer:
         return pieces.decode("utf-8", "replace")
 
 
-class HuggingFaceTokenizer:
-    """A `tokenizer.json`, through the `tokenizers` library."""
-
-    def __init__(self, path: Path) -> None:
-        import tokenizers
-
-        try:
-            loaded: tokenizers.Tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:
-            raise DataError(f"{path}: not a tokenizer.json: {error}") from None
-        loaded.no_truncation()
-        loaded.no_padding()
-        loaded.encode_special_tokens = True
-        ids = [loaded.token_to_id(token) for token in END_OF_DOCUMENT]
-        ends = [id for id in ids if id is not None]
-        if not ends:
-            raise DataError(f"{path}: has none of the known end-of-document tokens: {', '.join(END_OF_DOCUMENT)}")
-        self._tokenizer = loaded
-        self.name, self.hash = str(path), _file_hash(path)
-        self.end_of_document: int = ends[0]
-        self.vocabulary_size = max(loaded.get_vocab(with_added_tokens=True).values()) + 1
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
-
-    def encode_marked(self, text: str) -> list[int]:
-        self._tokenizer.encode_special_tokens = False
-        try:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        finally:
-            self._tokenizer.encode_special_tokens = True
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
-
-
 class SentencePieceTokenizer:
     """A SentencePiece `.model`; its end-of-sentence token ends a document."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, end_of_document: str | int | None = None) -> None:
         import sentencepiece
 
         self._processor: Any = sentencepiece.SentencePieceProcessor()
@@ -134,14 +116,30 @@ class SentencePieceTokenizer:
             self._processor.LoadFromSerializedProto(path.read_bytes())
         except Exception:
             raise DataError(f"{path}: not a SentencePiece model") from None
-        if self._processor.eos_id() < 0:
-            raise DataError(f"{path}: has no end-of-sentence token to end documents with")
-        self.name, self.hash = str(path), _file_hash(path)
-        self.end_of_document: int = self._processor.eos_id()
+        self.name, self.hash = str(path), tokenizer_hash(path)
         self.vocabulary_size: int = self._processor.get_piece_size()
+        self.end_of_document: int = self._end(end_of_document)
+        self.largest_id = self.vocabulary_size - 1
+
+    def _end(self, named: str | int | None) -> int:
+        if named is None and self._processor.eos_id() < 0:
+            raise DataError(f"{self.name}: has no end-of-sentence token to end documents with")
+        id: int = self._processor.piece_to_id(named) if isinstance(named, str) else self._processor.eos_id()
+        if isinstance(named, int):
+            id = named
+        known = 0 <= id < self.vocabulary_size and not self._processor.is_unknown(id)
+        if not known or (isinstance(named, str) and self._processor.id_to_piece(id) != named):
+            raise DataError(f"{self.name}: has no token {named!r} to end documents with")
+        return id
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encoded: list[list[int]] = self._processor.encode(list(texts), num_threads=1)
+        # SentencePiece reads user-defined and ordinary pieces in text, but never control symbols.
+        encoded: list[list[int]] = self._processor.encode(list(texts), num_threads=_threads())
+        if any(self.end_of_document in ids for ids in encoded):
+            piece = self._processor.id_to_piece(self.end_of_document)
+            raise DataError(
+                f"{self.name}: a text contains {piece}, which ends documents and is no control symbol of this model"
+            )
         return encoded
 
     def encode_marked(self, text: str) -> list[int]:
@@ -152,5 +150,7 @@ class SentencePieceTokenizer:
         return text
 
 
-def _file_hash(path: Path) -> str:
-    return xxhash.xxh3_128_hexdigest(path.read_bytes())
+def _threads() -> int:
+    """Return the number of threads to encode with, which `tokenizers` takes from the same variable; -1: every core."""
+    limit = os.environ.get("RAYON_NUM_THREADS", "")
+    return int(limit) if limit.isdecimal() and int(limit) else -1

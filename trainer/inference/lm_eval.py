@@ -14,13 +14,12 @@ import typer
 from keepwarm.trainer import tool
 from keepwarm.trainer.convert.huggingface.exporter import to_huggingface
 from keepwarm.trainer.convert.huggingface.folder import CONFIG, NOTE, strict_json_file
-from keepwarm.trainer.data.preprocess.text import documents, parts
+from keepwarm.trainer.data.preprocess.text import PART_BYTES, documents, parts
 from keepwarm.trainer.errors import CheckpointError, DataError, OutputError, SpecError
 from keepwarm.trainer.job.url import local_path
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-_PART_BYTES = 4 << 20
 _TEXT_METRICS = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 
 
@@ -124,7 +123,7 @@ def _text_task(name: str, file: Path, work: Path) -> dict[str, Any]:
     """Return a task for the documents of a file: the log-likelihood of each in windows of the model's context."""
     lines = 0
     with (work / f"{name}.jsonl").open("w") as written:
-        for part in parts(file, _PART_BYTES):
+        for part in parts(file, PART_BYTES):
             for document in documents(part, "text"):
                 written.write(json.dumps({"text": document}) + "\n")
                 lines += 1

@@ -11,10 +11,14 @@ import typer
 from keepwarm.trainer import tool
 from keepwarm.trainer.convert.huggingface.tokenizer import find_tokenizer
 from keepwarm.trainer.convert.native import NativeCheckpoint
-from keepwarm.trainer.data.tokenizer import load_tokenizer
+from keepwarm.trainer.data.tokenizer import Tokenizer, load_tokenizer
 from keepwarm.trainer.errors import CheckpointError, DataError, SpecError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+EndOfDocument = Annotated[
+    str | None, typer.Option(metavar="TOKEN", help="Token at which to stop; default: the end of a document.")
+]
 
 
 @app.command()
@@ -37,6 +41,7 @@ def command(
     tokenizer: Annotated[
         str | None, typer.Option(help="Tokenizer: `bytes`, tokenizer.json or .model; default: the run's.")
     ] = None,
+    end_of_document: EndOfDocument = None,
     dtype: Annotated[str, typer.Option(help="Compute in fp32 or bf16.")] = "fp32",
     device: Annotated[str | None, typer.Option(help="Device: cpu or cuda; default: cuda if there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -60,16 +65,15 @@ def command(
     where = _device(device)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     with NativeCheckpoint(path) as native:
-        words = find_tokenizer(native) if tokenizer is None else load_tokenizer(tokenizer)
+        words = (
+            find_tokenizer(native, end_of_document) if tokenizer is None else load_tokenizer(tokenizer, end_of_document)
+        )
         part = load_model(native, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16, device=where)
         found: dict[str, Any] = {"path": str(native.path), "step": native.manifest.step, "samples": []}
-    if words.vocabulary_size > part.spec.vocabulary_size:
-        raise DataError(
-            f"{words.name}: has {words.vocabulary_size} tokens, the model knows {part.spec.vocabulary_size}: "
-            "give the one it was trained with as --tokenizer"
-        )
+    _check_fits(words, words.largest_id, part.spec.vocabulary_size)
     for text in prompt:
         ids = [*words.encode_marked(prefix), *words.encode_batch([text])[0]] or [words.end_of_document]
+        _check_fits(words, max(ids), part.spec.vocabulary_size)
         drawn = generate(part, ids, sampling, seed=seed, stop=lambda token: token == words.end_of_document)
         new = list(itertools.islice(drawn, tokens))
         sample = {"prompt": text, "text": words.decode(new), "tokens": new, "ended": len(new) < tokens}
@@ -78,6 +82,18 @@ def command(
             typer.echo(f"{text}{sample['text']}\n")
     if as_json:
         typer.echo(json.dumps(found))
+
+
+def _tokenizer(native: NativeCheckpoint, name: str | None, end_of_document: str | None) -> Tokenizer:
+    return find_tokenizer(native, end_of_document) if name is None else load_tokenizer(name, end_of_document)
+
+
+def _check_fits(words: Tokenizer, id: int, vocabulary_size: int) -> None:
+    if id >= vocabulary_size:
+        raise DataError(
+            f"{words.name}: has {words.vocabulary_size} tokens, the model knows {vocabulary_size}: "
+            "give the one it was trained with as --tokenizer"
+        )
 
 
 def _device(name: str | None) -> Any:

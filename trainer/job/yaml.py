@@ -1,6 +1,5 @@
 """YAML 1.2 and JSON as plain data that remembers the source line of every value. Torch-free."""
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from ruamel.yaml.constructor import DuplicateKeyError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
+from keepwarm.foreign_json import parse_json
 from keepwarm.trainer.errors import SpecError
 
 Keys = tuple[str, ...]
@@ -111,18 +111,9 @@ def _parse(text: str, source: str, places: dict[Keys, str] | None) -> Any:
 def _parse_json(text: str, path: Path) -> Any:
     # Not every JSON text is YAML: DEL and other control characters are allowed in JSON.
     try:
-        return json.loads(text, object_pairs_hook=lambda pairs: _without_duplicates(pairs, path))
-    except (ValueError, RecursionError) as error:
-        raise SpecError(f"{path}: not JSON: {error}") from error
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise SpecError(f'{path}: found duplicate key "{key}"')
-        values[key] = value
-    return values
+        return parse_json(text.encode())
+    except ValueError as error:
+        raise SpecError(f"{path}: {error}") from error
 
 
 def _at(error: MarkedYAMLError, source: str) -> str:

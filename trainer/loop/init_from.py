@@ -23,9 +23,9 @@ from keepwarm.trainer.checkpoint.store import opened
 from keepwarm.trainer.convert.huggingface.folder import CONFIG
 from keepwarm.trainer.convert.huggingface.importer import from_huggingface
 from keepwarm.trainer.data.ledger import Ledger
-from keepwarm.trainer.data.tokenizer import load_tokenizer
+from keepwarm.trainer.data.tokenizer import tokenizer_hash
 from keepwarm.trainer.distributed.world import World
-from keepwarm.trainer.errors import CheckpointError, DataError, TrainerError
+from keepwarm.trainer.errors import CheckpointError, TrainerError
 from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.job.url import is_url
@@ -134,10 +134,8 @@ def _check_tokenizer(origin: Path, tokenizer: str | None) -> None:
     file = origin / "tokenizer.json"
     if tokenizer is None or not file.is_file():
         return
-    # A tokenizer without an end-of-document token cannot have produced our data; such data was tokenized elsewhere.
-    with contextlib.suppress(DataError):
-        if load_tokenizer(str(file)).hash != tokenizer:
-            raise CheckpointError(f"init_from: {file} differs from the tokenizer of this job's data")
+    if tokenizer_hash(file) != tokenizer:
+        raise CheckpointError(f"init_from: {file} differs from the tokenizer of this job's data")
 
 
 def _newest(path: Path) -> Path:

@@ -14,6 +14,7 @@ from keepwarm.parallel.targets import IGNORED
 from keepwarm.trainer.data.indexed import TokenFile
 from keepwarm.trainer.data.packing import PackedSource
 from keepwarm.trainer.data.preprocess.prefix import Control, metadata
+from keepwarm.trainer.data.preprocess.progress import Observer
 from keepwarm.trainer.data.preprocess.token_parts import merge, part_path, write_part
 from keepwarm.trainer.data.preprocess.tokenize import command, tokenize
 from keepwarm.trainer.data.preprocess.tokenize_options import TextOptions
@@ -118,16 +119,16 @@ def test_prefix_targets_are_masked_token_by_token(
 
 
 def test_prefix_parts_of_another_prefix_are_not_reused(corpus: Path, tmp_path: Path) -> None:
-    from keepwarm.trainer.data.preprocess.text import parts
+    from keepwarm.trainer.data.preprocess.text import Selection, parts
 
     tokenizer = load_tokenizer("bytes")
-    (one,) = parts(corpus, 1 << 20, None, metadata("{url}"))
+    (one,) = parts(corpus, 1 << 20, Selection(prefix=metadata("{url}")))
     (two,) = parts(corpus, 1 << 20)
     paths = [part_path(tmp_path, part, tokenizer, "text") for part in (one, two)]
     assert paths[0] != paths[1]
     for path, part in zip(paths, (one, two), strict=True):
         write_part(path, part, tokenizer, "text")
-    assert merge(tmp_path, paths, tmp_path / "out", tokenizer).prefixed == 10
+    assert merge(tmp_path, paths, tmp_path / "out", tokenizer, Observer()).prefixed == 10
 
 
 @pytest.mark.parametrize("value", ["true", "null", "[1]"])

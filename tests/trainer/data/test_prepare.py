@@ -1,3 +1,4 @@
+import json
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ import pytest
 from keepwarm.trainer.data.preprocess import prepare
 from keepwarm.trainer.data.preprocess.prepare import prepare_sources
 from keepwarm.trainer.data.preprocess.tokenize import tokenize
+from keepwarm.trainer.data.preprocess.tokenize_options import TextOptions
 from keepwarm.trainer.data.preprocess.train_tokenizer import train_tokenizer
 from keepwarm.trainer.data.spec import DataSpec
 from keepwarm.trainer.errors import DataError, OutputError
 from tests.support.corpus import random_documents, write_json_lines, write_token_file
+from tests.support.tokenizer_files import byte_level
 
 CORPORA = Path("configs/corpora")
 
@@ -57,7 +60,7 @@ def _identity(arguments: tuple[DataSpec, Path]) -> str:
 def test_prepare_concurrent_ranks_tokenize_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = write_json_lines(tmp_path / "a.jsonl", ["hello world " * 20])
     data, calls = _data(sources={"a": str(corpus)}), []
-    monkeypatch.setattr(prepare, "tokenize", lambda *a: (calls.append(a), tokenize(*a))[1])
+    monkeypatch.setattr(prepare, "tokenize", lambda *a, **k: (calls.append(a), tokenize(*a, **k))[1])
     with ThreadPool(4) as pool:
         identities = pool.map(_identity, [(data, tmp_path / "cache")] * 4)
     assert len(set(identities)) == 1
@@ -103,6 +106,33 @@ def test_prepare_mixed_tokenizers_are_refused(tmp_path: Path) -> None:
     data = _data(sources={"b": str(tmp_path / "bytes")}, sequence_length=4, tokenizer=str(tmp_path / "t.json"))
     with pytest.raises(DataError, match=r"data\.sources\.b: made with another tokenizer than data\.tokenizer"):
         prepare_sources(data, 1000, tmp_path / "cache")
+
+
+def test_prepare_sources_that_end_documents_differently_are_refused(tmp_path: Path) -> None:
+    path = str(byte_level(tmp_path / "t", ("<|endoftext|>", "<|begin|>")))
+    corpus = write_json_lines(tmp_path / "a.jsonl", ["hello world " * 20])
+    tokenize([corpus], tmp_path / "other", path, TextOptions(end_of_document="<|begin|>"))
+    sources = {"a": str(corpus), "b": str(tmp_path / "other")}
+    data = _data(sources=sources, tokenizer=path)
+    with pytest.raises(DataError, match=r"data\.sources\.b: its documents end with token 1, those of data\.tokenizer"):
+        prepare_sources(data, 1000, tmp_path / "cache")
+    data = _data(sources=sources, tokenizer=path, end_of_document="<|begin|>")
+    prepared = prepare_sources(data, 1000, tmp_path / "cache")
+    assert int(prepared.sources["a"].tokens.read(240, 1)[0]) == 1
+
+
+def test_prepare_added_token_beyond_the_model_counts_where_text_has_it(tmp_path: Path) -> None:
+    path = byte_level(tmp_path / "t")
+    described = json.loads(path.read_text())
+    extra = {"id": 257, "content": "<tool>", "special": False, "normalized": False}
+    described["added_tokens"].append({**described["added_tokens"][0], **extra})
+    path.write_text(json.dumps(described))
+    corpus = write_json_lines(tmp_path / "a.jsonl", ["hello world " * 20])
+    data = _data(sources={"a": str(corpus)}, tokenizer=str(path))
+    assert prepare_sources(data, 257, tmp_path / "cache").sources["a"].size
+    write_json_lines(corpus, ["hello <tool> world " * 20])
+    with pytest.raises(DataError, match=r"data\.sources\.a: .*token id 257 is outside model\.vocabulary_size = 257"):
+        prepare_sources(data, 257, tmp_path / "cache")
 
 
 def test_prepare_source_shorter_than_a_sample_is_named(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from keepwarm.trainer.data.indexed import Sidecar, TokenFile
 from keepwarm.trainer.data.preprocess.inspect import inspect
+from keepwarm.trainer.data.preprocess.progress import Observer
 from keepwarm.trainer.data.preprocess.tokenize import _parts_folder, tokenize
 from keepwarm.trainer.data.preprocess.tokenize_options import TextOptions
 from keepwarm.trainer.data.preprocess.train_tokenizer import train_tokenizer
@@ -59,7 +60,7 @@ def test_tokenize_output_opens_with_megatron_reader(tmp_path: Path, corpus: Path
 
 def test_tokenize_processes_and_part_sizes_give_same_bytes(tmp_path: Path, corpus: Path) -> None:
     train_tokenizer([corpus], tmp_path / "t.json", 300)
-    name, read = str(tmp_path / "t.json"), [0]
+    name, seen = str(tmp_path / "t.json"), Counter()
     tokenize([corpus, corpus], tmp_path / "one", name)
     tokenize(
         [corpus, corpus],
@@ -67,11 +68,18 @@ def test_tokenize_processes_and_part_sizes_give_same_bytes(tmp_path: Path, corpu
         name,
         TextOptions(part_bytes=SMALL),
         processes=2,
-        on_read=lambda count: read.append(count),
+        observer=seen,
     )
     assert _digest(tmp_path / "one") == _digest(tmp_path / "two")
     assert TokenFile(tmp_path / "one").documents == 2 * len(TEXTS)
-    assert sum(read) == 2 * corpus.stat().st_size
+    assert seen.bytes == 2 * corpus.stat().st_size
+
+
+class Counter(Observer):
+    bytes = 0
+
+    def read(self, count: int) -> None:
+        self.bytes += count
 
 
 KILLED = """
@@ -79,6 +87,7 @@ KILLED = """
     from pathlib import Path
     import psutil
     from keepwarm.trainer.data.preprocess import token_parts
+    from keepwarm.trainer.data.preprocess.progress import Observer
     from keepwarm.trainer.data.preprocess.tokenize import _parts_folder, tokenize
     from keepwarm.trainer.data.preprocess.tokenize_options import TextOptions
 
@@ -93,9 +102,9 @@ KILLED = """
         calls = iter(range(count))
         return lambda *a, **k: then(*a, **k) if next(calls, None) is not None else die()
 
-    on_read = lambda _: None
+    observer = Observer()
     if moment == "reading":
-        on_read = at(3)
+        observer.read = at(3)
     elif moment == "writing a part":
         token_parts.np.savez = lambda stream, **_: (stream.write(b"half"), stream.flush(), die())
     elif moment == "merging":
@@ -106,7 +115,7 @@ KILLED = """
 
     if __name__ == "__main__":
         inputs, prefix = [folder / "corpus.jsonl"], folder / "out"
-        tokenize(inputs, prefix, "bytes", TextOptions(part_bytes=700), processes=processes, on_read=on_read)
+        tokenize(inputs, prefix, "bytes", TextOptions(part_bytes=700), processes=processes, observer=observer)
         sys.exit("was not killed")
 """
 
@@ -159,7 +168,7 @@ def test_tokenize_finished_parts_are_reused(tmp_path: Path, corpus: Path, monkey
     finished = len(list((tmp_path / "out.parts").glob("*.npz")))
     assert finished > 5
     made: list[Path] = []
-    import keepwarm.trainer.data.preprocess.tokenize as module
+    import keepwarm.trainer.data.preprocess.part_pool as module
 
     original = module.write_part
     monkeypatch.setattr(module, "write_part", lambda path, *rest: (made.append(path), original(path, *rest))[1])

@@ -1,6 +1,5 @@
 """Find the tokenizer that a checkpoint's model was trained with. Without torch."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from keepwarm.trainer.convert.huggingface.folder import dump_config, strict_json
 from keepwarm.trainer.convert.huggingface.importer import FILES
 from keepwarm.trainer.convert.native import NativeCheckpoint
 from keepwarm.trainer.convert.output_folder import write_file
-from keepwarm.trainer.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from keepwarm.trainer.data.huggingface_tokenizer import HuggingFaceTokenizer
+from keepwarm.trainer.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from keepwarm.trainer.errors import DataError
 from keepwarm.trainer.job.run_folder import RunFolder
 
@@ -18,20 +18,21 @@ CARRIED = ("tokenizer.json", "tokenizer.model")
 """Names of tokenizer files that are carried along."""
 
 
-def find_tokenizer(native: NativeCheckpoint) -> Tokenizer:
-    """Return the tokenizer of a checkpoint: stored in it, or named by its run.
+def find_tokenizer(native: NativeCheckpoint, end_of_document: str | None = None) -> Tokenizer:
+    """Return the tokenizer of a checkpoint: stored in it, or named by its run; `end_of_document` overrules its own.
 
     Raises:
         DataError: it is unknown, or has changed.
     """
     for name in CARRIED:
         if name in ((native.manifest.meta.get(FILES) or {}).get("files") or {}):
-            return load_tokenizer(str(native.path / FILES / name))
+            return load_tokenizer(str(native.path / FILES / name), end_of_document)
     file = run_file(native)
     if not file.is_file():
         raise DataError(f"{native.path}: does not say which tokenizer its model was trained with: give --tokenizer")
     data = strict_json_file(file).get("data") or {}
-    found = load_tokenizer(_named(data, file))
+    name, end = _named(data)
+    found = load_tokenizer(name, end if end_of_document is None else end_of_document)
     wanted = (native.manifest.meta.get("run") or {}).get("tokenizer")
     if wanted is not None and found.hash != wanted:
         raise DataError(f"{found.name}: is not the tokenizer that {native.path} was trained with: give --tokenizer")
@@ -56,11 +57,9 @@ def write_tokenizer(
     target = folder / "tokenizer.json"
     shutil.copyfile(found.name, target)
     sync_file(target)
-    table = json.loads(target.read_bytes())
-    end = next(token["content"] for token in table["added_tokens"] if token["id"] == found.end_of_document)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": end,
+        "eos_token": found.end_of_document_text,
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
     }
@@ -73,13 +72,14 @@ def run_file(native: NativeCheckpoint) -> Path:
     return RunFolder(native.path.resolve().parent.parent).run_file
 
 
-def _named(data: dict[str, Any], file: Path) -> str:
-    """Return the tokenizer named by the job or by the sidecars of its token files."""
+def _named(data: dict[str, Any]) -> tuple[str, str | int | None]:
+    """Return the tokenizer named by the job or by the sidecars of its token files, and its end of a document."""
     name = str(data.get("tokenizer", ByteTokenizer.name))
     if name != ByteTokenizer.name:
-        return name
+        return name, data.get("end_of_document")
     for source in (data.get("sources") or {}).values():
         sidecar = Path(f"{source}.json")
         if sidecar.is_file():
-            return str(strict_json_file(sidecar).get("tokenizer") or name)
-    return name
+            fields = strict_json_file(sidecar)
+            return str(fields.get("tokenizer") or name), fields.get("end_of_document")
+    return name, None

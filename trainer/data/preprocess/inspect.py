@@ -51,7 +51,8 @@ def _tokenizer(tokens: TokenFile, name: str | None) -> Tokenizer | None:
     sidecar = tokens.sidecar
     if name is None and (sidecar is None or not (sidecar.tokenizer == "bytes" or Path(sidecar.tokenizer).is_file())):
         return None
-    tokenizer = load_tokenizer(name if name is not None else sidecar.tokenizer if sidecar else "bytes")
+    end = sidecar.end_of_document if sidecar and (name is None or name == sidecar.tokenizer) else None
+    tokenizer = load_tokenizer(name if name is not None else sidecar.tokenizer if sidecar else "bytes", end)
     if sidecar is not None and tokenizer.hash != sidecar.tokenizer_hash:
         if name is None:
             return None

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import xxhash
 
+from keepwarm.foreign_json import shown_keys
 from keepwarm.trainer.data.preprocess.score import score_of
 from keepwarm.trainer.errors import DataError, SpecError
 
@@ -71,5 +72,8 @@ def prefix_of(document: dict[str, Any], text: str, prefix: Prefix, where: str) -
     values = {field: document.get(field) for field in fields_of(prefix.template)}
     for field, value in values.items():
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise DataError(f"{where}: no text or number at {field!r} (--prefix); its keys are {sorted(document)}")
-    return prefix.template.format_map(values)
+            raise DataError(f"{where}: no text or number at {field!r} (--prefix); its keys are {shown_keys(document)}")
+    try:
+        return prefix.template.format_map(values)
+    except ValueError as error:  # A format that does not fit the value, such as `{url:d}`.
+        raise DataError(f"{where}: does not fit into --prefix {prefix.template!r}: {error}") from None

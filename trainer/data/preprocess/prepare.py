@@ -11,8 +11,10 @@ import xxhash
 
 from keepwarm.trainer.data.indexed import TokenFile
 from keepwarm.trainer.data.packing import PackedSource
+from keepwarm.trainer.data.preprocess.progress import LogObserver, input_bytes
 from keepwarm.trainer.data.preprocess.text import is_text
 from keepwarm.trainer.data.preprocess.tokenize import tokenize
+from keepwarm.trainer.data.preprocess.tokenize_options import TextOptions
 from keepwarm.trainer.data.spec import DataSpec
 from keepwarm.trainer.data.tokenizer import Tokenizer, load_tokenizer
 from keepwarm.trainer.errors import DataError, OutputError, TrainerError
@@ -46,11 +48,11 @@ def prepare_sources(data: DataSpec, vocabulary_size: int, cache: Path, *, timeou
     paths |= {f"data.validation.{name}": path for name, path in data.validation.items()}
     tokenizer = None
     if data.tokenizer != "bytes" or any(is_text(path) for path in paths.values()):
-        tokenizer = _fitting_tokenizer(data.tokenizer, vocabulary_size)
+        tokenizer = _fitting_tokenizer(data, vocabulary_size)
     opened: dict[str, PackedSource] = {}
     for key, path in paths.items():
         try:
-            prefix = _as_tokens(path, data.tokenizer, tokenizer, cache, timeout) if is_text(path) else Path(path)
+            prefix = _as_tokens(path, tokenizer, cache, timeout) if is_text(path) else Path(path)
             tokens = TokenFile(prefix, vocabulary_size)
             name = key.split(".", 2)[2]
             opened[key] = PackedSource(name, tokens, data.sequence_length, data.document_mask)
@@ -64,26 +66,27 @@ def prepare_sources(data: DataSpec, vocabulary_size: int, cache: Path, *, timeou
     )
 
 
-def _fitting_tokenizer(name: str, vocabulary_size: int) -> Tokenizer:
+def _fitting_tokenizer(data: DataSpec, vocabulary_size: int) -> Tokenizer:
     try:
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(data.tokenizer, data.end_of_document)
     except DataError as error:
         raise DataError(f"data.tokenizer: {error}") from None
-    if tokenizer.vocabulary_size > vocabulary_size:
+    # Added tokens beyond the model's vocabulary do no harm unless a text has them; each source is checked for that.
+    if tokenizer.largest_id >= vocabulary_size:
         raise DataError(
-            f"data.tokenizer: {name} has a vocabulary of {tokenizer.vocabulary_size}, which does not fit into "
+            f"data.tokenizer: {data.tokenizer} has a vocabulary of {tokenizer.largest_id + 1}, which does not fit into "
             f"model.vocabulary_size = {vocabulary_size}"
         )
     return tokenizer
 
 
-def _as_tokens(path: str, name: str, tokenizer: Tokenizer | None, cache: Path, timeout: float) -> Path:
+def _as_tokens(path: str, tokenizer: Tokenizer | None, cache: Path, timeout: float) -> Path:
     """Return the prefix of the token file for a text file, tokenizing it if necessary."""
     text = Path(path)
     if not text.is_file():
         raise DataError(f"{path}: no such file")
     assert tokenizer is not None
-    digest = xxhash.xxh3_128(tokenizer.hash.encode())
+    digest = xxhash.xxh3_128(f"{tokenizer.hash} {tokenizer.end_of_document}".encode())
     with text.open("rb") as stream:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
@@ -91,7 +94,9 @@ def _as_tokens(path: str, name: str, tokenizer: Tokenizer | None, cache: Path, t
     if not Path(f"{prefix}.idx").exists():
         with _lock(Path(f"{prefix}.lock"), timeout):
             if not Path(f"{prefix}.idx").exists():
-                tokenize([text], prefix, name)
+                options = TextOptions(end_of_document=tokenizer.end_of_document)
+                seen = LogObserver(f"tokenizing {path}", input_bytes([text]))
+                tokenize([text], prefix, tokenizer.name, options, observer=seen)
     return prefix
 
 
@@ -119,12 +124,18 @@ def _lock(path: Path, timeout: float) -> Iterator[None]:
 def _check_one_tokenizer(opened: Mapping[str, PackedSource], tokenizer: Tokenizer | None) -> str | None:
     """Check that all sources use the same tokenizer, since ids of different tokenizers mean different text."""
     hashes = {} if tokenizer is None else {"data.tokenizer": tokenizer.hash}
+    ends = {} if tokenizer is None else {"data.tokenizer": tokenizer.end_of_document}
     for key, source in opened.items():
         sidecar = source.tokens.sidecar if isinstance(source.tokens, TokenFile) else None
         if sidecar is not None:
-            hashes[key] = sidecar.tokenizer_hash
+            hashes[key], ends[key] = sidecar.tokenizer_hash, sidecar.end_of_document
     for key, hash_ in hashes.items():
         first = next(iter(hashes))
         if hash_ != hashes[first]:
             raise DataError(f"{key}: made with another tokenizer than {first}")
+        if ends[key] != ends[first]:
+            raise DataError(
+                f"{key}: its documents end with token {ends[key]}, those of {first} with {ends[first]}: choose "
+                "one with data.end_of_document, or tokenize again"
+            )
     return next(iter(hashes.values()), None)

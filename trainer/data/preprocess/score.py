@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from keepwarm.foreign_json import shown_keys
 from keepwarm.trainer.errors import DataError
 
 
@@ -23,6 +24,10 @@ class Keep(msgspec.Struct, frozen=True, kw_only=True):
 def score_of(document: dict[str, Any], key: str, where: str, option: str = "--score-key") -> float:
     """Return the score of a document; raises DataError, naming the line, if there is none."""
     value = document.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"{where}: no number at {key!r} ({option}); its keys are {sorted(document)}")
-    return float(value)
+    try:
+        score = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    except OverflowError:  # An integer beyond every float.
+        score = math.nan
+    if not math.isfinite(score):
+        raise DataError(f"{where}: no number at {key!r} ({option}); its keys are {shown_keys(document)}")
+    return score

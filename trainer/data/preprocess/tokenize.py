@@ -1,32 +1,32 @@
 """`keepwarm data tokenize`: turn text into `.bin`, `.idx` and a `.json` sidecar. Resumable."""
 
 import fcntl
-import multiprocessing
-import os
 import shutil
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing.connection import wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from keepwarm.exit_code import ExitCode
 from keepwarm.trainer import tool
 from keepwarm.trainer.data.indexed import Sidecar
+from keepwarm.trainer.data.preprocess.part_pool import Submit, cores, default_processes, part_pool
+from keepwarm.trainer.data.preprocess.progress import Observer, input_bytes, observer
 from keepwarm.trainer.data.preprocess.text import TextPart, parts
-from keepwarm.trainer.data.preprocess.token_parts import merge, part_path, write_part
+from keepwarm.trainer.data.preprocess.token_parts import bad_lines, merge, part_path
 from keepwarm.trainer.data.preprocess.tokenize_options import (
     DEFAULT_OPTIONS,
     GOOD_BAD,
+    EndOfDocument,
+    Inputs,
+    Processes,
+    SkipBadLines,
     TextOptions,
     keep_from,
     prefix_from,
@@ -44,33 +44,37 @@ def tokenize(
     options: TextOptions = DEFAULT_OPTIONS,
     *,
     processes: int = 1,
-    on_read: Callable[[int], None] = lambda _: None,
+    observer: Observer | None = None,
 ) -> Sidecar:
     """Write the documents of `inputs`, in order, to `prefix`.bin, .idx and .json.
 
-    Every document is followed by the tokenizer's end-of-document token. The same input gives the same bytes, whatever
-    the number of processes and however often the job was killed: finished parts are kept in `prefix`.parts.
+    Every document is followed by the end-of-document token, which occurs nowhere else. The same input gives the same
+    bytes, whatever the number of processes and however often the job was killed: finished parts are kept in
+    `prefix`.parts.
 
     Args:
-        inputs: `.jsonl` (one document per line) or `.txt` (one document per file), optionally with .gz or .zst.
-        options: how to read the inputs, which documents to take and what to put before each.
-        processes: number of tokenizing processes.
-        on_read: called with the number of input bytes just read.
+        inputs: JSON lines (one document per line) or `.txt` (one document per file), optionally with .gz or .zst.
+        options: how to read the inputs, which documents to take, what to put before each and what after.
+        processes: number of tokenizing processes; each uses its share of the cores.
+        observer: follows the work.
 
     Raises:
         DataError: an input or the tokenizer cannot be used; names the file, and the line.
         OutputError: the output exists, is being written by another process, or its folder cannot be written.
         UnrecoverableFault: a tokenizing process was killed.
     """
-    tokenizer = load_tokenizer(tokenizer_name)
+    tokenizer = load_tokenizer(tokenizer_name, options.end_of_document)
+    observer = Observer() if observer is None else observer
     for path in inputs:
         if not path.is_file():
             raise DataError(f"{path}: no such file")
     try:
         with _parts_folder(prefix) as folder:
-            texts = (parts(path, options.part_bytes, options.keep, options.prefix) for path in inputs)
-            paths = list(_tokenized(texts, folder, tokenizer, options.text_key, processes, on_read))
-            sidecar = merge(folder, paths, prefix, tokenizer)
+            texts = (parts(path, options.part_bytes, options.selection) for path in inputs)
+            with part_pool(processes, tokenizer) as submit:
+                waiting = _submitted(texts, folder, tokenizer, options.text_key, submit)
+                paths = list(_finished(waiting, 2 * processes, observer))
+            sidecar = merge(folder, paths, prefix, tokenizer, observer)
             for part in folder.glob("*.npz"):
                 part.unlink()
             return sidecar
@@ -105,84 +109,57 @@ def _parts_folder(prefix: Path) -> Iterator[Path]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _tokenized(
-    texts: Iterable[Iterator[TextPart]],
-    folder: Path,
-    tokenizer: Tokenizer,
-    text_key: str,
-    processes: int,
-    on_read: Callable[[int], None],
-) -> Iterator[Path]:
-    """Yield the paths of all parts, in order, each once it is finished."""
-    with _workers(processes, tokenizer.name) as submit:
-        running: deque[tuple[Path, Future[None] | None, int]] = deque()
-        for text in texts:
-            done = 0
-            for part in text:
-                target = part_path(folder, part, tokenizer, text_key)
-                future = None if target.exists() else submit(target, part, tokenizer, text_key)
-                running.append((target, future, part.read_bytes - done))
-                done = part.read_bytes
-                while len(running) > 2 * processes:
-                    yield _finished(*running.popleft(), on_read)
-        while running:
-            yield _finished(*running.popleft(), on_read)
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A part that is written, or will be once `future` is done."""
+
+    path: Path
+    part: TextPart
+    future: "Future[None] | None"
+    new_bytes: int
+    """Bytes of its file that were read since the part before it."""
 
 
-def _finished(path: Path, future: "Future[None] | None", read_bytes: int, on_read: Callable[[int], None]) -> Path:
-    if future is not None:
-        future.result()
-    on_read(read_bytes)
-    return path
+def _submitted(
+    texts: Iterable[Iterator[TextPart]], folder: Path, tokenizer: Tokenizer, text_key: str, submit: Submit
+) -> Iterator[_Pending]:
+    for text in texts:
+        done = 0
+        for part in text:
+            path = part_path(folder, part, tokenizer, text_key)
+            future = None if path.exists() else submit(path, part, text_key)
+            yield _Pending(path, part, future, part.read_bytes - done)
+            done = part.read_bytes
 
 
-_Submit = Callable[[Path, TextPart, Tokenizer, str], "Future[None] | None"]
+def _finished(waiting: Iterator[_Pending], ahead: int, observer: Observer) -> Iterator[Path]:
+    """Yield the paths of all parts, in order, each once it is written; at most `ahead` are under way."""
+    running: deque[_Pending] = deque()
+    for pending in waiting:
+        running.append(pending)
+        if len(running) > ahead:
+            yield _written(running.popleft(), observer)
+    while running:
+        yield _written(running.popleft(), observer)
 
 
-@contextmanager
-def _workers(processes: int, tokenizer_name: str) -> Iterator[_Submit]:
-    """Yield a function that tokenizes a part, here or in another process."""
-    if processes == 1:
-        yield write_part
-        return
-    pool = ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(tokenizer_name,)
-    )
-    try:
-        yield lambda path, part, _, text_key: pool.submit(_work, path, part, text_key)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_worker_tokenizer: Tokenizer
-
-
-def _begin_worker(tokenizer_name: str) -> None:
-    global _worker_tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_tokenizer = load_tokenizer(tokenizer_name)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End a worker whose parent was killed; it would wait for work forever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(ExitCode.FAULT)
-
-
-def _work(path: Path, part: TextPart, text_key: str) -> None:
-    write_part(path, part, _worker_tokenizer, text_key)
+def _written(pending: _Pending, observer: Observer) -> Path:
+    if pending.future is not None:
+        pending.future.result()
+    if pending.part.selection.skip_bad_lines:
+        observer.left_out(*bad_lines(pending.path, pending.part))
+    observer.read(pending.new_bytes)
+    return pending.path
 
 
 @app.command()
 def command(
-    input: Annotated[list[Path], typer.Option(help="Text file, .jsonl or .txt, plain, .gz or .zst; repeatable.")],
+    input: Inputs,
     output_prefix: Annotated[Path, typer.Option(help="Prefix of the output: PREFIX.bin, PREFIX.idx and PREFIX.json.")],
     tokenizer: Annotated[
         str, typer.Option(help="Tokenizer: `bytes`, a tokenizer.json or a SentencePiece .model.")
     ] = "bytes",
+    end_of_document: EndOfDocument = None,
     score_key: Annotated[
         str | None, typer.Option(help="Key of a score in each JSON line, to keep the best documents.")
     ] = None,
@@ -203,7 +180,8 @@ def command(
     unmarked: Annotated[
         float, typer.Option(min=0, max=1, help="With --control-key: fraction of documents without a control token.")
     ] = 0.01,
-    processes: Annotated[int, typer.Option(min=1, help="Number of processes.")] = os.cpu_count() or 1,
+    skip_bad_lines: SkipBadLines = False,
+    processes: Processes = None,
     text_key: Annotated[str, typer.Option(help="Key of the text in each JSON line.")] = "text",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -213,33 +191,20 @@ def command(
     """
     options = TextOptions(
         text_key=text_key,
-        keep=keep_from(input, score_key, min_score, top),
+        keep=keep_from(input, score_key, min_score, top, skip_bad_lines=skip_bad_lines),
         prefix=prefix_from(prefix, control_key, control_threshold, control, unmarked),
+        skip_bad_lines=skip_bad_lines,
+        end_of_document=end_of_document,
     )
-    sidecar = _with_progress(input, output_prefix, tokenizer, options, processes)
+    total = input_bytes(input)
+    processes = default_processes(total, cores()) if processes is None else processes
+    with observer("tokenize", total) as seen:
+        sidecar = tokenize(input, output_prefix, tokenizer, options, processes=processes, observer=seen)
+    seen.report()
     if json:
         typer.echo(msgspec.json.encode({"prefix": str(output_prefix), **msgspec.structs.asdict(sidecar)}).decode())
     else:
         typer.echo(f"{output_prefix}: {sidecar.documents:,} documents, {sidecar.tokens:,} tokens ({sidecar.tokenizer})")
-
-
-def _with_progress(
-    inputs: Sequence[Path], output_prefix: Path, tokenizer: str, options: TextOptions, processes: int
-) -> Sidecar:
-    """Run `tokenize` with a progress bar on a terminal."""
-    columns = (TextColumn("tokenize"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    total = sum(path.stat().st_size for path in inputs if path.is_file())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("tokenize", total=total)
-        return tokenize(
-            inputs,
-            output_prefix,
-            tokenizer,
-            options,
-            processes=processes,
-            on_read=lambda read: progress.advance(task, read),
-        )
 
 
 if __name__ == "__main__":

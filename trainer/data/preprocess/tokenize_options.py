@@ -4,16 +4,28 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 
 from keepwarm.trainer.data.preprocess.prefix import Control, Prefix, metadata
 from keepwarm.trainer.data.preprocess.score import Keep, score_of
-from keepwarm.trainer.data.preprocess.text import TextPart, json_values, parts
+from keepwarm.trainer.data.preprocess.text import PART_BYTES, Selection, TextPart, parts, read_lines
 from keepwarm.trainer.errors import DataError, SpecError
 
-PART_BYTES = 4 << 20
 GOOD_BAD = "<|good|>,<|bad|>"
+
+Inputs = Annotated[list[Path], typer.Option(help="Text file: JSON lines or .txt, plain, .gz or .zst; repeatable.")]
+EndOfDocument = Annotated[
+    str | None, typer.Option(metavar="TOKEN", help="Token that ends documents; default: the tokenizer's own.")
+]
+SkipBadLines = Annotated[
+    bool, typer.Option("--skip-bad-lines", help="Leave out lines that are no document, and count them.")
+]
+Processes = Annotated[
+    int | None, typer.Option(min=1, help="Number of processes; default: one per 8 cores and 256 MiB of input.")
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,14 +38,24 @@ class TextOptions:
     """Selects documents by score; None: all."""
     prefix: Prefix | None = None
     """Text put before each document, which carries no loss in training."""
+    skip_bad_lines: bool = False
+    """Leave out and count lines that are no document, instead of refusing the file."""
+    end_of_document: str | int | None = None
+    """Text or id of the token that ends a document; None: the tokenizer's own."""
     part_bytes: int = PART_BYTES
     """Bytes of JSON lines to tokenize at a time."""
+
+    @property
+    def selection(self) -> Selection:
+        return Selection(keep=self.keep, prefix=self.prefix, skip_bad_lines=self.skip_bad_lines)
 
 
 DEFAULT_OPTIONS = TextOptions()
 
 
-def keep_from(inputs: Sequence[Path], key: str | None, least: float | None, top: float | None) -> Keep | None:
+def keep_from(
+    inputs: Sequence[Path], key: str | None, least: float | None, top: float | None, *, skip_bad_lines: bool = False
+) -> Keep | None:
     """Return the documents to keep by --score-key, --min-score and --top; --top reads all scores of `inputs`.
 
     Raises:
@@ -48,7 +70,7 @@ def keep_from(inputs: Sequence[Path], key: str | None, least: float | None, top:
         if not path.is_file():
             raise DataError(f"{path}: no such file")
     if top is not None:
-        every = Keep(key=key, least=-math.inf)
+        every = Selection(keep=Keep(key=key, least=-math.inf), skip_bad_lines=skip_bad_lines)
         least = least_of_top((part for path in inputs for part in parts(path, PART_BYTES, every)), key, top)
     assert least is not None
     return Keep(key=key, least=least)
@@ -84,8 +106,10 @@ def least_of_top(texts: Iterable[TextPart], key: str, fraction: float) -> float:
 
 
 def _scores(texts: Iterable[TextPart], key: str) -> Iterator[float]:
+    def score(document: Any, where: str) -> float:
+        if not isinstance(document, dict):
+            raise DataError(f"{where}: not an object")
+        return score_of(document, key, where)
+
     for part in texts:
-        for where, document in json_values(part):
-            if not isinstance(document, dict):
-                raise DataError(f"{where}: not an object")
-            yield score_of(document, key, where)
+        yield from read_lines(part, score)[0]

@@ -9,15 +9,16 @@ import typer
 
 from keepwarm.files import READABLE, atomic_write
 from keepwarm.trainer import tool
-from keepwarm.trainer.data.preprocess.text import documents, parts
-from keepwarm.trainer.data.tokenizer import END_OF_DOCUMENT
+from keepwarm.trainer.data.end_of_document import KNOWN_NAMES
+from keepwarm.trainer.data.preprocess.progress import LogObserver, Observer, input_bytes
+from keepwarm.trainer.data.preprocess.text import parts, prefixed_documents, sentences
+from keepwarm.trainer.data.preprocess.tokenize_options import DEFAULT_OPTIONS, Inputs, SkipBadLines, TextOptions
 from keepwarm.trainer.errors import DataError, OutputError
 
 if TYPE_CHECKING:
     import tokenizers
 
-PART_BYTES = 4 << 20
-SPECIAL_TOKENS = (END_OF_DOCUMENT[0], "<|padding|>")
+SPECIAL_TOKENS = (KNOWN_NAMES[0], "<|padding|>")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -28,8 +29,8 @@ def train_tokenizer(
     vocabulary_size: int,
     *,
     special: Sequence[str] = (),
-    text_key: str = "text",
-    show_progress: bool = False,
+    options: TextOptions = DEFAULT_OPTIONS,
+    observer: Observer | None = None,
 ) -> int:
     """Train a byte-level BPE (Sennrich et al., 2016; bytes as in GPT-2) and write it to `output`.
 
@@ -62,9 +63,9 @@ def train_tokenizer(
         vocab_size=vocabulary_size,
         special_tokens=specials,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=show_progress,
+        show_progress=os.isatty(2),
     )
-    texts = _Texts(inputs, text_key)
+    texts = _Texts(inputs, options, observer or Observer())
     tokenizer.train_from_iterator(texts.batches(), trainer)
     if not texts.count:
         raise DataError(f"{inputs[0]}: contains no text to train on")
@@ -75,16 +76,20 @@ def train_tokenizer(
 class _Texts:
     """The documents of the inputs, counted while they are read."""
 
-    def __init__(self, inputs: Sequence[Path], text_key: str) -> None:
-        self._inputs, self._text_key = inputs, text_key
+    def __init__(self, inputs: Sequence[Path], options: TextOptions, observer: Observer) -> None:
+        self._inputs, self._options, self._observer = inputs, options, observer
         self.count = 0
 
     def batches(self) -> Iterator[list[str]]:
         for path in self._inputs:
-            for part in parts(path, PART_BYTES):
-                texts = documents(part, self._text_key)
-                self.count += len(texts)
-                yield texts
+            done = 0
+            for part in parts(path, self._options.part_bytes, self._options.selection):
+                pairs, bad = prefixed_documents(part, self._options.text_key)
+                self._observer.left_out(len(bad), sentences(part, bad))
+                self._observer.read(part.read_bytes - done)
+                done = part.read_bytes
+                self.count += len(pairs)
+                yield [text for _, text in pairs]
 
 
 def _save(tokenizer: "tokenizers.Tokenizer", output: Path) -> None:
@@ -97,18 +102,21 @@ def _save(tokenizer: "tokenizers.Tokenizer", output: Path) -> None:
 
 @app.command()
 def command(
-    input: Annotated[list[Path], typer.Option(help="Text file, .jsonl or .txt, plain, .gz or .zst; repeatable.")],
+    input: Inputs,
     output: Annotated[Path, typer.Option(help="Write the tokenizer.json to this file.")],
     vocabulary_size: Annotated[int, typer.Option(help="Number of tokens, special ones included.")] = 8192,
     special: Annotated[
         list[str] | None, typer.Option(help="Special token that no text contains, such as <|good|>; repeatable.")
     ] = None,
+    skip_bad_lines: SkipBadLines = False,
     text_key: Annotated[str, typer.Option(help="Key of the text in each JSON line.")] = "text",
 ) -> None:
     """Train a byte-level BPE tokenizer on text."""
-    size = train_tokenizer(
-        input, output, vocabulary_size, special=special or (), text_key=text_key, show_progress=os.isatty(2)
-    )
+    options = TextOptions(text_key=text_key, skip_bad_lines=skip_bad_lines)
+    # On a terminal the library draws its own bars.
+    seen = LogObserver("train-tokenizer", input_bytes(input)) if not os.isatty(2) else Observer()
+    size = train_tokenizer(input, output, vocabulary_size, special=special or (), options=options, observer=seen)
+    seen.report()
     typer.echo(f"{output}: vocabulary of {size:,}; documents end with {SPECIAL_TOKENS[0]}")
 
 

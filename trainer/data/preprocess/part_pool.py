@@ -1,0 +1,85 @@
+"""Tokenize parts beside one another, in threads of this process or in processes of their own. Torch-free.
+
+`tokenizers` and SentencePiece have threads of their own, so that one process uses every core for them; two parts are
+under way in it, since one can be read and stored while the other is being encoded. More processes help where many cores
+wait for the Python around the library.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from keepwarm.exit_code import ExitCode
+from keepwarm.trainer.data.preprocess.text import TextPart
+from keepwarm.trainer.data.preprocess.token_parts import write_part
+from keepwarm.trainer.data.tokenizer import Tokenizer, load_tokenizer
+
+CORES_OF_A_PROCESS = 8
+BYTES_OF_A_PROCESS = 256 << 20
+_THREADS = "RAYON_NUM_THREADS"
+
+Submit = Callable[[Path, TextPart, str], "Future[None]"]
+
+
+def default_processes(input_bytes: int, cores: int) -> int:
+    """Return a number of processes: one for every 8 cores, but not more than one for every 256 MiB of input, since each
+    takes a second to start."""
+    return max(1, min(cores // CORES_OF_A_PROCESS, input_bytes // BYTES_OF_A_PROCESS))
+
+
+@contextmanager
+def part_pool(processes: int, tokenizer: Tokenizer) -> Iterator[Submit]:
+    """Yield a function that tokenizes a part in the background. At an error or interruption, parts that have begun are
+    finished and kept, and the others never begin."""
+    pool: ProcessPoolExecutor | ThreadPoolExecutor
+    if processes == 1:
+        pool = ThreadPoolExecutor(2)
+        submit: Submit = lambda path, part, key: pool.submit(write_part, path, part, tokenizer, key)  # noqa: E731
+    else:
+        threads = max(1, cores() // processes)
+        pool = ProcessPoolExecutor(
+            processes,
+            multiprocessing.get_context("spawn"),
+            initializer=_begin_worker,
+            initargs=(tokenizer.name, tokenizer.end_of_document, threads),
+        )
+        submit = lambda path, part, key: pool.submit(_work, path, part, key)  # noqa: E731
+    try:
+        yield submit
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+_worker_tokenizer: Tokenizer
+
+
+def _begin_worker(name: str, end_of_document: int, threads: int) -> None:
+    global _worker_tokenizer
+    # Ctrl-C reaches the whole process group; the parent decides what it ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.setdefault(_THREADS, str(threads))
+    _worker_tokenizer = load_tokenizer(name, end_of_document)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End a worker whose parent was killed; it would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(ExitCode.FAULT)
+
+
+def _work(path: Path, part: TextPart, text_key: str) -> None:
+    write_part(path, part, _worker_tokenizer, text_key)
