@@ -59,6 +59,7 @@ from keepwarm.ft.protocol.messages import (
 )
 from keepwarm.ft.protocol.state import Geometry, State, initial
 from keepwarm.ft.protocol.step import step
+from keepwarm.ft.transport import descriptors
 from keepwarm.ft.transport.auth import load_secret, nonce
 from keepwarm.ft.transport.link import Credentials, Link
 from keepwarm.ft.transport.network import Network, NetworkLimits
@@ -79,6 +80,7 @@ class Agent:
     def __init__(self, config: AgentConfig, clock: Callable[[], float] = time.monotonic) -> None:
         """Allocate the memory and open the sockets. Raise `AgentError` if the slot's agent is already running."""
         self.config, self.clock = config, clock
+        strangers = descriptors.strangers(config.topology.slots, descriptors.raise_limit())
         self.folder = agent_config.private_folder(Path(config.folder))
         self._lock = take_lock(self.folder)
         self.registry = Registry(Path(config.shared))
@@ -104,7 +106,7 @@ class Agent:
         self.scrub = Scrub(self)
         self.durable = DurableWriter(self, config.durable) if config.durable is not None else None
         self.peers = PeerLinks(self, self.inbox, self.repair, self.reads, self.election)
-        self.network, self.sessions = self._open_sockets(secret)
+        self.network, self.sessions = self._open_sockets(secret, strangers)
         self.restores = RestoreAnswers(self, self.sessions)
         self.commits = agent_status.CommitTimes()
         parts = Parts(
@@ -120,13 +122,16 @@ class Agent:
         """The signal that asked this agent to stop, and when it arrived."""
         self.journal.write("info", "started", pid=os.getpid(), bytes=self.memory.bytes, address=self.network.address)
 
-    def _open_sockets(self, secret: bytes) -> tuple[Network, WorkerSessions]:
+    def _open_sockets(self, secret: bytes, strangers: int) -> tuple[Network, WorkerSessions]:
         config, incarnation = self.config, self.state.incarnation
         hello = Hello(role="agent", run=config.run, slot=config.slot, epoch=0, incarnation=incarnation, nonce=nonce())
         to_peers = Credentials(hello=hello, secret=secret, roles=Network.ROLES)
         network = Network(
             self.selector, self.peers, to_peers, bind=(config.host, config.port), resolve=self.registry.resolve,
-            limits=NetworkLimits(payload=config.bucket_bytes, rate=config.rate, silence=config.silence),
+            limits=NetworkLimits(
+                payload=config.bucket_bytes, rate=config.rate, silence=config.silence, strangers=strangers,
+                authenticate_payloads=config.authenticate == "all",
+            ),
         )  # fmt: skip
         to_workers = dataclasses.replace(to_peers, roles=worker_sessions.ROLES)
         return network, WorkerSessions(self.selector, config.socket, to_workers, self.memory, self, self.journal)
