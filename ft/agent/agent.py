@@ -67,6 +67,8 @@ from keepwarm.ft.transport.network import Network, NetworkLimits
 TICK = 0.05
 SLOT_POLL_INTERVAL_S = 0.25
 """Interval at which an agent without workers checks that it still owns its slot, in seconds."""
+SLOT_PUBLISH_INTERVAL_S = 1.0
+"""Interval between attempts to write this agent's address to a shared folder that does not take it, in seconds."""
 FAREWELL = 60.0
 """Grace period in which an agent that was asked to stop lets its workers save and exit, in seconds."""
 
@@ -114,10 +116,11 @@ class Agent:
             restores=self.restores, election=self.election, durable=self.durable, commits=self.commits,
         )  # fmt: skip
         self._effects = Effects(self, parts)
-        self.registry.publish(config.slot, self.network.address, self.state.incarnation)
+        self._published = False
+        self._next_look = 0.0
+        self._publish(self.clock())
         self.connect_peers(everyone=False)
         self._ended = ""
-        self._next_look = 0.0
         self._leaves: tuple[str, float] | None = None
         """The signal that asked this agent to stop, and when it arrived."""
         self.journal.write("info", "started", pid=os.getpid(), bytes=self.memory.bytes, address=self.network.address)
@@ -186,6 +189,8 @@ class Agent:
         self.repair.tick(now)
         self.election.tick(now)
         self.scrub.tick(now)
+        if not self._published and now >= self._next_look:
+            self._publish(now)
         busy = self.durable is not None and self.durable.busy
         over = self.sessions.ended and not self.sessions.workers
         unneeded = now - self.sessions.last_seen > self.config.lease
@@ -197,12 +202,18 @@ class Agent:
             self.end(self._leaves[0])
         elif unneeded and not busy:
             self.end(f"no process has needed this agent for {self.config.lease:g} s")
-        elif not self.sessions.workers and now >= self._next_look:
+        elif not self.sessions.workers and self._published and now >= self._next_look:
             self._next_look = now + SLOT_POLL_INTERVAL_S
             endpoint = self.registry.endpoint(self.config.slot)
             if endpoint is not None and endpoint.incarnation > self.state.incarnation:
                 # This agent's supervisor has died. Peers still connected here would not reach the newer agent.
                 self.end("the slot has another agent, on another node")
+
+    def _publish(self, now: float) -> None:
+        """Write this agent's endpoint to the shared folder; if the folder does not take it, again later."""
+        self._published = self.registry.publish(self.config.slot, self.network.address, self.state.incarnation)
+        if not self._published:
+            self._next_look = now + SLOT_PUBLISH_INTERVAL_S
 
     def connect_peers(self, *, everyone: bool) -> None:
         self.peers.connect(everyone=everyone)
@@ -306,7 +317,7 @@ def main(arguments: list[str]) -> int:
     except AgentError as error:
         print(error, file=sys.stderr)
         return AgentExit.TAKEN
-    except FtError as error:
+    except (FtError, OSError) as error:
         print(error, file=sys.stderr)
         return AgentExit.MEMORY_TOO_SMALL if isinstance(error, MemoryTooSmall) else AgentExit.BAD_CONFIG
     try:

@@ -1,5 +1,6 @@
 """Agent log, one JSON object per line."""
 
+import contextlib
 import json
 import os
 import time
@@ -8,18 +9,20 @@ from typing import Any
 
 
 class Journal:
-    """Appends to a file that only its owner can read. A full disk loses log lines and has no other effect."""
+    """Appends to a file that only its owner can read. A folder that is full or gone loses log lines, nothing else."""
 
     def __init__(self, path: Path, **always: Any) -> None:
-        self._always = always
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._path, self._always = path, always
+        self._descriptor = -1
 
     def write(self, level: str, text: str, **fields: Any) -> None:
         line = {"time": round(time.time(), 3), "level": level, **self._always, "text": text, **fields}
-        try:
+        with contextlib.suppress(OSError):
+            if self._descriptor < 0:
+                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             os.write(self._descriptor, json.dumps(line, default=str).encode() + b"\n")
-        except OSError:
-            return
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
