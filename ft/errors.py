@@ -5,6 +5,7 @@ FtError
 │   └── KernelUnavailable    the kernel requested by name cannot be used
 ├── PlacementError       the code does not fit the nodes (bad input)
 ├── MemoryTooSmall       host memory cannot hold the buffers (bad input)
+├── TooFewDescriptors    a process may not open as many files as an agent needs (bad input)
 ├── ForeignSnapshot      a snapshot of another job, model or layout
 ├── ChunkCorrupt         a chunk's bytes do not match its checksum
 ├── TransportError       a link to an agent
@@ -36,6 +37,10 @@ class PlacementError(FtError):
 
 class MemoryTooSmall(FtError):
     """Host memory cannot hold the buffers. The message shows the arithmetic."""
+
+
+class TooFewDescriptors(FtError):
+    """This process may not open as many files as an agent of the job needs. The message shows the arithmetic."""
 
 
 class ForeignSnapshot(FtError):

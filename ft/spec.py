@@ -79,6 +79,9 @@ class SnapshotSpec(Section):
         120.0, description="seconds that a worker waits for a buffer under when_busy: wait before it goes on without"
     )
     lease: PositiveFloat = Field(60.0, description="seconds that an agent outlives the last process of its job")
+    authenticate: Literal["control", "all"] = Field(
+        "control", description="what carries a MAC between agents: control frames; all: the bytes of the state too"
+    )
     port: NonNegativeInt = Field(0, le=65535, description="TCP port of the agents; 0: any free one")
 
     @model_validator(mode="after")

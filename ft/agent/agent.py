@@ -60,6 +60,7 @@ from keepwarm.ft.protocol.messages import (
 )
 from keepwarm.ft.protocol.state import Geometry, State, initial
 from keepwarm.ft.protocol.step import step
+from keepwarm.ft.transport import descriptors
 from keepwarm.ft.transport.auth import load_secret, nonce
 from keepwarm.ft.transport.link import Credentials, Link
 from keepwarm.ft.transport.network import Network, NetworkLimits
@@ -68,6 +69,8 @@ from keepwarm.side_writer import protect_streams
 TICK = 0.05
 SLOT_POLL_INTERVAL_S = 0.25
 """Interval at which an agent without workers checks that it still owns its slot, in seconds."""
+SLOT_PUBLISH_INTERVAL_S = 1.0
+"""Interval between attempts to write this agent's address to a shared folder that does not take it, in seconds."""
 FAREWELL = 60.0
 """Grace period in which an agent that was asked to stop lets its workers save and exit, in seconds."""
 
@@ -81,6 +84,7 @@ class Agent:
     def __init__(self, config: AgentConfig, clock: Callable[[], float] = time.monotonic) -> None:
         """Allocate the memory and open the sockets. Raise `AgentError` if the slot's agent is already running."""
         self.config, self.clock = config, clock
+        strangers = descriptors.strangers(config.topology.slots, descriptors.raise_limit())
         self.folder = agent_config.private_folder(Path(config.folder))
         self._lock = take_lock(self.folder)
         self.registry = Registry(Path(config.shared))
@@ -106,7 +110,7 @@ class Agent:
         self.scrub = Scrub(self)
         self.durable = DurableWriter(self, config.durable) if config.durable is not None else None
         self.peers = PeerLinks(self, self.inbox, self.repair, self.reads, self.election)
-        self.network, self.sessions = self._open_sockets(secret)
+        self.network, self.sessions = self._open_sockets(secret, strangers)
         self.restores = RestoreAnswers(self, self.sessions)
         self.commits = agent_status.CommitTimes()
         parts = Parts(
@@ -114,21 +118,25 @@ class Agent:
             restores=self.restores, election=self.election, durable=self.durable, commits=self.commits,
         )  # fmt: skip
         self._effects = Effects(self, parts)
-        self.registry.publish(config.slot, self.network.address, self.state.incarnation)
+        self._published = False
+        self._next_look = 0.0
+        self._publish(self.clock())
         self.connect_peers(everyone=False)
         self._ended = ""
-        self._next_look = 0.0
         self._leaves: tuple[str, float] | None = None
         """The signal that asked this agent to stop, and when it arrived."""
         self.journal.write("info", "started", pid=os.getpid(), bytes=self.memory.bytes, address=self.network.address)
 
-    def _open_sockets(self, secret: bytes) -> tuple[Network, WorkerSessions]:
+    def _open_sockets(self, secret: bytes, strangers: int) -> tuple[Network, WorkerSessions]:
         config, incarnation = self.config, self.state.incarnation
         hello = Hello(role="agent", run=config.run, slot=config.slot, epoch=0, incarnation=incarnation, nonce=nonce())
         to_peers = Credentials(hello=hello, secret=secret, roles=Network.ROLES)
         network = Network(
             self.selector, self.peers, to_peers, bind=(config.host, config.port), resolve=self.registry.resolve,
-            limits=NetworkLimits(payload=config.bucket_bytes, rate=config.rate, silence=config.silence),
+            limits=NetworkLimits(
+                payload=config.bucket_bytes, rate=config.rate, silence=config.silence, strangers=strangers,
+                authenticate_payloads=config.authenticate == "all",
+            ),
         )  # fmt: skip
         to_workers = dataclasses.replace(to_peers, roles=worker_sessions.ROLES)
         return network, WorkerSessions(self.selector, config.socket, to_workers, self.memory, self, self.journal)
@@ -183,6 +191,8 @@ class Agent:
         self.repair.tick(now)
         self.election.tick(now)
         self.scrub.tick(now)
+        if not self._published and now >= self._next_look:
+            self._publish(now)
         busy = self.durable is not None and self.durable.busy
         over = self.sessions.ended and not self.sessions.workers
         unneeded = now - self.sessions.last_seen > self.config.lease
@@ -194,12 +204,18 @@ class Agent:
             self.end(self._leaves[0])
         elif unneeded and not busy:
             self.end(f"no process has needed this agent for {self.config.lease:g} s")
-        elif not self.sessions.workers and now >= self._next_look:
+        elif not self.sessions.workers and self._published and now >= self._next_look:
             self._next_look = now + SLOT_POLL_INTERVAL_S
             endpoint = self.registry.endpoint(self.config.slot)
             if endpoint is not None and endpoint.incarnation > self.state.incarnation:
                 # This agent's supervisor has died. Peers still connected here would not reach the newer agent.
                 self.end("the slot has another agent, on another node")
+
+    def _publish(self, now: float) -> None:
+        """Write this agent's endpoint to the shared folder; if the folder does not take it, again later."""
+        self._published = self.registry.publish(self.config.slot, self.network.address, self.state.incarnation)
+        if not self._published:
+            self._next_look = now + SLOT_PUBLISH_INTERVAL_S
 
     def connect_peers(self, *, everyone: bool) -> None:
         self.peers.connect(everyone=everyone)
@@ -304,7 +320,7 @@ def main(arguments: list[str]) -> int:
     except AgentError as error:
         print(error, file=sys.stderr)
         return AgentExit.TAKEN
-    except FtError as error:
+    except (FtError, OSError) as error:
         print(error, file=sys.stderr)
         return AgentExit.MEMORY_TOO_SMALL if isinstance(error, MemoryTooSmall) else AgentExit.BAD_CONFIG
     try:

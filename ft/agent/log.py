@@ -9,7 +9,7 @@ from keepwarm.side_writer import LOG_LIMIT_BYTES, SideWriter
 
 
 class Journal:
-    """Appends to a file that only its owner can read. A full disk loses log lines and has no other effect."""
+    """Appends to a file that only its owner can read. A folder that is full or gone loses log lines, nothing else."""
 
     def __init__(self, path: Path, **always: Any) -> None:
         self._always = always

@@ -8,6 +8,10 @@ from keepwarm.ft.agent.shell import Shell
 from keepwarm.ft.protocol import events
 from keepwarm.ft.protocol.messages import READ_STRIPE, Bucket, Part, Wire
 from keepwarm.ft.transport.link import Link
+from keepwarm.ft.transport.network import NOT_NEEDED
+
+REFUSALS_INTERVAL_S = 10.0
+"""Time between two log lines on refused connections, in seconds: strangers must not fill the disk."""
 
 
 class PeerLinks:
@@ -16,6 +20,9 @@ class PeerLinks:
     def __init__(self, shell: Shell, inbox: Inbox, repair: Repair, reads: Reads, election: RecoveryElection) -> None:
         self._shell, self._inbox, self._repair, self._reads, self._election = shell, inbox, repair, reads, election
         self._missing: dict[int, float] = {}
+        self._refusals = 0
+        self._refusals_from = 0.0
+        """From when on the next refused connection is logged."""
 
     @property
     def _near(self) -> set[int]:
@@ -23,10 +30,13 @@ class PeerLinks:
         return {*self._shell.state.group.members, *self._shell.state.topology.neighbours(self._shell.config.slot)}
 
     def connect(self, *, everyone: bool) -> None:
-        """Connect to the slots that commits, repairs and reads need, or to all slots with `everyone`."""
-        network, slots = self._shell.network, self._shell.state.topology.slots
+        """Connect to the slots that commits, repairs and reads need, or to all slots with `everyone`.
+
+        The links that an epoch needed are closed once nobody has used them for a while.
+        """
         needed = self._reads.awaited | self._repair.awaited
-        network.set_peers(range(slots) if everyone else self._near | needed | network.links.keys(), needed)
+        slots = range(self._shell.state.topology.slots) if everyone else self._near | needed
+        self._shell.network.set_peers(slots, needed)
 
     def tick(self, now: float) -> None:
         """Report to the protocol slots that commits need and that have been away for too long."""
@@ -52,15 +62,23 @@ class PeerLinks:
         self._shell.outbox.forget(link)
         self._inbox.forget(link)
         self._shell.network.forget(link)
-        self._shell.journal.write("warning", "lost a peer", peer=slot, reason=reason)
+        level = "info" if reason == NOT_NEEDED else "warning"
+        self._shell.journal.write(level, "lost a peer", peer=slot, reason=reason)
         if slot not in self._shell.network.links:
             self._shell.dispatch(events.PeerLost(slot))
             self._election.lost(slot)
 
     def refused(self, link: Link, reason: str) -> None:
+        self._shell.outbox.forget(link)
+        self._inbox.forget(link)
         self._shell.network.forget(link)
-        if not link.dialled:
-            self._shell.journal.write("warning", "refused a connection", peer=link.label, reason=reason)
+        if link.dialled:
+            return
+        self._refusals += 1
+        now = self._shell.clock()
+        if now >= self._refusals_from:
+            count, self._refusals, self._refusals_from = self._refusals, 0, now + REFUSALS_INTERVAL_S
+            self._shell.journal.write("warning", "refused a connection", peer=link.label, reason=reason, count=count)
 
     def target(self, link: Link, message: Wire, size: int) -> memoryview | None:
         if isinstance(message, Part):

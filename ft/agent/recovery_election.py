@@ -15,6 +15,8 @@ from keepwarm.ft.protocol.state import Mode
 
 SETTLE_POLL_INTERVAL_S = 0.3
 """Interval at which the shared folder is checked until an epoch is decided, in seconds."""
+WARNING_INTERVAL_S = 10.0
+"""Interval between two log lines on a choice that cannot be written, in seconds."""
 CONNECTED_GRACE = 5.0
 """Seconds to wait for a connected agent whose answer could not change the choice. An agent that is left out needs
 another epoch to take part again. The wait starts when the chooser has verified its own memory and is extended by the
@@ -32,7 +34,7 @@ class RecoveryElection:
         self._asked: set[int] = set()
         self._inventories: dict[int, Inventory] = {}
         self._began = self._verified_at = self._deadline = 0.0
-        self._next_look = 0.0
+        self._next_look = self._next_warning = 0.0
         self._decision: Decision | None = None
         self.choice: Choice | None = None
         """The choice of the current epoch once it has been read. The decision may be known earlier."""
@@ -158,9 +160,19 @@ class RecoveryElection:
         )
         decision = Decision(epoch=self._epoch, snapshot=snapshot, incarnations=incarnations)
         choice = shell.registry.choose(Choice(decision=decision, orders=orders))
+        if choice is None:  # the folder does not take it: the epoch stays open, and the next tick tries again
+            self._unwritten(now)
+            return
         for link in shell.network.links.values():
             link.send(choice.decision)
         self._decided(choice)
+
+    def _unwritten(self, now: float) -> None:
+        """Say from time to time that the choice cannot be written."""
+        if now >= self._next_warning:
+            self._next_warning = now + WARNING_INTERVAL_S
+            reason = self._shell.registry.failure
+            self._shell.journal.write("warning", "the choice cannot be written", epoch=self._epoch, reason=reason)
 
     def _whole_reason(self, reason: str) -> str:
         """Append the previous epoch's reason if that epoch restored nothing and so discarded what was left."""

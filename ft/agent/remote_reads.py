@@ -48,7 +48,7 @@ class Reads:
         if wanted is None or wanted.read.snapshot != read.snapshot:
             wanted = self._wanted[link, read.owner] = Wanted(read)
         wanted.missing.update(range(read.first, read.first + read.count))
-        self._shell.connect_peers(everyone=True)
+        self._shell.connect_peers(everyone=False)
         self._ask(read.owner, wanted, range(read.first, read.first + read.count))
 
     def connected(self, slot: int) -> None:

@@ -5,7 +5,6 @@ worker that disconnects without a farewell may still write to the buffers it has
 its process is known to be dead. A process that outlives its socket is killed.
 """
 
-import contextlib
 import selectors
 import socket
 import time
@@ -23,6 +22,7 @@ from keepwarm.ft.protocol.messages import END_OF_JOB, Attach, Attached, Farewell
 from keepwarm.ft.protocol.state import Geometry
 from keepwarm.ft.transport.channel import Channel, decoder_of
 from keepwarm.ft.transport.link import Credentials, FarEnd, Link
+from keepwarm.ft.transport.listener import Listener, Strangers
 
 ROLES = frozenset({"worker", "supervisor", "onlooker"})
 WORKER_EXIT_GRACE_S = 5.0
@@ -82,30 +82,39 @@ class WorkerSessions:
         self.ended = False
         """Set once all workers have reported the end of the job."""
         path.unlink(missing_ok=True)
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._listener.bind(str(path))
+        self._strangers = Strangers()
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        listening.bind(str(path))
         path.chmod(0o600)
-        self._listener.listen(64)
-        self._listener.setblocking(False)
-        selector.register(self._listener, selectors.EVENT_READ, self)
+        listening.listen(64)
+        self._listener = Listener(listening, selector, self)
 
     # ---- the selector
 
     def ready(self, mask: int) -> None:
-        with contextlib.suppress(BlockingIOError, ConnectionError):
-            connection, _ = self._listener.accept()
-            try:
-                holder = Holder(connection)
-            except AgentError as error:
-                connection.close()
-                self._journal.write("warning", "refused a process on the socket", reason=str(error))
-                return
-            far = FarEnd(label=f"process {holder.pid}", dialled=False)
+        accepted = self._listener.accept()
+        if accepted is None:
+            return
+        connection, _ = accepted
+        try:
+            holder = Holder(connection)
+        except (AgentError, OSError) as error:
+            connection.close()
+            self._journal.write("warning", "refused a process on the socket", reason=str(error))
+            return
+        far = FarEnd(label=f"process {holder.pid}", dialled=False)
+        try:
             channel = Channel(connection, decode, self._memory.shape.bucket_bytes)
             link = Link(channel, self._selector, self, self._credentials, far)
-            self.by_link[link] = Session(link, holder)
+        except OSError:
+            connection.close()
+            holder.close()
+            return
+        self.by_link[link] = Session(link, holder)
+        self._strangers.add(link, f"process {holder.pid}")
 
     def tick(self, now: float) -> None:
+        self._listener.tick()
         for link in list(self.by_link):
             link.tick(now)
         for session in list(self._leaving):
@@ -123,10 +132,12 @@ class WorkerSessions:
     # ---- Handler
 
     def connected(self, link: Link) -> None:
+        self._strangers.discard(link)
         self.last_seen = time.monotonic()
 
     def refused(self, link: Link, reason: str) -> None:
         session = self.by_link.pop(link)
+        self._strangers.discard(link)
         if link.channel.received:  # a connection that sent nothing was only a liveness probe
             self._journal.write("warning", "refused a process on the socket", pid=session.holder.pid, reason=reason)
         session.holder.close()
@@ -183,7 +194,6 @@ class WorkerSessions:
             self.send(worker, message)
 
     def close(self) -> None:
-        self._selector.unregister(self._listener)
         self._listener.close()
         for link in list(self.by_link):
             link.close("the agent is leaving")

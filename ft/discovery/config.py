@@ -5,6 +5,7 @@ import os
 import stat
 from enum import IntEnum
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -75,6 +76,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Seconds a recovery decision waits for agents that do not answer."""
     scrub: float | None = 60.0
     """Seconds between scrubs of the memory at rest. null: no scrubbing."""
+    authenticate: Literal["control", "all"] = "control"
+    """What carries a MAC on the network: control frames, or the bytes of the state too."""
     threads: int = 2
     kernel: str = AUTO
     """Codec kernel: `auto`, or a name in `keepwarm.ft.codec.kernel.KERNELS`."""

@@ -1,14 +1,13 @@
 """Agent discovery and per-epoch decisions, as small files in the folder shared by all nodes."""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from keepwarm.files import atomic_create, atomic_write
-from keepwarm.ft.errors import AgentError
 from keepwarm.ft.protocol.messages import Decision, Decode
-from keepwarm.side_writer import attempt
 
 AGENTS_FOLDER = "agents"
 """Folder name inside the run folder."""
@@ -35,21 +34,47 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     orders: tuple[tuple[int, Decode], ...] = ()
 
 
+KEPT_EPOCHS = 8
+"""Epochs whose files are kept: an agent that comes late reads those of the newest."""
+
+
 class Registry:
-    """The files: `<slot>.json` holds an agent's endpoint, `choice-<epoch>.json` what that epoch restores."""
+    """The files: `<slot>.json` holds an agent's endpoint, `choice-<epoch>.json` what that epoch restores.
+
+    No method raises `OSError`: a folder that is full, read-only or gone is tried again by the caller.
+    """
 
     def __init__(self, shared: Path) -> None:
         self.folder = shared / AGENTS_FOLDER
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.failure = ""
+        """What the last attempt to write failed with; empty if it succeeded."""
+        self._newest = 0
+        self._reasons: dict[int, str] = {}
+        with self._tried():
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def publish(self, slot: int, address: tuple[str, int], incarnation: int) -> None:
+    @contextlib.contextmanager
+    def _tried(self) -> Iterator[None]:
+        """Record an error of the folder in `failure` instead of raising it."""
+        self.failure = ""
+        try:
+            yield
+        except OSError as error:
+            self.failure = str(error)
+
+    def publish(self, slot: int, address: tuple[str, int], incarnation: int) -> bool:
+        """Write an agent's endpoint. Return False if the folder does not take it."""
         endpoint = Endpoint(host=address[0], port=address[1], incarnation=incarnation)
-        atomic_write(self.folder / f"{slot}.json", msgspec.json.encode(endpoint), durable=True)
+        with self._tried():
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            atomic_write(self.folder / f"{slot}.json", msgspec.json.encode(endpoint), durable=True)
+        return not self.failure
 
     def withdraw(self, slot: int, incarnation: int) -> None:
         """Remove the endpoint, unless a later incarnation has published its own."""
         if (endpoint := self.endpoint(slot)) is not None and endpoint.incarnation == incarnation:
-            (self.folder / f"{slot}.json").unlink(missing_ok=True)
+            with self._tried():
+                (self.folder / f"{slot}.json").unlink(missing_ok=True)
 
     def endpoint(self, slot: int) -> Endpoint | None:
         with contextlib.suppress(OSError, msgspec.DecodeError):
@@ -60,29 +85,45 @@ class Registry:
         endpoint = self.endpoint(slot)
         return None if endpoint is None else (endpoint.host, endpoint.port)
 
-    def choose(self, choice: Choice) -> Choice:
-        """Write the choice of an epoch by compare-and-set. The first one stands and is returned to every caller."""
-        path = self._choice_file(choice.decision.epoch)
-        atomic_create(path, msgspec.json.encode(choice))
-        chosen = self.choice(choice.decision.epoch)
-        if chosen is None:
-            raise AgentError(f"{path}: cannot be read back")
-        return chosen
+    def choose(self, choice: Choice) -> Choice | None:
+        """Write the choice of an epoch by compare-and-set. The first one stands and is returned to every caller.
+
+        None: the folder does not take it, see `failure`; the epoch stays undecided and the caller tries again.
+        """
+        epoch = choice.decision.epoch
+        with self._tried():
+            if atomic_create(self._choice_file(epoch), msgspec.json.encode(choice)):
+                self._forget(epoch - KEPT_EPOCHS)
+        return self.choice(epoch)
 
     def newest_epoch(self) -> int:
-        """Return the highest epoch that has been decided here, or 0 if none has."""
-        names = (path.stem.removeprefix("choice-") for path in self.folder.glob("choice-*.json"))
-        return max((int(name) for name in names if name.isdigit()), default=0)
+        """Return the highest epoch that has been seen decided here, or 0 if none has. It never shrinks."""
+        with contextlib.suppress(OSError):
+            self._newest = max(self._newest, *self._epochs("choice-*.json"))
+        return self._newest
+
+    def _epochs(self, pattern: str) -> tuple[int, ...]:
+        """Return the epochs of the files of one kind, and 0."""
+        names = (path.stem.rpartition("-")[2] for path in self.folder.glob(pattern))
+        return (0, *(int(name) for name in names if name.isdigit()))
+
+    def _forget(self, last: int) -> None:
+        """Remove the files of epochs up to `last`, which newer ones have superseded."""
+        for kind, suffix in (("choice", ".json"), ("reason", ".txt")):
+            for epoch in self._epochs(f"{kind}-*{suffix}"):
+                if 0 < epoch <= last:
+                    (self.folder / f"{kind}-{epoch}{suffix}").unlink(missing_ok=True)
 
     def explain(self, epoch: int, reason: str) -> None:
         """Record the reason for a choice that restores nothing."""
-        with attempt(f"reason-{epoch}.txt"):
+        self._reasons[epoch] = reason
+        with self._tried():
             atomic_write(self.folder / f"reason-{epoch}.txt", reason.encode(), durable=True)
 
     def reason(self, epoch: int) -> str:
         with contextlib.suppress(OSError, UnicodeDecodeError):
             return (self.folder / f"reason-{epoch}.txt").read_text()
-        return "no committed snapshot is left in memory"
+        return self._reasons.get(epoch, "no committed snapshot is left in memory")
 
     def choice(self, epoch: int) -> Choice | None:
         """Return the choice of an epoch; None if there is none, or none that this version can read."""

@@ -2,7 +2,8 @@
 
 Each side sends a `Hello` with a fresh nonce, then a `Proof`: HMAC-SHA256, keyed with the secret, over the side's
 direction and both `Hello` frames as sent, the connecting side's first. A proof is thus bound to both parties, their
-roles, slots, run and epoch, and is worthless in any other connection, direction or job.
+roles, slots, run and epoch, and is worthless in any other connection, direction or job. The keys of the frames that
+follow (`keepwarm.ft.transport.session`) are derived from the same.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from pathlib import Path
 from keepwarm.files import atomic_create
 from keepwarm.ft.errors import AuthenticationFailed
 from keepwarm.ft.protocol.messages import Hello, Proof, encode
+from keepwarm.ft.transport.session import SessionKeys
 
 SECRET = "secret"
 """File in the run folder. A run restarted from scratch gets a new secret and with it a new identity."""
@@ -22,7 +24,8 @@ SECRET = "secret"
 NONCE_BYTES = 32
 _SECRET_BYTES = 32
 _SECRET_LIMIT = 4096
-_PURPOSE = b"keepwarm agent 1"
+_PURPOSE = b"keepwarm agent 2"
+_SESSION = b"keepwarm session 2"
 
 
 def create_secret(path: Path) -> bytes:
@@ -61,12 +64,26 @@ def nonce() -> bytes:
 
 def proof(secret: bytes, mine: Hello, theirs: Hello, *, dialled: bool) -> Proof:
     """Return the proof of the side that sent `mine`. `dialled` is True on the side that opened the connection."""
-    first, second = (encode(mine), encode(theirs)) if dialled else (encode(theirs), encode(mine))
-    text = b"".join(
-        len(part).to_bytes(4, "big") + part
-        for part in (_PURPOSE, b"dialled" if dialled else b"answered", first, second)
+    return Proof(mac=_derived(secret, _PURPOSE, mine, theirs, _side(dialled), dialled=dialled))
+
+
+def session_keys(secret: bytes, mine: Hello, theirs: Hello, *, dialled: bool) -> SessionKeys:
+    """Return the keys of the connection that these two `Hello` opened, for the side that sent `mine`."""
+    sending, receiving = (
+        _derived(secret, _SESSION, mine, theirs, side, dialled=dialled) for side in (_side(dialled), _side(not dialled))
     )
-    return Proof(mac=hmac.digest(secret, text, "sha256"))
+    return SessionKeys(sending=sending, receiving=receiving)
+
+
+def _side(dialled: bool) -> bytes:
+    return b"dialled" if dialled else b"answered"
+
+
+def _derived(secret: bytes, purpose: bytes, mine: Hello, theirs: Hello, side: bytes, *, dialled: bool) -> bytes:
+    """Return HMAC-SHA256 of a purpose, a side and both `Hello` frames, the connecting side's first."""
+    first, second = (encode(mine), encode(theirs)) if dialled else (encode(theirs), encode(mine))
+    text = b"".join(len(part).to_bytes(4, "big") + part for part in (purpose, side, first, second))
+    return hmac.digest(secret, text, "sha256")
 
 
 def check_hello(mine: Hello, theirs: Hello, roles: frozenset[str]) -> None:

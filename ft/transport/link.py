@@ -1,6 +1,7 @@
 """Connection between two processes that know the job's secret: handshake, deadlines, bandwidth cap.
 
-Until the link is open, only the two handshake frames (`keepwarm.ft.transport.auth`) are read, at most 512 bytes each.
+Until the link is open, only the two handshake frames (`keepwarm.ft.transport.auth`) are read, at most 512 bytes each,
+and nothing else is even decoded. Over the network, every later frame carries a MAC (`keepwarm.ft.transport.session`).
 The owner of the selector must call `tick(now)` regularly to enforce deadlines.
 """
 
@@ -18,11 +19,12 @@ from keepwarm.ft.errors import AuthenticationFailed, PeerLost, TransportError
 from keepwarm.ft.protocol.messages import MESSAGE_LIMIT, Hello, Proof, Wire
 from keepwarm.ft.transport import auth
 from keepwarm.ft.transport.bandwidth import TURN, TokenBucket
-from keepwarm.ft.transport.channel import Channel
+from keepwarm.ft.transport.channel import Channel, decoder_of
 
 HANDSHAKE_LIMIT = 512
 """Maximum frame size in bytes until the other side has proved that it knows the secret."""
 HANDSHAKE_DEADLINE = 5.0
+_handshake = decoder_of(Hello | Proof)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +51,13 @@ class FarEnd:
 
 @dataclass(frozen=True, kw_only=True)
 class LinkLimits:
-    """Bandwidth shared by links, and seconds without a byte after which a link is lost (None: never)."""
+    """Bandwidth shared by links, seconds without a byte after which a link is lost (None: never), and whether payloads
+    have a MAC too.
+    """
 
     cap: TokenBucket = field(default_factory=lambda: TokenBucket(None))
     silence: float | None = None
+    authenticate_payloads: bool = False
 
 
 class Handler(Protocol):
@@ -99,11 +104,13 @@ class Link:
         self.reason = ""
         self._selector, self._handler = selector, handler
         self._cap, self._silence = limits.cap, limits.silence
-        self._began = self._heard = self._spoke = time.monotonic()
+        self._authenticate_payloads = limits.authenticate_payloads
+        self._began = self._heard = self._spoke = self.used = time.monotonic()
         self._connecting = far.dialled
         self._mask = 0
         channel.message_limit = HANDSHAKE_LIMIT
         channel.payload_limit, self._payload_limit = 0, channel.payload_limit
+        channel.decode, self._decode = _handshake, channel.decode
         channel.send(self.mine)
         self._watch(throttled=False)
 
@@ -124,6 +131,7 @@ class Link:
             if done is not None:
                 done()
             return
+        self.used = time.monotonic()
         self.channel.send(message, payload, done, descriptors)
         self._watch(throttled=self._throttled)
 
@@ -138,6 +146,7 @@ class Link:
                 for message, payload in self.channel.read(self._target):
                     self._heard = time.monotonic()
                     if message is not None:
+                        self.used = self._heard
                         self._take(message, payload)
                     if self.closed or self.paused:
                         return
@@ -207,11 +216,20 @@ class Link:
             self._watch(throttled=False)
         elif isinstance(message, Proof) and self.theirs is not None:
             auth.check_proof(self._credentials.secret, self.mine, self.theirs, message, dialled=self.dialled)
-            self.open = True
-            self.channel.message_limit, self.channel.payload_limit = MESSAGE_LIMIT, self._payload_limit
-            self._handler.connected(self)
+            self._trust(self.theirs)
         else:
             raise AuthenticationFailed(f"{type(message).__name__} in the middle of the handshake")
+
+    def _trust(self, theirs: Hello) -> None:
+        """Open the link. Nobody can come between the ends of a Unix socket, so its frames need no MAC."""
+        channel = self.channel
+        if channel.socket.family != socket.AF_UNIX:
+            keys = auth.session_keys(self._credentials.secret, self.mine, theirs, dialled=self.dialled)
+            channel.authenticate(keys, payloads=self._authenticate_payloads)
+        channel.decode = self._decode
+        channel.trust(MESSAGE_LIMIT, self._payload_limit)
+        self.open = True
+        self._handler.connected(self)
 
     def _write(self) -> None:
         if self._connecting:

@@ -107,6 +107,7 @@ class InMemoryCheckpointer:
             scrub=spec.scrub,
             threads=spec.threads,
             port=spec.port,
+            authenticate=spec.authenticate,
             durable=_durable(spec, deployment.folder / "checkpoints"),
         )
 

@@ -1,0 +1,137 @@
+"""What a shared folder that is full, read-only or gone does to agents: it delays, it ends none of them."""
+
+import contextlib
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from keepwarm.ft.agent.log import Journal
+from keepwarm.ft.discovery.registry import KEPT_EPOCHS, Choice, Registry
+from keepwarm.ft.protocol.messages import Decision, SnapshotId
+from tests.support.ft.nodes import Nodes, nodes, random_state, together, wait_committed
+from tests.support.ft.team import Team
+
+
+def wait_for(ready: Callable[[], Any], deadline: float = 60.0) -> None:
+    end = time.monotonic() + deadline
+    while not ready():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def nothing_can_be_written(pids: list[int]) -> Iterator[None]:
+    """Every write of these processes to a file fails, as on a full disk. Memory files are not concerned."""
+    for pid in pids:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        for pid in pids:
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def alive(world: Nodes) -> bool:
+    return all(psutil.Process(pid).status() != "zombie" for pid in world.pids.values())
+
+
+def test_agents_survive_a_full_folder_and_restore_once_it_has_room(tmp_path: Path) -> None:
+    with nodes(tmp_path, 3, groups=[((0, 1, 2), 1)]) as world:
+        snapshotters = world.snapshotters([random_state(rank, 3) for rank in range(3)])
+        together(lambda each: each.restore(1), snapshotters)
+        for each in snapshotters:
+            each.offer(5, b"meta")
+        for each in snapshotters:
+            each.join()
+            wait_committed(each)
+        for client in world.clients:
+            client.close()
+        fresh = world.snapshotters([random_state(rank, 3, seed=9) for rank in range(3)])
+        found: list[Any] = []
+        starting = threading.Thread(target=lambda: found.extend(together(lambda each: each.restore(2), fresh)))
+        with nothing_can_be_written(list(world.pids.values())):
+            starting.start()
+            wait_for(lambda: all(world.status(slot).epoch == 2 for slot in range(3)))
+            refused = time.monotonic() + 3.0  # about ten attempts to write the choice
+            wait_for(lambda: time.monotonic() > refused or found)
+            assert alive(world)
+            assert [world.status(slot).committed for slot in range(3)] == [(1, 5)] * 3
+        starting.join(60)
+        assert [each.step for each in found] == [5, 5, 5]
+        assert alive(world)
+
+
+def test_agent_starts_without_a_folder_and_is_found_once_there_is_one(tmp_path: Path) -> None:
+    made = Team(tmp_path, [((0, 1), 1)])
+    try:
+        made.until(made.connected, "all links")
+        made.kill(1)
+        agents = tmp_path / "shared" / "agents"
+        agents.rename(tmp_path / "away")
+        agents.parent.chmod(0o700)
+        agents.write_text("not a folder")
+        made.start(1)
+        made.turn()
+        agents.unlink()
+        (tmp_path / "away").rename(agents)
+        made.until(lambda: made.agents[1].registry.endpoint(1) is not None, "its address")
+        made.until(lambda: made.connected() and made.agents[1].network.links, "all links")
+    finally:
+        made.close()
+
+
+def choice(epoch: int, step: int) -> Choice:
+    snapshot = SnapshotId("run", 1, step, "layout")
+    return Choice(decision=Decision(epoch=epoch, snapshot=snapshot, incarnations=(1,)))
+
+
+def test_registry_choice_that_cannot_be_written_is_none_until_it_can(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    registry.folder.rmdir()
+    registry.folder.write_text("not a folder")
+    assert registry.choose(choice(1, 5)) is None
+    assert "Not a directory" in registry.failure
+    registry.explain(1, "nothing is left")
+    assert registry.reason(1) == "nothing is left"
+    assert not registry.publish(0, ("127.0.0.1", 1), 1)
+    assert registry.newest_epoch() == 0
+    registry.folder.unlink()
+    assert registry.publish(0, ("127.0.0.1", 1), 1)
+    assert registry.choose(choice(1, 5)) == choice(1, 5)
+    assert registry.choose(choice(1, 6)) == choice(1, 5)
+    assert registry.failure == ""
+
+
+def test_registry_newest_epoch_never_shrinks(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    registry.choose(choice(7, 5))
+    assert registry.newest_epoch() == 7
+    (registry.folder / "choice-7.json").unlink()
+    assert registry.newest_epoch() == 7
+    assert Registry(tmp_path).newest_epoch() == 0
+
+
+def test_registry_keeps_the_files_of_few_epochs(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    for epoch in range(1, 40):
+        registry.explain(epoch, "nothing is left")
+        registry.choose(choice(epoch, 5))
+    names = {path.name for path in registry.folder.iterdir()}
+    assert names == {f"choice-{e}.json" for e in range(40 - KEPT_EPOCHS, 40)} | {
+        f"reason-{e}.txt" for e in range(40 - KEPT_EPOCHS, 40)
+    }
+    assert registry.choice(39) == choice(39, 5)
+
+
+def test_journal_writes_once_its_folder_is_there(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "agents" / "log", slot=1)
+    journal.write("info", "lost")
+    (tmp_path / "agents").mkdir()
+    journal.write("info", "kept")
+    journal.close()
+    assert [line.count("kept") for line in (tmp_path / "agents" / "log").read_text().splitlines()] == [1]
