@@ -14,6 +14,7 @@ from keepwarm.ft.format import publication
 from keepwarm.ft.format.contents import Piece
 from keepwarm.ft.format.manifest import Part
 from keepwarm.ft.format.writer import write_part_blocks
+from keepwarm.trainer.convert.dtypes import NAMES
 from keepwarm.trainer.convert.huggingface.config import with_dtype
 from keepwarm.trainer.convert.huggingface.folder import CONFIG, HuggingFaceFolder, dump_config
 from keepwarm.trainer.convert.native import PREFIX
@@ -22,7 +23,7 @@ from keepwarm.trainer.convert.recipes import Recipe, into_canonical, source_shap
 from keepwarm.trainer.convert.streaming import Maker
 from keepwarm.trainer.errors import CheckpointError, SpecError
 from keepwarm.trainer.model.families.registry import family_of
-from keepwarm.trainer.model.families.tensor_names import BUFFERS
+from keepwarm.trainer.model.families.tensor_names import is_constant
 from keepwarm.trainer.model.huggingface_config import model_spec_from_hf_config
 from keepwarm.trainer.model.spec import ModelSpec
 
@@ -53,8 +54,8 @@ def from_huggingface(
     with HuggingFaceFolder(source) as folder:
         spec = _spec(folder)
         model_type = str(folder.config["model_type"])
-        constants, tied_head = _settle_names(folder, model_type, spec)
-        _check(folder, model_type, spec)
+        tied_head = _settle_names(folder, model_type, spec)
+        constants = _check(folder, model_type, spec)
         carried, left = folder.beside()
         maker, hashes = Maker(folder, dtype), dict[str, str]()
         recipes = {PREFIX + recipe.name: recipe for recipe in into_canonical(spec, model_type)}
@@ -175,8 +176,8 @@ def _spec(folder: HuggingFaceFolder) -> ModelSpec:
     return spec
 
 
-def _settle_names(folder: HuggingFaceFolder, model_type: str, spec: ModelSpec) -> tuple[list[str], list[str]]:
-    """Give tensors their usual names; returns the constants and the copies of a tied head that were set aside."""
+def _settle_names(folder: HuggingFaceFolder, model_type: str, spec: ModelSpec) -> list[str]:
+    """Give tensors their usual names; return the copies of a tied head that were set aside."""
     names, tensors = family_of(model_type).tensors, folder.tensors
     embedding, head = names.name("embedding.weight"), names.name("head.weight")
     base = embedding.split(".")[0] + "."
@@ -187,9 +188,6 @@ def _settle_names(folder: HuggingFaceFolder, model_type: str, spec: ModelSpec) -
     alias = f"{names.head_alias}.weight" if names.head_alias else head
     if head not in tensors and alias in tensors:
         tensors[head] = tensors.pop(alias)
-    constants = sorted(name for name in tensors if BUFFERS.search(name))
-    for name in constants:
-        del tensors[name]
     tied = [name for name in dict.fromkeys((head, alias)) if spec.tied_embeddings and name in tensors]
     for name in tied:
         if embedding in tensors and not folder.same(embedding, name):
@@ -197,11 +195,11 @@ def _settle_names(folder: HuggingFaceFolder, model_type: str, spec: ModelSpec) -
                 f"{tensors[name].file}: {name} differs from {embedding}, but {CONFIG} says tie_word_embeddings"
             )
         del tensors[name]
-    return constants, tied
+    return tied
 
 
-def _check(folder: HuggingFaceFolder, model_type: str, spec: ModelSpec) -> None:
-    """Every tensor of the model is there in its shape, and no other."""
+def _check(folder: HuggingFaceFolder, model_type: str, spec: ModelSpec) -> list[str]:
+    """Check that every tensor of the model is there in its shape, and no other; return the constants set aside."""
     shapes = source_shapes(spec, model_type)
     for name, shape in shapes.items():
         if name not in folder.tensors:
@@ -209,11 +207,16 @@ def _check(folder: HuggingFaceFolder, model_type: str, spec: ModelSpec) -> None:
         stored = folder.tensors[name]
         if stored.shape != shape:
             raise CheckpointError(f"{stored.file}: {name} is {list(stored.shape)}, {CONFIG} says {list(shape)}")
-    unplaced = sorted(set(folder.tensors) - set(shapes))
+        if stored.dtype not in NAMES:
+            raise CheckpointError(f"{stored.file}: {name} is of dtype {stored.dtype}, only {', '.join(NAMES)} can be")
+    surplus = sorted(set(folder.tensors) - set(shapes))
+    constants = [name for name in surplus if is_constant(name, folder.tensors[name].dtype)]
+    unplaced = [name for name in surplus if name not in constants]
     if unplaced:
         raise CheckpointError(
             f"{folder.tensors[unplaced[0]].file}: {unplaced[0]} has no place in the model ({len(unplaced)} such)"
         )
+    return constants
 
 
 def _hash(config: dict[str, Any], hashes: Mapping[str, str]) -> str:
