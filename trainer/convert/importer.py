@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from keepwarm.trainer.errors import CheckpointError, SpecError
 from keepwarm.trainer.job.files import load_model
 from keepwarm.trainer.model.families.tensor_names import is_constant
 from keepwarm.trainer.model.huggingface_config import model_spec_from_hf_config
-from keepwarm.trainer.model.spec import ModelSpec
+from keepwarm.trainer.model.spec import ModelSpec, stored_model_spec
 
 _PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
 _NOT_THE_MODEL = ("optimizer.", "random.", "rng_state", "dataloader", "lr_scheduler", "train_state", "rerun_state")
@@ -50,6 +49,8 @@ class ImportOptions:
     """Leave the optimizer state behind."""
     trust_pickle: bool = False
     """See `DcpFolder`."""
+    ignored_keys: tuple[str, ...] = ()
+    """Fields of a config.json that change nothing, which keepwarm does not know."""
 
 
 def from_dcp(
@@ -70,7 +71,7 @@ def from_dcp(
         OutputError: `destination` exists or cannot be written; nothing is left there.
     """
     note = strict_json_file(source / NOTE) if (source / NOTE).is_file() else {}
-    spec, dtype, trust_pickle = _spec(options.config, note, source), options.dtype, options.trust_pickle
+    spec, dtype, trust_pickle = _spec(options, note, source), options.dtype, options.trust_pickle
     folder: Folder
     if kind == "deepspeed":
         folder = DeepSpeedFolder(source, trust_pickle=trust_pickle)
@@ -110,21 +111,22 @@ def from_dcp(
     }
 
 
-def _spec(config: Path | None, note: dict[str, Any], source: Path) -> ModelSpec:
+def _spec(options: ImportOptions, note: dict[str, Any], source: Path) -> ModelSpec:
+    config = options.config
     if config is None:
         if "model" not in note:
             raise SpecError(f"{source} does not say what the model is: give --config with a config.json or model spec")
         try:
-            return ModelSpec.model_validate_json(json.dumps(note["model"]))
+            return stored_model_spec(note["model"])
         except ValueError as error:
             raise SpecError(f"{source / NOTE}: model: {error}") from error
     if config.suffix == ".json":
         fields = strict_json_file(config)
         if "model_type" in fields:
             try:
-                return model_spec_from_hf_config(fields)
-            except (TypeError, ValueError) as error:
-                raise SpecError(f"{config}: {error}") from error
+                return model_spec_from_hf_config(fields, options.ignored_keys)
+            except SpecError as error:
+                raise SpecError(f"{config}: {str(error).removeprefix('config.json: ')}") from error
     return load_model(config)
 
 

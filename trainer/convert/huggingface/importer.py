@@ -2,12 +2,11 @@
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from pydantic import ValidationError
 
 from keepwarm.ft.errors import FtError
 from keepwarm.ft.format import publication
@@ -24,7 +23,7 @@ from keepwarm.trainer.convert.streaming import Maker
 from keepwarm.trainer.errors import CheckpointError, SpecError
 from keepwarm.trainer.model.families.registry import family_of
 from keepwarm.trainer.model.families.tensor_names import is_constant
-from keepwarm.trainer.model.huggingface_config import model_spec_from_hf_config
+from keepwarm.trainer.model.huggingface_config import read_hf_config
 from keepwarm.trainer.model.spec import ModelSpec
 
 FILES = "huggingface"
@@ -39,12 +38,18 @@ def silent(done: int, total: int) -> None:
 
 
 def from_huggingface(
-    source: Path, destination: Path, *, dtype: str | None = None, progress: Progress = silent
+    source: Path,
+    destination: Path,
+    *,
+    dtype: str | None = None,
+    ignored_keys: Collection[str] = (),
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the checkpoint folder `destination`; returns what was done, with what was left behind.
 
     The manifest's `meta` holds the model spec, the parent with the hash of its weights, and the parent's config.
-    `dtype` (F32, BF16, F16) converts every tensor; by default each keeps its own.
+    `dtype` (F32, BF16, F16) converts every tensor; by default each keeps its own. `ignored_keys` are fields of the
+    config that change nothing, which keepwarm does not know.
 
     Raises:
         SpecError: the config asks for what a model spec cannot say; names the field.
@@ -52,7 +57,7 @@ def from_huggingface(
         OutputError: `destination` exists or cannot be written; nothing is left there.
     """
     with HuggingFaceFolder(source) as folder:
-        spec = _spec(folder)
+        spec, unread = _spec(folder, ignored_keys)
         model_type = str(folder.config["model_type"])
         tied_head = _settle_names(folder, model_type, spec)
         constants = _check(folder, model_type, spec)
@@ -63,26 +68,17 @@ def from_huggingface(
             part = _write(tmp, maker, recipes, hashes, progress)
             for entry in part.entries:
                 hashes.setdefault(entry.piece.name, entry.xxh3)
-            meta = {
-                "weights_only": True,
-                "note": "model weights alone: no optimizer state, no ledger",
-                "model": spec.model_dump(mode="json"),
-                "parent": {
-                    "format": "huggingface",
-                    "path": str(source.resolve()),
-                    "hash": _hash(folder.config, hashes),
-                },
-                FILES: {
-                    "config": folder.config if dtype is None else with_dtype(folder.config, dtype),
-                    "files": carry(source, carried, tmp / FILES),
-                    "tied_head": tied_head,
-                },
+            beside = {
+                "config": folder.config if dtype is None else with_dtype(folder.config, dtype),
+                "files": carry(source, carried, tmp / FILES),
+                "tied_head": tied_head,
+                "ignored_keys": sorted(ignored_keys),
             }
             publication.write_manifest(
                 tmp,
                 publication.Identity(run=source.resolve().name, epoch=0, step=0, layout="whole"),
                 ranks=1,
-                meta=meta,
+                meta=_meta(spec, source, _hash(folder.config, hashes)) | {FILES: beside},
             )
     return {
         "source": str(source),
@@ -94,6 +90,16 @@ def from_huggingface(
         "dtypes": sorted({entry.piece.dtype for entry in part.entries}),
         "carried": carried,
         "left": left + constants,
+        "unread": unread,
+    }
+
+
+def _meta(spec: ModelSpec, source: Path, parent: str) -> dict[str, Any]:
+    return {
+        "weights_only": True,
+        "note": "model weights alone: no optimizer state, no ledger",
+        "model": spec.model_dump(mode="json"),
+        "parent": {"format": "huggingface", "path": str(source.resolve()), "hash": parent},
     }
 
 
@@ -162,18 +168,15 @@ def _write(tmp: Path, maker: Maker, recipes: Mapping[str, Recipe], hashes: dict[
     return part
 
 
-def _spec(folder: HuggingFaceFolder) -> ModelSpec:
+def _spec(folder: HuggingFaceFolder, ignored_keys: Collection[str]) -> tuple[ModelSpec, list[str]]:
+    """Return the model spec, and the fields of the config that were passed over."""
     try:
-        spec = model_spec_from_hf_config(folder.config)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "model"
-        raise SpecError(f"{folder.path / CONFIG}: {where}: {first['msg']}, got {first['input']!r}") from error
-    except (TypeError, ValueError) as error:
-        raise SpecError(f"{folder.path / CONFIG}: {error}") from error
+        spec, unread = read_hf_config(folder.config, ignored_keys)
+    except SpecError as error:
+        raise SpecError(f"{folder.path / CONFIG}: {str(error).removeprefix('config.json: ')}") from error
     if spec.layers > len(folder.tensors):
         raise CheckpointError(f"{folder.path}: {spec.layers} layers, but only {len(folder.tensors)} tensors")
-    return spec
+    return spec, unread
 
 
 def _settle_names(folder: HuggingFaceFolder, model_type: str, spec: ModelSpec) -> list[str]:
@@ -200,6 +203,13 @@ def _settle_names(folder: HuggingFaceFolder, model_type: str, spec: ModelSpec) -
 
 def _check(folder: HuggingFaceFolder, model_type: str, spec: ModelSpec) -> list[str]:
     """Check that every tensor of the model is there in its shape, and no other; return the constants set aside."""
+    embedding = folder.tensors.get(family_of(model_type).tensors.name("embedding.weight"))
+    wanted = (spec.vocabulary_size, spec.hidden_size)
+    if embedding is not None and embedding.shape != wanted:
+        # Checked first: the sizes that follow are those of the file, whatever the config claims.
+        raise CheckpointError(
+            f"{embedding.file}: the embedding is {list(embedding.shape)}, {CONFIG} says {list(wanted)}"
+        )
     shapes = source_shapes(spec, model_type)
     for name, shape in shapes.items():
         if name not in folder.tensors:
