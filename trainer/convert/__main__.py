@@ -37,6 +37,9 @@ ModelType = Annotated[
     str | None, typer.Option(help="To hf, deepspeed: model family, as llama or qwen3; default: the parent's.")
 ]
 Config = Annotated[Path | None, typer.Option(help="From all but hf: config.json or model spec; default: found in SRC.")]
+IgnoreKey = Annotated[
+    list[str] | None, typer.Option(help="A field of config.json that changes nothing, and that keepwarm does not know.")
+]
 WeightsOnly = Annotated[bool, typer.Option("--weights-only", help="Leave out the optimizer state.")]
 TrustPickle = Annotated[
     bool, typer.Option("--trust-pickle", help="Let pickles in SRC run code: only for files you trust.")
@@ -55,6 +58,7 @@ class Options:
     max_shard_size: str
     model_type: str | None
     config: Path | None
+    ignore_key: list[str] | None
     weights_only: bool
     trust_pickle: bool
     as_json: bool
@@ -70,6 +74,7 @@ def command(
     max_shard_size: Annotated[str, typer.Option(help="To hf: maximum size of a file, as 5GB or 500MB.")] = "5GB",
     model_type: ModelType = None,
     config: Config = None,
+    ignore_key: IgnoreKey = None,
     weights_only: WeightsOnly = False,
     trust_pickle: TrustPickle = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -103,7 +108,9 @@ def convert(options: Options, progress: Progress) -> dict[str, Any]:
     source, destination, dtype = options.source, options.destination, _dtype(options.dtype)
     match options.given, options.wanted:
         case Format.HF, Format.NATIVE:
-            return from_huggingface(source, destination, dtype=dtype, progress=progress)
+            return from_huggingface(
+                source, destination, dtype=dtype, ignored_keys=options.ignore_key or (), progress=progress
+            )
         case Format.NATIVE, Format.HF:
             return to_huggingface(
                 source,
@@ -121,6 +128,7 @@ def convert(options: Options, progress: Progress) -> dict[str, Any]:
                 dtype=dtype,
                 weights_only=options.weights_only,
                 trust_pickle=options.trust_pickle,
+                ignored_keys=tuple(options.ignore_key or ()),
             )
             return from_dcp(source, destination, kind=kind, options=chosen, progress=progress)
         case Format.NATIVE, (Format.DCP | Format.TORCHTITAN | Format.MEGATRON) as kind:
@@ -154,9 +162,10 @@ def _print(done: dict[str, Any], as_json: bool) -> None:
     )
     if done["carried"]:
         typer.echo(f"carried along: {', '.join(done['carried'])}")
-    if done["left"]:
-        rest = len(done["left"]) - 8
-        typer.echo(f"left behind: {', '.join(done['left'][:8])}{f' and {rest} more' if rest > 0 else ''}")
+    for title, names in (("left behind", done["left"]), ("fields of config.json not read", done.get("unread"))):
+        if names:
+            rest = len(names) - 8
+            typer.echo(f"{title}: {', '.join(names[:8])}{f' and {rest} more' if rest > 0 else ''}")
 
 
 def _bar() -> Callable[[int, int], None]:

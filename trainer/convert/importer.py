@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from keepwarm.ft.format.writer import write_part_blocks
 from keepwarm.trainer.convert.dcp.folder import DcpFolder
 from keepwarm.trainer.convert.deepspeed.folder import DeepSpeedFolder, names_of
 from keepwarm.trainer.convert.dialects import COMMON, DIALECTS, MODEL, MOMENTS, STEP, Dialect, per_layer, with_moments
+from keepwarm.trainer.convert.dtypes import NAMES
 from keepwarm.trainer.convert.huggingface.config import config_for
 from keepwarm.trainer.convert.huggingface.folder import NOTE, strict_json_file
 from keepwarm.trainer.convert.huggingface.importer import Progress, silent, whole_piece
@@ -28,8 +28,9 @@ from keepwarm.trainer.convert.streaming import Maker
 from keepwarm.trainer.convert.whole import Folder, Whole
 from keepwarm.trainer.errors import CheckpointError, SpecError
 from keepwarm.trainer.job.files import load_model
+from keepwarm.trainer.model.families.tensor_names import is_constant
 from keepwarm.trainer.model.huggingface_config import model_spec_from_hf_config
-from keepwarm.trainer.model.spec import ModelSpec
+from keepwarm.trainer.model.spec import ModelSpec, stored_model_spec
 
 _PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
 _NOT_THE_MODEL = ("optimizer.", "random.", "rng_state", "dataloader", "lr_scheduler", "train_state", "rerun_state")
@@ -48,6 +49,8 @@ class ImportOptions:
     """Leave the optimizer state behind."""
     trust_pickle: bool = False
     """See `DcpFolder`."""
+    ignored_keys: tuple[str, ...] = ()
+    """Fields of a config.json that change nothing, which keepwarm does not know."""
 
 
 def from_dcp(
@@ -68,7 +71,7 @@ def from_dcp(
         OutputError: `destination` exists or cannot be written; nothing is left there.
     """
     note = strict_json_file(source / NOTE) if (source / NOTE).is_file() else {}
-    spec, dtype, trust_pickle = _spec(options.config, note, source), options.dtype, options.trust_pickle
+    spec, dtype, trust_pickle = _spec(options, note, source), options.dtype, options.trust_pickle
     folder: Folder
     if kind == "deepspeed":
         folder = DeepSpeedFolder(source, trust_pickle=trust_pickle)
@@ -108,21 +111,22 @@ def from_dcp(
     }
 
 
-def _spec(config: Path | None, note: dict[str, Any], source: Path) -> ModelSpec:
+def _spec(options: ImportOptions, note: dict[str, Any], source: Path) -> ModelSpec:
+    config = options.config
     if config is None:
         if "model" not in note:
             raise SpecError(f"{source} does not say what the model is: give --config with a config.json or model spec")
         try:
-            return ModelSpec.model_validate_json(json.dumps(note["model"]))
+            return stored_model_spec(note["model"])
         except ValueError as error:
             raise SpecError(f"{source / NOTE}: model: {error}") from error
     if config.suffix == ".json":
         fields = strict_json_file(config)
         if "model_type" in fields:
             try:
-                return model_spec_from_hf_config(fields)
-            except (TypeError, ValueError) as error:
-                raise SpecError(f"{config}: {error}") from error
+                return model_spec_from_hf_config(fields, options.ignored_keys)
+            except SpecError as error:
+                raise SpecError(f"{config}: {str(error).removeprefix('config.json: ')}") from error
     return load_model(config)
 
 
@@ -143,10 +147,15 @@ def _recipes(
     shapes = _their_shapes(dialect, spec, apart)
     for name, shape in shapes.items():
         found = folder.shape(name)
-        padded = name in _PADDED and found[0] >= shape[0] and found[1:] == shape[1:]
+        padded = name in _PADDED and found[:1] >= shape[:1] and found[1:] == shape[1:]
         if found != shape and not padded:
             raise CheckpointError(f"{folder.path}: {name} is {list(found)}, the model spec says {list(shape)}")
-    unplaced = sorted(name for name in folder.tensors if name not in shapes and not name.startswith(_NOT_THE_MODEL))
+        _check_dtype(folder, name)
+    unplaced = sorted(
+        name
+        for name in folder.tensors
+        if name not in shapes and not name.startswith(_NOT_THE_MODEL) and not is_constant(name, folder.dtype(name))
+    )
     if unplaced:
         raise CheckpointError(
             f"{folder.path}: {unplaced[0]} has no place in the model or this format ({len(unplaced)} such)"
@@ -189,7 +198,16 @@ def _moments(folder: Folder, dialect: Dialect, recipes: list[Recipe]) -> tuple[s
             )
         if there:
             found.append(moment)
+        for name in there:
+            _check_dtype(folder, dialect.moment(moment, name))
     return tuple(found)
+
+
+def _check_dtype(folder: Folder, name: str) -> None:
+    if folder.dtype(name) not in ("F64", *NAMES):
+        raise CheckpointError(
+            f"{folder.path}: {name} is of dtype {folder.dtype(name)}, only F64, {', '.join(NAMES)} can be"
+        )
 
 
 def _with_masters(recipes: list[Recipe], dialect: Dialect) -> list[Recipe]:
@@ -239,8 +257,9 @@ def _common_step(file: Path, trust_pickle: bool) -> int:
 
 def _param_groups(saved: Any) -> list[dict[str, Any]]:
     """Return the parameter groups in a Megatron optimizer's state, nested one or two levels deep."""
-    while isinstance(saved, dict) and "optimizer" in saved:
-        saved = saved["optimizer"]
+    for _ in range(2):
+        if isinstance(saved, dict) and "optimizer" in saved:
+            saved = saved["optimizer"]
     groups = saved.get("param_groups", []) if isinstance(saved, dict) else []
     return [group for group in groups if isinstance(group, dict)]
 

@@ -14,6 +14,11 @@ from keepwarm.ft.format.contents import ITEM_SIZE
 from keepwarm.ft.format.writer import begin_writeback
 from keepwarm.trainer.errors import CheckpointError
 
+_BITS = {name: 8 * size for name, size in ITEM_SIZE.items()} | {
+    "C64": 64, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+"""Bits of an element of every dtype of the format, those that no weight here may have among them."""
+
 HEADER_LIMIT = 100_000_000
 """Bytes; the safetensors library also refuses longer headers."""
 
@@ -99,7 +104,9 @@ def _stored(path: Path, name: str, note: Any, data: int) -> Stored:
         dtype, shape, (start, stop) = note["dtype"], tuple(note["shape"]), note["data_offsets"]
         if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
             raise ValueError("a size or offset is not a whole number")
-        size = math.prod(shape) * ITEM_SIZE[dtype]
+        size, rest = divmod(math.prod(shape) * _BITS[dtype], 8)
+        if rest:
+            raise ValueError("it does not end with a byte")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {name} is described as {str(note)[:200]}: {error!r}") from error
     if stop - start != size:

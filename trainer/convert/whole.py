@@ -15,7 +15,7 @@ class Units(Protocol):
     """Tensors in units that are loaded whole: a tensor itself, or the slice at one index of its first dimension."""
 
     def dtype(self, name: str) -> str:
-        """Return the dtype, as named by the safetensors format."""
+        """Return the dtype, as named by the safetensors format; one that it lacks, as by torch, in capitals."""
 
     def unit_bytes(self, name: str) -> int:
         """Return the bytes of each unit of a tensor, which ends with the last one."""

@@ -36,6 +36,9 @@ class JobSpec(Section):
     init_from: str | None = Field(
         None, description="run, checkpoint or URL to take the initial weights and history from"
     )
+    init_from_ignore_keys: tuple[str, ...] = Field(
+        (), description="fields of the Hugging Face config.json in init_from that change nothing"
+    )
     model: ModelSpec
     data: DataSpec
     batch: BatchSpec

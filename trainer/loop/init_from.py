@@ -61,7 +61,7 @@ def adopt(job: JobSpec, model: ModelParts, shards: Mapping[str, Shard], tokenize
         return _adopt(job, url, model, shards, tokenizer)
     origin = Path(job.init_from)
     if (origin / CONFIG).is_file():
-        with _converted(origin, Path(job.output) / "parent", world) as path:
+        with _converted(origin, job, world) as path:
             _check_computation(origin, read_manifest(path).meta["model"], job)
             _check_tokenizer(origin, tokenizer)
             parent = _adopt(job, path, model, shards, tokenizer)
@@ -96,13 +96,14 @@ def _adopt(
 
 
 @contextlib.contextmanager
-def _converted(origin: Path, target: Path, world: World) -> Iterator[Path]:
+def _converted(origin: Path, job: JobSpec, world: World) -> Iterator[Path]:
     """Convert a Hugging Face folder to a native checkpoint on rank 0; remove it on exit."""
+    target = Path(job.output) / "parent"
     failure: TrainerError | None = None
     if world.rank == 0:
         shutil.rmtree(target, ignore_errors=True)
         try:
-            from_huggingface(origin, target)
+            from_huggingface(origin, target, ignored_keys=job.init_from_ignore_keys)
         except TrainerError as error:
             failure = error
     if world.any(failure is not None):

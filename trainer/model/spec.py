@@ -1,38 +1,43 @@
 """The `model` section of a job spec: one decoder-only transformer that covers many families. Torch-free."""
 
-from typing import Literal
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from keepwarm.section import Section
+
+Size = Annotated[int, Field(gt=0, lt=2**31)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class InitSpec(Section):
     """Standard deviations of the initial weights, as published for each family."""
 
-    std: PositiveFloat = 0.02
-    output_std: PositiveFloat | None = Field(None, description="of attention output and down projections; default: std")
+    std: Positive = 0.02
+    output_std: Positive | None = Field(None, description="of attention output and down projections; default: std")
 
 
 class ModelSpec(Section):
     """Covers Llama, Mistral, Qwen2, Qwen3, OLMo 2, GPT-NeoX (Pythia), GPT and Megatron-Turing NLG."""
 
-    layers: PositiveInt
-    hidden_size: PositiveInt
-    heads: PositiveInt
-    kv_heads: PositiveInt | None = Field(None, description="grouped-query attention; default: heads")
-    head_dim: PositiveInt | None = Field(None, description="default: hidden_size / heads")
-    ffn_size: PositiveInt
-    vocabulary_size: PositiveInt
-    max_sequence_length: PositiveInt
+    layers: int = Field(gt=0, le=10_000)
+    hidden_size: Size
+    heads: Size
+    kv_heads: Size | None = Field(None, description="grouped-query attention; default: heads")
+    head_dim: Size | None = Field(None, description="default: hidden_size / heads")
+    ffn_size: Size
+    vocabulary_size: Size
+    max_sequence_length: Size
     norm: Literal["rms", "layer"] = "rms"
-    norm_eps: PositiveFloat = 1e-5
+    norm_eps: Positive = 1e-5
     norm_position: Literal["pre", "post"] = Field("pre", description="post: OLMo 2")
     activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
     position: Literal["rotary", "learned"] = "rotary"
-    rope_theta: PositiveFloat = 10000.0
+    rope_theta: Positive = 10000.0
     rotary_fraction: float = Field(1.0, gt=0, le=1, description="part of each head that rotates (GPT-NeoX: 0.25)")
-    sliding_window: PositiveInt | None = Field(None, description="Mistral: attention to the last n tokens only")
+    sliding_window: Size | None = Field(None, description="Mistral: attention to the last n tokens only")
     parallel_residual: bool = Field(False, description="GPT-NeoX: attention and MLP read the same input")
     qkv_bias: bool = False
     attention_output_bias: bool = False
@@ -42,7 +47,9 @@ class ModelSpec(Section):
     )
     tied_embeddings: bool = False
     init: InitSpec = InitSpec()
-    z_loss: NonNegativeFloat = Field(0.0, description="weight of the squared log-partition (OLMo 2: 1e-5)")
+    z_loss: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="weight of the squared log-partition (OLMo 2: 1e-5)"
+    )
 
     @property
     def key_value_heads(self) -> int:
@@ -61,3 +68,15 @@ class ModelSpec(Section):
         if round(self.size_per_head * self.rotary_fraction) % 2:
             raise ValueError(f"rotary_fraction {self.rotary_fraction} of a head of {self.size_per_head} is odd")
         return self
+
+
+def stored_model_spec(fields: Any) -> ModelSpec:
+    """Return the model spec that a manifest, run or export of this or an earlier version holds.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(fields, Mapping) and fields.get("norm_position") in ("before", "after"):
+        # What versions before 0.2 stored.
+        fields = {**fields, "norm_position": "pre" if fields["norm_position"] == "before" else "post"}
+    return ModelSpec.model_validate_json(json.dumps(fields))

@@ -132,11 +132,15 @@ HUGGINGFACE_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "config with text for a number": (
         lambda f: edit_json(f / "config.json", lambda c: c.update(vocab_size="many")),
-        r"config\.json.*vocabulary_size",
+        r"config\.json: vocab_size",
     ),
     "more layers than tensors": (
+        lambda f: edit_json(f / "config.json", lambda c: c.update(num_hidden_layers=9999)),
+        "9999 layers",
+    ),
+    "more layers than any model": (
         lambda f: edit_json(f / "config.json", lambda c: c.update(num_hidden_layers=10**9)),
-        "1000000000 layers",
+        "config.json: layers: .*got 1000000000",
     ),
     "field nobody knows": (
         lambda f: edit_json(f / "config.json", lambda c: c.update(quantization_config={"bits": 4})),

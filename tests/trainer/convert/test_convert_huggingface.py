@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,17 @@ import torch
 from keepwarm.ft.format import publication
 from keepwarm.ft.format.manifest import read_manifest
 from keepwarm.parallel.spec import ParallelSpec
+from keepwarm.trainer.convert.dcp.exporter import to_dcp
 from keepwarm.trainer.convert.huggingface.config import computes, config_for
 from keepwarm.trainer.convert.huggingface.exporter import model_spec_of, to_huggingface
 from keepwarm.trainer.convert.huggingface.importer import from_huggingface
+from keepwarm.trainer.convert.importer import from_dcp
 from keepwarm.trainer.convert.native import NativeCheckpoint
 from keepwarm.trainer.data.preprocess.train_tokenizer import train_tokenizer
 from keepwarm.trainer.data.tokenizer import load_tokenizer
 from keepwarm.trainer.errors import CheckpointError, SpecError
 from keepwarm.trainer.model.decoder import Decoder
+from keepwarm.trainer.model.families.registry import FAMILIES
 from keepwarm.trainer.model.spec import ModelSpec
 from tests.support.foreign.hf_models import CASES, hf_model, old_dialect
 from tests.support.foreign.huggingface_oracle import rearranged
@@ -291,3 +295,44 @@ def test_huggingface_conversion_imports_no_torch(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     assert [json.loads(line)["tensors"] for line in ran.stdout.splitlines()] == [27, 27]
     assert_same(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "back"))
+
+
+@pytest.mark.parametrize("section", ["manifest", "export"])
+def test_spec_stored_by_an_earlier_version_is_read(tmp_path: Path, section: str) -> None:
+    saved(tmp_path / "hf", "olmo2")
+    from_huggingface(tmp_path / "hf", tmp_path / "native")
+    spec = model_spec_of(NativeCheckpoint(tmp_path / "native"))
+    assert spec.norm_position == "post"
+    file = tmp_path / "native/manifest.json"
+    if section == "export":
+        to_dcp(tmp_path / "native", tmp_path / "dcp", kind="dcp")
+        file = tmp_path / "dcp/keepwarm.json"
+    table = json.loads(file.read_text())
+    model = table["meta"]["model"] if section == "manifest" else table["model"]
+    model["norm_position"] = "after"
+    file.write_text(json.dumps(table))
+    if section == "export":
+        from_dcp(tmp_path / "dcp", tmp_path / "again", kind="dcp")
+        assert model_spec_of(NativeCheckpoint(tmp_path / "again")) == spec
+    else:
+        assert model_spec_of(NativeCheckpoint(tmp_path / "native")) == spec
+        to_huggingface(tmp_path / "native", tmp_path / "back")
+
+
+def test_export_skips_families_of_other_packages_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ModelSpec(layers=1, hidden_size=8, heads=2, ffn_size=8, vocabulary_size=8, max_sequence_length=8)
+
+    class Misregistered(FAMILIES.get("llama")):  # type: ignore[misc]
+        model_type = "another"
+
+    broken = EntryPoint("broken", "no.such.module:Family", FAMILIES.group)
+    monkeypatch.setattr(FAMILIES, "_offered", {"broken": broken})
+    assert "broken" in FAMILIES.names()
+    FAMILIES.register("misregistered")(Misregistered)
+    try:
+        assert config_for(spec)["model_type"] == "llama"
+        # Asked for one that fits none, all are tried.
+        with pytest.raises(SpecError, match=r"model\."):
+            config_for(spec.model_copy(update={"parallel_residual": True}))
+    finally:
+        FAMILIES.unregister("misregistered")

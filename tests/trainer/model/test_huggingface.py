@@ -116,3 +116,12 @@ def test_huggingface_config_both_dialects_give_one_spec() -> None:
 def test_huggingface_config_unsupported_field_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(SpecError, match=named):
         model_spec_from_hf_config(LLAMA_3_8B | changes)
+
+
+@pytest.mark.parametrize("used", [True, False])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_huggingface_window_that_no_layer_has_is_no_window(kind: str, used: bool) -> None:
+    config = LLAMA_3_8B | {"model_type": kind, "use_sliding_window": used, "sliding_window": 4096}
+    assert model_spec_from_hf_config(config | {"max_window_layers": 32}).sliding_window is None
+    assert model_spec_from_hf_config(config | {"max_window_layers": 99}).sliding_window is None
+    assert model_spec_from_hf_config(config | {"max_window_layers": 0}).sliding_window == (4096 if used else None)

@@ -1,67 +1,22 @@
 """Read a `torch.distributed.checkpoint` (DCP) folder written by torchtitan, Megatron Core or keepwarm.
 
-Its `.metadata` is a pickle, and so is each tensor. The metadata are read by an unpickler that only accepts the few
-classes that DCP's metadata consist of; the tensors by `torch.load(weights_only=True)`. Non-tensor objects are never
-opened.
+Its `.metadata` is a pickle, and so is each tensor. The former is read by `keepwarm.trainer.convert.dcp.metadata`, the
+tensors by `torch.load(weights_only=True)`. Non-tensor objects are never opened.
 """
 
 import io
 import math
-import pickle
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint import planner as dcp_planner
-from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 
 from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.errors import FtError
 from keepwarm.ft.format.contents import ITEM_SIZE, Piece, move_bytes, plan
 from keepwarm.ft.worker.snapshotter import DTYPES
+from keepwarm.trainer.convert.dcp.metadata import METADATA, StoredTensor, read_metadata
 from keepwarm.trainer.errors import CheckpointError
-
-METADATA = ".metadata"
-
-_CLASSES = {
-    **{
-        (dcp_metadata.__name__, name): getattr(dcp_metadata, name)
-        for name in (
-            "Metadata",
-            "TensorStorageMetadata",
-            "TensorProperties",
-            "ChunkStorageMetadata",
-            "BytesStorageMetadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "_MEM_FORMAT_ENCODING",
-        )
-    },
-    **{("torch.distributed.checkpoint.filesystem", cls.__name__): cls for cls in (_StorageInfo, _StoragePrefix)},
-    **{
-        (dcp_planner.__name__, name): getattr(dcp_planner, name)
-        for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
-    },
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    **{("torch", str(dtype).removeprefix("torch.")): dtype for dtype in DTYPES},
-    ("pathlib", "PosixPath"): Path,
-    ("pathlib", "Path"): Path,
-    ("collections", "OrderedDict"): dict,
-    ("collections", "ChainMap"): dict,
-    ("builtins", "set"): set,
-}
-"""All classes in the metadata of DCP's own writers; none of them does anything but hold values."""
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _CLASSES[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}, which no DCP metadata need") from None
 
 
 class DcpFolder:
@@ -77,28 +32,18 @@ class DcpFolder:
             CheckpointError: not such a folder, or its metadata would run code; names the file.
         """
         self.path = path
-        metadata = _read_metadata(path / METADATA, trust_pickle)
-        self.tensors: dict[str, Any] = {}
-        self.objects: list[str] = []
+        metadata = read_metadata(path / METADATA, trust_pickle)
+        self.tensors = metadata.tensors
+        self.objects = list(metadata.objects)
         """Names of pickled objects, which are not read."""
-        for name, kept in metadata.state_dict_metadata.items():
-            if isinstance(kept, dcp_metadata.TensorStorageMetadata):
-                self.tensors[name] = kept
-            else:
-                self.objects.append(name)
-        self._stored = {
-            (index.fqn, tuple(index.offset or ())): info for index, info in (metadata.storage_data or {}).items()
-        }
+        self._places = metadata.places
         self._stacked: set[str] = set()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensor(name).size)
+        return self._tensor(name).shape
 
     def dtype(self, name: str) -> str:
-        found = DTYPES.get(self._tensor(name).properties.dtype)
-        if found is None:
-            raise CheckpointError(f"{self.path}: {name} is of dtype {self._tensor(name).properties.dtype}")
-        return found
+        return self._tensor(name).dtype
 
     def stack(self, name: str) -> None:
         """Treat each index of this tensor's first dimension as a unit from now on."""
@@ -115,9 +60,7 @@ class DcpFolder:
         if name in self._stacked:
             offsets, part = (index, *offsets[1:]), (1, *shape[1:])
         target = _piece(name, shape, offsets, part, dtype)
-        sources = [
-            _piece(name, shape, tuple(chunk.offsets), tuple(chunk.sizes), dtype) for chunk in self._tensor(name).chunks
-        ]
+        sources = [_piece(name, shape, offsets, sizes, dtype) for offsets, sizes in self._tensor(name).chunks]
         out = np.empty(target.bytes, np.uint8)
         try:
             moves = plan(target, sources)
@@ -135,7 +78,7 @@ class DcpFolder:
         """Return the value of a single-element tensor."""
         return float(self._load(_piece(name, self.shape(name), (0,) * len(self.shape(name)), self.shape(name), "U8")))
 
-    def _tensor(self, name: str) -> Any:
+    def _tensor(self, name: str) -> StoredTensor:
         if name not in self.tensors:
             raise CheckpointError(f"{self.path}: {name} is missing")
         return self.tensors[name]
@@ -151,24 +94,26 @@ class DcpFolder:
         return held
 
     def _load(self, piece: Piece) -> torch.Tensor:
-        info = self._stored.get((piece.name, piece.offsets)) or self._stored.get((piece.name, ()))
-        if info is None:
+        place = self._places.get((piece.name, piece.offsets)) or self._places.get((piece.name, ()))
+        if place is None:
             raise CheckpointError(f"{self.path / METADATA}: does not say where {piece.name} lies")
-        file = self.path / info.relative_path
-        if Path(info.relative_path).name != info.relative_path:
-            raise CheckpointError(f"{self.path / METADATA}: {info.relative_path!r} is not the name of a file in it")
-        if getattr(info, "transform_descriptors", None):
+        file = self.path / place.file
+        if Path(place.file).name != place.file:
+            raise CheckpointError(f"{self.path / METADATA}: {place.file!r} is not the name of a file in it")
+        if place.transformed:
             raise CheckpointError(f"{file}: compressed by an extension of DCP, which is not read here")
         try:
             with file.open("rb") as opened:
-                if not 0 <= info.offset <= info.offset + info.length <= file.stat().st_size:
+                if place.start + place.length > file.stat().st_size:
                     raise CheckpointError(f"{file}: too short for {piece.name}; is it truncated?")
-                opened.seek(info.offset)
-                content = io.BytesIO(opened.read(info.length))
+                opened.seek(place.start)
+                content = io.BytesIO(opened.read(place.length))
             tensor = torch.load(content, map_location="cpu", weights_only=True)
         except OSError as error:
             raise CheckpointError(f"{file}: {error.strerror}") from error
-        except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        except CheckpointError:
+            raise
+        except Exception as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"{file}: {piece.name} cannot be read as a tensor: {first}") from error
         if not isinstance(tensor, torch.Tensor):
@@ -183,19 +128,3 @@ def _piece(
         return Piece(name=name, global_shape=whole, offsets=offsets, shape=shape, dtype=dtype)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-
-
-def _read_metadata(file: Path, trust_pickle: bool) -> Any:
-    try:
-        with file.open("rb") as opened:
-            found = pickle.load(opened) if trust_pickle else _Unpickler(opened).load()  # noqa: S301
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file}: missing; a DCP checkpoint has one, and it is written last") from error
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror}") from error
-    except Exception as error:
-        hint = "" if trust_pickle else "; --trust-pickle would run what it holds: only for files you made yourself"
-        raise CheckpointError(f"{file}: {error or type(error).__name__}{hint}") from error
-    if not isinstance(found, dcp_metadata.Metadata):
-        raise CheckpointError(f"{file}: holds a {type(found).__name__}, not DCP's metadata")
-    return found

@@ -1,11 +1,11 @@
 """The config.json of an export: its parent's own where there is one, else made from the model spec. Torch-free."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from keepwarm.trainer.convert.dtypes import NAMES
 from keepwarm.trainer.errors import SpecError
-from keepwarm.trainer.model.families.base import Config
+from keepwarm.trainer.model.families.base import Config, ModelFamily
 from keepwarm.trainer.model.families.registry import FAMILIES, family_of
 from keepwarm.trainer.model.huggingface_config import model_spec_from_hf_config
 from keepwarm.trainer.model.spec import ModelSpec
@@ -29,8 +29,8 @@ def config_for(spec: ModelSpec, model_type: str | None = None) -> Config:
         SpecError: none can; names the field.
     """
     misfits = []
-    for kind in (model_type,) if model_type else FAMILIES.names():
-        family = family_of(kind)
+    for family in [family_of(model_type)] if model_type else _usable():
+        kind = family.model_type
         made = {"architectures": [family.class_name], "model_type": kind, **family.write_config(spec)}
         config = in_both_dialects(made, spec)
         misfit = _misfit(config, spec)
@@ -39,6 +39,11 @@ def config_for(spec: ModelSpec, model_type: str | None = None) -> Config:
         misfits.append((len(misfit), kind, misfit))
     _, kind, misfit = min(misfits)
     raise SpecError(f"model.{misfit[0]} = {getattr(spec, misfit[0])!r} cannot be expressed by a model of type {kind}")
+
+
+def _usable() -> list[ModelFamily]:
+    """Return all families; a broken one of another package must not keep the others from being tried."""
+    return [family() for name, family in FAMILIES.usable() if family.model_type == name]
 
 
 def in_both_dialects(config: Mapping[str, Any], spec: ModelSpec) -> Config:
@@ -56,11 +61,11 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> Config:
     return {**config, **dict.fromkeys(fields, NAMES[dtype])}
 
 
-def fits(config: Mapping[str, Any], spec: ModelSpec) -> bool:
-    """Whether a config describes a model that computes what `spec` does."""
-    return _misfit(config, spec) is None
+def fits(config: Mapping[str, Any], spec: ModelSpec, ignored: Collection[str] = ()) -> bool:
+    """Whether a config describes a model that computes what `spec` does; `ignored` fields change nothing."""
+    return _misfit(config, spec, ignored) is None
 
 
-def _misfit(config: Mapping[str, Any], spec: ModelSpec) -> list[str] | None:
-    there, here = computes(model_spec_from_hf_config(config)), computes(spec)
+def _misfit(config: Mapping[str, Any], spec: ModelSpec, ignored: Collection[str] = ()) -> list[str] | None:
+    there, here = computes(model_spec_from_hf_config(config, ignored)), computes(spec)
     return [name for name in here if there[name] != here[name]] or None

@@ -1,7 +1,6 @@
 """The weights of a native checkpoint, of any layout, to a Hugging Face folder. Without torch."""
 
 import dataclasses
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -15,16 +14,15 @@ from keepwarm.trainer.convert.dtypes import NAMES
 from keepwarm.trainer.convert.huggingface.config import config_for, fits, in_both_dialects, with_dtype
 from keepwarm.trainer.convert.huggingface.folder import CONFIG, INDEX, NOTE, SINGLE, dump_config, strict_json_file
 from keepwarm.trainer.convert.huggingface.importer import FILES, Progress, carry, file_sum, silent
-from keepwarm.trainer.convert.huggingface.tokenizer import CARRIED, write_tokenizer
+from keepwarm.trainer.convert.huggingface.tokenizer import CARRIED, run_file, write_tokenizer
 from keepwarm.trainer.convert.native import PREFIX, NativeCheckpoint
 from keepwarm.trainer.convert.output_folder import new_folder, write_file
 from keepwarm.trainer.convert.recipes import Recipe, into_huggingface
 from keepwarm.trainer.convert.safetensors_file import write_tensors
 from keepwarm.trainer.convert.streaming import Maker
 from keepwarm.trainer.errors import CheckpointError
-from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.model.shapes import parameter_shapes
-from keepwarm.trainer.model.spec import ModelSpec
+from keepwarm.trainer.model.spec import ModelSpec, stored_model_spec
 
 SHARD_BYTES = 5 * 10**9
 """Default size at which a file is full, as in transformers 4."""
@@ -92,12 +90,12 @@ def model_spec_of(native: NativeCheckpoint) -> ModelSpec:
     """
     fields, origin = native.manifest.meta.get("model"), native.path / MANIFEST
     if fields is None:
-        origin = RunFolder(native.path.resolve().parent.parent).run_file
+        origin = run_file(native)
         if not origin.is_file():
             raise CheckpointError(f"{native.path}: {MANIFEST} does not describe the model, and {origin} is missing")
         fields = strict_json_file(origin).get("model")
     try:
-        return ModelSpec.model_validate_json(json.dumps(fields))
+        return stored_model_spec(fields)
     except ValueError as error:
         raise CheckpointError(f"{origin}: model: {error}") from error
 
@@ -121,7 +119,7 @@ def check_tensors(native: NativeCheckpoint, spec: ModelSpec) -> None:
 def _config(spec: ModelSpec, parent: dict[str, Any], model_type: str | None) -> dict[str, Any]:
     config = parent.get("config")
     if config and model_type in (None, config["model_type"]):
-        if fits(config, spec):
+        if fits(config, spec, parent.get("ignored_keys", ())):
             return dict(config)
         model_type = str(config["model_type"])
     return config_for(spec, model_type)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from keepwarm.ft.arrays import Bytes
-from keepwarm.trainer.convert.dtypes import NAMES
 from keepwarm.trainer.convert.safetensors_file import Stored, read_exactly, read_tensors, strict_json
 from keepwarm.trainer.errors import CheckpointError
 
@@ -41,11 +40,6 @@ class HuggingFaceFolder:
             raise CheckpointError(f"{path}: not a folder; give a Hugging Face model folder with {CONFIG}")
         self.config = strict_json_file(path / CONFIG)
         self.tensors = self._find_tensors()
-        for name, stored in self.tensors.items():
-            if stored.dtype not in NAMES:
-                raise CheckpointError(
-                    f"{stored.file}: {name} is of dtype {stored.dtype}, only {', '.join(NAMES)} can be"
-                )
         self._descriptors: dict[Path, int] = {}
 
     def __enter__(self) -> "HuggingFaceFolder":

@@ -2,12 +2,11 @@
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from pydantic import ValidationError
 
 from keepwarm.files import sync_directory
 from keepwarm.ft.errors import FtError
@@ -15,6 +14,7 @@ from keepwarm.ft.format import publication
 from keepwarm.ft.format.contents import Piece
 from keepwarm.ft.format.manifest import Part
 from keepwarm.ft.format.writer import write_part_blocks
+from keepwarm.trainer.convert.dtypes import NAMES
 from keepwarm.trainer.convert.huggingface.config import with_dtype
 from keepwarm.trainer.convert.huggingface.folder import CONFIG, HuggingFaceFolder, dump_config
 from keepwarm.trainer.convert.native import PREFIX
@@ -23,8 +23,8 @@ from keepwarm.trainer.convert.recipes import Recipe, into_canonical, source_shap
 from keepwarm.trainer.convert.streaming import Maker
 from keepwarm.trainer.errors import CheckpointError, SpecError
 from keepwarm.trainer.model.families.registry import family_of
-from keepwarm.trainer.model.families.tensor_names import BUFFERS
-from keepwarm.trainer.model.huggingface_config import model_spec_from_hf_config
+from keepwarm.trainer.model.families.tensor_names import is_constant
+from keepwarm.trainer.model.huggingface_config import read_hf_config
 from keepwarm.trainer.model.spec import ModelSpec
 
 FILES = "huggingface"
@@ -39,12 +39,18 @@ def silent(done: int, total: int) -> None:
 
 
 def from_huggingface(
-    source: Path, destination: Path, *, dtype: str | None = None, progress: Progress = silent
+    source: Path,
+    destination: Path,
+    *,
+    dtype: str | None = None,
+    ignored_keys: Collection[str] = (),
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the checkpoint folder `destination`; returns what was done, with what was left behind.
 
     The manifest's `meta` holds the model spec, the parent with the hash of its weights, and the parent's config.
-    `dtype` (F32, BF16, F16) converts every tensor; by default each keeps its own.
+    `dtype` (F32, BF16, F16) converts every tensor; by default each keeps its own. `ignored_keys` are fields of the
+    config that change nothing, which keepwarm does not know.
 
     Raises:
         SpecError: the config asks for what a model spec cannot say; names the field.
@@ -52,10 +58,10 @@ def from_huggingface(
         OutputError: `destination` exists or cannot be written; nothing is left there.
     """
     with HuggingFaceFolder(source) as folder:
-        spec = _spec(folder)
+        spec, unread = _spec(folder, ignored_keys)
         model_type = str(folder.config["model_type"])
-        constants, tied_head = _settle_names(folder, model_type, spec)
-        _check(folder, model_type, spec)
+        tied_head = _settle_names(folder, model_type, spec)
+        constants = _check(folder, model_type, spec)
         carried, left = folder.beside()
         maker, hashes = Maker(folder, dtype), dict[str, str]()
         recipes = {PREFIX + recipe.name: recipe for recipe in into_canonical(spec, model_type)}
@@ -63,26 +69,17 @@ def from_huggingface(
             part = _write(tmp, maker, recipes, hashes, progress)
             for entry in part.entries:
                 hashes.setdefault(entry.piece.name, entry.xxh3)
-            meta = {
-                "weights_only": True,
-                "note": "model weights alone: no optimizer state, no ledger",
-                "model": spec.model_dump(mode="json"),
-                "parent": {
-                    "format": "huggingface",
-                    "path": str(source.resolve()),
-                    "hash": _hash(folder.config, hashes),
-                },
-                FILES: {
-                    "config": folder.config if dtype is None else with_dtype(folder.config, dtype),
-                    "files": carry(source, carried, tmp / FILES),
-                    "tied_head": tied_head,
-                },
+            beside = {
+                "config": folder.config if dtype is None else with_dtype(folder.config, dtype),
+                "files": carry(source, carried, tmp / FILES),
+                "tied_head": tied_head,
+                "ignored_keys": sorted(ignored_keys),
             }
             publication.write_manifest(
                 tmp,
                 publication.Identity(run=source.resolve().name, epoch=0, step=0, layout="whole"),
                 ranks=1,
-                meta=meta,
+                meta=_meta(spec, source, _hash(folder.config, hashes)) | {FILES: beside},
             )
     return {
         "source": str(source),
@@ -94,6 +91,16 @@ def from_huggingface(
         "dtypes": sorted({entry.piece.dtype for entry in part.entries}),
         "carried": carried,
         "left": left + constants,
+        "unread": unread,
+    }
+
+
+def _meta(spec: ModelSpec, source: Path, parent: str) -> dict[str, Any]:
+    return {
+        "weights_only": True,
+        "note": "model weights alone: no optimizer state, no ledger",
+        "model": spec.model_dump(mode="json"),
+        "parent": {"format": "huggingface", "path": str(source.resolve()), "hash": parent},
     }
 
 
@@ -162,22 +169,19 @@ def _write(tmp: Path, maker: Maker, recipes: Mapping[str, Recipe], hashes: dict[
     return part
 
 
-def _spec(folder: HuggingFaceFolder) -> ModelSpec:
+def _spec(folder: HuggingFaceFolder, ignored_keys: Collection[str]) -> tuple[ModelSpec, list[str]]:
+    """Return the model spec, and the fields of the config that were passed over."""
     try:
-        spec = model_spec_from_hf_config(folder.config)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "model"
-        raise SpecError(f"{folder.path / CONFIG}: {where}: {first['msg']}, got {first['input']!r}") from error
-    except (TypeError, ValueError) as error:
-        raise SpecError(f"{folder.path / CONFIG}: {error}") from error
+        spec, unread = read_hf_config(folder.config, ignored_keys)
+    except SpecError as error:
+        raise SpecError(f"{folder.path / CONFIG}: {str(error).removeprefix('config.json: ')}") from error
     if spec.layers > len(folder.tensors):
         raise CheckpointError(f"{folder.path}: {spec.layers} layers, but only {len(folder.tensors)} tensors")
-    return spec
+    return spec, unread
 
 
-def _settle_names(folder: HuggingFaceFolder, model_type: str, spec: ModelSpec) -> tuple[list[str], list[str]]:
-    """Give tensors their usual names; returns the constants and the copies of a tied head that were set aside."""
+def _settle_names(folder: HuggingFaceFolder, model_type: str, spec: ModelSpec) -> list[str]:
+    """Give tensors their usual names; return the copies of a tied head that were set aside."""
     names, tensors = family_of(model_type).tensors, folder.tensors
     embedding, head = names.name("embedding.weight"), names.name("head.weight")
     base = embedding.split(".")[0] + "."
@@ -188,9 +192,6 @@ def _settle_names(folder: HuggingFaceFolder, model_type: str, spec: ModelSpec) -
     alias = f"{names.head_alias}.weight" if names.head_alias else head
     if head not in tensors and alias in tensors:
         tensors[head] = tensors.pop(alias)
-    constants = sorted(name for name in tensors if BUFFERS.search(name))
-    for name in constants:
-        del tensors[name]
     tied = [name for name in dict.fromkeys((head, alias)) if spec.tied_embeddings and name in tensors]
     for name in tied:
         if embedding in tensors and not folder.same(embedding, name):
@@ -198,11 +199,18 @@ def _settle_names(folder: HuggingFaceFolder, model_type: str, spec: ModelSpec) -
                 f"{tensors[name].file}: {name} differs from {embedding}, but {CONFIG} says tie_word_embeddings"
             )
         del tensors[name]
-    return constants, tied
+    return tied
 
 
-def _check(folder: HuggingFaceFolder, model_type: str, spec: ModelSpec) -> None:
-    """Every tensor of the model is there in its shape, and no other."""
+def _check(folder: HuggingFaceFolder, model_type: str, spec: ModelSpec) -> list[str]:
+    """Check that every tensor of the model is there in its shape, and no other; return the constants set aside."""
+    embedding = folder.tensors.get(family_of(model_type).tensors.name("embedding.weight"))
+    wanted = (spec.vocabulary_size, spec.hidden_size)
+    if embedding is not None and embedding.shape != wanted:
+        # Checked first: the sizes that follow are those of the file, whatever the config claims.
+        raise CheckpointError(
+            f"{embedding.file}: the embedding is {list(embedding.shape)}, {CONFIG} says {list(wanted)}"
+        )
     shapes = source_shapes(spec, model_type)
     for name, shape in shapes.items():
         if name not in folder.tensors:
@@ -210,11 +218,16 @@ def _check(folder: HuggingFaceFolder, model_type: str, spec: ModelSpec) -> None:
         stored = folder.tensors[name]
         if stored.shape != shape:
             raise CheckpointError(f"{stored.file}: {name} is {list(stored.shape)}, {CONFIG} says {list(shape)}")
-    unplaced = sorted(set(folder.tensors) - set(shapes))
+        if stored.dtype not in NAMES:
+            raise CheckpointError(f"{stored.file}: {name} is of dtype {stored.dtype}, only {', '.join(NAMES)} can be")
+    surplus = sorted(set(folder.tensors) - set(shapes))
+    constants = [name for name in surplus if is_constant(name, folder.tensors[name].dtype)]
+    unplaced = [name for name in surplus if name not in constants]
     if unplaced:
         raise CheckpointError(
             f"{folder.tensors[unplaced[0]].file}: {unplaced[0]} has no place in the model ({len(unplaced)} such)"
         )
+    return constants
 
 
 def _hash(config: dict[str, Any], hashes: Mapping[str, str]) -> str:

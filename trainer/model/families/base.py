@@ -57,9 +57,10 @@ class ModelFamily(ABC):
 def read_shared(config: ConfigFields, *, tied: bool) -> dict[str, Any]:
     """Return the spec fields that every class has; `tied` is the class's default for tied embeddings."""
     return {
-        "vocabulary_size": config.need("vocab_size"),
-        "tied_embeddings": config.take("tie_word_embeddings", tied),
-        "init": InitSpec(std=config.take("initializer_range", 0.02)),
+        "vocabulary_size": config.integer("vocab_size"),
+        "tied_embeddings": config.flag("tie_word_embeddings", tied),
+        # Zero means nothing to a model that has weights.
+        "init": InitSpec(std=config.number("initializer_range", 0.02) or 0.02),
     }
 
 
@@ -79,11 +80,11 @@ def write_shared(spec: ModelSpec) -> Config:
 def read_sizes(config: ConfigFields) -> dict[str, Any]:
     """Return the sizes for the spec from the field names that all classes since GPT-NeoX share."""
     return {
-        "layers": config.need("num_hidden_layers"),
-        "hidden_size": config.need("hidden_size"),
-        "heads": config.need("num_attention_heads"),
-        "ffn_size": config.need("intermediate_size"),
-        "max_sequence_length": config.need("max_position_embeddings"),
+        "layers": config.integer("num_hidden_layers"),
+        "hidden_size": config.integer("hidden_size"),
+        "heads": config.integer("num_attention_heads"),
+        "ffn_size": config.integer("intermediate_size"),
+        "max_sequence_length": config.integer("max_position_embeddings"),
     }
 
 

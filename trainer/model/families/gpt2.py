@@ -43,15 +43,15 @@ class Gpt2Family(ModelFamily):
         config.require("scale_attn_weights", True)
         config.require("scale_attn_by_inverse_layer_idx", False)
         config.require("add_cross_attention", False)
-        hidden = config.need("n_embd")
+        hidden = config.integer("n_embd")
         return {
-            "layers": config.need("n_layer"),
+            "layers": config.integer("n_layer"),
             "hidden_size": hidden,
-            "heads": config.need("n_head"),
-            "ffn_size": config.take("n_inner", 4 * hidden),
-            "max_sequence_length": config.need("n_positions"),
+            "heads": config.integer("n_head"),
+            "ffn_size": config.integer("n_inner", 4 * hidden),
+            "max_sequence_length": config.integer("n_positions"),
             "norm": "layer",
-            "norm_eps": config.take("layer_norm_epsilon", 1e-5),
+            "norm_eps": config.number("layer_norm_epsilon", 1e-5),
             "activation": config.choose("activation_function", "gelu_new", PLAIN_ACTIVATIONS),
             "position": "learned",
             "qkv_bias": True,

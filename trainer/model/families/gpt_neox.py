@@ -37,13 +37,13 @@ class GptNeoxFamily(ModelFamily):
 
     def read_config(self, config: ConfigFields) -> dict[str, Any]:
         config.harmless("attention_dropout", "hidden_dropout", "classifier_dropout")
-        biased = config.take("attention_bias", True)
+        biased = config.flag("attention_bias", True)
         return {
             **read_sizes(config),
             "norm": "layer",
-            "norm_eps": config.take("layer_norm_eps", 1e-5),
+            "norm_eps": config.number("layer_norm_eps", 1e-5),
             "activation": config.choose("hidden_act", "gelu", PLAIN_ACTIVATIONS),
-            "parallel_residual": config.take("use_parallel_residual", True),
+            "parallel_residual": config.flag("use_parallel_residual", True),
             "qkv_bias": biased,
             "attention_output_bias": biased,
             "mlp_bias": True,

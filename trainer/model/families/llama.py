@@ -11,7 +11,7 @@ from keepwarm.trainer.model.families.base import (
     write_shared,
     write_sizes,
 )
-from keepwarm.trainer.model.families.config_fields import ConfigFields
+from keepwarm.trainer.model.families.config_fields import ConfigFields, shown
 from keepwarm.trainer.model.families.rope_config import add_rope, read_rope
 from keepwarm.trainer.model.families.tensor_names import TensorNames
 from keepwarm.trainer.model.spec import ModelSpec
@@ -50,10 +50,10 @@ class LlamaFamily(ModelFamily):
         sizes = read_sizes(config)
         return {
             **sizes,
-            "kv_heads": config.take("num_key_value_heads", self.default_kv_heads or sizes["heads"]),
+            "kv_heads": config.integer("num_key_value_heads", self.default_kv_heads or sizes["heads"]),
             "head_dim": config.take("head_dim", self.default_head_dim),
             "norm": "rms",
-            "norm_eps": config.take("rms_norm_eps", self.default_norm_eps),
+            "norm_eps": config.number("rms_norm_eps", self.default_norm_eps),
             "activation": config.choose("hidden_act", "silu", {"silu": "swiglu", "swish": "swiglu"}),
             "sliding_window": self.read_window(config),
             **self.read_own(config),
@@ -83,7 +83,7 @@ class LlamaFamily(ModelFamily):
 
     def read_own(self, config: ConfigFields) -> dict[str, Any]:
         """Return the spec fields that descendants set differently."""
-        return {**read_attention_bias(config), "mlp_bias": config.take("mlp_bias", False)}
+        return {**read_attention_bias(config), "mlp_bias": config.flag("mlp_bias", False)}
 
     def write_own(self, spec: ModelSpec) -> Config:
         """Return the config fields that only some descendants have."""
@@ -96,13 +96,16 @@ class LlamaFamily(ModelFamily):
 
 def read_attention_bias(config: ConfigFields) -> dict[str, Any]:
     """Return the spec's attention biases if a single field sets them all."""
-    biased = config.take("attention_bias", False)
+    biased = config.flag("attention_bias", False)
     return {"qkv_bias": biased, "attention_output_bias": biased}
 
 
 def layer_type(config: ConfigFields) -> str | None:
     """Return the common type of all layers if `layer_types` is set. Raise `SpecError` if the types differ."""
-    types = set(config.take("layer_types", ()))
+    types = config.take("layer_types", [])
+    if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
+        raise SpecError(f"config.json: layer_types = {shown(types)} is not a list of names")
+    types = set(types)
     if not types <= {"full_attention", "sliding_attention"} or len(types) > 1:
         raise SpecError(f"config.json: layer_types = {sorted(types)} is not supported: all layers must be of one type")
     return next(iter(types), None)

@@ -20,8 +20,13 @@ class Qwen2Family(LlamaFamily):
         if not config.take("use_sliding_window", False):
             window = None
         kind = layer_type(config)
-        if kind is None and window is not None and config.take_nullable("max_window_layers", 28):
-            raise SpecError("config.json: max_window_layers is not supported: all layers must have the sliding window")
+        if kind is None and window is not None:
+            # The first so many layers attend to everything.
+            full = config.integer("max_window_layers", 28)
+            if full >= config.integer("num_hidden_layers"):
+                return None
+            if full > 0:
+                raise SpecError("config.json: max_window_layers is not supported: all layers must have one window")
         return None if kind == "full_attention" else window
 
     def read_own(self, config: ConfigFields) -> dict[str, Any]:

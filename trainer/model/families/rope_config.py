@@ -12,9 +12,9 @@ def read_rope(config: ConfigFields, *, theta: str = "rope_theta", fraction: str 
 
     Raise `SpecError` if the frequencies are scaled, or if part of a head rotates and the class has no `fraction`.
     """
-    rope = dict(config.take("rope_parameters", {}))
+    rope = config.table("rope_parameters")
     for name in ("rope_parameters", "rope_scaling"):
-        scaling = dict(config.take(name, {}))
+        scaling = config.table(name)
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind != "default":
             raise SpecError(f"config.json: {name}.rope_type = {kind!r} is not supported, only 'default'")

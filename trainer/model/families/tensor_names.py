@@ -10,8 +10,18 @@ from keepwarm.trainer.model.shapes import split_layer
 
 PROJECTIONS = ("attention.query", "attention.key", "attention.value")
 
-BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias|attn\.bias|attn\.masked_bias)$")
-"""Constants that older versions saved alongside the parameters."""
+_CONSTANT_NAMES = re.compile(
+    r"(^|\.)(inv_freq|freqs|freqs_cis|rope_cache|(cos|sin)_cached|position_ids|masked_bias|(attention|attn)\.bias)$"
+)
+
+
+def is_constant(name: str, dtype: str) -> bool:
+    """Return whether a tensor that the model has no parameter for is a constant that its program saved beside them.
+
+    Masks, positions and rotary tables have known names; integers, booleans and complex numbers are never parameters.
+    `dtype` is named as in the safetensors format.
+    """
+    return not dtype.startswith(("F", "BF")) or _CONSTANT_NAMES.search(name) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
