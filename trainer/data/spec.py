@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, model_validator
 
-from keepwarm.section import Section
+from keepwarm.section import Count, Section, Threads
 
 
 class DataSpec(Section):
@@ -17,11 +17,11 @@ class DataSpec(Section):
     sources: dict[str, str] = Field(min_length=1, description="training data by source name")
     validation: dict[str, str] = Field(default_factory=dict, description="held-out data by domain name")
     tokenizer: str = Field("bytes", description="`bytes`, a Hugging Face tokenizer.json or a SentencePiece .model")
-    sequence_length: PositiveInt = Field(description="tokens per sample")
+    sequence_length: Count = Field(description="tokens per sample")
     document_mask: bool = Field(
         False, description="attention stays within documents, positions restart, targets across boundaries are masked"
     )
-    prefetch: PositiveInt = Field(2, description="number of batches to prepare in the background")
+    prefetch: Threads = Field(2, description="number of batches to prepare in the background")
 
 
 class ReplaySpec(Section):

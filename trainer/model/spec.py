@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from keepwarm.section import Section
+from keepwarm.section import Count, Section
 
 
 class InitSpec(Section):
@@ -17,14 +17,14 @@ class InitSpec(Section):
 class ModelSpec(Section):
     """Covers Llama, Mistral, Qwen2, Qwen3, OLMo 2, GPT-NeoX (Pythia), GPT and Megatron-Turing NLG."""
 
-    layers: PositiveInt
-    hidden_size: PositiveInt
-    heads: PositiveInt
-    kv_heads: PositiveInt | None = Field(None, description="grouped-query attention; default: heads")
-    head_dim: PositiveInt | None = Field(None, description="default: hidden_size / heads")
-    ffn_size: PositiveInt
-    vocabulary_size: PositiveInt
-    max_sequence_length: PositiveInt
+    layers: PositiveInt = Field(le=16_384)
+    hidden_size: Count
+    heads: Count
+    kv_heads: Count | None = Field(None, description="grouped-query attention; default: heads")
+    head_dim: Count | None = Field(None, description="default: hidden_size / heads")
+    ffn_size: Count
+    vocabulary_size: Count
+    max_sequence_length: Count
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: PositiveFloat = 1e-5
     norm_position: Literal["pre", "post"] = Field("pre", description="post: OLMo 2")
@@ -32,7 +32,7 @@ class ModelSpec(Section):
     position: Literal["rotary", "learned"] = "rotary"
     rope_theta: PositiveFloat = 10000.0
     rotary_fraction: float = Field(1.0, gt=0, le=1, description="part of each head that rotates (GPT-NeoX: 0.25)")
-    sliding_window: PositiveInt | None = Field(None, description="Mistral: attention to the last n tokens only")
+    sliding_window: Count | None = Field(None, description="Mistral: attention to the last n tokens only")
     parallel_residual: bool = Field(False, description="GPT-NeoX: attention and MLP read the same input")
     qkv_bias: bool = False
     attention_output_bias: bool = False
