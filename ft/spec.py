@@ -13,7 +13,7 @@ from pydantic import (
 
 from keepwarm.ft.codec.kernel import AUTO, KERNELS
 from keepwarm.options import check_name
-from keepwarm.section import Section
+from keepwarm.section import Seconds, Section, Threads
 
 CODE_LIMIT = 32
 
@@ -53,7 +53,7 @@ class DurableSpec(Section):
     keep: PositiveInt = Field(2, description="newest ones kept")
     keep_every: PositiveInt | None = Field(None, description="also keep those whose step is a multiple; null: none")
     compress: bool = Field(False, description="zstandard")
-    deadline: PositiveFloat = Field(600.0, description="seconds to wait for all nodes' parts of one checkpoint")
+    deadline: Seconds = Field(600.0, description="seconds to wait for all nodes' parts of one checkpoint")
 
 
 class SnapshotSpec(Section):
@@ -68,17 +68,17 @@ class SnapshotSpec(Section):
         "node", description="what fails at once: a label for each node (rack, switch), or the node itself"
     )
     durable: DurableSpec | None = Field(None, description="null: no durable tier below the memory")
-    mtbf: PositiveFloat = Field(14400.0, description="seconds between failures of the whole job, for every: auto")
+    mtbf: Seconds = Field(14400.0, description="seconds between failures of the whole job, for every: auto")
     bucket: PositiveInt = Field(8 << 20, description="bytes in which state is copied, sent and coded; 4096 x n")
     bandwidth: PositiveFloat | None = Field(None, description="bytes per second each node sends; null: no cap")
-    threads: PositiveInt = Field(2, description="coding threads of each agent")
-    scrub: PositiveFloat | None = Field(60.0, description="seconds between two readings of memory at rest; null: none")
-    peer_timeout: PositiveFloat = Field(5.0, description="seconds without a sign of life after which a peer is dead")
-    inventory_deadline: PositiveFloat = Field(10.0, description="seconds that a recovery waits for silent agents")
-    commit_deadline: PositiveFloat = Field(
+    threads: Threads = Field(2, description="coding threads of each agent")
+    scrub: Seconds | None = Field(60.0, description="seconds between two readings of memory at rest; null: none")
+    peer_timeout: Seconds = Field(5.0, description="seconds without a sign of life after which a peer is dead")
+    inventory_deadline: Seconds = Field(10.0, description="seconds that a recovery waits for silent agents")
+    commit_deadline: Seconds = Field(
         120.0, description="seconds that a worker waits for a buffer under when_busy: wait before it goes on without"
     )
-    lease: PositiveFloat = Field(60.0, description="seconds that an agent outlives the last process of its job")
+    lease: Seconds = Field(60.0, description="seconds that an agent outlives the last process of its job")
     authenticate: Literal["control", "all"] = Field(
         "control", description="what carries a MAC between agents: control frames; all: the bytes of the state too"
     )

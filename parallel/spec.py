@@ -1,12 +1,11 @@
 """Sections of the job spec that configure this package. Torch-free."""
 
 import json
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     Field,
     PositiveFloat,
-    PositiveInt,
     SerializeAsAny,
     ValidationInfo,
     create_model,
@@ -15,9 +14,10 @@ from pydantic import (
 
 from keepwarm.options import check_name
 from keepwarm.parallel.engine_registry import ENGINES
-from keepwarm.section import Section
+from keepwarm.section import Ranks, Section, Threads
 
 DEFAULT_ENGINE = "torch"
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Options = TypeVar("Options", bound=Section)
 
 
@@ -30,22 +30,22 @@ class ParallelSpec(Section):
     options: SerializeAsAny[Section] = Field(
         Section(), validate_default=True, description="keys that only this engine has"
     )
-    tensor: PositiveInt = Field(1, description="ranks that share each matrix")
-    pipeline: PositiveInt = Field(1, description="ranks that share the layers, one after the other")
-    data: PositiveInt = Field(1, description="ranks that share the global batch")
+    tensor: Ranks = Field(1, description="ranks that share each matrix")
+    pipeline: Ranks = Field(1, description="ranks that share the layers, one after the other")
+    data: Ranks = Field(1, description="ranks that share the global batch")
     sequence: bool = Field(False, description="shard activations along the sequence between the matrices")
     schedule: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
-    stages_per_rank: PositiveInt | None = Field(
+    stages_per_rank: Ranks | None = Field(
         None, description="pipeline stages on one rank; default 1 for 1f1b, 2 for the others"
     )
-    layer_split: tuple[PositiveInt, ...] | None = Field(
+    layer_split: tuple[Ranks, ...] | None = Field(
         None, description="layers of each pipeline stage, first to last; default: equal"
     )
     data_mode: Literal["fsdp", "hsdp", "ddp"] = "fsdp"
     reshard_after_forward: bool = Field(
         True, description="fsdp, hsdp: free gathered weights after forward (zero_bubble keeps them for the step)"
     )
-    shard_size: PositiveInt | None = Field(None, description="hsdp: data-parallel ranks that share one copy")
+    shard_size: Ranks | None = Field(None, description="hsdp: data-parallel ranks that share one copy")
 
     @property
     def stages(self) -> int:
@@ -88,7 +88,7 @@ class OptimizerSpec(Section):
     """The update rule. The learning rate itself comes from the stage's `lr` clause."""
 
     name: Literal["adamw", "sgd"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     momentum: float = Field(0.0, ge=0, lt=1, description="sgd only")
     weight_decay: float = Field(0.1, ge=0)
@@ -109,4 +109,4 @@ class NumericsSpec(Section):
     norms: Literal["torch", "apex"] = Field("torch", description="apex: FusedRMSNorm, FusedLayerNorm, on a GPU")
     compile: bool = Field(False, description="torch.compile each layer")
     deterministic: bool = Field(False, description="CUDA: bitwise repeatable kernels")
-    threads_per_rank: PositiveInt = Field(1, description="CPU threads of each rank; part of what fixes the bits")
+    threads_per_rank: Threads = Field(1, description="CPU threads of each rank; part of what fixes the bits")

@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, model_validator
 
-from keepwarm.section import Section
+from keepwarm.section import Count, Section, Threads
 
 
 class DataSpec(Section):
@@ -20,11 +20,11 @@ class DataSpec(Section):
     end_of_document: str | None = Field(
         None, min_length=1, description="token that ends each document of text; default: the tokenizer's own"
     )
-    sequence_length: PositiveInt = Field(description="tokens per sample")
+    sequence_length: Count = Field(description="tokens per sample")
     document_mask: bool = Field(
         False, description="attention stays within documents, positions restart, targets across boundaries are masked"
     )
-    prefetch: PositiveInt = Field(2, description="number of batches to prepare in the background")
+    prefetch: Threads = Field(2, description="number of batches to prepare in the background")
 
 
 class ReplaySpec(Section):

@@ -15,6 +15,8 @@ from keepwarm.trainer.data.tokenizer import Tokenizer, load_tokenizer
 from keepwarm.trainer.errors import CheckpointError, DataError, SpecError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+TopK = Annotated[int | None, typer.Option(min=1, max=2**31 - 1, help="Sample from the k likeliest tokens only.")]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability only.")]
 
 EndOfDocument = Annotated[
     str | None, typer.Option(metavar="TOKEN", help="Token at which to stop; default: the end of a document.")
@@ -29,15 +31,13 @@ def command(
         str,
         typer.Option(help="Text to put before each prompt, such as a control token; special tokens are recognized."),
     ] = "",
-    tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Maximum number of tokens to generate.")] = 64,
     temperature: Annotated[
         float, typer.Option(min=0, help="Sampling temperature; 0: always the likeliest token.")
     ] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k likeliest tokens only.")] = None,
-    top_p: Annotated[
-        float, typer.Option(help="Sample from the likeliest tokens of this total probability only.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 0,
+    top_k: TopK = None,
+    top_p: TopP = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the random numbers.")] = 0,
     tokenizer: Annotated[
         str | None, typer.Option(help="Tokenizer: `bytes`, tokenizer.json or .model; default: the run's.")
     ] = None,

@@ -1,7 +1,8 @@
 """Checks of a job that need more than one of its sections. Each names the keys and says what would fit."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -13,9 +14,15 @@ from keepwarm.parallel.errors import LayoutError
 from keepwarm.parallel.mesh.layout import Layout, split_layers
 from keepwarm.parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
 from keepwarm.trainer.data.spec import DataSpec
+from keepwarm.trainer.data.table import UNITS, quantise
+from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.job.sections import BatchSpec, CheckpointSpec, ClusterSpec, StageSpec
 from keepwarm.trainer.job.url import is_url
 from keepwarm.trainer.model.spec import ModelSpec
+
+_LONGEST_RAMP = 1_000_000
+"""Steps of a batch ramp, which a plan counts one by one."""
+_MOST_RANKS = 2**20
 
 
 class Job(Protocol):
@@ -65,6 +72,10 @@ def check_job(job: Job) -> None:
 
 
 def _layout(job: Job) -> Iterator[str]:
+    ranks = job.parallel.data * job.parallel.pipeline * job.parallel.tensor
+    if ranks > _MOST_RANKS:
+        yield f"parallel.data x pipeline x tensor = {ranks}: at most {_MOST_RANKS:,} ranks"
+        return
     try:
         Layout.of(job.parallel, job.cluster.ranks_per_node)
     except LayoutError as error:
@@ -118,6 +129,9 @@ def _batch(job: Job) -> Iterator[str]:
         yield f"batch.global_batch_size = {job.batch.global_batch_size} does not divide by {named}"
         return
     ramp = job.batch.ramp
+    if ramp and ramp.samples > _LONGEST_RAMP * ramp.start:
+        yield f"batch.ramp.samples = {ramp.samples}: a ramp takes at most {_LONGEST_RAMP:,} steps of batch.ramp.start"
+        return
     if ramp and (ramp.start % unit or ramp.increment % unit):
         yield f"batch.ramp.start and batch.ramp.increment must divide by {named}"
     if ramp and (
@@ -145,6 +159,7 @@ def _data(job: Job) -> Iterator[str]:
         yield f"stages: names must differ, got {names}"
     for stage in job.stages:
         yield from _mixtures(stage, job)
+        yield from _shares(stage)
         yield from _domains(stage, job)
     yield from _replays(job)
     yield from _parent(job)
@@ -159,6 +174,36 @@ def _parent(job: Job) -> Iterator[str]:
         yield f"init_from = {parent} lies in output = {output}: a run cannot be its own parent"
     elif parent in output.parents:
         yield f"output = {output} lies in init_from = {parent}, which is only read; choose another"
+
+
+def _shares(stage: StageSpec) -> Iterator[str]:
+    """Yield what the ledger would refuse once the ranks run: shares too small to be drawn."""
+    where, units = f"stages.{stage.name}", [round(clause.fraction * UNITS) for clause in stage.replays]
+    if 0 in units:
+        yield f"{where}.replay: fraction is below the smallest share, 1/{UNITS:,}; raise it or leave the clause out"
+    rest = UNITS - sum(units)
+    if rest < 1:
+        return  # reported by _replays
+    ramp, between = stage.mixture_ramp, []
+    if ramp is not None:
+        ends = (0.5 / ramp.stairs, 1 - 0.5 / ramp.stairs)
+        between = [(f"{where}.mixture_ramp", _between(stage.mixture, ramp.to, at)) for at in ends]
+    steps = [(f"{where}.mixture_steps.{index}", step.mixture) for index, step in enumerate(stage.mixture_steps)]
+    for place, mixture in ((where, stage.mixture), *steps, *between):
+        try:
+            quantise(mixture, rest)
+        except SpecError as error:
+            yield f"{place}: {error}"
+
+
+def _between(first: Mapping[str, float], last: Mapping[str, float], progress: float) -> dict[str, float]:
+    before, after = sum(map(Fraction, first.values())), sum(map(Fraction, last.values()))
+    mixed = {
+        name: Fraction(1 - progress) * Fraction(first.get(name, 0)) / before
+        + Fraction(progress) * Fraction(last.get(name, 0)) / after
+        for name in (*first, *last)
+    }
+    return {name: float(share) for name, share in mixed.items()}
 
 
 def _mixtures(stage: StageSpec, job: Job) -> Iterator[str]:

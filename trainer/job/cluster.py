@@ -8,8 +8,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    NonNegativeInt,
-    PositiveInt,
     StringConstraints,
     ValidationError,
     ValidationInfo,
@@ -20,7 +18,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from keepwarm import section
 from keepwarm.registry import Registry, UnusableComponent
-from keepwarm.section import Section
+from keepwarm.section import Count, FewOrNone, Section
 
 ADDED_BATCH_SYSTEMS: Registry[Any] = Registry("batch system", "keepwarm.batch_systems", {})
 """Batch systems of other packages. Each declares its options section in the attribute `Options`."""
@@ -63,14 +61,14 @@ class SlurmSpec(Section):
     )
     constraint: Word | None = Field(None, description="features required of every node")
     exclude: tuple[Word, ...] = Field((), description="nodes to exclude")
-    spares: NonNegativeInt = Field(0, description="standby nodes that replace lost ones")
-    gpus_per_node: PositiveInt | None = Field(None, description="default: none requested")
-    cpus_per_rank: PositiveInt | None = Field(None, description="default: numerics.threads_per_rank")
+    spares: FewOrNone = Field(0, description="standby nodes that replace lost ones")
+    gpus_per_node: Count | None = Field(None, description="default: none requested")
+    cpus_per_rank: Count | None = Field(None, description="default: numerics.threads_per_rank")
     setup: tuple[Line, ...] = Field((), description="shell lines to run first, such as `module load cuda`")
     container: ContainerSpec | None = None
     copy_code: bool = Field(False, description="run a copy of keepwarm, placed in the run folder at submission")
     extra: tuple[Option, ...] = Field((), description="additional sbatch options, such as --mem=0")
-    save_before_limit: PositiveInt = Field(120, description="seconds before the time limit at which the state is saved")
+    save_before_limit: Count = Field(120, description="seconds before the time limit at which the state is saved")
 
 
 class KubernetesSpec(Section):
@@ -81,10 +79,10 @@ class KubernetesSpec(Section):
     mount: Word = Field(description="mount path in the pods; output and data must lie below it")
     namespace: Word | None = None
     python: Word = Field("python3", description="interpreter inside the image")
-    spares: NonNegativeInt = Field(0, description="standby pods that replace lost ones")
-    gpus_per_node: PositiveInt | None = Field(None, description="default: none requested")
+    spares: FewOrNone = Field(0, description="standby pods that replace lost ones")
+    gpus_per_node: Count | None = Field(None, description="default: none requested")
     gpu_resource: Word = Field("nvidia.com/gpu", description="resource name of GPUs")
-    cpus_per_node: PositiveInt | None = Field(None, description="default: numerics.threads_per_rank per rank")
+    cpus_per_node: Count | None = Field(None, description="default: numerics.threads_per_rank per rank")
     memory: Word | None = Field(None, description="such as 900Gi")
     service_account: Word | None = None
     node_selector: dict[Word, Word] = Field(default_factory=dict, description="labels required of every machine")

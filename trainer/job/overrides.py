@@ -10,6 +10,8 @@ from keepwarm.trainer.job.yaml import Document, Keys, describe, parse_value
 
 COMMAND_LINE = "command line"
 """Place of a value set by an override."""
+_SHOWN = 200
+"""Characters of an override that an error shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +31,10 @@ class Override:
         refuse_old_options([text])
         name, equals, value = text.removeprefix("--").partition("=")
         keys = tuple(name.split("."))
+        shown = f"override {text if len(text) <= _SHOWN else text[:_SHOWN] + '...'}"
         if not equals or not all(keys):
-            raise SpecError(f"override {text}: expected KEY=VALUE, as in parallel.tensor=2")
-        return cls(keys, parse_value(value, f"override {text}"))
+            raise SpecError(f"{shown}: expected KEY=VALUE, as in parallel.tensor=2")
+        return cls(keys, parse_value(value, shown))
 
     def __str__(self) -> str:
         return f"override {'.'.join(self.keys)}"

@@ -1,19 +1,18 @@
 """Sections of the job spec that belong to no single component; components define their own. Torch-free."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     SerializeAsAny,
     field_validator,
 )
 
 from keepwarm.options import check_options
-from keepwarm.section import Section
+from keepwarm.section import Count, FewOrNone, Ranks, Seconds, Section
 from keepwarm.trainer.data.spec import ReplaySpec
 from keepwarm.trainer.job.cluster import BatchSections, KubernetesSpec, SlurmSpec
 from keepwarm.trainer.job.curve import LrSpec
@@ -23,20 +22,20 @@ from keepwarm.trainer.job.extensions import METRIC_SINKS
 class RampSpec(Section):
     """A growing global batch size: from `start`, raised by `increment` samples at equal intervals over `samples`."""
 
-    start: PositiveInt
-    increment: PositiveInt
+    start: Count
+    increment: Count
     samples: PositiveInt = Field(description="samples until the ramp reaches batch.global_batch_size")
 
 
 class BatchSpec(Section):
     """Samples per step. Gradient accumulation follows: global_batch_size / (parallel.data x micro_batch_size)."""
 
-    global_batch_size: PositiveInt
-    micro_batch_size: PositiveInt = 1
+    global_batch_size: Count
+    micro_batch_size: Count = 1
     ramp: RampSpec | None = None
 
 
-Mixture = dict[str, PositiveFloat]
+Mixture = dict[str, Annotated[float, Field(gt=0, le=1e15)]]
 
 
 class MixtureStep(Section):
@@ -52,7 +51,9 @@ class MixtureRamp(Section):
     to: Mixture = Field(min_length=1, description="mixture from the end of the ramp on")
     start: float = Field(0.0, ge=0, lt=1, description="fraction of the stage's samples")
     end: float = Field(1.0, gt=0, le=1, description="fraction of the stage's samples")
-    stairs: PositiveInt = Field(16, description="number of discrete steps, each with the mixture at its midpoint")
+    stairs: PositiveInt = Field(
+        16, le=10_000, description="number of discrete steps, each with the mixture at its midpoint"
+    )
 
 
 class GateSpec(Section):
@@ -69,13 +70,13 @@ class StageSpec(Section):
     """One stage of training: its token budget, data mixture and learning rate."""
 
     name: str = Field(min_length=1)
-    tokens: PositiveInt = Field(description="token budget; rounded up to whole steps")
+    tokens: PositiveInt = Field(le=2**53, description="token budget; rounded up to whole steps")
     mixture: Mixture = Field(min_length=1, description="weight of each source; normalised")
     mixture_steps: tuple[MixtureStep, ...] = Field((), description="other mixtures later in the stage")
     mixture_ramp: MixtureRamp | None = None
     replay: ReplaySpec | tuple[ReplaySpec, ...] = Field((), description="one clause or a list")
     lr: SerializeAsAny[LrSpec]
-    sequence_length: PositiveInt | None = Field(None, description="tokens per sample; default: data.sequence_length")
+    sequence_length: Count | None = Field(None, description="tokens per sample; default: data.sequence_length")
     skip: NonNegativeInt = Field(
         0,
         description="samples of every source to skip at the start, so that branches to be averaged see different data",
@@ -125,7 +126,7 @@ class HealthSpec(Section):
 
     max_skipped: PositiveInt = Field(5, description="consecutive non-finite steps before training stops")
     spike_factor: float = Field(2.0, gt=1, description="warn when the loss exceeds its running mean by this factor")
-    min_hang_timeout: PositiveFloat | None = Field(
+    min_hang_timeout: Seconds | None = Field(
         120.0, description="minimum time limit of a step in seconds, after which training counts as hung; null: none"
     )
     hang_factor: float = Field(
@@ -174,16 +175,16 @@ class LogSpec(Section):
 class ClusterSpec(BatchSections):
     """The machines that a job is planned for."""
 
-    ranks_per_node: PositiveInt | None = Field(None, description="default: all ranks on one node")
-    max_restarts: NonNegativeInt = Field(3, description="maximum restarts of crashed ranks; requires snapshots")
+    ranks_per_node: Ranks | None = Field(None, description="default: all ranks on one node")
+    max_restarts: FewOrNone = Field(3, description="maximum restarts of crashed ranks; requires snapshots")
     max_node_failures: PositiveInt = Field(
         3, description="starts that a node's ranks may fail within a day before a spare replaces it"
     )
     elastic: Literal["wait", "shrink"] = Field(
         "wait", description="shrink: with no spare left, continue with fewer data-parallel replicas until nodes return"
     )
-    min_data_parallel: PositiveInt = Field(1, description="elastic: shrink: minimum data-parallel replicas")
-    shrink_after: PositiveFloat = Field(30.0, description="elastic: shrink: seconds to wait for a node first")
+    min_data_parallel: Ranks = Field(1, description="elastic: shrink: minimum data-parallel replicas")
+    shrink_after: Seconds = Field(30.0, description="elastic: shrink: seconds to wait for a node first")
     in_process: Literal["auto", "on", "off"] = Field(
         "auto", description="restart workers within their process when others die; auto: only without a GPU"
     )

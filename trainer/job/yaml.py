@@ -13,6 +13,8 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from keepwarm.foreign_json import parse_json
 from keepwarm.trainer.errors import SpecError
 
+_LARGEST_FILE = 64 << 20
+_LARGEST_COUNT = 1_000_000
 Keys = tuple[str, ...]
 """Path of a value: mapping keys, and list positions as text."""
 
@@ -45,7 +47,9 @@ def read_document(path: Path) -> Document:
         SpecError: the file is missing, unreadable, empty, not a mapping, not YAML 1.2, or repeats a key.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        if path.stat().st_size > _LARGEST_FILE:
+            raise SpecError(f"{path}: larger than {_LARGEST_FILE >> 20} MiB, which is no job or model file")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise SpecError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -94,6 +98,8 @@ def _parse(text: str, source: str, places: dict[Keys, str] | None) -> Any:
         node = yaml.compose(text)
         if node is None:
             return None
+        if _expanded_size(node, {}) > _LARGEST_COUNT:
+            raise SpecError(f"{source}: more than {_LARGEST_COUNT:,} values, with those that aliases repeat")
         values = _plain(yaml.constructor.construct_document(node), (), source)
         if places is not None:
             _mark(node, (), source, places)
@@ -111,9 +117,10 @@ def _parse(text: str, source: str, places: dict[Keys, str] | None) -> Any:
 def _parse_json(text: str, path: Path) -> Any:
     # Not every JSON text is YAML: DEL and other control characters are allowed in JSON.
     try:
-        return parse_json(text.encode())
+        values = parse_json(text.encode())
     except ValueError as error:
         raise SpecError(f"{path}: {error}") from error
+    return _plain(values, (), str(path))
 
 
 def _at(error: MarkedYAMLError, source: str) -> str:
@@ -134,6 +141,10 @@ def _plain(value: Any, keys: Keys, source: str) -> Any:
             return [_plain(inner, (*keys, str(i)), source) for i, inner in enumerate(value)]
         case float() if not math.isfinite(value):
             raise SpecError(f"{_named(source, keys)}: expected a finite number, got {value}")
+        case int() if value.bit_length() > 64:
+            raise SpecError(
+                f"{_named(source, keys)}: expected a number of at most 64 bits, got {value.bit_length()} bits"
+            )
         case None | bool() | int() | float() | str():
             return value
     raise SpecError(f"{_named(source, keys)}: expected text, a number, a list or a mapping, got {value!r}")
@@ -141,6 +152,19 @@ def _plain(value: Any, keys: Keys, source: str) -> Any:
 
 def _named(source: str, keys: Keys) -> str:
     return f"{source}: {'.'.join(keys)}" if keys else source
+
+
+def _expanded_size(node: Node, known: dict[int, float]) -> float:
+    """Return the number of values in a node where each alias is replaced by what it names; infinite in a circle."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until its parts are counted: it lies in itself
+        parts = (
+            [part for pair in node.value for part in pair]
+            if isinstance(node, MappingNode)
+            else (node.value if isinstance(node, SequenceNode) else [])
+        )
+        known[id(node)] = 1 + sum(_expanded_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _mark(node: Node, keys: Keys, source: str, places: dict[Keys, str]) -> None:

@@ -6,9 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from keepwarm.section import Section
+from keepwarm.section import Count, Section
 
-Size = Annotated[int, Field(gt=0, lt=2**31)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -22,14 +21,14 @@ class InitSpec(Section):
 class ModelSpec(Section):
     """Covers Llama, Mistral, Qwen2, Qwen3, OLMo 2, GPT-NeoX (Pythia), GPT and Megatron-Turing NLG."""
 
-    layers: int = Field(gt=0, le=10_000)
-    hidden_size: Size
-    heads: Size
-    kv_heads: Size | None = Field(None, description="grouped-query attention; default: heads")
-    head_dim: Size | None = Field(None, description="default: hidden_size / heads")
-    ffn_size: Size
-    vocabulary_size: Size
-    max_sequence_length: Size
+    layers: int = Field(gt=0, le=16_384)
+    hidden_size: Count
+    heads: Count
+    kv_heads: Count | None = Field(None, description="grouped-query attention; default: heads")
+    head_dim: Count | None = Field(None, description="default: hidden_size / heads")
+    ffn_size: Count
+    vocabulary_size: Count
+    max_sequence_length: Count
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: Positive = 1e-5
     norm_position: Literal["pre", "post"] = Field("pre", description="post: OLMo 2")
@@ -37,7 +36,7 @@ class ModelSpec(Section):
     position: Literal["rotary", "learned"] = "rotary"
     rope_theta: Positive = 10000.0
     rotary_fraction: float = Field(1.0, gt=0, le=1, description="part of each head that rotates (GPT-NeoX: 0.25)")
-    sliding_window: Size | None = Field(None, description="Mistral: attention to the last n tokens only")
+    sliding_window: Count | None = Field(None, description="Mistral: attention to the last n tokens only")
     parallel_residual: bool = Field(False, description="GPT-NeoX: attention and MLP read the same input")
     qkv_bias: bool = False
     attention_output_bias: bool = False

@@ -64,9 +64,8 @@ def test_runs_unreadable_ones_are_shown_with_the_reason_beside_the_others(
     run(tmp_path / "a", 7)
     for name, (file, content, _) in BROKEN.items():
         (run(tmp_path / name, 3) / file).write_bytes(content)
-    (tmp_path / "a" / "metrics.jsonl").open("a").write(
-        '\n{"step": 8, "loss": 4.0}\n'
-    )  # of a version without the others
+    with (tmp_path / "a" / "metrics.jsonl").open("a") as metrics:
+        metrics.write('\n{"step": 8, "loss": 4.0}\n')  # of a version without the other numbers
     rows = runs_in(tmp_path)
     assert {row.name: row.state for row in rows} == {"a": "ended"} | dict.fromkeys(BROKEN, "unreadable")
     lines = list(table(rows))
