@@ -102,7 +102,7 @@ class StepReport(Callback):
                 consumed_samples=run.loader.consumed,
                 global_batch_size=done.samples,
                 tokens_per_s=tokens_per_s,
-                skipped=run.state.health.skipped_total + result.skipped,
+                skipped=run.state.health.skipped_total + (result.skipped and result.tokens > 0),
                 tflops_per_gpu=speed.tflops_per_gpu(tokens_per_s),
                 mfu=speed.mfu(tokens_per_s),
             )
@@ -128,8 +128,14 @@ class HealthCheck(Callback):
 
     def after_step(self, run: Run, done: StepDone) -> None:
         health, step, result = run.state.health, run.state.step, done.result
-        verdict = health.judge(result.loss, result.skipped)
+        verdict = health.judge(result.loss, result.skipped, tokens=result.tokens)
         if verdict == "good":
+            return
+        if verdict == "empty":
+            run.metrics.event(events.Empty(step=step))
+            run.console.warn(
+                f"iteration {step} skipped: every target of its batch is masked ({health.empty_total} such steps)"
+            )
             return
         event = {"skipped": events.Skipped, "spike": events.Spike, "stop": events.Stopped}[verdict]
         run.metrics.event(event(step=step, loss=repr(result.loss), grad_norm=repr(result.grad_norm)))
