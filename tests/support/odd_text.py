@@ -92,7 +92,19 @@ def _json_lines(draw: random.Random) -> OddFile:
 def _good_line(draw: random.Random, text: str) -> bytes:
     fields: list[tuple[str, Any]] = [("text", text), ("url", draw.choice(("u", 3, 1e300))), ("score", draw.random())]
     for _ in range(draw.randrange(3)):
-        odd = (None, True, 10**400, -1, 1.5, float("nan"), float("inf"), [[[]]], {"text": 3}, "\ud83d", "\0" * 5)
+        odd: tuple[Any, ...] = (
+            None,
+            True,
+            10**400,
+            -1,
+            1.5,
+            float("nan"),
+            float("inf"),
+            [[[]]],
+            {"text": 3},
+            "\ud83d",
+            "\0" * 5,
+        )
         fields.append((draw.choice(("", "Text", "text ", "\0", "\ud83d", "k" * 999)), draw.choice(odd)))
     draw.shuffle(fields)
     return json.dumps(dict(fields), ensure_ascii=draw.random() < 0.5).encode("utf-8", "backslashreplace")
