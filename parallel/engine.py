@@ -77,7 +77,8 @@ class StepResult:
     grad_norm: float
     """Global 2-norm of the gradient before clipping."""
     skipped: bool
-    """Whether the step was skipped because a loss or the norm was not finite; no state has changed then."""
+    """Whether the step was skipped, since a loss or the norm was not finite or there was no target; no state has
+    changed then."""
 
     @property
     def loss(self) -> float:

@@ -48,7 +48,8 @@ def finish(
 ) -> StepResult:
     """Return the result of a step after its last backward, equal on every rank; clip gradients unless it is skipped.
 
-    A step is skipped if a loss or the gradient norm is not finite: the caller must then update nothing.
+    A step is skipped if a loss or the gradient norm is not finite, or there is no target: the caller must then update
+    nothing.
     """
     squared = clip.squared_norm(gradients, mesh.rank, config.device)
     *totals, squared_norm, count = _agree(mesh, losses, squared)

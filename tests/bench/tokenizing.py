@@ -2,8 +2,7 @@
 
 Prints one JSON object: medians of seconds and of processor seconds, from start to end of a process, and their ratios to
 the bare loop. Every round runs all of them in turns. The loop reads the lines, encodes them with all threads of the
-library and writes the
-ids: no end of documents, no index, no checks, no files that a killed run could continue from.
+library and writes the ids: no end of documents, no index, no checks, no files that a killed run could continue from.
 """
 
 import json

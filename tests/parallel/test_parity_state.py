@@ -189,3 +189,20 @@ def test_parity_state_engines_of_two_layouts_run_in_one_process() -> None:
     other = Case(tensor=2, pipeline=2, precision="fp32")
     for before, _, after in run_ranks(4, _build_twice, first, other):
         assert before == after
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(engine="megatron", precision="fp32", data=2, clipped=True, optimizer="adamw"),
+        Case(engine="deepspeed", precision="fp32", data=2, clipped=True),
+        Case(pipeline=2, schedule="zero_bubble", z_loss=1e-2),
+    ],
+    ids=str,
+)
+def test_parity_state_batch_without_targets_is_skipped_in_every_engine(case: Case) -> None:
+    expected = parity.run_case(case, steps=range(2))
+    for bad, unchanged, steps, _ in run_ranks(case.world_size, _skipped, case, "masked", deadline=280.0):
+        assert (bad.skipped, bad.tokens) == (True, 0)
+        assert unchanged
+        assert steps == expected.steps

@@ -6,6 +6,7 @@ from keepwarm.parallel.engine import Engine
 from keepwarm.trainer.data.loader import RankShare, evaluation_batches
 from keepwarm.trainer.data.packing import PackedSource
 from keepwarm.trainer.distributed.world import World
+from keepwarm.trainer.errors import DataError
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.loop.callback import Callback, Run
 from keepwarm.trainer.loop.gate import Forgetting, forgetting
@@ -25,6 +26,9 @@ class Evaluator:
     def losses(self, domains: Collection[str] | None = None) -> dict[str, float]:
         """Return the mean cross-entropy by domain, in nats per unmasked target; of all domains or the given ones.
         Collective.
+
+        Raises:
+            DataError: a domain has no unmasked target.
         """
         return {
             name: self._loss(source) for name, source in self._domains.items() if domains is None or name in domains
@@ -37,6 +41,10 @@ class Evaluator:
         ):
             result = self._engine.evaluate(batch)
             total, count = total + result.loss_sum, count + result.tokens
+        if not count:
+            raise DataError(
+                f"data.validation.{source.name}: every target of its first samples is masked: nothing to score"
+            )
         return total / count
 
 

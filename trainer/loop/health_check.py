@@ -10,8 +10,14 @@ class HealthCheck(Callback):
 
     def after_step(self, run: Run, done: StepDone) -> None:
         health, step, result = run.state.health, run.state.step, done.result
-        verdict = health.judge(result.loss, result.skipped)
+        verdict = health.judge(result.loss, result.skipped, tokens=result.tokens)
         if verdict == "good":
+            return
+        if verdict == "empty":
+            run.metrics.event(events.Empty(step=step))
+            run.console.warn(
+                f"iteration {step} skipped: every target of its batch is masked ({health.empty_total} such steps)"
+            )
             return
         event = {"skipped": events.Skipped, "spike": events.Spike, "stop": events.Stopped}[verdict]
         run.metrics.event(event(step=step, loss=repr(result.loss), grad_norm=repr(result.grad_norm)))

@@ -104,7 +104,7 @@ class StepReport(Callback):
                 consumed_samples=run.loader.consumed,
                 global_batch_size=done.samples,
                 tokens_per_s=tokens_per_s,
-                skipped=run.state.health.skipped_total + result.skipped,
+                skipped=run.state.health.skipped_total + (result.skipped and result.tokens > 0),
                 tflops_per_gpu=speed.tflops_per_gpu(tokens_per_s),
                 mfu=speed.mfu(tokens_per_s),
             )

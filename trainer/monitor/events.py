@@ -119,6 +119,12 @@ class Skipped(Event, frozen=True, kw_only=True):
     grad_norm: str
 
 
+class Empty(Event, frozen=True, kw_only=True):
+    """The update of a step was skipped because every target of its batch is masked."""
+
+    step: int
+
+
 class Spike(Event, frozen=True, kw_only=True):
     """The loss of a step exceeds `health.spike_factor` times the running mean; numbers are given as text."""
 

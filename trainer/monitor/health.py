@@ -8,7 +8,7 @@ from keepwarm.trainer.job.sections import HealthSpec
 MEAN_MOMENTUM = 0.9
 WARM_STEPS = 10
 
-Verdict = Literal["good", "skipped", "spike", "stop"]
+Verdict = Literal["good", "empty", "skipped", "spike", "stop"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -18,11 +18,16 @@ class Health:
     spec: HealthSpec
     skipped_total: int = 0
     skipped_in_a_row: int = 0
+    empty_total: int = 0
+    """Steps without a target, which are skipped as well but say nothing about the model."""
     mean_loss: float | None = None
     seen: int = 0
 
-    def judge(self, loss: float, skipped: bool) -> Verdict:
-        """Judge the result of one step; `stop` after too many consecutive skipped steps."""
+    def judge(self, loss: float, skipped: bool, *, tokens: int) -> Verdict:
+        """Judge the result of one step over `tokens` targets; `stop` after too many consecutive skipped steps."""
+        if not tokens:
+            self.empty_total += 1
+            return "empty"
         if skipped:
             self.skipped_total += 1
             self.skipped_in_a_row += 1
@@ -39,6 +44,7 @@ class Health:
         return {
             "skipped_total": self.skipped_total,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "empty_total": self.empty_total,
             "mean_loss": self.mean_loss,
             "seen": self.seen,
         }
@@ -51,6 +57,7 @@ class Health:
             spec=spec,
             skipped_total=int(saved["skipped_total"] or 0),
             skipped_in_a_row=int(saved["skipped_in_a_row"] or 0),
+            empty_total=int(saved.get("empty_total") or 0),
             mean_loss=None if mean is None else float(mean),
             seen=int(saved["seen"] or 0),
         )

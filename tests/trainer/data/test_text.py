@@ -116,6 +116,7 @@ def test_text_suffix_in_any_case_is_known(tmp_path: Path, name: str) -> None:
     [
         ("a.jsonl", b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}', ["one", "two"]),
         ("a.jsonl", b'{"text": "one"}\n\xef\xbb\xbf{"text": "two"}\n', ["one", "two"]),
+        ("a.jsonl", b'\xef\xbb\xbf  \n{"text": "one"}\n', ["one"]),
         ("a.jsonl", b'{"text": "one"}\r\n\r\n{"text": "two"}\r\n', ["one", "two"]),
         ("a.jsonl", '{"text": "\u2028one"}\n'.encode(), ["\u2028one"]),
         ("a.jsonl", b'{"text": "\\ud83d\\ude00", "other": "\\ud83d"}', ["\U0001f600"]),

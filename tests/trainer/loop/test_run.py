@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.support.corpus import write_token_file
 from tests.support.runs import warm
 from tests.support.runs.run_contents import steps_of, tensors_of
 
@@ -215,6 +216,23 @@ def test_run_non_finite_loss_stops_itself(tmp_path: Path) -> None:
     events = [json.loads(line)["event"] for line in (output / "events.jsonl").read_text().splitlines()]
     assert events[-1] == "stopped"
     assert all(line["loss"] is None or math.isfinite(line["loss"]) for line in steps_of(output) if "loss" in line)
+
+
+def test_run_batches_without_targets_are_skipped_and_counted(tmp_path: Path) -> None:
+    """Documents of one token: every target belongs to the next document."""
+    prefix, other = (write_token_file(tmp_path / str(token), [[token]] * 2000) for token in (7, 8))
+    output, data = tmp_path / "run", f"data.sources={{en: {prefix}, de: {other}}}"
+    masked = (str(TINY), f"output={output}", data, "data.document_mask=true")
+    code, said = run(keepwarm(*masked, "data.validation={}", "health.max_skipped=3"), tmp_path / "run.out")
+    assert code == 0, said
+    assert "iteration 20 skipped: every target of its batch is masked (20 such steps)" in said
+    assert {line["loss"] for line in steps_of(output) if "loss" in line} == {None}
+    assert [event["event"] for event in events_of(output)].count("empty") == 20
+    assert "stopped" not in {event["event"] for event in events_of(output)}
+    code, said = run(keepwarm(*masked, f"data.validation={{en: {prefix}}}", "--force"), tmp_path / "validated.out")
+    assert code == 2, said
+    assert "data.validation.en: every target of its first samples is masked" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.ci

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from keepwarm.foreign_json import decode_utf8, parse_json, shown_keys
+from keepwarm.foreign_json import BOM, decode_utf8, parse_json, shown_keys
 from keepwarm.trainer.data.preprocess import compressed
 from keepwarm.trainer.data.preprocess.prefix import Prefix, prefix_of
 from keepwarm.trainer.data.preprocess.score import Keep, score_of
@@ -119,7 +119,7 @@ def read_lines(part: TextPart, read: Callable[[Any, str], _Read]) -> tuple[list[
     """
     found, bad = [], []
     for offset, line in enumerate(part.payload.split(b"\n")):
-        if not line.strip():
+        if not line.removeprefix(BOM).strip():
             continue
         where = f"{part.path}:{part.first_line + offset}"
         try:
