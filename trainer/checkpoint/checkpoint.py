@@ -3,6 +3,7 @@
 The format is that of `keepwarm.ft.format.publication`, so checkpoints written here and by snapshot agents are the same.
 """
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import torch
 import xxhash
 
 from keepwarm.ft.arrays import Bytes
+from keepwarm.ft.discovery.registry import newest_epoch
 from keepwarm.ft.errors import FtError
 from keepwarm.ft.format import publication
 from keepwarm.ft.format.contents import Move, Piece, move_bytes, plan
 from keepwarm.ft.format.manifest import Entry, Manifest, Part
-from keepwarm.ft.format.writer import write_part
+from keepwarm.ft.format.writer import age_notes, write_part
 from keepwarm.ft.worker.snapshotter import DTYPES, piece_of
 from keepwarm.parallel.shard import Shard
 from keepwarm.trainer.checkpoint.store import Checkpoint, opened
@@ -50,7 +52,11 @@ class Checkpoints:
         self._run = run
         self._layout = layout
         self.epoch = 0
-        """Orders checkpoints together with the step; snapshot agents begin a new epoch at every start."""
+        """Orders checkpoints together with the step; every start begins a new one."""
+
+    def begin_epoch(self, memory: int) -> None:
+        """Begin the epoch of the snapshot agents, or, without them (0), one beyond all that are visible."""
+        self.epoch = max(memory, newest_epoch(self.root.parent) + (0 if memory else 1))
 
     def due(self, step: int) -> bool:
         """Return whether the spec asks for a checkpoint after `step` completed steps, besides the final one."""
@@ -71,7 +77,8 @@ class Checkpoints:
                 tmp.mkdir(parents=True, exist_ok=True)
             self._world.barrier()
             mine = [shard for shard in shards.values() if shard.replicas[0] == self._world.rank]
-            write_part(tmp, self._world.rank, [(piece_of(shard), host_bytes(shard.local)) for shard in mine])
+            pairs = [(piece_of(shard), host_bytes(shard.local)) for shard in mine]
+            write_part(tmp, self._world.rank, pairs, meta=age_notes(self.epoch, step))
         except (OSError, FtError) as error:
             failure = error
         self._agree(failure)
@@ -91,8 +98,12 @@ class Checkpoints:
             meta=meta,
         )
         publication.verify(tmp)
-        publication.publish(tmp, final)
-        publication.prune(self.root, self._spec.keep)
+        if not publication.publish(tmp, final):
+            warnings.warn(
+                f"{final.parent}: a restart prefers a checkpoint of a later epoch than {self.epoch} to step {step}",
+                stacklevel=2,
+            )
+        publication.prune(self.root, self._spec.keep, published=final)
 
     def _agree(self, failure: Exception | None) -> None:
         """Raise on all ranks if one of them failed."""

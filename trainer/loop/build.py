@@ -77,7 +77,7 @@ def assemble(
     _begin_averages(parts, beginning)
     state.tokenizer = data.tokenizer
     changes = state.adopt_curves(plans)
-    checkpoints.epoch = memory.epoch
+    checkpoints.begin_epoch(memory.epoch)
     _open_segments(job, plans, parts.loader)
     watchdog = Watchdog(job.health, folder, rank=world.rank, size=world.size, restart=world.restarts)
     speed = Speed.of(model_flops_per_token(job.model, job.data.sequence_length), gpus=world.size)
