@@ -13,6 +13,8 @@ from keepwarm.ft.errors import PlacementError
 from keepwarm.ft.spec import CodeSpec, SnapshotSpec
 
 MAX_GROUP = 32
+MAX_BUCKETS = 262_144
+"""Buckets of a node's state: their checksums fit into one message."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,3 +104,14 @@ def groups_of(nodes: int, spec: SnapshotSpec) -> tuple[Group, ...]:
     """
     domains = list(spec.domains) if isinstance(spec.domains, tuple) else nodes
     return place(domains, *code_for(nodes, spec.code))
+
+
+def check_bucket(state_bytes: int, bucket: int) -> None:
+    """Raise `PlacementError` if a node's state has so many buckets that a snapshot of it could not be restored."""
+    count = -(-state_bytes // bucket)
+    if count > MAX_BUCKETS:
+        least = -(-state_bytes // MAX_BUCKETS)
+        raise PlacementError(
+            f"snapshot.bucket = {bucket}: the state of a node has {state_bytes} bytes, which are {count} buckets, and "
+            f"at most {MAX_BUCKETS} are possible; choose a bucket of at least {-(-least // 4096) * 4096}"
+        )

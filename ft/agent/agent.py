@@ -193,6 +193,8 @@ class Agent:
         self.scrub.tick(now)
         if not self._published and now >= self._next_look:
             self._publish(now)
+        if self.durable is not None:
+            self.durable.tick()
         busy = self.durable is not None and self.durable.busy
         over = self.sessions.ended and not self.sessions.workers
         unneeded = now - self.sessions.last_seen > self.config.lease

@@ -1,29 +1,36 @@
 """Write committed snapshots as durable checkpoints while the workers keep training.
 
-Each agent writes its own workers' parts. The lowest live slot waits for all parts, writes the manifest, verifies and
-publishes. A failing, full or slow disk costs only a warning and a later checkpoint.
+Each agent writes its own workers' parts, from bytes that it compares with the sealed checksums. The lowest live slot
+waits for all parts, writes the manifest, verifies and publishes; where two agents take themselves for it, one waits
+for the other. A failing, full or slow disk costs warnings and a later checkpoint.
 """
 
 import contextlib
 import shutil
 import threading
-import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from keepwarm.ft.agent.shell import Shell
-from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.discovery.config import DurableConfig
-from keepwarm.ft.errors import DurableError, FtError
+from keepwarm.ft.errors import DurableError
 from keepwarm.ft.format import publication
-from keepwarm.ft.format.contents import Contents, contents_length, decode_contents
-from keepwarm.ft.format.writer import write_part
+from keepwarm.ft.format.contents import ITEM_SIZE, Contents, Piece
+from keepwarm.ft.format.writer import age_notes, write_part_blocks
+from keepwarm.ft.memory.sealed_data import BucketRotten, SealedData
 from keepwarm.ft.protocol import events
 from keepwarm.ft.protocol.messages import SnapshotId
+from keepwarm.ft.protocol.state import Copy
+
+RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
+"""Seconds until a write that the disk refused is tried again, doubled each time, up to the longest."""
+POLL_S = 0.05
 
 
 @dataclass
@@ -38,6 +45,25 @@ class Report:
     last_error: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One checkpoint to write: the snapshot, the folder it is assembled in, and who completes it."""
+
+    snapshot: SnapshotId
+    tmp: Path
+    publishes: bool
+    abandoned: threading.Event
+    """Set when the agents that should have written missing parts are gone."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a write ended: "" or the error, and the bucket that was found to have rotted."""
+
+    error: str = ""
+    rotten: int | None = None
+
+
 class DurableWriter:
     """Writes one checkpoint at a time on a dedicated thread."""
 
@@ -45,7 +71,10 @@ class DurableWriter:
         self._shell, self._config = shell, config
         self._root = Path(config.root)
         self._pool = ThreadPoolExecutor(1, "durable")
-        self._under_way = 0
+        self._under_way = False
+        self._next: tuple[SnapshotId, int] | None = None
+        """The snapshot to write next, and the epoch that all writers name their folder after: the snapshot's, or a
+        later one that a supervisor wants on disk."""
         self._owed = False
         self._saves: int | None = None
         """The epoch that a supervisor has asked to have on disk."""
@@ -55,7 +84,7 @@ class DurableWriter:
 
     @property
     def busy(self) -> bool:
-        return self._under_way > 0
+        return self._under_way or self._next is not None
 
     def committed(self, snapshot: SnapshotId) -> None:
         """Start writing a snapshot if it is due. Skip it if another one is being written."""
@@ -63,7 +92,8 @@ class DurableWriter:
         if not due or self.busy:
             self._owed = self._owed or due
             return
-        self._begin(snapshot, snapshot.epoch)
+        self._next = snapshot, snapshot.epoch
+        self._shell.dispatch(events.DurableStarted(snapshot))  # before anything can replace it
 
     def save(self, epoch: int) -> None:
         """Write the snapshot that an epoch restores, due or not, as soon as this agent has all of its part."""
@@ -78,77 +108,130 @@ class DurableWriter:
         asked, self._saves = self._saves, None
         if state.decided is not None:
             self.abandon()  # the write in progress may be waiting for a lost agent
-            self._begin(state.decided, asked)
+            self._next = state.decided, asked
 
-    def _begin(self, snapshot: SnapshotId, epoch: int) -> None:
-        """Start writing for `epoch`: the snapshot's, or a later one that a supervisor wants on disk.
-
-        All writers share one folder.
-        """
-        copy = self._shell.state.copy(snapshot)
-        if copy is None or copy.data is None:
+    def tick(self) -> None:
+        """Start what is to be written next, once the protocol keeps its buffer: without that, nothing is written."""
+        if self._next is None or self._under_way:
             return
-        self._under_way, self._owed = self._under_way + 1, False
-        self._abandoned = threading.Event()
+        (snapshot, epoch), self._next = self._next, None
         shell = self._shell
-        shell.dispatch(events.DurableStarted(snapshot))
-        data = shell.memory.data[copy.data].data
-        tmp = publication.staging(self._root, epoch, snapshot.step)
+        copy = shell.state.copy(snapshot)
+        if copy is not None and not copy.held:
+            shell.dispatch(events.DurableStarted(snapshot))
+            copy = shell.state.copy(snapshot)
+        if copy is None or copy.data is None or not copy.held:
+            self._owed = True
+            shell.journal.write("info", "a checkpoint is passed over: its buffer is needed", step=snapshot.step)
+            return
+        self._owed, self._under_way, self._abandoned = False, True, threading.Event()
         first = min([shell.config.slot, *shell.network.links]) == shell.config.slot
-        shell.pool.follow(
-            self._pool.submit(self._write, snapshot, tmp, data, self._abandoned if first else None),
-            lambda error: self._written(snapshot, error),
+        task = Task(
+            snapshot=snapshot, tmp=publication.staging(self._root, epoch, snapshot.step),
+            publishes=first, abandoned=self._abandoned,
+        )  # fmt: skip
+        sealed = SealedData(
+            shell.memory.data[copy.data].data, _sums(copy, shell.config.slot), shell.config.bucket_bytes
         )
+        shell.pool.follow(self._pool.submit(self._write, task, sealed), partial(self._written, snapshot))
 
     def abandon(self) -> None:
         """Stop waiting for missing parts: the agents that should have written them are gone."""
         self._abandoned.set()
 
     def close(self) -> None:
+        self.abandon()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _written(self, snapshot: SnapshotId, error: str) -> None:
-        self._under_way -= 1
-        if error:
+    def _written(self, snapshot: SnapshotId, outcome: Outcome) -> None:
+        shell = self._shell
+        self._under_way = False
+        if outcome.error:
             self._owed = True
             self.report.failed += 1
-            self.report.last_error = error
-            self._shell.journal.write(
-                "warning", "a checkpoint failed, the next is tried", step=snapshot.step, reason=error
+            self.report.last_error = outcome.error
+            shell.journal.write(
+                "warning", "a checkpoint failed, the next is tried", step=snapshot.step, reason=outcome.error
             )
         else:
             self.report.written += 1
             self.report.last_step = snapshot.step
-        self._shell.dispatch(events.DurableEnded(snapshot))
+        copy = shell.state.copy(snapshot)
+        if outcome.rotten is not None and copy is not None:
+            stripes = copy.group.data_stripes(shell.config.slot)
+            stripe = stripes[outcome.rotten // shell.memory.shape.chunk]
+            shell.dispatch(events.Scrubbed(snapshot, stripe, False))
+        shell.dispatch(events.DurableEnded(snapshot))
 
-    def _write(self, snapshot: SnapshotId, tmp: Path, data: Bytes, publishes: threading.Event | None) -> str:
-        """Write on the thread; publish if `publishes` is given and not set. Return the error message, or ""."""
-        began = self._shell.clock()
-        try:
-            tmp.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = parts(data)
-            for contents, part in found:
-                tensors = [(piece, part[start : start + piece.bytes]) for piece, start in contents.entries]
-                meta = {"keepwarm.meta": contents.meta.decode()}
-                write_part(tmp, contents.rank, tensors, meta=meta, compress=self._config.compress)
-            if publishes is not None:
-                self._publish(snapshot, tmp, found[0][0], publishes)
-        except (OSError, FtError, ValueError) as error:
-            if publishes is not None:
-                shutil.rmtree(tmp, ignore_errors=True)
-            return f"{type(error).__name__}: {error}"
+    # ---- on the thread
+
+    def _write(self, task: Task, sealed: SealedData) -> Outcome:
+        """Write this node's parts and, if it falls to this agent, complete the checkpoint. Never raise."""
+        began, wait = self._shell.clock(), RETRY_S
+        while True:
+            try:
+                self._write_parts(task, sealed)
+                if task.publishes:
+                    self._complete(task, sealed.parts()[0][0])
+                break
+            except BucketRotten as error:
+                return Outcome(f"{type(error).__name__}: {error}", error.index)
+            except OSError as error:
+                late = self._shell.clock() + wait - began > self._config.deadline
+                if isinstance(error, TimeoutError) or late or task.abandoned.wait(wait):
+                    return Outcome(f"{type(error).__name__}: {error}")
+                self.report.last_error = f"{type(error).__name__}: {error}"
+                wait = min(2 * wait, LONGEST_RETRY_S)
+            except Exception as error:  # a checkpoint less must not cost the agent, which holds the newer state
+                return Outcome(f"{type(error).__name__}: {error}")
         self.report.last_seconds = self._shell.clock() - began
-        return ""
+        return Outcome()
 
-    def _publish(self, snapshot: SnapshotId, tmp: Path, contents: Contents, abandoned: threading.Event) -> None:
+    def _write_parts(self, task: Task, sealed: SealedData) -> None:
+        task.tmp.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for contents, first in sealed.parts():
+            starts = {piece.name: first + start for piece, start in contents.entries}
+            pieces = sorted(
+                (piece for piece, _ in contents.entries), key=lambda each: (-ITEM_SIZE[each.dtype], each.name)
+            )
+
+            def blocks(piece: Piece, starts: dict[str, int] = starts) -> Iterator[memoryview]:
+                return sealed.blocks(starts[piece.name], starts[piece.name] + piece.bytes)
+
+            meta = {"keepwarm.meta": contents.meta.decode(), **age_notes(*task.snapshot.age)}
+            write_part_blocks(
+                task.tmp, contents.rank, pieces, blocks, meta=meta, compress=self._config.compress
+            )  # fmt: skip
+
+    def _complete(self, task: Task, contents: Contents) -> None:
+        """Publish the checkpoint, or wait until the agent that is at it has done so."""
         deadline = self._shell.clock() + self._config.deadline
+        while True:
+            with publication.assembling(task.tmp) as mine:
+                if mine:
+                    try:
+                        self._publish(task, contents, deadline)
+                    except BaseException:
+                        shutil.rmtree(task.tmp, ignore_errors=True)
+                        raise
+                    return
+            if not task.tmp.exists():
+                if publication.published(self._root, *task.snapshot.age):
+                    return
+                raise DurableError(f"{task.tmp}: another agent gave it up")
+            if self._shell.clock() > deadline:
+                raise TimeoutError(f"waited {self._config.deadline:g} s for the agent that completes {task.tmp}")
+            task.abandoned.wait(POLL_S)
+
+    def _publish(self, task: Task, contents: Contents, deadline: float) -> None:
+        snapshot, tmp = task.snapshot, task.tmp
         wanted = set(range(contents.world))
         while missing := wanted - {int(path.name[5:].split(".")[0]) for path in tmp.glob("rank_*")}:
-            if abandoned.is_set():
+            if task.abandoned.is_set():
                 raise DurableError(f"the agents have left that were to write ranks {sorted(missing)}")
             if self._shell.clock() > deadline:
                 raise TimeoutError(f"waited {self._config.deadline:g} s for the parts of all {contents.world} ranks")
-            time.sleep(0.05)
+            task.abandoned.wait(POLL_S)
         meta: dict[str, Any] = {}
         with contextlib.suppress(msgspec.DecodeError):
             meta = msgspec.json.decode(contents.meta, type=dict[str, Any])
@@ -161,21 +244,11 @@ class DurableWriter:
         if publication.publish(tmp, final):
             self.report.published += 1
             self._shell.journal.write("info", "published a checkpoint", folder=final)
-        publication.prune(self._root, self._config.keep, self._config.keep_every)
+        else:
+            self._shell.journal.write("warning", "a restart prefers a checkpoint of a later epoch", folder=final)
+        publication.prune(self._root, self._config.keep, self._config.keep_every, published=final)
 
 
-def parts(data: Bytes) -> list[tuple[Contents, Bytes]]:
-    """Return the workers' parts of a data buffer. Each part records its own length."""
-    found = []
-    at = 0
-    while at + 16 <= len(data):
-        try:
-            contents_length(data[at:])
-        except FtError:
-            break
-        contents = decode_contents(data[at:])
-        found.append((contents, data[at : at + contents.size]))
-        at += contents.size
-        if len(found) == contents.workers:
-            break
-    return found
+def _sums(copy: Copy, slot: int) -> tuple[int, ...]:
+    """Return the checksums of all buckets of a copy's data buffer on its own node, `slot`."""
+    return tuple(value for stripe in copy.group.data_stripes(slot) for value in copy.chunk_sums(slot, stripe))

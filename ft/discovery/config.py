@@ -12,6 +12,7 @@ import msgspec
 from keepwarm.files import atomic_write
 from keepwarm.ft.codec.kernel import AUTO
 from keepwarm.ft.errors import AgentError
+from keepwarm.ft.groups import check_bucket
 from keepwarm.ft.protocol.parity_placement import StripeGroup
 from keepwarm.ft.protocol.state import Topology
 
@@ -20,6 +21,12 @@ SOCKET_BYTES = 107
 """Maximum bytes of a Unix socket path: `sun_path` of unix(7) without the trailing NUL."""
 LOCK = "lock"
 LOG = "agent.log"
+
+
+START_S = 60.0
+"""Time that an agent may take to start, in seconds, besides that for its memory."""
+FAULTED_IN_A_SECOND = 1 << 30
+"""Bytes of memory that any host faults in within a second; usual are 5 to 10 times as many."""
 
 
 class AgentExit(IntEnum):
@@ -86,6 +93,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def __post_init__(self) -> None:
         if self.bucket_bytes < 4096 or self.bucket_bytes % 4096 or self.bucket_bytes > 64 << 20:
             raise ValueError(f"bucket_bytes is {self.bucket_bytes}, must be a multiple of 4096 of at most 64 MiB")
+        check_bucket(self.state_bytes, self.bucket_bytes)
         if self.state_bytes < 0 or self.threads < 1 or self.lease <= 0 or self.silence <= 0:
             raise ValueError("state_bytes, threads, lease and silence must be positive")
         slots = sorted(slot for group in self.groups for slot in group.members)
@@ -100,6 +108,13 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 for i, group in enumerate(self.groups)
             )
         )
+
+    @property
+    def start_seconds(self) -> float:
+        """Time within which the agent must have started: it faults in all of its memory first."""
+        group = self.topology.group_of(self.slot)
+        copies = (2 if self.durable is None else 3) + 2 * group.parity / group.data
+        return START_S + copies * self.state_bytes / FAULTED_IN_A_SECOND
 
     @property
     def socket(self) -> Path:
@@ -163,12 +178,17 @@ def _folder_name(run: str) -> str:
 
 
 def private_folder(path: Path) -> Path:
-    """Create `path` and its parent with mode 0700. Refuse folders owned by another user."""
+    """Create `path` and its parent with mode 0700. Refuse links and folders that another user owns or can change."""
     for folder in (path.parent, path):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = path.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-        raise AgentError(f"{path}: must be a folder of user {os.geteuid()}, it is not: remove it")
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            raise AgentError(f"{folder}: must be a folder of user {os.geteuid()}, it is not: remove it")
+        if folder != path and status.st_mode & 0o022:
+            mode = stat.S_IMODE(status.st_mode)
+            raise AgentError(
+                f"{folder}: other users can change it (mode {mode:04o}): remove it, or chmod go-w {folder}"
+            )
     if status.st_mode & 0o077:
         path.chmod(0o700)
     return path

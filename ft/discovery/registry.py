@@ -7,10 +7,13 @@ from pathlib import Path
 import msgspec
 
 from keepwarm.files import atomic_create, atomic_write
+from keepwarm.ft.format import publication
 from keepwarm.ft.protocol.messages import Decision, Decode
 
 AGENTS_FOLDER = "agents"
 """Folder name inside the run folder."""
+CHECKPOINTS_FOLDER = "checkpoints"
+"""Folder of durable checkpoints inside the run folder."""
 TEMPLATE_FILE = "template.json"
 """File in the agents folder: the config of rank 0's agent, from which supervisors start others. Only slot, host and
 runtime folder differ."""
@@ -32,6 +35,22 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
 
     decision: Decision
     orders: tuple[tuple[int, Decode], ...] = ()
+
+
+def newest_epoch(shared: Path) -> int:
+    """Return the highest epoch of a choice or a durable checkpoint in a run folder, or -1 if there is none.
+
+    Epochs order everything that a run saves, so a start begins one beyond all that are visible: the files of agents may
+    have been deleted, the folder copied, or the last start have taken no snapshots. Raises `OSError`.
+    """
+    decided = _epochs(shared / AGENTS_FOLDER, "choice-*.json")
+    return max(publication.newest_epoch(shared / CHECKPOINTS_FOLDER), *decided)
+
+
+def _epochs(folder: Path, pattern: str) -> tuple[int, ...]:
+    """Return the epochs in the names of the files of one kind, after -1."""
+    names = (path.stem.rpartition("-")[2] for path in folder.glob(pattern))
+    return (-1, *(int(name) for name in names if name.isdigit()))
 
 
 KEPT_EPOCHS = 8
@@ -97,21 +116,16 @@ class Registry:
         return self.choice(epoch)
 
     def newest_epoch(self) -> int:
-        """Return the highest epoch that has been seen decided here, or 0 if none has. It never shrinks."""
+        """Return the highest epoch that has been seen decided or saved in this run, 0 if none has. It never shrinks."""
         with contextlib.suppress(OSError):
-            self._newest = max(self._newest, *self._epochs("choice-*.json"))
+            self._newest = max(self._newest, newest_epoch(self.folder.parent))
         return self._newest
-
-    def _epochs(self, pattern: str) -> tuple[int, ...]:
-        """Return the epochs of the files of one kind, and 0."""
-        names = (path.stem.rpartition("-")[2] for path in self.folder.glob(pattern))
-        return (0, *(int(name) for name in names if name.isdigit()))
 
     def _forget(self, last: int) -> None:
         """Remove the files of epochs up to `last`, which newer ones have superseded."""
         for kind, suffix in (("choice", ".json"), ("reason", ".txt")):
-            for epoch in self._epochs(f"{kind}-*{suffix}"):
-                if 0 < epoch <= last:
+            for epoch in _epochs(self.folder, f"{kind}-*{suffix}"):
+                if 0 <= epoch <= last:
                     (self.folder / f"{kind}-{epoch}{suffix}").unlink(missing_ok=True)
 
     def explain(self, epoch: int, reason: str) -> None:

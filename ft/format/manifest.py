@@ -35,6 +35,9 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     header_bytes: int
     data_bytes: int
     entries: tuple[Entry, ...]
+    epoch: int | None = None
+    step: int | None = None
+    """Age of the state, as the header says. None in parts of versions before 0.2, and of converters."""
 
     @property
     def compressed(self) -> bool:
@@ -75,9 +78,18 @@ def decode_manifest(content: bytes, path: str) -> Manifest:
     for part in manifest.parts:
         if not re.fullmatch(r"rank_\d{5,}\.safetensors(\.zst)?", part.file):
             raise DurableError(f"{path}: {part.file!r} is not the name of a part")
+        check_age(part, manifest.epoch, manifest.step, f"{path}: {part.file}")
         for entry in part.entries:
             check_entry(entry, f"{path}: {part.file}")
     return manifest
+
+
+def check_age(part: Part, epoch: int, step: int, where: str) -> None:
+    """Raise `DurableError` if a part says that it belongs to another (epoch, step)."""
+    if (part.epoch, part.step) not in ((None, None), (epoch, step)):
+        raise DurableError(
+            f"{where}: is of epoch {part.epoch} and step {part.step}, its checkpoint of epoch {epoch} and step {step}"
+        )
 
 
 def check_entry(entry: Entry, where: str) -> None:

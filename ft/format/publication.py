@@ -5,11 +5,13 @@ A folder `iter_0000100` holds
     rank_00000.safetensors      (or .safetensors.zst)  the pieces of one rank; the header describes each of them
     manifest.json               identity, free-form `meta`, and checksums of every header and tensor
 
-It is written under a temporary name, synced and renamed. The file `latest` beside it only moves forward in
-(epoch, step). Nothing is pickled, and every length in a file is checked against the file before use.
+It is written under a temporary name, synced and renamed. The newest checkpoint is the complete one with the largest
+(epoch, step); the file `latest` beside it is a hint for people and for stores that cannot be listed. Nothing is
+pickled, and every length in a file is checked against the file before use.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -25,12 +27,16 @@ import xxhash
 
 from keepwarm.files import atomic_write, sync_directory
 from keepwarm.ft.errors import DurableError
-from keepwarm.ft.format.manifest import MANIFEST, VERSION, Manifest, read_manifest
+from keepwarm.ft.format.manifest import MANIFEST, VERSION, Manifest, check_age, read_manifest
 from keepwarm.ft.format.reader import BLOCK, compare, read_header, read_part
 
 LATEST = "latest"
 _REPLACED = "tmp-old-"
+_ASSEMBLING = ".assembling"
 _FINAL = re.compile(r"iter_(\d{7,})")
+_HEAD_BYTES = 4096
+_HEAD = re.compile(rb'\s*\{\s*"version":\s*\d+,\s*"run":\s*"(?:[^"\\]|\\.)*",\s*"epoch":\s*(\d+),\s*"step":\s*(\d+),')
+"""Beginning of a manifest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +59,7 @@ def write_manifest(directory: Path, identity: Identity, *, ranks: int, meta: Map
         part = read_header(found[0])
         if part.rank != rank:
             raise DurableError(f"{found[0]}: was written by rank {part.rank}")
+        check_age(part, identity.epoch, identity.step, str(found[0]))
         parts.append(part)
     manifest = Manifest(version=VERSION, **asdict(identity), meta=dict(meta), parts=tuple(parts))
     atomic_write(directory / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=1), durable=True)
@@ -101,11 +108,44 @@ def _sole_publisher(root: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def publish(tmp: Path, final: Path) -> bool:
-    """Rename a complete, verified checkpoint to its final name and move `latest` forward to it.
+@contextlib.contextmanager
+def assembling(tmp: Path) -> Iterator[bool]:
+    """Yield whether this process alone may complete or drop a staging folder, for as long as the block lasts.
 
-    Return False, and leave `latest` alone, if the latest checkpoint already has a newer (epoch, step). A checkpoint of
-    the same step from an earlier epoch is replaced.
+    False: another process does so, or the folder is gone. The kernel releases the claim of a process that dies.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = os.open(tmp, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, folder)
+            claim = os.open(_ASSEMBLING, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=folder)
+            stack.callback(os.close, claim)
+            mine = _locked(claim) and tmp.is_dir() and os.path.samestat(tmp.stat(), os.fstat(folder))
+        except FileNotFoundError:
+            mine = False
+        yield mine
+        if mine:
+            with contextlib.suppress(OSError):  # by descriptor: the folder may have its final name by now
+                os.unlink(_ASSEMBLING, dir_fd=folder)
+
+
+def _locked(descriptor: int) -> bool:
+    """Lock a file unless another process holds it. A file system without locks grants every claim."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL):
+            raise
+    return True
+
+
+def publish(tmp: Path, final: Path) -> bool:
+    """Rename a complete, verified checkpoint to its final name and point `latest` at it.
+
+    Return False, and leave `latest` alone, if a checkpoint with a newer (epoch, step) is there: readers prefer that
+    one. A checkpoint of the same step from an earlier epoch is replaced, one from a later epoch stays.
     """
     with _sole_publisher(final.parent):
         return _publish(tmp, final)
@@ -113,16 +153,14 @@ def publish(tmp: Path, final: Path) -> bool:
 
 def _publish(tmp: Path, final: Path) -> bool:
     manifest = read_manifest(tmp)
+    mine = manifest.epoch, manifest.step
     sync_directory(tmp)
+    there = _age(final)
+    if there is not None and there > mine:
+        shutil.rmtree(tmp)
+        return False
     newest = latest(final.parent)
-    if newest is not None:
-        other = read_manifest(newest)
-        forward = (manifest.epoch, manifest.step) >= (other.epoch, other.step)
-        if newest == final and not forward:
-            shutil.rmtree(tmp)
-            return False
-    else:
-        forward = True
+    forward = newest is None or mine >= (_age(newest) or mine)
     if final.exists():
         old = final.with_name(f"{_REPLACED}{final.name}")
         shutil.rmtree(old, ignore_errors=True)
@@ -146,6 +184,11 @@ def _point_to(final: Path) -> None:
         latest_file.unlink(missing_ok=True)
 
 
+def published(root: Path, epoch: int, step: int) -> bool:
+    """Return whether the checkpoint of a step is there, from this epoch or a later one."""
+    return (_age(folder(root, step)) or (-1, -1)) >= (epoch, step)
+
+
 def _undo_replacement(root: Path) -> None:
     """Restore the name of a checkpoint that a killed publisher moved away without replacing it."""
     replaced = [path for path in root.glob(f"{_REPLACED}*") if (path / MANIFEST).is_file()]
@@ -165,41 +208,63 @@ def _undo_replacement(root: Path) -> None:
 
 
 def latest(root: Path) -> Path | None:
-    """Return the newest complete checkpoint: that in `latest`, or the highest (epoch, step) if the file is unusable."""
+    """Return the complete checkpoint with the largest (epoch, step), or None."""
     _undo_replacement(root)
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        name = (root / LATEST).read_text().strip()
-        if _FINAL.fullmatch(name) and (root / name / MANIFEST).is_file():
-            return root / name
-    complete = checkpoints(root)
-    return complete[-1] if complete else None
+    for _, path in reversed(_by_age(root)):
+        with contextlib.suppress(DurableError):
+            read_manifest(path)
+            return path
+    return None
+
+
+def newest_epoch(root: Path) -> int:
+    """Return the largest epoch of a checkpoint under `root`, or -1 if there is none."""
+    return max((epoch for (epoch, _), _ in _by_age(root)), default=-1)
 
 
 def checkpoints(root: Path) -> list[Path]:
     """Return complete checkpoints under `root`, ascending in (epoch, step), skipping unreadable manifests."""
     found = []
-    for path in root.glob("iter_*"):
-        if _FINAL.fullmatch(path.name):
-            with contextlib.suppress(DurableError):
-                manifest = read_manifest(path)
-                found.append(((manifest.epoch, manifest.step), path))
-    return [path for _, path in sorted(found)]
+    for _, path in _by_age(root):
+        with contextlib.suppress(DurableError):
+            read_manifest(path)
+            found.append(path)
+    return found
 
 
-def prune(root: Path, keep: int, every: int | None = None) -> list[Path]:
+def _by_age(root: Path) -> list[tuple[tuple[int, int], Path]]:
+    """Return checkpoints with their (epoch, step), ascending. Their manifests may turn out to be damaged."""
+    paths = (path for path in root.glob("iter_*") if _FINAL.fullmatch(path.name))
+    return sorted((age, path) for path in paths if (age := _age(path)) is not None)
+
+
+def _age(path: Path) -> tuple[int, int] | None:
+    """Return (epoch, step) of a checkpoint from the beginning of its manifest. None: there is none."""
+    with contextlib.suppress(OSError, DurableError):
+        with (path / MANIFEST).open("rb") as file:
+            head = _HEAD.match(file.read(_HEAD_BYTES))
+        if head is not None:
+            return int(head[1]), int(head[2])
+        manifest = read_manifest(path)
+        return manifest.epoch, manifest.step
+    return None
+
+
+def prune(root: Path, keep: int, every: int | None = None, *, published: Path | None = None) -> list[Path]:
     """Delete all but the newest `keep` checkpoints and those whose step is a multiple of `every`. Return the deleted.
 
-    The checkpoint named by `latest` is never deleted. Staging folders are left to `sweep`.
+    The newest one, the one that `latest` names and `published`, which was written just now, are never deleted. Staging
+    folders are left to `sweep`.
     """
     if not root.is_dir():
         return []
     with _sole_publisher(root):
-        return _prune(root, keep, every)
+        return _prune(root, keep, every, published)
 
 
-def _prune(root: Path, keep: int, every: int | None) -> list[Path]:
+def _prune(root: Path, keep: int, every: int | None, published: Path | None) -> list[Path]:
     names = checkpoints(root)
-    spared = {*names[max(0, len(names) - keep) :], latest(root)}
+    spared = {*names[max(0, len(names) - max(keep, 1)) :], published, _named(root)}
     gone = []
     for path in names:
         step = read_manifest(path).step
@@ -211,6 +276,15 @@ def _prune(root: Path, keep: int, every: int | None) -> list[Path]:
         shutil.rmtree(doomed)
         gone.append(path)
     return gone
+
+
+def _named(root: Path) -> Path | None:
+    """Return the checkpoint that the file `latest` names."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        name = (root / LATEST).read_text().strip()
+        if _FINAL.fullmatch(name):
+            return root / name
+    return None
 
 
 def sweep(root: Path) -> list[Path]:

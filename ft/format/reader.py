@@ -14,7 +14,7 @@ from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.errors import DurableError
 from keepwarm.ft.format.contents import as_bytes
 from keepwarm.ft.format.manifest import MANIFEST, Entry, Part, check_entry
-from keepwarm.ft.format.writer import Note
+from keepwarm.ft.format.writer import EPOCH, STEP, Note
 
 HEADER_LIMIT = 100_000_000
 """Maximum header bytes, the limit of the safetensors library too."""
@@ -71,6 +71,7 @@ def read_header(path: Path) -> Part:
             entries.append(entry)
         entries.sort(key=lambda entry: (entry.start, entry.stop))
         rank = int(notes["keepwarm.rank"])
+        epoch, step = (int(notes[key]) if key in notes else None for key in (EPOCH, STEP))
     except (msgspec.DecodeError, KeyError, ValueError, RecursionError) as error:
         raise DurableError(f"{path}: not a part of a keepwarm checkpoint: {error}") from error
     stops = [0, *(entry.stop for entry in entries)]
@@ -83,6 +84,8 @@ def read_header(path: Path) -> Part:
         header_bytes=8 + length,
         data_bytes=stops[-1],
         entries=tuple(entries),
+        epoch=epoch,
+        step=step,
     )
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +18,17 @@ from keepwarm.ft.format.contents import ITEM_SIZE, Piece, as_bytes
 from keepwarm.ft.format.manifest import CHUNK, Entry, Part
 
 _WRITEBACK = 16 << 20
+EPOCH, STEP = "keepwarm.epoch", "keepwarm.step"
+"""Keys of a part's header that say which state its bytes belong to."""
+
+
+def age_notes(epoch: int, step: int) -> dict[str, str]:
+    """Return what `write_part` takes as `meta` so that the part carries its (epoch, step)."""
+    return {EPOCH: str(epoch), STEP: str(step)}
+
+
+Blocks = Callable[[Piece], Iterable[Any]]
+"""Yields the bytes of a piece, in any portions."""
 
 
 class Note(msgspec.Struct, frozen=True, array_like=True):
@@ -40,9 +52,12 @@ def write_part(
     for piece in pieces:
         if len(views[piece.name]) != piece.bytes:
             raise DurableError(f"{piece.name}: {len(views[piece.name])} bytes given, its piece has {piece.bytes}")
-    if compress:
-        return _write_compressed(directory, rank, pieces, views, dict(meta or {}))
-    return write_part_blocks(directory, rank, pieces, lambda piece: _blocks(views[piece.name]), meta=meta)
+    blocks = partial(_blocks_of, views)
+    return write_part_blocks(directory, rank, pieces, blocks, meta=meta, compress=compress)
+
+
+def _blocks_of(views: Mapping[str, Bytes], piece: Piece) -> Iterator[Any]:
+    return _blocks(views[piece.name])
 
 
 def _blocks(view: Bytes) -> Iterator[Any]:
@@ -51,14 +66,14 @@ def _blocks(view: Bytes) -> Iterator[Any]:
 
 
 def _write_compressed(
-    directory: Path, rank: int, pieces: Sequence[Piece], views: Mapping[str, Bytes], meta: dict[str, str]
+    directory: Path, rank: int, pieces: Sequence[Piece], blocks: Blocks, meta: dict[str, str]
 ) -> Part:
     """Write a compressed part. Checksums are computed first, because nothing can be prepended to compressed data."""
-    _check_names(rank, pieces)
     entries, start = [], 0
     for piece in pieces:
         sums = Sums()
-        sums.update(views[piece.name].data)
+        for block in blocks(piece):
+            sums.update(block)
         stop = start + piece.bytes
         entries.append(Entry(piece=piece, start=start, stop=stop, xxh3=sums.whole(), chunks=sums.chunks()))
         start = stop
@@ -69,10 +84,10 @@ def _write_compressed(
         out.write(header)
         under_way = 0
         for piece in pieces:
-            for block in _blocks(views[piece.name]):
+            for block in blocks(piece):
                 out.write(block)
                 under_way = begin_writeback(file, under_way)
-    return _part(name, rank, header, entries)
+    return _part(name, rank, header, entries, meta)
 
 
 def _check_names(rank: int, pieces: Sequence[Piece]) -> None:
@@ -81,14 +96,17 @@ def _check_names(rank: int, pieces: Sequence[Piece]) -> None:
 
 
 def write_part_blocks(
-    directory: Path, rank: int, pieces: Sequence[Piece], blocks: Callable[[Piece], Iterable[Any]], *,
-    meta: Mapping[str, str] | None = None,
+    directory: Path, rank: int, pieces: Sequence[Piece], blocks: Blocks, *,
+    meta: Mapping[str, str] | None = None, compress: bool = False,
 ) -> Part:  # fmt: skip
     """Write pieces larger than memory, as `write_part`. `blocks(piece)` yields the bytes of each, in any portions.
 
-    Pieces are stored in the given order. The producer may overwrite a block once the next one is requested.
+    Pieces are stored in the given order. The producer may overwrite a block once the next one is requested. With
+    `compress` it is called twice for each piece.
     """
     _check_names(rank, pieces)
+    if compress:
+        return _write_compressed(directory, rank, pieces, blocks, dict(meta or {}))
     # Checksums come first in the file but are known last, so reserve exactly their length.
     unknown = xxhash.xxh3_64_hexdigest(b"")
     entries, start = [], 0
@@ -114,7 +132,7 @@ def write_part_blocks(
         header = _header(rank, entries, dict(meta or {}))
         file.seek(0)
         file.write(header)
-    return _part(name, rank, header, entries)
+    return _part(name, rank, header, entries, dict(meta or {}))
 
 
 class Sums:
@@ -194,7 +212,8 @@ def _new_part(directory: Path, rank: int, name: str) -> Iterator[IO[bytes]]:
     path.rename(directory / name)
 
 
-def _part(name: str, rank: int, header: bytes, entries: list[Entry]) -> Part:
+def _part(name: str, rank: int, header: bytes, entries: list[Entry], meta: Mapping[str, str]) -> Part:
+    epoch, step = (int(meta[key]) if key in meta else None for key in (EPOCH, STEP))
     return Part(
         file=name,
         rank=rank,
@@ -202,4 +221,6 @@ def _part(name: str, rank: int, header: bytes, entries: list[Entry]) -> Part:
         header_bytes=len(header),
         data_bytes=entries[-1].stop if entries else 0,
         entries=tuple(entries),
+        epoch=epoch,
+        step=step,
     )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from keepwarm.ft.arrays import Bytes
+from keepwarm.ft.groups import check_bucket
 from keepwarm.ft.memory.shared_memory import SharedBuffer, require_memory
 from keepwarm.ft.protocol.parity_placement import StripeGroup
 
@@ -59,7 +60,11 @@ def host_memory(state_bytes: int, *, members: int, parity: int, bucket_bytes: in
     `state_bytes` is S, the bytes stored by the ranks of the group's largest node, rounded up to whole chunks. The
     buffers are allocated when the agent starts. `receiving` is the maximum in receive buffers while a snapshot is
     coded, one bucket for each peer of the group.
+
+    Raises:
+        PlacementError: the state has too many buckets of this size.
     """
+    check_bucket(state_bytes, bucket_bytes)
     group = StripeGroup(0, tuple(range(members)), parity if members > 1 else 0)
     shape = Shape.of(state_bytes, bucket_bytes, group)
     return HostMemory(

@@ -59,14 +59,17 @@ from keepwarm.ft.transport.link import Credentials, FarEnd, Link
 AGENT_START_TIMEOUT_S = 60.0
 
 
-def ensure_agent(config: AgentConfig, deadline: float = AGENT_START_TIMEOUT_S) -> None:
+def ensure_agent(config: AgentConfig, deadline: float | None = None) -> None:
     """Start the agent of a slot, detached, unless one is running. Return once its socket answers.
+
+    The deadline is `config.start_seconds` unless given.
 
     Raise `MemoryTooSmall` with the agent's own message if the host cannot hold the buffers, and `AgentError` on any
     other failure.
     """
     if _answers(config.socket):
         return
+    deadline = config.start_seconds if deadline is None else deadline
     process, words = start_agent(config)
     end = time.monotonic() + deadline
     while not _answers(config.socket):

@@ -4,6 +4,7 @@ The format is that of `keepwarm.ft.format.publication`, so checkpoints written h
 """
 
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ import xxhash
 
 from keepwarm import side_writer
 from keepwarm.ft.arrays import Bytes
+from keepwarm.ft.discovery.registry import newest_epoch
 from keepwarm.ft.errors import FtError
 from keepwarm.ft.format import publication
 from keepwarm.ft.format.contents import Move, Piece, move_bytes, plan
 from keepwarm.ft.format.manifest import Entry, Manifest, Part
-from keepwarm.ft.format.writer import write_part
+from keepwarm.ft.format.writer import age_notes, write_part
 from keepwarm.ft.worker.snapshotter import DTYPES, piece_of
 from keepwarm.parallel.shard import Shard
 from keepwarm.trainer.checkpoint.store import Checkpoint, opened
@@ -56,7 +58,11 @@ class Checkpoints:
         self._run = run
         self._layout = layout
         self.epoch = 0
-        """Orders checkpoints together with the step; snapshot agents begin a new epoch at every start."""
+        """Orders checkpoints together with the step; every start begins a new one."""
+
+    def begin_epoch(self, memory: int) -> None:
+        """Begin the epoch of the snapshot agents, or, without them (0), one beyond all that are visible."""
+        self.epoch = max(memory, newest_epoch(self.root.parent) + (0 if memory else 1))
 
     def due(self, step: int) -> bool:
         """Return whether the spec asks for a checkpoint after `step` completed steps, besides the final one."""
@@ -77,7 +83,8 @@ class Checkpoints:
             # By every rank, not by one for which the others wait: a rank that fails goes on to what all take part in.
             tmp.mkdir(parents=True, exist_ok=True)
             mine = [shard for shard in shards.values() if shard.replicas[0] == self._world.rank]
-            write_part(tmp, self._world.rank, [(piece_of(shard), host_bytes(shard.local)) for shard in mine])
+            pairs = [(piece_of(shard), host_bytes(shard.local)) for shard in mine]
+            write_part(tmp, self._world.rank, pairs, meta=age_notes(self.epoch, step))
         except (OSError, FtError) as error:
             failure = error
         self._agree(failure, tmp)
@@ -89,7 +96,7 @@ class Checkpoints:
         self._agree(failure, tmp)
         if self._world.rank == 0:
             with side_writer.attempt("old checkpoints"):
-                publication.prune(self.root, self._spec.keep)
+                publication.prune(self.root, self._spec.keep, published=final)
         return final
 
     def _publish(self, tmp: Path, final: Path, step: int, meta: dict[str, Any]) -> None:
@@ -100,7 +107,11 @@ class Checkpoints:
             meta=meta,
         )
         publication.verify(tmp)
-        publication.publish(tmp, final)
+        if not publication.publish(tmp, final):
+            warnings.warn(
+                f"{final.parent}: a restart prefers a checkpoint of a later epoch than {self.epoch} to step {step}",
+                stacklevel=2,
+            )
 
     def _agree(self, failure: Exception | None, tmp: Path) -> None:
         """Raise on all ranks if one of them failed; rank 0 names the others' reasons and makes the room free again."""

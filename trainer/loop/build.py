@@ -78,7 +78,7 @@ def assemble(
     _begin_averages(parts, beginning)
     plans = plan_stages(job, state.position(parts.loader.ledger))
     changes: list[Change] = [*adopt_data(state, parts.loader.ledger, data), *adopt_curves(state, plans, job.stages)]
-    checkpoints.epoch = memory.epoch
+    checkpoints.begin_epoch(memory.epoch)
     _open_segments(job, plans, parts.loader)
     watchdog = Watchdog(job.health, folder, rank=world.rank, size=world.size, restart=world.restarts)
     speed = Speed.of(model_flops_per_token(job.model, job.data.sequence_length), gpus=world.size)

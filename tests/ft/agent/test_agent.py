@@ -379,9 +379,23 @@ def test_agent_missing_checkpoint_parts_do_not_block_job_end(tmp_path: Path) -> 
         world.close()
 
 
-def test_agent_failing_disk_is_a_warning(tmp_path: Path) -> None:
+def test_agent_failing_disk_is_tried_again(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("not a folder")
     with nodes(tmp_path, 1, durable=DurableConfig(root=str(tmp_path / "checkpoints"))) as world:
+        snapshotters = world.snapshotters([random_state(0, 1)])
+        recover(world, snapshotters, 1)
+        take(snapshotters, 1)
+        wait_for(lambda: "Error" in world.status(0).durable["last_error"])
+        take(snapshotters, 2)
+        (tmp_path / "checkpoints").unlink()
+        wait_for(lambda: publication.latest(tmp_path / "checkpoints") is not None)
+        assert world.status(0).durable["failed"] == 0
+
+
+def test_agent_failing_disk_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("not a folder")
+    config = DurableConfig(root=str(tmp_path / "checkpoints"), deadline=0.1)
+    with nodes(tmp_path, 1, durable=config) as world:
         snapshotters = world.snapshotters([random_state(0, 1)])
         recover(world, snapshotters, 1)
         take(snapshotters, 1)

@@ -15,7 +15,7 @@ from keepwarm.ft.errors import DurableError
 from keepwarm.ft.format import publication
 from keepwarm.ft.format.contents import Piece, as_bytes
 from keepwarm.ft.format.manifest import read_manifest
-from keepwarm.ft.format.writer import write_part
+from keepwarm.ft.format.writer import age_notes, write_part
 from tests.support.checkpoint_bytes import stored_bytes
 
 
@@ -172,3 +172,60 @@ def test_sweep_interrupted_writers_leave_nothing(tmp_path: Path) -> None:
     publication.publish(checkpoint(tmp_path, 0, 200), publication.folder(tmp_path, 200))
     assert publication.sweep(tmp_path) == [left]
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["iter_0000200"]
+
+
+def test_latest_is_the_largest_whatever_the_file_says(tmp_path: Path) -> None:
+    for epoch, step in ((1, 100), (2, 50), (1, 200)):
+        publication.publish(checkpoint(tmp_path, epoch, step), publication.folder(tmp_path, step))
+    (tmp_path / "latest").write_text("iter_0000200\n")
+    assert publication.latest(tmp_path) == tmp_path / "iter_0000050"
+    assert publication.newest_epoch(tmp_path) == 2
+    (tmp_path / "iter_0000050" / "manifest.json").write_bytes(b"{")
+    assert publication.latest(tmp_path) == tmp_path / "iter_0000200"
+
+
+def test_age_is_read_from_the_beginning_of_any_manifest(tmp_path: Path) -> None:
+    folder = publication.folder(tmp_path, 7)
+    folder.mkdir()
+    for run in ("plain", 'quo"te \\" and back\\\\', "ü" * 100, "x" * 8000):
+        publication.write_manifest(
+            folder, publication.Identity(run=run, epoch=3, step=7, layout="l"), ranks=0, meta={"epoch": 9}
+        )
+        assert publication.published(tmp_path, 3, 7)
+        assert not publication.published(tmp_path, 4, 7)
+
+
+def test_published_checkpoint_is_not_pruned_even_if_its_epoch_went_back(tmp_path: Path) -> None:
+    for step in (90, 100):
+        publication.publish(checkpoint(tmp_path, 4, step), publication.folder(tmp_path, step))
+    final = publication.folder(tmp_path, 110)
+    assert not publication.publish(checkpoint(tmp_path, 1, 110), final)
+    publication.prune(tmp_path, keep=2, published=final)
+    assert [path.name for path in publication.checkpoints(tmp_path)] == [
+        "iter_0000110",
+        "iter_0000090",
+        "iter_0000100",
+    ]
+
+
+def test_publish_older_epoch_does_not_replace_the_same_step(tmp_path: Path) -> None:
+    for epoch, step in ((5, 100), (5, 200)):
+        publication.publish(checkpoint(tmp_path, epoch, step), publication.folder(tmp_path, step))
+    assert not publication.publish(checkpoint(tmp_path, 3, 100), publication.folder(tmp_path, 100))
+    assert read_manifest(publication.folder(tmp_path, 100)).epoch == 5
+
+
+def test_part_of_another_step_is_refused(tmp_path: Path) -> None:
+    identity = publication.Identity(run="r", epoch=2, step=100, layout="l")
+    for rank, step in ((0, 100), (1, 90)):
+        write_part(tmp_path, rank, tensors(rank), meta=age_notes(2, step))
+    with pytest.raises(DurableError, match=r"rank_00001.*is of epoch 2 and step 90, its checkpoint of epoch 2 and"):
+        publication.write_manifest(tmp_path, identity, ranks=2, meta={})
+    write_part(tmp_path, 1, tensors(1), meta=age_notes(2, 100))
+    manifest = publication.write_manifest(tmp_path, identity, ranks=2, meta={})
+    assert {(part.epoch, part.step) for part in manifest.parts} == {(2, 100)}
+    publication.verify(tmp_path)
+    text = (tmp_path / "manifest.json").read_text().replace('"step": 100', '"step": 101', 1)
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(DurableError, match="is of epoch 2 and step 100"):
+        read_manifest(tmp_path)

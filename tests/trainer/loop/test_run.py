@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
+from keepwarm.ft.format import publication
+from keepwarm.ft.format.manifest import read_manifest
 from tests.support.corpus import write_token_file
 from tests.support.runs import warm
 from tests.support.runs.run_contents import steps_of, tensors_of
@@ -246,3 +249,27 @@ def test_run_world_size_other_than_layout_is_refused(tmp_path: Path) -> None:
     assert "the layout has 1 ranks" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.dist
+@pytest.mark.ci
+def test_run_resumed_without_snapshots_keeps_its_new_checkpoints(tmp_path: Path) -> None:
+    folder = tmp_path / "resumed"
+    root = folder / "checkpoints"
+    saving = ("checkpoint.every=1", "checkpoint.keep=2")
+
+    def train(*arguments: str) -> list[tuple[int, int]]:
+        """(epoch, step) of what is on disk afterwards."""
+        code, output = run(keepwarm(*arguments, *saving), tmp_path / "log")
+        assert code == 0, output
+        return [(read_manifest(path).epoch, read_manifest(path).step) for path in publication.checkpoints(root)]
+
+    first = train(str(TINY), f"output={folder}", IN_MEMORY, "stages.0.tokens=1024")
+    assert first in ([(1, 1), (1, 2)], [(2, 1), (2, 2)])
+    epoch = first[0][0]
+    assert train(str(folder), "--resume", "snapshot=off", "stages.0.tokens=2048") == [(epoch + 1, 3), (epoch + 1, 4)]
+    assert (root / "latest").read_text() == "iter_0000004\n"
+    shutil.rmtree(folder / "agents")
+    third = train(str(folder), "--resume", IN_MEMORY, "stages.0.tokens=3072")
+    assert [step for _, step in third] == [5, 6]
+    assert min(third)[0] > epoch + 1
