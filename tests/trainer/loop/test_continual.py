@@ -90,7 +90,7 @@ def test_init_from_url_starts_a_run(tmp_path: Path, parent: Path) -> None:
     train([*job(tmp_path, "child", GERMAN.replace(f"{4 * STEP}", f"{STEP}")), f"init_from={parent.as_uri()}"])
     assert evaluations_of(tmp_path / "child")[0][1] == evaluations_of(parent)[-1][1]
     record = manifest_of(tmp_path / "child").meta["run"]["parent"]
-    assert record["path"] == f"{parent.as_uri()}/checkpoints/iter_0000001"
+    assert record["path"] == str(parent / "checkpoints" / "iter_0000001")
     assert (record["run"], record["ledger"]) == ("one", True)
 
 
