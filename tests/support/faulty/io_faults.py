@@ -1,5 +1,6 @@
 """Whole commands in which the C library's calls on chosen files fail, and what must be whole afterwards."""
 
+import atexit
 import errno
 import json
 import shutil
@@ -31,6 +32,7 @@ def library() -> Path:
     if shutil.which("gcc") is None:
         pytest.skip("needs gcc")
     folder = Path(tempfile.mkdtemp(prefix="keepwarm-io-faults-"))
+    atexit.register(shutil.rmtree, folder)
     source = Path(__file__).with_suffix(".c")
     subprocess.run(
         [
