@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -55,6 +55,7 @@ from keepwarm.ft.protocol.messages import (  # fmt: skip
 from keepwarm.ft.transport import auth
 from keepwarm.ft.transport.channel import Channel, decoder_of
 from keepwarm.ft.transport.link import Credentials, FarEnd, Link
+from keepwarm.side_writer import attempt
 
 AGENT_START_TIMEOUT_S = 60.0
 
@@ -92,13 +93,20 @@ def start_agent(config: AgentConfig) -> "tuple[subprocess.Popen[bytes], Path]":
     logs = Path(config.shared) / AGENTS_FOLDER
     logs.mkdir(mode=0o700, parents=True, exist_ok=True)
     words = logs / f"agent-{config.slot}.err"
-    with words.open("wb") as err:
+    with _last_words(words) as err:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", AGENT_MODULE, str(path)],
             stdin=subprocess.DEVNULL, stdout=err, stderr=err, start_new_session=True, cwd="/",
         )  # fmt: skip
     _children[:] = [*(child for child in _children if child.poll() is None), process]
     return process, words
+
+
+def _last_words(path: Path) -> BinaryIO:
+    """Open the file for an agent's last message; on a full disk the message is lost."""
+    with attempt(path.name):
+        return path.open("wb")
+    return open(os.devnull, "wb")  # noqa: PTH123
 
 
 _children: "list[subprocess.Popen[bytes]]" = []

@@ -16,6 +16,7 @@ from keepwarm.launch.run.submission import read_submission
 from keepwarm.launch.slurm import commands
 from keepwarm.launch.slurm.allocation import Allocation
 from keepwarm.launch.slurm.script import node_step, rank_step
+from keepwarm.side_writer import protect_streams
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.job.files import load_run
 from keepwarm.trainer.job.run_folder import RUN_FILE, RunFolder
@@ -147,6 +148,7 @@ def _requeue(here: Allocation, why: str) -> int:
 
 def main() -> None:
     """Entry point."""
+    protect_streams()
     try:
         sys.exit(run_job(Path(sys.argv[1])))
     except (ClusterError, SpecError) as error:

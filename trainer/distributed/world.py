@@ -56,7 +56,8 @@ class World:
         length = self.largest(len(data))
         mine = torch.zeros(length + 8, dtype=torch.uint8)
         mine[:8] = torch.frombuffer(bytearray(len(data).to_bytes(8, "little")), dtype=torch.uint8)
-        mine[8 : 8 + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if data:
+            mine[8 : 8 + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         mine = mine.to(self.device)
         whole = [torch.empty_like(mine) for _ in range(self.size)] if self.rank == 0 else None
         dist.gather(mine, whole, dst=0)

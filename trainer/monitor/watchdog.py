@@ -16,7 +16,9 @@ from typing import Any
 
 import msgspec
 
+from keepwarm import side_writer
 from keepwarm.exit_code import ExitCode
+from keepwarm.files import READABLE, atomic_write
 from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.job.sections import HealthSpec
 from keepwarm.trainer.monitor import events, hang, hang_report
@@ -109,7 +111,9 @@ class Watchdog:
 
     def _publish(self, folder: Path, reports: list[Report]) -> None:
         verdict = hang.judge(reports, self._size)
-        (folder / "verdict.json").write_text(json.dumps(msgspec.to_builtins(verdict), indent=1) + "\n")
+        text = json.dumps(msgspec.to_builtins(verdict), indent=1) + "\n"
+        with side_writer.attempt("verdict.json"):
+            atomic_write(folder / "verdict.json", text.encode(), mode=READABLE)
         event = events.Hang(
             step=self._step, silent=verdict.silent, late=verdict.late, reason=verdict.text, reports=str(folder)
         )

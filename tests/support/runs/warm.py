@@ -58,8 +58,8 @@ class _ForkServer(ForkServer):
 
 
 @cache
-def _server() -> _ForkServer:
-    server = _ForkServer(environment=_ENVIRONMENT)
+def _server(preload: str) -> _ForkServer:
+    server = _ForkServer(environment=_ENVIRONMENT | ({"LD_PRELOAD": preload} if preload else {}))
     atexit.register(server.close)
     return server
 
@@ -67,12 +67,14 @@ def _server() -> _ForkServer:
 class Process:
     """A started command, as `subprocess.Popen` has it; its output lies in a file."""
 
-    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+    def __init__(self, arguments: Sequence[str], log: Path, *, preload: Path | None = None) -> None:
+        """`preload`: a library for it and everything that it starts."""
         self.log = log
+        self._server = _server("" if preload is None else str(preload))
         log.write_bytes(b"")
         changed = {name: value for name, value in os.environ.items() if _ENVIRONMENT.get(name) != value}
         worker = Worker(module="keepwarm", arguments=tuple(arguments), environment=changed, log=str(log))
-        self.pid = _server().start(worker)
+        self.pid = self._server.start(worker)
 
     @property
     def output(self) -> str:
@@ -80,8 +82,8 @@ class Process:
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
-        _server().poll()
-        return _server().ended.get(self.pid)
+        self._server.poll()
+        return self._server.ended.get(self.pid)
 
     def wait(self, timeout: float) -> int:
         end = time.monotonic() + timeout
@@ -89,11 +91,11 @@ class Process:
             if (left := end - time.monotonic()) <= 0:
                 self.kill()
                 raise TimeoutError(f"process {self.pid} has not ended in {timeout:g} s:\n{self.output}")
-            _server().poll(left)
+            self._server.poll(left)
         return code
 
     def send_signal(self, number: int) -> None:
-        _server().send([self.pid], signal.Signals(number))
+        self._server.send([self.pid], signal.Signals(number))
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
