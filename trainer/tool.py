@@ -9,6 +9,7 @@ import typer
 from keepwarm.debug import wants_traceback
 from keepwarm.exit_code import ExitCode
 from keepwarm.ft.errors import FtError
+from keepwarm.text import problem_of
 from keepwarm.trainer.errors import TrainerError
 
 
@@ -17,6 +18,9 @@ def run(app: typer.Typer) -> NoReturn:
 
     With `--debug` or KEEPWARM_DEBUG=1 the traceback comes before that line.
     """
+    if (wrong := problem_of(sys.argv[1:])) is not None:
+        print(f"error: {wrong}", file=sys.stderr)
+        sys.exit(ExitCode.BAD_INPUT)
     try:
         app()
     except (TrainerError, FtError) as error:
