@@ -29,12 +29,18 @@ def project(tmp_path: Path) -> Iterator[Path]:
         (tmp_path / name).mkdir()
         for file in ("__init__.py", "__main__.py"):
             (tmp_path / name / file).write_text(FOREIGN)
+    # A clone of keepwarm beside the other folders: a folder of its name that is no package.
+    for name in ("keepwarm/trainer", "keepwarm/launch/node", "keepwarm/src"):
+        (tmp_path / name).mkdir(parents=True)
+        for file in ("__init__.py", "__main__.py"):
+            (tmp_path / name / file).write_text(FOREIGN.replace("parents[1]", f"parents[{name.count('/') + 1}]"))
     yield tmp_path
     assert not (tmp_path / "foreign-code-ran").exists()
 
 
-def start(project: Path, *command: str) -> str:
+def start(project: Path, *command: str, **variables: str) -> str:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    environment |= variables
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -68,6 +74,18 @@ def test_start_in_foreign_folder_trains_with_keepwarm(name: str, project: Path) 
     start(project, *STARTS[name](project))
     lines = [json.loads(line) for line in RunFolder(project / "run").metrics_file.read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+
+
+def test_train_with_the_foreign_folder_on_the_python_path_runs_keepwarm(project: Path) -> None:
+    start(project, *STARTS["keepwarm train"](project), PYTHONPATH=str(project))
+    assert len(RunFolder(project / "run").metrics()) >= STEPS
+
+
+def test_start_safe_path_ignores_a_foreign_package_of_the_same_name(project: Path) -> None:
+    (project / "keepwarm" / "__init__.py").write_text(FOREIGN)
+    command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "1", "-m", "keepwarm.trainer"]
+    start(project, *command, prepared(project), PYTHONSAFEPATH="1")
+    start(project, sys.executable, "-P", "-m", "keepwarm", "plan", "ci/tiny")
 
 
 def test_plan_in_foreign_folder_is_keepwarms(project: Path) -> None:

@@ -9,11 +9,15 @@ from pathlib import Path
 from keepwarm.debug import wants_traceback
 from keepwarm.exit_code import ExitCode
 from keepwarm.side_writer import protect_streams
+from keepwarm.text import problem_of
 
 
 def main(arguments: list[str]) -> int:
     """Train the job; return the exit code: 0 done, 2 bad input, 3 stopped itself, 4 lost, 6 unsaved, 130 signal."""
     protect_streams()
+    if (wrong := problem_of(arguments)) is not None:
+        print(f"error: {wrong}", file=sys.stderr)
+        return ExitCode.BAD_INPUT
     options = _parser().parse_args(arguments)
     # Heavy imports come after the arguments are validated: a typo must not cost three seconds.
     from keepwarm.ft.errors import FtError

@@ -10,6 +10,7 @@ from keepwarm.debug import wants_traceback
 from keepwarm.exit_code import ExitCode
 from keepwarm.ft.errors import FtError
 from keepwarm.side_writer import protect_streams
+from keepwarm.text import problem_of
 from keepwarm.trainer.errors import TrainerError
 
 
@@ -20,6 +21,9 @@ def run(app: typer.Typer) -> NoReturn:
     command; what it prints on stdout is its result.
     """
     protect_streams(2)
+    if (wrong := problem_of(sys.argv[1:])) is not None:
+        print(f"error: {wrong}", file=sys.stderr)
+        sys.exit(ExitCode.BAD_INPUT)
     try:
         app()
     except (TrainerError, FtError) as error:

@@ -24,6 +24,7 @@ from keepwarm.launch.cli.arguments import (
 from keepwarm.launch.cli.cluster import cluster
 from keepwarm.launch.cli.programs import DATA_PROGRAMS, PROGRAMS, add_programs
 from keepwarm.side_writer import protect_streams
+from keepwarm.text import problem_of
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -231,6 +232,9 @@ def main() -> None:
     if "--debug" in sys.argv:  # of every command, and of the programs that some of them become
         sys.argv.remove("--debug")
         os.environ[debug.VARIABLE] = "1"
+    if (wrong := problem_of(sys.argv[1:])) is not None:
+        print(f"keepwarm: {wrong}", file=sys.stderr)
+        sys.exit(ExitCode.BAD_INPUT)
     try:
         app(prog_name="keepwarm")
     except (LaunchError, TrainerError, ParallelError) as error:

@@ -3,7 +3,7 @@
 import difflib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 import keepwarm
 from keepwarm.files import READABLE, atomic_write, sync_directory
 from keepwarm.parallel.errors import LayoutError
+from keepwarm.text import is_utf8, shown
 from keepwarm.trainer.errors import OutputError, SpecError
 from keepwarm.trainer.job.messages import explain
 from keepwarm.trainer.job.overrides import Override
@@ -212,7 +213,23 @@ def _anchored(path: Any, base: Path) -> Any:
     return os.path.normpath(base.resolve() / local_path(path)) if isinstance(path, str) and path else path
 
 
+def _texts(value: Any, keys: Keys) -> Iterator[tuple[Keys, str]]:
+    """Yield every text in a value, and every key of a mapping, with its place."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield (*keys, key), key
+            yield from _texts(inner, (*keys, key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _texts(inner, (*keys, str(index)))
+    elif isinstance(value, str):
+        yield keys, value
+
+
 def _validate(spec: type[_Spec], document: Document, path: Path) -> _Spec:
+    for keys, text in _texts(document.values, ()):
+        if not is_utf8(text):
+            raise SpecError(f"{document.place(keys)}: {shown('.'.join(keys))}: {shown(text)} is not UTF-8 text")
     try:
         return spec.model_validate_json(json.dumps(document.values))
     except ValidationError as error:

@@ -208,3 +208,52 @@ def test_data_tools_receive_their_arguments_unchanged(tool: str) -> None:
     assert shown.returncode == 0, shown.stderr
     assert f"keepwarm.trainer.data.preprocess.{tool.replace('-', '_')}" in shown.stdout
     assert keepwarm("data", tool, "--no-such-option").returncode == 2
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("sample", "run", "--prompt", b"caf\xe9"),
+        ("plan", b"caf\xe9.yaml"),
+        ("plan", TINY, b"output=caf\xe9"),
+        ("data", "inspect", b"caf\xe9"),
+        ("submit", TINY, b"--sweep", b"name=[caf\xe9]"),
+        ("status", b"caf\xe9"),
+    ],
+)
+def test_cli_argument_that_is_not_utf8_is_refused(command: tuple[str | bytes, ...]) -> None:
+    result = subprocess.run(
+        [sys.executable, "-P", "-m", "keepwarm", *command], capture_output=True, timeout=120, check=False
+    )
+    assert (result.returncode, result.stdout) == (2, b"")
+    assert result.stderr.endswith(b"this argument is not UTF-8; write it, or name the file, in UTF-8\n")
+    assert b"caf\\xe9" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"name: caf\xe9\n", "not UTF-8 text: byte 9 is 0xe9"),
+        (b'name: "a\\ud800"\n', "name: a\\ud800 is not UTF-8 text"),
+        (b"\xff\xfen\0a\0", "not UTF-8 text: byte 0 is 0xff"),
+        (
+            b"a: &a [x]\n"
+            + b"".join(
+                b"b%d: &b%d [%s]\n" % (i, i, b", ".join([b"*b%d" % (i - 1) if i else b"*a"] * 10)) for i in range(9)
+            ),
+            "more than 1,000,000 values",
+        ),
+        (b"a: &a [*a]\n", "more than 1,000,000 values"),
+        (b"a: " + b"[" * 100_000, "nested too deep"),
+    ],
+    ids=["latin-1", "surrogate", "utf-16", "alias bomb", "alias circle", "deep"],
+)
+def test_cli_job_file_that_is_not_text_or_too_large_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "job.yaml").write_bytes(content)
+    refused(keepwarm("plan", str(tmp_path / "job.yaml")), words, "job.yaml")
+
+
+def test_plan_job_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    text = Path(TINY).read_text().replace("../corpora", str(ROOT / "configs" / "corpora"))
+    (tmp_path / "job.yaml").write_text(text, encoding="utf-8-sig")
+    assert keepwarm("plan", str(tmp_path / "job.yaml")).returncode == 0
