@@ -198,7 +198,9 @@ def test_damaged_newest_checkpoint_names_the_newest_older_one_that_is_whole(tmp_
         with pytest.raises(CheckpointError) as caught:
             read()
         assert f"the checkpoint before it, {whole}, has all of its files: give that one" in str(caught.value), name
-        assert f"or move {newest} elsewhere" in str(caught.value), name
+        # A checkpoint whose manifest cannot be read is not complete: readers that choose pass over it.
+        chosen = worse if cut == "manifest.json" and name != "resume" else newest
+        assert f"or move {chosen} elsewhere" in str(caught.value), name
 
 
 def _read_whole(root: Path) -> None:

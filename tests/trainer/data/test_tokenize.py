@@ -111,7 +111,7 @@ KILLED = """
         writer = token_parts.TokenFileWriter
         writer.add_document = at(7, writer.add_document)
     elif moment.startswith("renaming"):
-        token_parts._sync = at(int(moment.split()[1]))
+        token_parts.sync_file = at(int(moment.split()[1]))
 
     if __name__ == "__main__":
         inputs, prefix = [folder / "corpus.jsonl"], folder / "out"
