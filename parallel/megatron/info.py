@@ -85,6 +85,10 @@ def _families_of_gpt_model(model: Architecture) -> Iterator[str]:
         yield "model.qk_norm = projection (OLMo 2): it normalises each head by itself"
     if model.sliding_window is not None:
         yield "model.sliding_window (Mistral): its layers without Transformer Engine attend to the whole sequence"
+    if model.rope_scaling is not None:
+        yield "model.rope_scaling (Llama 3.1): it computes rotary frequencies itself, of which it has other variants"
+    if model.nope_layers:
+        yield "model.nope_layers (SmolLM3): all of its layers rotate"
     if model.attention_output_bias != model.mlp_bias or (model.mlp_bias and not model.qkv_bias):
         yield (
             "model.mlp_bias, attention_output_bias, qkv_bias: it has biases everywhere, nowhere, or in query, key and "

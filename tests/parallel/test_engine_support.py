@@ -149,6 +149,8 @@ def test_engine_unsupported_option_exits_2_and_starts_nothing(overrides: tuple[s
         ("model.parallel_residual=true", "model.parallel_residual"),
         ("model.qk_norm=projection", "model.qk_norm"),
         ("model.sliding_window=8", "model.sliding_window"),
+        ("model.rope_scaling={type: linear, factor: 2}", "model.rope_scaling"),
+        ("model.nope_layers=[0]", "model.nope_layers"),
         ("model.mlp_bias=true", "model.mlp_bias"),
         ("parallel.data_mode=hsdp", "parallel.data_mode"),
         ("optimizer.name=sgd", "optimizer.name"),

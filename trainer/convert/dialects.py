@@ -119,7 +119,9 @@ def _check_titan(spec: ModelSpec) -> None:
         mlp_bias=False,
         qk_norm="none",
         tied_embeddings=False,
+        nope_layers=(),
     )
+    _check_scaling(spec, "torchtitan's Llama 3", "llama3")
 
 
 def _titan_name(name: str) -> str:
@@ -184,6 +186,8 @@ _QKV = ("attention.query", "attention.key", "attention.value")
 
 def _check_megatron(spec: ModelSpec) -> None:
     _require(spec, "Megatron Core's GPTModel", norm_position="pre", sliding_window=None, parallel_residual=False)
+    _require(spec, "Megatron Core's GPTModel", nope_layers=())
+    _check_scaling(spec, "Megatron Core's GPTModel", "llama3", "yarn", "linear")
     if spec.qk_norm == "projection":
         raise SpecError("model.qk_norm = 'projection' cannot be expressed by Megatron Core's GPTModel")
     biases = {spec.attention_output_bias, spec.mlp_bias}
@@ -299,6 +303,12 @@ def _require(spec: ModelSpec, who: str, **fields: object) -> None:
     for name, wanted in fields.items():
         if getattr(spec, name) != wanted:
             raise SpecError(f"model.{name} = {getattr(spec, name)!r} cannot be expressed by {who}")
+
+
+def _check_scaling(spec: ModelSpec, who: str, *types: str) -> None:
+    """Their programs take the frequencies from their own options, of which some can be those of the spec."""
+    if spec.rope_scaling is not None and spec.rope_scaling.type not in types:
+        raise SpecError(f"model.rope_scaling.type = {spec.rope_scaling.type!r} cannot be expressed by {who}")
 
 
 def _own(spec: ModelSpec) -> list[Theirs]:

@@ -42,8 +42,18 @@ def state_bytes(job: JobSpec, pipeline: int) -> int:
 
 
 def model_flops_per_token(spec: ModelSpec, sequence: int) -> float:
-    """FLOPs that count towards MFU: 6 N + 6 L h s, all parameters, causal attention, recompute not counted."""
-    return 6.0 * total_parameters(spec) + 6.0 * spec.layers * _queries(spec) * sequence
+    """FLOPs that count towards MFU: 6 N + 12 h times the mean number of tokens that a query sees, over all layers.
+
+    All parameters count, recompute does not. A causal query sees s / 2 tokens on average, in a window w - w^2 / 2s.
+    """
+    return 6.0 * total_parameters(spec) + 6.0 * sum(_seen(spec, layer, sequence) for layer in range(spec.layers))
+
+
+def _seen(spec: ModelSpec, layer: int, sequence: int) -> float:
+    """Return twice the mean number of tokens that a query of a layer sees, times the width of all queries."""
+    window = spec.window(layer)
+    span = sequence if window is None or window >= sequence else 2 * window - window * window / sequence
+    return float(_queries(spec) * span)
 
 
 def layer_elements(job: JobSpec) -> tuple[float, float]:

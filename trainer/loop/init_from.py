@@ -118,6 +118,7 @@ def _converted(origin: Path, job: JobSpec, world: World) -> Iterator[Path]:
 
 _COMPUTED_WITH = (
     "norm", "norm_eps", "norm_position", "activation", "position", "rotary_fraction", "parallel_residual", "qk_norm",
+    "nope_layers",
 )  # fmt: skip
 """Model fields that do not affect shapes but that the weights depend on. Others may be changed on purpose."""
 

@@ -1,7 +1,8 @@
 """The decoder-only transformer, whole or split into pipeline stages."""
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from keepwarm.trainer.model.head import Head
 from keepwarm.trainer.model.initial import normal
 from keepwarm.trainer.model.mlp import mlp
 from keepwarm.trainer.model.norm import norm, use_apex
-from keepwarm.trainer.model.rotary import positions_in, rotation
+from keepwarm.trainer.model.rotary import Table, positions_in, rotation_of
 from keepwarm.trainer.model.shapes import tensor_plan
 from keepwarm.trainer.model.spec import ModelSpec
 
@@ -43,6 +44,13 @@ class Layer(nn.Module):
         return x + change
 
 
+class _Kind(NamedTuple):
+    """What layers may differ in; those of one kind share a `Context`."""
+
+    window: int | None
+    rotary: Literal["none", "plain", "scaled"]
+
+
 class StageModule(nn.Module):
     """Consecutive layers, preceded by the embedding and followed by the head if the stage has them.
 
@@ -57,9 +65,10 @@ class StageModule(nn.Module):
         learned = embed and spec.position == "learned"
         self.positions = nn.Embedding(spec.max_sequence_length, spec.hidden_size) if learned else None
         self.layers = nn.ModuleDict({str(index): Layer(spec) for index in layers})
+        self._kinds = {str(index): _Kind(spec.window(index), spec.rotary(index)) for index in layers}
         self.final_norm = norm(spec, spec.hidden_size) if head else None
         self.head = Head(spec.hidden_size, spec.vocabulary_size) if head else None
-        self._rotation: tuple[object, tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._rotations: dict[str, tuple[object, Table]] = {}
         self.tie()
 
     def tie(self) -> None:
@@ -81,31 +90,34 @@ class StageModule(nn.Module):
             if self.positions is not None:
                 where = torch.arange(sequence, device=tokens.device)[None] if positions is None else positions
                 x = x + self.positions(where)
-        seen = context(
-            self._rotation_of(sequence, positions, x), sequence, x.device, documents, self.spec.sliding_window
-        )
-        for layer in self.layers.values():
-            x = layer(x, seen)
+        seen = self._contexts(sequence, positions, documents, x)
+        for index, layer in self.layers.items():
+            x = layer(x, seen[self._kinds[index]])
         if self.head is None or self.final_norm is None:
             return x
         result: torch.Tensor | dict[str, torch.Tensor] = self.head(self.final_norm(x), targets)
         return result
 
-    def _rotation_of(
-        self, sequence: int, positions: torch.Tensor | None, x: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _contexts(
+        self, sequence: int, positions: torch.Tensor | None, documents: torch.Tensor | None, x: torch.Tensor
+    ) -> dict[_Kind, Context]:
+        """Return what layers of the same kind share in this forward; masks are shared by those of one window."""
+        kinds = set(self._kinds.values())
+        masks = {window: context(None, sequence, x.device, documents, window) for window in {k.window for k in kinds}}
+        rotations = {rotary: self._rotation_of(rotary, sequence, positions, x) for rotary in {k.rotary for k in kinds}}
+        return {kind: dataclasses.replace(masks[kind.window], rotation=rotations[kind.rotary]) for kind in kinds}
+
+    def _rotation_of(self, rotary: str, sequence: int, positions: torch.Tensor | None, x: torch.Tensor) -> Table | None:
         """Return cosines and sines of the tokens, from a table cached for the last length, device and dtype."""
-        spec = self.spec
-        if spec.position == "learned":
+        if rotary == "none":
             return None
         key = (sequence, x.device, x.dtype)
-        if self._rotation is None or self._rotation[0] != key:
+        if rotary not in self._rotations or self._rotations[rotary][0] != key:
             # A table created in inference mode could not be saved for a later backward.
             with torch.inference_mode(False):
                 where = torch.arange(sequence, device=x.device)
-                size = round(spec.size_per_head * spec.rotary_fraction)
-                self._rotation = key, rotation(where, size, spec.rope_theta, x.dtype)
-        cosine, sine = self._rotation[1]
+                self._rotations[rotary] = key, rotation_of(self.spec, where, x.dtype, scaled=rotary == "scaled")
+        cosine, sine = self._rotations[rotary][1]
         if positions is None:
             return cosine[None], sine[None]
         return cosine[positions], sine[positions]

@@ -61,6 +61,9 @@ def coalesce_depth(model: Model, layers: int, destination: Path) -> dict[str, An
     times, rest = divmod(model.spec.layers, layers)
     if rest or times < 2:
         raise SpecError(f"--layers {layers}: the {model.spec.layers} layers are no multiple of it")
+    spec = model.spec.of_layers(range(0, model.spec.layers, times))
+    if spec.of_layers([index // times for index in range(model.spec.layers)]) != model.spec:
+        raise SpecError(f"--layers {layers}: it would average layers with and without a window or rotary positions")
 
     def make(name: str) -> Array:
         index, inside = split_layer(name)
@@ -71,7 +74,7 @@ def coalesce_depth(model: Model, layers: int, destination: Path) -> dict[str, An
 
     return write(
         destination,
-        model.spec.model_copy(update={"layers": layers}),
+        spec,
         make,
         Derivation(parents=[model], made_by="coalesced", settings={"layers": layers}),
         dtype=lambda name: model.dtype(_in(name, 0)),
@@ -116,7 +119,7 @@ def _from_layers(
 
     return write(
         destination,
-        model.spec.model_copy(update={"layers": len(sources)}),
+        model.spec.of_layers(sources),
         make,
         Derivation(parents=[model], made_by=made_by, settings=settings),
         dtype=lambda name: model.dtype(source(name)),

@@ -30,6 +30,11 @@ SMALL_GPT2: dict[str, Any] = {
     "attn_pdrop": 0.0,
 }
 
+
+def _rope(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"num_key_value_heads": 2, "rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **fields}}
+
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-grouped-tied": ("llama", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
@@ -48,6 +53,47 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0},
     ),
     "olmo2": ("olmo2", {"num_key_value_heads": 4}),
+    # Contexts below the 48 tokens that tests use, so that the scaled frequencies have an effect.
+    "llama-llama3": (
+        "llama",
+        _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16),
+    ),
+    "llama-linear": ("llama", _rope("linear", factor=4.0)),
+    "llama-dynamic": ("llama", {"max_position_embeddings": 24, **_rope("dynamic", factor=2.0)}),
+    "llama-yarn": ("llama", _rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    "llama-longrope": (
+        "llama",
+        _rope(
+            "longrope",
+            factor=4.0,
+            original_max_position_embeddings=16,
+            short_factor=[1.0, 1.1, 1.2, 1.3],
+            long_factor=[1.5, 2.0, 3.0, 5.0],
+        ),
+    ),
+    "qwen2-yarn-untruncated": (
+        "qwen2",
+        _rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=16.0, beta_slow=2.0, truncate=False),
+    ),
+    "qwen2-mixed-window": (
+        "qwen2",
+        {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}
+        | {"num_key_value_heads": 4},
+    ),
+    "olmo3": ("olmo3", {"num_hidden_layers": 4, "num_key_value_heads": 4, "sliding_window": 7}),
+    "olmo3-yarn": (
+        "olmo3",
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 7,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        },
+    ),
+    "smollm3": ("smollm3", {"num_hidden_layers": 4, "num_key_value_heads": 2}),
+    "smollm3-window": (
+        "smollm3",
+        {"num_hidden_layers": 4, "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 7},
+    ),
     "gpt-neox": ("gpt_neox", {}),
     "gpt-neox-serial-tanh": (
         "gpt_neox",
@@ -81,13 +127,17 @@ def old_dialect(folder: Path) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters", None)
-    if rope is not None:
+    if rope is not None and config["model_type"] == "olmo3":
+        config["rope_theta"] = rope["full_attention"].pop("rope_theta")
+        config["rope_scaling"] = rope["full_attention"]
+    elif rope is not None:
         neox = config["model_type"] == "gpt_neox"
         config["rotary_emb_base" if neox else "rope_theta"] = rope["rope_theta"]
         if neox:
             config["rotary_pct"] = rope["partial_rotary_factor"]
         else:
-            config["rope_scaling"] = None
+            scaled = {name: value for name, value in rope.items() if name != "rope_theta"}
+            config["rope_scaling"] = None if rope["rope_type"] == "default" else scaled
     config["torch_dtype"] = config.pop("dtype", "float32")
     config["transformers_version"] = "4.48.0"
     path.write_text(json.dumps(config, indent=2))

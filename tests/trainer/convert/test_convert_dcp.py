@@ -21,7 +21,7 @@ from keepwarm.trainer.convert.dcp.exporter import to_dcp
 from keepwarm.trainer.convert.importer import ImportOptions, from_dcp
 from keepwarm.trainer.convert.native import NativeCheckpoint
 from keepwarm.trainer.errors import CheckpointError, SpecError
-from keepwarm.trainer.model.rotary import rotate, rotation
+from keepwarm.trainer.model.rotary import plain_frequencies, rotate, rotation
 from keepwarm.trainer.model.spec import ModelSpec
 from tests.support.layouts import Case, State, whole_state, write_checkpoint
 
@@ -156,7 +156,7 @@ def test_torchtitan_query_key_products_equal_native(tmp_path: Path, run: tuple[S
 
     def ours(name: str) -> torch.Tensor:
         heads = (x @ state[f"model.layers.1.attention.{name}.weight"].T).unflatten(-1, (-1, size))
-        cosine, sine = rotation(positions, size, 10000.0, torch.float32)
+        cosine, sine = rotation(positions, plain_frequencies(size, 10000.0, torch.float32))
         return rotate(heads, cosine[None], sine[None])
 
     scores = [

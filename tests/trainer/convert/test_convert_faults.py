@@ -140,7 +140,7 @@ HUGGINGFACE_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "more layers than any model": (
         lambda f: edit_json(f / "config.json", lambda c: c.update(num_hidden_layers=10**9)),
-        "config.json: layers: .*got 1000000000",
+        "config.json: num_hidden_layers = 1000000000",
     ),
     "field nobody knows": (
         lambda f: edit_json(f / "config.json", lambda c: c.update(quantization_config={"bits": 4})),

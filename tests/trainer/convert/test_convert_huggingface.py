@@ -94,7 +94,10 @@ def assert_config_kept(one: Path, two: Path) -> None:
     assert read[0] == read[1]
 
 
-OLD = ("llama-head-dim-theta", "mistral-window", "qwen2-window", "olmo2", "gpt-neox-half-rotary", "gpt2")
+OLD = (
+    "llama-llama3", "olmo3-yarn", "smollm3", "llama-head-dim-theta", "mistral-window", "qwen2-window", "olmo2",
+    "gpt-neox-half-rotary", "gpt2",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("case", "dialect"), [*((case, 5) for case in CASES), *((case, 4) for case in OLD)])

@@ -32,6 +32,7 @@ PUBLISHED = {
     "pythia-410m": 405_334_016,
     "pythia-6.9b": 6_857_302_016,
     "neox-10b": 9_642_249_216,
+    "llama-3.2-1b": 1_235_814_400,
     "llama-3-8b": 8_030_261_248,
     "llama-3-70b": 70_553_706_496,
     "olmo-2-7b": 7_298_617_344,
@@ -232,6 +233,16 @@ def test_estimate_model_flops_match_published_mfu() -> None:
     """10,471 tokens/s of Llama 3 8B at sequence 8,192 on one H200 are given as 57.8 % MFU."""
     spec = load_model(shipped_configs() / "models" / "llama-3-8b.yaml")
     assert 10_471 * model_flops_per_token(spec, 8192) / 989e12 == pytest.approx(0.578, abs=0.001)
+
+
+def test_estimate_windows_count_the_tokens_that_layers_see() -> None:
+    """By summation over all queries; without a window the published formula."""
+    plain = load_model(shipped_configs() / "models" / "llama-3-8b.yaml")
+    mixed = plain.model_copy(update={"layers": 3, "sliding_window": 6, "full_attention_layers": (1,)})
+    window, sequence, width = 6, 64, plain.heads * plain.size_per_head
+    attention = model_flops_per_token(mixed, sequence) - 6.0 * total_parameters(mixed)
+    exact = sum((at + 0.5) - max(0.0, at + 0.5 - window) for at in range(sequence)) / sequence
+    assert attention == pytest.approx(12 * width * (sequence / 2 + 2 * exact), rel=1e-3)
 
 
 def test_estimate_imports_no_torch() -> None:

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from keepwarm.trainer.model import attention
 from keepwarm.trainer.model.attention import Context, attend, context
 from keepwarm.trainer.model.rotary import positions_in
-from keepwarm.trainer.model.spec import ModelSpec
+from keepwarm.trainer.model.spec import ModelSpec, RopeScalingSpec
 from tests.support.models import whole_model
 
 BASE: dict[str, Any] = {
@@ -29,6 +29,13 @@ FAMILIES = {
     "partial": ModelSpec(**BASE, rotary_fraction=0.5),
     "learned": ModelSpec(**BASE, position="learned", norm="layer", activation="gelu"),
     "window": ModelSpec(**BASE, sliding_window=5),
+    "patterned": ModelSpec(
+        **{**BASE, "layers": 3},
+        sliding_window=5,
+        full_attention_layers=(1,),
+        nope_layers=(0,),
+        rope_scaling=RopeScalingSpec(type="llama3", factor=8.0, original_max_sequence_length=16),
+    ),
 }
 LENGTHS = ((9, 23, 1, 7), (40,))
 
@@ -140,7 +147,7 @@ def test_attention_plain_causal_needs_no_mask() -> None:
 def test_rotary_in_bf16_stays_fp32() -> None:
     """Cosines in bf16 would shift positions beyond 256 by whole tokens."""
     model = whole_model(FAMILIES["rotary"], dtype=torch.bfloat16)
-    cosine, sine = model._rotation_of(64, None, torch.zeros(1, dtype=torch.bfloat16)) or (None, None)
+    cosine, sine = model._rotation_of("plain", 64, None, torch.zeros(1, dtype=torch.bfloat16)) or (None, None)
     assert cosine is not None
     assert sine is not None
     assert cosine.dtype == sine.dtype == torch.float32

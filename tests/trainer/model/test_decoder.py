@@ -8,7 +8,7 @@ import torch
 
 from keepwarm.trainer.model.attention import Attention
 from keepwarm.trainer.model.decoder import Decoder
-from keepwarm.trainer.model.spec import ModelSpec
+from keepwarm.trainer.model.spec import ModelSpec, RopeScalingSpec
 from tests.support.models import initialise, losses_of, whole_model
 
 BASE: dict[str, Any] = {
@@ -33,6 +33,15 @@ FAMILIES = {
     "qwen3": ModelSpec(**BASE, qk_norm="head", head_dim=16, z_loss=1e-3),
     "olmo2": ModelSpec(**BASE, qk_norm="projection", norm_position="post"),
     "neox": ModelSpec(**BASE, **GPT, parallel_residual=True, rotary_fraction=0.25),
+    "olmo3": ModelSpec(
+        **BASE,
+        qk_norm="projection",
+        norm_position="post",
+        sliding_window=5,
+        full_attention_layers=(1,),
+        rope_scaling=RopeScalingSpec(type="yarn", factor=8.0, original_max_sequence_length=16, layers="full_attention"),
+    ),
+    "smollm3": ModelSpec(**BASE, nope_layers=(1,), tied_embeddings=True),
     "gpt-tied": ModelSpec(**BASE, **GPT, position="learned", tied_embeddings=True),
 }
 
@@ -137,7 +146,7 @@ def test_attention_half_of_the_heads_gives_half_of_the_sum() -> None:
     from keepwarm.trainer.model.attention import context
 
     x = torch.randn(2, 8, 32)
-    seen = context(model._rotation_of(8, None, x), 8, x.device, None, None)
+    seen = context(model._rotation_of("plain", 8, None, x), 8, x.device, None, None)
     expected = attention(x, seen)
     halves = []
     with torch.no_grad():

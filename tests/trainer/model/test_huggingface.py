@@ -104,18 +104,42 @@ def test_huggingface_config_both_dialects_give_one_spec() -> None:
     [
         ({"model_type": "mixtral"}, "model_type"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters"),
+        ({"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, "rope_parameters"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mrope_section": [8, 8]}}, "mrope_section"),
+        (
+            {
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+                "rope_parameters": {"rope_type": "linear", "factor": 4.0},
+            },
+            "contradict",
+        ),
+        ({"layer_types": ["sliding_attention"] * 32, "sliding_window": 64}, "layer_types"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 32}, "layer_types"),
         ({"hidden_act": "relu"}, "hidden_act"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"num_local_experts": 8}, "num_local_experts"),
         ({"hidden_size": None}, "hidden_size"),
         ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, "max_window_layers"),
+        (
+            {"model_type": "smollm3", "layer_types": ["sliding_attention"] * 32, "sliding_window": 8},
+            "use_sliding_window",
+        ),
     ],
 )
 def test_huggingface_config_unsupported_field_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(SpecError, match=named):
         model_spec_from_hf_config(LLAMA_3_8B | changes)
+
+
+def test_huggingface_config_that_says_rotary_fields_twice_is_read() -> None:
+    twice = PYTHIA_70M | {"rope_theta": 10000, "partial_rotary_factor": 0.25}
+    assert model_spec_from_hf_config(twice) == model_spec_from_hf_config(PYTHIA_70M)
+    with pytest.raises(SpecError, match="rope_theta"):
+        model_spec_from_hf_config(twice | {"rope_theta": 20000})
+    assert model_spec_from_hf_config(LLAMA_3_8B | {"partial_rotary_factor": 1.0})
+    with pytest.raises(SpecError, match="partial_rotary_factor"):
+        model_spec_from_hf_config(LLAMA_3_8B | {"partial_rotary_factor": 0.5})
 
 
 @pytest.mark.parametrize("used", [True, False])

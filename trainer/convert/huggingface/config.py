@@ -19,7 +19,26 @@ def computes(spec: ModelSpec) -> Config:
     fields |= {"kv_heads": spec.key_value_heads, "head_dim": spec.size_per_head}
     if spec.position == "learned":
         fields |= {"rope_theta": None, "rotary_fraction": None}
-    return fields
+    return fields | {"rope_scaling": _scaling(spec)}
+
+
+def _scaling(spec: ModelSpec) -> Config | None:
+    """Return what of the scaled frequencies has an effect: fields of other types have none."""
+    scaling = spec.rope_scaling
+    if scaling is None:
+        return None
+    by_type = {
+        "llama3": ("low_frequency_factor", "high_frequency_factor"),
+        "yarn": ("beta_fast", "beta_slow", "truncate"),
+        "longrope": ("short_factors", "long_factors"),
+    }
+    names = ("type", "factor", *by_type.get(scaling.type, ()))
+    return {
+        **{name: getattr(scaling, name) for name in names},
+        "layers": "all" if spec.sliding_window is None else scaling.layers,
+        "original": None if scaling.type == "linear" else spec.original_length,
+        "attention_factor": spec.attention_factor,
+    }
 
 
 def config_for(spec: ModelSpec, model_type: str | None = None) -> Config:

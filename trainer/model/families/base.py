@@ -3,9 +3,10 @@
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-from keepwarm.trainer.model.families.config_fields import ConfigFields
+from keepwarm.trainer.errors import SpecError
+from keepwarm.trainer.model.families.config_fields import ConfigFields, shown
 from keepwarm.trainer.model.families.tensor_names import TensorNames
-from keepwarm.trainer.model.spec import InitSpec, ModelSpec
+from keepwarm.trainer.model.spec import MOST_LAYERS, InitSpec, ModelSpec
 
 Config = dict[str, Any]
 """The contents of a `config.json`."""
@@ -74,13 +75,20 @@ def write_shared(spec: ModelSpec) -> Config:
         # The defaults are Llama's own ids, which mean nothing in another vocabulary.
         "bos_token_id": None,
         "eos_token_id": None,
+        "pad_token_id": None,
     }
 
 
 def read_sizes(config: ConfigFields) -> dict[str, Any]:
-    """Return the sizes for the spec from the field names that all classes since GPT-NeoX share."""
+    """Return the sizes for the spec from the field names that all classes since GPT-NeoX share.
+
+    Raise `SpecError` if one is missing or is no size.
+    """
+    layers = config.integer("num_hidden_layers")
+    if not 0 < layers <= MOST_LAYERS:
+        raise SpecError(f"config.json: num_hidden_layers = {shown(layers)} is no number of layers")
     return {
-        "layers": config.integer("num_hidden_layers"),
+        "layers": layers,
         "hidden_size": config.integer("hidden_size"),
         "heads": config.integer("num_attention_heads"),
         "ffn_size": config.integer("intermediate_size"),

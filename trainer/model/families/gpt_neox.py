@@ -38,6 +38,10 @@ class GptNeoxFamily(ModelFamily):
     def read_config(self, config: ConfigFields) -> dict[str, Any]:
         config.harmless("attention_dropout", "hidden_dropout", "classifier_dropout")
         biased = config.flag("attention_bias", True)
+        # Later versions of transformers 4 write the two rotary fields a second time, under these names.
+        rope = read_rope(config, theta="rotary_emb_base", fraction="rotary_pct")
+        config.require("rope_theta", rope["rope_theta"])
+        config.require("partial_rotary_factor", rope["rotary_fraction"])
         return {
             **read_sizes(config),
             "norm": "layer",
@@ -47,7 +51,7 @@ class GptNeoxFamily(ModelFamily):
             "qkv_bias": biased,
             "attention_output_bias": biased,
             "mlp_bias": True,
-            **read_rope(config, theta="rotary_emb_base", fraction="rotary_pct"),
+            **rope,
             **read_shared(config, tied=False),
         }
 
@@ -66,6 +70,7 @@ class GptNeoxFamily(ModelFamily):
     def in_both_dialects(self, config: Config, spec: ModelSpec) -> Config:
         return add_rope(
             config,
+            spec,
             old={"rotary_emb_base": spec.rope_theta, "rotary_pct": spec.rotary_fraction},
             parameters={"rope_theta": spec.rope_theta, "partial_rotary_factor": spec.rotary_fraction},
         )

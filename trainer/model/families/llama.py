@@ -11,14 +11,15 @@ from keepwarm.trainer.model.families.base import (
     write_shared,
     write_sizes,
 )
-from keepwarm.trainer.model.families.config_fields import ConfigFields, shown
+from keepwarm.trainer.model.families.config_fields import ConfigFields
+from keepwarm.trainer.model.families.layer_types import SLIDING, read_layer_types
 from keepwarm.trainer.model.families.rope_config import add_rope, read_rope
 from keepwarm.trainer.model.families.tensor_names import TensorNames
 from keepwarm.trainer.model.spec import ModelSpec
 
 
 class LlamaFamily(ModelFamily):
-    """Llama 1 to 3. A descendant overrides the defaults, `read_own` and `write_own`."""
+    """Llama 1 to 3.3. A descendant overrides the defaults, `read_own` and `write_own`."""
 
     model_type = "llama"
     class_name = "LlamaForCausalLM"
@@ -43,7 +44,7 @@ class LlamaFamily(ModelFamily):
     default_kv_heads: ClassVar[int | None] = None
     default_head_dim: ClassVar[int | None] = None
     default_norm_eps: ClassVar[float] = 1e-6
-    default_window: ClassVar[int | None] = None
+    tied: ClassVar[bool] = False
 
     def read_config(self, config: ConfigFields) -> dict[str, Any]:
         config.harmless("attention_dropout")
@@ -55,10 +56,10 @@ class LlamaFamily(ModelFamily):
             "norm": "rms",
             "norm_eps": config.number("rms_norm_eps", self.default_norm_eps),
             "activation": config.choose("hidden_act", "silu", {"silu": "swiglu", "swish": "swiglu"}),
-            "sliding_window": self.read_window(config),
+            **self.read_window(config, sizes["layers"]),
             **self.read_own(config),
-            **read_rope(config),
-            **read_shared(config, tied=False),
+            **self.read_rotary(config),
+            **read_shared(config, tied=self.tied),
         }
 
     def write_config(self, spec: ModelSpec) -> Config:
@@ -74,12 +75,17 @@ class LlamaFamily(ModelFamily):
 
     def in_both_dialects(self, config: Config, spec: ModelSpec) -> Config:
         rope = {"rope_theta": spec.rope_theta}
-        return add_rope(config, old=rope, parameters=rope)
+        return add_rope(config, spec, old=rope, parameters=rope)
 
-    def read_window(self, config: ConfigFields) -> int | None:
-        """Return the sliding window of all layers, or None."""
-        window = config.take_nullable("sliding_window", self.default_window)
-        return None if layer_type(config) == "full_attention" else window
+    def read_window(self, config: ConfigFields, layers: int) -> dict[str, Any]:
+        """Return the spec fields of sliding windows. Raise `SpecError` if layers have one that the class lacks."""
+        if SLIDING in (read_layer_types(config, layers) or ()):
+            raise SpecError(f"config.json: layer_types = {SLIDING!r} is not supported for model_type {self.model_type}")
+        return {}
+
+    def read_rotary(self, config: ConfigFields) -> dict[str, Any]:
+        """Return the spec fields of the rotary embedding."""
+        return read_rope(config)
 
     def read_own(self, config: ConfigFields) -> dict[str, Any]:
         """Return the spec fields that descendants set differently."""
@@ -98,17 +104,6 @@ def read_attention_bias(config: ConfigFields) -> dict[str, Any]:
     """Return the spec's attention biases if a single field sets them all."""
     biased = config.flag("attention_bias", False)
     return {"qkv_bias": biased, "attention_output_bias": biased}
-
-
-def layer_type(config: ConfigFields) -> str | None:
-    """Return the common type of all layers if `layer_types` is set. Raise `SpecError` if the types differ."""
-    types = config.take("layer_types", [])
-    if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
-        raise SpecError(f"config.json: layer_types = {shown(types)} is not a list of names")
-    types = set(types)
-    if not types <= {"full_attention", "sliding_attention"} or len(types) > 1:
-        raise SpecError(f"config.json: layer_types = {sorted(types)} is not supported: all layers must be of one type")
-    return next(iter(types), None)
 
 
 def given_head_dim(spec: ModelSpec) -> Config:

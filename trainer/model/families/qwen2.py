@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.model.families.base import Config
 from keepwarm.trainer.model.families.config_fields import ConfigFields
-from keepwarm.trainer.model.families.llama import LlamaFamily, given_head_dim, layer_type
+from keepwarm.trainer.model.families.layer_types import FULL, SLIDING, read_layer_types, windows, write_layer_types
+from keepwarm.trainer.model.families.llama import LlamaFamily, given_head_dim
 from keepwarm.trainer.model.spec import ModelSpec
 
 
@@ -14,20 +14,14 @@ class Qwen2Family(LlamaFamily):
     class_name = "Qwen2ForCausalLM"
     default_kv_heads = 32
 
-    def read_window(self, config: ConfigFields) -> int | None:
-        """Return the sliding window of all layers, or None. Raise `SpecError` if only some layers have it."""
-        window = config.take_nullable("sliding_window", None)
-        if not config.take("use_sliding_window", False):
+    def read_window(self, config: ConfigFields, layers: int) -> dict[str, Any]:
+        window = config.take_nullable("sliding_window", 4096)
+        if not config.flag("use_sliding_window", False):
             window = None
-        kind = layer_type(config)
-        if kind is None and window is not None:
-            # The first so many layers attend to everything.
-            full = config.integer("max_window_layers", 28)
-            if full >= config.integer("num_hidden_layers"):
-                return None
-            if full > 0:
-                raise SpecError("config.json: max_window_layers is not supported: all layers must have one window")
-        return None if kind == "full_attention" else window
+        # The first so many layers attend to everything.
+        first = config.integer("max_window_layers", 28)
+        derived = [FULL if window is None or index < first else SLIDING for index in range(layers)]
+        return windows(read_layer_types(config, layers) or derived, window)
 
     def read_own(self, config: ConfigFields) -> dict[str, Any]:
         config.harmless("attention_bias")
@@ -39,10 +33,7 @@ class Qwen2Family(LlamaFamily):
 
 def write_window(spec: ModelSpec) -> Config:
     """Return the config fields that `Qwen2Family.read_window` reads."""
+    types = write_layer_types(spec)
+    first = next((index for index, kind in enumerate(types["layer_types"]) if kind == SLIDING), spec.layers)
     windowed = spec.sliding_window is not None
-    return {
-        "use_sliding_window": windowed,
-        "sliding_window": spec.sliding_window,
-        "max_window_layers": 0,
-        "layer_types": ["sliding_attention" if windowed else "full_attention"] * spec.layers,
-    }
+    return types | {"use_sliding_window": windowed, "max_window_layers": first if windowed else 0}

@@ -13,6 +13,8 @@ FAMILIES: Registry[type[ModelFamily]] = Registry(
         "qwen2": "keepwarm.trainer.model.families.qwen2:Qwen2Family",
         "qwen3": "keepwarm.trainer.model.families.qwen3:Qwen3Family",
         "olmo2": "keepwarm.trainer.model.families.olmo2:Olmo2Family",
+        "olmo3": "keepwarm.trainer.model.families.olmo3:Olmo3Family",
+        "smollm3": "keepwarm.trainer.model.families.smollm3:SmolLM3Family",
         "gpt_neox": "keepwarm.trainer.model.families.gpt_neox:GptNeoxFamily",
         "gpt2": "keepwarm.trainer.model.families.gpt2:Gpt2Family",
     },
