@@ -44,6 +44,7 @@ from keepwarm.ft.protocol import events
 from keepwarm.ft.protocol.messages import (
     Attached,
     Cancel,
+    ChunkLost,
     Decode,
     Fetch,
     Hello,
@@ -129,7 +130,7 @@ class Agent:
             limits=NetworkLimits(payload=config.bucket_bytes, rate=config.rate, silence=config.silence),
         )  # fmt: skip
         to_workers = dataclasses.replace(to_peers, roles=worker_sessions.ROLES)
-        return network, WorkerSessions(self.selector, config.socket, to_workers, self.memory, self, self.journal)
+        return network, WorkerSessions(self.selector, config.socket, to_workers, self.memory, self)
 
     # ---- life cycle
 
@@ -232,6 +233,8 @@ class Agent:
         else:
             self.dispatch(events.Received(sender, incarnation, message))
             self.election.heard(message)
+            if isinstance(message, ChunkLost):
+                self.repair.source_lost(sender, message)
 
     # ---- SessionHandler: processes on this node
 

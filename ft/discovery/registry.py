@@ -69,8 +69,10 @@ class Registry:
         return chosen
 
     def newest_epoch(self) -> int:
-        """Return the highest epoch that has been decided here, or 0 if none has."""
-        names = (path.stem.removeprefix("choice-") for path in self.folder.glob("choice-*.json"))
+        """Return the highest epoch that has been decided here, or 0 if none has or the folder cannot be read."""
+        names: list[str] = []
+        with contextlib.suppress(OSError):
+            names = [path.stem.removeprefix("choice-") for path in self.folder.glob("choice-*.json")]
         return max((int(name) for name in names if name.isdigit()), default=0)
 
     def explain(self, epoch: int, reason: str) -> None:
