@@ -45,6 +45,7 @@ from keepwarm.ft.protocol import events
 from keepwarm.ft.protocol.messages import (
     Attached,
     Cancel,
+    ChunkLost,
     Decode,
     Fetch,
     Hello,
@@ -139,7 +140,7 @@ class Agent:
             ),
         )  # fmt: skip
         to_workers = dataclasses.replace(to_peers, roles=worker_sessions.ROLES)
-        return network, WorkerSessions(self.selector, config.socket, to_workers, self.memory, self, self.journal)
+        return network, WorkerSessions(self.selector, config.socket, to_workers, self.memory, self)
 
     # ---- life cycle
 
@@ -252,6 +253,8 @@ class Agent:
         else:
             self.dispatch(events.Received(sender, incarnation, message))
             self.election.heard(message)
+            if isinstance(message, ChunkLost):
+                self.repair.source_lost(sender, message)
 
     # ---- SessionHandler: processes on this node
 

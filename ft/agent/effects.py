@@ -64,6 +64,7 @@ class Effects:
                 self._parts.commits.granted(snapshot, self._shell.clock())
                 sessions.send(worker, Granted(snapshot=snapshot, buffer=buffer))
             case events.Refuse(worker, snapshot, reason):
+                self._parts.commits.refused[reason.name] += 1
                 sessions.send(worker, Refused(snapshot=snapshot, reason=reason.name, text=reason.value))
             case events.Revoke(worker, snapshot):
                 sessions.send(worker, Revoked(snapshot=snapshot))
@@ -94,7 +95,7 @@ class Effects:
                 parts.election.began(epoch)
             case events.RequestEpoch(reason):
                 parts.election.request(reason)
-            case events.Decided(epoch, snapshot, _, whole):
+            case events.Decided(epoch, snapshot, whole):
                 self._shell.journal.write("info", "decided", epoch=epoch, snapshot=snapshot, whole=whole)
                 parts.restores.answer()
                 if parts.durable is not None:
@@ -116,6 +117,9 @@ class Effects:
 
     def _committed(self, snapshot: SnapshotId) -> None:
         parts, epoch, step = self._parts, snapshot.epoch, snapshot.step
+        if epoch < self._shell.state.epoch:  # it was restored: workers and the durable tier have gone on from it
+            self._shell.journal.write("info", "committed after it was restored", epoch=epoch, step=step)
+            return
         seconds = parts.commits.committed(snapshot, self._shell.clock())
         self._shell.journal.write("info", "committed", epoch=epoch, step=step, seconds=round(seconds, 4))
         parts.sessions.send_all(Committed(snapshot=snapshot, seconds=seconds))

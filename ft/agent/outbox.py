@@ -19,12 +19,19 @@ Piece = tuple[Wire, "memoryview | None"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Source:
-    """The chunk of slot `owner` that parts are read from, and the epoch of the request."""
+    """The chunk of slot `owner` that parts are read from, with its known checksums, and the epoch of the request."""
 
     epoch: int
     snapshot: SnapshotId
     stripe: int
     owner: int
+    sums: tuple[int, ...]
+    digest: int = 0
+
+    @property
+    def indices(self) -> range:
+        """Return the parts of the whole chunk. An empty chunk is one empty part."""
+        return range(max(len(self.sums), 1))
 
 
 class Job:
@@ -91,8 +98,9 @@ def chunk_pieces(
     yield ChunkEnd(snapshot=snapshot, stripe=stripe, count=len(sums), digest=digest(sums)), None
 
 
-def part_pieces(source: Source, indices: range, count: int, bucket: Callable[[int], Bytes]) -> Iterator[Piece]:
-    """Yield buckets `indices` of a chunk of `count` buckets, each with a checksum of its current bytes."""
+def part_pieces(source: Source, indices: range, bucket: Callable[[int], Bytes]) -> Iterator[Piece]:
+    """Yield buckets `indices` of a chunk with the checksums of `source`, whatever is in memory by now."""
+    empty = xxhash.xxh3_64_intdigest(b"")
     for index in indices:
         data = bucket(index)
         yield (
@@ -102,9 +110,10 @@ def part_pieces(source: Source, indices: range, count: int, bucket: Callable[[in
                 stripe=source.stripe,
                 owner=source.owner,
                 index=index,
-                count=count,
-                sum=xxhash.xxh3_64_intdigest(data.data),
+                count=len(source.sums),
+                sum=source.sums[index] if source.sums else empty,
                 size=len(data),
+                digest=source.digest,
             ),
             data.data,
         )

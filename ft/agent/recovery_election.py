@@ -36,8 +36,9 @@ class RecoveryElection:
         self._began = self._verified_at = self._deadline = 0.0
         self._next_look = self._next_warning = 0.0
         self._decision: Decision | None = None
-        self.choice: Choice | None = None
-        """The choice of the current epoch once it has been read. The decision may be known earlier."""
+        self._read = False
+        """Whether the choice of the current epoch has been read. The decision may be known earlier."""
+        self._waits_for: tuple[int, ...] = ()
         self._wanted: str = ""
         self._ready = False
 
@@ -56,7 +57,7 @@ class RecoveryElection:
     def began(self, epoch: int) -> None:
         """Handle the start of an epoch: verify the memory, then take part in the election."""
         shell = self._shell
-        self._epoch, self._decision, self.choice, self._wanted = epoch, None, None, ""
+        self._epoch, self._decision, self._read, self._wanted, self._waits_for = epoch, None, False, "", ()
         self._inventories, self._asked, self._ready = {}, set(), False
         self._began = self._shell.clock()
         self._deadline = self._began + shell.config.inventory_deadline
@@ -104,7 +105,7 @@ class RecoveryElection:
     def catch_up(self, epoch: int) -> None:
         """Read a decision from the shared folder if a peer acts on it before it has arrived over the peer's link."""
         shell = self._shell
-        if epoch < shell.state.epoch or (epoch == self._epoch and self.choice is not None):
+        if epoch < shell.state.epoch or (epoch == self._epoch and self._read):
             return
         written = shell.registry.choice(epoch)
         if written is not None:
@@ -123,7 +124,7 @@ class RecoveryElection:
         # Each epoch is settled before the next, even by an agent that the choice left out and that stays RECOVERING.
         if self._wanted and (shell.state.mode is not Mode.RECOVERING or self._decision is not None):
             self.begin(max(shell.state.epoch, shell.registry.newest_epoch()) + 1)
-        if not self._epoch or self.choice is not None or now < self._next_look:
+        if not self._epoch or self._read or now < self._next_look:
             return
         self._next_look = now + SETTLE_POLL_INTERVAL_S
         written = shell.registry.choice(self._epoch)
@@ -145,6 +146,7 @@ class RecoveryElection:
         expected = range(topology.slots)
         answer = restore_choice.choose(self._inventories, topology.groups, expected, now > self._deadline)
         if isinstance(answer, restore_choice.Wait):
+            self._say_whom(answer)
             return
         snapshot = answer.snapshot if isinstance(answer, restore_choice.Choice) else None
         if isinstance(answer, restore_choice.FallBack):
@@ -161,18 +163,25 @@ class RecoveryElection:
         decision = Decision(epoch=self._epoch, snapshot=snapshot, incarnations=incarnations)
         choice = shell.registry.choose(Choice(decision=decision, orders=orders))
         if choice is None:  # the folder does not take it: the epoch stays open, and the next tick tries again
-            self._unwritten(now)
+            self._warn_unwritten(now)
             return
         for link in shell.network.links.values():
             link.send(choice.decision)
         self._decided(choice)
 
-    def _unwritten(self, now: float) -> None:
+    def _warn_unwritten(self, now: float) -> None:
         """Say from time to time that the choice cannot be written."""
         if now >= self._next_warning:
             self._next_warning = now + WARNING_INTERVAL_S
             reason = self._shell.registry.failure
             self._shell.journal.write("warning", "the choice cannot be written", epoch=self._epoch, reason=reason)
+
+    def _say_whom(self, wait: restore_choice.Wait) -> None:
+        """Log, once for the same agents, that only they can end the wait."""
+        if wait.too_few and wait.slots != self._waits_for:
+            self._waits_for = wait.slots
+            reason = "too few have answered to give up what they hold"
+            self._shell.journal.write("warning", "waiting for agents", slots=wait.slots, reason=reason)
 
     def _whole_reason(self, reason: str) -> str:
         """Append the previous epoch's reason if that epoch restored nothing and so discarded what was left."""
@@ -198,7 +207,7 @@ class RecoveryElection:
 
     def _decided(self, choice: Choice) -> None:
         """Apply a choice that has been read: put it in force where possible and follow its orders."""
-        self._decision, self.choice = choice.decision, choice
+        self._decision, self._read = choice.decision, True
         self._shell.dispatch(events.PlanRead(choice.decision, choice.orders))
         self._shell.connect_peers(everyone=False)
 

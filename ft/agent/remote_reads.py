@@ -1,18 +1,22 @@
 """Serve a worker the bytes of the chosen snapshot that it did not copy itself: its agent asks the owner's agent.
 
-A bucket counts as delivered once it has been passed to the worker with the checksum it was sent with. Missing buckets
-are requested again when a bucket arrives damaged and when a link to the owner is restored.
+A bucket is sent with the checksum with which it was sealed and counts as delivered once it has been passed to the
+worker with it. Missing buckets are requested again when one arrives damaged and when a link to the owner is restored.
+The owner does not send a bucket that has rotted: its group decodes the chunk, and then the rest is sent.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import xxhash
 
 from keepwarm.ft.agent.outbox import Job, Source, part_pieces
 from keepwarm.ft.agent.shell import Shell
-from keepwarm.ft.protocol.messages import READ_STRIPE, Part, Read, SnapshotId
+from keepwarm.ft.protocol import events
+from keepwarm.ft.protocol.messages import READ_STRIPE, Part, Read, SnapshotId, Wire
+from keepwarm.ft.protocol.state import Copy
 from keepwarm.ft.transport.link import Link
 
 
@@ -105,27 +109,37 @@ class Reads:
 
     def _answer(self, link: Link, read: Read) -> None:
         shell = self._shell
-        buffer = self._whole(read.snapshot)
-        if buffer is None:
+        copy = self._whole(read.snapshot)
+        if copy is None:
             # Wait until this node's data is back. A later epoch may have begun by then, but its choice is the same.
             if (link, read) not in self._early:
                 self._early.append((link, read))
             return
-        total = shell.memory.shape.buckets
-        pieces = part_pieces(
-            Source(read.epoch, read.snapshot, READ_STRIPE, shell.config.slot),
-            range(read.first, min(read.first + read.count, total)), total,
-            lambda index: shell.memory.data_bucket(buffer, index),
-        )  # fmt: skip
-        shell.outbox.add(link, Job(read.snapshot, READ_STRIPE, pieces))
+        shell.outbox.add(link, Job(read.snapshot, READ_STRIPE, self._pieces(link, read, copy)))
 
-    def _whole(self, snapshot: SnapshotId) -> int | None:
-        """Return the data buffer of a committed snapshot if all of this node's data is present."""
+    def _pieces(self, link: Link, read: Read, copy: Copy) -> Iterator[tuple[Wire, memoryview | None]]:
+        """Yield the buckets of a read as long as they are what was sealed."""
+        shell, sums, buffer = self._shell, copy.data_sums(self._shell.config.slot), copy.data
+        assert buffer is not None
+        source = Source(read.epoch, read.snapshot, READ_STRIPE, shell.config.slot, sums)
+        stop = min(read.first + read.count, len(sums))
+        for index in range(read.first, stop):
+            data = shell.memory.data_bucket(buffer, index)
+            if xxhash.xxh3_64_intdigest(data.data) != sums[index]:
+                stripe = copy.group.data_stripes(shell.config.slot)[index // copy.geometry.chunk]
+                shell.journal.write("warning", "a chunk has rotted", snapshot=read.snapshot, stripe=stripe)
+                self._early.append((link, msgspec.structs.replace(read, first=index, count=stop - index)))
+                shell.dispatch(events.Scrubbed(read.snapshot, stripe, False))
+                return
+            yield from part_pieces(source, range(index, index + 1), lambda _, data=data: data)  # type: ignore[misc]
+
+    def _whole(self, snapshot: SnapshotId) -> Copy | None:
+        """Return a committed snapshot if all of this node's data is present."""
         state = self._shell.state
         copy = state.copy(snapshot)
         if copy is None or not copy.committed:
             return None
-        return copy.data if all(stripe in copy.good for stripe in state.group.data_stripes(state.slot)) else None
+        return copy if all(stripe in copy.good for stripe in state.group.data_stripes(state.slot)) else None
 
 
 def _runs(indices: Iterable[int]) -> Iterator[tuple[int, int]]:

@@ -5,7 +5,10 @@ Targets repeat their request to the decoder while nothing arrives, and decoders 
 them is gone for longer than `silence`, the next epoch makes a new plan.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
@@ -14,39 +17,137 @@ import xxhash
 from keepwarm.ft.agent.outbox import Job, Source, part_pieces
 from keepwarm.ft.agent.shell import Shell
 from keepwarm.ft.arrays import Bytes
+from keepwarm.ft.codec.reed_solomon import Codec
 from keepwarm.ft.memory.shared_memory import bucket_sums
 from keepwarm.ft.protocol import events
-from keepwarm.ft.protocol.messages import ChunkRecord, Decode, Fetch, Part, SnapshotId, digest
+from keepwarm.ft.protocol.messages import ChunkLost, ChunkRecord, ChunkWrong, Decode, Fetch, Part, SnapshotId, digest
+from keepwarm.ft.protocol.parity_placement import StripeGroup
 
 RETRY = 1.0
 """Seconds without progress after which a fetch or rebuilt chunk is requested again."""
+DAMAGED_FETCHES = 3
+"""Number of times that a chunk arrives other than it was sent before its holder is left out."""
 Key = tuple[SnapshotId, int]
 
 
 class Decoding:
-    """One stripe for this agent to rebuild, and the k chunks it gathers, each as long as the longest data chunk."""
+    """One stripe for this agent to rebuild, and the k chunks it gathers, each as long as the longest data chunk.
 
-    def __init__(self, order: Decode, bucket_bytes: int) -> None:
-        self.order, self.bucket_bytes = order, bucket_bytes
+    Data chunks have known digests, but a parity chunk may be wrong and match its own. What is decoded is therefore
+    compared with the digests of the data; if it differs, other parity chunks are tried.
+    """
+
+    def __init__(self, order: Decode, group: StripeGroup, bucket_bytes: int) -> None:
+        self.order, self.group, self.bucket_bytes = order, group, bucket_bytes
         self.targets = set(order.targets)
         self.buckets = max(order.counts, default=0)
+        slots = (*group.sources(order.stripe), *group.parities(order.stripe))
+        self.columns = {slot: column for column, slot in enumerate(slots)}
+        self.using: tuple[int, ...] = order.sources
         self.chunks: dict[int, Bytes] = {}
-        self.next = dict.fromkeys(order.sources, 0)
+        self.digests: dict[int, int] = {}
+        """Digest of every chunk as its holder sent it."""
+        self.next: dict[int, int] = {}
         self.done: set[int] = set()
         self.heard = 0.0
+        self._failed: set[tuple[int, ...]] = set()
+        self._damaged = Counter[int]()
 
     def start(self, now: float) -> None:
         """Allocate the memory. Only one stripe per agent is decoded at a time."""
-        self.chunks = {slot: np.zeros(self.buckets * self.bucket_bytes, np.uint8) for slot in self.order.sources}
+        for slot in self.using:
+            if slot not in self.chunks:
+                self.chunks[slot] = np.zeros(self.buckets * self.bucket_bytes, np.uint8)
+                self.next[slot] = 0
         self.heard = now
 
     @property
     def complete(self) -> bool:
-        return len(self.done) == len(self.order.sources)
+        return self.done.issuperset(self.using)
 
     @property
     def awaited(self) -> set[int]:
-        return set(self.order.sources) - self.done if self.chunks else set()
+        return set(self.using) - self.done if self.chunks else set()
+
+    @property
+    def holders(self) -> tuple[int, ...]:
+        return (*self.order.sources, *self.order.spares)
+
+    def damaged(self, slot: int) -> bool:
+        """Gather a chunk again that arrived damaged. Return False if that has happened too often."""
+        self._damaged[slot] += 1
+        self.next[slot] = 0
+        self.done.discard(slot)
+        return self._damaged[slot] < DAMAGED_FETCHES
+
+    def try_others(self, without: int | None = None) -> bool:
+        """Use other holders: all those of data and other parity, without one. Return False if none are left.
+
+        A wrong choice of parity fails with any data, so no others need to be tried.
+        """
+        if without is None:
+            self._failed.add(tuple(sorted(self.using)))
+        else:
+            self._damaged[without] = DAMAGED_FETCHES
+        here = [slot for slot in self.holders if self._damaged[slot] < DAMAGED_FETCHES and slot not in self.targets]
+        data = [slot for slot in here if self.columns[slot] < self.group.data]
+        parity = [slot for slot in here if slot not in data]
+        for chosen in itertools.combinations(parity, self.group.data - len(data)):
+            if tuple(sorted((*data, *chosen))) not in self._failed:
+                self.using = (*data, *chosen)
+                return True
+        return False
+
+    def solve(self, codec: Codec, targets: Sequence[int], length: int) -> "Solution":
+        """Decode the chunks of `targets`, each of `length` buckets, from those that were gathered."""
+        order, size = self.order, self.bucket_bytes
+        for slot in self.using:
+            column = self.columns[slot]
+            digest_, count = self.digests[slot], length
+            if column < self.group.data:
+                digest_, count = order.digests[column], order.counts[column]
+            if not self._matches(self.chunks[slot], digest_, count):
+                return Solution(damaged=slot)
+        seen = {slot for slot in self.columns if self._reference(slot)} - set(self.using)
+        out = {slot: np.zeros(self.buckets * size, np.uint8) for slot in seen.difference(targets)}
+        out |= {slot: np.zeros(length * size, np.uint8) for slot in targets}
+        gathered = {self.columns[slot]: self.chunks[slot] for slot in self.using}
+        rest = {self.columns[slot]: chunk[: self.buckets * size] for slot, chunk in out.items()}
+        codec.decode(gathered, rest)
+        for slot, chunk in out.items():
+            column = self.columns[slot]
+            if column < self.group.data and not self._matches(chunk, order.digests[column], order.counts[column]):
+                return Solution(mismatch=slot)
+        wrong = [slot for slot in self.done - set(self.using) if not np.array_equal(
+            out[slot][: self.buckets * size], self.chunks[slot])]  # fmt: skip
+        counts = {slot: order.counts[self.columns[slot]] if self.columns[slot] < self.group.data else length
+                  for slot in targets}  # fmt: skip
+        chunks = {slot: (out[slot], bucket_sums(out[slot][: counts[slot] * size], size)) for slot in targets}
+        return Solution(chunks=chunks, wrong=tuple(wrong))
+
+    def _reference(self, slot: int) -> bool:
+        """Return whether the slot's chunk is known, as all data is, or was gathered for an earlier attempt."""
+        return self.columns[slot] < self.group.data or slot in self.done
+
+    def _matches(self, chunk: Bytes, expected: int, count: int) -> bool:
+        """Return whether the chunk's `count` buckets have the digest. Those after the longest data chunk are zeros."""
+        size = self.bucket_bytes
+        sums = bucket_sums(chunk[: count * size], size)
+        zeros = xxhash.xxh3_64_intdigest(bytes(size)) if count > len(sums) else 0
+        return digest((*sums, *itertools.repeat(zeros, count - len(sums)))) == expected
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """Result of decoding: the chunks with their bucket checksums, or why there are none."""
+
+    chunks: Mapping[int, tuple[Bytes, tuple[int, ...]]] = field(default_factory=dict)
+    wrong: tuple[int, ...] = ()
+    """Holders of chunks that an earlier attempt used and that differ from what was decoded."""
+    damaged: int | None = None
+    """Holder of a chunk that is not the one that was sent."""
+    mismatch: int | None = None
+    """Slot of a data chunk that would be another one than was written."""
 
 
 class Filling:
@@ -144,12 +245,12 @@ class Repair:
         if shell.config.slot in order.targets:
             self._filling.setdefault(key, Filling(order, shell.config.slot, shell.clock()))
         if (running := self._decoding.get(key)) is not None:
-            running.targets.update(order.targets)
+            running.targets.update(slot for slot in order.targets if slot not in running.using)
             return
         links = [shell.network.links.get(slot) for slot in order.targets]
         if all(link is not None and shell.outbox.holds(link, *key) for link in links):
             return
-        self._decoding[key] = Decoding(order, shell.config.bucket_bytes)
+        self._decoding[key] = Decoding(order, shell.state.group, shell.config.bucket_bytes)
         self._next()
 
     def _next(self) -> None:
@@ -162,7 +263,7 @@ class Repair:
         """Request the missing source buckets. This agent's own chunk is copied."""
         shell, order = self._shell, decoding.order
         copy = shell.state.copy(order.snapshot)
-        for slot in order.sources:
+        for slot in decoding.using:
             if slot in decoding.done:
                 continue
             if slot != shell.config.slot:
@@ -171,12 +272,14 @@ class Repair:
                     start = decoding.next[slot]
                     link.send(Fetch(epoch=order.epoch, snapshot=order.snapshot, stripe=order.stripe, start=start))
             elif copy is not None and order.stripe in copy.good:
-                chunk = shell.memory.chunk(copy.data, copy.parity, order.stripe)
-                count = min(copy.good[order.stripe].count, decoding.buckets) * decoding.bucket_bytes
+                chunk, record = shell.memory.chunk(copy.data, copy.parity, order.stripe), copy.good[order.stripe]
+                count = min(record.count, decoding.buckets) * decoding.bucket_bytes
                 decoding.chunks[slot][:count] = chunk[:count]
+                decoding.digests[slot] = record.digest
                 decoding.done.add(slot)
             else:
-                self._request_epoch(f"slot {slot} has lost its chunk of stripe {order.stripe}, which others need")
+                self._without(decoding, slot, f"slot {slot} has lost its chunk of stripe {order.stripe}")
+                return
         if decoding.complete:
             self._solve(decoding)
 
@@ -185,62 +288,96 @@ class Repair:
         if part.index == decoding.next[part.owner]:
             decoding.next[part.owner] += 1
         if decoding.next[part.owner] >= min(part.count, decoding.buckets) and part.owner not in decoding.done:
+            decoding.digests[part.owner] = part.digest
             decoding.done.add(part.owner)
             if decoding.complete:
                 self._solve(decoding)
 
+    def source_lost(self, sender: int, lost: ChunkLost) -> None:
+        """Do without a source that has lost its chunk since."""
+        decoding = self._decoding.get((lost.snapshot, lost.stripe))
+        if decoding is not None and sender in decoding.awaited:
+            self._without(decoding, sender, f"slot {sender} has lost its chunk of stripe {lost.stripe}")
+
+    def _without(self, decoding: Decoding, slot: int, why: str) -> None:
+        """Use other holders than `slot`. If there are too few, only another choice can help a restore."""
+        order, shell = decoding.order, self._shell
+        if decoding.try_others(without=slot):
+            decoding.start(shell.clock())
+            self._fetch(decoding)
+            return
+        self._drop(decoding)
+        shell.journal.write("error", "a stripe cannot be repaired", stripe=order.stripe, reason=why)
+        if order.snapshot == shell.state.decided != shell.state.committed:
+            self._request_epoch(f"{why}, and others need it")
+        self._next()
+
+    def _drop(self, decoding: Decoding) -> None:
+        self._decoding.pop((decoding.order.snapshot, decoding.order.stripe), None)
+
     def _solve(self, decoding: Decoding) -> None:
         shell, order = self._shell, decoding.order
-        group = shell.state.group
-        columns = {slot: column for column, slot in enumerate(group.sources(order.stripe))}
-        columns |= {slot: group.data + row for row, slot in enumerate(group.parities(order.stripe))}
-        total = shell.memory.shape.chunk * decoding.bucket_bytes
         targets = tuple(sorted(decoding.targets))
 
-        def solve() -> dict[int, Bytes] | str:
-            size = decoding.bucket_bytes
-            for slot in order.sources:
-                if (why := _wrong(decoding.chunks[slot], columns[slot], order, size)) is not None:
-                    return f"the chunk of slot {slot} {why}"
-            out = {slot: np.zeros(total, np.uint8) for slot in targets}
-            length = decoding.buckets * size
-            present = {columns[slot]: chunk for slot, chunk in decoding.chunks.items()}
-            shell.codec.decode(present, {columns[slot]: chunk[:length] for slot, chunk in out.items()})
-            for slot, chunk in out.items():
-                if (why := _wrong(chunk, columns[slot], order, size)) is not None:
-                    return f"the chunk decoded for slot {slot} {why}"
-            return out
-
-        def send(out: dict[int, Bytes] | str) -> None:
-            key = order.snapshot, order.stripe
-            if self._decoding.get(key) is not decoding:
+        def solved(solution: Solution) -> None:
+            if self._decoding.get((order.snapshot, order.stripe)) is not decoding:
                 return
-            if isinstance(out, str):
-                shell.journal.write("error", "a stripe cannot be repaired", stripe=order.stripe, reason=out)
-                self._request_epoch(f"stripe {order.stripe} cannot be repaired: {out}")
-                del self._decoding[key]
+            if solution.damaged is not None:
+                self._damaged(decoding, solution.damaged)
+            elif solution.mismatch is not None:
+                self._mismatch(decoding, solution.mismatch)
             else:
-                for slot, chunk in out.items():
-                    column = columns[slot]
-                    count = order.counts[column] if column < group.data else shell.memory.shape.chunk
-                    self._deliver(order, slot, chunk, count)
-                decoding.targets.difference_update(targets)
-                if decoding.targets:  # more targets asked in the meantime
-                    self._solve(decoding)
-                    return
-                del self._decoding[key]
-            self._next()
+                self._deliver_all(decoding, solution)
 
-        shell.pool.run(solve, send)
+        shell.pool.run(lambda: decoding.solve(shell.codec, targets, shell.memory.shape.chunk), solved)
 
-    def _deliver(self, order: Decode, slot: int, chunk: Bytes, count: int) -> None:
-        """Deliver a decoded chunk to its owner, local or remote. An empty chunk is sent as a single empty part."""
+    def _damaged(self, decoding: Decoding, slot: int) -> None:
+        stripe = decoding.order.stripe
+        self._shell.journal.write("warning", "a chunk arrived other than it was sent", owner=slot, stripe=stripe)
+        if decoding.damaged(slot):
+            self._fetch(decoding)
+        else:
+            self._without(decoding, slot, f"the chunk of slot {slot} of stripe {stripe} cannot be read")
+
+    def _mismatch(self, decoding: Decoding, slot: int) -> None:
+        """Try other parity, since one of the chunks is wrong. Exclude all of them if none is left."""
+        order, shell = decoding.order, self._shell
+        shell.journal.write(
+            "error", "chunks of a stripe do not belong together", stripe=order.stripe, holders=decoding.using,
+            reason=f"the chunk decoded for slot {slot} does not match its digest",
+        )  # fmt: skip
+        if decoding.try_others():
+            decoding.start(shell.clock())
+            self._fetch(decoding)
+            return
+        self._drop(decoding)
+        shell.dispatch(events.DecodeFailed(order.snapshot, order.stripe, decoding.holders))
+        self._next()
+
+    def _deliver_all(self, decoding: Decoding, solution: Solution) -> None:
+        shell, order = self._shell, decoding.order
+        for slot, (chunk, sums) in solution.chunks.items():
+            self._deliver(order, slot, chunk, sums)
+        for slot in solution.wrong:
+            if slot == shell.config.slot:
+                shell.dispatch(events.Scrubbed(order.snapshot, order.stripe, False))
+            elif (link := shell.network.links.get(slot)) is not None:
+                link.send(ChunkWrong(epoch=order.epoch, snapshot=order.snapshot, stripe=order.stripe))
+        decoding.targets.difference_update(solution.chunks)
+        if decoding.targets:  # more targets asked in the meantime
+            self._solve(decoding)
+            return
+        self._drop(decoding)
+        self._next()
+
+    def _deliver(self, order: Decode, slot: int, chunk: Bytes, sums: tuple[int, ...]) -> None:
+        """Deliver a decoded chunk to its owner, local or remote."""
         shell = self._shell
         size = shell.config.bucket_bytes
+        source = Source(order.epoch, order.snapshot, order.stripe, slot, sums, digest(sums))
         pieces = part_pieces(
-            Source(order.epoch, order.snapshot, order.stripe, slot), range(max(count, 1)), count,
-            lambda index: chunk[index * size : (index + 1) * size if count else 0],
-        )  # fmt: skip
+            source, source.indices, lambda index: chunk[index * size : (index + 1) * size if sums else 0]
+        )
         if slot != shell.config.slot:
             link = shell.network.links.get(slot)
             if link is not None:
@@ -300,24 +437,33 @@ class Repair:
 
     def _filled(self, part: Part, filling: Filling) -> None:
         shell, order = self._shell, filling.order
-        del self._filling[part.snapshot, part.stripe]
         if shell.state.copy(part.snapshot) is None:
+            del self._filling[part.snapshot, part.stripe]
             return
-        sums = tuple(filling.sums[index] for index in range(part.count))
-        group = shell.state.group
-        value = digest(sums)
+        sums = tuple(filling.sums[index] for index in sorted(filling.sums))
+        group, value = shell.state.group, digest(sums)
+        record = ChunkRecord(part.stripe, value, order.digests, part.count, order.counts)
         if shell.config.slot in group.sources(part.stripe):
-            column = group.sources(part.stripe).index(shell.config.slot)
-            if (value, part.count) != (order.digests[column], order.counts[column]):
-                shell.journal.write("error", "a rebuilt chunk is not the one that was lost", stripe=part.stripe)
-                self._request_epoch(f"slot {filling.decoder} sent another chunk of stripe {part.stripe} than was lost")
-                return
             record = ChunkRecord(part.stripe, value, (), part.count)
-        else:
-            record = ChunkRecord(part.stripe, value, order.digests, part.count, order.counts)
+        if not self._is_the_lost_one(record, part, order):
+            # A bucket in the wrong place, or another chunk: nothing of it is kept.
+            shell.journal.write("warning", "a rebuilt chunk arrived other than it was sent", stripe=part.stripe)
+            filling.sums.clear()
+            self._ask(filling, shell.clock())
+            return
+        del self._filling[part.snapshot, part.stripe]
         self.rebuilt += 1
         shell.journal.write("info", "a chunk is back", snapshot=part.snapshot, stripe=part.stripe)
         shell.dispatch(events.ChunkRebuilt(part.snapshot, record, sums))
+
+    def _is_the_lost_one(self, record: ChunkRecord, part: Part, order: Decode) -> bool:
+        """Return whether a chunk arrived as it was decoded, and is as long as it must be."""
+        if record.digest != part.digest:
+            return False
+        if record.sources:
+            return part.count == self._shell.memory.shape.chunk
+        column = self._shell.state.group.sources(part.stripe).index(self._shell.config.slot)
+        return (record.digest, part.count) == (order.digests[column], order.counts[column])
 
     # ---- requests of other agents
 
@@ -332,26 +478,15 @@ class Repair:
         chunk = shell.memory.chunk(copy.data, copy.parity, stripe)[: record.count * size]
         epoch = shell.state.epoch
 
-        def send(value: int) -> None:
-            if value != record.digest:
+        def send(sums: tuple[int, ...]) -> None:
+            if digest(sums) != record.digest:
                 shell.dispatch(events.Scrubbed(snapshot, stripe, False))
-                self._request_epoch(f"stripe {stripe} of slot {shell.config.slot} has rotted")
+                link.send(ChunkLost(snapshot=snapshot, stripe=stripe))
             else:
-                source = Source(epoch, snapshot, stripe, shell.config.slot)
+                source = Source(epoch, snapshot, stripe, shell.config.slot, sums, record.digest)
                 pieces = part_pieces(
-                    source, range(start, max(record.count, 1)), record.count,
-                    lambda index: chunk[index * size : (index + 1) * size],
-                )  # fmt: skip
+                    source, source.indices[start:], lambda index: chunk[index * size : (index + 1) * size]
+                )
                 shell.outbox.add(link, Job(snapshot, stripe, pieces))
 
-        shell.pool.run(lambda: digest(bucket_sums(chunk, size)), send)
-
-
-def _wrong(chunk: Bytes, column: int, order: Decode, size: int) -> str | None:
-    """Return why a data chunk differs from its record, or None. Parity chunks have no reference to check here."""
-    if column >= len(order.digests):
-        return None
-    count = order.counts[column]
-    if digest(bucket_sums(chunk[: count * size], size)) != order.digests[column]:
-        return "does not match its digest"
-    return None
+        shell.pool.run(lambda: bucket_sums(chunk, size), send)

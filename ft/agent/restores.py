@@ -4,7 +4,6 @@ from keepwarm.ft.agent.shell import Shell
 from keepwarm.ft.agent.worker_sessions import WorkerSessions
 from keepwarm.ft.protocol import events
 from keepwarm.ft.protocol.messages import Restored
-from keepwarm.ft.protocol.state import Copy
 
 
 class RestoreAnswers:
@@ -33,10 +32,5 @@ class RestoreAnswers:
             reason = f"what epoch {state.epoch} decided on has been replaced, and a worker asks for it"
             shell.dispatch(events.EpochNeeded(state.epoch, reason))
             return None
-        sums = _bucket_sums(copy, state.slot)
+        sums = copy.data_sums(state.slot)
         return Restored(epoch=state.epoch, snapshot=state.decided, buffer=copy.data, sums=sums)
-
-
-def _bucket_sums(copy: Copy, slot: int) -> tuple[int, ...]:
-    """Return the checksums of all buckets of a copy's data buffer on its own node, `slot`."""
-    return tuple(value for stripe in copy.group.data_stripes(slot) for value in copy.chunk_sums(slot, stripe))

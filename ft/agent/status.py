@@ -24,6 +24,8 @@ class CommitTimes:
     def __init__(self) -> None:
         self._begun: dict[SnapshotId, float] = {}
         self.last: collections.deque[Commit] = collections.deque(maxlen=REMEMBERED)
+        self.refused = collections.Counter[str]()
+        """Number of requests that were refused, by `keepwarm.ft.protocol.events.Reason`."""
 
     def granted(self, snapshot: SnapshotId, now: float) -> None:
         self._begun.setdefault(snapshot, now)
@@ -62,6 +64,7 @@ def status(
         held=tuple(_held(copy) for copy in state.copies),
         committed=state.committed.age if state.committed is not None else None,
         commits=tuple(commits.last),
+        refused=dict(commits.refused),
         durable=dataclasses.asdict(durable.report) if durable is not None else {},
         scrub={"checked": scrub.checked, "damaged": scrub.damaged},
     )

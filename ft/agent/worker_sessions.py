@@ -7,7 +7,7 @@ its process is known to be dead. A process that outlives its socket is killed.
 
 import selectors
 import socket
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -49,6 +49,11 @@ class Session:
 class SessionHandler(Protocol):
     """Receives session events. Called from the thread that drives the selector."""
 
+    @property
+    def journal(self) -> Journal: ...
+    @property
+    def clock(self) -> Callable[[], float]: ...
+
     def configured(self, geometry: Geometry) -> Attached:
         """Handle a complete layout of workers. Return the reply for all of them, except for the offset of each part."""
         ...
@@ -71,14 +76,14 @@ class WorkerSessions:
 
     def __init__(
         self, selector: selectors.BaseSelector, path: Path, credentials: Credentials, memory: Memory,
-        handler: SessionHandler, journal: Journal,
+        handler: SessionHandler,
     ) -> None:  # fmt: skip
         """Create and listen on the Unix socket `path`. Workers that attach receive the buffers of `memory`."""
         self._selector, self._path, self._credentials = selector, path, credentials
-        self._memory, self._handler, self._journal = memory, handler, journal
+        self._memory, self._handler, self._journal, self._clock = memory, handler, handler.journal, handler.clock
         self.by_link: dict[Link, Session] = {}
         self._leaving: list[Session] = []
-        self.last_seen = time.monotonic()
+        self.last_seen = self._clock()
         self.ended = False
         """Set once all workers have reported the end of the job."""
         path.unlink(missing_ok=True)
@@ -133,7 +138,7 @@ class WorkerSessions:
 
     def connected(self, link: Link) -> None:
         self._strangers.discard(link)
-        self.last_seen = time.monotonic()
+        self.last_seen = self._clock()
 
     def refused(self, link: Link, reason: str) -> None:
         session = self.by_link.pop(link)
@@ -151,9 +156,9 @@ class WorkerSessions:
             session.holder.close()
             self._attach_all()
             return
-        session.left_at = time.monotonic()
+        session.left_at = self._clock()
         self._leaving.append(session)
-        self._selector.register(session.holder.fileno(), selectors.EVENT_READ, _DeathWatch(self))
+        self._selector.register(session.holder.fileno(), selectors.EVENT_READ, _DeathWatch(self, self._clock))
         self._journal.write(
             "info", "a worker has gone", worker=session.attach.worker, pid=session.holder.pid, reason=reason
         )
@@ -277,8 +282,8 @@ class WorkerSessions:
 class _DeathWatch:
     """Selector handler for the death of an awaited process."""
 
-    def __init__(self, sessions: WorkerSessions) -> None:
-        self._sessions = sessions
+    def __init__(self, sessions: WorkerSessions, clock: Callable[[], float]) -> None:
+        self._sessions, self._clock = sessions, clock
 
     def ready(self, mask: int) -> None:
-        self._sessions.tick(time.monotonic())
+        self._sessions.tick(self._clock())

@@ -49,5 +49,7 @@ class Status(Wire, frozen=True, kw_only=True):
     held: tuple[Held, ...]
     committed: tuple[int, int] | None
     commits: tuple[Commit, ...]
+    refused: dict[str, int]
+    """Number of snapshots that workers were refused, by reason."""
     durable: dict[str, Any]
     scrub: dict[str, int]

@@ -14,7 +14,7 @@ from keepwarm.ft.protocol.events import (  # fmt: skip
     SendChunk,
     Verify,
 )
-from keepwarm.ft.protocol.messages import ChunkEnd, ChunkLost, ChunkRecord, Known, SnapshotId, Stored, Want, digest
+from keepwarm.ft.protocol.messages import ChunkEnd, ChunkLost, ChunkRecord, SnapshotId, Stored, Want, digest
 from keepwarm.ft.protocol.state import Copy, Phase, Progress
 from keepwarm.ft.protocol.transition import Transition
 
@@ -59,11 +59,9 @@ def on_want(transition: Transition, sender: int, want: Want) -> None:
         return
     if state.slot not in group.sources(want.stripe):
         return
-    if snapshot in state.void:
-        transition.emit(Send(sender, Known(snapshot=snapshot, void=True)))
-    elif transition.superseded(snapshot):
+    if transition.answer_if_void(snapshot, sender) or transition.superseded(snapshot):
         return
-    elif copy is None or copy.phase is Phase.FILLING:
+    if copy is None or copy.phase is Phase.FILLING:
         if copy is not None or snapshot.age > state.newest:
             transition.set(wants={**state.wants, (snapshot, want.stripe, sender): want.start})
     elif copy.open:
@@ -196,34 +194,45 @@ def check_stored(transition: Transition, copy: Copy) -> None:
 
 def say_stored(transition: Transition, copy: Copy) -> Copy:
     records = tuple(copy.good[stripe] for stripe in sorted(copy.good))
-    transition.send_group(Stored(snapshot=copy.snapshot, chunks=records))
-    return transition.put(replace(copy, members={**copy.members, transition.state.slot: records}))
+    copy = transition.put(replace(copy, members={**copy.members, transition.state.slot: records}))
+    transition.send_group(stored(transition, copy))
+    return copy
 
 
-def on_stored(transition: Transition, sender: int, stored: Stored) -> None:
+def stored(transition: Transition, copy: Copy) -> Stored:
+    """Return what this agent has announced of the snapshot."""
+    return Stored(
+        snapshot=copy.snapshot,
+        chunks=copy.members[transition.state.slot],
+        epoch=transition.statement_epoch(copy.snapshot),
+    )
+
+
+def on_stored(transition: Transition, sender: int, announced: Stored) -> None:
     """Record what a member stored, even after the commit is known: it is needed to repair chunks that decay later.
 
-    For a snapshot chosen at recovery, members announce `Stored` once they have all of it again. The receiver replies
-    with its own, because the sender may have learned of the choice only after this agent announced it.
+    For a snapshot chosen at recovery, members announce `Stored` once they have all of it again.
     """
-    copy = transition.state.copy(stored.snapshot)
+    copy = transition.state.copy(announced.snapshot)
+    if transition.answer_if_void(announced.snapshot, sender):
+        return
     if copy is None or sender not in copy.group.members or sender in copy.members:
         return
     if not copy.open and not copy.committed:
         return
-    if {record.stripe for record in stored.chunks} != set(range(copy.group.size)):
+    if {record.stripe for record in announced.chunks} != set(range(copy.group.size)):
         transition.log("error", f"slot {sender} says Stored for other stripes than its group has")
         return
-    copy = transition.put(replace(copy, members={**copy.members, sender: stored.chunks}))
-    own = copy.members.get(transition.state.slot)
-    if own is not None and copy.snapshot == transition.state.decided:
-        transition.emit(Send(sender, Stored(snapshot=copy.snapshot, chunks=own)))
-    check_prepared(transition, copy)
+    check_prepared(transition, transition.put(replace(copy, members={**copy.members, sender: announced.chunks})))
 
 
 def check_prepared(transition: Transition, copy: Copy) -> None:
-    """Enter PREPARED once every member has stored and verified its data and its parity, and these belong together."""
-    if copy.phase is not Phase.SEALED or len(copy.members) < copy.group.size:
+    """Enter PREPARED once every member has stored and verified its data and its parity, and these belong together.
+
+    A snapshot chosen at recovery keeps its phase, but is announced to be PREPARED in this epoch all the same.
+    """
+    restored = copy.snapshot == transition.state.decided and copy.committed
+    if len(copy.members) < copy.group.size or not (restored or copy.phase is Phase.SEALED):
         return
     for stripe in range(copy.group.size):
         held = {slot: next(r for r in records if r.stripe == stripe) for slot, records in copy.members.items()}
@@ -233,5 +242,6 @@ def check_prepared(transition: Transition, copy: Copy) -> None:
             transition.log("error", f"snapshot {copy.snapshot}: parity of stripe {stripe} was made of other data")
             transition.emit(RequestEpoch(f"snapshot {copy.snapshot} of group {copy.group.index} does not fit together"))
             return
-    transition.put(replace(copy, phase=Phase.PREPARED))
+    if not restored:
+        transition.put(replace(copy, phase=Phase.PREPARED))
     transition.learn(copy.snapshot, frozenset({copy.group.index}))

@@ -17,6 +17,7 @@ class Reason(enum.Enum):
     """Why a snapshot was refused. The value also says what the worker should do."""
 
     BUSY = "the previous snapshot is not committed yet: skip this one"
+    NO_ROOM = "there is no room until the restored snapshot is whole on all nodes: skip this one"
     VOID = "another node cannot take part in this snapshot: skip it"
     EPOCH = "the snapshot belongs to another epoch: go on under the agent's epoch, after a restore if there was one"
     RECOVERING = "the agents are deciding what to restore: offer the next step again"
@@ -37,7 +38,11 @@ class Configured:
 
 @dataclass(frozen=True, slots=True)
 class WorkerOpened:
-    """A worker requests a buffer. With `wait`, it can wait until the previous snapshot is committed."""
+    """A worker requests a buffer. With `wait`, it can wait until the previous snapshot is committed.
+
+    The worker has completed a step from what this epoch restored, and gives up every older snapshot that it has not
+    sealed.
+    """
 
     worker: int
     snapshot: SnapshotId
@@ -167,6 +172,15 @@ class EpochNeeded:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeFailed:
+    """The chunks of `holders` do not decode to what was written in `stripe`, whichever k of them are taken."""
+
+    snapshot: SnapshotId
+    stripe: int
+    holders: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PlanRead:
     """A decision was read from the shared folder with its plan: (decoder, order) for every chunk to rebuild."""
 
@@ -191,7 +205,7 @@ class DurableEnded:
 Event: TypeAlias = (
     Configured | WorkerOpened | WorkerSealed | WorkerCancelled | WorkerLost | DataVerified | ParityVerified
     | PeerConnected | PeerLost | PeerAway | Received | BucketArrived | Scrubbed | ChunkRebuilt | EpochAdvanced
-    | EpochNeeded | PlanRead | DurableStarted | DurableEnded
+    | EpochNeeded | DecodeFailed | PlanRead | DurableStarted | DurableEnded
 )  # fmt: skip
 
 
@@ -302,7 +316,10 @@ class FinishParity:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Announce to the workers, the durable tier and the log that the snapshot is committed."""
+    """Announce to the workers, the durable tier and the log that the snapshot is committed.
+
+    A restored snapshot of an earlier epoch is committed when it is whole on all members for the first time.
+    """
 
     snapshot: SnapshotId
 
@@ -326,7 +343,6 @@ class Decided:
 
     epoch: int
     snapshot: SnapshotId | None
-    buffer: int | None
     whole: bool
 
 

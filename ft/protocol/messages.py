@@ -157,22 +157,41 @@ Records: TypeAlias = Annotated[tuple[ChunkRecord, ...], Meta(max_length=MEMBERS_
 
 
 class Stored(Wire, frozen=True):
-    """Tell the group that the sender has stored and verified its data and parity of `snapshot`. Never withdrawn."""
+    """Tell the group that the sender has stored and verified its data and parity of `snapshot`. Never withdrawn.
+
+    `epoch` is that of the statement: 0 for the snapshot's own. A snapshot that was restored is stored once more, since
+    some of its chunks may have been lost in the meantime.
+    """
 
     snapshot: SnapshotId
     chunks: Records
+    epoch: Count = 0
 
 
 # ---- knowledge, along the tree of agents: facts that stay true, merged by union, repeated freely
 
 
 class Known(Wire, frozen=True):
-    """Facts about `snapshot`: the groups known to be PREPARED, or that it can never be committed (`void`)."""
+    """Facts about `snapshot`: that it was begun, the groups known to be PREPARED, or that it is `void`.
+
+    `committed`: all groups are. `void`: an agent has not stored it and never will, so it can never be committed.
+    `epoch` is as in `Stored`.
+    """
 
     snapshot: SnapshotId
     prepared: Annotated[tuple[Small, ...], Meta(max_length=65_536)] = ()
     committed: bool = False
     void: bool = False
+    epoch: Count = 0
+
+
+class Joined(Wire, frozen=True):
+    """Tell group members and neighbours that the sender has put the choice of `epoch` into force.
+
+    It has ignored what they said in this epoch until now. They repeat what still matters.
+    """
+
+    epoch: Count
 
 
 # ---- recovery
@@ -185,29 +204,38 @@ class InventoryRequest(Wire, frozen=True):
 
 
 class Holding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """The good chunks of one snapshot in one agent's memory, and whether the agent knows that it is committed."""
+    """The good chunks of one snapshot in one agent's memory, and whether the agent knows that it was committed."""
 
     snapshot: SnapshotId
     chunks: Records
     committed: bool = False
 
 
-class Inventory(Wire, frozen=True):
-    """Everything that can be restored from slot `slot`. None of it is released until this epoch's `Decision`.
+class Undecodable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """A fact: no k chunks of these `holders` decode to what was written in `stripe` of `snapshot`."""
 
-    `decided_epoch` and `decided` repeat the last decision the sender received (0 and None: never).
+    snapshot: SnapshotId
+    stripe: Small
+    holders: Few
+
+
+class Inventory(Wire, frozen=True):
+    """Everything that can be restored from slot `slot`. None of it is released before workers have gone on.
+
+    `undecodable` lists the decodings of these snapshots that failed.
     """
 
     slot: Small
     incarnation: Count
     epoch: Count
     holdings: Annotated[tuple[Holding, ...], Meta(max_length=8)]
-    decided_epoch: Count = 0
-    decided: SnapshotId | None = None
+    undecodable: Annotated[tuple[Undecodable, ...], Meta(max_length=4096)] = ()
 
 
 class Decision(Wire, frozen=True):
-    """The decision of `epoch`, written by compare-and-set: keep only `snapshot` (None: use nothing in memory).
+    """The decision of `epoch`, written by compare-and-set: restore `snapshot` (None: nothing in memory).
+
+    It frees nothing: see `keepwarm.ft.protocol.recovery`.
 
     `incarnations[slot]` is the incarnation of the agent that takes part in this epoch, or 0 if there is none. Within an
     epoch every other incarnation of a slot is fenced: an agent that forgot its promises may not make new ones until the
@@ -222,7 +250,8 @@ class Decision(Wire, frozen=True):
 class Decode(Wire, frozen=True):
     """Tell a survivor to rebuild the chunks of `targets` in `stripe` from those of `sources` and send them there.
 
-    `sources` are k members whose chunks are good, the receiver first if it is one of them. `digests` and `counts` are
+    `sources` are k members whose chunks are good, the receiver first if it is one of them; `spares` are the other
+    members with a good chunk, in case that the sources do not decode to what was written. `digests` and `counts` are
     those of the stripe's data chunks by column, used to verify and trim the result.
     """
 
@@ -233,6 +262,7 @@ class Decode(Wire, frozen=True):
     targets: Few
     digests: Annotated[tuple[Sum, ...], Meta(max_length=MEMBERS_LIMIT)]
     counts: Few = ()
+    spares: Few = ()
 
 
 class Fetch(Wire, frozen=True):
@@ -244,8 +274,20 @@ class Fetch(Wire, frozen=True):
     start: Small = 0
 
 
+class ChunkWrong(Wire, frozen=True):
+    """Tell a member that its chunk of `stripe` matches its digest but not the rest of the stripe: it is an erasure."""
+
+    epoch: Count
+    snapshot: SnapshotId
+    stripe: Small
+
+
 class Part(Wire, frozen=True):
-    """Bucket `index` of `count` of slot `owner`'s chunk in `stripe`, followed by `size` bytes of payload."""
+    """Bucket `index` of `count` of slot `owner`'s chunk in `stripe`, followed by `size` bytes of payload.
+
+    `sum` is the checksum of the payload as it was sealed, coded or decoded, not of what is in memory when it is sent.
+    `digest` is that of the whole chunk, so that the receiver finds a bucket in the wrong place.
+    """
 
     epoch: Count
     snapshot: SnapshotId
@@ -255,6 +297,7 @@ class Part(Wire, frozen=True):
     count: Small
     sum: Sum
     size: Count
+    digest: Sum = 0
 
 
 # ---- a worker and its agent, over the Unix socket
@@ -281,7 +324,10 @@ class Attached(Wire, frozen=True):
 
 
 class Open(Wire, frozen=True):
-    """Request a buffer for `snapshot`. A step is offered once per epoch. With `wait`, wait for a free buffer."""
+    """Request a buffer for `snapshot`. A step is offered once per epoch. With `wait`, wait for a free buffer.
+
+    It gives up whatever older snapshot the worker has requested or was granted and has not sealed.
+    """
 
     snapshot: SnapshotId
     wait: bool = True
@@ -310,7 +356,7 @@ class Seal(Wire, frozen=True):
 
 
 class Cancel(Wire, frozen=True):
-    """Cancel `snapshot`. The worker does not touch its buffer again."""
+    """Cancel `snapshot`, granted or still waiting. The worker does not touch its buffer again."""
 
     snapshot: SnapshotId
 
@@ -377,8 +423,8 @@ class StatusRequest(Wire, frozen=True):
 
 
 AgentMessage: TypeAlias = (
-    Hello | Proof | Farewell | Want | Bucket | ChunkEnd | ChunkLost | Stored | Known
-    | InventoryRequest | Inventory | Decision | Decode | Fetch | Part | Read
+    Hello | Proof | Farewell | Want | Bucket | ChunkEnd | ChunkLost | Stored | Known | Joined
+    | InventoryRequest | Inventory | Decision | Decode | Fetch | ChunkWrong | Part | Read
 )  # fmt: skip
 """Messages sent over TCP between agents."""
 

@@ -1,11 +1,17 @@
 """Choose what to restore after a failure and plan the decoding. Pure: the same inventories give the same answer.
 
 A candidate is a snapshot for which every stripe of every group has k chunks that belong together: parity chunks that
-recorded the same data digests, data chunks with those digests, or all data chunks. The highest (epoch, step) wins.
+recorded the same data digests, data chunks with those digests, or all data chunks. Chunks that have failed to decode
+together do not count. The highest (epoch, step) wins.
+
+No minority gives up what the members hold. To restore nothing, or something older than a snapshot that a member knows
+to have been committed, takes either proof, which is that the members that have not answered could not change the
+result, or answers from a majority of the members of every group.
 """
 
+import itertools
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from keepwarm.ft.protocol.messages import ChunkRecord, Decode, Inventory, SnapshotId
@@ -26,9 +32,13 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Wait for these slots: they have not answered and could change the result."""
+    """Wait for these slots: they have not answered and could change the result.
+
+    `too_few`: not even the deadline ends this, because too few members have answered to give anything up.
+    """
 
     slots: tuple[int, ...]
+    too_few: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +55,17 @@ class StripeState:
     holders: tuple[int, ...]
     version: Version
     """Empty if no holder has parity and not all data is present: then it is not a codeword yet."""
+    failed: tuple[frozenset[int], ...] = ()
+    """Sets of holders within which no k chunks decode to the version."""
+
+    def subsets(self, holders: Sequence[int], k: int) -> Iterator[tuple[int, ...]]:
+        """Yield the choices of k of the holders that have not failed, those of the first holders first."""
+        for chosen in itertools.combinations(holders, k):
+            if not any(failed.issuperset(chosen) for failed in self.failed):
+                yield chosen
+
+    def decodable(self, k: int) -> bool:
+        return next(self.subsets(self.holders, k), None) is not None
 
 
 def choose(
@@ -55,16 +76,19 @@ def choose(
 ) -> Choice | Wait | FallBack:
     """Choose what to restore from the inventories received so far, by slot.
 
-    `expected` are the slots whose agents may still answer. They are awaited until the deadline, unless no answer of
-    theirs can yield a newer snapshot. Inventories from an epoch older than another's are late and treated as missing.
+    `expected` are the members: the slots whose agents should answer. They are awaited until the deadline, unless no
+    answer of theirs can yield a newer snapshot, and beyond it as long as too few have answered to give anything up.
+    Inventories from an epoch older than another's are late and treated as missing.
     """
     epoch = max((inventory.epoch for inventory in inventories.values()), default=0)
     here = {slot: inventory for slot, inventory in inventories.items() if inventory.epoch == epoch}
     missing = frozenset(expected) - set(here)
-    seen = _on_the_branch(here)
+    seen = _held(here)
     best = next((snapshot for snapshot in seen if _lost(here, groups, snapshot) is not None), None)
-    if missing and not deadline_passed and _could_change(here, groups, seen, best, missing):
-        return Wait(tuple(sorted(missing)))
+    if missing and _could_change(here, groups, seen, best, missing):
+        too_few = _gives_up(here, best) and not _majority(here, groups, expected)
+        if too_few or not deadline_passed:
+            return Wait(tuple(sorted(missing)), too_few)
     if best is not None:
         return Choice(best, _lost(here, groups, best) or 0)
     return FallBack(_why_not(here, groups, seen) + _unheard(missing, deadline_passed))
@@ -92,14 +116,19 @@ def plan(
                     continue
                 by_work = sorted(state.holders, key=lambda s: (decoding[s], sending[s], s))
                 decoder = by_work[0]
-                rest = sorted(by_work[1:], key=lambda s: (sending[s], decoding[s], s))[: group.data - 1]
-                decoding[decoder] += 1
-                sending.update(rest)
+                rest = sorted(by_work[1:], key=lambda s: (sending[s], decoding[s], s))
+                sources = next(state.subsets((decoder, *rest), group.data), None)
+                if sources is None:
+                    continue
+                decoding[sources[0]] += 1
+                sending.update(sources[1:])
                 order = Decode(
-                    epoch=epoch, snapshot=snapshot, stripe=stripe, sources=(decoder, *rest), targets=targets,
+                    epoch=epoch, snapshot=snapshot, stripe=stripe, sources=sources, targets=targets,
                     digests=tuple(digest for digest, _ in state.version),
                     counts=tuple(count for _, count in state.version),
+                    spares=tuple(slot for slot in state.holders if slot not in sources),
                 )  # fmt: skip
+                decoder = sources[0]
                 (parity_later if later else data_first).append((decoder, order))
     return (*data_first, *parity_later)
 
@@ -113,13 +142,19 @@ def stripe_state(
     versions = {_version(chunks[slot]) for slot in group.parities(stripe) if slot in chunks}
     if all(slot in chunks for slot in sources):
         versions.add(tuple((chunks[slot].digest, chunks[slot].count) for slot in sources))
-    best = StripeState((), ())
+    failed = tuple(
+        frozenset(each.holders)
+        for inventory in inventories.values()
+        for each in inventory.undecodable
+        if (each.snapshot, each.stripe) == (snapshot, stripe)
+    )
+    best = StripeState((), (), failed)
     for version in sorted(version for version in versions if len(version) == group.data):
         data = {slot for slot, known in zip(sources, version, strict=True) if _data(chunks.get(slot)) == known}
         parity = {slot for slot in group.parities(stripe) if slot in chunks and _version(chunks[slot]) == version}
         holders = tuple(slot for slot in group.members if slot in data | parity)
         if len(holders) > len(best.holders):
-            best = StripeState(holders, version)
+            best = StripeState(holders, version, failed)
     return best
 
 
@@ -138,13 +173,22 @@ def _record(inventories: Mapping[int, Inventory], slot: int, snapshot: SnapshotI
     return next((record for record in chunks if record.stripe == stripe), None)
 
 
-def _on_the_branch(inventories: Mapping[int, Inventory]) -> list[SnapshotId]:
-    """Return the snapshots held by any agent, newest first, without those discarded by an earlier decision."""
-    last = max(inventories.values(), key=lambda each: (each.decided_epoch, each.slot), default=None)
+def _held(inventories: Mapping[int, Inventory]) -> list[SnapshotId]:
+    """Return the snapshots held by any agent, newest first."""
     held = {holding.snapshot for inventory in inventories.values() for holding in inventory.holdings}
-    if last is not None:
-        held = {each for each in held if each.epoch >= last.decided_epoch or each == last.decided}
     return sorted(held, key=lambda each: (each.age, each.layout), reverse=True)
+
+
+def _gives_up(inventories: Mapping[int, Inventory], best: SnapshotId | None) -> bool:
+    """Return whether restoring `best` (None: nothing) gives up what a member knows to have been committed, or all."""
+    committed = (each.snapshot.age for one in inventories.values() for each in one.holdings if each.committed)
+    return best is None or any(age > best.age for age in committed)
+
+
+def _majority(inventories: Mapping[int, Inventory], groups: Sequence[StripeGroup], expected: Collection[int]) -> bool:
+    """Return whether a majority of the expected members of every group has answered."""
+    members = [frozenset(group.members).intersection(expected) for group in groups]
+    return all(2 * len(each & inventories.keys()) > len(each) for each in members)
 
 
 def _lost(inventories: Mapping[int, Inventory], groups: Sequence[StripeGroup], snapshot: SnapshotId) -> int | None:
@@ -152,10 +196,10 @@ def _lost(inventories: Mapping[int, Inventory], groups: Sequence[StripeGroup], s
     most = 0
     for group in groups:
         for stripe in range(group.size):
-            lacking = group.size - len(stripe_state(inventories, group, snapshot, stripe).holders)
-            if lacking > group.parity:
+            state = stripe_state(inventories, group, snapshot, stripe)
+            if not state.decodable(group.data):
                 return None
-            most = max(most, lacking)
+            most = max(most, group.size - len(state.holders))
     return most
 
 
@@ -187,8 +231,14 @@ def _why_not(inventories: Mapping[int, Inventory], groups: Sequence[StripeGroup]
         return NOTHING_HELD
     for group in groups:
         for stripe in range(group.size):
-            matching = stripe_state(inventories, group, seen[0], stripe).holders
+            state = stripe_state(inventories, group, seen[0], stripe)
+            matching = state.holders
             held = _possible(inventories, group, seen[0], stripe, frozenset())
+            if len(matching) >= group.data and not state.decodable(group.data):
+                return (
+                    f"snapshot {seen[0]}: stripe {stripe} of group {group.index} does not decode to what was written, "
+                    f"from any {group.data} of the chunks of slots {sorted(matching)}"
+                )
             if len(matching) < group.data:
                 mixed = ", which do not belong together" if len(held) >= group.data else ""
                 return (

@@ -7,7 +7,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from keepwarm.ft.protocol.messages import ChunkRecord, SnapshotId
+from keepwarm.ft.protocol.messages import ChunkRecord, SnapshotId, Undecodable
 from keepwarm.ft.protocol.parity_placement import StripeGroup
 
 
@@ -60,6 +60,8 @@ class Phase(enum.Enum):
     """Superseded. The data buffer is still being written to disk and the parity is gone. Not restorable."""
     REBUILT = "rebuilt"
     """Chosen at recovery, but some of this agent's chunks are still missing. Counts as committed."""
+    KEPT = "kept"
+    """Not chosen at recovery. Restorable until workers have completed a step from what was chosen."""
 
 
 class Mode(enum.Enum):
@@ -101,6 +103,8 @@ class Copy:
     """Bucket checksums of data chunks rebuilt by peers, by stripe."""
     held: bool = False
     """The durable tier is reading the data buffer."""
+    whole: bool = False
+    """The agent has learned that all members stored the snapshot: it was committed."""
     verified: bool = False
     """The agent has read the data back and confirmed those checksums."""
     coding: Mapping[tuple[int, int], Progress] = field(default_factory=dict)
@@ -115,7 +119,7 @@ class Copy:
     @property
     def candidate(self) -> bool:
         """Whether recovery may choose this copy."""
-        return self.phase in (Phase.SEALED, Phase.PREPARED, Phase.COMMITTED, Phase.REBUILT)
+        return self.phase in (Phase.SEALED, Phase.PREPARED, Phase.COMMITTED, Phase.REBUILT, Phase.KEPT)
 
     @property
     def open(self) -> bool:
@@ -129,6 +133,10 @@ class Copy:
         flat = tuple(sum_ for worker in sorted(self.sums) for sum_ in self.sums[worker])
         first = self.group.data_stripes(slot).index(stripe) * self.geometry.chunk
         return flat[first : first + self.geometry.chunk]
+
+    def data_sums(self, slot: int) -> tuple[int, ...]:
+        """Return the bucket checksums of all data on `slot`, which is this agent's slot, as they were sealed."""
+        return tuple(sum_ for stripe in self.group.data_stripes(slot) for sum_ in self.chunk_sums(slot, stripe))
 
     @property
     def committed(self) -> bool:
@@ -151,7 +159,7 @@ class State:
     mode: Mode = Mode.JOINING
     epoch: int = 0
     incarnations: tuple[int, ...] = ()
-    """Incarnation of every slot in this epoch. Messages from any other incarnation are dropped."""
+    """Incarnation of every slot in the last decision. While it is in force, messages from any other are dropped."""
     peers: frozenset[int] = frozenset()
     """Connected slots."""
     away: frozenset[int] = frozenset()
@@ -161,18 +169,26 @@ class State:
     waiting: tuple[tuple[int, SnapshotId], ...] = ()
     """(worker, snapshot) pairs to be granted when a buffer is free."""
     newest: tuple[int, int] = (-1, -1)
-    """Age of the newest snapshot that was granted or that this agent has promised never to store."""
+    """Age of the newest snapshot that was granted or refused for good: a watermark. Up to it, this agent has stored or
+    may still store only what it holds or what was committed. The rest is void, whether or not it was heard of."""
     known: Mapping[SnapshotId, frozenset[int]] = field(default_factory=dict)
-    """Groups known to be PREPARED, of snapshots newer than `committed`."""
+    """Snapshots that were begun and that this agent holds or has not reached yet, with the groups known to be PREPARED.
+    """
     void: frozenset[SnapshotId] = frozenset()
-    """Snapshots newer than `committed` that can never be committed."""
+    """Snapshots that can never be committed: all known ones that are newer than `newest`, and the last few that are
+    older, so that a fact is passed on once."""
     wants: Mapping[tuple[SnapshotId, int, int], int] = field(default_factory=dict)
     """First bucket wanted by (snapshot, stripe, slot), for snapshots not yet sealed here."""
     committed: SnapshotId | None = None
-    """The newest snapshot known to be committed, held here or not."""
+    """The newest snapshot known to be whole on all members, of this epoch or restored and whole again; until then the
+    one kept beside the restored one, if any."""
     decided_epoch: int = 0
     decided: SnapshotId | None = None
     """Snapshot restored by the last decision, that of `decided_epoch`."""
+    resumed: bool = False
+    """Whether a worker has completed a step since that decision."""
+    undecodable: frozenset[Undecodable] = frozenset()
+    """Decodings that failed, of snapshots that are held here."""
     decided_whole: bool = False
     """Whether this node had all data of `decided` when last checked. True if nothing is restored."""
     planned_epoch: int = 0
@@ -184,6 +200,12 @@ class State:
     @property
     def group(self) -> StripeGroup:
         return self.topology.group_of(self.slot)
+
+    @property
+    def near(self) -> tuple[int, ...]:
+        """Return the other members of the group and the neighbours in the tree: all agents that facts come from."""
+        near = {*self.group.members, *self.topology.neighbours(self.slot)}
+        return tuple(sorted(near - {self.slot}))
 
     @property
     def restorable(self) -> bool:

@@ -177,10 +177,17 @@ class AgentClient:
         return self.attached
 
     def open(self, snapshot: SnapshotId, *, wait: bool = True, deadline: float | None = None) -> Granted | Refused:
-        """Request a buffer for this worker's part of a snapshot."""
+        """Request a buffer for this worker's part of a snapshot. One that is given up is cancelled, granted or not."""
+        with self._news:  # an answer to an earlier request may have come too late
+            self._mail = [message for message in self._mail if not isinstance(message, (Granted, Refused))]
         self._send(Open(snapshot=snapshot, wait=wait))
         what = f"a buffer for snapshot {snapshot}"
-        answer: Granted | Refused = self._wait((Granted, Refused), lambda m: m.snapshot == snapshot, deadline, what)
+        try:
+            answer: Granted | Refused = self._wait((Granted, Refused), lambda m: m.snapshot == snapshot, deadline, what)
+        except AgentError:
+            with contextlib.suppress(AgentError):
+                self.cancel(snapshot)
+            raise
         return answer
 
     def seal(self, snapshot: SnapshotId, sums: tuple[int, ...]) -> None:

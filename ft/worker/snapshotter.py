@@ -5,6 +5,7 @@ the pieces. Data-parallel replicas divide identical data among themselves, so ea
 This is the only module of `ft` that imports torch.
 """
 
+import contextlib
 import os
 import threading
 import time
@@ -260,27 +261,27 @@ class Snapshotter:
         return head
 
     def _take(self, snapshot: SnapshotId, head: bytes, ready: Any) -> None:
-        """Get a buffer, copy and seal, on the thread."""
+        """Get a buffer, copy and seal, on the thread. Whatever goes wrong, the agent learns that nothing is coming."""
         self._failed = None
+        granted = False
         try:
             answer = self.client.open(snapshot, wait=self._options.busy == "wait", deadline=self._options.deadline)
             if isinstance(answer, Refused):
                 raise BufferBusy(f"snapshot of step {snapshot.step} was refused: {answer.text}")
+            granted = True
             began = time.perf_counter()
             buffer = self.client.buffers[answer.buffer]
             buffer.fault_in()
-            try:
-                sums = self._copy(snapshot, buffer.data, head, ready)
-            except _Stopped:
-                self.client.cancel(snapshot)
-                raise
-            self.client.seal(snapshot, sums)
+            self.client.seal(snapshot, self._copy(snapshot, buffer.data, head, ready))
             self.timings.copy = time.perf_counter() - began
             self.timings.taken += 1
             self._sealed = snapshot
-        except FtError as error:
+        except Exception as error:
             self.timings.skipped += 1
             self._failed = error
+            if granted:
+                with contextlib.suppress(AgentError):
+                    self.client.cancel(snapshot)
 
     def _copy(self, snapshot: SnapshotId, buffer: Bytes, head: bytes, ready: Any) -> tuple[int, ...]:
         """Copy header and pieces bucket by bucket, computing each checksum as soon as its bucket is full."""

@@ -99,6 +99,10 @@ class Machine(RuleBasedStateMachine):
     def disk(self, slot: int) -> None:
         self.cluster.durable(self._slot(slot))
 
+    @rule(place=place)
+    def rebuild(self, place: int) -> None:
+        self.cluster.rebuild(place)
+
     @rule(late=st.sets(slot, max_size=2))
     def recover(self, late: set[int]) -> None:
         self.cluster.recover(tuple(sorted({self._slot(slot) for slot in late})))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from keepwarm.ft.protocol import step
 from keepwarm.ft.protocol.events import EpochAdvanced
-from keepwarm.ft.protocol.messages import ChunkRecord, Holding, Inventory, SnapshotId, digest
+from keepwarm.ft.protocol.messages import ChunkRecord, Holding, Inventory, SnapshotId, Undecodable, digest
 from keepwarm.ft.protocol.parity_placement import StripeGroup
 from keepwarm.ft.protocol.restore_choice import Choice, FallBack, Wait, choose, plan, stripe_state
 from tests.support.ft.cluster import Cluster
@@ -61,6 +61,23 @@ def emptied(inventories: dict[int, Inventory], slot: int, snapshot: SnapshotId, 
     return {**inventories, slot: msgspec.structs.replace(inventory, holdings=holdings)}
 
 
+def emptied_all(inventories: dict[int, Inventory], *slots: int) -> dict[int, Inventory]:
+    """The slots have answered, and have nothing."""
+    return {
+        slot: msgspec.structs.replace(inventory, holdings=()) if slot in slots else inventory
+        for slot, inventory in inventories.items()
+    }
+
+
+def committed(inventories: dict[int, Inventory], slot: int, snapshot: SnapshotId) -> dict[int, Inventory]:
+    """The slot knows that the snapshot was committed."""
+    inventory = inventories[slot]
+    holdings = tuple(
+        Holding(each.snapshot, each.chunks, each.committed or each.snapshot == snapshot) for each in inventory.holdings
+    )
+    return {**inventories, slot: msgspec.structs.replace(inventory, holdings=holdings)}
+
+
 def test_choose_newest_complete_snapshot_wins() -> None:
     assert choose(everything(OLD, NEW), GROUPS, range(8), False) == Choice(NEW, 0)
     again = SnapshotId("run", 2, 9, "layout")
@@ -74,7 +91,7 @@ def test_choose_up_to_m_lost_in_every_stripe_decodes() -> None:
 
 
 def test_choose_fall_back_names_stripe_and_slots() -> None:
-    answer = choose(without(everything(NEW), 0, 2, 4), GROUPS, range(8), True)
+    answer = choose(emptied_all(everything(NEW), 0, 2, 4), GROUPS, range(8), True)
     assert isinstance(answer, FallBack)
     assert "stripe 0 of group 0 needs 2 good chunks and has 1" in answer.reason
     assert "slots [0, 2, 4]" in answer.reason
@@ -105,13 +122,64 @@ def test_choose_waits_only_for_slots_that_matter() -> None:
 def test_choose_late_inventories_count_as_missing() -> None:
     inventories = everything(OLD, NEW)
     late = {slot: msgspec.structs.replace(inventories[slot], epoch=1) for slot in (0, 2, 4)}
-    assert isinstance(choose({**inventories, **late}, GROUPS, range(8), True), FallBack)
+    assert choose({**inventories, **late}, GROUPS, range(8), True) == Wait((0, 2, 4), too_few=True)
 
 
-def test_choose_snapshot_given_up_earlier_stays_gone() -> None:
+def test_choose_minority_gives_up_nothing() -> None:
+    """However late it is: one member alone, half of every group."""
+    for alone in ({0}, {0, 1, 2, 3}):
+        cut_off = {slot: each for slot, each in everything().items() if slot in alone}
+        silent = tuple(sorted(set(range(8)) - alone))
+        assert choose(cut_off, GROUPS, range(8), True) == Wait(silent, too_few=True)
+    answer = choose(without(everything(), 0, 1), GROUPS, range(8), True)
+    assert isinstance(answer, FallBack)
+
+
+def test_choose_nothing_needs_no_majority_if_it_is_proved() -> None:
+    """Three of group 0 have answered and have nothing, so the silent ones of both groups cannot help."""
+    inventories = without(emptied_all(everything(NEW), 0, 2, 4), 6, 3, 5, 7)
+    answer = choose(inventories, GROUPS, range(8), False)
+    assert isinstance(answer, FallBack)
+
+
+def test_choose_older_than_committed_needs_majority() -> None:
     inventories = everything(OLD, NEW)
-    inventories[3] = msgspec.structs.replace(inventories[3], decided_epoch=2, decided=OLD)
-    assert choose(inventories, GROUPS, range(8), True) == Choice(OLD, 0)
+    for slot in (4, 6):  # the silent ones may have what is lost there
+        inventories = emptied(inventories, slot, NEW, 0)
+    inventories = committed(inventories, 4, NEW)
+    two_of_four = without(inventories, 0, 2)
+    assert choose(two_of_four, GROUPS, range(8), True) == Wait((0, 2), too_few=True)
+    assert choose(emptied(without(inventories, 0), 2, NEW, 0), GROUPS, range(8), True) == Choice(OLD, 1)
+    # Nobody knows of a commit: then the newest in reach is restored once the deadline has passed.
+    plain = without(emptied(emptied(everything(OLD, NEW), 4, NEW, 0), 6, NEW, 0), 0, 2)
+    assert choose(plain, GROUPS, range(8), False) == Wait((0, 2))
+    assert choose(plain, GROUPS, range(8), True) == Choice(OLD, 2)
+
+
+def test_choose_again_takes_what_an_earlier_choice_did_not() -> None:
+    """OLD was chosen in epoch 2, since NEW could not be decoded then; now it can."""
+    assert choose(everything(OLD, NEW), GROUPS, range(8), True) == Choice(NEW, 0)
+
+
+def undecodable(inventories: dict[int, Inventory], *holders: int) -> dict[int, Inventory]:
+    """Slot 3 has found that these chunks of stripe 1 of NEW do not decode."""
+    failed = (*inventories[3].undecodable, Undecodable(NEW, 1, holders))
+    return {**inventories, 3: msgspec.structs.replace(inventories[3], undecodable=failed)}
+
+
+def test_choose_excludes_what_did_not_decode() -> None:
+    lost = emptied_all(everything(OLD, NEW), 0)
+    some = undecodable(lost, 2, 4)
+    assert choose(some, GROUPS, range(8), True) == Choice(NEW, 1)
+    orders = [order for _, order in plan(some, GROUPS, NEW, 2, range(8)) if order.stripe == 1 and 0 in order.targets]
+    assert orders
+    assert not any({2, 4}.issuperset(order.sources) for order in orders)
+    assert choose(undecodable(lost, 2, 4, 6), GROUPS, range(8), True) == Choice(OLD, 1)
+    nothing = choose(undecodable(emptied_all(everything(NEW), 0), 2, 4, 6), GROUPS, range(8), True)
+    assert isinstance(nothing, FallBack)
+    assert "stripe 1 of group 0 does not decode to what was written" in nothing.reason
+    # Another holder comes back: that is another set.
+    assert choose(undecodable(everything(OLD, NEW), 2, 4, 6), GROUPS, range(8), True) == Choice(NEW, 0)
 
 
 def test_stripe_state_chunks_of_different_data_do_not_match() -> None:

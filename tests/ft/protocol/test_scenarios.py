@@ -101,13 +101,39 @@ def event(words: list[str]) -> ev.Event:
         case "want", [which]:
             return heard(msg.Want(snapshot=snapshot(which), stripe=int(given["stripe"]), start=int(given["start"])))
         case "stored", [which]:
-            return heard(msg.Stored(snapshot=snapshot(which), chunks=records(given["chunks"])))
+            chunks, epoch = records(given["chunks"]), int(given.get("epoch", "0"))
+            return heard(msg.Stored(snapshot=snapshot(which), chunks=chunks, epoch=epoch))
         case "known", [which]:
             prepared = tuple(int(g) for g in given["prepared"].split(",")) if "prepared" in given else ()
             known = msg.Known(
-                snapshot=snapshot(which), prepared=prepared, committed="committed" in given, void="void" in given
-            )
+                snapshot=snapshot(which), prepared=prepared, committed="committed" in given, void="void" in given,
+                epoch=int(given.get("epoch", "0")),
+            )  # fmt: skip
             return heard(known)
+        case "joined", [epoch]:
+            return heard(msg.Joined(epoch=int(epoch)))
+        case "fetch", [which]:
+            return heard(msg.Fetch(epoch=int(given["epoch"]), snapshot=snapshot(which), stripe=int(given["stripe"])))
+        case "chunk-wrong", [which]:
+            stripe = int(given["stripe"])
+            return heard(msg.ChunkWrong(epoch=int(given["epoch"]), snapshot=snapshot(which), stripe=stripe))
+        case "lost", []:
+            return ev.PeerLost(sender)
+        case "away", []:
+            return ev.PeerAway(sender)
+        case "epoch-needed", [epoch]:
+            return ev.EpochNeeded(int(epoch), "a chunk is gone")
+        case "plan", [epoch, which]:
+            slots = tuple(int(incarnation) for incarnation in given["incarnations"].split(","))
+            chosen = msg.Decision(epoch=int(epoch), snapshot=snapshot(which), incarnations=slots)
+            order = msg.Decode(
+                epoch=int(epoch), snapshot=snapshot(which), stripe=0, sources=(1,), targets=(0,), digests=(9,),
+                counts=(1,),
+            )  # fmt: skip
+            return ev.PlanRead(chosen, ((1, order),))
+        case "decode-failed", [which]:
+            holders = tuple(int(slot) for slot in given["holders"].split(","))
+            return ev.DecodeFailed(snapshot(which), int(given["stripe"]), holders)
         case "rebuilt", [which]:
             (record,) = records(given["chunk"])
             return ev.ChunkRebuilt(snapshot(which), record, (int(given.get("sum", "0")),))

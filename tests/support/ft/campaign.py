@@ -8,7 +8,7 @@ from tests.support.ft.cluster import Broken, Cluster
 WEIGHTS = {
     "offer": 30, "write": 30, "deliver": 60, "drain": 6, "work": 25, "duplicate": 8, "drop": 3, "damage": 10,
     "reconnect": 6, "crash": 2, "rot": 1, "kill_worker": 1, "cancel": 1, "recover": 2, "round": 2, "scrub": 1,
-    "durable": 2,
+    "durable": 2, "rebuild": 6,
 }  # fmt: skip
 
 
@@ -29,6 +29,11 @@ def campaign(seed: int, make: Callable[[], Cluster], moves: int = 120) -> Cluste
 def heal(cluster: Cluster) -> None:
     """Without faults every round is committed by all."""
     cluster.drain()
+    for _ in range(5):
+        if not cluster.wanted:
+            break
+        cluster.recover(())
+        cluster.drain()
     for _ in range(3):
         before = cluster.committed
         cluster.round()
@@ -72,6 +77,8 @@ def move(cluster: Cluster, name: str, rng: random.Random) -> None:
             cluster.kill_worker(slot, worker)
         case "durable":
             cluster.durable(slot)
+        case "rebuild":
+            cluster.rebuild(place)
         case "recover":
             away = tuple(s for s in range(slots) if rng.random() < 0.1)
             cluster.recover(away)

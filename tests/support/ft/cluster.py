@@ -1,7 +1,9 @@
 """A cluster of protocol states over a network that loses, repeats, reorders and damages, with real bytes and coding.
 
 What a run may promise is kept beside it: which snapshots every member has stored, and which chunks were lost since.
-`recover` restores from the agents' memory alone and compares with what the workers wrote.
+The newest such snapshot stays on every member until a newer one is stored by all, or until workers have gone on from a
+choice that could not restore it. `recover` restores from the agents' memory alone and compares with what the workers
+wrote; chunks are rebuilt afterwards, one by one, and anything may happen in between.
 """
 
 import hashlib
@@ -17,7 +19,7 @@ from keepwarm.ft.protocol import messages as msg
 from keepwarm.ft.protocol import restore_choice
 from keepwarm.ft.protocol import step as protocol
 from keepwarm.ft.protocol.parity_placement import StripeGroup
-from keepwarm.ft.protocol.state import Geometry, State, Topology, initial
+from keepwarm.ft.protocol.state import Geometry, Mode, State, Topology, initial
 
 BUCKET = 4
 LAYOUT = "layout"
@@ -65,6 +67,9 @@ class Cluster:
         self.stored: dict[msg.SnapshotId, set[int]] = {}
         self.lost: dict[msg.SnapshotId, set[tuple[int, int]]] = {}
         self.promised: set[msg.SnapshotId] = set()
+        self.orders: list[tuple[int, msg.Decode]] = []
+        self.chosen: msg.SnapshotId | None = None
+        self.wanted = False
         self.committed = 0
         self.history: list[str] = []
         self.reading: dict[int, tuple[msg.SnapshotId, int, int, bytes]] = {}
@@ -101,12 +106,30 @@ class Cluster:
         node = self.nodes[slot]
         before = node.state
         node.state, effects = protocol.step(before, event)
-        for copy in node.state.copies:
-            if slot in copy.members and slot not in self.stored.setdefault(copy.snapshot, set()):
-                self._stored(slot, copy.snapshot)
+        if node.state.mode is Mode.ACTIVE:
+            for copy in node.state.copies:
+                if slot in copy.members and slot not in self.stored.setdefault(copy.snapshot, set()):
+                    self._stored(slot, copy.snapshot)
+        if node.state.resumed and not before.resumed:
+            self._resumed()
+        self._check_kept(slot, before, node.state)
         for effect in effects:
             self._carry_out(slot, effect, payload)
         self.check_buffers(node.state)
+
+    def _resumed(self) -> None:
+        """Workers have completed a step from the choice: what it could not restore is given up now."""
+        age = self.chosen.age if self.chosen is not None else (-1, -1)
+        self.promised = {each for each in self.promised if each.age <= age or each.epoch == self.epoch}
+
+    def _check_kept(self, slot: int, before: State, after: State) -> None:
+        """The newest snapshot that all members stored stays where it is, even if a newer one is chosen."""
+        newest = max(self.promised, key=lambda each: each.age, default=None)
+        if newest is None:
+            return
+        had, has = before.copy(newest), after.copy(newest)
+        if had is not None and had.candidate and had.good and (has is None or not has.candidate):
+            raise Broken(f"slot {slot} gives up {newest}, and nothing newer is stored by all")
 
     def _stored(self, slot: int, snapshot: msg.SnapshotId) -> None:
         """A member says Stored: what it holds must be what the workers of its group wrote, coded."""
@@ -118,6 +141,8 @@ class Cluster:
         self.stored[snapshot].add(slot)
         if len(self.stored[snapshot]) == self.topology.slots:
             self.promised.add(snapshot)
+            if snapshot == self.chosen:
+                self.promised = {each for each in self.promised if each.age >= snapshot.age}
 
     def _expected(self, slot: int, snapshot: msg.SnapshotId, stripe: int) -> bytes:
         group, size = self.topology.group_of(slot), self.chunk * BUCKET
@@ -177,7 +202,9 @@ class Cluster:
             case ev.Log("error", text) if "defect" in text:
                 raise Broken(text)
             case ev.StartDecode(order):
-                self._decode(slot, order)
+                self.orders.append((slot, order))
+            case ev.RequestEpoch():
+                self.wanted = True
 
     def _send(self, slot: int, to: int, message: Any, payload: bytes = b"") -> None:
         wire = msg.decode_agent(msg.encode(message))
@@ -353,6 +380,8 @@ class Cluster:
                 self.work(busy[0])
             elif self.packets:
                 self.deliver(0)
+            elif self.orders:
+                self.rebuild(0)
             else:
                 return
         raise Broken("messages never end")
@@ -373,6 +402,7 @@ class Cluster:
     def recover(self, late: tuple[int, ...]) -> msg.SnapshotId | None:
         """A new epoch without the agents `late`; all workers are new afterwards. Raises `Broken`."""
         self.epoch += 1
+        self.orders, self.wanted = [], False
         here = [slot for slot in range(self.topology.slots) if slot not in late]
         inventories = {}
         for slot in here:
@@ -388,6 +418,9 @@ class Cluster:
             inventories[slot] = protocol.inventory(node.state)
         expected = range(self.topology.slots)
         answer = restore_choice.choose(inventories, self.topology.groups, expected, deadline_passed=True)
+        if isinstance(answer, restore_choice.Wait):
+            self.history.append(f"epoch {self.epoch}: {answer}")
+            return None
         early = restore_choice.choose(inventories, self.topology.groups, expected, deadline_passed=False)
         alike = early == answer or (
             isinstance(early, restore_choice.FallBack) and isinstance(answer, restore_choice.FallBack)
@@ -445,7 +478,9 @@ class Cluster:
     def _decide(self, chosen: msg.SnapshotId | None, here: list[int], inventories: dict[int, msg.Inventory]) -> None:
         incarnations = tuple(self.incarnations[slot] if slot in here else 0 for slot in range(self.topology.slots))
         decision = msg.Decision(epoch=self.epoch, snapshot=chosen, incarnations=incarnations)
-        self.promised = {each for each in self.promised if each == chosen}
+        self.chosen = chosen
+        if chosen is not None:
+            self.stored[chosen] = set()
         for slot in here:
             self.dispatch(slot, ev.Received(slot, self.incarnations[slot], decision))
             self.nodes[slot].step = dict.fromkeys(range(2), chosen.step + 1 if chosen else 0)
@@ -454,21 +489,32 @@ class Cluster:
                 if peer != slot:
                     self.dispatch(slot, ev.PeerConnected(peer, self.incarnations[peer]))
         if chosen is not None:
-            for decoder, order in restore_choice.plan(inventories, self.topology.groups, chosen, self.epoch, here):
-                self._decode(decoder, order)
-            whole = [slot for slot in here if len(self.nodes[slot].state.copy(chosen).good) == self._width(slot)]  # type: ignore[union-attr]
-            if whole != here:
-                raise Broken(f"{chosen} is not whole again on {sorted(set(here) - set(whole))}")
+            self.orders += restore_choice.plan(inventories, self.topology.groups, chosen, self.epoch, here)
+            rebuilt = {(target, order.stripe) for _, order in self.orders for target in order.targets}
+            for slot in here:
+                missing = set(range(self._width(slot))) - self.nodes[slot].state.copy(chosen).good.keys()  # type: ignore[union-attr]
+                if not {(slot, stripe) for stripe in missing} <= rebuilt:
+                    raise Broken(f"nobody rebuilds {chosen} on slot {slot}")
 
     def _width(self, slot: int) -> int:
         return self.topology.group_of(slot).size
 
-    def _decode(self, decoder: int, order: msg.Decode) -> None:
+    def rebuild(self, place: int) -> None:
+        """One stripe is rebuilt for its targets, from chunks that are still what they were when it was ordered."""
+        if not self.orders:
+            return
+        decoder, order = self.orders.pop(place % len(self.orders))
         group = self.topology.group_of(decoder)
         for source in order.sources:
             copy = self.nodes[source].state.copy(order.snapshot)
-            if copy is None or order.stripe not in copy.good:
-                return
+            if copy is not None and order.stripe in copy.good:
+                record = copy.good[order.stripe]
+                found = sums_of(self.chunk_view(source, order.snapshot, order.stripe), record.count)
+                if msg.digest(found) == record.digest:
+                    continue
+                self.dispatch(source, ev.Scrubbed(order.snapshot, order.stripe, False))
+            self.dispatch(decoder, ev.EpochNeeded(order.epoch, f"slot {source} lost stripe {order.stripe}"))
+            return
         chunks = self._decoded(group, order.snapshot, order.stripe, order.sources)
         counts = (*order.counts, *(self.chunk for _ in range(group.parity)))
         slots = (*group.sources(order.stripe), *group.parities(order.stripe))
@@ -476,6 +522,9 @@ class Cluster:
             if msg.digest(sums_of(chunks[column], order.counts[column])) != digest:
                 return
         for target in order.targets:
+            copy = self.nodes[target].state.copy(order.snapshot)
+            if copy is None or not copy.committed or order.epoch != self.nodes[target].state.epoch:
+                continue
             place = slots.index(target)
             view = self.chunk_view(target, order.snapshot, order.stripe)
             view[:] = chunks[place].tobytes()

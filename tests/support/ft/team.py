@@ -41,6 +41,8 @@ class Team:
                     **{"bucket_bytes": BUCKET, "lease": 1e6, "scrub": None, "silence": 30.0} | options,
                 )  # fmt: skip
         self.agents: dict[int, Agent] = {}
+        self.paused: set[int] = set()
+        """Agents that stand still."""
         for slot in sorted(self.configs):
             self.start(slot)
 
@@ -55,17 +57,18 @@ class Team:
         self.agents.pop(slot).close()
 
     def turn(self) -> None:
-        """Every agent does what there is to do."""
-        for agent in list(self.agents.values()):
+        """Every agent that does not stand still does what there is to do."""
+        for agent in [agent for slot, agent in self.agents.items() if slot not in self.paused]:
             for key, mask in agent.selector.select(0):
                 key.data.ready(mask)
-            agent._tick(time.monotonic())
+            agent._tick(agent.clock())
 
-    def until(self, done: Callable[[], Any], what: str, deadline: float = 100.0) -> None:
+    def until(self, done: Callable[[], Any], what: str, deadline: float = 100.0, *, turn: bool = True) -> None:
         end = time.monotonic() + deadline
         while not done():
             assert time.monotonic() < end, f"waited for {what}: {self.say()}"
-            self.turn()
+            if turn:
+                self.turn()
 
     def say(self) -> str:
         return "; ".join(
@@ -102,16 +105,30 @@ class Team:
             for agent in self.agents.values()
         )
 
-    def recover(self, epoch: int) -> None:
+    def recover(self, epoch: int, *, whole: bool = True) -> None:
+        """A choice in force everywhere and, with `whole`, all of it back in memory."""
         self.begin(epoch, min(self.agents))
-        self.until(lambda: self.recovered(epoch), f"epoch {epoch} to be decided")
+
+        def decided() -> bool:
+            return all(agent.state.restorable and agent.state.epoch == epoch for agent in self.agents.values())
+
+        self.until(lambda: self.recovered(epoch) if whole else decided(), f"epoch {epoch} to be decided")
 
     def content(self, slot: int, step: int) -> Bytes:
         size = self.agents[slot].memory.shape.data_bytes
         return np.random.default_rng((slot, step)).integers(0, 256, size, np.uint8)
 
+    def whole(self) -> bool:
+        """Whether what was restored, if anything, is known to be whole on all agents. Before, there may be no room."""
+        for state in (agent.state for agent in self.agents.values()):
+            committed = state.committed.age if state.committed is not None else (-1, -1)
+            if state.decided is not None and committed < state.decided.age:
+                return False
+        return True
+
     def write(self, step: int) -> None:
         """Every worker is granted a buffer, writes it and seals it."""
+        self.until(self.whole, "what was restored to be whole")
         for slot, agent in self.agents.items():
             snapshot = SnapshotId("run", agent.state.epoch, step, LAYOUT)
             agent.dispatch(events.WorkerOpened(0, snapshot))

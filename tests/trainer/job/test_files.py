@@ -423,7 +423,7 @@ def test_run_json_of_an_older_version_is_loaded_with_its_renamed_keys(job_file: 
         (f"seed=0x{'f' * 5000}", "expected a number of at most 64 bits, got 20000 bits"),
         (f"seed={'9' * 5000}", "not YAML"),
         ("stages.0.tokens=9223372036854775807", "stages.0.tokens: expected less than or equal to"),
-        ("model.layers=1000000", "model.layers: expected less than or equal to 16384"),
+        ("model.layers=1000000", "model.layers: expected less than or equal to 10000"),
         ("model.vocabulary_size=4294967296", "model.vocabulary_size: expected less than or equal to 2147483647"),
         ("numerics.threads_per_rank=100000", "numerics.threads_per_rank: expected less than or equal to 1024"),
         ("snapshot={port: 65536}", "snapshot.port: expected less than or equal to 65535"),
