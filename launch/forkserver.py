@@ -343,7 +343,9 @@ def _run_module(worker: Worker, channel: socket.socket, server: int) -> None:
 def _redirect(log: str | None) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
-    if log is not None:
+    if log is None:
+        return
+    with contextlib.suppress(OSError):  # a full or read-only folder: better the output of this process than none
         output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         os.dup2(output, 1)
         os.dup2(output, 2)
