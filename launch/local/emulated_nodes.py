@@ -14,6 +14,7 @@ import selectors
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -32,6 +33,8 @@ from keepwarm.trainer.job.spec import JobSpec
 
 AGENTS_END_TIMEOUT_S = 30.0
 """How long the agents of a run may take to end after its supervisors."""
+FAILED_END_TIMEOUT_S = 5.0
+"""The same after a failure."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -66,10 +69,14 @@ def main(arguments: Sequence[str]) -> int:
         )
         for number in range(given.slots + given.spares)
     ]
+    code: int = ExitCode.FAULT
     try:
-        return Nodes(nodes, job).run()
+        code = Nodes(nodes, job).run()
     finally:
-        sweep(folder, [options.node for options in nodes], given.slots)
+        # After a failure, agents may stay on purpose, with memory that is newer than the disk.
+        patience = AGENTS_END_TIMEOUT_S if code in (ExitCode.DONE, ExitCode.INTERRUPTED) else FAILED_END_TIMEOUT_S
+        sweep(folder, [options.node for options in nodes], given.slots, patience)
+    return code
 
 
 class Nodes:
@@ -92,9 +99,12 @@ class Nodes:
             os.setsid()
             die_with(self._parent)
             code = supervise(options, job)
-            sys.stdout.flush()
-            sys.stderr.flush()
+        except BaseException:
+            traceback.print_exc()
         finally:
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+                sys.stderr.flush()
             os._exit(code)
 
     def run(self) -> int:
@@ -124,7 +134,7 @@ class Nodes:
                     os.kill(pid, forwarded)
 
 
-def sweep(folder: Path, nodes: Sequence[str], slots: int) -> None:
+def sweep(folder: Path, nodes: Sequence[str], slots: int, patience: float) -> None:
     """Wait for the agents to end, and remove what the agents of killed nodes left on this machine."""
     try:
         run = run_identity(load_secret(folder / SECRET))
@@ -134,7 +144,7 @@ def sweep(folder: Path, nodes: Sequence[str], slots: int) -> None:
     for node in nodes:
         os.environ[NODE] = node
         left |= {path for slot in range(slots) if (path := runtime_folder(run, slot)).is_dir()}
-    end = time.monotonic() + AGENTS_END_TIMEOUT_S
+    end = time.monotonic() + patience
     while left and time.monotonic() < end:
         for path in list(left):
             with contextlib.suppress(FtError, OSError):

@@ -61,15 +61,25 @@ def flush_to_disk(
                 return f"step {step} was not on disk after {deadline:g} s"
             time.sleep(DISK_POLL_INTERVAL_S)
         return step
-    except FtError as error:
+    except (FtError, OSError) as error:
         return str(error)
     finally:
         for substitute in substitutes:
             substitute.kill()
 
 
-def _published(checkpoints: Path, step: int) -> bool:
-    with contextlib.suppress(FtError, OSError):
+def newest_step(checkpoints: Path) -> int:
+    """Return the step of the newest durable checkpoint; -1 if there is none.
+
+    Raises OSError.
+    """
+    with contextlib.suppress(FtError):
         newest = publication.latest(checkpoints)
-        return newest is not None and read_manifest(newest).step >= step
+        return -1 if newest is None else read_manifest(newest).step
+    return -1
+
+
+def _published(checkpoints: Path, step: int) -> bool:
+    with contextlib.suppress(OSError):
+        return newest_step(checkpoints) >= step
     return False

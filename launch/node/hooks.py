@@ -17,6 +17,9 @@ class Hooks(Protocol):
     def on_waiting(self, state: str, slot: int | None) -> None:
         """Called while this node waits for workers to start, with the state it waits in and its slot."""
 
+    def on_others_missing(self, why: str) -> None:
+        """Called while too few of the last owners are here to go on."""
+
     def prepare(self, slot: int) -> None:
         """Called before this node reports that it is ready to start the workers of `slot`."""
 

@@ -1,39 +1,50 @@
 """One node's link to the store: find it or open the next one, send heartbeats, read and change the table.
 
-A supervisor that cannot reach the newest store must stop its workers: every method then raises `StoreLost`.
+A supervisor that has no store must stop its workers: every method then raises `StoreLost`. A store is followed only if
+a majority of the owners of the last view does so (`keepwarm.launch.node.view`); a node that is cut off waits, and opens
+none.
 """
 
+import contextlib
+import itertools
 import queue
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
 
-from torch._C._distributed_c10d import TCPStore
-from torch.distributed import DistError
+import msgspec
 
 from keepwarm.exit_code import ExitCode
 from keepwarm.launch.errors import LaunchError
 from keepwarm.launch.node import record as node_record
-from keepwarm.launch.node import shared_table
+from keepwarm.launch.node.frames import frame, split
 from keepwarm.launch.node.heartbeat import Heartbeat
-from keepwarm.launch.node.record import EndRecord, StoreRecord
-from keepwarm.launch.node.slot_table import Table
-from keepwarm.trainer.job.run_folder import RunFolder
+from keepwarm.launch.node.peers import CONNECT_TIMEOUT_S, PeerListener, announce, collect_votes, stand_of, stores_of
+from keepwarm.launch.node.record import EndRecord, StoreRecord, within
+from keepwarm.launch.node.shared_table import Answer, Change, Hello, Request, Stand, Update
+from keepwarm.launch.node.slot_table import Known, Table, inherit
+from keepwarm.launch.node.view import Member, Number, Vote, missing, name_of, tally
 
 OPENING_TIMEOUT_S = 60.0
-"""How long the supervisor that claimed the next store may take to open it."""
+"""How long the supervisor that opens a store may take."""
 SEARCH_TIMEOUT_S = 300.0
-"""How long a node looks for a store that it can reach."""
-FIRST_GRACE_S = 60.0
-"""How long spares leave vacant slots of the first start to the nodes meant for them."""
-NEXT_GRACE_S = 3.0
-"""The same under a later store: owners have noticed together that the previous one is lost."""
+"""How long a node looks for a store that it can follow."""
+LEFTOVER_TIMEOUT_S = 15.0
+"""How long a node that has no view waits for silent processes of an earlier start, before it opens the next store."""
 STORE_POLL_INTERVAL_S = 0.05
-T = TypeVar("T")
+LOOK_INTERVAL_S = 1.0
+"""How often a node without a store, or whose store decides nothing, asks others for theirs."""
+TURN_S = 0.5
+"""How much later than the owner before it each owner tries to open the next store."""
+TURNS = 16
+"""Owners after these do not wait any longer."""
+GRANTED_S = 5.0
+"""How long an owner leaves the next store to the one for which it has voted."""
+ASKED_AT_ONCE = 4
+FILES_TIMEOUT_S = 2.0
 
 
 class StoreLost(LaunchError):
@@ -51,165 +62,342 @@ class RunEnded(LaunchError):
 
 
 class Membership:
-    """Link to the newest store. `change` and `read` may be called from any thread."""
+    """Link to the store that this node follows. `change` and `read` may be called from any thread."""
 
     def __init__(
-        self, folder: Path, node: str, first: Table, *, peer_timeout: float, open_store: Callable[[int], None]
-    ) -> None:
+        self, folder: Path, me: Member, first: Table, *, peer_timeout: float, peers: PeerListener,
+        open_store: Callable[[int], None],
+    ) -> None:  # fmt: skip
         """Create an unconnected link.
 
         Args:
             folder: of the run.
-            node: name of this node.
-            first: the table of a store that has none yet.
+            me: this node.
+            first: the table of the first store.
             peer_timeout: seconds without an answer after which the store counts as lost.
-            open_store: opens the n-th store of the run on this node; if that fails, another node opens the next one.
+            peers: answers the other supervisors.
+            open_store: starts the process of the n-th store of the run on this node.
         """
-        self.folder, self.node, self._peer_timeout = folder, node, peer_timeout
-        self._first = first
-        self._open_store = open_store
+        self.folder, self.me, self.node, self._peer_timeout = folder, me, me.node, peer_timeout
+        self._peers, self._open_store = peers, open_store
         self.record: StoreRecord | None = None
-        self._client: TCPStore | None = None
-        self._heartbeat: Heartbeat | None = None
-        self._queries: _Queries | None = None
-        self._entered = 0.0
+        self._table = first
+        """The last table that this node has seen; it survives the store."""
         self._first_store: int | None = None
+        self._heartbeat: Heartbeat | None = None
+        self._link: _TableLink | None = None
+        self._replaced = self._said = ""
+        self._turn = itertools.count()
         self._lock = threading.Lock()
+        threading.Thread(target=self._look_for_better, name="look-for-store", daemon=True).start()
+
+    # ---- finding a store
 
     def enter(self) -> None:
-        """Connect to the newest store, or open the next one if it cannot be reached.
+        """Follow the store that a majority follows, or open the next one with the votes of a majority.
 
         Raises:
             RunEnded: the run ended under a store that other nodes could reach.
-            StoreLost: no store could be reached for `SEARCH_TIMEOUT_S`.
+            StoreLost: there was none for `SEARCH_TIMEOUT_S`.
         """
         self.leave(farewell=False)
-        unreachable: set[int] = set()
-        began = time.monotonic()
-        claimed_at = began, node_record.newest_claim(self.folder)
+        began = looked = time.monotonic()
+        known = self._peers.voter.installed is not None
+        turn, pause = began + (self._patience() if known else 0.0), STORE_POLL_INTERVAL_S
+        granted = self._peers.voter.promised
         while time.monotonic() < began + SEARCH_TIMEOUT_S:
-            self.check_end()
-            record, claim = node_record.newest_store(self.folder), node_record.newest_claim(self.folder)
-            if claim != claimed_at[1]:
-                claimed_at = time.monotonic(), claim
-            if record is not None and record.number == claim and claim not in unreachable:
-                if self._reach(record):
+            voter, announced = self._peers.voter, self._peers.announced
+            known = voter.installed is not None
+            if announced is not None and known and announced.number == voter.promised and self._reach(announced):
+                return
+            if voter.promised != granted and voter.candidate != self.node:
+                granted, turn = voter.promised, time.monotonic() + GRANTED_S + self._patience()
+            if time.monotonic() >= looked:
+                self.check_end()
+                if (found := self._best()) is not None and self._reach(found):
                     return
-                unreachable.add(claim)
-            opening = claim >= 0 and (record is None or record.number < claim)
-            if opening and time.monotonic() < claimed_at[0] + OPENING_TIMEOUT_S:
-                time.sleep(STORE_POLL_INTERVAL_S)
-            elif node_record.claim_store(self.folder, claim + 1):
-                self._open_store(claim + 1)
-        raise StoreLost(f"{self.node} found no store of {self.folder} that it can reach in {SEARCH_TIMEOUT_S:g} s")
+                looked = time.monotonic() + (LOOK_INTERVAL_S if known else 2 * STORE_POLL_INTERVAL_S)
+            if time.monotonic() >= turn:
+                if self._elect() if known else self._open_first(time.monotonic() - began):
+                    return
+                pause = min(2 * pause, LOOK_INTERVAL_S)
+                turn = time.monotonic() + (LOOK_INTERVAL_S + self._patience() if known else pause)
+            time.sleep(STORE_POLL_INTERVAL_S)
+        raise StoreLost(
+            f"{name_of(self.node)} found no store to follow in {SEARCH_TIMEOUT_S:g} s{'; ' * bool(self._said)}"
+            f"{self._said}"
+        )
+
+    def _patience(self) -> float:
+        """Return how long this node leaves the next store to the owners before it."""
+        view = self._peers.voter.installed
+        nodes = [] if view is None else [view.members[slot].node for slot in sorted(view.members)]
+        place = nodes.index(self.node) if self.node in nodes else TURNS
+        return min(place, TURNS) * TURN_S
+
+    def _best(self) -> StoreRecord | None:
+        """Return the store that others follow and that decides, as far as this node can find one."""
+        installed = self._peers.voter.installed
+        mine = None if installed is None else installed.number
+        found: dict[tuple[int, int], StoreRecord] = {}
+        members = [] if installed is None else [one for one in installed.members.values() if one.node != self.node]
+        start = next(self._turn) * ASKED_AT_ONCE
+        some = [members[(start + step) % len(members)] for step in range(min(ASKED_AT_ONCE, len(members)))]
+        stores, _ = stores_of({one.node: (one.host, one.port) for one in some})
+        hints = within(lambda: node_record.stores(self.folder)[:ASKED_AT_ONCE], FILES_TIMEOUT_S) or []
+        announced = self._peers.announced
+        for record in (*stores, *hints, *([announced] if announced else []), *([self.record] if self.record else [])):
+            found[record.number, record.heartbeat_port] = record
+        stands = [(stand, record) for record in found.values() if isinstance(stand := stand_of(record), Stand)]
+        worth = [(_rank(stand), record) for stand, record in stands if _is_followed(stand, mine)]
+        return max(worth, key=lambda each: each[0], default=(None, None))[1]
+
+    def _open_first(self, waited: float) -> bool:
+        """Open a store for a run without a view, unless processes of an earlier start may live; return success."""
+        newest = within(lambda: node_record.newest_claim(self.folder), FILES_TIMEOUT_S)
+        if newest is None:
+            return False
+        if newest >= 0:
+            known = within(lambda: node_record.stores(self.folder), FILES_TIMEOUT_S)
+            opening = not known or known[0].number < newest
+            if waited < OPENING_TIMEOUT_S and (opening or not known):
+                return False
+            if waited < LEFTOVER_TIMEOUT_S and not self._all_gone(known or []):
+                return False
+        if not within(lambda: node_record.claim_store(self.folder, newest + 1), FILES_TIMEOUT_S):
+            return False
+        return self._open(newest + 1, msgspec.structs.replace(self._table, store=newest + 1))
+
+    def _all_gone(self, stores: list[StoreRecord]) -> bool:
+        """Return whether the machines of an earlier start's store and supervisors say that these have ended."""
+        records = within(lambda: node_record.read_all(self.folder), FILES_TIMEOUT_S) or []
+        others = [one for one in records if one.port and (one.host, one.port) != (self.me.host, self.me.port)]
+        alive, why = stores_of({one.node: (one.host, one.port) for one in others[-ASKED_AT_ONCE * 4 :]})
+        silent = any(reason == "silent" for reason in why.values()) or stand_of(stores[0]) != "refused"
+        return not alive and not silent
+
+    def _elect(self) -> bool:
+        """Open the next store if the owners of the last view let this node; return whether they did."""
+        above = max(self.record.number if self.record else -1, self._table.store)
+        ballot = self._peers.candidacy(above)
+        voter = self._peers.voter
+        if ballot is None or voter.installed is None:
+            return False
+        members = {one.node: one for view in voter.views for one in view.members.values()}
+        answers = collect_votes(ballot, members, voter)
+        for vote in answers.values():
+            if isinstance(vote, Vote) and vote.installed is not None:
+                return False  # that node knows more, and will open it
+        mine = {self.node} & members.keys()
+        granted = mine | {node for node, vote in answers.items() if isinstance(vote, Vote) and vote.granted}
+        dead = {node for node, vote in answers.items() if vote == "dead"}
+        if dead:
+            self.check_end()  # they have recorded the end before they went
+        decided = tally(voter.views, answers, self.node)
+        if decided == "wait":
+            self._say(f"waits for {', '.join(missing(voter.views, granted, dead))}: they may go on without this node")
+            return False
+        if decided == "claim" and not within(
+            lambda: node_record.claim_view(self.folder, voter.views[0].number, self.node), FILES_TIMEOUT_S
+        ):
+            self._say(f"could not claim the run: another node may have, or {self.folder} is not writable")
+            return False
+        table = inherit(self._table, ballot.number, dead)
+        return self._open(ballot.number, msgspec.structs.replace(table, claimed=decided == "claim"))
+
+    def _open(self, number: int, table: Table) -> bool:
+        self._peers.expect(number, table)
+        self._open_store(number)
+        record = self._peers.opened(number, OPENING_TIMEOUT_S)
+        if record is None or not self._reach(record):
+            self._say(f"store {number} did not open on this node")
+            return False
+        threading.Thread(target=announce, args=(record, table.members, self.node), daemon=True).start()
+        return True
 
     def _reach(self, record: StoreRecord) -> bool:
         try:
-            self._heartbeat = Heartbeat(record, self.node, self._peer_timeout, self.folder)
-            self._client = TCPStore(
-                record.host, record.port, is_master=False, wait_for_workers=False,
-                timeout=timedelta(seconds=max(5.0, self._peer_timeout)),
-            )  # fmt: skip
-        except (OSError, DistError):
+            self._heartbeat = Heartbeat(record, self.node, self._peer_timeout, CONNECT_TIMEOUT_S)
+            self._link = _TableLink(record, self.node, max(5.0, self._peer_timeout), self._on_table)
+        except OSError:
             self.leave(farewell=False)
             return False
-        self.record, self._entered, self._queries = record, time.monotonic(), _Queries()
+        self.record, self._replaced, self._said = record, "", ""
         if self._first_store is None:
             self._first_store = record.number
+        self._peers.follow(record)
         return True
 
+    def _look_for_better(self) -> None:
+        """While this node's store decides nothing, or another one was announced, look whether others follow another."""
+        while True:
+            time.sleep(LOOK_INTERVAL_S)
+            record, link, announced = self.record, self._link, self._peers.announced
+            if record is None or link is None or self._replaced:
+                continue
+            newer = announced is not None and announced.number > record.number
+            if link.table.decides and link.table.view is not None and not newer:
+                continue
+            found = self._best()
+            if found is not None and found.number != record.number and self.record is record:
+                stand = stand_of(found)
+                if isinstance(stand, Stand) and stand.view is not None and stand.decides:
+                    self._replaced = f"store {found.number} has replaced store {record.number}"
+
     def check_end(self) -> None:
-        """Raise `RunEnded` if nodes under another store have ended the run since this node first had a store."""
-        end = node_record.read_end(self.folder)
-        if end is not None and self._first_store is not None and end.number >= self._first_store:
+        """Raise `RunEnded` if nodes that could decide have ended the run since this node first had a store."""
+        if self._first_store is None:
+            return
+        end = within(lambda: node_record.read_end(self.folder), FILES_TIMEOUT_S)
+        if end is not None and end.number >= self._first_store:
             raise RunEnded(end)
 
     def record_end(self, code: int, reason: str) -> None:
         """Record the end of the run under this node's store, for nodes that cannot reach it."""
         assert self.record is not None
-        node_record.write_end(self.folder, EndRecord(number=self.record.number, code=code, reason=reason))
+        end = EndRecord(number=self.record.number, code=code, reason=reason)
+        within(lambda: node_record.write_end(self.folder, end), FILES_TIMEOUT_S)
 
-    @property
-    def store(self) -> TCPStore:
-        if self._client is None:
-            raise StoreLost("not connected to a store")
-        return self._client
+    # ---- the table
 
-    def may_fill(self, *, begun: bool) -> bool:
-        """Return whether the owners of vacant slots, intended or remembered, have had time to join.
+    def change(self, change: Change) -> tuple[Table, bool]:
+        """Ask for a change of the table; return (the table afterwards, whether this changed it).
 
-        Under the first store this is the case once workers have `begun`.
+        Raises:
+            StoreLost: there is no answer.
+            ChangeRefused: the store refuses; with its reason.
         """
-        assert self.record is not None
-        if begun and self.record.number == 0:
-            return True
-        grace = FIRST_GRACE_S if self.record.number == 0 else NEXT_GRACE_S
-        return time.monotonic() - self._entered > grace
-
-    def change(self, step: Callable[[Table], Table]) -> tuple[Table, bool]:
-        """Change the table; return (the table afterwards, whether this changed it)."""
-        return self._ask(lambda client: shared_table.change(client, self._first, step))
+        with self._lock:
+            link = self._link
+            if link is None:
+                raise StoreLost(f"{name_of(self.node)}: not connected to a store")
+            number = link.ask(change)
+            while not self._why_lost():
+                if (answer := link.answer(number, STORE_POLL_INTERVAL_S)) is not None:
+                    if answer.refused:
+                        raise ChangeRefused(answer.refused)
+                    return link.table, answer.changed
+            raise StoreLost(f"{name_of(self.node)}: {self._why_lost()}")
 
     def read(self) -> Table:
-        return self._ask(shared_table.read) or self._first
+        """Return the table as it is known here; the store sends it when it changes."""
+        link = self._link
+        if link is None:
+            raise StoreLost(f"{name_of(self.node)}: not connected to a store")
+        if why := self._why_lost():
+            raise StoreLost(f"{name_of(self.node)}: {why}")
+        return link.table
 
-    def mark_active(self) -> None:
-        """Mark that workers are started under this store: nodes still under an earlier one must stop theirs."""
-        assert self.record is not None
-        if self.record.number:
-            (RunFolder(self.folder).nodes / f"store-{self.record.number}.active").touch()
+    def known(self, restart: int) -> Known:
+        """Return what this node brings to a store, having started workers for `restart`."""
+        voter, table = self._peers.voter, self._table
+        return Known(
+            restart=restart, charged_restarts=table.charged_restarts, attributed=table.attributed,
+            excluded=table.excluded, installed=voter.installed, accepted=voter.accepted,
+        )  # fmt: skip
+
+    def accept(self, table: Table) -> None:
+        """Remember the owners in a table before arriving: they may be installed without this node hearing of it."""
+        self._peers.accept(table)
 
     def leave(self, *, farewell: bool) -> None:
-        """Disconnect; without a farewell the store considers this node dead."""
+        """Disconnect. With a farewell this node leaves the run."""
+        self._peers.follow(None)
         if self._heartbeat is not None:
             self._heartbeat.close(farewell=farewell)
-        if self._queries is not None:
-            self._queries.close()
-        self._heartbeat = self._client = self._queries = None
+        if self._link is not None:
+            self._link.close()
+        self._heartbeat = self._link = None
 
-    def _ask(self, question: Callable[[TCPStore], T]) -> T:
-        """Return the store's answer; wait only while the store is known alive, which torch's client does not check."""
-        with self._lock:
-            heartbeat, queries, client = self._heartbeat, self._queries, self._client
-            if heartbeat is None or queries is None or client is None:
-                raise StoreLost(f"{self.node}: not connected to a store")
-            answer = queries.ask(lambda: question(client))
-            while not heartbeat.lost:
-                try:
-                    return answer.result(STORE_POLL_INTERVAL_S)
-                except TimeoutError:
-                    continue
-                except DistError as error:
-                    raise StoreLost(f"{self.node}: the store does not answer: {error}") from error
-            raise StoreLost(f"{self.node}: {heartbeat.lost}")
+    def _why_lost(self) -> str:
+        heartbeat, link = self._heartbeat, self._link
+        if heartbeat is None or link is None:
+            return "not connected to a store"
+        return self._replaced or heartbeat.lost or link.lost
+
+    def _on_table(self, table: Table) -> None:
+        if table.store >= self._table.store:
+            self._table = table
+        self._peers.learn(table)
+
+    def _say(self, text: str) -> None:
+        if text != self._said:
+            self._said = text
+            print(f"keepwarm: {name_of(self.node)}: {text}", file=sys.stderr, flush=True)
 
 
-class _Queries:
-    """Runs queries one after the other on a thread of its own, which is abandoned if one is never answered.
+class ChangeRefused(LaunchError):
+    """The store does not make a change; the message says why."""
 
-    Torch's client waits for answers without a deadline: for a quarter of an hour if the network drops every packet.
-    """
 
-    def __init__(self) -> None:
-        self._questions: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="store", daemon=True).start()
+def _rank(stand: Stand) -> tuple[bool, Number, int]:
+    return stand.decides, stand.view or (-1, -1), stand.number
 
-    def ask(self, question: Callable[[], T]) -> "Future[T]":
-        answer: Future[T] = Future()
 
-        def put() -> None:
-            try:
-                answer.set_result(question())
-            except BaseException as error:
-                answer.set_exception(error)
+def _is_followed(stand: Stand, mine: Number | None) -> bool:
+    """Return whether a store may be followed by a node whose last view is `mine`."""
+    return mine is None or (stand.decides and stand.view is not None and stand.view >= mine)
 
-        self._questions.put(put)
-        return answer
+
+class _TableLink:
+    """Connection for the table: requests and answers, and the table whenever it has changed."""
+
+    def __init__(self, record: StoreRecord, node: str, timeout: float, on_table: Callable[[Table], None]) -> None:
+        """Connect; return once the table has arrived. Raises `OSError`."""
+        self.lost = ""
+        self._number, self._on_table = 0, on_table
+        self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+        self._received = bytearray()
+        self._stream = socket.create_connection((record.host, record.heartbeat_port), timeout=CONNECT_TIMEOUT_S)
+        first: queue.SimpleQueue[Table] = queue.SimpleQueue()
+        self._first: queue.SimpleQueue[Table] | None = first
+        try:
+            self._stream.sendall(frame(Hello(node=node, heartbeat=False)))
+            self._stream.settimeout(None)
+            threading.Thread(target=self._run, name="table", daemon=True).start()
+            self.table = first.get(timeout=timeout)
+        except (OSError, queue.Empty) as error:
+            self.close()
+            raise ConnectionError(f"store {record.number} sends no table") from error
+
+    def ask(self, change: Change) -> int:
+        """Send a request; return its number."""
+        self._number += 1
+        try:
+            self._stream.sendall(frame(Request(number=self._number, change=change)))
+        except OSError as error:
+            self.lost = self.lost or f"the connection to the store was lost: {error}"
+        return self._number
+
+    def answer(self, number: int, timeout: float) -> Answer | None:
+        """Return the answer to a request, waiting at most `timeout`; drop those to earlier ones."""
+        with contextlib.suppress(queue.Empty):
+            answer = self._answers.get(timeout=timeout)
+            return answer if answer.number == number else None
+        return None
 
     def close(self) -> None:
-        """End the thread after the queries asked so far."""
-        self._questions.put(None)
+        with contextlib.suppress(OSError):
+            self._stream.shutdown(socket.SHUT_RDWR)
+        self._stream.close()
 
     def _run(self) -> None:
-        while (question := self._questions.get()) is not None:
-            question()
+        decoder = msgspec.json.Decoder(Update | Answer)
+        try:
+            while data := self._stream.recv(1 << 16):
+                self._received += data
+                for body in split(self._received):
+                    self._take(decoder.decode(body))
+            self.lost = self.lost or "the store has closed the connection"
+        except (OSError, ValueError) as error:
+            self.lost = self.lost or f"the connection to the store was lost: {error}"
+
+    def _take(self, message: Update | Answer) -> None:
+        if isinstance(message, Answer):
+            self._answers.put(message)
+            return
+        self.table = message.table
+        self._on_table(message.table)
+        if self._first is not None:
+            self._first.put(message.table)
+            self._first = None

@@ -5,8 +5,8 @@ adapts them to the interface of the elastic agent.
 """
 
 import time
-from collections.abc import Callable
 
+from torch.distributed import HashStore
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
     RendezvousHandler,
@@ -16,11 +16,15 @@ from torch.distributed.elastic.rendezvous import (
 
 from keepwarm.exit_code import ExitCode
 from keepwarm.launch.errors import LaunchError
-from keepwarm.launch.node import slot_table
+from keepwarm.launch.node import shared_table, slot_table
 from keepwarm.launch.node.hooks import Hooks
-from keepwarm.launch.node.membership import STORE_POLL_INTERVAL_S, Membership
-from keepwarm.launch.node.slot_table import RequestedSlot, Table
+from keepwarm.launch.node.membership import STORE_POLL_INTERVAL_S, ChangeRefused, Membership
+from keepwarm.launch.node.shared_table import Change
+from keepwarm.launch.node.slot_table import FIRST_GRACE_S, RequestedSlot, Table
+from keepwarm.launch.node.view import name_of
 
+NAME_TIMEOUT_S = 30.0
+"""How long a supervisor waits for another one of the same name to be given up."""
 END_POLL_INTERVAL_S = 1.0
 """How often to check whether the run has ended under another store."""
 
@@ -39,6 +43,18 @@ class NoSpareLeft(LaunchError):
 
 class Excluded(LaunchError):
     """Workers of this node failed too often; a spare has its slot."""
+
+    exit_code = ExitCode.UNRECOVERABLE
+
+
+class NameTaken(LaunchError):
+    """Another supervisor of the same name takes part in the run."""
+
+    exit_code = ExitCode.BAD_INPUT
+
+
+class OthersMayGoOn(LaunchError):
+    """Too few owners are left here to go on, and those that are missing may do so elsewhere."""
 
     exit_code = ExitCode.UNRECOVERABLE
 
@@ -71,6 +87,8 @@ class SlotRendezvous(RendezvousHandler):
         self._saved_epoch = 0
         self._member = False
         self._next_end_check = 0.0
+        # Ranks follow from slots, so that torch's agent exchanges nothing; workers reach the store by its address.
+        self._store = HashStore()
 
     def get_backend(self) -> str:
         return "keepwarm"
@@ -88,20 +106,20 @@ class SlotRendezvous(RendezvousHandler):
         Raises:
             RendezvousClosedError: the run has ended, or this node was asked to leave.
             RunEnded: it has ended without this node.
-            StoreLost, Fenced, Excluded, NoSpareLeft: this node cannot go on as it is.
+            StoreLost, Fenced, Excluded, NoSpareLeft, NameTaken, OthersMayGoOn: this node cannot go on as it is.
         """
-        vacant_since: float | None = None
+        waiting_since: float | None = None
         while True:
             table = self.membership.read()
             if table.ended is not None:
                 raise RendezvousClosedError(table.ended.reason)
             if self._hooks.leave_requested():
                 self._leave()
-            slot = table.slot_of(self.membership.node)
-            if self.membership.node in table.excluded:
-                raise Excluded(f"{self.membership.node} is excluded: {table.excluded[self.membership.node]}")
-            if not table.knows(self.membership.node):
-                self._join()
+            slot, name = table.slot_of(self.membership.node), name_of(self.membership.node)
+            if name in table.excluded:
+                raise Excluded(f"{name} is excluded: {table.excluded[name]}")
+            if not table.knows(self.membership.node) or self.membership.node in table.absent:
+                self._join(table)
                 continue
             self.slot = slot
             if slot is not None and table.complete and table.restart > self.restart:
@@ -115,33 +133,53 @@ class SlotRendezvous(RendezvousHandler):
             if slot is not None and self.membership.node not in table.arrived:
                 self._hooks.on_waiting("starting" if self.restart < 0 else "restarting", slot)
                 self._hooks.prepare(slot)
-                self._arrive(table.restart)
+                self._arrive(table)
+                continue
+            if slot is None and table.awaits(self.membership.node):
+                self._arrive(table)
                 continue
             waiting = "spare" if slot is None else "starting" if self.restart < 0 else "restarting"
             self._hooks.on_waiting(waiting, slot)
-            vacant_since = self._fill(table, vacant_since)
+            waiting_since = self._wait_for_nodes(table, waiting_since)
             time.sleep(STORE_POLL_INTERVAL_S)
 
-    def _arrive(self, restart: int) -> None:
-        self._change(lambda now: slot_table.arrive(now, self.membership.node, restart))
+    def _arrive(self, table: Table) -> None:
+        self.membership.accept(table)
+        self._change(shared_table.Arrive(restart=table.restart, view=table.number))
 
     def _start(self, table: Table, slot: int) -> RendezvousInfo:
         self.restart, self.table = table.restart, table
-        self.membership.mark_active()
         record = self.membership.record
         assert record is not None
         address = RendezvousStoreInfo(record.host, record.port)
-        return RendezvousInfo(self.membership.store, slot, table.slots, address)
+        return RendezvousInfo(self._store, slot, table.slots, address)
 
-    def _join(self) -> None:
+    def _join(self, table: Table) -> None:
         """Become an owner or a spare; raise `Fenced` if the table that this node had joined no longer lists it."""
-        if self._member:
+        node = self.membership.node
+        if self._member and not table.knows(node):
             self._member = False
-            raise Fenced(f"{self.membership.node}: given up by the other nodes after it stopped responding")
+            if slot_table.namesake(table, node) is not None:
+                raise NameTaken(f"{name_of(node)}: a later supervisor of this name has taken over; this one ends")
+            raise Fenced(f"{name_of(node)}: given up by the other nodes after it stopped responding")
         requested = self._requested_slot if self.slot is None else self.slot
-        seen = self.restart
-        self._change(lambda now: slot_table.join(now, self.membership.node, requested, seen_restart=seen))
-        self._member = True
+        join = shared_table.Join(
+            member=self.membership.me, requested_slot=requested, known=self.membership.known(self.restart)
+        )
+        end = time.monotonic() + NAME_TIMEOUT_S
+        while True:
+            try:
+                self._change(join)
+            except ChangeRefused as error:
+                if time.monotonic() > end or self._hooks.leave_requested():
+                    raise NameTaken(
+                        f"{name_of(node)}: {error}; give every supervisor a name of its own with --node, or end the "
+                        "other one"
+                    ) from error
+                time.sleep(END_POLL_INTERVAL_S)
+                continue
+            self._member = True
+            return
 
     def rejoin(self, *, fenced: bool) -> None:
         """Join again at the next rendezvous: as a spare if this node was fenced, else with its slot."""
@@ -154,21 +192,25 @@ class SlotRendezvous(RendezvousHandler):
         record = self.membership.record
         self._member = record is not None and record.number == number
 
-    def _fill(self, table: Table, since: float | None) -> float | None:
-        """Give vacant slots to spares after the grace period of their owners; return since when one is vacant."""
-        if not table.vacant or not self.membership.may_fill(begun=table.begun):
-            return None
-        if table.spares:
-            self._change(slot_table.fill)
+    def _wait_for_nodes(self, table: Table, since: float | None) -> float | None:
+        """Return since when a slot is vacant, or too few owners are here to go on; raise if that takes too long."""
+        if not table.vacant and table.decides:
             return None
         if time.monotonic() > self._next_end_check:
             self._next_end_check = time.monotonic() + END_POLL_INTERVAL_S
             self.membership.check_end()
         since = time.monotonic() if since is None else since
-        waited = time.monotonic() - since
+        waited = time.monotonic() - since - (0 if table.begun else FIRST_GRACE_S)
+        patience = max(self._vacancy_timeout, self._shrink_after) if table.sizes else self._vacancy_timeout
+        if not table.decides:
+            why = f"too few of the last owners are here; {', '.join(table.waits_for)} may go on without them"
+            self._hooks.on_others_missing(why)
+            if waited > patience:
+                raise OthersMayGoOn(f"waited {waited:.0f} s: {why}. Start the missing nodes and continue with --resume")
+            return since
         if waited > self._shrink_after and self._shrink(table):
             return None
-        if waited > (max(self._vacancy_timeout, self._shrink_after) if table.sizes else self._vacancy_timeout):
+        if waited > patience:
             lost = ", ".join(map(str, table.vacant))
             raise NoSpareLeft(
                 f"waited {waited:.0f} s for a node to take slot {lost}: no spare is left. Start the missing nodes and "
@@ -179,20 +221,21 @@ class SlotRendezvous(RendezvousHandler):
 
     def _shrink(self, table: Table) -> bool:
         """Go on with fewer slots, after one node has had memory written to disk; return whether this node did that."""
-        node = self.membership.node
         if table.flush_epoch and table.flush_epoch != self._saved_epoch:
             self._saved_epoch = table.flush_epoch
             self._hooks.save_snapshot(table.flush_epoch)
-        if not self._change(lambda now: slot_table.claim_flush(now, node))[1]:
+        if (
+            slot_table.claim_flush(table, self.membership.node) == table
+            or not self._change(shared_table.ClaimFlush())[1]
+        ):
             return False
         self._hooks.flush_to_disk()
-        # If another node was lost meanwhile, there is another memory to flush.
-        return self._resize(lambda now: slot_table.shrink(now) if now.flushing_node == node else now)
+        return self._resize(shared_table.Shrink())
 
     def save_on_all_nodes(self, epoch: int) -> None:
         """Have the agents of all other nodes write the snapshot of `epoch`; called by the node that flushes."""
         self._saved_epoch = epoch
-        self._change(lambda now: slot_table.announce_flush(now, self.membership.node, epoch))
+        self._change(shared_table.AnnounceFlush(epoch=epoch))
 
     def num_nodes_waiting(self) -> int:
         """Return 1 when workers must restart, else 0. Spares do not count: they are where they belong."""
@@ -202,25 +245,22 @@ class SlotRendezvous(RendezvousHandler):
 
     def fail(self, kind: slot_table.Kind, cause: str) -> bool:
         """Record that workers of this node have failed; return True if this is the first failure of the restart."""
-        before = self.restart
-        table, changed = self._change(
-            lambda now: slot_table.fail(now, self.membership.node, before, kind, cause, time.time())
-        )
+        table, changed = self._change(shared_table.Fail(restart=self.restart, kind=kind, cause=cause))
         return changed and len(table.failures) == 1
 
     def growth_requested(self) -> bool:
         """Return whether workers must save their state so that the run can grow; slot 0 decides for all."""
-        if self.slot == 0:
-            self._change(slot_table.request_growth)
+        if self.slot == 0 and slot_table.request_growth(self.membership.read()).growing:
+            self._change(shared_table.RequestGrowth())
         table = self.membership.read()
         return table.growing and table.restart == self.restart
 
     def on_saved(self) -> None:
         """Grow the run: the workers of this node have saved their state and ended."""
         if self.slot == 0:
-            self._resize(lambda now: slot_table.grow(now, self.restart))
+            self._resize(shared_table.Grow(restart=self.restart))
 
-    def _resize(self, step: Callable[[Table], Table]) -> bool:
+    def _resize(self, step: shared_table.Shrink | shared_table.Grow) -> bool:
         table, changed = self._change(step)
         if changed:
             self._hooks.on_resized(table)
@@ -228,7 +268,7 @@ class SlotRendezvous(RendezvousHandler):
 
     def finish(self) -> Table:
         """Record that this node's workers have finished; wait for all others, or for a reason to restart."""
-        self._change(lambda now: slot_table.finish(now, self.membership.node, self.restart))
+        self._change(shared_table.Finish(restart=self.restart))
         while True:
             table = self.membership.read()
             if table.ended is not None or table.restart != self.restart:
@@ -237,28 +277,27 @@ class SlotRendezvous(RendezvousHandler):
 
     def end(self, code: int, reason: str) -> Table:
         """End the run for all nodes."""
-        return self._change(lambda now: slot_table.end(now, code, reason))[0]
+        return self._change(shared_table.End(code=code, reason=reason))[0]
 
     def ended(self) -> slot_table.Ended | None:
         return self.membership.read().ended
 
     def give_up_slot(self, why: str) -> None:
         """Leave the run; nothing changes if it has ended."""
-        node = self.membership.node
-        self._change(lambda now: slot_table.lose(now, node, f"{node}: {why}", time.time()))
+        self._change(shared_table.GiveUp(why=why))
 
     def _leave(self) -> None:
         self.give_up_slot("asked to leave")
-        raise RendezvousClosedError(f"{self.membership.node} was asked to leave")
+        raise RendezvousClosedError(f"{name_of(self.membership.node)} was asked to leave")
 
-    def _change(self, step: Callable[[Table], Table]) -> tuple[Table, bool]:
-        return self.membership.change(step)
+    def _change(self, change: Change) -> tuple[Table, bool]:
+        return self.membership.change(change)
 
     def is_closed(self) -> bool:
         return self.ended() is not None
 
     def set_closed(self) -> None:
-        self.end(4, f"{self.membership.node} closed the run")
+        self.end(4, f"{name_of(self.membership.node)} closed the run")
 
     def shutdown(self) -> bool:
         self.membership.leave(farewell=True)

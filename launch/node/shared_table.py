@@ -1,32 +1,180 @@
-"""The table of `keepwarm.launch.node.slot_table` in the store, under one key changed by compare-and-set."""
+"""What nodes ask of the store, and how the table of `keepwarm.launch.node.slot_table` answers. Pure and torch-free.
+
+A request is checked before it changes anything: one that is not of these types, or does not fit, is refused.
+"""
 
 from collections.abc import Callable
 
 import msgspec
-from torch._C._distributed_c10d import TCPStore
 
-from keepwarm.launch.node.slot_table import Table
+from keepwarm.launch.node import slot_table
+from keepwarm.launch.node.slot_table import Kind, Known, RequestedSlot, Table
+from keepwarm.launch.node.view import Member, Number, View, name_of
 
-_KEY = "keepwarm/table"
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The first message of every connection that stays open."""
+
+    node: str
+    heartbeat: bool
 
 
-def change(store: TCPStore, first: Table, step: Callable[[Table], Table]) -> tuple[Table, bool]:
-    """Replace the table by `step(table)`, retrying while other nodes are faster; return (table, whether it changed).
+class Standing(msgspec.Struct, frozen=True, tag=True):
+    """Asks a store for its `Stand`; needs no greeting."""
 
-    `first` is the table of a store that has none yet.
+
+class Stand(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What a store is followed for."""
+
+    number: int
+    decides: bool
+    """The nodes that follow it may go on, and nobody else."""
+    view: Number | None
+    """The last view that was installed."""
+
+
+class Join(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    member: Member
+    requested_slot: RequestedSlot
+    known: Known
+
+
+class Arrive(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    restart: int
+    view: Number
+    """The proposed owners, which the node has accepted."""
+
+
+class Fail(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    restart: int
+    kind: Kind
+    cause: str
+
+
+class Finish(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    restart: int
+
+
+class End(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    code: int
+    reason: str
+
+
+class GiveUp(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The node leaves the run and decides nothing more."""
+
+    why: str
+
+
+class ClaimFlush(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+class AnnounceFlush(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    epoch: int
+
+
+class Shrink(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+class RequestGrowth(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+class Grow(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    restart: int
+
+
+Change = (
+    Join | Arrive | Fail | Finish | End | GiveUp | ClaimFlush | AnnounceFlush | Shrink | RequestGrowth | Grow
+)  # fmt: skip
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Asks the store for a change; answered by `Answer`, after the table if the node does not have it yet."""
+
+    number: int
+    change: Change
+
+
+class Update(msgspec.Struct, frozen=True, tag=True):
+    """The table as it is now; sent to every node when it changes."""
+
+    table: Table
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    number: int
+    changed: bool
+    refused: str = ""
+
+
+class Refused(ValueError):
+    """The change is not possible; the message says why."""
+
+
+def apply(table: Table, node: str, change: Change, now: float) -> Table:
+    """Return the table after a node's request.
+
+    Raises:
+        Refused: another start of the same node's supervisor is in the table.
     """
-    text = store.get(_KEY).decode() if store.check([_KEY]) else ""
-    while True:
-        table = msgspec.json.decode(text, type=Table) if text else first
-        after = step(table)
-        if after == table:
-            return table, False
-        wanted = msgspec.json.encode(after).decode()
-        text = store.compare_set(_KEY, text, wanted).decode()
-        if text == wanted:
-            return after, True
+    return _STEPS[type(change)](table, node, change, now)
 
 
-def read(store: TCPStore) -> Table | None:
-    """Return the table; None before the first node has joined."""
-    return msgspec.json.decode(store.get(_KEY), type=Table) if store.check([_KEY]) else None
+def _join(table: Table, node: str, change: Join, now: float) -> Table:
+    if change.member.node != node:
+        raise Refused(f"{name_of(node)} cannot join for {name_of(change.member.node)}")
+    if (other := slot_table.namesake(table, node)) is not None and name_of(node) not in table.excluded:
+        raise Refused(f"a supervisor of the name {name_of(other)} is part of the run already")
+    if change.known.installed is not None and change.known.installed.number[0] > table.store:
+        raise Refused(f"store {change.known.installed.number[0]} has replaced store {table.store}")
+    table = slot_table.follow(table, change.member, change.known)
+    return slot_table.join(table, node, change.requested_slot, seen_restart=change.known.restart)
+
+
+def _arrive(table: Table, node: str, change: Arrive, now: float) -> Table:
+    # Before workers have run, others may still join: there is nothing to accept yet.
+    accepted = change.view == table.number or not table.begun
+    return slot_table.arrive(table, node, change.restart) if accepted else table
+
+
+def _shrink(table: Table, node: str, change: Shrink, now: float) -> Table:
+    # If another node was lost meanwhile, there is another memory to flush.
+    return slot_table.shrink(table) if table.flushing_node == node else table
+
+
+_STEPS: dict[type, Callable[..., Table]] = {
+    Join: _join,
+    Arrive: _arrive,
+    Fail: lambda table, node, one, now: slot_table.fail(table, node, one.restart, one.kind, one.cause, now),
+    Finish: lambda table, node, one, now: slot_table.finish(table, node, one.restart),
+    End: lambda table, node, one, now: slot_table.end(table, one.code, one.reason),
+    GiveUp: lambda table, node, one, now: slot_table.lose(table, node, f"{name_of(node)}: {one.why}", now, dead=True),
+    ClaimFlush: lambda table, node, one, now: slot_table.claim_flush(table, node),
+    AnnounceFlush: lambda table, node, one, now: slot_table.announce_flush(table, node, one.epoch),
+    Shrink: _shrink,
+    RequestGrowth: lambda table, node, one, now: slot_table.request_growth(table),
+    Grow: lambda table, node, one, now: slot_table.grow(table, one.restart),
+}
+
+
+def news(table: Table) -> object:
+    """Return what all nodes are told at once when it changes; arrivals and further failures can wait.
+
+    So the number of messages for one event does not grow with the square of the nodes.
+    """
+    causes = table.root_causes
+    waiting = table.spares if table.begun else ()
+    return (
+        table.restart, table.complete, table.ended, table.growing, table.flushing_node, table.flush_epoch,
+        table.resized, table.excluded, table.slots, table.owners if table.begun else None, waiting,
+        causes[0].kind if causes else None, table.decides,
+    )  # fmt: skip
+
+
+def stand(table: Table) -> Stand:
+    """Return what the store of this table is followed for."""
+    view: View | None = table.view
+    return Stand(number=table.store, decides=table.decides, view=None if view is None else view.number)

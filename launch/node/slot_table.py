@@ -1,7 +1,7 @@
 """Slot ownership and restarts of a run, decided by pure, torch-free functions.
 
-One `Table` describes all nodes of a run. Every change is a function from a table to the next one, applied by
-compare-and-set (`keepwarm.launch.node.shared_table`), so that changes are serialized no matter where they are made.
+One `Table` describes all nodes of a run. Every change is a function from a table to the next one, applied by the store
+(`keepwarm.launch.node.shared_table`), so that changes are serialized no matter who asks for them.
 
 - The number of slots is fixed. An owner keeps its slot until it is lost; a spare takes only vacant slots. Rank follows
   from slot, so survivors keep their ranks.
@@ -12,17 +12,26 @@ compare-and-set (`keepwarm.launch.node.shared_table`), so that changes are seria
 - If the job allows, vacant slots that no node takes are given up: the run goes on with fewer slots from disk, and gets
   them back once there are enough nodes and its workers have saved their state.
 - A node whose workers repeatedly end the run makes room for a spare and does not come back.
+- Once workers have run, owners change only with a majority of those before them (`keepwarm.launch.node.view`): nothing
+  is given to spares, given up or started by a few nodes that have lost sight of the others.
+- Nodes are known by the identity of one start of their supervisor; blame and exclusion stay with the name.
 """
 
+from collections.abc import Collection
 from typing import Literal, get_args
 
 import msgspec
+
+from keepwarm.launch.node.view import Member, Number, Verdict, View, may_be_installed, missing, name_of, verdict
 
 Kind = Literal["lost", "killed", "failed", "hung"]
 """How the workers of a slot failed, root causes first: their node was lost, a signal ended one, one ended by itself, or
 one detected a hang, which is not attributed to its node."""
 ATTRIBUTION_WINDOW_S = 86_400.0
 """How long a failure counts against the node to which it is attributed."""
+
+FIRST_GRACE_S = 60.0
+"""How long spares leave vacant slots of the first start to the nodes meant for them."""
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,6 +77,8 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     """Node by slot."""
     arrived: tuple[str, ...] = ()
     """Owners that are ready to start the workers of this restart."""
+    agreed: tuple[str, ...] = ()
+    """Spares that owned a slot before and have accepted these owners."""
     finished: tuple[str, ...] = ()
     """Owners whose workers have finished the job in this restart."""
     spares: tuple[str, ...] = ()
@@ -85,11 +96,80 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     begun: bool = False
     """Workers have run before, so that vacant slots are those of lost nodes."""
     ended: Ended | None = None
+    store: int = 0
+    """Number of the store that holds this table."""
+    proposal: int = 0
+    """How often the owners have changed."""
+    view: View | None = None
+    """The owners that were installed last; None before workers have run."""
+    accepted: tuple[View, ...] = ()
+    """Later views that owners accepted under other stores: each may have been installed."""
+    members: dict[str, Member] = {}
+    """Addresses of all nodes."""
+    absent: tuple[str, ...] = ()
+    """Nodes of the store before this one that have not come to this one yet."""
+    dead: tuple[str, ...] = ()
+    """Owners in `view` and `accepted` whose processes have certainly ended."""
+    claimed: bool = False
+    """This store holds the claim on the view after `view`."""
 
     @property
     def complete(self) -> bool:
         """Whether workers run or may start."""
+        return self.all_arrived and self.view is not None and self.view.number == self.number
+
+    @property
+    def all_arrived(self) -> bool:
         return len(self.owners) == self.slots and len(self.arrived) == self.slots
+
+    @property
+    def number(self) -> Number:
+        """Number of the view that these owners are or will be."""
+        return self.store, self.proposal
+
+    @property
+    def proposed(self) -> View | None:
+        """The view of these owners; None while a slot is vacant, as nothing can be installed then."""
+        if self.vacant:
+            return None
+        unknown = Member(node="", host="", port=0)
+        members = {
+            slot: msgspec.structs.replace(self.members.get(node, unknown), node=node)
+            for slot, node in self.owners.items()
+        }
+        return View(number=self.number, members=members)
+
+    @property
+    def here(self) -> frozenset[str]:
+        """Nodes that follow this store."""
+        return frozenset((*self.owners.values(), *self.spares)) - set(self.absent)
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """Views of which a majority is needed."""
+        return () if self.view is None else (self.view, *self.accepted)
+
+    @property
+    def decides(self) -> bool:
+        """Whether the nodes that follow this store may change owners: not while others may do so elsewhere."""
+        return verdict(self.views, self.here, self.dead) != "wait"
+
+    @property
+    def consent(self) -> Verdict:
+        """Whether the owners before these have accepted them."""
+        return verdict(self.views, (*self.arrived, *self.agreed), self.dead)
+
+    def awaits(self, node: str) -> bool:
+        """Return whether a node has yet to arrive, or to agree to the owners that replace it."""
+        if node in self.absent or node in self.arrived or node in self.agreed:
+            return False
+        was_owner = any(node in view.nodes for view in self.views)
+        return self.slot_of(node) is not None or (was_owner and node in self.spares and not self.complete)
+
+    @property
+    def waits_for(self) -> list[str]:
+        """Names of the nodes that may go on elsewhere, if that keeps these ones from going on."""
+        return [] if self.decides else missing(self.views, self.here, self.dead)
 
     @property
     def vacant(self) -> tuple[int, ...]:
@@ -130,24 +210,33 @@ def join(table: Table, node: str, requested_slot: RequestedSlot, *, seen_restart
     `seen_restart` is the last restart in which the node took part under an earlier store: restarts never go back.
     """
     if seen_restart >= table.restart:
-        table = _change(table, restart=seen_restart + 1, arrived=(), finished=(), begun=True)
-    if table.knows(node) or node in table.excluded:
+        table = _change(table, restart=seen_restart + 1, arrived=(), agreed=(), finished=(), begun=True)
+    if node in table.absent:
+        table = _change(table, absent=tuple(other for other in table.absent if other != node))
+    if table.knows(node) or name_of(node) in table.excluded:
         return table
     slot = requested_slot if isinstance(requested_slot, int) and requested_slot in table.vacant else None
     if requested_slot == "any" or (isinstance(requested_slot, int) and table.begun):
         slot = slot if slot is not None else min(table.vacant, default=None)
-    if slot is None or table.ended is not None:
+    if slot is None or table.ended is not None or not table.decides:
         return _change(table, spares=(*table.spares, node))
-    return _change(table, owners=_owners(table, slot, node))
+    return _assign(table, {**table.owners, slot: node})
+
+
+def namesake(table: Table, node: str) -> str | None:
+    """Return another start of the same node's supervisor that is in the table."""
+    name = name_of(node)
+    nodes = (*table.owners.values(), *table.spares)
+    return next((other for other in nodes if other != node and name_of(other) == name), None)
 
 
 def fill(table: Table) -> Table:
-    """Give vacant slots to spares."""
-    while table.vacant and table.spares and table.ended is None:
+    """Give vacant slots to spares, if the nodes that follow this store may decide that."""
+    while table.vacant and table.spares and table.ended is None and table.decides:
         slot, (first, *rest) = table.vacant[0], table.spares
         # If the owner was lost together with the previous store, this is the only place that records it.
         moved = tuple(sorted({*table.moved, slot})) if table.begun else ()
-        table = _change(table, owners=_owners(table, slot, first), spares=tuple(rest), moved=moved)
+        table = _assign(table, {**table.owners, slot: first}, spares=tuple(rest), moved=moved)
     return table
 
 
@@ -168,6 +257,8 @@ def shrink(table: Table) -> Table:
     here = len(table.owners)
     size = next((size for size in table.sizes if size <= here), None)
     if not table.vacant or table.spares or size is None or not table.begun or table.ended is not None:
+        return table
+    if not table.decides:
         return table
     return _resize(table, size)
 
@@ -200,34 +291,59 @@ def _resize(table: Table, size: int) -> Table:
     for slot in range(size):
         if slot not in owners and waiting:
             owners[slot] = waiting.pop(0)
-    return _change(
+    return _assign(
         table,
+        owners,
         slots=size,
-        owners=dict(sorted(owners.items())),
         spares=tuple(waiting),
         resized=True,
         flushing_node=None,
         flush_epoch=0,
         moved=(),
-        arrived=(),
     )
 
 
 def arrive(table: Table, node: str, restart: int) -> Table:
-    """Record that a node is ready to start its workers. The last node to arrive makes the table complete."""
-    if table.slot_of(node) is None or table.restart != restart or node in table.arrived or table.ended is not None:
+    """Record that a node is ready to start its workers. The last node to arrive makes the table complete.
+
+    A spare that was an owner agrees in this way to the owners that replace it.
+    """
+    if table.restart != restart or table.ended is not None or not table.awaits(node):
         return table
-    table = _change(table, arrived=(*table.arrived, node))
-    if table.complete:
-        table = _attribute(table)
-    if not table.complete:
+    if table.slot_of(node) is None:
+        return install(_change(table, agreed=(*table.agreed, node)))
+    return install(_change(table, arrived=(*table.arrived, node)))
+
+
+def install(table: Table) -> Table:
+    """Let workers start once all owners have arrived and a majority of the owners before them is among these."""
+    if not table.all_arrived or table.ended is not None:
+        return table
+    needed = table.consent
+    if needed == "wait" or (needed == "claim" and not table.claimed):
+        return table
+    table = _attribute(table)
+    if not table.all_arrived:
         return table
     at_fault = table.begun and bool(table.failures) and not table.moved and not table.resized
     charged_restarts = table.charged_restarts + at_fault
     if charged_restarts > table.max_restarts:
         cause = table.root_causes[0].cause
         return end(table, 4, f"{cause}, after {table.max_restarts} restarts (cluster.max_restarts)")
-    return _change(table, charged_restarts=charged_restarts, begun=True, flushing_node=None, flush_epoch=0)
+    return _change(
+        table, charged_restarts=charged_restarts, begun=True, flushing_node=None, flush_epoch=0,
+        view=table.proposed, accepted=(), dead=(), claimed=False,
+    )  # fmt: skip
+
+
+def needs_claim(table: Table) -> bool:
+    """Return whether all owners have arrived and only the claim on the next view is missing."""
+    return table.all_arrived and not table.complete and not table.claimed and table.consent == "claim"
+
+
+def claim(table: Table) -> Table:
+    """Note that this store holds the claim on the next view."""
+    return install(_change(table, claimed=True))
 
 
 def _attribute(table: Table) -> Table:
@@ -236,14 +352,15 @@ def _attribute(table: Table) -> Table:
     # A killed worker makes others fail; among failed ones, the first may have caused the rest.
     for failure in found if found and found[0].kind == "killed" else found[:1]:
         node = table.owners[failure.slot]
-        earlier = table.attributed.get(node, ())
+        name = name_of(node)
+        earlier = table.attributed.get(name, ())
         times = (*(at for at in earlier if failure.time - at < ATTRIBUTION_WINDOW_S), failure.time)
-        table = _change(table, attributed={**table.attributed, node: times})
+        table = _change(table, attributed={**table.attributed, name: times})
         if table.max_node_failures is not None and len(times) >= table.max_node_failures and table.spares:
             why = f"its workers failed {len(times)} times, most recently: {failure.cause}"
             others = tuple(owner for owner in table.arrived if owner != node)
-            table = _change(table, arrived=others, excluded={**table.excluded, node: why})
-            table = lose(table, node, f"{node} is excluded: {why}", failure.time)
+            table = _change(table, arrived=others, excluded={**table.excluded, name: why})
+            table = lose(table, node, f"{name} is excluded: {why}", failure.time)
     return table
 
 
@@ -260,19 +377,25 @@ def fail(table: Table, node: str, restart: int, kind: Kind, cause: str, now: flo
     return _change(table, failures=(*table.failures, failure))
 
 
-def lose(table: Table, node: str, cause: str, now: float, *, silence: float = 0.0) -> Table:
-    """Remove a node that is dead or must be considered dead; a spare takes its slot."""
+def lose(table: Table, node: str, cause: str, now: float, *, silence: float = 0.0, dead: bool = False) -> Table:
+    """Remove a node that must be considered dead; a spare takes its slot. `dead`: its process has certainly ended."""
     slot = table.slot_of(node)
-    table = _change(table, spares=tuple(spare for spare in table.spares if spare != node))
+    table = _change(
+        table,
+        spares=tuple(spare for spare in table.spares if spare != node),
+        absent=tuple(other for other in table.absent if other != node),
+        members={other: member for other, member in table.members.items() if other != node},
+    )
+    if dead and any(node in view.nodes for view in table.views) and node not in table.dead:
+        table = _change(table, dead=(*table.dead, node))
     if slot is None or table.ended is not None:
-        return table
+        return install(table) if table.all_arrived and not table.complete else table
     if table.complete:
         table = _next_restart(table)
     failure = Failure(kind="lost", cause=cause, slot=slot, time=now, silence=silence)
-    table = _change(
+    table = _assign(
         table,
-        owners={key: owner for key, owner in table.owners.items() if owner != node},
-        arrived=tuple(owner for owner in table.arrived if owner != node),
+        {key: owner for key, owner in table.owners.items() if owner != node},
         finished=tuple(owner for owner in table.finished if owner != node),
         failures=(*table.failures, failure) if table.begun else (),
         moved=tuple(sorted({*table.moved, slot})) if table.begun else (),
@@ -280,6 +403,51 @@ def lose(table: Table, node: str, cause: str, now: float, *, silence: float = 0.
         flush_epoch=0,
     )
     return fill(table) if table.begun else table
+
+
+def inherit(table: Table, store: int, dead: Collection[str]) -> Table:
+    """Return the first table of the next store from the last one that the node which opens it knew.
+
+    Nothing is forgotten with a store: every slot keeps its owner until the owner fails to come, and sizes, restarts,
+    blame and excluded nodes stay. `dead`: nodes whose processes have certainly ended.
+    """
+    table = _next_restart(table) if table.complete else _change(table, restart=table.restart + table.begun)
+    nodes = (*table.owners.values(), *table.spares)
+    known = tuple(node for node in dead if any(node in view.nodes for view in table.views))
+    return _change(
+        table, store=store, absent=nodes, arrived=(), agreed=(), finished=(), growing=False, claimed=False,
+        dead=tuple(dict.fromkeys((*table.dead, *known))), flushing_node=None, flush_epoch=0,
+    )  # fmt: skip
+
+
+class Known(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node brings to a store from those before it."""
+
+    restart: int = -1
+    """The last one for which it started workers."""
+    charged_restarts: int = 0
+    attributed: dict[str, tuple[float, ...]] = {}
+    excluded: dict[str, str] = {}
+    installed: View | None = None
+    accepted: View | None = None
+
+
+def follow(table: Table, member: Member, known: Known) -> Table:
+    """Note a node's address and what it knows of earlier stores."""
+    names = {*table.attributed, *known.attributed}
+    attributed = {
+        name: tuple(sorted({*table.attributed.get(name, ()), *known.attributed.get(name, ())})) for name in names
+    }
+    installed, others = table.view, [*table.accepted, known.accepted]
+    if known.installed is not None and (installed is None or known.installed.number > installed.number):
+        installed = known.installed
+    view, *accepted = may_be_installed(installed, others) or (None,)
+    return _change(
+        table, members={**table.members, member.node: member}, attributed=attributed, view=view,
+        accepted=tuple(each for each in accepted if each.number != table.number),
+        charged_restarts=max(table.charged_restarts, known.charged_restarts),
+        excluded={**known.excluded, **table.excluded}, begun=table.begun or installed is not None,
+    )  # fmt: skip
 
 
 def finish(table: Table, node: str, restart: int) -> Table:
@@ -297,12 +465,24 @@ def end(table: Table, code: int, reason: str) -> Table:
 
 def _next_restart(table: Table) -> Table:
     return _change(
-        table, restart=table.restart + 1, arrived=(), finished=(), failures=(), moved=(), growing=False, resized=False
+        table,
+        restart=table.restart + 1,
+        arrived=(),
+        agreed=(),
+        finished=(),
+        failures=(),
+        moved=(),
+        growing=False,
+        resized=False,
     )
 
 
-def _owners(table: Table, slot: int, node: str) -> dict[int, str]:
-    return dict(sorted({**table.owners, slot: node}.items()))
+def _assign(table: Table, owners: dict[int, str], **changes: object) -> Table:
+    """Change the owners. Once workers have run, those that have arrived must do so again: they accept the owners."""
+    arrived = () if table.begun else tuple(node for node in table.arrived if node in owners.values())
+    return _change(
+        table, owners=dict(sorted(owners.items())), arrived=arrived, agreed=(), proposal=table.proposal + 1, **changes
+    )
 
 
 def _change(table: Table, **changes: object) -> Table:

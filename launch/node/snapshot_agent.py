@@ -13,12 +13,15 @@ from keepwarm.ft.discovery import config as agent_config
 from keepwarm.ft.discovery.config import AgentConfig, runtime_folder
 from keepwarm.ft.discovery.registry import AGENTS_FOLDER, TEMPLATE_FILE, Registry
 from keepwarm.ft.discovery.status import Status
-from keepwarm.ft.errors import FtError
+from keepwarm.ft.errors import AgentError, FtError
 from keepwarm.ft.protocol.state import Mode
 from keepwarm.ft.transport.auth import SECRET, load_secret, run_identity
 from keepwarm.ft.worker.client import AgentClient, ensure_agent, start_agent
 
 ANSWER_TIMEOUT_S = 5.0
+STORAGE_TIMEOUT_S = 120.0
+"""How long this node waits for storage that it needs to start an agent."""
+STORAGE_POLL_INTERVAL_S = 0.5
 CLEANUP_S = 0.5
 """After this time an agent that ended by itself has cleaned up."""
 
@@ -32,6 +35,10 @@ class SnapshotAgent:
         self._slot: int | None = None
         self.pid: int | None = None
         self._gone_at: float | None = None
+        self._start_again = False
+        """It could not be started, because a file could not be written."""
+        self._epoch = 0
+        """The last one that this node has begun."""
 
     def take(self, slot: int) -> None:
         """Set the slot of this node."""
@@ -43,24 +50,47 @@ class SnapshotAgent:
         Raises:
             MemoryTooSmall, AgentError: this node cannot take the slot.
         """
-        if (config := self._config()) is not None:
-            ensure_agent(config)
-            self.poll()
+        end = time.monotonic() + STORAGE_TIMEOUT_S
+        while True:
+            try:
+                if (config := self._config()) is not None:
+                    ensure_agent(config)
+                    self.poll()
+                return
+            except OSError as error:
+                if time.monotonic() > end:
+                    raise AgentError(
+                        f"waited {STORAGE_TIMEOUT_S:g} s to start the agent of slot {self._slot}: {error}"
+                    ) from error
+                time.sleep(STORAGE_POLL_INTERVAL_S)
 
     def restart(self) -> None:
         """Start the slot's agent again without waiting: workers may depend on it before it is ready."""
-        if (config := self._config()) is not None:
-            start_agent(config)
+        self._start_again = False
+        try:
+            if (config := self._config()) is not None:
+                start_agent(config)
+        except OSError:
+            self._start_again = True
 
     def _config(self) -> AgentConfig | None:
-        """Return the configuration of the slot's agent; None before workers have reported its size."""
+        """Return the configuration of the slot's agent; None before workers have reported its size.
+
+        Raises OSError, and `AgentError` if the slot is not part of the layout that workers reported.
+        """
         assert self._slot is not None
         template = self._folder / AGENTS_FOLDER / TEMPLATE_FILE
         if not template.is_file():
             return None
-        config = msgspec.json.decode(template.read_bytes(), type=AgentConfig)
-        folder = str(runtime_folder(config.run, self._slot))
-        return msgspec.structs.replace(config, slot=self._slot, host=self._host, folder=folder)
+        try:
+            config = msgspec.json.decode(template.read_bytes(), type=AgentConfig)
+            folder = str(runtime_folder(config.run, self._slot))
+            return msgspec.structs.replace(config, slot=self._slot, host=self._host, folder=folder)
+        except ValueError as error:
+            raise AgentError(
+                f"{template}: describes the agents of another layout, or is damaged; it has no agent for slot "
+                f"{self._slot}: {error}"
+            ) from error
 
     def poll(self) -> bool:
         """Connect to the agent if there is no connection, as workers may start one too; return False if it has died."""
@@ -68,15 +98,21 @@ class SnapshotAgent:
             self._forget()
             self._gone_at = time.monotonic()
         died = False
+        if self._start_again:
+            self.restart()
         if self._gone_at is not None and time.monotonic() - self._gone_at > CLEANUP_S and self._slot is not None:
             # An agent that ends with its job removes its address.
-            died, self._gone_at = Registry(self._folder).endpoint(self._slot) is not None, None
-        if self._client is None and self._slot is not None and (self._folder / SECRET).exists():
+            died, self._gone_at = True, None
+            with contextlib.suppress(OSError):
+                died = Registry(self._folder).endpoint(self._slot) is not None
+        if self._client is None and self._slot is not None:
             with contextlib.suppress(FtError, OSError):
                 self._connect(self._slot)
         return not died
 
     def _connect(self, slot: int) -> None:
+        if not (self._folder / SECRET).exists():
+            return
         secret = load_secret(self._folder / SECRET)
         run = run_identity(secret)
         socket = runtime_folder(run, slot) / agent_config.SOCKET
@@ -94,10 +130,13 @@ class SnapshotAgent:
         """Have all agents decide now what to restore; return the epoch of that decision, None if no agent runs yet."""
         if self._client is None or self._client.gone:
             return None
-        epoch = Registry(self._folder).newest_epoch() + 1
         with contextlib.suppress(FtError):
-            self._client.begin(epoch)
-            return epoch
+            newest = max(self._epoch, self._client.status(ANSWER_TIMEOUT_S).epoch)
+            with contextlib.suppress(OSError):
+                newest = max(newest, Registry(self._folder).newest_epoch())
+            self._client.begin(newest + 1)
+            self._epoch = newest + 1
+            return self._epoch
         return None
 
     def complete_snapshot(self) -> tuple[int, int] | None:
@@ -106,6 +145,14 @@ class SnapshotAgent:
             return None
         with contextlib.suppress(FtError):
             return _complete(self._client.status(ANSWER_TIMEOUT_S))
+        return None
+
+    def committed(self) -> tuple[int, int] | None:
+        """Return (epoch, step) of the newest snapshot that is committed according to this node's agent."""
+        if self._client is None or self._client.gone:
+            return None
+        with contextlib.suppress(FtError):
+            return self._client.status(ANSWER_TIMEOUT_S).committed
         return None
 
     def save(self, epoch: int) -> None:
@@ -121,7 +168,7 @@ class SnapshotAgent:
         """
         if self._client is None or self._client.gone:
             return "the agent has died"
-        with contextlib.suppress(FtError):
+        with contextlib.suppress(FtError, OSError):
             status = self._client.status(ANSWER_TIMEOUT_S)
             if status.epoch < epoch or status.mode != Mode.ACTIVE.value:
                 return None
@@ -132,7 +179,8 @@ class SnapshotAgent:
         """End this node's agent and its memory: the slot now belongs to another node."""
         if self._client is not None and not self._client.gone and self.pid is not None:
             # The link is open, so the pid is still the agent's.
-            os.kill(self.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGTERM)
         self._forget()
         self._slot = None
 
@@ -144,7 +192,8 @@ class SnapshotAgent:
                 with contextlib.suppress(ProcessLookupError):
                     process = stack.enter_context(os.fdopen(os.pidfd_open(self.pid)))
             self.kill()
-            (self._folder / AGENTS_FOLDER / TEMPLATE_FILE).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (self._folder / AGENTS_FOLDER / TEMPLATE_FILE).unlink(missing_ok=True)
             if process is not None:  # readable once the process has ended, even if its parent has not reaped it
                 select.select([process], [], [], ANSWER_TIMEOUT_S)
 

@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import secrets
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from types import FrameType
 from typing import Literal
@@ -21,13 +23,16 @@ from keepwarm.launch.errors import LaunchError
 from keepwarm.launch.forkserver import ForkServer, Worker
 from keepwarm.launch.node import record
 from keepwarm.launch.node.elastic_agent import NodeAgent, WorkerOptions
-from keepwarm.launch.node.flush_before_shrink import flush_to_disk
-from keepwarm.launch.node.membership import Membership, RunEnded, StoreLost
+from keepwarm.launch.node.flush_before_shrink import flush_to_disk, newest_step
+from keepwarm.launch.node.frames import address_of, raise_descriptor_limit
+from keepwarm.launch.node.membership import FILES_TIMEOUT_S, Membership, RunEnded, StoreLost
 from keepwarm.launch.node.options import Options
-from keepwarm.launch.node.record import NodeRecord, State
-from keepwarm.launch.node.rendezvous import Excluded, Fenced, NoSpareLeft, SlotRendezvous
+from keepwarm.launch.node.peers import PeerListener
+from keepwarm.launch.node.record import NodeRecord, SideWrites, State
+from keepwarm.launch.node.rendezvous import Excluded, Fenced, NameTaken, NoSpareLeft, SlotRendezvous
 from keepwarm.launch.node.slot_table import Kind, Table
 from keepwarm.launch.node.snapshot_agent import SnapshotAgent
+from keepwarm.launch.node.view import Member, identity
 from keepwarm.side_writer import attempt
 from keepwarm.trainer.distributed.in_process_restart import EPOCH, RECOVERY, supports_in_process_restart
 from keepwarm.trainer.job.run_folder import RunFolder
@@ -41,6 +46,8 @@ AGENT_POLL_INTERVAL_S = 0.25
 """How often the snapshot agent is checked."""
 GROW_AFTER_S = 5.0
 """How long workers run before they are asked to make room for more."""
+MENDABLE = (ExitCode.FAULT, ExitCode.BAD_INPUT, ExitCode.UNRECOVERABLE, ExitCode.STATE_NOT_SAVED)
+"""Exit codes after which `--resume` may go on from memory that is newer than the disk."""
 
 
 class Supervisor:
@@ -70,15 +77,22 @@ class Supervisor:
             max_node_failures=cluster.max_node_failures,
             sizes=tuple(layouts(job)) if cluster.elastic == "shrink" else (),
         )
+        self._side = SideWrites()
+        node = identity(options.node, secrets.token_hex(4))
+        self._peers = PeerListener(options.host, node)
+        self._me = Member(node=node, host=address_of(options.host), port=self._peers.port)
         self._membership = Membership(
-            folder, options.node, first, peer_timeout=self._peer_timeout, open_store=self._open_store
+            folder, self._me, first, peer_timeout=self._peer_timeout, peers=self._peers, open_store=self._open_store
         )
         self._handler = SlotRendezvous(
             self._membership, job.name, self, requested_slot=options.requested_slot,
             vacancy_timeout=options.vacancy_timeout, shrink_after=cluster.shrink_after,
         )  # fmt: skip
         self._agent = NodeAgent(self._handler, server, self, workers)
-        self._record = NodeRecord(node=options.node, host=options.host, slot=None, supervisor=os.getpid())
+        self._record = NodeRecord(
+            node=options.node, host=options.host, port=self._peers.port, slot=None, supervisor=os.getpid()
+        )
+        self._said = ""
         self._redundancy_lost = False
         self._polled_at = self._started_at = 0.0
 
@@ -86,20 +100,25 @@ class Supervisor:
         """Take part in the run until it has ended; return its exit code."""
         signals.handle((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), self._on_signal)
         code, why = int(ExitCode.UNRECOVERABLE), "internal error"
+        cause: Exception | None = None
         try:
             self._record_state(state="joining")
             self._membership.enter()
             self._event(events.SupervisorStarted(node=self._options.node, slots=self._options.slots))
             code, why = self._run_agent()
-        except (NoSpareLeft, StoreLost, FtError, LaunchError) as error:
+        except (FtError, LaunchError) as error:
+            cause = error
             code, why = getattr(error, "exit_code", ExitCode.BAD_INPUT), str(error)
             if isinstance(error, Excluded):
                 self._event(events.NodeExcluded(host=self._options.node, why=why))
             if isinstance(error, NoSpareLeft | RunEnded):
-                with contextlib.suppress(StoreLost):
+                with contextlib.suppress(LaunchError):
                     self._handler.end(code, why)
+        except Exception as error:
+            traceback.print_exc()
+            cause, why = error, f"internal error: {type(error).__name__}: {error}"
         finally:
-            self._leave(code, why)
+            self._leave(code, why, cause)
         return code
 
     def _run_agent(self) -> tuple[int, str]:
@@ -134,18 +153,33 @@ class Supervisor:
         self._membership.enter()
         self._handler.on_reconnected(before)
 
-    def _leave(self, code: int, why: str) -> None:
-        if code and code != ExitCode.STATE_NOT_SAVED:  # then memory is newer than the disk
-            self._snapshot_agent.kill()
-        else:
+    def _leave(self, code: int, why: str, cause: Exception | None) -> None:
+        if isinstance(cause, NameTaken) or code == ExitCode.DONE:
             self._snapshot_agent.close()
-        with contextlib.suppress(StoreLost):
+        elif code in MENDABLE and not isinstance(cause, Excluded) and (step := self._newer_than_disk()) is not None:
+            self._snapshot_agent.close()
+            self._print(
+                f"step {step} stays in memory while the snapshot agent lives (snapshot.lease): --resume uses it"
+            )
+        else:
+            self._snapshot_agent.kill()
+        with contextlib.suppress(LaunchError):
             self._handler.give_up_slot(why)
         self._membership.leave(farewell=True)
+        self._peers.close()
         self._event(events.SupervisorEnded(node=self._options.node, code=code, why=why))
         self._record_state(state="ended", workers={})
+        self._side.close()
         if code and code != ExitCode.INTERRUPTED and self._record.slot in (0, None):
             self._print(why)
+
+    def _newer_than_disk(self) -> int | None:
+        """Return the step that memory holds if the newest checkpoint on disk is older, or cannot be read."""
+        committed = self._snapshot_agent.committed()
+        if committed is None:
+            return None
+        on_disk = record.within(lambda: newest_step(RunFolder(self._options.folder).checkpoints), FILES_TIMEOUT_S)
+        return None if on_disk is not None and on_disk >= committed[1] else committed[1]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._agent.on_signal(number)
@@ -154,6 +188,11 @@ class Supervisor:
 
     def leave_requested(self) -> bool:
         return self._agent.asked
+
+    def on_others_missing(self, why: str) -> None:
+        if why != self._said:
+            self._said = why
+            self._print(why)
 
     def prepare(self, slot: int) -> None:
         """Start the slot's agent before the workers, so that it fills its memory while they start."""
@@ -248,7 +287,7 @@ class Supervisor:
 
     def _open_store(self, number: int) -> None:
         if number:
-            cause = f"store {number - 1} cannot be reached"
+            cause = f"the store was lost; this node opens store {number}"
             self._event(events.Failure(node=self._options.node, kind="store", cause=cause, slots=()))
         options = self._options
         arguments = (
@@ -256,20 +295,21 @@ class Supervisor:
             f"--number={number}",
             f"--host={options.host}",
             f"--peer-timeout={self._peer_timeout}",
+            f"--opener={self._me.host}:{self._me.port}",
         )
-        log = str(RunFolder(options.folder).nodes / f"store-{number}.log")
+        # Its output is this process's: no file is needed to open a store.
         self._server.start(
-            Worker(module="keepwarm.launch.node.store", arguments=arguments, environment={}, log=log, detached=True)
+            Worker(module="keepwarm.launch.node.store", arguments=arguments, environment={}, detached=True)
         )
 
     def _record_state(self, **changes: object) -> None:
         after = msgspec.structs.replace(self._record, **changes)
         if after != self._record or after.state == "joining":
             self._record = after
-            record.write(self._options.folder, after)
+            self._side.put(lambda: record.write(self._options.folder, after))
 
     def _event(self, event: events.Event) -> None:
-        events.append(self._options.folder, event)
+        self._side.put(lambda: events.append(self._options.folder, event))
 
     def _print(self, text: str) -> None:
         print(f"keepwarm: {self._options.node}: {text}", file=sys.stderr, flush=True)
@@ -305,5 +345,6 @@ def _why(table: Table) -> str:
 def supervise(options: Options, job: JobSpec) -> int:
     """Supervise a node, in a process that has one thread and has imported what workers need."""
     os.environ[NODE] = options.node
+    raise_descriptor_limit()
     with contextlib.closing(ForkServer()) as server:
         return Supervisor(options, job, server).run()

@@ -1,13 +1,15 @@
-"""A network partition that heals: at no time do both halves train.
+"""A network partition that heals: at no time do both halves train, and one node that is cut off disturbs no other.
 
-Each supervisor is in a network namespace of its own, on one of two bridges with a cable between them. Every node still
-sees the run folder.
+Each supervisor is in a network namespace of its own, on one of two bridges with a cable between them. A node that is
+cut off alone has its packets swallowed, as behind a router: nothing tells it, or the others, that it cannot be reached.
+Every node still sees the run folder.
 """
 
 import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -62,6 +64,10 @@ def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
 
 
+def _mac(index: int) -> str:
+    return f"02:00:00:00:00:{index + 1:02x}"
+
+
 class Network:
     """`nodes` namespaces, and one with a bridge for each half and a cable between them."""
 
@@ -85,8 +91,21 @@ class Network:
             side = int(HALF <= index < SLOTS)
             ip("-n", self.name, "link", "add", f"v{index}", "type", "veth", "peer", "name", "e0", "netns", namespace)
             ip("-n", self.name, "link", "set", f"v{index}", "master", f"b{side}", "up")
+            ip("-n", namespace, "link", "set", "e0", "address", _mac(index))
             ip("-n", namespace, "addr", "add", f"10.78.0.{index + 1}/24", "dev", "e0")
             ip("-n", namespace, "link", "set", "e0", "up")
+            for other in range(len(self.nodes)):
+                # Known for good, so that nothing fails early because an address does not answer.
+                if other != index:
+                    address = f"10.78.0.{other + 1}"
+                    ip("-n", namespace, "neigh", "add", address, "lladdr", _mac(other), "dev", "e0", "nud", "permanent")
+
+    def cut_off(self, index: int) -> None:
+        """Swallow all packets from and to one node."""
+        ip("-n", self.name, "link", "set", f"v{index}", "nomaster")
+
+    def plug_in(self, index: int) -> None:
+        ip("-n", self.name, "link", "set", f"v{index}", "master", f"b{int(HALF <= index < SLOTS)}")
 
     def cable(self, state: str) -> None:
         ip("-n", self.name, "link", "set", "c0", state)
@@ -149,7 +168,7 @@ def test_partition_without_spare_neither_half_trains(apart: Callable[[int], tupl
     before = run.until(run.training, "the first start")[-1]
     network.cable("down")
     run.until(lambda: not any(alive(pid) for pids in run.workers().values() for pid in pids.values()), "all to stop")
-    run.until(lambda: node_record.newest_claim(run.folder) > 0, "the half without a store to look for one")
+    run.until(lambda: "may go on without" in run.log.read_text(), "the half that may not open a store to say so")
     assert run.training() == []
     network.cable("up")
     run.until(lambda: run.training() and run.training()[-1] > before, "all to train again")
@@ -171,3 +190,47 @@ def test_partition_only_half_with_spares_trains(apart: Callable[[int], tuple[Net
     network.cable("up")
     run.until(run.training, "training after the partition has healed")
     run.end()
+
+
+def cut_off_one(network: Network, run: Cluster, *, host: bool, seconds: float) -> None:
+    """Cut off the node that hosts the store, or an owner that does not, and hold that for a while."""
+    before = run.until(run.training, "the first start")[-1]
+    store = node_record.newest_store(run.folder)
+    assert store is not None
+    hosting = int(store.host.rpartition(".")[2]) - 1
+    owners = sorted(int(name[1:]) for name in run.owners(before))
+    cut = hosting if host else next(index for index in owners if index != hosting)
+    network.cut_off(cut)
+
+    def replaced() -> list[int]:
+        return [number for number in run.training() if number > before and f"n{cut}" not in run.owners(number)]
+
+    after = run.until(replaced, "training without the node that is cut off")
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert run.training() == after, f"interrupted again:\n{run.log.read_text()}"
+        time.sleep(0.1)
+    network.plug_in(cut)
+
+    def back() -> bool:
+        return any(one.node == f"n{cut}" and one.state == "spare" for one in node_record.read_all(run.folder))
+
+    run.until(back, "the node to come back as a spare")
+    assert run.training() == after
+    restarts = {number for number in run.workers() if number > before}
+    assert len(restarts) <= 2, restarts
+    assert len(node_record.stores(run.folder)) == 1 + host
+    run.end()
+
+
+@pytest.mark.parametrize("host", [False, True], ids=["owner", "host of the store"])
+def test_one_node_cut_off_interrupts_others_once(apart: Callable[[int], tuple[Network, Cluster]], host: bool) -> None:
+    cut_off_one(*apart(SLOTS + 1), host=host, seconds=15)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("host", [False, True], ids=["owner", "host of the store"])
+def test_one_node_cut_off_for_long_interrupts_others_once(
+    apart: Callable[[int], tuple[Network, Cluster]], host: bool
+) -> None:
+    cut_off_one(*apart(SLOTS + 1), host=host, seconds=180)

@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,43 +18,50 @@ pytestmark = pytest.mark.timeout(300)
 LAUNCHER = """
 import sys
 from pathlib import Path
+from typing import Any
 from keepwarm.launch import forkserver
 forkserver.PRELOADED = ()
 from keepwarm.launch.local.emulated_nodes import Nodes
 from keepwarm.launch.node.options import Options
 from keepwarm.trainer.job.files import load_job, save_job
-folder, peer_timeout = Path(sys.argv[1]), sys.argv[2]
+folder, peer_timeout, spares, slots = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 off = [f"output={folder}", "snapshot=off"]
-job = load_job(Path("ci/snapshot"), [*off, "parallel.data=3", "batch.global_batch_size=9"])
+job = load_job(Path("ci/snapshot"), [*off, f"parallel.data={slots}", "batch.global_batch_size=9", *sys.argv[5:]])
 save_job(job, folder / "run.json")
 import keepwarm.launch.node.supervisor
 keepwarm.launch.node.supervisor.PEER_TIMEOUT_S = float(peer_timeout)
 nodes = [
-    Options(folder=folder, slots=3, node=f"n{i}", ranks_per_node=1, requested_slot=i if i < 3 else "spare",
+    Options(folder=folder, slots=slots, node=f"n{i}", ranks_per_node=1, requested_slot=i if i < slots else "spare",
             vacancy_timeout=1.0, module="stand_in")
-    for i in range(3 + int(sys.argv[3]))
+    for i in range(slots + spares)
 ]
 sys.exit(Nodes(nodes, job).run())
 """
 
 
 class Cluster(StandIns):
-    """Three slots and some spares."""
+    """Some slots and spares."""
 
-    def __init__(self, folder: Path, spares: int, peer_timeout: float, worker: str) -> None:
-        super().__init__(folder, LAUNCHER, str(peer_timeout), str(spares), worker=worker)
+    def __init__(
+        self, folder: Path, spares: int, peer_timeout: float, worker: str, *, slots: int = 3, more: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(folder, LAUNCHER, str(peer_timeout), str(spares), str(slots), *more, worker=worker)
 
-    def running(self, restart: int) -> dict[int, NodeRecord]:
-        """The owners by slot, once all workers of a restart run."""
+    def ran(self, restart: int, slots: int = 3) -> None:
+        """Wait until all workers of a restart run."""
         self.until(
-            lambda: all((self.folder / f"ran-{rank}-{restart}").exists() for rank in range(3)),
+            lambda: all((self.folder / f"ran-{rank}-{restart}").exists() for rank in range(slots)),
             f"workers of restart {restart}",
         )
+
+    def running(self, restart: int, slots: int = 3) -> dict[int, NodeRecord]:
+        """The owners by slot, once all workers of a restart run."""
+        self.ran(restart, slots)
 
         def owners() -> dict[int, NodeRecord]:
             records = [each for each in node_record.read_all(self.folder) if each.restart == restart]
             found = {each.slot: each for each in records if each.slot is not None and each.state == "running"}
-            return found if len(found) == 3 else {}
+            return found if len(found) == slots else {}
 
         found: dict[int, NodeRecord] = self.until(owners, f"the records of restart {restart}")
         return found
@@ -80,8 +88,8 @@ def names(owners: dict[int, NodeRecord]) -> list[str]:
 def cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
     made: list[Cluster] = []
 
-    def make(spares: int = 1, peer_timeout: float = 30.0, worker: str = WORKER) -> Cluster:
-        made.append(Cluster(tmp_path, spares, peer_timeout, worker))
+    def make(spares: int = 1, peer_timeout: float = 30.0, worker: str = WORKER, **options: Any) -> Cluster:
+        made.append(Cluster(tmp_path, spares, peer_timeout, worker, **options))
         return made[-1]
 
     yield make
@@ -207,3 +215,82 @@ def test_lost_node_without_spare_ends_run_with_reason(cluster: Callable[..., Clu
     os.kill(run.running(0)[1].supervisor, signal.SIGKILL)
     assert run.process.wait(DEADLINE) == 4
     assert "waited 1 s for a node to take slot 1: no spare is left" in run.log.read_text()
+
+
+SHRINK = ("batch.global_batch_size=8", "cluster.elastic=shrink", "cluster.shrink_after=0.2", "checkpoint.every=100")
+
+
+def test_store_lost_after_a_shrink_keeps_the_smaller_run(cluster: Callable[..., Cluster]) -> None:
+    run = cluster(spares=0, slots=4, more=SHRINK)
+    os.kill(run.running(0, 4)[3].supervisor, signal.SIGKILL)
+    assert names(run.running(1, 2)) == ["n0", "n1"]
+    os.kill(run.pid(0, 1), signal.SIGKILL)
+    run.running(2, 2)
+    store = node_record.newest_store(run.folder)
+    assert store is not None
+    os.kill(store.pid, signal.SIGKILL)
+    assert names(run.running(3, 2)) == ["n0", "n1"]
+    assert len(events.read(run.folder).of(events.Resized)) == 1
+    assert len(node_record.stores(run.folder)) == 2
+    run.end()
+
+
+def test_blame_outlives_the_store(cluster: Callable[..., Cluster]) -> None:
+    run = cluster(spares=1)
+    run.running(0)
+    for restart in range(2):
+        os.kill(run.pid(1, restart), signal.SIGKILL)
+        run.running(restart + 1)
+    store = node_record.newest_store(run.folder)
+    assert store is not None
+    os.kill(store.pid, signal.SIGKILL)
+    run.running(3)
+    os.kill(run.pid(1, 3), signal.SIGKILL)
+    assert names(run.running(4)) == ["n0", "n3", "n2"]
+    (excluded,) = events.read(run.folder).of(events.NodeExcluded)
+    assert (excluded.host, "failed 3 times" in excluded.why) == ("n1", True)
+    run.end()
+
+
+def test_most_owners_and_the_store_killed_the_last_one_goes_on(cluster: Callable[..., Cluster]) -> None:
+    """Their machine says that the processes have ended, so that one of three decides."""
+    run = cluster(spares=2)
+    owners = run.running(0)
+    store = node_record.newest_store(run.folder)
+    assert store is not None
+    for pid in (store.pid, owners[0].supervisor, owners[1].supervisor):
+        os.kill(pid, signal.SIGKILL)
+    assert names(run.running(1))[2] == "n2"
+    assert set(names(run.running(1))) == {"n2", "n3", "n4"}
+    run.end()
+
+
+def test_run_folder_that_takes_no_record_ends_nothing(cluster: Callable[..., Cluster]) -> None:
+    run = cluster(spares=1)
+    owners = run.running(0)
+    store = node_record.newest_store(run.folder)
+    assert store is not None
+    nodes, log = run.folder / "nodes", run.folder / "events.jsonl"
+    nodes.rename(run.folder / "away")
+    nodes.touch()
+    log.unlink()
+    log.symlink_to("/dev/full")
+    os.kill(run.pid(1, 0), signal.SIGKILL)
+    run.ran(1)
+    os.kill(store.pid, signal.SIGKILL)
+    run.ran(2)
+    os.kill(owners[0].supervisor, signal.SIGKILL)
+    run.ran(3)
+    StandIns.end(run, 0)
+    wait_until_dead({owner.supervisor for owner in owners.values()})
+    assert "records and events are being lost" in run.log.read_text()
+
+
+def test_defect_of_a_supervisor_is_shown_with_its_traceback(tmp_path: Path) -> None:
+    broken = LAUNCHER.replace(
+        "sys.exit(Nodes", "def broken(*_):\n    raise ValueError('a defect')\n"
+        "keepwarm.launch.node.supervisor.supervise = broken\nsys.exit(Nodes",
+    )  # fmt: skip
+    run = StandIns(tmp_path, broken, "5", "0", "2", "batch.global_batch_size=8")
+    assert run.process.wait(DEADLINE) == 1
+    assert run.log.read_text().count("ValueError: a defect") == 2
