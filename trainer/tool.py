@@ -9,7 +9,7 @@ import typer
 from keepwarm.debug import wants_traceback
 from keepwarm.exit_code import ExitCode
 from keepwarm.ft.errors import FtError
-from keepwarm.side_writer import protect_streams
+from keepwarm.side_writer import end_without_stdout, protect_streams
 from keepwarm.text import problem_of
 from keepwarm.trainer.errors import TrainerError
 
@@ -21,6 +21,7 @@ def run(app: typer.Typer) -> NoReturn:
     command; what it prints on stdout is its result.
     """
     protect_streams(2)
+    end_without_stdout()
     if (wrong := problem_of(sys.argv[1:])) is not None:
         print(f"error: {wrong}", file=sys.stderr)
         sys.exit(ExitCode.BAD_INPUT)
@@ -34,4 +35,6 @@ def run(app: typer.Typer) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(ExitCode.INTERRUPTED)
+    finally:
+        sys.stdout.flush()
     sys.exit(ExitCode.DONE)

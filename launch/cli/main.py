@@ -23,7 +23,7 @@ from keepwarm.launch.cli.arguments import (
 )
 from keepwarm.launch.cli.cluster import cluster
 from keepwarm.launch.cli.programs import DATA_PROGRAMS, PROGRAMS, add_programs
-from keepwarm.side_writer import protect_streams
+from keepwarm.side_writer import end_without_stdout, protect_streams
 from keepwarm.text import problem_of
 
 app = typer.Typer(
@@ -228,6 +228,7 @@ def main() -> None:
     from keepwarm.trainer.errors import TrainerError
 
     protect_streams(2)
+    end_without_stdout()
     signals.handle((signal.SIGINT,), lambda number, frame: sys.exit(ExitCode.INTERRUPTED))
     if "--debug" in sys.argv:  # of every command, and of the programs that some of them become
         sys.argv.remove("--debug")
@@ -243,3 +244,5 @@ def main() -> None:
         elif str(error):
             print(f"keepwarm: {error}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", ExitCode.BAD_INPUT))
+    finally:
+        sys.stdout.flush()  # a failure here is the command's; one at the interpreter's end would go unnoticed

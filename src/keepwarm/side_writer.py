@@ -186,6 +186,37 @@ class _Stream(io.FileIO):
                 os.write(2, f"{name}: {reason}; what cannot be written is dropped, the work goes on\n".encode())
 
 
+class _Result(io.FileIO):
+    """A stdout whose content is what its program was asked for: the program ends when it cannot be written."""
+
+    def __init__(self) -> None:
+        super().__init__(1, "wb", closefd=False)
+
+    def write(self, data: Any) -> int:
+        """Write some of the bytes and return their number; exit with code 1 and one sentence if that fails."""
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            # What is still buffered must not fail again when the interpreter ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            if error.errno != errno.EPIPE:
+                os.write(2, f"error: stdout: {error.strerror}: the output is incomplete\n".encode())
+            raise SystemExit(1) from None
+
+
+def end_without_stdout() -> None:
+    """Let a failure to write to stdout end this process with one sentence, or without a word if the reader is gone.
+
+    For programs whose result is what they print. A closed stdout leads nowhere.
+    """
+    _open_closed_descriptors()
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+    elif _is_plain(sys.stdout, 1):
+        encoding, lines = sys.stdout.encoding, sys.stdout.isatty()
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(_Result()), encoding, "backslashreplace", line_buffering=lines)
+
+
 def protect_streams(*descriptors: int) -> None:
     """Replace stdout (1) and stderr (2) by streams of which no write fails: not on a full disk, nor in a broken pipe.
 

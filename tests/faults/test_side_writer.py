@@ -162,3 +162,17 @@ def test_streams_that_python_code_redirected_stay(capsys: pytest.CaptureFixture[
     assert (sys.stdout, sys.stderr) == before
     print("seen")
     assert capsys.readouterr().out == "seen\n"
+
+
+@pytest.mark.parametrize("command", [("plan", "ci/tiny"), ("plan", "ci/tiny", "--json"), ("--help",)])
+def test_result_on_a_full_disk_is_an_error_of_one_sentence(command: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        ran = subprocess.run([sys.executable, "-P", "-m", "keepwarm", *command], stdout=full, stderr=subprocess.PIPE)
+    assert ran.returncode == 1
+    assert ran.stderr.decode() == "error: stdout: No space left on device: the output is incomplete\n"
+
+
+def test_result_on_a_closed_stdout_is_dropped() -> None:
+    shell = f"exec {sys.executable} -P -m keepwarm plan ci/tiny >&-"
+    ran = subprocess.run(["bash", "-c", shell], stderr=subprocess.PIPE)
+    assert (ran.returncode, ran.stderr) == (0, b"")
