@@ -242,6 +242,9 @@ class Repair:
         shell, key = self._shell, (order.snapshot, order.stripe)
         if order.epoch != shell.state.epoch or shell.state.copy(order.snapshot) is None:
             return
+        if not _sound(order, shell.state.group, shell.memory.shape.chunk):
+            shell.journal.write("warning", "ignored an order that does not fit this group", stripe=order.stripe)
+            return
         if shell.config.slot in order.targets:
             self._filling.setdefault(key, Filling(order, shell.config.slot, shell.clock()))
         if (running := self._decoding.get(key)) is not None:
@@ -358,12 +361,13 @@ class Repair:
         shell, order = self._shell, decoding.order
         for slot, (chunk, sums) in solution.chunks.items():
             self._deliver(order, slot, chunk, sums)
+        decoding.targets.difference_update(solution.chunks)
         for slot in solution.wrong:
+            decoding.done.discard(slot)  # its owner has it decoded, so what was gathered says nothing about it any more
             if slot == shell.config.slot:
                 shell.dispatch(events.Scrubbed(order.snapshot, order.stripe, False))
             elif (link := shell.network.links.get(slot)) is not None:
                 link.send(ChunkWrong(epoch=order.epoch, snapshot=order.snapshot, stripe=order.stripe))
-        decoding.targets.difference_update(solution.chunks)
         if decoding.targets:  # more targets asked in the meantime
             self._solve(decoding)
             return
@@ -490,3 +494,12 @@ class Repair:
                 shell.outbox.add(link, Job(snapshot, stripe, pieces))
 
         shell.pool.run(lambda: bucket_sums(chunk, size), send)
+
+
+def _sound(order: Decode, group: StripeGroup, chunk: int) -> bool:
+    """Return whether an order fits the group: k sources, and members that hold a chunk or lack it, not both."""
+    holders, targets = (*order.sources, *order.spares), set(order.targets)
+    distinct = len(set(holders)) == len(holders) and not targets.intersection(holders)
+    lengths = len(order.sources) == len(order.digests) == len(order.counts) == group.data
+    members = targets.union(holders).issubset(group.members) and order.stripe in range(group.size)
+    return distinct and lengths and members and max(order.counts) <= chunk

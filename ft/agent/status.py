@@ -62,7 +62,7 @@ def status(
         memory_bytes=memory.bytes,
         resident_bytes=process.rss - process.shared,
         held=tuple(_held(copy) for copy in state.copies),
-        committed=state.committed.age if state.committed is not None else None,
+        committed=max((each.age for each in (state.committed, state.decided) if each is not None), default=None),
         commits=tuple(commits.last),
         refused=dict(commits.refused),
         durable=dataclasses.asdict(durable.report) if durable is not None else {},

@@ -48,6 +48,7 @@ class Status(Wire, frozen=True, kw_only=True):
     resident_bytes: int
     held: tuple[Held, ...]
     committed: tuple[int, int] | None
+    """(epoch, step) of the newest snapshot that was committed or restored."""
     commits: tuple[Commit, ...]
     refused: dict[str, int]
     """Number of snapshots that workers were refused, by reason."""

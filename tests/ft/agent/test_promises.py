@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from keepwarm.ft.agent import recovery_election, repair
+from keepwarm.ft.agent.status import status
 from keepwarm.ft.codec.reed_solomon import Codec, ParityRow
 from keepwarm.ft.memory.shared_memory import bucket_sums
 from keepwarm.ft.protocol import events
-from keepwarm.ft.protocol.messages import Decision, Part, Read, SnapshotId
+from keepwarm.ft.protocol.messages import Decision, Decode, Part, Read, SnapshotId
 from keepwarm.ft.protocol.state import Mode, Phase
 from keepwarm.ft.transport.link import Link
 from keepwarm.ft.worker.snapshotter import SnapshotOptions
@@ -93,7 +94,8 @@ def test_unprotected_choice_refuses_snapshots_until_it_is_whole(
         for agent in world.agents.values():
             agent.dispatch(events.WorkerOpened(0, SnapshotId("run", 2, 4, LAYOUT)))
             assert not agent.state.waiting
-            assert agent.commits.refused["NO_ROOM"] == 1
+            said = status(agent, agent.sessions, agent.commits, agent.scrub, agent.durable)
+            assert (said.committed, said.refused) == ((1, 3), {"NO_ROOM": 1})
         held[0] = False
         world.take(5)
         assert all(held_ == [(5, "committed")] for held_ in phases(world).values())
@@ -175,7 +177,7 @@ def test_snapshot_given_up_at_the_deadline_does_not_stop_later_ones(tmp_path: Pa
             snapshotter._options = SnapshotOptions(deadline=60.0, meta_bytes=1024)
         assert take(4) == [None, None]
         together(wait_committed, snapshotters)
-        assert [status.held[-1].step for status in map(world.status, range(2))] == [4, 4]
+        assert [said.held[-1].step for said in map(world.status, range(2))] == [4, 4]
 
 
 def test_copy_that_fails_gives_its_buffer_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,6 +362,25 @@ def test_rebuilt_parity_with_buckets_in_the_wrong_place_is_refused(
         assert seen == [0, 1]
         assert wrong_parities(world) == []
         world.check(2)
+
+
+def test_order_that_does_not_fit_is_ignored(tmp_path: Path) -> None:
+    with team(tmp_path, 3, 1) as world:
+        agent = world.agents[0]
+        snapshot = agent.state.committed
+        assert snapshot is not None
+        good = Decode(
+            epoch=agent.state.epoch, snapshot=snapshot, stripe=1, sources=(1, 2), targets=(0,), digests=(1, 2),
+            counts=(1, 1),
+        )  # fmt: skip
+        for change in (
+            {"targets": (1,)}, {"sources": (1,)}, {"sources": (1, 1)}, {"spares": (0,)}, {"targets": (7,)},
+            {"stripe": 9}, {"counts": (1, 1000)}, {"digests": (1,)},
+        ):  # fmt: skip
+            agent.repair.decode(msgspec.structs.replace(good, **change))
+            assert not agent.repair._decoding
+        agent.repair.decode(good)
+        assert agent.repair._decoding
 
 
 class WorkerLink:
