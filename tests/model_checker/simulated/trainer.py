@@ -174,7 +174,7 @@ class Trainer:
         node = self.world.nodes[slot]
         for each in self.workers[slot]:
             each.incarnation = node.state.incarnation
-            each.epoch = max(each.epoch, node.state.epoch, self.world.newest_epoch)
+            each.epoch = max(node.state.epoch, self.world.newest_epoch)  # a new client knows no other
         node.dispatch(events.Configured(self.world.setting.geometry(slot)))
 
     def _gone(self, worker: Worker, node: Node) -> bool:
