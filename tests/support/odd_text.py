@@ -145,7 +145,7 @@ def _encode(draw: random.Random, file: OddFile) -> None:
     text = file.raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
     encoding = draw.choice(("utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1", "utf-7"))
     file.raw = text.encode(encoding, "replace")
-    file.documents = None
+    file.documents, file.bad = None, 0
     # What is left of a plain text in one byte per character is text as well.
     file.readable = encoding != "utf-16"
 
@@ -192,4 +192,4 @@ def _damage(draw: random.Random, file: OddFile) -> None:
         case 2:
             file.raw = bytes(raw) + draw.randbytes(draw.randrange(1, 9))
     # A cut between two frames, or a changed bit that no checksum covers, may go unseen.
-    file.documents, file.readable = None, True
+    file.documents, file.bad, file.readable = None, 0, True

@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from keepwarm.trainer.data.indexed import TokenFile
+from keepwarm.trainer.data.preprocess.prefix import Control
 from keepwarm.trainer.data.preprocess.tokenize import tokenize
 from keepwarm.trainer.data.preprocess.tokenize_options import TextOptions
 from keepwarm.trainer.data.tokenizer import load_tokenizer
@@ -187,6 +189,15 @@ def test_unknown_text_that_would_end_a_document_is_refused(tmp_path: Path) -> No
     corpus = write_json_lines(tmp_path / "a.jsonl", ["a b", "a stranger"])
     with pytest.raises(DataError, match=r"a\.jsonl, from line 1: .*its token for unknown text ends documents"):
         tokenize([corpus], tmp_path / "out", str(path))
+
+
+@pytest.mark.parametrize(("unknown", "good"), [("[UNK]", "</s>"), ("</s>", "<|good|>")])
+def test_control_prefix_that_would_end_a_document_is_refused(tmp_path: Path, unknown: str, good: str) -> None:
+    path = word_level(tmp_path, ("</s>",), unknown=unknown)
+    (tmp_path / "a.jsonl").write_text('{"text": "a b", "score": 1}\n')
+    prefix = Control(key="score", least=0, good=good, bad="a", unmarked=0)
+    with pytest.raises(DataError, match=rf"{re.escape(f'--control {good}')}: gives the end-of-document token"):
+        tokenize([tmp_path / "a.jsonl"], tmp_path / "out", str(path), TextOptions(prefix=prefix))
 
 
 def test_sentence_piece_symbol_that_text_can_give_is_refused(tmp_path: Path) -> None:

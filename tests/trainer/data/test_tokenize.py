@@ -11,7 +11,8 @@ import pytest
 
 from keepwarm.trainer.data.indexed import Sidecar, TokenFile
 from keepwarm.trainer.data.preprocess.inspect import inspect
-from keepwarm.trainer.data.preprocess.progress import Observer
+from keepwarm.trainer.data.preprocess.part_pool import default_processes
+from keepwarm.trainer.data.preprocess.progress import LogObserver, Observer
 from keepwarm.trainer.data.preprocess.tokenize import _parts_folder, tokenize
 from keepwarm.trainer.data.preprocess.tokenize_options import TextOptions
 from keepwarm.trainer.data.preprocess.train_tokenizer import train_tokenizer
@@ -20,6 +21,7 @@ from tests.support.corpus import write_json_lines
 from tests.support.foreign.megatron_tokens import megatron_indexed
 
 TEXTS = [f"Dokument {i}: " + "äöü " * (i * 13 % 29) for i in range(120)]
+ROOT = Path(__file__).parents[3]
 SMALL = 700
 """Bytes of a part in these tests, so that the corpus has many."""
 
@@ -137,11 +139,10 @@ def test_tokenize_killed_and_restarted_gives_same_bytes(
     tokenize([corpus], tmp_path / "whole", "bytes", TextOptions(part_bytes=SMALL))
     script = tmp_path / "killed.py"
     script.write_text(textwrap.dedent(KILLED))
-    root = Path(__file__).parents[3]
     ran = subprocess.run(
         [sys.executable, "-P", str(script), str(tmp_path), str(processes), moment],
-        cwd=root,
-        env={"PYTHONPATH": f"{root}/src:{root}", "PYTHONWARNINGS": "ignore"},
+        cwd=ROOT,
+        env={"PYTHONPATH": f"{ROOT}/src:{ROOT}", "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
         timeout=200,
@@ -157,6 +158,127 @@ def test_tokenize_killed_and_restarted_gives_same_bytes(
     tokenize([corpus], tmp_path / "out", "bytes", TextOptions(part_bytes=SMALL))
     assert _digest(tmp_path / "out") == _digest(tmp_path / "whole")
     assert not (tmp_path / "out.parts").exists()
+
+
+INTERRUPTED = """
+    import os, signal, sys
+    from pathlib import Path
+    from keepwarm.trainer import tool
+    from keepwarm.trainer.data.preprocess.progress import Observer
+    from keepwarm.trainer.data.preprocess.tokenize import tokenize
+    from keepwarm.trainer.data.preprocess.tokenize_options import TextOptions
+
+    class Interrupt(Observer):
+        parts = 0
+        def read(self, count):
+            self.parts += 1
+            if self.parts == 3:
+                os.killpg(0, signal.SIGINT)
+
+    def app():
+        folder = Path(sys.argv[1])
+        options = TextOptions(part_bytes=700)
+        tokenize([folder / "corpus.jsonl"], folder / "out", "bytes", options, processes=int(sys.argv[2]),
+                 observer=Interrupt())
+
+    if __name__ == "__main__":
+        tool.run(app)
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_tokenize_interrupted_and_restarted_gives_same_bytes(tmp_path: Path, corpus: Path, processes: int) -> None:
+    tokenize([corpus], tmp_path / "whole", "bytes", TextOptions(part_bytes=SMALL))
+    script = tmp_path / "interrupted.py"
+    script.write_text(textwrap.dedent(INTERRUPTED))
+    command = [sys.executable, "-P", str(script), str(tmp_path), str(processes)]
+    environment = {"PYTHONPATH": f"{ROOT}/src:{ROOT}", "PYTHONWARNINGS": "ignore"}
+    ran = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, start_new_session=True
+    )
+    assert (ran.returncode, ran.stderr) == (130, "interrupted\n")
+    assert not [path for path in _left_in(tmp_path) if path in ("out.bin", "out.idx", "out.json")]
+    assert len([*(tmp_path / "out.parts").glob("*.npz")]) >= 3
+    tokenize([corpus], tmp_path / "out", "bytes", TextOptions(part_bytes=SMALL))
+    assert _digest(tmp_path / "out") == _digest(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("limit", [1000, 20_000], ids=["at a part", "at the merge"])
+def test_tokenize_file_that_may_not_grow_leaves_nothing_half_written(tmp_path: Path, limit: int) -> None:
+    """A real error of the kernel while a file is written, as on a full disk."""
+    corpus = write_json_lines(tmp_path / "corpus.jsonl", ["x" * 500] * 100)
+    tokenize([corpus], tmp_path / "whole", "bytes", TextOptions(part_bytes=SMALL))
+    script = textwrap.dedent(f"""
+        import resource, sys
+        from pathlib import Path
+        from keepwarm.trainer import tool
+        from keepwarm.trainer.data.preprocess.tokenize import tokenize
+        from keepwarm.trainer.data.preprocess.tokenize_options import TextOptions
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+        folder = Path({str(tmp_path)!r})
+        tool.run(lambda: tokenize([folder / "corpus.jsonl"], folder / "out", "bytes", TextOptions(part_bytes={SMALL})))
+    """)
+    environment = {"PYTHONPATH": f"{ROOT}/src:{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert ran.returncode == 2, ran.stderr
+    assert ran.stderr.count("\n") == 1
+    assert "cannot write: File too large" in ran.stderr
+    assert not [path for path in _left_in(tmp_path) if path in ("out.bin", "out.idx", "out.json")]
+    tokenize([corpus], tmp_path / "out", "bytes", TextOptions(part_bytes=SMALL))
+    assert _digest(tmp_path / "out") == _digest(tmp_path / "whole")
+
+
+def test_tokenize_part_that_a_loss_of_power_damaged_is_made_again(tmp_path: Path, corpus: Path) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(corpus.read_text() + "{\n")
+    with pytest.raises(DataError):
+        tokenize([broken], tmp_path / "out", "bytes", TextOptions(part_bytes=SMALL))
+    damaged = sorted((tmp_path / "out.parts").glob("*.npz"))[:2]
+    damaged[0].write_bytes(b"")
+    damaged[1].write_bytes(damaged[1].read_bytes()[:-30])
+    for _ in damaged:
+        with pytest.raises(OutputError, match="a damaged part, now removed: run the same command again"):
+            tokenize([corpus], tmp_path / "out", "bytes", TextOptions(part_bytes=SMALL))
+    tokenize([corpus], tmp_path / "out", "bytes", TextOptions(part_bytes=SMALL))
+    tokenize([corpus], tmp_path / "whole", "bytes", TextOptions(part_bytes=SMALL))
+    assert _digest(tmp_path / "out") == _digest(tmp_path / "whole")
+
+
+def test_tokenize_bad_lines_are_counted_and_named(tmp_path: Path, corpus: Path) -> None:
+    lines = corpus.read_text().splitlines()
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("\n".join([*lines[:60], "{", '["text"]', *lines[60:], "null", "3"]))
+    tokenize([corpus], tmp_path / "good", "bytes", TextOptions(part_bytes=SMALL))
+    options = TextOptions(part_bytes=SMALL, skip_bad_lines=True)
+    for name, processes in (("one", 1), ("two", 2)):
+        seen = Observer()
+        sidecar = tokenize([mixed], tmp_path / name, "bytes", options, processes=processes, observer=seen)
+        assert (sidecar.skipped, sidecar.documents) == (4, len(TEXTS))
+        assert seen.bad == 4
+        assert [one.split(": ")[0] for one in seen.examples] == [f"{mixed}:{number}" for number in (61, 62, 123)]
+        assert (tmp_path / f"{name}.bin").read_bytes() == (tmp_path / "good.bin").read_bytes()
+    with pytest.raises(DataError, match=r"mixed\.jsonl:61: not JSON"):
+        tokenize([mixed], tmp_path / "refused", "bytes", TextOptions(part_bytes=SMALL))
+
+
+def test_tokenize_log_gets_lines_while_it_lasts(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = LogObserver("tokenize", corpus.stat().st_size, interval=0.0)
+    tokenize([corpus], tmp_path / "out", "bytes", TextOptions(part_bytes=SMALL), observer=seen)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("tokenize: 0 of 0 MB read, ")
+    assert lines[-1].endswith("parts merged")
+
+
+@pytest.mark.parametrize(
+    ("input_bytes", "cores", "processes"),
+    [(10**6, 64, 1), (2**40, 2, 1), (2**40, 64, 8), (2**30, 64, 4), (0, 1, 1)],
+)
+def test_tokenize_number_of_processes_follows_input_and_cores(input_bytes: int, cores: int, processes: int) -> None:
+    assert default_processes(input_bytes, cores) == processes
 
 
 def test_tokenize_finished_parts_are_reused(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,10 @@ def part_pool(processes: int, tokenizer: Tokenizer) -> Iterator[Submit]:
     pool: ProcessPoolExecutor | ThreadPoolExecutor
     if processes == 1:
         pool = ThreadPoolExecutor(2)
-        submit: Submit = lambda path, part, key: pool.submit(write_part, path, part, tokenizer, key)  # noqa: E731
+
+        def submit(path: Path, part: TextPart, key: str) -> "Future[None]":
+            return pool.submit(write_part, path, part, tokenizer, key)
+
     else:
         threads = max(1, cores() // processes)
         pool = ProcessPoolExecutor(
@@ -49,11 +52,26 @@ def part_pool(processes: int, tokenizer: Tokenizer) -> Iterator[Submit]:
             initializer=_begin_worker,
             initargs=(tokenizer.name, tokenizer.end_of_document, threads),
         )
-        submit = lambda path, part, key: pool.submit(_work, path, part, key)  # noqa: E731
+
+        def submit(path: Path, part: TextPart, key: str) -> "Future[None]":
+            with _interrupts_blocked():
+                return pool.submit(_work, path, part, key)
+
     try:
         yield submit
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Block SIGINT in this thread, and for good in the processes that it starts meanwhile: Ctrl-C reaches the whole
+    process group, and the parent decides what it ends."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def cores() -> int:
@@ -66,8 +84,6 @@ _worker_tokenizer: Tokenizer
 
 def _begin_worker(name: str, end_of_document: int, threads: int) -> None:
     global _worker_tokenizer
-    # Ctrl-C reaches the whole process group; the parent decides what it ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault(_THREADS, str(threads))
     _worker_tokenizer = load_tokenizer(name, end_of_document)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -88,7 +88,7 @@ def bad_lines(path: Path, part: TextPart) -> tuple[int, list[str]]:
 def _opened(path: Path) -> Iterator[Mapping[str, npt.NDArray[Any]]]:
     """Open a part; one that a loss of power damaged is removed, since the next run can make it again."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             yield stored
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         path.unlink(missing_ok=True)
@@ -99,7 +99,12 @@ def _encoded_prefixes(part: TextPart, tokenizer: Tokenizer, prefixes: Sequence[s
     """Return ids by prefix. Special tokens are recognised in control tokens, which users choose, but not in
     metadata."""
     if isinstance(part.selection.prefix, Control):
-        return {prefix: tokenizer.encode_marked(prefix) for prefix in prefixes}
+        marked = {prefix: tokenizer.encode_marked(prefix) for prefix in prefixes}
+        if ending := [prefix for prefix, ids in marked.items() if tokenizer.end_of_document in ids]:
+            raise DataError(
+                f"--control {ending[0]}: gives the end-of-document token of {tokenizer.name}: choose another"
+            )
+        return marked
     return dict(zip(prefixes, tokenizer.encode_batch(prefixes), strict=True))
 
 
