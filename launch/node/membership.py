@@ -108,15 +108,18 @@ class Membership:
         while time.monotonic() < began + SEARCH_TIMEOUT_S:
             voter, announced = self._peers.voter, self._peers.announced
             known = voter.installed is not None
-            if announced is not None and known and announced.number == voter.promised and self._reach(announced):
+            # A node whose own candidacy found no majority follows whoever did: numbers order stores, majorities decide.
+            promised = -1 if voter.candidate == self.node else voter.promised
+            if announced is not None and known and announced.number >= promised and self._reach(announced):
                 return
-            if voter.promised != granted and voter.candidate != self.node:
-                granted, turn = voter.promised, time.monotonic() + GRANTED_S + self._patience()
             if time.monotonic() >= looked:
                 self.check_end()
                 if (found := self._best()) is not None and self._reach(found):
                     return
                 looked = time.monotonic() + (LOOK_INTERVAL_S if known else 2 * STORE_POLL_INTERVAL_S)
+            voter = self._peers.voter  # looking takes time in which this node may have voted
+            if voter.promised != granted and voter.candidate != self.node:
+                granted, turn = voter.promised, time.monotonic() + GRANTED_S + self._patience()
             if time.monotonic() >= turn:
                 if self._elect() if known else self._open_first(time.monotonic() - began):
                     return
@@ -124,8 +127,8 @@ class Membership:
                 turn = time.monotonic() + (LOOK_INTERVAL_S + self._patience() if known else pause)
             time.sleep(STORE_POLL_INTERVAL_S)
         raise StoreLost(
-            f"{name_of(self.node)} found no store to follow in {SEARCH_TIMEOUT_S:g} s{'; ' * bool(self._said)}"
-            f"{self._said}"
+            f"{name_of(self.node)} found no store to follow in {SEARCH_TIMEOUT_S:g} s"
+            + (f"; {self._said}" if self._said else "")
         )
 
     def _patience(self) -> float:
@@ -236,7 +239,12 @@ class Membership:
             if record is None or link is None or self._replaced:
                 continue
             newer = announced is not None and announced.number > record.number
-            if link.table.decides and link.table.view is not None and not newer:
+            decides = link.table.decides and link.table.view is not None
+            if decides and not newer:
+                continue
+            if announced is not None and newer and not decides and isinstance(stand_of(announced), Stand):
+                # Two stores were opened at once: all go to the later one.
+                self._replaced = f"store {announced.number} was opened after store {record.number}"
                 continue
             found = self._best()
             if found is not None and found.number != record.number and self.record is record:

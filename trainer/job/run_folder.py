@@ -146,8 +146,8 @@ class RunFolder:
             return [record["eval"] for record in found if record is not None and "eval" in record]
         return []
 
-    def drop_metrics_after(self, step: int) -> None:
-        """Truncate the metrics to their state right after `step`, before its evaluation.
+    def drop_metrics_after(self, step: int, *, evaluation: bool = False) -> None:
+        """Truncate the metrics to their state after `step`; with `evaluation`, drop that of `step` as well.
 
         Reads what it drops and no more: a restart takes as long after a million steps as after ten.
 
@@ -157,7 +157,9 @@ class RunFolder:
         try:
             for end, line in lines_from_end(self.metrics_file):
                 record = _record(line)
-                if record is not None and (record["step"] < step or (record["step"] == step and "eval" not in record)):
+                if record is None or record["step"] > step:
+                    continue
+                if record["step"] < step or not (evaluation and "eval" in record):
                     kept = end + 1  # with its newline
                     break
             os.truncate(self.metrics_file, min(kept, self.metrics_file.stat().st_size))

@@ -21,7 +21,7 @@ from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.job.stages import StagePlan, global_size_at, plan_stages
 from keepwarm.trainer.loop.callback import Callback, Callbacks, Run, registered_callbacks
-from keepwarm.trainer.loop.continuation import Change, adopt_curves, adopt_data, check_continues
+from keepwarm.trainer.loop.continuation import adopt_changes, check_continues
 from keepwarm.trainer.loop.durable_saver import DurableSaver
 from keepwarm.trainer.loop.evaluation import Evaluation, Evaluator
 from keepwarm.trainer.loop.health_check import HealthCheck
@@ -77,7 +77,7 @@ def assemble(
         _begin_with_parent(job, world, model, parts, state, data.tokenizer)
     _begin_averages(parts, beginning)
     plans = plan_stages(job, state.position(parts.loader.ledger))
-    changes: list[Change] = [*adopt_data(state, parts.loader.ledger, data), *adopt_curves(state, plans, job.stages)]
+    changes = adopt_changes(state, parts.loader.ledger, data, plans, job.stages)
     checkpoints.begin_epoch(memory.epoch)
     _open_segments(job, plans, parts.loader)
     watchdog = Watchdog(job.health, folder, rank=world.rank, size=world.size, restart=world.restarts)
@@ -152,13 +152,15 @@ def _stateful_parts(job: JobSpec, world: World, model: ModelParts, data: Prepare
 
 def _first_state(job: JobSpec, parts: _Parts, beginning: Beginning, data: PreparedData) -> RunState:
     """Continue from the state restored into the shards, or start at step 0."""
+    model = job.model.model_dump(mode="json")
     if beginning.meta is None:
-        return RunState(step=0, curves=[], health=Health(spec=job.health), seed=job.seed)
+        return RunState(step=0, curves=[], health=Health(spec=job.health), seed=job.seed, model=model)
     parts.engine.restored()
     parts.random.restored()
     parts.loader.restore(beginning.meta["ledger"])
     state = RunState.load(beginning.meta["run"], job.health, parts.loader.ledger)
     check_continues(job, state, parts.loader.ledger, data.tokenizer)
+    state.model = model
     return state
 
 

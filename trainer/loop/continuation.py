@@ -26,6 +26,7 @@ def check_continues(job: JobSpec, state: RunState, ledger: Ledger, tokenizer: st
     Nothing was written yet, so that a refusal leaves the run as it was.
     """
     position.check_continues(job.stages, state.stages, state.position(ledger))
+    _check_model(job, state)
     if state.seed is not None and state.seed != job.seed:
         raise SpecError(
             f"seed: {state.seed} -> {job.seed}: the order of the data and the initial weights follow from the seed, so "
@@ -38,7 +39,30 @@ def check_continues(job: JobSpec, state: RunState, ledger: Ledger, tokenizer: st
         )
 
 
-def adopt_data(state: RunState, ledger: Ledger, data: PreparedData) -> list[events.DataChanged]:
+_CHANGEABLE = {
+    "rope_theta", "rope_scaling", "sliding_window", "full_attention_layers", "max_sequence_length", "z_loss", "init",
+}  # fmt: skip
+"""Model keys that may change during a run: they extend the context, weigh a loss, or are used at the start alone."""
+
+
+def _check_model(job: JobSpec, state: RunState) -> None:
+    for key, now in job.model.model_dump(mode="json").items():
+        before = state.model.get(key, now)
+        if before != now and key not in _CHANGEABLE:
+            raise SpecError(
+                f"model.{key}: {before} -> {now}: the weights of this run were trained with the former; start another "
+                "run to change it, from these weights with init_from or keepwarm surgery"
+            )
+
+
+def adopt_changes(
+    state: RunState, ledger: Ledger, data: PreparedData, plans: Sequence[StagePlan], specs: Sequence[StageSpec]
+) -> list[Change]:
+    """Take over what the job may change; return an event for each change."""
+    return [*_adopt_data(state, ledger, data), *_adopt_curves(state, plans, specs)]
+
+
+def _adopt_data(state: RunState, ledger: Ledger, data: PreparedData) -> list[events.DataChanged]:
     """Take over the job's data; return an event for each source and domain whose content differs from before."""
     changes = [*_changed_sources(ledger, data), *_changed_domains(state, data)]
     state.validation = {name: source.identity for name, source in data.validation.items()}
@@ -77,7 +101,7 @@ def _changed_domains(state: RunState, data: PreparedData) -> Iterator[str]:
             )
 
 
-def adopt_curves(state: RunState, plans: Sequence[StagePlan], specs: Sequence[StageSpec]) -> list[events.LrChanged]:
+def _adopt_curves(state: RunState, plans: Sequence[StagePlan], specs: Sequence[StageSpec]) -> list[events.LrChanged]:
     """Take over the planned curves of every stage that the run has not left; return an event for each change."""
     changes = []
     for plan in plans:

@@ -36,6 +36,9 @@ class RunState:
     validation: dict[str, str] = field(default_factory=dict)
     """Identity of each domain's data, which `baseline` and earlier evaluations refer to."""
 
+    model: dict[str, Any] = field(default_factory=dict)
+    """The job's model section; empty: saved by an earlier version."""
+
     def position(self, ledger: Ledger) -> Position:
         """Return how far the run has come."""
         return position_at(self.step, self.stages, ledger)
@@ -58,6 +61,7 @@ class RunState:
             "stages": msgspec.to_builtins(self.stages),
             "seed": self.seed,
             "validation": self.validation,
+            "model": self.model,
         }
 
     @classmethod
@@ -78,6 +82,7 @@ class RunState:
                 stages=stage_records(saved, ledger),
                 seed=saved.get("seed"),
                 validation=dict(saved.get("validation", {})),
+                model=dict(saved.get("model", {})),
             )
         except KeyError as error:
             raise CheckpointError(f"the saved run state has no {error}") from error

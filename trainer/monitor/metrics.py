@@ -23,17 +23,21 @@ class JsonLines(MetricSink):
     """metrics.jsonl: one line per step and per evaluation."""
 
     def __init__(self, options: None, context: SinkContext) -> None:
-        run = RunFolder(context.folder)
+        self._run, self._repeated = RunFolder(context.folder), context.resume_step
         if context.resume_step is not None:
-            with side_writer.attempt(run.metrics_file.name):
-                run.drop_metrics_after(context.resume_step)
-        self._file = SideWriter(run.metrics_file)
+            with side_writer.attempt(self._run.metrics_file.name):
+                self._run.drop_metrics_after(context.resume_step)
+        self._file = SideWriter(self._run.metrics_file)
 
     def step(self, metrics: StepMetrics) -> None:
         unknown = {key: None for key, value in metrics.scalars().items() if not math.isfinite(value)}
         self._file.write(json.dumps(metrics.record() | unknown).encode())
 
     def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
+        if step == self._repeated:
+            # Not when the file is opened: the continued job need not evaluate there again.
+            with side_writer.attempt(self._run.metrics_file.name):
+                self._run.drop_metrics_after(step, evaluation=True)
         self._file.write(json.dumps({"step": step, "eval": losses}).encode())
 
     def close(self) -> None:

@@ -63,9 +63,8 @@ def test_drop_metrics_after_reads_only_what_it_drops(
     run.drop_metrics_after(step)
     assert len(parsed) == max(0, 10_000 - step) + 2  # the torn line, and the newest one before it
     monkeypatch.undo()
-    before = [{"step": 0, "eval": {}}] if step else []
-    assert run.metrics() == [*before, *records[:step]]
-    assert run.metrics_file.read_bytes().endswith(b"\n" if step else b"")
+    assert run.metrics() == [{"step": 0, "eval": {}}, *records[:step]]
+    assert run.metrics_file.read_bytes().endswith(b"\n")
 
 
 def test_drop_metrics_after_a_cut_line_that_is_whole_json_keeps_it(tmp_path: Path) -> None:
@@ -75,8 +74,10 @@ def test_drop_metrics_after_a_cut_line_that_is_whole_json_keeps_it(tmp_path: Pat
     assert b"\0" not in run.metrics_file.read_bytes()
 
 
-def test_drop_metrics_after_keeps_the_step_without_its_evaluation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("evaluation", [True, False])
+def test_drop_metrics_after_a_step_drops_its_evaluation_on_request(tmp_path: Path, evaluation: bool) -> None:
     steps = [{"step": step, "loss": float(step)} for step in (1, 2, 3)]
     run = write(tmp_path, *steps[:2], {"step": 2, "eval": {}}, steps[2], end=TORN)
-    run.drop_metrics_after(2)
-    assert run.metrics_file.read_bytes() == b"".join(json.dumps(step).encode() + b"\n" for step in steps[:2])
+    run.drop_metrics_after(2, evaluation=evaluation)
+    kept = steps[:2] if evaluation else [*steps[:2], {"step": 2, "eval": {}}]
+    assert run.metrics_file.read_bytes() == b"".join(json.dumps(line).encode() + b"\n" for line in kept)

@@ -11,7 +11,7 @@ from keepwarm.launch.run.progress import progress
 from keepwarm.trainer.checkpoint.report import show
 from keepwarm.trainer.continual.branch import branched
 from keepwarm.trainer.continual.report_data import gather
-from keepwarm.trainer.errors import SpecError
+from keepwarm.trainer.errors import CheckpointError, SpecError
 from keepwarm.trainer.job.files import shipped_configs
 from keepwarm.trainer.loop.session import run_session
 from tests.support.corpus import write_json_lines
@@ -134,3 +134,31 @@ def test_resumption_other_tokenizer_is_refused_and_changes_no_file(small: list[s
             resume=True,
         )
     assert {name: seen for name, seen in files_of(folder).items() if "/data/" not in name} == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["model.layers=3", "model.tied_embeddings=true", "model.heads=2", "model.norm_eps=1e-2", "model.activation=gelu"],
+)
+def test_resumption_other_model_is_refused_and_changes_no_file(change: str, interrupted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(interrupted, folder)
+    before = files_of(folder)
+    with pytest.raises((SpecError, CheckpointError), match="model"):
+        run_session(folder / "run.json", [change], resume=True)
+    assert files_of(folder) == before
+
+
+def test_resumption_longer_context_is_a_legal_change(interrupted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(interrupted, folder)
+    assert run_session(folder / "run.json", ["model.rope_theta=50000"], resume=True)
+
+
+def test_resumption_keeps_the_evaluation_at_the_end_of_an_extended_stage(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    short = [stages(2, 2), f"output={folder}", "log.tensorboard=false", "evaluation.samples=4"]
+    assert run_session(TINY, short, resume=False)
+    assert run_session(folder / "run.json", [f"stages.1.tokens={4 * STEP}"], resume=True)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval" in line] == [0, 2, 4, 6]

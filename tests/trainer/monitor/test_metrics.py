@@ -46,10 +46,12 @@ def test_metrics_resume_drops_later_and_torn_lines(tmp_path: Path) -> None:
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     second = Metrics(tmp_path, LogSpec(tensorboard=False), "run", rank=0, resume_step=2)
+    assert RunFolder(tmp_path).evaluations() == [{"en": 3.0}, {"en": 2.0}]
+    second.evaluation(2, {"en": 2.5})
     second.step(at(3))
     second.close()
-    assert steps_in(tmp_path) == [0, 1, 2, 3]
-    assert RunFolder(tmp_path).evaluations() == [{"en": 3.0}]
+    assert steps_in(tmp_path) == [0, 1, 2, 2, 3]
+    assert RunFolder(tmp_path).evaluations() == [{"en": 3.0}, {"en": 2.5}]
 
 
 def test_metrics_non_finite_loss_is_null_in_json(tmp_path: Path) -> None:
