@@ -129,7 +129,11 @@ def _admit(folder: Path, mode: Mode) -> None:
     except OSError as error:
         raise OutputError(f"{folder}: cannot be read: {error.strerror}") from error
     if mode == "new" and used:
-        raise OutputError(f"{folder}: the run folder exists; --resume continues it, --force starts over")
+        if RunFolder(folder).exists:
+            raise OutputError(
+                f"{folder}: the run folder exists; keepwarm train --resume continues it, --force starts over"
+            )
+        raise OutputError(f"{folder}: the folder exists and holds no run; choose another with output=PATH")
     if mode == "resume" and not RunFolder(folder).exists:
         raise OutputError(f"{folder}: there is no run to resume ({RUN_FILE} is missing)")
     if mode == "force" and used and not RunFolder(folder).exists:

@@ -79,7 +79,7 @@ def average(
 def _shares(runs: Sequence[Path], weights: Sequence[float] | None) -> list[float]:
     given = [1.0] * len(runs) if weights is None else list(weights)
     if len(given) != len(runs) or not all(0 < weight < float("inf") for weight in given):
-        raise SpecError(f"--weights: {len(runs)} runs need as many weights above 0, got {given}")
+        raise SpecError(f"--weight: {len(runs)} runs need as many weights above 0, got {given}")
     return [weight / sum(given) for weight in given]
 
 
