@@ -15,8 +15,10 @@ from keepwarm.ft.agent.outbox import Job, Source, part_pieces
 from keepwarm.ft.agent.shell import Shell
 from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.memory.shared_memory import bucket_sums
+from keepwarm.ft.memory.stripe_decoder import StripeDecoder
 from keepwarm.ft.protocol import events
 from keepwarm.ft.protocol.messages import ChunkRecord, Decode, Fetch, Part, SnapshotId, digest
+from keepwarm.ft.transport.link import Link
 
 RETRY = 1.0
 """Seconds without progress after which a fetch or rebuilt chunk is requested again."""
@@ -24,29 +26,41 @@ Key = tuple[SnapshotId, int]
 
 
 class Decoding:
-    """One stripe for this agent to rebuild, and the k chunks it gathers, each as long as the longest data chunk."""
+    """One stripe for this agent to rebuild: what is wanted, and the pass over it that is in progress.
 
-    def __init__(self, order: Decode, bucket_bytes: int) -> None:
-        self.order, self.bucket_bytes = order, bucket_bytes
+    A holder's link is paused while its bucket waits for those of the others, so that memory stays bounded.
+    """
+
+    def __init__(self, order: Decode) -> None:
+        self.order = order
         self.targets = set(order.targets)
-        self.buckets = max(order.counts, default=0)
-        self.chunks: dict[int, Bytes] = {}
-        self.next = dict.fromkeys(order.sources, 0)
-        self.done: set[int] = set()
+        self.decoder: StripeDecoder | None = None
+        self.busy = False
+        """Whether a thread is decoding."""
+        self.sending = 0
+        """Targets that the last decoded bucket is still being sent to."""
         self.heard = 0.0
-
-    def start(self, now: float) -> None:
-        """Allocate the memory. Only one stripe per agent is decoded at a time."""
-        self.chunks = {slot: np.zeros(self.buckets * self.bucket_bytes, np.uint8) for slot in self.order.sources}
-        self.heard = now
-
-    @property
-    def complete(self) -> bool:
-        return len(self.done) == len(self.order.sources)
+        self._paused: list[Link] = []
 
     @property
     def awaited(self) -> set[int]:
-        return set(self.order.sources) - self.done if self.chunks else set()
+        return self.decoder.awaited if self.decoder is not None else set()
+
+    @property
+    def late(self) -> set[int]:
+        """Return the sources that the next bucket waits for."""
+        decoder = self.decoder
+        return {slot for slot in self.awaited if decoder is not None and decoder.start(slot) == decoder.index}
+
+    def pause(self, link: Link) -> None:
+        link.pause()
+        self._paused.append(link)
+
+    def resume(self) -> None:
+        """Read on from all holders."""
+        paused, self._paused = self._paused, []
+        for link in paused:
+            link.resume()
 
 
 class Filling:
@@ -80,8 +94,11 @@ class Repair:
 
     def begin_epoch(self) -> None:
         """Discard all repairs of earlier epochs."""
+        dropped = list(self._decoding.values())
         self._decoding.clear()
         self._filling.clear()
+        for decoding in dropped:
+            decoding.resume()
         self._absent.clear()
 
     def follow(self, orders: Sequence[tuple[int, Decode]]) -> None:
@@ -100,9 +117,9 @@ class Repair:
 
     def tick(self, now: float) -> None:
         for decoding in list(self._decoding.values())[:1]:
-            if not decoding.complete and now - decoding.heard > RETRY:
+            if decoding.awaited and not (decoding.busy or decoding.sending) and now - decoding.heard > RETRY:
                 decoding.heard = now
-                self._fetch(decoding)
+                self._fetch(decoding, decoding.late)
         for filling in self._filling.values():
             if now - filling.heard > RETRY:
                 self._ask(filling, now)
@@ -112,7 +129,7 @@ class Repair:
         """Repeat the requests that were pending on the previous link to `slot`."""
         for decoding in list(self._decoding.values())[:1]:
             if slot in decoding.awaited:
-                self._fetch(decoding)
+                self._fetch(decoding, {slot})
         for filling in self._filling.values():
             if slot == filling.decoder:
                 self._ask(filling, self._shell.clock())
@@ -149,109 +166,130 @@ class Repair:
         links = [shell.network.links.get(slot) for slot in order.targets]
         if all(link is not None and shell.outbox.holds(link, *key) for link in links):
             return
-        self._decoding[key] = Decoding(order, shell.config.bucket_bytes)
+        self._decoding[key] = Decoding(order)
         self._next()
 
     def _next(self) -> None:
+        """Begin with the first stripe of the queue. Only one per agent is decoded at a time."""
         first = next(iter(self._decoding.values()), None)
-        if first is not None and not first.chunks:
-            first.start(self._shell.clock())
-            self._fetch(first)
+        if first is not None and first.decoder is None:
+            self._begin(first)
 
-    def _fetch(self, decoding: Decoding) -> None:
-        """Request the missing source buckets. This agent's own chunk is copied."""
+    def _begin(self, decoding: Decoding) -> None:
         shell, order = self._shell, decoding.order
-        copy = shell.state.copy(order.snapshot)
-        for slot in order.sources:
-            if slot in decoding.done:
-                continue
-            if slot != shell.config.slot:
-                link = shell.network.links.get(slot)
-                if link is not None:
-                    start = decoding.next[slot]
-                    link.send(Fetch(epoch=order.epoch, snapshot=order.snapshot, stripe=order.stripe, start=start))
-            elif copy is not None and order.stripe in copy.good:
-                chunk = shell.memory.chunk(copy.data, copy.parity, order.stripe)
-                count = min(copy.good[order.stripe].count, decoding.buckets) * decoding.bucket_bytes
-                decoding.chunks[slot][:count] = chunk[:count]
-                decoding.done.add(slot)
-            else:
-                self._request_epoch(f"slot {slot} has lost its chunk of stripe {order.stripe}, which others need")
-        if decoding.complete:
-            self._solve(decoding)
-
-    def _gathered(self, part: Part, decoding: Decoding) -> None:
-        decoding.heard = self._shell.clock()
-        if part.index == decoding.next[part.owner]:
-            decoding.next[part.owner] += 1
-        if decoding.next[part.owner] >= min(part.count, decoding.buckets) and part.owner not in decoding.done:
-            decoding.done.add(part.owner)
-            if decoding.complete:
-                self._solve(decoding)
-
-    def _solve(self, decoding: Decoding) -> None:
-        shell, order = self._shell, decoding.order
-        group = shell.state.group
-        columns = {slot: column for column, slot in enumerate(group.sources(order.stripe))}
-        columns |= {slot: group.data + row for row, slot in enumerate(group.parities(order.stripe))}
-        total = shell.memory.shape.chunk * decoding.bucket_bytes
-        targets = tuple(sorted(decoding.targets))
-
-        def solve() -> dict[int, Bytes] | str:
-            size = decoding.bucket_bytes
-            for slot in order.sources:
-                if (why := _wrong(decoding.chunks[slot], columns[slot], order, size)) is not None:
-                    return f"the chunk of slot {slot} {why}"
-            out = {slot: np.zeros(total, np.uint8) for slot in targets}
-            length = decoding.buckets * size
-            present = {columns[slot]: chunk for slot, chunk in decoding.chunks.items()}
-            shell.codec.decode(present, {columns[slot]: chunk[:length] for slot, chunk in out.items()})
-            for slot, chunk in out.items():
-                if (why := _wrong(chunk, columns[slot], order, size)) is not None:
-                    return f"the chunk decoded for slot {slot} {why}"
-            return out
-
-        def send(out: dict[int, Bytes] | str) -> None:
-            key = order.snapshot, order.stripe
-            if self._decoding.get(key) is not decoding:
-                return
-            if isinstance(out, str):
-                shell.journal.write("error", "a stripe cannot be repaired", stripe=order.stripe, reason=out)
-                self._request_epoch(f"stripe {order.stripe} cannot be repaired: {out}")
-                del self._decoding[key]
-            else:
-                for slot, chunk in out.items():
-                    column = columns[slot]
-                    count = order.counts[column] if column < group.data else shell.memory.shape.chunk
-                    self._deliver(order, slot, chunk, count)
-                decoding.targets.difference_update(targets)
-                if decoding.targets:  # more targets asked in the meantime
-                    self._solve(decoding)
-                    return
-                del self._decoding[key]
-            self._next()
-
-        shell.pool.run(solve, send)
-
-    def _deliver(self, order: Decode, slot: int, chunk: Bytes, count: int) -> None:
-        """Deliver a decoded chunk to its owner, local or remote. An empty chunk is sent as a single empty part."""
-        shell = self._shell
-        size = shell.config.bucket_bytes
-        pieces = part_pieces(
-            Source(order.epoch, order.snapshot, order.stripe, slot), range(max(count, 1)), count,
-            lambda index: chunk[index * size : (index + 1) * size if count else 0],
+        decoding.decoder = StripeDecoder(
+            shell.codec, shell.state.group, order, shell.config.bucket_bytes, using=order.sources,
+            targets=decoding.targets,
         )  # fmt: skip
-        if slot != shell.config.slot:
+        decoding.heard = shell.clock()
+        self._fetch(decoding, decoding.late)
+
+    def _fetch(self, decoding: Decoding, slots: set[int]) -> None:
+        """Request the missing buckets of some sources."""
+        shell, order, decoder = self._shell, decoding.order, decoding.decoder
+        assert decoder is not None
+        for slot in sorted(slots - {shell.config.slot}):
             link = shell.network.links.get(slot)
             if link is not None:
-                shell.outbox.add(link, Job(order.snapshot, order.stripe, pieces))
+                start = decoder.start(slot)
+                link.send(Fetch(epoch=order.epoch, snapshot=order.snapshot, stripe=order.stripe, start=start))
+        self._step(decoding)
+
+    def _step(self, decoding: Decoding) -> None:
+        """Decode the next bucket once all of it is here and the one before has been sent."""
+        shell, order, decoder = self._shell, decoding.order, decoding.decoder
+        assert decoder is not None
+        if decoding.busy or decoding.sending or self._decoding.get(_key(order)) is not decoding:
             return
-        for part, payload in pieces:
-            assert isinstance(part, Part)
-            target = self.target(part, part.size)
-            if target is not None and payload is not None:
-                target[:] = payload
-                self.part(part, target)
+        if decoder.complete:
+            self._finish(decoding)
+            return
+        mine = shell.config.slot
+        if mine in decoder.awaited and decoder.start(mine) == decoder.index:
+            copy = shell.state.copy(order.snapshot)
+            if copy is None or order.stripe not in copy.good:
+                self._request_epoch(f"slot {mine} has lost its chunk of stripe {order.stripe}, which others need")
+                return
+            decoder.copy(mine, shell.memory.chunk(copy.data, copy.parity, order.stripe))
+        if decoder.ready:
+            decoding.busy = True
+            shell.pool.run(decoder.decode, lambda _: self._decoded(decoding, decoder))
+
+    def _decoded(self, decoding: Decoding, decoder: StripeDecoder) -> None:
+        """Send a decoded bucket: the last one, without which no target is complete, only if all data are right."""
+        decoding.busy = False
+        if self._decoding.get(_key(decoding.order)) is not decoding:
+            return
+        decoding.heard = self._shell.clock()
+        if decoder.index == decoder.buckets - 1 and (why := decoder.wrong()) is not None:
+            self._give_up(decoding, why)
+            return
+        index = decoder.index
+        decoding.sending += 1
+        for slot in sorted(decoder.targets):
+            if index < decoder.length(slot):
+                self._send(decoding, slot, index, decoder.outputs[slot], decoder.sums[slot])
+        decoder.advance()
+        decoding.resume()
+        self._sent(decoding)
+
+    def _send(self, decoding: Decoding, slot: int, index: int, data: Bytes, sum_: int) -> None:
+        """Deliver a decoded bucket to its owner, local or remote. Its memory is in use until then."""
+        shell, order, decoder = self._shell, decoding.order, decoding.decoder
+        assert decoder is not None
+        count = decoder.length(slot)
+        if decoder.column[slot] >= shell.state.group.data:
+            count = shell.memory.shape.chunk
+        part = Part(
+            epoch=order.epoch, snapshot=order.snapshot, stripe=order.stripe, owner=slot, index=index, count=count,
+            sum=sum_, size=len(data),
+        )  # fmt: skip
+        if slot == shell.config.slot:
+            room = self.target(part, part.size)
+            if room is not None:
+                room[:] = data.data
+                self.part(part, room)
+        elif (link := shell.network.links.get(slot)) is not None:
+            decoding.sending += 1
+            link.send(part, data.data, lambda: self._sent(decoding))
+
+    def _sent(self, decoding: Decoding) -> None:
+        decoding.sending -= 1
+        if not decoding.sending:
+            decoding.heard = self._shell.clock()
+            self._step(decoding)
+
+    def _finish(self, decoding: Decoding) -> None:
+        """Send what follows the longest data chunk: zeros of parity, and a part for each chunk that is empty."""
+        shell, decoder, key = self._shell, decoding.decoder, _key(decoding.order)
+        assert decoder is not None
+        if decoder.index == decoder.buckets:
+            decoding.sending += 1
+            zeros = np.zeros(shell.config.bucket_bytes, np.uint8)
+            sum_ = xxhash.xxh3_64_intdigest(zeros.data)
+            for slot in sorted(decoder.targets):
+                if decoder.column[slot] >= shell.state.group.data:
+                    for index in range(decoder.buckets, shell.memory.shape.chunk):
+                        self._send(decoding, slot, index, zeros, sum_)
+                elif not decoder.length(slot):
+                    self._send(decoding, slot, 0, zeros[:0], xxhash.xxh3_64_intdigest(b""))
+            decoder.index += 1  # said once
+            self._sent(decoding)
+            return
+        decoding.targets -= decoder.targets
+        if decoding.targets:  # more asked in the meantime
+            self._begin(decoding)
+            return
+        del self._decoding[key]
+        self._next()
+
+    def _give_up(self, decoding: Decoding, why: str) -> None:
+        order = decoding.order
+        self._shell.journal.write("error", "a stripe cannot be repaired", stripe=order.stripe, reason=why)
+        del self._decoding[_key(order)]
+        decoding.resume()
+        self._request_epoch(f"stripe {order.stripe} cannot be repaired: {why}")
+        self._next()
 
     # ---- incoming parts
 
@@ -269,10 +307,9 @@ class Repair:
             chunk = shell.memory.chunk(copy.data, copy.parity, part.stripe)
             return chunk[start : start + size].data if start + size <= len(chunk) else None
         decoding = self._decoding.get(key)
-        if decoding is None or part.owner not in decoding.chunks or part.owner in decoding.done:
+        if decoding is None or decoding.decoder is None or decoding.busy:
             return None
-        chunk = decoding.chunks[part.owner]
-        return chunk[start : start + size].data if start + size <= len(chunk) else np.empty(size, np.uint8).data
+        return decoding.decoder.room(part.owner, part.index, size)
 
     def part(self, part: Part, payload: memoryview | None) -> None:
         """Handle a part. Without a payload it was not wanted. A damaged part is requested again later."""
@@ -291,6 +328,16 @@ class Repair:
                 filling.sums[part.index] = part.sum
             if len(filling.sums) == part.count:
                 self._filled(part, filling)
+
+    def _gathered(self, part: Part, decoding: Decoding) -> None:
+        """Note a holder's bucket, and read on from it only when the stripe is at its next one."""
+        decoder, link = decoding.decoder, self._shell.network.links.get(part.owner)
+        if decoder is None or not decoder.arrived(part.owner, part.index, part.size):
+            return
+        decoding.heard = self._shell.clock()
+        if link is not None and part.owner in decoder.awaited:
+            decoding.pause(link)
+        self._step(decoding)
 
     def _heard(self, decoder: int) -> None:
         """Postpone retries for all chunks of a decoder that is active, because it sends them one after another."""
@@ -347,11 +394,5 @@ class Repair:
         shell.pool.run(lambda: digest(bucket_sums(chunk, size)), send)
 
 
-def _wrong(chunk: Bytes, column: int, order: Decode, size: int) -> str | None:
-    """Return why a data chunk differs from its record, or None. Parity chunks have no reference to check here."""
-    if column >= len(order.digests):
-        return None
-    count = order.counts[column]
-    if digest(bucket_sums(chunk[: count * size], size)) != order.digests[column]:
-        return "does not match its digest"
-    return None
+def _key(order: Decode) -> Key:
+    return order.snapshot, order.stripe

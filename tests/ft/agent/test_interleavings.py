@@ -30,12 +30,14 @@ def replace(team: Team, *slots: int) -> None:
 
 
 def on_send(monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
-    """Call `act(link, message)` before a message is queued; what it answers with true is lost."""
+    """Call `act(link, message)` before a message is queued; what it answers with true is lost, as with its link."""
     original = Link.send
 
-    def send(link: Link, message: Any, *rest: Any, **more: Any) -> None:
+    def send(link: Link, message: Any, payload: Any = None, done: Any = None, *rest: Any, **more: Any) -> None:
         if not act(link, message):
-            original(link, message, *rest, **more)
+            original(link, message, payload, done, *rest, **more)
+        elif done is not None:
+            done()
 
     monkeypatch.setattr(Link, "send", send)
 
