@@ -299,7 +299,7 @@ def test_agent_without_clients_ends(tmp_path: Path) -> None:
 
 
 def test_agent_too_little_memory_is_refused_at_start(tmp_path: Path) -> None:
-    world = Nodes(tmp_path, 1, state_bytes=2**45)
+    world = Nodes(tmp_path, 1, state_bytes=2**43, bucket_bytes=64 << 20)
     with pytest.raises(MemoryTooSmall, match="is available"):
         world.start(0)
 
