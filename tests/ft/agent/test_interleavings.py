@@ -1,5 +1,6 @@
 """Nobody waits in vain: links and agents are lost at the moments that hurt, and every rank still gets its bytes."""
 
+import functools
 import selectors
 import threading
 from pathlib import Path
@@ -236,6 +237,27 @@ def test_remote_read_damage_and_broken_link_delivers_every_bucket(
         assert b"".join(link.parts[index] for index in range(total)) == bytes(world.content(1, 2))
         assert seen.count(0) > 1
         assert not reader.reads.awaited
+
+
+def test_remote_read_slow_worker_has_few_buckets_under_way(tmp_path: Path) -> None:
+    class SlowWorkerLink(WorkerLink):
+        def send(self, message: Any, payload: Any = None, done: Any = None) -> None:
+            super().send(message, payload)
+            taken.append(done)
+
+    with team(tmp_path, 3, 1, chunk=8) as world:
+        world.recover(2)
+        reader, link, taken = world.agents[0], SlowWorkerLink(), list[Any]()
+        decided = reader.state.decided
+        assert decided is not None
+        reader.reads.for_worker(link, Read(epoch=2, snapshot=decided, owner=1, first=0, count=16))  # type: ignore[arg-type]
+        for expected in range(2, 17):
+            world.until(functools.partial(link.parts.__contains__, expected - 1), "the next bucket")
+            for _ in range(20):
+                world.turn()
+            assert len(link.parts) == expected
+            taken.pop(0)()
+        assert b"".join(link.parts[index] for index in range(16)) == bytes(world.content(1, 2))
 
 
 def test_remote_read_outlives_next_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
