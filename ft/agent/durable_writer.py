@@ -26,7 +26,6 @@ from keepwarm.ft.format.writer import age_notes, write_part_blocks
 from keepwarm.ft.memory.sealed_data import BucketRotten, SealedData
 from keepwarm.ft.protocol import events
 from keepwarm.ft.protocol.messages import SnapshotId
-from keepwarm.ft.protocol.state import Copy
 
 RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 """Seconds until a write that the disk refused is tried again, doubled each time, up to the longest."""
@@ -131,7 +130,7 @@ class DurableWriter:
             publishes=first, abandoned=self._abandoned,
         )  # fmt: skip
         sealed = SealedData(
-            shell.memory.data[copy.data].data, _sums(copy, shell.config.slot), shell.config.bucket_bytes
+            shell.memory.data[copy.data].data, copy.data_sums(shell.config.slot), shell.config.bucket_bytes
         )
         shell.pool.follow(self._pool.submit(self._write, task, sealed), partial(self._written, snapshot))
 
@@ -247,8 +246,3 @@ class DurableWriter:
         else:
             self._shell.journal.write("warning", "a restart prefers a checkpoint of a later epoch", folder=final)
         publication.prune(self._root, self._config.keep, self._config.keep_every, published=final)
-
-
-def _sums(copy: Copy, slot: int) -> tuple[int, ...]:
-    """Return the checksums of all buckets of a copy's data buffer on its own node, `slot`."""
-    return tuple(value for stripe in copy.group.data_stripes(slot) for value in copy.chunk_sums(slot, stripe))

@@ -7,6 +7,7 @@ The owner does not send a bucket that has rotted: its group decodes the chunk, a
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -19,6 +20,9 @@ from keepwarm.ft.protocol.messages import READ_STRIPE, Part, Read, SnapshotId, W
 from keepwarm.ft.protocol.state import Copy
 from keepwarm.ft.transport.link import Link
 
+WINDOW = 2
+"""Buckets of one owner that are under way to one worker. More are requested as it takes them."""
+
 
 @dataclass
 class Wanted:
@@ -26,6 +30,10 @@ class Wanted:
 
     read: Read
     missing: set[int] = field(default_factory=set)
+    asked: set[int] = field(default_factory=set)
+    """Those of `missing` that the owner was asked for."""
+    passing: int = 0
+    """Buckets in memory, on their way to the worker."""
 
 
 class Reads:
@@ -53,13 +61,13 @@ class Reads:
             wanted = self._wanted[link, read.owner] = Wanted(read)
         wanted.missing.update(range(read.first, read.first + read.count))
         self._shell.connect_peers(everyone=False)
-        self._ask(read.owner, wanted, range(read.first, read.first + read.count))
+        self._more(link, wanted)
 
     def connected(self, slot: int) -> None:
         """Request parts that may have been lost with the previous link. Receiving one twice is harmless."""
         for (link, owner), wanted in self._wanted.items():
             if owner == slot and not link.closed:
-                self._ask(owner, wanted, wanted.missing)
+                self._ask(owner, wanted, wanted.asked)
 
     def target(self, part: Part, size: int) -> memoryview | None:
         fits = size <= self._shell.config.bucket_bytes
@@ -74,8 +82,23 @@ class Reads:
             self._ask(part.owner, waiting[0][1], [part.index])
             return
         for link, wanted in waiting:
-            link.send(part, payload)
             wanted.missing.discard(part.index)
+            wanted.asked.discard(part.index)
+            wanted.passing += 1
+            link.send(part, payload, partial(self._taken, link, wanted))
+
+    def _taken(self, link: Link, wanted: Wanted) -> None:
+        """Request the next bucket, as the worker has taken one."""
+        wanted.passing -= 1
+        self._more(link, wanted)
+
+    def _more(self, link: Link, wanted: Wanted) -> None:
+        """Request as many buckets as the window allows: a slow worker must not fill the agent's memory."""
+        room = WINDOW - wanted.passing - len(wanted.asked)
+        new = sorted(wanted.missing - wanted.asked)[: max(room, 0)]
+        if new and not link.closed:
+            wanted.asked.update(new)
+            self._ask(wanted.read.owner, wanted, new)
 
     def _waiting(self, part: Part) -> list[tuple[Link, Wanted]]:
         return [

@@ -5,10 +5,7 @@ Targets repeat their request to the decoder while nothing arrives, and decoders 
 them is gone for longer than `silence`, the next epoch makes a new plan.
 """
 
-import itertools
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
 
 import msgspec
 import numpy as np
@@ -17,137 +14,59 @@ import xxhash
 from keepwarm.ft.agent.outbox import Job, Source, part_pieces
 from keepwarm.ft.agent.shell import Shell
 from keepwarm.ft.arrays import Bytes
-from keepwarm.ft.codec.reed_solomon import Codec
 from keepwarm.ft.memory.shared_memory import bucket_sums
+from keepwarm.ft.memory.stripe_decoder import StripeDecoder
 from keepwarm.ft.protocol import events
+from keepwarm.ft.protocol.decode_attempts import DecodeAttempts
 from keepwarm.ft.protocol.messages import ChunkLost, ChunkRecord, ChunkWrong, Decode, Fetch, Part, SnapshotId, digest
 from keepwarm.ft.protocol.parity_placement import StripeGroup
+from keepwarm.ft.transport.link import Link
 
 RETRY = 1.0
 """Seconds without progress after which a fetch or rebuilt chunk is requested again."""
-DAMAGED_FETCHES = 3
-"""Number of times that a chunk arrives other than it was sent before its holder is left out."""
 Key = tuple[SnapshotId, int]
 
 
 class Decoding:
-    """One stripe for this agent to rebuild, and the k chunks it gathers, each as long as the longest data chunk.
+    """One stripe for this agent to rebuild: what is wanted, and the pass over it that is in progress.
 
-    Data chunks have known digests, but a parity chunk may be wrong and match its own. What is decoded is therefore
-    compared with the digests of the data; if it differs, other parity chunks are tried.
+    Decoded buckets are sent at once, the last one only after all data turned out right. If they did not, another pass
+    sends all of them again. A holder's link is paused while its bucket waits for those of the others.
     """
 
-    def __init__(self, order: Decode, group: StripeGroup, bucket_bytes: int) -> None:
-        self.order, self.group, self.bucket_bytes = order, group, bucket_bytes
+    def __init__(self, order: Decode, group: StripeGroup) -> None:
+        self.order, self.attempts = order, DecodeAttempts(order, group)
         self.targets = set(order.targets)
-        self.buckets = max(order.counts, default=0)
-        slots = (*group.sources(order.stripe), *group.parities(order.stripe))
-        self.columns = {slot: column for column, slot in enumerate(slots)}
-        self.using: tuple[int, ...] = order.sources
-        self.chunks: dict[int, Bytes] = {}
-        self.digests: dict[int, int] = {}
-        """Digest of every chunk as its holder sent it."""
-        self.next: dict[int, int] = {}
-        self.done: set[int] = set()
-        self.heard = 0.0
-        self._failed: set[tuple[int, ...]] = set()
-        self._damaged = Counter[int]()
-
-    def start(self, now: float) -> None:
-        """Allocate the memory. Only one stripe per agent is decoded at a time."""
-        for slot in self.using:
-            if slot not in self.chunks:
-                self.chunks[slot] = np.zeros(self.buckets * self.bucket_bytes, np.uint8)
-                self.next[slot] = 0
-        self.heard = now
+        self.serving: frozenset[int] = frozenset()
+        """Targets of the pass."""
+        self.decoder: StripeDecoder | None = None
+        self.ended = False
+        """Whether everything of the pass has been queued."""
+        self.heard = self.asked = 0.0
+        self._paused: list[Link] = []
 
     @property
-    def complete(self) -> bool:
-        return self.done.issuperset(self.using)
+    def key(self) -> Key:
+        return self.order.snapshot, self.order.stripe
 
     @property
     def awaited(self) -> set[int]:
-        return set(self.using) - self.done if self.chunks else set()
+        return self.decoder.awaited if self.decoder is not None else set()
 
-    @property
-    def holders(self) -> tuple[int, ...]:
-        return (*self.order.sources, *self.order.spares)
+    def restart(self) -> None:
+        """Give up the pass, so that the next one begins."""
+        self.decoder = None
+        self.resume()
 
-    def damaged(self, slot: int) -> bool:
-        """Gather a chunk again that arrived damaged. Return False if that has happened too often."""
-        self._damaged[slot] += 1
-        self.next[slot] = 0
-        self.done.discard(slot)
-        return self._damaged[slot] < DAMAGED_FETCHES
+    def pause(self, link: Link) -> None:
+        link.pause()
+        self._paused.append(link)
 
-    def try_others(self, without: int | None = None) -> bool:
-        """Use other holders: all those of data and other parity, without one. Return False if none are left.
-
-        A wrong choice of parity fails with any data, so no others need to be tried.
-        """
-        if without is None:
-            self._failed.add(tuple(sorted(self.using)))
-        else:
-            self._damaged[without] = DAMAGED_FETCHES
-        here = [slot for slot in self.holders if self._damaged[slot] < DAMAGED_FETCHES and slot not in self.targets]
-        data = [slot for slot in here if self.columns[slot] < self.group.data]
-        parity = [slot for slot in here if slot not in data]
-        for chosen in itertools.combinations(parity, self.group.data - len(data)):
-            if tuple(sorted((*data, *chosen))) not in self._failed:
-                self.using = (*data, *chosen)
-                return True
-        return False
-
-    def solve(self, codec: Codec, targets: Sequence[int], length: int) -> "Solution":
-        """Decode the chunks of `targets`, each of `length` buckets, from those that were gathered."""
-        order, size = self.order, self.bucket_bytes
-        for slot in self.using:
-            column = self.columns[slot]
-            digest_, count = self.digests[slot], length
-            if column < self.group.data:
-                digest_, count = order.digests[column], order.counts[column]
-            if not self._matches(self.chunks[slot], digest_, count):
-                return Solution(damaged=slot)
-        seen = {slot for slot in self.columns if self._reference(slot)} - set(self.using)
-        out = {slot: np.zeros(self.buckets * size, np.uint8) for slot in seen.difference(targets)}
-        out |= {slot: np.zeros(length * size, np.uint8) for slot in targets}
-        gathered = {self.columns[slot]: self.chunks[slot] for slot in self.using}
-        rest = {self.columns[slot]: chunk[: self.buckets * size] for slot, chunk in out.items()}
-        codec.decode(gathered, rest)
-        for slot, chunk in out.items():
-            column = self.columns[slot]
-            if column < self.group.data and not self._matches(chunk, order.digests[column], order.counts[column]):
-                return Solution(mismatch=slot)
-        wrong = [slot for slot in self.done - set(self.using) if not np.array_equal(
-            out[slot][: self.buckets * size], self.chunks[slot])]  # fmt: skip
-        counts = {slot: order.counts[self.columns[slot]] if self.columns[slot] < self.group.data else length
-                  for slot in targets}  # fmt: skip
-        chunks = {slot: (out[slot], bucket_sums(out[slot][: counts[slot] * size], size)) for slot in targets}
-        return Solution(chunks=chunks, wrong=tuple(wrong))
-
-    def _reference(self, slot: int) -> bool:
-        """Return whether the slot's chunk is known, as all data is, or was gathered for an earlier attempt."""
-        return self.columns[slot] < self.group.data or slot in self.done
-
-    def _matches(self, chunk: Bytes, expected: int, count: int) -> bool:
-        """Return whether the chunk's `count` buckets have the digest. Those after the longest data chunk are zeros."""
-        size = self.bucket_bytes
-        sums = bucket_sums(chunk[: count * size], size)
-        zeros = xxhash.xxh3_64_intdigest(bytes(size)) if count > len(sums) else 0
-        return digest((*sums, *itertools.repeat(zeros, count - len(sums)))) == expected
-
-
-@dataclass(frozen=True, kw_only=True)
-class Solution:
-    """Result of decoding: the chunks with their bucket checksums, or why there are none."""
-
-    chunks: Mapping[int, tuple[Bytes, tuple[int, ...]]] = field(default_factory=dict)
-    wrong: tuple[int, ...] = ()
-    """Holders of chunks that an earlier attempt used and that differ from what was decoded."""
-    damaged: int | None = None
-    """Holder of a chunk that is not the one that was sent."""
-    mismatch: int | None = None
-    """Slot of a data chunk that would be another one than was written."""
+    def resume(self) -> None:
+        """Read on from all holders."""
+        paused, self._paused = self._paused, []
+        for link in paused:
+            link.resume()
 
 
 class Filling:
@@ -156,6 +75,7 @@ class Filling:
     def __init__(self, order: Decode, decoder: int, now: float) -> None:
         self.order, self.decoder, self.heard = order, decoder, now
         self.sums: dict[int, int] = {}
+        """Checksums of the buckets that are in memory."""
 
 
 class Repair:
@@ -167,6 +87,10 @@ class Repair:
         """Queue of decodings. The first one is in progress."""
         self._filling: dict[Key, Filling] = {}
         self._absent: dict[int, float] = {}
+        self._buckets: dict[int, Bytes] = {}
+        """Memory for decoding, a bucket for each member of the group, from the first time on."""
+        self._uses = 0
+        """Threads and links that use the buckets. Nothing else is decoded until they are done, even in a new epoch."""
         self.rebuilt = 0
 
     @property
@@ -181,9 +105,12 @@ class Repair:
 
     def begin_epoch(self) -> None:
         """Discard all repairs of earlier epochs."""
+        dropped = list(self._decoding.values())
         self._decoding.clear()
         self._filling.clear()
         self._absent.clear()
+        for decoding in dropped:
+            decoding.restart()
 
     def follow(self, orders: Sequence[tuple[int, Decode]]) -> None:
         """Expect chunks decoded for this agent, then decode those assigned to it. `orders` are (decoder, order)."""
@@ -200,10 +127,12 @@ class Repair:
         self._shell.dispatch(events.EpochNeeded(self._shell.state.epoch, reason))
 
     def tick(self, now: float) -> None:
-        for decoding in list(self._decoding.values())[:1]:
-            if not decoding.complete and now - decoding.heard > RETRY:
-                decoding.heard = now
-                self._fetch(decoding)
+        decoding = self._first
+        if decoding is not None and decoding.decoder is not None:
+            if now - decoding.heard > self._shell.config.silence:
+                decoding.resume()  # no link is held up for ever; what is dropped is requested again
+            if not self._uses and now - max(decoding.heard, decoding.asked) > RETRY:
+                self._fetch(decoding, decoding.decoder.late)
         for filling in self._filling.values():
             if now - filling.heard > RETRY:
                 self._ask(filling, now)
@@ -211,9 +140,9 @@ class Repair:
 
     def connected(self, slot: int) -> None:
         """Repeat the requests that were pending on the previous link to `slot`."""
-        for decoding in list(self._decoding.values())[:1]:
-            if slot in decoding.awaited:
-                self._fetch(decoding)
+        decoding = self._first
+        if decoding is not None and decoding.decoder is not None:
+            self._fetch(decoding, decoding.decoder.late & {slot})
         for filling in self._filling.values():
             if slot == filling.decoder:
                 self._ask(filling, self._shell.clock())
@@ -248,53 +177,76 @@ class Repair:
         if shell.config.slot in order.targets:
             self._filling.setdefault(key, Filling(order, shell.config.slot, shell.clock()))
         if (running := self._decoding.get(key)) is not None:
-            running.targets.update(slot for slot in order.targets if slot not in running.using)
+            running.targets.update(slot for slot in order.targets if slot not in running.attempts.using)
             return
-        links = [shell.network.links.get(slot) for slot in order.targets]
-        if all(link is not None and shell.outbox.holds(link, *key) for link in links):
+        self._decoding[key] = Decoding(order, shell.state.group)
+        self._advance()
+
+    @property
+    def _first(self) -> Decoding | None:
+        return next(iter(self._decoding.values()), None)
+
+    def _advance(self) -> None:
+        """Go on with the first stripe of the queue: decode its next bucket once all of it is here."""
+        decoding = self._first
+        if decoding is None or self._uses:
             return
-        self._decoding[key] = Decoding(order, shell.state.group, shell.config.bucket_bytes)
-        self._next()
-
-    def _next(self) -> None:
-        first = next(iter(self._decoding.values()), None)
-        if first is not None and not first.chunks:
-            first.start(self._shell.clock())
-            self._fetch(first)
-
-    def _fetch(self, decoding: Decoding) -> None:
-        """Request the missing source buckets. This agent's own chunk is copied."""
         shell, order = self._shell, decoding.order
-        copy = shell.state.copy(order.snapshot)
-        for slot in decoding.using:
-            if slot in decoding.done:
-                continue
-            if slot != shell.config.slot:
-                link = shell.network.links.get(slot)
-                if link is not None:
-                    start = decoding.next[slot]
-                    link.send(Fetch(epoch=order.epoch, snapshot=order.snapshot, stripe=order.stripe, start=start))
-            elif copy is not None and order.stripe in copy.good:
-                chunk, record = shell.memory.chunk(copy.data, copy.parity, order.stripe), copy.good[order.stripe]
-                count = min(record.count, decoding.buckets) * decoding.bucket_bytes
-                decoding.chunks[slot][:count] = chunk[:count]
-                decoding.digests[slot] = record.digest
-                decoding.done.add(slot)
-            else:
-                self._without(decoding, slot, f"slot {slot} has lost its chunk of stripe {order.stripe}")
+        decoder = decoding.decoder or self._begin(decoding)
+        if decoder.complete:
+            self._finish(decoding, decoder)
+            return
+        mine = shell.config.slot
+        if mine in decoder.late:
+            copy = shell.state.copy(order.snapshot)
+            if copy is None or order.stripe not in copy.good:
+                self._without(decoding, mine, f"slot {mine} has lost its chunk of stripe {order.stripe}")
                 return
-        if decoding.complete:
-            self._solve(decoding)
+            record = copy.good[order.stripe]
+            chunk = shell.memory.chunk(copy.data, copy.parity, order.stripe)
+            decoder.copy(mine, chunk[: record.count * shell.config.bucket_bytes])
+            decoder.claims[mine] = record.digest, record.count
+        if decoder.ready:
+            self._uses += 1
+            shell.pool.run(decoder.decode, lambda _: self._decoded(decoding, decoder))
+
+    def _begin(self, decoding: Decoding) -> StripeDecoder:
+        shell, attempts = self._shell, decoding.attempts
+        group = shell.state.group
+        for slot in group.members:
+            if slot not in self._buckets:
+                self._buckets[slot] = np.zeros(shell.config.bucket_bytes, np.uint8)
+        decoding.serving, decoding.ended = frozenset(decoding.targets), False
+        decoding.heard = shell.clock()
+        decoding.decoder = decoder = StripeDecoder(
+            shell.codec, group, decoding.order, self._buckets, using=attempts.using,
+            wanted=decoding.serving | attempts.suspects,
+        )  # fmt: skip
+        self._fetch(decoding, decoder.late)
+        return decoder
+
+    def _fetch(self, decoding: Decoding, slots: Collection[int]) -> None:
+        """Request the missing buckets of some holders."""
+        shell, order, decoder = self._shell, decoding.order, decoding.decoder
+        assert decoder is not None
+        decoding.asked = shell.clock()
+        for slot in sorted(slots):
+            link = shell.network.links.get(slot)
+            if link is not None:
+                start = decoder.start(slot)
+                link.send(Fetch(epoch=order.epoch, snapshot=order.snapshot, stripe=order.stripe, start=start))
 
     def _gathered(self, part: Part, decoding: Decoding) -> None:
+        """Note a holder's bucket, and read on from it only when the stripe is at its next one."""
+        decoder, link = decoding.decoder, self._shell.network.links.get(part.owner)
+        if decoder is None or not decoder.arrived(part.owner, part.index, part.size):
+            return
+        if part.count <= self._shell.memory.shape.chunk:
+            decoder.claims[part.owner] = part.digest, part.count
         decoding.heard = self._shell.clock()
-        if part.index == decoding.next[part.owner]:
-            decoding.next[part.owner] += 1
-        if decoding.next[part.owner] >= min(part.count, decoding.buckets) and part.owner not in decoding.done:
-            decoding.digests[part.owner] = part.digest
-            decoding.done.add(part.owner)
-            if decoding.complete:
-                self._solve(decoding)
+        if link is not None and part.owner in decoder.awaited:
+            decoding.pause(link)
+        self._advance()
 
     def source_lost(self, sender: int, lost: ChunkLost) -> None:
         """Do without a source that has lost its chunk since."""
@@ -305,94 +257,136 @@ class Repair:
     def _without(self, decoding: Decoding, slot: int, why: str) -> None:
         """Use other holders than `slot`. If there are too few, only another choice can help a restore."""
         order, shell = decoding.order, self._shell
-        if decoding.try_others(without=slot):
-            decoding.start(shell.clock())
-            self._fetch(decoding)
-            return
-        self._drop(decoding)
-        shell.journal.write("error", "a stripe cannot be repaired", stripe=order.stripe, reason=why)
-        if order.snapshot == shell.state.decided != shell.state.committed:
-            self._request_epoch(f"{why}, and others need it")
-        self._next()
+        if decoding.attempts.without(slot, decoding.targets):
+            decoding.restart()
+        else:
+            self._drop(decoding)
+            shell.journal.write("error", "a stripe cannot be repaired", stripe=order.stripe, reason=why)
+            if order.snapshot == shell.state.decided != shell.state.committed:
+                self._request_epoch(f"{why}, and others need it")
+        self._advance()
 
     def _drop(self, decoding: Decoding) -> None:
-        self._decoding.pop((decoding.order.snapshot, decoding.order.stripe), None)
+        if self._decoding.get(decoding.key) is decoding:
+            del self._decoding[decoding.key]
+        decoding.restart()
 
-    def _solve(self, decoding: Decoding) -> None:
-        shell, order = self._shell, decoding.order
-        targets = tuple(sorted(decoding.targets))
-
-        def solved(solution: Solution) -> None:
-            if self._decoding.get((order.snapshot, order.stripe)) is not decoding:
+    def _decoded(self, decoding: Decoding, decoder: StripeDecoder) -> None:
+        """Send a decoded bucket: the last one, without which no chunk counts, only if all data are right."""
+        self._uses -= 1
+        if decoding.decoder is not decoder:  # given up in the meantime
+            self._advance()
+            return
+        decoding.heard = self._shell.clock()
+        if decoder.last:
+            if (slot := decoder.damaged()) is not None:
+                self._damaged(decoding, slot)
                 return
-            if solution.damaged is not None:
-                self._damaged(decoding, solution.damaged)
-            elif solution.mismatch is not None:
-                self._mismatch(decoding, solution.mismatch)
-            else:
-                self._deliver_all(decoding, solution)
+            if (slot := decoder.mismatch()) is not None:
+                self._mismatch(decoding, decoder, slot)
+                return
+        self._uses += 1
+        for slot in sorted(decoding.serving):
+            if decoder.index < decoder.length(slot):
+                self._send(decoding, decoder, slot, decoder.index)
+        decoder.advance()
+        decoding.resume()
+        self._used()
 
-        shell.pool.run(lambda: decoding.solve(shell.codec, targets, shell.memory.shape.chunk), solved)
+    def _used(self) -> None:
+        """Go on once nothing uses the buckets any more."""
+        self._uses -= 1
+        if not self._uses:
+            self._advance()
 
     def _damaged(self, decoding: Decoding, slot: int) -> None:
-        stripe = decoding.order.stripe
-        self._shell.journal.write("warning", "a chunk arrived other than it was sent", owner=slot, stripe=stripe)
-        if decoding.damaged(slot):
-            self._fetch(decoding)
-        else:
-            self._without(decoding, slot, f"the chunk of slot {slot} of stripe {stripe} cannot be read")
+        """Gather the stripe again, at last without the slot. A damaged chunk of this agent's is corrupt in memory."""
+        shell, order = self._shell, decoding.order
+        mine = slot == shell.config.slot
+        if not mine:
+            shell.journal.write(
+                "warning", "a chunk arrived other than it was sent", owner=slot, stripe=order.stripe
+            )  # fmt: skip
+        if not mine and decoding.attempts.damaged(slot):
+            decoding.restart()
+            self._advance()
+            return
+        self._without(decoding, slot, f"the chunk of slot {slot} of stripe {order.stripe} cannot be read")
+        if mine:
+            shell.dispatch(events.Scrubbed(order.snapshot, order.stripe, False))
 
-    def _mismatch(self, decoding: Decoding, slot: int) -> None:
+    def _mismatch(self, decoding: Decoding, decoder: StripeDecoder, slot: int) -> None:
         """Try other parity, since one of the chunks is wrong. Exclude all of them if none is left."""
-        order, shell = decoding.order, self._shell
+        order, shell, attempts = decoding.order, self._shell, decoding.attempts
         shell.journal.write(
-            "error", "chunks of a stripe do not belong together", stripe=order.stripe, holders=decoding.using,
+            "error", "chunks of a stripe do not belong together", stripe=order.stripe, holders=attempts.using,
             reason=f"the chunk decoded for slot {slot} does not match its digest",
         )  # fmt: skip
-        if decoding.try_others():
-            decoding.start(shell.clock())
-            self._fetch(decoding)
-            return
-        self._drop(decoding)
-        shell.dispatch(events.DecodeFailed(order.snapshot, order.stripe, decoding.holders))
-        self._next()
+        if attempts.mismatch(decoder.digests, decoding.targets):
+            decoding.restart()
+        else:
+            self._drop(decoding)
+            shell.dispatch(events.DecodeFailed(order.snapshot, order.stripe, attempts.holders))
+        self._advance()
 
-    def _deliver_all(self, decoding: Decoding, solution: Solution) -> None:
+    def _finish(self, decoding: Decoding, decoder: StripeDecoder) -> None:
+        """End a pass that succeeded. First send what follows the longest data chunk, and a part for empty chunks."""
         shell, order = self._shell, decoding.order
-        for slot, (chunk, sums) in solution.chunks.items():
-            self._deliver(order, slot, chunk, sums)
-        decoding.targets.difference_update(solution.chunks)
-        for slot in solution.wrong:
-            decoding.done.discard(slot)  # its owner has it decoded, so what was gathered says nothing about it any more
+        if not decoding.ended:
+            decoding.ended = True
+            self._uses += 1
+            for slot in sorted(decoding.serving):
+                decoder.outputs[slot].fill(0)
+                first, stop = decoder.buckets, self._count(decoder, order, slot)
+                for index in range(first, stop) if stop else (0,):
+                    self._send(decoding, decoder, slot, index)
+            self._used()
+            return
+        wrong = set(decoding.attempts.wrong(decoder.digests)) - decoding.serving
+        # Their owners get them decoded, so what was gathered says nothing about them any more.
+        decoding.attempts.replaced(wrong | decoding.serving)
+        decoding.targets -= decoding.serving
+        if decoding.targets:  # more asked in the meantime
+            decoding.restart()
+        else:
+            self._drop(decoding)
+        for slot in sorted(wrong):
             if slot == shell.config.slot:
                 shell.dispatch(events.Scrubbed(order.snapshot, order.stripe, False))
             elif (link := shell.network.links.get(slot)) is not None:
                 link.send(ChunkWrong(epoch=order.epoch, snapshot=order.snapshot, stripe=order.stripe))
-        if decoding.targets:  # more targets asked in the meantime
-            self._solve(decoding)
-            return
-        self._drop(decoding)
-        self._next()
+        self._advance()
 
-    def _deliver(self, order: Decode, slot: int, chunk: Bytes, sums: tuple[int, ...]) -> None:
-        """Deliver a decoded chunk to its owner, local or remote."""
-        shell = self._shell
-        size = shell.config.bucket_bytes
-        source = Source(order.epoch, order.snapshot, order.stripe, slot, sums, digest(sums))
-        pieces = part_pieces(
-            source, source.indices, lambda index: chunk[index * size : (index + 1) * size if sums else 0]
-        )
-        if slot != shell.config.slot:
-            link = shell.network.links.get(slot)
-            if link is not None:
-                shell.outbox.add(link, Job(order.snapshot, order.stripe, pieces))
-            return
-        for part, payload in pieces:
-            assert isinstance(part, Part)
-            target = self.target(part, part.size)
-            if target is not None and payload is not None:
-                target[:] = payload
-                self.part(part, target)
+    def _count(self, decoder: StripeDecoder, order: Decode, slot: int) -> int:
+        """Return the number of buckets of a rebuilt chunk. Parity is as long as the longest that the job allows."""
+        column = decoder.column[slot]
+        return order.counts[column] if column < self._shell.state.group.data else self._shell.memory.shape.chunk
+
+    def _send(self, decoding: Decoding, decoder: StripeDecoder, slot: int, index: int) -> None:
+        """Deliver a bucket to its owner, local or remote. Its memory is in use until then.
+
+        The digest of parity is known with its last bucket.
+        """
+        shell, order, column = self._shell, decoding.order, decoder.column[slot]
+        count = self._count(decoder, order, slot)
+        data = decoder.outputs[slot][: None if count else 0]
+        if column < shell.state.group.data:
+            digest_ = order.digests[column]
+        else:
+            digest_ = decoder.whole_digest(slot, count) if index == count - 1 else 0
+        sum_ = decoder.sums[slot] if not decoder.complete else xxhash.xxh3_64_intdigest(data.data)
+        part = Part(
+            epoch=order.epoch, snapshot=order.snapshot, stripe=order.stripe, owner=slot, index=index, count=count,
+            sum=sum_, size=len(data), digest=digest_,
+        )  # fmt: skip
+        if slot == shell.config.slot:
+            room = self.target(part, part.size)
+            if room is not None:
+                room[:] = data.data
+                self.part(part, room)
+        elif (link := shell.network.links.get(slot)) is not None:
+            self._uses += 1
+            link.send(part, data.data, self._used)
 
     # ---- incoming parts
 
@@ -405,19 +399,22 @@ class Repair:
             return None
         if part.owner == shell.config.slot:
             copy = shell.state.copy(part.snapshot)
-            if key not in self._filling or copy is None or part.stripe in copy.good:
+            filling = self._filling.get(key)
+            if filling is None or copy is None or part.stripe in copy.good:
                 return None
             chunk = shell.memory.chunk(copy.data, copy.parity, part.stripe)
-            return chunk[start : start + size].data if start + size <= len(chunk) else None
+            if start + size > len(chunk):
+                return None
+            filling.sums.pop(part.index, None)  # what was there is overwritten, and perhaps not completely
+            return chunk[start : start + size].data
         decoding = self._decoding.get(key)
-        if decoding is None or part.owner not in decoding.chunks or part.owner in decoding.done:
+        if decoding is None or decoding.decoder is None:
             return None
-        chunk = decoding.chunks[part.owner]
-        return chunk[start : start + size].data if start + size <= len(chunk) else np.empty(size, np.uint8).data
+        return decoding.decoder.room(part.owner, part.index, size)
 
     def part(self, part: Part, payload: memoryview | None) -> None:
         """Handle a part. Without a payload it was not wanted. A damaged part is requested again later."""
-        if payload is None:
+        if payload is None or part.epoch != self._shell.state.epoch:
             return
         if xxhash.xxh3_64_intdigest(payload) != part.sum:
             self._shell.journal.write("warning", "a part was damaged on its way", owner=part.owner, index=part.index)
@@ -430,8 +427,8 @@ class Repair:
             self._heard(filling.decoder)
             if part.size:
                 filling.sums[part.index] = part.sum
-            if len(filling.sums) == part.count:
-                self._filled(part, filling)
+            if len(filling.sums) == part.count and part.index == max(part.count, 1) - 1:
+                self._filled(part, filling)  # the last one: no later pass replaces it
 
     def _heard(self, decoder: int) -> None:
         """Postpone retries for all chunks of a decoder that is active, because it sends them one after another."""

@@ -42,16 +42,17 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class HostMemory:
-    """Bytes one node's agent uses: 2 S (1 + m/k), another S with the durable tier, and receive buffers."""
+    """Bytes one node's agent uses: 2 S (1 + m/k), another S with the durable tier, and buffers of one bucket each."""
 
     data: int
     parity: int
     durable: int
     receiving: int
+    decoding: int
 
     @property
     def total(self) -> int:
-        return self.data + self.parity + self.durable + self.receiving
+        return self.data + self.parity + self.durable + self.receiving + self.decoding
 
 
 def host_memory(state_bytes: int, *, members: int, parity: int, bucket_bytes: int, durable: bool) -> HostMemory:
@@ -59,7 +60,8 @@ def host_memory(state_bytes: int, *, members: int, parity: int, bucket_bytes: in
 
     `state_bytes` is S, the bytes stored by the ranks of the group's largest node, rounded up to whole chunks. The
     buffers are allocated when the agent starts. `receiving` is the maximum in receive buffers while a snapshot is
-    coded, one bucket for each peer of the group.
+    coded, one bucket for each peer of the group, and `decoding` that while a stripe is decoded, one for each of its
+    chunks. `durable` has one bucket besides the buffer.
 
     Raises:
         PlacementError: the state has too many buckets of this size.
@@ -70,8 +72,9 @@ def host_memory(state_bytes: int, *, members: int, parity: int, bucket_bytes: in
     return HostMemory(
         data=2 * shape.data_bytes,
         parity=2 * shape.parity_bytes,
-        durable=shape.data_bytes if durable else 0,
+        durable=shape.data_bytes + bucket_bytes if durable else 0,
         receiving=(members - 1) * bucket_bytes if group.parity else 0,
+        decoding=members * bucket_bytes if group.parity else 0,
     )
 
 

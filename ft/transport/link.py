@@ -100,7 +100,8 @@ class Link:
         self.channel, self.mine, self._credentials = channel, credentials.fresh(), credentials
         self.dialled, self.label, self._expected = far.dialled, far.label, far.expected
         self.theirs: Hello | None = None
-        self.open = self.closed = self.paused = False
+        self.open = self.closed = False
+        self._pauses = 0
         self.reason = ""
         self._selector, self._handler = selector, handler
         self._cap, self._silence = limits.cap, limits.silence
@@ -169,14 +170,18 @@ class Link:
                     self._spoke = now
             self._watch(throttled=self._cap.rate is not None and self._cap.available() < min(65536, self._cap.burst))
 
+    @property
+    def paused(self) -> bool:
+        return self._pauses > 0
+
     def pause(self) -> None:
-        """Stop reading until `resume`. Backpressure makes the other side wait."""
-        self.paused = True
+        """Stop reading until `resume`, which every part that paused calls. Backpressure makes the other side wait."""
+        self._pauses += 1
         self._watch(throttled=self._throttled)
 
     def resume(self) -> None:
-        if self.paused and not self.closed:
-            self.paused = False
+        self._pauses -= 1
+        if not self.paused and not self.closed:
             self._watch(throttled=self._throttled)
             # Data already in the buffer does not make the socket readable.
             self.ready(selectors.EVENT_READ)

@@ -131,6 +131,7 @@ def _host_memory(plan: Plan) -> list[str]:
         "parity buffers": host.parity,
         "durable": host.durable,
         "receiving": host.receiving,
+        "decoding": host.decoding,
     }
     shown = ", ".join(f"{name} {size(value)}" for name, value in parts.items() if value)
     return ["", f"snapshots: {size(host.total)} of each node's host memory: {shown}"]

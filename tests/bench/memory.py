@@ -82,12 +82,12 @@ def measure(
                     wait_committed(one)
         shared, _ = resident(world.pids[0])
     plan = host_memory(stored, members=members, parity=parity, bucket_bytes=BUCKET, durable=durable)
-    buffers = plan.total - plan.receiving
+    buffers = plan.data + plan.parity + plan.durable
     return {
         "code": f"({members - parity}, {parity})", "durable": durable, "state": stored, "buffers": shared,
         "formula": buffers, "buffers_to_formula": round(shared / buffers, 4),
         "private_before": peak.before, "private_more_at_peak": peak.highest - peak.before,
-        "receive_buffers_planned": plan.receiving,
+        "receive_buffers_planned": plan.receiving + plan.decoding,
     }  # fmt: skip
 
 

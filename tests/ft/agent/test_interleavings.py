@@ -1,5 +1,6 @@
 """Nobody waits in vain: links and agents are lost at the moments that hurt, and every rank still gets its bytes."""
 
+import functools
 import selectors
 import threading
 from pathlib import Path
@@ -30,12 +31,14 @@ def replace(team: Team, *slots: int) -> None:
 
 
 def on_send(monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
-    """Call `act(link, message)` before a message is queued; what it answers with true is lost."""
+    """Call `act(link, message)` before a message is queued; what it answers with true is lost, as with its link."""
     original = Link.send
 
-    def send(link: Link, message: Any, *rest: Any, **more: Any) -> None:
+    def send(link: Link, message: Any, payload: Any = None, done: Any = None, *rest: Any, **more: Any) -> None:
         if not act(link, message):
-            original(link, message, *rest, **more)
+            original(link, message, payload, done, *rest, **more)
+        elif done is not None:
+            done()
 
     monkeypatch.setattr(Link, "send", send)
 
@@ -149,6 +152,49 @@ def test_recovery_damaged_parts_are_requested_again(tmp_path: Path, monkeypatch:
         assert {slot for slot, _, _ in damaged} == {0, 1, 2, 3}
 
 
+def test_recovery_bucket_damaged_after_it_was_whole_is_not_taken_for_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last bucket of the first pass and the first one of the second come damaged."""
+    with team(tmp_path, 3, 1) as world:
+        replace(world, 0)
+        target = world.agents[0]
+        original, seen = target.repair.part, dict[tuple[int, int], int]()
+
+        def part(part: Part, payload: Any) -> None:
+            key = part.stripe, part.index
+            seen[key] = seen.get(key, 0) + (payload is not None)
+            if payload is not None and (part.index, seen[key]) in ((2, 1), (0, 2)):
+                payload[0] ^= 255
+            original(part, payload)
+
+        monkeypatch.setattr(target.repair, "part", part)
+        world.recover(2)
+        world.check(2)
+        assert max(seen.values()) > 2
+
+
+def test_recovery_silent_source_does_not_hold_up_the_links_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Links are read on although a bucket that is decoded with theirs does not come, and the next one is not lost."""
+    with team(tmp_path, 4, 1, silence=2.0) as world:
+        replace(world, 0)
+        silent = [True]
+        on_send(monkeypatch, lambda link, m: isinstance(m, Part) and link.mine.slot == m.owner == 1 and silent[0])
+        world.begin(2, 1)
+
+        def paused() -> bool:
+            return any(link.paused for agent in world.agents.values() for link in agent.network.links.values())
+
+        world.until(paused, "a link that waits")
+        world.until(lambda: not paused(), "all links to be read")
+        silent.clear()
+        silent.append(False)
+        world.until(lambda: world.recovered(2), "the epoch")
+        world.check(2)
+
+
 class WorkerLink:
     """Where an agent sends what a worker asked for."""
 
@@ -157,8 +203,10 @@ class WorkerLink:
     def __init__(self) -> None:
         self.parts: dict[int, bytes] = {}
 
-    def send(self, message: Any, payload: Any = None, *_: Any) -> None:
+    def send(self, message: Any, payload: Any = None, done: Any = None) -> None:
         self.parts[message.index] = bytes(payload)
+        if done is not None:
+            done()
 
 
 def test_remote_read_damage_and_broken_link_delivers_every_bucket(
@@ -189,6 +237,27 @@ def test_remote_read_damage_and_broken_link_delivers_every_bucket(
         assert b"".join(link.parts[index] for index in range(total)) == bytes(world.content(1, 2))
         assert seen.count(0) > 1
         assert not reader.reads.awaited
+
+
+def test_remote_read_slow_worker_has_few_buckets_under_way(tmp_path: Path) -> None:
+    class SlowWorkerLink(WorkerLink):
+        def send(self, message: Any, payload: Any = None, done: Any = None) -> None:
+            super().send(message, payload)
+            taken.append(done)
+
+    with team(tmp_path, 3, 1, chunk=8) as world:
+        world.recover(2)
+        reader, link, taken = world.agents[0], SlowWorkerLink(), list[Any]()
+        decided = reader.state.decided
+        assert decided is not None
+        reader.reads.for_worker(link, Read(epoch=2, snapshot=decided, owner=1, first=0, count=16))  # type: ignore[arg-type]
+        for expected in range(2, 17):
+            world.until(functools.partial(link.parts.__contains__, expected - 1), "the next bucket")
+            for _ in range(20):
+                world.turn()
+            assert len(link.parts) == expected
+            taken.pop(0)()
+        assert b"".join(link.parts[index] for index in range(16)) == bytes(world.content(1, 2))
 
 
 def test_remote_read_outlives_next_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -391,8 +391,10 @@ class WorkerLink:
     def __init__(self) -> None:
         self.parts: dict[int, bytes] = {}
 
-    def send(self, message: Any, payload: Any = None, *_: Any) -> None:
+    def send(self, message: Any, payload: Any = None, done: Any = None) -> None:
         self.parts[message.index] = bytes(payload)
+        if done is not None:
+            done()
 
 
 def test_remote_read_of_rotten_memory_delivers_what_was_sealed(tmp_path: Path) -> None:

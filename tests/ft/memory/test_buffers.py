@@ -12,11 +12,11 @@ MIB = 1 << 20
 
 def test_host_memory_matches_hand_calculation() -> None:
     memory = host_memory(96 * MIB, members=6, parity=2, bucket_bytes=8 * MIB, durable=True)
-    assert (memory.data, memory.parity, memory.durable) == (192 * MIB, 96 * MIB, 96 * MIB)
-    assert memory.receiving == 5 * 8 * MIB
-    assert memory.total == 424 * MIB
+    assert (memory.data, memory.parity, memory.durable) == (192 * MIB, 96 * MIB, 104 * MIB)
+    assert (memory.receiving, memory.decoding) == (5 * 8 * MIB, 6 * 8 * MIB)
+    assert memory.total == 480 * MIB
     alone = host_memory(90 * MIB, members=1, parity=1, bucket_bytes=8 * MIB, durable=False)
-    assert (alone.data, alone.parity, alone.durable, alone.receiving) == (192 * MIB, 0, 0, 0)
+    assert (alone.data, alone.total) == (192 * MIB, 192 * MIB)
 
 
 @pytest.mark.parametrize(("members", "parity", "chunk"), [(4, 2, 3), (3, 1, 5), (1, 0, 2)])

@@ -105,6 +105,7 @@ def test_plan_host_memory_covers_snapshots_of_the_largest_node() -> None:
     host = made.host_memory
     assert host is not None
     state = made.parameters * 12 / 4 + META_BYTES
-    assert state <= host.durable < state + 3 * bucket
-    assert (host.data, host.parity) == (2 * host.durable, 2 * host.durable)
+    assert state <= host.durable - bucket < state + 3 * bucket
+    assert (host.data, host.parity) == (2 * (host.durable - bucket), 2 * (host.durable - bucket))
+    assert (host.receiving, host.decoding) == (3 * bucket, 4 * bucket)
     assert plan().host_memory is None
