@@ -16,18 +16,19 @@ _OTHER_MARKS = {
 _KEYS = 8
 
 
-def parse_json(raw: bytes, *, unique_keys: bool = True) -> Any:
+def parse_json(raw: bytes, *, unique_keys: bool = True, whole: bool = True) -> Any:
     """Return the value of a JSON text in UTF-8, with or without a byte-order mark.
 
     Args:
         unique_keys: refuse duplicate keys and lone surrogates, which no file that a program configures itself from
             may have; otherwise the last of equal keys counts, as in other readers.
+        whole: `raw` is a whole file, which may begin with the mark of another encoding.
 
     Raises:
         ValueError: it is not JSON in UTF-8, is nested too deep, or has an integer of more digits than Python reads;
             one line, without the name of the file.
     """
-    text = decode_utf8(raw)
+    text = decode_utf8(raw, whole=whole)
     try:
         value = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
         if unique_keys and "\\ud" in text.lower():
@@ -48,7 +49,7 @@ def parse_json(raw: bytes, *, unique_keys: bool = True) -> Any:
     return value
 
 
-def decode_utf8(raw: bytes) -> str:
+def decode_utf8(raw: bytes, *, whole: bool = True) -> str:
     """Return UTF-8 bytes as text, without a byte-order mark at the beginning.
 
     Raises:
@@ -58,7 +59,7 @@ def decode_utf8(raw: bytes) -> str:
         return raw.removeprefix(BOM).decode("utf-8")
     except UnicodeDecodeError as error:
         for mark, name in _OTHER_MARKS.items():
-            if raw.startswith(mark):
+            if whole and raw.startswith(mark):
                 raise ValueError(f"{name}, not UTF-8: convert it, as with `iconv -f {name} -t UTF-8`") from None
         found = f"byte 0x{raw[error.start]:02x} at position {error.start}" if error.start < len(raw) else error.reason
         raise ValueError(f"not UTF-8: {error.reason}: {found}") from None

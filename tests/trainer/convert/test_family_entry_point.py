@@ -67,7 +67,10 @@ def test_foreign_family_imported_trained_and_exported(keepwarm: Keepwarm, tmp_pa
 @pytest.mark.parametrize(
     ("model_type", "said"),
     [
-        ("turn", "'turn' is not supported; it may be llama, mistral, qwen2, qwen3, olmo2, gpt_neox, gpt2, tern, gull"),
+        (
+            "turn",
+            "'turn' is not supported; it may be llama, mistral, qwen2, qwen3, olmo2, olmo3, smollm3, gpt_neox, gpt2, tern, gull",
+        ),
         ("gull", "model family 'gull' of the package outside-family cannot be loaded: No module"),
         ("tilt", "the model family registered as 'tilt' is of model_type 'tern'"),
     ],

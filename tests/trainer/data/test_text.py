@@ -227,3 +227,10 @@ def test_text_unknown_kind_or_missing_file_is_named(tmp_path: Path) -> None:
     assert is_text("x/a.jsonl.zst")
     with pytest.raises(DataError, match="No such file"):
         list(parts(tmp_path / "gone.jsonl", 1))
+
+
+def test_text_bytes_of_no_encoding_within_a_file_are_not_called_utf_16(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "ok"}\n\xff\xfe{"text": "x"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: not UTF-8: .*byte 0xff"):
+        [list(documents(part, "text")) for part in parts(path, 10**6)]

@@ -167,3 +167,27 @@ def test_convert_takes_ignored_fields_for_the_config_of_other_formats(tmp_path: 
     refused = CliRunner().invoke(app, command)
     assert f"{config}: logit_scale = 3.0" in str(refused.exception)
     assert CliRunner().invoke(app, [*command, "--ignore-key", "logit_scale"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        ({"is_causal": False}, "is_causal = False"),
+        ({"auto_map": {"AutoModelForCausalLM": "m.X"}, "use_x": 0}, "use_x = 0"),
+    ],
+)
+def test_config_field_that_is_off_is_refused_if_that_may_change_the_computation(
+    tmp_path: Path, extra: dict[str, object], named: str
+) -> None:
+    hf_model(*CASES["llama"]).save_pretrained(tmp_path / "hf")
+    file = tmp_path / "hf/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | extra))
+    with pytest.raises(SpecError, match=named):
+        from_huggingface(tmp_path / "hf", tmp_path / "native")
+
+
+def test_config_field_that_states_causal_attention_is_read(tmp_path: Path) -> None:
+    hf_model(*CASES["llama"]).save_pretrained(tmp_path / "hf")
+    file = tmp_path / "hf/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"is_causal": True}))
+    from_huggingface(tmp_path / "hf", tmp_path / "native")

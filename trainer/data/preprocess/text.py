@@ -138,7 +138,7 @@ def sentences(part: TextPart, bad: Sequence[BadLine]) -> list[str]:
 
 def _value(line: bytes, where: str) -> Any:
     try:
-        return parse_json(line, unique_keys=False)
+        return parse_json(line, unique_keys=False, whole=False)
     except ValueError as error:
         array = "; a JSON file is read line by line, one document in each" if line.strip() in (b"[", b"{") else ""
         raise DataError(f"{where}: {error}{array}") from None

@@ -122,13 +122,16 @@ class ConfigFields:
         if taken:
             raise SpecError(f"config.json: {taken[0]} is a field that keepwarm reads, and cannot be ignored")
         own_code = any(str(name).startswith("AutoModel") for name in self.table("auto_map"))
+        self.require("is_causal", True)  # of every family; transformers masks nothing where it is false
         unread = [
             name
             for name in sorted(set(self._config) - self._used - GENERIC)
-            if self._config[name] and not _HARMLESS.search(name)
+            if self._config[name] is not None and not _HARMLESS.search(name)
         ]
         for name in unread:
-            if name not in self._ignored and (own_code or _COMPUTING.search(name)):
+            # What is off is off here as well; with code of its own, a model may compute something then.
+            on = self._config[name] and _COMPUTING.search(name)
+            if name not in self._ignored and (own_code or on):
                 reader = "the model's own code (auto_map) may read it" if own_code else "it may change the computation"
                 raise SpecError(
                     f"config.json: {name} = {shown(self._config[name])} is not understood, and {reader}; if it changes "
