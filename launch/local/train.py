@@ -98,8 +98,10 @@ def job_file(path: Path) -> Path:
 def continued(path: Path, overrides: Sequence[str], console: Console) -> JobSpec:
     """Return the job of an existing run with overrides applied; print what they change and which edits are not used."""
     if path.is_dir():
-        if moved := [text for text in overrides if text.removeprefix("--").startswith("output=")]:
-            raise SpecError(f"override {moved[-1]}: a run stays in its folder; copy {path} and resume the copy")
+        for text in overrides:
+            key, _, place = text.removeprefix("--").partition("=")
+            if key == "output" and Path(place).resolve() != path.resolve():
+                raise SpecError(f"override {text}: a run stays in its folder; copy {path} and resume the copy")
         before, after = stored_job(path, list(overrides))
     else:
         wanted = load_job(path, overrides)
