@@ -118,12 +118,6 @@ MUTANTS = (
         "len(copy.members) < copy.group.size - 1",
     ),
     _one(
-        "stored is told to one member only",
-        "say_stored",
-        "transition.send_group(Stored(snapshot=copy.snapshot, chunks=records))",
-        "transition.emit(Send(transition.state.group.members[0], Stored(snapshot=copy.snapshot, chunks=records)))",
-    ),
-    _one(
         "a request that comes before the seal is forgotten",
         "on_want",
         "if copy is not None or snapshot.age > state.newest:",
@@ -198,16 +192,6 @@ MUTANTS = (
         "data = set(range(state.data_buffers)) - {copy.data for copy in state.copies}",
         "data = set(range(state.data_buffers)) - {copy.data for copy in state.copies if copy.candidate or copy.open}",
     ),
-    _one("a buffer that the disk has read is never free", "_handle", "if copy.phase is Phase.DURABLE:", "if False:"),
-    _two(
-        "a cancelled snapshot stays open",
-        ("stopped", "_stop"),
-        "        transition.drop(copy)\n    else:\n        transition.void(snapshot, why)",
-        "        transition.drop(copy)",
-    ),
-    _two(
-        "waiting workers are never granted", ("grant_waiting", "_grant_waiting"), "if not waiting or (", "if True or ("
-    ),
     _two("a part is taken for the whole", ("sealed", "_seal"), "len(copy.sums) == len(copy.geometry.parts)", "True"),
     Mutant(
         "a busy agent does not say that it passes",
@@ -222,19 +206,6 @@ MUTANTS = (
     ),
     # ---- links
     _two(
-        "a request after a reconnect begins too late",
-        ("_repeat", "_connected"),
-        "start = progress.next if progress else 0",
-        "start = progress.next + 1 if progress else 1",
-    ),
-    Mutant(
-        "stored is not repeated after a reconnect",
-        (
-            Edit("_repeat", "if state.slot in copy.members", "if False"),
-            Edit("_connected", "if state.slot in copy.members and slot in copy.group.members:", "if False:"),
-        ),
-    ),
-    _two(
         "facts are not repeated after a reconnect",
         ("_repeat", "_say_again"),
         "for snapshot in sorted(state.known, key=lambda each: each.age):",
@@ -246,13 +217,6 @@ MUTANTS = (
         ("advance", "_advance"),
         "if copy.phase is Phase.FILLING:",
         "if copy.phase in (Phase.FILLING, Phase.COMMITTED):",
-    ),
-    _two(
-        "rot that is found before a choice is not noted",
-        ("scrubbed", "_scrubbed"),
-        "transition.put(replace(copy, good={key: record for key, record in copy.good.items() if key != stripe}))\n"
-        "        return",
-        "return",
     ),
     _one(
         "an inventory lists only what is known to be committed",

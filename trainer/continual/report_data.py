@@ -16,7 +16,7 @@ from keepwarm.trainer.continual.forgetting import (
 )
 from keepwarm.trainer.data.ledger import Ledger
 from keepwarm.trainer.data.segment import ReplayShare, Segment, Share
-from keepwarm.trainer.data.table import UNITS
+from keepwarm.trainer.data.weights import UNITS
 from keepwarm.trainer.errors import OutputError
 from keepwarm.trainer.job.files import load_run
 from keepwarm.trainer.job.run_folder import RUN_FILE, RunFolder

@@ -30,7 +30,8 @@ from keepwarm.trainer.data.replay import (
 )
 from keepwarm.trainer.data.segment import Ranges, ReplayShare, Segment, Share, drawn, draws_before, merged, weights_of
 from keepwarm.trainer.data.spec import ReplaySpec
-from keepwarm.trainer.data.table import UNITS, Ints, quantise
+from keepwarm.trainer.data.table import Ints
+from keepwarm.trainer.data.weights import UNITS, quantise
 from keepwarm.trainer.errors import CheckpointError, DataError, SpecError
 
 

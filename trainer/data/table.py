@@ -1,52 +1,18 @@
-"""The order in which sources take turns: quantised weights, and a table in which every prefix has the right shares.
+"""The order in which sources take turns: a table in which every prefix has the right shares.
 
 The table is Tijdeman's solution of the chairman assignment problem (R. Tijdeman, 1980): with k sources of shares w_i,
 the number of samples that source i gave among the first t differs from w_i * t by at most 1 - 1/(2k - 2). NumPy only.
 """
 
 import heapq
-from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 from math import gcd
 
 import numpy as np
 import numpy.typing as npt
 
-from keepwarm.trainer.errors import SpecError
-
-UNITS = 65_536
-"""Weights are multiples of 1/UNITS."""
-
 Ints = npt.NDArray[np.int64]
-
-
-def quantise(mixture: Mapping[str, float], units_in_all: int = UNITS) -> dict[str, int]:
-    """Return weights in units of 1/65,536 that add up to `units_in_all`, by largest remainder; keys sorted.
-
-    Raises:
-        SpecError: no weights, one that is not a positive number, or one below 1/65,536 of the total.
-    """
-    if not mixture:
-        raise SpecError("mixture: names no source")
-    for name, weight in mixture.items():
-        if not 0 < weight < float("inf"):
-            raise SpecError(f"mixture.{name} = {weight} is not a positive weight")
-    names = sorted(mixture)
-    total = sum(Fraction(mixture[name]) for name in names)
-    exact = {name: Fraction(mixture[name]) / total * units_in_all for name in names}
-    for name in names:
-        if exact[name] < 1:
-            raise SpecError(
-                f"mixture.{name} is {float(exact[name] / UNITS):.2e} of the total, below the smallest share "
-                f"of 1/{UNITS:,} = {1 / UNITS:.2e}; raise it or remove the source"
-            )
-    units = {name: int(exact[name]) for name in names}
-    missing = units_in_all - sum(units.values())
-    for name in sorted(names, key=lambda name: units[name] - exact[name])[:missing]:
-        units[name] += 1
-    return units
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,7 +14,7 @@ from keepwarm.parallel.errors import LayoutError
 from keepwarm.parallel.mesh.layout import Layout, split_layers
 from keepwarm.parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
 from keepwarm.trainer.data.spec import DataSpec
-from keepwarm.trainer.data.table import UNITS, quantise
+from keepwarm.trainer.data.weights import UNITS, quantise
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.job.sections import BatchSpec, CheckpointSpec, ClusterSpec, StageSpec
 from keepwarm.trainer.job.url import is_url

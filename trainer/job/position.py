@@ -6,13 +6,15 @@ samples and tokens that were consumed, and stages that were left keep the bounda
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from keepwarm.trainer.data.ledger import Ledger
 from keepwarm.trainer.errors import CheckpointError, SpecError
 from keepwarm.trainer.job.sections import StageSpec
+
+if TYPE_CHECKING:  # NumPy would make every reading of a job slower
+    from keepwarm.trainer.data.ledger import Ledger
 
 
 class StageRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,7 +60,7 @@ def saved_spec(stage: StageSpec) -> dict[str, Any]:
     return stage.model_dump(mode="json", by_alias=True)
 
 
-def position_at(step: int, records: Sequence[StageRecord], ledger: Ledger) -> Position:
+def position_at(step: int, records: Sequence[StageRecord], ledger: "Ledger") -> Position:
     """Return the position of a run; the ledger says what was consumed."""
     starts = {mark.name: mark.start for mark in ledger.stages}
     begins = [starts[record.name] for record in records]
@@ -75,7 +77,7 @@ def position_at(step: int, records: Sequence[StageRecord], ledger: Ledger) -> Po
     return Position(step=step, samples=ledger.position, stages=tuple(stages))
 
 
-def stage_records(run: Mapping[str, Any], ledger: Ledger) -> list[StageRecord]:
+def stage_records(run: Mapping[str, Any], ledger: "Ledger") -> list[StageRecord]:
     """Return the stages that have begun, from the saved state of a run.
 
     Earlier versions saved none: their stages follow from the ledger and from the ends of the saved curves.

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keepwarm.trainer.data.table import UNITS, quantise, table
+from keepwarm.trainer.data.table import table
+from keepwarm.trainer.data.weights import UNITS, quantise
 from keepwarm.trainer.errors import SpecError
 
 mixtures = st.dictionaries(st.text("abcdefgh", min_size=1, max_size=3), st.floats(0.1, 1000), min_size=1, max_size=6)
