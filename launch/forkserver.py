@@ -28,6 +28,7 @@ import msgspec
 
 from keepwarm import signals
 from keepwarm.exit_code import ExitCode
+from keepwarm.files import let_go_of_locks
 from keepwarm.launch.errors import LaunchError
 from keepwarm.side_writer import protect_streams
 from keepwarm.trainer.distributed.in_process_restart import CONTROL, Park, Report, Resume, WorkerState
@@ -335,7 +336,9 @@ def _run_child(worker: Worker, channel: socket.socket, server: int, ignored: fro
 
 
 def _run_module(worker: Worker, channel: socket.socket, server: int) -> None:
-    if not worker.detached:
+    if worker.detached:
+        let_go_of_locks()
+    else:
         die_with(server)
     _redirect(worker.log)
     os.environ.update(worker.environment)

@@ -1,12 +1,21 @@
 """Atomic replacement and creation of files."""
 
 import os
+import signal
 import stat
 from pathlib import Path
 
 import pytest
 
-from keepwarm.files import READABLE, atomic_create, atomic_file, atomic_write, lines_from_end
+from keepwarm.files import (
+    READABLE,
+    atomic_create,
+    atomic_file,
+    atomic_write,
+    let_go_of_locks,
+    lines_from_end,
+    locked_folder,
+)
 
 
 def test_atomic_write_existing_file_is_replaced_and_no_sibling_stays(tmp_path: Path) -> None:
@@ -48,6 +57,31 @@ def test_atomic_create_second_call_keeps_the_first_content(tmp_path: Path) -> No
     assert not atomic_create(path, b"second")
     assert path.read_bytes() == b"first"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_create_existing_file_needs_no_room_in_its_folder() -> None:
+    assert not atomic_create(Path("/proc/version"), b"a folder that takes no files")
+
+
+def test_locked_folder_is_free_for_others_once_a_forked_process_lets_go(tmp_path: Path) -> None:
+    ready, told = os.pipe()
+    with locked_folder(tmp_path):
+        child = os.fork()
+        if not child:
+            let_go_of_locks()
+            os.write(told, b"x")
+            signal.pause()
+        os.read(ready, 1)
+        with pytest.raises(BlockingIOError), locked_folder(tmp_path):
+            pass
+    try:
+        with locked_folder(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(ready)
+        os.close(told)
 
 
 def test_atomic_create_missing_folder_raises(tmp_path: Path) -> None:

@@ -1,14 +1,13 @@
 """Prepare a run folder: create, resume or refuse it, and list the values that overrides of a resumed run change."""
 
 import contextlib
-import fcntl
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from keepwarm.files import locked_folder
 from keepwarm.launch.run.inputs import inputs, refuse_inputs_inside
 from keepwarm.trainer.errors import OutputError, SpecError
 from keepwarm.trainer.job.files import load_run, save_job
@@ -150,15 +149,12 @@ def _explained(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked_folder(folder))
         except BlockingIOError as error:
             raise OutputError(f"{folder}: another keepwarm process trains in this folder") from error
         yield
-    finally:
-        os.close(handle)
 
 
 def _undo(folder: Path, made: bool) -> None:

@@ -1,6 +1,7 @@
 """Atomic replacement of files: readers see the old content or the new, never half of one. Line files from their end."""
 
 import contextlib
+import fcntl
 import os
 import secrets
 from collections.abc import Iterator
@@ -40,13 +41,46 @@ def atomic_file(path: Path, *, mode: int = 0o600, durable: bool = False) -> Iter
         sync_directory(path.parent)
 
 
+_locks: set[int] = set()
+"""Descriptors of the locks that this process holds, or has inherited by a fork."""
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder. Processes forked meanwhile share it until they end or call `let_go_of_locks`.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: the folder cannot be opened.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    _locks.add(handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        if handle in _locks:
+            _locks.remove(handle)
+            os.close(handle)
+
+
+def let_go_of_locks() -> None:
+    """Close inherited locks, in a forked process that outlives the one that took them."""
+    while _locks:
+        os.close(_locks.pop())
+
+
 def atomic_create(path: Path, content: bytes, *, mode: int = 0o600) -> bool:
     """Create `path` with `content`, flushed to the disk, unless it exists; return whether this call created it.
 
     Of several processes, on several nodes too, exactly one creates the file, and readers see all of it or nothing.
 
+    A file that exists needs no room on the disk, and a folder that can be read is enough.
+
     Raises OSError.
     """
+    if os.path.lexists(path):
+        return False
     temporary = _sibling(path)
     try:
         with _new_file(temporary, mode, durable=True) as file:
