@@ -17,7 +17,7 @@ from keepwarm.files import READABLE, atomic_write
 from keepwarm.ft.codec.kernel import AUTO
 from keepwarm.ft.discovery.config import AgentConfig, DurableConfig, GroupConfig, runtime_folder
 from keepwarm.ft.discovery.registry import AGENTS_FOLDER, TEMPLATE_FILE, Registry
-from keepwarm.ft.errors import AgentError, FtError, PlacementError
+from keepwarm.ft.errors import AgentError, ForeignSnapshot, FtError, PlacementError
 from keepwarm.ft.groups import groups_of
 from keepwarm.ft.spec import SnapshotSpec
 from keepwarm.ft.transport.auth import SECRET, create_secret, load_secret, run_identity
@@ -257,7 +257,11 @@ class InMemoryCheckpointer:
         # The agents first verify what they hold and then choose. The decision file's timestamp tells when that was.
         verified = min(max(0.0, self._registry.decided_at(self._client.epoch) - began), waited)
         fetched = time.perf_counter()
-        restored = self._snapshotter.restore(epoch)
+        try:
+            restored: Restoration | str = self._snapshotter.restore(epoch)
+        except ForeignSnapshot as error:
+            # Memory that cannot serve yields to the disk, if all ranks find it so.
+            restored = str(error)
         self._agree(restored)
         self.phases = {
             "fetch": time.perf_counter() - fetched, "decode": waited - verified, "verify": verified,
