@@ -46,8 +46,6 @@ AGENT_POLL_INTERVAL_S = 0.25
 """How often the snapshot agent is checked."""
 GROW_AFTER_S = 5.0
 """How long workers run before they are asked to make room for more."""
-MENDABLE = (ExitCode.FAULT, ExitCode.BAD_INPUT, ExitCode.UNRECOVERABLE, ExitCode.STATE_NOT_SAVED)
-"""Exit codes after which `--resume` may go on from memory that is newer than the disk."""
 
 
 class Supervisor:
@@ -156,7 +154,7 @@ class Supervisor:
     def _leave(self, code: int, why: str, cause: Exception | None) -> None:
         if isinstance(cause, NameTaken) or code == ExitCode.DONE:
             self._snapshot_agent.close()
-        elif code in MENDABLE and not isinstance(cause, Excluded) and (step := self._newer_than_disk()) is not None:
+        elif not isinstance(cause, Excluded) and (step := self._newer_than_disk()) is not None:
             self._snapshot_agent.close()
             self._print(
                 f"step {step} stays in memory while the snapshot agent lives (snapshot.lease): --resume uses it"

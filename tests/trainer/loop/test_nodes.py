@@ -3,16 +3,19 @@
 import operator
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
+from keepwarm.exit_code import ExitCode
 from keepwarm.launch.node import record as node_record
 from keepwarm.trainer.monitor import events
 from tests.support.runs import warm
 from tests.support.runs.node_run import DEADLINE, Run, assert_equal, assert_nothing_left, command, runs
+from tests.support.runs.stand_ins import wait_until_dead
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.dist]
 
@@ -130,6 +133,41 @@ def test_nodes_two_lost_at_once_with_store_recovers_bitwise(whole: Path, start: 
     assert [run.owner(slot).node for slot in (0, 2)] == ["node-0", "node-2"]
     run.done()
     assert all(event["source"] == "memory" for event in run.events("recovery"))
+    assert_equal(run, whole)
+    assert_nothing_left(run)
+
+
+def kill_launcher(run: Run) -> None:
+    run.process.kill()
+    assert run.process.wait(DEADLINE) == -signal.SIGKILL
+
+
+def interrupt_again_and_again(run: Run) -> None:
+    """Ask to end at once, in a step that one rank does not finish, so that nothing is saved."""
+    os.kill(workers(run)[2], signal.SIGSTOP)
+    deadline = time.monotonic() + DEADLINE
+    while (code := run.process.poll()) is None:
+        run.process.send_signal(signal.SIGINT)
+        assert time.monotonic() < deadline, run.log.read_text()
+        time.sleep(0.1)
+    assert code == ExitCode.INTERRUPTED
+
+
+@pytest.mark.parametrize("end", [kill_launcher, interrupt_again_and_again])
+def test_nodes_run_that_ended_without_a_checkpoint_resumes_from_memory(
+    whole: Path, start: Callable[..., Run], end: Callable[[Run], None]
+) -> None:
+    run = start("--nodes", "4")
+    run.after(3)
+    supervisors = {run.owner(slot).supervisor for slot in range(4)}
+    end(run)
+    wait_until_dead(supervisors)
+    assert not list((run.folder / "checkpoints").glob("iter_*"))
+    done = warm.run(["train", str(run.folder), "--resume", "--nodes", "4"], timeout=DEADLINE)
+    assert done.returncode == 0, done.stdout
+    began = run.events("began")[-1]
+    assert began["source"] == "memory"
+    assert began["step"] >= 1
     assert_equal(run, whole)
     assert_nothing_left(run)
 
