@@ -32,7 +32,7 @@ class PeerLinks:
     def connect(self, *, everyone: bool) -> None:
         """Connect to the slots that commits, repairs and reads need, or to all slots with `everyone`.
 
-        The links that an epoch needed are closed once nobody has used them for a while.
+        The links that an epoch needed are closed once they have been idle for a while.
         """
         needed = self._reads.awaited | self._repair.awaited
         slots = range(self._shell.state.topology.slots) if everyone else self._near | needed

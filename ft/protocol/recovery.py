@@ -194,7 +194,7 @@ def scrubbed(transition: Transition, snapshot: SnapshotId, stripe: int) -> None:
     if order is not None:
         transition.emit(StartDecode(order))
     elif snapshot == state.decided and state.committed != snapshot:
-        # Nobody would repair it, and no new snapshot might have room until it is whole.
+        # No agent would repair it, and no new snapshot might have room until it is whole.
         transition.emit(RequestEpoch(f"slot {state.slot} has lost a chunk of stripe {stripe} that was restored"))
     else:
         transition.log("error", f"snapshot {snapshot}: stripe {stripe} cannot be repaired now, too few peers")

@@ -16,7 +16,7 @@ get only what it holds; the rest is void, and the agent says so when it hears of
 so for a snapshot s that some agent holds and another agent P does not:
 
 - P has passed s: P hears of it, and s is void everywhere;
-- P has not reached s: P's workers ask for s, or for a newer one, which passes it; or nobody trains on P's node.
+- P has not reached s: P's workers ask for s, or for a newer one, which passes it; or no worker trains on P's node.
 
 And if all hold it, each of them either stores it or makes it void: its workers seal, cancel, ask for a newer snapshot
 or die (`grants`), chunks arrive or their source says that they are lost (`coding`). No fact about a snapshot that may

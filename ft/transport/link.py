@@ -226,7 +226,7 @@ class Link:
             raise AuthenticationFailed(f"{type(message).__name__} in the middle of the handshake")
 
     def _trust(self, theirs: Hello) -> None:
-        """Open the link. Nobody can come between the ends of a Unix socket, so its frames need no MAC."""
+        """Open the link. Nothing can come between the ends of a Unix socket, so its frames need no MAC."""
         channel = self.channel
         if channel.socket.family != socket.AF_UNIX:
             keys = auth.session_keys(self._credentials.secret, self.mine, theirs, dialled=self.dialled)

@@ -1,4 +1,4 @@
-"""Accept connections from anybody without letting them take anything: no error ends the listening process, and those
+"""Accept connections from strangers without letting them take anything: no error ends the listening process, and those
 that have not proved that they know the secret are few.
 """
 

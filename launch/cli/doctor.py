@@ -3,8 +3,8 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
+from keepwarm.launch.run.node_check import gpu_count
 from keepwarm.parallel.engine_registry import ENGINES
 from keepwarm.parallel.engine_support import registered_engine
 from keepwarm.parallel.errors import EngineUnavailable
@@ -43,12 +43,12 @@ def findings() -> Iterator[Finding]:
             inside = found in tested
             detail = f"{found}, {'within' if inside else 'outside'} the tested range {tested}"
             yield Finding(kind="version", name=distribution, usable=inside, detail=detail)
-    gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    gpus = gpu_count()
     yield Finding(
         kind="device",
         name="CUDA",
         usable=gpus > 0,
-        detail=f"{gpus} NVIDIA GPUs" if gpus else "no NVIDIA driver: engines run on the CPU, for tests and debugging",
+        detail=f"{gpus} GPUs" if gpus else "no driver of a GPU: engines run on the CPU, for tests and debugging",
     )
     yield from map(_engine, ENGINES.names())
     for kernel in KERNELS:

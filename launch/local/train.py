@@ -9,6 +9,7 @@ from rich.console import Console
 from keepwarm.launch.local.nodes import run_on_nodes
 from keepwarm.launch.local.ranks import RankOptions, run_ranks
 from keepwarm.launch.run.inputs import refuse_inputs_inside
+from keepwarm.launch.run.node_check import gpu_count
 from keepwarm.launch.run.preflight import check_job
 from keepwarm.launch.run.prepare import Mode, changes, prepared, stored_job, waiting
 from keepwarm.side_writer import protect_streams
@@ -17,8 +18,6 @@ from keepwarm.trainer.errors import OutputError, SpecError
 from keepwarm.trainer.job.files import load_job, spec_files
 from keepwarm.trainer.job.run_folder import SUBMITTED_FILE, RunFolder
 from keepwarm.trainer.job.spec import JobSpec
-
-_GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
 
 
 def train_here(path: Path, overrides: Sequence[str], mode: Mode, *, nodes: int | None = None, spares: int = 0) -> None:
@@ -69,7 +68,7 @@ def idle_cores(ranks: int, threads: int) -> str | None:
     """Return a sentence on the cores that this many ranks leave unused here; None if none, or if GPUs do the work."""
     cores = len(os.sched_getaffinity(0))
     more = cores // ranks
-    if more <= threads or any(map(os.path.exists, _GPU_DEVICES)):
+    if more <= threads or gpu_count():
         return None
     used = f"{ranks * threads} of {cores} cores {'is' if ranks * threads == 1 else 'are'} used"
     return f"{used}; numerics.threads_per_rank={more} uses {'all' if more * ranks == cores else more * ranks}"

@@ -108,7 +108,7 @@ class Membership:
         while time.monotonic() < began + SEARCH_TIMEOUT_S:
             voter, announced = self._peers.voter, self._peers.announced
             known = voter.installed is not None
-            # A node whose own candidacy found no majority follows whoever did: numbers order stores, majorities decide.
+            # A node whose own candidacy found no majority follows the one that did: majorities decide, not numbers.
             promised = -1 if voter.candidate == self.node else voter.promised
             if announced is not None and known and announced.number >= promised and self._reach(announced):
                 return

@@ -93,7 +93,7 @@ class PeerListener:
 
     @property
     def announced(self) -> StoreRecord | None:
-        """The newest store that a supervisor has announced to this one; it may be anybody's."""
+        """The newest store that a supervisor has announced to this one; by any of them."""
         with self._lock:
             return self._announced
 

@@ -3,8 +3,8 @@
     RUN/nodes/<node>.json      the node's slot and the pids of its supervisor, snapshot agent and workers
     RUN/nodes/store-<n>.json   the n-th store process of the run; the highest n is in use
     RUN/nodes/store-end.json   how the run ended, and under which store, for nodes cut off from it
-    RUN/nodes/store-<n>.claim  whoever created it opened the n-th store of a run whose workers had not begun
-    RUN/nodes/after-<view>.claim  whoever created it goes on from that view with fewer than a majority of its owners
+    RUN/nodes/store-<n>.claim  its creator opened the n-th store of a run whose workers had not begun
+    RUN/nodes/after-<view>.claim  its creator goes on from that view with fewer than a majority of its owners
 
 Torch-free. A record may be out of date: a killed node cannot update its own. A folder that is full, slow or gone costs
 records, and nothing else: they are written on a thread of their own (`SideWrites`), and read with a deadline

@@ -28,7 +28,7 @@ class Stand(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     number: int
     decides: bool
-    """The nodes that follow it may go on, and nobody else."""
+    """Only the nodes that follow it may go on."""
     view: Number | None
     """The last view that was installed."""
 

@@ -6,7 +6,7 @@ must accept it, by arriving for a restart under it. So of two parts of a run at 
 
 - A tie is a majority for the half that has the lowest slot.
 - An owner whose process is known to be dead decides nothing, and silence is not death. If neither the owners here nor
-  the silent ones can be a majority, whoever creates the claim on the next view goes on.
+  the silent ones can be a majority, the node that creates the claim on the next view goes on.
 - An owner remembers the view that it has accepted last, as it may have been installed. Wherever the owner goes, the
   majority of that view is needed as well.
 """
@@ -19,7 +19,7 @@ import msgspec
 Number = tuple[int, int]
 """Number of a view: the store under which it was proposed, and the number of its proposal. Later ones are larger."""
 Verdict = Literal["go", "claim", "wait"]
-"""go: these owners decide; claim: so does whoever claims the next view; wait: others may decide."""
+"""go: these owners decide; claim: so does the node that claims the next view; wait: others may decide."""
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):

@@ -80,6 +80,11 @@ def _version(name: str) -> str | None:
         return None
 
 
+def gpu_count() -> int:
+    """Return the number of GPUs that have a driver here, without loading a library; those of AMD count as one."""
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or int(Path("/dev/kfd").exists())
+
+
 def memory_free() -> int:
     """Return the available host memory in bytes; 0 if the kernel does not report it."""
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():

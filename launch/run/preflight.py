@@ -6,7 +6,7 @@ from pathlib import Path
 from keepwarm.launch.errors import PreflightError
 from keepwarm.launch.plan.plan import Plan
 from keepwarm.launch.plan.text import size
-from keepwarm.launch.run.node_check import memory_free
+from keepwarm.launch.run.node_check import gpu_count, memory_free
 from keepwarm.parallel.engine_support import require
 from keepwarm.parallel.errors import EngineUnavailable
 from keepwarm.parallel.kernels import KERNELS
@@ -35,7 +35,7 @@ def check_memory(job: JobSpec, *, emulated: bool) -> None:
     """
     if job.cluster.elastic == "wait":
         return
-    gpus, free = Path("/proc/driver/nvidia/gpus").is_dir(), memory_free()
+    gpus, free = gpu_count() > 0, memory_free()
     for nodes, smaller in layouts(job).items():
         needed = Plan(smaller).node_memory(gpus=gpus) * (nodes if emulated else 1)
         if needed > free:

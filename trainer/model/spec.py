@@ -3,21 +3,20 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from keepwarm.section import Count, Section
 
 MOST_LAYERS = 10_000
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class InitSpec(Section):
     """Standard deviations of the initial weights, as published for each family."""
 
-    std: Positive = 0.02
-    output_std: Positive | None = Field(None, description="of attention output and down projections; default: std")
+    std: PositiveFloat = 0.02
+    output_std: PositiveFloat | None = Field(None, description="of attention output and down projections; default: std")
 
 
 class RopeScalingSpec(Section):
@@ -28,14 +27,18 @@ class RopeScalingSpec(Section):
     original_max_sequence_length: int | None = Field(
         None, gt=1, lt=2**31, description="before the context grew; default: max_sequence_length"
     )
-    low_frequency_factor: Positive = Field(1.0, description="llama3")
-    high_frequency_factor: Positive = Field(4.0, description="llama3")
-    beta_fast: Positive = Field(32.0, description="yarn: rotations in the original context from which none is scaled")
-    beta_slow: Positive = Field(1.0, description="yarn: rotations up to which all is scaled")
+    low_frequency_factor: PositiveFloat = Field(1.0, description="llama3")
+    high_frequency_factor: PositiveFloat = Field(4.0, description="llama3")
+    beta_fast: PositiveFloat = Field(
+        32.0, description="yarn: rotations in the original context from which none is scaled"
+    )
+    beta_slow: PositiveFloat = Field(1.0, description="yarn: rotations up to which all is scaled")
     truncate: bool = Field(True, description="yarn: round the range between them to whole features")
-    short_factors: tuple[Positive, ...] = Field((), description="longrope: by frequency, within the original context")
-    long_factors: tuple[Positive, ...] = Field((), description="longrope: by frequency, beyond it")
-    attention_factor: Positive | None = Field(None, description="yarn, longrope; default: follows from factor")
+    short_factors: tuple[PositiveFloat, ...] = Field(
+        (), description="longrope: by frequency, within the original context"
+    )
+    long_factors: tuple[PositiveFloat, ...] = Field((), description="longrope: by frequency, beyond it")
+    attention_factor: PositiveFloat | None = Field(None, description="yarn, longrope; default: follows from factor")
     layers: Literal["all", "full_attention"] = Field("all", description="full_attention: none with a window (OLMo 3)")
 
     @model_validator(mode="after")
@@ -59,11 +62,11 @@ class ModelSpec(Section):
     vocabulary_size: Count
     max_sequence_length: Count
     norm: Literal["rms", "layer"] = "rms"
-    norm_eps: Positive = 1e-5
+    norm_eps: PositiveFloat = 1e-5
     norm_position: Literal["pre", "post"] = Field("pre", description="post: OLMo 2")
     activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
     position: Literal["rotary", "learned"] = "rotary"
-    rope_theta: Positive = 10000.0
+    rope_theta: PositiveFloat = 10000.0
     rotary_fraction: float = Field(1.0, gt=0, le=1, description="part of each head that rotates (GPT-NeoX: 0.25)")
     rope_scaling: RopeScalingSpec | None = None
     nope_layers: tuple[NonNegativeInt, ...] = Field((), description="layers without rotary positions (SmolLM3)")

@@ -1,4 +1,4 @@
-"""Real agents commit while somebody who does not know the secret does what the network allows."""
+"""Real agents commit while a process without the secret does what the network allows."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Job files and overrides that nobody would write on purpose: exit code 0 or 2, and one message that says where."""
+"""Job files and overrides that are not written on purpose: exit code 0 or 2, and one message that says where."""
 
 import contextlib
 import copy
