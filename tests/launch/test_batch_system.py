@@ -12,7 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from keepwarm.launch.batch.submit import admit, messages
+from keepwarm.launch.batch_system import Array, BatchSystem, Request
+from keepwarm.launch.errors import PreflightError
+from keepwarm.launch.run.preflight import check_job
 from keepwarm.launch.run.submission import read_submission
+from keepwarm.section import Section
+from keepwarm.trainer.errors import DataError
+from keepwarm.trainer.job.files import load_job
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = ROOT / "tests" / "support" / "runs" / "local_queue.py"
@@ -129,6 +136,35 @@ def test_added_batch_system_refuses_wrong_options_in_one_line(
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
     assert message in refused.stderr
     assert not (tmp_path / "run").exists()
+
+
+class Remote(BatchSystem):
+    """Has arrays, and data that this machine does not see."""
+
+    name, title, Options = "remote", "the remote queue", Section
+    sees_files = False
+    has_arrays = True
+
+    def check(self, request: Request, *, dry_run: bool) -> list[str]:
+        return [f"{request.job.name} is admitted"]
+
+    def render(self, request: Request) -> str:
+        return ""
+
+
+def test_admit_array_on_machine_without_its_files_checks_only_engines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (load_job(Path(JOB[0]), [f"data.sources.en=/elsewhere/{name}"]) for name in ("one", "two"))
+    request = Request(job=one, folder=Path("runs"), array=Array(members=2))
+    admit(Remote(), request, messages(), dry_run=True, others=[two])
+    assert "is admitted" in capsys.readouterr().err
+    with pytest.raises(DataError, match="/elsewhere/one"):
+        check_job(one)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    apex = load_job(Path(JOB[0]), ["optimizer.implementation=apex"])
+    with pytest.raises(PreflightError, match="implementation = apex"):
+        admit(Remote(), request, messages(), dry_run=True, others=[two, apex])
 
 
 def test_unknown_batch_system_lists_those_installed(machine: Machine, tmp_path: Path) -> None:
