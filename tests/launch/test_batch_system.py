@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from keepwarm.exit_code import ExitCode
 from keepwarm.launch.batch.submit import admit, messages
 from keepwarm.launch.batch_system import Array, BatchSystem, Request
 from keepwarm.launch.errors import PreflightError
@@ -91,6 +92,7 @@ def test_added_batch_system_runs_lists_and_shows_a_job(machine: Machine, tmp_pat
     assert watched.returncode == 0, watched.stderr
     row = machine.row(run)
     assert (row["state"], row["progress"]["step"]) == ("completed", row["progress"]["last_step"]), words(run)  # type: ignore[index]
+    assert row["job"]["exit_code"] == 0  # type: ignore[index]
     assert f"job {job} started 2 ranks, setup said hello" in machine.keepwarm("logs", str(run)).stdout
     assert machine.keepwarm("logs", str(run), "--rank", "1").returncode == 0
     assert "no job of this run is pending or running" in machine.keepwarm("cancel", str(run)).stderr
@@ -115,7 +117,8 @@ def test_added_batch_system_cancels_with_state_saved(machine: Machine, tmp_path:
     cancelled = machine.keepwarm("cancel", str(run))
     assert "ends once its state is saved" in cancelled.stdout, cancelled.stderr
     assert machine.keepwarm("watch", str(run), "--every", "0.1").returncode == 0
-    assert machine.row(run)["state"] == "failed", words(run)
+    row = machine.row(run)
+    assert (row["state"], row["job"]["exit_code"]) == ("failed", ExitCode.INTERRUPTED), words(run)  # type: ignore[index]
     assert (run / "checkpoints" / "latest").exists(), words(run)
 
 
