@@ -1,6 +1,5 @@
 """The `cluster` section: resources to request from a batch system. Torch-free."""
 
-import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -17,6 +16,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from keepwarm import section
+from keepwarm.options import validated
 from keepwarm.registry import Registry, UnusableComponent
 from keepwarm.section import Count, FewOrNone, Section
 
@@ -115,7 +115,7 @@ class BatchSections(Section):
     def _validate_added(self, info: ValidationInfo) -> Self:
         added = self.__pydantic_extra__ or {}
         for name, value in added.items():
-            added[name] = _validated(name, value, as_json=info.mode == "json")
+            added[name] = _validated(name, value, mode=info.mode)
         return self
 
 
@@ -130,7 +130,7 @@ def _options_of(name: str) -> type[section.Section]:
     return options
 
 
-def _validated(name: str, value: Any, *, as_json: bool) -> section.Section | None:
+def _validated(name: str, value: Any, *, mode: str) -> section.Section | None:
     """Validate the options of an added batch system.
 
     Raises ValidationError with locations that begin with the name.
@@ -145,10 +145,7 @@ def _validated(name: str, value: Any, *, as_json: bool) -> section.Section | Non
         return value
     # Wrap the options in a model with this single key, so that error locations start with it.
     wrapper = create_model("cluster", **{name: (options, ...)})  # type: ignore[call-overload]
-    validated = (
-        wrapper.model_validate_json(json.dumps({name: value})) if as_json else wrapper.model_validate({name: value})
-    )
-    return getattr(validated, name)  # type: ignore[no-any-return]
+    return getattr(validated(wrapper, {name: value}, mode), name)  # type: ignore[no-any-return]
 
 
 def _at(name: str, kind: str | PydanticCustomError, value: Any) -> ValidationError:
