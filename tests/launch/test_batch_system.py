@@ -178,6 +178,14 @@ def test_unknown_batch_system_lists_those_installed(machine: Machine, tmp_path: 
     )
 
 
+def test_cluster_section_reports_all_of_its_unknown_and_wrong_keys(machine: Machine, tmp_path: Path) -> None:
+    wrong = ("cluster.local_que=1", "cluster.nodes=2", "cluster.local_queue.setup=3", "cluster.local_queue.stup=[]")
+    refused = machine.keepwarm("submit", *JOB, *wrong, f"output={tmp_path}/run", *BACKEND)
+    assert refused.returncode == 2
+    for key in ("local_que: unknown", "nodes: unknown", "local_queue.setup: expected", "local_queue.stup: unknown"):
+        assert f"cluster.{key}" in refused.stderr
+
+
 def test_broken_batch_system_names_its_package(machine: Machine, tmp_path: Path) -> None:
     (tmp_path / "site" / "local_queue.py").write_text("import no_such_module\n")
     for arguments in (BACKEND, ("cluster.local_queue.setup=[]",)):
