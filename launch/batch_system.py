@@ -66,6 +66,8 @@ class BatchJob:
     """How often the batch system has requeued the job."""
     run_time: str = ""
     time_limit: str = ""
+    exit_code: int | None = None
+    """Exit code of an ended job, if the batch system gives one; docs/reference.md lists those of keepwarm."""
 
     @property
     def active(self) -> bool:

@@ -75,6 +75,13 @@ class EngineInfo(Component, ABC):
         """Yield a line for each setting of the job that the engine does not support: key, reason and alternative."""
         yield from ()
 
+    def lacks(self, job: Job) -> Iterator[str]:
+        """Yield a line for each setting that what is installed here cannot run: key, reason and alternative.
+
+        Unlike `refuses`, depends on this machine, and is asked where ranks are about to start.
+        """
+        yield from ()
+
     @classmethod
     def check_micro_batches(cls, count: int, parallel: ParallelSpec) -> None:
         """Raise LayoutError if a step cannot have `count` micro-batches on each data-parallel rank."""
@@ -111,11 +118,15 @@ def registered_engine(name: str) -> type[EngineInfo]:
     return found
 
 
-def require(name: str) -> None:
-    """Raise EngineUnavailable if a requirement of the engine is missing or has an untested version."""
-    problems = [text for one in registered_engine(name).requirements if (text := one.problem()) is not None]
+def require(job: Job) -> None:
+    """Raise EngineUnavailable if what the job's engine needs here is missing, or has a version that cannot run the job
+    or was not tested.
+    """
+    engine = engine_info(job.parallel)
+    problems = [text for one in engine.requirements if (text := one.problem()) is not None]
+    problems += engine.lacks(job)
     if problems:
-        raise EngineUnavailable(f"parallel.engine = {name}: " + "; ".join(problems))
+        raise EngineUnavailable(f"parallel.engine = {job.parallel.engine}: " + "; ".join(problems))
 
 
 def refusals(job: Job) -> list[str]:

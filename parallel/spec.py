@@ -1,6 +1,5 @@
 """Sections of the job spec that configure this package. Torch-free."""
 
-import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -12,7 +11,7 @@ from pydantic import (
     field_validator,
 )
 
-from keepwarm.options import check_name
+from keepwarm.options import check_name, validated
 from keepwarm.parallel.engine_registry import ENGINES
 from keepwarm.section import Ranks, Section, Threads
 
@@ -74,8 +73,7 @@ class ParallelSpec(Section):
         own = ENGINES.get(info.data["engine"]).Options
         if type(values) is Section:  # the default
             values = {}
-        # JSON has lists where strict Python values must be tuples.
-        return own.model_validate_json(json.dumps(values)) if info.mode == "json" else own.model_validate(values)
+        return validated(own, values, info.mode)
 
     @classmethod
     def variant(cls, values: Any) -> type[Section]:

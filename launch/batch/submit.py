@@ -16,6 +16,7 @@ from keepwarm.launch.run.preflight import check_engine, check_job
 from keepwarm.launch.run.prepare import Mode, prepared, waiting
 from keepwarm.launch.run.submission import Submission
 from keepwarm.trainer.job.run_folder import RunFolder
+from keepwarm.trainer.job.spec import JobSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +84,12 @@ def messages() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
-def admit(system: BatchSystem, request: Request, console: Console, *, dry_run: bool) -> None:
+def admit(
+    system: BatchSystem, request: Request, console: Console, *, dry_run: bool, others: Sequence[JobSpec] = ()
+) -> None:
     """Check a request against this machine and the batch system, and print the batch system's remarks.
+
+    `others` are the further runs of an array.
 
     Raises:
         PreflightError, DataError, ClusterError: the job cannot run; the message gives the reason.
@@ -93,7 +98,9 @@ def admit(system: BatchSystem, request: Request, console: Console, *, dry_run: b
         raise ClusterError(f"--sweep: keepwarm submits no arrays to {system.title}; submit the runs one by one")
     if request.chain > 1 and not system.has_chains:
         raise ClusterError(f"--chain: keepwarm submits no chains to {system.title}; continue the run with --resume")
-    (check_job if system.sees_files else check_engine)(request.job)
+    check = check_job if system.sees_files else check_engine
+    for job in (request.job, *others):
+        check(job)
     for remark in system.check(request, dry_run=dry_run):
         console.print(f"keepwarm: {remark}")
 

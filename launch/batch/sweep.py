@@ -16,7 +16,6 @@ from rich.console import Console
 from keepwarm.launch.batch.submit import SubmitOptions, admit, messages
 from keepwarm.launch.batch_system import Array, BatchSystem, Request, batch_system
 from keepwarm.launch.local.train import job_file
-from keepwarm.launch.run.preflight import check_job
 from keepwarm.launch.run.prepare import prepared
 from keepwarm.launch.run.submission import Submission
 from keepwarm.trainer.errors import OutputError, SpecError
@@ -61,14 +60,12 @@ def submit_sweep(path: Path, overrides: Sequence[str], options: SubmitOptions) -
     jobs = [_member(path, overrides, base, number, each) for number, each in enumerate(values)]
     array = Array(members=len(jobs), max_parallel=options.max_parallel)
     request = Request(job=_named(jobs[0], base.name), folder=Path(base.output), array=array)
-    for job in jobs[1:]:
-        check_job(job)
-    admit(system, request, console, dry_run=options.dry_run)
+    admit(system, request, console, dry_run=options.dry_run, others=jobs[1:])
     script = system.render(request)
     if any(system.render(replace(request, job=_named(job, base.name))) != script for job in jobs):
         raise SpecError("--sweep: all runs of an array get the same nodes; submit runs of different layouts one by one")
     if options.dry_run:
-        _print_dry_run(system, request, values)
+        _print_dry_run(system, request, script, values)
         return
     root = request.folder
     if root.exists():
@@ -96,8 +93,8 @@ def _named(job: JobSpec, name: str) -> JobSpec:
     return job.model_copy(update={"name": name})
 
 
-def _print_dry_run(system: BatchSystem, request: Request, values: Sequence[dict[str, Any]]) -> None:
-    print(system.render(request), end="")
+def _print_dry_run(system: BatchSystem, request: Request, script: str, values: Sequence[dict[str, Any]]) -> None:
+    print(script, end="")
     print("".join(f"\n# {request.folder / str(number)}: {_shown(each)}" for number, each in enumerate(values)))
     if command := system.command(request):
         print(f"# {shlex.join(command)}")

@@ -62,7 +62,7 @@ def check_disk(job: JobSpec) -> None:
 def check_engine(job: JobSpec) -> None:
     """Raise PreflightError if the engine or a fused kernel that the job requests is unavailable here."""
     try:
-        require(job.parallel.engine)
+        require(job)
     except EngineUnavailable as error:
         raise PreflightError(str(error)) from error
     for kernel in KERNELS:

@@ -107,6 +107,7 @@ class Job:
     run_time: str
     time_limit: str
     exit_code: int
+    """128 + n if signal n ended the job's script; 0 while the job runs for the first time."""
 
 
 GOING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "STOPPED")
@@ -132,6 +133,7 @@ def job(identity: str) -> Job | None:
 def parse_job(line: str) -> Job:
     """Parse one line of `scontrol show job --oneliner`."""
     values = dict(re.findall(r"(?:^|\s)([A-Za-z]+)=(\S*)", line))
+    code, _, signal = values.get("ExitCode", "0:0").partition(":")
     return Job(
         id=values["JobId"],
         state=values["JobState"],
@@ -140,7 +142,7 @@ def parse_job(line: str) -> Job:
         restarts=int(values.get("Restarts", "0")),
         run_time=values.get("RunTime", ""),
         time_limit=values.get("TimeLimit", ""),
-        exit_code=int(values.get("ExitCode", "0:0").partition(":")[0]),
+        exit_code=128 + int(signal) if int(signal or 0) else int(code),
     )
 
 

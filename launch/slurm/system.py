@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import keepwarm
-from keepwarm.launch.batch_system import BatchJob, BatchSystem, Request
+from keepwarm.launch.batch_system import BatchJob, BatchSystem, Phase, Request
 from keepwarm.launch.slurm import commands
 from keepwarm.launch.slurm.check import check_offered, probe
 from keepwarm.launch.slurm.script import CODE, SCRIPT, render
@@ -55,15 +55,18 @@ class Slurm(BatchSystem):
 
 
 def _batch_job(job: commands.Job) -> BatchJob:
+    phase: Phase = "running" if job.state == "RUNNING" else "pending" if job.state in commands.GOING else "ended"
     return BatchJob(
         id=job.id,
-        phase="running" if job.state == "RUNNING" else "pending" if job.state in commands.GOING else "ended",
+        phase=phase,
         state=job.state.lower(),
         reason=job.reason,
         nodes=job.nodes,
         restarts=job.restarts,
         run_time=job.run_time,
         time_limit=job.time_limit,
+        # The controller reports 0 for a job that has not ended, and that of the last start for one that was requeued.
+        exit_code=job.exit_code if phase == "ended" else None,
     )
 
 

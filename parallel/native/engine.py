@@ -6,7 +6,7 @@ import torch
 
 from keepwarm.parallel import step
 from keepwarm.parallel.engine import Batch, EngineConfig, Evaluation, StepResult
-from keepwarm.parallel.errors import EngineUnavailable, LayoutError
+from keepwarm.parallel.errors import LayoutError
 from keepwarm.parallel.loss import Losses
 from keepwarm.parallel.mesh.layout import stages_of
 from keepwarm.parallel.mesh.mesh import Mesh
@@ -17,8 +17,7 @@ from keepwarm.parallel.native.stage import Stage
 from keepwarm.parallel.optimizer import clip
 from keepwarm.parallel.optimizer.optimizer import Updater
 from keepwarm.parallel.shard import Shard
-from keepwarm.parallel.spec import NumericsSpec, ParallelSpec
-from keepwarm.tested import splits_custom_backward
+from keepwarm.parallel.spec import ParallelSpec
 
 
 class TorchEngine:
@@ -35,10 +34,10 @@ class TorchEngine:
 
         Raises:
             LayoutError: the layout does not fit the model or the world.
-            EngineUnavailable: an optional dependency is not installed, or cannot be combined with another option.
+            EngineUnavailable: an optional dependency is not installed.
         """
         model, parallel, numerics = config.model, config.parallel, config.numerics
-        _check(model, parallel, numerics)
+        _check(model, parallel)
         step.set_determinism(config)
         self.layout = config.layout
         self._config = config
@@ -141,7 +140,7 @@ class TorchEngine:
             sharded.local.grad = None
 
 
-def _check(model: ModelParts, parallel: ParallelSpec, numerics: NumericsSpec) -> None:
+def _check(model: ModelParts, parallel: ParallelSpec) -> None:
     for what, size in (
         ("heads", model.heads),
         ("kv_heads", model.kv_heads),
@@ -149,12 +148,3 @@ def _check(model: ModelParts, parallel: ParallelSpec, numerics: NumericsSpec) ->
     ):
         if size % parallel.tensor:
             raise LayoutError(f"model.{what} = {size} does not divide by parallel.tensor = {parallel.tensor}")
-    if numerics.compile and parallel.schedule == "zero_bubble" and parallel.pipeline > 1:
-        raise EngineUnavailable(
-            "parallel.schedule = zero_bubble splits backward, which compiled layers do not allow; "
-            "set numerics.compile = false or another schedule"
-        )
-    if parallel.schedule == "zero_bubble" and parallel.pipeline > 1 and not splits_custom_backward(torch.__version__):
-        raise EngineUnavailable(
-            f"parallel.schedule = zero_bubble needs torch 2.13, {torch.__version__} is installed; set another schedule"
-        )

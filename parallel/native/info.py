@@ -6,6 +6,7 @@ from keepwarm.parallel.engine_registry import EngineOptions
 from keepwarm.parallel.engine_support import EngineInfo, Job
 from keepwarm.parallel.memory import RankEstimate, Workload
 from keepwarm.parallel.native.memory import estimate
+from keepwarm.tested import installed, splits_custom_backward
 
 
 class TorchInfo(EngineInfo):
@@ -18,6 +19,20 @@ class TorchInfo(EngineInfo):
     def refuses(self, job: Job) -> Iterator[str]:
         if job.numerics.norms == "apex" and job.parallel.sequence:
             yield "numerics.norms = apex: with parallel.sequence its norms are split by DTensor; set torch"
+        if job.numerics.compile and _splits_backward(job):
+            yield (
+                "parallel.schedule = zero_bubble splits backward, which compiled layers do not allow; "
+                "set numerics.compile = false or another schedule"
+            )
+
+    def lacks(self, job: Job) -> Iterator[str]:
+        torch = installed("torch")
+        if torch is not None and _splits_backward(job) and not splits_custom_backward(torch):
+            yield f"parallel.schedule = zero_bubble needs torch 2.13, {torch} is installed; set another schedule"
 
     def memory(self, work: Workload) -> RankEstimate:
         return estimate(work)
+
+
+def _splits_backward(job: Job) -> bool:
+    return job.parallel.schedule == "zero_bubble" and job.parallel.pipeline > 1

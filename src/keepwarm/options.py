@@ -3,13 +3,15 @@
 import difflib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from keepwarm.registry import Registry, UnknownName, UnusableComponent
 from keepwarm.section import Section
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Component:
@@ -30,12 +32,21 @@ def check_name(registry: Registry[Any], name: str, *besides: str) -> None:
         raise ValueError(str(error)) from error
 
 
+def validated(section: type[Model], values: Any, mode: str) -> Model:
+    """Return the section with these values, read as in the validation that asks for it: `mode` is its `info.mode`.
+
+    Raises ValidationError.
+    """
+    # JSON has lists where strict Python values must be tuples.
+    return section.model_validate_json(json.dumps(values)) if mode == "json" else section.model_validate(values)
+
+
 def parse_options(component: type[Component], values: Mapping[str, Any]) -> Any:
     """Return the component's `Options` with these values, which come from YAML or JSON.
 
     Raises ValidationError.
     """
-    return component.Options.model_validate_json(json.dumps(values))
+    return validated(component.Options, values, "json")
 
 
 def check_options(registry: Registry[type[Component]], chosen: Mapping[str, Mapping[str, Any]]) -> None:

@@ -75,10 +75,6 @@ class Registry(Generic[T]):
 
         return add
 
-    def unregister(self, name: str) -> None:
-        """Forget a component that `register` added."""
-        del self._loaded[name]
-
     def _entry_points(self) -> dict[str, EntryPoint]:
         if self._offered is None:
             self._offered = {point.name: point for point in entry_points(group=self.group)}

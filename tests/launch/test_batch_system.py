@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from keepwarm.exit_code import ExitCode
+from keepwarm.launch.batch.submit import admit, messages
+from keepwarm.launch.batch_system import Array, BatchSystem, Request
+from keepwarm.launch.errors import PreflightError
+from keepwarm.launch.run.preflight import check_job
 from keepwarm.launch.run.submission import read_submission
+from keepwarm.section import Section
+from keepwarm.trainer.errors import DataError
+from keepwarm.trainer.job.files import load_job
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = ROOT / "tests" / "support" / "runs" / "local_queue.py"
@@ -84,6 +92,7 @@ def test_added_batch_system_runs_lists_and_shows_a_job(machine: Machine, tmp_pat
     assert watched.returncode == 0, watched.stderr
     row = machine.row(run)
     assert (row["state"], row["progress"]["step"]) == ("completed", row["progress"]["last_step"]), words(run)  # type: ignore[index]
+    assert row["job"]["exit_code"] == 0  # type: ignore[index]
     assert f"job {job} started 2 ranks, setup said hello" in machine.keepwarm("logs", str(run)).stdout
     assert machine.keepwarm("logs", str(run), "--rank", "1").returncode == 0
     assert "no job of this run is pending or running" in machine.keepwarm("cancel", str(run)).stderr
@@ -108,7 +117,8 @@ def test_added_batch_system_cancels_with_state_saved(machine: Machine, tmp_path:
     cancelled = machine.keepwarm("cancel", str(run))
     assert "ends once its state is saved" in cancelled.stdout, cancelled.stderr
     assert machine.keepwarm("watch", str(run), "--every", "0.1").returncode == 0
-    assert machine.row(run)["state"] == "failed", words(run)
+    row = machine.row(run)
+    assert (row["state"], row["job"]["exit_code"]) == ("failed", ExitCode.INTERRUPTED), words(run)  # type: ignore[index]
     assert (run / "checkpoints" / "latest").exists(), words(run)
 
 
@@ -131,12 +141,49 @@ def test_added_batch_system_refuses_wrong_options_in_one_line(
     assert not (tmp_path / "run").exists()
 
 
+class Remote(BatchSystem):
+    """Has arrays, and data that this machine does not see."""
+
+    name, title, Options = "remote", "the remote queue", Section
+    sees_files = False
+    has_arrays = True
+
+    def check(self, request: Request, *, dry_run: bool) -> list[str]:
+        return [f"{request.job.name} is admitted"]
+
+    def render(self, request: Request) -> str:
+        return ""
+
+
+def test_admit_array_on_machine_without_its_files_checks_only_engines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (load_job(Path(JOB[0]), [f"data.sources.en=/elsewhere/{name}"]) for name in ("one", "two"))
+    request = Request(job=one, folder=Path("runs"), array=Array(members=2))
+    admit(Remote(), request, messages(), dry_run=True, others=[two])
+    assert "is admitted" in capsys.readouterr().err
+    with pytest.raises(DataError, match="/elsewhere/one"):
+        check_job(one)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    apex = load_job(Path(JOB[0]), ["optimizer.implementation=apex"])
+    with pytest.raises(PreflightError, match="implementation = apex"):
+        admit(Remote(), request, messages(), dry_run=True, others=[two, apex])
+
+
 def test_unknown_batch_system_lists_those_installed(machine: Machine, tmp_path: Path) -> None:
     refused = machine.keepwarm("submit", *JOB, f"output={tmp_path}/run", "--backend", "slrm")
     assert refused.returncode == 2
     assert refused.stderr == (
         "keepwarm: unknown batch system 'slrm'; did you mean 'slurm'? there are: slurm, kubernetes, local_queue\n"
     )
+
+
+def test_cluster_section_reports_all_of_its_unknown_and_wrong_keys(machine: Machine, tmp_path: Path) -> None:
+    wrong = ("cluster.local_que=1", "cluster.nodes=2", "cluster.local_queue.setup=3", "cluster.local_queue.stup=[]")
+    refused = machine.keepwarm("submit", *JOB, *wrong, f"output={tmp_path}/run", *BACKEND)
+    assert refused.returncode == 2
+    for key in ("local_que: unknown", "nodes: unknown", "local_queue.setup: expected", "local_queue.stup: unknown"):
+        assert f"cluster.{key}" in refused.stderr
 
 
 def test_broken_batch_system_names_its_package(machine: Machine, tmp_path: Path) -> None:

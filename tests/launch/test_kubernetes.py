@@ -99,6 +99,7 @@ def test_kubernetes_missing_option_is_named(overrides: Sequence[str], message: s
         (["--dry-run", "--force"], "--force is not possible with Kubernetes"),
         (["--dry-run", "--chain", "2"], "--chain: keepwarm submits no chains to Kubernetes"),
         (["--dry-run", "--sweep", "seed=[1, 2]"], "--sweep: keepwarm submits no arrays to Kubernetes"),
+        (["--dry-run", "--sweep", "data.sources.en=[/on/the/volume, /too]"], "--sweep: keepwarm submits no arrays to"),
     ],
 )
 def test_kubernetes_submit_unsupported_option_is_refused_in_one_line(

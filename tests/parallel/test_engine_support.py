@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from keepwarm.launch.errors import PreflightError
+from keepwarm.launch.run.preflight import check_engine
 from keepwarm.parallel.deepspeed.info import DeepSpeedOptions
 from keepwarm.parallel.engine_registry import ENGINES
 from keepwarm.parallel.engine_support import refusals, registered_engine, require
@@ -42,8 +44,31 @@ def job(*overrides: str) -> JobSpec:
 
 
 def test_torch_engine_requires_and_refuses_nothing() -> None:
-    require("torch")
+    require(job())
     assert refusals(job()) == []
+
+
+ZERO_BUBBLE = ("parallel.pipeline=2", "parallel.schedule=zero_bubble")
+
+
+def test_torch_engine_compiled_zero_bubble_is_refused_when_the_job_is_read() -> None:
+    with pytest.raises(SpecError, match=r"parallel\.engine = torch: .* zero_bubble splits backward"):
+        job(*ZERO_BUBBLE, "numerics.compile=true")
+    job("parallel.schedule=zero_bubble", "numerics.compile=true")
+
+
+@pytest.mark.parametrize(("version", "runs"), [("2.12.1+cu130", False), ("2.13.0+cpu", True)])
+def test_torch_engine_zero_bubble_needs_the_installed_torch_to_split_backward(
+    installed: Path, version: str, runs: bool
+) -> None:
+    install(installed, "torch", version)
+    require(job("parallel.pipeline=2"))
+    require(job("parallel.schedule=zero_bubble"))
+    if runs:
+        check_engine(job(*ZERO_BUBBLE))
+        return
+    with pytest.raises(PreflightError, match=r"zero_bubble needs torch 2\.13, 2\.12\.1\+cu130 is installed"):
+        check_engine(job(*ZERO_BUBBLE))
 
 
 @pytest.mark.parametrize(
@@ -60,11 +85,11 @@ def test_torch_engine_requires_and_refuses_nothing() -> None:
 def test_engine_version_other_than_tested_is_refused(installed: Path, version: str, tested: bool) -> None:
     install(installed, "megatron-core", version)
     if tested:
-        require("megatron")
+        require(job("parallel.engine=megatron"))
         return
     expected = rf"{re.escape(version)} is installed, tested is 0\.16\.1: pip install 'keepwarm\[megatron\]'"
     with pytest.raises(EngineUnavailable, match=expected):
-        require("megatron")
+        require(job("parallel.engine=megatron"))
 
 
 INSTALL = {

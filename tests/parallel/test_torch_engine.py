@@ -303,5 +303,3 @@ def test_torch_engine_missing_options_are_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "apex.optimizers", None)
     with pytest.raises(EngineUnavailable, match=r"from source.*github\.com/NVIDIA/apex"):
         engine_of(optimizer=OptimizerSpec(implementation="apex"))
-    with pytest.raises(EngineUnavailable, match="zero_bubble splits backward"):
-        engine_of(parallel=ParallelSpec(pipeline=2, schedule="zero_bubble"), numerics=NumericsSpec(compile=True))

@@ -1,6 +1,5 @@
 """The `cluster` section: resources to request from a batch system. Torch-free."""
 
-import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -9,14 +8,14 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
-    ValidationError,
     ValidationInfo,
     create_model,
     model_validator,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
 from keepwarm import section
+from keepwarm.options import validated
 from keepwarm.registry import Registry, UnusableComponent
 from keepwarm.section import Count, FewOrNone, Section
 
@@ -114,8 +113,10 @@ class BatchSections(Section):
     @model_validator(mode="after")
     def _validate_added(self, info: ValidationInfo) -> Self:
         added = self.__pydantic_extra__ or {}
-        for name, value in added.items():
-            added[name] = _validated(name, value, as_json=info.mode == "json")
+        # One model of them all, so that every problem is reported, each at a location that starts with the name.
+        fields: dict[str, Any] = {name: (_field(name), ...) for name in added if name in ADDED_BATCH_SYSTEMS}
+        sections = create_model("cluster", __config__=ConfigDict(extra="forbid"), **fields)
+        added.update(dict(validated(sections, added, info.mode)))
         return self
 
 
@@ -130,26 +131,14 @@ def _options_of(name: str) -> type[section.Section]:
     return options
 
 
-def _validated(name: str, value: Any, *, as_json: bool) -> section.Section | None:
-    """Validate the options of an added batch system.
-
-    Raises ValidationError with locations that begin with the name.
-    """
-    if name not in ADDED_BATCH_SYSTEMS:
-        raise _at(name, "extra_forbidden", value)
+def _field(name: str) -> Any:
+    """Return the type of an added section; one that refuses every value if its batch system cannot be used."""
     try:
-        options = _options_of(name)
+        return _options_of(name) | None
     except UnusableComponent as error:
-        raise _at(name, PydanticCustomError("unusable", "{reason}", {"reason": str(error)}), value) from error
-    if value is None or isinstance(value, options):
-        return value
-    # Wrap the options in a model with this single key, so that error locations start with it.
-    wrapper = create_model("cluster", **{name: (options, ...)})  # type: ignore[call-overload]
-    validated = (
-        wrapper.model_validate_json(json.dumps({name: value})) if as_json else wrapper.model_validate({name: value})
-    )
-    return getattr(validated, name)  # type: ignore[no-any-return]
+        reason = str(error)
 
+    def refuse(value: Any) -> Any:
+        raise PydanticCustomError("unusable", "{reason}", {"reason": reason})
 
-def _at(name: str, kind: str | PydanticCustomError, value: Any) -> ValidationError:
-    return ValidationError.from_exception_data("cluster", [InitErrorDetails(type=kind, loc=(name,), input=value)])
+    return Annotated[Any, BeforeValidator(refuse)]

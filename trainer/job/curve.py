@@ -4,7 +4,6 @@ A shape is a `Curve` and a subclass of `LrSpec` that declares its options. Other
 entry-point group `keepwarm.curves`, whose names are the values of `lr.schedule`. Torch-free.
 """
 
-import json
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Self
@@ -12,6 +11,7 @@ from typing import Any, ClassVar, Self
 from pydantic import Field, GetCoreSchemaHandler, PositiveFloat, ValidationError
 from pydantic_core import InitErrorDetails, core_schema
 
+from keepwarm.options import validated
 from keepwarm.registry import Registry, UnknownName, UnusableComponent
 from keepwarm.section import Section
 from keepwarm.trainer.errors import CheckpointError
@@ -26,8 +26,7 @@ def _of_its_shape(
     if not isinstance(value, dict):
         return handler(value)
     options = _curve_named(_schedule(value)).Options
-    # JSON has lists where strict Python values must be tuples.
-    return options.model_validate_json(json.dumps(value)) if info.mode == "json" else options.model_validate(value)
+    return validated(options, value, info.mode)
 
 
 class LrSpec(Section):

@@ -1,6 +1,6 @@
 """Renamed keys, values and options. Old names are refused with a sentence that gives the new one. Torch-free."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from keepwarm.trainer.errors import SpecError
@@ -25,8 +25,12 @@ VALUES: Mapping[str, Mapping[str, str]] = {
     "data_mode": {"replicate": "ddp"},
 }
 """By key: old value to new value."""
-OPTIONS: Mapping[str, str] = {"--control-least": "--control-threshold", "--at-once": "--max-parallel"}
-"""Old command-line option to new option."""
+OPTIONS: Mapping[str, str] = {
+    "--control-least": "--control-threshold",
+    "--at-once": "--max-parallel",
+    "coalesce --layers": "coalesce-layers --layers",
+}
+"""Old command-line option to new option; with its subcommand where another one keeps the option."""
 
 
 _SECTIONS: Mapping[str, tuple[str, ...]] = {
@@ -81,9 +85,13 @@ def has_old_key(new: str, values: Any) -> bool:
     return isinstance(values, dict) and any(KEYS.get(key) == new for key in values)
 
 
-def refuse_old_options(arguments: Iterable[str]) -> None:
-    """Raise SpecError if an argument is a renamed option; the message gives the new name."""
+def refuse_old_options(arguments: Sequence[str]) -> None:
+    """Raise SpecError if an argument is a renamed option; the message gives the new name.
+
+    The first argument may be a subcommand.
+    """
     for argument in arguments:
         option = argument.partition("=")[0]
-        if option in OPTIONS:
-            raise SpecError(f"{option} was renamed: write {OPTIONS[option]}")
+        for old in (option, f"{arguments[0]} {option}"):
+            if old in OPTIONS:
+                raise SpecError(f"{old} was renamed: write {OPTIONS[old]}")

@@ -192,10 +192,10 @@ def make_engine(job: JobSpec, world: World, model: ModelParts) -> Engine:
     seconds.
 
     Raises:
-        EngineUnavailable: what it needs is not installed, or of a version that was not tested.
+        EngineUnavailable: what it needs is not installed, or of a version that cannot run the job or was not tested.
         LayoutError: the layout does not fit the model or the world.
     """
-    require(job.parallel.engine)
+    require(job)
     config = EngineConfig(
         model=model,
         parallel=job.parallel,

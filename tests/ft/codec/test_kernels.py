@@ -1,5 +1,6 @@
 """Kernels by name: those of other distributions, in real agents and a real run, and what is refused."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,14 @@ from keepwarm.ft.spec import CodeSpec
 from tests.support import outside_kernel
 from tests.support.ft.nodes import BUCKET, Nodes, equal, nodes, random_state, together, wait_committed
 from tests.support.runs.node_run import runs
+from tests.support.runs.registered import registered
 
 
 @pytest.fixture
-def registered() -> Iterator[Callable[[str, Any], None]]:
+def register() -> Iterator[Callable[[str, Any], None]]:
     """Registers kernels of this process, for the length of a test."""
-    names: list[str] = []
-
-    def register(name: str, make: Any) -> None:
-        KERNELS.register(name)(make)
-        names.append(name)
-
-    yield register
-    for name in names:
-        KERNELS.unregister(name)
+    with contextlib.ExitStack() as stack:
+        yield lambda name, make: stack.enter_context(registered(KERNELS, name, make))
 
 
 def test_agents_outside_kernel_codes_and_repairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +73,7 @@ def test_spec_unknown_kernel_lists_nearest() -> None:
     assert CodeSpec(kernel="numpy").kernel == "numpy"
 
 
-def test_kernel_of_another_field_is_refused(registered: Callable[[str, Any], None]) -> None:
+def test_kernel_of_another_field_is_refused(register: Callable[[str, Any], None]) -> None:
     class Crooked(NumpyKernel):
         """Right in all but the last byte of what it adds."""
 
@@ -86,15 +81,15 @@ def test_kernel_of_another_field_is_refused(registered: Callable[[str, Any], Non
             super().accumulate(tables, column, source, output)
             output[0].cast("B")[-1] ^= 1
 
-    registered("crooked", Crooked)
+    register("crooked", Crooked)
     with pytest.raises(KernelUnavailable, match="'crooked' does not compute"):
         Codec(2, 1, kernel="crooked")
 
 
-def test_kernel_that_cannot_start_is_refused(registered: Callable[[str, Any], None]) -> None:
+def test_kernel_that_cannot_start_is_refused(register: Callable[[str, Any], None]) -> None:
     def broken() -> NumpyKernel:
         raise OSError("no such device")
 
-    registered("broken", broken)
+    register("broken", broken)
     with pytest.raises(KernelUnavailable, match="'broken' cannot be used: no such device"):
         Codec(2, 1, kernel="broken")

@@ -41,6 +41,10 @@ def test_cli_help_shows_examples() -> None:
         (("submit", TINY, "--at-once", "2", "--dry-run"), "--at-once was renamed: write --max-parallel"),
         (("submit", TINY, "--at-once=2", "--sweep", "seed=[1, 2]"), "--at-once was renamed: write --max-parallel"),
         (("data", "tokenize", "--control-least=1"), "--control-least was renamed: write --control-threshold"),
+        (
+            ("surgery", "coalesce", "a", "--layers", "2"),
+            "coalesce --layers was renamed: write coalesce-layers --layers",
+        ),
     ],
 )
 def test_cli_renamed_option_is_refused_with_the_new_one(command: tuple[str, ...], said: str) -> None:

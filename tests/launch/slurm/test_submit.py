@@ -202,6 +202,23 @@ def test_parse_job_reads_scontrol_output() -> None:
 
 
 @pytest.mark.parametrize(
+    ("state", "reported", "shown"),
+    [("RUNNING", "0:0", None), ("PENDING", "6:0", None), ("COMPLETED", "0:0", 0), ("FAILED", "3:0", 3),
+     ("CANCELLED", "0:15", 143)],
+)  # fmt: skip
+def test_state_exit_code_is_that_of_an_ended_job(
+    state: str, reported: str, shown: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho JobId=12 JobState={state} ExitCode={reported}\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = Slurm().state("12")
+    assert found is not None
+    assert found.exit_code == shown
+
+
+@pytest.mark.parametrize(
     ("code", "crashed", "ending", "failures", "what"),
     [
         (0, False, False, 1, "done"),

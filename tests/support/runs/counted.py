@@ -32,6 +32,7 @@ from keepwarm.trainer.loop.interrupt import Interrupt
 from keepwarm.trainer.loop.loop import train
 from keepwarm.trainer.loop.restore import Start
 from keepwarm.trainer.monitor.goodput import Timeline
+from tests.support.runs.registered import registered
 from tests.support.runs.toy import ToyParts
 
 FIRST = {"a": 0, "b": 1_000_000, "c": 2_000_000}
@@ -126,11 +127,8 @@ class RecordingInfo(TorchInfo):
 @contextlib.contextmanager
 def recording_engine() -> Iterator[None]:
     """Register the engine inside the `with` block."""
-    ENGINES.register("recording")(RecordingInfo)
-    try:
+    with registered(ENGINES, "recording", RecordingInfo):
         yield
-    finally:
-        ENGINES.unregister("recording")
 
 
 def job_values(folder: Path, stages: list[dict[str, Any]], *, batch: dict[str, Any], length: int) -> dict[str, Any]:

@@ -55,8 +55,8 @@ class LocalQueue(BatchSystem):
     def state(self, job_id: str) -> BatchJob | None:
         code = spool() / job_id
         if code.exists():
-            done = code.read_text() == "0"
-            return BatchJob(id=job_id, phase="ended", state="completed" if done else "failed")
+            ended = int(code.read_text())
+            return BatchJob(id=job_id, phase="ended", state="failed" if ended else "completed", exit_code=ended)
         if Path(f"/proc/{job_id}").exists():
             return BatchJob(id=job_id, phase="running", state="running", nodes="here")
         return None

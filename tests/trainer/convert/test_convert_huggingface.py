@@ -34,6 +34,7 @@ from tests.support.foreign.huggingface_oracle import rearranged
 from tests.support.layouts import Case as LayoutCase
 from tests.support.layouts import whole_state, write_checkpoint
 from tests.support.models import load_parameters
+from tests.support.runs.registered import registered
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -331,11 +332,8 @@ def test_export_skips_families_of_other_packages_that_cannot_be_used(monkeypatch
     broken = EntryPoint("broken", "no.such.module:Family", FAMILIES.group)
     monkeypatch.setattr(FAMILIES, "_offered", {"broken": broken})
     assert "broken" in FAMILIES.names()
-    FAMILIES.register("misregistered")(Misregistered)
-    try:
+    with registered(FAMILIES, "misregistered", Misregistered):
         assert config_for(spec)["model_type"] == "llama"
         # Asked for one that fits none, all are tried.
         with pytest.raises(SpecError, match=r"model\."):
             config_for(spec.model_copy(update={"parallel_residual": True}))
-    finally:
-        FAMILIES.unregister("misregistered")

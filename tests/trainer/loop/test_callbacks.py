@@ -21,6 +21,7 @@ from keepwarm.trainer.loop.callback import Callback, Callbacks, Ending, Run, Ste
 from keepwarm.trainer.loop.session import run_session
 from keepwarm.trainer.monitor.goodput import read_marks
 from keepwarm.trainer.monitor.watchdog import Watchdog
+from tests.support.runs.registered import registered
 
 TINY = shipped_configs() / "ci" / "tiny.yaml"
 STEPS = 3
@@ -79,13 +80,11 @@ class Stranger(Component):
 
 
 @pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
-    components = {"recorder": Recorder, "zeroing": Zeroing, "stranger": Stranger}
-    for name, component in components.items():
-        CALLBACKS.register(name)(component)
-    yield
-    for name in components:
-        CALLBACKS.unregister(name)
+def components() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for name, component in {"recorder": Recorder, "zeroing": Zeroing, "stranger": Stranger}.items():
+            stack.enter_context(registered(CALLBACKS, name, component))
+        yield
 
 
 def train(folder: Path, *overrides: str) -> bool:
@@ -183,7 +182,7 @@ def test_callbacks_close_failure_does_not_keep_others_open(tmp_path: Path, caplo
             closed.extend(one.closed for one in callbacks if isinstance(one, Closing))
 
     closed: list[bool] = []
-    with added("probe", Probe), caplog.at_level(logging.WARNING):
+    with registered(CALLBACKS, "probe", Probe), caplog.at_level(logging.WARNING):
         assert train(tmp_path / "run", "callbacks={probe: {}}")
     assert closed == [True, True, True]
     logged = [record.getMessage() for record in caplog.records if "closing a callback" in record.getMessage()]
@@ -225,7 +224,11 @@ def test_session_close_failure_is_raised_only_without_another_error(
     monkeypatch.setattr(Faulty, "ends_with", ends_with)
     monkeypatch.setattr(Faulty, "ended", [])
     expected = ends_with or RuntimeError("cannot close")
-    with added("faulty", Faulty), caplog.at_level(logging.WARNING), pytest.raises(type(expected), match=str(expected)):
+    with (
+        registered(CALLBACKS, "faulty", Faulty),
+        caplog.at_level(logging.WARNING),
+        pytest.raises(type(expected), match=str(expected)),
+    ):
         train(tmp_path / "run", "callbacks={faulty: {}}")
     assert Faulty.ended == [ending]
     logged = [record.getMessage() for record in caplog.records if "leaving the run" in record.getMessage()]
@@ -243,7 +246,7 @@ class StopsAtOnce(Callback):
 
 
 def test_callbacks_request_stop_at_the_start_saves_the_state(tmp_path: Path) -> None:
-    with added("stops", StopsAtOnce), pytest.raises(TrainingStopped, match="nothing to do"):
+    with registered(CALLBACKS, "stops", StopsAtOnce), pytest.raises(TrainingStopped, match="nothing to do"):
         train(tmp_path / "run", "callbacks={stops: {}}")
     newest = publication.latest(tmp_path / "run" / "checkpoints")
     assert newest is not None
@@ -257,15 +260,6 @@ def test_callbacks_watchdog_is_closed_before_the_others(tmp_path: Path, monkeypa
 
     order: list[str] = []
     monkeypatch.setattr(Watchdog, "close", lambda self: order.append("watchdog"))
-    with added("slow", Slow):
+    with registered(CALLBACKS, "slow", Slow):
         assert train(tmp_path / "run", "callbacks={slow: {}}")
     assert order == ["watchdog", "callback"]
-
-
-@contextlib.contextmanager
-def added(name: str, component: type[Callback]) -> Iterator[None]:
-    CALLBACKS.register(name)(component)
-    try:
-        yield
-    finally:
-        CALLBACKS.unregister(name)

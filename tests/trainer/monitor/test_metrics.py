@@ -26,6 +26,7 @@ from keepwarm.trainer.monitor import events
 from keepwarm.trainer.monitor.console import LogLine
 from keepwarm.trainer.monitor.metric_sinks import MetricSink, SinkContext, StepMetrics
 from keepwarm.trainer.monitor.metrics import Metrics
+from tests.support.runs.registered import registered
 
 
 def at(step: int, loss: float = 2.0) -> StepMetrics:
@@ -180,10 +181,9 @@ def _nothing_lost() -> None:
 
 @pytest.fixture
 def flaky() -> Iterator[type[Flaky]]:
-    METRIC_SINKS.register("flaky")(Flaky)
     Flaky.seen.clear()
-    yield Flaky
-    METRIC_SINKS.unregister("flaky")
+    with registered(METRIC_SINKS, "flaky", Flaky):
+        yield Flaky
 
 
 def log_spec(sinks: str) -> LogSpec:
