@@ -1,4 +1,5 @@
-"""`keepwarm data tokenize` against a bare loop around the `tokenizers` library, on 15 MB of JSON lines.
+"""`keepwarm data tokenize` against a bare loop around the `tokenizers` library, on 15 MB of JSON lines,
+or as many bytes as its argument says.
 
 Prints one JSON object: medians of seconds and of processor seconds, from start to end of a process, and their ratios to
 the bare loop. Every round runs all of them in turns. The loop reads the lines, encodes them with all threads of the
@@ -33,15 +34,15 @@ with open(corpus) as lines, open(target, "wb") as out:
 """
 
 
-def write_corpus(path: Path) -> None:
-    """Write documents of about 2 kB, drawn from the shipped corpora, until the file has `BYTES`."""
+def write_corpus(path: Path, size: int) -> None:
+    """Write documents of about 2 kB, drawn from the shipped corpora, until the file has `size` bytes."""
     draw = random.Random(0)
     whole = "\n".join(
         text for name in CORPORA for part in parts(Path(f"configs/corpora/{name}.jsonl.zst"), 1 << 30)
         for text in documents(part, "text")
     )  # fmt: skip
     with path.open("w") as file:
-        while file.tell() < BYTES:
+        while file.tell() < size:
             start = draw.randrange(len(whole) - 4000)
             file.write(json.dumps({"text": whole[start : start + draw.randrange(4000)]}, ensure_ascii=False) + "\n")
 
@@ -59,10 +60,11 @@ def _processor() -> float:
 
 
 def main() -> None:
+    size = int(sys.argv[1]) if sys.argv[1:] else BYTES
     with tempfile.TemporaryDirectory(prefix="keepwarm-bench-") as name:
         folder = Path(name)
         corpus, tokenizer = folder / "corpus.jsonl", folder / "tokenizer.json"
-        write_corpus(corpus)
+        write_corpus(corpus, size)
         train_tokenizer([corpus], tokenizer, 8192)
         taken: dict[str, list[tuple[float, float]]] = {"bare": [], "one": [], "two": []}
         for turn in range(ROUNDS):
@@ -71,7 +73,7 @@ def main() -> None:
                 command = [sys.executable, "-m", "keepwarm", "data", "tokenize", "--input", str(corpus)]
                 command += ["--output-prefix", f"{folder}/{kind}{turn}", "--tokenizer", str(tokenizer)]
                 taken[kind].append(seconds([*command, "--processes", processes]))
-    report: dict[str, float] = {"bytes": BYTES, "rounds": ROUNDS}
+    report: dict[str, float] = {"bytes": size, "rounds": ROUNDS}
     for index, unit in enumerate(("seconds", "processor_seconds")):
         medians = {kind: statistics.median(times[index] for times in found) for kind, found in taken.items()}
         report |= {f"{kind}_{unit}": value for kind, value in medians.items()}

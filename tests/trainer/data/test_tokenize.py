@@ -11,7 +11,7 @@ import pytest
 
 from keepwarm.trainer.data.indexed import Sidecar, TokenFile
 from keepwarm.trainer.data.preprocess.inspect import inspect
-from keepwarm.trainer.data.preprocess.part_pool import default_processes
+from keepwarm.trainer.data.preprocess.part_pool import process_count
 from keepwarm.trainer.data.preprocess.progress import LogObserver, Observer
 from keepwarm.trainer.data.preprocess.tokenize import _parts_folder, tokenize
 from keepwarm.trainer.data.preprocess.tokenize_options import TextOptions
@@ -274,11 +274,16 @@ def test_tokenize_log_gets_lines_while_it_lasts(
 
 
 @pytest.mark.parametrize(
-    ("input_bytes", "cores", "processes"),
-    [(10**6, 64, 1), (2**40, 2, 1), (2**40, 64, 8), (2**30, 64, 4), (0, 1, 1)],
-)
-def test_tokenize_number_of_processes_follows_input_and_cores(input_bytes: int, cores: int, processes: int) -> None:
-    assert default_processes(input_bytes, cores) == processes
+    ("most", "input_bytes", "cores", "processes"),
+    [
+        (None, 10**6, 64, 1), (None, 2**40, 2, 1), (None, 2**40, 64, 8), (None, 2**30, 64, 4), (None, 0, 1, 1),
+        (2, 15 * 10**6, 2, 1), (2, 64 << 20, 2, 2), (8, 100 << 20, 64, 3), (3, 0, 1, 1),
+    ],
+)  # fmt: skip
+def test_tokenize_number_of_processes_follows_input_and_cores(
+    most: int | None, input_bytes: int, cores: int, processes: int
+) -> None:
+    assert process_count(most, input_bytes, cores) == processes
 
 
 def test_tokenize_finished_parts_are_reused(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,15 +22,19 @@ from keepwarm.trainer.data.tokenizer import Tokenizer, load_tokenizer
 
 CORES_OF_A_PROCESS = 8
 BYTES_OF_A_PROCESS = 256 << 20
+FEWEST_BYTES_OF_A_PROCESS = 32 << 20
+"""A process takes a second to start, in which another one that uses the same cores encodes some 5 MB."""
 _THREADS = "RAYON_NUM_THREADS"
 
 Submit = Callable[[Path, TextPart, str], "Future[None]"]
 
 
-def default_processes(input_bytes: int, cores: int) -> int:
-    """Return a number of processes: one for every 8 cores, but not more than one for every 256 MiB of input, since each
-    takes a second to start."""
-    return max(1, min(cores // CORES_OF_A_PROCESS, input_bytes // BYTES_OF_A_PROCESS))
+def process_count(most: int | None, input_bytes: int, cores: int) -> int:
+    """Return a number of processes: at most `most`, and at most one for every 32 MiB of input; if it is None, one for
+    every 8 cores and 256 MiB."""
+    if most is None:
+        return max(1, min(cores // CORES_OF_A_PROCESS, input_bytes // BYTES_OF_A_PROCESS))
+    return max(1, min(most, input_bytes // FEWEST_BYTES_OF_A_PROCESS))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import typer
 
 from keepwarm.trainer import tool
 from keepwarm.trainer.data.indexed import Sidecar
-from keepwarm.trainer.data.preprocess.part_pool import Submit, cores, default_processes, part_pool
+from keepwarm.trainer.data.preprocess.part_pool import Submit, cores, part_pool, process_count
 from keepwarm.trainer.data.preprocess.progress import Observer, input_bytes, observer
 from keepwarm.trainer.data.preprocess.text import TextPart, parts
 from keepwarm.trainer.data.preprocess.token_parts import bad_lines, merge, part_path
@@ -197,7 +197,7 @@ def command(
         end_of_document=end_of_document,
     )
     total = input_bytes(input)
-    processes = default_processes(total, cores()) if processes is None else processes
+    processes = process_count(processes, total, cores())
     with observer("tokenize", total) as seen:
         sidecar = tokenize(input, output_prefix, tokenizer, options, processes=processes, observer=seen)
     seen.report()

@@ -24,7 +24,10 @@ SkipBadLines = Annotated[
     bool, typer.Option("--skip-bad-lines", help="Leave out lines that are no document, and count them.")
 ]
 Processes = Annotated[
-    int | None, typer.Option(min=1, help="Number of processes; default: one per 8 cores and 256 MiB of input.")
+    int | None,
+    typer.Option(
+        min=1, help="Most processes, at least 32 MiB of input each; default: one per 8 cores and 256 MiB of input."
+    ),
 ]
 
 
