@@ -94,6 +94,8 @@ _Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.cons
 def _parse(text: str, source: str, places: dict[Keys, str] | None) -> Any:
     yaml = YAML(typ="safe", pure=True)
     yaml.Constructor = _Constructor
+    # YAML 1.2, 6.9.2: an alias means the latest node before it that has the anchor.
+    yaml.composer.warn_double_anchors = False
     try:
         node = yaml.compose(text)
         if node is None:

@@ -64,6 +64,12 @@ def test_job_file_is_read_as_yaml_1_2(job_file: Path) -> None:
     assert job.stages[0].tokens == 1024
 
 
+def test_job_file_anchor_that_is_there_twice_means_the_latest(job_file: Path) -> None:
+    twice = JOB.replace("hidden_size: 64", "hidden_size: &n 64").replace("heads: 4", "heads: &n 4")
+    job_file.write_text(twice.replace("ffn_size: 128", "ffn_size: *n"))
+    assert load_job(job_file, []).model.ffn_size == 4
+
+
 def test_job_file_paths_are_relative_to_file_overrides_to_cwd(
     job_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
