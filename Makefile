@@ -46,7 +46,7 @@ demo-quick: $(ENV)/installed $(DOMAINS:%=$(DEMO_DATA)/%.idx) ## its first part: 
 
 test: $(ENV)/installed-dev ## all tests but those of test-long, lint among them
 	@echo "==> tests, in two processes"
-	@$(VENV)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+	@$(VENV)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --durations 30 --durations-min 5
 
 test-base: $(ENV)/installed-test ## what an installation without extras can do: commands of the documentation, data, configs
 	@echo "==> tests of the base installation"
