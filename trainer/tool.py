@@ -10,7 +10,7 @@ from keepwarm.debug import wants_traceback
 from keepwarm.exit_code import ExitCode
 from keepwarm.ft.errors import FtError
 from keepwarm.side_writer import end_without_stdout, protect_streams
-from keepwarm.text import problem_of
+from keepwarm.text import problem_of, problem_of_path
 from keepwarm.trainer.errors import TrainerError
 
 
@@ -32,6 +32,11 @@ def run(app: typer.Typer) -> NoReturn:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code if isinstance(error, TrainerError) else ExitCode.BAD_INPUT)
+    except OSError as error:
+        if wants_traceback() or (said := problem_of_path(error)) is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
+        sys.exit(ExitCode.BAD_INPUT)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(ExitCode.INTERRUPTED)

@@ -24,7 +24,7 @@ from keepwarm.launch.cli.arguments import (
 from keepwarm.launch.cli.cluster import cluster
 from keepwarm.launch.cli.programs import DATA_PROGRAMS, PROGRAMS, add_programs
 from keepwarm.side_writer import end_without_stdout, protect_streams
-from keepwarm.text import problem_of
+from keepwarm.text import problem_of, problem_of_path
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -244,5 +244,10 @@ def main() -> None:
         elif str(error):
             print(f"keepwarm: {error}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", ExitCode.BAD_INPUT))
+    except OSError as error:
+        if debug.wants_traceback() or (said := problem_of_path(error)) is None:
+            raise
+        print(f"keepwarm: {said}", file=sys.stderr)
+        sys.exit(ExitCode.BAD_INPUT)
     finally:
         sys.stdout.flush()  # a failure here is the command's; one at the interpreter's end would go unnoticed

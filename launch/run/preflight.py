@@ -10,11 +10,14 @@ from keepwarm.launch.run.node_check import gpu_count, memory_free
 from keepwarm.parallel.engine_support import require
 from keepwarm.parallel.errors import EngineUnavailable
 from keepwarm.parallel.kernels import KERNELS
+from keepwarm.text import problem_of_path
 from keepwarm.trainer.data.preprocess.text import is_text
 from keepwarm.trainer.data.spec import DataSpec
 from keepwarm.trainer.errors import DataError
+from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.job.shrink import layouts
 from keepwarm.trainer.job.spec import JobSpec
+from keepwarm.trainer.job.url import is_url
 
 
 def check_job(job: JobSpec) -> None:
@@ -25,6 +28,7 @@ def check_job(job: JobSpec) -> None:
     """
     check_engine(job)
     check_data_exists(job.data)
+    check_parent_exists(job)
     check_disk(job)
 
 
@@ -75,13 +79,30 @@ def check_data_exists(spec: DataSpec) -> None:
     missing = []
     for section, table in (("sources", spec.sources), ("validation", spec.validation)):
         for name, path in table.items():
-            missing += [
-                f"data.{section}.{name}: {file}: no such file" for file in data_files(path) if not file.is_file()
-            ]
-    if spec.tokenizer != "bytes" and not Path(spec.tokenizer).is_file():
-        missing.append(f"data.tokenizer: {spec.tokenizer}: no such file")
+            missing += [f"data.{section}.{name}: {why}" for file in data_files(path) if (why := _unusable(file))]
+    if spec.tokenizer != "bytes" and (why := _unusable(Path(spec.tokenizer))):
+        missing.append(f"data.tokenizer: {why}")
     if missing:
         raise DataError("\n  ".join([f"{len(missing)} data files are missing:", *missing] if missing[1:] else missing))
+
+
+def check_parent_exists(job: JobSpec) -> None:
+    """Raise DataError if `init_from` is a folder that does not exist. A run that goes on has read it already."""
+    if job.init_from is None or is_url(job.init_from) or RunFolder(Path(job.output)).exists:
+        return
+    try:
+        if Path(job.init_from).exists():
+            return
+        raise DataError(f"init_from: {job.init_from}: no such folder")
+    except OSError as error:
+        raise DataError(f"init_from: {problem_of_path(error) or error}") from error
+
+
+def _unusable(file: Path) -> str | None:
+    try:
+        return None if file.is_file() else f"{file}: no such file"
+    except OSError as error:
+        return problem_of_path(error) or f"{file}: {error.strerror}"
 
 
 def data_files(path: str) -> list[Path]:

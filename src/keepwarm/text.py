@@ -1,5 +1,9 @@
-"""Text from outside that is not UTF-8: Python keeps such bytes as lone surrogates, which nothing can write again."""
+"""Text from outside that is not UTF-8: Python keeps such bytes as lone surrogates, which nothing can write again.
 
+Paths from outside that the system refuses to look up.
+"""
+
+import errno
 import os
 from collections.abc import Sequence
 
@@ -27,3 +31,14 @@ def problem_of(arguments: Sequence[str]) -> str | None:
     return (
         None if wrong is None else f"{shown(wrong)}: this argument is not UTF-8; write it, or name the file, in UTF-8"
     )
+
+
+_LOOK_UP = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ESTALE)
+
+
+def problem_of_path(error: OSError) -> str | None:
+    """Return which path the system refused to look up, and why; None for any other error."""
+    if error.filename is None or error.errno not in _LOOK_UP:
+        return None
+    path = shown(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else str(error.filename)
+    return f"{path if len(path) <= 300 else f'{path[:200]}... ({len(path)} characters)'}: {error.strerror}"

@@ -261,3 +261,25 @@ def test_plan_job_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     text = Path(TINY).read_text().replace("../corpora", str(ROOT / "configs" / "corpora"))
     (tmp_path / "job.yaml").write_text(text, encoding="utf-8-sig")
     assert keepwarm("plan", str(tmp_path / "job.yaml")).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", TINY, "data.sources.en=LONG"],
+        ["train", TINY, "data.tokenizer=LONG.json"],
+        ["train", TINY, "output=LONG"],
+        ["plan", "LONG"],
+        ["status", "LONG"],
+        ["status", "LOOP"],
+        ["train", TINY, "init_from=LONG"],
+        ["convert", "LONG", "LONG", "--to", "hf"],
+        ["checkpoint", "verify", "LONG"],
+        ["data", "tokenize", "--input", "LONG.txt", "--output-prefix", "x", "--tokenizer", "bytes"],
+    ],
+    ids=lambda arguments: " ".join(arguments).replace(TINY, "job"),
+)
+def test_cli_path_that_the_system_refuses_to_look_up_is_named(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    made = [word.replace("LONG", "x" * 300).replace("LOOP", str(tmp_path / "loop" / "a")) for word in arguments]
+    refused(keepwarm(*made, cwd=tmp_path), "oo")  # of "too long", "too many levels", "no such file"

@@ -126,6 +126,7 @@ def test_job_mutated_in_any_way_is_planned_or_refused_in_a_sentence(whole: dict[
 
 
 @pytest.mark.long
+@pytest.mark.timeout(5400)
 def test_job_mutated_ten_thousand_times_is_planned_or_refused(whole: dict[str, Any], tmp_path: Path) -> None:
     for seed in range(300, 10_300):
         try_one(seed, whole, tmp_path)
