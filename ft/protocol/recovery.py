@@ -3,8 +3,9 @@
 A choice frees nothing. The agents keep, beside the snapshot that was chosen, what else may be restored:
 
 - until a worker asks for a buffer, and so has completed a step from what was restored: everything;
-- after that, and until the chosen snapshot is whole on all members: the newest one that was committed. There are two
-  buffers of each kind, so no new snapshot has room meanwhile, and workers go on without (`Reason.NO_ROOM`);
+- after that, and until the chosen snapshot is whole on all members: the newest one that was committed or restored
+  earlier. There are two buffers of each kind, so no new snapshot has room meanwhile, and workers go on without
+  (`Reason.NO_ROOM`);
 - nothing that was in memory, if nothing in memory was restored.
 
 If anything fails before that, the next epoch chooses again from all of it. Members announce that they have stored the
@@ -77,7 +78,8 @@ def decide(transition: Transition, decision: Decision) -> None:
     transition.set(newest=max(transition.state.newest, chosen.snapshot.age))
     phase = Phase.COMMITTED if len(chosen.good) == chosen.group.size else Phase.REBUILT
     # What members stored earlier may be lost by now, so they announce again what they have.
-    chosen = transition.put(replace(chosen, phase=phase, coding={}, finishing=frozenset(), members={}))
+    chosen = replace(chosen, phase=phase, restored=True, coding={}, finishing=frozenset(), members={})
+    transition.put(chosen)
     _announce(transition, chosen, whole=_data_whole(transition, chosen))
     if phase is Phase.COMMITTED:
         coding.check_prepared(transition, coding.say_stored(transition, chosen))
@@ -87,7 +89,7 @@ def _room_for(transition: Transition, snapshot: SnapshotId) -> Copy | None:
     """Return the copy of the chosen snapshot, an empty one if there is none. Its peers fill it.
 
     The two buffers may hold other snapshots, if this agent was left out of a choice or went on from another one. Then
-    the oldest that was not committed makes room.
+    the oldest that was neither committed nor restored makes room.
     """
     state = transition.state
     copy = state.copy(snapshot)
@@ -96,7 +98,7 @@ def _room_for(transition: Transition, snapshot: SnapshotId) -> Copy | None:
     if copy is not None and copy.phase is Phase.DRAINING:
         return None
     others = [other for other in state.copies if other.candidate]
-    for other in (None, *sorted(others, key=lambda each: (each.whole, each.snapshot.age))):
+    for other in (None, *sorted(others, key=lambda each: (each.precious, each.snapshot.age))):
         if other is not None:
             transition.drop(other)
         data, parity = transition.free_buffers()
@@ -128,9 +130,14 @@ def _set_aside(transition: Transition, decision: Decision) -> None:
 
 
 def _committed_before(transition: Transition, chosen: SnapshotId | None) -> SnapshotId | None:
-    """Return the newest snapshot held that was committed and is older than the chosen one."""
-    ages = [copy for copy in transition.state.copies if chosen and copy.whole and copy.snapshot.age < chosen.age]
-    return max(ages, key=lambda copy: copy.snapshot.age).snapshot if ages else None
+    """Return the newest snapshot held that is older than the chosen one and was committed or restored.
+
+    One that was restored counts, because an agent does not know what only a dead one knew: that it was committed. An
+    agent that came later may hold all of it and not know yet that all others do.
+    """
+    copies = transition.state.copies
+    ages = [copy.snapshot for copy in copies if chosen and copy.precious and copy.snapshot.age < chosen.age]
+    return max(ages, key=lambda snapshot: snapshot.age, default=None)
 
 
 def _announce(transition: Transition, copy: Copy | None, *, whole: bool) -> None:

@@ -105,6 +105,8 @@ class Copy:
     """The durable tier is reading the data buffer."""
     whole: bool = False
     """The agent has learned that all members stored the snapshot: it was committed."""
+    restored: bool = False
+    """An epoch has restored the snapshot: others may know that it was committed, and it may be whole again."""
     verified: bool = False
     """The agent has read the data back and confirmed those checksums."""
     coding: Mapping[tuple[int, int], Progress] = field(default_factory=dict)
@@ -120,6 +122,11 @@ class Copy:
     def candidate(self) -> bool:
         """Whether recovery may choose this copy."""
         return self.phase in (Phase.SEALED, Phase.PREPARED, Phase.COMMITTED, Phase.REBUILT, Phase.KEPT)
+
+    @property
+    def precious(self) -> bool:
+        """Whether the snapshot may be the newest one that is whole, so that it stays beside a newer one that is not."""
+        return self.whole or self.restored
 
     @property
     def open(self) -> bool:
@@ -181,7 +188,7 @@ class State:
     """First bucket wanted by (snapshot, stripe, slot), for snapshots not yet sealed here."""
     committed: SnapshotId | None = None
     """The newest snapshot known to be whole on all members, of this epoch or restored and whole again; until then the
-    one kept beside the restored one, if any."""
+    one kept beside the restored one, if any, which was committed or restored before."""
     decided_epoch: int = 0
     decided: SnapshotId | None = None
     """Snapshot restored by the last decision, that of `decided_epoch`."""

@@ -251,6 +251,7 @@ MUTANTS = (
             ),
         ),
     ),
+    _one("what was restored does not stay beside a newer choice", "decide", "restored=True", "restored=False"),
     _two("the plan is not followed", ("follow", "_plan"), "transition.emit(FollowOrders(orders))", "pass"),
     Mutant(
         "checksums of rebuilt data are forgotten",

@@ -19,6 +19,7 @@
 byte has[NODES * (SNAPS + 1)];  /* 0: nothing, 1: workers write, SEALED: data, STORED: data and parity */
 bit said[NODES * (SNAPS + 1)];  /* has announced in this epoch that it is stored */
 bit nay[NODES * (SNAPS + 1)];   /* knows that it can never be committed */
+bit was[NODES * (SNAPS + 1)];   /* an epoch has restored it, and it is not known to be whole since */
 byte com[NODES];                /* the newest snapshot that it knows to be committed */
 byte asked[NODES];              /* the newest step that its workers offered */
 bit dead[NODES];
@@ -38,7 +39,7 @@ hidden byte i;
 #define M2(g) ((g) * SIZE + (SIZE > 2 -> 2 : 0))
 #define G(n) ((n) / SIZE)
 
-#define OPEN(n, s) (has[AT(n, s)] > 0 && s > com[n] && s != chosen && !nay[AT(n, s)])
+#define OPEN(n, s) (has[AT(n, s)] > 0 && s > com[n] && s != chosen && !nay[AT(n, s)] && !was[AT(n, s)])
 #define FULL(n, s) (has[AT(n, s)] == STORED)
 #define DATA(n, s) (has[AT(n, s)] >= SEALED)
 #define ALL_DATA(g, s) (DATA(M0(g), s) && DATA(M1(g), s) && DATA(M2(g), s))
@@ -59,9 +60,7 @@ hidden byte i;
 #define S2 (SNAPS > 1 -> 2 : 1)
 #define S3 (SNAPS > 2 -> 3 : 1)
 #define ANY_OPEN(n) (OPEN(n, 1) || OPEN(n, S2) || OPEN(n, S3))
-/* What was restored must be known to be whole first: until then nobody but the choice says what to keep. BREAK 6: at once. */
-#define SETTLED(n) (chosen == 0 || com[n] >= chosen || BREAK == 6)
-#define ROOM(n) (SETTLED(n) && !ANY_OPEN(n) && HOLDS(n, 1) + (SNAPS > 1 && HOLDS(n, S2)) + (SNAPS > 2 && HOLDS(n, S3)) < 2)
+#define ROOM(n) (!ANY_OPEN(n) && HOLDS(n, 1) + (SNAPS > 1 && HOLDS(n, S2)) + (SNAPS > 2 && HOLDS(n, S3)) < 2)
 #define QUIET (!ANY_OPEN(0) && !ANY_OPEN(1) && !ANY_OPEN(N2) && !ANY_OPEN(N3))
 #define DONE (phase == 0 && over && offered == SNAPS && ALL_ASKED && QUIET)
 
@@ -71,7 +70,7 @@ hidden byte i;
 /* A worker asks, and so has completed a step from the choice: what was given up is freed. BREAK 3 passes in silence. */
 inline ask(n) {
   asked[n]++;
-  EACH(WHEN(nay[AT(n, i)] && i != chosen, has[AT(n, i)] = 0));
+  EACH(WHEN(nay[AT(n, i)] && i != chosen, has[AT(n, i)] = 0; was[AT(n, i)] = 0));
   if
   :: nay[AT(n, asked[n])]
   :: !nay[AT(n, asked[n])] && ROOM(n) -> has[AT(n, asked[n])] = 1
@@ -89,14 +88,14 @@ inline commit(n, s) {
   od;
   com[n] = s;
   WHEN(s > safe, safe = s);
-  EACH(WHEN(i < s, has[AT(n, i)] = 0));
+  EACH(WHEN(i < s, has[AT(n, i)] = 0); WHEN(i <= s, was[AT(n, i)] = 0));
   SAFE
 }
 
 inline crash(n) {
   crashes++;
   dead[n] = 1; gone[n] = 1; frozen[n] = 1; com[n] = 0;
-  EACH(has[AT(n, i)] = 0; nay[AT(n, i)] = 0);
+  EACH(has[AT(n, i)] = 0; nay[AT(n, i)] = 0; was[AT(n, i)] = 0);
   phase = 1;
   SAFE
 }
@@ -107,12 +106,16 @@ inline freeze(n) {
   i = 0
 }
 
+/* What stays beside the choice: the older one that an epoch has restored, if that may be all that is whole. BREAK 6: not. */
+#define BESIDE(n, s) (was[AT(n, s)] && s < chosen && BREAK != 6)
+
 /* A choice frees nothing. BREAK 1 frees all but what was chosen. */
 inline join(n) {
   frozen[n] = 0;
   asked[n] = offered;
   WHEN(FULL(n, chosen), said[AT(n, chosen)] = 1);
-  EACH(WHEN(i != chosen && i > com[n] && i <= offered, nay[AT(n, i)] = 1); WHEN(BREAK == 1 && i != chosen, has[AT(n, i)] = 0));
+  EACH(WHEN(i != chosen && i > com[n] && i <= offered && !BESIDE(n, i), nay[AT(n, i)] = 1); WHEN(BREAK == 1 && i != chosen, has[AT(n, i)] = 0));
+  WHEN(chosen > com[n], was[AT(n, chosen)] = 1);
   WHEN(ALL_JOINED, phase = 0);
   SAFE
 }
@@ -148,7 +151,7 @@ inline choose() {
   :: d_step { HERE && OPEN(_pid, s) && has[AT(_pid, s)] == SEALED && (ALL_DATA(G(_pid), s) || BREAK == 4) && !said[AT(_pid, s)] -> \
        WHEN(ALL_DATA(G(_pid), s), has[AT(_pid, s)] = STORED; gone[_pid] = 0); said[AT(_pid, s)] = 1 } \
   :: d_step { HERE && com[_pid] < s && ALL_SAID(s) -> commit(_pid, s) } \
-  :: d_step { HERE && !nay[AT(_pid, s)] && s > com[_pid] && s != chosen && ANY_NAY(s) -> \
+  :: d_step { HERE && !nay[AT(_pid, s)] && s > com[_pid] && s != chosen && !was[AT(_pid, s)] && ANY_NAY(s) -> \
        WHEN(OPEN(_pid, s), has[AT(_pid, s)] = 0); nay[AT(_pid, s)] = 1 }
 
 active [NODES] proctype node() {

@@ -20,7 +20,7 @@ RULES = {
     3: "who passes says so",
     4: "stored means parity too",
     5: "the newest that decodes is chosen",
-    6: "nothing new is taken before what was restored is whole",
+    6: "what was restored stays beside a newer choice",
 }
 pytestmark = pytest.mark.skipif(
     shutil.which("spin") is None or shutil.which("gcc") is None,

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from keepwarm.ft.agent.status import status
 from keepwarm.ft.codec.reed_solomon import Codec, ParityRow
 from keepwarm.ft.memory.shared_memory import bucket_sums
 from keepwarm.ft.protocol import events
-from keepwarm.ft.protocol.messages import Decision, Decode, Part, Read, SnapshotId
+from keepwarm.ft.protocol.messages import Decision, Decode, Known, Part, Read, SnapshotId, Stored
 from keepwarm.ft.protocol.state import Mode, Phase
 from keepwarm.ft.transport.link import Link
 from keepwarm.ft.worker.snapshotter import SnapshotOptions
@@ -38,9 +38,9 @@ def replace(world: Team, *slots: int) -> None:
     world.until(world.connected, "all links")
 
 
-def seal_without_coding(world: Team, step: int) -> None:
+def seal_without_coding(world: Team, step: int, *, settled: bool = True) -> None:
     """A snapshot whose data is verified on all nodes and whose parity does not exist yet: no link moves."""
-    world.write(step)
+    world.write(step, settled=settled)
 
     def verified() -> bool:
         for agent in world.agents.values():
@@ -75,6 +75,77 @@ def test_committed_snapshot_survives_a_rank_and_then_a_node(tmp_path: Path) -> N
         assert world.chosen() == 2
         world.check(2)
         world.take(4)
+
+
+def swallow(monkeypatch: pytest.MonkeyPatch, lost: Callable[[Link, Any], bool]) -> None:
+    """From now on, messages for which `lost(link, message)` holds are not sent."""
+    original = Link.send
+
+    def send(link: Link, message: Any, *rest: Any, **more: Any) -> None:
+        if not lost(link, message):
+            original(link, message, *rest, **more)
+
+    monkeypatch.setattr(Link, "send", send)
+
+
+def choose_unprotected(world: Team, step: int) -> None:
+    """A snapshot without parity is restored, as after the death of a rank, and training goes on from it."""
+    seal_without_coding(world, step, settled=False)
+    for agent in world.agents.values():
+        agent.dispatch(events.WorkerLost(0))
+    epoch = max(agent.state.epoch for agent in world.agents.values()) + 1
+    world.begin(epoch)
+    world.until(lambda: all(a.state.decided_epoch == epoch for a in world.agents.values()), "the choice", 30.0)
+    assert world.chosen() == step
+    for agent in world.agents.values():
+        agent.dispatch(events.WorkerOpened(0, SnapshotId("run", epoch, step + 1, LAYOUT), wait=False))
+
+
+def test_snapshot_whose_commit_only_a_dead_agent_knew_survives_a_second_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first snapshot is restored, and before its parity is back, the next one is chosen without parity."""
+    made = Team(tmp_path, [(range(3), 1)])
+    try:
+        made.until(made.connected, "all links")
+        made.recover(1)
+        with monkeypatch.context() as silent:
+            swallow(silent, lambda link, message: isinstance(message, Stored | Known) and link.slot != 0)
+            made.write(1)
+            made.until(lambda: made.agents[0].state.committed is not None, "the commit")
+            assert all(made.agents[slot].state.committed is None for slot in (1, 2))
+            replace(made, 0)
+        parity = made.agents[0].state.group.parity_stripes(0)
+        swallow(monkeypatch, lambda link, message: isinstance(message, Part) and message.stripe in parity)
+        made.recover(2, whole=False)
+        assert made.chosen() == 1
+        choose_unprotected(made, 2)
+        monkeypatch.undo()
+        replace(made, 0)
+        made.until(lambda: made.recovered(4), "another choice")
+        assert made.chosen() == 1
+        made.check(1)
+        made.take(5)
+    finally:
+        made.close()
+
+
+def test_snapshot_that_an_agent_does_not_know_to_be_whole_survives_a_second_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replaced agent has all of the committed snapshot again, and what the others say of it is late."""
+    with team(tmp_path, 3, 1) as world:
+        replace(world, 0)
+        with monkeypatch.context() as silent:
+            swallow(silent, lambda link, message: isinstance(message, Stored | Known) and link.slot == 0)
+            world.recover(2)
+            world.check(2)
+            choose_unprotected(world, 3)
+        replace(world, 1)
+        world.until(lambda: world.recovered(4), "another choice")
+        assert world.chosen() == 2
+        world.check(2)
+        world.take(5)
 
 
 def test_unprotected_choice_refuses_snapshots_until_it_is_whole(

@@ -126,9 +126,9 @@ class Team:
                 return False
         return True
 
-    def write(self, step: int) -> None:
-        """Every worker is granted a buffer, writes it and seals it."""
-        self.until(self.whole, "what was restored to be whole")
+    def write(self, step: int, *, settled: bool = True) -> None:
+        """Every worker is granted a buffer, writes it and seals it; with `settled`, once what was restored is whole."""
+        self.until(lambda: not settled or self.whole(), "what was restored to be whole")
         for slot, agent in self.agents.items():
             snapshot = SnapshotId("run", agent.state.epoch, step, LAYOUT)
             agent.dispatch(events.WorkerOpened(0, snapshot))
