@@ -21,9 +21,10 @@ from pathlib import Path
 import msgspec
 from torch._C._distributed_c10d import TCPStore
 
+from keepwarm.ft.transport.descriptors import raise_limit
 from keepwarm.launch.node import record as node_record
 from keepwarm.launch.node import slot_table
-from keepwarm.launch.node.frames import Connection, FrameServer, ask, frame, raise_descriptor_limit
+from keepwarm.launch.node.connections import Connection, Server, ask, packed, run_secret
 from keepwarm.launch.node.heartbeat import FAREWELL, HEARTBEAT, MOVED
 from keepwarm.launch.node.peers import FirstTable, Opened
 from keepwarm.launch.node.record import SideWrites, StoreRecord
@@ -50,19 +51,20 @@ class TableServer:
     """Applies the requests of nodes to the table, and takes nodes out that have died. Runs on one thread."""
 
     def __init__(
-        self, host: str, peer_timeout: float, *, on_lost: Callable[[str, str, int], None],
+        self, secret: bytes, host: str, peer_timeout: float, *, on_lost: Callable[[str, str, int], None],
         claim: Callable[[Number, Callable[[], None]], None],
     ) -> None:  # fmt: skip
         """Begin to listen.
 
         Args:
+            secret: of the run; nothing is taken from those that do not know it.
             host: address to listen on.
             peer_timeout: seconds of silence after which a node is considered dead.
             on_lost: called with name, cause and slot of an owner that was taken out.
             claim: claims the view after one for this store, without waiting, and calls a function if that succeeds.
         """
         self._peer_timeout, self._on_lost, self._claim = peer_timeout, on_lost, claim
-        self._server = FrameServer(host, self._on_frame, self._on_closed)
+        self._server = Server(secret, host, self._on_message, self._on_closed)
         self.port = self._server.port
         self.table = Table(slots=1, max_restarts=0)
         self._version = self._sent = 0
@@ -97,17 +99,17 @@ class TableServer:
 
     # ---- what arrives
 
-    def _on_frame(self, connection: Connection, body: bytes) -> None:
+    def _on_message(self, connection: Connection, body: bytes) -> None:
         if connection.heartbeat:
             self._on_heartbeat(connection, body)
             return
         message = self._requests.decode(body)
         if isinstance(message, Standing):
-            self._server.send(connection, frame(stand(self.table)))
+            self._server.send(connection, stand(self.table))
         elif isinstance(message, Hello):
             connection.node, connection.heartbeat = message.node, message.heartbeat
             connection.version = self._version
-            self._server.send(connection, frame(HEARTBEAT if message.heartbeat else Update(self.table)))
+            self._server.send(connection, HEARTBEAT if message.heartbeat else Update(self.table))
         elif not connection.node:
             raise ValueError("a request before the greeting")
         else:
@@ -115,7 +117,7 @@ class TableServer:
 
     def _on_heartbeat(self, connection: Connection, body: bytes) -> None:
         if body == HEARTBEAT:
-            self._server.send(connection, frame(HEARTBEAT))
+            self._server.send(connection, HEARTBEAT)
         elif body == FAREWELL:
             connection.node = ""
             self._server.close(connection)
@@ -129,9 +131,10 @@ class TableServer:
         except Refused as error:
             refused = str(error)
         answer = Answer(number=request.number, changed=self.table != before, refused=refused)
-        update = frame(Update(self.table)) if connection.version < self._version else b""
-        connection.version = self._version
-        self._server.send(connection, update + frame(answer))
+        if connection.version < self._version:
+            connection.version = self._version
+            self._server.send(connection, Update(self.table))
+        self._server.send(connection, answer)
 
     # ---- nodes that die
 
@@ -197,11 +200,11 @@ class TableServer:
         if now - self._pushed_at < (URGENT_INTERVAL_S if self._urgent else IDLE_INTERVAL_S):
             return
         self._pushed_at, self._urgent, behind = now, False, False
-        update = frame(Update(self.table))
+        update = packed(Update(self.table))
         for connection in list(self._server.connections.values()):
             if connection.heartbeat or not connection.node or connection.version == self._version:
                 continue
-            if connection.unsent:
+            if connection.behind:
                 behind = True  # it gets the next table that there is when it can take one
                 continue
             connection.version = self._version
@@ -222,7 +225,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--peer-timeout", type=float, required=True)
     parser.add_argument("--opener", required=True)
     given = parser.parse_args(arguments)
-    raise_descriptor_limit()
+    raise_limit()
     listener = socket.create_server((given.host, 0))
     port = listener.getsockname()[1]
     # Kept until the end: the workers' store lives as long as this object.
@@ -230,7 +233,7 @@ def main(arguments: Sequence[str]) -> None:
         given.host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(),
         timeout=timedelta(seconds=30),
     )  # fmt: skip
-    side, folder = SideWrites(), given.folder
+    side, folder, secret = SideWrites(), given.folder, run_secret(given.folder)
 
     def on_lost(node: str, cause: str, slot: int) -> None:
         side.put(lambda: events.append(folder, events.Failure(node=node, kind="lost", cause=cause, slots=(slot,))))
@@ -238,10 +241,10 @@ def main(arguments: Sequence[str]) -> None:
     def claim(view: Number, on_claimed: Callable[[], None]) -> None:
         side.put(lambda: on_claimed() if node_record.claim_view(folder, view, f"store {given.number}") else None)
 
-    server = TableServer(given.host, given.peer_timeout, on_lost=on_lost, claim=claim)
+    server = TableServer(secret, given.host, given.peer_timeout, on_lost=on_lost, claim=claim)
     record = StoreRecord(number=given.number, pid=os.getpid(), host=given.host, port=port, heartbeat_port=server.port)
     host, _, opener = given.opener.rpartition(":")
-    answer = ask((host, int(opener)), Opened(record=record), OPENER_TIMEOUT_S)
+    answer = ask(secret, (host, int(opener)), Opened(record=record), OPENER_TIMEOUT_S)
     if isinstance(answer, str):
         sys.exit(f"keepwarm: store {given.number}: the supervisor at {given.opener} that opens it is {answer}")
     side.put(lambda: node_record.write_store(folder, record))
