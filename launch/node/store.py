@@ -37,7 +37,7 @@ from keepwarm.trainer.monitor import events
 CLOCK_INTERVAL_S = 0.05
 """How often the server checks for silent connections."""
 LEASE_S = 30.0
-"""How long the server runs without a connection."""
+"""How long the server runs without a connection, while nodes may come back or join."""
 NEXT_GRACE_S = 3.0
 """How long at least nodes of the previous store may take to come to this one."""
 URGENT_INTERVAL_S = 0.02
@@ -72,9 +72,13 @@ class TableServer:
         self._claiming: Number | None = None
         self._pushed_at = 0.0
         self._requests = msgspec.json.Decoder(Hello | Standing | Request)
+        self._farewell = False
+        """The last that a node has done is to leave the run."""
+        self._away = set[str]()
+        """Nodes that have neither left the run nor died, as far as is known, and are not connected."""
 
     def run(self, table: Table, *, stop: Callable[[], bool] = lambda: False) -> None:
-        """Serve a first table until nothing has been connected for `LEASE_S`, or after the end of the run."""
+        """Serve a first table until the run has ended, its last node has left, or none is connected for `LEASE_S`."""
         self.table = table
         self._began = needed = before = checked = time.monotonic()
         while not stop():
@@ -93,9 +97,14 @@ class TableServer:
             self._decide(now)
             if any(connection.heartbeat for connection in self._server.connections.values()):
                 needed = now
-            elif now - needed > LEASE_S or self.table.ended is not None:
+            elif now - needed > LEASE_S or self.table.ended is not None or self._all_left:
                 break
         self._server.stop()
+
+    @property
+    def _all_left(self) -> bool:
+        """Whether the last node has said that it leaves the run, and none can come back."""
+        return self._farewell and not self._away and not self.table.absent
 
     # ---- what arrives
 
@@ -109,6 +118,9 @@ class TableServer:
         elif isinstance(message, Hello):
             connection.node, connection.heartbeat = message.node, message.heartbeat
             connection.version = self._version
+            if message.heartbeat:
+                self._farewell = False
+                self._away.discard(message.node)
             self._server.send(connection, HEARTBEAT if message.heartbeat else Update(self.table))
         elif not connection.node:
             raise ValueError("a request before the greeting")
@@ -119,7 +131,7 @@ class TableServer:
         if body == HEARTBEAT:
             self._server.send(connection, HEARTBEAT)
         elif body == FAREWELL:
-            connection.node = ""
+            connection.node, self._farewell = "", True
             self._server.close(connection)
         elif body == MOVED:
             connection.moved = True
@@ -140,6 +152,9 @@ class TableServer:
 
     def _on_closed(self, connection: Connection) -> None:
         if connection.heartbeat and connection.node:
+            self._farewell = False
+            if connection.moved:
+                self._away.add(connection.node)
             cause = "it left for another store" if connection.moved else "its supervisor has gone"
             self._lose(connection.node, cause, dead=not connection.moved)
 
@@ -147,6 +162,7 @@ class TableServer:
         for connection in list(self._server.connections.values()):
             if connection.heartbeat and now - connection.last_heard > self._peer_timeout:
                 node, connection.node = connection.node, ""
+                self._away.add(node)
                 self._server.close(connection)
                 cause = f"no heartbeat for {self._peer_timeout:g} s"
                 self._lose(node, cause, silence=self._peer_timeout)
