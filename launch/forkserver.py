@@ -188,13 +188,21 @@ class ForkServer:
         return pid
 
     def _send(self, order: _Order) -> None:
-        self._socket.send(msgspec.json.encode(order))
+        try:
+            self._socket.send(msgspec.json.encode(order))
+        except ConnectionError as error:
+            raise self._died() from error
+
+    def _died(self) -> LaunchError:
+        return LaunchError(f"the fork server of this node (process {self.pid}) has died")
 
     def _receive(self) -> int | None:
         """Take in one notice; return the pid if a worker was started."""
-        data = self._socket.recv(_MESSAGE_BYTES)
+        data = b""
+        with contextlib.suppress(ConnectionError):
+            data = self._socket.recv(_MESSAGE_BYTES)
         if not data:
-            raise LaunchError(f"the fork server of this node (process {self.pid}) has died")
+            raise self._died()
         notice = msgspec.json.decode(data, type=_Notice)
         if isinstance(notice, _Started):
             return notice.pid
@@ -231,6 +239,8 @@ class ForkServerProcess:
             preload(modules)
             while self._serve_once():
                 pass
+        except ConnectionError:
+            pass  # the client has gone, with something unread
         except BaseException:
             traceback.print_exc()
             code = ExitCode.FAULT
@@ -324,6 +334,8 @@ def _run_child(worker: Worker, channel: socket.socket, server: int, ignored: fro
         code = 0
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+    except KeyboardInterrupt:
+        code = ExitCode.INTERRUPTED  # before the module handles it, it has nothing to save
     except BaseException:
         traceback.print_exc()
     finally:

@@ -25,7 +25,7 @@ from keepwarm.ft.discovery.config import NODE, runtime_folder
 from keepwarm.ft.discovery.runtime_folder import clear, take_lock
 from keepwarm.ft.errors import FtError
 from keepwarm.ft.transport.auth import SECRET, load_secret, run_identity
-from keepwarm.launch.node.main import set_environment
+from keepwarm.launch.node.main import leave_on, set_environment
 from keepwarm.launch.node.options import VACANCY_TIMEOUT_S, Options
 from keepwarm.trainer.job.files import load_run
 from keepwarm.trainer.job.run_folder import RUN_FILE
@@ -35,9 +35,11 @@ AGENTS_END_TIMEOUT_S = 30.0
 """How long the agents of a run may take to end after its supervisors."""
 FAILED_END_TIMEOUT_S = 5.0
 """The same after a failure."""
+_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def main(arguments: Sequence[str]) -> int:
+    leave_on(*_HANDLED)  # until there are supervisors to forward them to
     parser = argparse.ArgumentParser(
         prog="python -P -m keepwarm.launch.local.emulated_nodes", description="Emulate nodes on one machine."
     )
@@ -84,8 +86,13 @@ class Nodes:
 
     def __init__(self, nodes: Sequence[Options], job: JobSpec) -> None:
         self._parent = os.getpid()
-        self._pids = [self._fork(options, job) for options in nodes]
+        self._pids: list[int] = []
         self._codes: dict[int, int] = {}
+        self._early: list[int] | None = []
+        """Signals that arrived before all supervisors had been started; None afterwards."""
+        signals.handle(_HANDLED, self._forward)
+        for options in nodes:
+            self._pids.append(self._fork(options, job))
 
     def _fork(self, options: Options, job: JobSpec) -> int:
         pid = os.fork()
@@ -93,6 +100,7 @@ class Nodes:
             return pid
         code: int = ExitCode.FAULT
         try:
+            leave_on(*_HANDLED)  # until it is a supervisor
             from keepwarm.launch.forkserver import die_with
             from keepwarm.launch.node.supervisor import supervise
 
@@ -109,7 +117,9 @@ class Nodes:
 
     def run(self) -> int:
         """Wait for all supervisors; return the exit code that most of the survivors agree on."""
-        signals.handle((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1), self._forward)
+        early, self._early = self._early or [], None
+        for number in early:
+            self._forward(number, None)
         with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
             for pid in self._pids:
                 descriptor = os.pidfd_open(pid)
@@ -126,6 +136,9 @@ class Nodes:
         return max(set(survivors), key=survivors.count, default=ExitCode.UNRECOVERABLE)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
+        if self._early is not None:
+            self._early.append(number)
+            return
         # SIGINT stays SIGINT: the second one kills the workers.
         forwarded = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
         for pid in self._pids:

@@ -51,7 +51,8 @@ def run_on_nodes(job: JobSpec, mode: Mode, console: Console, *, nodes: int, spar
         if code:
             ended = events.read(folder, start=seen).of(events.SupervisorEnded)
             last = [event.why for event in ended if event.code == code]
-            why = last[-1] if last else "every node was lost; --resume continues from the newest checkpoint"
+            lost = "every node was lost; --resume continues from the newest checkpoint"
+            why = last[-1] if last else "interrupted" if code == ExitCode.INTERRUPTED else lost
             raise RanksFailed(why, code if code in ExitCode.of_run() else ExitCode.UNRECOVERABLE)
 
 
@@ -71,14 +72,16 @@ def check_nodes(job: JobSpec, nodes: int, spares: int) -> None:
 
 
 def _run(worker: Worker) -> int:
-    """Run one process, forwarding signals to it, and return its exit code."""
+    """Run one process, forwarding signals to it, and return its exit code: 130 if it ended before it handled one."""
     with contextlib.closing(ForkServer()) as server, _recorded_signals() as pending:
-        pid = server.start(worker)
+        pid, forwarded = server.start(worker), False
         while pid not in server.ended:
             server.poll(SIGNAL_POLL_INTERVAL_S)
             while pending:
                 server.send([pid], pending.pop(0))
-        return server.ended[pid]
+                forwarded = True
+        code = server.ended[pid]
+        return ExitCode.INTERRUPTED if forwarded and code < 0 else code
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,7 +52,7 @@ def run_ranks(arguments: Sequence[str], options: RankOptions) -> None:
 
     Ranks are forked from one process that has imported `preloaded`, so a machine pays for the imports once.
     Rank 0 writes to this process's own stdout and stderr, the others to `logs/rank_NNNNN.log`. The ranks meet through
-    a FileStore in a private temporary folder, named by KEEPWARM_STORE. The first signal that asks this process to end
+    a FileStore in the memory of this process, named by KEEPWARM_STORE. The first signal that asks this process to end
     is passed on to every rank as SIGTERM, so that they finish their step and save; the second one kills them. They die
     with this process, however it ends. When a rank crashes, all are ended and started again, up to `max_restarts`
     times; as under torchrun, TORCHELASTIC_RESTART_COUNT counts the restarts.
@@ -69,7 +68,7 @@ def run_ranks(arguments: Sequence[str], options: RankOptions) -> None:
     common = _environment(options.world_size, options.threads_per_rank)
     with (
         contextlib.closing(ForkServer(options.preloaded, common)) as server,
-        tempfile.TemporaryDirectory(prefix="keepwarm-") as meeting_place,
+        contextlib.ExitStack() as stores,
     ):
         processes = RankProcesses(server)
         for restart in range(limit + 1):
@@ -77,7 +76,8 @@ def run_ranks(arguments: Sequence[str], options: RankOptions) -> None:
                 ranks = _Start(processes, logs, restarts_left=limit - restart)
                 stack.enter_context(signals.handled(_FORWARDED, ranks.count))
                 stack.callback(processes.kill)
-                own = {"KEEPWARM_STORE": f"{meeting_place}/store-{restart}", "TORCHELASTIC_RESTART_COUNT": str(restart)}
+                store = stores.enter_context(_file_in_memory())
+                own = {"KEEPWARM_STORE": store, "TORCHELASTIC_RESTART_COUNT": str(restart)}
                 processes.start(_workers(arguments, options, own))
                 _write_pids(logs, processes.pids)
                 ranks.watch()
@@ -85,6 +85,16 @@ def run_ranks(arguments: Sequence[str], options: RankOptions) -> None:
                     ranks.raise_first_failure()
                     return
                 _print_restart(processes, restart + 1, limit)
+
+
+@contextlib.contextmanager
+def _file_in_memory() -> Iterator[str]:
+    """Yield the path of a new file that is gone with this process, however it ends."""
+    descriptor = os.memfd_create("keepwarm-store")
+    try:
+        yield f"/proc/{os.getpid()}/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
 
 
 def _workers(arguments: Sequence[str], options: RankOptions, environment: Mapping[str, str]) -> dict[int, Worker]:

@@ -1,11 +1,10 @@
 """This node's heartbeats to the store, on a thread that does nothing else: no files, no connections to others."""
 
 import contextlib
-import socket
 import threading
 import time
 
-from keepwarm.launch.node.frames import frame
+from keepwarm.launch.node.connections import Dialled
 from keepwarm.launch.node.record import StoreRecord
 from keepwarm.launch.node.shared_table import Hello
 
@@ -16,19 +15,22 @@ HEARTBEAT, FAREWELL, MOVED = b".", b"!", b"?"
 class Heartbeat:
     """Sends this node's heartbeats, and notices when the store is lost."""
 
-    def __init__(self, record: StoreRecord, node: str, peer_timeout: float, connect_timeout: float) -> None:
+    def __init__(
+        self, secret: bytes, record: StoreRecord, node: str, peer_timeout: float, connect_timeout: float
+    ) -> None:
         """Connect; return once the server has answered. Raises `OSError`."""
         self.lost = ""
         """Why the store is lost; empty while it is not."""
         self._record, self._peer_timeout = record, peer_timeout
         self._interval = min(0.2, peer_timeout / 5)
         self._stop = threading.Event()
-        self._connection = socket.create_connection((record.host, record.heartbeat_port), timeout=connect_timeout)
+        self._connection = Dialled(
+            secret, (record.host, record.heartbeat_port), connect_timeout=connect_timeout, timeout=peer_timeout
+        )
         try:
-            self._connection.sendall(frame(Hello(node=node, heartbeat=True)))
-            self._connection.settimeout(peer_timeout)
-            if not self._connection.recv(64):
-                raise ConnectionResetError("the store closed the connection")
+            self._connection.send(Hello(node=node, heartbeat=True))
+            if self._connection.receive(peer_timeout) is None:
+                raise TimeoutError("the store does not answer")
         except OSError:
             self._connection.close()
             raise
@@ -39,21 +41,19 @@ class Heartbeat:
         """Stop. With a farewell this node leaves the run; without, it goes on under another store."""
         self._stop.set()
         with contextlib.suppress(OSError):
-            self._connection.sendall(frame(FAREWELL if farewell else MOVED))
+            self._connection.send(FAREWELL if farewell else MOVED)
         self._thread.join(self._peer_timeout + 1)
         self._connection.close()
 
     def _run(self) -> None:
         last_heard = time.monotonic()
-        self._connection.settimeout(self._interval)
         while not self._stop.wait(self._interval) and not self.lost:
             before = time.monotonic()
             try:
-                self._connection.send(frame(HEARTBEAT))
-                if not self._connection.recv(64):
-                    raise ConnectionResetError("closed")
-                last_heard = time.monotonic()
-            except TimeoutError:
+                self._connection.send(HEARTBEAT)
+                if self._connection.receive(self._interval) is not None:
+                    last_heard = time.monotonic()
+                    continue
                 # Count only time in which this thread could have received: it may have been frozen itself.
                 if before - last_heard > 2 * self._peer_timeout:
                     last_heard = max(last_heard, before - self._peer_timeout / 2)

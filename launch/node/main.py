@@ -10,11 +10,13 @@ run has ended. Its exit code is that of the run: 0 done, 2 bad input, 3 training
 
 import argparse
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from keepwarm import signals
 from keepwarm.exit_code import ExitCode
 from keepwarm.launch.errors import LaunchError
 from keepwarm.launch.node.options import LOOPBACK, VACANCY_TIMEOUT_S, Options
@@ -33,8 +35,14 @@ def set_environment(job: JobSpec) -> None:
         os.environ[name] = str(job.numerics.threads_per_rank)
 
 
+def leave_on(*numbers: signal.Signals) -> None:
+    """Let signals end this process with 130, while it has nothing to save and no process to end."""
+    signals.handle(numbers, lambda number, frame: os._exit(ExitCode.INTERRUPTED))
+
+
 def main(arguments: Sequence[str]) -> int:
     protect_streams()
+    leave_on(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # until it is a supervisor
     parser = argparse.ArgumentParser(
         prog="python -P -m keepwarm.launch.node", description="Supervise one node of a run."
     )

@@ -8,7 +8,6 @@ none.
 import contextlib
 import itertools
 import queue
-import socket
 import sys
 import threading
 import time
@@ -20,7 +19,7 @@ import msgspec
 from keepwarm.exit_code import ExitCode
 from keepwarm.launch.errors import LaunchError
 from keepwarm.launch.node import record as node_record
-from keepwarm.launch.node.frames import frame, split
+from keepwarm.launch.node.connections import Dialled
 from keepwarm.launch.node.heartbeat import Heartbeat
 from keepwarm.launch.node.peers import CONNECT_TIMEOUT_S, PeerListener, announce, collect_votes, stand_of, stores_of
 from keepwarm.launch.node.record import EndRecord, StoreRecord, within
@@ -44,6 +43,7 @@ TURNS = 16
 GRANTED_S = 5.0
 """How long an owner leaves the next store to the one for which it has voted."""
 ASKED_AT_ONCE = 4
+RECEIVE_TIMEOUT_S = 0.5
 FILES_TIMEOUT_S = 2.0
 
 
@@ -79,7 +79,7 @@ class Membership:
             open_store: starts the process of the n-th store of the run on this node.
         """
         self.folder, self.me, self.node, self._peer_timeout = folder, me, me.node, peer_timeout
-        self._peers, self._open_store = peers, open_store
+        self._peers, self._open_store, self._secret = peers, open_store, peers.secret
         self.record: StoreRecord | None = None
         self._table = first
         """The last table that this node has seen; it survives the store."""
@@ -146,12 +146,12 @@ class Membership:
         members = [] if installed is None else [one for one in installed.members.values() if one.node != self.node]
         start = next(self._turn) * ASKED_AT_ONCE
         some = [members[(start + step) % len(members)] for step in range(min(ASKED_AT_ONCE, len(members)))]
-        stores, _ = stores_of({one.node: (one.host, one.port) for one in some})
+        stores, _ = stores_of(self._secret, {one.node: (one.host, one.port) for one in some})
         hints = within(lambda: node_record.stores(self.folder)[:ASKED_AT_ONCE], FILES_TIMEOUT_S) or []
         announced = self._peers.announced
         for record in (*stores, *hints, *([announced] if announced else []), *([self.record] if self.record else [])):
             found[record.number, record.heartbeat_port] = record
-        stands = [(stand, record) for record in found.values() if isinstance(stand := stand_of(record), Stand)]
+        stands = [(stand, record) for record in found.values() if isinstance(stand := self._stand_of(record), Stand)]
         worth = [(_rank(stand), record) for stand, record in stands if _is_followed(stand, mine)]
         return max(worth, key=lambda each: each[0], default=(None, None))[1]
 
@@ -175,8 +175,9 @@ class Membership:
         """Return whether the machines of an earlier start's store and supervisors say that these have ended."""
         records = within(lambda: node_record.read_all(self.folder), FILES_TIMEOUT_S) or []
         others = [one for one in records if one.port and (one.host, one.port) != (self.me.host, self.me.port)]
-        alive, why = stores_of({one.node: (one.host, one.port) for one in others[-ASKED_AT_ONCE * 4 :]})
-        silent = any(reason == "silent" for reason in why.values()) or stand_of(stores[0]) != "refused"
+        asked = {one.node: (one.host, one.port) for one in others[-ASKED_AT_ONCE * 4 :]}
+        alive, why = stores_of(self._secret, asked)
+        silent = any(reason == "silent" for reason in why.values()) or self._stand_of(stores[0]) != "refused"
         return not alive and not silent
 
     def _elect(self) -> bool:
@@ -187,7 +188,7 @@ class Membership:
         if ballot is None or voter.installed is None:
             return False
         members = {one.node: one for view in voter.views for one in view.members.values()}
-        answers = collect_votes(ballot, members, voter)
+        answers = collect_votes(self._secret, ballot, members, voter)
         for vote in answers.values():
             if isinstance(vote, Vote) and vote.installed is not None:
                 return False  # that node knows more, and will open it
@@ -215,13 +216,14 @@ class Membership:
         if record is None or not self._reach(record):
             self._say(f"store {number} did not open on this node")
             return False
-        threading.Thread(target=announce, args=(record, table.members, self.node), daemon=True).start()
+        told = (self._secret, record, table.members, self.node)
+        threading.Thread(target=announce, args=told, daemon=True).start()
         return True
 
     def _reach(self, record: StoreRecord) -> bool:
         try:
-            self._heartbeat = Heartbeat(record, self.node, self._peer_timeout, CONNECT_TIMEOUT_S)
-            self._link = _TableLink(record, self.node, max(5.0, self._peer_timeout), self._on_table)
+            self._heartbeat = Heartbeat(self._secret, record, self.node, self._peer_timeout, CONNECT_TIMEOUT_S)
+            self._link = _TableLink(self._secret, record, self.node, max(5.0, self._peer_timeout), self._on_table)
         except OSError:
             self.leave(farewell=False)
             return False
@@ -230,6 +232,9 @@ class Membership:
             self._first_store = record.number
         self._peers.follow(record)
         return True
+
+    def _stand_of(self, store: StoreRecord) -> Stand | str:
+        return stand_of(self._secret, store)
 
     def _look_for_better(self) -> None:
         """While this node's store decides nothing, or another one was announced, look whether others follow another."""
@@ -242,13 +247,13 @@ class Membership:
             decides = link.table.decides and link.table.view is not None
             if decides and not newer:
                 continue
-            if announced is not None and newer and not decides and isinstance(stand_of(announced), Stand):
+            if announced is not None and newer and not decides and isinstance(self._stand_of(announced), Stand):
                 # Two stores were opened at once: all go to the later one.
                 self._replaced = f"store {announced.number} was opened after store {record.number}"
                 continue
             found = self._best()
             if found is not None and found.number != record.number and self.record is record:
-                stand = stand_of(found)
+                stand = self._stand_of(found)
                 if isinstance(stand, Stand) and stand.view is not None and stand.decides:
                     self._replaced = f"store {found.number} has replaced store {record.number}"
 
@@ -350,18 +355,19 @@ def _is_followed(stand: Stand, mine: Number | None) -> bool:
 class _TableLink:
     """Connection for the table: requests and answers, and the table whenever it has changed."""
 
-    def __init__(self, record: StoreRecord, node: str, timeout: float, on_table: Callable[[Table], None]) -> None:
+    def __init__(
+        self, secret: bytes, record: StoreRecord, node: str, timeout: float, on_table: Callable[[Table], None]
+    ) -> None:
         """Connect; return once the table has arrived. Raises `OSError`."""
         self.lost = ""
         self._number, self._on_table = 0, on_table
         self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-        self._received = bytearray()
-        self._stream = socket.create_connection((record.host, record.heartbeat_port), timeout=CONNECT_TIMEOUT_S)
+        address = record.host, record.heartbeat_port
+        self._connection = Dialled(secret, address, connect_timeout=CONNECT_TIMEOUT_S, timeout=timeout)
         first: queue.SimpleQueue[Table] = queue.SimpleQueue()
         self._first: queue.SimpleQueue[Table] | None = first
         try:
-            self._stream.sendall(frame(Hello(node=node, heartbeat=False)))
-            self._stream.settimeout(None)
+            self._connection.send(Hello(node=node, heartbeat=False))
             threading.Thread(target=self._run, name="table", daemon=True).start()
             self.table = first.get(timeout=timeout)
         except (OSError, queue.Empty) as error:
@@ -372,7 +378,7 @@ class _TableLink:
         """Send a request; return its number."""
         self._number += 1
         try:
-            self._stream.sendall(frame(Request(number=self._number, change=change)))
+            self._connection.send(Request(number=self._number, change=change))
         except OSError as error:
             self.lost = self.lost or f"the connection to the store was lost: {error}"
         return self._number
@@ -385,20 +391,17 @@ class _TableLink:
         return None
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.shutdown(socket.SHUT_RDWR)
-        self._stream.close()
+        self._connection.close()
 
     def _run(self) -> None:
         decoder = msgspec.json.Decoder(Update | Answer)
         try:
-            while data := self._stream.recv(1 << 16):
-                self._received += data
-                for body in split(self._received):
-                    self._take(decoder.decode(body))
-            self.lost = self.lost or "the store has closed the connection"
+            while True:
+                if (message := self._connection.receive(RECEIVE_TIMEOUT_S)) is not None:
+                    self._take(decoder.decode(message))
         except (OSError, ValueError) as error:
             self.lost = self.lost or f"the connection to the store was lost: {error}"
+        self._connection.close()
 
     def _take(self, message: Update | Answer) -> None:
         if isinstance(message, Answer):

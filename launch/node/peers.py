@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from keepwarm.launch.node.frames import Address, Connection, FrameServer, ask, exchange, frame
+from keepwarm.launch.node.connections import Address, Connection, Server, ask, exchange
 from keepwarm.launch.node.record import StoreRecord
 from keepwarm.launch.node.shared_table import Stand, Standing
 from keepwarm.launch.node.slot_table import Table
@@ -50,8 +50,8 @@ class FirstTable(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class PeerListener:
     """Answers the other supervisors, on a thread of its own."""
 
-    def __init__(self, host: str, node: str) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, secret: bytes, host: str, node: str) -> None:
+        self.secret, self._lock = secret, threading.Lock()
         self._voter = Voter(node=node)
         self._following: StoreRecord | None = None
         self._announced: StoreRecord | None = None
@@ -59,7 +59,7 @@ class PeerListener:
         self._opened: queue.SimpleQueue[StoreRecord] = queue.SimpleQueue()
         self._decoder = msgspec.json.Decoder(Ballot | Where | Announcement | Opened)
         self._stop = False
-        self._server = FrameServer(host, self._on_frame, lambda _: None)
+        self._server = Server(secret, host, self._on_message, lambda _: None)
         self.port = self._server.port
         self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
         self._thread.start()
@@ -134,11 +134,11 @@ class PeerListener:
             self._server.turn(0.1)
         self._server.stop()
 
-    def _on_frame(self, connection: Connection, body: bytes) -> None:
+    def _on_message(self, connection: Connection, body: bytes) -> None:
         message = self._decoder.decode(body)
         with self._lock:
             answer = self._answer(message)
-        self._server.send(connection, frame(answer))
+        self._server.send(connection, answer)
 
     def _answer(self, message: Ballot | Where | Announcement | Opened) -> Vote | Here | FirstTable:
         if isinstance(message, Ballot):
@@ -162,7 +162,7 @@ def _addresses(members: Mapping[str, Member], me: str) -> dict[str, Address]:
 
 
 def collect_votes(
-    ballot: Ballot, members: Mapping[str, Member], voter: Voter
+    secret: bytes, ballot: Ballot, members: Mapping[str, Member], voter: Voter
 ) -> dict[str, Vote | Literal["dead", "silent"]]:
     """Ask the owners of all views that count for their votes; stop once these decide.
 
@@ -174,7 +174,7 @@ def collect_votes(
         return {node: _vote(node, answer) for node, answer in answers.items()}
 
     answers = exchange(
-        _addresses(members, me), ballot, CONNECT_TIMEOUT_S,
+        secret, _addresses(members, me), ballot, CONNECT_TIMEOUT_S,
         enough=lambda found: tally(voter.views, read(found), me) == "go",
     )  # fmt: skip
     return read(answers)
@@ -190,16 +190,16 @@ def _vote(node: str, answer: bytes | str) -> Vote | Literal["dead", "silent"]:
     return vote if vote.node == node else "dead"
 
 
-def announce(store: StoreRecord, members: Mapping[str, Member], me: str) -> None:
+def announce(secret: bytes, store: StoreRecord, members: Mapping[str, Member], me: str) -> None:
     """Ask all nodes to follow a store."""
-    exchange(_addresses(members, me), Announcement(store=store), CONNECT_TIMEOUT_S)
+    exchange(secret, _addresses(members, me), Announcement(store=store), CONNECT_TIMEOUT_S)
 
 
-def stores_of(addresses: Mapping[str, Address]) -> tuple[list[StoreRecord], dict[str, str]]:
+def stores_of(secret: bytes, addresses: Mapping[str, Address]) -> tuple[list[StoreRecord], dict[str, str]]:
     """Return the stores that supervisors follow, and for those that follow none why: `looks`, `refused`, `silent`."""
     found: list[StoreRecord] = []
     others: dict[str, str] = {}
-    for node, answer in exchange(addresses, Where(), CONNECT_TIMEOUT_S).items():
+    for node, answer in exchange(secret, addresses, Where(), CONNECT_TIMEOUT_S).items():
         if isinstance(answer, str):
             others[node] = answer
             continue
@@ -215,9 +215,9 @@ def stores_of(addresses: Mapping[str, Address]) -> tuple[list[StoreRecord], dict
     return found, others
 
 
-def stand_of(store: StoreRecord) -> Stand | str:
+def stand_of(secret: bytes, store: StoreRecord) -> Stand | str:
     """Return what a store is followed for, or why it does not answer: `refused` or `silent`."""
-    answer = ask((store.host, store.heartbeat_port), Standing(), CONNECT_TIMEOUT_S)
+    answer = ask(secret, (store.host, store.heartbeat_port), Standing(), CONNECT_TIMEOUT_S)
     if isinstance(answer, str):
         return answer
     try:

@@ -21,9 +21,10 @@ from pathlib import Path
 import msgspec
 from torch._C._distributed_c10d import TCPStore
 
+from keepwarm.ft.transport.descriptors import raise_limit
 from keepwarm.launch.node import record as node_record
 from keepwarm.launch.node import slot_table
-from keepwarm.launch.node.frames import Connection, FrameServer, ask, frame, raise_descriptor_limit
+from keepwarm.launch.node.connections import Connection, Server, ask, packed, run_secret
 from keepwarm.launch.node.heartbeat import FAREWELL, HEARTBEAT, MOVED
 from keepwarm.launch.node.peers import FirstTable, Opened
 from keepwarm.launch.node.record import SideWrites, StoreRecord
@@ -36,7 +37,7 @@ from keepwarm.trainer.monitor import events
 CLOCK_INTERVAL_S = 0.05
 """How often the server checks for silent connections."""
 LEASE_S = 30.0
-"""How long the server runs without a connection."""
+"""How long the server runs without a connection, while nodes may come back or join."""
 NEXT_GRACE_S = 3.0
 """How long at least nodes of the previous store may take to come to this one."""
 URGENT_INTERVAL_S = 0.02
@@ -50,19 +51,20 @@ class TableServer:
     """Applies the requests of nodes to the table, and takes nodes out that have died. Runs on one thread."""
 
     def __init__(
-        self, host: str, peer_timeout: float, *, on_lost: Callable[[str, str, int], None],
+        self, secret: bytes, host: str, peer_timeout: float, *, on_lost: Callable[[str, str, int], None],
         claim: Callable[[Number, Callable[[], None]], None],
     ) -> None:  # fmt: skip
         """Begin to listen.
 
         Args:
+            secret: of the run; nothing is taken from those that do not know it.
             host: address to listen on.
             peer_timeout: seconds of silence after which a node is considered dead.
             on_lost: called with name, cause and slot of an owner that was taken out.
             claim: claims the view after one for this store, without waiting, and calls a function if that succeeds.
         """
         self._peer_timeout, self._on_lost, self._claim = peer_timeout, on_lost, claim
-        self._server = FrameServer(host, self._on_frame, self._on_closed)
+        self._server = Server(secret, host, self._on_message, self._on_closed)
         self.port = self._server.port
         self.table = Table(slots=1, max_restarts=0)
         self._version = self._sent = 0
@@ -70,9 +72,13 @@ class TableServer:
         self._claiming: Number | None = None
         self._pushed_at = 0.0
         self._requests = msgspec.json.Decoder(Hello | Standing | Request)
+        self._farewell = False
+        """The last that a node has done is to leave the run."""
+        self._away = set[str]()
+        """Nodes that have neither left the run nor died, as far as is known, and are not connected."""
 
     def run(self, table: Table, *, stop: Callable[[], bool] = lambda: False) -> None:
-        """Serve a first table until nothing has been connected for `LEASE_S`, or after the end of the run."""
+        """Serve a first table until the run has ended, its last node has left, or none is connected for `LEASE_S`."""
         self.table = table
         self._began = needed = before = checked = time.monotonic()
         while not stop():
@@ -91,23 +97,31 @@ class TableServer:
             self._decide(now)
             if any(connection.heartbeat for connection in self._server.connections.values()):
                 needed = now
-            elif now - needed > LEASE_S or self.table.ended is not None:
+            elif now - needed > LEASE_S or self.table.ended is not None or self._all_left:
                 break
         self._server.stop()
 
+    @property
+    def _all_left(self) -> bool:
+        """Whether the last node has said that it leaves the run, and none can come back."""
+        return self._farewell and not self._away and not self.table.absent
+
     # ---- what arrives
 
-    def _on_frame(self, connection: Connection, body: bytes) -> None:
+    def _on_message(self, connection: Connection, body: bytes) -> None:
         if connection.heartbeat:
             self._on_heartbeat(connection, body)
             return
         message = self._requests.decode(body)
         if isinstance(message, Standing):
-            self._server.send(connection, frame(stand(self.table)))
+            self._server.send(connection, stand(self.table))
         elif isinstance(message, Hello):
             connection.node, connection.heartbeat = message.node, message.heartbeat
             connection.version = self._version
-            self._server.send(connection, frame(HEARTBEAT if message.heartbeat else Update(self.table)))
+            if message.heartbeat:
+                self._farewell = False
+                self._away.discard(message.node)
+            self._server.send(connection, HEARTBEAT if message.heartbeat else Update(self.table))
         elif not connection.node:
             raise ValueError("a request before the greeting")
         else:
@@ -115,9 +129,9 @@ class TableServer:
 
     def _on_heartbeat(self, connection: Connection, body: bytes) -> None:
         if body == HEARTBEAT:
-            self._server.send(connection, frame(HEARTBEAT))
+            self._server.send(connection, HEARTBEAT)
         elif body == FAREWELL:
-            connection.node = ""
+            connection.node, self._farewell = "", True
             self._server.close(connection)
         elif body == MOVED:
             connection.moved = True
@@ -129,14 +143,18 @@ class TableServer:
         except Refused as error:
             refused = str(error)
         answer = Answer(number=request.number, changed=self.table != before, refused=refused)
-        update = frame(Update(self.table)) if connection.version < self._version else b""
-        connection.version = self._version
-        self._server.send(connection, update + frame(answer))
+        if connection.version < self._version:
+            connection.version = self._version
+            self._server.send(connection, Update(self.table))
+        self._server.send(connection, answer)
 
     # ---- nodes that die
 
     def _on_closed(self, connection: Connection) -> None:
         if connection.heartbeat and connection.node:
+            self._farewell = False
+            if connection.moved:
+                self._away.add(connection.node)
             cause = "it left for another store" if connection.moved else "its supervisor has gone"
             self._lose(connection.node, cause, dead=not connection.moved)
 
@@ -144,6 +162,7 @@ class TableServer:
         for connection in list(self._server.connections.values()):
             if connection.heartbeat and now - connection.last_heard > self._peer_timeout:
                 node, connection.node = connection.node, ""
+                self._away.add(node)
                 self._server.close(connection)
                 cause = f"no heartbeat for {self._peer_timeout:g} s"
                 self._lose(node, cause, silence=self._peer_timeout)
@@ -197,11 +216,11 @@ class TableServer:
         if now - self._pushed_at < (URGENT_INTERVAL_S if self._urgent else IDLE_INTERVAL_S):
             return
         self._pushed_at, self._urgent, behind = now, False, False
-        update = frame(Update(self.table))
+        update = packed(Update(self.table))
         for connection in list(self._server.connections.values()):
             if connection.heartbeat or not connection.node or connection.version == self._version:
                 continue
-            if connection.unsent:
+            if connection.behind:
                 behind = True  # it gets the next table that there is when it can take one
                 continue
             connection.version = self._version
@@ -222,7 +241,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--peer-timeout", type=float, required=True)
     parser.add_argument("--opener", required=True)
     given = parser.parse_args(arguments)
-    raise_descriptor_limit()
+    raise_limit()
     listener = socket.create_server((given.host, 0))
     port = listener.getsockname()[1]
     # Kept until the end: the workers' store lives as long as this object.
@@ -230,7 +249,7 @@ def main(arguments: Sequence[str]) -> None:
         given.host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(),
         timeout=timedelta(seconds=30),
     )  # fmt: skip
-    side, folder = SideWrites(), given.folder
+    side, folder, secret = SideWrites(), given.folder, run_secret(given.folder)
 
     def on_lost(node: str, cause: str, slot: int) -> None:
         side.put(lambda: events.append(folder, events.Failure(node=node, kind="lost", cause=cause, slots=(slot,))))
@@ -238,10 +257,10 @@ def main(arguments: Sequence[str]) -> None:
     def claim(view: Number, on_claimed: Callable[[], None]) -> None:
         side.put(lambda: on_claimed() if node_record.claim_view(folder, view, f"store {given.number}") else None)
 
-    server = TableServer(given.host, given.peer_timeout, on_lost=on_lost, claim=claim)
+    server = TableServer(secret, given.host, given.peer_timeout, on_lost=on_lost, claim=claim)
     record = StoreRecord(number=given.number, pid=os.getpid(), host=given.host, port=port, heartbeat_port=server.port)
     host, _, opener = given.opener.rpartition(":")
-    answer = ask((host, int(opener)), Opened(record=record), OPENER_TIMEOUT_S)
+    answer = ask(secret, (host, int(opener)), Opened(record=record), OPENER_TIMEOUT_S)
     if isinstance(answer, str):
         sys.exit(f"keepwarm: store {given.number}: the supervisor at {given.opener} that opens it is {answer}")
     side.put(lambda: node_record.write_store(folder, record))

@@ -18,13 +18,14 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError
 from keepwarm import signals
 from keepwarm.exit_code import ExitCode
 from keepwarm.ft.discovery.config import NODE
-from keepwarm.ft.errors import FtError
+from keepwarm.ft.errors import AuthenticationFailed, FtError
+from keepwarm.ft.transport.descriptors import raise_limit
 from keepwarm.launch.errors import LaunchError
 from keepwarm.launch.forkserver import ForkServer, Worker
 from keepwarm.launch.node import record
+from keepwarm.launch.node.connections import address_of, run_secret
 from keepwarm.launch.node.elastic_agent import NodeAgent, WorkerOptions
 from keepwarm.launch.node.flush_before_shrink import flush_to_disk, newest_step
-from keepwarm.launch.node.frames import address_of, raise_descriptor_limit
 from keepwarm.launch.node.membership import FILES_TIMEOUT_S, Membership, RunEnded, StoreLost
 from keepwarm.launch.node.options import Options
 from keepwarm.launch.node.peers import PeerListener
@@ -77,7 +78,7 @@ class Supervisor:
         )
         self._side = SideWrites()
         node = identity(options.node, secrets.token_hex(4))
-        self._peers = PeerListener(options.host, node)
+        self._peers = PeerListener(run_secret(folder), options.host, node)
         self._me = Member(node=node, host=address_of(options.host), port=self._peers.port)
         self._membership = Membership(
             folder, self._me, first, peer_timeout=self._peer_timeout, peers=self._peers, open_store=self._open_store
@@ -343,6 +344,11 @@ def _why(table: Table) -> str:
 def supervise(options: Options, job: JobSpec) -> int:
     """Supervise a node, in a process that has one thread and has imported what workers need."""
     os.environ[NODE] = options.node
-    raise_descriptor_limit()
+    raise_limit()
+    try:
+        run_secret(options.folder)  # before the fork server, whose children know it from then on
+    except (AuthenticationFailed, OSError) as error:
+        print(f"keepwarm: {options.node}: {error}", file=sys.stderr, flush=True)
+        return ExitCode.BAD_INPUT
     with contextlib.closing(ForkServer()) as server:
         return Supervisor(options, job, server).run()

@@ -71,7 +71,18 @@ def test_run_ranks_store_is_shared_and_removed_afterwards(program: Path) -> None
     run(program, "(folder / f'seen{rank}').write_text(os.environ['KEEPWARM_STORE'])")
     first, second = ((program.parent / f"seen{rank}").read_text() for rank in range(2))
     assert first == second
-    assert not Path(first).parent.exists()
+    assert not Path(first).exists() or "keepwarm-store" not in str(Path(first).readlink())
+
+
+def test_killed_launcher_leaves_no_file_and_no_rank(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    temporary = program.parent / "tmp"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    process = launcher(program, WAITING.format(handler=POLITE))
+    process.kill()
+    process.communicate(timeout=DEADLINE)
+    await_that(lambda: all(map(ended, pids(program))), "the ranks to end")
+    assert list(temporary.iterdir()) == []
 
 
 @pytest.mark.parametrize(("code", "kept"), [(2, 2), (3, 3), (4, 4), (6, 6), (130, 130), (1, 4), (77, 4)])

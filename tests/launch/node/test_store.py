@@ -13,7 +13,7 @@ import pytest
 
 from keepwarm.launch.node import record as node_record
 from keepwarm.launch.node import slot_table
-from keepwarm.launch.node.frames import frame, split
+from keepwarm.launch.node.connections import Dialled, Server, ask, run_secret
 from keepwarm.launch.node.heartbeat import Heartbeat
 from keepwarm.launch.node.membership import ChangeRefused, Membership
 from keepwarm.launch.node.peers import PeerListener, stand_of
@@ -28,6 +28,7 @@ from keepwarm.launch.node.shared_table import (
     Join,
     Request,
     Stand,
+    Standing,
     Update,
 )
 from keepwarm.launch.node.slot_table import Known, Table
@@ -44,7 +45,7 @@ class Served:
     def __init__(self, folder: Path, table: Table, number: int = 0) -> None:
         self.folder, self.lost = folder, list[str]()
         self.server = TableServer(
-            "127.0.0.1", PEER_TIMEOUT, on_lost=lambda node, cause, slot: self.lost.append(node),
+            run_secret(folder), "127.0.0.1", PEER_TIMEOUT, on_lost=lambda node, cause, slot: self.lost.append(node),
             claim=lambda view, done: None,
         )  # fmt: skip
         self.record = StoreRecord(
@@ -58,7 +59,7 @@ class Served:
     def node(self, name: str, start: str = "1") -> Membership:
         """A link of a node, as a supervisor has it."""
         node = identity(name, start)
-        peers = PeerListener("127.0.0.1", node)
+        peers = PeerListener(run_secret(self.folder), "127.0.0.1", node)
         me = Member(node=node, host="127.0.0.1", port=peers.port)
         opened: Callable[[int], None] = lambda number: pytest.fail(f"{name} opens store {number}")  # noqa: E731
         membership = Membership(
@@ -67,6 +68,11 @@ class Served:
         membership.enter()
         self.closing += [lambda: membership.leave(farewell=True), peers.close]
         return membership
+
+    def dial(self) -> Dialled:
+        """A connection of a process that knows the secret."""
+        address = "127.0.0.1", self.server.port
+        return Dialled(run_secret(self.folder), address, connect_timeout=DEADLINE, timeout=DEADLINE)
 
     def join(self, membership: Membership, slot: Any = "any") -> None:
         membership.change(Join(member=membership.me, requested_slot=slot, known=membership.known(-1)))
@@ -84,6 +90,14 @@ def until(ready: Callable[[], Any], what: str) -> Any:
         assert time.monotonic() < end, f"waited {DEADLINE:g} s for {what}"
         time.sleep(0.01)
     return found
+
+
+def is_closed(connection: Dialled) -> bool:
+    try:
+        connection.receive(0.1)
+    except ConnectionError:
+        return True
+    return False
 
 
 @pytest.fixture
@@ -119,40 +133,34 @@ def test_store_garbage_ends_neither_store_nor_supervisor(serve: Callable[..., Se
     served = serve()
     nodes = [served.node("n0"), served.node("n1")]
     start_all(nodes, served)
-    for data in (
-        garbage,
-        frame(garbage),
-        (1 << 31).to_bytes(4, "big"),
-        frame(Hello(node="x", heartbeat=False)) + frame(garbage),
-    ):
-        with socket.create_connection(("127.0.0.1", served.server.port)) as stranger:
-            stranger.sendall(data)
-            stranger.shutdown(socket.SHUT_WR)
-            while stranger.recv(1 << 16):
-                pass
+    for greeting in (garbage, Hello(node="x", heartbeat=False)):
+        member = served.dial()
+        member.send(greeting)
+        member.send(garbage)
+        until(lambda: is_closed(member), "the connection to be closed")  # noqa: B023
     for node in nodes:
         table, changed = node.change(Fail(restart=0, kind="failed", cause="it broke"))
         assert (table.restart, changed) == (1, True)
     assert served.lost == []
 
 
-def test_store_node_that_reads_garbage_looks_for_a_store_again(tmp_path: Path) -> None:
-    listener = socket.create_server(("127.0.0.1", 0))
+def test_store_that_answers_garbage_is_as_good_as_silent(tmp_path: Path) -> None:
+    secret, stopped = run_secret(tmp_path), threading.Event()
+    server = Server(secret, "127.0.0.1", lambda connection, _: server.send(connection, b"not json"), lambda _: None)
 
-    def answer() -> None:
-        while True:
-            try:
-                stream, _ = listener.accept()
-            except OSError:
-                return
-            with stream:
-                stream.recv(1 << 16)
-                stream.sendall(frame(b"not json"))
+    def serve() -> None:
+        while not stopped.is_set():
+            server.turn(0.05)
 
-    threading.Thread(target=answer, daemon=True).start()
-    record = StoreRecord(number=0, pid=1, host="127.0.0.1", port=1, heartbeat_port=listener.getsockname()[1])
-    assert stand_of(record) == "silent"
-    listener.close()
+    thread = threading.Thread(target=serve)
+    thread.start()
+    record = StoreRecord(number=0, pid=1, host="127.0.0.1", port=1, heartbeat_port=server.port)
+    assert ask(secret, ("127.0.0.1", server.port), Standing(), DEADLINE) == b"not json"
+    assert stand_of(secret, record) == "silent"
+    stopped.set()
+    thread.join(DEADLINE)
+    server.stop()
+    assert stand_of(secret, record) == "refused"
 
 
 def test_second_supervisor_of_a_name_is_refused_until_the_first_has_gone(serve: Callable[..., Served]) -> None:
@@ -170,13 +178,13 @@ def test_second_supervisor_of_a_name_is_refused_until_the_first_has_gone(serve: 
     assert other.read().slot_of(first.node) is None
 
 
-def test_heartbeat_of_a_stranger_does_not_hide_a_death(serve: Callable[..., Served]) -> None:
+def test_heartbeat_of_another_start_does_not_hide_a_death(serve: Callable[..., Served]) -> None:
     """It knows the name of the node, and not the start of its supervisor."""
     served = serve()
     nodes = [served.node("n0"), served.node("n1")]
     start_all(nodes, served)
     record = served.record
-    stranger = Heartbeat(record, identity("n1", "guessed"), PEER_TIMEOUT, 1.0)
+    stranger = Heartbeat(run_secret(served.folder), record, identity("n1", "guessed"), PEER_TIMEOUT, 1.0)
     nodes[1].leave(farewell=False)
     until(lambda: nodes[0].read().owners == {0: nodes[0].node}, "n1 to be given up")
     stranger.close(farewell=True)
@@ -197,7 +205,7 @@ def test_store_of_a_minority_is_not_followed(serve: Callable[..., Served], tmp_p
     node_record.write_store(tmp_path, StoreRecord(number=1, pid=1, host="127.0.0.1", port=port, heartbeat_port=port))
     alone = serve(slots=4, number=2)
     lonely = Member(node=identity("n9", "1"), host="127.0.0.1", port=1)
-    link = Heartbeat(alone.record, lonely.node, PEER_TIMEOUT, 1.0)
+    link = Heartbeat(run_secret(tmp_path), alone.record, lonely.node, PEER_TIMEOUT, 1.0)
     for node in nodes:
         assert node._best() == served.record
         assert node.read() == before
@@ -248,7 +256,7 @@ def test_stale_listing_creates_few_claims(tmp_path: Path, monkeypatch: pytest.Mo
         return claim(folder, number)
 
     monkeypatch.setattr(node_record, "claim_store", counted)
-    peers = PeerListener("127.0.0.1", "n0#1")
+    peers = PeerListener(run_secret(tmp_path), "127.0.0.1", "n0#1")
     membership = Membership(
         tmp_path, Member(node="n0#1", host="127.0.0.1", port=peers.port), Table(slots=1, max_restarts=0),
         peer_timeout=PEER_TIMEOUT, peers=peers, open_store=lambda number: pytest.fail("opened"),
@@ -262,21 +270,16 @@ def test_stale_listing_creates_few_claims(tmp_path: Path, monkeypatch: pytest.Mo
 class Client:
     """A node that counts what the store sends it."""
 
-    def __init__(self, port: int, name: str) -> None:
+    def __init__(self, served: Served, name: str) -> None:
         self.me = Member(node=identity(name, "1"), host="127.0.0.1", port=1)
-        self.stream = socket.create_connection(("127.0.0.1", port))
-        self.received, self.tables, self.requests = bytearray(), 0, 0
+        self.connection = served.dial()
+        self.tables, self.requests = 0, 0
         self.table = Table(slots=1, max_restarts=0)
         self.answers: dict[int, Answer] = {}
-        self.stream.sendall(frame(Hello(node=self.me.node, heartbeat=False)))
-        self.stream.setblocking(False)
+        self.connection.send(Hello(node=self.me.node, heartbeat=False))
 
     def poll(self) -> None:
-        try:
-            self.received += self.stream.recv(1 << 20)
-        except BlockingIOError:
-            return
-        for body in split(self.received):
+        while (body := self.connection.receive(0)) is not None:
             message = msgspec.json.decode(body, type=Update | Answer)
             if isinstance(message, Update):
                 self.tables += 1
@@ -286,13 +289,13 @@ class Client:
 
     def ask(self, change: Any) -> None:
         self.requests += 1
-        self.stream.sendall(frame(Request(number=self.requests, change=change)))
+        self.connection.send(Request(number=self.requests, change=change))
 
 
 def test_store_load_is_linear_in_nodes_and_none_when_nothing_changes(serve: Callable[..., Served]) -> None:
     count = 64
     served = serve(slots=count)
-    nodes = [Client(served.server.port, f"n{index}") for index in range(count)]
+    nodes = [Client(served, f"n{index}") for index in range(count)]
 
     def poll() -> list[Client]:
         for node in nodes:
@@ -330,7 +333,7 @@ def test_store_load_is_linear_in_nodes_and_none_when_nothing_changes(serve: Call
     assert sum(node.tables for node in nodes) - sum(quiet) <= count
     assert served.server._version == version
     for node in nodes:
-        node.stream.close()
+        node.connection.close()
 
 
 def test_end_of_a_run_reaches_every_node(serve: Callable[..., Served]) -> None:
@@ -339,7 +342,7 @@ def test_end_of_a_run_reaches_every_node(serve: Callable[..., Served]) -> None:
     start_all(nodes, served)
     nodes[1].change(End(code=3, reason="training stopped itself"))
     until(lambda: nodes[0].read().ended, "the end")
-    stand = stand_of(served.record)
+    stand = stand_of(run_secret(served.folder), served.record)
     assert isinstance(stand, Stand) or stand == "refused"
 
 
