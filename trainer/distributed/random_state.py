@@ -19,8 +19,8 @@ class RandomState:
 
     def _now(self) -> dict[str, torch.Tensor]:
         states = {"torch": torch.get_rng_state()}
-        if self._device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self._device)
+        if self._device.type != "cpu":
+            states[self._device.type] = torch.get_device_module(self._device).get_rng_state(self._device)
         return states
 
     def capture(self) -> None:
@@ -45,5 +45,6 @@ class RandomState:
     def restored(self) -> None:
         """Set the generators from the buffers."""
         torch.set_rng_state(self._buffers["torch"])
-        if self._device.type == "cuda":
-            torch.cuda.set_rng_state(self._buffers["cuda"], self._device)
+        if self._device.type != "cpu":
+            state = self._buffers[self._device.type]
+            torch.get_device_module(self._device).set_rng_state(state, self._device)

@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from keepwarm.parallel.spec import NumericsSpec
+from keepwarm.trainer.distributed import device
 from keepwarm.trainer.distributed.launcher_environment import adopt_launcher
 from keepwarm.trainer.distributed.start_id import agree
 from keepwarm.trainer.errors import RendezvousFailed, SpecError
@@ -50,7 +51,10 @@ class World:
         return int(number.item())
 
     def gather(self, data: bytes) -> list[bytes]:
-        """Return the data of every rank, by rank, on rank 0; an empty list elsewhere. Collective."""
+        """Return the data of every rank, by rank, on rank 0; an empty list elsewhere. Collective.
+
+        On CPU tensors: NCCL would give rank 0 a connection with buffers on its GPU to every other rank.
+        """
         if self.size == 1:
             return [data]
         length = self.largest(len(data))
@@ -58,10 +62,9 @@ class World:
         mine[:8] = torch.frombuffer(bytearray(len(data).to_bytes(8, "little")), dtype=torch.uint8)
         if data:
             mine[8 : 8 + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        mine = mine.to(self.device)
         whole = [torch.empty_like(mine) for _ in range(self.size)] if self.rank == 0 else None
         dist.gather(mine, whole, dst=0)
-        found = (one.cpu().numpy().tobytes() for one in whole or ())
+        found = (one.numpy().tobytes() for one in whole or ())
         return [one[8 : 8 + int.from_bytes(one[:8], "little")] for one in found]
 
     def barrier(self) -> None:
@@ -96,15 +99,17 @@ def _shut(descriptor: int) -> None:
             connection.shutdown(socket.SHUT_RDWR)
 
 
-def join(expected: int, numerics: NumericsSpec) -> World:
+def join(expected: int, numerics: NumericsSpec, request: device.Request | None = None) -> World:
     """Join the ranks that the launcher started, as described by its environment variables.
 
     Args:
         expected: number of ranks of the layout.
         numerics: threads are set before the first operation, deterministic libraries before they are loaded.
+        request: the device that the job asks for; None: CUDA if all ranks see a GPU.
 
     Raises:
-        SpecError: the launcher started a different number of ranks, or names no usable network interface or host.
+        SpecError: the launcher started a different number of ranks, or names no usable network interface or host; or
+            ranks lack the device that the job asks for.
         RendezvousFailed: the ranks do not reach each other.
     """
     torch.set_num_threads(numerics.threads_per_rank)
@@ -113,24 +118,38 @@ def join(expected: int, numerics: NumericsSpec) -> World:
             os.environ.setdefault(key, value)
     adopt_launcher()
     rank, size, local_rank = (_number(key, default) for key, default in _FROM_TORCHRUN)
+    restarts = _number("TORCHELASTIC_RESTART_COUNT", "0")
     if size != expected:
         raise SpecError(
             f"the layout has {expected} ranks (parallel.data x pipeline x tensor), but {size} were started: "
             f"start {expected}, or change parallel.*"
         )
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    request = request or device.Request()
+    seen = device.look(request, rank, local_rank, restarts)
+    store: Store | None = None
     if size > 1:
-        check_interfaces(os.environ, [name for _, name in socket.if_nameindex()], cuda=cuda)
-        try:
-            _connect(rank, size, "cpu:gloo,cuda:nccl" if cuda else "gloo")
-        except RuntimeError as error:  # torch's own network errors among them
-            raise RendezvousFailed(f"the ranks do not reach each other{_place()}: {_first_line(error)}") from error
-    world = World(rank=rank, size=size, local_rank=local_rank, device=device)
+        check_interfaces(os.environ, [name for _, name in socket.if_nameindex()], cuda=seen.visible > 0)
+    try:
+        if size > 1:
+            store = _store(rank, size)
+        kind = device.agree(store, request, seen, size, COLLECTIVE_TIMEOUT)
+        chosen = _chosen(kind, local_rank, seen)
+        if store is not None:
+            _connect(store, rank, size, chosen)
+    except RuntimeError as error:  # torch's own network errors among them
+        raise RendezvousFailed(f"the ranks do not reach each other{_place()}: {_first_line(error)}") from error
+    world = World(rank=rank, size=size, local_rank=local_rank, device=chosen)
     # The launcher of a replacement node counts from zero.
-    return replace(world, restarts=world.largest(_number("TORCHELASTIC_RESTART_COUNT", "0")))
+    return replace(world, restarts=world.largest(restarts))
+
+
+def _chosen(kind: device.Kind, local_rank: int, seen: device.Seen) -> torch.device:
+    """Return this rank's device, which becomes the current one."""
+    if kind == "cpu":
+        return torch.device("cpu")
+    chosen = torch.device(kind, device.index_of(local_rank, seen.visible))
+    torch.accelerator.set_device_index(chosen)
+    return chosen
 
 
 _REPEATABLE = {"NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -139,18 +158,31 @@ _REPEATABLE = {"NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple", "CUBLAS_WORKSPACE_CO
 _FROM_TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
-def _connect(rank: int, size: int, backend: str) -> None:
-    """Create the process group through the file of `keepwarm train` on one machine, else through torchrun's store."""
+def _store(rank: int, size: int) -> Store:
+    """Return the store of this start: the file of `keepwarm train` on one machine, else a part of torchrun's store."""
     file = os.environ.get("KEEPWARM_STORE")
-    store: Store
     if file is not None:
-        store = FileStore(str(Path(file)), size)
-    else:
-        _find_host(os.environ.get("MASTER_ADDR", "localhost"))
-        _number("MASTER_PORT", "0", most=65_535)
-        shared, rank, size = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
-        store = PrefixStore(f"keepwarm/{agree(shared, rank, size, COLLECTIVE_TIMEOUT)}", shared)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+        return FileStore(str(Path(file)), size)
+    _find_host(os.environ.get("MASTER_ADDR", "localhost"))
+    _number("MASTER_PORT", "0", most=65_535)
+    shared, rank, size = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    return PrefixStore(f"keepwarm/{agree(shared, rank, size, COLLECTIVE_TIMEOUT)}", shared)
+
+
+def _connect(store: Store, rank: int, size: int, chosen: torch.device) -> None:
+    """Create the process group of all ranks: gloo, and on GPUs NCCL, whose communicators the engine's are split from.
+
+    NCCL connects here because the device is named, not within the first steps.
+    """
+    on_gpu = chosen.type != "cpu"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=chosen if on_gpu else None,
+    )
 
 
 def check_interfaces(environment: Mapping[str, str], known: Sequence[str], *, cuda: bool) -> None:

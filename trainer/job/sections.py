@@ -176,6 +176,11 @@ class ClusterSpec(BatchSections):
     """The machines that a job is planned for."""
 
     ranks_per_node: Ranks | None = Field(None, description="default: all ranks on one node")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="cuda: refuse to start without a GPU for every rank, as gpus_per_node of a batch system implies; "
+        "auto: cuda if all ranks see a GPU, cpu if none does",
+    )
     max_restarts: FewOrNone = Field(3, description="maximum restarts of crashed ranks; requires snapshots")
     max_node_failures: PositiveInt = Field(
         3, description="starts that a node's ranks may fail within a day before a spare replaces it"

@@ -81,7 +81,8 @@ def assemble(
     checkpoints.begin_epoch(memory.epoch)
     _open_segments(job, plans, parts.loader)
     watchdog = Watchdog(job.health, folder, rank=world.rank, size=world.size, restart=world.restarts)
-    speed = Speed.of(model_flops_per_token(job.model, job.data.sequence_length), gpus=world.size)
+    flops = model_flops_per_token(job.model, job.data.sequence_length)
+    speed = Speed.of(flops, ranks=world.size, device=world.device)
     resume_step = None if start == "fresh" else state.step
     return Run(
         job=job,
@@ -184,7 +185,7 @@ def _begin_averages(parts: _Parts, beginning: Beginning) -> None:
 def _profiling(job: JobSpec, world: World) -> list[Callback]:
     if job.profile is None:
         return []
-    return [Profiling(ProfileWindow(job.profile, Path(job.output) / "profile", world.rank))]
+    return [Profiling(ProfileWindow(job.profile, Path(job.output) / "profile", world.rank, world.device))]
 
 
 def make_engine(job: JobSpec, world: World, model: ModelParts) -> Engine:

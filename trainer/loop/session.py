@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from keepwarm import side_writer
+from keepwarm.trainer.distributed.device import Request
 from keepwarm.trainer.distributed.in_process_restart import ControlChannel, RestartRequested
 from keepwarm.trainer.distributed.world import World, join
 from keepwarm.trainer.errors import OutputError, TrainingStopped
@@ -39,7 +40,7 @@ def run_session(path: Path, overrides: Sequence[str], *, resume: bool, control: 
     side_writer.forget()
     if job.layout.world_size > 1:
         flight_recorder.enable()  # before the process group exists
-    world = join(job.layout.world_size, job.numerics)
+    world = join(job.layout.world_size, job.numerics, Request.of(job.cluster))
     start = _start(job, world, resume)
     _open_folder(job, world)
     control = control or ControlChannel(None)

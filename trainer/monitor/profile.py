@@ -23,10 +23,11 @@ def _best_effort() -> Iterator[None]:
 class ProfileWindow:
     """Records steps `start` to `start + steps` into `folder`; without files if they cannot be written."""
 
-    def __init__(self, spec: ProfileSpec, folder: Path, rank: int) -> None:
+    def __init__(self, spec: ProfileSpec, folder: Path, rank: int, device: torch.device) -> None:
         self._spec = spec
         self._folder = folder
         self._rank = rank
+        self._on_cuda = device.type == "cuda"
         self._profiler: profile | None = None
 
     def before(self, step: int) -> None:
@@ -36,7 +37,7 @@ class ProfileWindow:
         with _best_effort():
             self._folder.mkdir(parents=True, exist_ok=True)
         activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available():
+        if self._on_cuda:
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.memory._record_memory_history()
         self._profiler = profile(activities=activities, record_shapes=True)
@@ -54,7 +55,7 @@ class ProfileWindow:
         self._profiler.stop()
         with _best_effort():
             _replace(self._folder / f"trace_{self._rank:05d}.json", self._profiler.export_chrome_trace)
-        if torch.cuda.is_available():
+        if self._on_cuda:
             with _best_effort():
                 _replace(self._folder / f"memory_{self._rank:05d}.pickle", torch.cuda.memory._dump_snapshot)
             torch.cuda.memory._record_memory_history(enabled=None)

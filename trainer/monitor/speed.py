@@ -14,16 +14,17 @@ class Speed:
 
     flops_per_token: float
     gpus: int
+    """Number of ranks, each with a GPU; 0 on CPUs."""
     peak_tflops: float | None
     tokens: int = 0
     seconds: float = 0.0
 
     @classmethod
-    def of(cls, flops_per_token: float, *, gpus: int) -> "Speed":
+    def of(cls, flops_per_token: float, *, ranks: int, device: torch.device) -> "Speed":
         """Create totals for a model with this many FLOPs per token; the peak follows from the card's name, if known."""
-        name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         peak = next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
-        return cls(flops_per_token=flops_per_token, gpus=gpus, peak_tflops=peak)
+        return cls(flops_per_token=flops_per_token, gpus=0 if device.type == "cpu" else ranks, peak_tflops=peak)
 
     def add(self, tokens: int, seconds: float) -> None:
         """Count one step."""
@@ -36,7 +37,7 @@ class Speed:
 
     def tflops_per_gpu(self, tokens_per_s: float) -> float | None:
         """Return the achieved TFLOP/s per card; None without a GPU."""
-        if not torch.cuda.is_available():
+        if self.gpus == 0:
             return None
         return tokens_per_s * self.flops_per_token / self.gpus / 1e12
 

@@ -1,0 +1,189 @@
+"""Choose the device of each rank. All ranks agree on it through the store, before any collective.
+
+Without that, a node whose GPUs cannot be used trains on its CPU in silence, or keeps all others waiting without a name.
+"""
+
+import os
+import socket
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Literal
+
+import msgspec
+import torch
+from torch._C._distributed_c10d import Store
+from torch.distributed import DistError
+
+from keepwarm.ft.discovery.config import NODE
+from keepwarm.trainer.errors import RendezvousFailed, SpecError
+from keepwarm.trainer.job.sections import ClusterSpec
+
+Kind = Literal["cpu", "cuda"]
+NAMED = 4
+"""Hosts that an error names; the others are counted."""
+READ_TIMEOUT = timedelta(seconds=30)
+"""How long rank 0, which may host the store, waits until all ranks have read a refusal."""
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """The device that a job asks for."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA if every rank sees a GPU, the CPU if none does."""
+    key: str = "cluster.device = auto"
+    """The key and the value that ask for it, for errors."""
+
+    @classmethod
+    def of(cls, cluster: ClusterSpec) -> "Request":
+        """Return the request of a job. One that requests GPUs from a batch system asks for CUDA, unless it says cpu."""
+        if cluster.device != "auto":
+            return cls(device=cluster.device, key=f"cluster.device = {cluster.device}")
+        for name, batch in (("slurm", cluster.slurm), ("kubernetes", cluster.kubernetes)):
+            if batch is not None and batch.gpus_per_node is not None:
+                return cls(device="cuda", key=f"cluster.{name}.gpus_per_node = {batch.gpus_per_node}")
+        return cls()
+
+
+class Seen(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rank sees of its host's GPUs."""
+
+    rank: int
+    host: str
+    visible: int
+    """Number of GPUs that this process can use."""
+    card: str = ""
+    """Identifies the GPU that this rank would take, among all machines; empty if it cannot be identified."""
+    reason: str = ""
+    """Why no GPU is visible."""
+    restarts: int = 0
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """The kind of device that all ranks take, or why they cannot."""
+
+    kind: Kind = "cpu"
+    problem: str = ""
+    """Empty if there is none."""
+    at_fault: tuple[int, ...] = ()
+    """Ranks without a GPU of their own."""
+    restarted: bool = False
+    """Whether these ranks have run before: their nodes had GPUs then."""
+
+
+def decide(request: Request, seen: Sequence[Seen]) -> Verdict:
+    """Return the verdict on what all ranks see. Pure."""
+    restarted = any(one.restarts for one in seen)
+    blind = [one for one in seen if not one.visible]
+    if request.device == "cpu" or (request.device == "auto" and len(blind) == len(seen)):
+        return Verdict()
+    if blind:
+        others = "" if len(blind) == len(seen) else ", but to the other ranks one is"
+        problem = f"{request.key}: no GPU is visible to {_places(blind)}{others}: {blind[0].reason}"
+        return Verdict(
+            problem=f"{problem}; mend that, or set cluster.device = cpu",
+            at_fault=tuple(one.rank for one in blind),
+            restarted=restarted,
+        )
+    holders: dict[str, list[Seen]] = defaultdict(list)
+    for one in seen:
+        if one.card:
+            holders[one.card].append(one)
+    for same in holders.values():
+        if len(same) > 1:
+            problem = f"{request.key}: {_places(same)} would share one GPU, {same[0].visible} visible to each"
+            return Verdict(
+                problem=f"{problem}; start as many ranks on a node as it has GPUs (cluster.ranks_per_node)",
+                at_fault=tuple(one.rank for one in same[1:]),
+                restarted=restarted,
+            )
+    return Verdict(kind="cuda")
+
+
+def index_of(local_rank: int, visible: int) -> int:
+    """Return the index of a rank's GPU among those that it sees: `srun --gpus-per-task=1` leaves one to each."""
+    return local_rank % visible
+
+
+def look(request: Request, rank: int, local_rank: int, restarts: int) -> Seen:
+    """Return what this rank sees; without asking CUDA if the job is to run on the CPU."""
+    host = os.environ.get(NODE) or socket.gethostname()
+    visible = 0 if request.device == "cpu" else torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if visible == 0:
+        return Seen(rank=rank, host=host, visible=0, reason=_why_none(), restarts=restarts)
+    card = getattr(torch.cuda.get_device_properties(index_of(local_rank, visible)), "uuid", None)
+    # Nodes that are emulated on one machine have names of their own.
+    where = "" if card is None else f"{socket.gethostname()} {card}"
+    return Seen(rank=rank, host=host, visible=visible, card=where, restarts=restarts)
+
+
+def agree(store: Store | None, request: Request, mine: Seen, size: int, deadline: timedelta) -> Kind:
+    """Return the kind of device that all ranks take. Collective, through the store alone; a rank alone has none.
+
+    Raises:
+        SpecError: on every rank, where ranks have no GPU of their own and the job asks for one.
+        RendezvousFailed: ranks did not arrive; or, after a restart, this rank has lost its GPU. The others go on then
+            and wait for the restart that follows, so that its node gets the blame.
+    """
+    verdict = _exchanged(store, request, mine, size, deadline)
+    if not verdict.problem:
+        return verdict.kind
+    if not verdict.restarted:
+        raise SpecError(verdict.problem)
+    if mine.rank in verdict.at_fault:
+        raise RendezvousFailed(verdict.problem)
+    return "cuda"
+
+
+def _exchanged(store: Store | None, request: Request, mine: Seen, size: int, deadline: timedelta) -> Verdict:
+    if store is None:
+        return decide(request, [mine])
+    store.set(f"device/seen/{mine.rank}", msgspec.json.encode(mine).decode())
+    if mine.rank:
+        try:
+            store.wait(["device/verdict"], deadline)
+        except DistError as error:
+            raise RendezvousFailed(f"rank {mine.rank}: waited {deadline} for rank 0 to choose the device") from error
+        verdict = msgspec.json.decode(store.get("device/verdict"), type=Verdict)
+        if verdict.problem:
+            store.set(f"device/read/{mine.rank}", "")
+        return verdict
+    end = time.monotonic() + deadline.total_seconds()
+    seen = [mine]
+    for rank in range(1, size):
+        try:
+            store.wait([f"device/seen/{rank}"], timedelta(seconds=max(end - time.monotonic(), 0.001)))
+        except DistError as error:
+            raise RendezvousFailed(f"rank 0: waited {deadline} for rank {rank} to look for its GPU") from error
+        seen.append(msgspec.json.decode(store.get(f"device/seen/{rank}"), type=Seen))
+    verdict = decide(request, seen)
+    store.set("device/verdict", msgspec.json.encode(verdict).decode())
+    if verdict.problem:
+        with suppress(DistError):
+            store.wait([f"device/read/{rank}" for rank in range(1, size)], READ_TIMEOUT)
+    return verdict
+
+
+def _why_none() -> str:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return f"torch finds none with CUDA_VISIBLE_DEVICES={chosen}"
+    return "torch finds none: see nvidia-smi, and the GPU option of the container (apptainer --nv)"
+
+
+def _places(ranks: Sequence[Seen]) -> str:
+    """Return ranks by host, `rank 3 on a; ranks 4, 5 on b`."""
+    hosts: dict[str, list[int]] = defaultdict(list)
+    for one in ranks:
+        hosts[one.host].append(one.rank)
+    parts = [
+        f"{'rank' if len(here) == 1 else 'ranks'} {', '.join(map(str, here))} on {host}"
+        for host, here in list(hosts.items())[:NAMED]
+    ]
+    if len(hosts) > NAMED:
+        parts.append(f"ranks of {len(hosts) - NAMED} more hosts")
+    return "; ".join(parts)
