@@ -41,7 +41,11 @@ class Request:
     mode: Mode = "new"
     chain: int = 1
     """Number of consecutive jobs, each continuing the previous one."""
+    after: str | None = None
+    """ID of the previous job of a chain, which must have ended before this one starts."""
     array: Array | None = None
+    probe: bool = False
+    """Whether to ask a node beforehand what only a node knows, at the price of a short allocation."""
 
     @property
     def spec(self) -> Path:
@@ -133,8 +137,11 @@ class BatchSystem(ABC):
         """End an active job: after the current step and with its state saved, or immediately if `now`."""
         raise self._refusal("cancel")
 
-    def requeue(self, job: BatchJob, *, now: bool) -> None:
-        """Requeue a running job: after the current step and with its state saved, or immediately if `now`."""
+    def requeue(self, job: BatchJob, *, now: bool) -> bool | None:
+        """Requeue a running job: after the current step and with its state saved, or immediately if `now`.
+
+        Return False if it is requeued immediately because nothing trains in it.
+        """
         raise self._refusal("requeue")
 
     def logs(self, folder: Path) -> list[Path]:

@@ -28,7 +28,7 @@ import msgspec
 
 from keepwarm import signals
 from keepwarm.exit_code import ExitCode
-from keepwarm.files import let_go_of_locks
+from keepwarm.files import READABLE, let_go_of_locks
 from keepwarm.launch.errors import LaunchError
 from keepwarm.side_writer import protect_streams
 from keepwarm.trainer.distributed.in_process_restart import CONTROL, Park, Report, Resume, WorkerState
@@ -368,7 +368,7 @@ def _redirect(log: str | None) -> None:
     if log is None:
         return
     try:
-        output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, READABLE)
     except OSError as error:
         print(f"keepwarm: {log}: {error.strerror}; only errors of this process are shown, here", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

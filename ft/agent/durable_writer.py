@@ -187,7 +187,7 @@ class DurableWriter:
         return Outcome()
 
     def _write_parts(self, task: Task, sealed: SealedData) -> None:
-        task.tmp.mkdir(mode=0o700, parents=True, exist_ok=True)
+        task.tmp.mkdir(parents=True, exist_ok=True)
         for contents, first in sealed.parts():
             starts = {piece.name: first + start for piece, start in contents.entries}
             pieces = sorted(

@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 import xxhash
 
-from keepwarm.files import atomic_write, sync_directory
+from keepwarm.files import READABLE, atomic_write, sync_directory
 from keepwarm.ft.errors import DurableError
 from keepwarm.ft.format.manifest import MANIFEST, VERSION, Manifest, check_age, read_manifest
 from keepwarm.ft.format.reader import BLOCK, compare, read_header, read_part
@@ -62,7 +62,8 @@ def write_manifest(directory: Path, identity: Identity, *, ranks: int, meta: Map
         check_age(part, identity.epoch, identity.step, str(found[0]))
         parts.append(part)
     manifest = Manifest(version=VERSION, **asdict(identity), meta=dict(meta), parts=tuple(parts))
-    atomic_write(directory / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=1), durable=True)
+    text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+    atomic_write(directory / MANIFEST, text, mode=READABLE, durable=True)
     return manifest
 
 
@@ -179,7 +180,7 @@ def _point_to(final: Path) -> None:
     """Move `latest` to a checkpoint that has its name. Without the file, readers compare all checkpoints."""
     latest_file = final.parent / LATEST
     try:
-        atomic_write(latest_file, f"{final.name}\n".encode(), durable=True)
+        atomic_write(latest_file, f"{final.name}\n".encode(), mode=READABLE, durable=True)
     except OSError:
         latest_file.unlink(missing_ok=True)
 

@@ -12,6 +12,7 @@ import msgspec
 import xxhash
 import zstandard
 
+from keepwarm.files import READABLE
 from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.errors import DurableError
 from keepwarm.ft.format.contents import ITEM_SIZE, Piece, as_bytes
@@ -204,7 +205,7 @@ def _new_part(directory: Path, rank: int, name: str) -> Iterator[IO[bytes]]:
     path = directory / f".{name}"
     for other in (*directory.glob(f"rank_{rank:05d}.safetensors*"), path):
         other.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, READABLE)
     with os.fdopen(descriptor, "wb") as file:
         yield file
         file.flush()

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from keepwarm.launch.batch.jobs import advice
+from keepwarm.launch.batch.sweep_folder import runs_of, values_of
 from keepwarm.launch.batch_system import batch_system
+from keepwarm.launch.errors import OptionError
 from keepwarm.launch.node.record import read_all
 from keepwarm.launch.run.submission import read_submission
 from keepwarm.trainer.errors import OutputError
@@ -35,7 +37,22 @@ def log_file(folder: Path, rank: int | None) -> Path:
 
 
 def show_log(folder: Path, rank: int | None, lines: int, *, follow: bool) -> None:
-    """Print the last lines of a log; with `follow`, continue until Ctrl-C. Raises as `log_file`."""
+    """Print the last lines of a log, or of that of each run of a sweep; with `follow`, continue until Ctrl-C.
+
+    Raises:
+        OptionError: `follow` for a sweep.
+        Other errors as `log_file`.
+    """
+    if values_of(folder) is not None:
+        if follow:
+            raise OptionError(f"{folder}: --follow shows one run: name one of the folders of this sweep")
+        for run in runs_of(folder):
+            print(f"==> {run} <==")
+            try:
+                show_log(run, rank, lines, follow=False)
+            except OutputError as error:
+                print(error)
+        return
     path = log_file(folder, rank)
     with path.open(encoding="utf-8", errors="replace") as file:
         print("".join(deque(file, maxlen=lines)), end="", flush=True)

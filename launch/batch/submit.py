@@ -3,7 +3,7 @@
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -30,10 +30,14 @@ class SubmitOptions:
     """Number of consecutive jobs, each continuing the previous one; for runs longer than the time limit."""
     sweep: Sequence[str] = ()
     max_parallel: int | None = None
+    probe: bool = False
+    """Ask a node beforehand whether it sees the run folder; the job checks its nodes when it starts in any case."""
     dry_run: bool = False
     """Print the script and the command without writing or submitting anything."""
 
     def __post_init__(self) -> None:
+        if self.probe and self.dry_run:
+            raise OptionError("--check asks a node, and --dry-run asks nothing: give one of the two")
         if self.sweep and (self.mode != "new" or self.chain > 1):
             raise OptionError("--sweep starts new runs; continue one with keepwarm submit SWEEP/0 --resume")
         if self.max_parallel is not None and not self.sweep:
@@ -52,12 +56,14 @@ def submit_run(path: Path, overrides: Sequence[str], options: SubmitOptions) -> 
     system = batch_system(options.backend)
     resume = options.mode == "resume"
     job = continued(path, overrides, console) if resume else new_job(path, overrides, options.mode)
-    request = Request(job=job, folder=Path(job.output), mode=options.mode, chain=options.chain)
+    request = Request(job=job, folder=Path(job.output), mode=options.mode, chain=options.chain, probe=options.probe)
     admit(system, request, console, dry_run=options.dry_run)
     if options.dry_run:
         print(system.render(request), end="")
         if command := system.command(request):
             print(f"\n# {shlex.join(command)}")
+            if options.chain > 1:
+                print(f"# {options.chain} times, each after the end of the one before")
         return
     if request.mode != "new":
         _refuse_while_active(request.folder)
@@ -73,7 +79,8 @@ def submit_run(path: Path, overrides: Sequence[str], options: SubmitOptions) -> 
         # The job reads this when it starts, which may be before its ID is known here.
         record.write(folder)
         for _ in range(request.chain):
-            record = record.with_job(system.submit(request))
+            link = replace(request, after=record.jobs[-1] if record.jobs else None)
+            record = record.with_job(system.submit(link))
             record.write(folder)
     console.print(f"keepwarm: {job.name}: submitted as job {', '.join(record.jobs)}; outputs in {folder}")
     print(record.jobs[0])
@@ -109,5 +116,6 @@ def _refuse_while_active(folder: Path) -> None:
     for job in jobs_of(folder):
         if job.active:
             raise ClusterError(
-                f"{folder}: job {job.id} of this run is {job.state}; keepwarm cancel {folder} ends it first"
+                f"{folder}: job {job.id} of this run is {job.state}; keepwarm cancel {shlex.quote(str(folder))} ends "
+                "it first"
             )

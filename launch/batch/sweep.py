@@ -13,7 +13,9 @@ from typing import Any
 
 from rich.console import Console
 
-from keepwarm.launch.batch.submit import SubmitOptions, admit, messages
+from keepwarm.launch.batch.runs import FINISHED, runs_in
+from keepwarm.launch.batch.submit import SubmitOptions, admit, messages, submit_run
+from keepwarm.launch.batch.sweep_folder import TABLE, runs_of
 from keepwarm.launch.batch_system import Array, BatchSystem, Request, batch_system
 from keepwarm.launch.local.train import job_file
 from keepwarm.launch.run.prepare import prepared
@@ -24,9 +26,6 @@ from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.job.url import path_override
 from keepwarm.trainer.job.yaml import parse_value
-
-TABLE = "sweep.json"
-"""File in the sweep's folder that maps each run folder's name to the run's values."""
 
 
 def combinations(sweeps: Sequence[str]) -> list[dict[str, Any]]:
@@ -59,7 +58,7 @@ def submit_sweep(path: Path, overrides: Sequence[str], options: SubmitOptions) -
     values = combinations(options.sweep)
     jobs = [_member(path, overrides, base, number, each) for number, each in enumerate(values)]
     array = Array(members=len(jobs), max_parallel=options.max_parallel)
-    request = Request(job=_named(jobs[0], base.name), folder=Path(base.output), array=array)
+    request = Request(job=_named(jobs[0], base.name), folder=Path(base.output), array=array, probe=options.probe)
     admit(system, request, console, dry_run=options.dry_run, others=jobs[1:])
     script = system.render(request)
     if any(system.render(replace(request, job=_named(job, base.name))) != script for job in jobs):
@@ -80,6 +79,21 @@ def submit_sweep(path: Path, overrides: Sequence[str], options: SubmitOptions) -
         raise
     console.print(f"keepwarm: {base.name}: {len(jobs)} runs submitted as job {job_id}; outputs in {root}")
     print(job_id)
+
+
+def resume_sweep(folder: Path, overrides: Sequence[str], options: SubmitOptions) -> None:
+    """Submit each run of a sweep that has neither finished nor an active job, as a job of its own.
+
+    Raises:
+        OutputError: there is nothing to resume.
+        Other errors as `submit_run`, for the first run that cannot be submitted.
+    """
+    rows = [(run, row) for run in runs_of(folder) for row in runs_in(run) if Path(row.folder) == run]
+    left = [run for run, row in rows if row.state not in FINISHED and (row.job is None or not row.job.active)]
+    if not left:
+        raise OutputError(f"{folder}: each run of this sweep has finished or has an active job")
+    for run in left:
+        submit_run(run, overrides, options)
 
 
 def _member(path: Path, overrides: Sequence[str], base: JobSpec, number: int, values: dict[str, Any]) -> JobSpec:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from keepwarm.exit_code import ExitCode
 from keepwarm.launch.cli.arguments import WITH_OVERRIDES, Force, Job, Overrides, Resume, RunFolder, start_mode
 
 cluster = typer.Typer()
@@ -16,6 +17,9 @@ Sweep = Annotated[
     typer.Option("--sweep", metavar="KEY=[VALUE, VALUE]", help="Submit one run per value, as tasks of one array job."),
 ]
 MaxParallel = Annotated[int | None, typer.Option(min=1, help="Maximum number of sweep runs to execute concurrently.")]
+Check = Annotated[
+    bool, typer.Option("--check", help="First ask a node, in a short allocation, whether it sees the run folder.")
+]
 Backend = Annotated[
     str, typer.Option("--backend", metavar="NAME", help="Batch system: slurm, kubernetes or an installed plug-in.")
 ]
@@ -28,6 +32,7 @@ def submit(
     job: Job,
     overrides: Overrides = None,
     dry_run: DryRun = False,
+    check: Check = False,
     resume: Resume = False,
     force: Force = False,
     chain: Chain = 1,
@@ -43,12 +48,15 @@ def submit(
 
     keepwarm submit runs/second --resume
 
+    keepwarm submit runs/sweep --resume
+
     keepwarm submit job.yaml --sweep "stages.0.lr.max=[1e-3, 3e-4]" --sweep "seed=[1, 2, 3]" --max-parallel 2
 
     keepwarm submit job.yaml --backend kubernetes --dry-run | kubectl apply -f -
     """
     from keepwarm.launch.batch.submit import SubmitOptions, submit_run
-    from keepwarm.launch.batch.sweep import submit_sweep
+    from keepwarm.launch.batch.sweep import resume_sweep, submit_sweep
+    from keepwarm.launch.batch.sweep_folder import values_of
 
     options = SubmitOptions(
         backend=backend,
@@ -56,9 +64,13 @@ def submit(
         chain=chain,
         sweep=sweep or (),
         max_parallel=max_parallel,
+        probe=check,
         dry_run=dry_run,
     )
-    (submit_sweep if options.sweep else submit_run)(job, overrides or [], options)
+    if resume and values_of(job) is not None:
+        resume_sweep(job, overrides or [], options)
+    else:
+        (submit_sweep if options.sweep else submit_run)(job, overrides or [], options)
 
 
 @cluster.command()
@@ -77,10 +89,11 @@ def watch(
     folder: Runs = Path("runs"),
     every: Annotated[float, typer.Option("--every", min=0.1, metavar="SECONDS", help="Time between refreshes.")] = 5.0,
 ) -> None:
-    """List runs and refresh the list until none of their jobs is active."""
+    """List runs and refresh the list until none of their jobs is active; exit with code 1 if one has failed."""
     from keepwarm.launch.batch.watch import watch as watch_runs
 
-    watch_runs(folder, every)
+    if not watch_runs(folder, every):
+        raise typer.Exit(ExitCode.FAULT)
 
 
 @cluster.command()
@@ -92,7 +105,7 @@ def logs(
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Number of lines to show.")] = 50,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing new lines until Ctrl-C.")] = False,
 ) -> None:
-    """Print the last lines of a job's log, or of one rank's log."""
+    """Print the last lines of a job's log, or of one rank's log; of a sweep, those of each run."""
     from keepwarm.launch.batch.logs import show_log
 
     show_log(run, rank, lines, follow=follow)
@@ -100,7 +113,7 @@ def logs(
 
 @cluster.command()
 def cancel(run: RunFolder, now: Now = False) -> None:
-    """Save a run's state and end its job."""
+    """Save the state of a run, or of each run of a sweep, and end its job."""
     from keepwarm.launch.batch.jobs import cancel as cancel_run
 
     print(cancel_run(run, now=now))
@@ -108,7 +121,7 @@ def cancel(run: RunFolder, now: Now = False) -> None:
 
 @cluster.command()
 def requeue(run: RunFolder, now: Now = False) -> None:
-    """Save a run's state and put its job back into the queue."""
+    """Save the state of a run, or of each run of a sweep, and put its job back into the queue."""
     from keepwarm.launch.batch.jobs import requeue as requeue_run
 
     print(requeue_run(run, now=now))

@@ -12,9 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from keepwarm.ft.format import publication
+from keepwarm.launch.batch.jobs import jobs_of
+from keepwarm.launch.batch.runs import last_end, runs_in, table
+from keepwarm.launch.batch.sweep_folder import values_of
+from keepwarm.launch.batch_system import BatchJob
 from keepwarm.launch.cli.snapshots import ask
-from keepwarm.launch.errors import SnapshotsError, StatusError
-from keepwarm.launch.node.record import read_all
+from keepwarm.launch.errors import ClusterError, SnapshotsError, StatusError
+from keepwarm.launch.node.record import NodeRecord, read_all
 from keepwarm.launch.run.progress import progress
 from keepwarm.trainer.job.files import load_run
 from keepwarm.trainer.job.run_folder import RUN_FILE, RunFolder
@@ -23,11 +27,14 @@ from keepwarm.trainer.monitor.goodput import Goodput, of_run
 
 
 def show(folder: Path, *, as_json: bool) -> None:
-    """Print the state of the run in a folder.
+    """Print the state of the run in a folder, or of the runs of a sweep.
 
     Raises:
         StatusError: there is no run in the folder.
     """
+    if (values := values_of(folder)) is not None:
+        _show_sweep(folder, values, as_json=as_json)
+        return
     found = status(folder)
     if as_json:
         print(json.dumps(found, allow_nan=False))
@@ -35,8 +42,18 @@ def show(folder: Path, *, as_json: bool) -> None:
         _print(found, of_run(folder))
 
 
+def _show_sweep(folder: Path, values: dict[str, dict[str, Any]], *, as_json: bool) -> None:
+    runs = {name: folder / name for name in values if RunFolder(folder / name).exists}
+    if as_json:
+        print(json.dumps([{"values": values[name]} | status(run) for name, run in runs.items()], allow_nan=False))
+        return
+    print("\n".join(table(runs_in(folder))))
+    for name, each in values.items():
+        print(f"{folder / name}: {', '.join(f'{key}={json.dumps(value)}' for key, value in each.items())}")
+
+
 def status(folder: Path) -> dict[str, Any]:
-    """Return name, completed and total steps, speed, saved state, restarts, nodes and goodput as plain values.
+    """Return name, completed and total steps, speed, saved state, job, restarts, nodes and goodput as plain values.
 
     Raises:
         StatusError: as `show`.
@@ -46,6 +63,8 @@ def status(folder: Path) -> dict[str, Any]:
     log = events.read(folder)
     job, far = load_run(RunFolder(folder).run_file), progress(folder)
     saved = publication.checkpoints(RunFolder(folder).checkpoints)
+    batch = last_job(folder)
+    end, why = last_end(log.events)
     return {
         "run": job.name,
         "step": far.step,
@@ -55,11 +74,53 @@ def status(folder: Path) -> dict[str, Any]:
         "eta_s": far.eta_s,
         "committed": committed(folder),
         "checkpoint": saved[-1].name if saved else None,
+        "job": None if batch is None else {"id": batch.id, "state": batch.state, "reason": batch.reason},
+        "end": end,
+        "why": why,
         "restarts": restarts(log.events),
         "unknown_events": log.unknown,
-        "nodes": [msgspec.to_builtins(record, str_keys=True) for record in read_all(folder)],
+        "nodes": [
+            msgspec.to_builtins(record, str_keys=True) | {"state": state}
+            for record, state in node_states(read_all(folder), log.events, ended=batch is not None and not batch.active)
+        ],
         "goodput": of_run(folder).data(),
     }
+
+
+def last_job(folder: Path) -> BatchJob | None:
+    """Return the active job of a run, or the last one that its batch system knows; None if it cannot be asked."""
+    with contextlib.suppress(ClusterError):
+        known = jobs_of(folder)
+        return next((job for job in known if job.active), known[-1] if known else None)
+    return None
+
+
+def node_states(
+    records: Sequence[NodeRecord], log: Sequence[events.Event], *, ended: bool
+) -> list[tuple[NodeRecord, str]]:
+    """Return the records of nodes with their states. A node that died could not record its own death: it is `lost` if
+    the others have found so, or have its slot; and no node of a job that has `ended` runs. Pure.
+    """
+    lost: set[str] = set()
+    newest: dict[int, int] = {}
+    for event in log:
+        if isinstance(event, events.Failure) and event.kind == "lost":
+            lost.add(event.node)
+        elif isinstance(event, events.SupervisorStarted):
+            lost.discard(event.node)
+        elif isinstance(event, events.BatchStarted) and not ended:
+            lost |= {record.node for record in records if record.node not in event.nodes}
+    for record in records:
+        if record.slot is not None:
+            newest[record.slot] = max(newest.get(record.slot, 0), record.restart)
+    found: list[tuple[NodeRecord, str]] = []
+    for record in records:
+        overtaken = record.slot is not None and record.restart < newest[record.slot]
+        state: str = record.state
+        if state not in ("ended", "fenced", "spare") and (record.node in lost or overtaken):
+            state = "lost"
+        found.append((record, "ended" if ended and state != "lost" else state))
+    return found
 
 
 def committed(folder: Path) -> tuple[int, int] | None:
@@ -87,6 +148,11 @@ def _print(found: dict[str, Any], account: Goodput) -> None:
         console.print(f"loss {found['loss']:.4f}, {found['tokens_per_s']:.0f} tokens/s, {left} left", soft_wrap=True)
     memory = "none known here" if found["committed"] is None else f"step {found['committed'][1]}"
     console.print(f"saved: in memory {memory}, on disk {found['checkpoint'] or 'nothing'}", soft_wrap=True)
+    if found["job"] is not None:
+        reason = f" ({found['job']['reason']})" if found["job"]["reason"] else ""
+        console.print(f"job {found['job']['id']}: {found['job']['state']}{reason}", soft_wrap=True)
+    if found["why"] is not None:
+        console.print(f"last job: {found['end'] or 'requeued'}: {found['why']}", soft_wrap=True)
     for one in found["restarts"]:
         when = datetime.fromtimestamp(one["time"]).strftime("%Y-%m-%d %H:%M:%S")
         level = "" if one["level"] is None else f" (level {one['level']})"

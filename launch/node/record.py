@@ -82,9 +82,9 @@ class EndRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def make_folder(folder: Path) -> Path:
-    """Create the folder of the records in a run folder, for its owner only, and return it."""
+    """Create the folder of the records in a run folder and return it."""
     nodes = RunFolder(folder).nodes
-    nodes.mkdir(mode=0o700, parents=True, exist_ok=True)
+    nodes.mkdir(parents=True, exist_ok=True)
     return nodes
 
 
@@ -124,7 +124,7 @@ def read_end(folder: Path) -> EndRecord | None:
 
 def redirect_output(path: Path) -> None:
     """Append what this process prints to a file. Raises OSError."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, READABLE)
     for output in (1, 2):
         os.dup2(descriptor, output)
     os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Record in a run folder of its submission to a batch system."""
+"""Records in a run folder of its submission to a batch system, and of the jobs that a user has asked to end."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -11,6 +11,8 @@ from keepwarm.files import READABLE, atomic_write
 from keepwarm.trainer.errors import OutputError
 
 RECORD_FILE = "submission.json"
+CANCELLED = "cancelled-"
+"""Start of the name of the file that marks a job to be ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,3 +48,16 @@ def read_submission(folder: Path) -> Submission | None:
         return None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise OutputError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def ask_for_end(folder: Path, job_id: str) -> None:
+    """Record that a user wants a running job to end once its state is saved. An empty file, which a full disk takes.
+
+    Raises OSError.
+    """
+    (folder / f"{CANCELLED}{job_id}").touch()
+
+
+def end_is_asked(folder: Path, job_id: str) -> bool:
+    """Return whether `ask_for_end` was called for the job."""
+    return (folder / f"{CANCELLED}{job_id}").exists()

@@ -18,6 +18,7 @@ from keepwarm.launch.node.slot_table import ATTRIBUTION_WINDOW_S
 from keepwarm.launch.plan.plan import Plan
 from keepwarm.launch.run import network_check
 from keepwarm.launch.run.node_check import MARK, look, problems
+from keepwarm.launch.slurm import commands
 from keepwarm.launch.slurm.script import in_container
 from keepwarm.trainer.distributed.launcher_environment import own_address
 from keepwarm.trainer.job.shrink import layouts
@@ -46,7 +47,11 @@ class Allocation:
 
     @property
     def slurm_job(self) -> str:
-        return os.environ["SLURM_JOB_ID"]
+        return commands.own_id(os.environ)
+
+    @property
+    def requeues(self) -> int:
+        return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
     def note(self, event: events.Event) -> None:
         events.append(self.folder, event)

@@ -65,11 +65,28 @@ def check_cluster(job: JobSpec, offered: Sequence[commands.Node], excluded: Coll
         raise ClusterError(
             f"cluster.slurm.gpus_per_node = {asked.gpus_per_node}: the nodes of {where} have {gpus or 'none'}"
         )
+    _check_notice(job, nodes)
     cpus, each = max(node.cpus for node in nodes), job.layout.ranks_per_node * cpus_per_rank(job)
     if each > cpus:
         raise ClusterError(
             f"{job.layout.ranks_per_node} ranks on a node need {each} CPUs, the nodes of {where} have {cpus}; "
             "change cluster.ranks_per_node, cluster.slurm.cpus_per_rank or numerics.threads_per_rank"
+        )
+
+
+def _check_notice(job: JobSpec, nodes: Sequence[commands.Node]) -> None:
+    """Raise ClusterError if the ranks would have to save before they have started."""
+    slurm = job.cluster.slurm
+    given = slurm.time is not None
+    limits = [
+        commands.seconds_of(text) for text in ([slurm.time] if slurm.time else [node.default_time for node in nodes])
+    ]
+    known = [limit for limit in limits if limit is not None]
+    if known and slurm.save_before_limit >= min(known):
+        whose = "cluster.slurm.time" if given else "the default of the partition; cluster.slurm.time sets another"
+        raise ClusterError(
+            f"cluster.slurm.save_before_limit = {slurm.save_before_limit}: the state would be saved so many seconds "
+            f"before the time limit, which is {min(known)} s ({whose}): make it shorter, or the limit longer"
         )
 
 

@@ -3,7 +3,7 @@
 import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from keepwarm.launch.errors import ClusterError
@@ -15,6 +15,7 @@ CONTROLLER_TIMEOUT_S = 60.0
 _PAUSE = 1.0
 _UNCONFIGURED = ("Could not establish a configuration source", "No such file or directory: slurm.conf")
 _ELSEWHERE = "submit from a login node of the cluster, or run the job here with keepwarm train"
+_FORGOTTEN = ("Invalid job id", "not found")
 _SILENT = ("Unable to contact slurm controller", "Connection refused", "Zero Bytes were transmitted")
 
 
@@ -40,7 +41,9 @@ def ask(*command: str, stdin: str | None = None, patience: float = CONTROLLER_TI
             raise ClusterError(message) from error
         if done.returncode == 0:
             return done.stdout
-        said = " ".join(line.removeprefix(f"{command[0]}: ") for line in done.stderr.strip().splitlines())
+        # scontrol reports some errors, such as a forgotten task of an array, on its standard output.
+        output = done.stderr.strip() or done.stdout.strip()
+        said = " ".join(line.removeprefix(f"{command[0]}: ") for line in output.splitlines())
         if any(sign in said for sign in _UNCONFIGURED):
             raise ClusterError(f"SLURM is on this machine, but no cluster is configured; {_ELSEWHERE}")
         if not any(sign in said for sign in _SILENT):
@@ -61,6 +64,8 @@ class Node:
     state: str
     gpus: int
     cpus: int
+    default_time: str = ""
+    """Time limit of a job of this partition that names none."""
 
     @property
     def usable(self) -> bool:
@@ -74,12 +79,14 @@ class Node:
 def nodes() -> list[Node]:
     """Return every node of every partition."""
     return [
-        _node(line) for line in ask("sinfo", "--noheader", "--Node", "--format=%N|%P|%T|%G|%c").splitlines() if line
+        _node(line)
+        for line in ask("sinfo", "--noheader", "--Node", "--format=%N|%P|%T|%G|%c|%L|%l").splitlines()
+        if line
     ]
 
 
 def _node(line: str) -> Node:
-    name, partition, state, resources, cpus = line.strip().split("|")
+    name, partition, state, resources, cpus, default_time, most_time = line.strip().split("|")
     return Node(
         name=name,
         partition=partition.removesuffix("*"),
@@ -87,6 +94,7 @@ def _node(line: str) -> Node:
         state=state,
         gpus=gpus_in(resources),
         cpus=int(cpus.rstrip("+")),
+        default_time=most_time if default_time.lower() in ("n/a", "none") else default_time,
     )
 
 
@@ -106,8 +114,36 @@ class Job:
     restarts: int
     run_time: str
     time_limit: str
+    requeueable: bool
+    """Whether SLURM may run the job again."""
     exit_code: int
     """128 + n if signal n ended the job's script; 0 while the job runs for the first time."""
+
+
+def own_id(environment: Mapping[str, str]) -> str:
+    """Return the ID of the job that this process belongs to. That of an array's task is always ARRAY_TASK: the last
+    task to start has the number of the array, by which SLURM means all of its tasks.
+    """
+    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    return environment["SLURM_JOB_ID"] if array is None or task is None else f"{array}_{task}"
+
+
+def seconds_of(time_limit: str) -> int | None:
+    """Return the seconds of a time as SLURM's commands read and print it; None for no limit.
+
+    Raises ValueError for anything else.
+    """
+    if time_limit.upper() in ("UNLIMITED", "INFINITE", "PARTITION_LIMIT", "NOT_SET", "N/A", "NONE", ""):
+        return None
+    days, dash, clock = time_limit.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if dash:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    elif len(parts) == 1:
+        hours, minutes, seconds = 0, parts[0], 0
+    else:
+        hours, minutes, seconds = (0, *parts)[-3:]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 GOING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "STOPPED")
@@ -123,17 +159,50 @@ def job(identity: str) -> Job | None:
     try:
         found = parse_job(ask("scontrol", "show", "job", "--oneliner", identity))
     except ClusterError as error:
-        if "Invalid job id" in str(error):
+        if any(sign in str(error) for sign in _FORGOTTEN):
             return None
         raise
     # An array task has two IDs, and shares one with the other tasks until it starts.
     return replace(found, id=identity)
 
 
+def accounted(identity: str) -> Job | None:
+    """Return a job that the controller has forgotten, as accounting has it; None without accounting or such a job."""
+    fields = "State,ExitCode,NodeList,Elapsed,Timelimit"
+    try:
+        listed = ask("sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={identity}", f"--format={fields}")
+    except ClusterError:
+        return None
+    return parse_accounted(identity, listed)
+
+
+def parse_accounted(identity: str, listed: str) -> Job | None:
+    """Return the newest job in the output of sacct."""
+    lines = [line.split("|") for line in listed.splitlines() if line.count("|") == 4]
+    if not lines:
+        return None
+    state, code, nodes, run_time, time_limit = lines[-1]
+    return Job(
+        id=identity,
+        state=state.partition(" ")[0],  # CANCELLED by 1000
+        reason="",
+        nodes="" if nodes == "None assigned" else nodes,
+        restarts=0,
+        run_time=run_time,
+        time_limit=time_limit,
+        requeueable=False,
+        exit_code=_exit_code(code),
+    )
+
+
+def _exit_code(text: str) -> int:
+    code, _, signal = text.partition(":")
+    return 128 + int(signal) if int(signal or 0) else int(code)
+
+
 def parse_job(line: str) -> Job:
     """Parse one line of `scontrol show job --oneliner`."""
     values = dict(re.findall(r"(?:^|\s)([A-Za-z]+)=(\S*)", line))
-    code, _, signal = values.get("ExitCode", "0:0").partition(":")
     return Job(
         id=values["JobId"],
         state=values["JobState"],
@@ -142,8 +211,14 @@ def parse_job(line: str) -> Job:
         restarts=int(values.get("Restarts", "0")),
         run_time=values.get("RunTime", ""),
         time_limit=values.get("TimeLimit", ""),
-        exit_code=128 + int(signal) if int(signal or 0) else int(code),
+        requeueable=values.get("Requeue", "1") != "0",
+        exit_code=_exit_code(values.get("ExitCode", "0:0")),
     )
+
+
+def steps(identity: str) -> list[str]:
+    """Return the names of a running job's steps."""
+    return ask("squeue", "--noheader", "--steps", f"--jobs={identity}", "--format=%j").split()
 
 
 def host_names(node_list: str) -> list[str]:

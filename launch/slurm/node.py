@@ -1,14 +1,19 @@
-"""Node task of a SLURM step: `python -P -m keepwarm.launch.slurm.node RUN [OPTIONS]` becomes the node's supervisor.
+"""Node task of a SLURM step: `python -P -m keepwarm.launch.slurm.node RUN [OPTIONS]` runs the node's supervisor.
 
-Adds what only the node itself knows: its name and the address at which the other nodes of the step reach it.
+Adds what only the node itself knows: its name and the address at which the other nodes of the step reach it. Tells the
+watcher of its node how the supervisor ended.
 """
 
 import argparse
+import contextlib
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from keepwarm.launch.slurm.watcher import reported
 from keepwarm.trainer.distributed.launcher_environment import first_host, own_address
 from keepwarm.trainer.job.files import load_run
 from keepwarm.trainer.job.run_folder import RUN_FILE
@@ -30,11 +35,20 @@ def _spec(arguments: list[str]) -> Path:
 
 
 def main() -> None:
-    """Replace this process with the supervisor, so that SLURM's signals reach it directly."""
+    """Run the supervisor, and end as it does."""
     slots = load_run(_spec(sys.argv[1:])).layout.nodes
     told = supervisor(sys.argv[1:], slots, os.environ)
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-P", "-m", "keepwarm.launch.node", *told])
+    # SLURM's signals reach the supervisor directly. An ignored one would stay so in it; a handled one does not.
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    with reported(os.environ) as report:
+        done = subprocess.run([sys.executable, "-P", "-m", "keepwarm.launch.node", *told], check=False)
+        report(done.returncode if done.returncode >= 0 else 128 - done.returncode)
+    if done.returncode < 0:
+        with contextlib.suppress(OSError):  # of SIGKILL, which cannot be handled anyway
+            signal.signal(-done.returncode, signal.SIG_DFL)
+        os.kill(os.getpid(), -done.returncode)
+    sys.exit(done.returncode)
 
 
 if __name__ == "__main__":

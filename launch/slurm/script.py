@@ -16,6 +16,10 @@ SCRIPT = "job.sbatch"
 LOG = "slurm-%j.log"
 ALLOCATION_VACANCY_TIMEOUT_S = 10.0
 """Maximum time for which a slot may stay vacant inside an allocation."""
+WATCHER = "keepwarm-watcher"
+"""Name of the job step of the watchers."""
+OWN_STEPS = ("batch", "extern", WATCHER)
+"""Names of the job steps in which no ranks run and no node is checked."""
 CODE = "code"
 """Folder inside the run folder that holds the copy of the code."""
 
@@ -128,6 +132,25 @@ def node_step(
         *("-P", "-m", "keepwarm.launch.slurm.node", str(folder), f"--vacancy-timeout={ALLOCATION_VACANCY_TIMEOUT_S:g}"),
         *([] if spec == RUN_FILE else [f"--spec={spec}"]),
         *(["--resume"] if resume else []),
+    ]
+
+
+def watch_step(job: JobSpec, folder: Path, nodes: list[str], address: str, python: str = sys.executable) -> list[str]:
+    """Return the srun command that starts one watcher per node, outside containers, as the batch script runs."""
+    return [
+        "srun",
+        f"--job-name={WATCHER}",
+        f"--nodes={len(nodes)}",
+        f"--ntasks={len(nodes)}",
+        "--ntasks-per-node=1",
+        "--cpus-per-task=1",
+        f"--nodelist={','.join(nodes)}",
+        "--overlap",
+        "--no-kill",
+        "--kill-on-bad-exit=0",
+        # They write to the batch script's log, and not through this srun, which dies with the batch script.
+        "--output=none",
+        *(python, "-P", "-m", "keepwarm.launch.slurm.watcher", str(folder), address, job.cluster.slurm.launcher),
     ]
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import keepwarm
 from keepwarm.launch.batch_system import BatchJob, BatchSystem, Phase, Request
+from keepwarm.launch.errors import ClusterError
 from keepwarm.launch.slurm import commands
 from keepwarm.launch.slurm.check import check_offered, probe
-from keepwarm.launch.slurm.script import CODE, SCRIPT, render
+from keepwarm.launch.slurm.script import CODE, OWN_STEPS, SCRIPT, render
 from keepwarm.trainer.job.cluster import SlurmSpec
 
 
@@ -28,30 +29,34 @@ class Slurm(BatchSystem):
         return render(request.job, request.folder, array=request.array)
 
     def command(self, request: Request) -> list[str]:
-        singleton = ["--dependency=singleton"] if request.chain > 1 else []
-        return ["sbatch", "--parsable", f"--chdir={request.folder}", *singleton, str(request.folder / SCRIPT)]
+        dependency = [] if request.after is None else [f"--dependency=afterany:{request.after}"]
+        return ["sbatch", "--parsable", f"--chdir={request.folder}", *dependency, str(request.folder / SCRIPT)]
 
     def stage(self, request: Request, folder: Path) -> list[str]:
         _copy_code(request)
-        return probe(request.job, folder)
+        return probe(request.job, folder) if request.probe else []
 
     def submit(self, request: Request) -> str:
         return commands.ask(*self.command(request)).strip().partition(";")[0]
 
     def state(self, job_id: str) -> BatchJob | None:
-        found = commands.job(job_id)
+        found = commands.job(job_id) or commands.accounted(job_id)
         return None if found is None else _batch_job(found)
 
     def cancel(self, job: BatchJob, *, now: bool) -> None:
-        if now or job.phase != "running":
-            commands.ask("scancel", job.id)
-        else:
-            # Otherwise the job would be requeued once its state is saved.
-            commands.ask("scontrol", "update", f"JobId={job.id}", "Requeue=0")
-            commands.ask("scancel", "--signal=USR1", job.id)
+        # The job itself ends when the ranks have saved; `ask_for_end` tells it not to be requeued.
+        commands.ask(*(("scancel", job.id) if now or job.phase != "running" else ("scancel", "--signal=USR1", job.id)))
 
-    def requeue(self, job: BatchJob, *, now: bool) -> None:
-        commands.ask(*(("scontrol", "requeue", job.id) if now else ("scancel", "--signal=USR1", job.id)))
+    def requeue(self, job: BatchJob, *, now: bool) -> bool:
+        found = commands.job(job.id)
+        if found is not None and not found.requeueable:
+            raise ClusterError(
+                f"SLURM may not requeue job {job.id} (Requeue=0): end it with keepwarm cancel and continue with "
+                "keepwarm submit RUN --resume"
+            )
+        saves = not now and bool(set(commands.steps(job.id)) - {*OWN_STEPS})
+        commands.ask(*(("scancel", "--signal=USR1", job.id) if saves else ("scontrol", "requeue", job.id)))
+        return saves
 
 
 def _batch_job(job: commands.Job) -> BatchJob:

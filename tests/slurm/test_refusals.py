@@ -34,7 +34,7 @@ def test_submit_resources_the_cluster_lacks_are_refused(cluster: SlurmCluster, f
 
 
 def test_submit_folder_invisible_to_nodes_is_refused(cluster: SlurmCluster) -> None:
-    said = refusal(cluster, Path("/tmp/run-of-the-login-node"))
+    said = refusal(cluster, Path("/tmp/run-of-the-login-node"), "--check")
     assert "does not see the run folder" in said
     assert "node0" in said
 

@@ -122,12 +122,12 @@ def test_slurm_unfit_node_is_excluded_and_cancelled_run_saved(cluster: SlurmClus
         assert (shown[0]["state"], shown[0]["job"]["id"]) == ("running", job)
         said = cluster.keepwarm("cancel", str(run))
         assert "once its state is saved" in said.stdout, said.stderr
-        assert cluster.await_end(job) == "FAILED", words(run)
+        assert cluster.await_end(job) == "CANCELLED", words(run)
     finally:
         cluster.on("node1", "umount", str(run))
     saved = happened(run, "interrupted")[0]["step"]
     assert (run / "checkpoints" / f"iter_{saved:07d}").is_dir()
-    assert "not requeued" in words(run)
+    assert f"cancelled: the state after step {saved} is saved" in words(run)
     assert "no job of this run is pending or running" in cluster.keepwarm("cancel", str(run)).stderr
     cluster.await_idle()
 

@@ -284,11 +284,12 @@ class Resized(Event, frozen=True, kw_only=True):
 
 
 class BatchStarted(Event, frozen=True, kw_only=True):
-    """A batch job started on these nodes, after this many requeues."""
+    """A batch job started on these nodes, after this many requeues, when `step` steps had been recorded."""
 
     slurm_job: str
     nodes: tuple[str, ...]
     requeues: int
+    step: int = 0
 
 
 class BatchEnded(Event, frozen=True, kw_only=True):
@@ -296,7 +297,7 @@ class BatchEnded(Event, frozen=True, kw_only=True):
 
     slurm_job: str
     code: int
-    verdict: Literal["done", "again", "requeue", "give up"]
+    verdict: Literal["done", "again", "requeue", "cancel", "give up"]
     why: str
 
 

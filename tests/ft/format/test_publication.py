@@ -1,6 +1,7 @@
 """The checkpoint format: readable by the safetensors library, complete or absent, damage always named."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,14 @@ def content_unharmed(bad: bytes, good: bytes) -> bool:
     return bool(one == two)
 
 
-def test_checkpoint_part_file_is_private(tmp_path: Path) -> None:
-    part = write_part(tmp_path, 0, tensors(0))
-    assert (tmp_path / part.file).stat().st_mode & 0o777 == 0o600
+@pytest.mark.parametrize(("umask", "mode"), [(0o027, 0o640), (0o077, 0o600)])
+def test_checkpoint_files_follow_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        folder = checkpoint(tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {mode}
 
 
 @pytest.mark.parametrize("compress", [False, True])

@@ -15,8 +15,7 @@ from keepwarm.launch.batch_system import Array, Request
 from keepwarm.launch.errors import ClusterError
 from keepwarm.launch.run.node_check import look, problems
 from keepwarm.launch.slurm.check import check_cluster, waits_for
-from keepwarm.launch.slurm.commands import Node, gpus_in, parse_job
-from keepwarm.launch.slurm.job import Verdict, verdict
+from keepwarm.launch.slurm.commands import Node, gpus_in, own_id, parse_accounted, parse_job, seconds_of
 from keepwarm.launch.slurm.node import supervisor
 from keepwarm.launch.slurm.script import in_container, node_step, rank_step, render
 from keepwarm.launch.slurm.system import Slurm
@@ -119,10 +118,12 @@ def test_container_command_fits_each_runtime() -> None:
     assert in_container(apptainer, FOLDER, "python")[:4] == ["apptainer", "exec", "--nv", "--bind"]
 
 
-def test_chain_jobs_are_singletons() -> None:
-    request = Request(job=job(), folder=FOLDER)
-    assert Slurm().command(request) == ["sbatch", "--parsable", f"--chdir={FOLDER}", f"{FOLDER}/job.sbatch"]
-    assert "--dependency=singleton" in Slurm().command(replace(request, chain=3))
+def test_chain_jobs_wait_for_the_one_before() -> None:
+    request = Request(job=job(), folder=FOLDER, chain=2)
+    command = ["sbatch", "--parsable", f"--chdir={FOLDER}", f"{FOLDER}/job.sbatch"]
+    assert Slurm().command(request) == command
+    after = Slurm().command(replace(request, after="12"))
+    assert after == [*command[:3], "--dependency=afterany:12", command[3]]
 
 
 @pytest.mark.parametrize(
@@ -218,31 +219,6 @@ def test_state_exit_code_is_that_of_an_ended_job(
     assert found.exit_code == shown
 
 
-@pytest.mark.parametrize(
-    ("code", "crashed", "ending", "failures", "what"),
-    [
-        (0, False, False, 1, "done"),
-        (130, False, False, 1, "requeue"),
-        (128 + 10, False, False, 1, "requeue"),
-        (128 + 15, True, False, 1, "again"),
-        (130, False, True, 1, "give up"),
-        (2, True, False, 1, "give up"),
-        (3, True, False, 1, "give up"),
-        (4, True, False, 1, "again"),
-        (6, True, False, 1, "requeue"),
-        (6, False, False, 3, "requeue"),
-        (6, True, True, 1, "give up"),
-        (6, True, False, 4, "give up"),
-        (137, True, False, 3, "again"),
-        (137, True, False, 4, "give up"),
-    ],
-)
-def test_verdict_follows_from_how_the_ranks_ended(
-    code: int, crashed: bool, ending: bool, failures: int, what: Verdict
-) -> None:
-    assert verdict(code, crashed=crashed, ending=ending, failures=failures, limit=3)[0] == what
-
-
 def test_node_check_disagreeing_nodes_are_named(tmp_path: Path) -> None:
     assert problems(look(tmp_path), look(tmp_path)) == [
         "does not see the run folder: it must be on storage that all nodes share"
@@ -288,3 +264,34 @@ def test_run_json_slurm_section_loads_again(tmp_path: Path) -> None:
     save_job(job(*FULL), tmp_path / "run.json")
     assert load_job(tmp_path / "run.json").cluster.slurm == job(*FULL).cluster.slurm
     assert json.loads((tmp_path / "run.json").read_text())["cluster"]["slurm"]["time"] == "2-12"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("1:30", 90), ("01:00:00", 3600), ("2-12", 216_000), ("1-00:30", 88_200), ("1-02:03:04", 93_784),
+     ("UNLIMITED", None), ("infinite", None), ("n/a", None)],
+)  # fmt: skip
+def test_seconds_of_slurm_times(text: str, seconds: int | None) -> None:
+    assert seconds_of(text) == seconds
+
+
+def test_own_id_of_an_array_task_never_is_the_array() -> None:
+    assert own_id({"SLURM_JOB_ID": "12"}) == "12"
+    last = {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
+    assert own_id(last) == "12_3"
+
+
+def test_parse_accounted_reads_sacct_output() -> None:
+    found = parse_accounted("12", "CANCELLED by 1000|0:15|node[0-2]|00:01:30|01:00:00\n")
+    assert found is not None
+    assert (found.id, found.state, found.nodes, found.exit_code) == ("12", "CANCELLED", "node[0-2]", 143)
+    assert parse_accounted("12", "") is None
+
+
+@pytest.mark.parametrize("overrides", [("cluster.slurm.time=1",), ("cluster.slurm.time=00:02:00",), ()])
+def test_check_notice_as_long_as_the_time_limit_is_refused(overrides: tuple[str, ...]) -> None:
+    offered = [replace(node("a"), default_time="2:00")]
+    with pytest.raises(ClusterError, match=r"save_before_limit = 120.* before the time limit"):
+        check_cluster(job(*overrides), offered)
+    check_cluster(job(*overrides, "cluster.slurm.save_before_limit=30"), offered)
+    check_cluster(job(), [replace(node("a"), default_time="infinite")])
