@@ -7,7 +7,7 @@ import keepwarm
 from keepwarm.launch.batch_system import BatchJob, BatchSystem, Phase, Request
 from keepwarm.launch.slurm import commands
 from keepwarm.launch.slurm.check import check_offered, probe
-from keepwarm.launch.slurm.script import CODE, SCRIPT, render
+from keepwarm.launch.slurm.script import CODE, SCRIPT, chain_options, render
 from keepwarm.trainer.job.cluster import SlurmSpec
 
 
@@ -28,8 +28,8 @@ class Slurm(BatchSystem):
         return render(request.job, request.folder, array=request.array)
 
     def command(self, request: Request) -> list[str]:
-        singleton = ["--dependency=singleton"] if request.chain > 1 else []
-        return ["sbatch", "--parsable", f"--chdir={request.folder}", *singleton, str(request.folder / SCRIPT)]
+        chain = chain_options(request.job, request.folder) if request.chain > 1 else []
+        return ["sbatch", "--parsable", f"--chdir={request.folder}", *chain, str(request.folder / SCRIPT)]
 
     def stage(self, request: Request, folder: Path) -> list[str]:
         _copy_code(request)
