@@ -1,6 +1,7 @@
 """Check a job against the cluster before submission: partitions, nodes, GPUs, visibility of the run folder."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Collection, Sequence
@@ -61,10 +62,10 @@ def check_cluster(job: JobSpec, offered: Sequence[commands.Node], excluded: Coll
             f"{len({node.name for node in nodes})}; change parallel.*, cluster.ranks_per_node or the partition"
         )
     gpus = max(node.gpus for node in nodes)
-    if (asked.gpus_per_node or 0) > gpus:
-        raise ClusterError(
-            f"cluster.slurm.gpus_per_node = {asked.gpus_per_node}: the nodes of {where} have {gpus or 'none'}"
-        )
+    if asked.gpus > gpus:
+        key = "gpus_per_node" if asked.gpus_per_node else "gres"
+        value = asked.gpus_per_node or ",".join(asked.gres)
+        raise ClusterError(f"cluster.slurm.{key} = {value}: the nodes of {where} have {gpus or 'none'}")
     _check_notice(job, nodes)
     cpus, each = max(node.cpus for node in nodes), job.layout.ranks_per_node * cpus_per_rank(job)
     if each > cpus:
@@ -72,21 +73,50 @@ def check_cluster(job: JobSpec, offered: Sequence[commands.Node], excluded: Coll
             f"{job.layout.ranks_per_node} ranks on a node need {each} CPUs, the nodes of {where} have {cpus}; "
             "change cluster.ranks_per_node, cluster.slurm.cpus_per_rank or numerics.threads_per_rank"
         )
+    _check_alike(job, [node for node in nodes if node.gpus >= asked.gpus and node.cpus >= each], where)
+
+
+def _check_alike(job: JobSpec, fit: Sequence[commands.Node], where: str) -> None:
+    """Raise ClusterError if too few nodes have what each needs, or the job may get nodes with different GPUs.
+
+    `fit` are the nodes with enough CPUs and GPUs of any type.
+    """
+    asked, needed = job.cluster.slurm, job.layout.nodes + job.cluster.slurm.spares
+    fit = [node for node in fit if all(commands.has(node.resources, one) for one in asked.gres)]
+    if (count := len({node.name for node in fit})) < needed:
+        wanted = [f"{job.layout.ranks_per_node * cpus_per_rank(job)} CPUs", *asked.gres]
+        wanted += [f"{asked.gpus_per_node} GPUs"] if asked.gpus_per_node else []
+        raise ClusterError(
+            f"the nodes of {where} differ: {count} of them {'has' if count == 1 else 'have'} {', '.join(wanted)}, and "
+            f"the job needs {needed}; change cluster.ranks_per_node, cluster.slurm.gres or the partition"
+        )
+    is_chosen = asked.constraint or asked.nodelist or any(re.match("gpu:[A-Za-z]", one) for one in asked.gres)
+    if needed == 1 or not asked.gpus or is_chosen:
+        return
+    for partition in dict.fromkeys(node.partition for node in fit):
+        own = [node for node in fit if node.partition == partition]
+        holders: dict[str, list[str]] = {}
+        for node in own:
+            for kind in sorted(commands.gpu_types(node.resources)):
+                holders.setdefault(kind, []).append(node.name)
+        if len(holders) > 1:
+            places = "; ".join(f"{kind or 'no type'} on {', '.join(names)}" for kind, names in holders.items())
+            raise ClusterError(
+                f"the nodes of partition {partition} have different GPUs ({places}): name one type, as in "
+                f"cluster.slurm.gres=gpu:{max(holders)}:{asked.gpus}, or the nodes with constraint or nodelist"
+            )
 
 
 def _check_notice(job: JobSpec, nodes: Sequence[commands.Node]) -> None:
-    """Raise ClusterError if the ranks would have to save before they have started."""
+    """Raise ClusterError if the ranks would have to save before they have started, by the limit of a partition."""
     slurm = job.cluster.slurm
-    given = slurm.time is not None
-    limits = [
-        commands.seconds_of(text) for text in ([slurm.time] if slurm.time else [node.default_time for node in nodes])
-    ]
-    known = [limit for limit in limits if limit is not None]
-    if known and slurm.save_before_limit >= min(known):
-        whose = "cluster.slurm.time" if given else "the default of the partition; cluster.slurm.time sets another"
+    known = [] if slurm.time else [commands.seconds_of(node.default_time) for node in nodes]
+    limit = min((one for one in known if one is not None), default=None)
+    if limit is not None and slurm.save_before_limit >= limit:
         raise ClusterError(
-            f"cluster.slurm.save_before_limit = {slurm.save_before_limit}: the state would be saved so many seconds "
-            f"before the time limit, which is {min(known)} s ({whose}): make it shorter, or the limit longer"
+            f"cluster.slurm.save_before_limit = {slurm.save_before_limit}: {slurm.save_before_limit} s before the "
+            f"partition's limit of {limit} s leave no time to train: choose a longer cluster.slurm.time or a smaller "
+            "save_before_limit"
         )
 
 

@@ -66,6 +66,8 @@ class Node:
     cpus: int
     default_time: str = ""
     """Time limit of a job of this partition that names none."""
+    resources: str = ""
+    """Generic resources, such as `gpu:a100:8(S:0-1)`."""
 
     @property
     def usable(self) -> bool:
@@ -95,7 +97,22 @@ def _node(line: str) -> Node:
         gpus=gpus_in(resources),
         cpus=int(cpus.rstrip("+")),
         default_time=most_time if default_time.lower() in ("n/a", "none") else default_time,
+        resources=resources,
     )
+
+
+def gpu_types(resources: str) -> set[str]:
+    """Return the types of GPUs in a list of generic resources; an empty text for those without one."""
+    return set(re.findall(r"(?:^|,)gpu(?::([^:,()]+))?:\d+", resources))
+
+
+def has(resources: str, wanted: str) -> bool:
+    """Return whether a node's generic resources include the wanted `NAME[[:TYPE]:COUNT]`."""
+    name, *rest = wanted.split(":")
+    count = rest.pop() if rest and rest[-1][0].isdigit() else "1"
+    one_type = "".join(f":{kind}" for kind in rest) or "(?::[^:,()]+)?"
+    found = re.findall(rf"(?:^|,){name}{one_type}:(\d+)(?=$|[,(])", resources)
+    return sum(map(int, found)) >= int(count) if count.isdigit() else bool(found)
 
 
 def gpus_in(resources: str) -> int:

@@ -44,6 +44,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         for name, batch in (("slurm", cluster.slurm), ("kubernetes", cluster.kubernetes)):
             if batch is not None and batch.gpus_per_node is not None:
                 return cls(device="cuda", key=f"cluster.{name}.gpus_per_node = {batch.gpus_per_node}")
+        if cluster.slurm is not None and cluster.slurm.gpus:
+            return cls(device="cuda", key=f"cluster.slurm.gres = {','.join(cluster.slurm.gres)}")
         return cls()
 
 
