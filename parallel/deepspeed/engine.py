@@ -149,7 +149,7 @@ class DeepSpeedEngine:
             if layout.tensor > 1 and group is not None:
                 from keepwarm.parallel.deepspeed.tensor import split as split_over
 
-                split = split_over(module, model.tensor_plan(), group)
+                split = split_over(module, model.tensor_plan(), group, device)
                 module.tie()  # type: ignore[operator]
         apply_numerics(module, numerics)
         if numerics.precision == "bf16":
