@@ -124,7 +124,7 @@ class DeepSpeedEngine:
 
     def restored(self) -> None:
         """See `Engine.restored`."""
-        set_step(self._torch, int(self.counter))
+        set_step(self._torch, self._config.optimizer, int(self.counter))
         self._partition.refresh()
 
     def close(self) -> None:
