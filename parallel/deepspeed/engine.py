@@ -124,7 +124,7 @@ class DeepSpeedEngine:
 
     def restored(self) -> None:
         """See `Engine.restored`."""
-        set_step(self._torch, int(self.counter))
+        set_step(self._torch, self._config.optimizer, int(self.counter))
         self._partition.refresh()
 
     def close(self) -> None:
@@ -149,7 +149,7 @@ class DeepSpeedEngine:
             if layout.tensor > 1 and group is not None:
                 from keepwarm.parallel.deepspeed.tensor import split as split_over
 
-                split = split_over(module, model.tensor_plan(), group)
+                split = split_over(module, model.tensor_plan(), group, device)
                 module.tie()  # type: ignore[operator]
         apply_numerics(module, numerics)
         if numerics.precision == "bf16":

@@ -43,13 +43,15 @@ class Row(RowParallelLinear):  # type: ignore[misc]
         return output
 
 
-def split(part: nn.Module, plan: Mapping[str, TensorStyle], group: dist.ProcessGroup) -> dict[str, int]:
+def split(
+    part: nn.Module, plan: Mapping[str, TensorStyle], group: dist.ProcessGroup, device: torch.device
+) -> dict[str, int]:
     """Replace the modules of `part`, which is on the meta device, by modules that hold this rank's share.
 
     Returns:
         The split dim of each split parameter by name; all other parameters are whole on every rank.
     """
-    if not torch.cuda.is_available():
+    if device.type == "cpu":
         warnings.filterwarnings("ignore", "When using async grad allreduce it is recommended to set the environment")
     config = ModelParallelConfig(
         tensor_model_parallel_size=group.size(), use_cpu_initialization=True, perform_initialization=False

@@ -18,9 +18,9 @@ CPU = torch.device("cpu")
 
 
 @contextmanager
-def without_cuda() -> Iterator[None]:
-    """Run Megatron Core on the CPU; do nothing if CUDA is available."""
-    if torch.cuda.is_available():
+def without_cuda(device: torch.device) -> Iterator[None]:
+    """Run Megatron Core on the CPU; do nothing if `device` is another one."""
+    if device.type != "cpu":
         yield
         return
     with patch.object(torch.cuda, "current_device", lambda: CPU), _Redirect():

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 
 from keepwarm.parallel.megatron.core import GlobalMemoryBuffer, ProcessGroupCollection, parallel_state, quiet
 from keepwarm.parallel.megatron.cpu import without_cuda
@@ -14,13 +13,13 @@ from keepwarm.parallel.mesh.mesh import Mesh
 
 
 class Groups:
-    """A mesh, its groups in Megatron Core's collection, and a single-rank group for axes that keepwarm lacks."""
+    """A mesh and its groups in Megatron Core's collection; axes that keepwarm lacks have the group of one rank."""
 
     def __init__(self, layout: Layout, device: torch.device, timeout: timedelta) -> None:
         """Create the groups; collective. Raise LayoutError if the layout and the world differ in size."""
         self.mesh = Mesh(layout, device, timeout, alone=True)
         self._buffer = GlobalMemoryBuffer()
-        self._alone = _alone(layout.world_size, self.mesh.rank, timeout)
+        self._device = device
         tensor, pipeline, data = (self.mesh.group(axis) for axis in ("tensor", "pipeline", "data"))
         self.collection = ProcessGroupCollection(
             tp=tensor,
@@ -28,11 +27,11 @@ class Groups:
             dp=data,
             dp_cp=data,
             intra_dp_cp=data,
-            cp=self._alone,
-            ep=self._alone,
-            expt_tp=self._alone,
-            expt_dp=self._alone,
-            intra_expt_dp=self._alone,
+            cp=self.mesh.alone,
+            ep=self.mesh.alone,
+            expt_tp=self.mesh.alone,
+            expt_dp=self.mesh.alone,
+            intra_expt_dp=self.mesh.alone,
             intra_dist_opt=None,
             inter_dist_opt=None,
             mp=None,
@@ -51,24 +50,11 @@ class Groups:
         before = parallel_state._GLOBAL_MEMORY_BUFFER
         parallel_state._GLOBAL_MEMORY_BUFFER = self._buffer
         try:
-            with quiet(), without_cuda():
+            with quiet(), without_cuda(self._device):
                 yield
         finally:
             parallel_state._GLOBAL_MEMORY_BUFFER = before
 
     def close(self) -> None:
         """Destroy the groups."""
-        dist.destroy_process_group(self._alone)
         self.mesh.close()
-
-
-def _alone(world_size: int, rank: int, timeout: timedelta) -> dist.ProcessGroup:
-    """Return the group that contains only `rank`; every rank takes part in creating every group, as in `Mesh`."""
-    mine: dist.ProcessGroup | None = None
-    for one in range(world_size):
-        group = dist.new_group([one], timeout=timeout)
-        if one == rank:
-            mine = group
-    if mine is None:
-        raise AssertionError(f"rank {rank} is not in a world of {world_size}")
-    return mine

@@ -9,6 +9,8 @@ from torch import nn
 from keepwarm.parallel.megatron.core import SelfAttention
 from keepwarm.parallel.optimizer import apex
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 class QueryKeyValueAttention(SelfAttention):  # type: ignore[misc]
     """Self-attention whose fused projection holds all query rows, then all key rows, then all value rows.
@@ -45,13 +47,19 @@ class ScaledDotProductAttention(nn.Module):
 
         `attention_mask` is bool `[micro, 1, sequence, sequence]`, True where a query may see a key; None: causal.
         """
+        groups = query.shape[2] // key.shape[2]
+        if groups > 1 and query.is_cuda and (attention_mask is not None or query.dtype not in HALF):
+            # Kernels that take a mask or fp32 do not share keys among queries: attention would be unfused, and its
+            # scores, `[micro, heads, sequence, sequence]`, kept for backward.
+            key, value = key.repeat_interleave(groups, 2), value.repeat_interleave(groups, 2)
+            groups = 1
         mixed = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
             attn_mask=attention_mask,
             is_causal=attention_mask is None,
-            enable_gqa=query.shape[2] != key.shape[2],
+            enable_gqa=groups > 1,
         )
         return mixed.permute(2, 0, 1, 3).flatten(2)
 

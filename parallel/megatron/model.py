@@ -118,7 +118,8 @@ def _build(config: EngineConfig, transformer: Any, groups: Any, stage: int, chun
             layer.self_attention.core_attention.forward = recomputed(layer.self_attention.core_attention.forward)
         if numerics.recompute == "full":
             layer.forward = recomputed(layer.forward)
-    return gpt
+    # Norms and learned positions are made on the CPU. Only the distributed optimizer's buffers would move them.
+    return gpt.to(config.device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,7 +126,7 @@ class MegatronUpdater:
 
     def restored(self) -> None:
         """Refresh the weights on all ranks and all step counters from the restored state."""
-        set_step(self._inner, int(self.counter))
+        set_step(self._inner, self._spec, int(self.counter))
         for main in self.mains:
             main.write_back()
         if self._distributed:

@@ -18,6 +18,10 @@ class Mesh:
 
     Creation is collective: every rank of the world creates the same groups in the same order. A world of one rank needs
     no process groups; every group is then None and `device_mesh` must not be called.
+
+    Connections of a rank grow with the size of the world once: the group of all ranks is the caller's, also for an axis
+    that holds them all. Only the pipeline has a group of its own then, as messages are counted apart from collectives.
+    Axes of one rank share one group, which the rank creates alone.
     """
 
     def __init__(
@@ -46,14 +50,16 @@ class Mesh:
             )
         self._own_world = alone and not dist.is_initialized()
         if self._own_world:
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+            backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout, device_id=bound)
         self.layout = layout
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.at = layout.coordinates(self.rank)
         self.shard_size = shard_size or layout.data
         self._timeout = timeout
         self._device = device
+        # Tensors of an engine are on its device: with NCCL its groups need no connections of gloo.
+        self._backend = "nccl" if device.type == "cuda" else None
         self._owned: list[dist.ProcessGroup] = []
         self._groups: dict[str, dist.ProcessGroup | None] = {}
         self._root: DeviceMesh | None = None
@@ -68,6 +74,11 @@ class Mesh:
     def world(self) -> dist.ProcessGroup | None:
         """All ranks; None in a world of one."""
         return self._groups.get("world")
+
+    @property
+    def alone(self) -> dist.ProcessGroup | None:
+        """This rank alone; None in a world of one without process groups."""
+        return self._groups.get("alone")
 
     @property
     def ends(self) -> dist.ProcessGroup | None:
@@ -104,6 +115,8 @@ class Mesh:
         return 1 < self.shard_size < self.layout.data
 
     def _make_groups(self) -> None:
+        self._groups["world"] = dist.group.WORLD
+        self._groups["alone"] = self._new_alone()
         whole = torch.arange(self.layout.world_size).view(self.layout.shape)
         ranks, names = whole, tuple[str, ...](AXES)
         if self._hybrid:
@@ -114,7 +127,6 @@ class Mesh:
             self._groups[name] = self._new(name, _lines(ranks, dim))
         if self.layout.pipeline > 1:
             self._groups["ends"] = self._new("ends", _lines(whole[:, [0, -1]], 1))
-        self._groups["world"] = self._new("world", [whole.flatten().tolist()])
         self._root = DeviceMesh.from_group(
             [group for name in names if (group := self._groups[name]) is not None],
             self._device.type,
@@ -123,18 +135,36 @@ class Mesh:
         )
 
     def _new(self, name: str, lines: list[list[int]]) -> dist.ProcessGroup | None:
-        """Create one group per line and return the one that contains this rank, as torch's own meshes do.
+        """Return the group of the line that contains this rank; create one per line, as torch's own meshes do.
 
         Every rank takes part in creating every group, so that group names are counted globally and never reused. Groups
         created by their members alone reuse names, and with them leftovers of a closed engine in the store.
         """
+        if len(lines[0]) == 1:
+            return self.alone
+        if len(lines) == 1 and name != "pipeline":
+            return self.world
         mine: dist.ProcessGroup | None = None
         for line in lines:
-            group = dist.new_group(line, timeout=self._timeout, group_desc=name)
+            group = dist.new_group(line, timeout=self._timeout, backend=self._backend, group_desc=name)
             if self.rank in line:
                 mine = group
                 self._owned.append(group)
         return mine
+
+    def _new_alone(self) -> dist.ProcessGroup | None:
+        if self.layout.world_size == 1:
+            return self.world
+        # No other rank takes part: names that are used again find nothing of others in the store.
+        group: dist.ProcessGroup = dist.new_group(
+            [self.rank],
+            timeout=self._timeout,
+            backend=self._backend,
+            use_local_synchronization=True,
+            group_desc="alone",
+        )
+        self._owned.append(group)
+        return group
 
 
 def _lines(ranks: torch.Tensor, dim: int) -> list[list[int]]:

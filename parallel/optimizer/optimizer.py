@@ -41,7 +41,7 @@ class Updater:
 
     def restored(self) -> None:
         """Reset all step counters to the restored `counter`."""
-        set_step(self._optimizer, int(self.counter))
+        set_step(self._optimizer, self._spec, int(self.counter))
 
     def shards(self, ranks: Iterable[int]) -> Iterator[Shard]:
         """Yield moments and counter; `ranks` are all ranks of the world, which share the counter."""
@@ -82,13 +82,14 @@ def materialise(
             state[stored] = torch.zeros_like(tensor)
 
 
-def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Set every step counter in the optimizer to `step`."""
+def set_step(optimizer: torch.optim.Optimizer, spec: OptimizerSpec, step: int) -> None:
+    """Set every step counter in the optimizer, from which it corrects the bias of the moments, to `step`."""
     for state in optimizer.state.values():
         if "step" in state:
             state["step"].fill_(step)
-    for group in optimizer.param_groups:
-        if "step" in group:
+    if spec.name == "adamw" and spec.implementation == "apex":
+        # FusedAdam counts in its groups, from its first step on: in a new process the counter is not there yet.
+        for group in optimizer.param_groups:
             group["step"] = step
 
 

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from keepwarm import side_writer
 from keepwarm.trainer.distributed.device import Request
 from keepwarm.trainer.distributed.in_process_restart import ControlChannel, RestartRequested
@@ -38,9 +40,10 @@ def run_session(path: Path, overrides: Sequence[str], *, resume: bool, control: 
         job = resized(job, int(os.environ.get("WORLD_SIZE", job.layout.world_size)))
     logging.basicConfig(format=" %(levelname)s: %(message)s", level=logging.WARNING)
     side_writer.forget()
+    request = Request.of(job.cluster)
     if job.layout.world_size > 1:
-        flight_recorder.enable()  # before the process group exists
-    world = join(job.layout.world_size, job.numerics, Request.of(job.cluster))
+        flight_recorder.enable(gpu=request.device != "cpu" and torch.cuda.is_available())  # before any process group
+    world = join(job.layout.world_size, job.numerics, request)
     start = _start(job, world, resume)
     _open_folder(job, world)
     control = control or ControlChannel(None)

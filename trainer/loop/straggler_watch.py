@@ -15,7 +15,7 @@ from keepwarm.trainer.monitor.stragglers import Straggler, Trace, stragglers
 def poll(world: World, *, stage: int, factor: float) -> list[Straggler]:
     """Collect the flight recorders of all ranks. Every rank calls this at the same step and gets the same result."""
     host = os.environ.get(NODE) or socket.gethostname()
-    trace = Trace(world.rank, stage, host, tuple(flight_recorder.read()))
+    trace = Trace(world.rank, stage, host, tuple(flight_recorder.read()[-flight_recorder.RECORDED :]))
     traces = world.gather(msgspec.msgpack.encode(trace))
     return stragglers([msgspec.msgpack.decode(trace, type=Trace) for trace in traces], factor)
 

@@ -40,7 +40,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     silent: tuple[int, ...]
     """Ranks without a report: frozen, or on frozen machines."""
     late: tuple[int, ...]
-    """Ranks that have not begun a collective in which others wait."""
+    """Ranks that have not begun a collective in which others wait, without those that wait in another one themselves,
+    unless all do."""
     text: str
 
 
@@ -67,13 +68,12 @@ def judge(reports: Sequence[Report], ranks: int) -> Verdict:
     for report in reports:
         for collective in report.waiting:
             waiting[collective].append(report.rank)
-    late = tuple(
-        sorted(
-            rank
-            for rank, report in answered.items()
-            if any(report.reached.get(entry.group, entry.number) < entry.number for entry in waiting)
-        )
-    )
+    missing = [
+        rank
+        for rank, report in sorted(answered.items())
+        if any(report.reached.get(entry.group, entry.number) < entry.number for entry in waiting)
+    ]
+    late = tuple([rank for rank in missing if not answered[rank].waiting] or missing)
     parts = [f"{_named(silent)} did not answer: the process or its machine is frozen"] if silent else []
     parts += [f"{_named(late)} did not reach a collective that others wait in"] if late else []
     parts += [

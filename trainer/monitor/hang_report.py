@@ -14,11 +14,12 @@ from keepwarm.trainer.monitor.hang import Report, Waiting
 def take(rank: int, step: int, seconds: float) -> Report:
     """Describe where this process stands."""
     flights = flight_recorder.read()
-    waiting = (flight for flight in flights if not flight.ended)
+    waiting = (flight for flight in flights if flight.reached and not flight.ended)
     reached: dict[str, int] = {}
     for flight in flights:
         if not flight.message:
-            reached[flight.group] = max(flight.number, reached.get(flight.group, 0))
+            # A queue without one that has begun still tells that this rank is a member of the group.
+            reached[flight.group] = max(flight.number if flight.reached else 0, reached.get(flight.group, 0))
     return Report(
         rank=rank,
         step=step,

@@ -3,7 +3,12 @@
 All members leave a collective together, some time after the last one has entered. If a rank takes longer than the
 fastest member until it begins its next collective, the difference is its own: its `excess`. Communication time,
 including a slow network or a starved communication thread, counts towards no rank's excess. Node clocks are assumed to
-agree to within a millisecond or two, as with NTP. Pure and torch-free.
+agree to within a millisecond or two, as with NTP.
+
+On GPUs processes run ahead, so these times say nothing. There the time that each collective took on each GPU is
+compared: it includes the wait for later ranks, so that the last rank's is the shortest. No clocks are compared.
+
+Pure and torch-free.
 """
 
 import statistics
@@ -42,6 +47,8 @@ def excess(traces: Sequence[Trace]) -> dict[int, float]:
     Omits ranks with fewer than two collectives. Time after a point-to-point message is ignored, since its end is
     unknown.
     """
+    if any(one.lasted is not None for trace in traces for one in trace.flights):
+        return _excess_on_gpus(traces)
     last: dict[tuple[str, int], int] = {}
     first: dict[tuple[str, int], int] = {}
     for trace in traces:
@@ -57,6 +64,25 @@ def excess(traces: Sequence[Trace]) -> dict[int, float]:
             known += following.began - one.began
         if known > 0:
             result[trace.rank] = slower / known
+    return result
+
+
+def _excess_on_gpus(traces: Sequence[Trace]) -> dict[int, float]:
+    """Return what `excess` does, from the time that collectives took on the GPUs."""
+    longest: dict[tuple[str, int], int] = {}
+    measured = {
+        trace.rank: [(_key(one), one.began, one.lasted) for one in trace.flights if one.lasted and not one.message]
+        for trace in traces
+    }
+    for flights in measured.values():
+        for key, _, lasted in flights:
+            longest[key] = max(lasted, longest.get(key, 0))
+    result = {}
+    for rank, flights in measured.items():
+        known = flights[-1][1] - flights[0][1] if flights else 0
+        if known > 0:
+            slower = sum(longest[key] - lasted for key, _, lasted in flights)
+            result[rank] = min(slower / known, 1.0)
     return result
 
 
