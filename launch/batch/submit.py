@@ -13,7 +13,7 @@ from keepwarm.launch.batch_system import BatchSystem, Request, batch_system
 from keepwarm.launch.errors import ClusterError, OptionError
 from keepwarm.launch.local.train import continued, new_job
 from keepwarm.launch.run.preflight import check_engine, check_job
-from keepwarm.launch.run.prepare import Mode, prepared, waiting
+from keepwarm.launch.run.prepare import Mode, check_output, prepared, waiting
 from keepwarm.launch.run.submission import Submission
 from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.job.spec import JobSpec
@@ -59,6 +59,7 @@ def submit_run(path: Path, overrides: Sequence[str], options: SubmitOptions) -> 
     request = Request(job=job, folder=Path(job.output), mode=options.mode, chain=options.chain, probe=options.probe)
     admit(system, request, console, dry_run=options.dry_run)
     if options.dry_run:
+        check_output(job, request.mode)
         print(system.render(request), end="")
         if command := system.command(request):
             print(f"\n# {shlex.join(command)}")

@@ -84,12 +84,17 @@ def _options(
 def plan(
     job: Job,
     overrides: Overrides = None,
+    spec: Annotated[
+        bool, typer.Option("--spec", help="Also print the resolved spec: every key with its value.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     png: Annotated[Path | None, typer.Option("--png", help="Also plot learning rate and mixture to this file.")] = None,
 ) -> None:
-    """Show a job's spec, rank layout, parameters, memory, steps and learning rates without starting anything.
+    """Show a job's rank layout, parameters, memory, steps and learning rates without starting anything.
 
     keepwarm plan configs/jobs/mt-nlg-530b.yaml
+
+    keepwarm plan job.yaml --spec
 
     keepwarm plan job.yaml parallel.pipeline=4 --json
     """
@@ -108,7 +113,7 @@ def plan(
     else:
         from keepwarm.launch.plan.text import print_plan
 
-        print_plan(made)
+        print_plan(made, spec=spec)
 
 
 @app.command(context_settings=WITH_OVERRIDES)

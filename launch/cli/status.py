@@ -63,6 +63,8 @@ def status(folder: Path) -> dict[str, Any]:
     log = events.read(folder)
     job, far = load_run(RunFolder(folder).run_file), progress(folder)
     saved = publication.checkpoints(RunFolder(folder).checkpoints)
+    memory = committed(folder)
+    steps = [int(path.name.removeprefix("iter_")) for path in saved[-1:]] + ([memory[1]] if memory else [])
     batch = last_job(folder)
     end, why = last_end(log.events)
     return {
@@ -72,8 +74,9 @@ def status(folder: Path) -> dict[str, Any]:
         "loss": far.loss,
         "tokens_per_s": far.tokens_per_s,
         "eta_s": far.eta_s,
-        "committed": committed(folder),
+        "committed": memory,
         "checkpoint": saved[-1].name if saved else None,
+        "unsaved_steps": max(0, far.step - max(steps, default=0)),
         "job": None if batch is None else {"id": batch.id, "state": batch.state, "reason": batch.reason},
         "end": end,
         "why": why,
@@ -148,6 +151,8 @@ def _print(found: dict[str, Any], account: Goodput) -> None:
         console.print(f"loss {found['loss']:.4f}, {found['tokens_per_s']:.0f} tokens/s, {left} left", soft_wrap=True)
     memory = "none known here" if found["committed"] is None else f"step {found['committed'][1]}"
     console.print(f"saved: in memory {memory}, on disk {found['checkpoint'] or 'nothing'}", soft_wrap=True)
+    if found["unsaved_steps"]:
+        console.print(f"steps after that, which a restart would repeat: {found['unsaved_steps']}", soft_wrap=True)
     if found["job"] is not None:
         reason = f" ({found['job']['reason']})" if found["job"]["reason"] else ""
         console.print(f"job {found['job']['id']}: {found['job']['state']}{reason}", soft_wrap=True)

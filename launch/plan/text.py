@@ -16,16 +16,21 @@ _CHART_COLUMNS, _CHART_ROWS = 60, 6
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 
-def print_plan(plan: Plan) -> None:
-    """Print a plan to stdout."""
-    print(f"# {plan.job.name}: the resolved spec")
+def print_plan(plan: Plan, *, spec: bool = False) -> None:
+    """Print a plan to stdout, with `spec` the resolved spec after it."""
+    parts = [_layout(plan), _memory(plan), _stages(plan), _curve(plan), *([_site(plan)] if plan.site else [])]
+    print("\n\n".join("\n".join(part) for part in parts))
+    if spec:
+        print(f"\n# {plan.job.name}: the resolved spec")
+        _print_spec(plan)
+
+
+def _print_spec(plan: Plan) -> None:
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.width = 4096  # a path is one word
     yaml.dump(plan.job.model_dump(mode="json", exclude={"cluster": {"sources"}}), sys.stdout)
-    for part in (*([_site(plan)] if plan.site else []), _layout(plan), _memory(plan), _stages(plan), _curve(plan)):
-        print("\n".join(["", *part]))
 
 
 def count(number: float) -> str:

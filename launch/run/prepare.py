@@ -4,6 +4,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,9 +32,7 @@ def prepared(job: JobSpec, mode: Mode, *, submitted: bool = False) -> Iterator[P
             mode `new`, holds no run in mode `resume`, or another process trains in it.
     """
     folder = Path(job.output)
-    _admit(folder, mode)
-    if mode == "force":
-        refuse_inputs_inside(folder, inputs(job))
+    check_output(job, mode)
     made = not folder.is_dir()
     with contextlib.ExitStack() as stack:
         with _explained(folder):
@@ -116,9 +115,38 @@ def waiting(folder: Path) -> list[str]:
 def changes(before: JobSpec, after: JobSpec) -> list[str]:
     """Return `KEY: before -> after` for every changed value."""
     sources = {"cluster": {"sources": True}}
-    old, new = (_flat(job.model_dump(mode="json", exclude=sources)) for job in (before, after))
-    keys = [*old, *(key for key in new if key not in old)]
-    return [f"{key}: {_shown(old, key)} -> {_shown(new, key)}" for key in keys if old.get(key) != new.get(key)]
+    old, new = (job.model_dump(mode="json", exclude=sources) for job in (before, after))
+    return list(_changes(old, new, ""))
+
+
+def _changes(old: Any, new: Any, key: str) -> Iterator[str]:
+    below = f"{key}." if key else ""
+    if isinstance(old, dict) and isinstance(new, dict) and old and new:
+        for name in [*old, *(name for name in new if name not in old)]:
+            yield from _changes(old.get(name, _ABSENT), new.get(name, _ABSENT), f"{below}{name}")
+    elif all(isinstance(value, list) and value and isinstance(value[0], dict) for value in (old, new)):
+        for place, pair in enumerate(zip_longest(old, new, fillvalue=_ABSENT)):
+            yield from _changes(*pair, f"{below}{place}")
+    elif old != new:
+        yield f"{key}: {_shown(old)} -> {_shown(new)}"
+
+
+_ABSENT = object()
+
+
+def _shown(value: Any) -> str:
+    """Return a value as JSON, a section without what it leaves out: absent, null and empty values."""
+    if isinstance(value, dict):
+        return json.dumps({name: inner for name, inner in value.items() if inner not in (None, [], {})})
+    return "absent" if value is _ABSENT else json.dumps(value)
+
+
+def check_output(job: JobSpec, mode: Mode) -> None:
+    """Raise OutputError if the run folder does not fit the mode, or `force` would delete an input of the job."""
+    folder = Path(job.output)
+    _admit(folder, mode)
+    if mode == "force":
+        refuse_inputs_inside(folder, inputs(job))
 
 
 def _admit(folder: Path, mode: Mode) -> None:
@@ -163,17 +191,3 @@ def _undo(folder: Path, made: bool) -> None:
         left = RunFolder(folder).clear()
         if made and not left:
             folder.rmdir()
-
-
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    if isinstance(value, dict) and value:
-        return {
-            k: v for name, inner in value.items() for k, v in _flat(inner, f"{key}.{name}" if key else name).items()
-        }
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return {k: v for i, inner in enumerate(value) for k, v in _flat(inner, f"{key}.{i}").items()}
-    return {key: value}
-
-
-def _shown(values: dict[str, Any], key: str) -> str:
-    return json.dumps(values[key]) if key in values else "absent"

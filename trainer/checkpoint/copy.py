@@ -109,6 +109,7 @@ def _download(source: str, root: Path, progress: Progress) -> dict[str, Any]:
     if final.exists():
         raise OutputError(f"{final} exists already: delete it or choose another place")
     tmp = publication.staging(root, manifest.epoch, manifest.step, f"copy-{os.getpid()}")
+    made = not root.exists()
     try:
         tmp.mkdir(parents=True)
         names = _files(manifest)
@@ -131,6 +132,9 @@ def _download(source: str, root: Path, progress: Progress) -> dict[str, Any]:
         raise OutputError(f"{root}: {error.strerror or error}; nothing was written to {final}") from error
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+        if made:
+            with contextlib.suppress(OSError):  # it holds the copy, or another process's
+                root.rmdir()
     return {"path": str(final), "step": manifest.step, "bytes": total}
 
 

@@ -40,7 +40,8 @@ class Override:
         return f"override {'.'.join(self.keys)}"
 
     def apply(self, document: Document) -> None:
-        """Write the value into the document, creating sections on the path that are absent or null.
+        """Write the value into the document, creating sections on the path that are absent or null. The first free
+        position of a list takes a new item.
 
         Raises:
             SpecError: a key on the path holds a plain value, or a list has no such item.
@@ -55,6 +56,8 @@ class Override:
                 container[key] = {}
                 document.places[walked] = COMMAND_LINE
             container = container[slot]
+        if isinstance(container, list) and last == str(len(container)):
+            container.append(None)
         slot = self._index(container, last, walked)
         container[slot] = self.value
         written = (*walked, str(slot))
@@ -74,6 +77,7 @@ class Override:
                     return names.index(key)
                 known = [str(name) for name in names if name is not None]
                 near = difflib.get_close_matches(key, known, 1)
+                at = ".".join(walked)
                 hint = f"did you mean {near[0]}?" if near else f"it has {len(container)}: {', '.join(known)}"
-                raise SpecError(f"{self}: {'.'.join(walked)} has no item {key}; {hint}")
+                raise SpecError(f"{self}: {at} has no item {key}; {hint}; {at}.{len(container)}={{...}} adds one")
         raise SpecError(f"{self}: {'.'.join(walked)} is {describe(container)}, not a section")

@@ -47,8 +47,33 @@ _SECTIONS: Mapping[str, tuple[str, ...]] = {
 """Where the old keys and values stand in a job; elsewhere these words may be names of sources and the like."""
 
 
+_OF_A_SCHEDULE: Mapping[str, tuple[str, ...]] = {
+    "constant": ("warmup",),
+    "linear": ("warmup", "min"),
+    "cosine": ("warmup", "min"),
+    "inverse_sqrt": ("warmup", "min"),
+    "wsd": ("warmup", "min", "anneal"),
+    "infinite": ("warmup", "min", "constant", "cooldown", "cooldown_end", "anneal"),
+    "piecewise": ("points",),
+}
+"""Keys that a schedule used, when a resolved `lr` held the keys of all schedules."""
+_OF_AN_ENGINE: Mapping[str, str] = {
+    "zero_stage": "deepspeed", "offload_optimizer": "deepspeed", "transformer_engine": "megatron",
+}  # fmt: skip
+"""Options by the engine that used them, when a resolved `parallel` held those of all engines."""
+
+
 def upgrade(values: Any) -> None:
-    """Rename, in place, old keys and values in the resolved spec that an older version wrote."""
+    """Rename, in place, old keys and values in the resolved spec of an older version; drop those that had no effect."""
+    for curve in _found(values, ["stages", "*", "lr"]):
+        if all(key in curve for key in _OF_A_SCHEDULE["infinite"]) and "points" in curve:
+            used = {"schedule", "max", *_OF_A_SCHEDULE.get(str(curve.get("schedule")), curve)}
+            for key in [key for key in curve if key not in used]:
+                del curve[key]
+    for parallel in _found(values, ["parallel"]):
+        if all(key in parallel for key in _OF_AN_ENGINE):
+            for key in [key for key, engine in _OF_AN_ENGINE.items() if engine != parallel.get("engine")]:
+                del parallel[key]
     for section, keys in _SECTIONS.items():
         for found in _found(values, section.split(".")):
             for key in keys:

@@ -1,6 +1,7 @@
 """YAML 1.2 and JSON as plain data that remembers the source line of every value. Torch-free."""
 
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,11 @@ def _parse(text: str, source: str, places: dict[Keys, str] | None) -> Any:
         raise SpecError(f"{_at(error, source)}: {str(error.problem).partition(' with value')[0]}") from error
     except MarkedYAMLError as error:
         raise SpecError(f"{_at(error, source)}: not YAML: {error.problem or error.context}") from error
-    except (YAMLError, ValueError) as error:
+    except ValueError as error:
+        limit = sys.get_int_max_str_digits()
+        digits = f"a number of more than {limit:,} digits" if "integer string conversion" in str(error) else str(error)
+        raise SpecError(f"{source}: not YAML: {digits}") from error
+    except YAMLError as error:
         raise SpecError(f"{source}: not YAML: {error}") from error
     except RecursionError as error:
         raise SpecError(f"{source}: nested too deep, or an alias that contains itself") from error

@@ -49,7 +49,7 @@ def test_status_shows_steps_nodes_and_goodput(run: Path, capsys: pytest.CaptureF
     assert [node["state"] for node in found["nodes"]] == ["running", "spare"]
     assert found["goodput"]["steps"] == 2
     assert (found["loss"], found["tokens_per_s"], found["eta_s"]) == (2.0, 1024.0, 11.0)
-    assert (found["committed"], found["checkpoint"]) == (None, None)
+    assert (found["committed"], found["checkpoint"], found["unsaved_steps"]) == (None, None, 2)
     assert [(one["level"], one["why"]) for one in found["restarts"]] == [
         ("decoded", "node b is gone"),
         (None, "no node is left"),

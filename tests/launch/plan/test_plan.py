@@ -73,11 +73,14 @@ def test_plan_text_lists_layouts_to_shrink_to(capsys: pytest.CaptureFixture[str]
     whole, elastic = plan(job="ci/snapshot"), plan("cluster.elastic=shrink", job="ci/snapshot")
     assert whole.data()["smaller"] == []
     assert [(one["nodes"], one["data"]) for one in elastic.data()["smaller"]] == [(2, 2), (1, 1)]
-    print_plan(elastic)
+    print_plan(elastic, spec=True)
     text = capsys.readouterr().out
     assert "while nodes are missing (cluster.elastic: shrink):" in text
+    assert text.index("stages") < text.index("# snapshot: the resolved spec") < text.index("elastic: shrink\n")
     print_plan(whole)
-    assert "while nodes are missing" not in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "while nodes are missing" not in text
+    assert "resolved spec" not in text
 
 
 def test_plan_curve_is_drawn_as_an_image(tmp_path: Path) -> None:

@@ -149,6 +149,16 @@ def test_new_job_force_refuses_a_description_in_the_output(tmp_path: Path, insid
     assert new_job(place["job.yaml"], [f"output={run}2"], "force").name == "tiny"
 
 
+def test_changes_of_an_added_stage_are_one_line(job: JobSpec) -> None:
+    values = {"name": "more", "tokens": 512, "mixture": {"en": 1}, "lr": {"max": 1e-4}}
+    longer = JobSpec.model_validate(job.model_dump() | {"stages": [*job.model_dump()["stages"], values], "seed": 9})
+    seed, stage = changes(job, longer)
+    assert seed == f"seed: {job.seed} -> 9"
+    assert stage.startswith(f'stages.{len(job.stages)}: absent -> {{"name": "more", "tokens": 512, "mixture"')
+    assert "null" not in stage
+    assert changes(longer, job)[1].endswith("-> absent")
+
+
 @pytest.mark.parametrize(("override", "why"), [("seed=4", "its ledger"), ("init_from=/x/y", "first start")])
 def test_stored_job_key_that_a_run_keeps_is_refused(job: JobSpec, override: str, why: str) -> None:
     with prepared(job, "new") as spec, pytest.raises(SpecError, match=why):

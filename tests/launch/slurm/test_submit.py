@@ -324,10 +324,10 @@ def test_parse_accounted_reads_sacct_output() -> None:
     assert parse_accounted("12", "") is None
 
 
-@pytest.mark.parametrize("overrides", [("cluster.slurm.time=1",), ("cluster.slurm.time=00:02:00",), ()])
-def test_check_notice_as_long_as_the_time_limit_is_refused(overrides: tuple[str, ...]) -> None:
+def test_check_notice_as_long_as_the_partitions_time_limit_is_refused() -> None:
     offered = [replace(node("a"), default_time="2:00")]
-    with pytest.raises(ClusterError, match=r"save_before_limit = 120.* before the time limit"):
-        check_cluster(job(*overrides), offered)
-    check_cluster(job(*overrides, "cluster.slurm.save_before_limit=30"), offered)
+    with pytest.raises(ClusterError, match=r"save_before_limit = 120.* before the partition's limit of 120 s"):
+        check_cluster(job(), offered)
+    check_cluster(job("cluster.slurm.save_before_limit=30"), offered)
+    check_cluster(job("cluster.slurm.time=10"), offered)
     check_cluster(job(), [replace(node("a"), default_time="infinite")])

@@ -15,6 +15,7 @@ from keepwarm.trainer.job.files import load_job, load_model, load_run, save_job
 from keepwarm.trainer.job.learning_rate import CosineSpec, LinearSpec
 from keepwarm.trainer.job.sections import BatchSpec, EvaluationSpec, StageSpec
 from keepwarm.trainer.job.spec import JobSpec
+from keepwarm.trainer.job.stages import plan_stages
 from keepwarm.trainer.model.spec import ModelSpec
 
 JOB = """\
@@ -161,7 +162,8 @@ def test_job_refusal_names_place_key_and_alternative(job_file: Path, old: str, n
         ("parallel.tensr=2", "command line: parallel.tensr: unknown key; did you mean parallel.tensor?"),
         ("paralel.tensor=2", "command line: paralel: unknown key; did you mean parallel?"),
         ("stages.pretran.tokens=2", "stages has no item pretran; did you mean pretrain?"),
-        ("stages.7.tokens=2", "stages has no item 7; it has 2: pretrain, anneal"),
+        ("stages.7.tokens=2", "stages has no item 7; it has 2: pretrain, anneal; stages.2={...} adds one"),
+        ("stages.3={name: c}", "stages has no item 3"),
         ("seed.x=1", "seed"),
         ("name.x=1", "override name.x: name is the text 'small', not a section"),
         ("parallel.tensor", "override parallel.tensor: expected KEY=VALUE"),
@@ -418,6 +420,23 @@ def test_run_json_of_an_older_version_is_loaded_with_its_renamed_keys(job_file: 
     assert load_run(run / "run.json") == job
     (tmp_path / "old.yaml").write_text(json.dumps(values))
     assert "it was renamed; write batch.micro_batch_size" in refused(tmp_path / "old.yaml")
+
+
+def test_job_override_of_the_first_free_position_adds_a_stage(job_file: Path) -> None:
+    added = "stages.2={name: more, tokens: 512, mixture: {en: 1}, lr: {max: 1e-4}}"
+    assert [stage.name for stage in load_job(job_file, [added]).stages] == ["pretrain", "anneal", "more"]
+
+
+OLD_RUNS = json.loads((Path(__file__).parent / "golden" / "runs_of_0_1.json").read_text())
+"""Resolved specs that keepwarm 0.1 wrote of its shipped jobs, and rates of its curves at begin, middle and end."""
+
+
+@pytest.mark.parametrize("name", OLD_RUNS)
+def test_run_json_that_an_older_version_wrote_is_loaded_with_its_curves(name: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(OLD_RUNS[name]["spec"]))
+    stages = plan_stages(load_run(tmp_path / "run.json"))
+    found = [[one.name, one.steps, *map(one.curve.at, (0, one.steps // 2, one.steps))] for one in stages]
+    assert found == OLD_RUNS[name]["stages"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Open the sources that a job names, tokenizing text first."""
 
 import fcntl
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -57,7 +58,11 @@ def prepare_sources(data: DataSpec, vocabulary_size: int, cache: Path, *, timeou
             name = key.split(".", 2)[2]
             opened[key] = PackedSource(name, tokens, data.sequence_length, data.document_mask)
         except TrainerError as error:
-            raise type(error)(f"{key}: {error}") from None
+            said = str(error)
+            if is_text(path) and isinstance(error, DataError):
+                # The user knows the text, not the file of its tokens.
+                said = path.join(re.split(rf"{re.escape(str(cache))}/[^\s:]+", said))
+            raise type(error)(f"{key}: {said}") from None
     hashed = _check_one_tokenizer(opened, tokenizer)
     return PreparedData(
         tokenizer=hashed,
