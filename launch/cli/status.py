@@ -102,17 +102,19 @@ def node_states(
     records: Sequence[NodeRecord], log: Sequence[events.Event], *, ended: bool
 ) -> list[tuple[NodeRecord, str]]:
     """Return the records of nodes with their states. A node that died could not record its own death: it is `lost` if
-    the others have found so, or have its slot; and no node of a job that has `ended` runs. Pure.
+    the others have found so, or have its slot. No node of a job that has `ended`, or of an earlier allocation, runs.
+    Pure.
     """
     lost: set[str] = set()
+    left: set[str] = set()
     newest: dict[int, int] = {}
     for event in log:
         if isinstance(event, events.Failure) and event.kind == "lost":
             lost.add(event.node)
         elif isinstance(event, events.SupervisorStarted):
             lost.discard(event.node)
-        elif isinstance(event, events.BatchStarted) and not ended:
-            lost |= {record.node for record in records if record.node not in event.nodes}
+        elif isinstance(event, events.BatchStarted):
+            left = {record.node for record in records} - {*event.nodes}
     for record in records:
         if record.slot is not None:
             newest[record.slot] = max(newest.get(record.slot, 0), record.restart)
@@ -122,7 +124,9 @@ def node_states(
         state: str = record.state
         if state not in ("ended", "fenced", "spare") and (record.node in lost or overtaken):
             state = "lost"
-        found.append((record, "ended" if ended and state != "lost" else state))
+        elif ended or record.node in left:
+            state = "ended"
+        found.append((record, state))
     return found
 
 

@@ -195,6 +195,9 @@ def watch_step(job: JobSpec, folder: Path, nodes: list[str], address: str, pytho
         "--cpus-per-task=1",
         f"--nodelist={','.join(nodes)}",
         "--overlap",
+        # Also where steps do not overlap in these, the ranks get all of them.
+        "--gres=none",
+        "--mem=0",
         "--no-kill",
         "--kill-on-bad-exit=0",
         # They write to the batch script's log, and not through this srun, which dies with the batch script.

@@ -49,9 +49,11 @@ def watched(nodes: Sequence[str], step: Callable[[str], list[str]]) -> Iterator[
         server.setblocking(False)
         beats = threading.Thread(target=_beat, args=(server, stop), name="beat", daemon=True)
         beats.start()
+        resources = ("SLURM_GPUS", "SLURM_GRES", "SLURM_TRES", "SLURM_MEM")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(resources)}
         # In its own session: a signal to the batch script must not end the watchers.
         watchers = subprocess.Popen(
-            step(f"{host}:{server.getsockname()[1]}"),
+            step(f"{host}:{server.getsockname()[1]}"), env=kept,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         try:

@@ -30,6 +30,9 @@ def test_submit_resources_the_cluster_lacks_are_refused(cluster: SlurmCluster, f
     assert "partition high has 4" in refusal(
         cluster, run, "parallel.data=8", "cluster.ranks_per_node=1", "cluster.slurm.partition=high"
     )
+    said = refusal(cluster, run, "cluster.slurm.time=1")
+    assert "cluster.slurm.save_before_limit = 120" in said
+    assert "before the time limit, which is 60 s" in said
     assert "have none" in refusal(cluster, run, "cluster.slurm.gpus_per_node=1")
 
 

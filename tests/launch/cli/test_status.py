@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from keepwarm.launch.cli.status import show, status
+from keepwarm.launch.cli.status import node_states, show, status
 from keepwarm.launch.errors import StatusError
 from keepwarm.launch.node import record
-from keepwarm.launch.node.record import NodeRecord
+from keepwarm.launch.node.record import NodeRecord, State
 from keepwarm.trainer.job.files import load_job, save_job
 from keepwarm.trainer.monitor import events
 from keepwarm.trainer.monitor.goodput import Timeline
@@ -82,3 +82,18 @@ def test_status_command_without_a_run_exits_2(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith(f"keepwarm: {tmp_path}: there is no run here")
+
+
+def test_status_node_that_died_is_lost_and_none_runs_after_the_job() -> None:
+    def node(name: str, slot: int | None, restart: int, state: State = "running") -> NodeRecord:
+        return NodeRecord(node=name, host="h", slot=slot, supervisor=1, restart=restart, state=state)
+
+    records = [node("n0", 0, 1), node("n1", 1, 0), node("n2", 1, 1), node("n3", None, 0, "spare")]
+    states = lambda log, ended=False: [state for _, state in node_states(records, log, ended=ended)]  # noqa: E731
+    assert states([]) == ["running", "lost", "running", "spare"]
+    lost = events.Failure(node="n0", kind="lost", cause="x", slots=(0,))
+    assert states([lost]) == ["lost", "lost", "running", "spare"]
+    assert states([lost, events.SupervisorStarted(node="n0", slots=2)]) == ["running", "lost", "running", "spare"]
+    elsewhere = events.BatchStarted(slurm_job="7", nodes=("n1", "n2", "n3"), requeues=1)
+    assert states([elsewhere]) == ["ended", "lost", "running", "spare"]
+    assert states([], ended=True) == ["ended", "lost", "ended", "ended"]

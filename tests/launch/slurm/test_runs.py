@@ -14,10 +14,17 @@ from keepwarm.launch.node import record
 from keepwarm.launch.node.record import NodeRecord
 from keepwarm.launch.run.progress import progress
 from keepwarm.launch.run.submission import Submission
+from keepwarm.launch.slurm.verdict import Verdict
 from keepwarm.trainer.errors import OutputError
 from keepwarm.trainer.job.files import load_job, save_job
+from keepwarm.trainer.monitor import events
 
+STARTED = events.BatchStarted(slurm_job="12", nodes=("n1",), requeues=0)
 TINY = Path(__file__).parents[3] / "configs" / "ci" / "tiny.yaml"
+
+
+def ended(verdict: Verdict, code: int) -> events.BatchEnded:
+    return events.BatchEnded(slurm_job="12", code=code, verdict=verdict, why="x")
 
 
 def run(folder: Path, steps: int) -> Path:
@@ -120,3 +127,41 @@ def test_log_file_of_rank_0_is_that_of_its_supervisor(tmp_path: Path) -> None:
         record.write(folder, NodeRecord(node=node, host="h", slot=slot, supervisor=1))
         (folder / "logs" / f"node_{node}.log").touch()
     assert log_file(folder, 0).name == "node_n2.log"
+
+
+@pytest.mark.parametrize(
+    ("log", "state", "why"),
+    [
+        ([STARTED, ended("give up", 3)], "failed", "x"),
+        ([STARTED, ended("cancel", 130)], "cancelled", "x"),
+        ([STARTED, ended("done", 0)], "completed", None),
+        ([STARTED, ended("give up", 3), STARTED], "ended", None),
+        ([STARTED], "ended", None),
+        ([], "ended", None),
+    ],
+)
+def test_runs_forgotten_job_has_the_end_that_the_run_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: list[events.Event], state: str, why: str | None
+) -> None:
+    for name in ("scontrol", "sacct"):
+        command = tmp_path / name
+        command.write_text("#!/bin/sh\necho 'Invalid job id specified' >&2; exit 1\n")
+        command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    folder = run(tmp_path / "a", 0)
+    Submission(batch_system="slurm", submitted=0.0, resume=False, jobs=("12",)).write(folder)
+    for event in log:
+        events.append(folder, event)
+    (row,) = runs_in(folder)
+    assert (row.state, row.why) == (state, why)
+    assert row.failed == (state == "failed")
+    assert watch(folder, 60.0) != row.failed
+
+
+def test_runs_are_found_three_folders_down_and_not_inside_runs(tmp_path: Path) -> None:
+    for name in ("a", "b/c", "b/d/e"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        run(tmp_path / name, 1)
+    (tmp_path / "a" / "parent").mkdir()
+    run(tmp_path / "a" / "parent" / "inside", 1)
+    assert [row.name for row in runs_in(tmp_path)] == ["a", "c", "e"]

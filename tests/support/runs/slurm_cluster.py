@@ -22,6 +22,7 @@ from pathlib import Path
 from shlex import quote
 
 ROOT = Path(__file__).parents[3]
+SMALL_DISK_MIB = 24
 DEADLINE = 120.0
 """Seconds that anything waited for may take on a busy machine."""
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "mungekey", "ip", "nsenter", "unshare")
@@ -66,7 +67,9 @@ def await_that(condition: Callable[[], bool], what: str, deadline: float = DEADL
 
 @dataclass
 class SlurmCluster:
-    """Nodes node0, node1... and a login node. All they share is `root`, the checkout and Python."""
+    """Nodes node0, node1... and a login node. They share `root`, the checkout and Python; `root/small` is a disk of
+    `SMALL_DISK_MIB` that only they see.
+    """
 
     root: Path
     nodes: int = 4
@@ -76,12 +79,24 @@ class SlurmCluster:
     """More lines for slurm.conf."""
     machines: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    site: subprocess.Popen[bytes] | None = None
+    """Keeps the mounts that all machines see."""
 
     def up(self) -> None:
         """Start everything; returns when every node is idle."""
-        for name in ("state", "spool", "log", "run", "etc", "shared", *(f"tmp/{name}" for name in self._names)):
+        for name in (
+            "state",
+            "spool",
+            "log",
+            "run",
+            "etc",
+            "shared",
+            "small",
+            *(f"tmp/{name}" for name in self._names),
+        ):
             (self.root / name).mkdir(parents=True)
         self._configure()
+        self._mount_disk()
         self._boot_machine(_LOGIN, self._login_script())
         self._network()
         for name in self._names[1:]:
@@ -94,6 +109,14 @@ class SlurmCluster:
             self.crash(name)
         for process in self.started:
             process.wait()
+        if self.site is not None:
+            self.site.kill()
+            self.site.communicate()
+
+    def seen(self, path: Path) -> Path:
+        """Where this process sees a path of the machines below `root/small`."""
+        assert self.site is not None
+        return Path(f"/proc/{self.site.pid}/root{path}")
 
     def stopped(self) -> list[str]:
         """Nodes that do not run."""
@@ -152,6 +175,10 @@ class SlurmCluster:
         """Run the command `keepwarm` on the login node."""
         return self.login(sys.executable, "-P", "-m", "keepwarm", *arguments, timeout=timeout)
 
+    def python(self, name: str, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a Python module on a node."""
+        return self.on(name, sys.executable, "-P", "-m", module, *arguments)
+
     def job_state(self, job: str) -> str:
         """As squeue names it, for example RUNNING; a job keeps its last state for five minutes."""
         return self.login("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").stdout.strip()
@@ -189,11 +216,22 @@ class SlurmCluster:
         place = f"--wdns={cwd or self.root / 'shared'}"
         return ["nsenter", f"--target={init}", "--net", "--uts", "--ipc", "--mount", "--pid", place]
 
+    def _mount_disk(self) -> None:
+        disk = quote(f"{self.root}/small")
+        mount = f"mount -t tmpfs -o size={SMALL_DISK_MIB}m tmpfs {disk} && echo mounted && exec sleep infinity"
+        self.site = subprocess.Popen(
+            ["unshare", "--mount", "sh", "-c", mount],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True, preexec_fn=_die_with_parent,
+        )  # fmt: skip
+        assert self.site.stdout is not None
+        assert self.site.stdout.readline() == b"mounted\n"
+
     def _boot_machine(self, name: str, script: str) -> None:
         assert name not in self.machines, f"{name} runs already"
         with (self.root / "log" / f"{name}.out").open("ab") as log:
             self.machines[name] = subprocess.Popen(
                 [
+                    *("nsenter", f"--target={self.site.pid if self.site else os.getpid()}", "--mount"),
                     "unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc",
                     "bash", "-c", f"set -e\n{self._common_script(name)}\n{script}", "machine-init",
                 ],
