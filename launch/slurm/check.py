@@ -76,6 +76,16 @@ def check_cluster(job: JobSpec, offered: Sequence[commands.Node], excluded: Coll
     _check_alike(job, [node for node in nodes if node.gpus >= asked.gpus and node.cpus >= each], where)
 
 
+def _partitions(job: JobSpec, offered: Sequence[commands.Node]) -> list[str]:
+    """Return the partitions that may run the job."""
+    asked = job.cluster.slurm.partition
+    return asked.split(",") if asked else list(dict.fromkeys(node.partition for node in offered if node.default))
+
+
+def _excluded(job: JobSpec) -> list[str]:
+    return commands.host_names(",".join(job.cluster.slurm.exclude))
+
+
 def _check_alike(job: JobSpec, fit: Sequence[commands.Node], where: str) -> None:
     """Raise ClusterError if too few nodes have what each needs, or the job may get nodes with different GPUs.
 
@@ -87,17 +97,16 @@ def _check_alike(job: JobSpec, fit: Sequence[commands.Node], where: str) -> None
         wanted = [f"{job.layout.ranks_per_node * cpus_per_rank(job)} CPUs", *asked.gres]
         wanted += [f"{asked.gpus_per_node} GPUs"] if asked.gpus_per_node else []
         raise ClusterError(
-            f"the nodes of {where} differ: {count} of them {'has' if count == 1 else 'have'} {', '.join(wanted)}, and "
-            f"the job needs {needed}; change cluster.ranks_per_node, cluster.slurm.gres or the partition"
+            f"the job needs {needed} nodes with {' and '.join(wanted)}, and {where} has {count or 'none'}: change "
+            "cluster.ranks_per_node, cluster.slurm.gres or the partition"
         )
     is_chosen = asked.constraint or asked.nodelist or any(re.match("gpu:[A-Za-z]", one) for one in asked.gres)
     if needed == 1 or not asked.gpus or is_chosen:
         return
     for partition in dict.fromkeys(node.partition for node in fit):
-        own = [node for node in fit if node.partition == partition]
         holders: dict[str, list[str]] = {}
-        for node in own:
-            for kind in sorted(commands.gpu_types(node.resources)):
+        for node in fit:
+            for kind in sorted(commands.gpu_types(node.resources)) if node.partition == partition else ():
                 holders.setdefault(kind, []).append(node.name)
         if len(holders) > 1:
             places = "; ".join(f"{kind or 'no type'} on {', '.join(names)}" for kind, names in holders.items())
@@ -108,26 +117,16 @@ def _check_alike(job: JobSpec, fit: Sequence[commands.Node], where: str) -> None
 
 
 def _check_notice(job: JobSpec, nodes: Sequence[commands.Node]) -> None:
-    """Raise ClusterError if the ranks would have to save before they have started, by the limit of a partition."""
+    """Raise ClusterError if the ranks would have to save before they have started."""
     slurm = job.cluster.slurm
-    known = [] if slurm.time else [commands.seconds_of(node.default_time) for node in nodes]
-    limit = min((one for one in known if one is not None), default=None)
+    times = [slurm.time] if slurm.time else [node.default_time for node in nodes]
+    limit = min((one for time in times if (one := commands.seconds_of(time)) is not None), default=None)
     if limit is not None and slurm.save_before_limit >= limit:
+        whose = "cluster.slurm.time" if slurm.time else "the default of the partition; cluster.slurm.time sets another"
         raise ClusterError(
-            f"cluster.slurm.save_before_limit = {slurm.save_before_limit}: {slurm.save_before_limit} s before the "
-            f"partition's limit of {limit} s leave no time to train: choose a longer cluster.slurm.time or a smaller "
-            "save_before_limit"
+            f"cluster.slurm.save_before_limit = {slurm.save_before_limit}: the state would be saved so many seconds "
+            f"before the time limit, which is {limit} s ({whose}): make it shorter, or the limit longer"
         )
-
-
-def _partitions(job: JobSpec, offered: Sequence[commands.Node]) -> list[str]:
-    """Return the partitions that may run the job."""
-    asked = job.cluster.slurm.partition
-    return asked.split(",") if asked else list(dict.fromkeys(node.partition for node in offered if node.default))
-
-
-def _excluded(job: JobSpec) -> list[str]:
-    return commands.host_names(",".join(job.cluster.slurm.exclude))
 
 
 def probe(job: JobSpec, folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a real sbatch makes of the keys of `cluster.slurm`, of a site file and of chains."""
+"""What a real sbatch makes of the keys of `cluster.slurm`, and of a site file."""
 
 import json
 import sys
@@ -68,6 +68,7 @@ def test_job_takes_defaults_of_the_site_and_no_environment_of_the_shell(cluster:
 """
     )
     shell = {"KEEPWARM_SITE": str(site), "GIVEN": "to the job", "STRAY": "of the shell", "GLOO_SOCKET_IFNAME": "none"}
+    shell |= {"SBATCH_EXPORT": "ALL", "SBATCH_ARRAY_INX": "0-3", "SBATCH_OUTPUT": "/dev/null", "SBATCH_GPUS": "9"}
     job = submitted(cluster, *TWO, f"output={run}", "cluster.slurm.mem=200M", **shell)
     assert cluster.login("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%P %m").stdout.split() == [
         "high",
@@ -83,15 +84,6 @@ def test_job_takes_defaults_of_the_site_and_no_environment_of_the_shell(cluster:
     sources = json.loads((run / "run.json").read_text())["cluster"]["sources"]
     assert sources["slurm.partition"] == str(site)
     assert sources["slurm.mem"] == "job"
-
-
-def test_chain_waits_for_no_other_run_of_the_same_name(cluster: SlurmCluster, folder: Path) -> None:
-    waiting = submitted(cluster, f"output={folder / 'late'}", "--chain=2", "cluster.slurm.begin=now+1hour")
-    own = submitted(cluster, f"output={folder / 'early'}", "--chain=2")
-    jobs = json.loads((folder / "early" / "submission.json").read_text())["jobs"]
-    assert jobs[0] == own
-    assert [cluster.await_end(job) for job in jobs] == ["COMPLETED", "COMPLETED"]
-    assert cluster.job_state(waiting) == "PENDING"
 
 
 def test_site_init_proposes_a_file_that_is_valid_and_names_the_partitions(cluster: SlurmCluster, folder: Path) -> None:

@@ -36,7 +36,6 @@ from keepwarm.trainer.job.slurm.syntax import (
     Words,
     as_words,
     gpus_in,
-    seconds,
     upper_words,
 )
 
@@ -128,13 +127,6 @@ class SlurmSpec(Section):
         wrong = problem(self.extra, [key for key in SBATCH_KEYS.values() if getattr(self, key) not in (None, ())])
         if wrong is not None:
             return "extra", wrong
-        limit = None if self.time is None else seconds(self.time)
-        if limit is not None and self.save_before_limit >= limit:
-            why = (
-                f"{self.save_before_limit} s before the limit of {limit} s leave no time to train: choose a longer "
-                "cluster.slurm.time or a smaller save_before_limit"
-            )
-            return "save_before_limit", why
         return None
 
     @model_validator(mode="after")

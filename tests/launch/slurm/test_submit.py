@@ -184,11 +184,11 @@ MIXED = [
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["gpus_per_node=8", "spares=1"], ["the nodes of partition batch differ: 2 of them have 1 CPUs, 8 GPUs", "3"]),
-        (["gres=gpu:h100:8", "spares=0"], ["0 of them have 1 CPUs, gpu:h100:8", "cluster.slurm.gres"]),
+        (["gpus_per_node=8", "spares=1"], ["needs 3 nodes with 1 CPUs and 8 GPUs", "partition batch has 2"]),
+        (["gres=gpu:h100:8", "spares=0"], ["2 nodes with 1 CPUs and gpu:h100:8", "has none"]),
         (["gpus_per_node=4", "spares=0"], ["a100 on n0, n1; h100 on m0, m1", "cluster.slurm.gres=gpu:h100:4"]),
         (["gres=gpu:4", "spares=0"], ["have different GPUs"]),
-        (["cpus_per_rank=40", "spares=1"], ["2 of them have 40 CPUs", "the job needs 3"]),
+        (["cpus_per_rank=40", "spares=1"], ["needs 3 nodes with 40 CPUs", "has 2"]),
     ],
 )
 def test_check_cluster_nodes_that_differ_are_refused(overrides: list[str], words: list[str]) -> None:
@@ -324,10 +324,10 @@ def test_parse_accounted_reads_sacct_output() -> None:
     assert parse_accounted("12", "") is None
 
 
-def test_check_notice_as_long_as_the_partitions_time_limit_is_refused() -> None:
+@pytest.mark.parametrize("overrides", [("cluster.slurm.time=1",), ("cluster.slurm.time=00:02:00",), ()])
+def test_check_notice_as_long_as_the_time_limit_is_refused(overrides: tuple[str, ...]) -> None:
     offered = [replace(node("a"), default_time="2:00")]
-    with pytest.raises(ClusterError, match=r"save_before_limit = 120.* before the partition's limit of 120 s"):
-        check_cluster(job(), offered)
-    check_cluster(job("cluster.slurm.save_before_limit=30"), offered)
-    check_cluster(job("cluster.slurm.time=10"), offered)
+    with pytest.raises(ClusterError, match=r"save_before_limit = 120.* before the time limit"):
+        check_cluster(job(*overrides), offered)
+    check_cluster(job(*overrides, "cluster.slurm.save_before_limit=30"), offered)
     check_cluster(job(), [replace(node("a"), default_time="infinite")])

@@ -8,7 +8,6 @@ from keepwarm.launch.slurm.script import environment_lines, render
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.job.cluster import SlurmSpec
 from keepwarm.trainer.job.files import load_job, load_run, save_job
-from keepwarm.trainer.job.slurm.syntax import seconds
 
 ROOT = Path(__file__).parents[3]
 TINY = ROOT / "configs" / "ci" / "tiny.yaml"
@@ -81,23 +80,12 @@ def test_two_keys_for_one_thing_are_refused() -> None:
         (["mem=4G", "extra=['--mem=0']"], "extra: --mem=0: sets --mem, as cluster.slurm.mem does"),
         (["gpus_per_node=8", "gres=gpu:a100:8"], "gres: requests GPUs, as gpus_per_node = 8 does"),
         (["conda=train", "venv=/shared/venv"], "conda: there is an environment already, venv = /shared/venv"),
-        (["time=2", "save_before_limit=120"], "save_before_limit: 120 s before the limit of 120 s leave no time"),
     ):
         with pytest.raises(SpecError) as caught:
             slurm(*overrides)
         assert f"cluster.slurm.{words}" in str(caught.value)
     assert slurm("gpus_per_node=8", "gres=shard:2").gpus == 8
     assert slurm("gres='gpu:a100:6,gpu:h100:2,shard:1'").gpus == 8
-    assert slurm("time=2:01").save_before_limit == 120
-
-
-@pytest.mark.parametrize(
-    ("time", "expected"),
-    [("10", 600), ("10:30", 660), ("1:00:01", 3660), ("1-2", 93_600), ("1-2:30", 95_400), ("0", None),
-     ("UNLIMITED", None)],
-)  # fmt: skip
-def test_seconds_of_a_time_limit_are_those_of_slurm(time: str, expected: int | None) -> None:
-    assert seconds(time) == expected
 
 
 def test_stored_run_of_an_older_version_is_shown_but_not_submitted(tmp_path: Path) -> None:

@@ -118,22 +118,6 @@ Folder = Annotated[str, AfterValidator(_folder)]
 """An absolute path, in which a shell of the job replaces $NAME and ${NAME}."""
 
 
-def seconds(time: str) -> int | None:
-    """Return the seconds of a time limit, rounded up to minutes as SLURM does; None for no limit."""
-    if not time[0].isdigit():
-        return None
-    days, dash, rest = time.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    if dash:
-        hours, minutes, rest_s = [*parts, 0, 0][:3]
-    elif len(parts) < 3:
-        hours, (minutes, rest_s) = 0, [*parts, 0][:2]
-    else:
-        hours, minutes, rest_s = parts
-    total = int(days or 0) * 86_400 + hours * 3600 + minutes * 60 + rest_s
-    return -(-total // 60) * 60 or None
-
-
 def gpus_in(resources: tuple[str, ...]) -> int:
     """Return the number of GPUs among requested generic resources."""
     found = [match for one in resources if (match := _RESOURCE.fullmatch(one)) and match["name"] == "gpu"]
