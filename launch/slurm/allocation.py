@@ -85,7 +85,7 @@ class Allocation:
     def _unfit(self) -> dict[str, str]:
         """Return unusable nodes with the reason. Check all nodes in one step, then those without an answer singly."""
         first = self.nodes[0]
-        gpus = bool(self.job.cluster.slurm.gpus_per_node)
+        gpus = self.job.cluster.slurm.gpus > 0
         memory = max(Plan(one).node_memory(gpus=gpus) for one in layouts(self.job).values())
         wanted = look(self.folder)
         host = own_address(self.nodes[1]) if self.nodes[1:] else None

@@ -1,6 +1,7 @@
 """Check a job against the cluster before submission: partitions, nodes, GPUs, visibility of the run folder."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Collection, Sequence
@@ -71,6 +72,7 @@ def check_cluster(job: JobSpec, offered: Sequence[commands.Node], excluded: Coll
             f"{job.layout.ranks_per_node} ranks on a node need {each} CPUs, the nodes of {where} have {cpus}; "
             "change cluster.ranks_per_node, cluster.slurm.cpus_per_rank or numerics.threads_per_rank"
         )
+    _check_alike(job, [node for node in nodes if node.gpus >= asked.gpus and node.cpus >= each], where)
 
 
 def _partitions(job: JobSpec, offered: Sequence[commands.Node]) -> list[str]:
@@ -81,6 +83,36 @@ def _partitions(job: JobSpec, offered: Sequence[commands.Node]) -> list[str]:
 
 def _excluded(job: JobSpec) -> list[str]:
     return commands.host_names(",".join(job.cluster.slurm.exclude))
+
+
+def _check_alike(job: JobSpec, fit: Sequence[commands.Node], where: str) -> None:
+    """Raise ClusterError if too few nodes have what each needs, or the job may get nodes with different GPUs.
+
+    `fit` are the nodes with enough CPUs and GPUs of any type.
+    """
+    asked, needed = job.cluster.slurm, job.layout.nodes + job.cluster.slurm.spares
+    fit = [node for node in fit if all(commands.has(node.resources, one) for one in asked.gres)]
+    if (count := len({node.name for node in fit})) < needed:
+        wanted = [f"{job.layout.ranks_per_node * cpus_per_rank(job)} CPUs", *asked.gres]
+        wanted += [f"{asked.gpus_per_node} GPUs"] if asked.gpus_per_node else []
+        raise ClusterError(
+            f"the job needs {needed} nodes with {' and '.join(wanted)}, and {where} has {count or 'none'}: change "
+            "cluster.ranks_per_node, cluster.slurm.gres or the partition"
+        )
+    is_chosen = asked.constraint or asked.nodelist or any(re.match("gpu:[A-Za-z]", one) for one in asked.gres)
+    if needed == 1 or not asked.gpus or is_chosen:
+        return
+    for partition in dict.fromkeys(node.partition for node in fit):
+        holders: dict[str, list[str]] = {}
+        for node in fit:
+            for kind in sorted(commands.gpu_types(node.resources)) if node.partition == partition else ():
+                holders.setdefault(kind, []).append(node.name)
+        if len(holders) > 1:
+            places = "; ".join(f"{kind or 'no type'} on {', '.join(names)}" for kind, names in holders.items())
+            raise ClusterError(
+                f"the nodes of partition {partition} have different GPUs ({places}): name one type, as in "
+                f"cluster.slurm.gres=gpu:{max(holders)}:{asked.gpus}, or the nodes with constraint or nodelist"
+            )
 
 
 def probe(job: JobSpec, folder: Path) -> list[str]:

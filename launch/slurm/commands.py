@@ -59,6 +59,8 @@ class Node:
     default: bool
     """Whether the partition is the cluster's default."""
     state: str
+    resources: str = ""
+    """Generic resources, such as `gpu:a100:8(S:0-1)`."""
     gpus: int
     cpus: int
 
@@ -85,9 +87,24 @@ def _node(line: str) -> Node:
         partition=partition.removesuffix("*"),
         default=partition.endswith("*"),
         state=state,
+        resources=resources,
         gpus=gpus_in(resources),
         cpus=int(cpus.rstrip("+")),
     )
+
+
+def gpu_types(resources: str) -> set[str]:
+    """Return the types of GPUs in a list of generic resources; an empty text for those without one."""
+    return set(re.findall(r"(?:^|,)gpu(?::([^:,()]+))?:\d+", resources))
+
+
+def has(resources: str, wanted: str) -> bool:
+    """Return whether a node's generic resources include the wanted `NAME[[:TYPE]:COUNT]`."""
+    name, *rest = wanted.split(":")
+    count = rest.pop() if rest and rest[-1][0].isdigit() else "1"
+    one_type = "".join(f":{kind}" for kind in rest) or "(?::[^:,()]+)?"
+    found = re.findall(rf"(?:^|,){name}{one_type}:(\d+)(?=$|[,(])", resources)
+    return sum(map(int, found)) >= int(count) if count.isdigit() else bool(found)
 
 
 def gpus_in(resources: str) -> int:

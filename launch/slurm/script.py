@@ -7,6 +7,7 @@ from pathlib import Path
 import jinja2
 
 from keepwarm.launch.batch_system import Array
+from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.job.cluster import SlurmSpec
 from keepwarm.trainer.job.run_folder import RUN_FILE, RunFolder
 from keepwarm.trainer.job.spec import JobSpec
@@ -21,7 +22,13 @@ CODE = "code"
 
 
 def render(job: JobSpec, folder: Path, *, array: Array | None = None, python: str = sys.executable) -> str:
-    """Return the whole script. Inside the allocation, `keepwarm.launch.slurm.job` decides what to start where."""
+    """Return the whole script. Inside the allocation, `keepwarm.launch.slurm.job` decides what to start where.
+
+    Raises:
+        SpecError: keys of `cluster.slurm` that another version accepted do not fit together.
+    """
+    if (found := job.cluster.slurm.conflict()) is not None:
+        raise SpecError(f"cluster.slurm.{found[0]}: {found[1]}")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         undefined=jinja2.StrictUndefined,
@@ -36,9 +43,11 @@ def render(job: JobSpec, folder: Path, *, array: Array | None = None, python: st
         ranks_per_node=job.layout.ranks_per_node,
         spares=job.cluster.slurm.spares,
         options=options(job, folder, array),
+        environment=environment_lines(job.cluster.slurm, python),
         code=shlex.quote(str(folder / CODE)) if job.cluster.slurm.copy_code else None,
         setup=job.cluster.slurm.setup,
-        command=shlex.join([python, "-P", "-m", "keepwarm.launch.slurm.job", str(folder)])
+        command=shlex.join([_interpreter(job.cluster.slurm, python), "-P", "-m", "keepwarm.launch.slurm.job"])
+        + f" {shlex.quote(str(folder))}"
         + ('/"$SLURM_ARRAY_TASK_ID"' if array is not None else ""),
     )
 
@@ -48,26 +57,66 @@ def options(job: JobSpec, folder: Path, array: Array | None = None) -> list[str]
     slurm = job.cluster.slurm
     logs = str(folder).replace("%", "%%") + ("" if array is None else "/%a")
     asked = {
-        "job-name": "-".join(job.name.split()),
+        "job-name": job_name(job),
         "nodes": str(job.layout.nodes + slurm.spares),
         "ntasks-per-node": str(job.layout.ranks_per_node),
         "cpus-per-task": str(cpus_per_rank(job)),
         "gpus-per-node": slurm.gpus_per_node,
+        "gres": ",".join(slurm.gres) or None,
+        "mem": slurm.mem,
         "partition": slurm.partition,
         "account": slurm.account,
         "qos": slurm.qos,
+        "reservation": slurm.reservation,
         "time": slurm.time,
+        "begin": slurm.begin,
+        "dependency": slurm.dependency,
         "constraint": slurm.constraint,
+        "nodelist": ",".join(slurm.nodelist) or None,
         "exclude": ",".join(slurm.exclude) or None,
+        "mail-type": None if slurm.mail is None else ",".join(slurm.mail.type),
+        "mail-user": None if slurm.mail is None else slurm.mail.user,
         "output": f"{logs}/logs/{LOG}",
         "array": None if array is None else _array(array),
         "open-mode": "append",
+        # What happens to be set where the job is submitted must not change it.
+        "export": ",".join(slurm.export) or "NONE",
         # To the ranks only: a signal that ends the batch shell would end the ranks before they have saved.
         "signal": f"USR1@{slurm.save_before_limit}",
     }
     named = [f"--{key}={shlex.quote(str(value))}" for key, value in asked.items() if value is not None]
     # Losing a node must not end the job: the other nodes hold its state.
     return [*named, "--no-kill", "--requeue", *slurm.extra]
+
+
+def job_name(job: JobSpec) -> str:
+    """Return the name of the job in SLURM."""
+    return job.cluster.slurm.job_name or "-".join(job.name.split())
+
+
+def environment_lines(slurm: SlurmSpec, python: str) -> list[str]:
+    """Return the shell lines that set up what the ranks need; the job starts with what a login sets."""
+    lines = [f"module load {shlex.join(slurm.modules)}"] if slurm.modules else []
+    if slurm.conda is not None and not slurm.conda.startswith("/"):
+        lines += ['eval "$(conda shell.bash hook)"', f"conda activate {shlex.quote(slurm.conda)}"]
+    else:
+        root = slurm.conda or slurm.venv
+        kind = "CONDA_PREFIX" if slurm.conda else "VIRTUAL_ENV"
+        lines += [f"export {kind}={shlex.quote(root)}"] if root else []
+        lines.append(f"export PATH={shlex.quote(str(Path(_interpreter(slurm, python)).parent))}:$PATH")
+    if slurm.interface is not None:
+        name = shlex.quote(slurm.interface)
+        lines.append(f"export GLOO_SOCKET_IFNAME={name} NCCL_SOCKET_IFNAME={name}")
+    if slurm.scratch is not None:
+        lines.append(f'export TMPDIR="{slurm.scratch}"')
+    return lines
+
+
+def _interpreter(slurm: SlurmSpec, python: str) -> str:
+    root = slurm.conda or slurm.venv
+    if root is None:
+        return python
+    return f"{root}/bin/python" if root.startswith("/") else "python"
 
 
 def _array(array: Array) -> str:
@@ -138,5 +187,5 @@ def in_container(slurm: SlurmSpec, folder: Path, python: str) -> list[str]:
     mounts = [f"{folder}:{folder}", *container.mounts]
     if container.runtime == "pyxis":
         return [f"--container-image={container.image}", f"--container-mounts={','.join(mounts)}", container.python]
-    gpus = ["--nv"] if slurm.gpus_per_node else []
+    gpus = ["--nv"] if slurm.gpus else []
     return ["apptainer", "exec", *gpus, "--bind", ",".join(mounts), container.image, container.python]

@@ -8,31 +8,47 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
+    ValidationError,
     ValidationInfo,
     create_model,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from keepwarm import section
 from keepwarm.options import validated
 from keepwarm.registry import Registry, UnusableComponent
 from keepwarm.section import Count, FewOrNone, Section
+from keepwarm.trainer.job.slurm.sbatch_options import KEYS as SBATCH_KEYS
+from keepwarm.trainer.job.slurm.sbatch_options import problem
+from keepwarm.trainer.job.slurm.syntax import (
+    Begin,
+    Dependency,
+    Folder,
+    Line,
+    Memory,
+    Nodes,
+    Place,
+    Resources,
+    Time,
+    Variable,
+    Word,
+    Words,
+    as_words,
+    gpus_in,
+    upper_words,
+)
 
 ADDED_BATCH_SYSTEMS: Registry[Any] = Registry("batch system", "keepwarm.batch_systems", {})
 """Batch systems of other packages. Each declares its options section in the attribute `Options`."""
 
-Line = Annotated[str, StringConstraints(pattern=r"^[^\n\r]*$")]
-"""One line of a shell script."""
 Option = Annotated[str, StringConstraints(pattern=r"^--?[A-Za-z][^\n\r]*$")]
-Word = Annotated[str, StringConstraints(pattern=r"^[^\s\"'`$\\]+$")]
-
-Time = Annotated[
-    str,
-    BeforeValidator(lambda value: str(value) if isinstance(value, int) else value),
-    StringConstraints(pattern=r"^(\d+-)?\d+(:\d+){0,2}$"),
-]
-"""A SLURM time. A bare number of minutes need not be quoted in YAML."""
+MailType = Literal[
+    "NONE", "BEGIN", "END", "FAIL", "REQUEUE", "ALL", "INVALID_DEPEND", "STAGE_OUT", "TIME_LIMIT", "TIME_LIMIT_90",
+    "TIME_LIMIT_80", "TIME_LIMIT_50", "ARRAY_TASKS",
+]  # fmt: skip
+STORED = {"stored": True}
+"""Context of the validation of a job that was accepted before, possibly by another version: it can still be shown."""
 
 
 class ContainerSpec(Section):
@@ -44,6 +60,15 @@ class ContainerSpec(Section):
     python: Word = Field("python3", description="interpreter inside the image")
 
 
+class MailSpec(Section):
+    """Messages that SLURM sends about a job."""
+
+    type: Annotated[tuple[MailType, ...], BeforeValidator(upper_words)] = Field(
+        ("END", "FAIL"), description="when; REQUEUE too, if every restart is of interest"
+    )
+    user: Word | None = Field(None, description="address; default: the submitting user")
+
+
 class SlurmSpec(Section):
     """Nodes that `keepwarm submit` requests from SLURM: those that cluster.ranks_per_node implies, plus `spares`."""
 
@@ -51,23 +76,67 @@ class SlurmSpec(Section):
         "node",
         description="node: one task per node, a supervisor that survives the loss of others; rank: one task per rank",
     )
+    job_name: Line | None = Field(None, min_length=1, description="default: name")
     partition: Word | None = Field(None, description="default: the cluster's default")
     account: Word | None = None
     qos: Word | None = None
+    reservation: Word | None = None
     time: Time | None = Field(
         None,
         description="time limit of one start: minutes, hours:minutes:seconds or days-hours; default: the partition's",
     )
+    begin: Begin | None = Field(None, description="earliest start of this submission; a resumed run does not keep it")
+    dependency: Dependency | None = Field(
+        None, description="other jobs that this submission waits for; a resumed run does not keep it"
+    )
     constraint: Word | None = Field(None, description="features required of every node")
-    exclude: tuple[Word, ...] = Field((), description="nodes to exclude")
+    nodelist: Nodes = Field((), description="nodes that the job must have")
+    exclude: Nodes = Field((), description="nodes to exclude")
     spares: FewOrNone = Field(0, description="standby nodes that replace lost ones")
     gpus_per_node: Count | None = Field(None, description="default: none requested")
+    gres: Resources = Field((), description="generic resources of each node, such as gpu:a100:8")
     cpus_per_rank: Count | None = Field(None, description="default: numerics.threads_per_rank")
-    setup: tuple[Line, ...] = Field((), description="shell lines to run first, such as `module load cuda`")
+    mem: Memory | None = Field(None, description="memory of each node, 0 for all; default: the partition's")
+    modules: Words = Field((), description="environment modules to load")
+    conda: Word | None = Field(None, description="conda environment of keepwarm on the nodes: its name or folder")
+    venv: Place | None = Field(None, description="virtual environment of keepwarm on the nodes: its folder")
+    export: Annotated[tuple[Variable, ...], BeforeValidator(as_words)] = Field(
+        (), description="environment variables of `keepwarm submit` that the job gets; ALL: all of them"
+    )
+    interface: Word | None = Field(None, description="network interface of the collectives, such as ib0")
+    scratch: Folder | None = Field(None, description="folder of each node for temporary files; may contain $NAME")
+    setup: tuple[Line, ...] = Field((), description="shell lines to run first, such as `ulimit -l unlimited`")
     container: ContainerSpec | None = None
     copy_code: bool = Field(False, description="run a copy of keepwarm, placed in the run folder at submission")
-    extra: tuple[Option, ...] = Field((), description="additional sbatch options, such as --mem=0")
+    mail: MailSpec | None = None
+    extra: tuple[Option, ...] = Field((), description="additional sbatch options, such as --licenses=NAME")
     save_before_limit: Count = Field(120, description="seconds before the time limit at which the state is saved")
+
+    @property
+    def gpus(self) -> int:
+        """Return the number of GPUs requested on each node, by either key."""
+        return self.gpus_per_node or gpus_in(self.gres)
+
+    def conflict(self) -> tuple[str, str] | None:
+        """Return a key that does not fit the others, and why; None if they fit."""
+        if self.gpus_per_node is not None and gpus_in(self.gres):
+            return "gres", f"requests GPUs, as gpus_per_node = {self.gpus_per_node} does: keep one of them"
+        named = [key for key in ("conda", "venv") if getattr(self, key) is not None]
+        if len(named) > 1:
+            return "conda", f"there is an environment already, venv = {self.venv}: keep one of them"
+        wrong = problem(self.extra, [key for key in SBATCH_KEYS.values() if getattr(self, key) not in (None, ())])
+        if wrong is not None:
+            return "extra", wrong
+        return None
+
+    @model_validator(mode="after")
+    def _fits_together(self, info: ValidationInfo) -> Self:
+        if (info.context or {}).get("stored") or (found := self.conflict()) is None:
+            return self
+        key, why = found
+        error = PydanticCustomError("conflict", "{why}", {"why": why})
+        details = InitErrorDetails(type=error, loc=(key,), input=getattr(self, key))
+        raise ValidationError.from_exception_data("slurm", [details], input_type="json")
 
 
 class KubernetesSpec(Section):

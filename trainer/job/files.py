@@ -15,6 +15,7 @@ from keepwarm.files import READABLE, atomic_write, sync_directory
 from keepwarm.parallel.errors import LayoutError
 from keepwarm.text import is_utf8, shown
 from keepwarm.trainer.errors import OutputError, SpecError
+from keepwarm.trainer.job.cluster import STORED
 from keepwarm.trainer.job.messages import explain
 from keepwarm.trainer.job.overrides import Override
 from keepwarm.trainer.job.renames import upgrade
@@ -59,7 +60,8 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
     for key in ("output", "init_from"):
         if isinstance(document.values.get(key), str) and not (key == "init_from" and is_remote(document.values[key])):
             document.values[key] = _anchored(document.values[key], Path.cwd())
-    return _validate(JobSpec, document, path)
+    is_stored = is_run_file(path) and not any(change.keys[0] == "cluster" for change in changes)
+    return _validate(JobSpec, document, path, STORED if is_stored else None)
 
 
 def _read(path: Path, overrides: Sequence[str]) -> tuple[Document, list[Override]]:
@@ -226,12 +228,12 @@ def _texts(value: Any, keys: Keys) -> Iterator[tuple[Keys, str]]:
         yield keys, value
 
 
-def _validate(spec: type[_Spec], document: Document, path: Path) -> _Spec:
+def _validate(spec: type[_Spec], document: Document, path: Path, context: dict[str, bool] | None = None) -> _Spec:
     for keys, text in _texts(document.values, ()):
         if not is_utf8(text):
             raise SpecError(f"{document.place(keys)}: {shown('.'.join(keys))}: {shown(text)} is not UTF-8 text")
     try:
-        return spec.model_validate_json(json.dumps(document.values))
+        return spec.model_validate_json(json.dumps(document.values), context=context)
     except ValidationError as error:
         problems = explain(error, spec, document)
     except LayoutError as error:

@@ -15,6 +15,7 @@ PATHS = tuple(
     tuple(key.split("."))
     for key in (
         "output", "init_from", "model", "data.tokenizer", "data.sources.*", "data.validation.*",
+        "cluster.slurm.conda", "cluster.slurm.venv",
         "cluster.slurm.container.image", "cluster.slurm.container.mounts.*", "cluster.slurm.container.python",
         "cluster.kubernetes.image", "cluster.kubernetes.mount", "cluster.kubernetes.python",
     )

@@ -35,7 +35,11 @@ FULL = (
     "cluster.slurm.time=2-12", "cluster.slurm.constraint=a100&ib", "cluster.slurm.exclude=[bad1, 'bad[3-4]']",
     "cluster.slurm.spares=1", "cluster.slurm.gpus_per_node=2", "cluster.slurm.cpus_per_rank=8",
     "cluster.slurm.setup=['module load cuda/12', 'export NCCL_DEBUG=WARN']", "cluster.slurm.save_before_limit=300",
-    "cluster.slurm.extra=['--mem=0', '--mail-type=END']",
+    "cluster.slurm.nodelist='good[1-2],good7'", "cluster.slurm.reservation=week", "cluster.slurm.mem=64G",
+    "cluster.slurm.mail={user: ann@lab.org}", "cluster.slurm.dependency=afterok:7", "cluster.slurm.begin=now+1hour",
+    "cluster.slurm.modules=[gcc, mpi]", "cluster.slurm.venv=/shared/my venv", "cluster.slurm.interface=ib0",
+    "cluster.slurm.scratch=/scratch/$USER", "cluster.slurm.export=[WANDB_API_KEY, HF_HOME]",
+    "cluster.slurm.extra=['--licenses=a:1']",
 )  # fmt: skip
 
 
@@ -170,6 +174,38 @@ def test_check_cluster_infeasible_job_is_refused(overrides: list[str], words: li
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+MIXED = [
+    *(replace(node(f"n{i}", gpus=8, cpus=64), resources="gpu:a100:8(S:0-1)") for i in range(2)),
+    *(replace(node(f"m{i}", gpus=4, cpus=32), resources="gpu:h100:4,shard:8") for i in range(2)),
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["gpus_per_node=8", "spares=1"], ["needs 3 nodes with 1 CPUs and 8 GPUs", "partition batch has 2"]),
+        (["gres=gpu:h100:8", "spares=0"], ["2 nodes with 1 CPUs and gpu:h100:8", "has none"]),
+        (["gpus_per_node=4", "spares=0"], ["a100 on n0, n1; h100 on m0, m1", "cluster.slurm.gres=gpu:h100:4"]),
+        (["gres=gpu:4", "spares=0"], ["have different GPUs"]),
+        (["cpus_per_rank=40", "spares=1"], ["needs 3 nodes with 40 CPUs", "has 2"]),
+    ],
+)
+def test_check_cluster_nodes_that_differ_are_refused(overrides: list[str], words: list[str]) -> None:
+    two = job("parallel.data=2", "cluster.ranks_per_node=1", *(f"cluster.slurm.{text}" for text in overrides))
+    with pytest.raises(ClusterError) as caught:
+        check_cluster(two, MIXED)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["gres=gpu:a100:8", "gres='gpu:h100:4,shard:8'", "gpus_per_node=8", "constraint=ib", "{}", "{spares: 2}"],
+)
+def test_check_cluster_enough_nodes_of_one_kind_are_accepted(override: str) -> None:
+    text = f"cluster.slurm={override}" if override.startswith("{") else f"cluster.slurm.{override}"
+    check_cluster(job("parallel.data=2", "cluster.ranks_per_node=1", text), MIXED)
+
+
 def test_waits_for_names_nodes_that_are_away() -> None:
     four = job("parallel.data=4", "cluster.ranks_per_node=1")
     assert waits_for(four, CLUSTER) is None
@@ -269,7 +305,7 @@ def test_submit_dry_run_needs_no_cluster_and_writes_nothing(tmp_path: Path) -> N
     run = tmp_path / "run"
     result = keepwarm("submit", str(TINY), *PLAIN, f"output={run}", "--dry-run", PATH="/nowhere")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("#!/bin/bash\n")
+    assert result.stdout.startswith("#!/bin/bash -l\n")
     assert f"# sbatch --parsable --chdir={run} {run}/job.sbatch" in result.stdout
     assert "not checked against a cluster" in result.stderr
     assert not run.exists()
