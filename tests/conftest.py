@@ -16,6 +16,8 @@ from tests.support.promised import broken_promise, promised
 
 # Read by torch when it is imported. Several threads spin against the ranks on a machine of few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No site file of the machine that the tests run on.
+os.environ["KEEPWARM_SITE"] = ""
 
 # How long an example takes says more of the machine than of the code.
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])

@@ -38,7 +38,7 @@ def flags(*command: str) -> frozenset[str]:
     return frozenset(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", done.stdout))
 
 
-GROUPS = ("data", "checkpoint", "surgery")
+GROUPS = ("data", "checkpoint", "surgery", "site")
 """Commands that have commands of their own."""
 
 

@@ -6,10 +6,13 @@ import pytest
 
 from keepwarm.launch.plan.plan import Plan
 from keepwarm.trainer.job.files import load_job, load_model
+from keepwarm.trainer.job.site.site_file import VARIABLE
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 JOBS = sorted([*(CONFIGS / "jobs").rglob("*.yaml"), *(CONFIGS / "ci").rglob("*.yaml")])
 MODELS = sorted((CONFIGS / "models").rglob("*.yaml"))
+
+SITE = CONFIGS / "site.example.yaml"
 
 
 def name_of(path: Path) -> str:
@@ -31,8 +34,17 @@ def test_shipped_models_load_by_name(path: Path) -> None:
     assert load_model(path) == load_model(path.stem)
 
 
+def test_shipped_site_file_gives_each_of_its_values_to_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, str(SITE))
+    sources = load_job(CONFIGS / "ci" / "tiny.yaml").cluster.sources
+    assert sources is not None
+    assert set(sources.values()) == {str(SITE)}
+    assert {"slurm.account", "slurm.gres", "slurm.mail.user", "slurm.modules"} <= set(sources)
+    assert SITE.read_text().startswith("# ")
+
+
 def test_shipped_configs_folder_holds_nothing_else() -> None:
-    known = {*JOBS, *MODELS, *(CONFIGS / "corpora").iterdir()}
+    known = {*JOBS, *MODELS, *(CONFIGS / "corpora").iterdir(), SITE}
     assert {path for path in CONFIGS.rglob("*") if path.is_file()} == known
 
 

@@ -23,6 +23,7 @@ from keepwarm.launch.cli.arguments import (
 )
 from keepwarm.launch.cli.cluster import cluster
 from keepwarm.launch.cli.programs import DATA_PROGRAMS, PROGRAMS, add_programs
+from keepwarm.launch.cli.site import site
 from keepwarm.side_writer import end_without_stdout, protect_streams
 from keepwarm.text import problem_of
 
@@ -59,6 +60,7 @@ data = typer.Typer(
 )
 app.add_typer(data, name="data")
 app.add_typer(cluster)
+app.add_typer(site, name="site")
 
 
 def _version(wanted: bool) -> None:

@@ -1,7 +1,8 @@
 """Plan of a job as data: layout, parameters, memory, steps and learning rates. Pure and torch-free."""
 
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import getitem
 from typing import TYPE_CHECKING, Any
 
 from keepwarm.ft.groups import groups_of
@@ -10,6 +11,7 @@ from keepwarm.parallel.mesh.axes import Coordinates
 from keepwarm.parallel.mesh.layout import Layout, split_layers, stages_of
 from keepwarm.trainer.job.estimate import estimate_rank, state_bytes, total_parameters
 from keepwarm.trainer.job.shrink import layouts
+from keepwarm.trainer.job.site.defaults import JOB
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.job.stages import StagePlan, global_size_at, plan_stages
 
@@ -95,6 +97,16 @@ class Plan:
         """Return plans of the layouts that the job may shrink to while nodes are missing, the largest first."""
         return tuple(Plan(job) for job in layouts(self.job).values() if job is not self.job)
 
+    @cached_property
+    def site(self) -> dict[str, dict[str, Any]]:
+        """Return the value and the site file of every key that the job takes from one."""
+        cluster = self.job.cluster.model_dump(mode="json")
+        taken = {key: source for key, source in (cluster["sources"] or {}).items() if source != JOB}
+        return {
+            f"cluster.{key}": {"value": reduce(getitem, key.split("."), cluster), "source": source}
+            for key, source in taken.items()
+        }
+
     def layers_at(self, pipeline: int) -> list[range]:
         """Return the layers of the pipeline stages at a pipeline coordinate."""
         split = split_layers(self.job.model.layers, self.job.parallel)
@@ -121,7 +133,8 @@ class Plan:
         """Return plain values for JSON: bytes, tokens, and steps counted from the start of the job."""
         layout = self.layout
         return {
-            "job": self.job.model_dump(mode="json"),
+            "job": self.job.model_dump(mode="json", exclude={"cluster": {"sources"}}),
+            "site": self.site,
             "layout": {**asdict(layout), "world_size": layout.world_size, "nodes": layout.nodes},
             "parameters": {"total": self.parameters, "per_rank": [e.parameters for e in self.estimates]},
             "ranks": [

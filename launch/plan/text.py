@@ -1,5 +1,6 @@
 """Print a plan to the terminal. Plain text, because importing rich would double the command's import time."""
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -22,8 +23,8 @@ def print_plan(plan: Plan) -> None:
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.width = 4096  # a path is one word
-    yaml.dump(plan.job.model_dump(mode="json"), sys.stdout)
-    for part in (_layout(plan), _memory(plan), _stages(plan), _curve(plan)):
+    yaml.dump(plan.job.model_dump(mode="json", exclude={"cluster": {"sources"}}), sys.stdout)
+    for part in (*([_site(plan)] if plan.site else []), _layout(plan), _memory(plan), _stages(plan), _curve(plan)):
         print("\n".join(["", *part]))
 
 
@@ -79,6 +80,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [header, ["-" * len(cell) for cell in header], *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return ["  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+
+
+def _site(plan: Plan) -> list[str]:
+    rows = [[key, json.dumps(each["value"]), each["source"]] for key, each in plan.site.items()]
+    return ["defaults of the site, which the job does not set:", *table(("key", "value", "site file"), rows)]
 
 
 def _layout(plan: Plan) -> list[str]:

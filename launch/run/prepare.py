@@ -90,7 +90,7 @@ def stored_job(folder: Path, overrides: list[str]) -> tuple[JobSpec, JobSpec]:
         raise OutputError(
             f"{folder}: there is no run to resume ({RUN_FILE} is missing); leave out --resume to start one"
         )
-    before, after = load_run(file), load_run(file, overrides)
+    before, after = load_run(file), load_run(file, overrides, resubmit=True)
     for key, reason in _KEPT.items():
         old, new = getattr(before, key), getattr(after, key)
         if old != new:
@@ -115,7 +115,8 @@ def waiting(folder: Path) -> list[str]:
 
 def changes(before: JobSpec, after: JobSpec) -> list[str]:
     """Return `KEY: before -> after` for every changed value."""
-    old, new = _flat(before.model_dump(mode="json")), _flat(after.model_dump(mode="json"))
+    sources = {"cluster": {"sources": True}}
+    old, new = (_flat(job.model_dump(mode="json", exclude=sources)) for job in (before, after))
     keys = [*old, *(key for key in new if key not in old)]
     return [f"{key}: {_shown(old, key)} -> {_shown(new, key)}" for key in keys if old.get(key) != new.get(key)]
 

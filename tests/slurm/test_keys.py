@@ -1,15 +1,18 @@
-"""What a real sbatch makes of the keys of `cluster.slurm`."""
+"""What a real sbatch makes of the keys of `cluster.slurm`, and of a site file."""
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from keepwarm.launch.slurm.script import render
 from keepwarm.trainer.job.files import load_job
-from tests.support.runs.slurm_cluster import SlurmCluster
+from tests.support.runs.slurm_cluster import DEADLINE, SlurmCluster
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "ci" / "tiny.yaml")
+SMALL = ("stages.0.tokens=1024", "log.tensorboard=false", "evaluation.samples=2")
 
 TWO = ("parallel.pipeline=2", "cluster.ranks_per_node=1")
 
@@ -43,3 +46,58 @@ def test_sbatch_accepts_what_the_keys_accept(cluster: SlurmCluster, folder: Path
         if done.returncode or "to start at" not in done.stderr:
             refused[key] = done.stderr
     assert refused == {}
+
+
+def submitted(cluster: SlurmCluster, *arguments: str, **environment: str) -> str:
+    command = [sys.executable, "-P", "-m", "keepwarm", "submit", TINY, *SMALL, *arguments]
+    done = cluster.login(*command, timeout=DEADLINE, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_job_takes_defaults_of_the_site_and_no_environment_of_the_shell(cluster: SlurmCluster, folder: Path) -> None:
+    run, seen, site = folder / "run", folder / "seen", folder / "site.yaml"
+    site.write_text(
+        f"""cluster:
+  slurm:
+    partition: high
+    mem: 100M
+    interface: eth0
+    export: [GIVEN]
+    setup: ['env > {seen}', 'type module || true']
+"""
+    )
+    shell = {"KEEPWARM_SITE": str(site), "GIVEN": "to the job", "STRAY": "of the shell", "GLOO_SOCKET_IFNAME": "none"}
+    job = submitted(cluster, *TWO, f"output={run}", "cluster.slurm.mem=200M", **shell)
+    assert cluster.login("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%P %m").stdout.split() == [
+        "high",
+        "200M",
+    ]
+    log = run / "logs" / f"slurm-{job}.log"
+    assert cluster.await_end(job) == "COMPLETED", log.read_text()
+    variables = dict(line.partition("=")[::2] for line in seen.read_text().splitlines())
+    assert variables["GIVEN"] == "to the job"
+    assert "STRAY" not in variables
+    assert variables["GLOO_SOCKET_IFNAME"] == "eth0"
+    assert variables["PATH"].split(":")[0] == str(Path(sys.executable).parent)
+    sources = json.loads((run / "run.json").read_text())["cluster"]["sources"]
+    assert sources["slurm.partition"] == str(site)
+    assert sources["slurm.mem"] == "job"
+
+
+def test_site_init_proposes_a_file_that_is_valid_and_names_the_partitions(cluster: SlurmCluster, folder: Path) -> None:
+    file = folder / "new" / "site.yaml"
+    made = cluster.keepwarm("site", "init", "-o", str(file))
+    assert made.returncode == 0, made.stderr
+    text = file.read_text()
+    assert "cluster tests:" in text
+    assert "#   batch*: 4 nodes of 4 CPUs, 16 GiB, no GPUs; time limit infinite" in text
+    assert "#   high: 4 nodes of 4 CPUs" in text
+    shown = cluster.login(sys.executable, "-P", "-m", "keepwarm", "site", "show", "--json", KEEPWARM_SITE=str(file))
+    line = next(number for number, line in enumerate(text.splitlines(), 1) if "partition:" in line)
+    assert json.loads(shown.stdout)["defaults"] == [
+        {"key": "cluster.slurm.partition", "value": "batch", "source": f"{file}:{line}"}
+    ]
+    again = cluster.keepwarm("site", "init", "-o", str(file))
+    assert again.returncode == 2
+    assert again.stderr == f"keepwarm: {file}: the file exists; --force replaces it\n"

@@ -68,7 +68,7 @@ def branched(folder: Path, step: int, tokens: int, overrides: Sequence[str] = ()
     output = Path(parent.output).with_name(f"{Path(parent.output).name}-anneal-{step}")
     paths = [path_override("output", output), path_override("init_from", point.path)]
     own = [f"{key}={json.dumps(value)}" for key, value in made.items()]
-    job = load_job(RunFolder(folder).run_file, [*paths, *own, *overrides])
+    job = load_job(RunFolder(folder).run_file, [*paths, *own, *overrides], resubmit=True)
     if folder in (Path(job.output).resolve(), *Path(job.output).resolve().parents):
         raise SpecError(f"output = {job.output} lies in {folder}, from which the branch begins; choose another")
     return job

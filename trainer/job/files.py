@@ -20,6 +20,8 @@ from keepwarm.trainer.job.messages import explain
 from keepwarm.trainer.job.overrides import Override
 from keepwarm.trainer.job.renames import upgrade
 from keepwarm.trainer.job.run_folder import PROPOSED_FILE, RUN_FILE, SUBMITTED_FILE
+from keepwarm.trainer.job.site.defaults import SOURCES, fill, release
+from keepwarm.trainer.job.site.site_file import read_site
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.job.url import expand_paths, is_remote, local_path, path_override
 from keepwarm.trainer.job.yaml import Document, Keys, read_document
@@ -34,8 +36,11 @@ def shipped_configs() -> Path:
     return (Path(keepwarm.__file__).parent / "configs").resolve()
 
 
-def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
+def load_job(path: Path, overrides: Sequence[str] = (), *, resubmit: bool = False) -> JobSpec:
     """Load the job from a YAML file or `run.json`, with overrides applied and the named model filled in.
+
+    What a job file lacks in `cluster` comes from the site file. A `run.json` has the values of its submission; with
+    `resubmit`, those of a site file are replaced by today's.
 
     `path` may also name a shipped job, such as `ci/tiny`. Data paths in the file are relative to the file; those in
     overrides, `output` and `init_from` are relative to the working directory. In the result all are absolute, and `~`
@@ -46,6 +51,9 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
     """
     path = find_job(path)
     document, changes = _read(path, overrides)
+    takes_defaults = resubmit or not is_run_file(path)
+    if takes_defaults:
+        release(document)
     _anchor_data(document.values, path.parent)
     model_base = path.parent
     for change in changes:
@@ -60,8 +68,18 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
     for key in ("output", "init_from"):
         if isinstance(document.values.get(key), str) and not (key == "init_from" and is_remote(document.values[key])):
             document.values[key] = _anchored(document.values[key], Path.cwd())
+    if takes_defaults:
+        _take_defaults(document)
     is_stored = is_run_file(path) and not any(change.keys[0] == "cluster" for change in changes)
     return _validate(JobSpec, document, path, STORED if is_stored else None)
+
+
+def _take_defaults(document: Document) -> None:
+    """Fill the `cluster` section from the site file, and record where its values came from."""
+    sources = fill(document, read_site())
+    cluster = document.values["cluster"]
+    if isinstance(cluster, dict):
+        cluster.setdefault(SOURCES, sources)
 
 
 def _read(path: Path, overrides: Sequence[str]) -> tuple[Document, list[Override]]:
@@ -92,9 +110,10 @@ def load_model(name: str | Path) -> ModelSpec:
     return _validate(ModelSpec, read_document(path), path)
 
 
-def load_run(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
+def load_run(path: Path, overrides: Sequence[str] = (), *, resubmit: bool = False) -> JobSpec:
     """Load the job from the `run.json` of a run folder, or a proposed spec beside it; the output is that folder, even
-    if it has been moved. If the proposal is absent because it was accepted, load `run.json`.
+    if it has been moved. If the proposal is absent because it was accepted, load `run.json`. `resubmit` as in
+    `load_job`.
 
     Raises:
         SpecError: as `load_job`.
@@ -102,11 +121,11 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
     folder = path.resolve().parent
     changes = [*overrides, path_override("output", folder)]
     try:
-        return load_job(path, changes)
+        return load_job(path, changes, resubmit=resubmit)
     except SpecError:
         if path.name not in _PROPOSALS or path.exists():
             raise
-    return load_job(path.with_name(RUN_FILE), changes)
+    return load_job(path.with_name(RUN_FILE), changes, resubmit=resubmit)
 
 
 def is_run_file(path: Path) -> bool:

@@ -40,8 +40,8 @@ class Document:
         self.places |= {keys + at: place for at, place in places.items()}
 
 
-def read_document(path: Path) -> Document:
-    """Read the mapping in a YAML or JSON file.
+def read_document(path: Path, *, may_be_empty: bool = False) -> Document:
+    """Read the mapping in a YAML or JSON file; with `may_be_empty`, a file of comments alone is an empty one.
 
     Raises:
         SpecError: the file is missing, unreadable, empty, not a mapping, not YAML 1.2, or repeats a key.
@@ -56,6 +56,8 @@ def read_document(path: Path) -> Document:
         raise SpecError(f"{path}: not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
     places: dict[Keys, str] = {(): str(path)}
     values = _parse_json(text, path) if path.suffix == ".json" else _parse(text, str(path), places)
+    if values is None and may_be_empty:
+        values = {}
     if values is None:
         raise SpecError(f"{path}: the file is empty")
     if not isinstance(values, dict):

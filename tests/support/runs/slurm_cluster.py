@@ -181,7 +181,8 @@ class SlurmCluster:
         path = os.pathsep.join([scripts, os.environ["PATH"], "/usr/sbin", "/sbin"])
         foreign = ("SLURM_", "SBATCH_", "PMI", "OMPI_", "KEEPWARM_", "XDG_RUNTIME_DIR")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
-        return kept | {"PATH": path, "SLURM_CONF": str(self.root / "etc/slurm.conf"), "OMP_NUM_THREADS": "1"}
+        own = {"PATH": path, "SLURM_CONF": str(self.root / "etc/slurm.conf"), "OMP_NUM_THREADS": "1"}
+        return kept | own | {"KEEPWARM_SITE": ""}
 
     def _enter(self, name: str, cwd: Path | None = None) -> list[str]:
         (init,) = _children(self.machines[name].pid)
