@@ -55,7 +55,8 @@ def test_plan_json_holds_layout_and_learning_rates() -> None:
     result = keepwarm("plan", TINY, "parallel.tensor=2", "--parallel.pipeline=2", "parallel.data=2", "--json")
     assert result.returncode == 0, result.stderr
     plan = json.loads(result.stdout)
-    assert plan.keys() == {"job", "layout", "parameters", "ranks", "host_memory", "smaller", "stages"}
+    assert plan.keys() == {"job", "site", "layout", "parameters", "ranks", "host_memory", "smaller", "stages"}
+    assert plan["site"] == {}
     assert plan["host_memory"] is None
     sizes = {"data": 2, "pipeline": 2, "tensor": 2, "ranks_per_node": 8, "world_size": 8, "nodes": 1}
     assert plan["layout"] == sizes
