@@ -1,5 +1,6 @@
 """Run SLURM's commands with a deadline and parse their output. Uses only formats common to all versions."""
 
+import os
 import re
 import subprocess
 import time
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from keepwarm.launch.errors import ClusterError
+from keepwarm.trainer.job.slurm.sbatch_options import RESERVED
 
 COMMAND_TIMEOUT_S = 30.0
 """Timeout of one command."""
@@ -29,7 +31,7 @@ def ask(*command: str, stdin: str | None = None, patience: float = CONTROLLER_TI
         try:
             done = subprocess.run(
                 command, input=stdin, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False,
-                stdin=subprocess.DEVNULL if stdin is None else None,
+                stdin=subprocess.DEVNULL if stdin is None else None, env=_environment(),
             )  # fmt: skip
         except FileNotFoundError as error:
             raise ClusterError(
@@ -48,6 +50,12 @@ def ask(*command: str, stdin: str | None = None, patience: float = CONTROLLER_TI
         if time.monotonic() > end:
             raise ClusterError(f"the SLURM controller did not answer {command[0]} for {patience:g} s: {said}")
         time.sleep(_PAUSE)
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment without the variables that override options of a script which the layout needs."""
+    overriding = {f"SBATCH_{name.upper().replace('-', '_')}" for name in RESERVED if name != "time"}
+    return {name: text for name, text in os.environ.items() if name not in overriding | {"SBATCH_ARRAY_INX"}}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,6 +68,7 @@ def test_job_takes_defaults_of_the_site_and_no_environment_of_the_shell(cluster:
 """
     )
     shell = {"KEEPWARM_SITE": str(site), "GIVEN": "to the job", "STRAY": "of the shell", "GLOO_SOCKET_IFNAME": "none"}
+    shell |= {"SBATCH_EXPORT": "ALL", "SBATCH_ARRAY_INX": "0-3", "SBATCH_OUTPUT": "/dev/null", "SBATCH_GPUS": "9"}
     job = submitted(cluster, *TWO, f"output={run}", "cluster.slurm.mem=200M", **shell)
     assert cluster.login("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%P %m").stdout.split() == [
         "high",
