@@ -25,7 +25,7 @@ def set_numerics(config: EngineConfig) -> None:
     if numerics.deterministic:
         torch.use_deterministic_algorithms(True)
         # The flag would also fill every new tensor, which no code here reads before writing.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def begin(batch: Batch, config: EngineConfig, mesh: Mesh, losses: Losses) -> Batch:

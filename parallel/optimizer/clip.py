@@ -42,9 +42,8 @@ def finish(parameters: Iterable[ShardedParameter], *, coalesce: bool) -> None:
         locals_ = [gradient.to_local() for _, gradient in partial]
         flat = torch.cat([one.reshape(-1) for one in locals_])
         dist.all_reduce(flat, group=partial[0][1].device_mesh.get_group())
-        for (sharded, _), one, total in zip(
-            partial, locals_, flat.split([one.numel() for one in locals_]), strict=True
-        ):
+        totals = torch.split(flat, [one.numel() for one in locals_])
+        for (sharded, _), one, total in zip(partial, locals_, totals, strict=True):
             sharded.local.grad = total.view(one.shape)
 
 

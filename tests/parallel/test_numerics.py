@@ -18,6 +18,7 @@ from keepwarm.trainer.model.decoder import Decoder
 from tests.support.parity import Case, equal_bits, make_engine, model_spec, train_step
 from tests.support.ranks import run_ranks
 
+DETERMINISTIC: Any = torch.utils.deterministic
 SEQUENCE = Case(tensor=2, sequence=True, optimizer="adamw")
 
 CONFIG = EngineConfig(
@@ -36,12 +37,12 @@ def as_before() -> Iterator[None]:
     """Put back what the tests set."""
     matmul = torch.backends.cuda.matmul
     reduced, tf32, convolutions = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_tf32, _convolutions()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    filled = DETERMINISTIC.fill_uninitialized_memory
     repeatable = torch.are_deterministic_algorithms_enabled()
     yield
     matmul.allow_bf16_reduced_precision_reduction, matmul.allow_tf32 = reduced, tf32
     torch.backends.cudnn.allow_tf32 = convolutions
-    torch.utils.deterministic.fill_uninitialized_memory = filled
+    DETERMINISTIC.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(repeatable)
 
 
@@ -71,10 +72,10 @@ def test_numerics_tf32_leaves_the_cpu_alone() -> None:
 
 
 def test_numerics_deterministic_does_not_fill_new_tensors() -> None:
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    DETERMINISTIC.fill_uninitialized_memory = True
     step.set_numerics(replace(CONFIG, numerics=NumericsSpec(deterministic=True)))
     assert torch.are_deterministic_algorithms_enabled()
-    assert torch.utils.deterministic.fill_uninitialized_memory is False
+    assert DETERMINISTIC.fill_uninitialized_memory is False
 
 
 def trained(coalesce: bool) -> tuple[dict[str, torch.Tensor], int]:
