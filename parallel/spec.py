@@ -106,5 +106,8 @@ class NumericsSpec(Section):
     )
     norms: Literal["torch", "apex"] = Field("torch", description="apex: FusedRMSNorm, FusedLayerNorm, on a GPU")
     compile: bool = Field(False, description="torch.compile each layer")
-    deterministic: bool = Field(False, description="CUDA: bitwise repeatable kernels")
+    tf32: bool = Field(False, description="CUDA: multiply fp32 matrices in TF32, faster and with 10 bits of mantissa")
+    deterministic: bool = Field(
+        False, description="CUDA: bitwise repeatable kernels, without which two runs on GPUs differ"
+    )
     threads_per_rank: Threads = Field(1, description="CPU threads of each rank; part of what fixes the bits")

@@ -14,10 +14,18 @@ from keepwarm.parallel.optimizer import clip
 from keepwarm.parallel.targets import IGNORED
 
 
-def set_determinism(config: EngineConfig) -> None:
-    """Make torch choose deterministic kernels for the whole process if the job asks for them."""
-    if config.numerics.deterministic:
+def set_numerics(config: EngineConfig) -> None:
+    """Set, for the whole process, which kernels torch chooses and in which precision matrix products are summed."""
+    numerics = config.numerics
+    # Partial sums of bf16 products stay fp32, as in Megatron-LM.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    if config.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = numerics.tf32
+        torch.backends.cudnn.allow_tf32 = numerics.tf32
+    if numerics.deterministic:
         torch.use_deterministic_algorithms(True)
+        # The flag would also fill every new tensor, which no code here reads before writing.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def begin(batch: Batch, config: EngineConfig, mesh: Mesh, losses: Losses) -> Batch:

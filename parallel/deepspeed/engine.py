@@ -55,7 +55,7 @@ class DeepSpeedEngine:
         """
         optimizer, model = config.optimizer, config.model
         self._options = config.parallel.options_as(DeepSpeedOptions)
-        step.set_determinism(config)
+        step.set_numerics(config)
         self.layout = config.layout
         self._config = config
         self._linear = nn.functional.linear

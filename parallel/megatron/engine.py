@@ -50,7 +50,7 @@ class MegatronEngine:
         model, parallel = config.model, config.parallel
         if unknown := set(model.loss_weights) - set(NAMES):
             raise EngineUnavailable(f"parallel.engine = megatron: no loss {sorted(unknown)}; it has {list(NAMES)}")
-        step.set_determinism(config)
+        step.set_numerics(config)
         self.layout = config.layout
         self._config = config
         self._groups = Groups(config.layout, config.device, config.timeout)

@@ -38,7 +38,7 @@ class TorchEngine:
         """
         model, parallel, numerics = config.model, config.parallel, config.numerics
         _check(model, parallel)
-        step.set_determinism(config)
+        step.set_numerics(config)
         self.layout = config.layout
         self._config = config
         shard_size, wrapped = data.shard_size_of(parallel), data.is_wrapped(parallel, numerics)
@@ -127,7 +127,7 @@ class TorchEngine:
             self._forward(batch.micro_batch(micro)).backward()  # type: ignore[no-untyped-call]
 
     def _finish_gradients(self) -> None:
-        clip.finish(self._parameters)
+        clip.finish(self._parameters, coalesce=self._config.device.type != "cpu")
         ends = self._mesh.ends
         for sharded in self._parameters:
             tied = is_tied_across(sharded.name, self._config.model, self.layout.pipeline)

@@ -19,17 +19,32 @@ class Gradient(NamedTuple):
     """Ranks that hold the gradient of the same elements, ascending."""
 
 
-def finish(parameters: Iterable[ShardedParameter]) -> None:
+def finish(parameters: Iterable[ShardedParameter], *, coalesce: bool) -> None:
     """Sum gradients that are still partial over the tensor axis, and assign all gradients to the local parameters.
 
     Under sequence parallelism, norms see part of the sequence on each rank. Where FSDP reduces their gradients, it has
     already summed them.
+
+    Args:
+        coalesce: sum them in one all-reduce. On CPUs each has its own: gloo's order of summation depends on where an
+            element lies in the buffer.
     """
+    partial: list[tuple[ShardedParameter, DTensor]] = []
     for sharded in parameters:
         gradient = sharded.parameter.grad
         if isinstance(gradient, DTensor) and any(placement.is_partial() for placement in gradient.placements):
+            if coalesce and gradient.device_mesh.ndim == 1:
+                partial.append((sharded, gradient))
+                continue
             gradient = gradient.redistribute(placements=[Replicate()] * len(gradient.placements))
         sharded.local.grad = None if gradient is None else local_of(gradient)
+    if partial:
+        locals_ = [gradient.to_local() for _, gradient in partial]
+        flat = torch.cat([one.reshape(-1) for one in locals_])
+        dist.all_reduce(flat, group=partial[0][1].device_mesh.get_group())
+        totals = torch.split(flat, [one.numel() for one in locals_])
+        for (sharded, _), one, total in zip(partial, locals_, totals, strict=True):
+            sharded.local.grad = total.view(one.shape)
 
 
 def gradients_of(parameters: Iterable[ShardedParameter]) -> list[Gradient]:

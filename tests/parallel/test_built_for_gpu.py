@@ -30,7 +30,7 @@ def kernel_of(arguments: dict[str, Any], dtype: torch.dtype) -> str:
 
     By `can_use_flash_attention` and `can_use_mem_efficient_attention` of aten/src/ATen/native/transformers/cuda.
     """
-    order = [SDPBackend(one) for one in torch._C._get_sdp_priority_order()]  # type: ignore[attr-defined]
+    order = [SDPBackend(one) for one in torch._C._get_sdp_priority_order()]
     assert order.index(SDPBackend.MATH) < order.index(SDPBackend.CUDNN_ATTENTION)
     masked, grouped = arguments["attn_mask"] is not None, arguments["enable_gqa"]
     if not masked and dtype in (torch.bfloat16, torch.float16):
@@ -81,7 +81,8 @@ def test_attention_on_a_gpu_is_always_fused(
             monkeypatch.setattr(attention, "_blocks", lambda *_: object())
             index = torch.empty((2, 8), dtype=torch.int32, device="cuda") if documents else None
             seen = attention.context(None, 8, torch.device("cuda"), index, None)
-            attention.attend(*heads(keys, dtype, sequence_first=False), seen)
+            query, key, value = heads(keys, dtype, sequence_first=False)
+            attention.attend(query, key, value, seen)
     assert len(kernels) == 1
     assert kernels[0] != "math"
 
@@ -109,7 +110,7 @@ def test_megatron_stage_has_every_tensor_on_its_device(
         model=Decoder(spec, 1),
         parallel=ParallelSpec(engine="megatron", data=2, data_mode="ddp"),
         optimizer=OptimizerSpec(),
-        numerics=NumericsSpec(precision=precision),
+        numerics=NumericsSpec.model_validate({"precision": precision}),
         layout=Layout.of(ParallelSpec(data=2)),
         device=torch.device("cpu"),
         timeout=TIMEOUT,

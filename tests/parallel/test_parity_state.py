@@ -125,8 +125,8 @@ def _infinite_gradient_on_the_last_rank() -> Iterator[None]:
     """One element of one gradient of one rank; the loss stays finite."""
     finish = clip.finish
 
-    def spoil(parameters: list[ShardedParameter]) -> None:
-        finish(parameters)
+    def spoil(parameters: list[ShardedParameter], *, coalesce: bool) -> None:
+        finish(parameters, coalesce=coalesce)
         gradient = next(held.local.grad for held in parameters if held.replicas[0] == dist.get_rank())
         assert gradient is not None
         gradient.flatten()[0] = torch.inf

@@ -26,9 +26,9 @@ Fault = Callable[[TorchEngine], AbstractContextManager[None]]
 def gradients_doubled(engine: TorchEngine) -> Iterator[None]:
     finish = clip.finish
 
-    def doubling(parameters: Iterable[ShardedParameter]) -> None:
+    def doubling(parameters: Iterable[ShardedParameter], *, coalesce: bool) -> None:
         held = list(parameters)
-        finish(held)
+        finish(held, coalesce=coalesce)
         for one in held:
             if one.local.grad is not None:
                 one.local.grad = 2 * one.local.grad

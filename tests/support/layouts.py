@@ -15,7 +15,7 @@ from keepwarm.parallel.parameter import ShardingSpec
 from keepwarm.parallel.shard import Shard
 from keepwarm.parallel.spec import ParallelSpec
 from keepwarm.parallel.style import SPLIT_DIM
-from keepwarm.trainer.checkpoint.checkpoint import host_bytes
+from keepwarm.trainer.checkpoint.own_part import host_bytes
 from keepwarm.trainer.model.shapes import parameter_shapes, tensor_plan
 from keepwarm.trainer.model.spec import ModelSpec
 

@@ -5,7 +5,7 @@ The format is that of `keepwarm.ft.format.publication`, so checkpoints written h
 
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ import xxhash
 from keepwarm import side_writer
 from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.discovery.registry import newest_epoch
-from keepwarm.ft.errors import FtError
+from keepwarm.ft.errors import DurableError, FtError
 from keepwarm.ft.format import publication
 from keepwarm.ft.format.contents import Move, Piece, move_bytes, plan
 from keepwarm.ft.format.manifest import Entry, Manifest, Part
-from keepwarm.ft.format.writer import age_notes, write_part
+from keepwarm.ft.format.writer import age_notes
 from keepwarm.ft.worker.snapshotter import DTYPES, piece_of
 from keepwarm.parallel.shard import Shard
+from keepwarm.trainer.checkpoint import own_part
 from keepwarm.trainer.checkpoint.store import Checkpoint, opened
 from keepwarm.trainer.distributed.world import World
 from keepwarm.trainer.errors import CheckpointError, StateNotSaved
@@ -68,8 +69,13 @@ class Checkpoints:
         """Return whether the spec asks for a checkpoint after `step` completed steps, besides the final one."""
         return self._spec.every is not None and step % self._spec.every == 0
 
-    def save(self, step: int, shards: Mapping[str, Shard], meta: dict[str, Any]) -> Path:
+    def save(
+        self, step: int, shards: Mapping[str, Shard], meta: dict[str, Any], moved: Callable[[], object] = lambda: None
+    ) -> Path:
         """Write, verify and publish the checkpoint of `step`, then delete those beyond `keep`.
+
+        Each rank reads back what it wrote. No rank waits in a collective while another reads or writes: that may take
+        longer than a collective's deadline. `moved` is called from time to time as long as any rank goes on.
 
         Raises:
             StateNotSaved: on all ranks, as the disk is full or the folder cannot be written by one of them; existing
@@ -79,34 +85,43 @@ class Checkpoints:
         self.epoch = self._world.largest(self.epoch)
         tmp, final = publication.staging(self.root, self.epoch, step, "ranks"), publication.folder(self.root, step)
         failure: Exception | None = None
+        header = b""
+        written = self._world.meeting(moved)
         try:
             # By every rank, not by one for which the others wait: a rank that fails goes on to what all take part in.
             tmp.mkdir(parents=True, exist_ok=True)
             mine = [shard for shard in shards.values() if shard.replicas[0] == self._world.rank]
-            pairs = [(piece_of(shard), host_bytes(shard.local)) for shard in mine]
-            write_part(tmp, self._world.rank, pairs, meta=age_notes(self.epoch, step))
+            part = own_part.write(tmp, self._world.rank, mine, age_notes(self.epoch, step), written.advance)
+            header = part.header_xxh3.encode()
         except (OSError, FtError) as error:
             failure = error
+        written.arrive()
         self._agree(failure, tmp)
+        headers = self._world.gather(header)
+        published = self._world.meeting(moved)
         if self._world.rank == 0:
             try:
-                self._publish(tmp, final, step, meta)
+                self._publish(tmp, final, step, meta, headers)
             except (OSError, FtError) as error:
                 failure = error
+        published.arrive()
         self._agree(failure, tmp)
         if self._world.rank == 0:
             with side_writer.attempt("old checkpoints"):
                 publication.prune(self.root, self._spec.keep, published=final)
         return final
 
-    def _publish(self, tmp: Path, final: Path, step: int, meta: dict[str, Any]) -> None:
-        publication.write_manifest(
+    def _publish(self, tmp: Path, final: Path, step: int, meta: dict[str, Any], headers: list[bytes]) -> None:
+        """Publish parts that their ranks have verified; `headers` are the checksums of their headers."""
+        manifest = publication.write_manifest(
             tmp,
             publication.Identity(run=self._run, epoch=self.epoch, step=step, layout=self._layout),
             ranks=self._world.size,
             meta=meta,
         )
-        publication.verify(tmp)
+        for part, header in zip(manifest.parts, headers, strict=True):
+            if part.header_xxh3 != header.decode():
+                raise DurableError(f"{tmp / part.file}: its header is not the one that rank {part.rank} verified")
         if not publication.publish(tmp, final):
             warnings.warn(
                 f"{final.parent}: a restart prefers a checkpoint of a later epoch than {self.epoch} to step {step}",
@@ -215,9 +230,3 @@ def _assemble(stored: Checkpoint, target: Piece, sources: Sources, out: Bytes) -
         first, held = stored.span(*sources[source], start, stop)
         for move in moves:
             move_bytes(move, held[move.span[0] - first : move.span[1] - first], out)
-
-
-def host_bytes(tensor: torch.Tensor) -> Bytes:
-    """Return the bytes of a tensor in row-major order; a view if it is contiguous in host memory."""
-    array: Bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return array

@@ -115,7 +115,11 @@ def look(request: Request, rank: int, local_rank: int, restarts: int) -> Seen:
     visible = 0 if request.device == "cpu" else torch.cuda.device_count() if torch.cuda.is_available() else 0
     if visible == 0:
         return Seen(rank=rank, host=host, visible=0, reason=_why_none(), restarts=restarts)
-    card = getattr(torch.cuda.get_device_properties(index_of(local_rank, visible)), "uuid", None)
+    try:
+        card = getattr(torch.cuda.get_device_properties(index_of(local_rank, visible)), "uuid", None)
+    except RuntimeError as error:  # a GPU that is listed and cannot be used
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return Seen(rank=rank, host=host, visible=0, reason=reason, restarts=restarts)
     # Nodes that are emulated on one machine have names of their own.
     where = "" if card is None else f"{socket.gethostname()} {card}"
     return Seen(rank=rank, host=host, visible=visible, card=where, restarts=restarts)

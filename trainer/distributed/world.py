@@ -1,12 +1,14 @@
 """The process group of a run: this rank, its device, and collectives with the other ranks."""
 
 import contextlib
+import itertools
 import os
 import socket
 import stat
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from keepwarm.parallel.spec import NumericsSpec
 from keepwarm.trainer.distributed import device
 from keepwarm.trainer.distributed.launcher_environment import adopt_launcher
+from keepwarm.trainer.distributed.meeting import Meeting
 from keepwarm.trainer.distributed.start_id import agree
 from keepwarm.trainer.errors import RendezvousFailed, SpecError
 
@@ -37,6 +40,10 @@ class World:
     device: torch.device
     restarts: int = 0
     """How often the ranks of this run have begun again: the largest count of all launchers."""
+    store: Store | None = field(default=None, compare=False, repr=False)
+    """Shared by the ranks of this start; None without peers."""
+    _interrupted: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
+    _meetings: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set on at least one rank. Collective."""
@@ -72,12 +79,24 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def meeting(self, moved: Callable[[], object]) -> Meeting:
+        """Return the next meeting of all ranks, which must create the same ones; `moved` is called while any moves."""
+        return Meeting(
+            store=self.store,
+            name=f"meeting/{next(self._meetings)}",
+            size=self.size,
+            stall=COLLECTIVE_TIMEOUT,
+            stopped=self._interrupted,
+            moved=moved,
+        )
+
     def interrupt(self) -> None:
         """Make every pending and later collective of this process fail. Call it from another thread.
 
         gloo has no abort (torch 2.13): all TCP connections of the process are shut down, the store's among them, as if
         all peers had died. NCCL's communicators are aborted.
         """
+        self._interrupted.set()
         for descriptor in (int(path.name) for path in Path("/proc/self/fd").iterdir()):
             with contextlib.suppress(OSError):
                 if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
@@ -129,18 +148,26 @@ def join(expected: int, numerics: NumericsSpec, request: device.Request | None =
     store: Store | None = None
     if size > 1:
         check_interfaces(os.environ, [name for _, name in socket.if_nameindex()], cuda=seen.visible > 0)
-    try:
+    with _reached():
         if size > 1:
             store = _store(rank, size)
         kind = device.agree(store, request, seen, size, COLLECTIVE_TIMEOUT)
-        chosen = _chosen(kind, local_rank, seen)
-        if store is not None:
+    chosen = _chosen(kind, local_rank, seen)
+    if store is not None:
+        with _reached():
             _connect(store, rank, size, chosen)
-    except RuntimeError as error:  # torch's own network errors among them
-        raise RendezvousFailed(f"the ranks do not reach each other{_place()}: {_first_line(error)}") from error
-    world = World(rank=rank, size=size, local_rank=local_rank, device=chosen)
+    world = World(rank=rank, size=size, local_rank=local_rank, device=chosen, store=store)
     # The launcher of a replacement node counts from zero.
     return replace(world, restarts=world.largest(restarts))
+
+
+@contextlib.contextmanager
+def _reached() -> Iterator[None]:
+    """Raise RendezvousFailed in place of torch's errors of the network."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RendezvousFailed(f"the ranks do not reach each other{_place()}: {_first_line(error)}") from error
 
 
 def _chosen(kind: device.Kind, local_rank: int, seen: device.Seen) -> torch.device:

@@ -67,7 +67,9 @@ class DurableSaver(Callback):
             ) from error
 
     def _save(self, run: Run) -> None:
-        self._checkpoints.save(run.state.step, {**run.engine.state(), **self._extra}, run.meta())
+        self._checkpoints.save(
+            run.state.step, {**run.engine.state(), **self._extra}, run.meta(), self._watchdog.suspend
+        )
 
     def _report(self, run: Run, error: StateNotSaved, then: str) -> None:
         run.metrics.event(events.CheckpointFailed(step=run.state.step, reason=str(error)))

@@ -67,8 +67,9 @@ class Watchdog:
             self._thread.start()
 
     def suspend(self) -> None:
-        """Allow for work that takes longer than a step and says nothing about step times."""
+        """Allow for work that takes longer than a step and says nothing about step times. Repeat while work goes on."""
         self._usual = False
+        self._since = time.monotonic()
         self._limit = None if self._limit is None else max(SUSPENDED_LIMIT, self._limit)
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from keepwarm.ft.worker.snapshotter import piece_of
 from keepwarm.parallel.shard import Shard
 from keepwarm.trainer.checkpoint import checkpoint
 from keepwarm.trainer.checkpoint.checkpoint import Checkpoints
+from keepwarm.trainer.checkpoint.own_part import host_bytes
 from keepwarm.trainer.distributed.world import World
 from keepwarm.trainer.errors import CheckpointError, StateNotSaved
 from keepwarm.trainer.job.sections import CheckpointSpec
@@ -153,7 +154,7 @@ def test_load_damage_is_refused_with_file_name(tmp_path: Path, damage: str) -> N
     whole = torch.arange(16.0).reshape(4, 4)
     for rank in range(2):
         row = shard("w", whole, slice(2 * rank, 2 * rank + 2), slice(0, 4))
-        write_part(tmp, rank, [(piece_of(row), checkpoint.host_bytes(row.local))])
+        write_part(tmp, rank, [(piece_of(row), host_bytes(row.local))])
     publication.write_manifest(tmp, publication.Identity(run="r", epoch=0, step=1, layout="l"), ranks=2, meta={})
     live = whole_of("w", torch.zeros(4, 4))
     checkpoint.load(tmp, live)

@@ -20,6 +20,7 @@ from keepwarm.parallel.spec import ParallelSpec
 from keepwarm.trainer.checkpoint import checkpoint
 from keepwarm.trainer.checkpoint.command import app
 from keepwarm.trainer.checkpoint.copy import copy, find
+from keepwarm.trainer.checkpoint.own_part import host_bytes
 from keepwarm.trainer.errors import CheckpointError, OutputError, TrainerError
 from keepwarm.trainer.model.spec import ModelSpec
 from tests.support.layouts import Case, shards_of, whole_state, write_checkpoint
@@ -57,7 +58,7 @@ def large(root: Path, compress: bool = False) -> tuple[Path, torch.Tensor]:
     tmp = publication.staging(root, 0, 4)
     tmp.mkdir()
     whole = rows(matrix, 0, ROWS)
-    write_part(tmp, 0, [(piece_of(whole), checkpoint.host_bytes(whole.local))], compress=compress)
+    write_part(tmp, 0, [(piece_of(whole), host_bytes(whole.local))], compress=compress)
     publication.write_manifest(
         tmp, publication.Identity(run="r", epoch=0, step=4, layout="l"), ranks=1, meta={"note": 1}
     )

@@ -106,6 +106,17 @@ def test_look_one_visible_device_belongs_to_the_rank(monkeypatch: pytest.MonkeyP
     assert look(Request(device="cpu"), 5, 5, 0).visible == 0
 
 
+def test_look_gpu_that_cannot_be_used_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: int) -> object:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nCompile with ...")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", broken)
+    seen = look(CUDA, rank=5, local_rank=5, restarts=0)
+    assert (seen.visible, seen.reason) == (0, "CUDA error: uncorrectable ECC error encountered")
+
+
 @NO_GPU
 def test_look_without_a_gpu_says_why() -> None:
     assert look(CUDA, 0, 0, 0).reason.startswith(f"torch {torch.__version__} is built without CUDA")
