@@ -5,6 +5,7 @@ LaunchError
 ├── SimulationError      2  input that the simulator cannot handle
 ├── SnapshotsError       2  no snapshot agent can be reached
 ├── StatusError          2  the folder holds no run
+├── DrainError         1,2  a node cannot leave the run, or has not in time
 ├── DrillError           2  a fault that does not apply to the job, or a drill that could not be carried out
 ├── ClusterError         2  a batch system cannot be queried, or cannot provide what the job requests
 ├── OptionError          2  conflicting command-line options
@@ -34,6 +35,14 @@ class SnapshotsError(LaunchError):
 
 class StatusError(LaunchError):
     """The folder holds no run; names the folder."""
+
+
+class DrainError(LaunchError):
+    """A node cannot leave the run; says why. If it has not in time, says who waits for whom."""
+
+    def __init__(self, message: str, *, late: bool = False) -> None:
+        super().__init__(message)
+        self.exit_code = ExitCode.FAULT if late else ExitCode.BAD_INPUT
 
 
 class DrillError(LaunchError):

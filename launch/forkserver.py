@@ -326,6 +326,7 @@ def _run_child(worker: Worker, channel: socket.socket, server: int, ignored: fro
             signal.signal(number, signal.SIG_DFL)
         if signal.SIGINT not in ignored:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a worker that trains handles it: see `Interrupt`
         # Line-buffered, so that nothing is lost when it is killed; errors as a new interpreter has them.
         sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115

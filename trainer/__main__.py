@@ -24,6 +24,7 @@ def main(arguments: list[str]) -> int:
     from keepwarm.parallel.errors import ParallelError
     from keepwarm.trainer.distributed.in_process_restart import ControlChannel, RestartRequested
     from keepwarm.trainer.errors import TrainerError
+    from keepwarm.trainer.loop.interrupt import HandedOver
     from keepwarm.trainer.loop.session import run_session
 
     control = ControlChannel.inherited()
@@ -41,7 +42,7 @@ def main(arguments: list[str]) -> int:
             traceback.print_exc()
         print(f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
         return error.exit_code if isinstance(error, TrainerError) else ExitCode.BAD_INPUT
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, HandedOver):
         return ExitCode.INTERRUPTED
 
 

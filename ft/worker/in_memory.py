@@ -40,6 +40,9 @@ class Deployment:
     """Address of this node that the other nodes can reach."""
 
 
+COMMIT_POLL_INTERVAL_S = 0.02
+
+
 class InMemoryCheckpointer:
     """One rank's connection to its node's agent.
 
@@ -182,6 +185,38 @@ class InMemoryCheckpointer:
         if not self._client.gone:
             self._snapshotter.offer(step, meta())
         self._next = step + self._steps_to_next()
+
+    def commit_now(self, step: int, meta: Callable[[], bytes]) -> str | None:
+        """Have the state after `step` completed steps committed on all nodes; return why it is not, alike on all ranks.
+
+        Waits at most `commit_deadline`. Collective. Raise FtError as `join` does.
+        """
+        self.join()
+        sealed = self._snapshotter.sealed
+        if sealed is None or sealed.step != step:
+            self._replace_dead_agents()
+            self._capture()
+            if not self._client.gone:
+                self._snapshotter.offer(step, meta())
+            self.join()
+        error = self.last_error or self._uncommitted(step)
+        if self._ranks.largest(int(error is not None)):
+            return error or "another node could not commit it"
+        return None
+
+    def _uncommitted(self, step: int) -> str | None:
+        """Wait until a step of this epoch is committed; return why it is not."""
+        end = time.monotonic() + self._spec.commit_deadline
+        committed = None
+        while time.monotonic() < end and not self._client.gone:
+            try:
+                committed = self._client.status().committed
+            except AgentError as error:
+                return str(error)
+            if committed is not None and committed >= (self.epoch, step):
+                return None
+            time.sleep(COMMIT_POLL_INTERVAL_S)
+        return f"step {step} was not committed within {self._spec.commit_deadline:g} s, the newest is {committed}"
 
     def _replace_dead_agents(self) -> None:
         """Restart dead agents, which begin empty and are filled by the next snapshot. All ranks decide alike."""

@@ -224,6 +224,31 @@ def snapshots(
     show(run, as_json=as_json)
 
 
+@app.command()
+def drain(
+    run: RunFolder,
+    node: Annotated[str, typer.Argument(metavar="NODE", help="Name of the node, or its slot.")],
+    timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="How long to wait for it.")] = 300.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Have a node leave a run without losing a step, for maintenance or before it is taken away.
+
+    All ranks finish their step and commit a snapshot of it in memory. Then a spare takes the node's slot, or the run
+    shrinks if the job allows it, and the node's supervisor ends with exit code 0. The names and slots of the nodes are
+    those of `keepwarm status`; a node of the same name may join again later.
+
+    keepwarm drain runs/demo node-1
+
+    keepwarm drain runs/demo 1 --timeout 60 --json
+
+    Exit codes: 0 the run trains without the node, 1 not in time (the node stays), 2 the node cannot leave: there is no
+    such node, no spare, or the run is restarting.
+    """
+    from keepwarm.launch.cli.drain import drain as drain_node
+
+    drain_node(run, node, timeout=timeout, as_json=as_json)
+
+
 add_programs(app, PROGRAMS)
 add_programs(data, DATA_PROGRAMS)
 

@@ -133,7 +133,8 @@ class Nodes:
         survivors = [code for code in self._codes.values() if code >= 0]
         if not survivors:
             print("keepwarm: every node was lost; --resume continues from the newest checkpoint", file=sys.stderr)
-        return max(set(survivors), key=survivors.count, default=ExitCode.UNRECOVERABLE)
+        # A node that was drained ended before the run: of codes that are as frequent, the last one is the run's.
+        return max(reversed(survivors), key=survivors.count, default=ExitCode.UNRECOVERABLE)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         if self._early is not None:

@@ -66,7 +66,7 @@ class NodeAgent(SimpleElasticAgent):
         self._processes = RankProcesses(server)
         self._signals = self._forwarded = 0
         self.saving = False
-        """Workers were asked to save their state and end, so that the run can grow."""
+        """Workers were asked to save their state and end, so that the run can grow or a node can leave."""
         self._ended_at: float | None = None
 
     # ---- hooks of the base class
@@ -156,9 +156,14 @@ class NodeAgent(SimpleElasticAgent):
         return time.monotonic() - self._ended_at > FAILURE_GRACE_S
 
     def save(self) -> None:
-        """Ask the workers to save their state and end; the next restart continues from there."""
+        """Ask the workers to save their state on disk and end; the next restart continues from there."""
         self.saving = True
         self._processes.send(signal.SIGTERM)
+
+    def hand_over(self) -> None:
+        """Ask the workers to commit their state in memory and end; those that do not train yet ignore it."""
+        self.saving = True
+        self._processes.send(signal.SIGUSR2)
 
     def on_signal(self, number: int) -> None:
         """Count a signal: the first one asks the workers to save and end, a second Ctrl-C kills them.

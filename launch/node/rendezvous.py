@@ -47,6 +47,12 @@ class Excluded(LaunchError):
     exit_code = ExitCode.UNRECOVERABLE
 
 
+class Drained(LaunchError):
+    """This node was asked to leave, and the run goes on without it."""
+
+    exit_code = ExitCode.DONE
+
+
 class NameTaken(LaunchError):
     """Another supervisor of the same name takes part in the run."""
 
@@ -106,6 +112,7 @@ class SlotRendezvous(RendezvousHandler):
         Raises:
             RendezvousClosedError: the run has ended, or this node was asked to leave.
             RunEnded: it has ended without this node.
+            Drained: the run goes on without this node, which was asked to leave.
             StoreLost, Fenced, Excluded, NoSpareLeft, NameTaken, OthersMayGoOn: this node cannot go on as it is.
         """
         waiting_since: float | None = None
@@ -116,6 +123,8 @@ class SlotRendezvous(RendezvousHandler):
             if self._hooks.leave_requested():
                 self._leave()
             slot, name = table.slot_of(self.membership.node), name_of(self.membership.node)
+            if self.membership.node in table.drained:
+                raise Drained(f"{name} was drained: it has left the run, which goes on without it")
             if name in table.excluded:
                 raise Excluded(f"{name} is excluded: {table.excluded[name]}")
             if not table.knows(self.membership.node) or self.membership.node in table.absent:
@@ -124,7 +133,7 @@ class SlotRendezvous(RendezvousHandler):
             self.slot = slot
             if slot is not None and table.complete and table.restart > self.restart:
                 return self._start(table, slot)
-            if table.growing and table.restart == self.restart:
+            if (table.growing or table.draining is not None) and table.restart == self.restart:
                 time.sleep(STORE_POLL_INTERVAL_S)  # the node of rank 0 announces when all is saved
                 continue
             if slot is not None and table.complete:
@@ -255,9 +264,16 @@ class SlotRendezvous(RendezvousHandler):
         table = self.membership.read()
         return table.growing and table.restart == self.restart
 
+    def hand_over_requested(self) -> bool:
+        """Return whether the workers must hand over their state so that a node can leave."""
+        table = self.membership.read()
+        return table.draining is not None and table.restart == self.restart
+
     def on_saved(self) -> None:
-        """Grow the run: the workers of this node have saved their state and ended."""
-        if self.slot == 0:
+        """Grow the run, or let a node leave: the workers of this node have saved their state and ended."""
+        if self.slot == 0 and self.hand_over_requested():
+            self._change(shared_table.HandOver(restart=self.restart))
+        elif self.slot == 0:
             self._resize(shared_table.Grow(restart=self.restart))
 
     def _resize(self, step: shared_table.Shrink | shared_table.Grow) -> bool:

@@ -86,8 +86,21 @@ class Grow(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     restart: int
 
 
+class Drain(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A node is to leave without a loss: `keepwarm drain`."""
+
+    node: str
+    stop: bool = False
+    """It is to stay after all."""
+
+
+class HandOver(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    restart: int
+
+
 Change = (
-    Join | Arrive | Fail | Finish | End | GiveUp | ClaimFlush | AnnounceFlush | Shrink | RequestGrowth | Grow
+    Join | Arrive | Fail | Finish | End | GiveUp | ClaimFlush | AnnounceFlush | Shrink | RequestGrowth | Grow | Drain
+    | HandOver
 )  # fmt: skip
 
 
@@ -118,7 +131,7 @@ def apply(table: Table, node: str, change: Change, now: float) -> Table:
     """Return the table after a node's request.
 
     Raises:
-        Refused: another start of the same node's supervisor is in the table.
+        Refused: another start of the same node's supervisor is in the table, or a node cannot be drained.
     """
     return _STEPS[type(change)](table, node, change, now)
 
@@ -145,6 +158,14 @@ def _shrink(table: Table, node: str, change: Shrink, now: float) -> Table:
     return slot_table.shrink(table) if table.flushing_node == node else table
 
 
+def _drain(table: Table, node: str, change: Drain, now: float) -> Table:
+    if change.stop:
+        return slot_table.stop_draining(table, change.node)
+    if why := slot_table.refusal_to_drain(table, change.node):
+        raise Refused(why)
+    return slot_table.drain(table, change.node, now)
+
+
 _STEPS: dict[type, Callable[..., Table]] = {
     Join: _join,
     Arrive: _arrive,
@@ -157,6 +178,8 @@ _STEPS: dict[type, Callable[..., Table]] = {
     Shrink: _shrink,
     RequestGrowth: lambda table, node, one, now: slot_table.request_growth(table),
     Grow: lambda table, node, one, now: slot_table.grow(table, one.restart),
+    Drain: _drain,
+    HandOver: lambda table, node, one, now: slot_table.hand_over(table, one.restart, now),
 }
 
 
@@ -170,7 +193,7 @@ def news(table: Table) -> object:
     return (
         table.restart, table.complete, table.ended, table.growing, table.flushing_node, table.flush_epoch,
         table.resized, table.excluded, table.slots, table.owners if table.begun else None, waiting,
-        causes[0].kind if causes else None, table.decides,
+        causes[0].kind if causes else None, table.decides, table.draining, table.drained,
     )  # fmt: skip
 
 

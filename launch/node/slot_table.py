@@ -65,6 +65,10 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     """Numbers of slots with which the job may run, largest first."""
     growing: bool = False
     """Workers were asked to save their state and end, so that the run can grow."""
+    draining: str | None = None
+    """The node that is to leave as soon as the workers have handed over their state."""
+    drained: tuple[str, ...] = ()
+    """Nodes that have left in this way."""
     flushing_node: str | None = None
     """The node that coordinates writing memory to disk before the run shrinks."""
     flush_epoch: int = 0
@@ -265,9 +269,58 @@ def shrink(table: Table) -> Table:
 
 def request_growth(table: Table) -> Table:
     """Ask the workers to save their state if spares allow for more slots."""
-    if not table.complete or table.growing or table.ended is not None or _largest(table) <= table.slots:
+    if (
+        not table.complete
+        or table.growing
+        or table.draining is not None
+        or table.ended is not None
+        or _largest(table) <= table.slots
+    ):
         return table
     return _change(table, growing=True)
+
+
+def refusal_to_drain(table: Table, node: str) -> str:
+    """Return why a node cannot leave without a loss now; empty if it can."""
+    name = name_of(node)
+    smaller = any(size < len(table.owners) for size in table.sizes)
+    if table.ended is not None:
+        return f"the run has ended: {table.ended.reason}"
+    if node in table.spares:
+        return ""
+    if table.slot_of(node) is None:
+        return f"{name} is not part of the run"
+    if table.draining not in (None, node):
+        return f"{name_of(table.draining or '')} is being drained; one node leaves at a time"
+    if not table.complete or table.growing:
+        return "the run is restarting; try again when it trains"
+    if not table.spares and not smaller:
+        return f"no spare could take slot {table.slot_of(node)}, and the run may not shrink (cluster.elastic)"
+    return ""
+
+
+def drain(table: Table, node: str, now: float) -> Table:
+    """Let a spare leave; ask the workers of all slots to hand over their state so that an owner can leave."""
+    if refusal_to_drain(table, node):
+        return table
+    if node not in table.spares:
+        return _change(table, draining=node)
+    cause = f"{name_of(node)} was drained"
+    return lose(_change(table, drained=(*table.drained, node)), node, cause, now, dead=True)
+
+
+def stop_draining(table: Table, node: str) -> Table:
+    """Let the node stay, if it has not left yet."""
+    return _change(table, draining=None) if table.draining == node else table
+
+
+def hand_over(table: Table, restart: int, now: float) -> Table:
+    """Give the slot of the draining node to a spare: the workers of `restart` have handed over their state."""
+    node = table.draining
+    if node is None or table.restart != restart or table.ended is not None:
+        return table
+    table = _change(table, draining=None, drained=(*table.drained, node))
+    return lose(table, node, f"{name_of(node)} was drained", now, dead=True)
 
 
 def grow(table: Table, restart: int) -> Table:
@@ -385,6 +438,7 @@ def lose(table: Table, node: str, cause: str, now: float, *, silence: float = 0.
         spares=tuple(spare for spare in table.spares if spare != node),
         absent=tuple(other for other in table.absent if other != node),
         members={other: member for other, member in table.members.items() if other != node},
+        draining=None if table.draining == node else table.draining,
     )
     if dead and any(node in view.nodes for view in table.views) and node not in table.dead:
         table = _change(table, dead=(*table.dead, node))
@@ -415,7 +469,8 @@ def inherit(table: Table, store: int, dead: Collection[str]) -> Table:
     nodes = (*table.owners.values(), *table.spares)
     known = tuple(node for node in dead if any(node in view.nodes for view in table.views))
     return _change(
-        table, store=store, absent=nodes, arrived=(), agreed=(), finished=(), growing=False, claimed=False,
+        table, store=store, absent=nodes, arrived=(), agreed=(), finished=(), growing=False, draining=None,
+        claimed=False,
         dead=tuple(dict.fromkeys((*table.dead, *known))), flushing_node=None, flush_epoch=0,
     )  # fmt: skip
 

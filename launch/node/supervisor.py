@@ -30,7 +30,7 @@ from keepwarm.launch.node.membership import FILES_TIMEOUT_S, Membership, RunEnde
 from keepwarm.launch.node.options import Options
 from keepwarm.launch.node.peers import PeerListener
 from keepwarm.launch.node.record import NodeRecord, SideWrites, State
-from keepwarm.launch.node.rendezvous import Excluded, Fenced, NameTaken, NoSpareLeft, SlotRendezvous
+from keepwarm.launch.node.rendezvous import Drained, Excluded, Fenced, NameTaken, NoSpareLeft, SlotRendezvous
 from keepwarm.launch.node.slot_table import Kind, Table
 from keepwarm.launch.node.snapshot_agent import SnapshotAgent
 from keepwarm.launch.node.view import Member, identity
@@ -45,6 +45,8 @@ PEER_TIMEOUT_S = 5.0
 """Silence after which a node is dead, unless `snapshot.peer_timeout` overrides it."""
 AGENT_POLL_INTERVAL_S = 0.25
 """How often the snapshot agent is checked."""
+HAND_OVER_INTERVAL_S = 1.0
+"""How often workers are asked to hand over until they do."""
 GROW_AFTER_S = 5.0
 """How long workers run before they are asked to make room for more."""
 
@@ -93,7 +95,7 @@ class Supervisor:
         )
         self._said = ""
         self._redundancy_lost = False
-        self._polled_at = self._started_at = 0.0
+        self._polled_at = self._started_at = self._asked_at = 0.0
 
     def run(self) -> int:
         """Take part in the run until it has ended; return its exit code."""
@@ -110,6 +112,10 @@ class Supervisor:
             code, why = getattr(error, "exit_code", ExitCode.BAD_INPUT), str(error)
             if isinstance(error, Excluded):
                 self._event(events.NodeExcluded(host=self._options.node, why=why))
+            if isinstance(error, Drained):
+                slots = () if self._record.slot is None else (self._record.slot,)
+                self._event(events.NodeDrained(host=self._options.node, slots=slots))
+                self._print(why)
             if isinstance(error, NoSpareLeft | RunEnded):
                 with contextlib.suppress(LaunchError):
                     self._handler.end(code, why)
@@ -153,9 +159,11 @@ class Supervisor:
         self._handler.on_reconnected(before)
 
     def _leave(self, code: int, why: str, cause: Exception | None) -> None:
-        if isinstance(cause, NameTaken) or code == ExitCode.DONE:
+        if isinstance(cause, Excluded | Drained):
+            self._snapshot_agent.kill()
+        elif isinstance(cause, NameTaken) or code == ExitCode.DONE:
             self._snapshot_agent.close()
-        elif not isinstance(cause, Excluded) and (step := self._newer_than_disk()) is not None:
+        elif (step := self._newer_than_disk()) is not None:
             self._snapshot_agent.close()
             self._print(
                 f"step {step} stays in memory while the snapshot agent lives (snapshot.lease): --resume uses it"
@@ -270,6 +278,9 @@ class Supervisor:
         self._polled_at = now
         if now - self._started_at > GROW_AFTER_S and not self._agent.saving and self._handler.growth_requested():
             self._agent.save()
+        if now - self._asked_at > HAND_OVER_INTERVAL_S and self._handler.hand_over_requested():
+            self._asked_at = now
+            self._hand_over()
         if not self._snapshots:
             return
         if not self._snapshot_agent.poll():
@@ -281,6 +292,13 @@ class Supervisor:
             self._redundancy_lost = False
             slots = (self._handler.slot,)
             self._event(events.Whole(node=self._options.node, slots=slots, epoch=complete[0], step=complete[1]))
+
+    def _hand_over(self) -> None:
+        table = self._handler.table
+        if self._snapshots and table is not None and table.slots > 1:
+            self._agent.hand_over()
+        elif not self._agent.saving and time.monotonic() - self._started_at > GROW_AFTER_S:
+            self._agent.save()  # no other node holds the state of the one that leaves
 
     # ---- records
 

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from keepwarm.trainer.monitor.metrics import Metrics
 
 Ending = Literal["finished", "stopped", "halted", "failed"]
-"""How a run ends in this process. finished: the last stage is done; stopped: by a signal or by itself; halted: peers
-died, and this process restarts; failed: by an exception."""
+"""How a run ends in this process. finished: the last stage is done; stopped: by a signal or by itself; halted: the next
+start goes on from memory, as peers died or this start was handed over; failed: by an exception."""
 
 
 @dataclass(kw_only=True)
@@ -153,6 +153,13 @@ class Callback(Component):
         A snapshot may be being copied: read the state only. If `run.ends_here`, no step follows.
         """
 
+    def hand_over(self, run: Run) -> bool:
+        """Make the last completed step safe in memory, for another start of the ranks; return whether it is.
+
+        Called between two steps when a supervisor asks for it. Collective; all ranks must return the same.
+        """
+        return False
+
     def close(self, run: Run, ending: Ending) -> None:
         """Free resources; called once, when the run ends in this process.
 
@@ -191,6 +198,9 @@ class Callbacks(tuple[Callback, ...]):
     def at_boundary(self, run: Run) -> None:
         for callback in self:
             callback.at_boundary(run)
+
+    def hand_over(self, run: Run) -> bool:
+        return any(callback.hand_over(run) for callback in self)
 
     def close(self, run: Run, ending: Ending) -> None:
         """Close all callbacks, last one first, even if some fail; raise the first error, and log the others."""

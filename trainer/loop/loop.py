@@ -7,7 +7,7 @@ import torch
 from keepwarm.trainer.errors import TrainingStopped
 from keepwarm.trainer.job.stages import StagePlan, global_size_at
 from keepwarm.trainer.loop.callback import Run, StepDone
-from keepwarm.trainer.loop.interrupt import Interrupt
+from keepwarm.trainer.loop.interrupt import HANDS_OVER, STOPS, HandedOver, Interrupt
 from keepwarm.trainer.monitor import events
 
 
@@ -19,6 +19,7 @@ def train(run: Run, interrupt: Interrupt) -> bool:
     Raises:
         TrainingStopped: too many consecutive steps were not finite, or a callback such as a gate stopped training. In
             the latter case the state is saved.
+        HandedOver: a supervisor asked for it, and the last step is committed in memory.
     """
     run.timeline.restored(run.state.step)
     run.callbacks.on_start(run)
@@ -26,7 +27,8 @@ def train(run: Run, interrupt: Interrupt) -> bool:
     while run.state.step < run.last_step:
         _step(run)
         run.timeline.step(run.state.step, run.callbacks.blocked_s)
-        run.interrupted = run.world.any(interrupt.received is not None)
+        urgency = run.world.largest(interrupt.urgency)
+        run.interrupted = urgency == STOPS
         run.callbacks.at_boundary(run)
         run.timeline.save(run.state.step)
         _check_stop(run)
@@ -34,6 +36,8 @@ def train(run: Run, interrupt: Interrupt) -> bool:
             run.metrics.event(events.Interrupted(step=run.state.step))
             run.console.interrupted(run.state.step)
             return False
+        if urgency == HANDS_OVER and run.state.step < run.last_step and run.callbacks.hand_over(run):
+            raise HandedOver(f"after step {run.state.step}")
     return True
 
 

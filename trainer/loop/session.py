@@ -21,7 +21,7 @@ from keepwarm.trainer.job.shrink import resized
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.loop.build import build
 from keepwarm.trainer.loop.callback import Ending, Run
-from keepwarm.trainer.loop.interrupt import Interrupt
+from keepwarm.trainer.loop.interrupt import HandedOver, Interrupt
 from keepwarm.trainer.loop.loop import train
 from keepwarm.trainer.loop.restore import Start
 from keepwarm.trainer.monitor import flight_recorder
@@ -34,6 +34,7 @@ def run_session(path: Path, overrides: Sequence[str], *, resume: bool, control: 
     Raises:
         TrainerError: with the exit code of its kind.
         RestartRequested: peers have died; nothing of the run is left in this process, which may start again.
+        HandedOver: the last step is committed in memory, and the ranks of this start end.
     """
     job = load_run(path, overrides) if is_run_file(path) else load_job(path, overrides)
     if job.cluster.elastic == "shrink":
@@ -81,7 +82,7 @@ def _ending(error: BaseException) -> Ending:
     """Return how a run ends that an exception ends."""
     if isinstance(error, TrainingStopped):
         return "stopped"
-    return "halted" if isinstance(error, RestartRequested) else "failed"
+    return "halted" if isinstance(error, RestartRequested | HandedOver) else "failed"
 
 
 def _leave(run: Run, ending: Ending) -> list[Exception]:

@@ -136,6 +136,15 @@ class Snapshots(MemoryTier):
             run.console.warn(f"no snapshot: {error}; training continues")
         self._reported = error
 
+    def hand_over(self, run: Run) -> bool:
+        """Have the last completed step committed on all nodes, whether or not a snapshot of it was due."""
+        with _restore_failures(self._rank):
+            error = self.checkpointer.commit_now(run.state.step, lambda: json.dumps(run.meta()).encode())
+        if error is not None:
+            run.metrics.event(events.SnapshotFailed(step=run.state.step, reason=error))
+            run.console.warn(f"no snapshot to hand over: {error}; training continues")
+        return error is None
+
     def close(self, run: Run, ending: Ending) -> None:
         """Detach from the agent. After a failure its memory is kept: the next start restores from it."""
         if ending == "halted":

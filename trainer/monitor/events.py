@@ -251,6 +251,13 @@ class Whole(Event, frozen=True, kw_only=True):
     step: int
 
 
+class NodeDrained(Event, frozen=True, kw_only=True):
+    """A node left the run because it was asked to, without a loss; others have its `slots`."""
+
+    host: str
+    slots: tuple[int, ...]
+
+
 class NodeExcluded(Event, frozen=True, kw_only=True):
     """The run continues without a node. `slurm_job` is set if the batch job decided it, rather than the supervisor."""
 

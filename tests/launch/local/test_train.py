@@ -1,7 +1,6 @@
 """What `keepwarm train` says at the start."""
 
 import os
-from collections.abc import Sequence
 
 import pytest
 
@@ -25,12 +24,12 @@ def test_idle_cores_are_named_with_the_key(
     monkeypatch: pytest.MonkeyPatch, cores: int, ranks: int, threads: int, sentence: str | None
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-    monkeypatch.setattr(train, "_GPU_DEVICES", ())
+    monkeypatch.setattr(train, "gpu_count", lambda: 0)
     assert idle_cores(ranks, threads) == sentence
 
 
-@pytest.mark.parametrize("devices", [("/dev/null",), ("/nowhere", "/dev/null")])
-def test_idle_cores_do_not_matter_beside_a_gpu(monkeypatch: pytest.MonkeyPatch, devices: Sequence[str]) -> None:
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_idle_cores_do_not_matter_beside_a_gpu(monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    monkeypatch.setattr(train, "_GPU_DEVICES", devices)
+    monkeypatch.setattr(train, "gpu_count", lambda: gpus)
     assert idle_cores(1, 1) is None

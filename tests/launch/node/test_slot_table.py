@@ -71,6 +71,51 @@ def test_lose_replacement_before_start_is_replaced_in_same_restart() -> None:
     assert (table.restart, table.owners[1], table.arrived) == (1, "s1", ())  # n0 has not accepted s1
 
 
+def test_drained_owner_leaves_to_a_spare_once_workers_have_handed_over() -> None:
+    table = slot_table.drain(started(spares=2), "n1", 1.0)
+    assert (table.draining, table.restart, table.complete) == ("n1", 0, True)
+    assert slot_table.hand_over(table, 7, 2.0) == table  # of another restart
+    table = slot_table.hand_over(table, 0, 2.0)
+    assert table.owners == {0: "n0", 1: "s0", 2: "n2"}
+    assert (table.draining, table.drained, table.moved) == (None, ("n1",), (1,))
+    assert table.root_causes[0].cause == "n1 was drained"
+    table = arrived(table)
+    assert (table.complete, table.charged_restarts, table.restart) == (True, 0, 1)
+
+
+def test_drain_of_one_owner_of_two_goes_on_with_the_other() -> None:
+    """Its consent is not needed, as the node has left by itself: neither half waits for the other."""
+    table = slot_table.hand_over(slot_table.drain(started(count=2), "n0", 0.0), 0, 0.0)
+    assert table.owners == {0: "s0", 1: "n1"}
+    assert arrived(table).complete
+
+
+def test_drain_is_refused_while_it_could_lose_something() -> None:
+    table = started(spares=1)
+    assert slot_table.refusal_to_drain(table, "n7") == "n7 is not part of the run"
+    draining = slot_table.drain(table, "n1", 0.0)
+    assert slot_table.refusal_to_drain(draining, "n1") == ""
+    assert slot_table.refusal_to_drain(draining, "n0") == "n1 is being drained; one node leaves at a time"
+    assert slot_table.drain(draining, "n0", 0.0) == draining
+    assert "no spare could take slot 1" in slot_table.refusal_to_drain(started(spares=0), "n1")
+    assert "restarting" in slot_table.refusal_to_drain(slot_table.fail(table, "n0", 0, "failed", "it broke", 0.0), "n1")
+    assert "has ended: done" in slot_table.refusal_to_drain(slot_table.end(table, 0, "done"), "n1")
+
+
+def test_draining_outlives_a_failure_and_ends_with_its_node() -> None:
+    table = slot_table.drain(started(spares=2), "n1", 0.0)
+    table = arrived(slot_table.fail(table, "n2", 0, "killed", "rank 2 was ended", 1.0))
+    assert (table.draining, table.restart, table.complete) == ("n1", 1, True)
+    assert slot_table.stop_draining(table, "n1").draining is None
+    assert slot_table.lose(table, "n1", "gone", 2.0).draining is None
+    assert slot_table.inherit(table, 1, ()).draining is None
+
+
+def test_drained_spare_leaves_at_once_and_interrupts_nothing() -> None:
+    table = slot_table.drain(started(spares=2), "s0", 0.0)
+    assert (table.spares, table.drained, table.restart, table.complete) == (("s1",), ("s0",), 0, True)
+
+
 def test_lose_without_spare_leaves_slot_vacant_until_node_joins() -> None:
     table = slot_table.lose(started(spares=0), "n2", "gone", 0.0)
     assert table.vacant == (2,)
