@@ -1,4 +1,4 @@
-"""Run the snapshot agent of one node: `python -P -m keepwarm.ft.agent CONFIG.json`."""
+"""Run the snapshot agent of one node: `python -P -m keepwarm.ft.agent DESCRIPTORS CONFIG.json`."""
 
 import sys
 

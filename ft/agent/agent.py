@@ -1,4 +1,4 @@
-"""Snapshot agent of one node: `python -P -m keepwarm.ft.agent CONFIG.json`.
+"""Snapshot agent of one node: `python -P -m keepwarm.ft.agent DESCRIPTORS CONFIG.json`, run by its keeper.
 
 The shell around `keepwarm.ft.protocol.step`: it owns the sockets, memory, threads and clock, feeds events to the pure
 protocol one at a time and carries out the resulting effects. It makes no decisions about snapshots.
@@ -11,10 +11,13 @@ import selectors
 import signal
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import msgspec
 
 from keepwarm import signals
 from keepwarm.ft.agent import status as agent_status
@@ -36,12 +39,15 @@ from keepwarm.ft.agent.worker_sessions import Session, WorkerSessions
 from keepwarm.ft.agent.workpool import WorkPool
 from keepwarm.ft.codec.reed_solomon import Codec
 from keepwarm.ft.discovery import config as agent_config
-from keepwarm.ft.discovery.config import AgentConfig, AgentExit
+from keepwarm.ft.discovery.config import AgentConfig
 from keepwarm.ft.discovery.registry import Registry
-from keepwarm.ft.discovery.runtime_folder import clear, sweep, take_lock
+from keepwarm.ft.discovery.runtime_folder import sweep
 from keepwarm.ft.errors import AgentError, FtError, MemoryTooSmall
+from keepwarm.ft.keeper import DATA_FILES, DEFECT, FILES, PARITY_FILES, AgentExit
 from keepwarm.ft.memory.buffers import Memory, Shape
-from keepwarm.ft.protocol import events
+from keepwarm.ft.memory.records import Records
+from keepwarm.ft.memory.shared_memory import Holder
+from keepwarm.ft.protocol import events, kept_memory
 from keepwarm.ft.protocol.messages import (
     Attached,
     Cancel,
@@ -79,26 +85,34 @@ FAREWELL = 60.0
 class Agent:
     """Agent of one slot. Implements `keepwarm.ft.agent.shell.Shell` for its parts and handles its workers' sessions.
 
-    Each process is one incarnation of the slot's memory.
+    Each process is one incarnation of the slot's memory, whatever the last one left in it.
     """
 
-    def __init__(self, config: AgentConfig, clock: Callable[[], float] = time.monotonic) -> None:
-        """Allocate the memory and open the sockets. Raise `AgentError` if the slot's agent is already running."""
+    def __init__(
+        self, config: AgentConfig, files: Mapping[str, int], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Map the keeper's memory files, take up what is recorded of them and open the sockets.
+
+        `files` are descriptors by name (`keepwarm.ft.keeper.FILES`). The agent takes those of the memory.
+        """
         self.config, self.clock = config, clock
         strangers = descriptors.strangers(config.topology.slots, descriptors.raise_limit())
         self.folder = agent_config.private_folder(Path(config.folder))
-        self._lock = take_lock(self.folder)
         self.registry = Registry(Path(config.shared))
         self.journal = Journal(self.registry.folder / f"agent-{config.slot}.log", slot=config.slot)
         for left in sweep(self.folder.parent, self.folder):
             self.journal.write("info", "removed what a killed agent left", folder=left)
         secret, durable = load_secret(Path(config.secret)), config.durable is not None
         self.state: State = initial(config.run, config.slot, time.time_ns(), config.topology, durable=durable)
+        former = self._take_up(Records(files["records"], msgspec.json.encode(config)))
         group = self.state.group
         self.codec = Codec(group.data, group.parity, kernel=config.kernel)
         shape = Shape.of(config.state_bytes, config.bucket_bytes, group)
-        buffers = {"data_buffers": self.state.data_buffers, "parity_buffers": self.state.parity_buffers}
-        self.memory = Memory(shape, config.slot, **buffers)
+        data = [files[name] for name in DATA_FILES]
+        parity = [files[name] for name in PARITY_FILES]
+        for unused in (*data[self.state.data_buffers :], *parity[self.state.parity_buffers :]):
+            os.close(unused)
+        self.memory = Memory(shape, config.slot, data[: self.state.data_buffers], parity[: self.state.parity_buffers])
         self.selector = selectors.DefaultSelector()
         self.pool = WorkPool(self.selector, config.threads)
         self.outbox = Outbox()
@@ -111,7 +125,7 @@ class Agent:
         self.scrub = Scrub(self)
         self.durable = DurableWriter(self, config.durable) if config.durable is not None else None
         self.peers = PeerLinks(self, self.inbox, self.repair, self.reads, self.election)
-        self.network, self.sessions = self._open_sockets(secret, strangers)
+        self.network, self.sessions = self._open_sockets(secret, strangers, former)
         self.restores = RestoreAnswers(self, self.sessions)
         self.commits = agent_status.CommitTimes()
         parts = Parts(
@@ -126,9 +140,26 @@ class Agent:
         self._ended = ""
         self._leaves: tuple[str, float] | None = None
         """The signal that asked this agent to stop, and when it arrived."""
-        self.journal.write("info", "started", pid=os.getpid(), bytes=self.memory.bytes, address=self.network.address)
+        processes = {"pid": os.getpid(), "keeper": os.getppid()}
+        self.journal.write("info", "started", **processes, bytes=self.memory.bytes, address=self.network.address)
 
-    def _open_sockets(self, secret: bytes, strangers: int) -> tuple[Network, WorkerSessions]:
+    def _take_up(self, records: Records) -> dict[int, Holder]:
+        """Take up what the last agent recorded of the memory. Return its workers that still run, by worker number."""
+        self._records, record = records, records.read()
+        if record is None:
+            if records.damaged:
+                self.journal.write("warning", "the records of the memory cannot be used: it counts as empty")
+            return {}
+        found = {each.worker: Holder.found(each.pid, each.started) for each in record.workers}
+        former = {worker: holder for worker, holder in found.items() if holder is not None}
+        self.state = kept_memory.resumed(self.state, record.memory, list(former))
+        held = {str(copy.snapshot): copy.phase.value for copy in self.state.copies}
+        self.journal.write("warning", "an agent of this slot has died: its memory is used on", held=held)
+        return former
+
+    def _open_sockets(
+        self, secret: bytes, strangers: int, former: Mapping[int, Holder]
+    ) -> tuple[Network, WorkerSessions]:
         config, incarnation = self.config, self.state.incarnation
         hello = Hello(role="agent", run=config.run, slot=config.slot, epoch=0, incarnation=incarnation, nonce=nonce())
         to_peers = Credentials(hello=hello, secret=secret, roles=Network.ROLES)
@@ -140,7 +171,7 @@ class Agent:
             ),
         )  # fmt: skip
         to_workers = dataclasses.replace(to_peers, roles=worker_sessions.ROLES)
-        return network, WorkerSessions(self.selector, config.socket, to_workers, self.memory, self)
+        return network, WorkerSessions(self.selector, config.socket, to_workers, self.memory, self, former)
 
     # ---- life cycle
 
@@ -172,7 +203,7 @@ class Agent:
         self._leaves = self._leaves or (signal.Signals(number).name, self.clock())
 
     def close(self) -> None:
-        """Release everything: sockets, endpoint, folder and, with the last mapping, the memory."""
+        """Release everything but what the keeper has: sockets, endpoint and mappings."""
         self.journal.write("info", "ended", reason=self._ended)
         if self.durable is not None:
             self.durable.close()
@@ -181,8 +212,8 @@ class Agent:
         self.pool.close()
         self.selector.close()
         self.memory.close()
+        self._records.close()
         self.registry.withdraw(self.config.slot, self.state.incarnation)
-        clear(self.folder, self._lock)
         self.journal.close()
 
     def _tick(self, now: float) -> None:
@@ -226,7 +257,11 @@ class Agent:
     # ---- the protocol
 
     def dispatch(self, event: events.Event, arrived: Arrived | None = None) -> None:
-        """Handle events one at a time, with all effects of each before the next. `arrived` belongs to `event`."""
+        """Handle events one at a time, with all effects of each before the next. `arrived` belongs to `event`.
+
+        What an event changes in the memory is recorded before its effects: nothing is promised or granted that the next
+        agent would not know of.
+        """
         self._events.append((event, arrived))
         if self._dispatching:
             return
@@ -235,6 +270,7 @@ class Agent:
             while self._events:
                 event, arrived = self._events.popleft()
                 self.state, effects = step(self.state, event)
+                self._records.write(self.state, self.sessions.pids)
                 for effect in effects:
                     self._effects.carry_out(effect, arrived)
         finally:
@@ -317,11 +353,14 @@ def _event(worker: int, message: Wire) -> events.Event | None:
 
 def main(arguments: list[str]) -> int:
     protect_streams()
-    if len(arguments) != 1:
-        print("usage: python -P -m keepwarm.ft.agent CONFIG.json", file=sys.stderr)
+    if len(arguments) != 2:
+        print("usage: python -P -m keepwarm.ft.keeper CONFIG.json, which runs the agent", file=sys.stderr)
         return AgentExit.BAD_CONFIG
+    files = dict(zip(FILES, map(int, arguments[0].split(",")), strict=True))
+    for descriptor in files.values():
+        os.set_inheritable(descriptor, False)
     try:
-        agent = Agent(agent_config.load(Path(arguments[0])))
+        agent = Agent(agent_config.load(Path(arguments[1]), files["config"]), files)
     except AgentError as error:
         print(error, file=sys.stderr)
         return AgentExit.TAKEN
@@ -331,9 +370,9 @@ def main(arguments: list[str]) -> int:
     try:
         agent.run()
     except Exception as error:
+        # The keeper starts another one, which uses everything on: nothing is cleared away.
         agent.journal.write("error", "a defect ends this agent", error=repr(error))
-        agent.end(f"defect: {error!r}")
-        raise
-    finally:
-        agent.close()
+        traceback.print_exc()
+        os._exit(DEFECT)
+    agent.close()
     return 0

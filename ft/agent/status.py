@@ -50,6 +50,7 @@ def status(
         run=state.run,
         slot=state.slot,
         pid=os.getpid(),
+        keeper=os.getppid(),
         incarnation=state.incarnation,
         epoch=state.epoch,
         mode=state.mode.value,

@@ -7,7 +7,7 @@ its process is known to be dead. A process that outlives its socket is killed.
 
 import selectors
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -76,13 +76,19 @@ class WorkerSessions:
 
     def __init__(
         self, selector: selectors.BaseSelector, path: Path, credentials: Credentials, memory: Memory,
-        handler: SessionHandler,
+        handler: SessionHandler, former: Mapping[int, Holder],
     ) -> None:  # fmt: skip
-        """Create and listen on the Unix socket `path`. Workers that attach receive the buffers of `memory`."""
+        """Create and listen on the Unix socket `path`. Workers that attach receive the buffers of `memory`.
+
+        `former` are workers of the last agent, which may still write to the memory until they attach here or die.
+        """
         self._selector, self._path, self._credentials = selector, path, credentials
         self._memory, self._handler, self._journal, self._clock = memory, handler, handler.journal, handler.clock
         self.by_link: dict[Link, Session] = {}
         self._leaving: list[Session] = []
+        self._former = dict(former)
+        for holder in self._former.values():
+            selector.register(holder.fileno(), selectors.EVENT_READ, _DeathWatch(self, self._clock))
         self.last_seen = self._clock()
         self.ended = False
         """Set once all workers have reported the end of the job."""
@@ -131,7 +137,15 @@ class WorkerSessions:
                 )
                 session.holder.kill()
                 session.left_at = now
-        if self.workers or self._leaving or any(session.role == "supervisor" for session in self.by_link.values()):
+        for worker in [worker for worker, holder in self._former.items() if not holder.alive]:
+            self._former_is_done(worker)
+            self._attach_all()
+        if (
+            self.workers
+            or self._leaving
+            or self._former
+            or any(session.role == "supervisor" for session in self.by_link.values())
+        ):
             self.last_seen = now
 
     # ---- Handler
@@ -188,6 +202,13 @@ class WorkerSessions:
         """Attached workers by worker number."""
         return {g.attach.worker: g for g in self.by_link.values() if g.attach is not None and g.attached}
 
+    @property
+    def pids(self) -> dict[int, int]:
+        """Processes that may have mapped the memory, by worker number."""
+        here = {worker: session.holder.pid for worker, session in self.workers.items()}
+        gone = {g.attach.worker: g.holder.pid for g in self._leaving if g.attach is not None and g.attached}
+        return {**{worker: holder.pid for worker, holder in self._former.items()}, **gone, **here}
+
     def send(self, worker: int, message: Wire) -> None:
         """Send a message to a worker. Do nothing if it has gone."""
         session = self.workers.get(worker)
@@ -205,6 +226,9 @@ class WorkerSessions:
         for session in self._leaving:
             self._selector.unregister(session.holder.fileno())
             session.holder.close()
+        for holder in self._former.values():
+            self._selector.unregister(holder.fileno())
+            holder.close()
         self._path.unlink(missing_ok=True)
 
     def _attach(self, session: Session, attach: Attach) -> None:
@@ -231,7 +255,20 @@ class WorkerSessions:
                     "info", "a new process takes a worker's place", worker=attach.worker, pid=other.holder.pid
                 )
                 other.holder.kill()
+        for worker, holder in list(self._former.items()):
+            if holder.pid == session.holder.pid:
+                self._former_is_done(worker)
+            elif worker == attach.worker:
+                self._journal.write("info", "a new process takes a worker's place", worker=worker, pid=holder.pid)
+                holder.kill()
         self._attach_all()
+
+    def _former_is_done(self, worker: int) -> None:
+        """Handle a worker of the last agent that can no longer write to what that agent granted."""
+        holder = self._former.pop(worker)
+        self._selector.unregister(holder.fileno())
+        holder.close()
+        self._handler.worker_lost(worker)
 
     def _attach_all(self) -> None:
         """Attach the workers of a layout once all of them have connected and all previous ones are dead."""
@@ -248,7 +285,7 @@ class WorkerSessions:
             for g in here
             if g.attach is not None and (g.attach.layout, g.attach.workers) == (wanted.layout, wanted.workers)
         }
-        if len(group) < wanted.workers:
+        if len(group) < wanted.workers or self._former.keys() & group.keys():
             return
         ordered = [group[worker] for worker in range(wanted.workers)]
         parts = tuple(g.attach.buckets for g in ordered if g.attach is not None)

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import stat
-from enum import IntEnum
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +18,6 @@ from keepwarm.ft.protocol.state import Topology
 SOCKET = "agent.sock"
 SOCKET_BYTES = 107
 """Maximum bytes of a Unix socket path: `sun_path` of unix(7) without the trailing NUL."""
-LOCK = "lock"
 LOG = "agent.log"
 
 
@@ -27,15 +25,6 @@ START_S = 60.0
 """Time that an agent may take to start, in seconds, besides that for its memory."""
 FAULTED_IN_A_SECOND = 1 << 30
 """Bytes of memory that any host faults in within a second; usual are 5 to 10 times as many."""
-
-
-class AgentExit(IntEnum):
-    """Exit codes of an agent process that cannot start. The process that started it acts on them."""
-
-    BAD_CONFIG = 2
-    TAKEN = 3
-    """The slot's agent is already running, or its folder cannot be used."""
-    MEMORY_TOO_SMALL = 4
 
 
 class GroupConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -128,9 +117,11 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return path
 
 
-def load(path: Path) -> AgentConfig:
+def load(path: Path, descriptor: int) -> AgentConfig:
+    """Return what the keeper read from `path` when it started, from its copy of it."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=AgentConfig)
+        content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+        return msgspec.json.decode(content, type=AgentConfig)
     except (OSError, msgspec.DecodeError, ValueError) as error:
         raise AgentError(f"{path}: {error}") from error
 
@@ -143,8 +134,6 @@ def write(config: AgentConfig) -> Path:
     return path
 
 
-AGENT_MODULE = "keepwarm.ft.agent"
-"""What `python -m` runs as an agent; agents are found by it among the processes of a machine."""
 NODE = "KEEPWARM_NODE"
 """Environment variable that names the node if several are emulated on one machine, each with its own agents."""
 

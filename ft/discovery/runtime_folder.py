@@ -6,8 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
-from keepwarm.ft.discovery.config import LOCK
 from keepwarm.ft.errors import AgentError
+
+LOCK = "lock"
 
 
 def take_lock(folder: Path) -> int:

@@ -34,6 +34,8 @@ class Status(Wire, frozen=True, kw_only=True):
     run: str
     slot: int
     pid: int
+    keeper: int
+    """The process that holds the memory."""
     incarnation: int
     epoch: int
     mode: str

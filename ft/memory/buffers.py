@@ -1,5 +1,7 @@
 """Layout of the agent's memory: data buffers, parity buffers, chunks of stripes, buckets of chunks."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from keepwarm.ft.arrays import Bytes
@@ -81,15 +83,19 @@ def host_memory(state_bytes: int, *, members: int, parity: int, bucket_bytes: in
 class Memory:
     """Data buffers of S bytes, which workers map, and parity buffers of S * m / k bytes, which only the agent uses."""
 
-    def __init__(self, shape: Shape, slot: int, *, data_buffers: int, parity_buffers: int) -> None:
-        """Allocate and fault in everything. Raise `MemoryTooSmall` with the arithmetic before allocating anything."""
-        parts = {f"in {data_buffers} data buffers": data_buffers * shape.data_bytes}
-        if parity_buffers:
-            parts[f"in {parity_buffers} parity buffers"] = parity_buffers * shape.parity_bytes
-        require_memory(parts)
+    def __init__(self, shape: Shape, slot: int, data: Sequence[int], parity: Sequence[int]) -> None:
+        """Map the memory files and fault in everything, and take the descriptors.
+
+        New files are allocated. Raise `MemoryTooSmall` with the arithmetic before allocating anything.
+        """
+        parts = {f"in {len(data)} data buffers": len(data) * shape.data_bytes}
+        if parity:
+            parts[f"in {len(parity)} parity buffers"] = len(parity) * shape.parity_bytes
+        if not any(os.fstat(descriptor).st_size for descriptor in data):
+            require_memory(parts)
         self.shape, self._slot = shape, slot
-        self.data = [SharedBuffer.create(shape.data_bytes, f"data{i}") for i in range(data_buffers)]
-        self.parity = [SharedBuffer.create(shape.parity_bytes, f"parity{i}") for i in range(parity_buffers)]
+        self.data = [SharedBuffer.of(descriptor, shape.data_bytes) for descriptor in data]
+        self.parity = [SharedBuffer.of(descriptor, shape.parity_bytes) for descriptor in parity]
 
     def data_bucket(self, buffer: int, index: int) -> Bytes:
         size = self.shape.bucket_bytes

@@ -1,4 +1,4 @@
-"""Buffers of anonymous shared memory: owned by the agent, mapped by the workers, freed with the last user.
+"""Buffers of anonymous shared memory: held by the keeper, mapped by agent and workers, freed with the last of them.
 
 A buffer is a memfd of fixed size. It is faulted in at startup (the first write to a fresh page costs five times the
 copy) and sealed against resizing, so that no process can make another one fault by truncating it. It holds only data;
@@ -47,13 +47,14 @@ class SharedBuffer:
         self.data: Bytes = view(self._map) if self._map is not None else _EMPTY
 
     @classmethod
-    def create(cls, size: int, label: str) -> "SharedBuffer":
-        """Allocate `size` zero bytes with every page faulted in. `label` appears in /proc/PID/maps."""
-        descriptor = os.memfd_create(f"keepwarm:{label}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(descriptor, size)
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    def of(cls, descriptor: int, size: int) -> "SharedBuffer":
+        """Map a memory file with every page faulted in; a new one gets `size` zero bytes. Take the descriptor."""
+        new = not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+        if new:
+            os.ftruncate(descriptor, size)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         buffer = cls(descriptor, size)
-        if buffer._map is not None:
+        if new and buffer._map is not None:
             buffer._map.gather(buffer.data)
         buffer.fault_in()
         return buffer
@@ -115,10 +116,13 @@ def bucket_sums(data: Bytes, bucket: int) -> tuple[int, ...]:
 
 
 class Holder:
-    """The process at the other end of a Unix socket, tracked by a pidfd so that PID reuse cannot confuse it."""
+    """A process of this node, tracked by a pidfd so that PID reuse cannot confuse it."""
 
     def __init__(self, connection: socket.socket) -> None:
-        """Identify the process. Raise `AgentError` if it belongs to another user or is gone."""
+        """Identify the process at the other end of a Unix socket.
+
+        Raise `AgentError` if it belongs to another user or is gone.
+        """
         size = _CREDENTIALS.size
         self.pid, self.uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
         if self.uid != os.geteuid():
@@ -130,6 +134,20 @@ class Holder:
                 self._pidfd = os.pidfd_open(self.pid)
             except OSError as error:
                 raise AgentError(f"process {self.pid} has gone: {error.strerror}") from error
+
+    @classmethod
+    def found(cls, pid: int, started: int) -> "Holder | None":
+        """Return the process with this pid that started at `started`, as `started_at` has it; None if it has gone."""
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            return None
+        if started_at(pid) != started:
+            os.close(pidfd)
+            return None
+        holder = cls.__new__(cls)
+        holder.pid, holder.uid, holder._pidfd = pid, os.geteuid(), pidfd
+        return holder
 
     def fileno(self) -> int:
         """Return the pidfd, which is readable once the process is dead."""
@@ -146,10 +164,24 @@ class Holder:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
+    def terminate(self) -> None:
+        """Ask the process to end, with SIGTERM."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
+
     def close(self) -> None:
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+
+
+def started_at(pid: int) -> int | None:
+    """Return the start time of a process in clock ticks since the machine's start; None if it has gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return int(text.rpartition(")")[2].split()[19])
 
 
 def register_host_memory(buffer: SharedBuffer) -> bool:

@@ -31,7 +31,7 @@ def requested(transition: Transition, worker: int, snapshot: SnapshotId, wait: b
     if reason is Reason.VOID:
         transition.pass_to(snapshot)
     elif transition.state.mode is Mode.JOINING:
-        transition.emit(RequestEpoch(f"slot {transition.state.slot} has an empty memory"))
+        transition.emit(RequestEpoch(f"the agent of slot {transition.state.slot} is new"))
 
 
 def _refusal(state: State, snapshot: SnapshotId) -> Reason | None:

@@ -68,7 +68,7 @@ class Mode(enum.Enum):
     """Whether this agent takes part in snapshots."""
 
     JOINING = "joining"
-    """The memory is empty and the agent has not received any epoch's decision."""
+    """The agent is new and has not received any epoch's decision. Its memory is empty or that of one that died."""
     RECOVERING = "recovering"
     """An epoch has begun. Nothing is released until its decision is known."""
     ACTIVE = "active"

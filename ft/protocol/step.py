@@ -197,7 +197,7 @@ def _connected(transition: Transition, slot: int, incarnation: int) -> None:
         return
     if not _alive(transition, slot, incarnation):
         if slot < len(state.incarnations) and incarnation > state.incarnations[slot]:
-            transition.emit(RequestEpoch(f"the agent of slot {slot} has a new, empty memory"))
+            transition.emit(RequestEpoch(f"slot {slot} has another agent"))
         return
     _repeat(transition, slot)
     for copy in state.copies:

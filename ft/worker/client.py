@@ -22,10 +22,11 @@ import xxhash
 
 from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.discovery import config as agent_config
-from keepwarm.ft.discovery.config import AGENT_MODULE, AgentConfig, AgentExit
+from keepwarm.ft.discovery.config import AgentConfig
 from keepwarm.ft.discovery.registry import AGENTS_FOLDER
 from keepwarm.ft.discovery.status import Status
 from keepwarm.ft.errors import AgentError, AuthenticationFailed, MemoryTooSmall
+from keepwarm.ft.keeper import KEEPER_MODULE, AgentExit
 from keepwarm.ft.memory.shared_memory import SharedBuffer
 from keepwarm.ft.protocol.messages import (  # fmt: skip
     END_OF_JOB,
@@ -58,6 +59,8 @@ from keepwarm.ft.transport.link import Credentials, FarEnd, Link
 from keepwarm.side_writer import attempt
 
 AGENT_START_TIMEOUT_S = 60.0
+TAKEN_RETRY_S = 2.0
+"""Time after which an agent is started again if its slot was taken and still does not answer, in seconds."""
 
 
 def ensure_agent(config: AgentConfig, deadline: float | None = None) -> None:
@@ -72,22 +75,27 @@ def ensure_agent(config: AgentConfig, deadline: float | None = None) -> None:
         return
     deadline = config.start_seconds if deadline is None else deadline
     process, words = start_agent(config)
-    end = time.monotonic() + deadline
+    end, again = time.monotonic() + deadline, time.monotonic() + TAKEN_RETRY_S
     while not _answers(config.socket):
         code = process.poll()
-        if code is not None and code != AgentExit.TAKEN:  # otherwise another process started it first
+        if code is not None and code != AgentExit.TAKEN:
             text = words.read_text().strip().splitlines()
             kind = MemoryTooSmall if code == AgentExit.MEMORY_TOO_SMALL else AgentError
             raise kind(text[-1] if text else f"the agent ended with {code}")
+        if code is not None and time.monotonic() > again:
+            # Another process started it first, its keeper starts it again, or the last keeper has not ended yet.
+            process, words = start_agent(config)
+            again = time.monotonic() + TAKEN_RETRY_S
         if time.monotonic() > end:
             raise AgentError(f"waited {deadline:g} s for the agent of slot {config.slot} to open {config.socket}")
         time.sleep(0.02)
 
 
 def start_agent(config: AgentConfig) -> "tuple[subprocess.Popen[bytes], Path]":
-    """Start the agent of a slot, detached, without waiting. Return its process and the file for its last message.
+    """Start the keeper of a slot, and with it the agent, detached, without waiting.
 
-    A process that finds the slot's agent already running exits with `AgentExit.TAKEN`.
+    Return its process and the file for its last message. A process that finds the slot taken exits with
+    `AgentExit.TAKEN`, one whose agent cannot start with the agent's exit code.
     """
     path = agent_config.write(config)
     logs = Path(config.shared) / AGENTS_FOLDER
@@ -95,7 +103,7 @@ def start_agent(config: AgentConfig) -> "tuple[subprocess.Popen[bytes], Path]":
     words = logs / f"agent-{config.slot}.err"
     with _last_words(words) as err:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", AGENT_MODULE, str(path)],
+            [sys.executable, "-P", "-m", KEEPER_MODULE, str(path)],
             stdin=subprocess.DEVNULL, stdout=err, stderr=err, start_new_session=True, cwd="/",
         )  # fmt: skip
     _children[:] = [*(child for child in _children if child.poll() is None), process]

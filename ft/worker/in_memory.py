@@ -219,12 +219,13 @@ class InMemoryCheckpointer:
         return f"step {step} was not committed within {self._spec.commit_deadline:g} s, the newest is {committed}"
 
     def _replace_dead_agents(self) -> None:
-        """Restart dead agents, which begin empty and are filled by the next snapshot. All ranks decide alike."""
+        """Attach to the next agents of those that died, and start them if no keeper does. All ranks decide alike."""
         gone = torch.zeros(self._nodes, dtype=torch.int64)
         gone[self._node] = int(self._client.gone)
         self._ranks.all_reduce(gone, dist.ReduceOp.MAX)
         if not gone[self._node]:
             return
+        self._snapshotter.join()  # the memory may still be the one that this rank was granted
         self._client.close()
         try:
             ensure_agent(self._config)

@@ -9,10 +9,10 @@ from typing import Literal
 from keepwarm.launch.errors import DrillError
 
 Action = Literal["kill", "freeze", "corrupt", "stop"]
-Target = Literal["worker", "node", "agent", "supervisor", "chunk", "store", "disk"]
+Target = Literal["worker", "node", "agent", "keeper", "supervisor", "chunk", "store", "disk"]
 
 TARGETS: dict[Action, tuple[Target, ...]] = {
-    "kill": ("worker", "node", "agent", "supervisor", "store"),
+    "kill": ("worker", "node", "agent", "keeper", "supervisor", "store"),
     "freeze": ("node",),
     "corrupt": ("chunk",),
     "stop": ("disk",),
@@ -160,9 +160,13 @@ def draw(count: int, seed: int, stage: Stage, parity: int) -> list[Fault]:
 
 def _possible(stage: Stage, spares: int, parity: int) -> list[tuple[Action, Target, int]]:
     """Return (action, target, maximum number at once) of every possible fault."""
-    found: list[tuple[Action, Target, int]] = [("kill", "worker", min(2, stage.ranks)), ("corrupt", "chunk", 1)]
+    found: list[tuple[Action, Target, int]] = [
+        ("kill", "worker", min(2, stage.ranks)),
+        ("corrupt", "chunk", 1),
+        ("kill", "agent", stage.nodes),
+    ]
     if parity:
-        found.append(("kill", "agent", 1))
+        found.append(("kill", "keeper", 1))
     if stage.supervised:
         found.append(("kill", "store", 1))
     if spares > 0:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from keepwarm.ft.discovery.config import AGENT_MODULE
+from keepwarm.ft.keeper import AGENT_MODULE
 from keepwarm.launch.errors import DrillError
 from keepwarm.launch.local.ranks import read_pids
 from keepwarm.launch.node import record as node_record
@@ -108,6 +108,11 @@ class Processes:
         found = [agent for agent in agents if _slot_of(agent) == slot]
         return self._or_raise(found, f"snapshot agent of node {slot}")
 
+    def keeper(self, slot: int) -> list[Found]:
+        """Return the keeper of a slot's memory, which is the parent of its agent."""
+        parent = _parent(self.agent(slot)[0].pid)
+        return self._or_raise([self.all[parent]] if parent in self.all else [], f"keeper of node {slot}")
+
     def ranks(self, slot: int) -> list[int]:
         """Return the ranks on the node that owns a slot.
 
@@ -126,7 +131,8 @@ class Processes:
     def node(self, slot: int) -> list[Found]:
         """Return all processes on the node that owns a slot, the supervisor first."""
         record = self._owner(slot)
-        pids = [record.supervisor, *_descendants(record.supervisor), record.agent, *record.workers.values()]
+        pids = [record.supervisor, *_descendants(record.supervisor), record.keeper, record.agent]
+        pids += record.workers.values()
         pids += [pid for worker in record.workers.values() for pid in _descendants(worker)]
         return [self.all[pid] for pid in dict.fromkeys(pids) if pid is not None and pid in self.all]
 
@@ -154,6 +160,12 @@ def _slot_of(agent: Found) -> int | None:
     """Return an agent's slot from its configuration folder, `<run>-<slot>` or `<run>-<slot>.<node>`."""
     slot = Path(agent.command[-1]).parent.name.rpartition("-")[2].partition(".")[0]
     return int(slot) if slot.isdigit() else None
+
+
+def _parent(pid: int) -> int | None:
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(pid).ppid()
+    return None
 
 
 def _descendants(pid: int) -> list[int]:

@@ -45,6 +45,7 @@ def strike(fault: Fault, folder: Path, token: str) -> tuple[float, Undo | None]:
         "worker": processes.worker,
         "node": processes.node,
         "agent": processes.agent,
+        "keeper": processes.keeper,
         "supervisor": processes.supervisor,
     }
     if fault.target == "store":

@@ -53,6 +53,8 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     supervisor: int
     agent: int | None = None
     """The snapshot agent of the slot; None without snapshots and for a spare."""
+    keeper: int | None = None
+    """The keeper of its memory."""
     workers: dict[int, int] = {}
     """pid by rank."""
     restart: int = 0

@@ -1,9 +1,7 @@
 """Supervise the snapshot agent of a node's slot: start it before workers need it, and begin epochs."""
 
 import contextlib
-import os
 import select
-import signal
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from keepwarm.ft.discovery.config import AgentConfig, runtime_folder
 from keepwarm.ft.discovery.registry import AGENTS_FOLDER, TEMPLATE_FILE, Registry
 from keepwarm.ft.discovery.status import Status
 from keepwarm.ft.errors import AgentError, FtError
+from keepwarm.ft.memory.shared_memory import Holder, started_at
 from keepwarm.ft.protocol.state import Mode
 from keepwarm.ft.transport.auth import SECRET, load_secret, run_identity
 from keepwarm.ft.worker.client import AgentClient, ensure_agent, start_agent
@@ -34,6 +33,9 @@ class SnapshotAgent:
         self._client: AgentClient | None = None
         self._slot: int | None = None
         self.pid: int | None = None
+        self._keeper: Holder | None = None
+        self._lost = False
+        """The agent has died and its keeper is to start it again."""
         self._gone_at: float | None = None
         self._start_again = False
         """It could not be started, because a file could not be written."""
@@ -64,9 +66,19 @@ class SnapshotAgent:
                     ) from error
                 time.sleep(STORAGE_POLL_INTERVAL_S)
 
+    @property
+    def keeper(self) -> int | None:
+        """The process that holds the memory, as far as is known."""
+        return None if self._keeper is None else self._keeper.pid
+
     def restart(self) -> None:
-        """Start the slot's agent again without waiting: workers may depend on it before it is ready."""
+        """Start the slot's agent again without waiting: workers may depend on it before it is ready.
+
+        Do nothing while its keeper lives, which does so itself.
+        """
         self._start_again = False
+        if self._keeper is not None and self._keeper.alive:
+            return
         try:
             if (config := self._config()) is not None:
                 start_agent(config)
@@ -92,23 +104,37 @@ class SnapshotAgent:
                 f"{self._slot}: {error}"
             ) from error
 
-    def poll(self) -> bool:
-        """Connect to the agent if there is no connection, as workers may start one too; return False if it has died."""
+    def poll(self) -> str:
+        """Connect to the agent if there is no connection, as workers may start one too.
+
+        Return what has happened to it if it has died, else nothing.
+        """
         if self._client is not None and self._client.gone:
-            self._forget()
+            self._disconnect()
             self._gone_at = time.monotonic()
-        died = False
         if self._start_again:
             self.restart()
+        said = ""
         if self._gone_at is not None and time.monotonic() - self._gone_at > CLEANUP_S and self._slot is not None:
             # An agent that ends with its job removes its address.
-            died, self._gone_at = True, None
-            with contextlib.suppress(OSError):
-                died = Registry(self._folder).endpoint(self._slot) is not None
+            self._gone_at = None
+            kept = self._keeper is not None and self._keeper.alive
+            if self._published(self._slot):
+                said = "has died; its memory is kept" if kept else "has died with its memory"
+                self._lost = kept and self._client is None
+        if self._lost and self._slot is not None and (self._keeper is None or not self._keeper.alive):
+            self._lost = False
+            if self._published(self._slot):
+                said = "has died again and again; its memory is given up"
         if self._client is None and self._slot is not None:
             with contextlib.suppress(FtError, OSError):
                 self._connect(self._slot)
-        return not died
+        return said and f"the snapshot agent of slot {self._slot} {said}"
+
+    def _published(self, slot: int) -> bool:
+        with contextlib.suppress(OSError):
+            return Registry(self._folder).endpoint(slot) is not None
+        return True
 
     def _connect(self, slot: int) -> None:
         if not (self._folder / SECRET).exists():
@@ -120,11 +146,15 @@ class SnapshotAgent:
             return
         client = AgentClient(socket, run=run, secret=secret, worker=slot, role="supervisor", deadline=ANSWER_TIMEOUT_S)
         try:
-            self.pid = client.status(ANSWER_TIMEOUT_S).pid
+            status = client.status(ANSWER_TIMEOUT_S)
+            started = started_at(status.keeper)
         except FtError:
             client.close()
             raise
-        self._client = client
+        if self._keeper is None or self._keeper.pid != status.keeper:
+            self._release()
+            self._keeper = None if started is None else Holder.found(status.keeper, started)
+        self._client, self.pid, self._lost = client, status.pid, False
 
     def begin_epoch(self) -> int | None:
         """Have all agents decide now what to restore; return the epoch of that decision, None if no agent runs yet."""
@@ -177,34 +207,41 @@ class SnapshotAgent:
 
     def kill(self) -> None:
         """End this node's agent and its memory: the slot now belongs to another node."""
-        if self._client is not None and not self._client.gone and self.pid is not None:
-            # The link is open, so the pid is still the agent's.
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGTERM)
+        if self._keeper is not None:
+            self._keeper.terminate()
         self._forget()
         self._slot = None
 
     def discard(self) -> None:
         """End the slot's agent and its configuration, which the next workers write again. Wait until it is dead."""
-        with contextlib.ExitStack() as stack:
-            process = None
-            if self.pid is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    process = stack.enter_context(os.fdopen(os.pidfd_open(self.pid)))
-            self.kill()
-            with contextlib.suppress(OSError):
-                (self._folder / AGENTS_FOLDER / TEMPLATE_FILE).unlink(missing_ok=True)
-            if process is not None:  # readable once the process has ended, even if its parent has not reaped it
-                select.select([process], [], [], ANSWER_TIMEOUT_S)
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            keeper.terminate()
+        self.kill()
+        with contextlib.suppress(OSError):
+            (self._folder / AGENTS_FOLDER / TEMPLATE_FILE).unlink(missing_ok=True)
+        if keeper is not None:  # readable once the process has ended, even if its parent has not reaped it
+            select.select([keeper], [], [], ANSWER_TIMEOUT_S)
+            keeper.close()
 
     def close(self) -> None:
         """Disconnect; the agent ends with its lease."""
         self._forget()
 
     def _forget(self) -> None:
+        self._disconnect()
+        self._release()
+        self._lost, self._gone_at = False, None
+
+    def _disconnect(self) -> None:
         if self._client is not None:
             self._client.close()
         self._client, self.pid = None, None
+
+    def _release(self) -> None:
+        if self._keeper is not None:
+            self._keeper.close()
+        self._keeper = None
 
 
 def _complete(status: Status) -> tuple[int, int] | None:

@@ -140,7 +140,7 @@ class Supervisor:
                     return ExitCode.INTERRUPTED, str(error)
             except Fenced as error:
                 self._print(str(error))
-                self._record_state(state="fenced", slot=None, workers={}, agent=None)
+                self._record_state(state="fenced", slot=None, workers={}, agent=None, keeper=None)
                 self._snapshot_agent.kill()
                 self._handler.rejoin(fenced=True)
                 continue
@@ -210,7 +210,7 @@ class Supervisor:
             self._snapshot_agent.take(slot)
             if table.begun and not table.resized:
                 self._snapshot_agent.ensure()
-        self._record_state(slot=slot, agent=self._snapshot_agent.pid)
+        self._record_state(slot=slot, agent=self._snapshot_agent.pid, keeper=self._snapshot_agent.keeper)
 
     def on_resized(self, table: Table) -> None:
         self._event(events.Resized(node=self._options.node, slots=table.slots, why=_why(table)))
@@ -263,8 +263,9 @@ class Supervisor:
         self._started_at = time.monotonic()
         self._redundancy_lost = self._snapshots and slot in table.moved
         self._record_state(
-            state="running", workers=dict(workers), restart=table.restart, agent=self._snapshot_agent.pid
-        )
+            state="running", workers=dict(workers), restart=table.restart, agent=self._snapshot_agent.pid,
+            keeper=self._snapshot_agent.keeper,
+        )  # fmt: skip
 
     def on_failed(self, kind: Kind | Literal["agent"], cause: str) -> None:
         slots = (self._handler.slot,)
@@ -283,11 +284,11 @@ class Supervisor:
             self._hand_over()
         if not self._snapshots:
             return
-        if not self._snapshot_agent.poll():
-            self.on_failed("agent", f"the snapshot agent of slot {self._handler.slot} has died")
+        if cause := self._snapshot_agent.poll():
+            self.on_failed("agent", cause)
             self._snapshot_agent.restart()
             self._redundancy_lost = True
-        self._record_state(agent=self._snapshot_agent.pid)
+        self._record_state(agent=self._snapshot_agent.pid, keeper=self._snapshot_agent.keeper)
         if self._redundancy_lost and (complete := self._snapshot_agent.complete_snapshot()) is not None:
             self._redundancy_lost = False
             slots = (self._handler.slot,)

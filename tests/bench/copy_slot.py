@@ -15,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from keepwarm.ft.keeper import memory_file
 from keepwarm.ft.memory.shared_memory import SharedBuffer
 from keepwarm.ft.worker.snapshotter import Snapshotter, plan_part
 from tests.support.ft.nodes import Tensor
@@ -33,7 +34,7 @@ def main(mebibytes: int) -> dict[str, float | int]:
     size = (mebibytes << 20) // count // 4
     state = {f"t{i}": Tensor(f"t{i}", (size,), (0,), (size,), torch.randn(size), (0,)) for i in range(count)}
     plan = plan_part(state, 0, BUCKET)
-    buffer = SharedBuffer.create(plan.size, "bench")
+    buffer = SharedBuffer.of(memory_file("bench"), plan.size)
     snapshotter = Snapshotter.__new__(Snapshotter)  # the copy alone, without an agent
     snapshotter.state, snapshotter.plan, snapshotter._first, snapshotter._stream = state, plan, 0, None
     snapshotter.client = _NeverRevoked()  # type: ignore[assignment]

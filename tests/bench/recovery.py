@@ -48,7 +48,7 @@ def recoveries(folder: Path, what: str, rounds: int) -> dict[str, Any]:
             slot = count % NODES
             record = run.owner(slot)
             began = time.time()
-            everything = [record.supervisor, *([record.agent] if record.agent else []), *record.workers.values()]
+            everything = [record.supervisor, *filter(None, (record.agent, record.keeper)), *record.workers.values()]
             for pid in everything if what != "worker" else [min(record.workers.values())]:
                 os.kill(pid, signal.SIGSTOP if what == "frozen" else signal.SIGKILL)
             event = run.recovered(count)

@@ -124,6 +124,9 @@ def test_drill_more_nodes_than_parity_restore_from_disk(folder: Path) -> None:
     [
         (["--kill", "worker:2@8", "--kill", "node:3@8"], ["decoded", "decoded"]),
         (["--kill", "agent:1@8"], [None]),
+        (["--kill", "agents:0,1,2,3@8"], [None]),
+        (["--kill", "agents:0,1,2,3@8", "--kill", "worker:1@8"], ["local", "local"]),
+        (["--kill", "keeper:1@8"], [None]),
         (["--kill", "supervisor:2@8"], ["decoded"]),
         (["--kill", "store@8"], ["local"]),
         (["--kill", "store@8", "--kill", "node:1@8"], ["decoded", "decoded"]),

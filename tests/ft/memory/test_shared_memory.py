@@ -17,6 +17,7 @@ import pytest
 import xxhash
 
 from keepwarm.ft.errors import AgentError, AuthenticationFailed, MemoryTooSmall
+from keepwarm.ft.keeper import memory_file
 from keepwarm.ft.memory import shared_memory
 from keepwarm.ft.memory.shared_memory import Holder, SharedBuffer
 from keepwarm.ft.transport.auth import create_secret, load_secret
@@ -53,7 +54,7 @@ def writer(buffer: SharedBuffer) -> tuple["subprocess.Popen[bytes]", Holder]:
 
 
 def test_shared_buffer_writer_killed_keeps_contents() -> None:
-    buffer = SharedBuffer.create(1 << 20, "test")
+    buffer = SharedBuffer.of(memory_file("test"), 1 << 20)
     process, holder = writer(buffer)
     assert holder.alive
     holder.kill()
@@ -68,7 +69,7 @@ def test_shared_buffer_writer_killed_keeps_contents() -> None:
 
 
 def test_shared_buffer_resize_is_refused() -> None:
-    buffer = SharedBuffer.create(1 << 16, "test")
+    buffer = SharedBuffer.of(memory_file("test"), 1 << 16)
     for size in (0, 1 << 17):
         with pytest.raises(PermissionError):
             os.ftruncate(buffer.descriptor, size)
@@ -78,7 +79,7 @@ def test_shared_buffer_resize_is_refused() -> None:
 
 
 def test_shared_buffer_smaller_than_announced_is_refused() -> None:
-    buffer = SharedBuffer.create(1 << 16, "test")
+    buffer = SharedBuffer.of(memory_file("test"), 1 << 16)
     with pytest.raises(AgentError, match="announced"):
         SharedBuffer(os.dup(buffer.descriptor), 1 << 17)
     buffer.close()
@@ -86,7 +87,7 @@ def test_shared_buffer_smaller_than_announced_is_refused() -> None:
 
 def test_shared_buffer_pages_are_faulted_in_at_creation() -> None:
     size = 16 << 20
-    buffer = SharedBuffer.create(size, "test")
+    buffer = SharedBuffer.of(memory_file("test"), size)
     source = np.ones(size, np.uint8)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     np.copyto(buffer.data, source)
@@ -95,7 +96,7 @@ def test_shared_buffer_pages_are_faulted_in_at_creation() -> None:
 
 
 def test_shared_buffer_empty_is_allowed() -> None:
-    buffer = SharedBuffer.create(0, "test")
+    buffer = SharedBuffer.of(memory_file("test"), 0)
     assert len(buffer.data) == 0
     buffer.close()
 

@@ -42,7 +42,7 @@ def test_fault_option_is_parsed_and_printed_back(
         ("kill", "worker:1@", "expected TARGET@STEP"),
         ("kill", "worker:-1@3", "expected TARGET@STEP"),
         ("kill", "worker:1@20+soon", "expected TARGET@STEP"),
-        ("kill", "chunk:1@3", "cannot kill a 'chunk'; it can be worker or node or agent or supervisor or store"),
+        ("kill", "chunk:1@3", "cannot kill a 'chunk'; it can be worker or node or agent or keeper or supervisor"),
         ("freeze", "worker:1@3", "cannot freeze a 'worker'; it can be node"),
         ("kill", "node@3", "says not which node, write node:0@3"),
         ("kill", "store:1@3", "a store has no number, write store@3"),

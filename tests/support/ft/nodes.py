@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -68,10 +69,17 @@ class Nodes:
         ]  # fmt: skip
         self.clients: list[AgentClient] = []
         self.pids: dict[int, int] = {}
+        """Of the agents, by slot."""
+        self.keepers: dict[int, int] = {}
 
     def start(self, slot: int) -> None:
         client.ensure_agent(self.configs[slot], 120.0)
-        self.pids[slot] = self.status(slot).pid
+        self.look(slot)
+
+    def look(self, slot: int) -> None:
+        """Learn the processes of a slot."""
+        status = self.status(slot)
+        self.pids[slot], self.keepers[slot] = status.pid, status.keeper
 
     def start_all(self) -> None:
         with ThreadPoolExecutor(self.nodes) as pool:
@@ -111,13 +119,27 @@ class Nodes:
             onlooker.close()
 
     def kill(self, slot: int) -> None:
-        """SIGKILL to an agent; its memory is gone with it."""
-        os.kill(self.pids[slot], signal.SIGKILL)
+        """SIGKILL to a keeper: its agent dies with it, and the memory is gone."""
+        with ended(self.pids[slot]):
+            os.kill(self.keepers[slot], signal.SIGKILL)
         self.wait_dead(slot)
 
+    def crash(self, *slots: int) -> None:
+        """SIGKILL to agents alone: their keepers start the next ones with the same memory. Return once they answer."""
+        before = dict(self.pids)
+        with contextlib.ExitStack() as stack:
+            for slot in slots:
+                stack.enter_context(ended(self.pids[slot]))
+            for slot in slots:
+                os.kill(self.pids[slot], signal.SIGKILL)
+        for slot in slots:
+            self.start(slot)
+            assert self.pids[slot] != before[slot]
+
     def wait_dead(self, slot: int, deadline: float = 20.0) -> None:
+        """Wait until a slot's keeper has ended, which does so after its agent unless it is killed."""
         for child in client._children:
-            if child.pid == self.pids.get(slot):
+            if child.pid == self.keepers.get(slot):
                 child.wait(deadline)
 
     def log(self, slot: int) -> str:
@@ -127,10 +149,21 @@ class Nodes:
         for each in self.clients:
             with contextlib.suppress(Exception):
                 each.close()
-        for slot, pid in self.pids.items():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+        for slot, keeper in self.keepers.items():
+            if any(child.pid == keeper and child.poll() is None for child in client._children):
+                os.kill(keeper, signal.SIGTERM)
             self.wait_dead(slot)
+
+
+@contextlib.contextmanager
+def ended(pid: int, deadline: float = 20.0) -> Iterator[None]:
+    """Wait in the end until a process that the block kills is dead, with all of its threads, and its sockets closed."""
+    process = os.pidfd_open(pid)
+    try:
+        yield
+        assert select.select([process], [], [], deadline)[0], f"process {pid} has not died"
+    finally:
+        os.close(process)
 
 
 def together(function: Any, items: Any) -> list[Any]:

@@ -5,6 +5,7 @@ when the test says so. Workers are played by the protocol's own events.
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ import numpy as np
 
 from keepwarm.ft.agent.agent import Agent
 from keepwarm.ft.arrays import Bytes
+from keepwarm.ft.discovery import config as agent_config
 from keepwarm.ft.discovery.config import AgentConfig, GroupConfig
+from keepwarm.ft.keeper import FILES, Holding
 from keepwarm.ft.memory.shared_memory import bucket_sums
 from keepwarm.ft.protocol import events
 from keepwarm.ft.protocol.messages import SnapshotId
@@ -41,19 +44,28 @@ class Team:
                     **{"bucket_bytes": BUCKET, "lease": 1e6, "scrub": None, "silence": 30.0} | options,
                 )  # fmt: skip
         self.agents: dict[int, Agent] = {}
+        self.holdings: dict[int, Holding] = {}
         self.paused: set[int] = set()
         """Agents that stand still."""
         for slot in sorted(self.configs):
             self.start(slot)
 
     def start(self, slot: int) -> None:
-        """An agent with an empty memory."""
-        agent = self.agents[slot] = Agent(self.configs[slot])
+        """An agent with an empty memory, or with the one of the agent that crashed."""
+        if slot not in self.holdings:
+            self.holdings[slot] = Holding(agent_config.write(self.configs[slot]))
+        files = {name: os.dup(self.holdings[slot].files[name]) for name in FILES[2:]}
+        agent = self.agents[slot] = Agent(self.configs[slot], files)
         buckets = agent.memory.shape.buckets
         agent.configured(Geometry(layout=LAYOUT, parts=(buckets,), chunk=agent.memory.shape.chunk))
 
     def kill(self, slot: int) -> None:
         """Its memory is gone and its sockets closed, without a word."""
+        self.crash(slot)
+        self.holdings.pop(slot).close()
+
+    def crash(self, slot: int) -> None:
+        """Its sockets are closed without a word. Its memory stays."""
         self.agents.pop(slot).close()
 
     def turn(self) -> None:
@@ -182,8 +194,8 @@ class Team:
             assert np.array_equal(agent.memory.data[copy.data].data, self.content(slot, step))
 
     def close(self) -> None:
-        for agent in self.agents.values():
-            agent.close()
+        for slot in list(self.agents):
+            self.kill(slot)
 
 
 @contextlib.contextmanager

@@ -80,11 +80,12 @@ class Run:
             records = [record for record in node_record.read_all(self.folder) if record.slot == slot]
             # A killed node cannot take its record back: the later restart counts.
             newest = max(records, key=lambda each: each.restart, default=None)
-            ready = newest is not None and newest.state == "running" and newest.agent is not None
+            ready = newest is not None and newest.state == "running" and None not in (newest.agent, newest.keeper)
             return newest if ready else None
 
         record: NodeRecord = self.until(found, f"a node in slot {slot}")
-        self.pids |= {record.supervisor, *record.workers.values()} | ({record.agent} if record.agent else set())
+        self.pids |= {pid for pid in (record.supervisor, record.keeper, record.agent) if pid is not None}
+        self.pids |= {*record.workers.values()}
         return record
 
     def newest(self) -> int:
@@ -93,18 +94,41 @@ class Run:
         return max((line["step"] for line in steps_of(self.folder)), default=0) if path.exists() else 0
 
     def lose_agents(self, slots: Collection[int]) -> None:
-        """The agents of these slots, and all that they hold."""
+        """The agents of these slots, and with their keepers all that they hold."""
+        keepers = [self.owner(slot).keeper for slot in slots]
+        for keeper in keepers:
+            assert keeper is not None
+            os.kill(keeper, signal.SIGKILL)
+
+    def crash_agents(self, slots: Collection[int]) -> None:
+        """The agents of these slots, and nothing that they hold."""
         agents = [self.owner(slot).agent for slot in slots]
         for agent in agents:
             assert agent is not None
             os.kill(agent, signal.SIGKILL)
+
+    def settled(self, slot: int) -> int:
+        """The step that all agents have committed once a worker of `slot` stands still, and no more is under way."""
+
+        def at_rest() -> int | None:
+            ask = [sys.executable, "-P", "-m", "keepwarm", "snapshots", str(self.folder), "--json"]
+            said = subprocess.run(ask, capture_output=True, text=True, cwd=ROOT, timeout=60).stdout
+            agents = json.loads(said)["agents"]
+            still = any(held["phase"] in ("sealed", "prepared") for held in agents[slot]["held"])
+            steps = {agent["committed"][1] for agent in agents}
+            return None if still or len(steps) > 1 else int(steps.pop())
+
+        self.until(at_rest, "all agents to have committed what they can")
+        # By now its agent has read what its workers had sent before.
+        step: int = self.until(at_rest, "all agents to have committed what they can")
+        return step
 
     def lose_worker(self, rank: int, ranks_per_node: int = 1) -> None:
         os.kill(self.owner(rank // ranks_per_node).workers[rank], signal.SIGKILL)
 
     def lose_node(self, slot: int, *, with_store: bool = False) -> None:
         record = self.owner(slot)
-        victims = [record.supervisor, record.agent, *record.workers.values()]
+        victims = [record.keeper, record.supervisor, *record.workers.values()]
         if with_store:
             store = node_record.newest_store(self.folder)
             assert store is not None

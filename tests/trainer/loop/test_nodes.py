@@ -177,9 +177,11 @@ def kill_supervisor(run: Run) -> None:
 
 
 def kill_agent(run: Run) -> None:
-    agent = run.owner(1).agent
-    assert agent is not None
-    os.kill(agent, signal.SIGKILL)
+    run.crash_agents([1])
+
+
+def kill_keeper(run: Run) -> None:
+    run.lose_agents([1])
 
 
 def kill_store(run: Run) -> None:
@@ -189,7 +191,7 @@ def kill_store(run: Run) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("fault", [kill_supervisor, kill_agent, kill_store])
+@pytest.mark.parametrize("fault", [kill_supervisor, kill_agent, kill_keeper, kill_store])
 def test_nodes_single_component_lost_recovers_bitwise(
     whole: Path, start: Callable[..., Run], fault: Callable[[Run], None]
 ) -> None:
@@ -198,7 +200,35 @@ def test_nodes_single_component_lost_recovers_bitwise(
     fault(run)
     run.done()
     failures = [event["kind"] for event in run.events("failure")]
-    assert {kill_supervisor: "lost", kill_agent: "agent", kill_store: "store"}[fault] in failures
+    kinds = {kill_supervisor: "lost", kill_agent: "agent", kill_keeper: "agent", kill_store: "store"}
+    assert kinds[fault] in failures
+    assert_equal(run, whole)
+    assert_nothing_left(run)
+
+
+@pytest.mark.ci
+def test_nodes_all_agents_lost_at_once_recovers_from_memory_bitwise(whole: Path, start: Callable[..., Run]) -> None:
+    """More agents than the parity bears die, as from one defect. A worker that dies too costs no memory either."""
+    run = start("--nodes", "4")
+    run.after(5)
+    before = workers(run)
+    kept = {slot: run.owner(slot).keeper for slot in range(4)}
+    run.crash_agents(range(4))
+    run.until(lambda: len(run.events("failure")) == 4, "supervisors to see it")
+    assert {event["kind"] for event in run.events("failure")} == {"agent"}
+    assert all("its memory is kept" in event["cause"] for event in run.events("failure"))
+    run.after(run.newest() + 5)
+    assert workers(run) == before, "no worker was started again"
+    assert {slot: run.owner(slot).keeper for slot in range(4)} == kept
+
+    os.kill(before[2], signal.SIGSTOP)
+    step = run.settled(2)
+    run.crash_agents(range(4))
+    os.kill(before[2], signal.SIGKILL)
+    recovery = run.recovered(1)
+    assert (recovery["level"], recovery["source"], recovery["step"]) == ("local", "memory", step)
+    assert recovery["bytes_decoded"] == 0
+    run.done()
     assert_equal(run, whole)
     assert_nothing_left(run)
 
@@ -208,7 +238,7 @@ def test_nodes_frozen_node_is_fenced_when_it_resumes(whole: Path, start: Callabl
     run = start("--nodes", "4", "--spares", "1", "snapshot.peer_timeout=2.0")
     run.after(3)
     record = run.owner(2)
-    frozen = [record.supervisor, *([record.agent] if record.agent else []), *record.workers.values()]
+    frozen = [record.supervisor, record.keeper, record.agent, *record.workers.values()]
     for pid in frozen:
         os.kill(pid, signal.SIGSTOP)
     recovery = run.recovered(1)

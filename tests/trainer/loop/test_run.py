@@ -109,10 +109,10 @@ def rank_1_of(launcher: int) -> int:
     )
 
 
-def agent_lives(folder: Path, slot: int | str = "*") -> list[int]:
-    """Pids of the agents that were started, oldest first for one slot."""
+def agent_lives(folder: Path, slot: int | str = "*", who: str = "pid") -> list[int]:
+    """Pids of the agents that were started (or of each one's `keeper`), oldest first for one slot."""
     return [
-        line["pid"]
+        line[who]
         for log in (folder / "agents").glob(f"agent-{slot}.log")
         for line in map(json.loads, log.read_text().splitlines())
         if line["text"] == "started"
@@ -124,8 +124,8 @@ def events_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def assert_no_agents(folder: Path) -> None:
-    """Every agent that the run started has ended, or does so now that its job has."""
-    started = agent_lives(folder)
+    """Every agent that the run started has ended, or does so now that its job has, and so has its keeper."""
+    started = [*agent_lives(folder), *agent_lives(folder, who="keeper")]
     assert started
     deadline = time.monotonic() + 30
     while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in started):
@@ -173,15 +173,20 @@ def test_run_killed_worker_restarts_from_memory(whole: Path, tmp_path: Path, lau
 
 @pytest.mark.dist
 @pytest.mark.ci
-def test_run_killed_agent_is_replaced_during_training(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("who", ["pid", "keeper"])
+def test_run_killed_agent_is_replaced_during_training(whole: Path, tmp_path: Path, who: str) -> None:
     folder = tmp_path / "killed"
     command = keepwarm(str(TINY), f"output={folder}", *TWO_RANKS, "snapshot={every: 1, commit_deadline: 30.0}")
-    code, output = disturbed(command, folder, signal.SIGKILL, lambda _: agent_lives(folder, 1)[0])
+    code, output = disturbed(command, folder, signal.SIGKILL, lambda _: agent_lives(folder, 1, who)[0])
     assert code == 0, output
     assert [event["event"] for event in events_of(folder)].count("began") == 1
     assert len(agent_lives(folder, 1)) == 2
     commits = [json.loads(line) for line in (folder / "agents" / "agent-1.log").read_text().splitlines()]
     assert any(line["text"] == "committed" and line["epoch"] > 1 for line in commits)
+    assert len(set(agent_lives(folder, 1, "keeper"))) == {"pid": 1, "keeper": 2}[who]
+    assert ("an agent of this slot has died: its memory is used on" in [line["text"] for line in commits]) == (
+        who == "pid"
+    )
     assert steps_of(folder) == steps_of(whole)
     assert tensors_of(folder) == tensors_of(whole)
     assert_no_agents(folder)

@@ -4,13 +4,10 @@ Four nodes of two ranks each; what they end with is compared with a run of the s
 """
 
 import itertools
-import json
 import os
 import random
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -149,9 +146,7 @@ def test_rotten_data_and_parity_chunks_recover_from_memory(
     # A rank that stands still lets no other snapshot be committed; what is to rot is what will be restored.
     victim = run.owner(1).workers[2]
     os.kill(victim, signal.SIGSTOP)
-    run.until(lambda: at_rest(run, 1), "all agents to have committed what they can")
-    # By now its agent has read what its workers had sent before.
-    step = run.until(lambda: at_rest(run, 1), "all agents to have committed what they can")
+    step = run.settled(1)
     rot(agents[first], "data", group.data, 0)
     rot(agents[holder], "parity", group.parity, group.parity_stripes(holder).index(stripe))
     os.kill(victim, signal.SIGKILL)
@@ -162,15 +157,6 @@ def test_rotten_data_and_parity_chunks_recover_from_memory(
     assert len(run.events("recovery")) == 1
     assert_equal(run, whole)
     assert_nothing_left(run)
-
-
-def at_rest(run: Run, slot: int) -> int | None:
-    """The step that all agents have committed, once that of `slot` has no copy that could still be."""
-    ask = [sys.executable, "-P", "-m", "keepwarm", "snapshots", str(run.folder), "--json"]
-    agents = json.loads(subprocess.run(ask, capture_output=True, text=True, cwd=ROOT, timeout=60).stdout)["agents"]
-    still = any(held["phase"] in ("sealed", "prepared") for held in agents[slot]["held"])
-    steps = {agent["committed"][1] for agent in agents}
-    return None if still or len(steps) > 1 else int(steps.pop())
 
 
 def rot(pid: int | None, kind: str, chunks: int, index: int) -> None:
