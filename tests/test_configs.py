@@ -9,6 +9,7 @@ from keepwarm.trainer.job.files import load_job, load_model
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 JOBS = sorted([*(CONFIGS / "jobs").rglob("*.yaml"), *(CONFIGS / "ci").rglob("*.yaml")])
+CLASSES = sorted((CONFIGS / "transformers").rglob("config.json"))
 MODELS = sorted((CONFIGS / "models").rglob("*.yaml"))
 
 
@@ -32,7 +33,7 @@ def test_shipped_models_load_by_name(path: Path) -> None:
 
 
 def test_shipped_configs_folder_holds_nothing_else() -> None:
-    known = {*JOBS, *MODELS, *(CONFIGS / "corpora").iterdir()}
+    known = {*JOBS, *MODELS, *CLASSES, *(CONFIGS / "corpora").iterdir()}
     assert {path for path in CONFIGS.rglob("*") if path.is_file()} == known
 
 
