@@ -1,13 +1,17 @@
-"""Model shape as the `model` section describes it, for engines that bring their own layers. Torch-free."""
+"""Model shape as the `model` section describes it: what all models have, and what keepwarm's own have. Torch-free."""
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
+
+from keepwarm.parallel.errors import LayoutError
 
 
 class Architecture(Protocol):
-    """The shape of a decoder-only transformer.
+    """The shape of a decoder-only transformer of any origin."""
 
-    `keepwarm.trainer.model.spec.ModelSpec` implements it and documents every field.
-    """
+    @property
+    def is_native(self) -> bool:
+        """Whether it is a `NativeArchitecture`, not a class of transformers."""
+        ...
 
     @property
     def layers(self) -> int: ...
@@ -25,6 +29,16 @@ class Architecture(Protocol):
     def vocabulary_size(self) -> int: ...
     @property
     def max_sequence_length(self) -> int: ...
+    @property
+    def tied_embeddings(self) -> bool: ...
+
+
+class NativeArchitecture(Architecture, Protocol):
+    """A decoder that an engine can build from layers of its own.
+
+    `keepwarm.trainer.model.spec.ModelSpec` implements it and documents every field.
+    """
+
     @property
     def norm(self) -> Literal["rms", "layer"]: ...
     @property
@@ -55,5 +69,14 @@ class Architecture(Protocol):
     def mlp_bias(self) -> bool: ...
     @property
     def qk_norm(self) -> Literal["none", "head", "projection"]: ...
-    @property
-    def tied_embeddings(self) -> bool: ...
+
+
+def native(model: Architecture) -> NativeArchitecture:
+    """Return the model as one of keepwarm's own.
+
+    Raises:
+        LayoutError: its layers come from transformers.
+    """
+    if not model.is_native:
+        raise LayoutError("model.transformers: this engine builds layers of its own; set parallel.engine = torch")
+    return cast(NativeArchitecture, model)

@@ -67,6 +67,9 @@ class EngineInfo(Component, ABC):
 
     This requires that it keeps no state in module globals."""
 
+    foreign_layers: ClassVar[bool] = False
+    """Whether the engine calls the layers of `ModelParts.build_stage` as they are, also those of transformers."""
+
     def __init__(self, options: Any) -> None:
         """Store the options, an instance of `Options`."""
         self.options = options
@@ -131,4 +134,9 @@ def require(job: Job) -> None:
 
 def refusals(job: Job) -> list[str]:
     """Return one line for each setting of the job that its engine does not support: key, reason, alternative. Pure."""
-    return [f"parallel.engine = {job.parallel.engine}: {reason}" for reason in engine_info(job.parallel).refuses(job)]
+    engine = engine_info(job.parallel)
+    if not job.model.is_native and not engine.foreign_layers:
+        reasons = ["model.transformers: it has layers of its own; set parallel.engine = torch"]
+    else:
+        reasons = list(engine.refuses(job))
+    return [f"parallel.engine = {job.parallel.engine}: {reason}" for reason in reasons]

@@ -10,6 +10,7 @@ from keepwarm.trainer.job.site.site_file import VARIABLE
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 JOBS = sorted([*(CONFIGS / "jobs").rglob("*.yaml"), *(CONFIGS / "ci").rglob("*.yaml")])
+CLASSES = sorted((CONFIGS / "transformers").rglob("config.json"))
 MODELS = sorted((CONFIGS / "models").rglob("*.yaml"))
 
 SITE = CONFIGS / "site.example.yaml"
@@ -44,7 +45,7 @@ def test_shipped_site_file_gives_each_of_its_values_to_a_job(monkeypatch: pytest
 
 
 def test_shipped_configs_folder_holds_nothing_else() -> None:
-    known = {*JOBS, *MODELS, *(CONFIGS / "corpora").iterdir(), SITE}
+    known = {*JOBS, *MODELS, *CLASSES, *(CONFIGS / "corpora").iterdir(), SITE}
     assert {path for path in CONFIGS.rglob("*") if path.is_file()} == known
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
-from keepwarm.parallel.architecture import Architecture
+from keepwarm.parallel.architecture import NativeArchitecture, native
 from keepwarm.parallel.engine_registry import EngineOptions
 from keepwarm.parallel.engine_support import MEGATRON_CORE, EngineInfo, Job
 from keepwarm.parallel.errors import LayoutError
@@ -29,7 +29,7 @@ class MegatronInfo(EngineInfo):
     options: MegatronOptions
 
     def refuses(self, job: Job) -> Iterator[str]:
-        yield from _families_of_gpt_model(job.model)
+        yield from _families_of_gpt_model(native(job.model))
         parallel = job.parallel
         if parallel.schedule == "zero_bubble" and parallel.pipeline > 1:
             yield "parallel.schedule: Megatron Core has 1f1b and interleaved, no zero_bubble"
@@ -75,7 +75,7 @@ class MegatronInfo(EngineInfo):
         )
 
 
-def _families_of_gpt_model(model: Architecture) -> Iterator[str]:
+def _families_of_gpt_model(model: NativeArchitecture) -> Iterator[str]:
     """Yield the model features that the transformer layers of Megatron Core 0.16 lack."""
     if model.norm_position == "post":
         yield "model.norm_position = post (OLMo 2): its layers normalise before attention and MLP"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from keepwarm.parallel.architecture import Architecture
+from keepwarm.parallel.architecture import NativeArchitecture, native
 from keepwarm.parallel.engine import EngineConfig
 from keepwarm.parallel.megatron.core import (
     MLP,
@@ -42,7 +42,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def transformer_config(config: EngineConfig) -> Any:
     """Return Megatron Core's configuration of model and parallelism, without dropout and initialisation."""
-    spec, parallel, numerics = config.model.spec, config.parallel, config.numerics
+    spec, parallel, numerics = native(config.model.spec), config.parallel, config.numerics
     dtype = DTYPES[numerics.precision]
     stages = parallel.stages // parallel.pipeline
     return TransformerConfig(
@@ -95,7 +95,7 @@ def build_stages(config: EngineConfig, transformer: Any, groups: Any, stages: tu
 
 
 def _build(config: EngineConfig, transformer: Any, groups: Any, stage: int, chunk: int, layers: int) -> Any:
-    spec, parallel, numerics = config.model.spec, config.parallel, config.numerics
+    spec, parallel, numerics = native(config.model.spec), config.parallel, config.numerics
     using = building_blocks(spec, parallel, numerics)
     gpt = GPTModel(
         config=transformer,
@@ -131,7 +131,7 @@ class BuildingBlocks:
     row: Any
 
 
-def building_blocks(spec: Architecture, parallel: ParallelSpec, numerics: NumericsSpec) -> BuildingBlocks:
+def building_blocks(spec: NativeArchitecture, parallel: ParallelSpec, numerics: NumericsSpec) -> BuildingBlocks:
     """Return Megatron Core's own linear layers with PyTorch's or Apex's norms, or Transformer Engine's for both.
 
     Transformer Engine's attention is not used: PyTorch's kernels accept document masks directly.
@@ -150,7 +150,7 @@ def building_blocks(spec: Architecture, parallel: ParallelSpec, numerics: Numeri
 _OF_APEX = {"rms": ApexRMSNorm, "layer": ApexLayerNorm}
 
 
-def _layer(spec: Architecture, using: BuildingBlocks) -> Any:
+def _layer(spec: NativeArchitecture, using: BuildingBlocks) -> Any:
     norm = using.norm
     head_norm = norm if spec.qk_norm == "head" else None
     return ModuleSpec(
@@ -180,7 +180,7 @@ def _layer(spec: Architecture, using: BuildingBlocks) -> Any:
     )
 
 
-def _activation(spec: Architecture) -> Any:
+def _activation(spec: NativeArchitecture) -> Any:
     if spec.activation == "swiglu":
         return F.silu
     return functools.partial(F.gelu, approximate="tanh" if spec.activation == "gelu_tanh" else "none")

@@ -10,6 +10,7 @@ from math import prod
 
 from torch import nn
 
+from keepwarm.parallel.architecture import native
 from keepwarm.parallel.model import ModelParts, is_tied_across
 from keepwarm.parallel.parameter import ShardingSpec, TensorSlice
 
@@ -84,7 +85,7 @@ def _parts(name: str, layers: range, model: ModelParts, rows: int, sharding: Sha
         tensor, size = sharding.layout.tensor, model.spec.size_per_head
         for part, heads in (("query", model.heads), ("key", model.kv_heads), ("value", model.kv_heads)):
             yield f"{module}.attention.{part}.{kind}", heads * size // tensor
-    elif found[2] == "mlp.linear_fc1" and model.spec.activation == "swiglu":
+    elif found[2] == "mlp.linear_fc1" and native(model.spec).activation == "swiglu":
         for part in ("gate", "up"):
             yield f"{module}.mlp.{part}.{kind}", rows // 2
     else:

@@ -15,10 +15,15 @@ class TorchInfo(EngineInfo):
     Options = EngineOptions
     engine = "keepwarm.parallel.native.engine:TorchEngine"
     in_process = True
+    foreign_layers = True
 
     def refuses(self, job: Job) -> Iterator[str]:
         if job.numerics.norms == "apex" and job.parallel.sequence:
             yield "numerics.norms = apex: with parallel.sequence its norms are split by DTensor; set torch"
+        if not job.model.is_native and job.numerics.norms == "apex":
+            yield "numerics.norms = apex: model.transformers has norms of its own; set torch"
+        if not job.model.is_native and job.numerics.compile:
+            yield "numerics.compile: compiled layers of transformers have not been tried; set false"
         if job.numerics.compile and _splits_backward(job):
             yield (
                 "parallel.schedule = zero_bubble splits backward, which compiled layers do not allow; "

@@ -96,12 +96,18 @@ class TensorParallel:
             self._enter(module)
 
     def _enter(self, module: nn.Module) -> None:
-        """Collect the first argument at the entrance of a split region, where every rank needs all of it."""
+        """Collect the first argument at the entrance of a split region, where every rank needs all of it.
+
+        It may be passed by name, as transformers' layers do.
+        """
         inner, group = module.forward, self._group
         collect = gather_sequence if self._sequence else copy_to
 
-        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            return inner(collect(x, group), *args, **kwargs)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if args:
+                return inner(collect(args[0], group), *args[1:], **kwargs)
+            first, x = next(iter(kwargs.items()))
+            return inner(**{**kwargs, first: collect(x, group)})
 
         module.forward = forward
 

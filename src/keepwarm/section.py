@@ -38,6 +38,11 @@ class Section(BaseModel):
         return cls
 
     @classmethod
+    def is_meant(cls, values: Any) -> bool:
+        """Return whether `values` may be meant for this section, where several could stand in its place."""
+        return True
+
+    @classmethod
     def unknown_key(cls, key: str, values: Any) -> str | None:
         """Return why `key` is unknown among `values`, where this section knows more than that; a phrase for errors."""
         return None

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from keepwarm.trainer.job.files import load_job
+from keepwarm.trainer.model.spec import ModelSpec
 from tests.bench.by_hand import StageModel
 
 STEPS = "steps.jsonl"
@@ -33,6 +34,7 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     job = load_job(Path("ci/drill"), [])
+    assert isinstance(job.model, ModelSpec)
     spec = job.model.model_copy(update={"max_sequence_length": job.data.sequence_length})
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = StageModel(spec, range(spec.layers), first=True, last=True)

@@ -18,7 +18,7 @@ from keepwarm.parallel.native.stage import Stage
 from keepwarm.trainer.job.estimate import estimate_rank
 from keepwarm.trainer.job.files import load_job
 from keepwarm.trainer.job.spec import JobSpec
-from keepwarm.trainer.model.decoder import Decoder
+from keepwarm.trainer.model.make import make_model
 from tests.support.ranks import ROOT
 
 PIPELINE = 35
@@ -43,7 +43,7 @@ def test_scale_megatron_turing_stage_holds_planned_shards(rank: int, data_mode: 
     job = job_of(data_mode)
     layout = Layout.of(job.parallel, ranks_per_node=8)
     config = EngineConfig(
-        model=Decoder(job.model, job.seed),
+        model=make_model(job.model, job.seed),
         parallel=job.parallel,
         optimizer=job.optimizer,
         numerics=job.numerics,

@@ -18,7 +18,7 @@ from keepwarm.ft.format import publication
 from keepwarm.ft.format.contents import ITEM_SIZE, Piece
 from keepwarm.ft.format.writer import write_part_blocks
 from keepwarm.trainer.convert.dtypes import NAMES, as_float32, cast
-from keepwarm.trainer.convert.huggingface.exporter import model_spec_of
+from keepwarm.trainer.convert.huggingface.exporter import any_model_spec_of
 from keepwarm.trainer.convert.native import PREFIX, NativeCheckpoint, Tensor
 from keepwarm.trainer.convert.output_folder import new_folder
 from keepwarm.trainer.data.ledger import Ledger, PastStage
@@ -135,7 +135,7 @@ def _meta(opened: Sequence[NativeCheckpoint], shares: Sequence[float]) -> dict[s
     return {
         "weights_only": True,
         "note": f"mean of the weights of {len(opened)} checkpoints: no optimizer state",
-        "model": model_spec_of(opened[0]).model_dump(mode="json"),
+        "model": any_model_spec_of(opened[0]).model_dump(mode="json"),
         "run": {"tokenizer": next((found for found in tokenizers if found is not None), None)},
         "averaged": parents,
     } | ({} if ledger is None else {"ledger": ledger.save()})

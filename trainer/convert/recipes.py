@@ -4,10 +4,12 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from keepwarm.trainer.model.any_spec import AnyModelSpec
 from keepwarm.trainer.model.families.registry import family_of
-from keepwarm.trainer.model.families.tensor_names import Fusion
+from keepwarm.trainer.model.families.tensor_names import Fusion, TensorNames
 from keepwarm.trainer.model.shapes import parameter_shapes
 from keepwarm.trainer.model.spec import ModelSpec
+from keepwarm.trainer.model.transformers.tensors import tensor_names
 
 Shape = tuple[int, ...]
 
@@ -29,9 +31,18 @@ class Recipe:
         return math.prod(self.shape)
 
 
-def into_canonical(spec: ModelSpec, model_type: str) -> list[Recipe]:
+def names_of(spec: AnyModelSpec, model_type: str) -> TensorNames:
+    """Return the names of a model's tensors in a folder of transformers of this type.
+
+    Raises:
+        SpecError: no family is registered under it.
+    """
+    return family_of(model_type).tensors if isinstance(spec, ModelSpec) else tensor_names(spec)
+
+
+def into_canonical(spec: AnyModelSpec, model_type: str) -> list[Recipe]:
     """Return all parameters of a model out of the tensors of a Hugging Face class; sources have the class's names."""
-    names, shapes = family_of(model_type).tensors, parameter_shapes(spec)
+    names, shapes = names_of(spec, model_type), parameter_shapes(spec)
     made = []
     for name, shape in shapes.items():
         turned, fusion = names.is_transposed(name, len(shape)), names.fusion(name)
@@ -42,9 +53,9 @@ def into_canonical(spec: ModelSpec, model_type: str) -> list[Recipe]:
     return made
 
 
-def into_huggingface(spec: ModelSpec, model_type: str) -> list[Recipe]:
+def into_huggingface(spec: AnyModelSpec, model_type: str) -> list[Recipe]:
     """Return the inverse: the tensors of a Hugging Face class out of canonical parameters."""
-    names, shapes = family_of(model_type).tensors, parameter_shapes(spec)
+    names, shapes = names_of(spec, model_type), parameter_shapes(spec)
     made = []
     for name, shape in shapes.items():
         turned, fusion = names.is_transposed(name, len(shape)), names.fusion(name)
@@ -60,7 +71,7 @@ def into_huggingface(spec: ModelSpec, model_type: str) -> list[Recipe]:
     return made
 
 
-def source_shapes(spec: ModelSpec, model_type: str) -> dict[str, Shape]:
+def source_shapes(spec: AnyModelSpec, model_type: str) -> dict[str, Shape]:
     """Return the tensors that a Hugging Face file of this model holds."""
     return {recipe.name: recipe.shape for recipe in into_huggingface(spec, model_type)}
 
@@ -73,7 +84,7 @@ def _part_rows(name: str, fusion: Fusion, shapes: Mapping[str, Shape]) -> dict[s
     return {name: shapes[name][0] for name in names if name in shapes}
 
 
-def _rows(parts: Mapping[str, int], fusion: Fusion, spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
+def _rows(parts: Mapping[str, int], fusion: Fusion, spec: AnyModelSpec) -> Iterator[tuple[str, int, int]]:
     """Yield (parameter, first row, last row + 1) in the order in which a fused tensor has them."""
     groups = spec.key_value_heads if fusion.order == "groups" else 1
     for index in range(groups):
@@ -83,7 +94,7 @@ def _rows(parts: Mapping[str, int], fusion: Fusion, spec: ModelSpec) -> Iterator
 
 
 def _own_runs(
-    name: str, fusion: Fusion, shapes: Mapping[str, Shape], spec: ModelSpec, turned: bool
+    name: str, fusion: Fusion, shapes: Mapping[str, Shape], spec: AnyModelSpec, turned: bool
 ) -> Iterator[tuple[int, int]]:
     """Yield the elements of one parameter within the fused tensor that holds it."""
     parts, width = _part_rows(name, fusion, shapes), math.prod(shapes[name][1:])

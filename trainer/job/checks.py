@@ -18,6 +18,7 @@ from keepwarm.trainer.data.weights import UNITS, quantise
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.job.sections import BatchSpec, CheckpointSpec, ClusterSpec, StageSpec
 from keepwarm.trainer.job.url import is_url
+from keepwarm.trainer.model.any_spec import AnyModelSpec
 from keepwarm.trainer.model.spec import ModelSpec
 
 _LONGEST_RAMP = 1_000_000
@@ -33,7 +34,7 @@ class Job(Protocol):
     @property
     def init_from(self) -> str | None: ...
     @property
-    def model(self) -> ModelSpec: ...
+    def model(self) -> AnyModelSpec: ...
     @property
     def data(self) -> DataSpec: ...
     @property
@@ -96,6 +97,8 @@ def _tensor(job: Job) -> Iterator[str]:
     ):
         if value % tensor:
             yield f"model.{key} = {value} does not divide by parallel.tensor = {tensor}"
+    if not isinstance(model, ModelSpec) and tensor > 1 and model.description.no_tensor is not None:
+        yield f"parallel.tensor = {tensor}: {model.description.no_tensor}; set 1"
     for key, length in _lengths(job):
         if job.parallel.sequence and length % tensor:
             yield f"parallel.sequence: {key} = {length} does not divide by parallel.tensor = {tensor}"

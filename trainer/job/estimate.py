@@ -11,11 +11,11 @@ from keepwarm.parallel.memory import Head, RankEstimate, Workload, elements
 from keepwarm.parallel.mesh.layout import split_layers, stages_of
 from keepwarm.parallel.spec import ParallelSpec
 from keepwarm.trainer.job.spec import JobSpec
+from keepwarm.trainer.model.any_spec import AnyModelSpec
 from keepwarm.trainer.model.shapes import LOGITS_AT_ONCE, Shapes, local_shape, parameter_shapes, tensor_plan
-from keepwarm.trainer.model.spec import ModelSpec
 
 
-def total_parameters(spec: ModelSpec) -> int:
+def total_parameters(spec: AnyModelSpec) -> int:
     """Parameters of the whole model; tied embeddings count once."""
     return elements(parameter_shapes(spec).values())
 
@@ -41,7 +41,7 @@ def state_bytes(job: JobSpec, pipeline: int) -> int:
     return ceil(work.elements / job.parallel.data) * work.master_bytes * copies
 
 
-def model_flops_per_token(spec: ModelSpec, sequence: int) -> float:
+def model_flops_per_token(spec: AnyModelSpec, sequence: int) -> float:
     """FLOPs that count towards MFU: 6 N + 12 h times the mean number of tokens that a query sees, over all layers.
 
     All parameters count, recompute does not. A causal query sees s / 2 tokens on average, in a window w - w^2 / 2s.
@@ -49,7 +49,7 @@ def model_flops_per_token(spec: ModelSpec, sequence: int) -> float:
     return 6.0 * total_parameters(spec) + 6.0 * sum(_seen(spec, layer, sequence) for layer in range(spec.layers))
 
 
-def _seen(spec: ModelSpec, layer: int, sequence: int) -> float:
+def _seen(spec: AnyModelSpec, layer: int, sequence: int) -> float:
     """Return twice the mean number of tokens that a query of a layer sees, times the width of all queries."""
     window = spec.window(layer)
     span = sequence if window is None or window >= sequence else 2 * window - window * window / sequence
@@ -67,10 +67,10 @@ def layer_elements(job: JobSpec) -> tuple[float, float]:
     keys = spec.key_value_heads * spec.size_per_head
     # Input of the projections; query, key, value and the mixed heads.
     attention = hidden + (2 * _queries(spec) + 2 * keys) / tensor
-    if spec.qk_norm != "none":
+    if spec.has_qk_norm:
         attention += (_queries(spec) + keys) / tensor
     # Input of the MLP; gate, its activation, up and their product, or up and its activation.
-    mlp = hidden + (4 if spec.activation == "swiglu" else 2) * spec.ffn_size / tensor
+    mlp = hidden + (4 if spec.has_gate else 2) * spec.ffn_size / tensor
     residual = between if spec.parallel_residual else 2 * between
     everything = residual + attention + mlp
     match job.numerics.recompute:
@@ -129,5 +129,5 @@ def _local_shapes(job: JobSpec, stage: int) -> Shapes:
     return {name: local_shape(name, shape, plan, job.parallel.tensor) for name, shape in shapes.items()}
 
 
-def _queries(spec: ModelSpec) -> int:
+def _queries(spec: AnyModelSpec) -> int:
     return spec.heads * spec.size_per_head

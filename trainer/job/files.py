@@ -26,6 +26,7 @@ from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.job.url import expand_paths, is_remote, local_path, path_override
 from keepwarm.trainer.job.yaml import Document, Keys, read_document
 from keepwarm.trainer.model.spec import ModelSpec
+from keepwarm.trainer.model.transformers.resolve import resolved
 
 _Spec = TypeVar("_Spec", bound=BaseModel)
 _PROPOSALS = (PROPOSED_FILE, SUBMITTED_FILE)
@@ -61,9 +62,12 @@ def load_job(path: Path, overrides: Sequence[str] = (), *, resubmit: bool = Fals
             change.apply(document)
             model_base = Path.cwd()
     _resolve_model(document, model_base)
+    _anchor_config(document.values, model_base)
     for change in changes:
         if change.keys != ("model",):
             change.apply(document)
+    _anchor_config(document.values, Path.cwd())
+    _resolve_config(document)
     _anchor_data(document.values, Path.cwd())
     for key in ("output", "init_from"):
         if isinstance(document.values.get(key), str) and not (key == "init_from" and is_remote(document.values[key])):
@@ -216,6 +220,24 @@ def _resolve_model(document: Document, base: Path) -> None:
     except (SpecError, ValueError) as error:
         raise SpecError(f"{document.place(('model',))}: model: {error}") from error
     document.graft(("model",), model.values, model.places)
+
+
+def _anchor_config(values: dict[str, Any], base: Path) -> None:
+    """Make the path of the config that the model names absolute."""
+    model = values.get("model")
+    if isinstance(model, dict) and "transformers" in model:
+        model["transformers"] = _anchored(model["transformers"], base)
+
+
+def _resolve_config(document: Document) -> None:
+    """Add the content and the description of the config that the model names, unless a run has stored them."""
+    model = document.values.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("transformers"), str) or "description" in model:
+        return
+    try:
+        document.values["model"] = resolved(model)
+    except SpecError as error:
+        raise SpecError(f"{document.place(('model', 'transformers'))}: model.transformers: {error}") from error
 
 
 def _anchor_data(values: dict[str, Any], base: Path) -> None:

@@ -62,6 +62,7 @@ def _locate(location: tuple[int | str, ...], spec: type[BaseModel], document: Do
     siblings: Any = None
     for part in location:
         members = [_chosen(member, value) for annotation in annotations for member in _members(annotation)]
+        members = [member for member in members if _is_meant(member, value)]
         if len(members) > 1 and not _is_key(part, value):
             of_section = any(_is_tag_of(part, member) for member in members if _is_section(member))
             if _is_tag(part, members) and of_section != isinstance(value, dict):
@@ -79,6 +80,12 @@ def _chosen(annotation: Any, value: Any) -> Any:
     """Return the section that a name among its values selects."""
     is_ours = isinstance(annotation, type) and issubclass(annotation, Section)
     return annotation.variant(value) if is_ours else annotation
+
+
+def _is_meant(annotation: Any, value: Any) -> bool:
+    """Return whether the value may be meant for this member of a union."""
+    is_ours = isinstance(annotation, type) and issubclass(annotation, Section)
+    return not is_ours or annotation.is_meant(value)
 
 
 def _is_inside(location: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:

@@ -1,8 +1,8 @@
 """The job spec: everything that defines a run, in one strict, frozen, torch-free object."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, ValidationInfo, field_validator, model_validator
 
 from keepwarm.ft.spec import SnapshotSpec
 from keepwarm.options import check_options
@@ -24,7 +24,7 @@ from keepwarm.trainer.job.sections import (
     ProfileSpec,
     StageSpec,
 )
-from keepwarm.trainer.model.spec import ModelSpec
+from keepwarm.trainer.model.any_spec import AnyModelSpec, validated_model
 
 
 class JobSpec(Section):
@@ -39,7 +39,7 @@ class JobSpec(Section):
     init_from_ignore_keys: tuple[str, ...] = Field(
         (), description="fields of the Hugging Face config.json in init_from that change nothing"
     )
-    model: ModelSpec
+    model: AnyModelSpec
     data: DataSpec
     batch: BatchSpec
     stages: tuple[StageSpec, ...] = Field(min_length=1)
@@ -59,6 +59,11 @@ class JobSpec(Section):
     @property
     def layout(self) -> Layout:
         return Layout.of(self.parallel, self.cluster.ranks_per_node)
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _kind_of_model(cls, values: Any, info: ValidationInfo) -> Any:
+        return validated_model(values, info.mode)
 
     @field_validator("callbacks")
     @classmethod

@@ -14,7 +14,7 @@ _VARIABLE = re.compile(r"\$(?:(?P<escaped>\$)|(?P<name>[A-Za-z_]\w*)|\{(?P<brace
 PATHS = tuple(
     tuple(key.split("."))
     for key in (
-        "output", "init_from", "model", "data.tokenizer", "data.sources.*", "data.validation.*",
+        "output", "init_from", "model", "model.transformers", "data.tokenizer", "data.sources.*", "data.validation.*",
         "cluster.slurm.conda", "cluster.slurm.venv",
         "cluster.slurm.container.image", "cluster.slurm.container.mounts.*", "cluster.slurm.container.python",
         "cluster.kubernetes.image", "cluster.kubernetes.mount", "cluster.kubernetes.python",

@@ -32,7 +32,7 @@ from keepwarm.trainer.loop.restore import Beginning, Start, begin
 from keepwarm.trainer.loop.run_state import RunState
 from keepwarm.trainer.loop.snapshots import MemoryTier, Snapshots
 from keepwarm.trainer.loop.straggler_watch import StragglerWatch
-from keepwarm.trainer.model.decoder import Decoder
+from keepwarm.trainer.model.make import make_model
 from keepwarm.trainer.monitor.console import RunConsole
 from keepwarm.trainer.monitor.goodput import Timeline
 from keepwarm.trainer.monitor.health import Health
@@ -52,7 +52,7 @@ def build(job: JobSpec, world: World, *, start: Start, timeline: Timeline) -> Ru
     """
     torch.manual_seed(job.seed + world.rank)
     data = prepare_sources(job.data, job.model.vocabulary_size, Path(job.output) / "data")
-    model = Decoder(job.model, job.seed, norms=job.numerics.norms)
+    model = make_model(job.model, job.seed, norms=job.numerics.norms)
     return assemble(job, world, model, data, start=start, timeline=timeline)
 
 

@@ -1,6 +1,7 @@
 """Changes between the saved state of a run and the job that continues it: refused, or adopted and reported."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -14,6 +15,7 @@ from keepwarm.trainer.job.sections import StageSpec
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.job.stages import StagePlan
 from keepwarm.trainer.loop.run_state import RunState
+from keepwarm.trainer.model.transformers_spec import is_transformers
 from keepwarm.trainer.monitor import events
 
 Change = events.DataChanged | events.LrChanged
@@ -39,15 +41,30 @@ def check_continues(job: JobSpec, state: RunState, ledger: Ledger, tokenizer: st
         )
 
 
+def _flat(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored `model` section with the fields of a config of transformers one by one."""
+    config = model.get("config") or {}
+    flat = {key: value for key, value in model.items() if key not in ("config", "description")}
+    return flat | {f"config.{key}": value for key, value in config.items()}
+
+
 _CHANGEABLE = {
     "rope_theta", "rope_scaling", "sliding_window", "full_attention_layers", "max_sequence_length", "z_loss", "init",
+    "transformers",
 }  # fmt: skip
-"""Model keys that may change during a run: they extend the context, weigh a loss, or are used at the start alone."""
+"""Model keys that may change during a run: they extend the context, weigh a loss, are used at the start alone, or name
+a folder."""
 
 
 def _check_model(job: JobSpec, state: RunState) -> None:
-    for key, now in job.model.model_dump(mode="json").items():
-        before = state.model.get(key, now)
+    saved, fields = _flat(state.model), _flat(job.model.model_dump(mode="json"))
+    if is_transformers(saved) != is_transformers(fields):
+        raise SpecError(
+            "model: this run was trained with layers of another origin, keepwarm's or transformers': start another "
+            "run from these weights with init_from"
+        )
+    for key, now in fields.items():
+        before = saved.get(key, now)
         if before != now and key not in _CHANGEABLE:
             raise SpecError(
                 f"model.{key}: {before} -> {now}: the weights of this run were trained with the former; start another "

@@ -29,6 +29,7 @@ from keepwarm.trainer.errors import CheckpointError, TrainerError
 from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.job.url import is_url
+from keepwarm.trainer.model.spec import ModelSpec
 
 MODEL, OPTIMIZER = "model.", "optimizer."
 
@@ -103,7 +104,8 @@ def _converted(origin: Path, job: JobSpec, world: World) -> Iterator[Path]:
     if world.rank == 0:
         shutil.rmtree(target, ignore_errors=True)
         try:
-            from_huggingface(origin, target, ignored_keys=job.init_from_ignore_keys)
+            model = None if isinstance(job.model, ModelSpec) else job.model
+            from_huggingface(origin, target, ignored_keys=job.init_from_ignore_keys, model=model)
         except TrainerError as error:
             failure = error
     if world.any(failure is not None):
@@ -124,6 +126,8 @@ _COMPUTED_WITH = (
 
 
 def _check_computation(origin: Path, theirs: Mapping[str, Any], job: JobSpec) -> None:
+    if not isinstance(job.model, ModelSpec):
+        return  # compared by the conversion
     ours = job.model.model_dump(mode="json")
     for key in _COMPUTED_WITH:
         if ours[key] != theirs.get(key, ours[key]):

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -80,17 +80,46 @@ def _blocks(sequence: int, device: torch.device, documents: torch.Tensor | None,
     return create_block_mask(sees, samples, None, sequence, sequence, device=device)
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: Context) -> torch.Tensor:
+class Logits(NamedTuple):
+    """What is done to the products of queries and keys."""
+
+    scale: float | None = None
+    """Factor; None: `1 / sqrt(head_dim)`."""
+    cap: float | None = None
+    """Soft cap: `cap * tanh(logits / cap)` (Gemma 2)."""
+
+
+PLAIN = Logits()
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: Context, logits: Logits = PLAIN
+) -> torch.Tensor:
     """Return causal attention; all are `[micro, sequence, heads, head_dim]`, with fewer key/value heads if grouped."""
     if seen.blocks is not None:
         flex = _compiled_flex()
         heads_first = (x.transpose(1, 2) for x in (query, key, value))
         grouped = query.shape[2] != key.shape[2]
-        return flex(*heads_first, block_mask=seen.blocks, enable_gqa=grouped).transpose(1, 2)
+        return flex(
+            *heads_first,
+            score_mod=None if logits.cap is None else _cap_of(logits.cap),
+            block_mask=seen.blocks,
+            scale=logits.scale,
+            enable_gqa=grouped,
+        ).transpose(1, 2)
     if seen.runs is not None:
-        mixed: torch.Tensor = _attend_documents(query, key, value, seen.runs, seen.mask)
+        mixed: torch.Tensor = _attend_documents(query, key, value, seen, logits)
         return mixed
-    return _attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), seen.mask).transpose(1, 2)
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return _attend(query, key, value, seen.mask, logits).transpose(1, 2)
+
+
+@cache
+def _cap_of(cap: float) -> Callable[..., torch.Tensor]:
+    def capped(score: torch.Tensor, *_: Any) -> torch.Tensor:
+        return cap * torch.tanh(score / cap)
+
+    return capped
 
 
 @cache
@@ -101,26 +130,44 @@ def _compiled_flex() -> Callable[..., torch.Tensor]:
 # Compiled code would be specialised for each new list of lengths.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend_documents(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, runs: tuple[int, ...], mask: torch.Tensor | None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: Context, logits: Logits
 ) -> torch.Tensor:
+    runs, mask = list(seen.runs or ()), seen.mask
     # `split` instead of slices: its backward is one concatenation, while that of a slice fills a whole zero tensor.
-    heads_first = (torch.split(x.flatten(0, 1).transpose(0, 1)[None], list(runs), dim=2) for x in (query, key, value))
+    heads_first = (torch.split(x.flatten(0, 1).transpose(0, 1)[None], runs, dim=2) for x in (query, key, value))
     parts = [
-        _attend(q, k, v, None if mask is None else mask[: q.shape[2], : q.shape[2]])
+        _attend(q, k, v, None if mask is None else mask[: q.shape[2], : q.shape[2]], logits)
         for q, k, v in zip(*heads_first, strict=True)
     ]
     return torch.cat([part.transpose(1, 2) for part in parts], dim=1).view_as(query)
 
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, logits: Logits
+) -> torch.Tensor:
     groups = query.shape[1] // key.shape[1]
+    if logits.cap is not None:
+        return _capped(query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), mask, logits)
     if groups > 1 and query.is_cuda and query.dtype not in (torch.bfloat16, torch.float16):
         # Only the flash kernels share keys among queries; the others would fall back to unfused attention.
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         groups = 1
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=logits.scale, enable_gqa=groups > 1
     )
+
+
+def _capped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, logits: Logits
+) -> torch.Tensor:
+    """Return attention with capped logits, which the fused kernels do not have."""
+    assert logits.cap is not None
+    scale = query.shape[-1] ** -0.5 if logits.scale is None else logits.scale
+    scores = logits.cap * torch.tanh(query @ key.transpose(2, 3) * scale / logits.cap)
+    if mask is None:
+        mask = _band(query.shape[2], None, query.device)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=wide).to(query.dtype) @ value
 
 
 class Attention(nn.Module):

@@ -22,8 +22,10 @@ class Head(nn.Module):
     result is equal on all of them, and the gradient of `weight` is complete for the local rows.
     """
 
-    def __init__(self, hidden_size: int, vocabulary_size: int) -> None:
+    def __init__(self, hidden_size: int, vocabulary_size: int, *, cap: float | None = None) -> None:
+        """With a `cap`, the logits are `cap * tanh(logits / cap)` (Gemma 2)."""
         super().__init__()
+        self.cap = cap
         self.weight = nn.Parameter(torch.empty(vocabulary_size, hidden_size))
         self.chunk = LOGITS_AT_ONCE
         self.vocabulary_group: dist.ProcessGroup | None = None
@@ -38,8 +40,10 @@ class Head(nn.Module):
         """
         weight = local(self.weight)
         if targets is None:
-            return self._gather(F.linear(x, weight))
-        vocabulary = _Vocabulary(max(1, self.chunk // weight.shape[0]), self.vocabulary_group, self.vocabulary_start)
+            return self._gather(_capped(F.linear(x, weight), self.cap))
+        vocabulary = _Vocabulary(
+            max(1, self.chunk // weight.shape[0]), self.vocabulary_group, self.vocabulary_start, self.cap
+        )
         loss, partition = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
             x.flatten(0, 1), weight, targets.flatten(), vocabulary
         )
@@ -63,6 +67,8 @@ class _Vocabulary(NamedTuple):
     """Ranks that share the vocabulary."""
     start: int
     """First token of this rank."""
+    cap: float | None
+    """Soft cap of the logits."""
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -76,18 +82,18 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocabulary: _Vocabulary
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        chunk, group, start = vocabulary
+        chunk, group, start, cap = vocabulary
         wide = torch.promote_types(x.dtype, torch.float32)
         loss = torch.empty(len(x), dtype=wide, device=x.device)
         partition = torch.empty_like(loss)
         logits = None
         for part in _chunks(len(x), chunk):
-            logits = F.linear(x[part], weight)
+            logits = _capped(F.linear(x[part], weight), cap)
             partition[part] = _log_partition(logits.to(wide), group)
             loss[part] = partition[part] - _at_targets(logits.to(wide), targets[part] - start, group)
         kept = targets != IGNORED
         ctx.save_for_backward(x, weight, targets, partition, logits if len(x) <= chunk else None)
-        ctx.chunk, ctx.start = chunk, start
+        ctx.chunk, ctx.start, ctx.cap = chunk, start, cap
         return loss.where(kept, 0), partition.where(kept, 0)
 
     @staticmethod
@@ -99,16 +105,22 @@ class _ChunkedLoss(torch.autograd.Function):
         # Accumulate chunks in fp32: in bf16 every addition would round away part of the sum.
         grad_weight = torch.zeros_like(weight, dtype=partition.dtype) if logits is None else None
         for part in _chunks(len(x), ctx.chunk):
-            again = F.linear(x[part], weight) if logits is None else logits
+            again = _capped(F.linear(x[part], weight), ctx.cap) if logits is None else logits
             slope = (again - partition[part, None]).exp_()
             slope *= (of_loss + of_partition)[part, None]
             _subtract_at(slope, targets[part] - ctx.start, of_loss[part])
+            if ctx.cap is not None:
+                slope *= 1 - (again / ctx.cap).square()
             slope = slope.to(x.dtype)
             torch.mm(slope, weight, out=grad_x[part])
             product = slope.t() @ x[part]
             grad_weight = product if grad_weight is None else grad_weight.add_(product)
         assert grad_weight is not None
         return grad_x, grad_weight.to(weight.dtype), None, None
+
+
+def _capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def _chunks(tokens: int, chunk: int) -> list[slice]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from keepwarm.parallel.style import TensorStyle
+from keepwarm.trainer.model.any_spec import AnyModelSpec
 from keepwarm.trainer.model.spec import ModelSpec
 
 Shapes = dict[str, tuple[int, ...]]
@@ -11,12 +12,16 @@ LOGITS_AT_ONCE = 1 << 26
 """Maximum number of logits that the head computes in one chunk: 256 MB in fp32."""
 
 
-def parameter_shapes(spec: ModelSpec, layers: range | None = None, *, embed: bool = True, head: bool = True) -> Shapes:
+def parameter_shapes(
+    spec: AnyModelSpec, layers: range | None = None, *, embed: bool = True, head: bool = True
+) -> Shapes:
     """Return the parameter shapes of a part by module name, in order of registration; by default of the whole model.
 
     With tied embeddings a part that has both ends holds one matrix, `embedding.weight`; a part with only the head
     holds its copy as `head.weight`.
     """
+    if not isinstance(spec, ModelSpec):
+        return spec.shapes(range(spec.layers) if layers is None else layers, embed=embed, head=head)
     shapes: Shapes = {}
     if embed:
         shapes["embedding.weight"] = (spec.vocabulary_size, spec.hidden_size)
@@ -57,8 +62,10 @@ def _norm(spec: ModelSpec, name: str, features: int) -> Shapes:
     return shapes | {f"{name}.bias": (features,)} if spec.norm == "layer" else shapes
 
 
-def tensor_plan(spec: ModelSpec) -> Mapping[str, TensorStyle]:
+def tensor_plan(spec: AnyModelSpec) -> Mapping[str, TensorStyle]:
     """Map fnmatch patterns of module names to their styles; modules that the model lacks are left out."""
+    if not isinstance(spec, ModelSpec):
+        return spec.description.styles
     plan: dict[str, TensorStyle] = {
         "embedding": "vocabulary",
         "layers.*.attention.query": "column",

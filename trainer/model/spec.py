@@ -87,6 +87,25 @@ class ModelSpec(Section):
         0.0, ge=0, allow_inf_nan=False, description="weight of the squared log-partition (OLMo 2: 1e-5)"
     )
 
+    @classmethod
+    def is_meant(cls, values: Any) -> bool:
+        return not (isinstance(values, Mapping) and "transformers" in values)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether `keepwarm.trainer.model.decoder` computes the model."""
+        return True
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether the MLP multiplies with a gate."""
+        return self.activation == "swiglu"
+
+    @property
+    def has_qk_norm(self) -> bool:
+        """Whether queries and keys are normalised."""
+        return self.qk_norm != "none"
+
     @property
     def key_value_heads(self) -> int:
         return self.kv_heads or self.heads

@@ -8,6 +8,7 @@ from keepwarm.launch.local.train import new_job
 from keepwarm.launch.run.prepare import Mode, changes, prepared, stored_job, waiting
 from keepwarm.trainer.errors import OutputError, SpecError
 from keepwarm.trainer.job.files import accept, find_job, find_model, load_job, load_run
+from keepwarm.trainer.job.sections import StageSpec
 from keepwarm.trainer.job.spec import JobSpec
 
 
@@ -151,7 +152,8 @@ def test_new_job_force_refuses_a_description_in_the_output(tmp_path: Path, insid
 
 def test_changes_of_an_added_stage_are_one_line(job: JobSpec) -> None:
     values = {"name": "more", "tokens": 512, "mixture": {"en": 1}, "lr": {"max": 1e-4}}
-    longer = JobSpec.model_validate(job.model_dump() | {"stages": [*job.model_dump()["stages"], values], "seed": 9})
+    more = StageSpec.model_validate(values)
+    longer = job.model_copy(update={"stages": (*job.stages, more), "seed": 9})
     seed, stage = changes(job, longer)
     assert seed == f"seed: {job.seed} -> 9"
     assert stage.startswith(f'stages.{len(job.stages)}: absent -> {{"name": "more", "tokens": 512, "mixture"')

@@ -20,9 +20,10 @@ from keepwarm.trainer.convert.output_folder import new_folder, write_file
 from keepwarm.trainer.convert.recipes import Recipe, into_huggingface
 from keepwarm.trainer.convert.safetensors_file import write_tensors
 from keepwarm.trainer.convert.streaming import Maker
-from keepwarm.trainer.errors import CheckpointError
+from keepwarm.trainer.errors import CheckpointError, SpecError
+from keepwarm.trainer.model.any_spec import AnyModelSpec, stored_any_model_spec
 from keepwarm.trainer.model.shapes import parameter_shapes
-from keepwarm.trainer.model.spec import ModelSpec, stored_model_spec
+from keepwarm.trainer.model.spec import ModelSpec
 
 SHARD_BYTES = 5 * 10**9
 """Default size at which a file is full, as in transformers 4."""
@@ -45,7 +46,7 @@ def to_huggingface(
         OutputError: `destination` exists or cannot be written; nothing is left there.
     """
     with new_folder(destination) as tmp, NativeCheckpoint(source, scratch=tmp) as native:
-        spec = model_spec_of(native)
+        spec = any_model_spec_of(native)
         check_tensors(native, spec)
         parent = native.manifest.meta.get(FILES) or {}
         config = _config(spec, parent, model_type)
@@ -57,7 +58,8 @@ def to_huggingface(
         main = stored.most_common(1)[0][0]
         if dtype is not None or not (config.get("dtype") or config.get("torch_dtype")):
             config = with_dtype(config, main)
-        config = in_both_dialects(config, spec)
+        if isinstance(spec, ModelSpec):
+            config = in_both_dialects(config, spec)
         shards = _shards({name: maker.bytes(recipe) for name, recipe in recipes.items()}, max_shard_bytes)
         _write(tmp, maker, recipes, shards, progress)
         carried = _carry(native.path, parent, tmp)
@@ -82,7 +84,7 @@ def to_huggingface(
     }
 
 
-def model_spec_of(native: NativeCheckpoint) -> ModelSpec:
+def any_model_spec_of(native: NativeCheckpoint) -> AnyModelSpec:
     """The model in a checkpoint: from its manifest, or from the `run.json` of the run that it lies in.
 
     Raises:
@@ -95,12 +97,27 @@ def model_spec_of(native: NativeCheckpoint) -> ModelSpec:
             raise CheckpointError(f"{native.path}: {MANIFEST} does not describe the model, and {origin} is missing")
         fields = strict_json_file(origin).get("model")
     try:
-        return stored_model_spec(fields)
+        return stored_any_model_spec(fields)
     except ValueError as error:
         raise CheckpointError(f"{origin}: model: {error}") from error
 
 
-def check_tensors(native: NativeCheckpoint, spec: ModelSpec) -> None:
+def model_spec_of(native: NativeCheckpoint) -> ModelSpec:
+    """As `any_model_spec_of`, for what only keepwarm's own decoder can be turned into.
+
+    Raises:
+        CheckpointError: neither says so, or the model's layers come from transformers.
+    """
+    spec = any_model_spec_of(native)
+    if not isinstance(spec, ModelSpec):
+        raise CheckpointError(
+            f"{native.path}: its layers are those of transformers ({spec.description.class_name}): it can be trained "
+            "on, and exported with keepwarm convert --to hf, and nothing else yet"
+        )
+    return spec
+
+
+def check_tensors(native: NativeCheckpoint, spec: AnyModelSpec) -> None:
     """Raise `CheckpointError` unless the parameters are those of the model, and no others."""
     shapes = {PREFIX + name: shape for name, shape in parameter_shapes(spec).items()}
     for name, shape in shapes.items():
@@ -116,7 +133,11 @@ def check_tensors(native: NativeCheckpoint, spec: ModelSpec) -> None:
         raise CheckpointError(f"{native.path}: {unplaced[0]} has no place in the model ({len(unplaced)} such)")
 
 
-def _config(spec: ModelSpec, parent: dict[str, Any], model_type: str | None) -> dict[str, Any]:
+def _config(spec: AnyModelSpec, parent: dict[str, Any], model_type: str | None) -> dict[str, Any]:
+    if not isinstance(spec, ModelSpec):
+        if model_type not in (None, spec.model_type):
+            raise SpecError(f"model_type {model_type!r}: the layers are those of {spec.description.class_name}")
+        return {**spec.config, "architectures": [spec.description.class_name]}
     config = parent.get("config")
     if config and model_type in (None, config["model_type"]):
         if fits(config, spec, parent.get("ignored_keys", ())):
@@ -125,7 +146,7 @@ def _config(spec: ModelSpec, parent: dict[str, Any], model_type: str | None) -> 
     return config_for(spec, model_type)
 
 
-def _recipes(spec: ModelSpec, config: dict[str, Any], parent: dict[str, Any]) -> dict[str, Recipe]:
+def _recipes(spec: AnyModelSpec, config: dict[str, Any], parent: dict[str, Any]) -> dict[str, Recipe]:
     recipes = {recipe.name: recipe for recipe in into_huggingface(spec, str(config["model_type"]))}
     if spec.tied_embeddings and parent.get("config", {}).get("model_type") == config["model_type"]:
         embedding = next(recipe for recipe in recipes.values() if recipe.runs[0][0] == "embedding.weight")

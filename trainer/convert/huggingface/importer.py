@@ -19,13 +19,15 @@ from keepwarm.trainer.convert.huggingface.config import with_dtype
 from keepwarm.trainer.convert.huggingface.folder import CONFIG, HuggingFaceFolder, dump_config
 from keepwarm.trainer.convert.native import PREFIX
 from keepwarm.trainer.convert.output_folder import new_folder
-from keepwarm.trainer.convert.recipes import Recipe, into_canonical, source_shapes
+from keepwarm.trainer.convert.recipes import Recipe, into_canonical, names_of, source_shapes
 from keepwarm.trainer.convert.streaming import Maker
 from keepwarm.trainer.errors import CheckpointError, SpecError
-from keepwarm.trainer.model.families.registry import family_of
+from keepwarm.trainer.model.any_spec import AnyModelSpec
+from keepwarm.trainer.model.families.config_fields import shown
 from keepwarm.trainer.model.families.tensor_names import is_constant
 from keepwarm.trainer.model.huggingface_config import read_hf_config
 from keepwarm.trainer.model.spec import ModelSpec
+from keepwarm.trainer.model.transformers_spec import TransformersSpec
 
 FILES = "huggingface"
 """Folder inside the checkpoint with the tokenizer and whatever else is carried along."""
@@ -44,13 +46,15 @@ def from_huggingface(
     *,
     dtype: str | None = None,
     ignored_keys: Collection[str] = (),
+    model: TransformersSpec | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the checkpoint folder `destination`; returns what was done, with what was left behind.
 
     The manifest's `meta` holds the model spec, the parent with the hash of its weights, and the parent's config.
     `dtype` (F32, BF16, F16) converts every tensor; by default each keeps its own. `ignored_keys` are fields of the
-    config that change nothing, which keepwarm does not know.
+    config that change nothing, which keepwarm does not know. With `model`, the folder holds weights of that class of
+    transformers, not of a native family.
 
     Raises:
         SpecError: the config asks for what a model spec cannot say; names the field.
@@ -58,7 +62,7 @@ def from_huggingface(
         OutputError: `destination` exists or cannot be written; nothing is left there.
     """
     with HuggingFaceFolder(source) as folder:
-        spec, unread = _spec(folder, ignored_keys)
+        spec, unread = _spec(folder, ignored_keys) if model is None else (_same(folder, model), [])
         model_type = str(folder.config["model_type"])
         tied_head = _settle_names(folder, model_type, spec)
         constants = _check(folder, model_type, spec)
@@ -95,7 +99,7 @@ def from_huggingface(
     }
 
 
-def _meta(spec: ModelSpec, source: Path, parent: str) -> dict[str, Any]:
+def _meta(spec: AnyModelSpec, source: Path, parent: str) -> dict[str, Any]:
     return {
         "weights_only": True,
         "note": "model weights alone: no optimizer state, no ledger",
@@ -180,9 +184,28 @@ def _spec(folder: HuggingFaceFolder, ignored_keys: Collection[str]) -> tuple[Mod
     return spec, unread
 
 
-def _settle_names(folder: HuggingFaceFolder, model_type: str, spec: ModelSpec) -> list[str]:
+_SAYS_NOTHING = {
+    "architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "bos_token_id",
+    "eos_token_id", "pad_token_id", "initializer_range", "_attn_implementation_autoset",
+}  # fmt: skip
+"""Fields of a config in which the one of the weights and the one of the job may differ."""
+
+
+def _same(folder: HuggingFaceFolder, model: TransformersSpec) -> TransformersSpec:
+    """Return the model. Raise `CheckpointError` unless the weights are of its config."""
+    theirs, ours = folder.config, model.config
+    for name in sorted((theirs.keys() | ours.keys()) - _SAYS_NOTHING):
+        if theirs.get(name) != ours.get(name):
+            raise CheckpointError(
+                f"{folder.path / CONFIG}: {name} is {shown(theirs.get(name))}, in the config of the job's model "
+                f"{shown(ours.get(name))}"
+            )
+    return model
+
+
+def _settle_names(folder: HuggingFaceFolder, model_type: str, spec: AnyModelSpec) -> list[str]:
     """Give tensors their usual names; return the copies of a tied head that were set aside."""
-    names, tensors = family_of(model_type).tensors, folder.tensors
+    names, tensors = names_of(spec, model_type), folder.tensors
     embedding, head = names.name("embedding.weight"), names.name("head.weight")
     base = embedding.split(".")[0] + "."
     if embedding not in tensors and embedding.removeprefix(base) in tensors:
@@ -202,9 +225,9 @@ def _settle_names(folder: HuggingFaceFolder, model_type: str, spec: ModelSpec) -
     return tied
 
 
-def _check(folder: HuggingFaceFolder, model_type: str, spec: ModelSpec) -> list[str]:
+def _check(folder: HuggingFaceFolder, model_type: str, spec: AnyModelSpec) -> list[str]:
     """Check that every tensor of the model is there in its shape, and no other; return the constants set aside."""
-    embedding = folder.tensors.get(family_of(model_type).tensors.name("embedding.weight"))
+    embedding = folder.tensors.get(names_of(spec, model_type).name("embedding.weight"))
     wanted = (spec.vocabulary_size, spec.hidden_size)
     if embedding is not None and embedding.shape != wanted:
         # Checked first: the sizes that follow are those of the file, whatever the config claims.

@@ -1,0 +1,184 @@
+"""Describe a config's model without its weights: `python -m` this module reads a config.json and writes JSON.
+
+It runs in a process of its own, so that those that read jobs and supervise ranks import neither torch nor transformers.
+"""
+
+import contextlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from keepwarm.parallel.style import TensorStyle
+from keepwarm.trainer.errors import SpecError
+from keepwarm.trainer.model.transformers.classes import PLAIN_STAGES, build
+from keepwarm.trainer.model.transformers.facts import facts_of
+from keepwarm.trainer.model.transformers.initial import recorded
+from keepwarm.trainer.model.transformers.names import LayerNames, canonical_modules
+
+_STYLES: Mapping[str, TensorStyle] = {
+    "colwise": "column",
+    "colwise_gather_output": "column",
+    "rowwise": "row",
+    "rowwise_split_input": "row",
+    "replicated_with_grad_allreduce": "per_head",
+}
+"""Styles of transformers' plans. Outputs that they gather stay split here: what follows works on whole heads."""
+_PROJECTIONS = ("attention.query", "attention.key", "attention.value", "attention.output")
+_HEAD_NORMS = ("attention.query_norm", "attention.key_norm")
+
+
+def describe(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `Description` for the content of a config.json.
+
+    Raises:
+        SpecError: keepwarm cannot train this model; one sentence.
+    """
+    model: Any = build(content)
+    config, name = model.config, type(model).__name__
+    _check(model)
+    recorded(model)
+    whole = {key: tuple(value.shape) for key, value in model.named_parameters()}
+    names = renamed(model)
+    layers = [{key: tuple(value.shape) for key, value in layer.named_parameters()} for layer in model.model.layers]
+    kinds = list({tuple(layer.items()): None for layer in layers})
+    heads = _heads(config, layers)
+    styles, misfit = _styles(model, names, heads[2])
+    asked = facts_of(model).windows
+    return {
+        "class_name": name,
+        "layers": len(layers),
+        "hidden_size": config.hidden_size,
+        "heads": heads[0],
+        "kv_heads": heads[1],
+        "head_dim": heads[2],
+        "ffn_size": layers[0]["mlp.down.weight"][1],
+        "vocabulary_size": config.vocab_size,
+        "max_sequence_length": config.max_position_embeddings,
+        "tied_embeddings": bool(config.tie_word_embeddings),
+        "windows": _windows(config, asked, len(layers)),
+        "final_norm": {
+            key.removeprefix("model.norm."): shape for key, shape in whole.items() if key.startswith("model.norm.")
+        },
+        "layer_shapes": [dict(kind) for kind in kinds],
+        "layer_kinds": [kinds.index(tuple(layer.items())) for layer in layers],
+        "styles": styles,
+        "no_tensor": misfit,
+        "inside": dict(names.inside),
+        "fused": {theirs: list(parts) for theirs, parts in names.fused.items()},
+    }
+
+
+def renamed(model: Any) -> LayerNames:
+    """Give the modules of all layers their canonical names; return those, equal for every layer."""
+    config = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    rows = config.num_attention_heads * size, keys * size
+    inside: dict[str, str] = {}
+    fused: dict[str, tuple[str, ...]] = {}
+    for layer in model.model.layers:
+        names = canonical_modules(layer, config.model_type, rows)
+        inside |= names.inside
+        fused |= names.fused
+    return LayerNames(inside=inside, fused=fused)
+
+
+def _check(model: Any) -> None:
+    """Raise SpecError unless the model is a stack of attention and MLP with an embedding, a norm and a head."""
+    name, config = type(model).__name__, model.config
+    if not config.base_model_tp_plan or not config.base_model_pp_plan:
+        raise SpecError(f"transformers has no tensor-parallel and pipeline plan for {name}")
+    plan = {key: (list(first), list(second)) for key, (first, second) in config.base_model_pp_plan.items()}
+    if plan != PLAIN_STAGES:
+        raise SpecError(f"the pipeline plan of {name} has other parts than an embedding, layers and a norm")
+    base = getattr(model, "model", None)
+    if base is None or not isinstance(getattr(model, "lm_head", None), nn.Linear) or model.lm_head.bias is not None:
+        raise SpecError(f"{name} has no plain head lm_head without a bias")
+    known = {"embed_tokens", "layers", "norm"}
+    others = [key for key, child in base.named_children() if key not in known and any(child.parameters())]
+    if others:
+        raise SpecError(f"{name} has parameters outside its layers, in {others[0]}")
+    for index, layer in enumerate(base.layers):
+        _check_layer(layer, f"layer {index} of {name}")
+
+
+def _check_layer(layer: nn.Module, where: str) -> None:
+    attention = getattr(layer, "self_attn", None)
+    if attention is None or not any(hasattr(attention, part) for part in ("q_proj", "qkv_proj")):
+        raise SpecError(f"{where} is no attention followed by an MLP; such layers are not supported yet")
+    experts = [key for key, value in layer.named_parameters() if value.ndim > 2 or ".experts." in f".{key}."]
+    if experts or any(key.rpartition(".")[2] in ("experts", "router") for key, _ in layer.named_modules()):
+        raise SpecError(f"{where} is a mixture of experts; these come later")
+    buffers = [key for key, _ in layer.named_buffers()]
+    if buffers:
+        raise SpecError(f"{where} has a buffer {buffers[0]}, which would be lost")
+
+
+def _heads(config: Any, layers: list[dict[str, tuple[int, ...]]]) -> tuple[int, int, int]:
+    """Return the number of heads, of key-value heads, and the size of a head."""
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    for index, layer in enumerate(layers):
+        for part, rows in zip(_PROJECTIONS[:3], (heads, keys, keys), strict=True):
+            found = layer.get(f"{part}.weight")
+            if found is None or found[0] != rows * size:
+                raise SpecError(f"layer {index} has another number of heads than its config, or none at {part}")
+        if "attention.output.weight" not in layer or "mlp.down.weight" not in layer:
+            raise SpecError(f"layer {index} has other matrices than those of an attention and an MLP")
+    return heads, keys, size
+
+
+def _windows(config: Any, asked: frozenset[int | None], layers: int) -> list[int | None]:
+    """Return the window of each layer; `asked` are those of the masks that the model makes."""
+    if len(asked) == 1:
+        return [*asked] * layers
+    window = next(found for found in asked if found is not None)
+    return [window if kind == "sliding_attention" else None for kind in config.layer_types]
+
+
+def _styles(model: Any, names: LayerNames, head_dim: int) -> tuple[dict[str, TensorStyle], str | None]:
+    """Translate the model's plan; return our styles by pattern, and why the tensor axis cannot divide the model."""
+    found: dict[str, TensorStyle] = {"embedding": "vocabulary", "final_norm": "sequence", "head": "head"}
+    plan = model.config.base_model_tp_plan
+    theirs = dict(names.inside) | {part: fused for fused, parts in names.fused.items() for part in parts}
+    layer = model.model.layers[0]
+    for ours, module in theirs.items():
+        style = _style(plan.get(f"layers.*.{module}"), ours, layer, head_dim)
+        if style is None:
+            return found, f"the plan of {type(model).__name__} says nothing that keepwarm can follow for {module}"
+        found[f"layers.*.{ours}"] = style
+    counted = Counter(found.values())
+    if counted["row"] != 2:
+        return found, f"the plan of {type(model).__name__} does not divide attention and MLP"
+    return found, None
+
+
+def _style(planned: str | None, ours: str, layer: nn.Module, head_dim: int) -> TensorStyle | None:
+    with contextlib.suppress(AttributeError):
+        weight: Any = layer.get_submodule(ours).weight
+        if weight.ndim == 1 and "." not in ours:
+            return "sequence" if planned is None else None
+        if ours in _HEAD_NORMS and weight.ndim == 1:
+            return "per_head" if weight.shape[0] == head_dim else "column_norm"
+        if weight.ndim == 2 and planned is not None and ours not in _HEAD_NORMS:
+            return _STYLES.get(planned)
+    return None
+
+
+def main() -> None:
+    """Answer for the config on standard input."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            answer: dict[str, Any] = {"description": describe(json.load(sys.stdin))}
+    except SpecError as error:
+        answer = {"refused": str(error)}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()
