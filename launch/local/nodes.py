@@ -10,6 +10,7 @@ from rich.console import Console
 
 from keepwarm import signals
 from keepwarm.exit_code import ExitCode
+from keepwarm.ft.transport.auth import SECRET
 from keepwarm.launch.errors import PreflightError, RanksFailed
 from keepwarm.launch.forkserver import ForkServer, Worker
 from keepwarm.launch.node import record
@@ -39,7 +40,8 @@ def run_on_nodes(job: JobSpec, mode: Mode, console: Console, *, nodes: int, spar
         # Left by an earlier start. The lock on the run folder guarantees that none of its supervisors lives.
         shutil.rmtree(RunFolder(folder).nodes, ignore_errors=True)
         record.make_folder(folder)
-        seen = events.size(folder)
+        seen, secret = events.size(folder), folder / SECRET
+        had_secret = secret.exists()
         console.print(
             f"keepwarm: {job.name}: starting {nodes} nodes of {job.layout.ranks_per_node} "
             f"{'rank' if job.layout.ranks_per_node == 1 else 'ranks'} and {spares} "
@@ -48,6 +50,8 @@ def run_on_nodes(job: JobSpec, mode: Mode, console: Console, *, nodes: int, spar
         resume = ("--resume",) if mode == "resume" else ()
         arguments = (str(folder), "--slots", str(nodes), "--spares", str(spares), "--spec", spec.name, *resume)
         code = _run(Worker(module="keepwarm.launch.local.emulated_nodes", arguments=arguments, environment={}))
+        if code == ExitCode.BAD_INPUT and mode == "resume" and not had_secret:
+            secret.unlink(missing_ok=True)  # a refusal leaves the run as it was
         if code:
             ended = events.read(folder, start=seen).of(events.SupervisorEnded)
             last = [event.why for event in ended if event.code == code]

@@ -101,7 +101,7 @@ def branch_point(folder: Path, job: JobSpec, step: int) -> BranchPoint:
     if not isinstance(curve, AnnealableCurve) or step - begin not in phase:
         first, last = (begin + at for at in (phase.start, phase.stop - 1))
         where = (
-            f"its rate is constant after steps {first} to {last}"
+            f"with the batch of step {step} its rate is constant after steps {first} to {last}"
             if phase
             else f"schedule {curve.kind} has none here; {', '.join(annealable())} may have one"
         )
