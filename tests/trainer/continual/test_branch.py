@@ -90,7 +90,7 @@ def test_branch_default_name_can_be_overridden(base: Path) -> None:
 @pytest.mark.parametrize(
     ("at", "overrides", "error", "said"),
     [
-        (4, [], SpecError, "outside the constant phase of stages.base: with the batch of step 4 its rate is constant after steps 6 to 12"),
+        (4, [], SpecError, "with the batch of step 4 its rate is constant after steps 6 to 12"),
         (7, [], CheckpointError, "no checkpoint of step 7; there are those of steps 4, 8, 12"),
         (8, ["output=BASE/inner"], SpecError, "from which the branch begins"),
         (8, ["stages.0.mixture={fr: 1}"], SpecError, "['fr'], not in data.sources"),
