@@ -5,6 +5,7 @@ when the test says so. Workers are played by the protocol's own events.
 """
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -40,6 +41,8 @@ class Team:
                     state_bytes=chunk * (len(members) - parity) * BUCKET,
                     **{"bucket_bytes": BUCKET, "lease": 1e6, "scrub": None, "silence": 30.0} | options,
                 )  # fmt: skip
+        self._switch_interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-4)  # `turn` never rests, and the agents' threads that use files need the interpreter
         self.agents: dict[int, Agent] = {}
         self.paused: set[int] = set()
         """Agents that stand still."""
@@ -184,6 +187,7 @@ class Team:
     def close(self) -> None:
         for agent in self.agents.values():
             agent.close()
+        sys.setswitchinterval(self._switch_interval)
 
 
 @contextlib.contextmanager
