@@ -42,6 +42,7 @@ from keepwarm.ft.discovery import config as agent_config
 from keepwarm.ft.discovery.config import AgentConfig
 from keepwarm.ft.discovery.registry import Registry
 from keepwarm.ft.discovery.runtime_folder import sweep
+from keepwarm.ft.discovery.shared_folder import SharedFolder
 from keepwarm.ft.errors import AgentError, FtError, MemoryTooSmall
 from keepwarm.ft.keeper import DATA_FILES, DEFECT, FILES, PARITY_FILES, AgentExit
 from keepwarm.ft.memory.buffers import Memory, Shape
@@ -52,6 +53,7 @@ from keepwarm.ft.protocol.messages import (
     Attached,
     Cancel,
     ChunkLost,
+    Decision,
     Decode,
     Fetch,
     Hello,
@@ -78,6 +80,8 @@ SLOT_POLL_INTERVAL_S = 0.25
 """Interval at which an agent without workers checks that it still owns its slot, in seconds."""
 SLOT_PUBLISH_INTERVAL_S = 1.0
 """Interval between attempts to write this agent's address to a shared folder that does not take it, in seconds."""
+SLOT_VERIFY_INTERVAL_S = 5.0
+"""Interval at which an agent with workers checks that its address is in the shared folder, in seconds."""
 FAREWELL = 60.0
 """Grace period in which an agent that was asked to stop lets its workers save and exit, in seconds."""
 
@@ -103,7 +107,8 @@ class Agent:
         for left in sweep(self.folder.parent, self.folder):
             self.journal.write("info", "removed what a killed agent left", folder=left)
         secret, durable = load_secret(Path(config.secret)), config.durable is not None
-        self.state: State = initial(config.run, config.slot, time.time_ns(), config.topology, durable=durable)
+        incarnation = self.registry.next_incarnation(config.slot, time.time_ns())
+        self.state: State = initial(config.run, config.slot, incarnation, config.topology, durable=durable)
         former = self._take_up(Records(files["records"], msgspec.json.encode(config)))
         group = self.state.group
         self.codec = Codec(group.data, group.parity, kernel=config.kernel)
@@ -115,6 +120,7 @@ class Agent:
         self.memory = Memory(shape, config.slot, data[: self.state.data_buffers], parity[: self.state.parity_buffers])
         self.selector = selectors.DefaultSelector()
         self.pool = WorkPool(self.selector, config.threads)
+        self.shared = SharedFolder(self.registry, config.slot, self.pool.follow, clock)
         self.outbox = Outbox()
         self._events: collections.deque[tuple[events.Event, Arrived | None]] = collections.deque()
         self._dispatching = False
@@ -126,6 +132,7 @@ class Agent:
         self.durable = DurableWriter(self, config.durable) if config.durable is not None else None
         self.peers = PeerLinks(self, self.inbox, self.repair, self.reads, self.election)
         self.network, self.sessions = self._open_sockets(secret, strangers, former)
+        self.shared.moved = self.network.found
         self.restores = RestoreAnswers(self, self.sessions)
         self.commits = agent_status.CommitTimes()
         parts = Parts(
@@ -133,8 +140,7 @@ class Agent:
             restores=self.restores, election=self.election, durable=self.durable, commits=self.commits,
         )  # fmt: skip
         self._effects = Effects(self, parts)
-        self._published = False
-        self._next_look = 0.0
+        self._next_publish = 0.0
         self._publish(self.clock())
         self.connect_peers(everyone=False)
         self._ended = ""
@@ -164,7 +170,7 @@ class Agent:
         hello = Hello(role="agent", run=config.run, slot=config.slot, epoch=0, incarnation=incarnation, nonce=nonce())
         to_peers = Credentials(hello=hello, secret=secret, roles=Network.ROLES)
         network = Network(
-            self.selector, self.peers, to_peers, bind=(config.host, config.port), resolve=self.registry.resolve,
+            self.selector, self.peers, to_peers, bind=(config.host, config.port), resolve=self.shared.resolve,
             limits=NetworkLimits(
                 payload=config.bucket_bytes, rate=config.rate, silence=config.silence, strangers=strangers,
                 authenticate_payloads=config.authenticate == "all",
@@ -209,11 +215,11 @@ class Agent:
             self.durable.close()
         self.sessions.close()
         self.network.close()
+        self.shared.close(self.state.incarnation)
         self.pool.close()
         self.selector.close()
         self.memory.close()
         self._records.close()
-        self.registry.withdraw(self.config.slot, self.state.incarnation)
         self.journal.close()
 
     def _tick(self, now: float) -> None:
@@ -223,7 +229,7 @@ class Agent:
         self.repair.tick(now)
         self.election.tick(now)
         self.scrub.tick(now)
-        if not self._published and now >= self._next_look:
+        if now >= self._next_publish:
             self._publish(now)
         if self.durable is not None:
             self.durable.tick()
@@ -238,18 +244,15 @@ class Agent:
             self.end(self._leaves[0])
         elif unneeded and not busy:
             self.end(f"no process has needed this agent for {self.config.lease:g} s")
-        elif not self.sessions.workers and self._published and now >= self._next_look:
-            self._next_look = now + SLOT_POLL_INTERVAL_S
-            endpoint = self.registry.endpoint(self.config.slot)
-            if endpoint is not None and endpoint.incarnation > self.state.incarnation:
-                # This agent's supervisor has died. Peers still connected here would not reach the newer agent.
-                self.end("the slot has another agent, on another node")
+        elif not self.sessions.workers and self.shared.displaced:
+            # This agent's supervisor has died. Peers still connected here would not reach the newer agent.
+            self.end("the slot has another agent, on another node")
 
     def _publish(self, now: float) -> None:
-        """Write this agent's endpoint to the shared folder; if the folder does not take it, again later."""
-        self._published = self.registry.publish(self.config.slot, self.network.address, self.state.incarnation)
-        if not self._published:
-            self._next_look = now + SLOT_PUBLISH_INTERVAL_S
+        """Have this agent's endpoint in the shared folder, and see whether the slot has a newer agent."""
+        self.shared.publish(self.network.address, self.state.incarnation)
+        with_workers = SLOT_VERIFY_INTERVAL_S if self.shared.published else SLOT_PUBLISH_INTERVAL_S
+        self._next_publish = now + (with_workers if self.sessions.workers else SLOT_POLL_INTERVAL_S)
 
     def connect_peers(self, *, everyone: bool) -> None:
         self.peers.connect(everyone=everyone)
@@ -278,8 +281,11 @@ class Agent:
 
     def route(self, sender: int, incarnation: int, message: Any) -> None:
         """Handle a message from an agent, which may be this one."""
-        if isinstance(message, (Decode, Fetch, Read)):
-            self.election.catch_up(message.epoch)
+        if isinstance(message, (Decode, Fetch, Read)) and self.election.catch_up(message.epoch):
+            self.election.put_off(sender, incarnation, message)
+            return
+        if isinstance(message, Decision):
+            self.shared.learn(message.epoch, message.reason)
         if isinstance(message, Inventory):
             self.election.inventory(message)
         elif isinstance(message, InventoryRequest):
@@ -296,9 +302,10 @@ class Agent:
 
     def configured(self, geometry: Geometry) -> Attached:
         self.dispatch(events.Configured(geometry))
+        self.shared.look_newest()
         shape = self.memory.shape
         return Attached(
-            epoch=max(self.state.epoch, self.registry.newest_epoch()),
+            epoch=max(self.state.epoch, self.shared.newest_epoch),
             buffers=len(self.memory.data),
             buffer_bytes=shape.data_bytes,
             bucket_bytes=shape.bucket_bytes,

@@ -37,6 +37,9 @@ class PeerLinks:
         needed = self._reads.awaited | self._repair.awaited
         slots = range(self._shell.state.topology.slots) if everyone else self._near | needed
         self._shell.network.set_peers(slots, needed)
+        self._shell.shared.look(
+            set(slots) - self._shell.network.links.keys() - {self._shell.config.slot}, again=everyone
+        )
 
     def tick(self, now: float) -> None:
         """Report to the protocol slots that commits need and that have been away for too long."""

@@ -1,16 +1,17 @@
 """Agree on the snapshot to restore. Agents send inventories to the lowest live slot, which writes the decision once.
 
 The first decision written to the shared folder stands, whichever agent wrote it. It includes the decoding plan, and
-every agent reads it from there: messages only signal that it is ready.
+every agent reads it from there: messages only signal that it is ready. What peers ask meanwhile is put off.
 """
 
+import functools
 from typing import Any
 
 from keepwarm.ft.agent.scrubber import verify_all
 from keepwarm.ft.agent.shell import Shell
-from keepwarm.ft.discovery.registry import Choice
+from keepwarm.ft.discovery.registry import REASON_LIMIT, Choice
 from keepwarm.ft.protocol import events, restore_choice
-from keepwarm.ft.protocol.messages import Decision, Inventory, InventoryRequest
+from keepwarm.ft.protocol.messages import Decision, Decode, Fetch, Inventory, InventoryRequest, Read
 from keepwarm.ft.protocol.state import Mode
 
 SETTLE_POLL_INTERVAL_S = 0.3
@@ -21,6 +22,10 @@ CONNECTED_GRACE = 5.0
 """Seconds to wait for a connected agent whose answer could not change the choice. An agent that is left out needs
 another epoch to take part again. The wait starts when the chooser has verified its own memory and is extended by the
 time that took: other agents need about as long, and a slower one would otherwise always be left out."""
+FOLDER_PATIENCE_S = 2.0
+"""How long an agent that needs an epoch waits for the shared folder to say which one is the newest, in seconds."""
+PUT_OFF_LIMIT = 4096
+"""Requests of peers that may wait for a choice to be read."""
 KNOWN_GRACE = 0.5
 """As `CONNECTED_GRACE`, for an agent that has published its endpoint but is not connected (yet)."""
 
@@ -40,7 +45,9 @@ class RecoveryElection:
         """Whether the choice of the current epoch has been read. The decision may be known earlier."""
         self._waits_for: tuple[int, ...] = ()
         self._wanted: str = ""
+        self._wanted_at = 0.0
         self._ready = False
+        self._put_off: list[tuple[int, int, Decode | Fetch | Read]] = []
 
     # ---- starting an epoch
 
@@ -52,6 +59,8 @@ class RecoveryElection:
         """Request the next epoch, which the protocol needs to proceed. It is requested once, at the next tick."""
         if not self._wanted:
             self._shell.journal.write("info", "a new epoch is needed", reason=reason)
+            self._wanted_at = self._shell.clock()
+            self._shell.shared.look_newest()
         self._wanted = reason
 
     def began(self, epoch: int) -> None:
@@ -102,15 +111,27 @@ class RecoveryElection:
         if self._decision is None:
             self._inventories.pop(slot, None)
 
-    def catch_up(self, epoch: int) -> None:
-        """Read a decision from the shared folder if a peer acts on it before it has arrived over the peer's link."""
+    def catch_up(self, epoch: int) -> bool:
+        """Read a decision from the shared folder if a peer acts on it and it has not been read. Return whether so."""
         shell = self._shell
         if epoch < shell.state.epoch or (epoch == self._epoch and self._read):
+            return False
+        shell.shared.choice(epoch, self._arrived)
+        return True
+
+    def put_off(self, sender: int, incarnation: int, message: Decode | Fetch | Read) -> None:
+        """Keep a peer's request until the choice that it follows has been read. If there are many, it asks again."""
+        if len(self._put_off) < PUT_OFF_LIMIT:
+            self._put_off.append((sender, incarnation, message))
+
+    def _arrived(self, choice: Choice | None) -> None:
+        """Follow a choice that has been read from the shared folder, unless that has been done."""
+        if choice is None:
             return
-        written = shell.registry.choice(epoch)
-        if written is not None:
+        epoch = choice.decision.epoch
+        if epoch > self._shell.state.epoch or (epoch == self._epoch and not self._read):
             self.begin(epoch)
-            self._decided(written)
+            self._decided(choice)
 
     # ---- collecting and choosing
 
@@ -122,16 +143,19 @@ class RecoveryElection:
     def tick(self, now: float) -> None:
         shell = self._shell
         # Each epoch is settled before the next, even by an agent that the choice left out and that stays RECOVERING.
-        if self._wanted and (shell.state.mode is not Mode.RECOVERING or self._decision is not None):
-            self.begin(max(shell.state.epoch, shell.registry.newest_epoch()) + 1)
+        settled = shell.state.mode is not Mode.RECOVERING or self._decision is not None
+        if self._wanted and settled and self._newest_is_known(now):
+            self.begin(max(shell.state.epoch, shell.shared.newest_epoch) + 1)
         if not self._epoch or self._read or now < self._next_look:
             return
         self._next_look = now + SETTLE_POLL_INTERVAL_S
-        written = shell.registry.choice(self._epoch)
-        if written is not None:
-            self._decided(written)
-        elif self._decision is None:
+        shell.shared.choice(self._epoch, self._arrived)
+        if self._decision is None:
             self._choose(now)
+
+    def _newest_is_known(self, now: float) -> bool:
+        """Return whether the newest epoch has been read since one was requested, or was waited for long enough."""
+        return self._shell.shared.looked_at >= self._wanted_at or now > self._wanted_at + FOLDER_PATIENCE_S
 
     def _choose(self, now: float) -> None:
         """Choose if this is the lowest connected slot. Other slots choose once it has been silent past the deadline."""
@@ -149,10 +173,7 @@ class RecoveryElection:
             self._say_whom(answer)
             return
         snapshot = answer.snapshot if isinstance(answer, restore_choice.Choice) else None
-        if isinstance(answer, restore_choice.FallBack):
-            reason = self._whole_reason(answer.reason)
-            shell.registry.explain(self._epoch, reason)
-            shell.journal.write("info", "nothing in memory is restored", epoch=self._epoch, reason=reason)
+        reason = answer.reason[:REASON_LIMIT] if isinstance(answer, restore_choice.FallBack) else ""
         incarnations = tuple(
             self._inventories[slot].incarnation if slot in self._inventories else 0 for slot in range(topology.slots)
         )
@@ -160,11 +181,22 @@ class RecoveryElection:
         orders = (
             restore_choice.plan(self._inventories, topology.groups, snapshot, self._epoch, present) if snapshot else ()
         )
-        decision = Decision(epoch=self._epoch, snapshot=snapshot, incarnations=incarnations)
-        choice = shell.registry.choose(Choice(decision=decision, orders=orders))
-        if choice is None:  # the folder does not take it: the epoch stays open, and the next tick tries again
+        decision = Decision(epoch=self._epoch, snapshot=snapshot, incarnations=incarnations, reason=reason)
+        choice, then = Choice(decision=decision, orders=orders), functools.partial(self._chosen, self._epoch)
+        if not shell.shared.choose(choice, then) and now > self._deadline + WARNING_INTERVAL_S:
             self._warn_unwritten(now)
+
+    def _chosen(self, epoch: int, choice: Choice | None) -> None:
+        """Tell the choice that stands. None: the folder does not take it; the epoch stays open, a tick tries again."""
+        shell = self._shell
+        if epoch != self._epoch or self._read:
             return
+        if choice is None:
+            self._warn_unwritten(shell.clock())
+            return
+        if choice.decision.snapshot is None:
+            reason = choice.decision.reason
+            shell.journal.write("info", "nothing in memory is restored", epoch=epoch, reason=reason)
         for link in shell.network.links.values():
             link.send(choice.decision)
         self._decided(choice)
@@ -173,7 +205,7 @@ class RecoveryElection:
         """Say from time to time that the choice cannot be written."""
         if now >= self._next_warning:
             self._next_warning = now + WARNING_INTERVAL_S
-            reason = self._shell.registry.failure
+            reason = self._shell.shared.failure
             self._shell.journal.write("warning", "the choice cannot be written", epoch=self._epoch, reason=reason)
 
     def _say_whom(self, wait: restore_choice.Wait) -> None:
@@ -183,23 +215,13 @@ class RecoveryElection:
             reason = "too few have answered to give up what they hold"
             self._shell.journal.write("warning", "waiting for agents", slots=wait.slots, reason=reason)
 
-    def _whole_reason(self, reason: str) -> str:
-        """Append the previous epoch's reason if that epoch restored nothing and so discarded what was left."""
-        registry = self._shell.registry
-        before = registry.newest_epoch()
-        choice = registry.choice(before)
-        if not reason.startswith(restore_choice.NOTHING_HELD) or choice is None or choice.decision.snapshot is not None:
-            return reason
-        earlier = registry.reason(before)
-        return earlier if earlier.startswith(restore_choice.NOTHING_HELD) else f"{reason}; in epoch {before}: {earlier}"
-
     def _unheard(self, now: float) -> bool:
         """Return whether agents that should answer immediately have not answered yet."""
-        registry, links = self._shell.registry, self._shell.network.links
+        shared, links = self._shell.shared, self._shell.network.links
         missing = set(range(self._shell.state.topology.slots)) - self._inventories.keys()
         if now < self._patience(CONNECTED_GRACE) and missing & links.keys():
             return True
-        return now < self._patience(KNOWN_GRACE) and any(registry.endpoint(slot) is not None for slot in missing)
+        return now < self._patience(KNOWN_GRACE) and any(shared.may_have(slot) for slot in missing)
 
     def _patience(self, grace: float) -> float:
         """Return the time until which to wait for an answer that could not change the choice."""
@@ -207,9 +229,13 @@ class RecoveryElection:
 
     def _decided(self, choice: Choice) -> None:
         """Apply a choice that has been read: put it in force where possible and follow its orders."""
-        self._decision, self._read = choice.decision, True
-        self._shell.dispatch(events.PlanRead(choice.decision, choice.orders))
-        self._shell.connect_peers(everyone=False)
+        shell, self._decision, self._read = self._shell, choice.decision, True
+        shell.shared.learn(choice.decision.epoch, choice.decision.reason)
+        shell.dispatch(events.PlanRead(choice.decision, choice.orders))
+        shell.connect_peers(everyone=False)
+        waiting, self._put_off = self._put_off, []
+        for sender, incarnation, message in waiting:
+            shell.route(sender, incarnation, message)
 
     def heard(self, message: Any) -> None:
         """End the election here on a decision from a peer. Its orders are read from the shared folder."""

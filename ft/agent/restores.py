@@ -26,7 +26,7 @@ class RestoreAnswers:
     def _answer(self) -> Restored | None:
         shell, state = self._shell, self._shell.state
         if state.decided is None:
-            return Restored(epoch=state.epoch, snapshot=None, text=shell.registry.reason(state.epoch))
+            return Restored(epoch=state.epoch, snapshot=None, text=shell.shared.reason(state.epoch))
         copy = state.copy(state.decided)
         if copy is None or copy.data is None:
             reason = f"what epoch {state.epoch} decided on has been replaced, and a worker asks for it"

@@ -10,7 +10,7 @@ from keepwarm.ft.agent.workpool import WorkPool
 from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.codec.reed_solomon import Codec
 from keepwarm.ft.discovery.config import AgentConfig
-from keepwarm.ft.discovery.registry import Registry
+from keepwarm.ft.discovery.shared_folder import SharedFolder
 from keepwarm.ft.memory.buffers import Memory
 from keepwarm.ft.protocol.events import Event
 from keepwarm.ft.protocol.state import State
@@ -47,7 +47,7 @@ class Shell(Protocol):
     @property
     def pool(self) -> WorkPool: ...
     @property
-    def registry(self) -> Registry: ...
+    def shared(self) -> SharedFolder: ...
     @property
     def journal(self) -> Journal: ...
     @property

@@ -9,6 +9,7 @@ import msgspec
 from keepwarm.files import atomic_create, atomic_write
 from keepwarm.ft.format import publication
 from keepwarm.ft.protocol.messages import Decision, Decode
+from keepwarm.ft.protocol.restore_choice import NOTHING_HELD
 
 AGENTS_FOLDER = "agents"
 """Folder name inside the run folder."""
@@ -53,6 +54,8 @@ def _epochs(folder: Path, pattern: str) -> tuple[int, ...]:
     return (-1, *(int(name) for name in names if name.isdigit()))
 
 
+REASON_LIMIT = 1000
+"""Characters of a reason that are kept."""
 KEPT_EPOCHS = 8
 """Epochs whose files are kept: an agent that comes late reads those of the newest."""
 
@@ -89,6 +92,17 @@ class Registry:
             atomic_write(self.folder / f"{slot}.json", msgspec.json.encode(endpoint), durable=True)
         return not self.failure
 
+    def next_incarnation(self, slot: int, hint: int) -> int:
+        """Return a number higher than that of every earlier agent of a slot that the folder knows, `hint` if it is.
+
+        A clock is a good hint, because the folder may have forgotten; but clocks of nodes differ, and an agent that
+        stood still must not come before the one that has replaced it.
+        """
+        endpoint, newest = self.endpoint(slot), self.choice(self.newest_epoch())
+        chosen = newest.decision.incarnations if newest is not None else ()
+        known = max(0 if endpoint is None else endpoint.incarnation, *chosen[slot : slot + 1], 0)
+        return max(hint, known + 1)
+
     def withdraw(self, slot: int, incarnation: int) -> None:
         """Remove the endpoint, unless a later incarnation has published its own."""
         if (endpoint := self.endpoint(slot)) is not None and endpoint.incarnation == incarnation:
@@ -103,6 +117,24 @@ class Registry:
     def resolve(self, slot: int) -> tuple[str, int] | None:
         endpoint = self.endpoint(slot)
         return None if endpoint is None else (endpoint.host, endpoint.port)
+
+    def settle(self, choice: Choice) -> Choice | None:
+        """Write the choice of an epoch as `choose` does, and why it restores nothing if that is so."""
+        decision = choice.decision
+        if decision.snapshot is None:
+            reason = self._whole_reason(decision.reason)[:REASON_LIMIT]
+            choice = msgspec.structs.replace(choice, decision=msgspec.structs.replace(decision, reason=reason))
+            self.explain(decision.epoch, reason)
+        return self.choose(choice)
+
+    def _whole_reason(self, reason: str) -> str:
+        """Append the previous epoch's reason if that epoch restored nothing and so discarded what was left."""
+        before = self.newest_epoch()
+        choice = self.choice(before)
+        if not reason.startswith(NOTHING_HELD) or choice is None or choice.decision.snapshot is not None:
+            return reason
+        earlier = self.reason(before)
+        return earlier if earlier.startswith(NOTHING_HELD) else f"{reason}; in epoch {before}: {earlier}"
 
     def choose(self, choice: Choice) -> Choice | None:
         """Write the choice of an epoch by compare-and-set. The first one stands and is returned to every caller.

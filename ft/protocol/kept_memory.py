@@ -9,6 +9,7 @@ the epoch's choice.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 
 import msgspec
 
@@ -28,6 +29,7 @@ class KeptCopy(msgspec.Struct, frozen=True, kw_only=True):
     sums: dict[int, tuple[int, ...]]
     rebuilt: dict[int, tuple[int, ...]]
     whole: bool
+    restored: bool
     good: dict[int, ChunkRecord]
 
 
@@ -46,7 +48,7 @@ def kept(state: State) -> KeptMemory:
         KeptCopy(
             snapshot=copy.snapshot, geometry=copy.geometry, phase=copy.phase, data=copy.data, parity=copy.parity,
             writers=copy.writers, sums=dict(copy.sums), rebuilt=dict(copy.rebuilt), whole=copy.whole,
-            good=dict(copy.good),
+            restored=copy.restored, good=dict(copy.good),
         )
         for copy in state.copies
     )  # fmt: skip
@@ -65,10 +67,12 @@ def same(one: State, other: State) -> bool:
     return all(a is b or _same(a, b) for a, b in zip(one.copies, other.copies, strict=True))
 
 
+_PLAIN = attrgetter("snapshot", "geometry", "phase", "data", "parity", "writers", "whole", "restored")
+
+
 def _same(one: Copy, other: Copy) -> bool:
     return (
-        (one.snapshot, one.geometry, one.phase, one.data, one.parity, one.writers, one.whole)
-        == (other.snapshot, other.geometry, other.phase, other.data, other.parity, other.writers, other.whole)
+        _PLAIN(one) == _PLAIN(other)
         and one.sums is other.sums
         and one.rebuilt is other.rebuilt
         and one.good is other.good
@@ -94,7 +98,10 @@ def resumed(empty: State, memory: KeptMemory, alive: Sequence[int]) -> State:
 
 def _resumed(empty: State, found: KeptCopy, alive: Sequence[int]) -> Copy | None:
     """Return what is left of a copy: None if its buffers are free."""
-    copy = Copy(found.snapshot, found.geometry, empty.group, found.phase, found.data, found.parity, whole=found.whole)
+    copy = Copy(
+        found.snapshot, found.geometry, empty.group, found.phase, found.data, found.parity,
+        whole=found.whole, restored=found.restored,
+    )  # fmt: skip
     if found.phase in (Phase.FILLING, Phase.DRAINING):
         writers = found.writers.intersection(alive)
         return replace(copy, phase=Phase.DRAINING, parity=None, writers=writers) if writers else None

@@ -245,6 +245,8 @@ class Decision(Wire, frozen=True):
     epoch: Count
     snapshot: SnapshotId | None
     incarnations: Annotated[tuple[Count, ...], Meta(max_length=65_536)]
+    reason: Text = ""
+    """Why nothing in memory is restored."""
 
 
 class Decode(Wire, frozen=True):

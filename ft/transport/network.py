@@ -104,6 +104,12 @@ class Network:
             peer.needed = (peer.needed or now) if slot in needed else None
         self._close_unwanted(now)
 
+    def found(self, slot: int) -> None:
+        """Dial a slot at once, if it is to be dialled: its address has become known, or has changed."""
+        peer = self._peers.get(slot)
+        if peer is not None:
+            peer.retry_at, peer.delay = 0.0, 0.05
+
     def ready(self, mask: int) -> None:
         """Accept a waiting connection."""
         shed = self._listener.shed

@@ -16,7 +16,7 @@ from keepwarm.ft.agent.status import status
 from keepwarm.ft.codec.reed_solomon import Codec, ParityRow
 from keepwarm.ft.memory.shared_memory import bucket_sums
 from keepwarm.ft.protocol import events
-from keepwarm.ft.protocol.messages import Decision, Decode, Known, Part, Read, SnapshotId, Stored
+from keepwarm.ft.protocol.messages import Decision, Decode, Inventory, Known, Part, Read, SnapshotId, Stored
 from keepwarm.ft.protocol.state import Mode, Phase
 from keepwarm.ft.transport.link import Link
 from keepwarm.ft.worker.snapshotter import SnapshotOptions
@@ -269,7 +269,9 @@ def test_copy_that_fails_gives_its_buffer_back(tmp_path: Path, monkeypatch: pyte
         wait_committed(snapshotter)
 
 
-def test_agents_of_different_snapshots_agree_after_an_epoch_during_training(tmp_path: Path) -> None:
+def test_agents_of_different_snapshots_agree_after_an_epoch_during_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One agent has the choice and grants step 2; the other has it a moment later, refuses 2 and grants 3."""
     world = Team(tmp_path, [((0, 1), 1)], chunk=2)
     try:
@@ -291,10 +293,19 @@ def test_agents_of_different_snapshots_agree_after_an_epoch_during_training(tmp_
                 agent.dispatch(events.WorkerOpened(0, SnapshotId("run", agent.state.epoch, step, LAYOUT)))
             seal_what_is_granted()
 
-        world.begin(2)
         first, second = world.agents[0], world.agents[1]
-        world.until(lambda: first.election._inventories.keys() >= {0, 1}, "the inventories", 30.0)
-        world.paused = {1}
+        original, told = Link.send, list[Link]()
+
+        def send(link: Link, message: Any, *rest: Any, **more: Any) -> None:
+            original(link, message, *rest, **more)
+            if isinstance(message, Inventory) and message.slot == 1:
+                told.append(link)
+
+        with monkeypatch.context() as listening:
+            listening.setattr(Link, "send", send)
+            world.begin(2)
+            world.until(lambda: told and not told[0].channel.pending, "the inventory of the other", 30.0)
+        world.paused = {1}  # before the first one has read it
         world.until(lambda: first.state.mode is Mode.ACTIVE, "the choice", 30.0)
         world.paused.clear()
         assert second.state.mode is Mode.RECOVERING

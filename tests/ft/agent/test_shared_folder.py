@@ -2,6 +2,7 @@
 
 import contextlib
 import resource
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
+from keepwarm import side_writer
 from keepwarm.ft.agent.log import Journal
 from keepwarm.ft.discovery.registry import KEPT_EPOCHS, Choice, Registry
 from keepwarm.ft.protocol.messages import Decision, SnapshotId
+from tests.support.faulty.io_faults import Fault, library
 from tests.support.ft.nodes import Nodes, nodes, random_state, together, wait_committed
 from tests.support.ft.team import Team
 
@@ -64,6 +68,82 @@ def test_agents_survive_a_full_folder_and_restore_once_it_has_room(tmp_path: Pat
         starting.join(60)
         assert [each.step for each in found] == [5, 5, 5]
         assert alive(world)
+
+
+def in_calls_that_hang(log: Path) -> set[str]:
+    """The calls that hang or have hung, by name."""
+    return {line.split()[0] for line in log.read_text().splitlines()} if log.exists() else set()
+
+
+def test_folder_that_hangs_stops_neither_signs_of_life_nor_commits_nor_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every access of the agents hangs for longer than they wait for a silent peer, also while an epoch begins."""
+    hold, struck = tmp_path / "hold", tmp_path / "struck"
+    fault = Fault(
+        path=f"{tmp_path}/shared/*", kind="hang", calls="open,write,sync,rename,mkdir,read", hold=hold
+    )  # fmt: skip
+    with monkeypatch.context() as environment:
+        for name, value in (fault.environment(struck) | {"LD_PRELOAD": str(library())}).items():
+            environment.setenv(name, value)
+        world = Nodes(tmp_path, 3, groups=[((0, 1, 2), 1)], silence=3.0)
+        world.start_all()
+    try:
+        snapshotters = world.snapshotters([random_state(rank, 3) for rank in range(3)])
+        wait_for(lambda: all(len(world.status(slot).peers) == 2 for slot in range(3)))
+        together(lambda each: each.restore(1), snapshotters)
+        hold.touch()
+        began, step = time.monotonic(), 4
+        while time.monotonic() < began + 6.0 or "write" not in in_calls_that_hang(struck):
+            step += 1
+            for each in snapshotters:
+                each.offer(step, b"meta")
+            for each in snapshotters:
+                each.join()
+                wait_committed(each)
+        assert {len(world.status(slot).peers) for slot in range(3)} == {2}
+        for client in world.clients:
+            client.close()
+        fresh = world.snapshotters([random_state(rank, 3, seed=9) for rank in range(3)])
+        found: list[Any] = []
+        epoch = max(world.status(slot).epoch for slot in range(3)) + 1
+        starting = threading.Thread(target=lambda: found.extend(together(lambda each: each.restore(epoch), fresh)))
+        starting.start()
+        wait_for(lambda: all(world.status(slot).epoch == epoch for slot in range(3)))
+        patience = time.monotonic() + 2.0
+        wait_for(lambda: time.monotonic() > patience or found)
+        assert [world.status(slot).committed for slot in range(3)] == [(epoch - 1, step)] * 3
+        assert not found
+        hold.unlink()
+        starting.join(60)
+        assert [each.step for each in found] == [step, step, step]
+        wait_for(lambda: all("decided" in world.log(slot) for slot in range(3)))
+        assert not any("lost a peer" in world.log(slot) for slot in range(3))
+    finally:
+        hold.unlink(missing_ok=True)
+        world.close()
+
+
+def test_agents_find_each_other_again_after_the_folder_of_addresses_was_deleted(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2) as world:
+        snapshotters = world.snapshotters([random_state(rank, 2) for rank in range(2)])
+        together(lambda each: each.restore(1), snapshotters)
+        for each in snapshotters:
+            each.offer(5, b"meta")
+        for each in snapshotters:
+            each.join()
+            wait_committed(each)
+        shutil.rmtree(tmp_path / "shared" / "agents")
+        world.kill(0)
+        for client in world.clients:
+            client.close()
+        world.start(0)
+        fresh = world.snapshotters([random_state(rank, 2, seed=9) for rank in range(2)])
+        restored = together(lambda each: each.restore(2), fresh)
+        assert [each.step for each in restored] == [5, 5]
+        wait_for(
+            lambda: {path.name for path in (tmp_path / "shared" / "agents").glob("?.json")} == {"0.json", "1.json"}
+        )
 
 
 def test_agent_starts_without_a_folder_and_is_found_once_there_is_one(tmp_path: Path) -> None:
@@ -130,7 +210,9 @@ def test_registry_keeps_the_files_of_few_epochs(tmp_path: Path) -> None:
 
 def test_journal_writes_once_its_folder_is_there(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "agents" / "log", slot=1)
+    side_writer.forget()
     journal.write("info", "lost")
+    wait_for(lambda: "log" in side_writer.losses(), 30.0)
     (tmp_path / "agents").mkdir()
     journal.write("info", "kept")
     journal.close()

@@ -1,14 +1,17 @@
 /* Makes calls on chosen files fail: LD_PRELOAD of a whole run. Settings are read at every call, from the environment.
 
    IO_FAULT_PATH   glob of the whole path, as *@(one|other); `*` matches slashes too; without it nothing fails
-   IO_FAULT_CALLS  which calls, of: open write sync rename truncate mkdir; comma-separated
-   IO_FAULT_KIND   an errno; "short": one write takes half of its bytes, later ones nothing (ENOSPC); "slow": 20 ms more
+   IO_FAULT_CALLS  which calls, of: open write sync rename truncate mkdir, and read: opening to read, files or folders;
+                   comma-separated
+   IO_FAULT_KIND   an errno; "short": one write takes half of its bytes, later ones nothing (ENOSPC); "slow": 20 ms more;
+                   "hang": nothing until the file IO_FAULT_HOLD is gone
    IO_FAULT_FIRST  the first of the matching calls of this process that fails, from 1
    IO_FAULT_LAST   the last one
    IO_FAULT_RANK   only in the process of this rank
    IO_FAULT_LOG    file to which "CALL PATH" is appended for every fault, so that a test knows that it struck
 */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -47,6 +50,12 @@ static int fault(const char *call, const char *path) {
     if (!pattern || !which || !path || !strstr(which, call) || fnmatch(pattern, path, FNM_EXTMATCH)) return 0;
     if (rank && (!getenv("RANK") || strcmp(rank, getenv("RANK")))) return 0;
     const char *first = getenv("IO_FAULT_FIRST"), *last = getenv("IO_FAULT_LAST"), *kind = getenv("IO_FAULT_KIND");
+    if (!strcmp(kind, "hang")) {
+        const char *hold = getenv("IO_FAULT_HOLD");
+        if (hold && !access(hold, F_OK)) note(call, path);
+        while (hold && !access(hold, F_OK)) usleep(5000);
+        return 0;
+    }
     int begin = first ? atoi(first) : 1, number = __atomic_add_fetch(&calls, 1, __ATOMIC_SEQ_CST);
     if (number < begin || (last && number > atoi(last))) return 0;
     note(call, path);
@@ -108,25 +117,25 @@ static int fault_at(const char *call, int folder, const char *name) {
 
 int open(const char *path, int flags, ...) {
     MODE_OF(flags)
-    if (WRITES(flags)) FAIL_IF(fault_at("open", AT_FDCWD, path));
+    FAIL_IF(fault_at(WRITES(flags) ? "open" : "read", AT_FDCWD, path));
     return REAL(open)(path, flags, mode);
 }
 
 int open64(const char *path, int flags, ...) {
     MODE_OF(flags)
-    if (WRITES(flags)) FAIL_IF(fault_at("open", AT_FDCWD, path));
+    FAIL_IF(fault_at(WRITES(flags) ? "open" : "read", AT_FDCWD, path));
     return REAL(open64)(path, flags, mode);
 }
 
 int openat(int folder, const char *path, int flags, ...) {
     MODE_OF(flags)
-    if (WRITES(flags)) FAIL_IF(fault_at("open", folder, path));
+    FAIL_IF(fault_at(WRITES(flags) ? "open" : "read", folder, path));
     return REAL(openat)(folder, path, flags, mode);
 }
 
 int openat64(int folder, const char *path, int flags, ...) {
     MODE_OF(flags)
-    if (WRITES(flags)) FAIL_IF(fault_at("open", folder, path));
+    FAIL_IF(fault_at(WRITES(flags) ? "open" : "read", folder, path));
     return REAL(openat64)(folder, path, flags, mode);
 }
 
@@ -184,4 +193,13 @@ int renameat(int from_folder, const char *from, int folder, const char *to) {
 int mkdir(const char *path, mode_t mode) {
     FAIL_IF(fault_at("mkdir", AT_FDCWD, path));
     return REAL(mkdir)(path, mode);
+}
+
+DIR *opendir(const char *path) {
+    int failure = fault_at("read", AT_FDCWD, path);
+    if (failure > 0) {
+        errno = failure;
+        return NULL;
+    }
+    return REAL(opendir)(path);
 }

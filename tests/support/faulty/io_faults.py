@@ -22,6 +22,7 @@ KINDS = {
     "EROFS": str(errno.EROFS),
     "short": "short",
     "slow": "slow",
+    "hang": "hang",
 }
 DEADLINE = 120.0
 
@@ -65,6 +66,8 @@ class Fault:
     first: int = 1
     last: int | None = None
     rank: int | None = None
+    hold: Path | None = None
+    """The file for whose life calls hang."""
 
     def environment(self, log: Path) -> dict[str, str]:
         """The settings for the processes of a run; the faults that strike are listed in `log`."""
@@ -75,6 +78,7 @@ class Fault:
             "IO_FAULT_FIRST": str(self.first),
             "IO_FAULT_LOG": str(log),
         }
+        given |= {} if self.hold is None else {"IO_FAULT_HOLD": str(self.hold)}
         given |= {} if self.last is None else {"IO_FAULT_LAST": str(self.last)}
         return given | ({} if self.rank is None else {"IO_FAULT_RANK": str(self.rank)})
 

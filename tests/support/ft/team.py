@@ -6,6 +6,7 @@ when the test says so. Workers are played by the protocol's own events.
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ class Team:
                     state_bytes=chunk * (len(members) - parity) * BUCKET,
                     **{"bucket_bytes": BUCKET, "lease": 1e6, "scrub": None, "silence": 30.0} | options,
                 )  # fmt: skip
+        self._switch_interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-4)  # `turn` never rests, and the agents' threads that use files need the interpreter
         self.agents: dict[int, Agent] = {}
         self.holdings: dict[int, Holding] = {}
         self.paused: set[int] = set()
@@ -196,6 +199,7 @@ class Team:
     def close(self) -> None:
         for slot in list(self.agents):
             self.kill(slot)
+        sys.setswitchinterval(self._switch_interval)
 
 
 @contextlib.contextmanager
