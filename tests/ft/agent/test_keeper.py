@@ -270,4 +270,4 @@ def test_agents_die_at_every_record_of_a_snapshot_and_keep_what_was_committed(
                     assert set(order.targets) <= set(group.parities(order.stripe)), "no data is lost"
                 world.take(step + 1)
             step, at = step + 2, at + 1
-        assert at > 5, "the records of a whole snapshot"
+        assert at > 3, "the records of a whole snapshot; some may be written as one"

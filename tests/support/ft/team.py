@@ -28,6 +28,10 @@ from keepwarm.ft.transport.auth import create_secret
 BUCKET = 4096
 LAYOUT = "layout"
 
+PUBLISHED_S = 2.0
+"""How long a new agent has for its address, without which others may choose before it has joined them. Some tests are
+about folders that take none."""
+
 
 class Team:
     """Agents of groups of nodes; each has one worker whose part fills the buffer."""
@@ -61,6 +65,11 @@ class Team:
         agent = self.agents[slot] = Agent(self.configs[slot], files)
         buckets = agent.memory.shape.buckets
         agent.configured(Geometry(layout=LAYOUT, parts=(buckets,), chunk=agent.memory.shape.chunk))
+        end = time.monotonic() + PUBLISHED_S
+        while not agent.shared.published and time.monotonic() < end:
+            for key, mask in agent.selector.select(0.01):
+                key.data.ready(mask)
+            agent._tick(agent.clock())
 
     def kill(self, slot: int) -> None:
         """Its memory is gone and its sockets closed, without a word."""
