@@ -252,6 +252,7 @@ MUTANTS = (
         ),
     ),
     _one("what was restored does not stay beside a newer choice", "decide", "restored=True", "restored=False"),
+    _one("what is lost after an inventory is not missed", "follow", "_miss(transition, orders)", "pass"),
     _two("the plan is not followed", ("follow", "_plan"), "transition.emit(FollowOrders(orders))", "pass"),
     Mutant(
         "checksums of rebuilt data are forgotten",
