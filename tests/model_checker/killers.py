@@ -1,6 +1,7 @@
 """Seeds of histories that are known to show a mutant. They are tried first; others may show it as well."""
 
 KILLERS: dict[str, tuple[int, ...]] = {
+    "a minority gives up what others hold": (25, 54, 79),
     "the oldest snapshot is chosen": (613,),
     "damaged buckets are added to parity": (26, 49, 64),
     "the chain of checksums forgets what came before": (2, 7, 8),
