@@ -155,6 +155,21 @@ def follow(transition: Transition, decision: Decision, orders: tuple[tuple[int, 
     if in_force and state.planned_epoch != decision.epoch:
         transition.set(planned_epoch=decision.epoch)
         transition.emit(FollowOrders(orders))
+        _miss(transition, orders)
+
+
+def _miss(transition: Transition, orders: tuple[tuple[int, Decode], ...]) -> None:
+    """Request an epoch if chunks were lost after this agent had told what it holds: the plan brings none of them back.
+
+    The members cannot repair them either, since some of them may never announce that they have all of theirs.
+    """
+    state, copy = transition.state, transition.state.copy(transition.state.decided)
+    if copy is None or copy.phase is not Phase.REBUILT:
+        return
+    ordered = {order.stripe for _, order in orders if state.slot in order.targets}
+    missed = sorted(set(range(copy.group.size)) - copy.good.keys() - ordered)
+    if missed:
+        transition.emit(RequestEpoch(f"slot {state.slot} has lost stripes {missed} since it told what it holds"))
 
 
 def _data_whole(transition: Transition, copy: Copy) -> bool:

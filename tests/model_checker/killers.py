@@ -1,6 +1,7 @@
 """Seeds of histories that are known to show a mutant. They are tried first; others may show it as well."""
 
 KILLERS: dict[str, tuple[int, ...]] = {
+    "a minority gives up what others hold": (25, 54, 79),
     "the oldest snapshot is chosen": (613,),
     "damaged buckets are added to parity": (26, 49, 64),
     "the chain of checksums forgets what came before": (2, 7, 8),
@@ -31,6 +32,7 @@ KILLERS: dict[str, tuple[int, ...]] = {
     "data is whole as soon as one chunk is": (16, 29, 30),
     "the chosen snapshot is announced before it is here": (1, 13, 16),
     "what was restored does not stay beside a newer choice": (3590, 5312),
+    "what is lost after an inventory is not missed": (11778,),
     "the plan is not followed": (30, 35, 36),
     "checksums of rebuilt data are forgotten": (30, 36, 40),
     "parity is placed beside its data": (2, 8),

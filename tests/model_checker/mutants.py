@@ -95,6 +95,8 @@ def _two(name: str, functions: tuple[str, str], old: str, new: str) -> Mutant:
     return Mutant(name, tuple(Edit(function, old, new) for function in functions))
 
 
+MINORITY = _one("a minority gives up what others hold", "_majority", "return all(", "return True or all(")
+
 MUTANTS = (
     # ---- coding
     _one("damaged buckets are added to parity", "on_bucket", "if not event.intact:", "if False:"),
@@ -231,6 +233,7 @@ MUTANTS = (
             Edit("_lost", "if not state.decodable(group.data):", "if not state.decodable(group.data + 1):"),
         ),
     ),
+    MINORITY,
     Mutant(
         "the oldest snapshot is chosen",
         (Edit("_on_the_branch", "reverse=True", "reverse=False"), Edit("_held", "reverse=True", "reverse=False")),
@@ -252,6 +255,7 @@ MUTANTS = (
         ),
     ),
     _one("what was restored does not stay beside a newer choice", "decide", "restored=True", "restored=False"),
+    _one("what is lost after an inventory is not missed", "follow", "_miss(transition, orders)", "pass"),
     _two("the plan is not followed", ("follow", "_plan"), "transition.emit(FollowOrders(orders))", "pass"),
     Mutant(
         "checksums of rebuilt data are forgotten",

@@ -52,6 +52,8 @@ class Truth:
         self.unwhole: set[Age] = set()
         """Snapshots that were chosen and are not known to be whole."""
         self.commits = 0
+        self.fallen: dict[int, int] = {}
+        """The epoch of each agent that has died when it did, by its incarnation."""
         self._parity: dict[tuple[Age, int, int], list[Parity]] = {}
 
     def fail(self, promise: str, text: str) -> None:
@@ -149,8 +151,10 @@ class Truth:
                 if self.stored(node, age):
                     self.held.setdefault(age, set()).add(node.slot)
                 self.taken.setdefault(age, set()).add(node.slot)
-        if only is None and self.newest is not None:
-            self.taken.setdefault(self.newest, set()).add(node.slot)
+        if only is None:
+            self.fallen[node.state.incarnation] = node.state.epoch
+            if self.newest is not None:
+                self.taken.setdefault(self.newest, set()).add(node.slot)
 
     def disaster(self) -> None:
         """More is lost than the code can carry: nothing is promised until the next commit."""
@@ -205,7 +209,11 @@ class Truth:
         self.unwhole = {each for each in self.unwhole if each > age}
 
     def chose(self, node: Node, decision: port.Decision) -> None:
-        """Judge a choice when it is made."""
+        """Judge a choice when it is made.
+
+        Who has answered and died before the chooser could know counts towards a majority, though not as memory that is
+        left: the chooser would have chosen the same a moment earlier.
+        """
         age = decision.snapshot.age if decision.snapshot is not None else None
         if self.newest is None or (age is not None and age >= self.newest):
             return
@@ -215,13 +223,23 @@ class Truth:
             f"epoch {decision.epoch} chooses {name(age)} although {name(self.newest)} was committed and whole; "
             f"it was made by slot {node.slot} without the living slots {sorted(living - heard)}"
         )
-        if self._is_minority(heard):
+        if self._is_minority(heard | self._fell_unnoticed(node, decision)):
             self.fail("I7", text)
         lost = set(range(self.world.slots)) - heard | self.taken.get(self.newest, set())
         if self._within_code(lost):
             self.fail("I1", text)
         elif living - heard:
             self.disaster()  # a majority has replaced more silent members than the code can carry
+
+    def _fell_unnoticed(self, chooser: Node, decision: port.Decision) -> set[int]:
+        """Return the slots whose agents took part in the epoch and are dead, while the chooser believes in the link."""
+        return {
+            slot
+            for slot, link in chooser.links.items()
+            if link.open[chooser.slot]
+            and not link.alive
+            and self.fallen.get(decision.incarnations[slot], -1) >= decision.epoch
+        }
 
     def _within_code(self, lost: set[int]) -> bool:
         """Return whether no group has lost more slots than it has parity."""
