@@ -63,6 +63,6 @@ def test_wheel_holds_the_four_packages_and_the_configs(wheel: Path) -> None:
 def test_wheel_plans_from_an_empty_environment(environment: Path, tmp_path: Path) -> None:
     where = run(environment, tmp_path, "python", "-P", "-c", "import keepwarm; print(keepwarm.__file__)")
     assert str(environment.parent) in where
-    plan = run(environment, tmp_path, "keepwarm", "plan", "configs/ci/tiny.yaml")
+    plan = run(environment, tmp_path, "keepwarm", "plan", "configs/ci/tiny.yaml", "--spec")
     assert "= 1 rank on 1 node" in plan
     assert str(environment.parent) in plan, "the corpus must be the wheel's own"

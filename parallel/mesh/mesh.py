@@ -142,7 +142,7 @@ class Mesh:
         """
         if len(lines[0]) == 1:
             return self.alone
-        if len(lines) == 1 and name != "pipeline":
+        if len(lines[0]) == self.layout.world_size and name != "pipeline":
             return self.world
         mine: dist.ProcessGroup | None = None
         for line in lines:

@@ -55,6 +55,13 @@ def test_mesh_of_a_thousand_data_ranks_creates_one_group(created: Created) -> No
     assert mesh.device_mesh("data").size() == RANKS
 
 
+def test_mesh_of_pipeline_ranks_alone_has_a_group_of_its_two_ends(created: Created) -> None:
+    mesh = mesh_of(pipeline=RANKS)
+    assert [ranks for ranks, _ in created.groups] == [[9], list(range(RANKS)), [0, RANKS - 1]]
+    assert mesh.ends is None
+    assert mesh.group("pipeline") is not mesh.world
+
+
 def test_mesh_closing_leaves_the_group_of_all_ranks_to_its_owner(created: Created) -> None:
     mesh_of(data=RANKS).close()
     assert dist.is_initialized()

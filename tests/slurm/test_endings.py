@@ -106,6 +106,7 @@ def test_slurm_cancelled_run_ends_as_cancelled_and_its_successor_never_starts(
     cluster.await_idle()
 
 
+@pytest.mark.long
 def test_slurm_last_task_of_a_sweep_is_requeued_alone(cluster: SlurmCluster, folder: Path) -> None:
     sweep = folder / "two sweeps"
     asked = ("--sweep", "seed=[1, 2]", f"output={sweep}", "stages.0.tokens=51_200")
@@ -152,12 +153,11 @@ def test_slurm_forgotten_task_of_a_sweep_hides_nothing_and_starts_again(cluster:
 
 def test_slurm_allocation_smaller_than_the_layout_fails_with_the_reason(cluster: SlurmCluster, folder: Path) -> None:
     run = folder / "run"
-    job = submit(cluster, run, *TWO, "cluster.slurm.extra=['--nodes=1']")
+    cluster.login("scancel", submit(cluster, run, *TWO, "cluster.slurm.begin=now+1hour"))
+    smaller = ["--nodes=1", "--begin=now", f"--chdir={run}", str(run / "job.sbatch")]
+    job = cluster.login("sbatch", "--parsable", *smaller).stdout.strip()
     assert cluster.await_end(job) == "FAILED", words(run)
     assert words(run).splitlines()[-1].startswith("keepwarm: the layout has 2 nodes, SLURM gave 1")
-    row = shown(cluster, run)
-    assert (row["state"], row["why"]) == ("failed", "the layout has 2 nodes, SLURM gave 1: see cluster.slurm.extra")
-    assert cluster.keepwarm("watch", str(run)).returncode == 1
 
 
 @pytest.mark.long
