@@ -1,7 +1,7 @@
 """Watcher of a SLURM job on each node but the first: `python -P -m keepwarm.launch.slurm.watcher RUN HOST:PORT KIND`.
 
 The batch script on the first node decides what follows when ranks have ended. When that node dies, SLURM keeps the
-others allocated, for supervisors to go on there, and nobody decides. So the batch script sends a byte to each watcher
+others allocated, for supervisors to go on there, and nothing decides. So the batch script sends a byte to each watcher
 every few seconds. A watcher that hears nothing for a while waits until no supervisor runs on its node, and then ends or
 requeues the job; the watchers take turns. Imports little before that, because it runs on every node at every start.
 """
@@ -29,6 +29,8 @@ IDLE_S = 10.0
 """How long no supervisor has run on a node before its watcher acts: the next start may just have begun."""
 TURN_S = 4.0
 """How much longer each further watcher waits, so that one after the other acts."""
+SPARE_LINKS = 64
+"""Connections that are accepted beyond two for each node: a stranger must not take the script's descriptors."""
 _PEER = struct.Struct("3i")
 
 
@@ -47,7 +49,8 @@ def watched(nodes: Sequence[str], step: Callable[[str], list[str]]) -> Iterator[
     stop = threading.Event()
     with socket.create_server((host, 0), backlog=4096) as server:
         server.setblocking(False)
-        beats = threading.Thread(target=_beat, args=(server, stop), name="beat", daemon=True)
+        most = 2 * len(nodes) + SPARE_LINKS
+        beats = threading.Thread(target=beat, args=(server, stop, most), name="beat", daemon=True)
         beats.start()
         resources = ("SLURM_GPUS", "SLURM_GRES", "SLURM_TRES", "SLURM_MEM")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(resources)}
@@ -64,15 +67,18 @@ def watched(nodes: Sequence[str], step: Callable[[str], list[str]]) -> Iterator[
             beats.join(BEAT_S + 1)
 
 
-def _beat(server: socket.socket, stop: threading.Event) -> None:
+def beat(server: socket.socket, stop: threading.Event, most: int, interval: float = BEAT_S) -> None:
+    """Send a byte to each connection until `stop`, at most to `most` of them. No error of a socket ends it."""
     links: list[socket.socket] = []
-    while not stop.wait(BEAT_S):
-        with contextlib.suppress(BlockingIOError):
-            while True:
+    while not stop.wait(interval):
+        with contextlib.suppress(OSError):  # nothing waits, or it went away, or descriptors are short: again later
+            while len(links) < most:
                 link, _ = server.accept()
                 link.setblocking(False)
                 links.append(link)
         links = [link for link in links if _is_sent(link)]
+    for link in links:
+        link.close()
 
 
 def _is_sent(link: socket.socket) -> bool:
@@ -179,7 +185,10 @@ class Watcher:
             self._link = None
 
     def _on_supervisor(self, server: socket.socket) -> None:
-        link, _ = server.accept()
+        try:
+            link, _ = server.accept()
+        except OSError:
+            return  # it went away
         _, user, _ = _PEER.unpack(link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
         if user != os.getuid():
             link.close()
