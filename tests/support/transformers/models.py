@@ -113,7 +113,7 @@ def bare_class(spec: TransformersSpec, weights: Mapping[str, torch.Tensor]) -> A
     if spec.tied_embeddings:
         theirs["lm_head.weight"] = theirs["model.embed_tokens.weight"]
     model.load_state_dict(theirs)
-    return model.train()
+    return model.eval()  # training knows no dropout, whatever the config says
 
 
 def batch_of(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
