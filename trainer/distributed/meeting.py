@@ -22,7 +22,7 @@ class Meeting:
     """One place in the program that all ranks reach, each in its own time. Every meeting has a name of its own."""
 
     store: Store | None
-    """None: nobody is waited for; the collective that follows waits."""
+    """None: no rank is waited for; the collective that follows waits."""
     name: str
     size: int
     stall: timedelta

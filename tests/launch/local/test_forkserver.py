@@ -36,7 +36,7 @@ def test_fork_server_ends_without_a_word_when_its_client_goes_with_notices_unrea
 ) -> None:
     server = ForkServer()
     server.start(worker)
-    assert select.select([server._socket], [], [], DEADLINE)[0]  # the worker has ended, and nobody has read that
+    assert select.select([server._socket], [], [], DEADLINE)[0]  # the worker has ended, and that has not been read
     server._socket.close()
     assert ended(server.pid) == 0
     assert capfd.readouterr().err == ""

@@ -1,7 +1,7 @@
 """Ctrl-C while a run on nodes recovers from a killed worker: what was committed in memory is not lost."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,24 +9,11 @@ import pytest
 from keepwarm.launch.cli.status import committed
 from keepwarm.launch.node import record as node_record
 from tests.support.runs import warm
-from tests.support.runs.node_run import DEADLINE, Run, assert_equal, assert_nothing_left, command, runs
+from tests.support.runs.node_fixtures import start, whole
+from tests.support.runs.node_run import DEADLINE, Run, assert_equal, assert_nothing_left
 
+__all__ = ["start", "whole"]
 pytestmark = [pytest.mark.timeout(900), pytest.mark.dist]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing happens to."""
-    folder = tmp_path_factory.mktemp("nodes") / "whole"
-    done = warm.run(command(folder, "--nodes", "4"), timeout=DEADLINE)
-    assert done.returncode == 0, done.stdout
-    return folder
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
-    with runs(tmp_path) as begin:
-        yield begin
 
 
 def at_once(run: Run) -> bool:

@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,26 +16,12 @@ from keepwarm.trainer.monitor import events
 from keepwarm.trainer.monitor.goodput import of_run
 from tests.launch.node.test_supervision import Cluster, cluster, names
 from tests.support.runs import warm
-from tests.support.runs.node_run import DEADLINE, Run, assert_equal, assert_nothing_left, command, runs
+from tests.support.runs.node_fixtures import start, whole
+from tests.support.runs.node_run import DEADLINE, Run, assert_equal, assert_nothing_left
 from tests.support.runs.stand_ins import alive
 
-__all__ = ["cluster"]
+__all__ = ["cluster", "start", "whole"]
 pytestmark = pytest.mark.timeout(900)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing happens to."""
-    folder = tmp_path_factory.mktemp("nodes") / "whole"
-    done = warm.run(command(folder, "--nodes", "4"), timeout=DEADLINE)
-    assert done.returncode == 0, done.stdout
-    return folder
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
-    with runs(tmp_path) as begin:
-        yield begin
 
 
 @pytest.mark.dist

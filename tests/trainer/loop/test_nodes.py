@@ -4,7 +4,7 @@ import operator
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -14,25 +14,12 @@ from keepwarm.exit_code import ExitCode
 from keepwarm.launch.node import record as node_record
 from keepwarm.trainer.monitor import events
 from tests.support.runs import warm
-from tests.support.runs.node_run import DEADLINE, Run, assert_equal, assert_nothing_left, command, runs
+from tests.support.runs.node_fixtures import start, whole
+from tests.support.runs.node_run import DEADLINE, Run, assert_equal, assert_nothing_left, command
 from tests.support.runs.stand_ins import wait_until_dead
 
+__all__ = ["start", "whole"]
 pytestmark = [pytest.mark.timeout(900), pytest.mark.dist]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing happens to."""
-    folder = tmp_path_factory.mktemp("nodes") / "whole"
-    done = warm.run(command(folder, "--nodes", "4"), timeout=DEADLINE)
-    assert done.returncode == 0, done.stdout
-    return folder
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
-    with runs(tmp_path) as begin:
-        yield begin
 
 
 def workers(run: Run) -> dict[int, int]:
