@@ -6,6 +6,7 @@ an agent ends the keeper too. An agent does not outlive its keeper, and the next
 dead: no two agents ever have the same memory.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -15,6 +16,7 @@ from collections.abc import Mapping
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from keepwarm import signals
 from keepwarm.ft.discovery.runtime_folder import clear, take_lock
@@ -39,6 +41,8 @@ FIRST_PAUSE_S = 0.05
 """Pause before an agent is started again. It doubles with every death of a row."""
 PAUSE_STEP_S = 0.05
 _PR_SET_PDEATHSIG = 1
+_ASKED = (signal.SIGTERM, signal.SIGINT)
+"""Signals that ask a keeper, or its agent, to end."""
 
 
 class AgentExit(IntEnum):
@@ -123,18 +127,26 @@ class Keeper:
         """Pass the request to end to the agent, which first lets its workers leave."""
         self._stopping = True
         if self._agent:
-            os.kill(self._agent, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(self._agent, signal.SIGTERM)
 
     def _start(self) -> int:
         """Start an agent, which dies with this process. Return its pid."""
         command = [sys.executable, "-P", "-m", AGENT_MODULE, *arguments_of(self._holding.files, self._config)]
         mine = os.getpid()
-        child = os.fork()
-        if child:
+        with signals.held(_ASKED):
+            child = os.fork()
+            if not child:
+                self._run_child(command, mine)
             return child
+
+    def _run_child(self, command: list[str], parent: int) -> NoReturn:
         try:
+            for number in set(_ASKED) - signals.ignored(_ASKED):
+                signal.signal(number, signal.SIG_DFL)
+            signals.release(_ASKED)
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() == mine:
+            if os.getppid() == parent:
                 for descriptor in self._holding.files.values():
                     os.set_inheritable(descriptor, True)
                 os.execv(command[0], command)

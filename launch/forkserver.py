@@ -125,11 +125,12 @@ class ForkServer:
         parent = os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
-        pid = os.fork()
-        if not pid:
-            ours.close()
-            os.environ.update(environment)
-            ForkServerProcess(theirs, parent).run(modules)
+        with signals.held(_HANDLED):
+            pid = os.fork()
+            if not pid:
+                ours.close()
+                os.environ.update(environment)
+                ForkServerProcess(theirs, parent).run(modules)
         theirs.close()
         return ours, pid
 
@@ -226,6 +227,7 @@ class ForkServerProcess:
         self._ignored = signals.ignored(_LEFT_IGNORED)
         for number in _HANDLED:
             signal.signal(number, signal.SIG_IGN if number != signal.SIGCHLD else signal.SIG_DFL)
+        signals.release(_HANDLED)
         self._socket, self._pid = connection, os.getpid()
         self._selector = selectors.DefaultSelector()
         self._selector.register(connection, selectors.EVENT_READ, self._on_order)
@@ -269,12 +271,13 @@ class ForkServerProcess:
 
     def _fork(self, worker: Worker) -> None:
         channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        pid = os.fork()
-        if not pid:
-            self._selector.close()
-            for inherited in (self._socket, channel, *self._channels.values()):
-                inherited.close()
-            _run_child(worker, theirs, self._pid, self._ignored)
+        with signals.held(_HANDLED):
+            pid = os.fork()
+            if not pid:
+                self._selector.close()
+                for inherited in (self._socket, channel, *self._channels.values()):
+                    inherited.close()
+                _run_child(worker, theirs, self._pid, self._ignored)
         theirs.close()
         self._channels[pid] = channel
         self._selector.register(channel, selectors.EVENT_READ, partial(self._on_report, pid))
@@ -327,6 +330,7 @@ def _run_child(worker: Worker, channel: socket.socket, server: int, ignored: fro
         if signal.SIGINT not in ignored:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a worker that trains handles it: see `Interrupt`
+        signals.release(_HANDLED)
         # Line-buffered, so that nothing is lost when it is killed; errors as a new interpreter has them.
         sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115

@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from keepwarm import signals
 from keepwarm.exit_code import ExitCode
@@ -88,19 +89,25 @@ class Nodes:
         self._parent = os.getpid()
         self._pids: list[int] = []
         self._codes: dict[int, int] = {}
-        self._early: list[int] | None = []
-        """Signals that arrived before all supervisors had been started; None afterwards."""
+        self._early: list[int] = []
+        """Signals that arrived before all supervisors had been started."""
+        self._started = False
         signals.handle(_HANDLED, self._forward)
         for options in nodes:
             self._pids.append(self._fork(options, job))
 
     def _fork(self, options: Options, job: JobSpec) -> int:
-        pid = os.fork()
-        if pid:
+        with signals.held(_HANDLED):
+            pid = os.fork()
+            if not pid:
+                self._run_child(options, job)
             return pid
+
+    def _run_child(self, options: Options, job: JobSpec) -> NoReturn:
         code: int = ExitCode.FAULT
         try:
             leave_on(*_HANDLED)  # until it is a supervisor
+            signals.release(_HANDLED)
             from keepwarm.launch.forkserver import die_with
             from keepwarm.launch.node.supervisor import supervise
 
@@ -117,8 +124,8 @@ class Nodes:
 
     def run(self) -> int:
         """Wait for all supervisors; return the exit code that most of the survivors agree on."""
-        early, self._early = self._early or [], None
-        for number in early:
+        self._started = True
+        for number in self._early:
             self._forward(number, None)
         with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
             for pid in self._pids:
@@ -137,7 +144,7 @@ class Nodes:
         return max(reversed(survivors), key=survivors.count, default=ExitCode.UNRECOVERABLE)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        if self._early is not None:
+        if not self._started:
             self._early.append(number)
             return
         # SIGINT stays SIGINT: the second one kills the workers.

@@ -31,3 +31,22 @@ def handled(numbers: Sequence[signal.Signals], handler: Handler) -> Iterator[Non
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
+
+
+@contextlib.contextmanager
+def held(numbers: Sequence[signal.Signals]) -> Iterator[None]:
+    """Hold these signals back inside the `with` block: they arrive at its end.
+
+    Around a fork: otherwise a signal to the child, before it has installed handlers of its own, is lost in those of
+    its parent. The child has them held back too; it calls `release`.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def release(numbers: Sequence[signal.Signals]) -> None:
+    """Let signals arrive that were held back, now."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
