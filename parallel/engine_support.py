@@ -90,6 +90,14 @@ class EngineInfo(Component, ABC):
         """Raise LayoutError if a step cannot have `count` micro-batches on each data-parallel rank."""
         check_micro_batches(count, parallel)
 
+    @classmethod
+    def forms(cls, parallel: ParallelSpec, micro_batches: int) -> Iterator[ParallelSpec]:
+        """Yield `parallel` with what it leaves to the plan decided in every possible way.
+
+        The fastest comes first, and the one that needs the least memory last.
+        """
+        yield parallel
+
     @abstractmethod
     def memory(self, work: Workload) -> RankEstimate:
         """Return the maximum that any rank at one pipeline coordinate holds; used by the planner."""

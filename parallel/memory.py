@@ -46,6 +46,12 @@ class Head:
         """Return the bytes of the norm's input and output, all logits, and their fp32 exponentials and gradient."""
         return self._norm(compute) + self.tokens * self.vocabulary * (compute + 3 * 4)
 
+    def weight_gradient(self, compute: int) -> int:
+        """Return the bytes of the projection's gradient while chunks add to it: the sum, and one chunk's part."""
+        if self.tokens <= self.chunk:
+            return self.hidden_size * self.vocabulary * compute
+        return self.hidden_size * self.vocabulary * (compute + max(4, compute))
+
     def _norm(self, compute: int) -> int:
         return 2 * self.tokens * self.hidden_size * compute
 
@@ -63,6 +69,8 @@ class Workload:
     """Number of micro-batches per step on each data-parallel rank."""
     layer_elements: int
     """Number of elements that the layers keep for backward, over all micro-batches in flight."""
+    again_elements: int
+    """Number of elements that live while backward computes what was not kept of a layer again."""
     head: Head | None
     """The head, or None on a coordinate without the last stage."""
 
@@ -88,8 +96,8 @@ class Workload:
 
     @property
     def layer_activations(self) -> int:
-        """Bytes that the layers keep for backward."""
-        return self.layer_elements * self.compute_bytes
+        """Bytes of the layers in backward: what they keep, and what is computed again of one of them."""
+        return (self.layer_elements + self.again_elements) * self.compute_bytes
 
     @property
     def activations(self) -> int:

@@ -41,8 +41,15 @@ class ParallelSpec(Section):
         None, description="layers of each pipeline stage, first to last; default: equal"
     )
     data_mode: Literal["fsdp", "hsdp", "ddp"] = "fsdp"
-    reshard_after_forward: bool = Field(
-        True, description="fsdp, hsdp: free gathered weights after forward (zero_bubble keeps them for the step)"
+    reshard_after_forward: bool | None = Field(
+        None,
+        description="fsdp, hsdp: free gathered weights after forward and backward; default: not with a pipeline or "
+        "several micro-batches, if they fit in cluster.gpu_memory (zero_bubble always keeps them for the step)",
+    )
+    accumulate: Literal["auto", "whole", "sharded"] = Field(
+        "auto",
+        description="fsdp, hsdp: gradients between micro-batches. whole: reduced once per step; sharded: reduced after "
+        "each micro-batch; auto: whole if that fits in cluster.gpu_memory",
     )
     shard_size: Ranks | None = Field(None, description="hsdp: data-parallel ranks that share one copy")
 

@@ -9,7 +9,8 @@ from keepwarm.ft.groups import groups_of
 from keepwarm.parallel.memory import RankEstimate
 from keepwarm.parallel.mesh.axes import Coordinates
 from keepwarm.parallel.mesh.layout import Layout, split_layers, stages_of
-from keepwarm.trainer.job.estimate import estimate_rank, state_bytes, total_parameters
+from keepwarm.parallel.spec import ParallelSpec
+from keepwarm.trainer.job.estimate import decided_parallel, estimate_rank, state_bytes, total_parameters, usable_memory
 from keepwarm.trainer.job.shrink import layouts
 from keepwarm.trainer.job.site.defaults import JOB
 from keepwarm.trainer.job.spec import JobSpec
@@ -44,7 +45,17 @@ class Plan:
     @cached_property
     def estimates(self) -> tuple[RankEstimate, ...]:
         """Return a rank's estimate by pipeline coordinate; the data and tensor coordinates make no difference."""
-        return tuple(estimate_rank(self.job, pipeline) for pipeline in range(self.layout.pipeline))
+        return tuple(estimate_rank(self.job, pipeline, self.parallel) for pipeline in range(self.layout.pipeline))
+
+    @cached_property
+    def parallel(self) -> ParallelSpec:
+        """Return the job's section with what it leaves to the plan decided."""
+        return decided_parallel(self.job)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every rank's estimate leaves a GPU of `cluster.gpu_memory` enough for the rest."""
+        return max(each.total for each in self.estimates) <= usable_memory(self.job)
 
     @cached_property
     def host_memory(self) -> "HostMemory | None":
@@ -136,6 +147,11 @@ class Plan:
             "job": self.job.model_dump(mode="json", exclude={"cluster": {"sources"}}),
             "site": self.site,
             "layout": {**asdict(layout), "world_size": layout.world_size, "nodes": layout.nodes},
+            "decided": {
+                "accumulate": self.parallel.accumulate,
+                "reshard_after_forward": self.parallel.reshard_after_forward,
+            },
+            "fits": self.fits,
             "parameters": {"total": self.parameters, "per_rank": [e.parameters for e in self.estimates]},
             "ranks": [
                 {

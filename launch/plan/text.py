@@ -8,6 +8,7 @@ from ruamel.yaml import YAML
 
 from keepwarm.launch.plan.plan import Plan, sampled_steps
 from keepwarm.trainer.data.spec import ReplaySpec
+from keepwarm.trainer.job.estimate import RESERVED_GIB
 from keepwarm.trainer.job.stages import StagePlan
 
 SHOWN = 8
@@ -128,9 +129,30 @@ def _memory(plan: Plan) -> list[str]:
     return [
         f"parameters: {count(plan.parameters)} ({plan.parameters:,}) in total; estimate for each rank, by pipeline:",
         *table(("pipeline", "parameters", "weights", "gradients", "optimizer", "activations", "memory"), rows),
+        *_decided(plan),
         *_host_memory(plan),
         *_smaller(plan),
     ]
+
+
+def _decided(plan: Plan) -> list[str]:
+    """What the plan chose for memory, and whether the ranks fit."""
+    lines = []
+    if plan.job.parallel.accumulate == "auto" and max(max(plan.micro_batches(stage)) for stage in plan.stages) > 1:
+        lines.append(
+            "gradients are reduced after each micro-batch (parallel.accumulate: sharded)"
+            if plan.parallel.accumulate == "sharded"
+            else "gradients are reduced once per step (parallel.accumulate: whole)"
+        )
+    if plan.job.parallel.reshard_after_forward is None and plan.parallel.reshard_after_forward is False:
+        lines.append("gathered weights are kept between micro-batches (parallel.reshard_after_forward: false)")
+    if not plan.fits:
+        lines.append(
+            f"this does not fit in a GPU of {plan.job.cluster.gpu_memory:g} GiB (cluster.gpu_memory), of which "
+            f"{RESERVED_GIB:g} GiB are for CUDA and NCCL: more of parallel.tensor, pipeline or data, a smaller "
+            "batch.micro_batch_size, or numerics.recompute"
+        )
+    return lines
 
 
 def _host_memory(plan: Plan) -> list[str]:

@@ -38,6 +38,8 @@ class DeepSpeedInfo(EngineInfo):
             yield "parallel.schedule: its pipeline has 1f1b with one stage on each rank alone"
         if parallel.pipeline > 1 and zero > 1:
             yield f"parallel.options.zero_stage = {zero}: its pipeline needs whole gradients until the last; set 1"
+        if parallel.accumulate != "auto":
+            yield "parallel.accumulate: parallel.options.zero_stage decides, 1 keeps whole gradients; leave it out"
         if parallel.data_mode != "fsdp":
             yield "parallel.data_mode: ZeRO always shards, by parallel.options.zero_stage; leave it out"
         if self.options.offload_optimizer and job.optimizer.implementation == "apex":

@@ -35,6 +35,8 @@ class MegatronInfo(EngineInfo):
             yield "parallel.schedule: Megatron Core has 1f1b and interleaved, no zero_bubble"
         if parallel.layer_split is not None and len(set(parallel.layer_split)) > 1:
             yield "parallel.layer_split: every stage holds the same number of layers; leave it out"
+        if parallel.accumulate == "sharded":
+            yield "parallel.accumulate = sharded: its gradients are reduced once per step; set whole or auto"
         if parallel.data_mode == "hsdp":
             yield (
                 "parallel.data_mode: fsdp (the distributed optimizer: optimizer state is sharded, weights are not) or "

@@ -49,21 +49,32 @@ def wrap(part: nn.Module, mesh: DeviceMesh, spec: ParallelSpec, numerics: Numeri
         if spec.data > 1 and shard_size_of(spec) == 1:
             replicate(module, mesh=mesh, mp_policy=policy)
         else:
-            # Parameters outside the layers are needed again as soon as backward begins. Zero-bubble schedules walk the
-            # module to find the weights whose gradient they have deferred: these must not be resharded by then.
-            reshard = spec.reshard_after_forward and module is not part and spec.schedule != "zero_bubble"
+            # Parameters outside the layers are needed again as soon as backward begins.
+            reshard = reshards(spec) and module is not part
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     for managed in wrapped(part):
         managed.set_gradient_divide_factor(1.0)
         managed.set_force_sum_reduction_for_comms(True)
 
 
-def prepare_backward(part: nn.Module, *, last: bool) -> None:
-    """Reduce gradients and free gathered weights only in the last backward of a step."""
-    if isinstance(part, FSDPModule):
-        part.set_is_last_backward(last)
-        part.set_requires_gradient_sync(last)
-        part.set_reshard_after_backward(last)
+def reshards(spec: ParallelSpec) -> bool:
+    """Return whether the weights of a layer are freed after its forward and backward.
+
+    Zero-bubble schedules walk the module to find the weights whose gradient they have deferred: these must be whole.
+    """
+    return spec.reshard_after_forward is not False and spec.schedule != "zero_bubble"
+
+
+def prepare_backward(part: nn.Module, spec: ParallelSpec, *, last: bool) -> None:
+    """Prepare the backward of one micro-batch: whether gradients are reduced, and gathered weights freed, after it."""
+    if not isinstance(part, FSDPModule):
+        return
+    sharded = spec.accumulate == "sharded"
+    part.set_is_last_backward(last or sharded)
+    part.set_requires_gradient_sync(last or sharded)
+    part.set_reshard_after_backward(last or reshards(spec))
+    if spec.data_mode == "hsdp":
+        part.set_requires_all_reduce(last)  # copies of a shard agree once per step
 
 
 def reshard(part: nn.Module) -> None:

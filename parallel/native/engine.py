@@ -23,7 +23,8 @@ from keepwarm.parallel.spec import ParallelSpec
 class TorchEngine:
     """An `Engine` for one rank; every rank of the layout creates one.
 
-    Gradients are summed over micro-batches and the data axis, and reduced once per step.
+    Gradients are summed over micro-batches and the data axis, and reduced once per step, or once per micro-batch with
+    `parallel.accumulate = sharded`.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -123,7 +124,7 @@ class TorchEngine:
         (module,) = self._modules.values()
         last = len(batch.tokens) - 1
         for micro in range(last + 1):
-            data.prepare_backward(module, last=micro == last)
+            data.prepare_backward(module, self._config.parallel, last=micro == last)
             self._forward(batch.micro_batch(micro)).backward()  # type: ignore[no-untyped-call]
 
     def _finish_gradients(self) -> None:

@@ -26,6 +26,7 @@ COVERING = covering_cases(GIVEN, seed=0)
 EXTRA = [
     Case(data=4, data_mode="hsdp", clipped=True),
     Case(data=4, data_mode="hsdp", optimizer="adamw", tied=True, documents=True),
+    Case(data=4, data_mode="hsdp", accumulate="sharded", optimizer="adamw", clipped=True),
     Case(pipeline=2, layer_split=(1, 3), tied=True, clipped=True),
     Case(pipeline=2, schedule="interleaved", layer_split=(1, 1, 1, 1)),
     Case(pipeline=4, tied=True, clipped=True, micro_batches=4),

@@ -12,6 +12,7 @@ VALUES: Mapping[str, Sequence[object]] = {
     "schedule": ("1f1b", "interleaved", "zero_bubble"),
     "sequence": (False, True),
     "data_mode": ("reshard", "keep", "ddp"),
+    "accumulate": ("whole", "sharded"),
     "recompute": ("none", "selective", "full"),
     "micro_batches": (2, 4),
     "tied": (False, True),
@@ -30,6 +31,7 @@ def is_valid(case: Case) -> bool:
         (case.pipeline > 1 or case.schedule == "1f1b")
         and (case.tensor > 1 or not case.sequence)
         and (case.data > 1 or case.data_mode == "reshard")
+        and (case.accumulate == "whole" or (case.data > 1 and case.pipeline == 1 and case.data_mode != "ddp"))
     )
 
 

@@ -43,6 +43,7 @@ class Case:
     sequence: bool = False
     data_mode: str = "reshard"
     """reshard and keep are fsdp with the two values of `reshard_after_forward`; hsdp shards over two ranks."""
+    accumulate: str = "whole"
     layer_split: tuple[int, ...] | None = None
     recompute: str = "none"
     micro_batches: int = 2
@@ -168,6 +169,7 @@ def make_engine(case: Case, model: Callable[[Case], ModelParts] = make_model) ->
             "schedule": case.schedule,
             "layer_split": case.layer_split,
             "data_mode": case.data_mode if case.data_mode in ("hsdp", "ddp") else "fsdp",
+            "accumulate": case.accumulate if case.engine != "deepspeed" else "auto",
             "reshard_after_forward": case.data_mode != "keep",
             "shard_size": 2 if case.data_mode == "hsdp" else None,
             "options": zero if case.engine == "deepspeed" else {},

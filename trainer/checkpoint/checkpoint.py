@@ -45,7 +45,7 @@ _REASONS = 3
 
 def layout_hash(job: JobSpec) -> str:
     """Return a hash that is equal for runs whose ranks hold the same shards of the same model."""
-    text = job.parallel.model_dump_json() + job.model.model_dump_json()
+    text = job.parallel.model_dump_json(exclude={"reshard_after_forward", "accumulate"}) + job.model.model_dump_json()
     return xxhash.xxh3_64_hexdigest(text.encode())
 
 

@@ -4,6 +4,7 @@ Parameters are exact, as the torch engine holds them. Memory is an estimate of w
 counted by the tensors that backward keeps (after Korthikanti et al., 2022), without allocator or workspace.
 """
 
+from dataclasses import replace
 from math import ceil
 
 from keepwarm.parallel.engine_support import engine_info
@@ -13,6 +14,9 @@ from keepwarm.parallel.spec import ParallelSpec
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.model.any_spec import AnyModelSpec
 from keepwarm.trainer.model.shapes import LOGITS_AT_ONCE, Shapes, local_shape, parameter_shapes, tensor_plan
+
+RESERVED_GIB = 6.0
+"""Memory of a GPU beside tensors: CUDA's context, NCCL's buffers and fragmentation take 4 to 6 GiB."""
 
 
 def total_parameters(spec: AnyModelSpec) -> int:
@@ -26,9 +30,34 @@ def stage_shapes(job: JobSpec, stage: int) -> Shapes:
     return parameter_shapes(job.model, layers[stage], embed=stage == 0, head=stage == len(layers) - 1)
 
 
-def estimate_rank(job: JobSpec, pipeline: int) -> RankEstimate:
-    """Return what every rank at this pipeline coordinate needs, at most, in the last steps of a batch-size ramp."""
-    return engine_info(job.parallel).memory(_workload(job, pipeline))
+def estimate_rank(job: JobSpec, pipeline: int, parallel: ParallelSpec | None = None) -> RankEstimate:
+    """Return what every rank at this pipeline coordinate needs, at most, in the last steps of a batch-size ramp.
+
+    `parallel` is what `decided_parallel` has returned, for callers that ask about several coordinates.
+    """
+    work = replace(_workload(job, pipeline), parallel=parallel or decided_parallel(job))
+    return engine_info(job.parallel).memory(work)
+
+
+def decided_parallel(job: JobSpec) -> ParallelSpec:
+    """Return `job.parallel` with what it leaves to the plan decided: the fastest that fits in `cluster.gpu_memory`.
+
+    If nothing fits, this is what needs the least memory.
+    """
+    engine = engine_info(job.parallel)
+    # The first coordinate has the most micro-batches in flight, the last one the head.
+    works = [_workload(job, at) for at in sorted({0, job.parallel.pipeline - 1})]
+    forms = list(engine.forms(job.parallel, works[0].micro_batches))
+
+    def fits(form: ParallelSpec) -> bool:
+        return all(engine.memory(replace(work, parallel=form)).total <= usable_memory(job) for work in works)
+
+    return forms[0] if len(forms) == 1 else next(filter(fits, forms), forms[-1])
+
+
+def usable_memory(job: JobSpec) -> float:
+    """Return the bytes of a GPU that the estimated tensors may take; the rest is the context's and the allocator's."""
+    return (job.cluster.gpu_memory - RESERVED_GIB) * 2.0**30
 
 
 def state_bytes(job: JobSpec, pipeline: int) -> int:
@@ -105,7 +134,7 @@ def _workload(job: JobSpec, pipeline: int) -> Workload:
     micro_batches = job.batch.global_batch_size // (job.parallel.data * job.batch.micro_batch_size)
     kept, again = layer_elements(job)
     layers = sum(len(split[stage]) for stage in stages) / len(stages)
-    held = in_flight(job.parallel, pipeline, micro_batches) * layers * kept + again
+    held = in_flight(job.parallel, pipeline, micro_batches) * layers * kept
     return Workload(
         parallel=job.parallel,
         optimizer=job.optimizer,
@@ -113,6 +142,7 @@ def _workload(job: JobSpec, pipeline: int) -> Workload:
         stages=tuple(_local_shapes(job, stage) for stage in stages),
         micro_batches=micro_batches,
         layer_elements=round(held * tokens),
+        again_elements=round(again * tokens),
         head=_head(job, tokens) if stages[-1] == len(split) - 1 else None,
     )
 

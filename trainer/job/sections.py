@@ -181,6 +181,13 @@ class ClusterSpec(BatchSections):
         description="cuda: refuse to start without a GPU for every rank, as gpus_per_node of a batch system implies; "
         "auto: cuda if all ranks see a GPU, cpu if none does",
     )
+    gpu_memory: float = Field(
+        80.0,
+        gt=0,
+        le=1e6,
+        description="GiB of each GPU, or of host memory for each rank without one: where the plan has a choice, "
+        "it takes the fastest that fits; part of what fixes the bits",
+    )
     max_restarts: FewOrNone = Field(3, description="maximum restarts of crashed ranks; requires snapshots")
     max_node_failures: PositiveInt = Field(
         3, description="starts that a node's ranks may fail within a day before a spare replaces it"

@@ -16,7 +16,7 @@ from keepwarm.trainer.data.loader import BatchLoader, RankShare
 from keepwarm.trainer.data.preprocess.prepare import PreparedData, prepare_sources
 from keepwarm.trainer.distributed.random_state import RandomState
 from keepwarm.trainer.distributed.world import COLLECTIVE_TIMEOUT, World
-from keepwarm.trainer.job.estimate import model_flops_per_token
+from keepwarm.trainer.job.estimate import decided_parallel, model_flops_per_token
 from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.job.stages import StagePlan, global_size_at, plan_stages
@@ -199,7 +199,7 @@ def make_engine(job: JobSpec, world: World, model: ModelParts) -> Engine:
     require(job)
     config = EngineConfig(
         model=model,
-        parallel=job.parallel,
+        parallel=decided_parallel(job),
         optimizer=job.optimizer,
         numerics=job.numerics,
         layout=job.layout,

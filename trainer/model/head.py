@@ -115,6 +115,7 @@ class _ChunkedLoss(torch.autograd.Function):
             torch.mm(slope, weight, out=grad_x[part])
             product = slope.t() @ x[part]
             grad_weight = product if grad_weight is None else grad_weight.add_(product)
+            del product  # or the next one would live beside it, each as large as the weight
         assert grad_weight is not None
         return grad_x, grad_weight.to(weight.dtype), None, None
 

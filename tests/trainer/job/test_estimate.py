@@ -122,9 +122,11 @@ def _llama_rows() -> list[tuple[int, int, bool]]:
 
 
 def test_estimate_llama_8b_replicated_fp32_is_16_bytes_a_parameter() -> None:
-    """No axis at all: weights, gradients and two moments of 4 bytes each."""
+    """No axis at all: weights, gradients and two moments of 4 bytes each; the head's gradient before it is added."""
     plain = estimate_rank(job("llama-3-8b"), 0)
-    assert plain.weights == plain.gradients == plain.optimizer // 2 == 4 * 8_030_261_248
+    assert plain.weights == plain.optimizer // 2 == 4 * 8_030_261_248
+    assert plain.gradients == 4 * (8_030_261_248 + 128_256 * 4096)
+    assert estimate_rank(job("llama-3-8b", batch=1), 0).gradients == 4 * 8_030_261_248
     assert plain.parameters == 8_030_261_248
     assert plain.total == plain.weights + plain.gradients + plain.optimizer + plain.activations
 
@@ -143,8 +145,9 @@ def test_estimate_memory_follows_data_mode() -> None:
     assert fsdp.optimizer == pytest.approx(replicate.optimizer / 8, rel=1e-4)
     assert fsdp.weights < kept.weights
     assert kept.weights == pytest.approx(4 * 8_030_261_248 * (1 + 1 / 8), rel=1e-4)
-    accumulating = estimate_rank(job("llama-3-8b", batch=16, parallel={"data": 8}), 0)
-    assert fsdp.gradients < accumulating.gradients == 4 * 8_030_261_248
+    accumulate = {"data": 8, "accumulate": "whole"}
+    accumulating = estimate_rank(job("llama-3-8b", batch=16, parallel=accumulate), 0)
+    assert fsdp.gradients < 4 * 8_030_261_248 < accumulating.gradients
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -225,7 +228,8 @@ def test_estimate_in_flight_micro_batches_follow_schedule() -> None:
     assert in_flight(plain, 0, 2) == 2
     looped = job("llama-3-8b", batch=64, parallel={"pipeline": 4, "schedule": "interleaved"}).parallel
     assert [in_flight(looped, at, 64) for at in range(4)] == [11, 9, 7, 5]
-    memory = [estimate_rank(job("llama-3-8b", batch=64, parallel={"pipeline": 4}), at).activations for at in range(3)]
+    long = job("llama-3-8b", sequence=8192, batch=64, parallel={"pipeline": 4})
+    memory = [estimate_rank(long, at).activations for at in range(3)]
     assert all(first > second for first, second in pairwise(memory))
 
 
