@@ -55,6 +55,7 @@ from keepwarm.ft.protocol.messages import (
     ChunkLost,
     Decision,
     Decode,
+    Exposed,
     Fetch,
     Hello,
     Inventory,
@@ -272,10 +273,13 @@ class Agent:
         try:
             while self._events:
                 event, arrived = self._events.popleft()
+                exposed = self.state.exposed
                 self.state, effects = step(self.state, event)
                 self._records.write(self.state, self.sessions.pids)
                 for effect in effects:
                     self._effects.carry_out(effect, arrived)
+                if self.state.exposed != exposed:
+                    self.sessions.send_all(Exposed(exposed=not exposed))
         finally:
             self._dispatching = False
 
@@ -310,6 +314,7 @@ class Agent:
             buffer_bytes=shape.data_bytes,
             bucket_bytes=shape.bucket_bytes,
             first=0,
+            exposed=self.state.exposed,
         )
 
     def worker_lost(self, worker: int) -> None:

@@ -36,6 +36,7 @@ from keepwarm.ft.protocol.messages import (  # fmt: skip
     Cancel,
     Committed,
     EpochBegan,
+    Exposed,
     Farewell,
     Granted,
     Hello,
@@ -71,12 +72,12 @@ def ensure_agent(config: AgentConfig, deadline: float | None = None) -> None:
     Raise `MemoryTooSmall` with the agent's own message if the host cannot hold the buffers, and `AgentError` on any
     other failure.
     """
-    if _answers(config.socket):
+    if answers(config.socket):
         return
     deadline = config.start_seconds if deadline is None else deadline
     process, words = start_agent(config)
     end, again = time.monotonic() + deadline, time.monotonic() + TAKEN_RETRY_S
-    while not _answers(config.socket):
+    while not answers(config.socket):
         code = process.poll()
         if code is not None and code != AgentExit.TAKEN:
             text = words.read_text().strip().splitlines()
@@ -121,7 +122,8 @@ _children: "list[subprocess.Popen[bytes]]" = []
 """Kept to prevent the destructor's warning about a child that is meant to outlive this process."""
 
 
-def _answers(path: Path) -> bool:
+def answers(path: Path) -> bool:
+    """Return whether an agent listens on this socket."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.connect(str(path))
         return True
@@ -140,6 +142,8 @@ class AgentClient:
         self.buffers: list[SharedBuffer] = []
         self.epoch = 0
         self.attached: Attached | None = None
+        self.exposed = False
+        """Whether the agent asks for a snapshot at once."""
         self.commits: collections.deque[Committed] = collections.deque(maxlen=64)
         self._news = threading.Condition()
         self._mail: list[Wire] = []
@@ -303,12 +307,15 @@ class AgentClient:
             elif isinstance(message, Committed):
                 self.commits.append(message)
                 self._revoked = {each for each in self._revoked if each.age > message.snapshot.age}
+            elif isinstance(message, Exposed):
+                self.exposed = message.exposed
             elif isinstance(message, EpochBegan):
                 self.epoch = max(self.epoch, message.epoch)
             elif isinstance(message, Farewell):
                 self._why = message.reason
             else:
                 if isinstance(message, Attached):
+                    self.exposed = message.exposed
                     descriptors, link.channel.descriptors = link.channel.descriptors, []
                     self.buffers = [SharedBuffer(descriptor, message.buffer_bytes) for descriptor in descriptors]
                 self._mail.append(message)

@@ -23,6 +23,7 @@ from keepwarm.ft.spec import SnapshotSpec
 from keepwarm.ft.transport.auth import SECRET, create_secret, load_secret, run_identity
 from keepwarm.ft.worker.client import AgentClient, ensure_agent
 from keepwarm.ft.worker.interval import Interval
+from keepwarm.ft.worker.next_agent import NextAgent
 from keepwarm.ft.worker.reader import RankPlace
 from keepwarm.ft.worker.snapshotter import Restoration, Shard, SnapshotOptions, Snapshotter, plan_part
 
@@ -41,6 +42,8 @@ class Deployment:
 
 
 COMMIT_POLL_INTERVAL_S = 0.02
+LONGEST_PATIENCE = 1 << 20
+"""Steps, far beyond any interval between snapshots."""
 
 
 class InMemoryCheckpointer:
@@ -77,7 +80,10 @@ class InMemoryCheckpointer:
         """Seconds of the last `restore` on this rank: waiting for the agents' decision, for lost chunks, and copying.
         """
         self._interval = Interval(mtbf=spec.mtbf)
-        self._next = 0
+        self._next, self._taken = 0, -1
+        self._patience = 1
+        """Steps to the next attempt while the memory is exposed; the last one may be about to be committed."""
+        self._next_agent = NextAgent(self._config, starts=self._local == 0)
         self._lost_agent: str | None = None
 
     # ---- construction
@@ -181,10 +187,34 @@ class InMemoryCheckpointer:
         if step < self._next:
             return
         self._replace_dead_agents()
+        self._take(step, meta)
+
+    def _take(self, step: int, meta: Callable[[], bytes]) -> None:
         self._capture()
         if not self._client.gone:
             self._snapshotter.offer(step, meta())
-        self._next = step + self._steps_to_next()
+        self._taken, self._next = step, step + self._steps_to_next()
+
+    def exposed(self, step: int) -> bool:
+        """Return whether this rank should not wait for the next snapshot that is due. Neither collective nor waiting.
+
+        So it is if this node's agent has died and the next one answers, or if the agents hold nothing that is whole, as
+        after the loss of a keeper. Ask all ranks between two steps, and call `protect` on all if any says so. Attempts
+        that fail are repeated after 1, 2, 4, ... steps.
+        """
+        if not (self._next_agent.answers() if self._client.gone else self._client.exposed):
+            self._patience = 1
+            return False
+        return step >= self._taken + self._patience
+
+    def protect(self, step: int, meta: Callable[[], bytes]) -> bool:
+        """Attach to new agents and, if memory needs it, start a snapshot. Return whether it does. Collective."""
+        self._replace_dead_agents()
+        self._patience = min(2 * self._patience, LONGEST_PATIENCE)
+        if not self._ranks.largest(int(self._client.exposed)):
+            return False
+        self._take(step, meta)
+        return True
 
     def commit_now(self, step: int, meta: Callable[[], bytes]) -> str | None:
         """Have the state after `step` completed steps committed on all nodes; return why it is not, alike on all ranks.
