@@ -5,7 +5,7 @@ trainer calls `maybe_snapshot` after a step, `join` before the next update, `res
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from keepwarm.ft.discovery.config import AgentConfig, DurableConfig, GroupConfig
 from keepwarm.ft.discovery.registry import AGENTS_FOLDER, TEMPLATE_FILE, Registry
 from keepwarm.ft.errors import AgentError, ForeignSnapshot, FtError, PlacementError
 from keepwarm.ft.groups import groups_of
+from keepwarm.ft.memory.shared_memory import SharedBuffer
 from keepwarm.ft.spec import SnapshotSpec
 from keepwarm.ft.transport.auth import SECRET, create_secret, load_secret, run_identity
 from keepwarm.ft.worker.client import AgentClient, ensure_agent
@@ -141,10 +142,15 @@ class InMemoryCheckpointer:
             template = self._deployment.folder / AGENTS_FOLDER / TEMPLATE_FILE
             atomic_write(template, msgspec.json.encode(self._config), mode=READABLE)
 
-    def _attach(self) -> None:
-        """Attach this rank to its node's agent. Return once all ranks of the node have attached."""
+    def _attach(self, mapped: Sequence[SharedBuffer] = ()) -> None:
+        """Attach this rank to its node's agent, with the buffers `mapped` of the one before.
+
+        Return once all ranks of the node have attached.
+        """
         config = self._config
-        self._client = AgentClient(config.socket, run=config.run, secret=self._secret, worker=self._local)
+        self._client = AgentClient(
+            config.socket, run=config.run, secret=self._secret, worker=self._local, mapped=mapped
+        )
         self._snapshotter = Snapshotter(
             self._client,
             self._state,
@@ -256,13 +262,17 @@ class InMemoryCheckpointer:
         if not gone[self._node]:
             return
         self._snapshotter.join()  # the memory may still be the one that this rank was granted
+        mapped = self._client.detach()  # an agent that died leaves its memory to the next one
         self._client.close()
         try:
             ensure_agent(self._config)
-            self._attach()
+            self._attach(mapped)
             self._lost_agent = None
-        except FtError as error:
+        except (FtError, OSError) as error:
             self._lost_agent = str(error)
+            self._client.close()  # the next attempt begins from nothing
+            for buffer in mapped:
+                buffer.close()
 
     def _steps_to_next(self) -> int:
         """Return the interval in steps: from the spec, or agreed from the measurements of all ranks."""
@@ -339,7 +349,9 @@ class InMemoryCheckpointer:
         self._client.restore(self._next_epoch(settled), deadline=self._spec.commit_deadline)
 
     def _next_epoch(self, settled: int) -> int:
-        return self._ranks.largest(settled or self._registry.newest_epoch() + 1 if self._ranks.rank == 0 else 0)
+        """Return the epoch that is to begin, beyond all that the folder shows or the agents know, or `settled`."""
+        newest = max(self._client.epoch, self._registry.newest_epoch() if self._ranks.rank == 0 else 0)
+        return self._ranks.largest(settled or newest + 1)
 
     def _agree(self, restored: Restoration | str) -> None:
         """Raise on all ranks if they restored different steps, as when agents settled different epochs."""
