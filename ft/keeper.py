@@ -29,7 +29,7 @@ AGENT_MODULE = "keepwarm.ft.agent"
 """What a keeper runs as an agent; agents are found by it among the processes of a machine."""
 DATA_FILES = ("data0", "data1", "data2")
 PARITY_FILES = ("parity0", "parity1")
-FILES = ("lock", "config", "records", *DATA_FILES, *PARITY_FILES)
+FILES = ("lock", "config", "records", *DATA_FILES, *PARITY_FILES, "secret")
 """Descriptors that a keeper hands to its agent, in this order. The agent gives the memory files their sizes."""
 DEFECT = 1
 """Exit code of an agent that a defect ends."""

@@ -55,6 +55,7 @@ from keepwarm.ft.protocol.messages import (
     ChunkLost,
     Decision,
     Decode,
+    Exposed,
     Fetch,
     Hello,
     Inventory,
@@ -106,9 +107,7 @@ class Agent:
         self.journal = Journal(self.registry.folder / f"agent-{config.slot}.log", slot=config.slot)
         for left in sweep(self.folder.parent, self.folder):
             self.journal.write("info", "removed what a killed agent left", folder=left)
-        secret, durable = load_secret(Path(config.secret)), config.durable is not None
-        incarnation = self.registry.next_incarnation(config.slot, time.time_ns())
-        self.state: State = initial(config.run, config.slot, incarnation, config.topology, durable=durable)
+        secret = _kept_secret(files["secret"], Path(config.secret))
         former = self._take_up(Records(files["records"], msgspec.json.encode(config)))
         group = self.state.group
         self.codec = Codec(group.data, group.parity, kernel=config.kernel)
@@ -120,7 +119,9 @@ class Agent:
         self.memory = Memory(shape, config.slot, data[: self.state.data_buffers], parity[: self.state.parity_buffers])
         self.selector = selectors.DefaultSelector()
         self.pool = WorkPool(self.selector, config.threads)
-        self.shared = SharedFolder(self.registry, config.slot, self.pool.follow, clock)
+        # An agent that goes on with the memory of another one knows all that it needs, and waits for no file.
+        newest = self.state.epoch if self.state.epoch else None
+        self.shared = SharedFolder(self.registry, config.slot, self.pool.follow, clock, newest=newest)
         self.outbox = Outbox()
         self._events: collections.deque[tuple[events.Event, Arrived | None]] = collections.deque()
         self._dispatching = False
@@ -144,6 +145,8 @@ class Agent:
         self._publish(self.clock())
         self.connect_peers(everyone=False)
         self._ended = ""
+        self._late_since: float | None = None
+        """When only a checkpoint being written began to keep this agent from ending."""
         self._leaves: tuple[str, float] | None = None
         """The signal that asked this agent to stop, and when it arrived."""
         processes = {"pid": os.getpid(), "keeper": os.getppid()}
@@ -151,7 +154,11 @@ class Agent:
 
     def _take_up(self, records: Records) -> dict[int, Holder]:
         """Take up what the last agent recorded of the memory. Return its workers that still run, by worker number."""
-        self._records, record = records, records.read()
+        self._records, record, config = records, records.read(), self.config
+        hint = time.time_ns()
+        incarnation = self.registry.next_incarnation(config.slot, hint) if record is None else hint
+        durable = config.durable is not None
+        self.state: State = initial(config.run, config.slot, incarnation, config.topology, durable=durable)
         if record is None:
             if records.damaged:
                 self.journal.write("warning", "the records of the memory cannot be used: it counts as empty")
@@ -233,25 +240,43 @@ class Agent:
             self._publish(now)
         if self.durable is not None:
             self.durable.tick()
-        busy = self.durable is not None and self.durable.busy
-        over = self.sessions.ended and not self.sessions.workers
+        if reason := self._done(now):
+            self._end_unless_writing(reason, now)
+        else:
+            self._late_since = None
+            if not self.sessions.workers and self.shared.displaced:
+                # This agent's supervisor has died. Peers still connected here would not reach the newer agent.
+                self.end("the slot has another agent, on another node")
+
+    def _done(self, now: float) -> str:
+        """Return why this agent is no longer needed, or nothing."""
+        workers = self.sessions.workers
+        if self.sessions.ended and not workers:
+            return "end of the job"
+        if self._leaves and (not workers or now - self._leaves[1] > FAREWELL):
+            return self._leaves[0]
         unneeded = now - self.sessions.last_seen > self.config.lease
-        if self.durable is not None and (over or unneeded) and not self.network.links:
+        return f"no process has needed this agent for {self.config.lease:g} s" if unneeded else ""
+
+    def _end_unless_writing(self, reason: str, now: float) -> None:
+        """End once the checkpoint under way is written, or storage has hung for longer than one may take."""
+        if self.durable is None or not self.durable.busy:
+            self.end(reason)
+            return
+        self._late_since = now if self._late_since is None else self._late_since
+        late = now - self._late_since
+        if not self.network.links or late > FAREWELL:
             self.durable.abandon()
-        if over and not busy:
-            self.end("end of the job")
-        elif self._leaves and ((not self.sessions.workers and not busy) or now - self._leaves[1] > FAREWELL):
-            self.end(self._leaves[0])
-        elif unneeded and not busy:
-            self.end(f"no process has needed this agent for {self.config.lease:g} s")
-        elif not self.sessions.workers and self.shared.displaced:
-            # This agent's supervisor has died. Peers still connected here would not reach the newer agent.
-            self.end("the slot has another agent, on another node")
+        if late > FAREWELL + self.durable.deadline:
+            self.journal.write("warning", "a checkpoint is given up: its storage does not answer")
+            self.end(reason)
 
     def _publish(self, now: float) -> None:
         """Have this agent's endpoint in the shared folder, and see whether the slot has a newer agent."""
         self.shared.publish(self.network.address, self.state.incarnation)
         with_workers = SLOT_VERIFY_INTERVAL_S if self.shared.published else SLOT_PUBLISH_INTERVAL_S
+        if self.config.slot == 0 and self.sessions.workers:  # a layout that has workers is the present one
+            self.shared.keep(msgspec.json.encode(self.config), self.election.choice)
         self._next_publish = now + (with_workers if self.sessions.workers else SLOT_POLL_INTERVAL_S)
 
     def connect_peers(self, *, everyone: bool) -> None:
@@ -272,10 +297,13 @@ class Agent:
         try:
             while self._events:
                 event, arrived = self._events.popleft()
+                exposed = self.state.exposed
                 self.state, effects = step(self.state, event)
                 self._records.write(self.state, self.sessions.pids)
                 for effect in effects:
                     self._effects.carry_out(effect, arrived)
+                if self.state.exposed != exposed:
+                    self.sessions.send_all(Exposed(exposed=not exposed))
         finally:
             self._dispatching = False
 
@@ -310,6 +338,7 @@ class Agent:
             buffer_bytes=shape.data_bytes,
             bucket_bytes=shape.bucket_bytes,
             first=0,
+            exposed=self.state.exposed,
         )
 
     def worker_lost(self, worker: int) -> None:
@@ -344,6 +373,18 @@ class Agent:
             self.dispatch(event)
         else:
             session.link.close(f"{type(message).__name__} is not for agents")
+
+
+def _kept_secret(descriptor: int, path: Path) -> bytes:
+    """Return the job's secret from a memory file of the keeper, where the first agent puts it, so that the next ones
+    need no other file. Take the descriptor.
+    """
+    secret = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+    if not secret:
+        secret = load_secret(path)
+        os.pwrite(descriptor, secret, 0)
+    os.close(descriptor)
+    return secret
 
 
 def _event(worker: int, message: Wire) -> events.Event | None:

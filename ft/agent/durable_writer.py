@@ -9,7 +9,6 @@ import contextlib
 import shutil
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import msgspec
 
 from keepwarm.ft.agent.shell import Shell
+from keepwarm.ft.agent.side_thread import SideThread
 from keepwarm.ft.discovery.config import DurableConfig
 from keepwarm.ft.errors import DurableError
 from keepwarm.ft.format import publication
@@ -30,6 +30,7 @@ from keepwarm.ft.protocol.messages import SnapshotId
 RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 """Seconds until a write that the disk refused is tried again, doubled each time, up to the longest."""
 POLL_S = 0.05
+CLOSE_S = 5.0
 
 
 @dataclass
@@ -64,12 +65,12 @@ class Outcome:
 
 
 class DurableWriter:
-    """Writes one checkpoint at a time on a dedicated thread."""
+    """Writes one checkpoint at a time on a thread of its own."""
 
     def __init__(self, shell: Shell, config: DurableConfig) -> None:
         self._shell, self._config = shell, config
         self._root = Path(config.root)
-        self._pool = ThreadPoolExecutor(1, "durable")
+        self._thread = SideThread("durable")
         self._under_way = False
         self._next: tuple[SnapshotId, int] | None = None
         """The snapshot to write next, and the epoch that all writers name their folder after: the snapshot's, or a
@@ -80,6 +81,11 @@ class DurableWriter:
         self._abandoned = threading.Event()
         """Set to abandon the most recently started checkpoint."""
         self.report = Report()
+
+    @property
+    def deadline(self) -> float:
+        """Seconds that a checkpoint may take."""
+        return self._config.deadline
 
     @property
     def busy(self) -> bool:
@@ -132,15 +138,16 @@ class DurableWriter:
         sealed = SealedData(
             shell.memory.data[copy.data].data, copy.data_sums(shell.config.slot), shell.config.bucket_bytes
         )
-        shell.pool.follow(self._pool.submit(self._write, task, sealed), partial(self._written, snapshot))
+        shell.pool.follow(self._thread.submit(self._write, task, sealed), partial(self._written, snapshot))
 
     def abandon(self) -> None:
         """Stop waiting for missing parts: the agents that should have written them are gone."""
         self._abandoned.set()
 
     def close(self) -> None:
+        """Wait for the write under way, at most `CLOSE_S`: the agent has waited for it while it gave signs of life."""
         self.abandon()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._thread.close(CLOSE_S)
 
     def _written(self, snapshot: SnapshotId, outcome: Outcome) -> None:
         shell = self._shell

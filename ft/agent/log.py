@@ -1,5 +1,6 @@
 """Agent log, one JSON object per line."""
 
+import contextlib
 import json
 import queue
 import threading
@@ -22,7 +23,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, **always: Any) -> None:
-        self._always, self._name = always, path.name
+        self._always, self._name, self._path = always, path.name, path
         self._file = SideWriter(path, mode=0o600, limit=LOG_LIMIT_BYTES)
         self._lines: queue.Queue[bytes | None] = queue.Queue(WAITING_LINES)
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
@@ -46,5 +47,9 @@ class Journal:
 
     def _run(self) -> None:
         while (line := self._lines.get()) is not None:
+            with contextlib.suppress(OSError):
+                if not self._path.exists():  # it or its folder was deleted
+                    self._file.close()
+                    self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._file.write(line)
         self._file.close()

@@ -43,6 +43,8 @@ class RecoveryElection:
         self._decision: Decision | None = None
         self._read = False
         """Whether the choice of the current epoch has been read. The decision may be known earlier."""
+        self.choice: Choice | None = None
+        """The newest choice that was read."""
         self._waits_for: tuple[int, ...] = ()
         self._wanted: str = ""
         self._wanted_at = 0.0
@@ -229,7 +231,7 @@ class RecoveryElection:
 
     def _decided(self, choice: Choice) -> None:
         """Apply a choice that has been read: put it in force where possible and follow its orders."""
-        shell, self._decision, self._read = self._shell, choice.decision, True
+        shell, self._decision, self._read, self.choice = self._shell, choice.decision, True, choice
         shell.shared.learn(choice.decision.epoch, choice.decision.reason)
         shell.dispatch(events.PlanRead(choice.decision, choice.orders))
         shell.connect_peers(everyone=False)

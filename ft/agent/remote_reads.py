@@ -15,13 +15,11 @@ import xxhash
 
 from keepwarm.ft.agent.outbox import Job, Source, part_pieces
 from keepwarm.ft.agent.shell import Shell
+from keepwarm.ft.memory.buffers import READ_WINDOW
 from keepwarm.ft.protocol import events
 from keepwarm.ft.protocol.messages import READ_STRIPE, Part, Read, SnapshotId, Wire
 from keepwarm.ft.protocol.state import Copy
 from keepwarm.ft.transport.link import Link
-
-WINDOW = 2
-"""Buckets of one owner that are under way to one worker. More are requested as it takes them."""
 
 
 @dataclass
@@ -94,7 +92,7 @@ class Reads:
 
     def _more(self, link: Link, wanted: Wanted) -> None:
         """Request as many buckets as the window allows: a slow worker must not fill the agent's memory."""
-        room = WINDOW - wanted.passing - len(wanted.asked)
+        room = READ_WINDOW - wanted.passing - len(wanted.asked)
         new = sorted(wanted.missing - wanted.asked)[: max(room, 0)]
         if new and not link.closed:
             wanted.asked.update(new)

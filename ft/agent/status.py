@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import os
+from collections.abc import Iterator
 
 import psutil
 
@@ -12,7 +13,7 @@ from keepwarm.ft.agent.shell import Shell
 from keepwarm.ft.agent.worker_sessions import WorkerSessions
 from keepwarm.ft.discovery.status import Commit, Held, Status
 from keepwarm.ft.protocol.messages import SnapshotId
-from keepwarm.ft.protocol.state import Copy
+from keepwarm.ft.protocol.state import Copy, Mode, State
 
 REMEMBERED = 32
 """Number of recent commits whose times are kept."""
@@ -63,12 +64,19 @@ def status(
         memory_bytes=memory.bytes,
         resident_bytes=process.rss - process.shared,
         held=tuple(_held(copy) for copy in state.copies),
-        committed=max((each.age for each in (state.committed, state.decided) if each is not None), default=None),
+        committed=max((each.age for each in _known_committed(state)), default=None),
         commits=tuple(commits.last),
         refused=dict(commits.refused),
         durable=dataclasses.asdict(durable.report) if durable is not None else {},
         scrub={"checked": scrub.checked, "damaged": scrub.damaged},
     )
+
+
+def _known_committed(state: State) -> Iterator[SnapshotId]:
+    """Yield the snapshots that were committed or restored, as far as this agent knows."""
+    yield from (each for each in (state.committed, state.decided) if each is not None)
+    if state.mode is Mode.JOINING:  # what the last agent knew
+        yield from (copy.snapshot for copy in state.copies if copy.candidate and copy.precious)
 
 
 def _held(copy: Copy) -> Held:

@@ -7,6 +7,7 @@ through `WorkPool.collect`, in the thread that drives the selector.
 import collections
 import os
 import selectors
+import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -24,6 +25,8 @@ class WorkPool:
         self._done: collections.deque[tuple[Future[Any], Callable[[Any], None] | None]] = collections.deque()
         self._strands: dict[Hashable, collections.deque[Job]] = {}
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._open = threading.Lock()
+        self._closed = False
         selector.register(self._wake, selectors.EVENT_READ, self)
 
     def run(self, work: Callable[[], Any], then: Callable[[Any], None] | None = None) -> None:
@@ -78,7 +81,9 @@ class WorkPool:
         """Wait for running work and cancel the rest."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._selector.unregister(self._wake)
-        os.close(self._wake)
+        with self._open:  # what other threads finish later is dropped
+            self._closed = True
+            os.close(self._wake)
 
     def _submit(self, work: Callable[[], Any], then: Callable[[Any], None] | None) -> None:
         future = self._pool.submit(work)
@@ -91,9 +96,10 @@ class WorkPool:
         self._finished(done, lambda _: action())
 
     def _finished(self, future: "Future[Any]", then: Callable[[Any], None] | None) -> None:
-        if not future.cancelled():
-            self._done.append((future, then))
-            os.eventfd_write(self._wake, 1)
+        with self._open:
+            if not future.cancelled() and not self._closed:
+                self._done.append((future, then))
+                os.eventfd_write(self._wake, 1)
 
     def _next(self, strand: Hashable) -> None:
         queue = self._strands[strand]

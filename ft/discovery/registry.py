@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from keepwarm.files import atomic_create, atomic_write
+from keepwarm.files import READABLE, atomic_create, atomic_write
 from keepwarm.ft.format import publication
 from keepwarm.ft.protocol.messages import Decision, Decode
 from keepwarm.ft.protocol.restore_choice import NOTHING_HELD
@@ -72,8 +72,6 @@ class Registry:
         """What the last attempt to write failed with; empty if it succeeded."""
         self._newest = 0
         self._reasons: dict[int, str] = {}
-        with self._tried():
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     @contextlib.contextmanager
     def _tried(self) -> Iterator[None]:
@@ -91,6 +89,15 @@ class Registry:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             atomic_write(self.folder / f"{slot}.json", msgspec.json.encode(endpoint), durable=True)
         return not self.failure
+
+    def keep(self, template: bytes, choice: Choice | None) -> None:
+        """Write the template and a choice again if their files are gone."""
+        with self._tried():
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not (self.folder / TEMPLATE_FILE).exists():
+                atomic_write(self.folder / TEMPLATE_FILE, template, mode=READABLE)
+            if choice is not None and not self._choice_file(choice.decision.epoch).exists():
+                atomic_create(self._choice_file(choice.decision.epoch), msgspec.json.encode(choice))
 
     def next_incarnation(self, slot: int, hint: int) -> int:
         """Return a number higher than that of every earlier agent of a slot that the folder knows, `hint` if it is.
@@ -143,6 +150,7 @@ class Registry:
         """
         epoch = choice.decision.epoch
         with self._tried():
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if atomic_create(self._choice_file(epoch), msgspec.json.encode(choice)):
                 self._forget(epoch - KEPT_EPOCHS)
         return self.choice(epoch)
@@ -164,6 +172,7 @@ class Registry:
         """Record the reason for a choice that restores nothing."""
         self._reasons[epoch] = reason
         with self._tried():
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             atomic_write(self.folder / f"reason-{epoch}.txt", reason.encode(), durable=True)
 
     def reason(self, epoch: int) -> str:

@@ -6,6 +6,7 @@ have moved and writing choices, and nothing else.
 """
 
 import functools
+import math
 import queue
 import threading
 import time
@@ -27,15 +28,15 @@ class SharedFolder:
 
     def __init__(
         self, registry: Registry, slot: int, follow: Callable[["Future[Any]", Callable[[Any], None]], None],
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic, newest: int | None = None,
     ) -> None:  # fmt: skip
-        """Read the newest epoch, which an agent that starts must know. `follow(future, then)` calls in the loop."""
+        """Read the newest epoch, unless the agent knows one (`newest`). `follow(future, then)` calls in the loop."""
         self._registry, self._slot, self._follow, self._clock = registry, slot, follow, clock
         self.moved: Callable[[int], None] = lambda slot: None
         """Called with a slot whose address has become known, or has changed."""
-        self.newest_epoch = registry.newest_epoch()
+        self.newest_epoch = registry.newest_epoch() if newest is None else newest
         """The highest epoch that was seen decided or saved in this run. It never shrinks."""
-        self.looked_at = clock()
+        self.looked_at = clock() if newest is None else -math.inf
         """When that was read last."""
         self.published = False
         """Whether the folder has this agent's address, as far as known."""
@@ -50,6 +51,8 @@ class SharedFolder:
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="shared-folder", daemon=True)
         self._thread.start()
+        if newest is not None:
+            self.look_newest()
 
     @property
     def failure(self) -> str:
@@ -75,6 +78,10 @@ class SharedFolder:
             self.displaced = held is not None and held.incarnation > incarnation
 
         self._ask("publish", functools.partial(_publish, self._registry, self._slot, mine), published)
+
+    def keep(self, template: bytes, choice: Choice | None) -> None:
+        """Have the folder hold what other nodes start agents from, and the choice in force, also after a deletion."""
+        self._ask("keep", functools.partial(self._registry.keep, template, choice), lambda _: None)
 
     def look(self, slots: Iterable[int], *, again: bool = False) -> None:
         """Read the addresses of slots, each if that was not done a moment ago.

@@ -42,6 +42,10 @@ class Shape:
         return self.chunk_bytes * self.group.parity
 
 
+READ_WINDOW = 2
+"""Buckets of another node that are under way to one worker. More are requested as it takes them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class HostMemory:
     """Bytes one node's agent uses: 2 S (1 + m/k), another S with the durable tier, and buffers of one bucket each."""
@@ -51,19 +55,23 @@ class HostMemory:
     durable: int
     receiving: int
     decoding: int
+    reading: int
 
     @property
     def total(self) -> int:
-        return self.data + self.parity + self.durable + self.receiving + self.decoding
+        return self.data + self.parity + self.durable + self.receiving + self.decoding + self.reading
 
 
-def host_memory(state_bytes: int, *, members: int, parity: int, bucket_bytes: int, durable: bool) -> HostMemory:
+def host_memory(
+    state_bytes: int, *, members: int, parity: int, bucket_bytes: int, durable: bool, workers: int = 0
+) -> HostMemory:
     """Return the memory snapshots use on a node of a group of `members` nodes with `parity` chunks per stripe. Pure.
 
     `state_bytes` is S, the bytes stored by the ranks of the group's largest node, rounded up to whole chunks. The
     buffers are allocated when the agent starts. `receiving` is the maximum in receive buffers while a snapshot is
     coded, one bucket for each peer of the group, and `decoding` that while a stripe is decoded, one for each of its
-    chunks. `durable` has one bucket besides the buffer.
+    chunks. `durable` has one bucket besides the buffer. `reading` is the maximum while `workers` ranks read from other
+    nodes what another layout left there, or what they did not copy themselves.
 
     Raises:
         PlacementError: the state has too many buckets of this size.
@@ -77,6 +85,7 @@ def host_memory(state_bytes: int, *, members: int, parity: int, bucket_bytes: in
         durable=shape.data_bytes + bucket_bytes if durable else 0,
         receiving=(members - 1) * bucket_bytes if group.parity else 0,
         decoding=members * bucket_bytes if group.parity else 0,
+        reading=READ_WINDOW * workers * bucket_bytes if members > 1 else 0,
     )
 
 
@@ -91,6 +100,8 @@ class Memory:
         parts = {f"in {len(data)} data buffers": len(data) * shape.data_bytes}
         if parity:
             parts[f"in {len(parity)} parity buffers"] = len(parity) * shape.parity_bytes
+        if under_way := _under_way(shape, durable=len(data) > 2):
+            parts["in buckets under way"] = under_way
         if not any(os.fstat(descriptor).st_size for descriptor in data):
             require_memory(parts)
         self.shape, self._slot = shape, slot
@@ -129,6 +140,13 @@ class Memory:
     def close(self) -> None:
         for buffer in (*self.data, *self.parity):
             buffer.close()
+
+
+def _under_way(shape: Shape, *, durable: bool) -> int:
+    """Return the bytes of the buckets that are received, decoded and copied besides the buffers."""
+    members, parity = shape.group.size, shape.group.parity
+    memory = host_memory(0, members=members, parity=parity, bucket_bytes=shape.bucket_bytes, durable=durable)
+    return memory.total
 
 
 def _part(buffer: SharedBuffer, index: int, size: int) -> Bytes:

@@ -46,6 +46,11 @@ class SharedBuffer:
         self._faulted = False
         self.data: Bytes = view(self._map) if self._map is not None else _EMPTY
 
+    def maps(self, descriptor: int, size: int) -> bool:
+        """Return whether this is a mapping of `size` bytes of the memfd `descriptor`."""
+        mine, other = os.fstat(self.descriptor), os.fstat(descriptor)
+        return (mine.st_dev, mine.st_ino, self.size) == (other.st_dev, other.st_ino, size)
+
     @classmethod
     def of(cls, descriptor: int, size: int) -> "SharedBuffer":
         """Map a memory file with every page faulted in; a new one gets `size` zero bytes. Take the descriptor."""

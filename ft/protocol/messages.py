@@ -316,13 +316,14 @@ class Attach(Wire, frozen=True):
 
 
 class Attached(Wire, frozen=True):
-    """Carries the buffers' memfds. The worker's part starts at bucket `first` of each buffer."""
+    """Carries the buffers' memfds. The worker's part starts at bucket `first` of each buffer. `exposed`: `Exposed`."""
 
     epoch: Count
     buffers: Small
     buffer_bytes: Count
     bucket_bytes: Count
     first: Small
+    exposed: bool = False
 
 
 class Open(Wire, frozen=True):
@@ -374,6 +375,12 @@ class Committed(Wire, frozen=True):
 
     snapshot: SnapshotId
     seconds: float
+
+
+class Exposed(Wire, frozen=True):
+    """Tell workers whether a snapshot should be taken at once: see `keepwarm.ft.protocol.state.State.exposed`."""
+
+    exposed: bool
 
 
 class Restore(Wire, frozen=True):
@@ -432,7 +439,7 @@ AgentMessage: TypeAlias = (
 
 WorkerMessage: TypeAlias = (
     Hello | Proof | Farewell | Attach | Attached | Open | Granted | Refused | Seal | Cancel | Revoked | Committed
-    | EpochBegan | Restore | Restored | Read | Part | Save | StatusRequest
+    | EpochBegan | Exposed | Restore | Restored | Read | Part | Save | StatusRequest
 )  # fmt: skip
 """Messages sent over the Unix socket between a worker and its agent."""
 

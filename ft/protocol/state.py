@@ -215,6 +215,20 @@ class State:
         return tuple(sorted(near - {self.slot}))
 
     @property
+    def exposed(self) -> bool:
+        """Whether only a new snapshot can make the memory safe, and none is under way although one could be committed.
+
+        What was committed is gone, is not whole on all members or does not decode. An agent whose memory is empty asks
+        for a snapshot too: that is how its workers make it join.
+        """
+        if self.geometry is None or self.away or any(copy.open for copy in self.copies):
+            return False
+        if self.mode is not Mode.ACTIVE:
+            return self.mode is Mode.JOINING and not any(copy.candidate for copy in self.copies)
+        failed = any(each.snapshot == self.committed for each in self.undecodable)
+        return failed or self.copy(self.committed) is None
+
+    @property
     def restorable(self) -> bool:
         """Whether this epoch's decision is in force and this node has all of its data."""
         return self.mode is Mode.ACTIVE and self.decided_whole

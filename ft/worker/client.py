@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,6 +36,7 @@ from keepwarm.ft.protocol.messages import (  # fmt: skip
     Cancel,
     Committed,
     EpochBegan,
+    Exposed,
     Farewell,
     Granted,
     Hello,
@@ -71,12 +72,12 @@ def ensure_agent(config: AgentConfig, deadline: float | None = None) -> None:
     Raise `MemoryTooSmall` with the agent's own message if the host cannot hold the buffers, and `AgentError` on any
     other failure.
     """
-    if _answers(config.socket):
+    if answers(config.socket):
         return
     deadline = config.start_seconds if deadline is None else deadline
     process, words = start_agent(config)
     end, again = time.monotonic() + deadline, time.monotonic() + TAKEN_RETRY_S
-    while not _answers(config.socket):
+    while not answers(config.socket):
         code = process.poll()
         if code is not None and code != AgentExit.TAKEN:
             text = words.read_text().strip().splitlines()
@@ -121,7 +122,8 @@ _children: "list[subprocess.Popen[bytes]]" = []
 """Kept to prevent the destructor's warning about a child that is meant to outlive this process."""
 
 
-def _answers(path: Path) -> bool:
+def answers(path: Path) -> bool:
+    """Return whether an agent listens on this socket."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.connect(str(path))
         return True
@@ -133,13 +135,19 @@ class AgentClient:
 
     def __init__(
         self, path: Path, *, run: str, secret: bytes, worker: int = 0, role: str = "worker",
-        deadline: float = AGENT_START_TIMEOUT_S,
+        deadline: float = AGENT_START_TIMEOUT_S, mapped: Sequence[SharedBuffer] = (),
     ) -> None:  # fmt: skip
-        """Connect and prove mutual knowledge of the secret. Raise `AgentError` or `AuthenticationFailed`."""
+        """Connect and prove mutual knowledge of the secret. Raise `AgentError` or `AuthenticationFailed`.
+
+        `mapped` are buffers of the agent before: those that this agent has too stay mapped. The client takes them.
+        """
+        self._mapped = list(mapped)
         self.run, self.worker, self.deadline = run, worker, deadline
         self.buffers: list[SharedBuffer] = []
         self.epoch = 0
         self.attached: Attached | None = None
+        self.exposed = False
+        """Whether the agent asks for a snapshot at once."""
         self.commits: collections.deque[Committed] = collections.deque(maxlen=64)
         self._news = threading.Condition()
         self._mail: list[Wire] = []
@@ -155,6 +163,7 @@ class AgentClient:
             connection.connect(str(path))
         except OSError as error:
             connection.close()
+            self._close_mapped()
             raise AgentError(f"{path}: no agent answers: {error.strerror}") from error
         self._selector.register(self._wake, selectors.EVENT_READ, None)
         mine = Hello(role=role, run=run, slot=worker, epoch=0, incarnation=0, nonce=auth.nonce())
@@ -167,6 +176,7 @@ class AgentClient:
             if not self._news.wait_for(lambda: self._open or self._why, deadline):
                 self._why = f"waited {deadline:g} s for the agent's handshake"
         if not self._open:
+            self._close_mapped()
             raise AuthenticationFailed(f"{path}: {self._why}")
 
     @property
@@ -252,10 +262,30 @@ class AgentClient:
             self._interrupted = True
             self._news.notify_all()
 
+    def detach(self) -> list[SharedBuffer]:
+        """Return the buffers, which stay mapped for the next client. This one can only be closed."""
+        buffers, self.buffers, self._mapped = [*self.buffers, *self._mapped], [], []
+        return buffers
+
+    def _buffer(self, descriptor: int, size: int) -> SharedBuffer:
+        """Return the mapping of a memfd: the one that there is, if there is one. Take the descriptor."""
+        for buffer in self._mapped:
+            if buffer.maps(descriptor, size):
+                os.close(descriptor)
+                self._mapped.remove(buffer)
+                return buffer
+        return SharedBuffer(descriptor, size)
+
+    def _close_mapped(self) -> None:
+        for buffer in self._mapped:
+            buffer.close()
+        self._mapped = []
+
     def close(self, *, end_of_job: bool = False) -> None:
         """Unmap the buffers and say farewell. With `end_of_job` the agent exits once all workers have done so."""
         for buffer in self.buffers:
             buffer.close()
+        self._close_mapped()
         self.buffers, self._interrupted = [], False
         if not self.gone:
             self._send(Farewell(reason=END_OF_JOB if end_of_job else "this worker is done"))
@@ -303,14 +333,18 @@ class AgentClient:
             elif isinstance(message, Committed):
                 self.commits.append(message)
                 self._revoked = {each for each in self._revoked if each.age > message.snapshot.age}
+            elif isinstance(message, Exposed):
+                self.exposed = message.exposed
             elif isinstance(message, EpochBegan):
                 self.epoch = max(self.epoch, message.epoch)
             elif isinstance(message, Farewell):
                 self._why = message.reason
             else:
                 if isinstance(message, Attached):
+                    self.exposed = message.exposed
                     descriptors, link.channel.descriptors = link.channel.descriptors, []
-                    self.buffers = [SharedBuffer(descriptor, message.buffer_bytes) for descriptor in descriptors]
+                    self.buffers = [self._buffer(descriptor, message.buffer_bytes) for descriptor in descriptors]
+                    self._close_mapped()
                 self._mail.append(message)
             self._news.notify_all()
 

@@ -5,7 +5,7 @@ trainer calls `maybe_snapshot` after a step, `join` before the next update, `res
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +19,12 @@ from keepwarm.ft.discovery.config import AgentConfig, DurableConfig, GroupConfig
 from keepwarm.ft.discovery.registry import AGENTS_FOLDER, TEMPLATE_FILE, Registry
 from keepwarm.ft.errors import AgentError, ForeignSnapshot, FtError, PlacementError
 from keepwarm.ft.groups import groups_of
+from keepwarm.ft.memory.shared_memory import SharedBuffer
 from keepwarm.ft.spec import SnapshotSpec
 from keepwarm.ft.transport.auth import SECRET, create_secret, load_secret, run_identity
 from keepwarm.ft.worker.client import AgentClient, ensure_agent
 from keepwarm.ft.worker.interval import Interval
+from keepwarm.ft.worker.next_agent import NextAgent
 from keepwarm.ft.worker.reader import RankPlace
 from keepwarm.ft.worker.snapshotter import Restoration, Shard, SnapshotOptions, Snapshotter, plan_part
 
@@ -41,6 +43,8 @@ class Deployment:
 
 
 COMMIT_POLL_INTERVAL_S = 0.02
+LONGEST_PATIENCE = 1 << 20
+"""Steps, far beyond any interval between snapshots."""
 
 
 class InMemoryCheckpointer:
@@ -77,7 +81,10 @@ class InMemoryCheckpointer:
         """Seconds of the last `restore` on this rank: waiting for the agents' decision, for lost chunks, and copying.
         """
         self._interval = Interval(mtbf=spec.mtbf)
-        self._next = 0
+        self._next, self._taken = 0, -1
+        self._patience = 1
+        """Steps to the next attempt while the memory is exposed; the last one may be about to be committed."""
+        self._next_agent = NextAgent(self._config, starts=self._local == 0)
         self._lost_agent: str | None = None
 
     # ---- construction
@@ -135,10 +142,15 @@ class InMemoryCheckpointer:
             template = self._deployment.folder / AGENTS_FOLDER / TEMPLATE_FILE
             atomic_write(template, msgspec.json.encode(self._config), mode=READABLE)
 
-    def _attach(self) -> None:
-        """Attach this rank to its node's agent. Return once all ranks of the node have attached."""
+    def _attach(self, mapped: Sequence[SharedBuffer] = ()) -> None:
+        """Attach this rank to its node's agent, with the buffers `mapped` of the one before.
+
+        Return once all ranks of the node have attached.
+        """
         config = self._config
-        self._client = AgentClient(config.socket, run=config.run, secret=self._secret, worker=self._local)
+        self._client = AgentClient(
+            config.socket, run=config.run, secret=self._secret, worker=self._local, mapped=mapped
+        )
         self._snapshotter = Snapshotter(
             self._client,
             self._state,
@@ -181,10 +193,34 @@ class InMemoryCheckpointer:
         if step < self._next:
             return
         self._replace_dead_agents()
+        self._take(step, meta)
+
+    def _take(self, step: int, meta: Callable[[], bytes]) -> None:
         self._capture()
         if not self._client.gone:
             self._snapshotter.offer(step, meta())
-        self._next = step + self._steps_to_next()
+        self._taken, self._next = step, step + self._steps_to_next()
+
+    def exposed(self, step: int) -> bool:
+        """Return whether this rank should not wait for the next snapshot that is due. Neither collective nor waiting.
+
+        So it is if this node's agent has died and the next one answers, or if the agents hold nothing that is whole, as
+        after the loss of a keeper. Ask all ranks between two steps, and call `protect` on all if any says so. Attempts
+        that fail are repeated after 1, 2, 4, ... steps.
+        """
+        if not (self._next_agent.answers() if self._client.gone else self._client.exposed):
+            self._patience = 1
+            return False
+        return step >= self._taken + self._patience
+
+    def protect(self, step: int, meta: Callable[[], bytes]) -> bool:
+        """Attach to new agents and, if memory needs it, start a snapshot. Return whether it does. Collective."""
+        self._replace_dead_agents()
+        self._patience = min(2 * self._patience, LONGEST_PATIENCE)
+        if not self._ranks.largest(int(self._client.exposed)):
+            return False
+        self._take(step, meta)
+        return True
 
     def commit_now(self, step: int, meta: Callable[[], bytes]) -> str | None:
         """Have the state after `step` completed steps committed on all nodes; return why it is not, alike on all ranks.
@@ -226,13 +262,17 @@ class InMemoryCheckpointer:
         if not gone[self._node]:
             return
         self._snapshotter.join()  # the memory may still be the one that this rank was granted
+        mapped = self._client.detach()  # an agent that died leaves its memory to the next one
         self._client.close()
         try:
             ensure_agent(self._config)
-            self._attach()
+            self._attach(mapped)
             self._lost_agent = None
-        except FtError as error:
+        except (FtError, OSError) as error:
             self._lost_agent = str(error)
+            self._client.close()  # the next attempt begins from nothing
+            for buffer in mapped:
+                buffer.close()
 
     def _steps_to_next(self) -> int:
         """Return the interval in steps: from the spec, or agreed from the measurements of all ranks."""
@@ -309,7 +349,9 @@ class InMemoryCheckpointer:
         self._client.restore(self._next_epoch(settled), deadline=self._spec.commit_deadline)
 
     def _next_epoch(self, settled: int) -> int:
-        return self._ranks.largest(settled or self._registry.newest_epoch() + 1 if self._ranks.rank == 0 else 0)
+        """Return the epoch that is to begin, beyond all that the folder shows or the agents know, or `settled`."""
+        newest = max(self._client.epoch, self._registry.newest_epoch() if self._ranks.rank == 0 else 0)
+        return self._ranks.largest(settled or newest + 1)
 
     def _agree(self, restored: Restoration | str) -> None:
         """Raise on all ranks if they restored different steps, as when agents settled different epochs."""

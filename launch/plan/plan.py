@@ -83,6 +83,7 @@ class Plan:
                 parity=parity,
                 bucket_bytes=spec.bucket,
                 durable=spec.durable is not None,
+                workers=layout.ranks_per_node,
             )
             for size, parity in groups
         )

@@ -165,6 +165,7 @@ def _host_memory(plan: Plan) -> list[str]:
         "durable": host.durable,
         "receiving": host.receiving,
         "decoding": host.decoding,
+        "reading": host.reading,
     }
     shown = ", ".join(f"{name} {size(value)}" for name, value in parts.items() if value)
     return ["", f"snapshots: {size(host.total)} of each node's host memory: {shown}"]

@@ -37,6 +37,7 @@ LISTED = (
     events.Skipped,
     events.Spike,
     events.SnapshotFailed,
+    events.RedundancyLost,
     events.Gate,
     events.LrChanged,
     events.DataChanged,

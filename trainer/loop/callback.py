@@ -153,6 +153,16 @@ class Callback(Component):
         A snapshot may be being copied: read the state only. If `run.ends_here`, no step follows.
         """
 
+    def exposed(self, run: Run) -> bool:
+        """Return whether this rank finds that the state in memory has lost its redundancy. Not collective; never waits.
+
+        Asked between two steps. If any rank says so, `protect` is called on all, unless the run ends here.
+        """
+        return False
+
+    def protect(self, run: Run) -> None:
+        """Restore the redundancy of the state in memory. Collective."""
+
     def hand_over(self, run: Run) -> bool:
         """Make the last completed step safe in memory, for another start of the ranks; return whether it is.
 
@@ -198,6 +208,13 @@ class Callbacks(tuple[Callback, ...]):
     def at_boundary(self, run: Run) -> None:
         for callback in self:
             callback.at_boundary(run)
+
+    def exposed(self, run: Run) -> bool:
+        return any(callback.exposed(run) for callback in self)
+
+    def protect(self, run: Run) -> None:
+        for callback in self:
+            callback.protect(run)
 
     def hand_over(self, run: Run) -> bool:
         return any(callback.hand_over(run) for callback in self)

@@ -13,8 +13,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 HAND_OVER = signal.SIGUSR2
 """A supervisor asks the ranks to commit the step in memory and to end: another start goes on from there."""
-HANDS_OVER, STOPS = 1, 2
-"""How urgent what was asked for is; 0: nothing."""
+PROTECTS, HANDS_OVER, STOPS = 1, 2, 3
+"""How urgent what was asked for is; 0: nothing. `PROTECTS`: memory needs a snapshot, see `Callback.exposed`."""
 
 
 class HandedOver(Exception):

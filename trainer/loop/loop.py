@@ -7,7 +7,7 @@ import torch
 from keepwarm.trainer.errors import TrainingStopped
 from keepwarm.trainer.job.stages import StagePlan, global_size_at
 from keepwarm.trainer.loop.callback import Run, StepDone
-from keepwarm.trainer.loop.interrupt import HANDS_OVER, STOPS, HandedOver, Interrupt
+from keepwarm.trainer.loop.interrupt import HANDS_OVER, PROTECTS, STOPS, HandedOver, Interrupt
 from keepwarm.trainer.monitor import events
 
 
@@ -27,7 +27,8 @@ def train(run: Run, interrupt: Interrupt) -> bool:
     while run.state.step < run.last_step:
         _step(run)
         run.timeline.step(run.state.step, run.callbacks.blocked_s)
-        urgency = run.world.largest(interrupt.urgency)
+        exposed = PROTECTS if run.callbacks.exposed(run) else 0
+        urgency = run.world.largest(max(exposed, interrupt.urgency))
         run.interrupted = urgency == STOPS
         run.callbacks.at_boundary(run)
         run.timeline.save(run.state.step)
@@ -36,6 +37,8 @@ def train(run: Run, interrupt: Interrupt) -> bool:
             run.metrics.event(events.Interrupted(step=run.state.step))
             run.console.interrupted(run.state.step)
             return False
+        if urgency == PROTECTS and run.state.step < run.last_step:
+            run.callbacks.protect(run)
         if urgency == HANDS_OVER and run.state.step < run.last_step and run.callbacks.hand_over(run):
             raise HandedOver(f"after step {run.state.step}")
     return True

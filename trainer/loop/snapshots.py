@@ -130,6 +130,19 @@ class Snapshots(MemoryTier):
             self._resumed()
             self._resumed = None
         self.checkpointer.maybe_snapshot(run.state.step, lambda: json.dumps(run.meta()).encode(), done.seconds)
+        self._report(run)
+
+    def exposed(self, run: Run) -> bool:
+        return self.checkpointer.exposed(run.state.step)
+
+    def protect(self, run: Run) -> None:
+        """Attach to an agent that has replaced a dead one, and take a snapshot at once where memory needs one."""
+        if self.checkpointer.protect(run.state.step, lambda: json.dumps(run.meta()).encode()):
+            run.metrics.event(events.RedundancyLost(step=run.state.step))
+        self._report(run)
+
+    def _report(self, run: Run) -> None:
+        """Say once why the last snapshot was not taken."""
         error = self.checkpointer.last_error
         if error is not None and error != self._reported:
             run.metrics.event(events.SnapshotFailed(step=run.state.step, reason=error))

@@ -180,6 +180,12 @@ class SnapshotFailed(Event, frozen=True, kw_only=True):
     reason: str
 
 
+class RedundancyLost(Event, frozen=True, kw_only=True):
+    """No snapshot in memory was whole after `step`, as after a lost keeper: one is taken at once, before it is due."""
+
+    step: int
+
+
 class CheckpointFailed(Event, frozen=True, kw_only=True):
     """No checkpoint could be written after `step`; the next one is tried when it is due, the last one a few times."""
 

@@ -61,7 +61,7 @@ def test_durable_byte_that_rots_before_the_disk_has_it_is_not_published_and_repa
     writers: Writers, root: Path, at: int
 ) -> None:
     slow = threading.Event()
-    writers.writer(1)._pool.submit(slow.wait, 60)
+    writers.writer(1)._thread.submit(slow.wait, 60)
     writers.take(1)
     writers.until(lambda: writers.writer(1)._under_way, "the disk to be asked")
     copy = writers.agents[1].state.copy(writers.agents[1].state.committed)
@@ -87,7 +87,7 @@ def test_durable_byte_that_rots_before_the_disk_has_it_is_not_published_and_repa
 def test_durable_buffer_that_the_protocol_does_not_keep_is_not_written(writers: Writers, root: Path) -> None:
     slow = threading.Event()
     for slot in (0, 1):
-        writers.writer(slot)._pool.submit(slow.wait, 60)
+        writers.writer(slot)._thread.submit(slow.wait, 60)
     writers.take(1)
     writers.until(lambda: all(writers.writer(slot)._under_way for slot in (0, 1)), "the disk to be asked")
     writers.take(2)
@@ -105,7 +105,7 @@ def test_durable_buffer_that_the_protocol_does_not_keep_is_not_written(writers: 
 def test_durable_save_waits_for_the_write_before_it(writers: Writers, root: Path) -> None:
     slow = threading.Event()
     for slot in (0, 1):
-        writers.writer(slot)._pool.submit(slow.wait, 60)
+        writers.writer(slot)._thread.submit(slow.wait, 60)
     writers.take(1)
     writers.until(lambda: all(writers.writer(slot)._under_way for slot in (0, 1)), "the disk to be asked")
     writers.recover(2)

@@ -63,6 +63,15 @@ def test_agent_killed_while_workers_go_on_commits_the_next_snapshot(tmp_path: Pa
         take([snapshotters[0], again, snapshotters[2]], 3)
 
 
+def test_agent_with_the_memory_of_a_dead_one_shows_what_is_committed_before_its_epoch(tmp_path: Path) -> None:
+    with nodes(tmp_path, 1) as world:
+        (snapshotter,) = world.snapshotters([random_state(0, 1)])
+        recover(world, [snapshotter], 1)
+        take([snapshotter], 4)
+        world.crash(0)
+        assert (world.status(0).mode, world.status(0).committed) == ("joining", (1, 4))
+
+
 def test_agent_killed_while_workers_write_waits_for_them(tmp_path: Path) -> None:
     with nodes(tmp_path, 2) as world:
         workers = [

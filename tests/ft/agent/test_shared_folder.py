@@ -1,21 +1,26 @@
 """What a shared folder that is full, read-only or gone does to agents: it delays, it ends none of them."""
 
 import contextlib
+import os
 import resource
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
 from keepwarm import side_writer
 from keepwarm.ft.agent.log import Journal
-from keepwarm.ft.discovery.registry import KEPT_EPOCHS, Choice, Registry
+from keepwarm.ft.discovery.config import AgentConfig, DurableConfig
+from keepwarm.ft.discovery.registry import KEPT_EPOCHS, TEMPLATE_FILE, Choice, Registry
 from keepwarm.ft.protocol.messages import Decision, SnapshotId
+from keepwarm.ft.worker import client
 from tests.support.faulty.io_faults import Fault, library
 from tests.support.ft.nodes import Nodes, nodes, random_state, together, wait_committed
 from tests.support.ft.team import Team
@@ -146,6 +151,103 @@ def test_agents_find_each_other_again_after_the_folder_of_addresses_was_deleted(
         )
 
 
+def committed_once(world: Nodes, count: int, step: int) -> list[Any]:
+    """Snapshotters whose agents have committed a step of epoch 1."""
+    snapshotters = world.snapshotters([random_state(rank, count) for rank in range(count)])
+    together(lambda each: each.restore(1), snapshotters)
+    for each in snapshotters:
+        each.offer(step, b"meta")
+    for each in snapshotters:
+        each.join()
+        wait_committed(each)
+    return snapshotters
+
+
+def test_files_that_were_deleted_while_ranks_train_are_written_again(tmp_path: Path) -> None:
+    """A spare starts its agent from the template, and the choice in force numbers the next epoch."""
+    agents = tmp_path / "shared" / "agents"
+    with nodes(tmp_path, 2) as world:
+        committed_once(world, 2, 5)
+        before = Registry(tmp_path / "shared").choice(1)
+        assert before is not None
+        shutil.rmtree(agents)
+        wait_for(lambda: {"0.json", "1.json", "choice-1.json", "template.json"} <= {p.name for p in agents.glob("*")})
+        assert Registry(tmp_path / "shared").choice(1) == before
+        template = msgspec.json.decode((agents / TEMPLATE_FILE).read_bytes(), type=AgentConfig)
+        assert template == world.configs[0]
+
+
+def test_template_of_a_layout_without_workers_is_not_written_again(tmp_path: Path) -> None:
+    agents = tmp_path / "shared" / "agents"
+    with nodes(tmp_path, 1) as world:
+        committed_once(world, 1, 5)
+        world.clients[0].close()
+        wait_for(lambda: not world.status(0).workers)
+        shutil.rmtree(agents)
+        wait_for(lambda: (agents / "0.json").exists())
+        assert not (agents / TEMPLATE_FILE).exists()
+
+
+def test_agent_killed_while_the_folder_hangs_comes_back_with_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold, struck = tmp_path / "hold", tmp_path / "struck"
+    calls = "open,write,sync,rename,mkdir,read"
+    fault = Fault(path=f"{tmp_path}/@(shared*|secret)", kind="hang", calls=calls, hold=hold)
+    with monkeypatch.context() as environment:
+        for name, value in (fault.environment(struck) | {"LD_PRELOAD": str(library())}).items():
+            environment.setenv(name, value)
+        world = Nodes(tmp_path, 2)
+        world.start_all()
+    try:
+        committed_once(world, 2, 5)
+        hold.touch()
+        world.crash(1)
+        assert world.status(1).committed == (1, 5)
+        assert [(held.step, held.phase) for held in world.status(1).held] == [(5, "committed")]
+    finally:
+        hold.unlink(missing_ok=True)
+        world.close()
+
+
+HASTY = """
+import sys
+from keepwarm.ft import keeper
+from keepwarm.ft.agent import agent
+if __name__ == "__main__":
+    agent.FAREWELL, keeper.AGENT_MODULE = 0.2, "hasty"
+    sys.exit(agent.main(sys.argv[1:]) if "," in sys.argv[1] else keeper.main(sys.argv[1:]))
+"""
+
+
+def test_agent_asked_to_end_while_its_disk_hangs_gives_signs_of_life_and_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hasty.py").write_text(HASTY)
+    hold, struck = tmp_path / "hold", tmp_path / "struck"
+    fault = Fault(path=f"{tmp_path}/checkpoints/*", kind="hang", hold=hold)
+    hold.touch()
+    with monkeypatch.context() as environment:
+        environment.setattr(client, "KEEPER_MODULE", "hasty")
+        preload = {"LD_PRELOAD": str(library()), "PYTHONPATH": str(tmp_path)}
+        for name, value in (fault.environment(struck) | preload).items():
+            environment.setenv(name, value)
+        world = Nodes(tmp_path, 1, durable=DurableConfig(root=str(tmp_path / "checkpoints"), deadline=3.0))
+        world.start_all()
+    try:
+        committed_once(world, 1, 5)
+        wait_for(lambda: in_calls_that_hang(struck))
+        world.clients[0].close()
+        os.kill(world.keepers[0], signal.SIGTERM)
+        waited = time.monotonic() + 1.0
+        wait_for(lambda: world.status(0).pid and time.monotonic() > waited)
+        world.wait_dead(0, 30.0)
+        assert "its storage does not answer" in world.log(0)
+    finally:
+        hold.unlink()
+        world.close()
+
+
 def test_agent_starts_without_a_folder_and_is_found_once_there_is_one(tmp_path: Path) -> None:
     made = Team(tmp_path, [((0, 1), 1)])
     try:
@@ -172,10 +274,9 @@ def choice(epoch: int, step: int) -> Choice:
 
 def test_registry_choice_that_cannot_be_written_is_none_until_it_can(tmp_path: Path) -> None:
     registry = Registry(tmp_path)
-    registry.folder.rmdir()
     registry.folder.write_text("not a folder")
     assert registry.choose(choice(1, 5)) is None
-    assert "Not a directory" in registry.failure
+    assert str(registry.folder) in registry.failure
     registry.explain(1, "nothing is left")
     assert registry.reason(1) == "nothing is left"
     assert not registry.publish(0, ("127.0.0.1", 1), 1)
@@ -209,11 +310,22 @@ def test_registry_keeps_the_files_of_few_epochs(tmp_path: Path) -> None:
 
 
 def test_journal_writes_once_its_folder_is_there(tmp_path: Path) -> None:
+    (tmp_path / "agents").write_text("not a folder")
     journal = Journal(tmp_path / "agents" / "log", slot=1)
     side_writer.forget()
     journal.write("info", "lost")
     wait_for(lambda: "log" in side_writer.losses(), 30.0)
-    (tmp_path / "agents").mkdir()
+    (tmp_path / "agents").unlink()
     journal.write("info", "kept")
     journal.close()
     assert [line.count("kept") for line in (tmp_path / "agents" / "log").read_text().splitlines()] == [1]
+
+
+def test_journal_whose_folder_was_deleted_goes_on_in_a_new_file(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "agents" / "log", slot=1)
+    journal.write("info", "before")
+    wait_for(lambda: (tmp_path / "agents" / "log").exists() and (tmp_path / "agents" / "log").stat().st_size)
+    shutil.rmtree(tmp_path / "agents")
+    journal.write("info", "after")
+    journal.close()
+    assert [line.count("after") for line in (tmp_path / "agents" / "log").read_text().splitlines()] == [1]

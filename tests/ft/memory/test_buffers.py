@@ -11,11 +11,12 @@ MIB = 1 << 20
 
 
 def test_host_memory_matches_hand_calculation() -> None:
-    memory = host_memory(96 * MIB, members=6, parity=2, bucket_bytes=8 * MIB, durable=True)
+    memory = host_memory(96 * MIB, members=6, parity=2, bucket_bytes=8 * MIB, durable=True, workers=4)
     assert (memory.data, memory.parity, memory.durable) == (192 * MIB, 96 * MIB, 104 * MIB)
     assert (memory.receiving, memory.decoding) == (5 * 8 * MIB, 6 * 8 * MIB)
-    assert memory.total == 480 * MIB
-    alone = host_memory(90 * MIB, members=1, parity=1, bucket_bytes=8 * MIB, durable=False)
+    assert memory.reading == 4 * 2 * 8 * MIB
+    assert memory.total == 544 * MIB
+    alone = host_memory(90 * MIB, members=1, parity=1, bucket_bytes=8 * MIB, durable=False, workers=4)
     assert (alone.data, alone.total) == (192 * MIB, 192 * MIB)
 
 
