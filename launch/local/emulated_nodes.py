@@ -147,8 +147,8 @@ class Nodes:
         if not self._started:
             self._early.append(number)
             return
-        # SIGINT stays SIGINT: the second one kills the workers.
-        forwarded = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+        # SIGINT stays SIGINT: the second one kills the workers. SIGTERM would be about a single node.
+        forwarded = signal.SIGINT if number == signal.SIGINT else signal.SIGUSR1
         for pid in self._pids:
             if pid not in self._codes:
                 with contextlib.suppress(ProcessLookupError):

@@ -65,7 +65,7 @@ class NodeAgent(SimpleElasticAgent):
         self._handler, self._hooks, self._options = handler, hooks, options
         self._processes = RankProcesses(server)
         self._signals = self._forwarded = 0
-        self.saving = False
+        self.saving = self._on_disk = False
         """Workers were asked to save their state and end, so that the run can grow or a node can leave."""
         self._ended_at: float | None = None
 
@@ -83,6 +83,7 @@ class NodeAgent(SimpleElasticAgent):
             "LOCAL_WORLD_SIZE": str(options.ranks_per_node),
         }
         self._ended_at, self._forwarded, self.saving = None, self._signals, False
+        self._on_disk = False
         workers = {}
         for worker in worker_group.workers:
             rank = worker.global_rank
@@ -134,7 +135,7 @@ class NodeAgent(SimpleElasticAgent):
             self._fail("killed", f"rank {rank} was ended by {signal.Signals(-code).name}")
         elif code == ExitCode.INTERRUPTED and self.saving and not self.asked:
             self._processes.wait(FAILURE_GRACE_S)
-            self._handler.on_saved()
+            self._handler.on_saved(on_disk=self._on_disk)
         elif code in FINAL or (code == ExitCode.BAD_INPUT and self._handler.restart == 0):
             self._processes.wait(FAILURE_GRACE_S)
             self._handler.end(code, f"rank {rank}: {FINAL.get(code, 'bad input')} (exit code {code})")
@@ -157,7 +158,7 @@ class NodeAgent(SimpleElasticAgent):
 
     def save(self) -> None:
         """Ask the workers to save their state on disk and end; the next restart continues from there."""
-        self.saving = True
+        self.saving = self._on_disk = True
         self._processes.send(signal.SIGTERM)
 
     def hand_over(self) -> None:

@@ -93,19 +93,19 @@ class Membership:
 
     # ---- finding a store
 
-    def enter(self) -> None:
+    def enter(self, patience: Callable[[], float] = lambda: SEARCH_TIMEOUT_S) -> None:
         """Follow the store that a majority follows, or open the next one with the votes of a majority.
 
         Raises:
             RunEnded: the run ended under a store that other nodes could reach.
-            StoreLost: there was none for `SEARCH_TIMEOUT_S`.
+            StoreLost: there was none for `patience` seconds.
         """
         self.leave(farewell=False)
         began = looked = time.monotonic()
         known = self._peers.voter.installed is not None
         turn, pause = began + (self._patience() if known else 0.0), STORE_POLL_INTERVAL_S
         granted = self._peers.voter.promised
-        while time.monotonic() < began + SEARCH_TIMEOUT_S:
+        while time.monotonic() < began + patience():
             voter, announced = self._peers.voter, self._peers.announced
             known = voter.installed is not None
             # A node whose own candidacy found no majority follows the one that did: majorities decide, not numbers.
@@ -127,7 +127,7 @@ class Membership:
                 turn = time.monotonic() + (LOOK_INTERVAL_S + self._patience() if known else pause)
             time.sleep(STORE_POLL_INTERVAL_S)
         raise StoreLost(
-            f"{name_of(self.node)} found no store to follow in {SEARCH_TIMEOUT_S:g} s"
+            f"{name_of(self.node)} found no store to follow in {time.monotonic() - began:.0f} s"
             + (f"; {self._said}" if self._said else "")
         )
 

@@ -4,6 +4,7 @@ The decisions are in `keepwarm.launch.node.slot_table` and the store in `keepwar
 adapts them to the interface of the elastic agent.
 """
 
+import contextlib
 import time
 
 from torch.distributed import HashStore
@@ -269,16 +270,30 @@ class SlotRendezvous(RendezvousHandler):
         table = self.membership.read()
         return table.draining is not None and table.restart == self.restart
 
-    def on_saved(self) -> None:
+    def leave_if_possible(self, waited: float) -> bool:
+        """Announce that this node was asked to end `waited` seconds ago, and leave as soon as the others can go on.
+
+        Return whether it is to end at once, with the workers of all nodes if it has any.
+        """
+        table, node = self.membership.read(), self.membership.node
+        if table.knows(node) and node not in table.terminated:
+            table, _ = self._change(shared_table.Terminated())
+        choice = slot_table.after_termination(table, node, waited)
+        if choice == "leave":
+            with contextlib.suppress(ChangeRefused):
+                self._change(shared_table.Drain(node=node))
+        return choice == "end"
+
+    def on_saved(self, *, on_disk: bool) -> None:
         """Grow the run, or let a node leave: the workers of this node have saved their state and ended."""
         if self.slot == 0 and self.hand_over_requested():
-            self._change(shared_table.HandOver(restart=self.restart))
+            self._resize(shared_table.HandOver(restart=self.restart, on_disk=on_disk))
         elif self.slot == 0:
             self._resize(shared_table.Grow(restart=self.restart))
 
-    def _resize(self, step: shared_table.Shrink | shared_table.Grow) -> bool:
+    def _resize(self, step: shared_table.Shrink | shared_table.Grow | shared_table.HandOver) -> bool:
         table, changed = self._change(step)
-        if changed:
+        if changed and table.resized:
             self._hooks.on_resized(table)
         return changed
 

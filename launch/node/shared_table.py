@@ -94,13 +94,19 @@ class Drain(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """It is to stay after all."""
 
 
+class Terminated(msgspec.Struct, frozen=True, tag=True):
+    """The node was asked to end by SIGTERM."""
+
+
 class HandOver(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     restart: int
+    on_disk: bool
+    """The state is on disk and not only in memory."""
 
 
 Change = (
     Join | Arrive | Fail | Finish | End | GiveUp | ClaimFlush | AnnounceFlush | Shrink | RequestGrowth | Grow | Drain
-    | HandOver
+    | Terminated | HandOver
 )  # fmt: skip
 
 
@@ -179,7 +185,8 @@ _STEPS: dict[type, Callable[..., Table]] = {
     RequestGrowth: lambda table, node, one, now: slot_table.request_growth(table),
     Grow: lambda table, node, one, now: slot_table.grow(table, one.restart),
     Drain: _drain,
-    HandOver: lambda table, node, one, now: slot_table.hand_over(table, one.restart, now),
+    Terminated: lambda table, node, one, now: slot_table.terminate(table, node),
+    HandOver: lambda table, node, one, now: slot_table.hand_over(table, one.restart, now, on_disk=one.on_disk),
 }
 
 
@@ -194,6 +201,7 @@ def news(table: Table) -> object:
         table.restart, table.complete, table.ended, table.growing, table.flushing_node, table.flush_epoch,
         table.resized, table.excluded, table.slots, table.owners if table.begun else None, waiting,
         causes[0].kind if causes else None, table.decides, table.draining, table.drained,
+        table.terminated,
     )  # fmt: skip
 
 

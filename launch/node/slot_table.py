@@ -29,6 +29,8 @@ Kind = Literal["lost", "killed", "failed", "hung"]
 one detected a hang, which is not attributed to its node."""
 ATTRIBUTION_WINDOW_S = 86_400.0
 """How long a failure counts against the node to which it is attributed."""
+TERMINATION_GRACE_S = 2.0
+"""How long a node that was asked to end stays to see whether others were: batch systems do not reach all at once."""
 
 FIRST_GRACE_S = 60.0
 """How long spares leave vacant slots of the first start to the nodes meant for them."""
@@ -69,6 +71,8 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     """The node that is to leave as soon as the workers have handed over their state."""
     drained: tuple[str, ...] = ()
     """Nodes that have left in this way."""
+    terminated: tuple[str, ...] = ()
+    """Nodes that were asked to end by SIGTERM."""
     flushing_node: str | None = None
     """The node that coordinates writing memory to disk before the run shrinks."""
     flush_epoch: int = 0
@@ -309,18 +313,45 @@ def drain(table: Table, node: str, now: float) -> Table:
     return lose(_change(table, drained=(*table.drained, node)), node, cause, now, dead=True)
 
 
+def terminate(table: Table, node: str) -> Table:
+    """Note that a node was asked to end by SIGTERM."""
+    here = (*table.owners.values(), *table.spares)
+    return _change(table, terminated=tuple(other for other in here if other == node or other in table.terminated))
+
+
+def after_termination(table: Table, node: str, waited: float) -> Literal["wait", "leave", "end"]:
+    """Return what a node does that was asked to end `waited` seconds ago.
+
+    A cloud that takes a machine back asks its supervisor alone; a batch system that ends a job asks all of them.
+    wait: nothing yet, or it is leaving; leave: ask the others to let it; end: a spare ends, an owner has the workers of
+    all nodes save their state and end.
+    """
+    if table.ended is not None or node in table.drained or table.draining == node:
+        return "wait"
+    if table.slot_of(node) is None:
+        return "end"
+    staying = [other for other in (*table.owners.values(), *table.spares) if other not in table.terminated]
+    if len(staying) < min(table.sizes, default=table.slots):
+        return "end"
+    return "wait" if waited < TERMINATION_GRACE_S or refusal_to_drain(table, node) else "leave"
+
+
 def stop_draining(table: Table, node: str) -> Table:
     """Let the node stay, if it has not left yet."""
     return _change(table, draining=None) if table.draining == node else table
 
 
-def hand_over(table: Table, restart: int, now: float) -> Table:
-    """Give the slot of the draining node to a spare: the workers of `restart` have handed over their state."""
+def hand_over(table: Table, restart: int, now: float, *, on_disk: bool) -> Table:
+    """Give the slot of the draining node to a spare: the workers of `restart` have handed over their state.
+
+    Without a spare the run goes on with fewer slots: at once if the state is on disk, where the next layout reads it.
+    """
     node = table.draining
     if node is None or table.restart != restart or table.ended is not None:
         return table
     table = _change(table, draining=None, drained=(*table.drained, node))
-    return lose(table, node, f"{name_of(node)} was drained", now, dead=True)
+    table = lose(table, node, f"{name_of(node)} was drained", now, dead=True)
+    return shrink(table) if on_disk else table
 
 
 def grow(table: Table, restart: int) -> Table:

@@ -26,7 +26,7 @@ from keepwarm.launch.node import record
 from keepwarm.launch.node.connections import address_of, run_secret
 from keepwarm.launch.node.elastic_agent import NodeAgent, WorkerOptions
 from keepwarm.launch.node.flush_before_shrink import flush_to_disk, newest_step
-from keepwarm.launch.node.membership import FILES_TIMEOUT_S, Membership, RunEnded, StoreLost
+from keepwarm.launch.node.membership import FILES_TIMEOUT_S, SEARCH_TIMEOUT_S, Membership, RunEnded, StoreLost
 from keepwarm.launch.node.options import Options
 from keepwarm.launch.node.peers import PeerListener
 from keepwarm.launch.node.record import NodeRecord, SideWrites, State
@@ -49,6 +49,14 @@ HAND_OVER_INTERVAL_S = 1.0
 """How often workers are asked to hand over until they do."""
 GROW_AFTER_S = 5.0
 """How long workers run before they are asked to make room for more."""
+LEAVING_SEARCH_S = 20.0
+"""How long an owner that was asked to end looks for a store: the others may need its memory meanwhile."""
+
+
+class Stopped(LaunchError):
+    """This node was asked to leave before it had a part in the run, or could go on with it."""
+
+    exit_code = ExitCode.INTERRUPTED
 
 
 class Supervisor:
@@ -90,11 +98,13 @@ class Supervisor:
             vacancy_timeout=options.vacancy_timeout, shrink_after=cluster.shrink_after,
         )  # fmt: skip
         self._agent = NodeAgent(self._handler, server, self, workers)
+        self._terminated_at: float | None = None
+        """When this node alone was asked to end, by SIGTERM."""
         self._record = NodeRecord(
             node=options.node, host=options.host, port=self._peers.port, slot=None, supervisor=os.getpid()
         )
         self._said = ""
-        self._redundancy_lost = False
+        self._redundancy_lost = self._entering = False
         self._polled_at = self._started_at = self._asked_at = 0.0
 
     def run(self) -> int:
@@ -104,12 +114,14 @@ class Supervisor:
         cause: Exception | None = None
         try:
             self._record_state(state="joining")
-            self._membership.enter()
+            self._enter()
             self._event(events.SupervisorStarted(node=self._options.node, slots=self._options.slots))
             code, why = self._run_agent()
         except (FtError, LaunchError) as error:
             cause = error
             code, why = getattr(error, "exit_code", ExitCode.BAD_INPUT), str(error)
+            if self._terminated_at is not None and isinstance(error, Drained | StoreLost):
+                code = ExitCode.INTERRUPTED
             if isinstance(error, Excluded):
                 self._event(events.NodeExcluded(host=self._options.node, why=why))
             if isinstance(error, Drained):
@@ -152,10 +164,20 @@ class Supervisor:
             if ended is not None:
                 return ended.code, ended.reason
 
+    def _enter(self) -> None:
+        """Find a store. Until there is one, a signal that asks this node to leave takes effect at once."""
+        self._entering = True
+        try:
+            if self._agent.asked or (self._terminated_at is not None and self._handler.slot is None):
+                raise Stopped(f"{self._options.node} was asked to leave")
+            self._membership.enter(lambda: SEARCH_TIMEOUT_S if self._terminated_at is None else LEAVING_SEARCH_S)
+        finally:
+            self._entering = False
+
     def _reconnect(self) -> None:
         before = self._membership.record.number if self._membership.record is not None else None
         self._handler.rejoin(fenced=False)
-        self._membership.enter()
+        self._enter()
         self._handler.on_reconnected(before)
 
     def _leave(self, code: int, why: str, cause: Exception | None) -> None:
@@ -189,12 +211,17 @@ class Supervisor:
         return None if on_disk is not None and on_disk >= committed[1] else committed[1]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._agent.on_signal(number)
+        if number == signal.SIGTERM:
+            self._terminated_at = self._terminated_at or time.monotonic()
+        else:
+            self._agent.on_signal(number)
+        if self._entering and (number != signal.SIGTERM or self._handler.slot is None):
+            raise Stopped(f"{self._options.node} was asked to leave")
 
     # ---- hooks
 
     def leave_requested(self) -> bool:
-        return self._agent.asked
+        return self._agent.asked or self._ends()
 
     def on_others_missing(self, why: str) -> None:
         if why != self._said:
@@ -277,6 +304,8 @@ class Supervisor:
         if now - self._polled_at < AGENT_POLL_INTERVAL_S:
             return
         self._polled_at = now
+        if not self._agent.asked and self._ends():
+            self._agent.on_signal(signal.SIGTERM)
         if now - self._started_at > GROW_AFTER_S and not self._agent.saving and self._handler.growth_requested():
             self._agent.save()
         if now - self._asked_at > HAND_OVER_INTERVAL_S and self._handler.hand_over_requested():
@@ -294,12 +323,19 @@ class Supervisor:
             slots = (self._handler.slot,)
             self._event(events.Whole(node=self._options.node, slots=slots, epoch=complete[0], step=complete[1]))
 
+    def _ends(self) -> bool:
+        """Return whether this node is to end after SIGTERM, as it cannot leave alone."""
+        if self._terminated_at is None:
+            return False
+        return self._handler.leave_if_possible(time.monotonic() - self._terminated_at)
+
     def _hand_over(self) -> None:
-        table = self._handler.table
-        if self._snapshots and table is not None and table.slots > 1:
+        table = self._handler.membership.read()
+        if self._snapshots and table.slots > 1 and (table.spares or self._agent.saving):
             self._agent.hand_over()
         elif not self._agent.saving and time.monotonic() - self._started_at > GROW_AFTER_S:
-            self._agent.save()  # no other node holds the state of the one that leaves
+            # No other node holds the state of the one that leaves, or another layout reads it.
+            self._agent.save()
 
     # ---- records
 

@@ -19,6 +19,7 @@ from tests.support.runs import warm
 from tests.support.runs.node_fixtures import start, whole
 from tests.support.runs.node_run import DEADLINE, Run, assert_equal, assert_nothing_left
 from tests.support.runs.stand_ins import alive
+from tests.trainer.loop.test_shrink import TWO
 
 __all__ = ["cluster", "start", "whole"]
 pytestmark = pytest.mark.timeout(900)
@@ -45,6 +46,50 @@ def test_drained_node_leaves_to_a_spare_and_no_step_is_lost(whole: Path, start: 
     assert ended == {f"node-{number}": 0 for number in range(5)}
     assert of_run(run.folder).steps_lost == 0
     assert_equal(run, whole)
+    assert_nothing_left(run)
+
+
+@pytest.mark.dist
+def test_sigterm_of_one_node_leaves_to_a_spare_and_no_step_is_lost(whole: Path, start: Callable[..., Run]) -> None:
+    """As a cloud that takes a machine back asks."""
+    run = start("--nodes", "4", "--spares", "1", "snapshot.every=5")
+    run.after(3)
+    os.kill(run.owner(1).supervisor, signal.SIGTERM)
+    recovery = run.recovered(1)
+    assert (recovery["level"], recovery["source"], recovery["slots"]) == ("decoded", "memory", [1])
+    assert run.owner(1).node == "node-4"
+    run.done()
+    assert [(event["host"], event["slots"]) for event in run.events("node_drained")] == [("node-1", [1])]
+    assert run.events("failure") == []
+    assert of_run(run.folder).steps_lost == 0
+    assert_equal(run, whole)
+    assert_nothing_left(run)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "disk",
+    [
+        pytest.param(("snapshot.durable=null", "checkpoint.every=1000"), id="checkpoints of the ranks"),
+        pytest.param((), id="agents", marks=pytest.mark.long),
+    ],
+)
+def test_drain_without_a_spare_shrinks_the_run_and_no_step_is_lost(
+    start: Callable[..., Run], disk: tuple[str, ...]
+) -> None:
+    run = start(*TWO, *disk, "cluster.shrink_after=600", "snapshot.every=5", "--nodes", "2")
+    run.after(12)
+    done = warm.run(["drain", str(run.folder), "node-0"], timeout=DEADLINE)
+    assert done.returncode == 0, (done.stdout, run.log.read_text())
+    assert "node-0 has left slot 0 to node-1" in done.stdout
+    recovery = run.recovered(1)
+    assert (recovery["level"], recovery["source"]) == ("resized", "disk")
+    (saved,) = run.events("interrupted")
+    assert recovery["step"] == saved["step"]
+    run.done()
+    assert [event["slots"] for event in run.events("resized")] == [1]
+    assert run.events("failure") == run.events("memory_not_saved") == []
+    assert of_run(run.folder).steps_lost == 0
     assert_nothing_left(run)
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -74,8 +75,8 @@ def test_lose_replacement_before_start_is_replaced_in_same_restart() -> None:
 def test_drained_owner_leaves_to_a_spare_once_workers_have_handed_over() -> None:
     table = slot_table.drain(started(spares=2), "n1", 1.0)
     assert (table.draining, table.restart, table.complete) == ("n1", 0, True)
-    assert slot_table.hand_over(table, 7, 2.0) == table  # of another restart
-    table = slot_table.hand_over(table, 0, 2.0)
+    assert slot_table.hand_over(table, 7, 2.0, on_disk=False) == table  # of another restart
+    table = slot_table.hand_over(table, 0, 2.0, on_disk=False)
     assert table.owners == {0: "n0", 1: "s0", 2: "n2"}
     assert (table.draining, table.drained, table.moved) == (None, ("n1",), (1,))
     assert table.root_causes[0].cause == "n1 was drained"
@@ -85,9 +86,19 @@ def test_drained_owner_leaves_to_a_spare_once_workers_have_handed_over() -> None
 
 def test_drain_of_one_owner_of_two_goes_on_with_the_other() -> None:
     """Its consent is not needed, as the node has left by itself: neither half waits for the other."""
-    table = slot_table.hand_over(slot_table.drain(started(count=2), "n0", 0.0), 0, 0.0)
+    table = slot_table.hand_over(slot_table.drain(started(count=2), "n0", 0.0), 0, 0.0, on_disk=False)
     assert table.owners == {0: "s0", 1: "n1"}
     assert arrived(table).complete
+
+
+def test_drained_owner_without_a_spare_shrinks_the_run_at_once_if_the_state_is_on_disk() -> None:
+    table = started(spares=0)
+    table = slot_table.drain(msgspec.structs.replace(table, sizes=(3, 2, 1)), "n0", 0.0)
+    in_memory = slot_table.hand_over(table, 0, 0.0, on_disk=False)
+    assert (in_memory.slots, in_memory.vacant, in_memory.resized) == (3, (0,), False)  # it is flushed first
+    on_disk = slot_table.hand_over(table, 0, 0.0, on_disk=True)
+    assert (on_disk.slots, on_disk.owners, on_disk.resized) == (2, {0: "n2", 1: "n1"}, True)
+    assert arrived(on_disk).complete
 
 
 def test_drain_is_refused_while_it_could_lose_something() -> None:
