@@ -42,6 +42,12 @@ def test_history_of_one_seed_is_the_same_twice_and_when_replayed(seed: int) -> N
     assert (again.promise, again.text, again.commits) == (first.promise, first.text, first.commits)
 
 
+def test_ranks_that_restored_different_epochs_restore_again() -> None:
+    """One rank restores nothing in an epoch, the others a snapshot in the next, which has begun at all by then."""
+    outcome = history.run(19_308)
+    assert not outcome.promise, outcome.text
+
+
 def test_every_move_that_is_drawn_has_a_sentence() -> None:
     names = {move[0] for seed in range(24) for move in history.run(seed, 200).moves}
     assert names - shrinking.SENTENCES.keys() == set()

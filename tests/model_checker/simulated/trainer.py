@@ -29,6 +29,8 @@ class Worker:
     state: str = "gone"
     step: int = 0
     epoch: int = 0
+    restored: int = 0
+    """The epoch whose choice it has restored. Its agent may have begun another one since."""
     incarnation: int = 0
     """Incarnation of the agent that it is attached to."""
     snapshot: SnapshotId = field(default_factory=lambda: SnapshotId("run", 0, 0, "layout"))
@@ -203,14 +205,14 @@ class Trainer:
             worker.step = node.state.decided.step
         else:
             worker.step = 0
-        worker.state, worker.epoch = "ready", node.state.epoch
+        worker.state, worker.epoch, worker.restored = "ready", node.state.epoch, node.state.epoch
         return True
 
     def _ready(self, worker: Worker, node: Node) -> bool:
         """Train on once all have restored the same epoch. Others ask again."""
         if any(each.state != "ready" or each.doomed for each in self.all):
             return False
-        epochs = {each.epoch for each in self.all}
+        epochs = {each.restored for each in self.all}
         if len(epochs) == 1:
             self.restarting = False
         self.target = max(epochs)
