@@ -242,21 +242,24 @@ def main() -> None:
     first, _, last = given.seeds.partition("-")
     done = {record["seed"] for record in _records(given.results) if record["wrong"] is None}
     left = [seed for seed in range(int(first), int(last or first) + 1) if seed not in done]
-    root = Path(tempfile.mkdtemp(prefix="campaign-"))
+    while left and time.strftime("%H:%M") < given.until:
+        _some(left, given.results, given.until)
+
+
+def _some(left: list[int], results: Path, until: str) -> None:
+    """Run seeds, and remove them from the list, until one fails: the cluster may be as the failure left it."""
+    root, wrong = Path(tempfile.mkdtemp(prefix="campaign-")), None
     cluster = SlurmCluster(root)
     try:
         cluster.up()
-        for seed in left:
-            if time.strftime("%H:%M") > given.until:
-                break
-            record = _one(cluster, seed)
-            with given.results.open("a") as file:
+        while left and wrong is None and time.strftime("%H:%M") < until:
+            record = _one(cluster, left.pop(0))
+            wrong = record["wrong"]
+            with results.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-            if record["wrong"] is not None:
-                break  # The cluster may be as the failure left it: the next call begins with a new one.
     finally:
         cluster.down()
-        if given.results.exists() and (all_ := _records(given.results)) and all_[-1]["wrong"] is None:
+        if wrong is None:
             shutil.rmtree(root)
 
 
