@@ -27,6 +27,7 @@ from keepwarm.ft.worker.interval import Interval
 from keepwarm.ft.worker.next_agent import NextAgent
 from keepwarm.ft.worker.reader import RankPlace
 from keepwarm.ft.worker.snapshotter import Restoration, Shard, SnapshotOptions, Snapshotter, plan_part
+from keepwarm.side_writer import attempt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +141,8 @@ class InMemoryCheckpointer:
             raise failure or AgentError(f"rank {self._ranks.rank}: the agent of another node could not be started")
         if self._ranks.rank == 0:
             template = self._deployment.folder / AGENTS_FOLDER / TEMPLATE_FILE
-            atomic_write(template, msgspec.json.encode(self._config), mode=READABLE)
+            with attempt("agents"):  # a full disk keeps the one of the last start
+                atomic_write(template, msgspec.json.encode(self._config), mode=READABLE)
 
     def _attach(self, mapped: Sequence[SharedBuffer] = ()) -> None:
         """Attach this rank to its node's agent, with the buffers `mapped` of the one before.

@@ -192,10 +192,14 @@ def job(identity: str) -> Job | None:
 
 
 def accounted(identity: str) -> Job | None:
-    """Return a job that the controller has forgotten, as accounting has it; None without accounting or such a job."""
+    """Return a job that the controller has forgotten, as accounting has it; None without accounting or such a job.
+
+    Accounting that does not answer is not waited for: it would cost as long again for each run of a list.
+    """
     fields = "State,ExitCode,NodeList,Elapsed,Timelimit"
+    query = ("sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={identity}", f"--format={fields}")
     try:
-        listed = ask("sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={identity}", f"--format={fields}")
+        listed = ask(*query, patience=0.0)
     except ClusterError:
         return None
     return parse_accounted(identity, listed)

@@ -75,13 +75,14 @@ class Ending:
                 ran = commands.seconds_of(job.run_time) or 0
                 if limit - ran <= notice + NEAR_LIMIT_S:
                     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-                    commands.ask("scontrol", "update", f"JobId={self.slurm_job}", f"TimeLimit={max(1, ran // 60)}")
-                    self.wait()
+                    minutes = max(1, ran // 60)  # SLURM counts limits in minutes
+                    commands.ask("scontrol", "update", f"JobId={self.slurm_job}", f"TimeLimit={minutes}")
+                    self.wait(max(0, 60 * minutes - ran))
         return ExitCode.INTERRUPTED
 
-    def wait(self) -> None:
-        """Wait for SLURM to end this process: the job must not exit by itself before that."""
-        signal.sigtimedwait([signal.SIGTERM], GRACE_S)
+    def wait(self, after: int = 0) -> None:
+        """Wait for SLURM to end this process, in `after` seconds or soon after: the job must not exit before that."""
+        signal.sigtimedwait([signal.SIGTERM], after + GRACE_S)
 
     def _update(self, change: str, otherwise: str) -> None:
         try:

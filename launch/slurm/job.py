@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from keepwarm.exit_code import ExitCode
+from keepwarm.ft.format import publication
 from keepwarm.launch.errors import ClusterError
 from keepwarm.launch.run.submission import end_is_asked, read_submission
 from keepwarm.launch.slurm import commands, watcher
@@ -59,7 +60,7 @@ def _train(here: Allocation) -> int:
             return _requeue(here, f"{len(nodes)} of {len(here.nodes)} nodes are fit, the layout has {job.layout.nodes}")
         begun, seen = RunFolder(folder).last_step(), events.size(folder)
         restarts = max(here.requeues + attempts, 1 if begun else 0)
-        code, guilty = here.run(_step(here, nodes, resume=resume, begun=begun > 0, restarts=restarts), restarts)
+        code, guilty = here.run(next_step(here, nodes, resume=resume, begun=begun > 0, restarts=restarts), restarts)
         if code and _is_finished(here):
             code = ExitCode.DONE  # the nonzero code came from a node lost during the run
         attempts += 1
@@ -91,7 +92,7 @@ def _fruitless(here: Allocation, code: int) -> int:
     return fruitless_starts(log, here.slurm_job, here.requeues, RunFolder(here.folder).last_step(), code)
 
 
-def _step(here: Allocation, nodes: list[str], *, resume: bool, begun: bool, restarts: int) -> list[str]:
+def next_step(here: Allocation, nodes: list[str], *, resume: bool, begun: bool, restarts: int) -> list[str]:
     """Return the srun command of the next start."""
     job, folder = here.job, here.folder
     proposal = RunFolder(folder).submitted_file
@@ -100,7 +101,8 @@ def _step(here: Allocation, nodes: list[str], *, resume: bool, begun: bool, rest
         here.say(f"{job.name}: starting {job.layout.world_size} ranks on {', '.join(nodes[: job.layout.nodes])}")
         return rank_step(job, folder, nodes[: job.layout.nodes], resume=resume and not restarts, spec=spec)
     here.say(f"{job.name}: starting supervisors on {', '.join(nodes)} for {job.layout.nodes} slots")
-    saved = (RunFolder(folder).checkpoints / "latest").exists()
+    # By the checkpoints themselves: the file that names the newest is only a hint, and a full disk has no room for it.
+    saved = bool(publication.checkpoints(RunFolder(folder).checkpoints))
     if begun and not saved:
         # Everything was lost before anything was saved: the run starts over, and so do its metrics.
         RunFolder(folder).metrics_file.unlink()

@@ -8,6 +8,7 @@ requeues the job; the watchers take turns. Imports little before that, because i
 
 import contextlib
 import os
+import secrets
 import selectors
 import signal
 import socket
@@ -31,6 +32,10 @@ TURN_S = 4.0
 """How much longer each further watcher waits, so that one after the other acts."""
 SPARE_LINKS = 64
 """Connections that are accepted beyond two for each node: a stranger must not take the script's descriptors."""
+SOCKET = "KEEPWARM_WATCHER"
+"""Environment variable with the name of the local socket of a job's watchers. It is random, so that no other user of a
+node can take it first, and abstract, so that a container needs no folder for it.
+"""
 _PEER = struct.Struct("3i")
 
 
@@ -39,7 +44,10 @@ _PEER = struct.Struct("3i")
 
 @contextlib.contextmanager
 def watched(nodes: Sequence[str], step: Callable[[str], list[str]]) -> Iterator[None]:
-    """Run watchers on all nodes but the first inside the block; `step` returns the command for an address to watch."""
+    """Run watchers on all nodes but the first inside the block; `step` returns the command for an address to watch.
+
+    Sets KEEPWARM_WATCHER, for these and all later steps of the job.
+    """
     from keepwarm.trainer.distributed.launcher_environment import own_address
 
     host = own_address(nodes[1]) if nodes[1:] else None
@@ -52,6 +60,7 @@ def watched(nodes: Sequence[str], step: Callable[[str], list[str]]) -> Iterator[
         most = 2 * len(nodes) + SPARE_LINKS
         beats = threading.Thread(target=beat, args=(server, stop, most), name="beat", daemon=True)
         beats.start()
+        os.environ[SOCKET] = f"keepwarm-{secrets.token_hex(16)}"
         resources = ("SLURM_GPUS", "SLURM_GRES", "SLURM_TRES", "SLURM_MEM")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(resources)}
         # In its own session: a signal to the batch script must not end the watchers.
@@ -65,6 +74,8 @@ def watched(nodes: Sequence[str], step: Callable[[str], list[str]]) -> Iterator[
             watchers.terminate()
             stop.set()
             beats.join(BEAT_S + 1)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                watchers.wait(BEAT_S)
 
 
 def beat(server: socket.socket, stop: threading.Event, most: int, interval: float = BEAT_S) -> None:
@@ -95,18 +106,14 @@ def _is_sent(link: socket.socket) -> bool:
 # ---- on the other nodes
 
 
-def local_address(environment: Mapping[str, str]) -> str:
-    """Return the abstract socket through which a supervisor's task tells the watcher of its node how it ended."""
-    return f"\0keepwarm-{os.getuid()}-{environment['SLURM_JOB_ID']}"
-
-
 @contextlib.contextmanager
 def reported(environment: Mapping[str, str]) -> Iterator[Callable[[int], None]]:
     """Have the watcher of this node know that a supervisor runs inside the block; yield what takes its exit code."""
     with socket.socket(socket.AF_UNIX) as link:
         link.settimeout(SILENCE_S)
-        with contextlib.suppress(OSError):  # on the first node there is none
-            link.connect(local_address(environment))
+        if SOCKET in environment:
+            with contextlib.suppress(OSError):  # on the first node there is none
+                link.connect(f"\0{environment[SOCKET]}")
 
         def report(code: int) -> None:
             with contextlib.suppress(OSError):
@@ -143,7 +150,7 @@ class Watcher:
         """Exit code of the last supervisor on this node."""
         self._selector = selectors.DefaultSelector()
         self._local = socket.socket(socket.AF_UNIX)
-        self._local.bind(local_address(environment))
+        self._local.bind(f"\0{environment[SOCKET]}")
         self._local.listen()
         self._selector.register(self._local, selectors.EVENT_READ, self._on_supervisor)
         self._link: socket.socket | None = None

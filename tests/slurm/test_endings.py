@@ -187,9 +187,10 @@ def test_slurm_requeues_without_a_step_are_bounded(cluster: SlurmCluster, folder
 @pytest.mark.long
 def test_slurm_time_limit_of_a_job_that_may_not_be_requeued_is_a_timeout(cluster: SlurmCluster, folder: Path) -> None:
     run = folder / "run"
-    limit = ("cluster.slurm.time=1", "cluster.slurm.save_before_limit=20", "cluster.slurm.extra=['--no-requeue']")
-    job = submit(cluster, run, *TWO, LONG, *limit)
+    job = submit(cluster, run, *TWO, LONG, "cluster.slurm.save_before_limit=20")
+    assert cluster.login("scontrol", "update", f"JobId={job}", "Requeue=0").returncode == 0
     await_that(lambda: step_of(run) >= 2, "two steps", 300)
+    assert cluster.login("scontrol", "update", f"JobId={job}", "TimeLimit=1").returncode == 0
     refused = cluster.keepwarm("requeue", str(run))
     assert refused.returncode == 2
     assert "may not requeue" in refused.stderr

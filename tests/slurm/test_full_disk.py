@@ -1,12 +1,13 @@
-"""A run folder on a disk that is full for a while: training goes on."""
+"""A run folder on a disk that is full, for a while or to the end."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.test_submit import SLURM, happened, on_this_machine, step_of, submitted, words
+from tests.slurm.test_submit import SLURM, happened, on_this_machine, slot_of, step_of, submitted, words
 from tests.support.runs.slurm_cluster import SlurmCluster, await_that, losses
 
 pytestmark = [pytest.mark.slurm, pytest.mark.long, pytest.mark.timeout(900)]
@@ -50,3 +51,31 @@ def test_slurm_full_disk_for_a_while_costs_lines_and_no_start(cluster: SlurmClus
     kept = losses(run / "metrics.jsonl")
     assert kept[-1] == local[-1]
     assert set(kept) < set(local)
+
+
+def test_slurm_full_disk_and_a_dead_node_cost_no_start(cluster: SlurmCluster, folder: Path, small: Path) -> None:
+    longer = ("stages.0.tokens=153_600", "snapshot.durable={every: 50}", "cluster.slurm.nodelist=node[0-3]")
+    job = submitted(cluster, small, *longer, job=SLURM)
+    run = cluster.seen(small)
+    await_that(lambda: step_of(run) >= 7, "seven steps", 300)
+    holder = next(node for node in ("node1", "node2", "node3") if slot_of(run, node) is not None)
+    fill(cluster)
+    reached = committed(cluster, small)
+    cluster.crash(holder)
+    cluster.boot(holder)
+    await_that(lambda: committed(cluster, small) >= reached + 20, "twenty steps on a full disk", 300)
+    assert cluster.login("rm", f"{cluster.root}/small/filler").returncode == 0
+    assert cluster.await_end(job, 600) == "COMPLETED", words(run)
+    assert cluster.login("scontrol", "show", "job", job).stdout.count("Restarts=0") == 1
+    assert losses(run / "metrics.jsonl")[-1] == on_this_machine(cluster, folder / "local", *longer, job=SLURM)[-1]
+
+
+def test_slurm_full_disk_to_the_end_fails_after_a_few_starts(cluster: SlurmCluster, small: Path) -> None:
+    job = submitted(cluster, small, "cluster.slurm.extra=['--hold']", "cluster.max_restarts=1", job=SLURM)
+    fill(cluster)
+    assert cluster.login("scontrol", "release", job).returncode == 0
+    assert cluster.await_end(job, 600) == "FAILED", words(cluster.seen(small))
+    (restarts,) = re.findall(r"Restarts=(\d+)", cluster.login("scontrol", "show", "job", job).stdout)
+    assert int(restarts) <= 1
+    assert cluster.login("squeue", "--noheader").stdout == ""
+    cluster.await_idle()

@@ -3,7 +3,7 @@
 Each node, and the login node that the controller runs on, is one `unshare` process that the kernel kills with this one,
 and with it everything inside the node: names, addresses and mounts exist in these namespaces alone. So clusters do not
 meet, and nothing is left behind however the tests end. Needs root, and Debian's packages slurmctld, slurmd,
-slurm-client, munge and iproute2.
+slurm-client, munge and iproute2; with accounting also slurmdbd, mariadb-server-core and mariadb-client-core.
 """
 
 import contextlib
@@ -26,14 +26,16 @@ SMALL_DISK_MIB = 24
 DEADLINE = 120.0
 """Seconds that anything waited for may take on a busy machine."""
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "mungekey", "ip", "nsenter", "unshare")
+_ACCOUNTING = ("slurmdbd", "mariadbd", "mariadb-install-db")
 _LOGIN = "login"
 _ADDRESS = "10.77.0"
 _PR_SET_PDEATHSIG = 1
 
 
-def missing() -> str | None:
+def missing(*, accounting: bool = False) -> str | None:
     """Why there can be no cluster here, if so."""
-    absent = [name for name in _PROGRAMS if shutil.which(name) is None]
+    needed = (*_PROGRAMS, *_ACCOUNTING) if accounting else _PROGRAMS
+    absent = [name for name in needed if shutil.which(name) is None]
     if absent:
         return f"SLURM is not installed ({', '.join(absent)}): .ci/run installs it"
     if os.geteuid() != 0:
@@ -77,6 +79,8 @@ class SlurmCluster:
     gpus: int = 0
     options: str = ""
     """More lines for slurm.conf."""
+    accounting: bool = False
+    """Whether the login node also runs MariaDB and slurmdbd, which sacct asks."""
     machines: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
     site: subprocess.Popen[bytes] | None = None
@@ -254,6 +258,19 @@ class SlurmCluster:
 
     def _login_script(self) -> str:
         munge = f"{self.root}/run/munge"
+        accounting = []
+        if self.accounting:
+            database, config = f"{self.root}/database", f"{self.root}/etc/slurmdbd.conf"
+            answers = lambda port: f"until (: </dev/tcp/127.0.0.1/{port}) 2>/dev/null; do sleep 0.05; done"  # noqa: E731
+            accounting = [
+                f"mariadb-install-db --no-defaults --user=root --datadir={database} --skip-test-db >/dev/null",
+                f"mariadbd --no-defaults --user=root --datadir={database} --socket={self.root}/run/database "
+                "--bind-address=127.0.0.1 --skip-grant-tables &",
+                answers(3306),
+                f"install -m 600 {config}.open {config}",
+                "slurmdbd -D &",
+                answers(6819),
+            ]
         return "\n".join(
             (
                 "ip link add br0 type bridge",
@@ -262,6 +279,7 @@ class SlurmCluster:
                 f"munged --foreground --force --key-file={self.root}/etc/munge.key --socket={munge} "
                 f"--pid-file={munge}.pid --log-file={self.root}/log/munged.log --seed-file={munge}.seed &",
                 f"until [ -S {munge} ]; do sleep 0.05; done",
+                *accounting,
                 "slurmctld -D &",
                 "wait  # and reap the orphans of this machine",
             )
@@ -316,6 +334,16 @@ class SlurmCluster:
         (etc / "hosts").write_text("\n".join(hosts) + "\n")
         names = f"node[0-{self.nodes - 1}]"
         conf = _CONF.format(root=self.root, login=_LOGIN, address=_ADDRESS, nodes="\n".join(nodes), names=names)
+        if self.accounting:
+            kept = "\n".join(
+                (
+                    "AccountingStorageType=accounting_storage/slurmdbd",
+                    f"AccountingStorageHost={_LOGIN}",
+                    f"AccountingStoragePass={self.root}/run/munge",
+                )
+            )
+            conf = conf.replace("AccountingStorageType=accounting_storage/none", kept)
+            (etc / "slurmdbd.conf.open").write_text(_DATABASE_CONF.format(root=self.root, login=_LOGIN))
         (etc / "slurm.conf").write_text(conf + self.options + "\n")
 
 
@@ -369,6 +397,19 @@ AccountingStorageType=accounting_storage/none
 {nodes}
 PartitionName=batch Nodes={names} Default=YES MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=REQUEUE GraceTime=0
 PartitionName=high  Nodes={names} MaxTime=INFINITE State=UP PriorityTier=100 PreemptMode=OFF
+"""
+
+_DATABASE_CONF = """\
+AuthType=auth/munge
+AuthInfo=socket={root}/run/munge
+DbdHost={login}
+SlurmUser=root
+LogFile={root}/log/slurmdbd.log
+PidFile={root}/run/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StorageUser=root
+StorageLoc=accounts
 """
 
 
