@@ -114,6 +114,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "experts": ({"model_type": "mixtral"}, "mixture of experts; these come later"),
     "no-plans": ({"model_type": "gpt2"}, "no tensor-parallel and pipeline plan"),
     "other-stages": ({"model_type": "phi"}, "other parts than an embedding, layers and a norm"),
+    "parameters-outside": ({"model_type": "hrm_text"}, "has parameters outside its layers"),
     "unknown": ({"model_type": "nonesuch"}, "unknown to the transformers that is installed"),
     "encoder-decoder": ({"model_type": "t5"}, "no causal language model"),
     "buffers": ({"model_type": "apertus"}, "has a buffer"),
