@@ -61,6 +61,8 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
     "gemma2": {**_GEMMA, "attn_logit_softcapping": 2.0},
     "gemma3_text": {**_GEMMA, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "phi3": {"sliding_window": 5},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "cwm": {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "sliding_window": 5},
     "olmo3": {"sliding_window": 5},
     "granite": {
         "embedding_multiplier": 3.0,
