@@ -27,7 +27,7 @@ TORCH := 2.11.0
 BASE_TESTS := tests/test_commands.py tests/test_extras.py tests/test_tested.py tests/test_configs.py tests/launch/cli/test_cli.py \
   tests/trainer/data/test_indexed.py tests/trainer/data/test_tokenize.py
 
-.PHONY: help demo demo-quick test test-base test-torch test-long lint format bench clean
+.PHONY: help demo demo-quick test test-base test-torch test-long lint format bench models clean
 
 help: ## show this
 	@echo "keepwarm: make TARGET"
@@ -75,6 +75,9 @@ format: $(ENV)/installed-dev ## format the code
 
 bench: $(ENV)/installed-dev ## speed against peers in the same run, as JSON
 	@for file in tests/bench/*.py; do echo "==> $$file"; $(VENV)/python "$$file"; done
+
+models: $(ENV)/installed-dev ## every dense family of transformers in one and several dimensions, into docs/models.md (an hour)
+	@OMP_NUM_THREADS=1 $(VENV)/python -m tests.model_families
 
 clean: ## remove the virtual environment and the demo's outputs
 	rm -rf .venv .venv-* runs/demo runs/demo-drill runs/demo-german $(DEMO_DATA)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,9 @@ from keepwarm.trainer.convert.dtypes import SHORT
 from keepwarm.trainer.convert.huggingface.exporter import to_huggingface
 from keepwarm.trainer.convert.huggingface.importer import Progress, from_huggingface, silent
 from keepwarm.trainer.errors import SpecError
+
+if TYPE_CHECKING:
+    from keepwarm.trainer.convert.verify.comparison import Comparison
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
@@ -44,6 +47,14 @@ WeightsOnly = Annotated[bool, typer.Option("--weights-only", help="Leave out the
 TrustPickle = Annotated[
     bool, typer.Option("--trust-pickle", help="Let pickles in SRC run code: only for files you trust.")
 ]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Then compute logits of SRC and of DST; exit code 1 if they differ.")
+]
+VerifyOnly = Annotated[bool, typer.Option("--verify-only", help="The same for a DST that exists; convert nothing.")]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="With --verify: largest difference, relative to the largest logit; default: 1e-4."),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +72,9 @@ class Options:
     ignore_key: list[str] | None
     weights_only: bool
     trust_pickle: bool
+    verify: bool
+    verify_only: bool
+    tolerance: float | None
     as_json: bool
 
 
@@ -77,6 +91,9 @@ def command(
     ignore_key: IgnoreKey = None,
     weights_only: WeightsOnly = False,
     trust_pickle: TrustPickle = False,
+    verify: Verify = False,
+    verify_only: VerifyOnly = False,
+    tolerance: Tolerance = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Convert checkpoints from and to the formats of other programs. DST is written whole or not at all.
@@ -87,16 +104,34 @@ def command(
 
     keepwarm convert --from native --to megatron runs/demo exports/demo-megatron
 
+    keepwarm convert --from hf --to native ~/models/Qwen3-8B checkpoints/qwen3-8b --verify
+
     keepwarm convert --from torchtitan --to native outputs/checkpoint/step-1000 checkpoints/llama --config config.json
 
     Formats: hf (folder of transformers), native (keepwarm), dcp (torch.distributed.checkpoint with keepwarm's names),
-    torchtitan (Llama 3), megatron (Megatron Core torch_dist, GPT), deepspeed (universal checkpoint, with the names of a
-    Hugging Face model). All but hf carry AdamW's state.
+    torchtitan (Llama 3, Qwen 3), megatron (Megatron Core torch_dist, GPT), deepspeed (universal checkpoint, with the
+    names of a Hugging Face model). All but hf carry AdamW's state.
     """
     options = Options(**locals())
-    began = time.perf_counter()
-    done = convert(options, _bar() if sys.stderr.isatty() and not as_json else silent)
-    _print(done | {"seconds": round(time.perf_counter() - began, 3)}, as_json)
+    if options.verify_only:
+        answer: dict[str, Any] = {"source": str(source), "destination": str(destination)}
+    else:
+        began = time.perf_counter()
+        answer = convert(options, _bar() if sys.stderr.isatty() and not as_json else silent)
+        answer["seconds"] = round(time.perf_counter() - began, 3)
+        if not as_json:
+            _print(answer)
+    equal = True
+    if verify or verify_only:
+        found = _verified(options, Path(answer["source"]))
+        equal = found.equal
+        answer["verify"] = found.as_json()
+        if not as_json:
+            typer.echo(f"{destination}: {found}")
+    if as_json:
+        typer.echo(json.dumps(answer))
+    if not equal:
+        raise typer.Exit(1)
 
 
 def convert(options: Options, progress: Progress) -> dict[str, Any]:
@@ -152,10 +187,21 @@ def convert(options: Options, progress: Progress) -> dict[str, Any]:
             raise SpecError(f"--from {given} --to {wanted}: nothing to convert; one of them must be native")
 
 
-def _print(done: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(done))
-        return
+def _verified(options: Options, source: Path) -> "Comparison":
+    # Imports torch and transformers, which a conversion between hf and native does without.
+    from keepwarm.trainer.convert.importer import ImportOptions
+    from keepwarm.trainer.convert.verify.comparison import compare
+    from keepwarm.trainer.convert.verify.open import opened
+
+    chosen = ImportOptions(
+        config=options.config, trust_pickle=options.trust_pickle, ignored_keys=tuple(options.ignore_key or ())
+    )
+    return compare(
+        opened(source, options.given, chosen), opened(options.destination, options.wanted, chosen), options.tolerance
+    )
+
+
+def _print(done: dict[str, Any]) -> None:
     typer.echo(
         f"{done['destination']}: {done['model_type']}, {done['parameters']:,} parameters in {done['tensors']} tensors, "
         f"{done['bytes'] / 1e9:.2f} GB of {', '.join(done['dtypes'])} in {done['seconds']:.1f} s"

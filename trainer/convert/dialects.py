@@ -7,7 +7,7 @@ moments lie like their parameters, under names that the dialect derives from the
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from keepwarm.trainer.convert.recipes import Recipe, Shape
@@ -40,6 +40,8 @@ class Theirs:
     name: str
     shape: Shape
     chunks: tuple[Chunk, ...]
+    is_copy: bool = False
+    """Another name for a tensor that is there already, which has no state of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,8 @@ class Dialect:
     """Their name of a moment of one of their parameters."""
     master: str | None = None
     """Prefix under which they keep weights of full precision beside those in use."""
+    older: Callable[[str], str] | None = None
+    """What earlier versions of their program called one of their parameters."""
 
 
 def with_moments(recipes: list[Recipe], dialect: Dialect, found: tuple[str, ...]) -> list[Recipe]:
@@ -64,6 +68,26 @@ def with_moments(recipes: list[Recipe], dialect: Dialect, found: tuple[str, ...]
             runs = tuple((dialect.moment(moment, name), start, stop) for name, start, stop in recipe.runs)
             made.append(dataclasses.replace(recipe, name=f"optimizer.{moment}.{recipe.name}", runs=runs))
     return made
+
+
+def as_found(dialect: Dialect, spec: ModelSpec, names: Collection[str]) -> Dialect:
+    """Return the dialect, or that of earlier versions of its program if a checkpoint with these names is theirs."""
+    older = dialect.older
+    if older is None or not any(
+        older(tensor.name) != tensor.name and older(tensor.name) in names for tensor in dialect.out(spec)
+    ):
+        return dialect
+
+    def into(spec: ModelSpec) -> list[Recipe]:
+        return [
+            dataclasses.replace(recipe, runs=tuple((older(name), a, b) for name, a, b in recipe.runs))
+            for recipe in dialect.into(spec)
+        ]
+
+    def out(spec: ModelSpec) -> list[Theirs]:
+        return [dataclasses.replace(tensor, name=older(tensor.name)) for tensor in dialect.out(spec)]
+
+    return dataclasses.replace(dialect, into=into, out=out, older=None)
 
 
 def sections(tensors: list[Theirs], dialect: Dialect, moments: tuple[str, ...]) -> list[Theirs]:
@@ -82,20 +106,23 @@ def sections(tensors: list[Theirs], dialect: Dialect, moments: tuple[str, ...]) 
         return dataclasses.replace(tensor, name=name, chunks=chunks)
 
     made = [of(MODEL, tensor, tensor.name) for tensor in tensors]
+    own = [tensor for tensor in tensors if not tensor.is_copy]
     for moment in moments:
-        made += [of(f"optimizer.{moment}.", tensor, dialect.moment(moment, tensor.name)) for tensor in tensors]
+        made += [of(f"optimizer.{moment}.", tensor, dialect.moment(moment, tensor.name)) for tensor in own]
     return made
 
 
-# torchtitan's Llama 3
+# torchtitan's Llama 3 and Qwen 3
 
-_TITAN_TOP = {"embedding": "tok_embeddings", "final_norm": "norm", "head": "output"}
+_TITAN_TOP = {"embedding": "tok_embeddings", "final_norm": "norm", "head": "lm_head"}
 _TITAN_LAYER = {
     "attention_norm": "attention_norm",
-    "attention.query": "attention.wq",
-    "attention.key": "attention.wk",
-    "attention.value": "attention.wv",
+    "attention.query": "attention.qkv_linear.wq",
+    "attention.key": "attention.qkv_linear.wk",
+    "attention.value": "attention.qkv_linear.wv",
     "attention.output": "attention.wo",
+    "attention.query_norm": "attention.q_norm",
+    "attention.key_norm": "attention.k_norm",
     "mlp_norm": "ffn_norm",
     "mlp.gate": "feed_forward.w1",
     "mlp.down": "feed_forward.w2",
@@ -104,9 +131,12 @@ _TITAN_LAYER = {
 
 
 def _check_titan(spec: ModelSpec) -> None:
+    who = "torchtitan's Llama 3 and Qwen 3"
+    if spec.qk_norm == "projection":
+        raise SpecError(f"model.qk_norm = 'projection' cannot be expressed by {who}")
     _require(
         spec,
-        "torchtitan's Llama 3",
+        who,
         norm="rms",
         norm_position="pre",
         activation="swiglu",
@@ -117,10 +147,10 @@ def _check_titan(spec: ModelSpec) -> None:
         qkv_bias=False,
         attention_output_bias=False,
         mlp_bias=False,
-        qk_norm="none",
-        tied_embeddings=False,
         nope_layers=(),
     )
+    if spec.qk_norm == "head":
+        _check_scaling(spec, "torchtitan's Qwen 3")
     _check_scaling(spec, "torchtitan's Llama 3", "llama3")
 
 
@@ -142,7 +172,8 @@ def _halves(rows: int, size: int, inverse: bool) -> Iterator[int]:
 
 
 def _titan_runs(name: str, shape: Shape, source: str, spec: ModelSpec, inverse: bool) -> Runs:
-    if not name.endswith(("attention.query.weight", "attention.key.weight")):
+    # Qwen 3 turns the same features here and there.
+    if spec.qk_norm == "head" or not name.endswith(("attention.query.weight", "attention.key.weight")):
         return ((source, 0, math.prod(shape)),)
     width = shape[1]
     rows = _halves(shape[0], spec.size_per_head, inverse)
@@ -159,10 +190,19 @@ def _titan_into(spec: ModelSpec) -> list[Recipe]:
 
 def _titan_out(spec: ModelSpec) -> list[Theirs]:
     _check_titan(spec)
-    return [
+    made = [
         whole(Recipe(name=_titan_name(name), shape=shape, runs=_titan_runs(name, shape, name, spec, True)))
         for name, shape in parameter_shapes(spec).items()
     ]
+    if spec.tied_embeddings:
+        (tied,) = made[0].chunks
+        head = dataclasses.replace(tied.recipe, name=_titan_name("head.weight"))
+        made.append(dataclasses.replace(whole(head), is_copy=True))
+    return made
+
+
+def _titan_before_0_3(name: str) -> str:
+    return name.replace(".qkv_linear.", ".").replace("lm_head.", "output.")
 
 
 # Megatron Core's GPTModel
@@ -325,7 +365,10 @@ DIALECTS: Mapping[str, Dialect] = {
         moment=lambda moment, name: f"optimizer.{moment}.{name.removeprefix(MODEL)}",
     ),
     "torchtitan": Dialect(
-        into=_titan_into, out=_titan_out, moment=lambda moment, name: f"optimizer.state.{name}.{moment}"
+        into=_titan_into,
+        out=_titan_out,
+        moment=lambda moment, name: f"optimizer.state.{name}.{moment}",
+        older=_titan_before_0_3,
     ),
     "megatron": Dialect(
         into=_megatron_into,

@@ -17,7 +17,17 @@ from keepwarm.ft.format.contents import ITEM_SIZE, Piece
 from keepwarm.ft.format.writer import write_part_blocks
 from keepwarm.trainer.convert.dcp.folder import DcpFolder
 from keepwarm.trainer.convert.deepspeed.folder import DeepSpeedFolder, names_of
-from keepwarm.trainer.convert.dialects import COMMON, DIALECTS, MODEL, MOMENTS, STEP, Dialect, per_layer, with_moments
+from keepwarm.trainer.convert.dialects import (
+    COMMON,
+    DIALECTS,
+    MODEL,
+    MOMENTS,
+    STEP,
+    Dialect,
+    as_found,
+    per_layer,
+    with_moments,
+)
 from keepwarm.trainer.convert.dtypes import NAMES
 from keepwarm.trainer.convert.huggingface.config import config_for
 from keepwarm.trainer.convert.huggingface.folder import NOTE, strict_json_file
@@ -71,13 +81,14 @@ def from_dcp(
         OutputError: `destination` exists or cannot be written; nothing is left there.
     """
     note = strict_json_file(source / NOTE) if (source / NOTE).is_file() else {}
-    spec, dtype, trust_pickle = _spec(options, note, source), options.dtype, options.trust_pickle
+    spec, dtype, trust_pickle = spec_of(options, note, source), options.dtype, options.trust_pickle
     folder: Folder
     if kind == "deepspeed":
         folder = DeepSpeedFolder(source, trust_pickle=trust_pickle)
-        dialect = names_of(_model_type(options.config, note, spec))
+        dialect = names_of(model_type_of(options.config, note, spec))
     else:
-        folder, dialect = DcpFolder(source, trust_pickle=trust_pickle), DIALECTS[kind]
+        folder = DcpFolder(source, trust_pickle=trust_pickle)
+        dialect = as_found(DIALECTS[kind], spec, folder.tensors)
     recipes, masters = _recipes(folder, dialect, kind, spec, options.weights_only)
     moments = () if options.weights_only else _moments(folder, dialect, recipes)
     if moments and dtype is not None:
@@ -111,7 +122,12 @@ def from_dcp(
     }
 
 
-def _spec(options: ImportOptions, note: dict[str, Any], source: Path) -> ModelSpec:
+def spec_of(options: ImportOptions, note: dict[str, Any], source: Path) -> ModelSpec:
+    """Return the model of a foreign checkpoint, from `options.config` or the note of an export.
+
+    Raises:
+        SpecError: neither describes it.
+    """
     config = options.config
     if config is None:
         if "model" not in note:
@@ -130,7 +146,7 @@ def _spec(options: ImportOptions, note: dict[str, Any], source: Path) -> ModelSp
     return load_model(config)
 
 
-def _model_type(config: Path | None, note: dict[str, Any], spec: ModelSpec) -> str:
+def model_type_of(config: Path | None, note: dict[str, Any], spec: ModelSpec) -> str:
     """Return the Hugging Face model type whose names the parameters have."""
     fields = strict_json_file(config) if config is not None and config.suffix == ".json" else {}
     return str(fields.get("model_type") or note.get("model_type") or config_for(spec)["model_type"])
@@ -144,7 +160,7 @@ def _recipes(
     apart = any(name.startswith("decoder.layers.0.") for name in folder.tensors)
     if apart:
         recipes = per_layer(recipes, spec)
-    shapes = _their_shapes(dialect, spec, apart)
+    shapes = _their_shapes(dialect, spec, folder, apart)
     for name, shape in shapes.items():
         found = folder.shape(name)
         padded = name in _PADDED and found[:1] >= shape[:1] and found[1:] == shape[1:]
@@ -172,8 +188,10 @@ def _recipes(
     return recipes, masters
 
 
-def _their_shapes(dialect: Dialect, spec: ModelSpec, apart: bool) -> dict[str, tuple[int, ...]]:
-    shapes = {tensor.name: tensor.shape for tensor in dialect.out(spec)}
+def _their_shapes(dialect: Dialect, spec: ModelSpec, folder: Folder, apart: bool) -> dict[str, tuple[int, ...]]:
+    shapes = {
+        tensor.name: tensor.shape for tensor in dialect.out(spec) if not tensor.is_copy or tensor.name in folder.tensors
+    }
     if not apart:
         return shapes
     return {

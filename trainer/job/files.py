@@ -25,6 +25,7 @@ from keepwarm.trainer.job.site.site_file import read_site
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.job.url import expand_paths, is_remote, local_path, path_override
 from keepwarm.trainer.job.yaml import Document, Keys, read_document
+from keepwarm.trainer.model.parent_model import model_of
 from keepwarm.trainer.model.spec import ModelSpec
 from keepwarm.trainer.model.transformers.resolve import resolved
 
@@ -62,6 +63,7 @@ def load_job(path: Path, overrides: Sequence[str] = (), *, resubmit: bool = Fals
             change.apply(document)
             model_base = Path.cwd()
     _resolve_model(document, model_base)
+    _take_model(document, changes)
     _anchor_config(document.values, model_base)
     for change in changes:
         if change.keys != ("model",):
@@ -220,6 +222,22 @@ def _resolve_model(document: Document, base: Path) -> None:
     except (SpecError, ValueError) as error:
         raise SpecError(f"{document.place(('model',))}: model: {error}") from error
     document.graft(("model",), model.values, model.places)
+
+
+def _take_model(document: Document, changes: Sequence[Override]) -> None:
+    """Fill in the model of the Hugging Face folder in `init_from`, if the job names no model."""
+    values = document.values | {change.keys[0]: change.value for change in changes if len(change.keys) == 1}
+    parent, ignored = values.get("init_from"), values.get("init_from_ignore_keys")
+    if values.get("model") is not None or not isinstance(parent, str) or is_remote(parent):
+        return
+    try:
+        model = model_of(
+            Path(_anchored(parent, Path.cwd())), [str(one) for one in ignored] if isinstance(ignored, list) else ()
+        )
+    except SpecError as error:
+        raise SpecError(f"{document.place(('init_from',))}: init_from: {error}") from error
+    if model is not None:
+        document.graft(("model",), model, {(): document.place(("init_from",))})
 
 
 def _anchor_config(values: dict[str, Any], base: Path) -> None:

@@ -61,6 +61,8 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
     "gemma2": {**_GEMMA, "attn_logit_softcapping": 2.0},
     "gemma3_text": {**_GEMMA, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "phi3": {"sliding_window": 5},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "cwm": {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "sliding_window": 5},
     "olmo3": {"sliding_window": 5},
     "granite": {
         "embedding_multiplier": 3.0,
@@ -148,7 +150,7 @@ class Run:
 
 def train(spec: AnyModelSpec, run: Run, start: State | None = None, first: int = 0) -> Outcome:
     """Train on the ranks of the layout, from `start` if given, and put the state together from all shards."""
-    ranks = run_ranks(run.world_size, _train, spec, run, start, first, deadline=200.0)
+    ranks = run_ranks(run.world_size, train_on_rank, spec, run, start, first, deadline=200.0)
     assert all(steps == ranks[0][0] for steps, _ in ranks)
     return Outcome(ranks[0][0], assemble([shards for _, shards in ranks]))
 
@@ -157,7 +159,8 @@ def rate(step: int) -> float:
     return 0.02 / (1 + step)
 
 
-def _train(spec: AnyModelSpec, run: Run, start: State | None, first: int) -> Any:
+def train_on_rank(spec: AnyModelSpec, run: Run, start: State | None, first: int) -> Any:
+    """The results of the steps on this rank, and the shards that it holds."""
     parallel = ParallelSpec.model_validate(
         {name: getattr(run, name) for name in ("tensor", "pipeline", "data", "sequence", "schedule")}
     )

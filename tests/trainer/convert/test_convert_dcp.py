@@ -129,10 +129,10 @@ def test_torchtitan_export_has_its_names_and_comes_back(tmp_path: Path, run: tup
     titan = read_dcp(tmp_path / "titan")
     for theirs, ours in {
         "tok_embeddings.weight": "embedding.weight",
-        "layers.1.attention.wv.weight": "layers.1.attention.value.weight",
+        "layers.1.attention.qkv_linear.wv.weight": "layers.1.attention.value.weight",
         "layers.0.feed_forward.w2.weight": "layers.0.mlp.down.weight",
         "layers.0.ffn_norm.weight": "layers.0.mlp_norm.weight",
-        "output.weight": "head.weight",
+        "lm_head.weight": "head.weight",
     }.items():
         assert torch.equal(titan[theirs], state[f"model.{ours}"])
         assert torch.equal(titan[f"optimizer.state.{theirs}.exp_avg_sq"], state[f"optimizer.exp_avg_sq.{ours}"])
@@ -151,7 +151,7 @@ def test_torchtitan_query_key_products_equal_native(tmp_path: Path, run: tuple[S
     turn = torch.polar(torch.ones_like(angles), angles)[None, :, None]
 
     def theirs(name: str) -> torch.Tensor:
-        heads = (x @ titan[f"layers.1.attention.{name}.weight"].T).unflatten(-1, (-1, size))
+        heads = (x @ titan[f"layers.1.attention.qkv_linear.{name}.weight"].T).unflatten(-1, (-1, size))
         return torch.view_as_real(torch.view_as_complex(heads.unflatten(-1, (-1, 2))) * turn).flatten(-2)
 
     def ours(name: str) -> torch.Tensor:
@@ -180,12 +180,12 @@ def test_convert_command_converts_both_ways(tmp_path: Path, run: tuple[State, Pa
 
 
 def test_torchtitan_unsupported_model_is_refused(tmp_path: Path, run: tuple[State, Path]) -> None:
-    changed = MODEL.model_copy(update={"qk_norm": "head"})
+    changed = MODEL.model_copy(update={"qk_norm": "projection"})
     root = tmp_path / "run"
     state = whole_state(changed, seed=1)
     meta: dict[str, object] = {"model": changed.model_dump(mode="json")}
     path = write_checkpoint(root, changed, Case(spec=ParallelSpec()), state, meta)
-    with pytest.raises(SpecError, match=r"model\.qk_norm = 'head' cannot be expressed by torchtitan"):
+    with pytest.raises(SpecError, match=r"model\.qk_norm = 'projection' cannot be expressed by torchtitan"):
         to_dcp(path, tmp_path / "titan", kind="torchtitan")
     assert not (tmp_path / "titan").exists()
 

@@ -88,7 +88,7 @@ def to_dcp(
         "destination": str(destination),
         "model_type": kind,
         "tensors": len(tensors),
-        "parameters": sum(chunk.recipe.elements for tensor in theirs for chunk in tensor.chunks),
+        "parameters": sum(chunk.recipe.elements for tensor in theirs if not tensor.is_copy for chunk in tensor.chunks),
         "bytes": size,
         "dtypes": sorted(
             {native.tensors[name].dtype for name in taken & set(native.tensors)} if not dtype else [dtype]
@@ -126,7 +126,7 @@ def moments_of(native: NativeCheckpoint) -> tuple[str, ...]:
 def _steps(kind: str, theirs: list[Theirs]) -> list[Theirs]:
     """Add the number of updates to the format's tensors: once, or for every parameter."""
     names, source = {"dcp": ([STEP], STEP), "megatron": ([], STEP)}.get(
-        kind, ([f"optimizer.state.{tensor.name}.step" for tensor in theirs], _FLOAT_STEP)
+        kind, ([f"optimizer.state.{tensor.name}.step" for tensor in theirs if not tensor.is_copy], _FLOAT_STEP)
     )
     made = []
     for name in names:

@@ -99,7 +99,7 @@ def _check(model: Any) -> None:
     if base is None or not isinstance(getattr(model, "lm_head", None), nn.Linear) or model.lm_head.bias is not None:
         raise SpecError(f"{name} has no plain head lm_head without a bias")
     known = {"embed_tokens", "layers", "norm"}
-    others = [key for key, child in base.named_children() if key not in known and any(child.parameters())]
+    others = [key for key, child in base.named_children() if key not in known and [*child.parameters()]]
     if others:
         raise SpecError(f"{name} has parameters outside its layers, in {others[0]}")
     for index, layer in enumerate(base.layers):

@@ -32,7 +32,7 @@ def resolved(values: Mapping[str, Any]) -> dict[str, Any]:
     file = Path(named)
     if file.is_dir():
         file = file / CONFIG
-    config = _read(file)
+    config = read_config(file)
     reason = _refusal(config)
     if reason is not None:
         raise SpecError(f"{file}: {reason}")
@@ -42,7 +42,8 @@ def resolved(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "config": config, "description": answer["description"]}
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
+    """Return the content of a config. Raise `SpecError` if it cannot be read."""
     try:
         with file.open("rb") as opened:
             raw = opened.read(_LIMIT + 1)
