@@ -13,6 +13,7 @@ from keepwarm.parallel.errors import EngineUnavailable
 from keepwarm.parallel.memory import RankEstimate, Workload
 from keepwarm.parallel.mesh.layout import check_micro_batches
 from keepwarm.parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
+from keepwarm.parallel.style import unequal
 from keepwarm.registry import UnknownName, UnusableComponent
 from keepwarm.tested import TESTED, installed
 
@@ -69,6 +70,9 @@ class EngineInfo(Component, ABC):
 
     foreign_layers: ClassVar[bool] = False
     """Whether the engine calls the layers of `ModelParts.build_stage` as they are, also those of transformers."""
+
+    unequal_parts: ClassVar[bool] = False
+    """Whether tensor ranks can hold unequal parts of the vocabulary, and copies of key-value heads."""
 
     def __init__(self, options: Any) -> None:
         """Store the options, an instance of `Options`."""
@@ -147,4 +151,6 @@ def refusals(job: Job) -> list[str]:
         reasons = ["model.transformers: it has layers of its own; set parallel.engine = torch"]
     else:
         reasons = list(engine.refuses(job))
+    if not engine.unequal_parts:
+        reasons += unequal(job.model.key_value_heads, job.model.vocabulary_size, job.parallel.tensor)
     return [f"parallel.engine = {job.parallel.engine}: {reason}" for reason in reasons]

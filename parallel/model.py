@@ -16,8 +16,9 @@ class ModelParts(Protocol):
     layers: int
     hidden_size: int
     heads: int
-    """Number of attention heads; `heads` and `kv_heads` must be divisible by the tensor axis."""
+    """Number of attention heads, which must be divisible by the tensor axis."""
     kv_heads: int
+    """Number of key-value heads; where it is smaller, it must divide the tensor axis, whose ranks then hold copies."""
     vocabulary_size: int
     tied_embeddings: bool
     """Whether the head shares the embedding's weight; its only canonical name is then the embedding's."""

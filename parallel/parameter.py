@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -35,6 +36,18 @@ class TensorSlice:
         return TensorSlice(offsets=tuple(offsets), shape=tuple(shape))
 
 
+class Split(NamedTuple):
+    """How the tensor axis splits a parameter."""
+
+    dim: int
+    copies: int = 1
+    """Neighbouring ranks that hold the same part."""
+
+    def cut(self, box: TensorSlice, tensor: int, rank: int) -> TensorSlice:
+        """Return the part of `rank` out of `tensor` ranks."""
+        return box.cut(self.dim, tensor // self.copies, rank // self.copies)
+
+
 @dataclass(kw_only=True, slots=True)
 class ShardedParameter:
     """One parameter of one pipeline stage on this rank."""
@@ -49,6 +62,8 @@ class ShardedParameter:
     box: TensorSlice
     replicas: tuple[int, ...]
     """Ranks that hold the same box, ascending."""
+    copied: bool = False
+    """Whether neighbours on the tensor axis hold copies whose gradients have to be summed."""
 
     def shard(self, prefix: str, tensor: torch.Tensor) -> Shard:
         """Return a tensor of the shape of `local` as a shard of the state."""
@@ -68,8 +83,8 @@ class ShardingSpec:
 
     layout: Layout
     at: Coordinates
-    split: Mapping[str, int]
-    """Dim that the tensor axis splits, by parameter name."""
+    split: Mapping[str, Split]
+    """Parameters that the tensor axis splits, by name."""
     shard_size: int
     """Number of consecutive data-axis ranks that share one copy; 1 if every data-parallel rank holds the whole."""
 
@@ -77,13 +92,19 @@ class ShardingSpec:
         """Return this rank's box: cut over the tensor axis, then over the sharding part of the data axis."""
         box = TensorSlice.whole(global_shape)
         if name in self.split:
-            box = box.cut(self.split[name], self.layout.tensor, self.at.tensor)
+            box = self.split[name].cut(box, self.layout.tensor, self.at.tensor)
         return box.cut(0, self.shard_size, self.at.data % self.shard_size)
+
+    def copies(self, name: str) -> int:
+        """Return the number of ranks of the tensor axis that hold the same part."""
+        return self.split[name].copies if name in self.split else self.layout.tensor
 
     def replicas(self, name: str, stages: Sequence[int]) -> tuple[int, ...]:
         """Return the ranks with the same box; `stages` are the pipeline coordinates that hold the parameter."""
         data = range(self.at.data % self.shard_size, self.layout.data, self.shard_size)
-        tensor = [self.at.tensor] if name in self.split else range(self.layout.tensor)
+        copies = self.copies(name)
+        first = self.at.tensor // copies * copies
+        tensor = range(first, first + copies)
         return tuple(
             sorted(self.layout.rank_at(Coordinates(d, p, t)) for d in data for p in set(stages) for t in tensor)
         )

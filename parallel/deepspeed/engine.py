@@ -19,7 +19,7 @@ from keepwarm.parallel.mesh.mesh import Mesh
 from keepwarm.parallel.model import is_tied_across
 from keepwarm.parallel.optimizer.optimizer import counter_shard, make_optimizer, moments, set_step, weight_decay
 from keepwarm.parallel.optimizer.optimizer import materialise as materialise_state
-from keepwarm.parallel.parameter import ShardingSpec, materialise
+from keepwarm.parallel.parameter import ShardingSpec, Split, materialise
 from keepwarm.parallel.recompute import apply_numerics, in_bf16
 from keepwarm.parallel.shard import Shard
 
@@ -140,7 +140,7 @@ class DeepSpeedEngine:
         """Return this rank's stage with its initial weights, and where its parameters lie in the model."""
         model, numerics, device = self._config.model, self._config.numerics, self._config.device
         stage, layout = self._mesh.at.pipeline, self.layout
-        split: dict[str, int] = {}
+        split: dict[str, Split] = {}
         with torch.device("meta"):
             layers = split_layers(model.layers, self._config.parallel)[stage]
             module = model.build_stage(layers, embed=stage == 0, head=stage == layout.pipeline - 1)

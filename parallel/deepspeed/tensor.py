@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from keepwarm.parallel.mesh.collective import copy_to
+from keepwarm.parallel.parameter import Split
 from keepwarm.parallel.style import SPLIT_DIM, TensorStyle
 
 with warnings.catch_warnings():
@@ -45,18 +46,18 @@ class Row(RowParallelLinear):  # type: ignore[misc]
 
 def split(
     part: nn.Module, plan: Mapping[str, TensorStyle], group: dist.ProcessGroup, device: torch.device
-) -> dict[str, int]:
+) -> dict[str, Split]:
     """Replace the modules of `part`, which is on the meta device, by modules that hold this rank's share.
 
     Returns:
-        The split dim of each split parameter by name; all other parameters are whole on every rank.
+        How each split parameter is split, by name; all other parameters are whole on every rank.
     """
     if device.type == "cpu":
         warnings.filterwarnings("ignore", "When using async grad allreduce it is recommended to set the environment")
     config = ModelParallelConfig(
         tensor_model_parallel_size=group.size(), use_cpu_initialization=True, perform_initialization=False
     )
-    found: dict[str, int] = {}
+    found: dict[str, Split] = {}
     for name, module in list(part.named_modules()):
         style = next((style for pattern, style in plan.items() if fnmatch.fnmatchcase(name, pattern)), None)
         if style is None or style in ("sequence", "positions"):
@@ -66,7 +67,7 @@ def split(
                 parameter.register_hook(lambda gradient: _summed(gradient, group))
             continue
         dim = SPLIT_DIM[style]
-        found |= {f"{name}.{key}": dim for key, one in module.named_parameters(recurse=False) if dim < one.ndim}
+        found |= {f"{name}.{key}": Split(dim) for key, one in module.named_parameters(recurse=False) if dim < one.ndim}
         _replace(part, name, module, style, config, group)
     return found
 
@@ -90,7 +91,7 @@ def _replace(
             new: nn.Module = VocabParallelEmbedding(
                 module.num_embeddings, module.embedding_dim, init_method=nothing, config=config, tp_group=group
             )
-        case nn.Linear() if style == "column":
+        case nn.Linear() if style in ("column", "key_value"):
             new = Column(
                 module.in_features,
                 module.out_features,
@@ -122,7 +123,7 @@ def _keep(module: nn.Module, style: TensorStyle, group: dist.ProcessGroup) -> No
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     rows = weight.shape[0] // group.size()
     module.weight = nn.Parameter(weight.new_empty(rows, *weight.shape[1:]))
-    if style == "column_norm":
+    if style in ("column_norm", "key_value_norm"):
         module.reduce_group = group  # type: ignore[assignment]
         return
     module.vocabulary_group = group  # type: ignore[assignment]

@@ -12,7 +12,7 @@ from torch import nn
 
 from keepwarm.parallel.architecture import native
 from keepwarm.parallel.model import ModelParts, is_tied_across
-from keepwarm.parallel.parameter import ShardingSpec, TensorSlice
+from keepwarm.parallel.parameter import ShardingSpec, Split, TensorSlice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +69,7 @@ def _piece(
     tied = is_tied_across(name, model, sharding.layout.pipeline)
     holders = (0, sharding.layout.pipeline - 1) if tied else (sharding.at.pipeline,)
     placed = ShardingSpec(
-        layout=sharding.layout, at=sharding.at, split={} if dim is None else {name: dim}, shard_size=1
+        layout=sharding.layout, at=sharding.at, split={} if dim is None else {name: Split(dim)}, shard_size=1
     )
     return Piece(name=name, global_shape=whole, box=box, replicas=placed.replicas(name, holders), start=start)
 

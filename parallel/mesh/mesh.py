@@ -32,12 +32,14 @@ class Mesh:
         *,
         shard_size: int | None = None,
         alone: bool = False,
+        copies: int = 1,
     ) -> None:
         """Create the groups.
 
         Args:
             shard_size: splits the data axis into (replicate, shard), as hybrid sharding needs it.
             alone: create a DeviceMesh for a world of one rank too, and a process group for it if there is none.
+            copies: neighbours on the tensor axis that hold copies of key-value heads.
 
         Raises:
             LayoutError: the size of the layout is not that of the running world.
@@ -56,6 +58,7 @@ class Mesh:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.at = layout.coordinates(self.rank)
         self.shard_size = shard_size or layout.data
+        self._copies = copies
         self._timeout = timeout
         self._device = device
         # Tensors of an engine are on its device: with NCCL its groups need no connections of gloo.
@@ -84,6 +87,11 @@ class Mesh:
     def ends(self) -> dist.ProcessGroup | None:
         """First and last pipeline stage of this rank's data and tensor coordinates; None on others."""
         return self._groups.get("ends")
+
+    @property
+    def copies(self) -> dist.ProcessGroup | None:
+        """Neighbours on the tensor axis that hold copies of key-value heads; None if there are none."""
+        return self._groups.get("copies")
 
     def device_mesh(self, *axes: str) -> DeviceMesh:
         """Return the DeviceMesh along the named axes; under hybrid sharding `data` is `replicate` and `shard`."""
@@ -127,6 +135,10 @@ class Mesh:
             self._groups[name] = self._new(name, _lines(ranks, dim))
         if self.layout.pipeline > 1:
             self._groups["ends"] = self._new("ends", _lines(whole[:, [0, -1]], 1))
+        if self._copies == self.layout.tensor > 1:
+            self._groups["copies"] = self._groups["tensor"]
+        elif self._copies > 1:
+            self._groups["copies"] = self._new("copies", whole.view(-1, self._copies).tolist())
         self._root = DeviceMesh.from_group(
             [group for name in names if (group := self._groups[name]) is not None],
             self._device.type,

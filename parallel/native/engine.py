@@ -18,6 +18,7 @@ from keepwarm.parallel.optimizer import clip
 from keepwarm.parallel.optimizer.optimizer import Updater
 from keepwarm.parallel.shard import Shard
 from keepwarm.parallel.spec import ParallelSpec
+from keepwarm.parallel.style import copies_of, misfits
 
 
 class TorchEngine:
@@ -43,7 +44,10 @@ class TorchEngine:
         self.layout = config.layout
         self._config = config
         shard_size, wrapped = data.shard_size_of(parallel), data.is_wrapped(parallel, numerics)
-        self._mesh = Mesh(config.layout, config.device, config.timeout, shard_size=shard_size, alone=wrapped)
+        copies = copies_of("key_value", model.kv_heads, parallel.tensor)
+        self._mesh = Mesh(
+            config.layout, config.device, config.timeout, shard_size=shard_size, alone=wrapped, copies=copies
+        )
         stages = [Stage.build(index, config, self._mesh) for index in stages_of(self._mesh.at.pipeline, parallel)]
         self._losses = Losses(model.loss_weights, config.device)
         for stage in stages:
@@ -129,11 +133,13 @@ class TorchEngine:
 
     def _finish_gradients(self) -> None:
         clip.finish(self._parameters, coalesce=self._config.device.type != "cpu")
-        ends = self._mesh.ends
+        ends, copies = self._mesh.ends, self._mesh.copies
         for sharded in self._parameters:
+            if sharded.copied and sharded.local.grad is not None and copies is not None:
+                clip.sum_copies(sharded.local.grad, copies)
             tied = is_tied_across(sharded.name, self._config.model, self.layout.pipeline)
             if tied and sharded.local.grad is not None and ends is not None:
-                clip.sum_ends(sharded.local.grad, ends)
+                clip.sum_copies(sharded.local.grad, ends)
 
     def _drop_gradients(self) -> None:
         for sharded in self._parameters:
@@ -142,10 +148,5 @@ class TorchEngine:
 
 
 def _check(model: ModelParts, parallel: ParallelSpec) -> None:
-    for what, size in (
-        ("heads", model.heads),
-        ("kv_heads", model.kv_heads),
-        ("vocabulary_size", model.vocabulary_size),
-    ):
-        if size % parallel.tensor:
-            raise LayoutError(f"model.{what} = {size} does not divide by parallel.tensor = {parallel.tensor}")
+    for problem in misfits(model.heads, model.kv_heads, model.vocabulary_size, parallel.tensor):
+        raise LayoutError(problem)

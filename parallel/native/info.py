@@ -18,6 +18,7 @@ class TorchInfo(EngineInfo):
     engine = "keepwarm.parallel.native.engine:TorchEngine"
     in_process = True
     foreign_layers = True
+    unequal_parts = True
 
     def refuses(self, job: Job) -> Iterator[str]:
         if job.numerics.norms == "apex" and job.parallel.sequence:

@@ -13,7 +13,7 @@ from keepwarm.parallel.mesh.mesh import Mesh
 from keepwarm.parallel.model import ModelParts, is_tied_across
 from keepwarm.parallel.native import data
 from keepwarm.parallel.native.tensor import TensorParallel
-from keepwarm.parallel.parameter import ShardedParameter, ShardingSpec, local_of, materialise
+from keepwarm.parallel.parameter import ShardedParameter, ShardingSpec, Split, local_of, materialise
 from keepwarm.parallel.recompute import apply_numerics
 
 
@@ -39,9 +39,11 @@ class Stage:
             module = model.build_stage(layers, embed=index == 0, head=index == spec.stages - 1)
         if numerics.precision == "fp64":
             module = module.double()
-        split: dict[str, int] = {}
+        split: dict[str, Split] = {}
         if spec.tensor > 1:
-            tensor = TensorParallel(model.tensor_plan(), mesh.device_mesh("tensor"), sequence=spec.sequence)
+            tensor = TensorParallel(
+                model.tensor_plan(), mesh.device_mesh("tensor"), kv_heads=model.kv_heads, sequence=spec.sequence
+            )
             split = tensor.apply(module)
         apply_numerics(module, numerics)
         if data.is_wrapped(spec, numerics):
@@ -61,7 +63,10 @@ class Stage:
 
 
 def _sharded(name: str, parameter: nn.Parameter, model: ModelParts, sharding: ShardingSpec) -> ShardedParameter:
-    box, local = sharding.box(name, tuple(parameter.shape)), local_of(parameter.data)
+    split, shape = sharding.split.get(name), list(parameter.shape)
+    if split is not None:
+        shape[split.dim] //= split.copies
+    box, local = sharding.box(name, tuple(shape)), local_of(parameter.data)
     if tuple(local.shape) != box.shape:
         raise AssertionError(f"{name}: torch holds {tuple(local.shape)} of it, the layout says {box.shape}")
     canonical, pipeline = model.canonical(name), sharding.layout.pipeline
@@ -71,7 +76,8 @@ def _sharded(name: str, parameter: nn.Parameter, model: ModelParts, sharding: Sh
         name=canonical,
         parameter=parameter,
         local=nn.Parameter(local) if isinstance(parameter, DTensor) else parameter,
-        global_shape=tuple(parameter.shape),
+        global_shape=tuple(shape),
         box=box,
         replicas=sharding.replicas(name, holders),
+        copied=split is not None and split.copies > 1,
     )

@@ -17,7 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from keepwarm.parallel.mesh.collective import SEQUENCE_DIM, copy_to, gather_sequence, reduce_from, scatter_sequence
-from keepwarm.parallel.style import SPLIT_DIM, TensorStyle
+from keepwarm.parallel.parameter import Split, TensorSlice
+from keepwarm.parallel.style import SPLIT_DIM, TensorStyle, copies_of
 
 Forward = Callable[..., Any]
 
@@ -25,22 +26,23 @@ Forward = Callable[..., Any]
 class TensorParallel:
     """Splits the modules of pipeline stages over the ranks of one tensor group."""
 
-    def __init__(self, plan: Mapping[str, TensorStyle], mesh: DeviceMesh, *, sequence: bool) -> None:
+    def __init__(self, plan: Mapping[str, TensorStyle], mesh: DeviceMesh, *, kv_heads: int, sequence: bool) -> None:
         """`mesh` has only the tensor axis; `sequence` splits activations between the matrices along dim 1."""
+        self._kv_heads = kv_heads
         self._plan = plan
         self._mesh = mesh
         self._group: dist.ProcessGroup = mesh.get_group()
         self._sequence = sequence
 
-    def apply(self, part: nn.Module) -> dict[str, int]:
+    def apply(self, part: nn.Module) -> dict[str, Split]:
         """Turn the parameters of `part`, on any device, into DTensors, and make its forwards compute locally.
 
         Returns:
-            The split dim of each split parameter by name; all other parameters are whole on every rank.
+            How each split parameter is split, by name; all other parameters are whole on every rank.
         """
         styles = {name: style for name, _ in part.named_modules() if (style := self._style(name)) is not None}
-        regions = {name.rpartition(".")[0] for name, style in styles.items() if style == "column"}
-        split: dict[str, int] = {}
+        regions = {name.rpartition(".")[0] for name, style in styles.items() if style in ("column", "key_value")}
+        split: dict[str, Split] = {}
         made: dict[nn.Parameter, nn.Parameter] = {}
         for name, module in list(part.named_modules()):
             style = styles.get(name)
@@ -48,11 +50,11 @@ class TensorParallel:
             for key, parameter in module._parameters.items():
                 if parameter is None:
                     continue
-                splits = dim is not None and dim < parameter.ndim
-                if splits:
-                    split[f"{name}.{key}"] = dim  # type: ignore[assignment]
+                cut = None
+                if dim is not None and dim < parameter.ndim:
+                    split[f"{name}.{key}"] = cut = Split(dim, copies_of(style, self._kv_heads, self._group.size()))
                 if parameter not in made:
-                    made[parameter] = self._distribute(parameter, Shard(dim) if splits else Replicate())  # type: ignore[arg-type]
+                    made[parameter] = self._distribute(parameter, cut)
                 module._parameters[key] = made[parameter]
             if module._parameters:
                 self._adapt(module, style)
@@ -64,15 +66,20 @@ class TensorParallel:
     def _style(self, name: str) -> TensorStyle | None:
         return next((style for pattern, style in self._plan.items() if fnmatch.fnmatchcase(name, pattern)), None)
 
-    def _distribute(self, parameter: nn.Parameter, placement: Placement) -> nn.Parameter:
-        local = parameter.data
-        if isinstance(placement, Shard):
-            width = local.shape[placement.dim] // self._group.size()
-            local = local.narrow(placement.dim, self._group.rank() * width, width).contiguous()
-        whole = DTensor.from_local(
-            local, self._mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride()
+    def _distribute(self, parameter: nn.Parameter, split: Split | None) -> nn.Parameter:
+        """Return the parameter as a DTensor; one with copies is a longer tensor in which each part is repeated."""
+        whole = local = parameter.data
+        placement: Placement = Replicate()
+        if split is not None:
+            placement, dim = Shard(split.dim), split.dim
+            if split.copies > 1:
+                whole = torch.empty_like(torch.cat([whole] * split.copies, dim), device="meta")
+            box = split.cut(TensorSlice.whole(local.shape), self._group.size(), self._group.rank())
+            local = local.narrow(dim, box.offsets[dim], box.shape[dim]).contiguous()
+        made = DTensor.from_local(
+            local, self._mesh, [placement], run_check=False, shape=whole.shape, stride=whole.stride()
         )
-        return nn.Parameter(whole)
+        return nn.Parameter(made)
 
     def _adapt(self, module: nn.Module, style: TensorStyle | None) -> None:
         """Make a module that owns parameters compute on local parts, and set the placement of its gradients."""
@@ -82,11 +89,11 @@ class TensorParallel:
             case "vocabulary":
                 module.forward = self._vocabulary(module)
             case "head":
-                weight: nn.Parameter = module.weight  # type: ignore[assignment]
                 module.vocabulary_group = self._group  # type: ignore[assignment]
-                module.vocabulary_start = self._group.rank() * (weight.shape[0] // self._group.size())  # type: ignore[assignment]
-            case "column_norm":
+                module.vocabulary_start = self._group.rank() * self._tokens(module)  # type: ignore[assignment]
+            case "column_norm" | "key_value_norm":
                 module.reduce_group = self._group  # type: ignore[assignment]
+                module.copies = copies_of(style, self._kv_heads, self._group.size())  # type: ignore[assignment]
             case "positions" if self._sequence:
                 module.forward = self._own_part(module.forward)
         # Whole parameters of whose gradient each rank computes a part; for `row` it is the bias, added after the sum.
@@ -120,12 +127,18 @@ class TensorParallel:
 
         return forward
 
+    def _tokens(self, module: nn.Module) -> int:
+        """Return the tokens of every rank but the last ones, which may have fewer."""
+        weight: nn.Parameter = module.weight  # type: ignore[assignment]
+        return -(-weight.shape[0] // self._group.size())
+
     def _vocabulary(self, module: nn.Module) -> Forward:
         group, leave = self._group, scatter_sequence if self._sequence else reduce_from
+        start = group.rank() * self._tokens(module)
 
         def forward(tokens: torch.Tensor) -> torch.Tensor:
             weight: torch.Tensor = module.weight  # type: ignore[assignment]
-            index = tokens - group.rank() * weight.shape[0]
+            index = tokens - start
             elsewhere = (index < 0) | (index >= weight.shape[0])
             found = F.embedding(index.masked_fill(elsewhere, 0), weight)
             return leave(found.masked_fill(elsewhere[..., None], 0), group)

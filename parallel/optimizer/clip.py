@@ -72,6 +72,6 @@ def clip(gradients: Iterable[Gradient], norm: float, limit: float) -> None:
         torch._foreach_mul_(tensors, factor)
 
 
-def sum_ends(gradient: torch.Tensor, group: dist.ProcessGroup) -> None:
-    """Add up, in place, the gradients of the two copies of tied embeddings at the ends of the pipeline."""
+def sum_copies(gradient: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Add up, in place, the gradients of copies: of tied embeddings at the ends of the pipeline, of key-value heads."""
     dist.all_reduce(gradient, group=group)

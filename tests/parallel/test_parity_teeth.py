@@ -51,13 +51,13 @@ def stage_left_out_of_norm(engine: TorchEngine) -> Iterator[None]:
 
 @contextmanager
 def tied_gradient_added_twice(engine: TorchEngine) -> Iterator[None]:
-    sum_ends = clip.sum_ends
+    summed = clip.sum_copies
 
     def doubled(gradient: torch.Tensor, group: dist.ProcessGroup) -> None:
-        sum_ends(gradient, group)
+        summed(gradient, group)
         gradient.mul_(2)
 
-    with patch.object(clip, "sum_ends", doubled):
+    with patch.object(clip, "sum_copies", doubled):
         yield
 
 

@@ -11,10 +11,10 @@ from keepwarm.ft.format.writer import write_part
 from keepwarm.ft.worker.snapshotter import piece_of
 from keepwarm.parallel.mesh.layout import Layout, split_layers, stages_of
 from keepwarm.parallel.native.data import shard_size_of
-from keepwarm.parallel.parameter import ShardingSpec
+from keepwarm.parallel.parameter import ShardingSpec, Split
 from keepwarm.parallel.shard import Shard
 from keepwarm.parallel.spec import ParallelSpec
-from keepwarm.parallel.style import SPLIT_DIM
+from keepwarm.parallel.style import SPLIT_DIM, copies_of
 from keepwarm.trainer.checkpoint.own_part import host_bytes
 from keepwarm.trainer.model.shapes import parameter_shapes, tensor_plan
 from keepwarm.trainer.model.spec import ModelSpec
@@ -117,8 +117,8 @@ def _parameters(rank: int, model: ModelSpec, case: Case) -> Iterator[tuple[str, 
                 yield canonical, shape, (0, pipeline - 1) if tied else (at,)
 
 
-def _split(model: ModelSpec, spec: ParallelSpec) -> dict[str, int]:
-    """Dim that the tensor axis splits, by parameter name, as `TensorParallel.apply` finds it."""
+def _split(model: ModelSpec, spec: ParallelSpec) -> dict[str, Split]:
+    """Parameters that the tensor axis splits, by name, as `TensorParallel.apply` finds them."""
     if spec.tensor == 1:
         return {}
     plan, found = tensor_plan(model), {}
@@ -127,5 +127,5 @@ def _split(model: ModelSpec, spec: ParallelSpec) -> dict[str, int]:
         style = plan.get(".".join(["layers", "*", *parts[2:]] if parts[0] == "layers" else parts))
         dim = None if style is None else SPLIT_DIM.get(style)
         if dim is not None and dim < len(shape):
-            found[name] = dim
+            found[name] = Split(dim, copies_of(style, model.key_value_heads, spec.tensor))
     return found

@@ -13,6 +13,7 @@ from keepwarm.parallel.engine_support import engine_info, refusals
 from keepwarm.parallel.errors import LayoutError
 from keepwarm.parallel.mesh.layout import Layout, split_layers
 from keepwarm.parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
+from keepwarm.parallel.style import misfits
 from keepwarm.trainer.data.spec import DataSpec
 from keepwarm.trainer.data.weights import UNITS, quantise
 from keepwarm.trainer.errors import SpecError
@@ -89,14 +90,9 @@ def _layout(job: Job) -> Iterator[str]:
 
 def _tensor(job: Job) -> Iterator[str]:
     tensor, model = job.parallel.tensor, job.model
-    for key, value in (
-        ("heads", model.heads),
-        ("kv_heads", model.kv_heads or tensor),
-        ("ffn_size", model.ffn_size),
-        ("vocabulary_size", model.vocabulary_size),
-    ):
-        if value % tensor:
-            yield f"model.{key} = {value} does not divide by parallel.tensor = {tensor}"
+    yield from misfits(model.heads, model.key_value_heads, model.vocabulary_size, tensor)
+    if model.ffn_size % tensor:
+        yield f"model.ffn_size = {model.ffn_size} does not divide by parallel.tensor = {tensor}"
     if not isinstance(model, ModelSpec) and tensor > 1 and model.description.no_tensor is not None:
         yield f"parallel.tensor = {tensor}: {model.description.no_tensor}; set 1"
     for key, length in _lengths(job):

@@ -13,7 +13,7 @@ from keepwarm.parallel.mesh.layout import split_layers, stages_of
 from keepwarm.parallel.spec import ParallelSpec
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.model.any_spec import AnyModelSpec
-from keepwarm.trainer.model.shapes import LOGITS_AT_ONCE, Shapes, local_shape, parameter_shapes, tensor_plan
+from keepwarm.trainer.model.shapes import LOGITS_AT_ONCE, Shapes, local_shape, parameter_shapes
 
 RESERVED_GIB = 6.0
 """Memory of a GPU beside tensors: CUDA's context, NCCL's buffers and fragmentation take 4 to 6 GiB."""
@@ -95,9 +95,10 @@ def layer_elements(job: JobSpec) -> tuple[float, float]:
     between = hidden / (tensor if job.parallel.sequence else 1)
     keys = spec.key_value_heads * spec.size_per_head
     # Input of the projections; query, key, value and the mixed heads.
-    attention = hidden + (2 * _queries(spec) + 2 * keys) / tensor
+    held = keys / min(tensor, spec.key_value_heads)
+    attention = hidden + 2 * _queries(spec) / tensor + 2 * held
     if spec.has_qk_norm:
-        attention += (_queries(spec) + keys) / tensor
+        attention += _queries(spec) / tensor + held
     # Input of the MLP; gate, its activation, up and their product, or up and its activation.
     mlp = hidden + (4 if spec.has_gate else 2) * spec.ffn_size / tensor
     residual = between if spec.parallel_residual else 2 * between
@@ -148,15 +149,14 @@ def _workload(job: JobSpec, pipeline: int) -> Workload:
 
 
 def _head(job: JobSpec, tokens: int) -> Head:
-    vocabulary = job.model.vocabulary_size // job.parallel.tensor
+    vocabulary = ceil(job.model.vocabulary_size / job.parallel.tensor)
     chunk = min(tokens, max(1, LOGITS_AT_ONCE // vocabulary))
     return Head(tokens=tokens, hidden_size=job.model.hidden_size, vocabulary=vocabulary, chunk=chunk)
 
 
 def _local_shapes(job: JobSpec, stage: int) -> Shapes:
-    plan = tensor_plan(job.model)
     shapes = stage_shapes(job, stage)
-    return {name: local_shape(name, shape, plan, job.parallel.tensor) for name, shape in shapes.items()}
+    return {name: local_shape(name, shape, job.model, job.parallel.tensor) for name, shape in shapes.items()}
 
 
 def _queries(spec: AnyModelSpec) -> int:

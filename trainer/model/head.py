@@ -16,16 +16,18 @@ from keepwarm.trainer.model.shapes import LOGITS_AT_ONCE
 class Head(nn.Module):
     """Projects onto the vocabulary and, given targets, returns the losses instead of the logits.
 
-    Vocabulary parallelism: the engine makes `weight` this rank's rows (a tensor, or a DTensor sharded on dim 0), and
-    sets `vocabulary_group` to the ranks that share the vocabulary and `vocabulary_start` to this rank's first token.
-    The input must be equal on all of them; its gradient is partial, and the engine must sum it over the group. The
-    result is equal on all of them, and the gradient of `weight` is complete for the local rows.
+    Vocabulary parallelism: the engine makes `weight` this rank's rows (a tensor, or a DTensor sharded on dim 0; the
+    last ranks may have fewer), and sets `vocabulary_group` to the ranks that share the vocabulary and
+    `vocabulary_start` to this rank's first token. The input must be equal on all of them; its gradient is partial, and
+    the engine must sum it over the group. The result is equal on all of them, and the gradient of `weight` is complete
+    for the local rows.
     """
 
     def __init__(self, hidden_size: int, vocabulary_size: int, *, cap: float | None = None) -> None:
         """With a `cap`, the logits are `cap * tanh(logits / cap)` (Gemma 2)."""
         super().__init__()
         self.cap = cap
+        self.vocabulary_size = vocabulary_size
         self.weight = nn.Parameter(torch.empty(vocabulary_size, hidden_size))
         self.chunk = LOGITS_AT_ONCE
         self.vocabulary_group: dist.ProcessGroup | None = None
@@ -42,7 +44,7 @@ class Head(nn.Module):
         if targets is None:
             return self._gather(_capped(F.linear(x, weight), self.cap))
         vocabulary = _Vocabulary(
-            max(1, self.chunk // weight.shape[0]), self.vocabulary_group, self.vocabulary_start, self.cap
+            max(1, self.chunk // self._widest), self.vocabulary_group, self.vocabulary_start, self.cap
         )
         loss, partition = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
             x.flatten(0, 1), weight, targets.flatten(), vocabulary
@@ -50,12 +52,19 @@ class Head(nn.Module):
         loss, partition = loss.view_as(targets), partition.view_as(targets)
         return {MAIN: loss.sum(1), Z_LOSS: partition.square().sum(1)}
 
+    @property
+    def _widest(self) -> int:
+        """Rows of every rank but the last ones, which may have fewer; all must cut the tokens into equal chunks."""
+        ranks = 1 if self.vocabulary_group is None else dist.get_world_size(self.vocabulary_group)
+        return -(-self.vocabulary_size // ranks)
+
     def _gather(self, logits: torch.Tensor) -> torch.Tensor:
         if self.vocabulary_group is None:
             return logits
+        logits = F.pad(logits.detach(), (0, self._widest - logits.shape[-1])).contiguous()
         parts = [torch.empty_like(logits) for _ in range(dist.get_world_size(self.vocabulary_group))]
-        dist.all_gather(parts, logits.detach().contiguous(), group=self.vocabulary_group)
-        return torch.cat(parts, dim=-1)
+        dist.all_gather(parts, logits, group=self.vocabulary_group)
+        return torch.cat(parts, dim=-1)[..., : self.vocabulary_size]
 
 
 class _Vocabulary(NamedTuple):

@@ -15,8 +15,8 @@ class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dim (Zhang and Sennrich, 2019).
 
     If tensor parallelism splits that dim (OLMo 2 normalises the whole query projection), the engine sets
-    `reduce_group`: `x` and `weight` are then this rank's part, and the mean runs over all `features`. The gradients
-    with respect to both are complete on every rank.
+    `reduce_group`: `x` and `weight` are then this rank's part, and the mean runs over all `features`, of which the
+    group has `copies`. The gradients with respect to both are complete on every rank but for those of its copies.
     """
 
     def __init__(self, features: int, eps: float) -> None:
@@ -24,6 +24,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(features))
         self.features = features
         self.eps = eps
+        self.copies = 1
         self.reduce_group: dist.ProcessGroup | None = None
         self.kernel = F.rms_norm
 
@@ -33,7 +34,7 @@ class RMSNorm(nn.Module):
         if self.reduce_group is None:
             return self.kernel(x, (self.features,), weight, self.eps)
         wide = x if x.dtype == torch.float64 else x.float()
-        mean = sum_over(wide.square().sum(-1, keepdim=True), self.reduce_group) / self.features
+        mean = sum_over(wide.square().sum(-1, keepdim=True), self.reduce_group) / (self.features * self.copies)
         return (wide * torch.rsqrt(mean + self.eps) * weight).to(x.dtype)
 
 

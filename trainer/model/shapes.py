@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from keepwarm.parallel.style import TensorStyle
+from keepwarm.parallel.style import SPLIT_DIM, TensorStyle, copies_of
 from keepwarm.trainer.model.any_spec import AnyModelSpec
 from keepwarm.trainer.model.spec import ModelSpec
 
@@ -69,8 +69,8 @@ def tensor_plan(spec: AnyModelSpec) -> Mapping[str, TensorStyle]:
     plan: dict[str, TensorStyle] = {
         "embedding": "vocabulary",
         "layers.*.attention.query": "column",
-        "layers.*.attention.key": "column",
-        "layers.*.attention.value": "column",
+        "layers.*.attention.key": "key_value",
+        "layers.*.attention.value": "key_value",
         "layers.*.attention.output": "row",
         "layers.*.attention_norm": "sequence",
         "layers.*.mlp_norm": "sequence",
@@ -84,21 +84,18 @@ def tensor_plan(spec: AnyModelSpec) -> Mapping[str, TensorStyle]:
     if spec.activation == "swiglu":
         plan["layers.*.mlp.gate"] = "column"
     if spec.qk_norm != "none":
-        style: TensorStyle = "per_head" if spec.qk_norm == "head" else "column_norm"
-        plan["layers.*.attention.query_norm"] = plan["layers.*.attention.key_norm"] = style
+        each = spec.qk_norm == "head"
+        plan["layers.*.attention.query_norm"] = "per_head" if each else "column_norm"
+        plan["layers.*.attention.key_norm"] = "per_head" if each else "key_value_norm"
     return plan
 
 
-def local_shape(name: str, shape: tuple[int, ...], plan: Mapping[str, TensorStyle], tensor: int) -> tuple[int, ...]:
-    """Return the shape that each of `tensor` ranks holds of a parameter before data parallelism splits it further."""
-    match _style(name.rpartition(".")[0], plan):
-        case "column" | "vocabulary" | "head" | "column_norm":
-            dim = 0
-        case "row" if len(shape) == 2:
-            dim = 1
-        case _:
-            return shape
-    return tuple(size // tensor if at == dim else size for at, size in enumerate(shape))
+def local_shape(name: str, shape: tuple[int, ...], spec: AnyModelSpec, tensor: int) -> tuple[int, ...]:
+    """Return the shape that any of `tensor` ranks holds, at most, of a parameter before data parallelism splits it."""
+    style = _style(name.rpartition(".")[0], tensor_plan(spec))
+    dim = SPLIT_DIM.get(style) if style else None
+    parts = tensor // copies_of(style, spec.key_value_heads, tensor)
+    return tuple(-(-size // parts) if at == dim else size for at, size in enumerate(shape))
 
 
 def _style(module: str, plan: Mapping[str, TensorStyle]) -> TensorStyle | None:

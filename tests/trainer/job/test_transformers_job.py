@@ -83,7 +83,7 @@ def test_what_transformers_refuses_is_reported_from_its_process(folder: Path) ->
 
 def test_settings_that_do_not_fit_are_refused_by_their_key(folder: Path) -> None:
     for overrides, reason in (
-        (["parallel.tensor=4"], "model.kv_heads = 2 does not divide by parallel.tensor = 4"),
+        (["parallel.tensor=8"], "model.heads = 4 does not divide by parallel.tensor = 8"),
         (["numerics.compile=true"], "numerics.compile: compiled layers of transformers"),
         (["parallel.engine=megatron"], "model.transformers: it has layers of its own; set parallel.engine = torch"),
         (["model.layers=4"], "model.layers: unknown key"),

@@ -28,8 +28,8 @@ FAMILIES = [
     "llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "olmo2", "olmo3", "smollm3", "glm4",
 ]  # fmt: skip
 MORE = [
-    "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "glm", "helium", "ministral", "mistral", "olmo",
-    "seed_oss", "starcoder2",
+    "arcee", "cohere", "cohere2", "ernie4_5", "exaone", "exaone4", "gemma", "glm", "helium", "hyperclovax", "internlm3",
+    "iquestcoder", "jais2", "ministral", "ministral3", "mistral", "olmo", "seed_oss", "starcoder2", "vaultgemma",
 ]  # fmt: skip
 ALL = [*FAMILIES, *(pytest.param(family, marks=pytest.mark.long) for family in MORE)]
 

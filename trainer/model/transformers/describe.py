@@ -28,6 +28,7 @@ _STYLES: Mapping[str, TensorStyle] = {
 }
 """Styles of transformers' plans. Outputs that they gather stay split here: what follows works on whole heads."""
 _PROJECTIONS = ("attention.query", "attention.key", "attention.value", "attention.output")
+_KEY_VALUE = ("attention.key", "attention.value")
 _HEAD_NORMS = ("attention.query_norm", "attention.key_norm")
 
 
@@ -164,9 +165,11 @@ def _style(planned: str | None, ours: str, layer: nn.Module, head_dim: int) -> T
         if weight.ndim == 1 and "." not in ours:
             return "sequence" if planned is None else None
         if ours in _HEAD_NORMS and weight.ndim == 1:
-            return "per_head" if weight.shape[0] == head_dim else "column_norm"
+            whole: TensorStyle = "key_value_norm" if ours == "attention.key_norm" else "column_norm"
+            return "per_head" if weight.shape[0] == head_dim else whole
         if weight.ndim == 2 and planned is not None and ours not in _HEAD_NORMS:
-            return _STYLES.get(planned)
+            style = _STYLES.get(planned)
+            return "key_value" if style == "column" and ours in _KEY_VALUE else style
     return None
 
 

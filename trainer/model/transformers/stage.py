@@ -82,11 +82,17 @@ class TransformersStage(nn.Module):
 def _count_heads(attention: Any, _: object) -> None:
     """Set what an attention module knows of its number of heads to that of this rank."""
     config = attention.config
-    size = config.num_attention_heads // (local(attention.query.weight).shape[0] // attention.head_dim)
-    if size == 1:
+    heads, keys = (local(part.weight).shape[0] // attention.head_dim for part in (attention.query, attention.key))
+    if heads == config.num_attention_heads:
         return
     attention.config = copy.copy(config)
+    here = {
+        "num_heads": heads,
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys,
+        "num_key_value_groups": heads // keys,
+    }
     for owner in (attention, attention.config):
-        for name in ("num_heads", "num_attention_heads", "num_key_value_heads"):
+        for name, value in here.items():
             if isinstance(vars(owner).get(name), int):
-                setattr(owner, name, vars(owner)[name] // size)
+                setattr(owner, name, value)
