@@ -8,6 +8,8 @@ FtError
 ├── TooFewDescriptors    a process may not open as many files as an agent needs (bad input)
 ├── ForeignSnapshot      a snapshot of another job, model or layout
 ├── ChunkCorrupt         a chunk's bytes do not match its checksum
+├── PageLockFailed       snapshot memory cannot be page-locked for a GPU
+├── DeviceMissedMemory   a copy from a GPU did not arrive in the memory of a snapshot
 ├── TransportError       a link to an agent
 │   ├── AuthenticationFailed  the other side does not know the job's secret
 │   ├── FrameError            a frame is oversized, truncated or malformed
@@ -49,6 +51,14 @@ class ForeignSnapshot(FtError):
 
 class ChunkCorrupt(FtError):
     """A chunk does not match its checksum. The message names the node, the stripe and the chunk."""
+
+
+class PageLockFailed(FtError):
+    """The CUDA runtime does not page-lock snapshot memory. Copies from the GPU then take another way."""
+
+
+class DeviceMissedMemory(FtError):
+    """A copy from a GPU ended, but the memory of the snapshot does not hold what it wrote. Nothing was sealed."""
 
 
 class TransportError(FtError):

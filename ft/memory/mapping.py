@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from keepwarm.ft.arrays import Bytes
+from keepwarm.ft.memory.page_lock import PageLock
 
 # MADV_POPULATE_*, Linux 5.14, and MADV_COLLAPSE, Linux 6.1. Called through ctypes: the mmap module lacks them and
 # holds the GIL during madvise.
@@ -47,6 +48,7 @@ class MappedMemory:
         """Map `size` > 0 bytes. The caller keeps ownership of the descriptor. Raise `OSError` on failure."""
         self._length = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         self._address = 0
+        self._lock: PageLock | None = None
         # Huge pages need an aligned address, so reserve a larger range first and map inside it.
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
         reserved = _map(None, self._length + HUGE_PAGE, _NONE, private, -1)
@@ -76,8 +78,20 @@ class MappedMemory:
         """Populate the pages from `start` (page-aligned) to `stop`. Return whether the kernel can."""
         return bool(_libc.madvise(self._address + start, stop - start, advice) == 0)
 
+    def lock(self, start: int, stop: int, step: int) -> None:
+        """Page-lock bytes `start` to `stop` until `unlock`, at most once. Raise `PageLockFailed`."""
+        if self._lock is None:
+            self._lock = PageLock(self._address + start, stop - start, step)
+
+    def unlock(self) -> bool:
+        """End the lock; return False if that fails."""
+        if self._lock is not None and self._lock.end():
+            self._lock = None
+        return self._lock is None
+
     def __del__(self) -> None:
-        if self._address:
+        # Memory that a GPU may still write to keeps its address: whatever is mapped there next would be missed.
+        if self._address and self.unlock():
             _libc.munmap(self._address, self._length)
 
 

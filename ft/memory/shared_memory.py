@@ -6,8 +6,6 @@ messages describe its layout. A process writes to a buffer only after being gran
 """
 
 import contextlib
-import ctypes
-import ctypes.util
 import fcntl
 import mmap
 import os
@@ -81,7 +79,21 @@ class SharedBuffer:
         if not self._faulted and self._map is not None:
             self._map.populate(start - start % mmap.PAGESIZE, stop, POPULATE_READ)
 
+    def lock_pages(self, start: int, stop: int, step: int) -> None:
+        """Page-lock bytes `start` to `stop` for GPUs, in ranges of `step` bytes, unless this buffer has been locked.
+
+        The lock ends with `close`, or with the mapping. Raise `PageLockFailed`, with nothing locked.
+        """
+        if self._map is not None:
+            self._map.lock(start, stop, step)
+
+    def unlock_pages(self) -> None:
+        """End the lock, if there is one: GPUs can no longer copy to this memory by themselves."""
+        if self._map is not None:
+            self._map.unlock()
+
     def close(self) -> None:
+        self.unlock_pages()
         # Any remaining view keeps the mapping alive.
         self.data, self._map = _EMPTY, None
         if self.descriptor >= 0:
@@ -187,27 +199,6 @@ def started_at(pid: int) -> int | None:
     except OSError:
         return None
     return int(text.rpartition(")")[2].split()[19])
-
-
-def register_host_memory(buffer: SharedBuffer) -> bool:
-    """Page-lock a buffer for asynchronous CUDA copies. Return False if this process has no CUDA.
-
-    The registration ends with the process. Uses the CUDA runtime loaded by torch, if any.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        runtime = ctypes.CDLL(_loaded("libcudart"))
-        address = buffer.data.ctypes.data
-        return bool(runtime.cudaHostRegister(ctypes.c_void_p(address), ctypes.c_size_t(buffer.size), 1) == 0)
-    return False
-
-
-def _loaded(name: str) -> str:
-    """Return the path of a library mapped by this process. Raise `OSError` if there is none."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        path = line.split(maxsplit=5)[-1]
-        if Path(path).name.startswith(name):
-            return path
-    raise OSError(f"{name} is not loaded")
 
 
 def _human(size: int) -> str:

@@ -2,28 +2,37 @@
 
 A worker's part of a buffer starts with its `Contents` (a map of the part, and the caller's small state), followed by
 the pieces. Data-parallel replicas divide identical data among themselves, so each copies and stores only its share.
-This is the only module of `ft` that imports torch.
 """
 
 import contextlib
+import mmap
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 import xxhash
 
 from keepwarm.ft.arrays import Bytes
-from keepwarm.ft.errors import AgentError, BufferBusy, ForeignSnapshot, FtError, IncompleteError
+from keepwarm.ft.errors import (
+    AgentError,
+    BufferBusy,
+    DeviceMissedMemory,
+    ForeignSnapshot,
+    FtError,
+    IncompleteError,
+    PageLockFailed,
+)
 from keepwarm.ft.format.contents import ITEM_SIZE, META_BYTES, Contents, Move, Piece, encode_contents, move_bytes
-from keepwarm.ft.memory.shared_memory import register_host_memory
+from keepwarm.ft.memory.shared_memory import SharedBuffer
 from keepwarm.ft.protocol.messages import Refused, SnapshotId
 from keepwarm.ft.worker.client import AgentClient
+from keepwarm.ft.worker.device_copy import DeviceCopy
 from keepwarm.ft.worker.reader import Moves, RankPlace, Reader, Stored
 
 DTYPES: dict[torch.dtype, str] = {
@@ -34,6 +43,8 @@ DTYPES: dict[torch.dtype, str] = {
 WHOLE_BELOW = 1 << 16
 """Size in bytes below which replicas do not split a shard but take turns storing it whole."""
 _ALIGNMENT = 64
+LOCK_STEP = 256 << 20
+"""Bytes that are page-locked at once, rounded to whole buckets; meanwhile CUDA serves no other thread."""
 
 
 class Shard(Protocol):
@@ -170,11 +181,9 @@ class Snapshotter:
         if attached.bucket_bytes != bucket_bytes:
             raise AgentError(f"the agent has buckets of {attached.bucket_bytes} bytes, this worker of {bucket_bytes}")
         self._first = attached.first * bucket_bytes
-        self._device = next((s.local.device for s in self.state.values() if s.local.is_cuda), None)
-        if self._device is not None:
-            for buffer in client.buffers:
-                register_host_memory(buffer)
-        self._stream: Any = torch.cuda.Stream(self._device) if self._device is not None else None  # type: ignore[no-untyped-call]
+        device = next((s.local.device for s in self.state.values() if s.local.device.type != "cpu"), None)
+        self._device_copy = None if device is None else DeviceCopy(self.state, self.plan, device)
+        self._unlocked: FtError | None = None
         self._thread: threading.Thread | None = None
         self._cancelled = threading.Event()
         self._failed: BaseException | None = None
@@ -193,13 +202,11 @@ class Snapshotter:
         if self.client.gone:
             return
         head = self._head(meta)
-        ready = None
-        if self._stream is not None:
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record(torch.cuda.current_stream(self._device))
+        if self._device_copy is not None:
+            self._device_copy.ready()
         self._cancelled.clear()
         snapshot = SnapshotId(self.client.run, self.client.epoch, step, self.layout)
-        self._thread = threading.Thread(target=self._take, args=(snapshot, head, ready), name="snapshot", daemon=True)
+        self._thread = threading.Thread(target=self._take, args=(snapshot, head), name="snapshot", daemon=True)
         self._thread.start()
 
     def join(self) -> float:
@@ -240,8 +247,18 @@ class Snapshotter:
 
     @property
     def failure(self) -> BaseException | None:
-        """Why the last snapshot was not taken, or None if it was sealed."""
+        """Why the last snapshot was not taken, or None if it was sealed. One that is under way counts when it ends."""
         return self._failed
+
+    @property
+    def unlocked(self) -> FtError | None:
+        """Why copies from the device pass through buffers of their own, or None if they do not."""
+        return self._unlocked
+
+    @property
+    def running(self) -> bool:
+        """Whether a snapshot is being copied."""
+        return self._thread is not None and self._thread.is_alive()
 
     @property
     def sealed(self) -> SnapshotId | None:
@@ -260,11 +277,12 @@ class Snapshotter:
             raise ValueError(f"the small state has {len(meta)} bytes, more than the {META_BYTES} that were planned for")
         return head
 
-    def _take(self, snapshot: SnapshotId, head: bytes, ready: Any) -> None:
+    def _take(self, snapshot: SnapshotId, head: bytes) -> None:
         """Get a buffer, copy and seal, on the thread. Whatever goes wrong, the agent learns that nothing is coming."""
-        self._failed = None
         granted = False
         try:
+            if self._device_copy is not None:
+                self._device_copy.enter()
             answer = self.client.open(snapshot, wait=self._options.busy == "wait", deadline=self._options.deadline)
             if isinstance(answer, Refused):
                 raise BufferBusy(f"snapshot of step {snapshot.step} was refused: {answer.text}")
@@ -272,10 +290,10 @@ class Snapshotter:
             began = time.perf_counter()
             buffer = self.client.buffers[answer.buffer]
             buffer.fault_in()
-            self.client.seal(snapshot, self._copy(snapshot, buffer.data, head, ready))
+            self.client.seal(snapshot, self._copy(snapshot, buffer, head))
             self.timings.copy = time.perf_counter() - began
             self.timings.taken += 1
-            self._sealed = snapshot
+            self._sealed, self._failed = snapshot, None
         except Exception as error:
             self.timings.skipped += 1
             self._failed = error
@@ -283,21 +301,21 @@ class Snapshotter:
                 with contextlib.suppress(AgentError):
                     self.client.cancel(snapshot)
 
-    def _copy(self, snapshot: SnapshotId, buffer: Bytes, head: bytes, ready: Any) -> tuple[int, ...]:
+    def _copy(self, snapshot: SnapshotId, buffer: SharedBuffer, head: bytes) -> tuple[int, ...]:
         """Copy header and pieces bucket by bucket, computing each checksum as soon as its bucket is full."""
-        part = buffer[self._first : self._first + self.plan.size]
+        part = buffer.data[self._first : self._first + self.plan.size]
         size = self.plan.bucket_bytes
         sums: list[int] = []
 
         def filled(upto: int) -> None:
             if self._cancelled.is_set() or self.client.revoked(snapshot):
-                raise _Stopped(f"snapshot of step {snapshot.step} was given up")
+                raise GivenUp(f"snapshot of step {snapshot.step} was given up")
             while (len(sums) + 1) * size <= upto:
                 sums.append(xxhash.xxh3_64_intdigest(part[len(sums) * size : (len(sums) + 1) * size].data))
 
         part[: len(head)] = np.frombuffer(head, np.uint8)
-        if self._stream is not None:
-            self._copy_cuda(part, ready)
+        if self._device_copy is not None:
+            self._copy_from_device(self._device_copy, buffer, part, filled)
         else:
             for piece, at in self.plan.entries:
                 source = _bytes_of(self.state[piece.name], piece)
@@ -311,17 +329,28 @@ class Snapshotter:
         filled(len(part))
         return tuple(sums)
 
-    def _copy_cuda(self, part: Bytes, ready: Any) -> None:
-        assert self._stream is not None
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(ready)
-            for piece, at in self.plan.entries:
-                shard = self.state[piece.name]
-                local = shard.local.detach().reshape(-1)
-                first = piece.flat[0] - (shard.flat[0] if shard.flat else 0) if piece.flat else 0
-                target = torch.frombuffer(part[at : at + piece.bytes].data, dtype=local.dtype)
-                target.copy_(local[first : first + piece.elements], non_blocking=True)
-        self._stream.synchronize()
+    def _copy_from_device(
+        self, device_copy: DeviceCopy, buffer: SharedBuffer, part: Bytes, filled: Callable[[int], None]
+    ) -> None:
+        try:
+            device_copy.copy(part, filled, locked=self._locked(buffer))
+        except DeviceMissedMemory as error:
+            # The page lock is not what it should be: the next snapshot goes another way.
+            self._unlocked = self._unlocked or error
+            for each in self.client.buffers:
+                each.unlock_pages()
+            raise
+
+    def _locked(self, buffer: SharedBuffer) -> bool:
+        """Page-lock this rank's part of a buffer, on the first copy into it; return whether it is locked."""
+        size = self.plan.bucket_bytes
+        step = _up(LOCK_STEP, size) if size % mmap.PAGESIZE == 0 else self.plan.size
+        if self._unlocked is None:
+            try:
+                buffer.lock_pages(self._first, self._first + self.plan.size, step)
+            except PageLockFailed as error:
+                self._unlocked = error
+        return self._unlocked is None
 
     # ---- restoring snapshots
 
@@ -361,6 +390,9 @@ class Snapshotter:
                 source.check([(start, start + len(target)) for start, target in copied], threads)
         except FtError as error:
             self._rotten = error
+        except Exception as error:
+            # What was not verified must not pass for verified.
+            self._rotten = FtError(f"restored memory could not be verified: {error!r}")
 
     def _threads(self) -> ThreadPoolExecutor:
         """Return a thread pool sized to this worker's share of the cores."""
@@ -384,7 +416,7 @@ class Snapshotter:
         return whole, rest
 
 
-class _Stopped(FtError):
+class GivenUp(FtError):
     """A copy was cancelled partway."""
 
 

@@ -36,7 +36,7 @@ def main(mebibytes: int) -> dict[str, float | int]:
     plan = plan_part(state, 0, BUCKET)
     buffer = SharedBuffer.of(memory_file("bench"), plan.size)
     snapshotter = Snapshotter.__new__(Snapshotter)  # the copy alone, without an agent
-    snapshotter.state, snapshotter.plan, snapshotter._first, snapshotter._stream = state, plan, 0, None
+    snapshotter.state, snapshotter.plan, snapshotter._first, snapshotter._device_copy = state, plan, 0, None
     snapshotter.client = _NeverRevoked()  # type: ignore[assignment]
     snapshotter._cancelled = threading.Event()
     source = np.ones(count * size * 4, np.uint8)
@@ -49,7 +49,7 @@ def main(mebibytes: int) -> dict[str, float | int]:
             np.copyto(buffer.data[at : at + piece.bytes], state[piece.name].local.view(torch.uint8).numpy())
 
     def with_sums() -> None:
-        snapshotter._copy(None, buffer.data, b"head", None)  # type: ignore[arg-type]
+        snapshotter._copy(None, buffer, b"head")  # type: ignore[arg-type]
 
     works: dict[str, Callable[[], None]] = {"memcpy": memcpy, "copy": copy, "copy_with_checksum": with_sums}
     for work in works.values():
