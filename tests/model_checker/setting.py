@@ -103,7 +103,7 @@ def drawn(seed: int) -> Setting:
     small = sum(shape.sizes) <= 4
     chunk = rng.choice((1, 2)) if small else 1
     others = frozenset(name for name, share in FAULTS.items() if name != "crashes" and rng.random() < share)
-    crashes = random.Random(f"crashes {seed}").random() < FAULTS["crashes"]  # the rest is drawn as without them
+    crashes = random.Random(f"revived {seed}").random() < FAULTS["crashes"]  # the rest is drawn as without them
     faults = others | {"crashes"} if crashes else others
     return Setting(
         seed, shape, workers=2 if small and min(shape.sizes) - shape.parity > 1 and rng.random() < 0.4 else 1,
