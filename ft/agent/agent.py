@@ -240,7 +240,9 @@ class Agent:
             self._publish(now)
         if self.durable is not None:
             self.durable.tick()
-        if reason := self._done(now):
+        if failure := self.memory.growth.failure:
+            self.end(f"the memory cannot be taken: {failure}")
+        elif reason := self._done(now):
             self._end_unless_writing(reason, now)
         else:
             self._late_since = None
@@ -364,7 +366,7 @@ class Agent:
             session.link.close(f"{type(message).__name__} before it was attached")
         elif isinstance(message, Restore):
             session.waits_for_epoch = message.epoch
-            if message.epoch > self.state.epoch:
+            if message.epoch >= self.state.epoch:
                 self.election.begin(message.epoch)
             self.restores.answer()
         elif isinstance(message, Read):

@@ -17,8 +17,8 @@ from typing import Any
 import msgspec
 
 from keepwarm.ft.agent.shell import Shell
-from keepwarm.ft.agent.side_thread import SideThread
 from keepwarm.ft.discovery.config import DurableConfig
+from keepwarm.ft.discovery.side_thread import SideThread
 from keepwarm.ft.errors import DurableError
 from keepwarm.ft.format import publication
 from keepwarm.ft.format.contents import ITEM_SIZE, Contents, Piece

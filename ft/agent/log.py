@@ -48,8 +48,8 @@ class Journal:
     def _run(self) -> None:
         while (line := self._lines.get()) is not None:
             with contextlib.suppress(OSError):
-                if not self._path.exists():  # it or its folder was deleted
-                    self._file.close()
+                if not self._path.exists():  # it or its folder was deleted; the old one serves until there is a new one
                     self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    self._file.close()
             self._file.write(line)
         self._file.close()

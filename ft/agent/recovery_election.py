@@ -90,7 +90,7 @@ class RecoveryElection:
 
     def asked(self, sender: int, request: InventoryRequest) -> None:
         """Answer a request for this agent's inventory once the memory has been verified."""
-        if request.epoch > self._shell.state.epoch:
+        if request.epoch != self._epoch:
             self.begin(request.epoch)
         if request.epoch != self._epoch:
             return
@@ -131,8 +131,9 @@ class RecoveryElection:
         if choice is None:
             return
         epoch = choice.decision.epoch
-        if epoch > self._shell.state.epoch or (epoch == self._epoch and not self._read):
+        if epoch != self._epoch:
             self.begin(epoch)
+        if epoch == self._epoch and not self._read:
             self._decided(choice)
 
     # ---- collecting and choosing

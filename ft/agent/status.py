@@ -62,6 +62,7 @@ def status(
         buffers=len(memory.data),
         buffer_bytes=memory.shape.data_bytes,
         memory_bytes=memory.bytes,
+        grown_bytes=memory.growth.bytes,
         resident_bytes=process.rss - process.shared,
         held=tuple(_held(copy) for copy in state.copies),
         committed=max((each.age for each in _known_committed(state)), default=None),

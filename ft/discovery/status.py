@@ -47,6 +47,8 @@ class Status(Wire, frozen=True, kw_only=True):
     buffer_bytes: int
     memory_bytes: int
     """Bytes of all buffers, data and parity."""
+    grown_bytes: int
+    """Bytes of them that have been taken from the system so far."""
     resident_bytes: int
     held: tuple[Held, ...]
     committed: tuple[int, int] | None

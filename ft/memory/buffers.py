@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.groups import check_bucket
+from keepwarm.ft.memory.growth import Growth
 from keepwarm.ft.memory.shared_memory import SharedBuffer, require_memory
 from keepwarm.ft.protocol.parity_placement import StripeGroup
 
@@ -93,9 +94,9 @@ class Memory:
     """Data buffers of S bytes, which workers map, and parity buffers of S * m / k bytes, which only the agent uses."""
 
     def __init__(self, shape: Shape, slot: int, data: Sequence[int], parity: Sequence[int]) -> None:
-        """Map the memory files and fault in everything, and take the descriptors.
+        """Map the memory files, begin to take all of their memory (`growth`), and take the descriptors.
 
-        New files are allocated. Raise `MemoryTooSmall` with the arithmetic before allocating anything.
+        Raise `MemoryTooSmall` with the arithmetic before anything is allocated.
         """
         parts = {f"in {len(data)} data buffers": len(data) * shape.data_bytes}
         if parity:
@@ -107,6 +108,7 @@ class Memory:
         self.shape, self._slot = shape, slot
         self.data = [SharedBuffer.of(descriptor, shape.data_bytes) for descriptor in data]
         self.parity = [SharedBuffer.of(descriptor, shape.parity_bytes) for descriptor in parity]
+        self.growth = Growth([*self.data, *self.parity])
 
     def data_bucket(self, buffer: int, index: int) -> Bytes:
         size = self.shape.bucket_bytes
@@ -138,6 +140,7 @@ class Memory:
         return sum(buffer.size for buffer in (*self.data, *self.parity))
 
     def close(self) -> None:
+        self.growth.close()
         for buffer in (*self.data, *self.parity):
             buffer.close()
 

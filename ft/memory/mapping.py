@@ -64,15 +64,16 @@ class MappedMemory:
                 _libc.munmap(start, stop - start)
         self.__array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3}
 
-    def gather(self, data: Bytes) -> None:
-        """Collapse new memory, where `data` is all zeros, into huge pages if the kernel can. Never raise.
+    def gather(self, start: int, stop: int) -> None:
+        """Collapse memory from `start`, aligned to huge pages, into huge pages if the kernel can. Never raise.
 
         Only whole huge pages are used, so that no memory beyond the size is allocated.
         """
-        whole = len(data) // HUGE_PAGE * HUGE_PAGE
+        whole = (stop - start) // HUGE_PAGE * HUGE_PAGE
         if HUGE_PAGE > mmap.PAGESIZE and whole:
-            data[:whole:HUGE_PAGE] = 0  # only memory that already has pages is collapsed
-            _libc.madvise(self._address, whole, _COLLAPSE)
+            for at in range(start, start + whole, HUGE_PAGE):  # only memory that already has pages is collapsed
+                self.populate(at, at + mmap.PAGESIZE, POPULATE_WRITE)
+            _libc.madvise(self._address + start, whole, _COLLAPSE)
 
     def populate(self, start: int, stop: int, advice: int) -> bool:
         """Populate the pages from `start` (page-aligned) to `stop`. Return whether the kernel can."""

@@ -1,6 +1,6 @@
 """Buffers of anonymous shared memory: held by the keeper, mapped by agent and workers, freed with the last of them.
 
-A buffer is a memfd of fixed size. It is faulted in at startup (the first write to a fresh page costs five times the
+A buffer is a memfd of fixed size. It is faulted in from the start (the first write to a fresh page costs five times the
 copy) and sealed against resizing, so that no process can make another one fault by truncating it. It holds only data;
 messages describe its layout. A process writes to a buffer only after being granted it.
 """
@@ -41,7 +41,7 @@ class SharedBuffer:
             os.close(descriptor)
             raise AgentError(f"a buffer of {size} bytes was announced, the memory handed over has {actual}")
         self._map = MappedMemory(descriptor, size) if size else None
-        self._faulted = False
+        self._faulted = self._new = False
         self.data: Bytes = view(self._map) if self._map is not None else _EMPTY
 
     def maps(self, descriptor: int, size: int) -> bool:
@@ -51,16 +51,26 @@ class SharedBuffer:
 
     @classmethod
     def of(cls, descriptor: int, size: int) -> "SharedBuffer":
-        """Map a memory file with every page faulted in; a new one gets `size` zero bytes. Take the descriptor."""
+        """Map a memory file; a new one gets `size` zero bytes, with no memory before `take`. Take the descriptor."""
         new = not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
         if new:
             os.ftruncate(descriptor, size)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         buffer = cls(descriptor, size)
-        if new and buffer._map is not None:
-            buffer._map.gather(buffer.data)
-        buffer.fault_in()
+        buffer._new = new
         return buffer
+
+    def take(self, start: int, stop: int) -> None:
+        """Take the memory of bytes `start` to `stop` from the system, in huge pages if possible. Changes no byte.
+
+        `start` is aligned to huge pages. Raise `OSError` if there is none.
+        """
+        if self._map is None:
+            return
+        if self._new:
+            self._map.gather(start, stop)
+        if not self._map.populate(start, stop, POPULATE_WRITE):  # an old kernel, or no memory
+            os.posix_fallocate(self.descriptor, start, stop - start)
 
     def fault_in(self) -> None:
         """Fault in every page of this mapping for writing, once. Other threads keep running.

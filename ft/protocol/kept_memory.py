@@ -1,10 +1,11 @@
 """What an agent writes down about its memory, and the state of the next agent that finds it. Pure.
 
-An agent that takes over the memory of a dead one makes no promise of its own before the next epoch: it is another
-incarnation, so the others ignore it until then, and it reports what it has found like any other inventory. Snapshots
-that were being written are given up; their buffers stay in use until no worker writes to them any more. Of snapshots
-that could be restored, everything is kept that was known to be good. All of it is compared with its checksums before
-the epoch's choice.
+An agent that takes over the memory of a dead one makes no promise of its own before an epoch is decided: it is another
+incarnation, so the others ignore it until then, and it reports what it has found like any other inventory. It takes
+part in the epoch in which the other one died if that was not decided: without its inventory there might be no choice.
+Snapshots that were being written are given up; their buffers stay in use until no worker writes to them any more. Of
+snapshots that could be restored, everything is kept that was known to be good. All of it is compared with its checksums
+before the epoch's choice.
 """
 
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ class KeptMemory(msgspec.Struct, frozen=True, kw_only=True):
 
     incarnation: int
     epoch: int
+    decided_epoch: int
     copies: tuple[KeptCopy, ...]
     undecodable: tuple[Undecodable, ...]
 
@@ -53,8 +55,9 @@ def kept(state: State) -> KeptMemory:
         for copy in state.copies
     )  # fmt: skip
     return KeptMemory(
-        incarnation=state.incarnation, epoch=state.epoch, copies=copies, undecodable=tuple(state.undecodable)
-    )
+        incarnation=state.incarnation, epoch=state.epoch, decided_epoch=state.decided_epoch, copies=copies,
+        undecodable=tuple(state.undecodable),
+    )  # fmt: skip
 
 
 def same(one: State, other: State) -> bool:
@@ -62,7 +65,11 @@ def same(one: State, other: State) -> bool:
 
     What changes with every bucket is not part of it.
     """
-    if one.epoch != other.epoch or one.undecodable is not other.undecodable or len(one.copies) != len(other.copies):
+    if (
+        (one.epoch, one.decided_epoch) != (other.epoch, other.decided_epoch)
+        or one.undecodable is not other.undecodable
+        or len(one.copies) != len(other.copies)
+    ):
         return False
     return all(a is b or _same(a, b) for a, b in zip(one.copies, other.copies, strict=True))
 
@@ -91,6 +98,8 @@ def resumed(empty: State, memory: KeptMemory, alive: Sequence[int]) -> State:
         empty,
         incarnation=max(empty.incarnation, memory.incarnation + 1),
         epoch=memory.epoch,
+        decided_epoch=memory.decided_epoch,
+        unsettled=memory.epoch if memory.decided_epoch < memory.epoch else 0,
         copies=here,
         undecodable=frozenset(failed for failed in memory.undecodable if failed.snapshot in held),
     )

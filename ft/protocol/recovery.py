@@ -37,12 +37,12 @@ from keepwarm.ft.protocol.transition import Transition
 def advance(transition: Transition, epoch: int) -> None:
     """Begin a new epoch: stop unfinished work, keep every chunk and wait for the decision."""
     state = transition.state
-    if epoch <= state.epoch:
+    if epoch <= state.epoch and epoch != (state.unsettled or -1):
         return
     mode = Mode.JOINING if state.mode is Mode.JOINING else Mode.RECOVERING
     for worker, snapshot in state.waiting:
         transition.emit(Refuse(worker, snapshot, Reason.EPOCH))
-    transition.set(epoch=epoch, mode=mode, waiting=(), known={}, void=frozenset(), wants={})
+    transition.set(epoch=epoch, unsettled=0, mode=mode, waiting=(), known={}, void=frozenset(), wants={})
     for copy in state.copies:
         if copy.phase is Phase.FILLING:
             transition.drop(copy)

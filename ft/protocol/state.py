@@ -198,6 +198,9 @@ class State:
     """Decodings that failed, of snapshots that are held here."""
     decided_whole: bool = False
     """Whether this node had all data of `decided` when last checked. True if nothing is restored."""
+    unsettled: int = 0
+    """The epoch that was not decided, as far as it knew, when the agent died whose memory this one has. This agent may
+    still take part in it; 0: in none before the next."""
     planned_epoch: int = 0
     """Epoch of the decode orders that this agent follows."""
 

@@ -60,6 +60,7 @@ from keepwarm.ft.transport.link import Credentials, FarEnd, Link
 from keepwarm.side_writer import attempt
 
 AGENT_START_TIMEOUT_S = 60.0
+GROWTH_POLL_S = 0.02
 TAKEN_RETRY_S = 2.0
 """Time after which an agent is started again if its slot was taken and still does not answer, in seconds."""
 
@@ -135,13 +136,10 @@ class AgentClient:
 
     def __init__(
         self, path: Path, *, run: str, secret: bytes, worker: int = 0, role: str = "worker",
-        deadline: float = AGENT_START_TIMEOUT_S, mapped: Sequence[SharedBuffer] = (),
+        deadline: float = AGENT_START_TIMEOUT_S,
     ) -> None:  # fmt: skip
-        """Connect and prove mutual knowledge of the secret. Raise `AgentError` or `AuthenticationFailed`.
-
-        `mapped` are buffers of the agent before: those that this agent has too stay mapped. The client takes them.
-        """
-        self._mapped = list(mapped)
+        """Connect and prove mutual knowledge of the secret. Raise `AgentError` or `AuthenticationFailed`."""
+        self._mapped: list[SharedBuffer] = []
         self.run, self.worker, self.deadline = run, worker, deadline
         self.buffers: list[SharedBuffer] = []
         self.epoch = 0
@@ -163,7 +161,6 @@ class AgentClient:
             connection.connect(str(path))
         except OSError as error:
             connection.close()
-            self._close_mapped()
             raise AgentError(f"{path}: no agent answers: {error.strerror}") from error
         self._selector.register(self._wake, selectors.EVENT_READ, None)
         mine = Hello(role=role, run=run, slot=worker, epoch=0, incarnation=0, nonce=auth.nonce())
@@ -176,7 +173,6 @@ class AgentClient:
             if not self._news.wait_for(lambda: self._open or self._why, deadline):
                 self._why = f"waited {deadline:g} s for the agent's handshake"
         if not self._open:
-            self._close_mapped()
             raise AuthenticationFailed(f"{path}: {self._why}")
 
     @property
@@ -256,6 +252,15 @@ class AgentClient:
         answer: Status = self._wait(Status, lambda _: True, deadline, "the agent's status")
         return answer
 
+    def wait_until_grown(self, deadline: float) -> None:
+        """Return once the agent has taken all of its memory. Raise `AgentError` after the deadline, in seconds."""
+        end = time.monotonic() + deadline
+        while (status := self.status()).grown_bytes < status.memory_bytes:
+            if time.monotonic() > end:
+                sizes = f"{status.grown_bytes} of {status.memory_bytes} bytes"
+                raise AgentError(f"waited {deadline:g} s for the agent to take its memory, it has {sizes}")
+            time.sleep(GROWTH_POLL_S)
+
     def interrupt(self) -> None:
         """Make all pending and future calls raise `AgentError` immediately."""
         with self._news:
@@ -266,6 +271,10 @@ class AgentClient:
         """Return the buffers, which stay mapped for the next client. This one can only be closed."""
         buffers, self.buffers, self._mapped = [*self.buffers, *self._mapped], [], []
         return buffers
+
+    def reuse(self, buffers: Sequence[SharedBuffer]) -> None:
+        """Keep those mapped, of the agent before, that this one has too when `attach` is answered. Take all."""
+        self._mapped = list(buffers)
 
     def _buffer(self, descriptor: int, size: int) -> SharedBuffer:
         """Return the mapping of a memfd: the one that there is, if there is one. Take the descriptor."""

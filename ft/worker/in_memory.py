@@ -85,7 +85,6 @@ class InMemoryCheckpointer:
         self._next, self._taken = 0, -1
         self._patience = 1
         """Steps to the next attempt while the memory is exposed; the last one may be about to be committed."""
-        self._next_agent = NextAgent(self._config, starts=self._local == 0)
         self._lost_agent: str | None = None
 
     # ---- construction
@@ -150,9 +149,10 @@ class InMemoryCheckpointer:
         Return once all ranks of the node have attached.
         """
         config = self._config
-        self._client = AgentClient(
-            config.socket, run=config.run, secret=self._secret, worker=self._local, mapped=mapped
-        )
+        self._client = AgentClient(config.socket, run=config.run, secret=self._secret, worker=self._local)
+        self._client.reuse(mapped)
+        self._client.wait_until_grown(config.start_seconds)
+        self._next_agent = NextAgent(config, self._secret, starts=self._local == 0)
         self._snapshotter = Snapshotter(
             self._client,
             self._state,
@@ -210,7 +210,7 @@ class InMemoryCheckpointer:
         after the loss of a keeper. Ask all ranks between two steps, and call `protect` on all if any says so. Attempts
         that fail are repeated after 1, 2, 4, ... steps.
         """
-        if not (self._next_agent.answers() if self._client.gone else self._client.exposed):
+        if not (self._next_agent.ready() if self._client.gone else self._client.exposed):
             self._patience = 1
             return False
         return step >= self._taken + self._patience

@@ -96,10 +96,17 @@ def _agents(found: Sequence[Status]) -> Rows:
     )
     for status in found:
         yield (
-            str(status.slot), str(status.pid), str(status.epoch), status.mode, _numbers(status.group),
+            str(status.slot), str(status.pid), str(status.epoch), _mode(status), _numbers(status.group),
             str(status.parity), _numbers(status.peers), _numbers(status.workers), str(status.buffers),
             size(status.buffer_bytes), size(status.memory_bytes), size(status.resident_bytes),
         )  # fmt: skip
+
+
+def _mode(status: Status) -> str:
+    """Return the mode, and how much memory an agent that has just started has taken so far."""
+    if status.grown_bytes >= status.memory_bytes:
+        return status.mode
+    return f"{status.mode}, growing {100 * status.grown_bytes // status.memory_bytes} %"
 
 
 def _snapshots(found: Sequence[Status]) -> Rows:

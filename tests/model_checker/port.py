@@ -11,6 +11,7 @@ from typing import Any
 
 from keepwarm.ft.errors import AgentError
 from keepwarm.ft.protocol import events, messages, restore_choice
+from keepwarm.ft.protocol.kept_memory import kept, resumed
 from keepwarm.ft.protocol.messages import Bucket, ChunkEnd, ChunkRecord, Decision, Decode, SnapshotId, Wire, digest
 from keepwarm.ft.protocol.parity_placement import StripeGroup
 from keepwarm.ft.protocol.state import Copy, Geometry, Mode, State, Topology, initial
@@ -34,7 +35,9 @@ __all__ = [
     "events",
     "initial",
     "inventory",
+    "kept",
     "messages",
+    "resumed",
     "step",
 ]
 

@@ -21,6 +21,7 @@ RATES = {
     "deadlines": {"timeout": 5},
     "disasters": {"disaster": 2},
     "bursts": {"burst": 2},
+    "crashes": {"crash": 5, "lose": 1, "reboot": 1, "start": 6, "up": 6, "notice": 3},
 }
 ALWAYS = {"write_disk": 5, "up": 6, "reset": 6, "start": 2, "notice": 2}
 SCALE = 5

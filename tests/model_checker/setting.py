@@ -50,11 +50,13 @@ FAULTS = {
     "deadlines": 0.3,
     "disasters": 0.1,
     "bursts": 0.3,
+    "crashes": 0.35,
 }
 """The share of histories with a kind of fault.
 
 `flips`: parity changes before its checksum is taken. `late`: agents are called silent while they live. `deadlines`:
 workers give up waiting. `disasters`: more than m agents of a group are lost. `bursts`: many steps pass in one go.
+`crashes`: agents die and others go on with their memory, one at a time or all at once.
 """
 
 
@@ -100,7 +102,9 @@ def drawn(seed: int) -> Setting:
     shape = SHAPES[seed % len(SHAPES)]
     small = sum(shape.sizes) <= 4
     chunk = rng.choice((1, 2)) if small else 1
-    faults = frozenset(name for name, share in FAULTS.items() if rng.random() < share)
+    others = frozenset(name for name, share in FAULTS.items() if name != "crashes" and rng.random() < share)
+    crashes = random.Random(f"revived {seed}").random() < FAULTS["crashes"]  # the rest is drawn as without them
+    faults = others | {"crashes"} if crashes else others
     return Setting(
         seed, shape, workers=2 if small and min(shape.sizes) - shape.parity > 1 and rng.random() < 0.4 else 1,
         chunk=chunk, short=1 if chunk == 2 and rng.random() < 0.5 else 0, wait=rng.random() < 0.6,

@@ -156,6 +156,13 @@ class Truth:
             if self.newest is not None:
                 self.taken.setdefault(self.newest, set()).add(node.slot)
 
+    def before_crash(self, node: Node) -> None:
+        """Record what a slot holds whose agent is about to die. Its memory is kept, so nothing is lost."""
+        for copy in node.state.copies:
+            if self.stored(node, copy.snapshot.age):
+                self.held.setdefault(copy.snapshot.age, set()).add(node.slot)
+        self.fallen[node.state.incarnation] = node.state.epoch
+
     def disaster(self) -> None:
         """More is lost than the code can carry: nothing is promised until the next commit."""
         self.newest = None
@@ -228,8 +235,8 @@ class Truth:
         lost = set(range(self.world.slots)) - heard | self.taken.get(self.newest, set())
         if self._within_code(lost):
             self.fail("I1", text)
-        elif living - heard:
-            self.disaster()  # a majority has replaced more silent members than the code can carry
+        elif (living | {each.slot for each in self.world.nodes if each.kept}) - heard:
+            self.disaster()  # a majority has gone on without more silent members than the code can carry
 
     def _fell_unnoticed(self, chooser: Node, decision: port.Decision) -> set[int]:
         """Return the slots whose agents took part in the epoch and are dead, while the chooser believes in the link."""

@@ -145,6 +145,24 @@ def test_agent_died_and_chunk_rotted_meanwhile_is_decoded(tmp_path: Path) -> Non
         assert [order.targets for _, order in choice.orders] == [(1,)]
 
 
+def test_agent_that_died_in_an_undecided_epoch_still_takes_part_in_it(tmp_path: Path) -> None:
+    """The others wait for what it holds; to choose without it might give up what only it can prove."""
+    with team(tmp_path, 3, 1) as world:
+        world.paused = {2}
+        world.begin(9)
+        world.until(lambda: world.agents[1].state.epoch == 9, "epoch 9 to begin")
+        world.crash(1)
+        world.start(1)
+        world.until(lambda: 1 in world.agents[0].network.links, "its link")
+        world.paused = set()
+        world.until(lambda: world.recovered(9), "the choice")
+        choice = world.agents[0].registry.choice(9)
+        assert choice is not None
+        assert choice.decision.incarnations[1] == world.agents[1].state.incarnation
+        assert world.agents[0].state.epoch == 9
+        world.check(2)
+
+
 def test_agent_died_with_torn_records_begins_empty(tmp_path: Path) -> None:
     with team(tmp_path, 3, 1) as world:
         world.crash(1)

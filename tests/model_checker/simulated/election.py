@@ -69,7 +69,7 @@ class Election:
             node.dispatch(events.Received(slot, incarnation, messages.InventoryRequest(epoch=epoch)))
 
     def asked(self, sender: int, incarnation: int, request: Any) -> None:
-        if request.epoch > self.node.state.epoch:
+        if request.epoch != self.epoch:
             self.begin(request.epoch)
         if request.epoch != self.epoch:
             return

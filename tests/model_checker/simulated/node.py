@@ -46,9 +46,26 @@ class Node:
         self.used: dict[Age, set[Hashable]] = {}
         self.disk: tuple[port.SnapshotId, int, list[Bytes]] | None = None
         """The snapshot being written to disk, its buffer and what that held at the beginning."""
+        self.kept = False
+        """Whether the next agent finds the memory of this one, which is dead."""
+        self.took_up = False
+        """Whether this agent has begun with the memory of another one."""
+        self.former: set[int] = set()
+        """Workers of the last agent that may still write to its memory."""
         self.election, self.repair = Election(self), Repair(self)
         self._events: deque[tuple[Any, Any]] = deque()
         self._dispatching = False
+
+    def take_up(self, before: Node, former: set[int]) -> None:
+        """Go on with the memory of a dead agent, some of whose workers may still write to it."""
+        self.state = port.resumed(self.state, port.kept(before.state), sorted(former))
+        self.memory, self.former, self.took_up = before.memory, former, True
+
+    def worker_done(self, number: int) -> None:
+        """Handle a worker of the last agent that is dead or has attached to this one."""
+        if number in self.former:
+            self.former.discard(number)
+            self.dispatch(events.WorkerLost(number))
 
     # ---- the protocol
 

@@ -82,9 +82,28 @@ class Trainer:
             return True
         attached = node.alive and worker.incarnation == node.state.incarnation
         if not attached and worker.state not in ("gone", "idle"):
-            worker.state = "gone" if self.restarting else "idle"
+            if not self._writes_on(worker, node):
+                if self.restarting and (node.kept or node.took_up):  # this start fails, the next asks for a later epoch
+                    self.target = 0
+                worker.state = "gone" if self.restarting else "idle"
             return True
         return bool(getattr(self, f"_{worker.state}")(worker, node))
+
+    def attached(self, node: Node) -> set[int]:
+        """Return the workers that have mapped an agent's memory."""
+        return {
+            worker.number
+            for worker in self.workers[node.slot]
+            if worker.state != "gone" and (worker.incarnation == node.state.incarnation or worker.number in node.former)
+        }
+
+    def _writes_on(self, worker: Worker, node: Node) -> bool:
+        """Write on after the agent has died, as a worker does that has not noticed. Return whether it was writing."""
+        mapped = worker.number in node.former if node.alive else node.kept
+        if not mapped or worker.state not in ("granted", "half"):
+            return False
+        self._fill(worker, node, "half" if worker.state == "granted" else "idle")
+        return True
 
     def _idle(self, worker: Worker, node: Node) -> bool:
         if self.restarting or (self.limit is not None and worker.step >= self.limit):
@@ -92,8 +111,7 @@ class Trainer:
         if any(other.step < worker.step for other in self.all):
             return False
         if not node.alive or worker.incarnation != node.state.incarnation:
-            self._attach(worker)
-            return True
+            return self._attach(worker)
         worker.step += 1
         worker.snapshot = SnapshotId("run", worker.epoch, worker.step, "layout")
         worker.state, worker.answer = "opening", None
@@ -120,12 +138,16 @@ class Trainer:
             worker.state = "idle"
             node.dispatch(events.WorkerCancelled(worker.number, worker.snapshot))
             return True
+        self._fill(worker, node, then)
+        return True
+
+    def _fill(self, worker: Worker, node: Node, then: str) -> None:
+        """Write the first half of the worker's part, or else the second one."""
         first, stop = self._part(worker)
         middle = (first + stop + 1) // 2
         for bucket in range(first, middle) if then == "half" else range(middle, stop):
             node.memory.data[worker.buffer][bucket] = written(worker.snapshot.age, worker.slot, bucket)
         worker.state = then
-        return True
 
     def _part(self, worker: Worker) -> tuple[int, int]:
         geometry = self.world.setting.geometry(worker.slot)
@@ -167,23 +189,33 @@ class Trainer:
         worker.revoked.clear()
         if node.alive and worker.incarnation == node.state.incarnation:
             node.dispatch(events.WorkerLost(worker.number))
+        elif node.alive:
+            node.worker_done(worker.number)
 
-    def _attach(self, worker: Worker) -> None:
-        """Attach all workers of a slot, after starting its agent where there is none."""
+    def _attach(self, worker: Worker) -> bool:
+        """Attach all workers of a slot, after starting its agent where there is none. Return False if one still writes.
+
+        Each ends what it was copying first.
+        """
         slot = worker.slot
+        if any(each.state in ("granted", "half") for each in self.workers[slot]):
+            return False
         if not self.world.nodes[slot].alive:
             self.world.start(slot)
         node = self.world.nodes[slot]
         for each in self.workers[slot]:
             each.incarnation = node.state.incarnation
             each.epoch = max(node.state.epoch, self.world.newest_epoch)  # a new client knows no other
+            node.worker_done(each.number)
         node.dispatch(events.Configured(self.world.setting.geometry(slot)))
+        return True
 
     def _gone(self, worker: Worker, node: Node) -> bool:
         if any(each.doomed for each in self.all):
             return False
-        if not node.alive or worker.incarnation != node.state.incarnation or node.state.geometry is None:
-            self._attach(worker)
+        unknown = not node.alive or worker.incarnation != node.state.incarnation or node.state.geometry is None
+        if unknown and not self._attach(worker):
+            return False
         if not self.restarting:
             worker.state = "idle"
             return True
@@ -193,7 +225,7 @@ class Trainer:
 
     def _ask(self, worker: Worker) -> bool:
         node = self.world.nodes[worker.slot]
-        if self.target > node.state.epoch:
+        if self.target >= node.state.epoch:
             node.election.begin(self.target)
         return True
 

@@ -326,12 +326,47 @@ class World:
         for key in list(node.strands):
             node.forget_strand(key)
 
+    def crash(self, slot: int) -> bool:
+        """End an agent, whose memory is kept for the next one."""
+        node = self.nodes[slot]
+        if not node.alive or not self.truth.may_take(slot):
+            return False
+        self._crash(node)
+        self.truth.after_fault(f"the agent of slot {slot} dies and leaves its memory")
+        return True
+
+    def _crash(self, node: Node) -> None:
+        self.truth.before_crash(node)
+        self._end(node)
+        node.kept = True
+
+    def lose(self, slot: int) -> bool:
+        """Lose the memory that a dead agent has left."""
+        node = self.nodes[slot]
+        if node.alive or not node.kept:
+            return False
+        self.truth.before_fault(node)
+        node.kept = False
+        self.truth.after_fault(f"the memory of slot {slot} is lost")
+        return True
+
+    def reboot(self, *_: int) -> bool:
+        """End all agents at once, and start others with their memory."""
+        for node in [node for node in self.nodes if node.alive]:
+            self._crash(node)
+            self.start(node.slot)
+        self.truth.after_fault("all agents die and others take up their memory")
+        return True
+
     def start(self, slot: int) -> bool:
-        """Start an empty agent in the place of a dead one."""
-        if self.nodes[slot].alive:
+        """Start an agent in the place of a dead one, with its memory if that was kept, else an empty one."""
+        before = self.nodes[slot]
+        if before.alive:
             return False
         self.incarnations += 1
         self.nodes[slot] = Node(self, slot, self.incarnations)
+        if before.kept:
+            self.nodes[slot].take_up(before, self.trainer.attached(before))
         return True
 
     def rank(self, slot: int, number: int) -> bool:
