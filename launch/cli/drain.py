@@ -10,6 +10,7 @@ import msgspec
 
 from keepwarm.ft.errors import FtError
 from keepwarm.ft.transport.auth import SECRET, load_secret
+from keepwarm.ft.transport.identity import copied_from
 from keepwarm.launch.errors import DrainError
 from keepwarm.launch.node import record
 from keepwarm.launch.node.connections import Dialled
@@ -103,6 +104,8 @@ class _Store:
 
     def __init__(self, folder: Path) -> None:
         """Connect; raises DrainError."""
+        if (original := copied_from(folder)) is not None:
+            raise DrainError(f"{folder}: this is a copy of {original}, and no run of its own before it is resumed")
         try:
             secret = load_secret(folder / SECRET)
         except FtError as error:
