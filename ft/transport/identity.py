@@ -48,7 +48,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
 def copied_from(folder: Path) -> str | None:
     """Return the path of the run of which a folder is a copy that was not started yet; None if it is no such copy."""
     recorded = _recorded(folder)
-    return None if recorded is None or _same(recorded, _place(folder)) else recorded.path
+    return None if recorded is None or _same(recorded, *_where(folder)) else recorded.path
 
 
 def separate(folder: Path) -> None:
@@ -60,10 +60,13 @@ def separate(folder: Path) -> None:
         AuthenticationFailed: other users can read or replace the secret.
         OSError: the folder cannot be written.
     """
-    recorded, here = _recorded(folder), _place(folder)
-    if recorded is None or _same(recorded, here):
+    recorded = _recorded(folder)
+    if recorded is None or _same(recorded, *_where(folder)):
         return
-    if here.secret == recorded.secret:
+    here = _place(folder)
+    if not here.inodes[1]:
+        _leave_behind(folder)
+    elif here.secret == recorded.secret:
         successor = folder / f"{SUCCESSOR}{here.secret}"
         began = atomic_create(successor, secrets.token_hex(32).encode())
         secret = load_secret(successor)
@@ -123,18 +126,20 @@ def _recorded(folder: Path) -> Place | None:
     return None
 
 
-def _place(folder: Path) -> Place:
+def _where(folder: Path) -> tuple[str, tuple[int, int]]:
+    """Return path and inodes; those who may not read the secret can do this."""
     secret = folder / SECRET
-    content = secret.read_bytes() if secret.exists() else b""
-    return Place(
-        path=os.path.realpath(folder),
-        inodes=(folder.stat().st_ino, secret.stat().st_ino if content else 0),
-        secret=hashlib.sha256(b"keepwarm secret " + content).hexdigest()[:16],
-    )
+    return os.path.realpath(folder), (folder.stat().st_ino, secret.stat().st_ino if secret.exists() else 0)
 
 
-def _same(one: Place, other: Place) -> bool:
-    return one.path == other.path or one.inodes == other.inodes
+def _place(folder: Path) -> Place:
+    path, inodes = _where(folder)
+    content = (folder / SECRET).read_bytes() if inodes[1] else b""
+    return Place(path=path, inodes=inodes, secret=hashlib.sha256(b"keepwarm secret " + content).hexdigest()[:16])
+
+
+def _same(recorded: Place, path: str, inodes: tuple[int, int]) -> bool:
+    return recorded.path == path or recorded.inodes == inodes
 
 
 def _record(folder: Path) -> None:

@@ -94,6 +94,17 @@ def test_many_processes_that_start_a_copy_at_once_share_one_secret(
     assert claim_secret(again) == successor.read_bytes()
 
 
+def test_copy_of_a_run_without_a_secret_leaves_its_jobs_behind_and_makes_none(tmp_path: Path) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    run.mkdir()
+    (run / "submission.json").write_text("{}")
+    identity.remember(run)
+    shutil.copytree(run, copy)
+    separate(copy)
+    assert [path.name for path in copy.iterdir()] == ["place.json"]
+    assert copied_from(copy) is None
+
+
 def test_folder_of_an_earlier_version_is_remembered_from_its_next_start_on(run: Path, tmp_path: Path) -> None:
     (run / "place.json").unlink()
     before = secret_of(run)
