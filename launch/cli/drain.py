@@ -18,6 +18,7 @@ from keepwarm.launch.node.peers import CONNECT_TIMEOUT_S, stand_of
 from keepwarm.launch.node.shared_table import Answer, Drain, Hello, Request, Stand, Update
 from keepwarm.launch.node.slot_table import Table
 from keepwarm.launch.node.view import identity, name_of
+from keepwarm.text import counted
 
 ANSWER_TIMEOUT_S = 10.0
 
@@ -94,7 +95,7 @@ def _report(table: Table, node: str, slot: int | None, seconds: float, *, as_jso
     elif slot is None:
         print(f"{name_of(node)} was a spare and has left the run")
     elif taken_by is None:
-        print(f"{name_of(node)} has left slot {slot}; the run goes on with {table.slots} slots")
+        print(f"{name_of(node)} has left slot {slot}; the run goes on with {counted(table.slots, 'slot')}")
     else:
         print(f"{name_of(node)} has left slot {slot} to {taken_by} after {seconds:.1f} s")
 
