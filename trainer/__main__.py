@@ -40,7 +40,8 @@ def main(arguments: list[str]) -> int:
     except (TrainerError, ParallelError, FtError) as error:
         if wants_traceback():
             traceback.print_exc()
-        print(f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
+        rank = f"rank {os.environ.get('RANK', '0')}: "
+        print(f"error: {rank}{str(error).removeprefix(rank)}", file=sys.stderr, flush=True)
         return error.exit_code if isinstance(error, TrainerError) else ExitCode.BAD_INPUT
     except (KeyboardInterrupt, HandedOver):
         return ExitCode.INTERRUPTED

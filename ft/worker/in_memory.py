@@ -21,7 +21,8 @@ from keepwarm.ft.errors import AgentError, ForeignSnapshot, FtError, PlacementEr
 from keepwarm.ft.groups import groups_of
 from keepwarm.ft.memory.shared_memory import SharedBuffer
 from keepwarm.ft.spec import SnapshotSpec
-from keepwarm.ft.transport.auth import SECRET, create_secret, load_secret, run_identity
+from keepwarm.ft.transport.auth import SECRET, load_secret, run_identity
+from keepwarm.ft.transport.identity import claim_secret
 from keepwarm.ft.worker.client import AgentClient, ensure_agent
 from keepwarm.ft.worker.interval import Interval
 from keepwarm.ft.worker.next_agent import NextAgent
@@ -90,11 +91,10 @@ class InMemoryCheckpointer:
     # ---- construction
 
     def _shared_secret(self) -> bytes:
-        path = self._deployment.folder / SECRET
         if self._ranks.rank == 0:
-            create_secret(path)
+            claim_secret(self._deployment.folder)
         self._ranks.barrier()
-        return load_secret(path)
+        return load_secret(self._deployment.folder / SECRET)
 
     def _agent_config(self) -> AgentConfig:
         spec, deployment = self._spec, self._deployment

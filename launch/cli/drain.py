@@ -10,6 +10,7 @@ import msgspec
 
 from keepwarm.ft.errors import FtError
 from keepwarm.ft.transport.auth import SECRET, load_secret
+from keepwarm.ft.transport.identity import copied_from
 from keepwarm.launch.errors import DrainError
 from keepwarm.launch.node import record
 from keepwarm.launch.node.connections import Dialled
@@ -17,6 +18,7 @@ from keepwarm.launch.node.peers import CONNECT_TIMEOUT_S, stand_of
 from keepwarm.launch.node.shared_table import Answer, Drain, Hello, Request, Stand, Update
 from keepwarm.launch.node.slot_table import Table
 from keepwarm.launch.node.view import identity, name_of
+from keepwarm.text import counted
 
 ANSWER_TIMEOUT_S = 10.0
 
@@ -93,7 +95,7 @@ def _report(table: Table, node: str, slot: int | None, seconds: float, *, as_jso
     elif slot is None:
         print(f"{name_of(node)} was a spare and has left the run")
     elif taken_by is None:
-        print(f"{name_of(node)} has left slot {slot}; the run goes on with {table.slots} slots")
+        print(f"{name_of(node)} has left slot {slot}; the run goes on with {counted(table.slots, 'slot')}")
     else:
         print(f"{name_of(node)} has left slot {slot} to {taken_by} after {seconds:.1f} s")
 
@@ -103,6 +105,8 @@ class _Store:
 
     def __init__(self, folder: Path) -> None:
         """Connect; raises DrainError."""
+        if (original := copied_from(folder)) is not None:
+            raise DrainError(f"{folder}: this is a copy of {original}, and no run of its own before it is resumed")
         try:
             secret = load_secret(folder / SECRET)
         except FtError as error:

@@ -10,6 +10,7 @@ from keepwarm.ft.discovery.config import agents_here
 from keepwarm.ft.discovery.status import Status
 from keepwarm.ft.errors import FtError
 from keepwarm.ft.transport.auth import SECRET, load_secret, run_identity
+from keepwarm.ft.transport.identity import copied_from
 from keepwarm.ft.worker.client import AgentClient
 from keepwarm.launch.errors import SnapshotsError
 from keepwarm.launch.plan.text import size
@@ -40,6 +41,8 @@ def ask(folder: Path) -> tuple[list[Status], dict[int, str]]:
     """
     if not (folder / SECRET).exists():
         raise SnapshotsError(f"{folder}: no run with snapshots has been started in this folder (no file {SECRET!r})")
+    if (original := copied_from(folder)) is not None:
+        raise SnapshotsError(f"{folder}: this is a copy of {original}, and no run of its own before it is resumed")
     try:
         secret = load_secret(folder / SECRET)
     except FtError as error:

@@ -20,6 +20,7 @@ from keepwarm.launch.cli.snapshots import ask
 from keepwarm.launch.errors import ClusterError, SnapshotsError, StatusError
 from keepwarm.launch.node.record import NodeRecord, read_all
 from keepwarm.launch.run.progress import progress
+from keepwarm.text import counted
 from keepwarm.trainer.job.files import load_run
 from keepwarm.trainer.job.run_folder import RUN_FILE, RunFolder
 from keepwarm.trainer.monitor import events
@@ -167,7 +168,7 @@ def _print(found: dict[str, Any], account: Goodput) -> None:
         level = "" if one["level"] is None else f" (level {one['level']})"
         console.print(f"restarted {when}{level}: {one['why']}", soft_wrap=True)
     if found["unknown_events"]:
-        console.print(f"{found['unknown_events']} events are not known to this version", soft_wrap=True)
+        console.print(f"not known to this version: {counted(found['unknown_events'], 'event')}", soft_wrap=True)
     if found["nodes"]:
         table = Table(title="nodes")
         for column in ("node", "host", "slot", "state", "ranks", "restart"):
@@ -185,6 +186,9 @@ def _print(found: dict[str, Any], account: Goodput) -> None:
     table.add_section()
     table.add_row("all", f"{account.wall:.1f}", "")
     console.print(table)
-    console.print(f"{account.steps} steps kept, {account.steps_lost} lost, {account.restarts} restarts", soft_wrap=True)
+    console.print(
+        f"{counted(account.steps, 'step')} kept, {account.steps_lost} lost, {counted(account.restarts, 'restart')}",
+        soft_wrap=True,
+    )
     if account.stopped:
         console.print(f"not running for {account.stopped:.1f} s between an end and a continuation", soft_wrap=True)

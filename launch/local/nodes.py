@@ -16,6 +16,7 @@ from keepwarm.launch.forkserver import ForkServer, Worker
 from keepwarm.launch.node import record
 from keepwarm.launch.run.preflight import check_job, check_memory
 from keepwarm.launch.run.prepare import Mode, prepared
+from keepwarm.text import counted
 from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.monitor import events
@@ -43,9 +44,8 @@ def run_on_nodes(job: JobSpec, mode: Mode, console: Console, *, nodes: int, spar
         seen, secret = events.size(folder), folder / SECRET
         had_secret = secret.exists()
         console.print(
-            f"keepwarm: {job.name}: starting {nodes} nodes of {job.layout.ranks_per_node} "
-            f"{'rank' if job.layout.ranks_per_node == 1 else 'ranks'} and {spares} "
-            f"{'spare' if spares == 1 else 'spares'}; outputs in {folder}"
+            f"keepwarm: {job.name}: starting {counted(nodes, 'node')} of {counted(job.layout.ranks_per_node, 'rank')} "
+            f"and {counted(spares, 'spare')}; outputs in {folder}"
         )
         resume = ("--resume",) if mode == "resume" else ()
         arguments = (str(folder), "--slots", str(nodes), "--spares", str(spares), "--spec", spec.name, *resume)
@@ -65,9 +65,9 @@ def check_nodes(job: JobSpec, nodes: int, spares: int) -> None:
     layout = job.layout
     if nodes != layout.nodes:
         raise PreflightError(
-            f"--nodes {nodes}: the layout has {layout.world_size} ranks (parallel.data x pipeline x tensor) on "
-            f"{layout.nodes} nodes of cluster.ranks_per_node = {layout.ranks_per_node}; give --nodes {layout.nodes}, "
-            "or change parallel.* or cluster.ranks_per_node"
+            f"--nodes {nodes}: the layout has {counted(layout.world_size, 'rank')} (parallel.data x pipeline x tensor) "
+            f"on {counted(layout.nodes, 'node')} of cluster.ranks_per_node = {layout.ranks_per_node}; "
+            f"give --nodes {layout.nodes}, or change parallel.* or cluster.ranks_per_node"
         )
     if spares and job.snapshot == "off" and job.checkpoint.every is None:
         raise PreflightError(

@@ -13,6 +13,7 @@ from keepwarm.launch.run.node_check import gpu_count
 from keepwarm.launch.run.preflight import check_job
 from keepwarm.launch.run.prepare import Mode, changes, prepared, stored_job, waiting
 from keepwarm.side_writer import protect_streams
+from keepwarm.text import counted
 from keepwarm.trainer.distributed.in_process_restart import supports_in_process_restart
 from keepwarm.trainer.errors import OutputError, SpecError
 from keepwarm.trainer.job.files import load_job, spec_files
@@ -47,9 +48,7 @@ def run_here(job: JobSpec, mode: Mode, console: Console) -> None:
     with prepared(job, mode) as spec:
         folder = spec.parent
         world_size = job.layout.world_size
-        console.print(
-            f"keepwarm: {job.name}: starting {world_size} {'rank' if world_size == 1 else 'ranks'}; outputs in {folder}"
-        )
+        console.print(f"keepwarm: {job.name}: starting {counted(world_size, 'rank')}; outputs in {folder}")
         if (advice := idle_cores(world_size, job.numerics.threads_per_rank)) is not None:
             console.print(f"keepwarm: {advice}")
         run_ranks(
@@ -70,7 +69,7 @@ def idle_cores(ranks: int, threads: int) -> str | None:
     more = cores // ranks
     if more <= threads or gpu_count():
         return None
-    used = f"{ranks * threads} of {cores} cores {'is' if ranks * threads == 1 else 'are'} used"
+    used = f"{ranks * threads} of {counted(cores, 'core')} {'is' if ranks * threads == 1 else 'are'} used"
     return f"{used}; numerics.threads_per_rank={more} uses {'all' if more * ranks == cores else more * ranks}"
 
 

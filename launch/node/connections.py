@@ -24,8 +24,9 @@ import msgspec
 
 from keepwarm.ft.errors import TransportError
 from keepwarm.ft.protocol.messages import MESSAGE_LIMIT, Hello, Wire
-from keepwarm.ft.transport.auth import NONCE_BYTES, SECRET, create_secret, run_identity
+from keepwarm.ft.transport.auth import NONCE_BYTES, run_identity
 from keepwarm.ft.transport.channel import Channel, decoder_of
+from keepwarm.ft.transport.identity import claim_secret
 from keepwarm.ft.transport.link import Credentials, FarEnd, Link
 from keepwarm.ft.transport.listener import Listener, Strangers
 
@@ -63,7 +64,7 @@ def run_secret(folder: Path) -> bytes:
         AuthenticationFailed: other users can read or replace it.
         OSError: it cannot be created.
     """
-    return create_secret(folder / SECRET)
+    return claim_secret(folder)
 
 
 def packed(message: object) -> bytes:

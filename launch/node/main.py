@@ -22,6 +22,7 @@ from keepwarm.launch.errors import LaunchError
 from keepwarm.launch.node.options import LOOPBACK, VACANCY_TIMEOUT_S, Options
 from keepwarm.launch.run.preflight import check_memory
 from keepwarm.side_writer import protect_streams
+from keepwarm.text import counted
 from keepwarm.trainer.errors import TrainerError
 from keepwarm.trainer.job.files import load_run
 from keepwarm.trainer.job.run_folder import RUN_FILE
@@ -73,9 +74,9 @@ def main(arguments: Sequence[str]) -> int:
     layout = job.layout
     if given.slots != layout.nodes or given.ranks_per_node not in (None, layout.ranks_per_node):
         print(
-            f"keepwarm: {given.folder / given.spec}: the layout has {layout.nodes} nodes of "
-            f"{layout.ranks_per_node} ranks (parallel.*, cluster.ranks_per_node), but the command line asks for "
-            f"{given.slots} slots of {given.ranks_per_node or layout.ranks_per_node}",
+            f"keepwarm: {given.folder / given.spec}: the layout has {counted(layout.nodes, 'node')} of "
+            f"{counted(layout.ranks_per_node, 'rank')} (parallel.*, cluster.ranks_per_node), but the command line asks "
+            f"for {counted(given.slots, 'slot')} of {given.ranks_per_node or layout.ranks_per_node}",
             file=sys.stderr,
         )
         return ExitCode.BAD_INPUT

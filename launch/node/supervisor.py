@@ -104,7 +104,7 @@ class Supervisor:
             node=options.node, host=options.host, port=self._peers.port, slot=None, supervisor=os.getpid()
         )
         self._said = ""
-        self._redundancy_lost = self._entering = False
+        self._redundancy_lost = False
         self._polled_at = self._started_at = self._asked_at = 0.0
 
     def run(self) -> int:
@@ -114,7 +114,7 @@ class Supervisor:
         cause: Exception | None = None
         try:
             self._record_state(state="joining")
-            self._enter()
+            self._membership.enter(self._patience)
             self._event(events.SupervisorStarted(node=self._options.node, slots=self._options.slots))
             code, why = self._run_agent()
         except (FtError, LaunchError) as error:
@@ -164,20 +164,16 @@ class Supervisor:
             if ended is not None:
                 return ended.code, ended.reason
 
-    def _enter(self) -> None:
-        """Find a store. Until there is one, a signal that asks this node to leave takes effect at once."""
-        self._entering = True
-        try:
-            if self._agent.asked or (self._terminated_at is not None and self._handler.slot is None):
-                raise Stopped(f"{self._options.node} was asked to leave")
-            self._membership.enter(lambda: SEARCH_TIMEOUT_S if self._terminated_at is None else LEAVING_SEARCH_S)
-        finally:
-            self._entering = False
+    def _patience(self) -> float:
+        """Return how long this node may look for a store; raise `Stopped` if it was asked to leave."""
+        if self._agent.asked or (self._terminated_at is not None and self._handler.slot is None):
+            raise Stopped(f"{self._options.node} was asked to leave")
+        return SEARCH_TIMEOUT_S if self._terminated_at is None else LEAVING_SEARCH_S
 
     def _reconnect(self) -> None:
         before = self._membership.record.number if self._membership.record is not None else None
         self._handler.rejoin(fenced=False)
-        self._enter()
+        self._membership.enter(self._patience)
         self._handler.on_reconnected(before)
 
     def _leave(self, code: int, why: str, cause: Exception | None) -> None:
@@ -211,12 +207,13 @@ class Supervisor:
         return None if on_disk is not None and on_disk >= committed[1] else committed[1]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal. While this node looks for a store, one that asks it to leave takes effect at once."""
         if number == signal.SIGTERM:
             self._terminated_at = self._terminated_at or time.monotonic()
         else:
             self._agent.on_signal(number)
-        if self._entering and (number != signal.SIGTERM or self._handler.slot is None):
-            raise Stopped(f"{self._options.node} was asked to leave")
+        if self._membership.looking:
+            self._patience()
 
     # ---- hooks
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from ruamel.yaml import YAML
 
 from keepwarm.launch.plan.plan import Plan, sampled_steps
+from keepwarm.text import counted
 from keepwarm.trainer.data.spec import ReplaySpec
 from keepwarm.trainer.job.estimate import RESERVED_GIB
 from keepwarm.trainer.job.stages import StagePlan
@@ -112,7 +113,7 @@ def _layout(plan: Plan) -> list[str]:
         )
     return [
         f"layout: data {layout.data} x pipeline {layout.pipeline} x tensor {layout.tensor} = "
-        f"{_plural(layout.world_size, 'rank')} on {_plural(layout.nodes, 'node')} of {layout.ranks_per_node}",
+        f"{counted(layout.world_size, 'rank')} on {counted(layout.nodes, 'node')} of {layout.ranks_per_node}",
         *table(("data", "pipeline", "ranks by tensor", "node", "layers"), rows),
     ]
 
@@ -229,10 +230,6 @@ def _rates(stage: StagePlan) -> tuple[float, float, float]:
     """Return the first, highest and last rate."""
     peak = max(stage.curve.at(step) for step in {*sampled_steps(stage.steps, 1000), *stage.curve.corners})
     return stage.curve.at(0), peak, stage.curve.at(stage.steps - 1)
-
-
-def _plural(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def _range(layers: range) -> str:

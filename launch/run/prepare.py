@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from keepwarm.files import locked_folder
+from keepwarm.ft.errors import FtError
+from keepwarm.ft.transport.identity import remember, separate
 from keepwarm.launch.run.inputs import inputs, refuse_inputs_inside
 from keepwarm.trainer.errors import OutputError, SpecError
 from keepwarm.trainer.job.files import load_run, save_job
@@ -39,6 +41,8 @@ def prepared(job: JobSpec, mode: Mode, *, submitted: bool = False) -> Iterator[P
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_held(folder))
         if mode == "resume":
+            with _explained(folder):
+                separate(folder)
             yield stack.enter_context(_proposed(job, folder, submitted=submitted))
             return
         try:
@@ -47,6 +51,7 @@ def prepared(job: JobSpec, mode: Mode, *, submitted: bool = False) -> Iterator[P
                     names = ", ".join(path.name for path in left)
                     print(f"keepwarm: {folder}: left in place, as keepwarm did not write it: {names}", file=sys.stderr)
                 save_job(job, RunFolder(folder).run_file)
+                remember(folder)
             yield RunFolder(folder).run_file
         except BaseException:
             if not RunFolder(folder).has_begun:
@@ -172,8 +177,9 @@ def _admit(folder: Path, mode: Mode) -> None:
 def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise OutputError(f"{folder}: the run folder cannot be used: {error.strerror or error}") from error
+    except (OSError, FtError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise OutputError(f"{folder}: the run folder cannot be used: {why}") from error
 
 
 @contextlib.contextmanager

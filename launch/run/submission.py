@@ -8,6 +8,7 @@ from typing import Self
 import msgspec
 
 from keepwarm.files import READABLE, atomic_write
+from keepwarm.ft.transport.identity import copied_from
 from keepwarm.trainer.errors import OutputError
 
 RECORD_FILE = "submission.json"
@@ -37,12 +38,15 @@ class Submission:
 
 
 def read_submission(folder: Path) -> Submission | None:
-    """Return the record of a run folder; None if the run was never submitted. Fields of other versions are ignored.
+    """Return the record of a run folder; None if the run was never submitted, or the folder is a copy of one that was.
+    Fields of other versions are ignored.
 
     Raises OutputError if it cannot be read.
     """
     file = folder / RECORD_FILE
     try:
+        if copied_from(folder) is not None:
+            return None
         return msgspec.json.decode(file.read_bytes(), type=Submission)
     except FileNotFoundError:
         return None

@@ -1,11 +1,16 @@
 """Text from outside that is not UTF-8: Python keeps such bytes as lone surrogates, which nothing can write again.
 
-Paths from outside that the system refuses to look up.
+Paths from outside that the system refuses to look up. Counts of things.
 """
 
 import errno
 import os
 from collections.abc import Sequence
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is 1: `1 bad line`, `2,000 bad lines`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def is_utf8(text: str) -> bool:

@@ -14,6 +14,7 @@ from keepwarm.parallel.errors import LayoutError
 from keepwarm.parallel.mesh.layout import Layout, split_layers
 from keepwarm.parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
 from keepwarm.parallel.style import misfits
+from keepwarm.text import counted
 from keepwarm.trainer.data.spec import DataSpec
 from keepwarm.trainer.data.weights import UNITS, quantise
 from keepwarm.trainer.errors import SpecError
@@ -110,7 +111,7 @@ def _elastic(job: Job) -> Iterator[str]:
         )
     least, replicas = cluster.min_data_parallel, job.parallel.data
     if cluster.elastic == "shrink" and least > replicas:
-        yield f"cluster.min_data_parallel = {least}: there are {replicas} replicas (parallel.data)"
+        yield f"cluster.min_data_parallel = {least}: of {counted(replicas, 'replica')} (parallel.data)"
 
 
 def _lengths(job: Job) -> Iterator[tuple[str, int]]:
@@ -281,7 +282,7 @@ def _snapshot(job: Job) -> Iterator[str]:
     with contextlib.suppress(LayoutError):  # reported by _layout
         nodes = job.layout.nodes
         if isinstance(job.snapshot.domains, tuple) and len(job.snapshot.domains) != nodes:
-            yield f"snapshot.domains names {len(job.snapshot.domains)} nodes, the layout has {nodes}"
+            yield f"snapshot.domains names {counted(len(job.snapshot.domains), 'node')}, the layout has {nodes}"
             return
         try:
             groups_of(nodes, job.snapshot)

@@ -21,8 +21,8 @@ _TAIL_BYTES = 64 << 10
 _HASH = "[0-9a-f]" * 32
 WRITTEN = (
     METRICS_FILE, "events.jsonl", "goodput.jsonl", "goodput.json", "report.html", "submission.json", "job.sbatch",
-    "job.sh", "cancelled-[0-9]*", "secret", "code", "tensorboard", "nodes", "agents", "hangs", "profile", "parent",
-    "wandb",
+    "job.sh", "cancelled-[0-9]*", "secret", "secret-after-[0-9a-f]*", "place.json",
+    "code", "tensorboard", "nodes", "agents", "hangs", "profile", "parent", "wandb",
     "checkpoints/iter_[0-9]*", "checkpoints/tmp-*", "checkpoints/latest", "checkpoints/.publishing", "checkpoints",
     f"data/*-{_HASH}.*", "data", "logs/*.log", "logs/*.log.*", "logs/pids.json", "logs",
     ".[a-z]*.[0-9]*.[0-9a-f]*.tmp", PROPOSED_FILE, SUBMITTED_FILE, RUN_FILE,

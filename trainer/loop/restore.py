@@ -78,17 +78,25 @@ def _report(
     phases = request["phases"] | {"start": start} | slowest
     phases["resume"] = max(0.0, now - entered - sum(slowest.values()))
     from_memory = beginning.source == "memory"
+    decoded = memory.decoded() if from_memory else 0
     why = request["why"] if from_memory else f"{request['why']}; {beginning.reason}"
     recovery = events.Recovery(
-        level=request["level"] if from_memory or request["level"] == "resized" else "disk",
+        level=_level(request["level"], beginning.source, decoded),
         why=why,
         slots=tuple(request["slots"]),
         source=beginning.source,
         step=beginning.step,
-        bytes_decoded=memory.decoded() if from_memory else 0,
+        bytes_decoded=decoded,
         phases=phases,
     )
     events.append(folder, recovery)
+
+
+def _level(expected: events.Level, source: str, decoded: int) -> events.Level:
+    """Return the level of a recovery. Supervisors expect one by the nodes that were lost; memory may be lost alone."""
+    if expected == "resized" or source == "memory":
+        return "decoded" if expected == "local" and decoded else expected
+    return "disk"
 
 
 def _fill(

@@ -3,12 +3,14 @@
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from keepwarm.launch.node import record as node_record
 from keepwarm.launch.node import slot_table
+from keepwarm.launch.node.membership import OPENING_TIMEOUT_S
 from keepwarm.launch.node.slot_table import TERMINATION_GRACE_S as GRACE_S
 from keepwarm.launch.node.slot_table import Table
 from keepwarm.launch.node.slot_table import after_termination as decide
@@ -100,3 +102,18 @@ def test_sigterm_of_all_supervisors_saves_and_ends_the_run(cluster: Callable[...
     assert run.process.wait(DEADLINE) == 130, run.log.read_text()
     assert events.read(run.folder).of(events.Failure, events.NodeDrained) == []
     run.assert_nothing_left()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_while_nodes_look_for_a_store_ends_them_at_once(
+    cluster: Callable[..., Cluster], tmp_path: Path, number: signal.Signals
+) -> None:
+    """Another node has claimed the first store and does not open it: they would wait for a minute."""
+    node_record.claim_store(tmp_path, 0)
+    run = cluster(spares=0)
+    records = run.until(lambda: found if len(found := node_record.read_all(tmp_path)) == 3 else [], "all to look")
+    for record in records:
+        os.kill(record.supervisor, number)
+    assert run.process.wait(OPENING_TIMEOUT_S / 2) == 130, run.log.read_text()
+    assert "Traceback" not in run.log.read_text()
+    assert node_record.newest_store(tmp_path) is None

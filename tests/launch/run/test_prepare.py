@@ -73,7 +73,7 @@ def test_prepared_force_deletes_what_keepwarm_wrote_and_leaves_the_rest(
         (folder / name).write_text("x")
     with prepared(job, "force"):
         left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert left == {"run.json", *theirs}
+    assert left == {"run.json", "place.json", *theirs}
     assert "left in place, as keepwarm did not write it: checkpoints, data, logs, notes.txt" in capsys.readouterr().err
 
 
@@ -81,7 +81,7 @@ def test_prepared_force_on_an_untouched_run_leaves_run_json_alone(job: JobSpec) 
     with prepared(job, "new"):
         pass
     with prepared(job, "force") as spec:
-        assert [path.name for path in spec.parent.iterdir()] == ["run.json"]
+        assert sorted(path.name for path in spec.parent.iterdir()) == ["place.json", "run.json"]
 
 
 def _tree(folder: Path) -> dict[str, bytes]:

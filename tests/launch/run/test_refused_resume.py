@@ -13,7 +13,7 @@ from keepwarm.trainer.job.files import load_job
 
 ROOT = Path(__file__).parents[3]
 SMALL = ("stages.0.tokens=2048", "checkpoint.every=2", "evaluation.samples=8")
-RECORDS = ("logs", "events.jsonl", "goodput.jsonl", "nodes")
+RECORDS = ("logs", "events.jsonl", "goodput.jsonl", "nodes", "place.json")
 """What a refused start adds to: the record that it was tried."""
 
 

@@ -333,7 +333,7 @@ def test_save_job_is_read_back_unchanged(job: JobSpec, tmp_path_factory: pytest.
         ("{evry: 1}", "snapshot.evry: unknown key; did you mean snapshot.every?"),
         ("{code: {data: 30, parity: 4}}", "at most 32 nodes"),
         ("{code: {data: 3, parity: 2}}", "groups of k + m = 3 + 2 = 5 nodes, there are 2"),
-        ("{domains: [rack]}", "snapshot.domains names 1 nodes, the layout has 2"),
+        ("{domains: [rack]}", "snapshot.domains names 1 node, the layout has 2"),
         ("often", "snapshot"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import operator
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from keepwarm.trainer.monitor import events
 from tests.support.runs import warm
 from tests.support.runs.node_fixtures import start, whole
 from tests.support.runs.node_run import DEADLINE, Run, assert_equal, assert_nothing_left, command
+from tests.support.runs.run_contents import steps_of, tensors_of
 from tests.support.runs.stand_ins import wait_until_dead
 
 __all__ = ["start", "whole"]
@@ -156,6 +158,34 @@ def test_nodes_run_that_ended_without_a_checkpoint_resumes_from_memory(
     assert began["source"] == "memory"
     assert began["step"] >= 1
     assert_equal(run, whole)
+    assert_nothing_left(run)
+
+
+def test_nodes_copy_of_a_run_whose_agents_live_shares_nothing_with_it(whole: Path, start: Callable[..., Run]) -> None:
+    """The original goes on from its memory and the copy from the disk, at the same time."""
+    run = start("--nodes", "4", "snapshot.durable.every=3")
+    run.until(lambda: list((run.folder / "checkpoints").glob("iter_*")), "a checkpoint")
+    run.after(run.newest() + 2)
+    supervisors = {run.owner(slot).supervisor for slot in range(4)}
+    kill_launcher(run)
+    wait_until_dead(supervisors)
+    copy = run.folder.with_name("copy")
+    shutil.copytree(run.folder, copy)
+    for question in (["drain", str(copy), "node-1"], ["snapshots", str(copy)]):
+        refused = warm.run(question, timeout=DEADLINE)
+        assert refused.returncode == 2, refused.stdout
+        assert f"this is a copy of {run.folder}, and no run of its own before it is resumed" in refused.stdout
+    logs = {folder: folder.with_suffix(".again") for folder in (run.folder, copy)}
+    starts = {f: warm.Process(["train", str(f), "--resume", "--nodes", "4"], log) for f, log in logs.items()}
+    for folder, process in starts.items():
+        assert process.wait(DEADLINE) == 0, logs[folder].read_text()
+    mine, theirs = ([event.source for event in events.read(folder).of(events.Began)] for folder in (run.folder, copy))
+    assert (mine[-1], theirs[-1]) == ("memory", "disk")
+    for folder in (run.folder, copy):
+        assert steps_of(folder) == steps_of(whole)
+        assert tensors_of(folder) == tensors_of(whole)
+    assert "is a copy of" not in logs[run.folder].read_text()
+    assert f"{copy}: this is a copy of {run.folder}" in logs[copy].read_text()
     assert_nothing_left(run)
 
 

@@ -36,7 +36,7 @@ def test_shrink_layouts_fit_the_batch_and_the_nodes() -> None:
 def test_shrink_impossible_request_is_refused() -> None:
     with pytest.raises(SpecError, match=r"set snapshot\.durable\.every or checkpoint\.every"):
         load_job(Path("ci/snapshot"), [*SHRINK, "snapshot.durable=null"])
-    with pytest.raises(SpecError, match=r"min_data_parallel = 5: there are 4"):
+    with pytest.raises(SpecError, match=r"min_data_parallel = 5: of 4 replicas"):
         load_job(Path("ci/snapshot"), [*SHRINK, "cluster.min_data_parallel=5"])
 
 

@@ -154,6 +154,7 @@ def test_rotten_data_and_parity_chunks_recover_from_memory(
     assert (recovery["source"], recovery["step"]) == ("memory", step), recovery
     run.done()
     assert run.events("recovery")[0]["bytes_decoded"] > 0
+    assert run.events("recovery")[0]["level"] == "decoded"  # though no node was lost
     assert len(run.events("recovery")) == 1
     assert_equal(run, whole)
     assert_nothing_left(run)

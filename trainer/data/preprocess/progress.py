@@ -12,6 +12,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from keepwarm.text import counted
+
 LOG_INTERVAL = 10.0
 """Seconds between lines where no one watches."""
 _NAMED = 3
@@ -41,7 +43,7 @@ class Observer:
     def report(self) -> None:
         """Say on stderr what was left out, if anything was."""
         if self.bad:
-            _write(f"{self.bad:,} bad lines were left out, such as: {'; '.join(self.examples)}")
+            _write(f"left out: {counted(self.bad, 'bad line')}, such as: {'; '.join(self.examples)}")
 
 
 class LogObserver(Observer):

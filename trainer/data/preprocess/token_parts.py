@@ -17,6 +17,7 @@ import numpy.typing as npt
 import xxhash
 
 from keepwarm.files import READABLE, atomic_file, sync_directory, sync_file
+from keepwarm.text import counted
 from keepwarm.trainer.data.indexed import Sidecar, content_hash
 from keepwarm.trainer.data.preprocess.prefix import Control
 from keepwarm.trainer.data.preprocess.progress import Observer
@@ -132,7 +133,7 @@ def merge(folder: Path, paths: Sequence[Path], prefix: Path, tokenizer: Tokenize
     if not count:
         for path in {*paths}:
             path.unlink()
-        bad = f"; {skipped:,} bad lines were left out" if skipped else ""
+        bad = f"; left out: {counted(skipped, 'bad line')}" if skipped else ""
         raise DataError(f"{prefix}: nothing to write: the input contains no text{bad}")
     sidecar = Sidecar(
         content=content_hash(new_bin, new_idx),
