@@ -335,7 +335,7 @@ class Agent:
             session.link.close(f"{type(message).__name__} before it was attached")
         elif isinstance(message, Restore):
             session.waits_for_epoch = message.epoch
-            if message.epoch > self.state.epoch:
+            if message.epoch >= self.state.epoch:
                 self.election.begin(message.epoch)
             self.restores.answer()
         elif isinstance(message, Read):
