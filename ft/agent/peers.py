@@ -30,15 +30,16 @@ class PeerLinks:
         return {*self._shell.state.group.members, *self._shell.state.topology.neighbours(self._shell.config.slot)}
 
     def connect(self, *, everyone: bool) -> None:
-        """Connect to the slots that commits, repairs and reads need, or to all slots with `everyone`.
+        """Connect to the slots that commits, repairs, reads and elections need, or to all slots with `everyone`.
 
         The links that an epoch needed are closed once they have been idle for a while.
         """
-        needed = self._reads.awaited | self._repair.awaited
-        slots = range(self._shell.state.topology.slots) if everyone else self._near | needed
+        electing = self._election.awaited
+        needed = self._near | self._reads.awaited | self._repair.awaited | electing
+        slots = range(self._shell.state.topology.slots) if everyone else needed
         self._shell.network.set_peers(slots, needed)
         self._shell.shared.look(
-            set(slots) - self._shell.network.links.keys() - {self._shell.config.slot}, again=everyone
+            set(slots) - self._shell.network.links.keys() - {self._shell.config.slot}, again=bool(electing)
         )
 
     def tick(self, now: float) -> None:

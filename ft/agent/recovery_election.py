@@ -2,6 +2,9 @@
 
 The first decision written to the shared folder stands, whichever agent wrote it. It includes the decoding plan, and
 every agent reads it from there: messages only signal that it is ready. What peers ask meanwhile is put off.
+
+Agents tell of an epoch along their usual links and connect to the lowest slots, which connect to all: nobody else does,
+but an agent that knows of no lower one. So an epoch takes a few links for each agent, never one for each pair.
 """
 
 import functools
@@ -26,6 +29,10 @@ FOLDER_PATIENCE_S = 2.0
 """How long an agent that needs an epoch waits for the shared folder to say which one is the newest, in seconds."""
 PUT_OFF_LIMIT = 4096
 """Requests of peers that may wait for a choice to be read."""
+CHOOSERS = 3
+"""Number of the lowest slots to which every agent connects while an epoch is not decided."""
+GATHER_AFTER_S = 1.0
+"""How long another agent that has no link to a lower slot waits for one before it connects to all, in seconds."""
 KNOWN_GRACE = 0.5
 """As `CONNECTED_GRACE`, for an agent that has published its endpoint but is not connected (yet)."""
 
@@ -48,7 +55,7 @@ class RecoveryElection:
         self._waits_for: tuple[int, ...] = ()
         self._wanted: str = ""
         self._wanted_at = 0.0
-        self._ready = False
+        self._ready = self._gathers = False
         self._put_off: list[tuple[int, int, Decode | Fetch | Read]] = []
 
     # ---- starting an epoch
@@ -72,7 +79,8 @@ class RecoveryElection:
         self._inventories, self._asked, self._ready = {}, set(), False
         self._began = self._shell.clock()
         self._deadline = self._began + shell.config.inventory_deadline
-        shell.connect_peers(everyone=True)
+        self._gathers = shell.config.slot < CHOOSERS
+        shell.connect_peers(everyone=self._gathers)
         for link in shell.network.links.values():
             link.send(InventoryRequest(epoch=epoch))  # announces the epoch; only the chooser uses the answers
         verify_all(shell, lambda: self._verified(epoch))
@@ -138,6 +146,24 @@ class RecoveryElection:
 
     # ---- collecting and choosing
 
+    @property
+    def awaited(self) -> set[int]:
+        """Return the slots that this agent is to be connected with because one of them chooses."""
+        undecided = self._epoch and self._decision is None
+        return set(range(min(CHOOSERS, self._shell.state.topology.slots))) if undecided else set()
+
+    @property
+    def _first(self) -> bool:
+        """Whether this is the lowest connected slot."""
+        shell = self._shell
+        return min([shell.config.slot, *shell.network.links]) == shell.config.slot
+
+    def _gather(self, now: float) -> None:
+        """Connect to all slots if it may fall to this agent to choose, because there is no lower one or it is late."""
+        if not self._gathers and ((self._first and now > self._began + GATHER_AFTER_S) or now > self._deadline):
+            self._gathers = True
+            self._shell.connect_peers(everyone=True)
+
     def inventory(self, inventory: Inventory) -> None:
         if inventory.epoch == self._epoch:
             self._inventories[inventory.slot] = inventory
@@ -154,6 +180,7 @@ class RecoveryElection:
         self._next_look = now + SETTLE_POLL_INTERVAL_S
         shell.shared.choice(self._epoch, self._arrived)
         if self._decision is None:
+            self._gather(now)
             self._choose(now)
 
     def _newest_is_known(self, now: float) -> bool:
@@ -162,8 +189,7 @@ class RecoveryElection:
 
     def _choose(self, now: float) -> None:
         """Choose if this is the lowest connected slot. Other slots choose once it has been silent past the deadline."""
-        shell = self._shell
-        first = min([shell.config.slot, *shell.network.links]) == shell.config.slot
+        shell, first = self._shell, self._first
         late = now > self._deadline + (0.0 if first else shell.config.inventory_deadline)
         if self._decision is not None or not self._ready or not (first or late):
             return

@@ -64,5 +64,5 @@ class Shell(Protocol):
         ...
 
     def connect_peers(self, *, everyone: bool) -> None:
-        """Connect to the slots that commits, repairs and reads need, or to all slots with `everyone`."""
+        """Connect to the slots that commits, repairs, reads and elections need, or to all slots with `everyone`."""
         ...

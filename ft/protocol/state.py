@@ -16,10 +16,11 @@ class Topology:
     """All groups of a job. Slots are 0 ... n-1, and each belongs to exactly one group."""
 
     groups: tuple[StripeGroup, ...]
+    slots: int = field(init=False, repr=False, compare=False)
+    """Number of slots. It is read with every message, so it is not counted each time."""
 
-    @property
-    def slots(self) -> int:
-        return sum(group.size for group in self.groups)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "slots", sum(group.size for group in self.groups))
 
     def group_of(self, slot: int) -> StripeGroup:
         return next(group for group in self.groups if slot in group.members)

@@ -17,8 +17,8 @@ FEWEST_STRANGERS = 16
 def needed(slots: int) -> int:
     """Return the descriptors of an agent of a job with `slots` nodes. Pure.
 
-    An agent keeps links to its group and its neighbours in the tree, but while an epoch is being decided it is
-    connected with every other agent.
+    An agent keeps links to its group and its neighbours in the tree, but while an epoch is being decided, that of the
+    lowest slot, or another one in its place, is connected with every other agent.
     """
     return OWN + PER_PROCESS * PROCESSES + max(0, slots - 1)
 

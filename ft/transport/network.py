@@ -33,7 +33,7 @@ class Peer(msgspec.Struct):
     dialled: tuple[str, int] | None = None
     """The address dialled for `link`, if this side dialled it."""
     needed: float | None = None
-    """Since when the link has been needed without an alternative."""
+    """Since when the link has been needed without an alternative, and not been open."""
     wanted: bool = True
     """Whether this side redials. If not, the link is closed once it has been idle for a while."""
 
@@ -54,7 +54,8 @@ class NetworkLimits:
 class Network:
     """Links to the agents of other slots. Of two agents, the one with the lower slot dials and redials.
 
-    The higher one also dials, a little later, if the link is `needed`: the lower one may not want it.
+    The higher one also dials, a little later, if the link is `needed`: the lower one may not want it, or still believe
+    in its link to the last agent of the slot, whose node is gone.
     """
 
     ROLES = frozenset({"agent"})
@@ -109,6 +110,8 @@ class Network:
         peer = self._peers.get(slot)
         if peer is not None:
             peer.retry_at, peer.delay = 0.0, 0.05
+            if peer.needed is not None:
+                peer.needed = time.monotonic()  # if it has just started, it is about to dial
 
     def ready(self, mask: int) -> None:
         """Accept a waiting connection."""
@@ -131,6 +134,8 @@ class Network:
             if not peer.wanted:
                 continue
             self._give_up_former(peer)
+            if peer.needed is not None and peer.link is not None and peer.link.open:
+                peer.needed = now  # the lower one has its time to dial again whenever the link is lost
             idle = peer.link is None or peer.link.closed
             mine = peer.slot > self.slot or (peer.needed is not None and now > peer.needed + self.PATIENCE)
             if mine and idle and now >= peer.retry_at:
