@@ -1,6 +1,7 @@
 """`keepwarm logs RUN`: print the last lines of a run's logs, and follow them."""
 
 import contextlib
+import shlex
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -47,7 +48,7 @@ def show_log(folder: Path, rank: int | None, lines: int, *, follow: bool) -> Non
         if follow:
             raise OptionError(f"{folder}: --follow shows one run: name one of the folders of this sweep")
         for run in runs_of(folder):
-            print(f"==> {run} <==")
+            print(f"==> {shlex.quote(str(run))} <==")
             try:
                 show_log(run, rank, lines, follow=False)
             except OutputError as error:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -110,13 +111,16 @@ def show_runs(root: Path, *, as_json: bool) -> None:
 
 
 def table(rows: list[RunRow]) -> Iterator[str]:
-    """Yield a header and one line per run, then the reason for each run that cannot be read."""
+    """Yield a header and one line per run, then the reason for each run that cannot be read, or waits, or has ended.
+
+    Folders are quoted for a shell.
+    """
     lines = [("RUN", "STATE", "JOB", "NODES", "RESTARTS", "STEP", "LOSS", "TOKENS/S", "LEFT"), *map(_cells, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-    yield from (f"{row.folder}: cannot be read: {row.error}" for row in rows if row.error is not None)
-    yield from (f"{row.folder}: {row.state}: {row.why}" for row in rows if row.why is not None)
+    yield from (f"{shlex.quote(row.folder)}: cannot be read: {row.error}" for row in rows if row.error is not None)
+    yield from (f"{shlex.quote(row.folder)}: {row.state}: {row.why}" for row in rows if row.why is not None)
 
 
 def _row(folder: Path) -> RunRow:
@@ -138,11 +142,11 @@ def _row(folder: Path) -> RunRow:
 
 
 def _cells(row: RunRow) -> tuple[str, ...]:
-    done, job = row.progress, row.job
+    done, job, folder = row.progress, row.job, shlex.quote(row.folder)
     if done is None:
-        return (row.folder, row.state, *["-"] * 7)
+        return (folder, row.state, *["-"] * 7)
     return (
-        row.folder,
+        folder,
         row.state,
         job.id if job else "-",
         (job.nodes if job else "") or "-",

@@ -83,7 +83,9 @@ def submit_run(path: Path, overrides: Sequence[str], options: SubmitOptions) -> 
             link = replace(request, after=record.jobs[-1] if record.jobs else None)
             record = record.with_job(system.submit(link))
             record.write(folder)
-    console.print(f"keepwarm: {job.name}: submitted as job {', '.join(record.jobs)}; outputs in {folder}")
+    console.print(
+        f"keepwarm: {job.name}: submitted as job {', '.join(record.jobs)}; outputs in {shlex.quote(str(folder))}"
+    )
     print(record.jobs[0])
 
 

@@ -77,7 +77,9 @@ def submit_sweep(path: Path, overrides: Sequence[str], options: SubmitOptions) -
     except BaseException:
         shutil.rmtree(root)
         raise
-    console.print(f"keepwarm: {base.name}: {len(jobs)} runs submitted as job {job_id}; outputs in {root}")
+    console.print(
+        f"keepwarm: {base.name}: {len(jobs)} runs submitted as job {job_id}; outputs in {shlex.quote(str(root))}"
+    )
     print(job_id)
 
 

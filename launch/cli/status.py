@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -50,7 +51,8 @@ def _show_sweep(folder: Path, values: dict[str, dict[str, Any]], *, as_json: boo
         return
     print("\n".join(table(runs_in(folder))))
     for name, each in values.items():
-        print(f"{folder / name}: {', '.join(f'{key}={json.dumps(value)}' for key, value in each.items())}")
+        place = shlex.quote(str(folder / name))
+        print(f"{place}: {', '.join(f'{key}={json.dumps(value)}' for key, value in each.items())}")
 
 
 def status(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Collection, Sequence
@@ -10,11 +11,16 @@ from pathlib import Path
 from keepwarm.launch.errors import ClusterError
 from keepwarm.launch.run.node_check import MARK
 from keepwarm.launch.slurm import commands
-from keepwarm.launch.slurm.script import cpus_per_rank, in_container, options
+from keepwarm.launch.slurm.script import cpus_per_rank, environment_lines, in_container, interpreter, options
 from keepwarm.trainer.job.spec import JobSpec
 
 PROBE_WAIT = 5
 """Seconds to wait for a free node to probe for the run folder."""
+NODE_CHECK = "keepwarm.launch.run.node_check"
+NOT_FOUND = 127
+"""Exit code of a shell that does not find a program."""
+_PLACE = ("--partition", "--account", "--qos", "--reservation", "--constraint", "--exclude")
+_HELD = ("--hold", "-H")
 
 
 def check_offered(job: JobSpec, *, dry_run: bool) -> list[str]:
@@ -129,6 +135,22 @@ def _check_notice(job: JobSpec, nodes: Sequence[commands.Node]) -> None:
         )
 
 
+def probe_command(job: JobSpec, folder: Path) -> list[str]:
+    """Return the command that checks one node, with the environment of the job and what decides where it may run."""
+    slurm = job.cluster.slurm
+    own = [text for text in options(job, folder) if text.startswith(_PLACE)]
+    words = [word for text in (*own, *slurm.extra) for word in shlex.split(text)]
+    program = [*in_container(slurm, folder, interpreter(slurm, sys.executable)), "-P", "-m", NODE_CHECK, str(folder)]
+    script = "\n".join(
+        ("set -e", *environment_lines(slurm, sys.executable), *slurm.setup, f"exec {shlex.join(program)}")
+    )
+    return [
+        *("srun", "--nodes=1", "--ntasks=1", "--time=2", f"--immediate={PROBE_WAIT}", "--job-name=keepwarm-probe"),
+        *("--chdir=/", "--export=NONE", *(word for word in words if word not in _HELD)),
+        *("/bin/bash", "-l", "-c", script),
+    ]
+
+
 def probe(job: JobSpec, folder: Path) -> list[str]:
     """Check on one free node that the run folder is visible; return remarks for the user.
 
@@ -137,14 +159,7 @@ def probe(job: JobSpec, folder: Path) -> list[str]:
     Raises:
         ClusterError: the run folder or keepwarm is not visible on the node.
     """
-    only = [
-        text for text in options(job, folder) if text.startswith(("--partition", "--account", "--qos", "--exclude"))
-    ]
-    asked = [
-        *("srun", "--nodes=1", "--ntasks=1", "--time=2", f"--immediate={PROBE_WAIT}", "--job-name=keepwarm-probe"),
-        *("--chdir=/", *only, *in_container(job.cluster.slurm, folder, sys.executable)),
-        *("-P", "-m", "keepwarm.launch.run.node_check", str(folder)),
-    ]
+    asked = probe_command(job, folder)
     try:
         done = subprocess.run(
             asked, capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL
@@ -157,10 +172,11 @@ def probe(job: JobSpec, folder: Path) -> list[str]:
             f"{folder}: node {lines[0]['node']} does not see the run folder: choose an output on storage that all "
             "nodes share"
         )
-    if "execve" in done.stderr and "No such file" in done.stderr:
+    if done.returncode == NOT_FOUND:
+        program = interpreter(job.cluster.slurm, sys.executable)
         raise ClusterError(
-            f"{sys.executable} is not on the nodes: install keepwarm on storage that all nodes share, or name an image "
-            "in cluster.slurm.container"
+            f"{program} is not on the nodes: install keepwarm on storage that all nodes share, or name an image in "
+            "cluster.slurm.container"
         )
     if lines:
         return []

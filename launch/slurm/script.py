@@ -50,7 +50,7 @@ def render(job: JobSpec, folder: Path, *, array: Array | None = None, python: st
         environment=environment_lines(job.cluster.slurm, python),
         code=shlex.quote(str(folder / CODE)) if job.cluster.slurm.copy_code else None,
         setup=job.cluster.slurm.setup,
-        command=shlex.join([_interpreter(job.cluster.slurm, python), "-P", "-m", "keepwarm.launch.slurm.job"])
+        command=shlex.join([interpreter(job.cluster.slurm, python), "-P", "-m", "keepwarm.launch.slurm.job"])
         + f" {shlex.quote(str(folder))}"
         + ('/"$SLURM_ARRAY_TASK_ID"' if array is not None else ""),
     )
@@ -107,7 +107,7 @@ def environment_lines(slurm: SlurmSpec, python: str) -> list[str]:
         root = slurm.conda or slurm.venv
         kind = "CONDA_PREFIX" if slurm.conda else "VIRTUAL_ENV"
         lines += [f"export {kind}={shlex.quote(root)}"] if root else []
-        lines.append(f"export PATH={shlex.quote(str(Path(_interpreter(slurm, python)).parent))}:$PATH")
+        lines.append(f"export PATH={shlex.quote(str(Path(interpreter(slurm, python)).parent))}:$PATH")
     if slurm.interface is not None:
         name = shlex.quote(slurm.interface)
         lines.append(f"export GLOO_SOCKET_IFNAME={name} NCCL_SOCKET_IFNAME={name}")
@@ -116,7 +116,8 @@ def environment_lines(slurm: SlurmSpec, python: str) -> list[str]:
     return lines
 
 
-def _interpreter(slurm: SlurmSpec, python: str) -> str:
+def interpreter(slurm: SlurmSpec, python: str) -> str:
+    """Return the Python of a job: that of its environment, else the one that submits."""
     root = slurm.conda or slurm.venv
     if root is None:
         return python

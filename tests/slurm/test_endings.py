@@ -1,6 +1,8 @@
 """How jobs end, as SLURM names it, and what becomes of one whose first node dies: nothing stays allocated."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,11 @@ def test_slurm_dead_batch_host_run_finishes_on_a_spare_and_frees_its_nodes(clust
     cluster.crash("node0")
     await_that(lambda: bool(happened(run, "finished")), "the end of the run", 300)
     await_that(lambda: not holds_nodes(cluster), "its nodes to be free", 2 * FREE_WITHIN_S)
+    assert {line["node"] for line in happened(run, "failure") if line["kind"] == "lost"} == {"node0"}
+    states = {
+        one["node"]: one["state"] for one in json.loads(cluster.keepwarm("status", str(run), "--json").stdout)["nodes"]
+    }
+    assert states["node0"] == "lost"
     (ended,) = happened(run, "batch_ended")
     assert (ended["code"], ended["verdict"]) == (0, "done")
     assert "the first node, which ran the batch script, died" in str(ended["why"])
@@ -136,13 +143,13 @@ def test_slurm_forgotten_task_of_a_sweep_hides_nothing_and_starts_again(cluster:
     assert cluster.job_state(f"{array}_2") == ""
     listed = cluster.keepwarm("runs", str(folder))
     assert listed.returncode == 0, listed.stderr
-    states = [line.split("sweep/")[1].split()[:2] for line in listed.stdout.splitlines()[1:4]]
-    assert states == [["0", "pending"], ["1", "pending"], ["2", "ended"]]
-    assert f"{sweep}/0: pending: JobHeldUser" in listed.stdout
+    states = [shlex.split(line)[:2] for line in listed.stdout.splitlines()[1:4]]
+    assert states == [[f"{sweep}/0", "pending"], [f"{sweep}/1", "pending"], [f"{sweep}/2", "ended"]]
+    assert f"'{sweep}/0': pending: JobHeldUser" in listed.stdout
     again = cluster.keepwarm("submit", str(sweep), "--resume")
     assert again.returncode == 0, again.stderr
     assert len(again.stdout.split()) == 1  # that of the third run: the others wait
-    assert f"{sweep}/2: seed=3" in cluster.keepwarm("status", str(sweep)).stdout
+    assert f"'{sweep}/2': seed=3" in cluster.keepwarm("status", str(sweep)).stdout
     assert cluster.keepwarm("logs", str(sweep)).stdout.count("==> ") == 3
     ended = cluster.keepwarm("cancel", str(sweep))
     assert sorted(ended.stdout.splitlines()) == sorted(
@@ -171,6 +178,8 @@ def test_slurm_requeues_without_a_step_are_bounded(cluster: SlurmCluster, folder
                 assert cluster.on(name, "mount", "-t", "tmpfs", "tmpfs", str(run)).returncode == 0
         cluster.login("scontrol", "release", job)
         await_that(lambda: bool(happened(run, "requeue")), "a requeue", 100)
+        unfit = lambda: re.findall(r"ExcNodeList=(\S+)", cluster.login("scontrol", "show", "job", job).stdout)  # noqa: E731
+        await_that(lambda: unfit() == ["node1"], "the unfit node to be excluded")
         cluster.login("scontrol", "update", f"JobId={job}", "ExcNodeList=")
         assert cluster.await_end(job, 300) == "FAILED", words(run)
     finally:

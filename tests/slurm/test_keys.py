@@ -64,7 +64,7 @@ def test_job_takes_defaults_of_the_site_and_no_environment_of_the_shell(cluster:
     mem: 100M
     interface: eth0
     export: [GIVEN]
-    setup: ['env > {seen}', 'type module || true']
+    setup: ['env > {seen}', 'type module || true', 'umask 027']
 """
     )
     shell = {"KEEPWARM_SITE": str(site), "GIVEN": "to the job", "STRAY": "of the shell", "GLOO_SOCKET_IFNAME": "none"}
@@ -76,6 +76,9 @@ def test_job_takes_defaults_of_the_site_and_no_environment_of_the_shell(cluster:
     ]
     log = run / "logs" / f"slurm-{job}.log"
     assert cluster.await_end(job) == "COMPLETED", log.read_text()
+    shared = [run / "metrics.jsonl", log, *run.glob("checkpoints/iter_*/*")]
+    assert len(shared) > 3
+    assert {path.name: path.stat().st_mode & 0o040 for path in shared} == {path.name: 0o040 for path in shared}
     variables = dict(line.partition("=")[::2] for line in seen.read_text().splitlines())
     assert variables["GIVEN"] == "to the job"
     assert "STRAY" not in variables

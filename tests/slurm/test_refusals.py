@@ -1,5 +1,6 @@
 """What cannot run is refused in one sentence, and nothing is submitted."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,14 @@ def test_submit_read_only_folder_is_refused(cluster: SlurmCluster, folder: Path)
         assert "Read-only file system" in refusal(cluster, folder / "run")
     finally:
         cluster.login("umount", str(folder))
+
+
+def test_check_asks_with_the_environment_and_options_of_the_job(cluster: SlurmCluster, folder: Path) -> None:
+    absent = folder / "an environment"
+    said = refusal(cluster, folder / "run", "--check", f"cluster.slurm.venv={absent}")
+    assert f"{absent}/bin/python is not on the nodes" in said
+    own = (f"cluster.slurm.venv={sys.prefix}", "cluster.slurm.extra=['--hold', '--comment=\"of two words\"']")
+    job = cluster.keepwarm("submit", TINY, "--check", f"output={folder / 'run'}", *own)
+    assert job.returncode == 0, job.stderr
+    assert "no node was asked" not in job.stderr
+    cluster.login("scancel", job.stdout.strip())

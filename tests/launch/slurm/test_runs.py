@@ -1,6 +1,7 @@
 """`keepwarm runs` and `keepwarm logs` on run folders as a run leaves them; tests/slurm ends and requeues real jobs."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -159,9 +160,12 @@ def test_runs_forgotten_job_has_the_end_that_the_run_recorded(
 
 
 def test_runs_are_found_three_folders_down_and_not_inside_runs(tmp_path: Path) -> None:
-    for name in ("a", "b/c", "b/d/e"):
+    for name in ("a", "b/c", "b/d/e f"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         run(tmp_path / name, 1)
     (tmp_path / "a" / "parent").mkdir()
     run(tmp_path / "a" / "parent" / "inside", 1)
-    assert [row.name for row in runs_in(tmp_path)] == ["a", "c", "e"]
+    assert [row.name for row in runs_in(tmp_path)] == ["a", "c", "e f"]
+    assert [shlex.split(line)[0] for line in table(runs_in(tmp_path))] == [
+        "RUN", *(str(tmp_path / name) for name in ("a", "b/c", "b/d/e f"))
+    ]  # fmt: skip
