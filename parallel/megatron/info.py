@@ -77,6 +77,10 @@ class MegatronInfo(EngineInfo):
         )
 
 
+LLAMA3 = (1.0, 4.0, 8192)
+"""What Megatron Core's scaled frequencies have for the low and high frequency factor and the original length."""
+
+
 def _families_of_gpt_model(model: NativeArchitecture) -> Iterator[str]:
     """Yield the model features that the transformer layers of Megatron Core 0.16 lack."""
     if model.norm_position == "post":
@@ -87,8 +91,16 @@ def _families_of_gpt_model(model: NativeArchitecture) -> Iterator[str]:
         yield "model.qk_norm = projection (OLMo 2): it normalises each head by itself"
     if model.sliding_window is not None:
         yield "model.sliding_window (Mistral): its layers without Transformer Engine attend to the whole sequence"
-    if model.rope_scaling is not None:
-        yield "model.rope_scaling (Llama 3.1): it computes rotary frequencies itself, of which it has other variants"
+    scaling = model.rope_scaling
+    if scaling is not None and scaling.type != "llama3":
+        yield f"model.rope_scaling.type = {scaling.type}: it has no other scaled frequencies than those of llama3"
+    elif scaling is not None:
+        found = scaling.low_frequency_factor, scaling.high_frequency_factor, model.original_length
+        if found != LLAMA3:
+            yield (
+                f"model.rope_scaling: its low and high frequency factor and original length are {LLAMA3} (Llama 3.1), "
+                f"not {found}"
+            )
     if model.nope_layers:
         yield "model.nope_layers (SmolLM3): all of its layers rotate"
     if model.attention_output_bias != model.mlp_bias or (model.mlp_bias and not model.qkv_bias):

@@ -110,6 +110,8 @@ def _build(config: EngineConfig, transformer: Any, groups: Any, stage: int, chun
         position_embedding_type="rope" if spec.position == "rotary" else "learned_absolute",
         rotary_percent=spec.rotary_fraction,
         rotary_base=spec.rope_theta,
+        rope_scaling=spec.rope_scaling is not None,
+        rope_scaling_factor=1.0 if spec.rope_scaling is None else spec.rope_scaling.factor,
         pg_collection=groups,
         vp_stage=chunk if transformer.virtual_pipeline_model_parallel_size else None,
     )

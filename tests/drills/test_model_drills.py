@@ -19,7 +19,7 @@ GEMMA = f"model={{transformers: {TINY.parents[1] / 'transformers' / 'gemma-3-tin
 LLAMA = (
     "model={layers: 4, hidden_size: 48, heads: 4, kv_heads: 2, ffn_size: 96, vocabulary_size: 264, "
     "max_sequence_length: 256, tied_embeddings: true, rope_theta: 500000.0, "
-    "rope_scaling: {type: llama3, factor: 32, original_max_sequence_length: 32}}"
+    "rope_scaling: {type: llama3, factor: 32, original_max_sequence_length: 8192}}"
 )
 STEADY = ("stages.0.lr={schedule: constant, max: 1e-3, warmup: 0}", "batch.micro_batch_size=2", "log.tensorboard=false")
 """A rate that does not depend on where the run is going to end; micro-batches of a size that every layout can run."""
@@ -74,7 +74,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
 def test_model_that_loses_one_of_two_replicas_goes_on_with_the_other(
     tmp_path: Path, start: Callable[..., Run], model: str
 ) -> None:
-    options = (model, *TWO)
+    options = (model, *TWO, until(60))
     done = warm.run(command(tmp_path / "whole", *options, "--nodes", "2"), timeout=DEADLINE)
     assert done.returncode == 0, done.stdout
     run = start(*options, "--nodes", "2")

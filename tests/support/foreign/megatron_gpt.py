@@ -35,6 +35,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         "add_bias_linear": True,
     },
 }
+SHAPES["llama-3.2"] = SHAPES["llama"]
+SHAPES["qwen3"] = SHAPES["llama"] | {"qk_layernorm": True, "kv_channels": 16}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gpt": {"position_embedding_type": "learned_absolute", "share_embeddings_and_output_weights": True},
+    "llama-3.2": {
+        "share_embeddings_and_output_weights": True,
+        "rotary_base": 500000,
+        "rope_scaling": True,
+        "rope_scaling_factor": 32,
+    },
+    "qwen3": {"rotary_base": 1000000},
+}
+"""What the model gets beside its configuration."""
 VOCABULARY, SEQUENCE = 40, 16
 TOKENS = torch.arange(2 * 8).reshape(2, 8) * 7 % VOCABULARY
 
@@ -44,7 +58,7 @@ def model(kind: str) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
 
-    activation = torch.nn.functional.silu if kind == "llama" else torch.nn.functional.gelu
+    activation = torch.nn.functional.gelu if kind == "gpt" else torch.nn.functional.silu
     config = TransformerConfig(
         **SHAPES[kind],
         use_cpu_initialization=True,
@@ -59,15 +73,17 @@ def model(kind: str) -> Any:
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
     )
-    return GPTModel(
-        config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization=SHAPES[kind]["normalization"]),
-        vocab_size=VOCABULARY,
-        max_sequence_length=SEQUENCE,
-        position_embedding_type="rope" if kind == "llama" else "learned_absolute",
-        share_embeddings_and_output_weights=kind == "gpt",
-        rotary_base=10000,
-    ).eval()
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "max_sequence_length": SEQUENCE,
+        "position_embedding_type": "rope",
+        "share_embeddings_and_output_weights": False,
+        "rotary_base": 10000,
+    }
+    layer = get_gpt_layer_local_spec(
+        normalization=SHAPES[kind]["normalization"], qk_layernorm=SHAPES[kind].get("qk_layernorm", False)
+    )
+    return GPTModel(config=config, transformer_layer_spec=layer, **(common | MODELS[kind])).eval()
 
 
 def logits(gpt: Any) -> torch.Tensor:

@@ -13,9 +13,11 @@ from keepwarm.parallel.spec import ParallelSpec
 from keepwarm.trainer.convert.dcp.exporter import to_dcp
 from keepwarm.trainer.convert.importer import ImportOptions, from_dcp
 from keepwarm.trainer.convert.native import NativeCheckpoint
+from keepwarm.trainer.convert.verify.open import opened
+from keepwarm.trainer.convert.verify.opened import Rounding
 from keepwarm.trainer.errors import CheckpointError, SpecError
 from keepwarm.trainer.model.decoder import Decoder
-from keepwarm.trainer.model.spec import ModelSpec
+from keepwarm.trainer.model.spec import ModelSpec, RopeScalingSpec
 from tests.support.layouts import Case, whole_state, write_checkpoint
 from tests.support.models import load_parameters
 
@@ -40,6 +42,14 @@ SPECS = {
         tied_embeddings=True,
     ),
 }
+SPECS["llama-3.2"] = SPECS["llama"].model_copy(
+    update={
+        "tied_embeddings": True,
+        "rope_theta": 500000.0,
+        "rope_scaling": RopeScalingSpec(type="llama3", factor=32, original_max_sequence_length=8192),
+    }
+)
+SPECS["qwen3"] = SPECS["llama"].model_copy(update={"head_dim": 16, "qk_norm": "head", "rope_theta": 1e6})
 TOKENS = torch.arange(2 * 8).reshape(2, 8) * 7 % 40
 
 
@@ -80,6 +90,10 @@ def test_megatron_checkpoint_computes_the_same_and_goes_back(converted: Path, ki
     assert back.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert torch.equal(back[name], tensor), name
+    # What --verify computes from their checkpoint is what their model computes.
+    plain = opened(folder / "theirs", "megatron", ImportOptions(config=folder / "model.yaml"))
+    found = torch.stack([plain.logits(tokens, Rounding()) for tokens in TOKENS])
+    torch.testing.assert_close(found, theirs["logits"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", SPECS)

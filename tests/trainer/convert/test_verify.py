@@ -76,6 +76,19 @@ def test_conversion_from_and_to_other_programs_is_found_equal(tmp_path: Path, mo
     assert convert("hf", kind, tmp_path / "hf", tmp_path / kind, "--verify-only")[0] == 0
 
 
+def test_copy_of_the_weights_in_another_layout_is_not_read(tmp_path: Path) -> None:
+    for number, size in enumerate(("5GB", "40KB")):
+        source = tmp_path / f"hf-{number}"
+        hf_model(*MODELS["mistral"]).save_pretrained(source, max_shard_size=size)
+        safetensors.torch.save_file({"tok_embeddings.weight": torch.ones(2, 2)}, source / "consolidated.safetensors")
+        assert (source / "model.safetensors.index.json").exists() is (number == 1)
+        code, answer = convert("hf", "hf", source, source, "--verify-only")
+        assert (code, answer["verify"]["difference"]) == (0, 0.0)
+    (source / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json: no index of weights"):
+        convert("hf", "hf", source, source, "--verify-only")
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_rounding_on_request_is_no_difference(tmp_path: Path, dtype: str) -> None:
     code, answer = convert(

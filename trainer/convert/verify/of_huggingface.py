@@ -4,6 +4,7 @@ Nothing here is shared with the conversion: transformers reads the config and co
 the files, and tensors have the names of the class's own parameters.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -39,13 +40,13 @@ class Tensors(Protocol):
 
 
 class SafetensorsFolder:
-    """The safetensors files of a folder, each opened for a moment."""
+    """The safetensors files that transformers would load from a folder, each opened for a moment."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._files: dict[str, Path] = {}
         dtypes = set()
-        for file in sorted(path.glob("*.safetensors")):
+        for file in _files_of(path):
             try:
                 with safetensors.safe_open(file, framework="pt") as opened:
                     for name in opened.keys():  # noqa: SIM118 - it is no mapping
@@ -59,6 +60,19 @@ class SafetensorsFolder:
         with safetensors.safe_open(self._files[name], framework="pt") as opened:
             found: torch.Tensor = opened.get_tensor(name)
         return found
+
+
+def _files_of(path: Path) -> list[Path]:
+    """Return those that the index names, or the only one; publishers put copies of other layouts beside them."""
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+    index = path / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        return [path / SAFE_WEIGHTS_NAME]
+    try:
+        return sorted({path / Path(name).name for name in json.loads(index.read_bytes())["weight_map"].values()})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{index}: no index of weights: {type(error).__name__}: {error}") from error
 
 
 class HuggingFaceModel:
