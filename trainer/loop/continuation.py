@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from keepwarm.trainer.convert.huggingface.config import computes
 from keepwarm.trainer.data.ledger import Ledger
 from keepwarm.trainer.data.preprocess.prepare import PreparedData
 from keepwarm.trainer.data.replay import content_of
@@ -15,6 +16,9 @@ from keepwarm.trainer.job.sections import StageSpec
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.job.stages import StagePlan
 from keepwarm.trainer.loop.run_state import RunState
+from keepwarm.trainer.model.any_spec import AnyModelSpec, stored_any_model_spec
+from keepwarm.trainer.model.huggingface_config import model_spec_from_hf_config
+from keepwarm.trainer.model.spec import ModelSpec
 from keepwarm.trainer.model.transformers_spec import is_transformers
 from keepwarm.trainer.monitor import events
 
@@ -56,13 +60,28 @@ _CHANGEABLE = {
 a folder."""
 
 
+def _as_native(spec: AnyModelSpec) -> dict[str, Any]:
+    """Return what a model computes, in keepwarm's own terms; parameters of both origins have the same names.
+
+    Raises:
+        SpecError: keepwarm has no layers of its own that compute the same.
+    """
+    if isinstance(spec, ModelSpec):
+        return computes(spec)
+    try:
+        return computes(model_spec_from_hf_config(spec.config))
+    except SpecError as error:
+        raise SpecError(
+            "model: this run was trained with layers of another origin, keepwarm's or transformers', and keepwarm has "
+            f"none of its own for {spec.description.class_name} ({error}): start another run from these weights with "
+            "init_from"
+        ) from error
+
+
 def _check_model(job: JobSpec, state: RunState) -> None:
     saved, fields = _flat(state.model), _flat(job.model.model_dump(mode="json"))
     if is_transformers(saved) != is_transformers(fields):
-        raise SpecError(
-            "model: this run was trained with layers of another origin, keepwarm's or transformers': start another "
-            "run from these weights with init_from"
-        )
+        saved, fields = _as_native(stored_any_model_spec(state.model)), _as_native(job.model)
     for key, now in fields.items():
         before = saved.get(key, now)
         if before != now and key not in _CHANGEABLE:

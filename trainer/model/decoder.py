@@ -1,21 +1,18 @@
 """The decoder-only transformer, whole or split into pipeline stages."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import nn
 
-from keepwarm.parallel.loss import MAIN, Z_LOSS
-from keepwarm.parallel.model import TensorStyle
 from keepwarm.trainer.model.attention import Attention, Context, context
 from keepwarm.trainer.model.head import Head
 from keepwarm.trainer.model.initial import normal
 from keepwarm.trainer.model.mlp import mlp
 from keepwarm.trainer.model.norm import norm, use_apex
+from keepwarm.trainer.model.parts import DecoderParts
 from keepwarm.trainer.model.rotary import Table, positions_in, rotation_of
-from keepwarm.trainer.model.shapes import tensor_plan
 from keepwarm.trainer.model.spec import ModelSpec
 
 
@@ -123,25 +120,15 @@ class StageModule(nn.Module):
         return cosine[positions], sine[positions]
 
 
-class Decoder:
+class Decoder(DecoderParts[ModelSpec]):
     """A decoder-only transformer as `keepwarm.parallel.model.ModelParts`, built in stages.
 
-    Initial values depend only on the seed and on a parameter's name and index. A stage with a head but no embedding
-    owns the head's weight as `head.weight` even if embeddings are tied; its canonical name, given by `canonical`, is
-    then `embedding.weight`, and the two are replicas.
+    Initial values depend only on the seed and on a parameter's name and index.
     """
 
     def __init__(self, spec: ModelSpec, seed: int, *, norms: Literal["torch", "apex"] = "torch") -> None:
-        self.spec = spec
-        self.seed = seed
+        super().__init__(spec, seed)
         self.norms = norms
-        self.layers = spec.layers
-        self.hidden_size = spec.hidden_size
-        self.heads = spec.heads
-        self.kv_heads = spec.key_value_heads
-        self.vocabulary_size = spec.vocabulary_size
-        self.tied_embeddings = spec.tied_embeddings
-        self.loss_weights: Mapping[str, float] = {MAIN: 1.0, Z_LOSS: spec.z_loss}
 
     def build_stage(self, layers: range, *, embed: bool, head: bool) -> StageModule:
         """See `keepwarm.parallel.model.ModelParts`; weights are not those of `initial` until copied in."""
@@ -149,14 +136,6 @@ class Decoder:
         if self.norms == "apex":
             use_apex(stage)
         return stage
-
-    def tensor_plan(self) -> Mapping[str, TensorStyle]:
-        """See `keepwarm.parallel.model.ModelParts`."""
-        return tensor_plan(self.spec)
-
-    def canonical(self, name: str) -> str:
-        """Return the canonical name of a stage's parameter."""
-        return "embedding.weight" if name == "head.weight" and self.tied_embeddings else name
 
     def initial(
         self, name: str, global_shape: tuple[int, ...], offsets: tuple[int, ...], shape: tuple[int, ...]
@@ -175,10 +154,6 @@ class Decoder:
     def decays(self, name: str) -> bool:
         """Return whether the parameter is anything but a norm or a bias."""
         return not (name.endswith(".bias") or _is_norm(name))
-
-    def is_embedding(self, name: str) -> bool:
-        """Return whether the parameter is the token embedding (or the tied head) or the learned positions."""
-        return self.canonical(name) in ("embedding.weight", "positions.weight")
 
 
 def _is_norm(name: str) -> bool:

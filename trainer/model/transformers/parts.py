@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from keepwarm.parallel.loss import MAIN, Z_LOSS
-from keepwarm.parallel.style import TensorStyle
 from keepwarm.trainer.model.families.tensor_names import TensorNames
+from keepwarm.trainer.model.parts import DecoderParts
 from keepwarm.trainer.model.transformers.classes import build
 from keepwarm.trainer.model.transformers.describe import renamed
 from keepwarm.trainer.model.transformers.facts import Facts, facts_of
@@ -18,33 +17,14 @@ from keepwarm.trainer.model.transformers.tensors import tensor_names
 from keepwarm.trainer.model.transformers_spec import TransformersSpec
 
 
-class TransformersDecoder:
+class TransformersDecoder(DecoderParts[TransformersSpec]):
     """See `keepwarm.trainer.model.decoder.Decoder`, whose layers are keepwarm's own."""
-
-    def __init__(self, spec: TransformersSpec, seed: int) -> None:
-        self.spec = spec
-        self.seed = seed
-        self.layers = spec.layers
-        self.hidden_size = spec.hidden_size
-        self.heads = spec.heads
-        self.kv_heads = spec.key_value_heads
-        self.vocabulary_size = spec.vocabulary_size
-        self.tied_embeddings = spec.tied_embeddings
-        self.loss_weights: Mapping[str, float] = {MAIN: 1.0, Z_LOSS: spec.z_loss}
 
     def build_stage(self, layers: range, *, embed: bool, head: bool) -> TransformersStage:
         """See `keepwarm.parallel.model.ModelParts`; weights are not those of `initial` until copied in."""
         model = build(self.spec.config)
         renamed(model)
         return TransformersStage(model, self._found.facts, layers, embed=embed, head=head)
-
-    def tensor_plan(self) -> Mapping[str, TensorStyle]:
-        """See `keepwarm.parallel.model.ModelParts`."""
-        return self.spec.description.styles
-
-    def canonical(self, name: str) -> str:
-        """Return the canonical name of a stage's parameter."""
-        return "embedding.weight" if name == "head.weight" and self.tied_embeddings else name
 
     def initial(
         self, name: str, global_shape: tuple[int, ...], offsets: tuple[int, ...], shape: tuple[int, ...]
@@ -56,10 +36,6 @@ class TransformersDecoder:
     def decays(self, name: str) -> bool:
         """Return whether the parameter is a matrix."""
         return len(self._shapes[self.canonical(name)]) > 1
-
-    def is_embedding(self, name: str) -> bool:
-        """Return whether the parameter is the token embedding (or the tied head)."""
-        return self.canonical(name) == "embedding.weight"
 
     @cached_property
     def _found(self) -> "_Found":
