@@ -27,7 +27,7 @@ def train(run: Run, interrupt: Interrupt) -> bool:
     while run.state.step < run.last_step:
         _step(run)
         run.timeline.step(run.state.step, run.callbacks.blocked_s)
-        urgency = run.world.largest(interrupt.urgency)
+        urgency = run.callbacks.agree(run, interrupt.urgency)
         run.interrupted = urgency == STOPS
         run.callbacks.at_boundary(run)
         run.timeline.save(run.state.step)
