@@ -374,7 +374,15 @@ class AgentClient:
     # ---- internals
 
     def _serve(self) -> None:
-        """Run the thread: drive one selector until the link is closed."""
+        """Run the thread: drive one selector until the link is closed. Whatever ends it is said to those who wait."""
+        try:
+            self._drive()
+        except Exception as error:
+            self.refused(self._link, f"the connection to it failed: {error!r}")
+            self._link.close("failed")
+            self._selector.close()
+
+    def _drive(self) -> None:
         while not self._link.closed:
             for key, mask in self._selector.select(1.0):
                 if key.data is None:

@@ -27,7 +27,7 @@ from keepwarm.ft.worker.client import AgentClient, ensure_agent
 from keepwarm.ft.worker.interval import Interval
 from keepwarm.ft.worker.next_agent import NextAgent
 from keepwarm.ft.worker.reader import RankPlace
-from keepwarm.ft.worker.snapshotter import Restoration, Shard, SnapshotOptions, Snapshotter, plan_part
+from keepwarm.ft.worker.snapshotter import GivenUp, Restoration, Shard, SnapshotOptions, Snapshotter, plan_part
 from keepwarm.side_writer import attempt
 
 
@@ -83,7 +83,10 @@ class InMemoryCheckpointer:
         """Seconds of the last `restore` on this rank: waiting for the agents' decision, for lost chunks, and copying.
         """
         self._interval = Interval(mtbf=spec.mtbf)
-        self._next, self._taken = 0, -1
+        self._next = 0
+        self._beside = True  # the first step warms up
+        self._agreed: Sequence[int] | None = (0, self._interval.steps)  # no agent has died, and nothing is measured
+        self._taken = -1
         self._patience = 1
         """Steps to the next attempt while the memory is exposed; the last one may be about to be committed."""
         self._lost_agent: str | None = None
@@ -149,6 +152,7 @@ class InMemoryCheckpointer:
         Return once all ranks of the node have attached.
         """
         config = self._config
+        self._measured = 0  # of the snapshots that this snapshotter takes
         self._client = AgentClient(config.socket, run=config.run, secret=self._secret, worker=self._local)
         self._client.reuse(mapped)
         self._client.wait_until_grown(config.start_seconds)
@@ -191,17 +195,23 @@ class InMemoryCheckpointer:
             ValueError: `meta` is larger than the room planned for it, 1 MiB.
             FtError: the data restored at startup turns out to be damaged, as `join` finds.
         """
-        self._interval = self._interval.measured(step=step_seconds)
+        self._interval = self._interval.stepped(step_seconds, beside=self._beside)
+        self._beside = self._beside and not self._settled()
         if step < self._next:
             return
-        self._replace_dead_agents()
-        self._take(step, meta)
+        gone, steps = self._agreed or self._ranks.largest_each(self.votes())
+        self._agreed = None
+        if gone:
+            self._replace_dead_agents()
+        self._take(step, meta, steps)
 
-    def _take(self, step: int, meta: Callable[[], bytes]) -> None:
+    def _take(self, step: int, meta: Callable[[], bytes], steps: int) -> None:
+        self._measure()
         self._capture()
         if not self._client.gone:
             self._snapshotter.offer(step, meta())
-        self._taken, self._next = step, step + self._steps_to_next()
+            self._beside = True
+        self._taken, self._next = step, step + (self._spec.every if isinstance(self._spec.every, int) else steps)
 
     def exposed(self, step: int) -> bool:
         """Return whether this rank should not wait for the next snapshot that is due. Neither collective nor waiting.
@@ -219,10 +229,35 @@ class InMemoryCheckpointer:
         """Attach to new agents and, if memory needs it, start a snapshot. Return whether it does. Collective."""
         self._replace_dead_agents()
         self._patience = min(2 * self._patience, LONGEST_PATIENCE)
-        if not self._ranks.largest(int(self._client.exposed)):
-            return False
-        self._take(step, meta)
-        return True
+        exposed, _, steps = self._ranks.largest_each((int(self._client.exposed), *self.votes()))
+        if exposed:
+            self._take(step, meta, steps)
+        return exposed > 0
+
+    def votes(self) -> tuple[int, int]:
+        """Return what all ranks are to know the largest of: whether this rank's agent has died, and its interval.
+
+        A trainer that has a collective in every step lets the votes travel with it and calls `agreed` with the result;
+        otherwise `maybe_snapshot` has a collective of its own when a snapshot is due.
+        """
+        return int(self._client.gone), self._interval.steps
+
+    def agreed(self, largest: Sequence[int]) -> None:
+        """Take the largest of all ranks' `votes`, by place."""
+        self._agreed = largest
+
+    def _settled(self) -> bool:
+        """Return whether the last snapshot costs training nothing any more: it was committed, or has failed."""
+        sealed, commits = self._snapshotter.sealed, list(self._client.commits)[-1:]
+        committed = sealed is not None and any(commit.snapshot.age >= sealed.age for commit in commits)
+        return not self._snapshotter.running and (committed or self._snapshotter.failure is not None or sealed is None)
+
+    def _measure(self) -> None:
+        """Account for the last snapshot, now that the next one is due."""
+        timings, commits = self._snapshotter.timings, self.commit_seconds
+        if timings.taken > self._measured:
+            self._measured = timings.taken
+            self._interval = self._interval.taken(blocked=timings.blocked, commit=commits[-1] if commits else None)
 
     def commit_now(self, step: int, meta: Callable[[], bytes]) -> str | None:
         """Have the state after `step` completed steps committed on all nodes; return why it is not, alike on all ranks.
@@ -276,16 +311,6 @@ class InMemoryCheckpointer:
             for buffer in mapped:
                 buffer.close()
 
-    def _steps_to_next(self) -> int:
-        """Return the interval in steps: from the spec, or agreed from the measurements of all ranks."""
-        if isinstance(self._spec.every, int):
-            return self._spec.every
-        commits = self.commit_seconds
-        self._interval = self._interval.measured(
-            copy=self._snapshotter.timings.blocked, commit=commits[-1] if commits else None
-        )
-        return self._ranks.largest(self._interval.steps)
-
     def join(self) -> None:
         """Wait for the running copy. Call this before changing the tensors.
 
@@ -298,6 +323,18 @@ class InMemoryCheckpointer:
         """Why the last snapshot was not taken, or None if it was."""
         failure = self._snapshotter.failure
         return self._lost_agent or (None if failure is None else str(failure))
+
+    @property
+    def copy_error(self) -> str | None:
+        """Why this rank could not copy its state, where that is not its agent's fault, or None."""
+        failure = self._snapshotter.failure
+        return None if failure is None or isinstance(failure, (AgentError, GivenUp)) else str(failure)
+
+    @property
+    def slow_copies(self) -> str | None:
+        """Why this rank's snapshot memory is not page-locked for its GPU, or None if it is or need not be."""
+        reason = self._snapshotter.unlocked
+        return None if reason is None else str(reason)
 
     @property
     def commit_seconds(self) -> list[float]:
@@ -395,9 +432,13 @@ class _Ranks:
             dist.all_reduce(numbers, op=operation, group=self._group)
 
     def largest(self, value: int) -> int:
-        number = torch.tensor([value], dtype=torch.int64)
-        self.all_reduce(number, dist.ReduceOp.MAX)
-        return int(number.item())
+        return self.largest_each([value])[0]
+
+    def largest_each(self, values: Sequence[int]) -> list[int]:
+        numbers = torch.tensor(values, dtype=torch.int64)
+        self.all_reduce(numbers, dist.ReduceOp.MAX)
+        agreed: list[int] = numbers.tolist()
+        return agreed
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -51,11 +51,16 @@ class World:
 
     def largest(self, value: int) -> int:
         """Return the largest of all ranks' values. Collective."""
+        return self.largest_each([value])[0]
+
+    def largest_each(self, values: Sequence[int]) -> list[int]:
+        """Return the largest of all ranks' values at every place, in one collective. All ranks give as many."""
         if self.size == 1:
-            return value
-        number = torch.tensor([value], device=self.device)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        return int(number.item())
+            return list(values)
+        numbers = torch.tensor(values, device=self.device)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        agreed: list[int] = numbers.tolist()
+        return agreed
 
     def gather(self, data: bytes) -> list[bytes]:
         """Return the data of every rank, by rank, on rank 0; an empty list elsewhere. Collective.
@@ -101,7 +106,8 @@ class World:
             with contextlib.suppress(OSError):
                 if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
                     _shut(descriptor)
-        if self.device.type == "cuda" and dist.is_initialized():
+        if self.device.type != "cpu" and dist.is_initialized():
+            torch.accelerator.set_device_index(self.device)  # a thread begins on the first one, which is another rank's
             dist.distributed_c10d._abort_process_group()
 
     def leave(self) -> None:

@@ -18,6 +18,7 @@ even on machines without torch: do heavy imports inside the hooks.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -142,6 +143,16 @@ class Callback(Component):
         the change.
         """
 
+    def votes(self, run: Run) -> Sequence[int]:
+        """Return numbers of this rank of which all ranks are to learn the largest, always as many of them.
+
+        They travel with a collective that every step has between `after_step` and `at_boundary`.
+        """
+        return ()
+
+    def agreed(self, run: Run, largest: Sequence[int]) -> None:
+        """Take the largest of all ranks' `votes`, place by place."""
+
     def on_evaluation(self, run: Run, losses: Mapping[str, float]) -> None:
         """Run after an evaluation. `losses`: mean cross-entropy by domain, in nats per unmasked target, equal on every
         rank.
@@ -200,6 +211,15 @@ class Callbacks(tuple[Callback, ...]):
     def after_step(self, run: Run, done: StepDone) -> None:
         for callback in self:
             callback.after_step(run, done)
+
+    def agree(self, run: Run, value: int) -> int:
+        """Return the largest of all ranks' values, and tell every callback what its votes came to. Collective."""
+        votes = [callback.votes(run) for callback in self]
+        largest, *others = run.world.largest_each([value, *itertools.chain.from_iterable(votes)])
+        for callback, mine in zip(self, votes, strict=True):
+            if mine:
+                callback.agreed(run, [others.pop(0) for _ in mine])
+        return largest
 
     def on_evaluation(self, run: Run, losses: Mapping[str, float]) -> None:
         for callback in self:

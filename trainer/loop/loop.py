@@ -28,7 +28,7 @@ def train(run: Run, interrupt: Interrupt) -> bool:
         _step(run)
         run.timeline.step(run.state.step, run.callbacks.blocked_s)
         exposed = PROTECTS if run.callbacks.exposed(run) else 0
-        urgency = run.world.largest(max(exposed, interrupt.urgency))
+        urgency = run.callbacks.agree(run, max(exposed, interrupt.urgency))
         run.interrupted = urgency == STOPS
         run.callbacks.at_boundary(run)
         run.timeline.save(run.state.step)

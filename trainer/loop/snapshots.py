@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -82,6 +82,7 @@ class Snapshots(MemoryTier):
         )
         self._resumed: Callable[[], None] | None = None
         self._reported: str | None = None
+        self._slow = False
 
     # ---- start
 
@@ -141,13 +142,25 @@ class Snapshots(MemoryTier):
             run.metrics.event(events.RedundancyLost(step=run.state.step))
         self._report(run)
 
+    def votes(self, run: Run) -> Sequence[int]:
+        return self.checkpointer.votes()
+
+    def agreed(self, run: Run, largest: Sequence[int]) -> None:
+        self.checkpointer.agreed(largest)
+
     def _report(self, run: Run) -> None:
-        """Say once why the last snapshot was not taken."""
-        error = self.checkpointer.last_error
+        """Say once why the last snapshot was not taken. Rank 0 speaks for all, except of what only this rank knows."""
+        step, folder = run.state.step, Path(run.job.output)
+        error, slow = self.checkpointer.last_error, self.checkpointer.slow_copies
         if error is not None and error != self._reported:
-            run.metrics.event(events.SnapshotFailed(step=run.state.step, reason=error))
+            run.metrics.event(events.SnapshotFailed(step=step, reason=error))
             run.console.warn(f"no snapshot: {error}; training continues")
+            if self._rank and self.checkpointer.copy_error is not None:
+                events.append(folder, events.SnapshotFailed(step=step, reason=f"rank {self._rank}: {error}"))
         self._reported = error
+        if slow is not None and not self._slow:
+            self._slow = True
+            events.append(folder, events.SnapshotUnlocked(step=step, rank=self._rank, reason=slow))
 
     def hand_over(self, run: Run) -> bool:
         """Have the last completed step committed on all nodes, whether or not a snapshot of it was due."""

@@ -186,6 +186,14 @@ class RedundancyLost(Event, frozen=True, kw_only=True):
     step: int
 
 
+class SnapshotUnlocked(Event, frozen=True, kw_only=True):
+    """Snapshot memory of a rank is not page-locked for its GPU: copies pass through small buffers and take longer."""
+
+    step: int
+    rank: int
+    reason: str
+
+
 class CheckpointFailed(Event, frozen=True, kw_only=True):
     """No checkpoint could be written after `step`; the next one is tried when it is due, the last one a few times."""
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keepwarm.ft.worker.interval import Interval, waste, young_daly
+from keepwarm.ft.worker.interval import QUIET_STEPS, SMOOTHING, UNPAUSED, Interval, waste, young_daly
 
 seconds = st.floats(1e-4, 1e3)
 mtbfs = st.floats(1e3, 1e7)
@@ -53,3 +53,52 @@ def test_interval_invalid_measurements_are_ignored(value: float) -> None:
 def test_young_daly_invalid_arguments_are_refused(cost: float, mtbf: float) -> None:
     with pytest.raises(ValueError, match="mtbf"):
         young_daly(cost, mtbf)
+
+
+def trained(interval: Interval, *, quiet: float, beside: float, rounds: int = 200) -> Interval:
+    """Return what is known after `rounds` snapshots; the first step beside each is slower, training never waits."""
+    for _ in range(rounds):
+        for step in range(interval.steps):
+            interval = interval.stepped(beside if step == 0 else quiet, beside=step == 0)
+        interval = interval.taken(blocked=0.0, commit=quiet)
+    return interval
+
+
+def test_interval_slower_steps_beside_a_snapshot_are_its_cost() -> None:
+    """Training never waits for this snapshot, but the step beside it takes half a second longer."""
+    interval = trained(Interval(mtbf=10_000).stepped(60.0, beside=True), quiet=10.0, beside=10.5)
+    assert interval.copy == pytest.approx(0.5, rel=0.01)
+    assert interval.steps == math.ceil(young_daly(0.5, 10_000) / 10.0)
+
+
+def test_interval_snapshots_that_cost_nothing_are_as_frequent_as_commits_allow() -> None:
+    interval = trained(Interval(mtbf=10_000), quiet=10.0, beside=10.0)
+    assert interval.copy == pytest.approx(0.0, abs=1e-6)
+    assert interval.steps == 1
+
+
+def test_interval_snapshots_without_a_pause_make_room_for_quiet_steps() -> None:
+    interval = Interval(mtbf=10_000)
+    for _ in range(UNPAUSED):
+        assert interval.steps == 1
+        interval = interval.stepped(10.5, beside=True).taken(blocked=0.0, commit=10.0)
+    assert interval.steps == 1 + QUIET_STEPS
+    for _ in range(QUIET_STEPS):
+        interval = interval.stepped(10.0, beside=False)
+    assert (interval.step, interval.steps) == (10.0, 1)
+    interval = interval.stepped(10.5, beside=True).taken(blocked=0.0, commit=10.0)
+    assert interval.copy == pytest.approx(SMOOTHING * 0.5)
+
+
+@pytest.mark.parametrize("now", [5.0, 20.0])
+def test_interval_steps_that_become_faster_or_slower_do_not_count_as_cost_for_long(now: float) -> None:
+    interval = trained(Interval(mtbf=10_000), quiet=10.0, beside=10.5)
+    interval = trained(interval, quiet=now, beside=now + 0.25)
+    assert interval.step == pytest.approx(now, rel=0.01)
+    assert interval.copy == pytest.approx(0.25, rel=0.05)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_interval_invalid_steps_are_ignored(value: float) -> None:
+    interval = Interval(100.0, step=1.0, quiet=3)
+    assert interval.stepped(value, beside=True) == interval.stepped(value, beside=False) == interval

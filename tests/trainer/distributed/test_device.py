@@ -169,6 +169,20 @@ def test_connect_names_the_device_to_nccl(monkeypatch: pytest.MonkeyPatch) -> No
     assert (given["backend"], given["device_id"]) == ("gloo", None)
 
 
+def test_interrupt_aborts_nccl_on_this_ranks_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that interrupts begins on the first GPU, which another rank uses."""
+    calls: list[object] = []
+    monkeypatch.setattr(world, "_shut", lambda descriptor: None)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", calls.append)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_abort_process_group", lambda: calls.append("abort"))
+    device = torch.device("cuda", 3)
+    world.World(rank=3, size=8, local_rank=3, device=device).interrupt()
+    world.World(rank=3, size=8, local_rank=3, device=torch.device("cpu")).interrupt()
+    monkeypatch.undo()  # before other fixtures ask
+    assert calls == [device, "abort"]
+
+
 RANK = """
 import sys
 from keepwarm.parallel.spec import NumericsSpec

@@ -2,8 +2,9 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -135,6 +136,35 @@ def test_callbacks_hooks_are_called_in_order(tmp_path: Path) -> None:
         expected += [f"{step + 1} on_evaluation en de"] if step + 1 in evaluated else []
         expected.append(f"{step + 1} at_boundary")
     assert (tmp_path / "calls").read_text().splitlines() == [*expected, f"{STEPS} close finished"]
+
+
+class Voter(Callback):
+    """Has numbers to agree on."""
+
+    def __init__(self, *numbers: int) -> None:
+        super().__init__()
+        self.numbers = numbers
+        self.heard: tuple[int, ...] = ()
+
+    def votes(self, run: Run) -> Sequence[int]:
+        return self.numbers
+
+    def agreed(self, run: Run, largest: Sequence[int]) -> None:
+        self.heard = tuple(largest)
+
+
+def test_callbacks_votes_travel_with_one_collective_and_come_back_to_who_gave_them() -> None:
+    collectives = []
+
+    class World:
+        def largest_each(self, values: Sequence[int]) -> list[int]:
+            collectives.append(list(values))
+            return [value + 10 for value in values]
+
+    voters = [Voter(1, 2), Callback(), Voter(), Voter(3)]
+    assert Callbacks(voters).agree(SimpleNamespace(world=World()), 0) == 10  # type: ignore[arg-type]
+    assert collectives == [[0, 1, 2, 3]]
+    assert [voter.heard for voter in voters if isinstance(voter, Voter)] == [(11, 12), (), (13,)]
 
 
 def test_callbacks_request_stop_saves_state_and_stops(tmp_path: Path) -> None:
