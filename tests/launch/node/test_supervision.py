@@ -177,8 +177,12 @@ def test_last_words_decide_whether_a_node_is_replaced(cluster: Callable[..., Clu
     assert replaced[1] in ("n3", "n4")
     end(0, 6, "1 BrokenGpu NVLink")
     assert not {"n0", "n1"} & set(names(run.running(7)))
+
+    def found() -> list[events.NodeExcluded]:
+        return events.read(run.folder).of(events.NodeExcluded)
+
     # The supervisor of an excluded node ends, and says why, while the others go on.
-    excluded = events.read(run.folder).of(events.NodeExcluded)
+    excluded = run.until(lambda: found() if len(found()) == 2 else [], "the reasons of both excluded nodes")
     assert {event.host: event.why.partition(" is excluded: ")[2] for event in excluded} == {
         "n0": "rank 0: NVLink",
         "n1": "its workers failed 2 times, most recently: rank 2 detected a hang: the others wait for rank 1",
