@@ -9,6 +9,7 @@ LaunchError
 ├── DrillError           2  a fault that does not apply to the job, or a drill that could not be carried out
 ├── ClusterError         2  a batch system cannot be queried, or cannot provide what the job requests
 ├── OptionError          2  conflicting command-line options
+├── OutlivesKill         4  a process is still there long after SIGKILL
 └── RanksFailed    2,3,4,6  a rank exited before the job was done; the code is the rank's own
 """
 

@@ -49,6 +49,7 @@ CASES = {
         ["transformers"],
         "from keepwarm.trainer.job.files import load_job\nload_job(Path('configs/ci/gemma-3-tiny.yaml'))",
     ),
+    "gpu": (["pynvml"], [], "from keepwarm.launch.run.gpu_health import library\nlibrary()"),
     "s3": (
         ["s3fs"],
         ["s3fs"],

@@ -22,10 +22,12 @@ def main(arguments: list[str]) -> int:
     # Heavy imports come after the arguments are validated: a typo must not cost three seconds.
     from keepwarm.ft.errors import FtError
     from keepwarm.parallel.errors import ParallelError
+    from keepwarm.trainer.distributed.device_errors import broken
     from keepwarm.trainer.distributed.in_process_restart import ControlChannel, RestartRequested
     from keepwarm.trainer.errors import TrainerError
     from keepwarm.trainer.loop.interrupt import HandedOver
     from keepwarm.trainer.loop.session import run_session
+    from keepwarm.trainer.monitor.last_words import BrokenGpu, leave
 
     control = ControlChannel.inherited()
     try:
@@ -36,6 +38,10 @@ def main(arguments: list[str]) -> int:
             except RestartRequested as request:
                 rank = os.environ.get("RANK", "0")
                 print(f"rank {rank}: lost its peers ({request}); restarting in this process", file=sys.stderr)
+            except BaseException as error:
+                if (text := broken(error)) is not None:
+                    leave(BrokenGpu(text))
+                raise
             control.park()
     except (TrainerError, ParallelError, FtError) as error:
         if wants_traceback():

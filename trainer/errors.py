@@ -6,6 +6,7 @@ TrainerError
 ├── OutputError          2  the run folder exists or cannot be written at the start
 ├── CheckpointError      2  a saved state is missing, damaged or does not fit
 ├── RendezvousFailed     1  the ranks do not reach each other; another start may succeed
+├── DeviceBroken         1  the rank's GPU fails; another node may take its place
 ├── RestoreFailed        1  state could not be restored from memory; another start may succeed
 ├── TrainingStopped      3  training stopped itself: NaN, a gate
 ├── UnrecoverableFault   4  a fault that no level of recovery can fix
@@ -39,6 +40,12 @@ class CheckpointError(TrainerError):
 
 class RendezvousFailed(TrainerError):
     """The ranks do not reach each other; names the address or the interfaces."""
+
+    exit_code = ExitCode.FAULT
+
+
+class DeviceBroken(TrainerError):
+    """This rank's GPU is lost or computes wrong; names the rank. Only another node helps."""
 
     exit_code = ExitCode.FAULT
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+from keepwarm.launch.run import gpu_health
 from keepwarm.launch.run.node_check import gpu_count
 from keepwarm.parallel.engine_registry import ENGINES
 from keepwarm.parallel.engine_support import registered_engine
@@ -50,10 +51,19 @@ def findings() -> Iterator[Finding]:
         usable=gpus > 0,
         detail=f"{gpus} GPUs" if gpus else "no driver of a GPU: engines run on the CPU, for tests and debugging",
     )
+    yield _health(gpus)
     yield from map(_engine, ENGINES.names())
     for kernel in KERNELS:
         detail = f"not installed: {kernel.install}" if kernel.missing else kernel.asked
         yield Finding(kind="kernel", name=kernel.name, usable=not kernel.missing, detail=detail)
+
+
+def _health(count: int) -> Finding:
+    """Return what NVML says of the GPUs, or why it was not asked."""
+    seen = gpu_health.look() if count else gpu_health.Gpus(skipped="no driver of a GPU")
+    found = [*gpu_health.problems(seen), *gpu_health.warnings(seen)]
+    detail = seen.skipped or "; ".join(found) or f"{len(seen.gpus)} healthy GPUs, driver {seen.driver}"
+    return Finding(kind="device", name="NVML", usable=not (seen.skipped or found), detail=detail)
 
 
 def _engine(name: str) -> Finding:

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -28,6 +28,7 @@ from keepwarm.ft.errors import FtError
 from keepwarm.ft.transport.auth import SECRET, load_secret, run_identity
 from keepwarm.launch.node.main import leave_on, set_environment
 from keepwarm.launch.node.options import VACANCY_TIMEOUT_S, Options
+from keepwarm.launch.run.node_check import visible_gpus
 from keepwarm.trainer.job.files import load_run
 from keepwarm.trainer.job.run_folder import RUN_FILE
 from keepwarm.trainer.job.spec import JobSpec
@@ -113,6 +114,8 @@ class Nodes:
 
             os.setsid()
             die_with(self._parent)
+            if (gpus := own_gpus(len(self._pids), options.ranks_per_node, os.environ)) is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = gpus
             code = supervise(options, job)
         except BaseException:
             traceback.print_exc()
@@ -153,6 +156,15 @@ class Nodes:
             if pid not in self._codes:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, forwarded)
+
+
+def own_gpus(number: int, ranks: int, environment: Mapping[str, str]) -> str | None:
+    """Return the CUDA_VISIBLE_DEVICES of a node, counted from 0: as many GPUs of this machine as it has ranks.
+
+    NCCL refuses two ranks on one GPU. None if there are no GPUs here.
+    """
+    gpus = visible_gpus(environment)
+    return ",".join(gpus[number * ranks : (number + 1) * ranks]) if gpus else None
 
 
 def sweep(folder: Path, nodes: Sequence[str], slots: int, patience: float) -> None:

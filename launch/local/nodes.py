@@ -1,9 +1,10 @@
 """`keepwarm train --nodes N --spares M`: run a job on emulated nodes of this machine, each with a supervisor."""
 
 import contextlib
+import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from keepwarm.ft.transport.auth import SECRET
 from keepwarm.launch.errors import PreflightError, RanksFailed
 from keepwarm.launch.forkserver import ForkServer, Worker
 from keepwarm.launch.node import record
+from keepwarm.launch.run.node_check import visible_gpus
 from keepwarm.launch.run.preflight import check_job, check_memory
 from keepwarm.launch.run.prepare import Mode, prepared
 from keepwarm.text import counted
@@ -34,6 +36,7 @@ def run_on_nodes(job: JobSpec, mode: Mode, console: Console, *, nodes: int, spar
         RanksFailed: the run ended early; with its exit code.
     """
     check_nodes(job, nodes, spares)
+    check_gpus(job, nodes + spares, os.environ)
     check_job(job)
     check_memory(job, emulated=True)
     with prepared(job, mode) as spec:
@@ -72,6 +75,16 @@ def check_nodes(job: JobSpec, nodes: int, spares: int) -> None:
     if spares and job.snapshot == "off" and job.checkpoint.every is None:
         raise PreflightError(
             f"--spares {spares}: there is nothing that a spare could continue from; set snapshot or checkpoint.every"
+        )
+
+
+def check_gpus(job: JobSpec, nodes: int, environment: Mapping[str, str]) -> None:
+    """Raise `PreflightError` if this machine has GPUs, but too few to give every emulated node its own."""
+    gpus, ranks = len(visible_gpus(environment)), job.layout.ranks_per_node
+    if job.cluster.device != "cpu" and 0 < gpus < nodes * ranks:
+        raise PreflightError(
+            f"{nodes} emulated nodes, spares included, of {ranks} {'rank' if ranks == 1 else 'ranks'} need "
+            f"{nodes * ranks} GPUs, and {gpus} are visible here: start fewer, or set cluster.device = cpu"
         )
 
 

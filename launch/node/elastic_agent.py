@@ -5,11 +5,13 @@ after a failure there is nothing that they could still save. So this class imple
 `SimpleElasticAgent` instead, whose loop (rendezvous, start, monitor, restart) is used unchanged.
 """
 
+import contextlib
 import os
 import signal
 import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
@@ -24,7 +26,8 @@ from keepwarm.launch.forkserver import ForkServer, Worker
 from keepwarm.launch.node.hooks import Hooks
 from keepwarm.launch.node.rendezvous import SlotRendezvous
 from keepwarm.launch.node.slot_table import Kind, survivors_are_reusable
-from keepwarm.launch.rank_processes import FAILURE_GRACE_S, RankProcesses
+from keepwarm.launch.rank_processes import FAILURE_GRACE_S, OutlivesKill, RankProcesses
+from keepwarm.trainer.monitor.last_words import LAST_WORDS, BrokenGpu, Hang, LastWords, OnGpu, Word
 
 MONITOR_INTERVAL_S = 0.03
 """How often workers are checked."""
@@ -51,6 +54,34 @@ class WorkerOptions:
     """Whether workers restart in the same process after others have died."""
 
 
+class Explained(NamedTuple):
+    """How a worker failed, for the slot table."""
+
+    kind: Kind
+    cause: str
+    at_fault: tuple[int, ...] = ()
+    """Of a hang: the ranks that the others wait for."""
+
+
+def explain(rank: int, code: int, words: Sequence[Word]) -> Explained:
+    """Return what the exit code of a worker means, given its last words. Pure.
+
+    On GPUs SIGABRT is how NCCL's watchdog ends a rank whose collective takes too long, whichever rank is at fault.
+    """
+    for word in words:
+        if isinstance(word, BrokenGpu):
+            return Explained("gpu", f"rank {rank}: {word.text}")
+    if code == -signal.SIGABRT and any(isinstance(word, OnGpu) for word in words):
+        return Explained("hung", f"rank {rank} was ended by SIGABRT, as NCCL's watchdog does when a collective hangs")
+    if code < 0:
+        return Explained("killed", f"rank {rank} was ended by {signal.Signals(-code).name}")
+    if code != ExitCode.HUNG:
+        return Explained("failed", f"rank {rank} ended with exit code {code}")
+    late = next((word.at_fault for word in words if isinstance(word, Hang)), ())
+    waits = f": the others wait for {'rank' if len(late) == 1 else 'ranks'} {', '.join(map(str, late))}" if late else ""
+    return Explained("hung", f"rank {rank} detected a hang{waits}", late)
+
+
 class NodeAgent(SimpleElasticAgent):
     """Runs the workers of one node until the job is done, the handler ends the run, or a worker does."""
 
@@ -64,6 +95,7 @@ class NodeAgent(SimpleElasticAgent):
         super().__init__(spec)
         self._handler, self._hooks, self._options = handler, hooks, options
         self._processes = RankProcesses(server)
+        self._last_words = [LastWords() for _ in range(options.ranks_per_node)]
         self._signals = self._forwarded = 0
         self.saving = self._on_disk = False
         """Workers were asked to save their state and end, so that the run can grow or a node can leave."""
@@ -86,11 +118,12 @@ class NodeAgent(SimpleElasticAgent):
         self._on_disk = False
         workers = {}
         for worker in worker_group.workers:
-            rank = worker.global_rank
+            rank, words = worker.global_rank, self._last_words[worker.local_rank]
+            words.clear()
             own = {"RANK": rank, "LOCAL_RANK": worker.local_rank, "WORLD_SIZE": worker.world_size}
             workers[rank] = Worker(
                 arguments=options.arguments,
-                environment=common | {key: str(value) for key, value in own.items()},
+                environment=common | {key: str(value) for key, value in own.items()} | {LAST_WORDS: words.path},
                 log=f"{options.logs}/rank_{rank:05d}.log" if rank else None,
                 module=options.module,
                 reusable=options.reusable,
@@ -113,15 +146,18 @@ class NodeAgent(SimpleElasticAgent):
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         """Park the workers that can be resumed in the next restart; kill the others.
 
-        They are dead when this returns, so that the slot's agent knows which processes may write.
+        They are dead when this returns, so that the slot's agent knows which processes may write. If one is not, this
+        raises `OutlivesKill`, and the node leaves the run: its GPU may still be in use.
         """
         if survivors_are_reusable(self._handler.membership.read()):
             self._processes.park()
         self._processes.kill()
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, timeout: int = 30) -> None:
-        self._processes.kill()
-        self._processes.kill_parked()
+        with contextlib.suppress(OutlivesKill):  # raised before, or the run has ended
+            self._processes.kill()
+        with contextlib.suppress(OutlivesKill):
+            self._processes.kill_parked()
 
     def _exit_barrier(self) -> None:
         """Wait for the workers of all nodes; the supervisor handles the outcome."""
@@ -131,22 +167,20 @@ class NodeAgent(SimpleElasticAgent):
 
     def _report(self, rank: int, code: int) -> None:
         """Report the first failed worker to the other nodes: it ends the run, or begins a restart."""
-        if code < 0:
-            self._fail("killed", f"rank {rank} was ended by {signal.Signals(-code).name}")
-        elif code == ExitCode.INTERRUPTED and self.saving and not self.asked:
+        if code == ExitCode.INTERRUPTED and self.saving and not self.asked:
             self._processes.wait(FAILURE_GRACE_S)
             self._handler.on_saved(on_disk=self._on_disk)
         elif code in FINAL or (code == ExitCode.BAD_INPUT and self._handler.restart == 0):
             self._processes.wait(FAILURE_GRACE_S)
             self._handler.end(code, f"rank {rank}: {FINAL.get(code, 'bad input')} (exit code {code})")
         else:
-            hung = code == ExitCode.HUNG
-            what = "detected a hang" if hung else f"ended with exit code {code}"
-            self._fail("hung" if hung else "failed", f"rank {rank} {what}")
+            per_node = self._options.ranks_per_node
+            kind, cause, at_fault = explain(rank, code, self._last_words[rank % per_node].read())
+            self._fail(kind, cause, {other // per_node for other in at_fault})
 
-    def _fail(self, kind: Kind, cause: str) -> None:
-        first = self._handler.fail(kind, cause)
-        if first or kind == "killed":
+    def _fail(self, kind: Kind, cause: str, at_fault: Collection[int]) -> None:
+        first = self._handler.fail(kind, cause, at_fault)
+        if first or kind in ("killed", "gpu"):
             self._hooks.on_failed(kind, cause)
 
     def _ended_elsewhere(self) -> bool:

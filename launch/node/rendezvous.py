@@ -6,6 +6,7 @@ adapts them to the interface of the elastic agent.
 
 import contextlib
 import time
+from collections.abc import Collection
 
 from torch.distributed import HashStore
 from torch.distributed.elastic.rendezvous import (
@@ -253,9 +254,13 @@ class SlotRendezvous(RendezvousHandler):
         gone = table.ended is not None and table.ended.code == ExitCode.UNRECOVERABLE
         return int(gone or (table.ended is None and table.restart != self.restart))
 
-    def fail(self, kind: slot_table.Kind, cause: str) -> bool:
-        """Record that workers of this node have failed; return True if this is the first failure of the restart."""
-        table, changed = self._change(shared_table.Fail(restart=self.restart, kind=kind, cause=cause))
+    def fail(self, kind: slot_table.Kind, cause: str, at_fault: Collection[int] = ()) -> bool:
+        """Record that workers of this node have failed; return True if this is the first failure of the restart.
+
+        `at_fault`: of a hang, the slots that the others wait for.
+        """
+        fail = shared_table.Fail(restart=self.restart, kind=kind, cause=cause, at_fault=tuple(at_fault))
+        table, changed = self._change(fail)
         return changed and len(table.failures) == 1
 
     def growth_requested(self) -> bool:
@@ -313,9 +318,9 @@ class SlotRendezvous(RendezvousHandler):
     def ended(self) -> slot_table.Ended | None:
         return self.membership.read().ended
 
-    def give_up_slot(self, why: str) -> None:
-        """Leave the run; nothing changes if it has ended."""
-        self._change(shared_table.GiveUp(why=why))
+    def give_up_slot(self, why: str, *, excluded: bool = False) -> None:
+        """Leave the run, never to come back if `excluded`; nothing changes if it has ended."""
+        self._change(shared_table.GiveUp(why=why, excluded=excluded))
 
     def _leave(self) -> None:
         self.give_up_slot("asked to leave")

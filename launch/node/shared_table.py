@@ -49,6 +49,8 @@ class Fail(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     restart: int
     kind: Kind
     cause: str
+    at_fault: tuple[int, ...] = ()
+    """Of a hang: the slots that the others wait for."""
 
 
 class Finish(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -64,6 +66,8 @@ class GiveUp(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The node leaves the run and decides nothing more."""
 
     why: str
+    excluded: bool = False
+    """It must not come back."""
 
 
 class ClaimFlush(msgspec.Struct, frozen=True, tag=True):
@@ -172,13 +176,25 @@ def _drain(table: Table, node: str, change: Drain, now: float) -> Table:
     return slot_table.drain(table, change.node, now)
 
 
+def _fail(table: Table, node: str, change: Fail, now: float) -> Table:
+    if change.kind == "hung":
+        return slot_table.hang(table, node, change.restart, change.at_fault, change.cause, now)
+    return slot_table.fail(table, node, change.restart, change.kind, change.cause, now)
+
+
+def _give_up(table: Table, node: str, change: GiveUp, now: float) -> Table:
+    if change.excluded:
+        return slot_table.exclude(table, node, change.why, now, dead=True)
+    return slot_table.lose(table, node, f"{name_of(node)}: {change.why}", now, dead=True)
+
+
 _STEPS: dict[type, Callable[..., Table]] = {
     Join: _join,
     Arrive: _arrive,
-    Fail: lambda table, node, one, now: slot_table.fail(table, node, one.restart, one.kind, one.cause, now),
+    Fail: _fail,
     Finish: lambda table, node, one, now: slot_table.finish(table, node, one.restart),
     End: lambda table, node, one, now: slot_table.end(table, one.code, one.reason),
-    GiveUp: lambda table, node, one, now: slot_table.lose(table, node, f"{name_of(node)}: {one.why}", now, dead=True),
+    GiveUp: _give_up,
     ClaimFlush: lambda table, node, one, now: slot_table.claim_flush(table, node),
     AnnounceFlush: lambda table, node, one, now: slot_table.announce_flush(table, node, one.epoch),
     Shrink: _shrink,

@@ -11,7 +11,9 @@ One `Table` describes all nodes of a run. Every change is a function from a tabl
   ends what it started, and may come back as a spare.
 - If the job allows, vacant slots that no node takes are given up: the run goes on with fewer slots from disk, and gets
   them back once there are enough nodes and its workers have saved their state.
-- A node whose workers repeatedly end the run makes room for a spare and does not come back.
+- A node whose workers repeatedly end the run, or that repeatedly keeps the others waiting, makes room for a spare and
+  does not come back; one with a broken GPU does so at once. No more nodes are excluded in one restart than a group can
+  lose without losing memory.
 - Once workers have run, owners change only with a majority of those before them (`keepwarm.launch.node.view`): nothing
   is given to spares, given up or started by a few nodes that have lost sight of the others.
 - Nodes are known by the identity of one start of their supervisor; blame and exclusion stay with the name.
@@ -24,13 +26,16 @@ import msgspec
 
 from keepwarm.launch.node.view import Member, Number, Verdict, View, may_be_installed, missing, name_of, verdict
 
-Kind = Literal["lost", "killed", "failed", "hung"]
-"""How the workers of a slot failed, root causes first: their node was lost, a signal ended one, one ended by itself, or
-one detected a hang, which is not attributed to its node."""
+Kind = Literal["lost", "gpu", "killed", "hung", "failed"]
+"""How the workers of a slot failed, root causes first: their node was lost, its GPU is broken, a signal ended one, one
+detected a hang, which is attributed to the node that it waited for, or one ended by itself, as it does when another one
+has given up."""
 ATTRIBUTION_WINDOW_S = 86_400.0
 """How long a failure counts against the node to which it is attributed."""
 TERMINATION_GRACE_S = 2.0
 """How long a node that was asked to end stays to see whether others were: batch systems do not reach all at once."""
+MAX_HANGS = 2
+"""Failures attributed to one node, the last of them a hang, before a spare takes its slot. Hangs cost minutes each."""
 
 FIRST_GRACE_S = 60.0
 """How long spares leave vacant slots of the first start to the nodes meant for them."""
@@ -46,6 +51,8 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     """When it was detected, in seconds since 1970."""
     silence: float = 0.0
     """Seconds without a heartbeat before it was detected."""
+    at_fault: tuple[int, ...] = ()
+    """Of a hang: the slots that did not reach what the others wait in; empty if that is not known."""
 
 
 class Ended(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +70,8 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     """Upper limit of `charged_restarts`; one more ends the run."""
     max_node_failures: int | None = None
     """Restarts attributed to one node before a spare takes its slot; None: any number."""
+    max_excluded: int = 1
+    """Nodes that may be excluded in one restart: as many as a group can lose without losing memory."""
     sizes: tuple[int, ...] = ()
     """Numbers of slots with which the job may run, largest first."""
     growing: bool = False
@@ -201,11 +210,12 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def survivors_are_reusable(table: Table) -> bool:
-    """Return whether the last failure came from outside (killed workers, lost nodes), so that survivors may be resumed.
+    """Return whether the last failure came from outside (killed workers, lost nodes, a broken GPU), so that survivors
+    may be resumed.
 
     A worker that failed by itself may have done so because of the state of its own process or of another one.
     """
-    return any(failure.kind in ("lost", "killed") for failure in table.root_causes)
+    return any(failure.kind in ("lost", "gpu", "killed") for failure in table.root_causes)
 
 
 RequestedSlot = int | Literal["any", "spare"]
@@ -431,34 +441,84 @@ def claim(table: Table) -> Table:
 
 
 def _attribute(table: Table) -> Table:
-    """Attribute the last failure to nodes, and exclude a node that reached its limit if a spare can replace it."""
-    found = () if table.moved else tuple(one for one in table.root_causes if one.kind in ("killed", "failed"))
-    # A killed worker makes others fail; among failed ones, the first may have caused the rest.
-    for failure in found if found and found[0].kind == "killed" else found[:1]:
-        node = table.owners[failure.slot]
+    """Attribute the last failure to nodes, and exclude those that reached their limit if spares can replace them."""
+    found = [] if table.moved else [(table.owners[slot], failure) for slot, failure in _culprits(table)]
+    excluded = 0
+    for node, failure in found:
         name = name_of(node)
         earlier = table.attributed.get(name, ())
         times = (*(at for at in earlier if failure.time - at < ATTRIBUTION_WINDOW_S), failure.time)
         table = _change(table, attributed={**table.attributed, name: times})
-        if table.max_node_failures is not None and len(times) >= table.max_node_failures and table.spares:
-            why = f"its workers failed {len(times)} times, most recently: {failure.cause}"
-            others = tuple(owner for owner in table.arrived if owner != node)
-            table = _change(table, arrived=others, excluded={**table.excluded, name: why})
-            table = lose(table, node, f"{name} is excluded: {why}", failure.time)
+        limit = _limit(table, failure.kind)
+        # A node that cannot train helps no run that may go on with fewer.
+        smaller = failure.kind == "gpu" and any(size < len(table.owners) for size in table.sizes)
+        replaceable = bool(table.spares) or smaller
+        if limit is not None and len(times) >= limit and replaceable and excluded < table.max_excluded:
+            excluded += 1
+            why = failure.cause
+            if failure.kind != "gpu":
+                why = f"its workers failed {len(times)} times, most recently: {failure.cause}"
+            table = exclude(table, node, why, failure.time)
     return table
 
 
+def _culprits(table: Table) -> tuple[tuple[int, Failure], ...]:
+    """Return the slots to which the last failure is attributed. Lost nodes have no slot any more.
+
+    Killed workers and broken GPUs make others fail; among failed ones, the first may have caused the rest. A hang is
+    attributed to those that the others wait for, unless they are so many that they must be waiting for something else.
+    """
+    causes = table.root_causes
+    if not causes or causes[0].kind == "lost":
+        return ()
+    if causes[0].kind == "hung":
+        verdict = next((failure for failure in causes if failure.at_fault), causes[0])
+        slots = verdict.at_fault if len(verdict.at_fault) <= table.max_excluded else ()
+        return tuple((slot, verdict) for slot in slots)
+    return tuple((failure.slot, failure) for failure in (causes[:1] if causes[0].kind == "failed" else causes))
+
+
+def _limit(table: Table, kind: Kind) -> int | None:
+    """Return how many failures may be attributed to a node before a spare takes its slot, the last one of this kind."""
+    if table.max_node_failures is None:
+        return None
+    return {"gpu": 1, "hung": min(MAX_HANGS, table.max_node_failures)}.get(kind, table.max_node_failures)
+
+
+def exclude(table: Table, node: str, why: str, now: float, *, dead: bool = False) -> Table:
+    """Remove a node for good; a spare takes its slot. `dead`: its supervisor decides nothing more."""
+    name = name_of(node)
+    others = tuple(owner for owner in table.arrived if owner != node)
+    table = _change(table, arrived=others, excluded={**table.excluded, name: why})
+    return lose(table, node, f"{name} is excluded: {why}", now, dead=dead)
+
+
 def fail(table: Table, node: str, restart: int, kind: Kind, cause: str, now: float) -> Table:
-    """Record that workers of a node ended early: all workers start again in the next restart."""
-    slot = table.slot_of(node)
-    if slot is None or table.ended is not None:
+    """Record that workers of a node ended early: all workers start again in the next restart.
+
+    That a GPU of the node is broken may be found out later, and then explains what was recorded of the node before.
+    """
+    return _fail(table, node, restart, Failure(kind=kind, cause=cause, slot=table.slot_of(node) or 0, time=now))
+
+
+def hang(table: Table, node: str, restart: int, at_fault: Collection[int], cause: str, now: float) -> Table:
+    """Record that workers of a node ended as the others wait for those of the slots `at_fault`."""
+    slots = tuple(sorted({slot for slot in at_fault if 0 <= slot < table.slots}))
+    failure = Failure(kind="hung", cause=cause, slot=table.slot_of(node) or 0, time=now, at_fault=slots)
+    return _fail(table, node, restart, failure)
+
+
+def _fail(table: Table, node: str, restart: int, failure: Failure) -> Table:
+    if table.slot_of(node) is None or table.ended is not None:
         return table
-    failure = Failure(kind=kind, cause=cause, slot=slot, time=now)
     if table.restart == restart and table.complete:
         table = _next_restart(table)
-    elif table.restart != restart + 1 or any(known.slot == slot for known in table.failures):
+    elif table.restart != restart + 1:
         return table
-    return _change(table, failures=(*table.failures, failure))
+    known = tuple(other for other in table.failures if other.slot == failure.slot)
+    if any(other.kind == "gpu" or failure.kind != "gpu" for other in known):
+        return table
+    return _change(table, failures=(*(other for other in table.failures if other not in known), failure))
 
 
 def lose(table: Table, node: str, cause: str, now: float, *, silence: float = 0.0, dead: bool = False) -> Table:

@@ -19,6 +19,7 @@ from keepwarm import signals
 from keepwarm.exit_code import ExitCode
 from keepwarm.ft.discovery.config import NODE
 from keepwarm.ft.errors import AuthenticationFailed, FtError
+from keepwarm.ft.groups import code_for
 from keepwarm.ft.transport.descriptors import raise_limit
 from keepwarm.launch.errors import LaunchError
 from keepwarm.launch.forkserver import ForkServer, Worker
@@ -34,6 +35,8 @@ from keepwarm.launch.node.rendezvous import Drained, Excluded, Fenced, NameTaken
 from keepwarm.launch.node.slot_table import Kind, Table
 from keepwarm.launch.node.snapshot_agent import SnapshotAgent
 from keepwarm.launch.node.view import Member, identity
+from keepwarm.launch.rank_processes import OutlivesKill
+from keepwarm.launch.run.gpu_watch import GpuWatch
 from keepwarm.side_writer import attempt
 from keepwarm.trainer.distributed.in_process_restart import EPOCH, RECOVERY, supports_in_process_restart
 from keepwarm.trainer.job.run_folder import RunFolder
@@ -84,9 +87,10 @@ class Supervisor:
             slots=options.slots,
             max_restarts=cluster.max_restarts,
             max_node_failures=cluster.max_node_failures,
+            max_excluded=max_excluded(job, options.slots),
             sizes=tuple(layouts(job)) if cluster.elastic == "shrink" else (),
         )
-        self._side = SideWrites()
+        self._side, self._gpus = SideWrites(), GpuWatch()
         node = identity(options.node, secrets.token_hex(4))
         self._peers = PeerListener(run_secret(folder), options.host, node)
         self._me = Member(node=node, host=address_of(options.host), port=self._peers.port)
@@ -122,7 +126,7 @@ class Supervisor:
             code, why = getattr(error, "exit_code", ExitCode.BAD_INPUT), str(error)
             if self._terminated_at is not None and isinstance(error, Drained | StoreLost):
                 code = ExitCode.INTERRUPTED
-            if isinstance(error, Excluded):
+            if isinstance(error, Excluded | OutlivesKill):
                 self._event(events.NodeExcluded(host=self._options.node, why=why))
             if isinstance(error, Drained):
                 slots = () if self._record.slot is None else (self._record.slot,)
@@ -177,7 +181,7 @@ class Supervisor:
         self._handler.on_reconnected(before)
 
     def _leave(self, code: int, why: str, cause: Exception | None) -> None:
-        if isinstance(cause, Excluded | Drained):
+        if isinstance(cause, Excluded | Drained | OutlivesKill):
             self._snapshot_agent.kill()
         elif isinstance(cause, NameTaken) or code == ExitCode.DONE:
             self._snapshot_agent.close()
@@ -189,8 +193,9 @@ class Supervisor:
         else:
             self._snapshot_agent.kill()
         with contextlib.suppress(LaunchError):
-            self._handler.give_up_slot(why)
+            self._handler.give_up_slot(why, excluded=isinstance(cause, OutlivesKill))
         self._membership.leave(farewell=True)
+        self._gpus.close()
         self._peers.close()
         self._event(events.SupervisorEnded(node=self._options.node, code=code, why=why))
         self._record_state(state="ended", workers={})
@@ -226,7 +231,14 @@ class Supervisor:
             self._print(why)
 
     def prepare(self, slot: int) -> None:
-        """Start the slot's agent before the workers, so that it fills its memory while they start."""
+        """Start the slot's agent before the workers, so that it fills its memory while they start.
+
+        Whether a GPU is broken is reported before the table attributes the last failure, and so decides it.
+        """
+        if why := self._gpus.problem():
+            self._handler.fail("gpu", why)
+            self.on_failed("gpu", why)
+        self._gpus.start()
         if self._snapshots:
             table = self._handler.membership.read()
             if table.resized:
@@ -364,6 +376,13 @@ class Supervisor:
 
     def _print(self, text: str) -> None:
         print(f"keepwarm: {self._options.node}: {text}", file=sys.stderr, flush=True)
+
+
+def max_excluded(job: JobSpec, slots: int) -> int:
+    """Return how many nodes may be excluded at once without losing memory, in any layout that the job may shrink to."""
+    jobs = layouts(job) if job.cluster.elastic == "shrink" else {slots: job}
+    parity = [code_for(nodes, one.snapshot.code)[1] for nodes, one in jobs.items() if one.snapshot != "off"]
+    return min(parity, default=1)
 
 
 def recovery(table: Table, now: float) -> dict[str, object]:

@@ -13,10 +13,11 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keepwarm.launch.run import network_check
+from keepwarm.launch.run import gpu_health, network_check
 from keepwarm.trainer.job.run_folder import RunFolder
 
 PACKAGES = ("keepwarm", "torch", "megatron-core", "numpy")
@@ -52,12 +53,13 @@ def look(folder: Path, echo: str | None = None) -> dict[str, Any]:
         "memory_free": memory_free(),
         "disk_free": shutil.disk_usage("/tmp").free,
         "arithmetic": _arithmetic(),
+        **_gpus(),
         "network": speed,
         "network_wrong": wrong,
     }
 
 
-AGREE = ("spec", "python", *PACKAGES, "arithmetic")
+AGREE = ("spec", "python", *PACKAGES, "arithmetic", "gpus", "gpu_driver")
 """Keys that must be equal on all nodes."""
 
 
@@ -66,6 +68,7 @@ def problems(seen: dict[str, Any], wanted: dict[str, Any], memory: int = 0) -> l
     if seen["spec"] is None:
         return ["does not see the run folder: it must be on storage that all nodes share"]
     found = [f"{key} is {seen[key]}, not {wanted[key]}" for key in AGREE if seen.get(key) != wanted[key]]
+    found += seen["gpu_problems"]
     if not seen["writable"]:
         found.append("cannot write to the run folder")
     if seen["memory_free"] < memory:
@@ -82,7 +85,31 @@ def _version(name: str) -> str | None:
 
 def gpu_count() -> int:
     """Return the number of GPUs that have a driver here, without loading a library; those of AMD count as one."""
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or int(Path("/dev/kfd").exists())
+    return len(_of_nvidia()) or int(Path("/dev/kfd").exists())
+
+
+def _of_nvidia() -> list[Path]:
+    return list(Path("/proc/driver/nvidia/gpus").glob("*"))
+
+
+def visible_gpus(environment: Mapping[str, str]) -> list[str]:
+    """Return the GPUs of NVIDIA that a process here may use, as CUDA_VISIBLE_DEVICES names them."""
+    chosen = environment.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None or not _of_nvidia():
+        return [str(index) for index in range(len(_of_nvidia()))]
+    return [name.strip() for name in chosen.split(",") if name.strip()]
+
+
+def _gpus() -> dict[str, Any]:
+    """Return what must be equal and what is wrong with this node's GPUs; without NVML only their number is known."""
+    count = gpu_count()
+    seen = gpu_health.look() if count else gpu_health.Gpus()
+    return {
+        "gpus": len(seen.gpus) if seen.gpus else count,
+        "gpu_driver": seen.driver or None,
+        "gpu_problems": gpu_health.problems(seen),
+        "gpu_warnings": [seen.skipped] if seen.skipped else gpu_health.warnings(seen),
+    }
 
 
 def memory_free() -> int:

@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import Store
 from torch.distributed import DistError
 
 from keepwarm.ft.discovery.config import NODE
-from keepwarm.trainer.errors import RendezvousFailed, SpecError
+from keepwarm.trainer.errors import DeviceBroken, RendezvousFailed, SpecError
 from keepwarm.trainer.job.sections import ClusterSpec
 
 Kind = Literal["cpu", "cuda"]
@@ -130,8 +130,9 @@ def agree(store: Store | None, request: Request, mine: Seen, size: int, deadline
 
     Raises:
         SpecError: on every rank, where ranks have no GPU of their own and the job asks for one.
-        RendezvousFailed: ranks did not arrive; or, after a restart, this rank has lost its GPU. The others go on then
-            and wait for the restart that follows, so that its node gets the blame.
+        RendezvousFailed: ranks did not arrive.
+        DeviceBroken: after a restart, this rank has lost its GPU. The others go on then and wait for the restart that
+            follows, so that its node is replaced.
     """
     verdict = _exchanged(store, request, mine, size, deadline)
     if not verdict.problem:
@@ -139,7 +140,7 @@ def agree(store: Store | None, request: Request, mine: Seen, size: int, deadline
     if not verdict.restarted:
         raise SpecError(verdict.problem)
     if mine.rank in verdict.at_fault:
-        raise RendezvousFailed(verdict.problem)
+        raise DeviceBroken(verdict.problem)
     return "cuda"
 
 

@@ -20,6 +20,7 @@ import msgspec
 
 from keepwarm.exit_code import ExitCode
 from keepwarm.parallel.engine_support import engine_info
+from keepwarm.trainer.distributed.device_errors import broken
 from keepwarm.trainer.job.spec import JobSpec
 
 CONTROL = "KEEPWARM_CONTROL"
@@ -98,6 +99,8 @@ class ControlChannel:
         try:
             yield
         except Exception as error:
+            if broken(error) is not None:
+                raise  # the process cannot use its GPU again
             # A collective fails when its peer dies, often before the supervisors know.
             if self._asked_to_park.wait(PARK_ORDER_TIMEOUT_S if isinstance(error, RuntimeError) else 0.0):
                 raise RestartRequested((str(error).strip() or type(error).__name__).splitlines()[0]) from error

@@ -98,20 +98,30 @@ class World:
     def interrupt(self) -> None:
         """Make every pending and later collective of this process fail. Call it from another thread.
 
-        gloo has no abort (torch 2.13): all TCP connections of the process are shut down, the store's among them, as if
-        all peers had died. NCCL's communicators are aborted.
+        NCCL's communicators are aborted, which also removes all process groups. gloo has no abort (torch 2.13): all TCP
+        connections of the process are shut down, the store's among them, as if all peers had died.
         """
         self._interrupted.set()
+        if self.device.type != "cpu" and dist.is_initialized():
+            torch.accelerator.set_device_index(self.device)  # a thread begins on the first one, which is another rank's
+            dist.distributed_c10d._abort_process_group()  # first: while NCCL works, its own connections must live
         for descriptor in (int(path.name) for path in Path("/proc/self/fd").iterdir()):
             with contextlib.suppress(OSError):
                 if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
                     _shut(descriptor)
-        if self.device.type != "cpu" and dist.is_initialized():
-            torch.accelerator.set_device_index(self.device)  # a thread begins on the first one, which is another rank's
-            dist.distributed_c10d._abort_process_group()
+
+    def check_interrupted(self) -> None:
+        """Raise RuntimeError if this process was interrupted: a collective that NCCL aborts returns garbage in silence.
+
+        On CPUs gloo raises an error by itself.
+        """
+        if self.device.type != "cpu" and self._interrupted.is_set():
+            raise RuntimeError("a collective was aborted, as peers have died")
 
     def leave(self) -> None:
-        """Destroy the process group."""
+        """Destroy the process group, unless it was aborted, and give cached memory back to the GPU."""
+        if self.device.type != "cpu":
+            torch.accelerator.empty_cache()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -134,6 +134,11 @@ class HealthSpec(Section):
     )
     straggler_every: PositiveInt | None = Field(100, description="steps between checks for slow ranks; null: never")
     straggler_factor: float = Field(1.3, gt=1, description="report ranks that slow the job down by this factor")
+    device_check_every: PositiveInt | None = Field(
+        None,
+        description="steps between checks that every device computes a known product, and all together a known sum; "
+        "null: only before the first step, on GPUs",
+    )
 
 
 class ProfileSpec(Section):

@@ -1,12 +1,22 @@
-"""Callback that judges every step by its loss: spikes, skipped steps, and when to stop."""
+"""Callback that judges every step by its loss (spikes, skipped steps, when to stop), and devices by known results."""
 
+from keepwarm.trainer.distributed import device_check
 from keepwarm.trainer.errors import TrainingStopped
 from keepwarm.trainer.loop.callback import Callback, Run, StepDone
 from keepwarm.trainer.monitor import events
 
 
 class HealthCheck(Callback):
-    """Warns of spikes and skipped steps, and stops training after too many consecutive skipped steps."""
+    """Warns of spikes and skipped steps, and stops training after too many consecutive skipped steps.
+
+    Every `health.device_check_every` steps all devices compute a known product and sum. One that computes wrong ends
+    its rank with exit code 1, and a spare takes its node's place.
+    """
+
+    def before_step(self, run: Run) -> None:
+        every = run.job.health.device_check_every
+        if every is not None and run.state.step and run.state.step % every == 0:
+            device_check.check(run.world)
 
     def after_step(self, run: Run, done: StepDone) -> None:
         health, step, result = run.state.health, run.state.step, done.result

@@ -59,6 +59,7 @@ def _step(run: Run) -> None:
     began = time.perf_counter()
     batch = run.loader.next_batch()
     result = run.engine.step(batch, lr, lambda: run.callbacks.before_update(run))
+    run.world.check_interrupted()
     seconds = time.perf_counter() - began
     state.step += 1
     run.callbacks.after_step(run, StepDone(plan=plan, result=result, lr=lr, samples=samples, seconds=seconds))

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from keepwarm import side_writer
+from keepwarm.trainer.distributed import device_check, nccl
 from keepwarm.trainer.distributed.device import Request
 from keepwarm.trainer.distributed.in_process_restart import ControlChannel, RestartRequested
 from keepwarm.trainer.distributed.world import World, join
@@ -24,7 +25,7 @@ from keepwarm.trainer.loop.callback import Ending, Run
 from keepwarm.trainer.loop.interrupt import HandedOver, Interrupt
 from keepwarm.trainer.loop.loop import train
 from keepwarm.trainer.loop.restore import Start
-from keepwarm.trainer.monitor import flight_recorder
+from keepwarm.trainer.monitor import flight_recorder, last_words
 from keepwarm.trainer.monitor.goodput import Timeline, process_start, write_result
 
 
@@ -43,8 +44,14 @@ def run_session(path: Path, overrides: Sequence[str], *, resume: bool, control: 
     side_writer.forget()
     request = Request.of(job.cluster)
     if job.layout.world_size > 1:
-        flight_recorder.enable(gpu=request.device != "cpu" and torch.cuda.is_available())  # before any process group
+        gpu = request.device != "cpu" and torch.cuda.is_available()
+        flight_recorder.enable(gpu=gpu)  # before any process group
+        if gpu:
+            nccl.configure(in_process=job.cluster.in_process == "on")
     world = join(job.layout.world_size, job.numerics, request)
+    if world.device.type != "cpu":
+        last_words.leave(last_words.OnGpu())
+        device_check.check(world)
     start = _start(job, world, resume)
     _open_folder(job, world)
     control = control or ControlChannel(None)

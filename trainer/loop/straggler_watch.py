@@ -6,6 +6,7 @@ import socket
 import msgspec
 
 from keepwarm.ft.discovery.config import NODE
+from keepwarm.trainer.distributed import device_check
 from keepwarm.trainer.distributed.world import World
 from keepwarm.trainer.loop.callback import Callback, Run, StepDone
 from keepwarm.trainer.monitor import events, flight_recorder
@@ -13,9 +14,13 @@ from keepwarm.trainer.monitor.stragglers import Straggler, Trace, stragglers
 
 
 def poll(world: World, *, stage: int, factor: float) -> list[Straggler]:
-    """Collect the flight recorders of all ranks. Every rank calls this at the same step and gets the same result."""
+    """Collect the flight recorders and the speeds of the GPUs of all ranks.
+
+    Every rank calls this at the same step. Rank 0 gets the result, the others an empty list.
+    """
     host = os.environ.get(NODE) or socket.gethostname()
-    trace = Trace(world.rank, stage, host, tuple(flight_recorder.read()[-flight_recorder.RECORDED :]))
+    flights = tuple(flight_recorder.read()[-flight_recorder.RECORDED :])
+    trace = Trace(world.rank, stage, host, flights, device_check.seconds(world.device))
     traces = world.gather(msgspec.msgpack.encode(trace))
     return stragglers([msgspec.msgpack.decode(trace, type=Trace) for trace in traces], factor)
 

@@ -246,12 +246,12 @@ class SupervisorEnded(Event, frozen=True, kw_only=True):
 
 
 class Failure(Event, frozen=True, kw_only=True):
-    """Something failed in these slots. `kind`: a node was `lost`, a worker was `killed`, `failed` or `hung`, its
-    `agent` or the `store` died.
+    """Something failed in these slots. `kind`: a node was `lost`, its `gpu` is broken, a worker was `killed`, `failed`
+    or `hung`, its `agent` or the `store` died.
     """
 
     node: str
-    kind: Literal["lost", "killed", "failed", "hung", "agent", "store"]
+    kind: Literal["lost", "gpu", "killed", "failed", "hung", "agent", "store"]
     cause: str
     slots: tuple[int | None, ...]
 

@@ -48,7 +48,10 @@ _since = 0
 
 
 def enable(*, gpu: bool) -> None:
-    """Turn the recorders on. Call before creating the process group."""
+    """Turn the recorders on. Call before creating the process group.
+
+    What NCCL's watchdog does is in `keepwarm.trainer.distributed.nccl`.
+    """
     global _since
     _since = time.time_ns()
     os.environ.setdefault(SIZE, str(RECORDED_ON_GPU if gpu else RECORDED))

@@ -19,6 +19,8 @@ class Waiting(msgspec.Struct, frozen=True, kw_only=True):
     operation: str
     number: int
     """Counted per group, from 1: equal on all ranks that take part."""
+    message: bool = False
+    """Between two ranks; counted apart from collectives."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,8 +43,11 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """Ranks without a report: frozen, or on frozen machines."""
     late: tuple[int, ...]
     """Ranks that have not begun a collective in which others wait, without those that wait in another one themselves,
-    unless all do."""
+    unless all do; without any, those that wait for nothing while others wait for messages."""
     text: str
+    at_fault: tuple[int, ...] = ()
+    """Ranks whose nodes are to blame: those that are silent, else those that are late and wait for nothing. Empty if
+    there are none, as where ranks wait for one another."""
 
 
 def deadline(seconds: Sequence[float], *, floor: float, factor: float) -> float | None:
@@ -71,11 +76,16 @@ def judge(reports: Sequence[Report], ranks: int) -> Verdict:
     missing = [
         rank
         for rank, report in sorted(answered.items())
-        if any(report.reached.get(entry.group, entry.number) < entry.number for entry in waiting)
+        if any(not entry.message and report.reached.get(entry.group, entry.number) < entry.number for entry in waiting)
     ]
-    late = tuple([rank for rank in missing if not answered[rank].waiting] or missing)
+    stuck = tuple(rank for rank in missing if not answered[rank].waiting)
+    what = "collective that others wait in"
+    if not missing and any(entry.message for entry in waiting):
+        stuck = tuple(rank for rank, report in sorted(answered.items()) if not report.waiting)
+        what = "message that others wait for"
+    late = stuck or tuple(missing)
     parts = [f"{_named(silent)} did not answer: the process or its machine is frozen"] if silent else []
-    parts += [f"{_named(late)} did not reach a collective that others wait in"] if late else []
+    parts += [f"{_named(late)} did not reach a {what}"] if late else []
     parts += [
         f"{_named(sorted(members))} in {entry.operation} number {entry.number} of group {entry.group}"
         for entry, members in sorted(waiting.items(), key=lambda item: (-len(item[1]), item[1]))
@@ -85,7 +95,7 @@ def judge(reports: Sequence[Report], ranks: int) -> Verdict:
     longest = max(report.seconds for report in reports)
     step = max(report.step for report in reports)
     text = f"no progress for {longest:.1f} s in step {step + 1}: {'; '.join(parts)}"
-    return Verdict(silent=silent, late=late, text=text)
+    return Verdict(silent=silent, late=late, text=text, at_fault=silent or stuck)
 
 
 def _named(ranks: Sequence[int]) -> str:

@@ -1,6 +1,7 @@
 """Reports of where each rank stands when training hangs: one file per rank, written by the rank itself."""
 
 import tempfile
+import time
 from faulthandler import dump_traceback
 from pathlib import Path
 
@@ -25,11 +26,18 @@ def take(rank: int, step: int, seconds: float) -> Report:
         step=step,
         seconds=seconds,
         waiting=tuple(
-            Waiting(group=flight.group, operation=flight.operation, number=flight.number) for flight in waiting
+            Waiting(group=flight.group, operation=flight.operation, number=flight.number, message=flight.message)
+            for flight in waiting
         ),
         reached=reached,
         stacks=stacks(),
     )
+
+
+def longest_wait() -> float:
+    """Return for how many seconds this process has waited in a collective or for a message; 0 if it does not."""
+    began = [flight.began for flight in flight_recorder.read() if flight.reached and not flight.ended]
+    return max(0.0, (time.time_ns() - min(began)) / 1e9) if began else 0.0
 
 
 def stacks() -> str:
@@ -46,6 +54,11 @@ def write(folder: Path, report: Report) -> None:
     atomic_write(folder / f"rank_{report.rank:05d}.json", text, mode=READABLE)
 
 
-def read(folder: Path) -> list[Report]:
-    """Return the reports written so far, by rank."""
-    return [msgspec.json.decode(path.read_bytes(), type=Report) for path in sorted(folder.glob("rank_*.json"))]
+def written(folder: Path, since: float) -> list[Path]:
+    """Return the reports written since a time, in seconds since 1970, by rank; none if there is no folder."""
+    return [path for path in sorted(folder.glob("rank_*.json")) if path.stat().st_mtime >= since]
+
+
+def read(folder: Path, since: float) -> list[Report]:
+    """Return the reports written since a time, in seconds since 1970, by rank."""
+    return [msgspec.json.decode(path.read_bytes(), type=Report) for path in written(folder, since)]

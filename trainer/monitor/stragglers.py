@@ -6,7 +6,8 @@ including a slow network or a starved communication thread, counts towards no ra
 agree to within a millisecond or two, as with NTP.
 
 On GPUs processes run ahead, so these times say nothing. There the time that each collective took on each GPU is
-compared: it includes the wait for later ranks, so that the last rank's is the shortest. No clocks are compared.
+compared: it includes the wait for later ranks, so that the last rank's is the shortest. No clocks are compared. And all
+GPUs are timed by themselves, with the same product: one that is slowed down is found even where others hide its delay.
 
 Pure and torch-free.
 """
@@ -28,6 +29,8 @@ class Trace(msgspec.Struct, frozen=True, array_like=True):
     """Pipeline coordinate: ranks of the same stage have equal work."""
     host: str
     flights: tuple[Flight, ...]
+    product: float = 0.0
+    """Seconds that its GPU needs for a fixed product; 0: not measured."""
 
 
 class Straggler(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,7 +90,27 @@ def _excess_on_gpus(traces: Sequence[Trace]) -> dict[int, float]:
 
 
 def stragglers(traces: Sequence[Trace], factor: float) -> list[Straggler]:
-    """Return the ranks that slow the job down by more than `factor`, by rank."""
+    """Return the ranks that slow the job down, or whose GPUs are slower than others, by more than `factor`, by rank."""
+    late = {one.rank: one for one in _late(traces, factor)}
+    slow = {one.rank: one for one in _slow(traces, factor)}
+    return [late.get(rank) or slow[rank] for rank in sorted(late.keys() | slow.keys())]
+
+
+def _slow(traces: Sequence[Trace], factor: float) -> list[Straggler]:
+    """Return the ranks whose GPUs need more than `factor` times the median for the same product."""
+    measured = {trace.rank: trace.product for trace in traces if trace.product > 0}
+    if len(measured) < 2:
+        return []
+    median = statistics.median_low(list(measured.values()))
+    return [
+        Straggler(rank=trace.rank, host=trace.host, share=1 - median / trace.product, ratio=trace.product / median)
+        for trace in traces
+        if trace.rank in measured and trace.product > factor * median
+    ]
+
+
+def _late(traces: Sequence[Trace], factor: float) -> list[Straggler]:
+    """Return the ranks for which the others of their stage wait."""
     shares = excess(traces)
     stages: Mapping[int, list[Trace]] = defaultdict(list)
     for trace in traces:
@@ -101,7 +124,7 @@ def stragglers(traces: Sequence[Trace], factor: float) -> list[Straggler]:
             share = shares[trace.rank] - median
             if (ratio := 1 / max(1 - share, 1e-3)) > factor:
                 result.append(Straggler(rank=trace.rank, host=trace.host, share=share, ratio=ratio))
-    return sorted(result, key=lambda straggler: straggler.rank)
+    return result
 
 
 def _key(flight: Flight) -> tuple[str, int]:

@@ -1,6 +1,6 @@
 """The slot table: scripted histories, and random ones that must keep its invariants."""
 
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -284,6 +284,75 @@ def test_grow_enough_spares_after_saving_resizes() -> None:
     assert (lost.growing, lost.owners) == (False, {0: "n2", 1: "n3"})
 
 
+def at_fault(count: int = 3, spares: int = 2, **options: Any) -> Table:
+    table = Table(slots=count, **({"max_restarts": 9, "max_node_failures": 3} | options))
+    for number in range(count + spares):
+        table = slot_table.join(table, f"n{number}", number if number < count else "spare")
+    return arrived(table)
+
+
+def hung(table: Table, reporter: str, *slots: int, now: float = 1.0) -> Table:
+    """All ranks have given up; nodes whose ranks ended by an error when their peers left say so, too."""
+    restart = table.restart
+    for number, node in enumerate([reporter, *(owner for owner in table.owners.values() if owner != reporter)]):
+        if number == 0:
+            table = slot_table.hang(table, node, restart, slots, "no progress", now)
+        table = slot_table.fail(table, node, restart, "failed", "lost its peers", now)
+    return arrived(arrived(table))
+
+
+def test_hang_is_attributed_to_the_node_that_others_wait_for_and_a_spare_replaces_it() -> None:
+    table = hung(at_fault(), "n0", 1)
+    assert (table.attributed, table.excluded, table.complete) == ({"n1": (1.0,)}, {}, True)
+    table = hung(table, "n0", 1, now=2.0)
+    assert table.excluded == {"n1": "its workers failed 2 times, most recently: no progress"}
+    assert (table.owners, table.charged_restarts) == ({0: "n0", 1: "n3", 2: "n2"}, 1)
+
+
+def test_hang_without_a_culprit_or_with_too_many_blames_nobody() -> None:
+    table = at_fault()
+    for slots in ((), (1, 2), (7,)):
+        table = hung(table, "n0", *slots)
+    assert (table.attributed, table.excluded, table.charged_restarts) == ({}, {}, 3)
+
+
+def test_broken_gpu_leaves_its_node_out_at_once() -> None:
+    table = at_fault()
+    table = slot_table.fail(table, "n0", 0, "failed", "lost its peer", 1.0)
+    table = slot_table.fail(table, "n1", 0, "killed", "rank 1 was ended by SIGKILL", 1.1)
+    table = slot_table.fail(table, "n1", 0, "gpu", "rank 1: uncorrectable ECC error encountered", 1.2)
+    assert slot_table.fail(table, "n1", 0, "gpu", "again", 1.3) == table
+    table = arrived(arrived(table))
+    assert table.excluded == {"n1": "rank 1: uncorrectable ECC error encountered"}
+    assert (table.owners, table.complete) == ({0: "n0", 1: "n3", 2: "n2"}, True)
+
+
+def test_broken_gpu_without_a_spare_is_tried_again_unless_the_run_can_shrink() -> None:
+    table = slot_table.fail(at_fault(spares=0), "n1", 0, "gpu", "fell off the bus", 1.0)
+    assert arrived(table).excluded == {}
+    table = slot_table.fail(at_fault(spares=0, sizes=(3, 2, 1)), "n1", 0, "gpu", "fell off the bus", 1.0)
+    table = arrived(table)
+    assert (table.excluded, table.vacant) == ({"n1": "fell off the bus"}, (1,))
+    assert slot_table.shrink(table).owners == {0: "n0", 1: "n2"}
+
+
+def test_excluded_node_leaves_without_a_spare_and_does_not_come_back() -> None:
+    table = slot_table.fail(at_fault(spares=0), "n1", 0, "killed", "rank 1 was ended", 1.0)
+    table = slot_table.exclude(table, "n1", "process 7 is still there", 2.0, dead=True)
+    assert (table.vacant, table.excluded) == ((1,), {"n1": "process 7 is still there"})
+    assert slot_table.join(table, "n1", 1) == table
+
+
+@pytest.mark.parametrize("parity", [1, 2])
+def test_failures_of_all_nodes_exclude_no_more_at_once_than_a_group_can_lose(parity: int) -> None:
+    table = at_fault(6, 6, max_excluded=parity, max_node_failures=1)
+    restart = table.restart
+    for node in list(table.owners.values()):
+        table = slot_table.fail(table, node, restart, "killed", "out of memory", 1.0)
+    table = arrived(table)
+    assert len(table.excluded) == len(table.moved) == parity
+
+
 NODES = [f"n{number}" for number in range(6)]
 
 
@@ -302,6 +371,7 @@ class History(RuleBasedStateMachine):
         assert before.ended in (None, after.ended)
         if before.complete and not after.complete:
             assert after.restart == before.restart + 1
+        assert len(after.excluded) <= len(before.excluded) + after.max_excluded
 
     @rule(node=st.sampled_from(NODES), requested=st.sampled_from([0, 1, 2, "any", "spare"]), seen=st.integers(-1, 2))
     def join(self, node: str, requested: Any, seen: int) -> None:
@@ -317,9 +387,17 @@ class History(RuleBasedStateMachine):
     def arrive(self, node: str, late: int) -> None:
         self.become(slot_table.arrive(self.table, node, self.table.restart - late))
 
-    @rule(node=st.sampled_from(NODES), late=st.integers(0, 1), kind=st.sampled_from(["killed", "failed", "hung"]))
+    @rule(
+        node=st.sampled_from(NODES),
+        late=st.integers(0, 1),
+        kind=st.sampled_from(get_args(slot_table.Kind)[1:]),
+    )
     def fail(self, node: str, late: int, kind: Any) -> None:
         self.become(slot_table.fail(self.table, node, self.table.restart - late, kind, "because", 0.0))
+
+    @rule(node=st.sampled_from(NODES), late=st.integers(0, 1), slots=st.sets(st.integers(0, 3), max_size=2))
+    def hang(self, node: str, late: int, slots: set[int]) -> None:
+        self.become(slot_table.hang(self.table, node, self.table.restart - late, slots, "because", 0.0))
 
     @rule(node=st.sampled_from(NODES))
     def lose(self, node: str) -> None:

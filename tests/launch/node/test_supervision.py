@@ -43,9 +43,17 @@ class Cluster(StandIns):
     """Some slots and spares."""
 
     def __init__(
-        self, folder: Path, spares: int, peer_timeout: float, worker: str, *, slots: int = 3, more: tuple[str, ...] = ()
+        self,
+        folder: Path,
+        spares: int,
+        peer_timeout: float,
+        worker: str,
+        *,
+        slots: int = 3,
+        more: tuple[str, ...] = (),
+        launcher: str = LAUNCHER,
     ) -> None:
-        super().__init__(folder, LAUNCHER, str(peer_timeout), str(spares), str(slots), *more, worker=worker)
+        super().__init__(folder, launcher, str(peer_timeout), str(spares), str(slots), *more, worker=worker)
 
     def ran(self, restart: int, slots: int = 3) -> None:
         """Wait until all workers of a restart run."""
@@ -128,6 +136,83 @@ def test_workers_that_die_repeatedly_exclude_their_node(cluster: Callable[..., C
     (excluded,) = events.read(run.folder).of(events.NodeExcluded)
     assert excluded.host == "n1"
     assert "failed 3 times, most recently: rank 1 was ended by SIGKILL" in excluded.why
+    run.end()
+
+
+LEAVES_WORDS = """
+import os, pathlib, sys, time
+from keepwarm.trainer.monitor import last_words
+folder = pathlib.Path(sys.argv[1]).parent
+me = f"{os.environ['RANK']}-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+(folder / f".{me}").write_text(str(os.getpid()))
+(folder / f".{me}").rename(folder / f"ran-{me}")
+while not (folder / "code").exists():
+    if (folder / f"end-{me}").exists():
+        code, kind, *about = (folder / f"end-{me}").read_text().split()
+        hang = kind == "Hang"
+        last_words.leave(last_words.Hang(tuple(map(int, about))) if hang else getattr(last_words, kind)(*about))
+        sys.exit(int(code)) if int(code) > 0 else os.kill(os.getpid(), -int(code))
+    time.sleep(0.01)
+sys.exit(int((folder / "code").read_text()))
+"""
+"""A worker that leaves the last words in the file `end-<rank>-<restart>`, and ends with its code or by its signal."""
+
+
+def test_last_words_decide_whether_a_node_is_replaced(cluster: Callable[..., Cluster]) -> None:
+    run = cluster(spares=2, worker=LEAVES_WORDS, more=("cluster.max_restarts=9",))
+
+    def end(rank: int, restart: int, words: str) -> None:
+        (run.folder / ".end").write_text(words)
+        (run.folder / ".end").rename(run.folder / f"end-{rank}-{restart}")
+
+    for restart in range(4):
+        run.running(restart)
+        end(2, restart, "-6 OnGpu")  # as NCCL's watchdog ends a healthy rank
+    assert names(run.running(4)) == ["n0", "n1", "n2"]
+    end(0, 4, "5 Hang 1")
+    assert names(run.running(5)) == ["n0", "n1", "n2"]
+    end(2, 5, "5 Hang 1")
+    replaced = names(run.running(6))
+    assert [replaced[0], replaced[2]] == ["n0", "n2"]
+    assert replaced[1] in ("n3", "n4")
+    end(0, 6, "1 BrokenGpu NVLink")
+    assert not {"n0", "n1"} & set(names(run.running(7)))
+
+    def found() -> list[events.NodeExcluded]:
+        return events.read(run.folder).of(events.NodeExcluded)
+
+    # The supervisor of an excluded node ends, and says why, while the others go on.
+    excluded = run.until(lambda: found() if len(found()) == 2 else [], "the reasons of both excluded nodes")
+    assert {event.host: event.why.partition(" is excluded: ")[2] for event in excluded} == {
+        "n0": "rank 0: NVLink",
+        "n1": "its workers failed 2 times, most recently: rank 2 detected a hang: the others wait for rank 1",
+    }
+    run.end()
+
+
+UNDEAD = """
+import os, pathlib, signal, sys
+from keepwarm.launch import rank_processes
+rank_processes.KILL_TIMEOUT_S = 0.5
+def kill(pid, number, kill=os.kill):
+    if number != signal.SIGKILL or not (pathlib.Path(sys.argv[1]) / f"undead-{pid}").exists():
+        kill(pid, number)
+os.kill = kill
+"""
+"""SIGKILL has no effect on a process while the file `undead-<pid>` exists."""
+
+
+def test_worker_that_outlives_sigkill_fences_its_node(cluster: Callable[..., Cluster]) -> None:
+    run = cluster(launcher=UNDEAD + LAUNCHER)
+    supervisor = run.running(0)[1].supervisor
+    pid = run.pid(1, 0)
+    (run.folder / f"undead-{pid}").touch()
+    os.kill(run.pid(0, 0), signal.SIGKILL)
+    assert names(run.running(1)) == ["n0", "n3", "n2"]
+    run.until(lambda: not alive(supervisor), "the supervisor of the fenced node")
+    (excluded,) = events.read(run.folder).of(events.NodeExcluded)
+    assert excluded.host == "n1"
+    assert f"process {pid} is still there" in excluded.why
     run.end()
 
 

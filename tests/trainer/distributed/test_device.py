@@ -13,7 +13,7 @@ from torch._C._distributed_c10d import HashStore
 
 from keepwarm.trainer.distributed import world
 from keepwarm.trainer.distributed.device import Request, Seen, agree, decide, index_of, look
-from keepwarm.trainer.errors import RendezvousFailed, SpecError
+from keepwarm.trainer.errors import DeviceBroken, RendezvousFailed, SpecError
 from keepwarm.trainer.job.cluster import KubernetesSpec, SlurmSpec
 from keepwarm.trainer.job.sections import ClusterSpec
 
@@ -129,7 +129,7 @@ def everyone(request: Request, seen: list[Seen], size: int | None = None) -> lis
     def one(mine: Seen) -> str | Exception:
         try:
             return agree(store, request, mine, size or len(seen), DEADLINE)
-        except (SpecError, RendezvousFailed) as error:
+        except (SpecError, RendezvousFailed, DeviceBroken) as error:
             return error
 
     with ThreadPoolExecutor(len(seen)) as pool:
@@ -146,7 +146,7 @@ def test_agree_every_rank_refuses_with_the_same_sentence() -> None:
 def test_agree_after_a_restart_only_ranks_that_lost_their_gpu_fail_and_restart() -> None:
     answers = everyone(CUDA, [*node("a", 0, 2, restarts=1), *node("b", 2, 0)])
     assert answers[:2] == ["cuda", "cuda"]
-    assert all(isinstance(answer, RendezvousFailed) and answer.exit_code == 1 for answer in answers[2:])
+    assert all(isinstance(answer, DeviceBroken) and answer.exit_code == 1 for answer in answers[2:])
 
 
 def test_agree_missing_rank_is_named() -> None:

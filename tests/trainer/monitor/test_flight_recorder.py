@@ -148,6 +148,15 @@ def test_straggler_equal_gpus_have_none(recorders: Recorders) -> None:
     assert not stragglers([Trace(rank, 0, "", flights) for rank in range(4)], 1.1)
 
 
+def test_straggler_slow_gpu_is_found_by_its_own_time_for_a_product() -> None:
+    """Where all ranks wait for each other in every layer, collectives tell little; without NCCL's timing, nothing."""
+    times = (2.0e-3, 2.1e-3, 3.4e-3, 2.0e-3)
+    (found,) = stragglers([Trace(rank, 0, f"node-{rank}", (), time) for rank, time in enumerate(times)], 1.3)
+    assert (found.rank, found.host, round(found.ratio, 2)) == (2, "node-2", 1.7)
+    assert not stragglers([Trace(rank, 0, "", (), time) for rank, time in enumerate(times)], 1.8)
+    assert not stragglers([Trace(0, 0, "", (), 0.0), Trace(1, 0, "", (), 3e-3)], 1.3)  # one is not known
+
+
 def test_enable_on_a_gpu_measures_and_keeps_a_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (flight_recorder.SIZE, flight_recorder.TIMING):
         monkeypatch.setenv(name, "")
