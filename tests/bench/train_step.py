@@ -27,8 +27,11 @@ from keepwarm.parallel.engine import Batch, EngineConfig
 from keepwarm.parallel.mesh.layout import Layout
 from keepwarm.parallel.native.engine import TorchEngine
 from keepwarm.parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
+from keepwarm.trainer.convert.huggingface.config import config_for
 from keepwarm.trainer.job.files import load_model
+from keepwarm.trainer.model.any_spec import AnyModelSpec
 from keepwarm.trainer.model.decoder import Decoder
+from keepwarm.trainer.model.make import make_model
 from keepwarm.trainer.model.spec import ModelSpec
 from tests.bench.by_hand import HandWritten
 from tests.support.models import whole_model
@@ -58,10 +61,10 @@ def random_batch(spec: ModelSpec, shape: tuple[int, int, int], seed: int = 0) ->
     return text[..., :-1].contiguous(), text[..., 1:].contiguous()
 
 
-def make_engine(spec: ModelSpec, parallel: ParallelSpec, numerics: NumericsSpec, device: str = "cpu") -> TorchEngine:
+def make_engine(spec: AnyModelSpec, parallel: ParallelSpec, numerics: NumericsSpec, device: str = "cpu") -> TorchEngine:
     return TorchEngine(
         EngineConfig(
-            model=Decoder(spec, 0),
+            model=make_model(spec, 0),
             parallel=parallel,
             optimizer=OptimizerSpec(),
             numerics=numerics,
@@ -75,6 +78,16 @@ def make_engine(spec: ModelSpec, parallel: ParallelSpec, numerics: NumericsSpec,
 def ours_single() -> Step:
     tokens, targets = random_batch(SINGLE, SINGLE_BATCH)
     engine = make_engine(SINGLE, ParallelSpec(), NumericsSpec())
+    return lambda: engine.step(Batch(tokens=tokens, targets=targets), LR).loss
+
+
+def adapted_single() -> Step:
+    """The same engine with the layers of `transformers`' Llama, as `model.transformers` gives them."""
+    from tests.support.transformers.models import spec_from
+
+    config = config_for(SINGLE, "llama")
+    tokens, targets = random_batch(SINGLE, SINGLE_BATCH)
+    engine = make_engine(spec_from(config), ParallelSpec(), NumericsSpec())
     return lambda: engine.step(Batch(tokens=tokens, targets=targets), LR).loss
 
 
@@ -135,6 +148,7 @@ def _plain_step(model: torch.nn.Module, tokens: torch.Tensor, loss_of: Callable[
 
 SINGLE_CONTESTANTS: Mapping[str, Callable[[], Step]] = {
     "ours": ours_single,
+    "adapted": adapted_single,
     "plain": plain_single,
     "transformers": transformers_single,
 }
