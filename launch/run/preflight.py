@@ -11,13 +11,16 @@ from keepwarm.parallel.engine_support import require
 from keepwarm.parallel.errors import EngineUnavailable
 from keepwarm.parallel.kernels import KERNELS
 from keepwarm.text import problem_of_path
+from keepwarm.trainer.convert.huggingface.folder import CONFIG
+from keepwarm.trainer.convert.huggingface.importer import check_folder
 from keepwarm.trainer.data.preprocess.text import is_text
 from keepwarm.trainer.data.spec import DataSpec
-from keepwarm.trainer.errors import DataError
+from keepwarm.trainer.errors import CheckpointError, DataError, SpecError
 from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.job.shrink import layouts
 from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.job.url import is_url
+from keepwarm.trainer.model.spec import ModelSpec
 
 
 def check_job(job: JobSpec) -> None:
@@ -28,7 +31,7 @@ def check_job(job: JobSpec) -> None:
     """
     check_engine(job)
     check_data_exists(job.data)
-    check_parent_exists(job)
+    check_parent(job)
     check_disk(job)
 
 
@@ -86,14 +89,21 @@ def check_data_exists(spec: DataSpec) -> None:
         raise DataError("\n  ".join([f"{len(missing)} data files are missing:", *missing] if missing[1:] else missing))
 
 
-def check_parent_exists(job: JobSpec) -> None:
-    """Raise DataError if `init_from` is a folder that does not exist. A run that goes on has read it already."""
+def check_parent(job: JobSpec) -> None:
+    """Raise DataError if `init_from` is a folder that does not exist, or one of Hugging Face that cannot be read.
+
+    A run that goes on has read it already.
+    """
     if job.init_from is None or is_url(job.init_from) or RunFolder(Path(job.output)).exists:
         return
     try:
-        if Path(job.init_from).exists():
-            return
-        raise DataError(f"init_from: {job.init_from}: no such folder")
+        if not Path(job.init_from).exists():
+            raise DataError(f"init_from: {job.init_from}: no such folder")
+        if (Path(job.init_from) / CONFIG).is_file():
+            model = None if isinstance(job.model, ModelSpec) else job.model
+            check_folder(Path(job.init_from), job.init_from_ignore_keys, model)
+    except (CheckpointError, SpecError) as error:
+        raise DataError(f"init_from: {error}") from error
     except OSError as error:
         raise DataError(f"init_from: {problem_of_path(error) or error}") from error
 

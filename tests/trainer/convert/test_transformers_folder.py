@@ -9,12 +9,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from keepwarm.launch.run.preflight import check_parent
 from keepwarm.trainer.convert.huggingface.exporter import model_spec_of, to_huggingface
 from keepwarm.trainer.convert.huggingface.importer import from_huggingface
 from keepwarm.trainer.convert.native import NativeCheckpoint
-from keepwarm.trainer.errors import CheckpointError, SpecError
+from keepwarm.trainer.errors import CheckpointError, DataError, SpecError
+from keepwarm.trainer.job.files import load_job
 from keepwarm.trainer.model.transformers.tensors import tensor_names
 from tests.support.transformers.models import bare_class, batch_of, spec_from, spec_of, whole_stage
+
+SHIPPED = Path(__file__).parents[3] / "configs" / "ci" / "gemma-3-tiny.yaml"
 
 
 def published(family: str, folder: Path) -> Any:
@@ -61,3 +65,15 @@ def test_weights_of_another_config_are_refused_by_its_field(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match=r"sliding_window is 5, in the config of the job's model 7"):
         from_huggingface(tmp_path / "published", tmp_path / "native", model=spec)
     assert not (tmp_path / "native").exists()
+
+
+def test_weights_that_contradict_their_config_are_refused_before_any_process(tmp_path: Path) -> None:
+    folder = tmp_path / "published"
+    published("phi3", folder)
+    overrides = [f"model.transformers={folder}", f"init_from={folder}", f"output={tmp_path / 'run'}"]
+    check_parent(load_job(SHIPPED, overrides))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+    with pytest.raises(DataError, match=r"init_from: .*down_proj\.weight is \[32, 48\], .* says \[32, 40\]") as refused:
+        check_parent(load_job(SHIPPED, overrides))
+    assert "\n" not in str(refused.value)

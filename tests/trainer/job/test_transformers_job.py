@@ -50,9 +50,11 @@ def test_run_keeps_the_config_when_its_folder_is_gone(folder: Path, tmp_path: Pa
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "remote-code": ({"auto_map": {"AutoModelForCausalLM": "code.Model"}}, "auto_map: its model is code"),
     "encoder-decoder": ({"is_encoder_decoder": True}, "decoders alone"),
-    "quantised": ({"quantization_config": {"quant_method": "mxfp4"}}, "quantised"),
+    "quantised": ({"quantization_config": {"quant_method": "mxfp4"}}, "quantised with mxfp4; only fp8"),
+    "quantised-somehow": ({"quantization_config": "4bit"}, "quantised with an unnamed method"),
     "experts": ({"num_local_experts": 8}, "mixture of experts"),
-    "several-models": ({"text_config": {}}, "config of the text model alone"),
+    "several-models": ({"text_config": {}}, "text_config: model_type = None is no name of a model"),
+    "experts-inside": ({"text_config": {"model_type": "x", "num_experts": 4}}, "text_config: .*mixture of experts"),
     "nameless": ({"model_type": None}, "is no name of a model"),
 }
 

@@ -1,6 +1,8 @@
 """The weights of a native checkpoint, of any layout, to a Hugging Face folder. Without torch."""
 
+import contextlib
 import dataclasses
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -8,12 +10,12 @@ from typing import Any
 
 import xxhash
 
-from keepwarm.ft.format.contents import ITEM_SIZE
 from keepwarm.ft.format.manifest import MANIFEST
 from keepwarm.trainer.convert.dtypes import NAMES
 from keepwarm.trainer.convert.huggingface.config import config_for, fits, in_both_dialects, with_dtype
 from keepwarm.trainer.convert.huggingface.folder import CONFIG, INDEX, NOTE, SINGLE, dump_config, strict_json_file
 from keepwarm.trainer.convert.huggingface.importer import FILES, Progress, carry, file_sum, silent
+from keepwarm.trainer.convert.huggingface.passed_on import PassedOn, passed_on
 from keepwarm.trainer.convert.huggingface.tokenizer import CARRIED, run_file, write_tokenizer
 from keepwarm.trainer.convert.native import PREFIX, NativeCheckpoint
 from keepwarm.trainer.convert.output_folder import new_folder, write_file
@@ -24,6 +26,7 @@ from keepwarm.trainer.errors import CheckpointError, SpecError
 from keepwarm.trainer.model.any_spec import AnyModelSpec, stored_any_model_spec
 from keepwarm.trainer.model.shapes import parameter_shapes
 from keepwarm.trainer.model.spec import ModelSpec
+from keepwarm.trainer.model.transformers.composite import text_of
 
 SHARD_BYTES = 5 * 10**9
 """Default size at which a file is full, as in transformers 4."""
@@ -45,13 +48,18 @@ def to_huggingface(
         CheckpointError: a tensor or file is missing, left over, damaged or does not fit; names it.
         OutputError: `destination` exists or cannot be written; nothing is left there.
     """
-    with new_folder(destination) as tmp, NativeCheckpoint(source, scratch=tmp) as native:
+    with contextlib.ExitStack() as stack:
+        tmp = stack.enter_context(new_folder(destination))
+        native = stack.enter_context(NativeCheckpoint(source, scratch=tmp))
         spec = any_model_spec_of(native)
         check_tensors(native, spec)
+        others = stack.enter_context(passed_on(native, spec))
         parent = native.manifest.meta.get(FILES) or {}
-        config = _config(spec, parent, model_type)
+        config = _config(spec, parent, model_type, others)
         maker = Maker(native, dtype)
         recipes = _recipes(spec, config, parent)
+        if others is not None:
+            recipes = {others.layout.placed(name): recipe for name, recipe in recipes.items()}
         stored = Counter[str]()
         for recipe in recipes.values():
             stored[maker.dtype(recipe)] += maker.bytes(recipe)
@@ -60,9 +68,11 @@ def to_huggingface(
             config = with_dtype(config, main)
         if isinstance(spec, ModelSpec):
             config = in_both_dialects(config, spec)
-        shards = _shards({name: maker.bytes(recipe) for name, recipe in recipes.items()}, max_shard_bytes)
-        _write(tmp, maker, recipes, shards, progress)
-        carried = _carry(native.path, parent, tmp)
+        sizes = {name: maker.bytes(recipe) for name, recipe in recipes.items()}
+        sizes |= {name: stored.size for name, stored in (others.tensors.items() if others else ())}
+        shards = _shards(sizes, max_shard_bytes)
+        _write(tmp, maker, recipes, others, shards, progress)
+        carried = _carry(native.path, parent, tmp, others)
         left = sorted(name for name in native.tensors if not name.startswith(PREFIX))
         if not set(carried) & set(CARRIED):
             files, fields, without = write_tokenizer(native, tmp, spec.max_sequence_length)
@@ -74,7 +84,8 @@ def to_huggingface(
         "source": str(native.path),
         "destination": str(destination),
         "model_type": config["model_type"],
-        "tensors": len(recipes),
+        "tensors": len(sizes),
+        "passed_on": sorted(others.tensors) if others else [],
         "parameters": sum(recipe.elements for recipe in recipes.values()),
         "bytes": stored.total(),
         "dtypes": sorted(stored),
@@ -133,11 +144,15 @@ def check_tensors(native: NativeCheckpoint, spec: AnyModelSpec) -> None:
         raise CheckpointError(f"{native.path}: {unplaced[0]} has no place in the model ({len(unplaced)} such)")
 
 
-def _config(spec: AnyModelSpec, parent: dict[str, Any], model_type: str | None) -> dict[str, Any]:
+def _config(
+    spec: AnyModelSpec, parent: dict[str, Any], model_type: str | None, others: PassedOn | None
+) -> dict[str, Any]:
     if not isinstance(spec, ModelSpec):
         if model_type not in (None, spec.model_type):
             raise SpecError(f"model_type {model_type!r}: the layers are those of {spec.description.class_name}")
-        return {**spec.config, "architectures": [spec.description.class_name]}
+        if others is not None:
+            return dict(spec.config)
+        return {**text_of(spec.config), "architectures": [spec.description.class_name]}
     config = parent.get("config")
     if config and model_type in (None, config["model_type"]):
         if fits(config, spec, parent.get("ignored_keys", ())):
@@ -174,35 +189,46 @@ def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
 
 
 def _write(
-    tmp: Path, maker: Maker, recipes: dict[str, Recipe], shards: dict[str, list[str]], progress: Progress
+    tmp: Path,
+    maker: Maker,
+    recipes: dict[str, Recipe],
+    others: PassedOn | None,
+    shards: dict[str, list[str]],
+    progress: Progress,
 ) -> None:
-    total, done = sum(maker.bytes(recipe) for recipe in recipes.values()), 0
+    passed = {} if others is None else others.tensors
+    total, done = sum(maker.bytes(recipe) for recipe in recipes.values()) + sum(s.size for s in passed.values()), 0
+    kinds = {name: (maker.dtype(recipe), recipe.shape) for name, recipe in recipes.items()}
+    kinds |= {name: (stored.dtype, stored.shape) for name, stored in passed.items()}
 
-    with maker.ahead(recipes[name] for names in shards.values() for name in names) as take:
+    with maker.ahead(recipes[name] for names in shards.values() for name in names if name in recipes) as take:
 
         def blocks(name: str) -> Any:
             nonlocal done
-            for block in take(recipes[name]):
+            for block in take(recipes[name]) if others is None or name in recipes else others.blocks(name):
                 yield block
                 done += len(block)
                 progress(done, total)
 
         for file, names in shards.items():
-            tensors = {name: (maker.dtype(recipes[name]), recipes[name].shape) for name in names}
-            write_tensors(tmp / file, tensors, blocks)
+            write_tensors(tmp / file, {name: kinds[name] for name in names}, blocks)
     if len(shards) > 1:
         index = {
             "metadata": {
                 "total_size": total,
-                "total_parameters": sum(maker.bytes(r) // ITEM_SIZE[maker.dtype(r)] for r in recipes.values()),
+                "total_parameters": sum(math.prod(shape) for _, shape in kinds.values()),
             },
             "weight_map": {name: file for file, names in shards.items() for name in names},
         }
         write_file(tmp / INDEX, dump_config(index))
 
 
-def _carry(path: Path, parent: dict[str, Any], tmp: Path) -> list[str]:
+def _carry(path: Path, parent: dict[str, Any], tmp: Path, others: PassedOn | None) -> list[str]:
     sums = parent.get("files", {})
+    if others is not None and not sums:
+        beside, _ = others.folder.beside()
+        carry(others.folder.path, beside, tmp)
+        return beside
     for name, expected in sums.items():
         if not _CARRIED_NAME.fullmatch(name):
             raise CheckpointError(f"{path / MANIFEST}: {name!r} is not the name of a file")

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from keepwarm.ft.arrays import Bytes
+from keepwarm.trainer.convert.huggingface.fp8 import Scaled, dequantised, read_scaled
 from keepwarm.trainer.convert.safetensors_file import Stored, read_exactly, read_tensors, strict_json
 from keepwarm.trainer.errors import CheckpointError
+from keepwarm.trainer.model import quantisation
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -40,6 +42,12 @@ class HuggingFaceFolder:
             raise CheckpointError(f"{path}: not a folder; give a Hugging Face model folder with {CONFIG}")
         self.config = strict_json_file(path / CONFIG)
         self.tensors = self._find_tensors()
+        reason = quantisation.refusal(self.config)
+        if reason is not None:
+            raise CheckpointError(f"{path / CONFIG}: {reason}")
+        if self.config.get(quantisation.FIELD):
+            self.tensors = dequantised(self.config, self.tensors)
+            self.config = quantisation.without(self.config)
         self._descriptors: dict[Path, int] = {}
 
     def __enter__(self) -> "HuggingFaceFolder":
@@ -56,6 +64,12 @@ class HuggingFaceFolder:
     def read(self, name: str, start: int, out: Bytes) -> None:
         """See `keepwarm.trainer.convert.streaming.Source`."""
         stored = self._stored(name)
+        if isinstance(stored, Scaled):
+            read_scaled(stored, start, out, self._read)
+        else:
+            self._read(stored, start, out)
+
+    def _read(self, stored: Stored, start: int, out: Bytes) -> None:
         if stored.file not in self._descriptors:
             self._descriptors[stored.file] = os.open(stored.file, os.O_RDONLY)
         read_exactly(self._descriptors[stored.file], stored.file, stored.start + start, out)

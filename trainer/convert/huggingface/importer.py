@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -17,6 +17,7 @@ from keepwarm.ft.format.writer import write_part_blocks
 from keepwarm.trainer.convert.dtypes import NAMES
 from keepwarm.trainer.convert.huggingface.config import with_dtype
 from keepwarm.trainer.convert.huggingface.folder import CONFIG, HuggingFaceFolder, dump_config
+from keepwarm.trainer.convert.huggingface.passed_on import set_aside
 from keepwarm.trainer.convert.native import PREFIX
 from keepwarm.trainer.convert.output_folder import new_folder
 from keepwarm.trainer.convert.recipes import Recipe, into_canonical, names_of, source_shapes
@@ -27,6 +28,7 @@ from keepwarm.trainer.model.families.config_fields import shown
 from keepwarm.trainer.model.families.tensor_names import is_constant
 from keepwarm.trainer.model.huggingface_config import read_hf_config
 from keepwarm.trainer.model.spec import ModelSpec
+from keepwarm.trainer.model.transformers.composite import is_composite
 from keepwarm.trainer.model.transformers_spec import TransformersSpec
 
 FILES = "huggingface"
@@ -62,10 +64,8 @@ def from_huggingface(
         OutputError: `destination` exists or cannot be written; nothing is left there.
     """
     with HuggingFaceFolder(source) as folder:
-        spec, unread = _spec(folder, ignored_keys) if model is None else (_same(folder, model), [])
-        model_type = str(folder.config["model_type"])
-        tied_head = _settle_names(folder, model_type, spec)
-        constants = _check(folder, model_type, spec)
+        settled = _settled(folder, ignored_keys, model, compare=True)
+        spec, model_type = settled.spec, str(folder.config["model_type"])
         carried, left = folder.beside()
         maker, hashes = Maker(folder, dtype), dict[str, str]()
         recipes = {PREFIX + recipe.name: recipe for recipe in into_canonical(spec, model_type)}
@@ -76,7 +76,7 @@ def from_huggingface(
             beside = {
                 "config": folder.config if dtype is None else with_dtype(folder.config, dtype),
                 "files": carry(source, carried, tmp / FILES),
-                "tied_head": tied_head,
+                "tied_head": settled.tied_head,
                 "ignored_keys": sorted(ignored_keys),
             }
             publication.write_manifest(
@@ -94,9 +94,37 @@ def from_huggingface(
         "bytes": part.data_bytes,
         "dtypes": sorted({entry.piece.dtype for entry in part.entries}),
         "carried": carried,
-        "left": left + constants,
-        "unread": unread,
+        "left": left + settled.constants,
+        "passed_on": settled.others,
+        "unread": settled.unread,
     }
+
+
+def check_folder(source: Path, ignored_keys: Collection[str] = (), model: TransformersSpec | None = None) -> None:
+    """Raise what `from_huggingface` would, as far as the config and the headers of the files say so."""
+    with HuggingFaceFolder(source) as folder:
+        _settled(folder, ignored_keys, model, compare=False)
+
+
+class _Settled(NamedTuple):
+    """What a folder holds, whose tensors have got their usual names."""
+
+    spec: AnyModelSpec
+    unread: list[str]
+    others: list[str]
+    tied_head: list[str]
+    constants: list[str]
+
+
+def _settled(
+    folder: HuggingFaceFolder, ignored_keys: Collection[str], model: TransformersSpec | None, *, compare: bool
+) -> _Settled:
+    """Check config and tensors, and settle their names; copies of a tied head are read if they are to `compare`."""
+    spec, unread = _spec(folder, ignored_keys) if model is None else (_same(folder, model), [])
+    model_type = str(folder.config["model_type"])
+    others = set_aside(folder) if model is not None and is_composite(model.config) else []
+    tied_head = _settle_names(folder, model_type, spec, compare=compare)
+    return _Settled(spec, unread, others, tied_head, _check(folder, model_type, spec))
 
 
 def _meta(spec: AnyModelSpec, source: Path, parent: str) -> dict[str, Any]:
@@ -203,7 +231,7 @@ def _same(folder: HuggingFaceFolder, model: TransformersSpec) -> TransformersSpe
     return model
 
 
-def _settle_names(folder: HuggingFaceFolder, model_type: str, spec: AnyModelSpec) -> list[str]:
+def _settle_names(folder: HuggingFaceFolder, model_type: str, spec: AnyModelSpec, *, compare: bool) -> list[str]:
     """Give tensors their usual names; return the copies of a tied head that were set aside."""
     names, tensors = names_of(spec, model_type), folder.tensors
     embedding, head = names.name("embedding.weight"), names.name("head.weight")
@@ -217,7 +245,7 @@ def _settle_names(folder: HuggingFaceFolder, model_type: str, spec: AnyModelSpec
         tensors[head] = tensors.pop(alias)
     tied = [name for name in dict.fromkeys((head, alias)) if spec.tied_embeddings and name in tensors]
     for name in tied:
-        if embedding in tensors and not folder.same(embedding, name):
+        if compare and embedding in tensors and not folder.same(embedding, name):
             raise CheckpointError(
                 f"{tensors[name].file}: {name} differs from {embedding}, but {CONFIG} says tie_word_embeddings"
             )

@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.model.transformers.attention import IMPLEMENTATION, register
+from keepwarm.trainer.model.transformers.composite import text_of
 
 PLAIN_STAGES = {
     "embed_tokens": (["input_ids"], ["inputs_embeds"]),
@@ -27,6 +28,7 @@ def build(content: Mapping[str, Any]) -> PreTrainedModel:
     """
     # It would warn of special tokens outside the vocabulary, which mean nothing to training.
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    content = text_of(content)
     config, kind = _config(content), str(content["model_type"])
     register()
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

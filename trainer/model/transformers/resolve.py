@@ -14,7 +14,9 @@ from packaging.version import InvalidVersion, Version
 from keepwarm.foreign_json import parse_json
 from keepwarm.tested import installed
 from keepwarm.trainer.errors import SpecError
+from keepwarm.trainer.model import quantisation
 from keepwarm.trainer.model.families.config_fields import shown
+from keepwarm.trainer.model.transformers.composite import TEXT, is_composite, text_of
 
 CONFIG = "config.json"
 _SECONDS = 300.0
@@ -36,6 +38,7 @@ def resolved(values: Mapping[str, Any]) -> dict[str, Any]:
     reason = _refusal(config)
     if reason is not None:
         raise SpecError(f"{file}: {reason}")
+    config = quantisation.without(config)
     answer = json.loads(_described(json.dumps(config)))
     if "refused" in answer:
         raise SpecError(f"{file}: {answer['refused']}")
@@ -70,12 +73,14 @@ def _refusal(config: Mapping[str, Any]) -> str | None:
         return f"model_type = {shown(kind)} is no name of a model"
     if config.get("is_encoder_decoder"):
         return "is_encoder_decoder: keepwarm trains decoders alone"
-    if config.get("quantization_config"):
-        return "quantization_config: its weights are quantised; dequantise them first"
+    quantised = quantisation.refusal(config)
+    if quantised is not None:
+        return quantised
     if any(isinstance(config.get(name), int) and config[name] > 1 for name in _EXPERTS):
         return f"model_type = {shown(kind)} is a mixture of experts; these come later"
-    if isinstance(config.get("text_config"), dict):
-        return f"model_type = {shown(kind)} has a text_config beside others; give a config of the text model alone"
+    if is_composite(config):
+        reason = _refusal(text_of(config))
+        return None if reason is None else f"{TEXT}: {reason}"
     found = installed("transformers")
     if found is None:
         return "model.transformers: transformers is not installed: pip install 'keepwarm[hf]'"
