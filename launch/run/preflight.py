@@ -11,8 +11,6 @@ from keepwarm.parallel.engine_support import require
 from keepwarm.parallel.errors import EngineUnavailable
 from keepwarm.parallel.kernels import KERNELS
 from keepwarm.text import problem_of_path
-from keepwarm.trainer.convert.huggingface.folder import CONFIG
-from keepwarm.trainer.convert.huggingface.importer import check_folder
 from keepwarm.trainer.data.preprocess.text import is_text
 from keepwarm.trainer.data.spec import DataSpec
 from keepwarm.trainer.errors import CheckpointError, DataError, SpecError
@@ -99,7 +97,10 @@ def check_parent(job: JobSpec) -> None:
     try:
         if not Path(job.init_from).exists():
             raise DataError(f"init_from: {job.init_from}: no such folder")
-        if (Path(job.init_from) / CONFIG).is_file():
+        if (Path(job.init_from) / "config.json").is_file():
+            # Imports numpy, which no other check needs.
+            from keepwarm.trainer.convert.huggingface.importer import check_folder
+
             model = None if isinstance(job.model, ModelSpec) else job.model
             check_folder(Path(job.init_from), job.init_from_ignore_keys, model)
     except (CheckpointError, SpecError) as error:
