@@ -99,7 +99,10 @@ def check_parent(job: JobSpec) -> None:
     try:
         if not Path(job.init_from).exists():
             raise DataError(f"init_from: {job.init_from}: no such folder")
-        if (Path(job.init_from) / CONFIG).is_file():
+        if (Path(job.init_from) / "config.json").is_file():
+            # Imports numpy, which no other check needs.
+            from keepwarm.trainer.convert.huggingface.importer import check_folder
+
             model = None if isinstance(job.model, ModelSpec) else job.model
             check_folder(Path(job.init_from), job.init_from_ignore_keys, model)
     except (CheckpointError, SpecError) as error:
