@@ -126,8 +126,12 @@ def test_broken_gpu_does_not_wait_for_an_order_to_park() -> None:
             assert asked.wait(60.0)
             raise torch.AcceleratorError(f"CUDA error: {BROKEN[214]}")
 
-    with ours, theirs:
-        control = ControlChannel(ours)
-        theirs.send(msgspec.json.encode(Park()))
-        with pytest.raises(torch.AcceleratorError, match=BROKEN[214]):
-            train()
+    with ours:
+        with theirs:
+            control = ControlChannel(ours)
+            theirs.send(msgspec.json.encode(Park()))
+            with pytest.raises(torch.AcceleratorError, match=BROKEN[214]):
+                train()
+        for thread in threading.enumerate():  # it reads from this end until the other one is closed
+            if thread.name == "control":
+                thread.join(60.0)
