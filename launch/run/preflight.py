@@ -11,8 +11,6 @@ from keepwarm.parallel.engine_support import require
 from keepwarm.parallel.errors import EngineUnavailable
 from keepwarm.parallel.kernels import KERNELS
 from keepwarm.text import problem_of_path
-from keepwarm.trainer.convert.huggingface.folder import CONFIG
-from keepwarm.trainer.convert.huggingface.importer import check_folder
 from keepwarm.trainer.data.preprocess.text import is_text
 from keepwarm.trainer.data.spec import DataSpec
 from keepwarm.trainer.errors import CheckpointError, DataError, SpecError
