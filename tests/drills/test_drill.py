@@ -64,7 +64,7 @@ def test_drill_worker_node_and_rotten_memory_recovers_bitwise(folder: Path) -> N
     page = folder / "drill.html"
     found = drill(folder / "two", "ci/tiny", *TWO_NODES, *faults, "--html", str(page))
     assert [fault["fault"] for fault in found["faults"]] == ["kill worker:1@4", "kill node:1@8", "corrupt chunk:0@14"]
-    assert_survived(found, ["local", "decoded", "local"])
+    assert_survived(found, ["local", "decoded", "decoded"])
     assert found["goodput"]["restarts"] == 3
     assert "corrupt chunk:0@14" in page.read_text()
     events = map(json.loads, (folder / "two" / "faults" / "events.jsonl").read_text().splitlines())

@@ -128,7 +128,7 @@ class ControlChannel:
         self._connection.send(msgspec.json.encode(Report(state)))
 
     def _listen(self, connection: socket.socket) -> None:
-        while data := connection.recv(_MESSAGE_BYTES):
+        while data := _received(connection):
             order = msgspec.json.decode(data, type=Park | Resume)
             if isinstance(order, Resume):
                 self._resume.put(order)
@@ -138,3 +138,10 @@ class ControlChannel:
                     os._exit(ExitCode.FAULT)  # it was asked to park while it was not training
                 self._asked_to_park.set()
                 self._interrupt()
+
+
+def _received(connection: socket.socket) -> bytes:
+    """Return the next message; nothing if the supervisor has gone, also with something unread."""
+    with contextlib.suppress(ConnectionError):
+        return connection.recv(_MESSAGE_BYTES)
+    return b""

@@ -106,11 +106,12 @@ def test_interrupt_aborts_nccl_before_it_shuts_connections(monkeypatch: pytest.M
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", lambda: order.append("abort"))
     monkeypatch.setattr("keepwarm.trainer.distributed.world._shut", lambda descriptor: order.append("shut"))
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda device: order.append("device"))
     world = World(rank=0, size=2, local_rank=0, device=torch.device("cuda", 0))
     world.check_interrupted()
     with socket.socket():
         world.interrupt()
-    assert order[0] == "abort"
+    assert order[:2] == ["device", "abort"]
     assert "shut" in order
     with pytest.raises(RuntimeError, match="a collective was aborted"):
         world.check_interrupted()
