@@ -55,7 +55,9 @@ def test_plan_json_holds_layout_and_learning_rates() -> None:
     result = keepwarm("plan", TINY, "parallel.tensor=2", "--parallel.pipeline=2", "parallel.data=2", "--json")
     assert result.returncode == 0, result.stderr
     plan = json.loads(result.stdout)
-    assert plan.keys() == {"job", "site", "layout", "parameters", "ranks", "host_memory", "smaller", "stages"}
+    named = {"job", "site", "layout", "decided", "fits", "parameters", "ranks", "host_memory", "smaller", "stages"}
+    assert plan.keys() == named
+    assert plan["decided"] == {"accumulate": "whole", "reshard_after_forward": False}
     assert plan["site"] == {}
     assert plan["host_memory"] is None
     sizes = {"data": 2, "pipeline": 2, "tensor": 2, "ranks_per_node": 8, "world_size": 8, "nodes": 1}
@@ -77,7 +79,7 @@ def test_plan_json_holds_layout_and_learning_rates() -> None:
 def test_plan_of_530b_job_fits_on_a_page() -> None:
     result = keepwarm("plan", "mt-nlg-530b")
     assert result.returncode == 0, result.stderr
-    assert "data 8 x pipeline 35 x tensor 8 = 2240 ranks on 280 nodes of 8" in result.stdout
+    assert "data 8 x pipeline 35 x tensor 8 = 2,240 ranks on 280 nodes of 8" in result.stdout
     assert "530 B (529,600,819,200) in total" in result.stdout
     layout = result.stdout.partition("layout:")[2]
     assert len(layout.splitlines()) < 60
