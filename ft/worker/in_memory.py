@@ -390,7 +390,9 @@ class InMemoryCheckpointer:
     def _next_epoch(self, settled: int) -> int:
         """Return the epoch that is to begin, beyond all that the folder shows or the agents know, or `settled`."""
         newest = max(self._client.epoch, self._registry.newest_epoch() if self._ranks.rank == 0 else 0)
-        return self._ranks.largest(settled or newest + 1)
+        # Only one supervisor knows of an epoch that it has made the agents begin; its rank tells the others.
+        settled, newest = self._ranks.largest_each((settled, newest))
+        return settled or newest + 1
 
     def _agree(self, restored: Restoration | str) -> None:
         """Raise on all ranks if they restored different steps, as when agents settled different epochs."""
