@@ -125,7 +125,7 @@ def divided(spec: TransformersSpec) -> float:
         pattern = ".".join(["layers", "*", *parts[2:]]) if parts[0] == "layers" else module
         cost = shape[0] * shape[1]
         whole += cost
-        split += cost if styles.get(pattern) in ("column", "row", "head") else 0
+        split += cost if styles.get(pattern) in ("column", "row", "head", "key_value") else 0
     if spec.tied_embeddings:
         head = spec.vocabulary_size * spec.hidden_size
         whole, split = whole + head, split + (head if styles.get("head") == "head" else 0)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from keepwarm.ft.agent.agent import TICK, Agent
 from keepwarm.ft.discovery.config import AgentConfig, GroupConfig
-from keepwarm.ft.keeper import DATA_FILES, FILES, PARITY_FILES, memory_file
+from keepwarm.ft.keeper import FILES, memory_file
 from keepwarm.ft.protocol.state import Mode
 from keepwarm.ft.transport.auth import create_secret
 from tests.simulated.machine import Machine, Process
@@ -42,7 +42,7 @@ class Node:
         """Be on another machine, whose memory is empty."""
         self.hosts += 1
         self.host = f"10.{self.hosts % 256}.{self.slot // 256}.{self.slot % 256}"
-        self.files = {name: memory_file(name) for name in ("records", *DATA_FILES, *PARITY_FILES)}
+        self.files = {name: memory_file(name) for name in FILES if name not in ("lock", "config")}
 
     def forget(self) -> None:
         for descriptor in self.files.values():

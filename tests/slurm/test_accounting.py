@@ -13,12 +13,13 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
 @pytest.fixture
-def accounted(tmp_path: Path) -> Iterator[SlurmCluster]:
+def accounted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     """A node, and accounting."""
     reason = missing(accounting=True)
     if reason is not None:
         pytest.skip(reason)
-    cluster = SlurmCluster(tmp_path / "accounted", nodes=1, accounting=True)
+    # A short name: paths of sockets have at most 107 bytes.
+    cluster = SlurmCluster(tmp_path_factory.mktemp("slurm"), nodes=1, accounting=True)
     try:
         cluster.up()
         yield cluster
