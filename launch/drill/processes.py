@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import select
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from keepwarm.files import await_readable
 from keepwarm.ft.keeper import AGENT_MODULE
 from keepwarm.launch.errors import DrillError
 from keepwarm.launch.local.ranks import read_pids
@@ -192,7 +192,7 @@ def wait_until_gone(token: str, deadline: float) -> list[Found]:
         with contextlib.suppress(ProcessLookupError):
             handle = os.pidfd_open(left[0].pid)
             try:
-                select.select([handle], [], [], seconds)
+                await_readable(handle, seconds)
             finally:
                 os.close(handle)
     return left

@@ -1,12 +1,12 @@
 """Supervise the snapshot agent of a node's slot: start it before workers need it, and begin epochs."""
 
 import contextlib
-import select
 import time
 from pathlib import Path
 
 import msgspec
 
+from keepwarm.files import await_readable
 from keepwarm.ft.discovery import config as agent_config
 from keepwarm.ft.discovery.config import AgentConfig, runtime_folder
 from keepwarm.ft.discovery.registry import AGENTS_FOLDER, TEMPLATE_FILE, Registry
@@ -221,7 +221,7 @@ class SnapshotAgent:
         with contextlib.suppress(OSError):
             (self._folder / AGENTS_FOLDER / TEMPLATE_FILE).unlink(missing_ok=True)
         if keeper is not None:  # readable once the process has ended, even if its parent has not reaped it
-            select.select([keeper], [], [], ANSWER_TIMEOUT_S)
+            await_readable(keeper.fileno(), ANSWER_TIMEOUT_S)
             keeper.close()
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import secrets
+import select
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -144,3 +145,13 @@ def _new_file(path: Path, mode: int, *, durable: bool) -> Iterator[BinaryIO]:
         if durable:
             file.flush()
             os.fsync(file.fileno())
+
+
+def await_readable(descriptor: int, seconds: float) -> bool:
+    """Wait until a descriptor can be read, as that of a process when it has ended; return whether it can.
+
+    `select.select` refuses descriptors beyond 1,023.
+    """
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))

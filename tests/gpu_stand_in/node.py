@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,18 +54,23 @@ class Node:
     on_cancel: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
+        weakref.finalize(self, _close_all, self.files)
         self.lose()
 
     def lose(self) -> None:
         """Lose the memory, as with a keeper: the next agent has files of its own."""
-        for descriptor in self.files:
-            os.close(descriptor)
-        self.files = [os.memfd_create("snapshot") for _ in range(BUFFERS)]
+        _close_all(self.files)
+        self.files.extend(os.memfd_create("snapshot") for _ in range(BUFFERS))
         for descriptor in self.files:
             os.ftruncate(descriptor, (self.before + self.buckets) * BUCKET + mmap.PAGESIZE)
 
     def client(self) -> Any:
         return Client(self)
+
+
+def _close_all(descriptors: list[int]) -> None:
+    while descriptors:
+        os.close(descriptors.pop())
 
 
 class Client:

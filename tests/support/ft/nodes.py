@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import select
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from keepwarm.files import await_readable
 from keepwarm.ft.discovery.config import AgentConfig, GroupConfig
 from keepwarm.ft.discovery.status import Status
 from keepwarm.ft.transport.auth import create_secret
@@ -161,7 +161,7 @@ def ended(pid: int, deadline: float = 20.0) -> Iterator[None]:
     process = os.pidfd_open(pid)
     try:
         yield
-        assert select.select([process], [], [], deadline)[0], f"process {pid} has not died"
+        assert await_readable(process, deadline), f"process {pid} has not died"
     finally:
         os.close(process)
 
