@@ -3,8 +3,8 @@
 The first decision written to the shared folder stands, whichever agent wrote it. It includes the decoding plan, and
 every agent reads it from there: messages only signal that it is ready. What peers ask meanwhile is put off.
 
-Agents tell of an epoch along their usual links and connect to the lowest slots, which connect to all: nobody else does,
-but an agent that knows of no lower one. So an epoch takes a few links for each agent, never one for each pair.
+Agents tell of an epoch along their usual links and connect to the lowest slots, which connect to all. Another agent
+connects to all only if it knows of no lower one. So an epoch takes a few links for each agent, never one for each pair.
 """
 
 import functools

@@ -2,7 +2,7 @@
 
 The last bytes that the device writes into a bucket are its canary. Before, the CPU writes their complement there; once
 the copy has ended, memory must hold what the device sent elsewhere ahead of all copies. So a bucket that the device did
-not reach, as after memory was mapped anew under a page lock, is found whatever it contained.
+not reach, as after memory was mapped again under a page lock, is found whatever it contained.
 """
 
 import collections

@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from keepwarm.parallel.errors import LayoutError
+from keepwarm.parallel.native.memory import shard_size
 from keepwarm.parallel.parameter import layers_of, materialise, wrapped
 from keepwarm.parallel.spec import NumericsSpec, ParallelSpec
 
@@ -20,13 +21,12 @@ def shard_size_of(spec: ParallelSpec) -> int:
     if spec.data_mode != "hsdp":
         if spec.shard_size is not None:
             raise LayoutError(f"parallel.shard_size belongs to data_mode hsdp, not to {spec.data_mode}")
-        return spec.data if spec.data_mode == "fsdp" else 1
-    if spec.shard_size is None or spec.data % spec.shard_size:
+    elif spec.shard_size is None or spec.data % spec.shard_size:
         raise LayoutError(
             f"parallel.data_mode = hsdp needs parallel.shard_size, a divisor of parallel.data = {spec.data}, "
             f"got {spec.shard_size}"
         )
-    return spec.shard_size
+    return shard_size(spec)
 
 
 def is_wrapped(spec: ParallelSpec, numerics: NumericsSpec) -> bool:
