@@ -11,7 +11,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -88,8 +88,6 @@ class Membership:
         self._link: _TableLink | None = None
         self._replaced = self._said = ""
         self._turn = itertools.count()
-        self.looking = False
-        """Whether `enter` looks for a store, and may be ended by an exception: no store knows of it yet."""
         self._lock = threading.Lock()
         threading.Thread(target=self._look_for_better, name="look-for-store", daemon=True).start()
 
@@ -115,9 +113,8 @@ class Membership:
             if announced is not None and known and announced.number >= promised and self._reach(announced):
                 return
             if time.monotonic() >= looked:
-                with self._looking():
-                    self.check_end()
-                    found = self._best()
+                self.check_end()
+                found = self._best()
                 if found is not None and self._reach(found):
                     return
                 looked = time.monotonic() + (LOOK_INTERVAL_S if known else 2 * STORE_POLL_INTERVAL_S)
@@ -129,20 +126,11 @@ class Membership:
                     return
                 pause = min(2 * pause, LOOK_INTERVAL_S)
                 turn = time.monotonic() + (LOOK_INTERVAL_S + self._patience() if known else pause)
-            with self._looking():
-                time.sleep(STORE_POLL_INTERVAL_S)
+            time.sleep(STORE_POLL_INTERVAL_S)
         raise StoreLost(
             f"{name_of(self.node)} found no store to follow in {time.monotonic() - began:.0f} s"
             + (f"; {self._said}" if self._said else "")
         )
-
-    @contextlib.contextmanager
-    def _looking(self) -> Iterator[None]:
-        self.looking = True
-        try:
-            yield
-        finally:
-            self.looking = False
 
     def _patience(self) -> float:
         """Return how long this node leaves the next store to the owners before it."""

@@ -212,13 +212,11 @@ class Supervisor:
         return None if on_disk is not None and on_disk >= committed[1] else committed[1]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Note a signal. While this node looks for a store, one that asks it to leave takes effect at once."""
+        """Note a signal, no more: an exception from here would strike in the middle of a thread's start or a lock."""
         if number == signal.SIGTERM:
             self._terminated_at = self._terminated_at or time.monotonic()
         else:
             self._agent.on_signal(number)
-        if self._membership.looking:
-            self._patience()
 
     # ---- hooks
 
