@@ -2,6 +2,7 @@
 
 LaunchError
 ├── PreflightError       2  this machine or installation cannot run the job
+├── SearchError          2  no layout of a job fits on the given GPUs
 ├── SimulationError      2  input that the simulator cannot handle
 ├── SnapshotsError       2  no snapshot agent can be reached
 ├── StatusError          2  the folder holds no run
@@ -24,6 +25,10 @@ class LaunchError(Exception):
 
 class PreflightError(LaunchError):
     """A prerequisite of the job is not met; raised before anything is started."""
+
+
+class SearchError(LaunchError):
+    """No layout of a job fits on the given GPUs, or the job cannot be planned; says why and what to change."""
 
 
 class SimulationError(LaunchError):

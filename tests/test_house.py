@@ -19,6 +19,7 @@ PARAMETERS = 6
 
 COMMANDS = {
     "launch/cli/cluster.py:submit",
+    "launch/cli/main.py:plan",
     "launch/drill/command.py:drill",
     "launch/simulation/command.py:simulate",
     "trainer/convert/__main__.py:command",

@@ -89,6 +89,15 @@ def plan(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     png: Annotated[Path | None, typer.Option("--png", help="Also plot learning rate and mixture to this file.")] = None,
+    find: Annotated[
+        bool, typer.Option("--find", help="Find the layouts in which the job trains fastest, for --gpus and --gpu.")
+    ] = False,
+    gpus: Annotated[int | None, typer.Option(min=1, max=2**17, help="--find: number of GPUs.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="--find: kind of GPU: A100, H100, H200 or B200.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="--find: GPUs of a node. [default: 8]")] = None,
+    write: Annotated[
+        Path | None, typer.Option(help="--find: write the job in the fastest layout to this new file.")
+    ] = None,
 ) -> None:
     """Show a job's rank layout, parameters, memory, steps and learning rates without starting anything.
 
@@ -97,12 +106,22 @@ def plan(
     keepwarm plan job.yaml --spec
 
     keepwarm plan job.yaml parallel.pipeline=4 --json
+
+    keepwarm plan job.yaml --find --gpus 64 --gpu H100 --write found.yaml
     """
     import json
 
     from keepwarm.launch.plan.plan import Plan
     from keepwarm.trainer.job.files import load_job
 
+    if find:
+        from keepwarm.launch.plan.find import Request, find_layouts
+
+        request = Request(gpus=gpus, gpu=gpu, gpus_per_node=gpus_per_node, write=write, as_json=as_json)
+        find_layouts(load_job(job, overrides or []), request)
+        return
+    if gpus is not None or gpu is not None or gpus_per_node is not None or write is not None:
+        raise typer.BadParameter("--gpus, --gpu, --gpus-per-node and --write belong to --find")
     made = Plan(load_job(job, overrides or []))
     if png is not None:
         from keepwarm.launch.plan.plot import draw_plan

@@ -55,6 +55,11 @@ def decided_parallel(job: JobSpec) -> ParallelSpec:
     return forms[0] if len(forms) == 1 else next(filter(fits, forms), forms[-1])
 
 
+def longest_sequence(job: JobSpec) -> int:
+    """Return the number of tokens in a sample of the stage that has the longest."""
+    return max(stage.sequence_length or job.data.sequence_length for stage in job.stages)
+
+
 def usable_memory(job: JobSpec) -> float:
     """Return the bytes of a GPU that the estimated tensors may take; the rest is the context's and the allocator's."""
     return (job.cluster.gpu_memory - RESERVED_GIB) * 2.0**30
@@ -75,10 +80,10 @@ def model_flops_per_token(spec: AnyModelSpec, sequence: int) -> float:
 
     All parameters count, recompute does not. A causal query sees s / 2 tokens on average, in a window w - w^2 / 2s.
     """
-    return 6.0 * total_parameters(spec) + 6.0 * sum(_seen(spec, layer, sequence) for layer in range(spec.layers))
+    return 6.0 * total_parameters(spec) + 6.0 * sum(attended(spec, layer, sequence) for layer in range(spec.layers))
 
 
-def _seen(spec: AnyModelSpec, layer: int, sequence: int) -> float:
+def attended(spec: AnyModelSpec, layer: int, sequence: int) -> float:
     """Return twice the mean number of tokens that a query of a layer sees, times the width of all queries."""
     window = spec.window(layer)
     span = sequence if window is None or window >= sequence else 2 * window - window * window / sequence
@@ -130,8 +135,7 @@ def in_flight(parallel: ParallelSpec, pipeline: int, micro_batches: int) -> int:
 def _workload(job: JobSpec, pipeline: int) -> Workload:
     split = split_layers(job.model.layers, job.parallel)
     stages = stages_of(pipeline, job.parallel)
-    longest = max(stage.sequence_length or job.data.sequence_length for stage in job.stages)
-    tokens = job.batch.micro_batch_size * longest
+    tokens = job.batch.micro_batch_size * longest_sequence(job)
     micro_batches = job.batch.global_batch_size // (job.parallel.data * job.batch.micro_batch_size)
     kept, again = layer_elements(job)
     layers = sum(len(split[stage]) for stage in stages) / len(stages)

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
-"""Dense bf16 peak of one card, by a substring of its name, from the vendors' data sheets."""
+from keepwarm.parallel.cards import CARDS
 
 
 @dataclass(kw_only=True)
@@ -23,7 +22,7 @@ class Speed:
     def of(cls, flops_per_token: float, *, ranks: int, device: torch.device) -> "Speed":
         """Create totals for a model with this many FLOPs per token; the peak follows from the card's name, if known."""
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        peak = next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
+        peak = next((card.tflops for card in CARDS.values() if card.name in name), None)
         return cls(flops_per_token=flops_per_token, gpus=0 if device.type == "cpu" else ranks, peak_tflops=peak)
 
     def add(self, tokens: int, seconds: float) -> None:
