@@ -90,9 +90,13 @@ class Workload:
         return 2 if self.numerics.precision == "bf16" else self.master_bytes
 
     @property
-    def moments(self) -> int:
-        """Number of values that the optimizer keeps for each element."""
-        return 2 if self.optimizer.name == "adamw" else int(self.optimizer.momentum > 0)
+    def moments(self) -> float:
+        """Number of values that the optimizer keeps for each element, on average."""
+        if self.optimizer.name == "sgd":
+            return int(self.optimizer.momentum > 0)
+        named = [(name, shape) for stage in self.stages for name, shape in stage.items()]
+        matrices = elements(shape for name, shape in named if self.optimizer.orthogonalises(name, shape))
+        return 2 - matrices / self.elements
 
     @property
     def layer_activations(self) -> int:

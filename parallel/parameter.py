@@ -1,6 +1,6 @@
 """Sharded parameters: the local box of a global tensor, and the ranks that hold the same box."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,6 +62,8 @@ class ShardedParameter:
     box: TensorSlice
     replicas: tuple[int, ...]
     """Ranks that hold the same box, ascending."""
+    box_of: Callable[[int], TensorSlice]
+    """The box of another rank of this pipeline coordinate."""
     copied: bool = False
     """Whether neighbours on the tensor axis hold copies whose gradients have to be summed."""
 

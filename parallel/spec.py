@@ -1,5 +1,6 @@
 """Sections of the job spec that configure this package. Torch-free."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -92,14 +93,21 @@ class ParallelSpec(Section):
 class OptimizerSpec(Section):
     """The update rule. The learning rate itself comes from the stage's `lr` clause."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "sgd", "muon"] = Field(
+        "adamw", description="muon: Muon for the matrices of layers, AdamW for all other parameters"
+    )
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     momentum: float = Field(0.0, ge=0, lt=1, description="sgd only")
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="muon only: of the matrices")
     weight_decay: float = Field(0.1, ge=0)
     decay_embeddings: bool = Field(True, description="false: no weight decay on embeddings (OLMo 2)")
     clip_norm: PositiveFloat | None = Field(1.0, description="largest global gradient norm; null: no clipping")
     implementation: Literal["torch", "apex"] = Field("torch", description="apex: FusedAdam, when importable")
+
+    def orthogonalises(self, name: str, shape: Sequence[int]) -> bool:
+        """Return whether Muon updates the parameter with this canonical name: the matrices inside layers."""
+        return self.name == "muon" and name.startswith("layers.") and len(shape) == 2
 
 
 class NumericsSpec(Section):

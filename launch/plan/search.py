@@ -169,7 +169,7 @@ def most_memory(job: JobSpec) -> RankEstimate:
 
 def _state(job: JobSpec, sizes: Sizes, parallel: ParallelSpec) -> float:
     """Return the bytes of weights and moments that some rank stores at least."""
-    moments = 2 if job.optimizer.name == "adamw" else 0
+    moments = {"adamw": 2, "muon": 1, "sgd": 0}[job.optimizer.name]
     return sizes.elements(parallel) / shard_size(parallel) * 4 * (1 + moments)
 
 

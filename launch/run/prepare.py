@@ -12,6 +12,7 @@ from keepwarm.files import locked_folder
 from keepwarm.ft.errors import FtError
 from keepwarm.ft.transport.identity import remember, separate
 from keepwarm.launch.run.inputs import inputs, refuse_inputs_inside
+from keepwarm.parallel.spec import OptimizerSpec
 from keepwarm.trainer.errors import OutputError, SpecError
 from keepwarm.trainer.job.files import load_run, save_job
 from keepwarm.trainer.job.run_folder import RUN_FILE, RunFolder
@@ -99,7 +100,19 @@ def stored_job(folder: Path, overrides: list[str]) -> tuple[JobSpec, JobSpec]:
         old, new = getattr(before, key), getattr(after, key)
         if old != new:
             raise SpecError(f"override {key}={new}: a run keeps {key} = {old}: {reason}; start a new run to change it")
+    if (why := _lacking_state(before.optimizer, after.optimizer)) is not None:
+        raise SpecError(f"override optimizer.{why}; start a new run, with init_from={folder}, to change it")
     return before, after
+
+
+def _lacking_state(before: OptimizerSpec, after: OptimizerSpec) -> str | None:
+    """Return which key asks for an optimizer whose moments a run does not have, and why; None if it has them."""
+    stateless = after.name == "sgd" and not after.momentum
+    if stateless or (before.name == after.name and bool(before.momentum) == bool(after.momentum)):
+        return None
+    if before.name != after.name:
+        return f"name={after.name}: the checkpoints of the run hold the moments of {before.name}"
+    return f"momentum={after.momentum:g}: the checkpoints of the run hold no momentum"
 
 
 _KEPT = {

@@ -46,6 +46,8 @@ class DeepSpeedInfo(EngineInfo):
             yield (
                 "parallel.options.offload_optimizer: Apex updates on a GPU alone; set optimizer.implementation = torch"
             )
+        if job.optimizer.name == "muon":
+            yield "optimizer.name = muon: ZeRO's flat buffers hold no matrices; set parallel.engine = torch"
         if job.numerics.precision == "fp64":
             yield "numerics.precision = fp64: ZeRO keeps its master weights in fp32 whatever the model's type"
         if job.numerics.precision == "bf16" and parallel.tensor > 1:
@@ -65,6 +67,6 @@ class DeepSpeedInfo(EngineInfo):
             parameters=held,
             weights=held * work.compute_bytes + (0 if offload else share * master),
             gradients=(share if zero > 1 else whole) * master,
-            optimizer=0 if offload else share * master * work.moments,
+            optimizer=0 if offload else round(share * master * work.moments),
             activations=work.activations,
         )

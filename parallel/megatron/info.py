@@ -42,6 +42,8 @@ class MegatronInfo(EngineInfo):
                 "parallel.data_mode: fsdp (the distributed optimizer: optimizer state is sharded, weights are not) or "
                 "ddp, no hsdp"
             )
+        if job.optimizer.name == "muon":
+            yield "optimizer.name = muon: its optimizers are AdamW and SGD; set parallel.engine = torch"
         if job.optimizer.name == "sgd" and parallel.data_mode != "ddp":
             yield "optimizer.name = sgd: the distributed optimizer knows AdamW alone; set parallel.data_mode = ddp"
         if self.options.transformer_engine and job.numerics.norms == "apex":
@@ -72,7 +74,7 @@ class MegatronInfo(EngineInfo):
             parameters=whole,
             weights=whole * compute + (share * master if compute != master else 0),
             gradients=whole * master,
-            optimizer=share * master * work.moments,
+            optimizer=round(share * master * work.moments),
             activations=work.layer_activations + head,
         )
 

@@ -93,6 +93,15 @@ class Mesh:
         """Neighbours on the tensor axis that hold copies of key-value heads; None if there are none."""
         return self._groups.get("copies")
 
+    def plane(self) -> dist.ProcessGroup | None:
+        """Create and return the group of all ranks of this pipeline coordinate; None in a world of one. Collective."""
+        if not self._groups:
+            return None
+        if 1 in (self.layout.data, self.layout.tensor):
+            return self._groups["tensor" if self.layout.data == 1 else "data"]
+        ranks = torch.arange(self.layout.world_size).view(self.layout.shape)
+        return self._new("plane", ranks.movedim(1, 0).reshape(self.layout.pipeline, -1).tolist())
+
     def device_mesh(self, *axes: str) -> DeviceMesh:
         """Return the DeviceMesh along the named axes; under hybrid sharding `data` is `replicate` and `shard`."""
         if self._root is None:

@@ -55,7 +55,8 @@ class TorchEngine:
             stage.module.forward = self._losses.collected(stage.module.forward)
         self._modules = {stage.index: stage.module for stage in stages}
         self._parameters = [parameter for stage in stages for parameter in stage.parameters]
-        self._updater = Updater(config.optimizer, model, self._parameters, config.device)
+        plane = self._mesh.plane() if config.optimizer.name == "muon" else None
+        self._updater = Updater(config, self._parameters, plane)
         self._pipeline = self._make_pipeline()
 
     @property

@@ -22,7 +22,7 @@ def estimate(work: Workload) -> RankEstimate:
         parameters=stored,
         weights=stored * work.master_bytes + worst.gathered,
         gradients=worst.gradients,
-        optimizer=stored * work.master_bytes * work.moments,
+        optimizer=round(stored * work.master_bytes * work.moments),
         activations=worst.activations,
     )
 

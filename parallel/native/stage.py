@@ -1,7 +1,7 @@
 """Build one pipeline stage of a rank, split it over the mesh, and name its sharded parameters."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -79,5 +79,6 @@ def _sharded(name: str, parameter: nn.Parameter, model: ModelParts, sharding: Sh
         global_shape=tuple(shape),
         box=box,
         replicas=sharding.replicas(name, holders),
+        box_of=lambda rank: replace(sharding, at=sharding.layout.coordinates(rank)).box(name, tuple(shape)),
         copied=split is not None and split.copies > 1,
     )

@@ -84,7 +84,7 @@ def command(
     if plan is None:
         raise SpecError(f"--stage {stage}: {run} has {', '.join(plan.name for plan in report.plans)}")
     norms = [line["grad_norm"] for line in report.steps if line["stage"] == plan.name and line["grad_norm"]]
-    power = 1 if report.job.optimizer.name == "adamw" else 2
+    power = 1 if report.job.optimizer.name != "sgd" else 2
     typer.echo(json.dumps(clause(norms, report.job.stages[plan.index].lr.max, power=power, points=points)))
 
 

@@ -72,7 +72,7 @@ def state_bytes(job: JobSpec, pipeline: int) -> int:
     """
     work = _workload(job, pipeline)
     copies = 1 + work.moments + (job.moving_average is not None)
-    return ceil(work.elements / job.parallel.data) * work.master_bytes * copies
+    return ceil(ceil(work.elements / job.parallel.data) * work.master_bytes * copies)
 
 
 def model_flops_per_token(spec: AnyModelSpec, sequence: int) -> float:

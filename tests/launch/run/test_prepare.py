@@ -161,10 +161,40 @@ def test_changes_of_an_added_stage_are_one_line(job: JobSpec) -> None:
     assert changes(longer, job)[1].endswith("-> absent")
 
 
-@pytest.mark.parametrize(("override", "why"), [("seed=4", "its ledger"), ("init_from=/x/y", "first start")])
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [
+        ("seed=4", "its ledger"),
+        ("init_from=/x/y", "first start"),
+        ("optimizer.name=muon", "hold the moments of adamw; start a new run, with init_from="),
+    ],
+)
 def test_stored_job_key_that_a_run_keeps_is_refused(job: JobSpec, override: str, why: str) -> None:
     with prepared(job, "new") as spec, pytest.raises(SpecError, match=why):
         stored_job(spec.parent, [override])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "is_refused"),
+    [
+        (["optimizer.name=muon"], ["optimizer.name=adamw"], True),
+        (["optimizer.name=sgd"], ["optimizer.momentum=0.9"], True),
+        (["optimizer.name=sgd", "optimizer.momentum=0.9"], ["optimizer.momentum=0.8"], False),
+        (["optimizer.name=muon"], ["optimizer.name=sgd"], False),
+        ([], ["optimizer.weight_decay=0.2"], False),
+    ],
+)
+def test_stored_job_keeps_an_optimizer_with_moments(
+    tmp_path: Path, before: list[str], after: list[str], is_refused: bool
+) -> None:
+    with prepared(new_job(Path("ci/tiny"), [f"output={tmp_path / 'run'}", *before], "new"), "new") as spec:
+        if is_refused:
+            with pytest.raises(
+                SpecError, match=r"override optimizer\.(name|momentum)=.*: the checkpoints of the run hold"
+            ):
+                stored_job(spec.parent, after)
+        else:
+            stored_job(spec.parent, after)
 
 
 def test_prepared_resume_leaves_run_json_until_the_proposal_is_accepted(job: JobSpec) -> None:
