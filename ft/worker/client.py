@@ -125,7 +125,8 @@ def start_agent(config: AgentConfig) -> "tuple[subprocess.Popen[bytes], Path]":
             [sys.executable, "-P", "-m", KEEPER_MODULE, str(path)],
             stdin=subprocess.DEVNULL, stdout=err, stderr=err, start_new_session=True, cwd="/",
         )  # fmt: skip
-    _children[:] = [*(child for child in _children if child.poll() is None), process]
+    with _children_lock:
+        _children[:] = [*(child for child in _children if child.poll() is None), process]
     return process, words
 
 
@@ -136,6 +137,7 @@ def _last_words(path: Path) -> BinaryIO:
     return open(os.devnull, "wb")  # noqa: PTH123
 
 
+_children_lock = threading.Lock()
 _children: "list[subprocess.Popen[bytes]]" = []
 """Kept to prevent the destructor's warning about a child that is meant to outlive this process."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support.runs.drill_campaign import FOUR_NODES, LOST_STEPS, MARK, ONE_RANK_A_NODE, campaign, drill
+from tests.support.runs.drill_campaign import FOUR_NODES, MARK, ONE_RANK_A_NODE, campaign, drill
 
 TWO_NODES = ("parallel.data=2", "cluster.ranks_per_node=1", "snapshot={every: 1, bucket: 65536}")
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(3600)]
@@ -19,8 +19,9 @@ def assert_survived(found: dict[str, Any], levels: Sequence[str | None]) -> None
     assert found["bitwise_equal"], found["differences"]
     assert found["residue"] == []
     assert [fault["level"] for fault in found["faults"]] == list(levels)
+    # With a snapshot of every step: the one under way, and one that was not committed.
     restored = [fault for fault in found["faults"] if fault["level"] in ("local", "decoded")]
-    assert all(fault["steps_lost"] <= LOST_STEPS for fault in restored), found
+    assert all(fault["steps_lost"] <= 2 for fault in restored), found
     assert all(fault["total_s"] > 0 for fault in found["faults"] if fault["level"])
     assert sum(found["goodput"]["seconds"].values()) == pytest.approx(found["goodput"]["wall_s"])
 
