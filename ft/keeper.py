@@ -33,6 +33,8 @@ FILES = ("lock", "config", "records", *DATA_FILES, *PARITY_FILES, "secret")
 """Descriptors that a keeper hands to its agent, in this order. The agent gives the memory files their sizes."""
 DEFECT = 1
 """Exit code of an agent that a defect ends."""
+SIGNALLED = 128
+"""A keeper whose agent signal n has ended exits with this code plus n, if there is no memory worth keeping."""
 RESTARTS = 8
 """Deaths in a row after which the memory is given up: whatever ends the agent may lie in it."""
 LIVED_S = 60.0
@@ -114,7 +116,7 @@ class Keeper:
             deaths = 1 if time.monotonic() - began > LIVED_S else deaths + 1
             ended = code == 0 or not self._holding.worth_keeping
             if ended or deaths > RESTARTS or self._paused(deaths):
-                return code if code >= 0 else 128 - code
+                return code if code >= 0 else SIGNALLED - code
 
     def _paused(self, deaths: int) -> bool:
         """Pause before the next start. Return whether there is none, because the keeper was asked to end."""

@@ -206,6 +206,7 @@ class ForkServer:
             raise self._died()
         notice = msgspec.json.decode(data, type=_Notice)
         if isinstance(notice, _Started):
+            self.ended.pop(notice.pid, None)  # of an earlier worker: pids are used again
             return notice.pid
         if isinstance(notice, _Ended):
             self.ended[notice.pid] = notice.code

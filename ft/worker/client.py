@@ -26,7 +26,7 @@ from keepwarm.ft.discovery.config import AgentConfig
 from keepwarm.ft.discovery.registry import AGENTS_FOLDER
 from keepwarm.ft.discovery.status import Status
 from keepwarm.ft.errors import AgentError, AuthenticationFailed, MemoryTooSmall
-from keepwarm.ft.keeper import KEEPER_MODULE, AgentExit
+from keepwarm.ft.keeper import KEEPER_MODULE, SIGNALLED, AgentExit
 from keepwarm.ft.memory.shared_memory import SharedBuffer
 from keepwarm.ft.protocol.messages import (  # fmt: skip
     END_OF_JOB,
@@ -63,12 +63,14 @@ AGENT_START_TIMEOUT_S = 60.0
 GROWTH_POLL_S = 0.02
 TAKEN_RETRY_S = 2.0
 """Time after which an agent is started again if its slot was taken and still does not answer, in seconds."""
+STARTS = 4
+"""An agent is given up if a signal has ended this many starts: one is an accident, several show that it cannot live."""
 
 
 def ensure_agent(config: AgentConfig, deadline: float | None = None) -> None:
     """Start the agent of a slot, detached, unless one is running. Return once its socket answers.
 
-    The deadline is `config.start_seconds` unless given.
+    The deadline is `config.start_seconds` unless given. An agent that a signal ends meanwhile is started again.
 
     Raise `MemoryTooSmall` with the agent's own message if the host cannot hold the buffers, and `AgentError` on any
     other failure.
@@ -77,13 +79,23 @@ def ensure_agent(config: AgentConfig, deadline: float | None = None) -> None:
         return
     deadline = config.start_seconds if deadline is None else deadline
     process, words = start_agent(config)
-    end, again = time.monotonic() + deadline, time.monotonic() + TAKEN_RETRY_S
+    end, again, killed = time.monotonic() + deadline, time.monotonic() + TAKEN_RETRY_S, 0
     while not answers(config.socket):
         code = process.poll()
+        if code is not None and _by_signal(code):
+            killed += 1
+            if killed < STARTS:
+                process, words = start_agent(config)
+                continue
         if code is not None and code != AgentExit.TAKEN:
             text = words.read_text().strip().splitlines()
             kind = MemoryTooSmall if code == AgentExit.MEMORY_TOO_SMALL else AgentError
-            raise kind(text[-1] if text else f"the agent ended with {code}")
+            said = (
+                f"the agent ended with {code}"
+                if killed < STARTS
+                else f"signals have ended {killed} starts of the agent"
+            )
+            raise kind(text[-1] if text else said)
         if code is not None and time.monotonic() > again:
             # Another process started it first, its keeper starts it again, or the last keeper has not ended yet.
             process, words = start_agent(config)
@@ -91,6 +103,11 @@ def ensure_agent(config: AgentConfig, deadline: float | None = None) -> None:
         if time.monotonic() > end:
             raise AgentError(f"waited {deadline:g} s for the agent of slot {config.slot} to open {config.socket}")
         time.sleep(0.02)
+
+
+def _by_signal(code: int) -> bool:
+    """Return whether a keeper's exit code says that a signal has ended it, or its agent."""
+    return code < 0 or code > SIGNALLED
 
 
 def start_agent(config: AgentConfig) -> "tuple[subprocess.Popen[bytes], Path]":
@@ -108,7 +125,8 @@ def start_agent(config: AgentConfig) -> "tuple[subprocess.Popen[bytes], Path]":
             [sys.executable, "-P", "-m", KEEPER_MODULE, str(path)],
             stdin=subprocess.DEVNULL, stdout=err, stderr=err, start_new_session=True, cwd="/",
         )  # fmt: skip
-    _children[:] = [*(child for child in _children if child.poll() is None), process]
+    with _children_lock:
+        _children[:] = [*(child for child in _children if child.poll() is None), process]
     return process, words
 
 
@@ -119,6 +137,7 @@ def _last_words(path: Path) -> BinaryIO:
     return open(os.devnull, "wb")  # noqa: PTH123
 
 
+_children_lock = threading.Lock()
 _children: "list[subprocess.Popen[bytes]]" = []
 """Kept to prevent the destructor's warning about a child that is meant to outlive this process."""
 

@@ -75,6 +75,8 @@ class Drill:
     """Additional arguments of `keepwarm train` for the run with faults."""
     timeout: float
     """Maximum duration of each of the two runs, in seconds."""
+    stopped: Callable[[], bool] = lambda: False
+    """Whether the drill was asked to end."""
 
     @property
     def folder(self) -> Path:
@@ -86,7 +88,7 @@ def run(drill: Drill, *, fresh: bool, say: Say) -> Result:
 
     Raises:
         DrillError: a fault could not be injected, or a run took too long.
-        RanksFailed: one of the runs failed.
+        RanksFailed: one of the runs failed, or the drill was asked to end.
     """
     with _held(drill.folder):
         return _run(drill, fresh=fresh, say=say)
@@ -258,7 +260,9 @@ class _Trial:
         self._judge()
 
     def _pause(self, seconds: float = RUN_POLL_INTERVAL_S) -> None:
-        """Sleep; raise if the run ends or takes too long."""
+        """Sleep; raise if the run ends or takes too long, or the drill was asked to end."""
+        if self.drill.stopped():
+            raise RanksFailed("interrupted", ExitCode.INTERRUPTED)
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -115,15 +115,17 @@ def run(options: Options) -> None:
 
     Raises:
         SpecError, DataError, PreflightError, DrillError: nothing was started.
-        RanksFailed: the run with faults differs from the uninterrupted run.
+        RanksFailed: the run with faults differs from the uninterrupted run, or a signal has ended the drill.
     """
     job = load_job(options.job, options.overrides or [])
     check_job(job)
-    plan = _plan(options, job)
-    signals.handle((signal.SIGTERM,), lambda number, frame: sys.exit(ExitCode.INTERRUPTED))  # ends the run as well
-    result = campaign.run(
-        plan, fresh=options.fresh, say=lambda text: print(f"drill: {text}", file=sys.stderr, flush=True)
-    )
+    asked: list[int] = []
+    plan = replace(_plan(options, job), stopped=lambda: bool(asked))
+    # Noted and no more: an exception could strike between the start of a run and the code that ends it.
+    with signals.handled((signal.SIGINT, signal.SIGTERM), lambda number, frame: asked.append(number)):
+        result = campaign.run(
+            plan, fresh=options.fresh, say=lambda text: print(f"drill: {text}", file=sys.stderr, flush=True)
+        )
     if options.html is not None:
         write_html(result, job.name, options.html)
     if options.as_json:

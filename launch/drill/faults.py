@@ -19,6 +19,10 @@ TARGETS: dict[Action, tuple[Target, ...]] = {
 }
 """Targets of each option."""
 UNNUMBERED = ("store", "disk")
+KEEP_MEMORY = ("worker", "agent", "store", "disk")
+"""Targets whose loss takes nothing from the memory of a node."""
+MOMENTS = (0.0, 0.0, 0.5, 2.0)
+"""Seconds between two drawn faults of one step: at once, or in the recovery from the first."""
 EXAMPLES = {"kill": "node:2@35", "freeze": "node:1@55", "corrupt": "chunk:1@60", "stop": "disk@70"}
 
 _GRAMMAR = re.compile(r"(?P<target>[a-z]+)(?::(?P<numbers>\d+(?:,\d+)*))?@(?P<step>\d+)(?:\+(?P<after>\d+(?:\.\d+)?))?")
@@ -140,38 +144,58 @@ def _range(word: str, count: int) -> str:
 
 def draw(count: int, seed: int, stage: Stage, parity: int) -> list[Fault]:
     """Draw `count` faults; the same arguments give the same faults. They lose no more nodes than there are spares, and
-    no more than `parity` at once."""
+    the memory of no more than `parity` nodes at once. Several faults of one step are at most a moment apart."""
     random_ = random.Random(f"keepwarm drill {seed}")
     places = range(2, stage.steps - 1, 3)
     if not places:
         raise DrillError(f"--random {count}: the job has only {stage.steps} steps, too few to draw faults for")
     steps = sorted(random_.sample(places, count) if count <= len(places) else random_.choices(places, k=count))
     spares = stage.spares if stage.supervised else 0
-    made = []
+    made: list[Fault] = []
     for step in steps:
-        action, target, most = random_.choice(_possible(stage, spares, parity))
+        together = _together(made, step)
+        action, target, most = random_.choice(_possible(stage, spares, parity, together))
         ranks = stage.ranks if target == "worker" else stage.nodes
         chosen = () if target in UNNUMBERED else random_.sample(range(ranks), random_.randint(1, most))
-        made.append(Fault(action=action, target=target, numbers=tuple(sorted(chosen)), step=step))
+        after = max((fault.after for fault in together if fault.step == step), default=None)
+        later = 0.0 if after is None else after + random_.choice(MOMENTS)
+        made.append(Fault(action=action, target=target, numbers=tuple(sorted(chosen)), step=step, after=later))
         if target in ("node", "supervisor"):
             spares -= len(chosen)
     return made
 
 
-def _possible(stage: Stage, spares: int, parity: int) -> list[tuple[Action, Target, int]]:
-    """Return (action, target, maximum number at once) of every possible fault."""
+def _together(made: Sequence[Fault], step: int) -> list[Fault]:
+    """Return the faults, in the order of their steps, from which a run may not have recovered when the next one comes
+    at `step`: those of the same step, and those before it that came later than their own step."""
+    found: list[Fault] = []
+    for fault in reversed(made):
+        if fault.step != step and fault.after == 0 and (not found or found[-1].step != fault.step):
+            break
+        found.append(fault)
+    return found
+
+
+def _possible(stage: Stage, spares: int, parity: int, together: Sequence[Fault]) -> list[tuple[Action, Target, int]]:
+    """Return (action, target, maximum number at once) of every fault that is possible right after others."""
     found: list[tuple[Action, Target, int]] = [
         ("kill", "worker", min(2, stage.ranks)),
-        ("corrupt", "chunk", 1),
         ("kill", "agent", stage.nodes),
     ]
-    if parity:
-        found.append(("kill", "keeper", 1))
     if stage.supervised:
         found.append(("kill", "store", 1))
+    if stage.durable and not any(fault.target == "disk" for fault in together):
+        found.append(("stop", "disk", 1))
+    lost = sum(len(fault.numbers) for fault in together if fault.target not in KEEP_MEMORY)
+    more = parity - lost
+    if lost and more <= 0:
+        return found
+    found.append(("corrupt", "chunk", 1))
+    if parity:
+        found.append(("kill", "keeper", 1))
     if spares > 0:
         found += [
-            ("kill", "node", max(1, min(spares, parity, stage.nodes))),
+            ("kill", "node", max(1, min(spares, more, stage.nodes))),
             ("kill", "supervisor", 1),
             ("freeze", "node", 1),
         ]

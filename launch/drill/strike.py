@@ -89,7 +89,10 @@ def corrupt(processes: Processes, slot: int) -> float:
                     "snapshot was committed and could be corrupted"
                 )
             if held is not None:
-                _break(_memory(agent.pid, f"data{held.data}"))
+                try:
+                    _break(_memory(agent.pid, f"data{held.data}"))
+                except OSError as error:
+                    raise DrillError(f"the memory of process {agent.pid} is gone: {error}") from error
                 return _send(victim, signal.SIGKILL)
         select.select([], [], [], 0.05)
 
@@ -161,7 +164,12 @@ def _break(memory: Path) -> None:
 
 
 def stop_disk(folder: Path) -> Undo:
-    """Replace the checkpoint folder with a file, so that every access fails, even as root; return an undo function."""
+    """Replace the checkpoint folder with a file, so that every access fails, even as root; return an undo function.
+
+    If it is replaced already, the undo function of the first time is the one that counts.
+    """
+    if folder.is_file():
+        return lambda: None
     aside = folder.with_name(f".{folder.name}.stopped")
     with contextlib.suppress(FileNotFoundError):
         folder.rename(aside)

@@ -90,7 +90,7 @@ def check_gpus(job: JobSpec, nodes: int, environment: Mapping[str, str]) -> None
 
 def _run(worker: Worker) -> int:
     """Run one process, forwarding signals to it, and return its exit code: 130 if it ended before it handled one."""
-    with contextlib.closing(ForkServer()) as server, _recorded_signals() as pending:
+    with _recorded_signals() as pending, contextlib.closing(ForkServer()) as server:
         pid, forwarded = server.start(worker), False
         while pid not in server.ended:
             server.poll(SIGNAL_POLL_INTERVAL_S)

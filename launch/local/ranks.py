@@ -66,15 +66,16 @@ def run_ranks(arguments: Sequence[str], options: RankOptions) -> None:
     with attempt("logs"):
         logs.mkdir(parents=True, exist_ok=True)
     common = _environment(options.world_size, options.threads_per_rank)
+    asked = _Asked()
     with (
+        signals.handled(_FORWARDED, asked.count),
         contextlib.closing(ForkServer(options.preloaded, common)) as server,
         contextlib.ExitStack() as stores,
     ):
         processes = RankProcesses(server)
         for restart in range(limit + 1):
             with contextlib.ExitStack() as stack:
-                ranks = _Start(processes, logs, restarts_left=limit - restart)
-                stack.enter_context(signals.handled(_FORWARDED, ranks.count))
+                ranks = _Start(processes, logs, asked, restarts_left=limit - restart)
                 stack.callback(processes.kill)
                 store = stores.enter_context(_file_in_memory())
                 own = {"KEEPWARM_STORE": store, "TORCHELASTIC_RESTART_COUNT": str(restart)}
@@ -150,14 +151,30 @@ def _environment(world_size: int, threads: int) -> dict[str, str]:
 
 
 @dataclass
+class _Asked:
+    """Notes the signals that ask this process to end, from before the first start to the end of the last one."""
+
+    urgency: int = 0
+    """1: after saving, 2: at once."""
+
+    def count(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal that asks this process to end."""
+        repeated = self.urgency > 0
+        self.urgency = 2 if repeated and number in (signal.SIGINT, signal.SIGTERM) else max(1, self.urgency)
+        if number == signal.SIGINT and not repeated:
+            text = "\ninterrupted: saving after this step, then ending; interrupt again to end at once\n"
+            with attempt("stderr"):
+                os.write(sys.stderr.fileno(), text.encode())
+
+
+@dataclass
 class _Start:
     """One start of all ranks: watches the processes and decides whether a failure is worth a restart."""
 
     processes: RankProcesses
     logs: Path
+    asked: _Asked
     restarts_left: int
-    signals: int = 0
-    """How urgently this process was asked to end: 1 after saving, 2 at once."""
 
     def watch(self) -> None:
         """Return when every rank has ended. After a failure the others get two grace periods, then SIGKILL."""
@@ -165,8 +182,8 @@ class _Start:
         due: tuple[float, Callable[[], None]] | None = None
         forwarded = 0
         while not self.processes.poll(SIGNAL_POLL_INTERVAL_S):
-            if self.signals > forwarded:
-                forwarded = self.signals
+            if self.asked.urgency > forwarded:
+                forwarded = self.asked.urgency
                 self.processes.send(signal.SIGTERM if forwarded == 1 else signal.SIGKILL)
             if self.processes.failures and deadlines is None:
                 deadlines = self._deadlines()
@@ -179,7 +196,8 @@ class _Start:
     def crashed(self) -> bool:
         """Whether a rank crashed, no signal asked for the end, and restarts are left."""
         codes = [code for _, code in self.processes.failures]
-        return self.restarts_left > 0 and not self.signals and bool(codes) and not set(codes) & set(ExitCode.of_run())
+        own = set(codes) & set(ExitCode.of_run())
+        return self.restarts_left > 0 and not self.asked.urgency and bool(codes) and not own
 
     def _deadlines(self) -> Iterator[tuple[float, Callable[[], None]]]:
         start = time.monotonic()
@@ -196,15 +214,6 @@ class _Start:
             self.processes.park()
         self.processes.kill()
 
-    def count(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal that asks this process to end."""
-        repeated = self.signals > 0
-        self.signals = 2 if repeated and number in (signal.SIGINT, signal.SIGTERM) else max(1, self.signals)
-        if number == signal.SIGINT and not repeated:
-            text = "\ninterrupted: saving after this step, then ending; interrupt again to end at once\n"
-            with attempt("stderr"):
-                os.write(sys.stderr.fileno(), text.encode())
-
     def raise_first_failure(self) -> None:
         """Raise `RanksFailed` for the rank that failed first, with the end of its log unless rank 0 failed alike."""
         failures = self.processes.failures
@@ -213,7 +222,7 @@ class _Start:
         rank, code = failures[0]
         if ExitCode.STATE_NOT_SAVED in self.processes.codes.values():
             rank, code = next(failure for failure in failures if failure[1] == ExitCode.STATE_NOT_SAVED)
-        elif self.signals or code == ExitCode.INTERRUPTED:
+        elif self.asked.urgency or code == ExitCode.INTERRUPTED:
             raise RanksFailed("interrupted", ExitCode.INTERRUPTED)
         kept = code if code in ExitCode.of_run() else ExitCode.UNRECOVERABLE
         if kept != ExitCode.UNRECOVERABLE and (0, code) in failures:

@@ -114,7 +114,8 @@ class NodeAgent(SimpleElasticAgent):
             "GROUP_RANK": str(worker_group.group_rank),
             "LOCAL_WORLD_SIZE": str(options.ranks_per_node),
         }
-        self._ended_at, self._forwarded, self.saving = None, self._signals, False
+        # One that has come since the rendezvous is passed on to these workers, too.
+        self._ended_at, self._forwarded, self.saving = None, 0, False
         self._on_disk = False
         workers = {}
         for worker in worker_group.workers:

@@ -141,7 +141,8 @@ class SlotRendezvous(RendezvousHandler):
             if slot is not None and table.complete:
                 self.fail("failed", "its supervisor briefly lost the store")
                 continue
-            if slot is not None and self.membership.node not in table.arrived:
+            # While others may go on elsewhere, they may have given the slot to another node, whose agent has it.
+            if slot is not None and self.membership.node not in table.arrived and table.decides:
                 self._hooks.on_waiting("starting" if self.restart < 0 else "restarting", slot)
                 self._hooks.prepare(slot)
                 self._arrive(table)

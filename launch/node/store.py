@@ -74,6 +74,8 @@ class TableServer:
         self._requests = msgspec.json.Decoder(Hello | Standing | Request)
         self._farewell = False
         """The last that a node has done is to leave the run."""
+        self._unanswered = set[Connection]()
+        """Those whose heartbeats have just been read."""
         self._away = set[str]()
         """Nodes that have neither left the run nor died, as far as is known, and are not connected."""
 
@@ -83,6 +85,7 @@ class TableServer:
         self._began = needed = before = checked = time.monotonic()
         while not stop():
             self._server.turn(CLOCK_INTERVAL_S)
+            self._answer()
             now = time.monotonic()
             if now - before > max(self._peer_timeout / 2, 10 * CLOCK_INTERVAL_S):
                 # This process itself was held up: heartbeats that arrived meanwhile are still unread.
@@ -127,9 +130,20 @@ class TableServer:
         else:
             self._on_request(connection, message)
 
+    def _answer(self) -> None:
+        """Answer heartbeats, after everything that has arrived was read.
+
+        An answer to a node that has closed its connection fails, and the last that it said would be lost with it: once
+        this process is no longer frozen, nodes that went to another store would count as dead, and it would decide.
+        """
+        unanswered, self._unanswered = self._unanswered, set()
+        for connection in unanswered:
+            if connection.link in self._server.connections:
+                self._server.send(connection, HEARTBEAT)
+
     def _on_heartbeat(self, connection: Connection, body: bytes) -> None:
         if body == HEARTBEAT:
-            self._server.send(connection, HEARTBEAT)
+            self._unanswered.add(connection)
         elif body == FAREWELL:
             connection.node, self._farewell = "", True
             self._server.close(connection)
@@ -156,7 +170,7 @@ class TableServer:
             if connection.moved:
                 self._away.add(connection.node)
             cause = "it left for another store" if connection.moved else "its supervisor has gone"
-            self._lose(connection.node, cause, dead=not connection.moved)
+            self._lose(connection.node, cause, dead=not connection.moved, failed=not connection.moved)
 
     def _find_silent(self, now: float) -> None:
         for connection in list(self._server.connections.values()):
@@ -167,13 +181,16 @@ class TableServer:
                 cause = f"no heartbeat for {self._peer_timeout:g} s"
                 self._lose(node, cause, silence=self._peer_timeout)
 
-    def _lose(self, node: str, cause: str, *, silence: float = 0.0, dead: bool = False) -> None:
+    def _lose(
+        self, node: str, cause: str, *, silence: float = 0.0, dead: bool = False, failed: bool = True
+    ) -> None:  # fmt: skip
+        """Take a node out. One that has not `failed` is part of the run elsewhere, which has other events."""
         if any(other.heartbeat and other.node == node for other in self._server.connections.values()):
             return  # it has connected again
         slot = self.table.slot_of(node)
         text = f"{name_of(node)}: {cause}"
         changed = self._become(slot_table.lose(self.table, node, text, time.time(), silence=silence, dead=dead))
-        if changed and slot is not None:
+        if changed and slot is not None and failed:
             self._on_lost(name_of(node), cause, slot)
 
     def _decide(self, now: float) -> None:

@@ -322,7 +322,8 @@ class Supervisor:
             return
         if cause := self._snapshot_agent.poll():
             self.on_failed("agent", cause)
-            self._snapshot_agent.restart()
+            if self._handler.membership.read().decides:  # else the slot may be another node's by now
+                self._snapshot_agent.restart()
             self._redundancy_lost = True
         self._record_state(agent=self._snapshot_agent.pid, keeper=self._snapshot_agent.keeper)
         if self._redundancy_lost and (complete := self._snapshot_agent.complete_snapshot()) is not None:

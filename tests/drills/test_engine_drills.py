@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.drills.test_drill import assert_survived, carriers, drill
+from tests.drills.test_drill import assert_survived, carriers
+from tests.support.runs.drill_campaign import drill
 
 pytestmark = [pytest.mark.dist, pytest.mark.long, pytest.mark.timeout(3600)]
 

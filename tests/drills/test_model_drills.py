@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.drills.test_drill import TWO_NODES, assert_survived, carriers, drill
+from tests.drills.test_drill import TWO_NODES, assert_survived, carriers
 from tests.support.runs import warm
+from tests.support.runs.drill_campaign import drill
 from tests.support.runs.node_run import DEADLINE, Run, assert_nothing_left, command, runs
 from tests.support.runs.run_contents import steps_of, tensors_of
 from tests.trainer.loop.test_run import TINY

@@ -56,6 +56,43 @@ def test_handled_leaves_ignored_signals_alone() -> None:
             signal.signal(number, handler)
 
 
+STUCK = """
+    import pathlib, sys, time
+    from keepwarm.trainer.loop.interrupt import Interrupt
+    class Stuck:
+        def __del__(self):
+            pathlib.Path(sys.argv[1]).touch()
+            while interrupt.received is None or not pathlib.Path(sys.argv[2]).exists():
+                time.sleep(0.01)
+            print("received", flush=True)
+            time.sleep(600)
+    with Interrupt().watching() as interrupt:
+        Stuck()
+"""
+
+
+def test_second_interrupt_ends_a_rank_wherever_it_is(tmp_path: Path) -> None:
+    """Exceptions do not leave a destructor."""
+    stuck, first = tmp_path / "stuck", tmp_path / "first"
+    command = [sys.executable, "-c", textwrap.dedent(STUCK), str(stuck), str(first)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}/src:{ROOT}"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            end = time.monotonic() + DEADLINE
+            while not stuck.exists():
+                assert process.poll() is None
+                assert time.monotonic() < end
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            first.touch()
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"received\n"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(DEADLINE) == -signal.SIGINT
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize("how", [f"trap '' {' '.join(IGNORED)};", ""], ids=["ignored", "not ignored"])
 def test_ranks_ignore_what_their_launcher_was_started_to_ignore(tmp_path: Path, how: str) -> None:
     (tmp_path / "launcher.py").write_text(textwrap.dedent(LAUNCHER))

@@ -98,6 +98,27 @@ def test_last_node_signalled_as_it_is_forked_ends_the_run_with_130(tmp_path: Pat
         assert (launcher.returncode, "Traceback" in output) == (130, False), output
 
 
+SIGNALLED_AS_IT_FORKS = """
+import os, signal, sys
+left = [signal.SIG{number}]
+os.register_at_fork(after_in_parent=lambda: left and os.kill(os.getpid(), left.pop()))
+sys.argv[0] = "keepwarm"
+from keepwarm.launch.cli.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", ["INT", "TERM"])
+@pytest.mark.parametrize("nodes", [["ci/tiny"], ["ci/snapshot", "--nodes", "4"]], ids=["ranks", "nodes"])
+def test_launcher_signalled_as_it_forks_its_first_child_ends_with_130(
+    tmp_path: Path, nodes: list[str], number: str
+) -> None:
+    code = SIGNALLED_AS_IT_FORKS.format(number=number)
+    with process([sys.executable, "-P", "-c", code, "train", *nodes, f"output={tmp_path / 'run'}"], {}) as launcher:
+        output, _ = launcher.communicate(timeout=DEADLINE)
+        assert (launcher.returncode, "Traceback" in output) == (130, False), output
+
+
 KEEPER = """
 import sys
 from keepwarm.ft import keeper

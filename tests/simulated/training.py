@@ -63,6 +63,8 @@ class Worker:
     busy: bool = False
     """It has offered the step's snapshot and not heard or written the end of it."""
     restored: Restored | None = None
+    read: Bytes | None = None
+    """What it read from the buffer of its answer, as soon as it had it."""
     revoked: set[SnapshotId] = field(default_factory=set)
 
 
@@ -199,11 +201,9 @@ class Training:
         self._later(self._step_s, self._begin_step)
 
     def _judge(self, worker: Worker, snapshot: SnapshotId, answer: Restored) -> None:
-        agent = worker.node.agent
-        assert agent is not None
-        data = agent.memory.data[answer.buffer].data
-        right = content(snapshot, worker.node.slot, len(data))
-        assert np.array_equal(data, right), f"slot {worker.node.slot} restores other bytes of {snapshot}"
+        assert worker.read is not None
+        right = content(snapshot, worker.node.slot, len(worker.read))
+        assert np.array_equal(worker.read, right), f"slot {worker.node.slot} restores other bytes of {snapshot}"
         assert answer.sums == bucket_sums(right, BUCKET), f"slot {worker.node.slot} restores other checksums"
 
     # ---- steps
@@ -273,8 +273,19 @@ class Training:
             case EpochBegan(epoch=epoch):
                 worker.epoch = max(worker.epoch, epoch)
             case Restored():
-                worker.restored, self.answered = message, self.job.timeline.now
-                worker.epoch = max(worker.epoch, message.epoch)
+                self._restored(worker, message)
+
+    def _restored(self, worker: Worker, answer: Restored) -> None:
+        """Read what is restored. A rank whose bytes are not those of their checksums fails, and with it all ranks."""
+        agent = worker.node.agent
+        assert agent is not None
+        worker.epoch = max(worker.epoch, answer.epoch)
+        if answer.snapshot is not None:
+            worker.read = agent.memory.data[answer.buffer].data.copy()
+            if bucket_sums(worker.read, BUCKET) != answer.sums:
+                self.restart()
+                return
+        worker.restored, self.answered = answer, self.job.timeline.now
 
     def _done(self, worker: Worker, snapshot: SnapshotId) -> None:
         if snapshot.step == self.step:

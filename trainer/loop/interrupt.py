@@ -22,7 +22,7 @@ class HandedOver(Exception):
 
 
 class Interrupt:
-    """Remembers the first such signal; a second SIGINT ends the process at once."""
+    """Remembers the first such signal; a second SIGINT ends the process at once, whatever it waits for."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -48,6 +48,7 @@ class Interrupt:
         self._hands_over = True
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.received is signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            # By the kernel: an exception from here would wait for a collective to return, and get lost in a destructor.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         self.received = self.received or signal.Signals(number)

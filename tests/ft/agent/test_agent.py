@@ -315,6 +315,36 @@ def test_agent_socket_path_too_long_is_refused_at_start(tmp_path: Path) -> None:
     assert not deep.exists()
 
 
+def _python_that_ends(path: Path, end: str, times: int) -> Path:
+    """Write a program that is Python, but first ends `times` times as the shell command `end` says."""
+    starts = path.with_suffix(".starts")
+    path.write_text(
+        f'#!/bin/sh\necho >> "{starts}"\nif [ $(wc -l < "{starts}") -le {times} ]; then {end}; fi\n'
+        f'exec "{sys.executable}" "$@"\n'
+    )
+    path.chmod(0o700)
+    return path
+
+
+KEEPER_KILLED, AGENT_KILLED = "kill -9 $$", "exit 137"
+
+
+@pytest.mark.parametrize("end", [KEEPER_KILLED, AGENT_KILLED])
+def test_agent_that_a_signal_ends_while_it_starts_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(_python_that_ends(tmp_path / "python", end, times=2)))
+    with nodes(tmp_path, 1) as world:
+        assert set(world.pids) == {0}
+
+
+def test_agent_that_signals_end_in_every_start_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(_python_that_ends(tmp_path / "python", KEEPER_KILLED, times=99)))
+    world = Nodes(tmp_path, 1)
+    with pytest.raises(AgentError, match="signals have ended 4 starts of the agent"):
+        world.start(0)
+
+
 @pytest.mark.parametrize("secret", [b"x" * 64, b""])
 def test_agent_unauthenticated_client_is_refused(tmp_path: Path, secret: bytes) -> None:
     with nodes(tmp_path, 1) as world:

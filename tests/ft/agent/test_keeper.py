@@ -117,13 +117,13 @@ def test_agent_killed_again_ends_with_lease_and_leaves_nothing(tmp_path: Path) -
 
 def test_agent_lease_waits_for_a_worker_of_the_last_agent(tmp_path: Path) -> None:
     """It takes part again with its next snapshot, which may be later than the lease."""
-    with nodes(tmp_path, 1, lease=0.5) as world:
+    with nodes(tmp_path, 1, lease=2.0) as world:
         (snapshotter,) = world.snapshotters([random_state(0, 1)])
         recover(world, [snapshotter], 1)
         take([snapshotter], 1)
         world.crash(0)
         with pytest.raises(subprocess.TimeoutExpired):
-            world.wait_dead(0, 2.0)
+            world.wait_dead(0, 5.0)
         again = world.snapshotters([random_state(0, 1, seed=9)])[0]
         (restored,) = recover(world, [again], 2)
         assert restored.step == 1

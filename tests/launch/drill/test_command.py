@@ -1,15 +1,29 @@
 """keepwarm drill as people meet it when they are mistaken: one sentence, exit code 2, nothing started."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from keepwarm.launch.drill.command import main
 from keepwarm.launch.errors import DrillError
 from keepwarm.trainer.errors import SpecError
 
+SIGNALLED_AS_IT_STARTS = """
+import os, subprocess, sys
+class Popen(subprocess.Popen):
+    def _execute_child(self, *arguments):
+        super()._execute_child(*arguments)
+        os.kill(os.getpid(), {number})
+subprocess.Popen = Popen
+sys.argv[0:1] = ["keepwarm", "drill"]
+from keepwarm.launch.cli.main import main
+main()
+"""
 ROOT = Path(__file__).parents[3]
 DRILL = str(ROOT / "configs" / "ci" / "drill.yaml")
 TINY = str(ROOT / "configs" / "ci" / "tiny.yaml")
@@ -47,6 +61,23 @@ def test_drill_output_in_a_run_folder_is_refused(tmp_path: Path) -> None:
 def test_drill_command_wrong_spec_is_found_first(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"did you mean parallel\.tensor"):
         main([DRILL, f"output={tmp_path / 'drill'}", "parallel.tensr=1", "--kill", "worker:1@3"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_drill_signalled_as_it_starts_a_run_ends_with_130_and_leaves_nothing(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    command = [sys.executable, "-P", "-c", SIGNALLED_AS_IT_STARTS.format(number=int(number)), DRILL]
+    mark = {"KEEPWARM_TEST_SIGNALLED": str(tmp_path)}
+    done = subprocess.run(
+        [*command, "--kill", "worker:1@3", f"output={tmp_path / 'drill'}"],
+        capture_output=True, text=True, cwd=ROOT, timeout=120, env=os.environ | mark,
+    )  # fmt: skip
+    assert (done.returncode, "Traceback" in done.stderr) == (130, False), done.stderr
+    assert done.stderr.endswith("keepwarm: interrupted\n")
+    assert [
+        each for each in psutil.process_iter(["environ"]) if mark.items() <= (each.info["environ"] or {}).items()
+    ] == []
 
 
 def test_drill_command_mistake_exits_2() -> None:

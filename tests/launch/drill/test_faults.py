@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keepwarm.launch.drill.faults import TARGETS, UNNUMBERED, Action, Fault, Stage, check, draw, parse
+from keepwarm.launch.drill.faults import KEEP_MEMORY, TARGETS, UNNUMBERED, Action, Fault, Stage, check, draw, parse
 from keepwarm.launch.errors import DrillError
 
 STAGE = Stage(steps=24, ranks=8, nodes=4, spares=3, durable=True, supervised=True)
@@ -130,9 +130,29 @@ def test_draw_campaign_is_possible_and_repeatable(count: int, seed: int, stage: 
     assert drawn == draw(count, seed, stage, parity)
     assert len(drawn) == count
     check(drawn, stage)
-    lost = [len(fault.numbers) for fault in drawn if fault.target in ("node", "supervisor")]
-    assert sum(lost) <= stage.spares
-    assert max(lost, default=0) <= max(parity, 1)
+    assert sum(len(fault.numbers) for fault in drawn if fault.target in ("node", "supervisor")) <= stage.spares
+    at_once: list[int] = []
+    last = None
+    for fault in drawn:
+        if last is None or (fault.step != last.step and last.after == 0):
+            at_once.append(0)
+        at_once[-1] += 0 if fault.target in KEEP_MEMORY else len(fault.numbers)
+        last = fault
+    assert max(at_once) <= max(parity, 1)
+
+
+def test_draw_has_every_kind_and_strikes_recoveries() -> None:
+    drawn = [fault for seed in range(40) for fault in draw(4, seed, replace(STAGE, steps=12), 2)]
+    assert {(fault.action, fault.target) for fault in drawn} == {
+        (action, target) for action, targets in TARGETS.items() for target in targets
+    }
+    assert {fault.after for fault in drawn} > {0.0, 0.5, 2.0}
+
+
+def test_draw_stops_the_disk_once_at_a_time() -> None:
+    for seed in range(200):
+        drawn = draw(6, seed, replace(STAGE, steps=6), 2)
+        assert sum(fault.target == "disk" for fault in drawn) <= 1, drawn
 
 
 def test_draw_seeds_give_different_campaigns() -> None:

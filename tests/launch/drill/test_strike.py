@@ -102,3 +102,13 @@ def test_stop_disk_unused_folder_can_be_stopped(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints").is_file()
     undo()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_stop_disk_that_is_stopped_waits_for_the_first_undo(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    (folder / "iter_0000001").mkdir(parents=True)
+    first, second = stop_disk(folder), stop_disk(folder)
+    second()
+    assert folder.is_file()
+    first()
+    assert (folder / "iter_0000001").is_dir()

@@ -1,5 +1,6 @@
 """Signals in the first seconds of a run on nodes, while processes import and before anything trains."""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -47,7 +48,8 @@ def launcher(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     ) as process:
         yield process
         for each in processes_of(tmp_path / "run"):
-            each.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 FORK_SERVER, NODES, SUPERVISORS = 2, 3, 5

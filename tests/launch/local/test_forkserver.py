@@ -1,5 +1,6 @@
 """Ends of a fork server at bad moments: with something unread on either side."""
 
+import contextlib
 import os
 import select
 import signal
@@ -40,6 +41,18 @@ def test_fork_server_ends_without_a_word_when_its_client_goes_with_notices_unrea
     server._socket.close()
     assert ended(server.pid) == 0
     assert capfd.readouterr().err == ""
+
+
+def test_worker_with_the_pid_of_an_earlier_one_counts_as_running(worker: Worker) -> None:
+    with contextlib.closing(ForkServer()) as server:
+        server.ended = dict.fromkeys(range(int(Path("/proc/sys/kernel/pid_max").read_text())), -9)
+        pid = server.start(worker)
+        assert pid not in server.ended
+        end = time.monotonic() + DEADLINE
+        while pid not in server.ended:
+            assert time.monotonic() < end
+            server.poll(0.1)
+        assert server.ended[pid] == 0
 
 
 def test_fork_server_killed_with_orders_unread_is_an_error_that_says_so(worker: Worker) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from keepwarm.launch.errors import LaunchError, RanksFailed
 from keepwarm.launch.local.ranks import RankOptions, run_ranks
+from tests.support.runs.stand_ins import alive
 
 DEADLINE = 60.0
 
@@ -39,14 +40,6 @@ def run(program: Path, text: str, world_size: int = 2) -> None:
     logs = program.parent / "logs"
     options = RankOptions(world_size=world_size, threads_per_rank=3, logs=logs, module="stand_in", preloaded=())
     run_ranks([str(program.parent)], options)
-
-
-def ended(pid: int) -> bool:
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return True
-    return status.rpartition(")")[2].split()[0] == "Z"
 
 
 def await_that(condition: object, what: str) -> None:
@@ -81,7 +74,7 @@ def test_killed_launcher_leaves_no_file_and_no_rank(program: Path, monkeypatch: 
     process = launcher(program, WAITING.format(handler=POLITE))
     process.kill()
     process.communicate(timeout=DEADLINE)
-    await_that(lambda: all(map(ended, pids(program))), "the ranks to end")
+    await_that(lambda: not any(map(alive, pids(program))), "the ranks to end")
     assert list(temporary.iterdir()) == []
 
 
@@ -120,7 +113,7 @@ def test_run_ranks_after_failure_ends_other_ranks(program: Path, monkeypatch: py
         run(program, text, 3)
     assert caught.value.exit_code == 3
     pids = [int((program.parent / f"pid{rank}").read_text()) for rank in (1, 2)]
-    assert all(map(ended, pids))
+    assert not any(map(alive, pids))
 
 
 LAUNCHER = """
@@ -171,7 +164,7 @@ def test_launcher_signal_ends_all_ranks_with_130(program: Path, number: signal.S
     output, _ = process.communicate(timeout=DEADLINE)
     assert process.returncode == 130
     assert "Traceback" not in output
-    assert all(map(ended, pids(program)))
+    assert not any(map(alive, pids(program)))
 
 
 def test_launcher_second_interrupt_kills_ranks(program: Path) -> None:
@@ -182,7 +175,7 @@ def test_launcher_second_interrupt_kills_ranks(program: Path) -> None:
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=DEADLINE)
     assert process.returncode == 130
-    assert all(map(ended, pids(program)))
+    assert not any(map(alive, pids(program)))
 
 
 def test_run_ranks_preload_failure_names_module(program: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -218,4 +211,4 @@ def test_ranks_die_with_killed_launcher(program: Path) -> None:
     process = launcher(program, WAITING.format(handler=DEAF))
     process.kill()
     process.communicate(timeout=DEADLINE)
-    await_that(lambda: all(map(ended, pids(program))), "the ranks of a killed launcher to end")
+    await_that(lambda: not any(map(alive, pids(program))), "the ranks of a killed launcher to end")

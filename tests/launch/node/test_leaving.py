@@ -16,7 +16,7 @@ from keepwarm.launch.node.slot_table import Table
 from keepwarm.launch.node.slot_table import after_termination as decide
 from keepwarm.trainer.monitor import events
 from tests.launch.node.test_slot_table import arrived, started
-from tests.launch.node.test_supervision import Cluster, cluster, names
+from tests.launch.node.test_supervision import LAUNCHER, Cluster, cluster, names
 from tests.support.runs.stand_ins import DEADLINE, alive
 
 __all__ = ["cluster"]
@@ -101,6 +101,23 @@ def test_sigterm_of_all_supervisors_saves_and_ends_the_run(cluster: Callable[...
     (run.folder / "saved").touch()
     assert run.process.wait(DEADLINE) == 130, run.log.read_text()
     assert events.read(run.folder).of(events.Failure, events.NodeDrained) == []
+    run.assert_nothing_left()
+
+
+SIGNALLED_AFTER_THE_RENDEZVOUS = """
+import os, signal
+from keepwarm.launch.node.supervisor import Supervisor
+def environment(self, before=Supervisor.environment):
+    os.kill(os.getpid(), signal.SIGUSR1)
+    return before(self)
+Supervisor.environment = environment
+"""
+
+
+def test_signal_between_rendezvous_and_start_of_workers_ends_the_run(cluster: Callable[..., Cluster]) -> None:
+    run = cluster(launcher=SIGNALLED_AFTER_THE_RENDEZVOUS + LAUNCHER)
+    (run.folder / "saved").touch()
+    assert run.process.wait(DEADLINE) == 130, run.log.read_text()
     run.assert_nothing_left()
 
 

@@ -14,7 +14,7 @@ import pytest
 from keepwarm.launch.node import record as node_record
 from keepwarm.launch.node import slot_table
 from keepwarm.launch.node.connections import Dialled, Server, ask, run_secret
-from keepwarm.launch.node.heartbeat import Heartbeat
+from keepwarm.launch.node.heartbeat import HEARTBEAT, MOVED, Heartbeat
 from keepwarm.launch.node.membership import ChangeRefused, Membership
 from keepwarm.launch.node.peers import PeerListener, stand_of
 from keepwarm.launch.node.record import SideWrites, StoreRecord, within
@@ -188,6 +188,45 @@ def test_heartbeat_of_another_start_does_not_hide_a_death(serve: Callable[..., S
     nodes[1].leave(farewell=False)
     until(lambda: nodes[0].read().owners == {0: nodes[0].node}, "n1 to be given up")
     stranger.close(farewell=True)
+
+
+def test_store_that_was_frozen_reads_who_left_before_it_answers(tmp_path: Path) -> None:
+    """Nodes gave signs of life while it was, and then went to another store: they are not dead."""
+    lost: list[str] = []
+    server = TableServer(
+        run_secret(tmp_path), "127.0.0.1", PEER_TIMEOUT, on_lost=lambda node, cause, slot: lost.append(cause),
+        claim=lambda view, done: None,
+    )  # fmt: skip
+    owners = {0: identity("n0", "1"), 1: identity("n1", "1")}
+    address, stopped = ("127.0.0.1", server.port), [False]
+    running, frozen = threading.Event(), threading.Event()
+    running.set()
+
+    def turn(seconds: float, turn: Callable[[float], None] = server._server.turn) -> None:
+        if not running.is_set():
+            frozen.set()
+            running.wait(DEADLINE)
+        turn(seconds)
+
+    server._server.turn = turn  # type: ignore[method-assign]
+    table = Table(slots=2, max_restarts=3, owners=owners)
+    thread = threading.Thread(target=server.run, args=(table,), kwargs={"stop": lambda: stopped[0]})
+    thread.start()
+    try:
+        node = Dialled(run_secret(tmp_path), address, connect_timeout=DEADLINE, timeout=DEADLINE)
+        node.send(Hello(node=owners[1], heartbeat=True))
+        assert node.receive(DEADLINE) == HEARTBEAT
+        running.clear()
+        assert frozen.wait(DEADLINE)
+        for said in (*[HEARTBEAT] * 20, MOVED):
+            node.send(said)
+        node.close()
+        running.set()
+        until(lambda: server.table.owners == {0: owners[0]}, "its slot to be vacant")
+    finally:
+        stopped[0] = True
+        thread.join(DEADLINE)
+    assert (lost, server.table.dead) == ([], ())
 
 
 def test_store_of_a_minority_is_not_followed(serve: Callable[..., Served], tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ import keepwarm.launch.node.supervisor
 keepwarm.launch.node.supervisor.PEER_TIMEOUT_S = float(peer_timeout)
 nodes = [
     Options(folder=folder, slots=slots, node=f"n{i}", ranks_per_node=1, requested_slot=i if i < slots else "spare",
-            vacancy_timeout=1.0, module="stand_in")
+            vacancy_timeout=60.0, module="stand_in")
     for i in range(slots + spares)
 ]
 sys.exit(Nodes(nodes, job).run())
@@ -295,8 +295,30 @@ def test_frozen_node_is_fenced_and_becomes_spare(cluster: Callable[..., Cluster]
     run.end(3)
 
 
+def test_node_frozen_with_its_store_follows_the_next_one_and_becomes_spare(cluster: Callable[..., Cluster]) -> None:
+    """Its store would let it decide alone if it took the others for dead."""
+    run = cluster(spares=1, peer_timeout=2.0)
+    frozen, store = run.running(0)[0], node_record.newest_store(run.folder)
+    assert store is not None
+    stopped = [store.pid, frozen.supervisor, *frozen.workers.values()]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    assert names(run.running(1)) == ["n3", "n1", "n2"]
+    for pid in stopped:
+        os.kill(pid, signal.SIGCONT)
+
+    def spare() -> bool:
+        return any(record.node == "n0" and record.state == "spare" for record in node_record.read_all(run.folder))
+
+    run.until(spare, "n0 to come back as a spare")
+    lost = [event.node for event in events.read(run.folder).of(events.Failure) if event.kind == "lost"]
+    assert lost == ["n0"]
+    assert node_record.read_end(run.folder) is None
+    run.end(3)
+
+
 def test_lost_node_without_spare_ends_run_with_reason(cluster: Callable[..., Cluster]) -> None:
-    run = cluster(spares=0)
+    run = cluster(spares=0, launcher=LAUNCHER.replace("vacancy_timeout=60.0", "vacancy_timeout=1.0"))
     os.kill(run.running(0)[1].supervisor, signal.SIGKILL)
     assert run.process.wait(DEADLINE) == 4
     assert "waited 1 s for a node to take slot 1: no spare is left" in run.log.read_text()

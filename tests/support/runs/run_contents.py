@@ -8,8 +8,9 @@ from keepwarm.ft.format import publication
 
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:
-    """Every line of metrics.jsonl without the times."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    """Every line of metrics.jsonl without the times. One that is being written does not count."""
+    whole, _, _ = (folder / "metrics.jsonl").read_text().rpartition("\n")
+    lines = map(json.loads, whole.splitlines())
     return [{key: value for key, value in line.items() if key != "step_time_s"} for line in lines]
 
 

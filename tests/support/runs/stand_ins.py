@@ -74,11 +74,13 @@ class StandIns:
 
     def until(self, ready: Callable[[], Any], what: str) -> Any:
         end = time.monotonic() + DEADLINE
-        while not (found := ready()):
+        while True:
+            ended = self.process.poll() is not None  # before the last look
+            if found := ready():
+                return found
             assert time.monotonic() < end, f"waited {DEADLINE:g} s for {what}:\n{self.log.read_text()}"
-            assert self.process.poll() is None, self.log.read_text()
+            assert not ended, self.log.read_text()
             time.sleep(0.02)
-        return found
 
     def end(self, code: int = 0) -> None:
         """Let all workers end with this code, which is then the run's."""

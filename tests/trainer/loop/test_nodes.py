@@ -161,6 +161,18 @@ def test_nodes_run_that_ended_without_a_checkpoint_resumes_from_memory(
     assert_nothing_left(run)
 
 
+def copy_of(folder: Path, copy: Path) -> None:
+    """Copy a folder whose files come and go: agents may be publishing a checkpoint."""
+    deadline = time.monotonic() + DEADLINE
+    while True:
+        try:
+            shutil.copytree(folder, copy)
+            return
+        except (shutil.Error, FileNotFoundError):
+            assert time.monotonic() < deadline
+            shutil.rmtree(copy, ignore_errors=True)
+
+
 def test_nodes_copy_of_a_run_whose_agents_live_shares_nothing_with_it(whole: Path, start: Callable[..., Run]) -> None:
     """The original goes on from its memory and the copy from the disk, at the same time."""
     run = start("--nodes", "4", "snapshot.durable.every=3")
@@ -170,7 +182,7 @@ def test_nodes_copy_of_a_run_whose_agents_live_shares_nothing_with_it(whole: Pat
     kill_launcher(run)
     wait_until_dead(supervisors)
     copy = run.folder.with_name("copy")
-    shutil.copytree(run.folder, copy)
+    copy_of(run.folder, copy)
     for question in (["drain", str(copy), "node-1"], ["snapshots", str(copy)]):
         refused = warm.run(question, timeout=DEADLINE)
         assert refused.returncode == 2, refused.stdout

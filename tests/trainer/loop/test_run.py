@@ -22,6 +22,7 @@ from keepwarm.ft.format.manifest import read_manifest
 from tests.support.corpus import write_token_file
 from tests.support.runs import warm
 from tests.support.runs.run_contents import steps_of, tensors_of
+from tests.support.runs.stand_ins import alive
 
 TINY = Path(__file__).parents[3] / "configs" / "ci" / "tiny.yaml"
 DEADLINE = 280.0
@@ -61,9 +62,10 @@ def run(command: Sequence[str], log: Path) -> tuple[int, str]:
 def wait_for_step(folder: Path, step: int, process: Process, log: Path) -> None:
     deadline = time.monotonic() + DEADLINE
     while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()
+        ended = process.poll() is not None  # before the last look
         if (folder / "metrics.jsonl").exists() and max((line["step"] for line in steps_of(folder)), default=0) >= step:
             return
+        assert not ended, log.read_text()
         time.sleep(0.05)
     pytest.fail(f"step {step} did not come within {DEADLINE} s")
 
@@ -128,7 +130,7 @@ def assert_no_agents(folder: Path) -> None:
     started = [*agent_lives(folder), *agent_lives(folder, who="keeper")]
     assert started
     deadline = time.monotonic() + 30
-    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in started):
+    while any(map(alive, started)):
         assert time.monotonic() < deadline, "an agent outlived its job"
         time.sleep(0.05)
 
