@@ -1,4 +1,5 @@
-"""Hold the snapshot memory of a slot while its agent comes and goes: `python -P -m keepwarm.ft.keeper CONFIG.json`.
+"""Hold the snapshot memory of a slot while its agent comes and goes: `python -P -m keepwarm.ft.keeper CONFIG.json
+[DESCRIPTOR]`, with the memory file that has the job's secret; without it the first agent reads the secret's file.
 
 The keeper creates the memory files, runs the agent as its child and starts it again, with the same files, when it dies.
 It opens no socket, maps none of the memory and reads nothing that another process writes, so that nothing that ends
@@ -67,12 +68,19 @@ def memory_file(label: str) -> int:
 class Holding:
     """The memory files of a slot, its configuration as the first agent got it, and the lock of its folder."""
 
-    def __init__(self, config: Path) -> None:
-        """Create the files and lock the folder of `config`. Raise `AgentError` if another process has it."""
+    def __init__(self, config: Path, secret: int | None = None) -> None:
+        """Create the files and lock the folder of `config`. Raise `AgentError` if another process has it.
+
+        `secret` is the descriptor of a memory file with the job's secret.
+        """
         self.folder = config.parent
         content = config.read_bytes()
         self.files = {"lock": take_lock(self.folder), **{name: memory_file(name) for name in FILES[1:]}}
         os.write(self.files["config"], content)
+        if secret is not None:
+            os.set_inheritable(secret, False)
+            os.close(self.files["secret"])
+            self.files["secret"] = secret
 
     @property
     def worth_keeping(self) -> bool:
@@ -158,12 +166,12 @@ class Keeper:
 
 def main(arguments: list[str]) -> int:
     protect_streams()
-    if len(arguments) != 1:
-        print("usage: python -P -m keepwarm.ft.keeper CONFIG.json", file=sys.stderr)
+    if len(arguments) not in (1, 2):
+        print("usage: python -P -m keepwarm.ft.keeper CONFIG.json [DESCRIPTOR]", file=sys.stderr)
         return AgentExit.BAD_CONFIG
     config = Path(arguments[0])
     try:
-        holding = Holding(config)
+        holding = Holding(config, int(arguments[1]) if len(arguments) == 2 else None)
     except (AgentError, OSError) as error:
         print(error, file=sys.stderr)
         return AgentExit.TAKEN if isinstance(error, AgentError) else AgentExit.BAD_CONFIG

@@ -28,7 +28,7 @@ import msgspec
 
 from keepwarm import signals
 from keepwarm.exit_code import ExitCode
-from keepwarm.files import READABLE, let_go_of_locks
+from keepwarm.files import READABLE, let_go_of_locks, within
 from keepwarm.launch.errors import LaunchError
 from keepwarm.side_writer import protect_streams
 from keepwarm.trainer.distributed.in_process_restart import CONTROL, Park, Report, Resume, WorkerState
@@ -36,6 +36,8 @@ from keepwarm.trainer.distributed.in_process_restart import CONTROL, Park, Repor
 PRELOADED = ("keepwarm.trainer.loop.session", "torch.utils.tensorboard")
 WORKER_START_TIMEOUT_S = 300.0
 """How long a start may take, imports included: from a slow shared disk they take minutes."""
+LOG_PATIENCE_S = 2.0
+"""How long a new worker waits for the storage of its log."""
 PARK_TIMEOUT_S = 2.0
 """How long workers may take to park after others have died."""
 _PR_SET_PDEATHSIG = 1
@@ -335,7 +337,7 @@ def _run_child(worker: Worker, channel: socket.socket, server: int, ignored: fro
         # Line-buffered, so that nothing is lost when it is killed; errors as a new interpreter has them.
         sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
-        protect_streams()
+        protect_streams(patient=not worker.detached)
         _run_module(worker, channel, server)
         code = 0
     except SystemExit as exit:
@@ -373,10 +375,19 @@ def _redirect(log: str | None) -> None:
     os.dup2(nothing, 0)
     if log is None:
         return
-    try:
-        output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, READABLE)
-    except OSError as error:
-        print(f"keepwarm: {log}: {error.strerror}; only errors of this process are shown, here", file=sys.stderr)
+    problem = "does not answer"
+
+    def opened() -> int | None:
+        nonlocal problem
+        try:
+            return os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, READABLE)
+        except OSError as error:
+            problem = error.strerror or str(error)
+            return None
+
+    output = within(opened, LOG_PATIENCE_S)
+    if output is None:
+        print(f"keepwarm: {log}: {problem}; only errors of this process are shown, here", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return
     os.dup2(output, 1)

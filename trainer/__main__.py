@@ -14,7 +14,7 @@ from keepwarm.text import problem_of
 
 def main(arguments: list[str]) -> int:
     """Train the job; return the exit code: 0 done, 2 bad input, 3 stopped itself, 4 lost, 6 unsaved, 130 signal."""
-    protect_streams()
+    protect_streams(patient=True)
     if (wrong := problem_of(arguments)) is not None:
         print(f"error: {wrong}", file=sys.stderr)
         return ExitCode.BAD_INPUT

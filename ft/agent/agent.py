@@ -6,6 +6,7 @@ protocol one at a time and carries out the resulting effects. It makes no decisi
 
 import collections
 import dataclasses
+import functools
 import os
 import selectors
 import signal
@@ -20,6 +21,7 @@ from typing import Any
 import msgspec
 
 from keepwarm import signals
+from keepwarm.files import within
 from keepwarm.ft.agent import status as agent_status
 from keepwarm.ft.agent import worker_sessions
 from keepwarm.ft.agent.durable_writer import DurableWriter
@@ -50,22 +52,27 @@ from keepwarm.ft.memory.records import Records
 from keepwarm.ft.memory.shared_memory import Holder
 from keepwarm.ft.protocol import events, kept_memory
 from keepwarm.ft.protocol.messages import (
+    Address,
     Attached,
     Cancel,
+    Chosen,
     ChunkLost,
     Decision,
     Decode,
     Exposed,
     Fetch,
     Hello,
+    Introduced,
     Inventory,
     InventoryRequest,
     Open,
+    Proposal,
     Read,
     Restore,
     Save,
     Seal,
     StatusRequest,
+    Vote,
     Wire,
 )
 from keepwarm.ft.protocol.state import Geometry, State, initial
@@ -83,6 +90,8 @@ SLOT_PUBLISH_INTERVAL_S = 1.0
 """Interval between attempts to write this agent's address to a shared folder that does not take it, in seconds."""
 SLOT_VERIFY_INTERVAL_S = 5.0
 """Interval at which an agent with workers checks that its address is in the shared folder, in seconds."""
+FOLDER_PATIENCE_S = 2.0
+"""How long an agent with an empty memory waits for the shared folder at its start, in seconds."""
 FAREWELL = 60.0
 """Grace period in which an agent that was asked to stop lets its workers save and exit, in seconds."""
 
@@ -120,7 +129,7 @@ class Agent:
         self.selector = selectors.DefaultSelector()
         self.pool = WorkPool(self.selector, config.threads)
         # An agent that goes on with the memory of another one knows all that it needs, and waits for no file.
-        newest = self.state.epoch if self.state.epoch else None
+        newest = self.state.epoch or within(self.registry.newest_epoch, FOLDER_PATIENCE_S)
         self.shared = SharedFolder(self.registry, config.slot, self.pool.follow, clock, newest=newest)
         self.outbox = Outbox()
         self._events: collections.deque[tuple[events.Event, Arrived | None]] = collections.deque()
@@ -128,13 +137,13 @@ class Agent:
         self.inbox = Inbox(self)
         self.repair = Repair(self)
         self.reads = Reads(self)
-        self.election = RecoveryElection(self)
+        self.election = RecoveryElection(self, self._records.vote)
         self.scrub = Scrub(self)
         self.durable = DurableWriter(self, config.durable) if config.durable is not None else None
         self.peers = PeerLinks(self, self.inbox, self.repair, self.reads, self.election)
         self.network, self.sessions = self._open_sockets(secret, strangers, former)
         self.shared.moved = self.network.found
-        self.restores = RestoreAnswers(self, self.sessions)
+        self.restores = RestoreAnswers(self, self.sessions, self.election)
         self.commits = agent_status.CommitTimes()
         parts = Parts(
             sessions=self.sessions, encoder=Encoder(self), repair=self.repair, reads=self.reads,
@@ -156,7 +165,10 @@ class Agent:
         """Take up what the last agent recorded of the memory. Return its workers that still run, by worker number."""
         self._records, record, config = records, records.read(), self.config
         hint = time.time_ns()
-        incarnation = self.registry.next_incarnation(config.slot, hint) if record is None else hint
+        incarnation = hint
+        if record is None:  # the first agent with this memory
+            next_one = functools.partial(self.registry.next_incarnation, config.slot, hint)
+            incarnation = within(next_one, FOLDER_PATIENCE_S) or hint
         durable = config.durable is not None
         self.state: State = initial(config.run, config.slot, incarnation, config.topology, durable=durable)
         if record is None:
@@ -309,24 +321,40 @@ class Agent:
         finally:
             self._dispatching = False
 
+    def promise(self, vote: Vote) -> None:
+        self._records.vote = vote
+        self._records.write(self.state, self.sessions.pids)
+
     def route(self, sender: int, incarnation: int, message: Any) -> None:
         """Handle a message from an agent, which may be this one."""
-        if isinstance(message, (Decode, Fetch, Read)) and self.election.catch_up(message.epoch):
-            self.election.put_off(sender, incarnation, message)
+        election = self.election
+        if isinstance(message, (Decode, Fetch, Read)) and election.catch_up(message.epoch, sender):
+            election.put_off(sender, incarnation, message)
             return
+        match message:
+            case Inventory():
+                election.inventory(message)
+            case InventoryRequest():
+                election.asked(sender, message)
+            case Proposal():
+                election.asked_for_vote(sender, message)
+            case Vote():
+                election.voted(sender, message)
+            case Chosen():
+                election.told(message)
+            case Read():
+                self.reads.for_peer(sender, message)
+            case _:
+                self._protocol_message(sender, incarnation, message)
+
+    def _protocol_message(self, sender: int, incarnation: int, message: Any) -> None:
         if isinstance(message, Decision):
             self.shared.learn(message.epoch, message.reason)
-        if isinstance(message, Inventory):
-            self.election.inventory(message)
-        elif isinstance(message, InventoryRequest):
-            self.election.asked(sender, message)
-        elif isinstance(message, Read):
-            self.reads.for_peer(sender, message)
-        else:
-            self.dispatch(events.Received(sender, incarnation, message))
-            self.election.heard(message)
-            if isinstance(message, ChunkLost):
-                self.repair.source_lost(sender, message)
+        self.dispatch(events.Received(sender, incarnation, message))
+        if isinstance(message, Decision):
+            self.election.heard(sender, message)
+        elif isinstance(message, ChunkLost):
+            self.repair.source_lost(sender, message)
 
     # ---- SessionHandler: processes on this node
 
@@ -340,6 +368,7 @@ class Agent:
             buffer_bytes=shape.data_bytes,
             bucket_bytes=shape.bucket_bytes,
             first=0,
+            address=Address(*self.network.address, self.state.incarnation),
             exposed=self.state.exposed,
         )
 
@@ -371,6 +400,8 @@ class Agent:
             self.restores.answer()
         elif isinstance(message, Read):
             self.reads.for_worker(session.link, message)
+        elif isinstance(message, Introduced):
+            self.shared.introduced(message.agents)
         elif (event := _event(session.attach.worker, message)) is not None:
             self.dispatch(event)
         else:

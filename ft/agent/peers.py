@@ -88,7 +88,7 @@ class PeerLinks:
         if isinstance(message, Part):
             if message.stripe == READ_STRIPE:
                 return self._reads.target(message, size)
-            self._election.catch_up(message.epoch)
+            self._election.catch_up(message.epoch, link.slot)
             return self._repair.target(message, size)
         return self._inbox.target(link, size) if isinstance(message, Bucket) else None
 

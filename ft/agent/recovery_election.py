@@ -1,20 +1,39 @@
-"""Agree on the snapshot to restore. Agents send inventories to the lowest live slot, which writes the decision once.
+"""Agree on the snapshot to restore. Agents send inventories to the lowest live slot, which proposes a choice.
 
-The first decision written to the shared folder stands, whichever agent wrote it. It includes the decoding plan, and
-every agent reads it from there: messages only signal that it is ready. What peers ask meanwhile is put off.
+The choice for which a majority of the slots has voted (`keepwarm.ft.agent.ballot`) stands, with its decoding plan, and
+is told along the links; what peers ask meanwhile is put off. No file is needed for it: the shared folder gets a copy.
+Where fewer than a majority are connected, the first choice that is written to the folder stands.
 
 Agents tell of an epoch along their usual links and connect to the lowest slots, which connect to all. Another agent
 connects to all only if it knows of no lower one. So an epoch takes a few links for each agent, never one for each pair.
 """
 
 import functools
-from typing import Any
+import math
+import time
 
+import msgspec
+
+from keepwarm.ft.agent.ballot import Ballot
 from keepwarm.ft.agent.scrubber import verify_all
 from keepwarm.ft.agent.shell import Shell
-from keepwarm.ft.discovery.registry import REASON_LIMIT, Choice
+from keepwarm.ft.discovery.registry import REASON_LIMIT
+from keepwarm.ft.errors import TransportError
 from keepwarm.ft.protocol import events, restore_choice
-from keepwarm.ft.protocol.messages import Decision, Decode, Fetch, Inventory, InventoryRequest, Read
+from keepwarm.ft.protocol.messages import (
+    Choice,
+    Chosen,
+    Decision,
+    Decode,
+    Fetch,
+    Inventory,
+    InventoryRequest,
+    Proposal,
+    Read,
+    Vote,
+    Wire,
+    encode,
+)
 from keepwarm.ft.protocol.state import Mode
 
 SETTLE_POLL_INTERVAL_S = 0.3
@@ -33,6 +52,11 @@ CHOOSERS = 3
 """Number of the lowest slots to which every agent connects while an epoch is not decided."""
 GATHER_AFTER_S = 1.0
 """How long another agent that has no link to a lower slot waits for one before it connects to all, in seconds."""
+ASK_AGAIN_S = 1.0
+"""Interval at which an agent that does not know the choice of an epoch asks those that it is connected with."""
+VOTES_PATIENCE_S = 10.0
+"""How long votes of a connected majority may fail to agree before another epoch begins. They do if a slot that had
+asked for them has died with its proposal."""
 KNOWN_GRACE = 0.5
 """As `CONNECTED_GRACE`, for an agent that has published its endpoint but is not connected (yet)."""
 
@@ -40,8 +64,19 @@ KNOWN_GRACE = 0.5
 class RecoveryElection:
     """Runs one epoch at a time: request inventories, collect them, choose, announce."""
 
-    def __init__(self, shell: Shell) -> None:
+    def __init__(self, shell: Shell, cast: Vote | None = None) -> None:
+        """`cast` is the last vote of this slot that its memory tells of."""
         self._shell = shell
+        self._ballot = Ballot(shell.state.topology.slots, cast)
+        self._proposed_at = self._next_ask = 0.0
+        self._split = False
+        """Whether no choice can get a majority of the votes any more."""
+        self._too_long = False
+        """Whether the proposal does not fit into a frame, and the folder decides."""
+        self._asked_of: dict[int, float] = {}
+        """When each slot was last asked for the choice that it acts on."""
+        self.decided_at = 0.0
+        """When the newest choice became known here, in seconds since 1970."""
         self._epoch = 0
         self._asked: set[int] = set()
         self._inventories: dict[int, Inventory] = {}
@@ -49,9 +84,9 @@ class RecoveryElection:
         self._next_look = self._next_warning = 0.0
         self._decision: Decision | None = None
         self._read = False
-        """Whether the choice of the current epoch has been read. The decision may be known earlier."""
+        """Whether the choice of the current epoch is known whole. The decision may be known earlier."""
         self.choice: Choice | None = None
-        """The newest choice that was read."""
+        """The newest choice that is known whole."""
         self._waits_for: tuple[int, ...] = ()
         self._wanted: str = ""
         self._wanted_at = 0.0
@@ -77,6 +112,8 @@ class RecoveryElection:
         shell = self._shell
         self._epoch, self._decision, self._read, self._wanted, self._waits_for = epoch, None, False, "", ()
         self._inventories, self._asked, self._ready = {}, set(), False
+        self._ballot.begin(epoch)
+        self._split = self._too_long = False
         self._began = self._shell.clock()
         self._deadline = self._began + shell.config.inventory_deadline
         self._gathers = shell.config.slot < CHOOSERS
@@ -89,6 +126,7 @@ class RecoveryElection:
         if epoch == self._epoch:
             self._ready, self._verified_at = True, self._shell.clock()
             self._deadline = max(self._deadline, self._patience(CONNECTED_GRACE))
+            self._next_ask = self._verified_at + ASK_AGAIN_S
             shell = self._shell
             for slot in self._asked:
                 incarnation = shell.state.incarnation if slot == shell.config.slot else self._incarnation(slot)
@@ -102,6 +140,9 @@ class RecoveryElection:
             self.begin(request.epoch)
         if request.epoch != self._epoch:
             return
+        link = self._shell.network.links.get(sender)
+        if link is not None and self._read:
+            link.send(self._announcement())
         if self._ready:
             self._shell.dispatch(events.Received(sender, self._incarnation(sender), request))
         else:
@@ -111,31 +152,37 @@ class RecoveryElection:
         link = self._shell.network.links.get(slot)
         if link is None or not self._epoch:
             return
-        if self._decision is None:
-            link.send(InventoryRequest(epoch=self._epoch))
-        else:
-            link.send(self._decision)
+        if self._decision is not None:
+            link.send(self._announcement())
+            return
+        link.send(InventoryRequest(epoch=self._epoch))
+        if self._ballot.proposal is not None:
+            link.send(Proposal(choice=self._ballot.proposal))
 
     def lost(self, slot: int) -> None:
         """Discard a lost agent's inventory: it may come back with empty memory, or not at all."""
         if self._decision is None:
             self._inventories.pop(slot, None)
 
-    def catch_up(self, epoch: int) -> bool:
-        """Read a decision from the shared folder if a peer acts on it and it has not been read. Return whether so."""
-        shell = self._shell
+    def catch_up(self, epoch: int, sender: int) -> bool:
+        """Find out the choice of an epoch if a peer acts on it and it is not known whole. Return whether so."""
+        shell, now = self._shell, self._shell.clock()
         if epoch < shell.state.epoch or (epoch == self._epoch and self._read):
             return False
         shell.shared.choice(epoch, self._arrived)
+        link = shell.network.links.get(sender)
+        if link is not None and now - self._asked_of.get(sender, -math.inf) >= SETTLE_POLL_INTERVAL_S:
+            self._asked_of[sender] = now
+            link.send(InventoryRequest(epoch=epoch))
         return True
 
     def put_off(self, sender: int, incarnation: int, message: Decode | Fetch | Read) -> None:
-        """Keep a peer's request until the choice that it follows has been read. If there are many, it asks again."""
+        """Keep a peer's request until the choice that it follows is known. If there are many, it asks again."""
         if len(self._put_off) < PUT_OFF_LIMIT:
             self._put_off.append((sender, incarnation, message))
 
     def _arrived(self, choice: Choice | None) -> None:
-        """Follow a choice that has been read from the shared folder, unless that has been done."""
+        """Follow a choice that stands, unless that has been done."""
         if choice is None:
             return
         epoch = choice.decision.epoch
@@ -172,16 +219,24 @@ class RecoveryElection:
     def tick(self, now: float) -> None:
         shell = self._shell
         # Each epoch is settled before the next, even by an agent that the choice left out and that stays RECOVERING.
-        settled = shell.state.mode is not Mode.RECOVERING or self._decision is not None
+        settled = shell.state.mode is not Mode.RECOVERING or self._decision is not None or self._split
         if self._wanted and settled and self._newest_is_known(now):
             self.begin(max(shell.state.epoch, shell.shared.newest_epoch) + 1)
         if not self._epoch or self._read or now < self._next_look:
             return
         self._next_look = now + SETTLE_POLL_INTERVAL_S
         shell.shared.choice(self._epoch, self._arrived)
+        self._ask_again(now)
         if self._decision is None:
             self._gather(now)
             self._choose(now)
+
+    def _ask_again(self, now: float) -> None:
+        """Ask the connected slots once more: one of them may know the choice."""
+        if self._ready and now >= self._next_ask:
+            self._next_ask = now + ASK_AGAIN_S
+            for link in self._shell.network.links.values():
+                link.send(InventoryRequest(epoch=self._epoch))
 
     def _newest_is_known(self, now: float) -> bool:
         """Return whether the newest epoch has been read since one was requested, or was waited for long enough."""
@@ -192,6 +247,9 @@ class RecoveryElection:
         shell, first = self._shell, self._first
         late = now > self._deadline + (0.0 if first else shell.config.inventory_deadline)
         if self._decision is not None or not self._ready or not (first or late):
+            return
+        if self._ballot.proposal is not None:
+            self._settle(self._ballot.proposal, now)
             return
         topology = shell.state.topology
         if self._unheard(now):
@@ -211,9 +269,87 @@ class RecoveryElection:
             restore_choice.plan(self._inventories, topology.groups, snapshot, self._epoch, present) if snapshot else ()
         )
         decision = Decision(epoch=self._epoch, snapshot=snapshot, incarnations=incarnations, reason=reason)
-        choice, then = Choice(decision=decision, orders=orders), functools.partial(self._chosen, self._epoch)
-        if not shell.shared.choose(choice, then) and now > self._deadline + WARNING_INTERVAL_S:
-            self._warn_unwritten(now)
+        self._settle(Choice(decision=decision, orders=orders), now)
+
+    # ---- making a choice stand
+
+    def _settle(self, choice: Choice, now: float) -> None:
+        """Have a choice stand by the votes of a majority, or by the folder where fewer are connected."""
+        shell = self._shell
+        if len(shell.network.links) + 1 < self._ballot.majority or self._too_long:
+            then = functools.partial(self._chosen, self._epoch)
+            if not shell.shared.choose(choice, then) and now > self._deadline + WARNING_INTERVAL_S:
+                self._warn_unwritten(now)
+        elif self._ballot.proposal is None:
+            self._propose(choice, now)
+        elif now > self._proposed_at + VOTES_PATIENCE_S and not self._split:
+            self._split = True
+            self.request(f"the votes of epoch {self._epoch} agree on no choice")
+
+    def _propose(self, choice: Choice, now: float) -> None:
+        shell, self._proposed_at = self._shell, now
+        reason = self._whole_reason(choice.decision)
+        if reason != choice.decision.reason:
+            choice = msgspec.structs.replace(choice, decision=msgspec.structs.replace(choice.decision, reason=reason))
+        proposal = Proposal(choice=self._ballot.propose(choice))
+        try:
+            encode(proposal)
+        except TransportError as error:
+            self._too_long = True
+            shell.journal.write("warning", "a choice is too long to be voted on", reason=str(error))
+            return
+        for link in shell.network.links.values():
+            link.send(proposal)
+        self.asked_for_vote(shell.config.slot, proposal)
+
+    def _whole_reason(self, decision: Decision) -> str:
+        """Return the reason, with that of the last epoch if that restored nothing and so discarded what was left."""
+        reason, before = decision.reason, self.choice.decision if self.choice is not None else None
+        if not reason.startswith(restore_choice.NOTHING_HELD) or before is None or before.snapshot is not None:
+            return reason
+        if before.reason.startswith(restore_choice.NOTHING_HELD):
+            return before.reason
+        return f"{reason}; in epoch {before.epoch}: {before.reason}"[:REASON_LIMIT]
+
+    def asked_for_vote(self, sender: int, proposal: Proposal) -> None:
+        """Vote, and tell the one that asks."""
+        shell, choice = self._shell, proposal.choice
+        if choice.decision.epoch != self._epoch:
+            self.begin(choice.decision.epoch)
+        if choice.decision.epoch != self._epoch:
+            return
+        before = self._ballot.cast
+        vote = self._ballot.vote(choice)
+        if vote is not before:
+            shell.promise(vote)
+        link = shell.network.links.get(sender)
+        if sender == shell.config.slot:
+            self.voted(sender, vote)
+        elif link is not None:
+            link.send(self._announcement() if self._read else vote)
+
+    def voted(self, slot: int, vote: Vote) -> None:
+        """Count a vote."""
+        choice = self._ballot.count(slot, vote)
+        if choice is not None and not self._read:
+            self._shell.shared.note(choice)
+            self._chosen(self._epoch, choice)
+
+    def told(self, chosen: Chosen) -> None:
+        """Follow a choice that a peer knows to stand."""
+        self._arrived(chosen.choice)
+
+    def _announcement(self) -> Wire:
+        """Return what tells a peer of the choice of this epoch."""
+        assert self._decision is not None
+        if not self._read or self.choice is None:
+            return self._decision
+        chosen = Chosen(choice=self.choice)
+        try:
+            encode(chosen)
+        except TransportError:  # it is read from the folder
+            return self._decision
+        return chosen
 
     def _chosen(self, epoch: int, choice: Choice | None) -> None:
         """Tell the choice that stands. None: the folder does not take it; the epoch stays open, a tick tries again."""
@@ -226,9 +362,10 @@ class RecoveryElection:
         if choice.decision.snapshot is None:
             reason = choice.decision.reason
             shell.journal.write("info", "nothing in memory is restored", epoch=epoch, reason=reason)
-        for link in shell.network.links.values():
-            link.send(choice.decision)
         self._decided(choice)
+        announcement = self._announcement()
+        for link in shell.network.links.values():
+            link.send(announcement)
 
     def _warn_unwritten(self, now: float) -> None:
         """Say from time to time that the choice cannot be written."""
@@ -257,8 +394,9 @@ class RecoveryElection:
         return self._verified_at + (self._verified_at - self._began) + grace
 
     def _decided(self, choice: Choice) -> None:
-        """Apply a choice that has been read: put it in force where possible and follow its orders."""
+        """Apply a choice that stands: put it in force where possible and follow its orders."""
         shell, self._decision, self._read, self.choice = self._shell, choice.decision, True, choice
+        self.decided_at = time.time()
         shell.shared.learn(choice.decision.epoch, choice.decision.reason)
         shell.dispatch(events.PlanRead(choice.decision, choice.orders))
         shell.connect_peers(everyone=False)
@@ -266,14 +404,14 @@ class RecoveryElection:
         for sender, incarnation, message in waiting:
             shell.route(sender, incarnation, message)
 
-    def heard(self, message: Any) -> None:
+    def heard(self, sender: int, message: Decision) -> None:
         """End the election here on a decision from a peer. Its orders are read from the shared folder."""
-        if not isinstance(message, Decision) or message.epoch != self._epoch:
+        if message.epoch != self._epoch:
             return
         if self._decision is None:
             self._decision = message
             self._shell.connect_peers(everyone=False)
-        self.catch_up(message.epoch)
+        self.catch_up(message.epoch, sender)
 
     def _incarnation(self, slot: int) -> int:
         link = self._shell.network.links.get(slot)

@@ -1,5 +1,6 @@
 """Answer workers that ask what an epoch restores, once it is decided and this node has all of its data."""
 
+from keepwarm.ft.agent.recovery_election import RecoveryElection
 from keepwarm.ft.agent.shell import Shell
 from keepwarm.ft.agent.worker_sessions import WorkerSessions
 from keepwarm.ft.protocol import events
@@ -9,8 +10,8 @@ from keepwarm.ft.protocol.messages import Restored
 class RestoreAnswers:
     """Workers wait in their sessions (`waits_for_epoch`). `answer` is called whenever that wait may be over."""
 
-    def __init__(self, shell: Shell, sessions: WorkerSessions) -> None:
-        self._shell, self._sessions = shell, sessions
+    def __init__(self, shell: Shell, sessions: WorkerSessions, election: RecoveryElection) -> None:
+        self._shell, self._sessions, self._election = shell, sessions, election
 
     def answer(self) -> None:
         state = self._shell.state
@@ -25,12 +26,22 @@ class RestoreAnswers:
 
     def _answer(self) -> Restored | None:
         shell, state = self._shell, self._shell.state
+        decided_at = self._election.decided_at
         if state.decided is None:
-            return Restored(epoch=state.epoch, snapshot=None, text=shell.shared.reason(state.epoch))
+            text = shell.shared.reason(state.epoch)
+            return Restored(epoch=state.epoch, snapshot=None, text=text, decided_at=decided_at)
         copy = state.copy(state.decided)
         if copy is None or copy.data is None:
             reason = f"what epoch {state.epoch} decided on has been replaced, and a worker asks for it"
             shell.dispatch(events.EpochNeeded(state.epoch, reason))
             return None
-        sums = copy.data_sums(state.slot)
-        return Restored(epoch=state.epoch, snapshot=state.decided, buffer=copy.data, sums=sums)
+        return Restored(
+            epoch=state.epoch, snapshot=state.decided, buffer=copy.data, sums=copy.data_sums(state.slot),
+            decided_at=decided_at, decoded=self._decoded(),
+        )  # fmt: skip
+
+    def _decoded(self) -> int:
+        """Return the buckets of chunks, data and parity, that all nodes decode for the choice in force."""
+        choice = self._election.choice
+        orders = () if choice is None or choice.decision.epoch != self._shell.state.epoch else choice.orders
+        return sum(len(order.targets) * max(order.counts, default=0) for _, order in orders)

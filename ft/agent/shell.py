@@ -13,6 +13,7 @@ from keepwarm.ft.discovery.config import AgentConfig
 from keepwarm.ft.discovery.shared_folder import SharedFolder
 from keepwarm.ft.memory.buffers import Memory
 from keepwarm.ft.protocol.events import Event
+from keepwarm.ft.protocol.messages import Vote
 from keepwarm.ft.protocol.state import State
 from keepwarm.ft.transport.network import Network
 
@@ -61,6 +62,10 @@ class Shell(Protocol):
 
     def route(self, sender: int, incarnation: int, message: Any) -> None:
         """Handle a message from an agent, which may be this one."""
+        ...
+
+    def promise(self, vote: Vote) -> None:
+        """Record a vote: the next agent with this memory does not vote again in its epoch."""
         ...
 
     def connect_peers(self, *, everyone: bool) -> None:

@@ -18,7 +18,8 @@ from keepwarm.ft.protocol.state import Topology
 SOCKET = "agent.sock"
 SOCKET_BYTES = 107
 """Maximum bytes of a Unix socket path: `sun_path` of unix(7) without the trailing NUL."""
-LOG = "agent.log"
+CONFIG = "agent.json"
+"""An agent's configuration, in its folder on the node."""
 
 
 START_S = 60.0
@@ -129,7 +130,7 @@ def load(path: Path, descriptor: int) -> AgentConfig:
 def write(config: AgentConfig) -> Path:
     """Write the config to the agent's folder, which is created if needed and readable only by its owner."""
     folder = private_folder(Path(config.folder))
-    path = folder / "agent.json"
+    path = folder / CONFIG
     atomic_write(path, msgspec.json.format(msgspec.json.encode(config)))
     return path
 

@@ -8,7 +8,7 @@ import msgspec
 
 from keepwarm.files import READABLE, atomic_create, atomic_write
 from keepwarm.ft.format import publication
-from keepwarm.ft.protocol.messages import Decision, Decode
+from keepwarm.ft.protocol.messages import Choice
 from keepwarm.ft.protocol.restore_choice import NOTHING_HELD
 
 AGENTS_FOLDER = "agents"
@@ -26,16 +26,6 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     port: int
     incarnation: int
-
-
-class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """Decision of an epoch and its decoding plan: (decoder, order).
-
-    Stored in one file, so that an agent that knows the choice also knows the orders, even if links or agents were lost.
-    """
-
-    decision: Decision
-    orders: tuple[tuple[int, Decode], ...] = ()
 
 
 def newest_epoch(shared: Path) -> int:
@@ -134,6 +124,12 @@ class Registry:
             self.explain(decision.epoch, reason)
         return self.choose(choice)
 
+    def note(self, choice: Choice) -> None:
+        """Write down a choice that stands already."""
+        if choice.decision.snapshot is None:
+            self.explain(choice.decision.epoch, choice.decision.reason)
+        self.choose(choice)
+
     def _whole_reason(self, reason: str) -> str:
         """Append the previous epoch's reason if that epoch restored nothing and so discarded what was left."""
         before = self.newest_epoch()
@@ -185,12 +181,6 @@ class Registry:
         with contextlib.suppress(OSError, msgspec.DecodeError):
             return msgspec.json.decode(self._choice_file(epoch).read_bytes(), type=Choice)
         return None
-
-    def decided_at(self, epoch: int) -> float:
-        """Return when an epoch was decided, in seconds since 1970, or 0 if unknown."""
-        with contextlib.suppress(OSError):
-            return self._choice_file(epoch).stat().st_mtime
-        return 0.0
 
     def _choice_file(self, epoch: int) -> Path:
         return self.folder / f"choice-{epoch}.json"

@@ -10,11 +10,12 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from keepwarm.ft.discovery.registry import Choice, Endpoint, Registry
+from keepwarm.ft.discovery.registry import Endpoint, Registry
+from keepwarm.ft.protocol.messages import Address, Choice
 
 LOOK_INTERVAL_S = 0.2
 """Least time between two looks at a slot's address, in seconds."""
@@ -30,19 +31,20 @@ class SharedFolder:
         self, registry: Registry, slot: int, follow: Callable[["Future[Any]", Callable[[Any], None]], None],
         clock: Callable[[], float] = time.monotonic, newest: int | None = None,
     ) -> None:  # fmt: skip
-        """Read the newest epoch, unless the agent knows one (`newest`). `follow(future, then)` calls in the loop."""
+        """`newest` is the newest epoch that the agent knows, if any. `follow(future, then)` calls in the loop."""
         self._registry, self._slot, self._follow, self._clock = registry, slot, follow, clock
         self.moved: Callable[[int], None] = lambda slot: None
         """Called with a slot whose address has become known, or has changed."""
-        self.newest_epoch = registry.newest_epoch() if newest is None else newest
+        self.newest_epoch = newest or 0
         """The highest epoch that was seen decided or saved in this run. It never shrinks."""
-        self.looked_at = clock() if newest is None else -math.inf
+        self.looked_at = -math.inf
         """When that was read last."""
         self.published = False
         """Whether the folder has this agent's address, as far as known."""
         self.displaced = False
         """Whether a later agent of this slot has published its address."""
         self._endpoints: dict[int, Endpoint | None] = {}
+        self._told: dict[int, Endpoint] = {}
         self._looked: dict[int, float] = {}
         self._reasons: dict[int, str] = {}
         self._asked: set[Hashable] = set()
@@ -51,8 +53,7 @@ class SharedFolder:
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="shared-folder", daemon=True)
         self._thread.start()
-        if newest is not None:
-            self.look_newest()
+        self.look_newest()
 
     @property
     def failure(self) -> str:
@@ -109,7 +110,18 @@ class SharedFolder:
         endpoint = self._endpoints.get(slot)
         return None if endpoint is None else (endpoint.host, endpoint.port)
 
+    def introduced(self, agents: Mapping[int, Address]) -> None:
+        """Learn where agents are from others than the folder, which may not answer."""
+        for slot, agent in agents.items():
+            if slot != self._slot:
+                self._told[slot] = Endpoint(host=agent.host, port=agent.port, incarnation=agent.incarnation)
+                self._found(slot, self._endpoints.get(slot))
+
     def _found(self, slot: int, endpoint: Endpoint | None) -> None:
+        """Take in what the folder has of a slot: it may be late, and of two incarnations the later one counts."""
+        told = self._told.get(slot)
+        if told is not None and (endpoint is None or endpoint.incarnation < told.incarnation):
+            endpoint = told
         before, self._endpoints[slot] = self._endpoints.get(slot), endpoint
         if endpoint is not None and endpoint != before:
             self.moved(slot)
@@ -131,6 +143,10 @@ class SharedFolder:
     def choose(self, choice: Choice, then: Callable[[Choice | None], None]) -> bool:
         """Write the choice of an epoch, of which the first one stands. Return False if that is under way already."""
         return self._ask(("choose", choice.decision.epoch), functools.partial(self._registry.settle, choice), then)
+
+    def note(self, choice: Choice) -> None:
+        """Have the folder hold a choice that stands without it."""
+        self._ask(("note", choice.decision.epoch), functools.partial(self._registry.note, choice), lambda _: None)
 
     def learn(self, epoch: int, reason: str) -> None:
         """Remember why an epoch restores nothing."""

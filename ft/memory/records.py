@@ -14,6 +14,7 @@ import xxhash
 
 from keepwarm.ft.memory.shared_memory import started_at
 from keepwarm.ft.protocol.kept_memory import KeptMemory, kept, same
+from keepwarm.ft.protocol.messages import Vote
 from keepwarm.ft.protocol.state import State
 
 _MAGIC = b"kwrecord"
@@ -39,6 +40,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     memory: KeptMemory
     workers: tuple[WorkerProcess, ...]
     """Those that were attached."""
+    vote: Vote | None = None
+    """The last one: see `keepwarm.ft.agent.ballot`."""
 
 
 class Records:
@@ -48,7 +51,9 @@ class Records:
         """Take ownership of the memory file `descriptor`."""
         self._descriptor, self._config = descriptor, xxhash.xxh3_64_intdigest(config)
         self._number = 0
-        self._before: tuple[State, Mapping[int, int]] | None = None
+        self._before: tuple[State, Mapping[int, int], Vote | None] | None = None
+        self.vote: Vote | None = None
+        """The last vote, written with the rest."""
         self.damaged = False
         """Whether something was found and not understood."""
 
@@ -65,16 +70,18 @@ class Records:
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 continue
             if record.config == self._config:
-                self.damaged = False
+                self.damaged, self.vote = False, record.vote
                 return record
         return None
 
     def write(self, state: State, workers: Mapping[int, int]) -> None:
         """Write down what matters of a state, if that has changed. `workers` are the pids of the attached workers."""
-        if self._before is not None and same(self._before[0], state) and self._before[1] == workers:
+        if self._before is not None and same(self._before[0], state) and self._before[1:] == (workers, self.vote):
             return
-        self._before = state, workers
-        record = Record(config=self._config, memory=kept(state), workers=tuple(_processes(workers)))
+        self._before = state, workers, self.vote
+        record = Record(
+            config=self._config, memory=kept(state), workers=tuple(_processes(workers)), vote=self.vote
+        )  # fmt: skip
         try:
             self._append(msgspec.msgpack.encode(record))
         except OSError:  # an old record must not stand for what is there now

@@ -233,7 +233,7 @@ class Inventory(Wire, frozen=True):
 
 
 class Decision(Wire, frozen=True):
-    """The decision of `epoch`, written by compare-and-set: restore `snapshot` (None: nothing in memory).
+    """The decision of `epoch`, of which there is one: restore `snapshot` (None: nothing in memory).
 
     It frees nothing: see `keepwarm.ft.protocol.recovery`.
 
@@ -265,6 +265,38 @@ class Decode(Wire, frozen=True):
     digests: Annotated[tuple[Sum, ...], Meta(max_length=MEMBERS_LIMIT)]
     counts: Few = ()
     spares: Few = ()
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """Decision of an epoch and its decoding plan: (decoder, order).
+
+    They are one, so that an agent that knows the choice also knows the orders, even if links or agents were lost.
+    """
+
+    decision: Decision
+    orders: tuple[tuple[Small, Decode], ...] = ()
+
+
+class Proposal(Wire, frozen=True):
+    """Ask for a vote on what an epoch restores. Answered by `Vote`."""
+
+    choice: Choice
+
+
+class Vote(Wire, frozen=True):
+    """Tell for which choice the sender has voted in `epoch`: the first one that it was asked about, and no other ever.
+
+    `digest` identifies the choice: see `keepwarm.ft.agent.ballot`.
+    """
+
+    epoch: Count
+    digest: Sum
+
+
+class Chosen(Wire, frozen=True):
+    """Tell the choice that stands for its epoch. Where it is too long for a frame, `Decision` is sent in its place."""
+
+    choice: Choice
 
 
 class Fetch(Wire, frozen=True):
@@ -315,14 +347,32 @@ class Attach(Wire, frozen=True):
     buckets: Small
 
 
+class Address(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """Where an agent listens for the others, in its present incarnation."""
+
+    host: Name
+    port: Annotated[int, Meta(ge=0, le=65_535)]
+    incarnation: Count
+
+
+class Introduced(Wire, frozen=True):
+    """Tell an agent where those of other slots listen, as the ranks have heard from their own agents."""
+
+    agents: Annotated[dict[Small, Address], Meta(max_length=65_536)]
+
+
 class Attached(Wire, frozen=True):
-    """Carries the buffers' memfds. The worker's part starts at bucket `first` of each buffer. `exposed`: `Exposed`."""
+    """Carries the buffers' memfds. The worker's part starts at bucket `first` of each buffer. `exposed`: `Exposed`.
+
+    `address` is that of the agent.
+    """
 
     epoch: Count
     buffers: Small
     buffer_bytes: Count
     bucket_bytes: Count
     first: Small
+    address: Address
     exposed: bool = False
 
 
@@ -390,13 +440,19 @@ class Restore(Wire, frozen=True):
 
 
 class Restored(Wire, frozen=True):
-    """The decided snapshot is in data buffer `buffer` with bucket checksums `sums`. None: nothing is, see `text`."""
+    """The decided snapshot is in data buffer `buffer` with bucket checksums `sums`. None: nothing is, see `text`.
+
+    `decided_at` is when the decision became known here, in seconds since 1970, and `decoded` the buckets that all nodes
+    decode for it.
+    """
 
     epoch: Count
     snapshot: SnapshotId | None
     buffer: Small = 0
     sums: Sums = ()
     text: Text = ""
+    decided_at: float = 0.0
+    decoded: Count = 0
 
 
 END_OF_JOB = "end of the job"
@@ -433,13 +489,13 @@ class StatusRequest(Wire, frozen=True):
 
 AgentMessage: TypeAlias = (
     Hello | Proof | Farewell | Want | Bucket | ChunkEnd | ChunkLost | Stored | Known | Joined
-    | InventoryRequest | Inventory | Decision | Decode | Fetch | ChunkWrong | Part | Read
+    | InventoryRequest | Inventory | Decision | Proposal | Vote | Chosen | Decode | Fetch | ChunkWrong | Part | Read
 )  # fmt: skip
 """Messages sent over TCP between agents."""
 
 WorkerMessage: TypeAlias = (
-    Hello | Proof | Farewell | Attach | Attached | Open | Granted | Refused | Seal | Cancel | Revoked | Committed
-    | EpochBegan | Exposed | Restore | Restored | Read | Part | Save | StatusRequest
+    Hello | Proof | Farewell | Attach | Attached | Introduced | Open | Granted | Refused | Seal | Cancel | Revoked
+    | Committed | EpochBegan | Exposed | Restore | Restored | Read | Part | Save | StatusRequest
 )  # fmt: skip
 """Messages sent over the Unix socket between a worker and its agent."""
 

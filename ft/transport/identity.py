@@ -83,6 +83,19 @@ def separate(folder: Path) -> None:
     _record(folder)
 
 
+_held: dict[Path, bytes] = {}
+
+
+def hold_secret(folder: Path, secret: bytes) -> None:
+    """Let `held_secret` return the secret of a run, in this process and its forks: it is read from storage once."""
+    _held[folder] = _held[folder.resolve()] = secret
+
+
+def held_secret(folder: Path) -> bytes | None:
+    """Return the secret of a run if the process that this one was forked from has it. No file is used."""
+    return _held.get(folder)
+
+
 def claim_secret(folder: Path) -> bytes:
     """Return the secret of a run, made by the first process that asks for it. A copy of a run gets its own.
 

@@ -13,24 +13,26 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
 
+from keepwarm.files import within
 from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.discovery import config as agent_config
 from keepwarm.ft.discovery.config import AgentConfig
 from keepwarm.ft.discovery.registry import AGENTS_FOLDER
 from keepwarm.ft.discovery.status import Status
 from keepwarm.ft.errors import AgentError, AuthenticationFailed, MemoryTooSmall
-from keepwarm.ft.keeper import KEEPER_MODULE, SIGNALLED, AgentExit
+from keepwarm.ft.keeper import KEEPER_MODULE, SIGNALLED, AgentExit, memory_file
 from keepwarm.ft.memory.shared_memory import SharedBuffer
 from keepwarm.ft.protocol.messages import (  # fmt: skip
     END_OF_JOB,
     READ_STRIPE,
+    Address,
     Attach,
     Attached,
     Cancel,
@@ -40,6 +42,7 @@ from keepwarm.ft.protocol.messages import (  # fmt: skip
     Farewell,
     Granted,
     Hello,
+    Introduced,
     Open,
     Part,
     Read,
@@ -57,9 +60,10 @@ from keepwarm.ft.protocol.messages import (  # fmt: skip
 from keepwarm.ft.transport import auth
 from keepwarm.ft.transport.channel import Channel, decoder_of
 from keepwarm.ft.transport.link import Credentials, FarEnd, Link
-from keepwarm.side_writer import attempt
 
 AGENT_START_TIMEOUT_S = 60.0
+FOLDER_PATIENCE_S = 2.0
+"""How long the start of an agent waits for the shared folder, of which it needs nothing, in seconds."""
 GROWTH_POLL_S = 0.02
 TAKEN_RETRY_S = 2.0
 """Time after which an agent is started again if its slot was taken and still does not answer, in seconds."""
@@ -67,10 +71,11 @@ STARTS = 4
 """An agent is given up if a signal has ended this many starts: one is an accident, several show that it cannot live."""
 
 
-def ensure_agent(config: AgentConfig, deadline: float | None = None) -> None:
+def ensure_agent(config: AgentConfig, deadline: float | None = None, *, secret: bytes | None = None) -> None:
     """Start the agent of a slot, detached, unless one is running. Return once its socket answers.
 
-    The deadline is `config.start_seconds` unless given. An agent that a signal ends meanwhile is started again.
+    The deadline is `config.start_seconds` unless given. Without the `secret` the agent reads its file. An agent that a
+    signal ends meanwhile is started again.
 
     Raise `MemoryTooSmall` with the agent's own message if the host cannot hold the buffers, and `AgentError` on any
     other failure.
@@ -78,14 +83,14 @@ def ensure_agent(config: AgentConfig, deadline: float | None = None) -> None:
     if answers(config.socket):
         return
     deadline = config.start_seconds if deadline is None else deadline
-    process, words = start_agent(config)
+    process, words = start_agent(config, secret)
     end, again, killed = time.monotonic() + deadline, time.monotonic() + TAKEN_RETRY_S, 0
     while not answers(config.socket):
         code = process.poll()
         if code is not None and _by_signal(code):
             killed += 1
             if killed < STARTS:
-                process, words = start_agent(config)
+                process, words = start_agent(config, secret)
                 continue
         if code is not None and code != AgentExit.TAKEN:
             text = words.read_text().strip().splitlines()
@@ -98,7 +103,7 @@ def ensure_agent(config: AgentConfig, deadline: float | None = None) -> None:
             raise kind(text[-1] if text else said)
         if code is not None and time.monotonic() > again:
             # Another process started it first, its keeper starts it again, or the last keeper has not ended yet.
-            process, words = start_agent(config)
+            process, words = start_agent(config, secret)
             again = time.monotonic() + TAKEN_RETRY_S
         if time.monotonic() > end:
             raise AgentError(f"waited {deadline:g} s for the agent of slot {config.slot} to open {config.socket}")
@@ -110,31 +115,50 @@ def _by_signal(code: int) -> bool:
     return code < 0 or code > SIGNALLED
 
 
-def start_agent(config: AgentConfig) -> "tuple[subprocess.Popen[bytes], Path]":
+def start_agent(config: AgentConfig, secret: bytes | None = None) -> "tuple[subprocess.Popen[bytes], Path]":
     """Start the keeper of a slot, and with it the agent, detached, without waiting.
 
     Return its process and the file for its last message. A process that finds the slot taken exits with
     `AgentExit.TAKEN`, one whose agent cannot start with the agent's exit code.
     """
     path = agent_config.write(config)
-    logs = Path(config.shared) / AGENTS_FOLDER
-    logs.mkdir(mode=0o700, parents=True, exist_ok=True)
-    words = logs / f"agent-{config.slot}.err"
-    with _last_words(words) as err:
+    words, err = _last_words(config)
+    with err, _handed_over(secret) as descriptors:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", KEEPER_MODULE, str(path)],
-            stdin=subprocess.DEVNULL, stdout=err, stderr=err, start_new_session=True, cwd="/",
+            [sys.executable, "-P", "-m", KEEPER_MODULE, str(path), *map(str, descriptors)],
+            stdin=subprocess.DEVNULL, stdout=err, stderr=err, start_new_session=True, cwd="/", pass_fds=descriptors,
         )  # fmt: skip
     with _children_lock:
         _children[:] = [*(child for child in _children if child.poll() is None), process]
     return process, words
 
 
-def _last_words(path: Path) -> BinaryIO:
-    """Open the file for an agent's last message; on a full disk the message is lost."""
-    with attempt(path.name):
-        return path.open("wb")
-    return open(os.devnull, "wb")  # noqa: PTH123
+def _last_words(config: AgentConfig) -> tuple[Path, BinaryIO]:
+    """Open the file for an agent's last message: on the node, if the shared folder takes none."""
+    shared = Path(config.shared) / AGENTS_FOLDER / f"agent-{config.slot}.err"
+
+    def opened() -> BinaryIO:
+        shared.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return shared.open("wb")
+
+    if (file := within(opened, FOLDER_PATIENCE_S)) is not None:
+        return shared, file
+    here = Path(config.folder) / shared.name
+    return here, here.open("wb")
+
+
+@contextlib.contextmanager
+def _handed_over(secret: bytes | None) -> Iterator[tuple[int, ...]]:
+    """Yield the descriptor of a memory file that has the secret, for a keeper to inherit; nothing without a secret."""
+    if secret is None:
+        yield ()
+        return
+    descriptor = memory_file("secret")
+    try:
+        os.write(descriptor, secret)
+        yield (descriptor,)
+    finally:
+        os.close(descriptor)
 
 
 _children_lock = threading.Lock()
@@ -208,6 +232,10 @@ class AgentClient:
         self.attached = self._wait(Attached, lambda _: True, deadline, what)
         self.epoch = max(self.epoch, self.attached.epoch)
         return self.attached
+
+    def introduce(self, agents: Mapping[int, Address]) -> None:
+        """Tell the agent where the others are: no file is needed to find them."""
+        self._send(Introduced(agents=dict(agents)))
 
     def open(self, snapshot: SnapshotId, *, wait: bool = True, deadline: float | None = None) -> Granted | Refused:
         """Request a buffer for this worker's part of a snapshot. One that is given up is cancelled, granted or not."""

@@ -4,6 +4,7 @@ It starts the agent of each node, decides when a snapshot is due, takes it while
 trainer calls `maybe_snapshot` after a step, `join` before the next update, `restore` at startup and `close` at the end.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,22 +14,22 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from keepwarm.files import READABLE, atomic_write
+from keepwarm.files import READABLE, atomic_write, within
 from keepwarm.ft.codec.kernel import AUTO
 from keepwarm.ft.discovery.config import AgentConfig, DurableConfig, GroupConfig, runtime_folder
 from keepwarm.ft.discovery.registry import AGENTS_FOLDER, TEMPLATE_FILE, Registry
 from keepwarm.ft.errors import AgentError, ForeignSnapshot, FtError, PlacementError
 from keepwarm.ft.groups import groups_of
 from keepwarm.ft.memory.shared_memory import SharedBuffer
+from keepwarm.ft.protocol.messages import Address
 from keepwarm.ft.spec import SnapshotSpec
 from keepwarm.ft.transport.auth import SECRET, load_secret, run_identity
-from keepwarm.ft.transport.identity import claim_secret
+from keepwarm.ft.transport.identity import claim_secret, held_secret
 from keepwarm.ft.worker.client import AgentClient, ensure_agent
 from keepwarm.ft.worker.interval import Interval
 from keepwarm.ft.worker.next_agent import NextAgent
 from keepwarm.ft.worker.reader import RankPlace
 from keepwarm.ft.worker.snapshotter import GivenUp, Restoration, Shard, SnapshotOptions, Snapshotter, plan_part
-from keepwarm.side_writer import attempt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,10 @@ class Deployment:
 
 
 COMMIT_POLL_INTERVAL_S = 0.02
+FOLDER_PATIENCE_S = 2.0
+"""How long ranks wait for a run folder from which they need nothing, in seconds."""
+ADDRESS_BYTES = 192
+"""Room for the address of an agent, whose host has at most 128 characters, and its length."""
 LONGEST_PATIENCE = 1 << 20
 """Steps, far beyond any interval between snapshots."""
 
@@ -79,6 +84,8 @@ class InMemoryCheckpointer:
         self._start_agents()
         self._registry = Registry(deployment.folder)
         self._attach()
+        self._introduce()
+        self._decoded = 0
         self.phases: dict[str, float] = {}
         """Seconds of the last `restore` on this rank: waiting for the agents' decision, for lost chunks, and copying.
         """
@@ -94,6 +101,10 @@ class InMemoryCheckpointer:
     # ---- construction
 
     def _shared_secret(self) -> bytes:
+        """Return the run's secret: from memory if this process was forked by one that has it, else from its file."""
+        held = held_secret(self._deployment.folder)
+        if self._ranks.largest(int(held is None)) == 0 and held is not None:
+            return held
         if self._ranks.rank == 0:
             claim_secret(self._deployment.folder)
         self._ranks.barrier()
@@ -136,15 +147,16 @@ class InMemoryCheckpointer:
         failure: Exception | None = None
         if self._local == 0:
             try:
-                ensure_agent(self._config)
+                ensure_agent(self._config, secret=self._secret)
             except Exception as error:
                 failure = error
         if self._ranks.largest(int(failure is not None)):
             raise failure or AgentError(f"rank {self._ranks.rank}: the agent of another node could not be started")
         if self._ranks.rank == 0:
             template = self._deployment.folder / AGENTS_FOLDER / TEMPLATE_FILE
-            with attempt("agents"):  # a full disk keeps the one of the last start
-                atomic_write(template, msgspec.json.encode(self._config), mode=READABLE)
+            content = msgspec.json.encode(self._config)
+            # A folder that is full or does not answer keeps the one of the last start.
+            within(lambda: atomic_write(template, content, mode=READABLE), FOLDER_PATIENCE_S)
 
     def _attach(self, mapped: Sequence[SharedBuffer] = ()) -> None:
         """Attach this rank to its node's agent, with the buffers `mapped` of the one before.
@@ -166,6 +178,23 @@ class InMemoryCheckpointer:
                 busy=self._spec.when_busy, deadline=self._spec.commit_deadline, optional=self._optional
             ),
         )
+
+    def _introduce(self) -> None:
+        """Tell this node's agent where the others are, as their ranks know. Collective.
+
+        It needs no file for it, and waits for none.
+        """
+        rows = torch.zeros(self._nodes, ADDRESS_BYTES, dtype=torch.uint8)
+        attached = None if self._client.gone else self._client.attached
+        if self._local == 0 and attached is not None:
+            content = msgspec.msgpack.encode(attached.address)
+            row = bytearray((len(content), *content)).ljust(ADDRESS_BYTES, b"\0")
+            rows[self._node] = torch.frombuffer(row, dtype=torch.uint8)
+        self._ranks.all_reduce(rows, dist.ReduceOp.SUM)
+        found = {node: bytes(row.numpy()) for node, row in enumerate(rows)}
+        if self._local == 0 and attached is not None:
+            with contextlib.suppress(AgentError):  # it has just died
+                self._client.introduce({node: _address(row) for node, row in found.items() if row[0]})
 
     def _place(self) -> RankPlace:
         return RankPlace(
@@ -296,13 +325,17 @@ class InMemoryCheckpointer:
         gone = torch.zeros(self._nodes, dtype=torch.int64)
         gone[self._node] = int(self._client.gone)
         self._ranks.all_reduce(gone, dist.ReduceOp.MAX)
-        if not gone[self._node]:
-            return
+        if gone[self._node]:
+            self._replace_agent()
+        if gone.any():
+            self._introduce()
+
+    def _replace_agent(self) -> None:
         self._snapshotter.join()  # the memory may still be the one that this rank was granted
         mapped = self._client.detach()  # an agent that died leaves its memory to the next one
         self._client.close()
         try:
-            ensure_agent(self._config)
+            ensure_agent(self._config, secret=self._secret)
             self._attach(mapped)
             self._lost_agent = None
         except (FtError, OSError) as error:
@@ -367,10 +400,11 @@ class InMemoryCheckpointer:
         """
         epoch = self._next_epoch(settled)
         began, waited = time.time(), time.perf_counter()
-        self._client.restore(epoch, deadline=self._spec.commit_deadline)
+        answer = self._client.restore(epoch, deadline=self._spec.commit_deadline)
         waited = time.perf_counter() - waited
-        # The agents first verify what they hold and then choose. The decision file's timestamp tells when that was.
-        verified = min(max(0.0, self._registry.decided_at(self._client.epoch) - began), waited)
+        # The agents first verify what they hold and then choose.
+        verified = min(max(0.0, answer.decided_at - began), waited)
+        self._decoded = answer.decoded * self._config.bucket_bytes
         fetched = time.perf_counter()
         try:
             restored: Restoration | str = self._snapshotter.restore(epoch)
@@ -389,7 +423,8 @@ class InMemoryCheckpointer:
 
     def _next_epoch(self, settled: int) -> int:
         """Return the epoch that is to begin, beyond all that the folder shows or the agents know, or `settled`."""
-        newest = max(self._client.epoch, self._registry.newest_epoch() if self._ranks.rank == 0 else 0)
+        seen = within(self._registry.newest_epoch, FOLDER_PATIENCE_S) if self._ranks.rank == 0 else None
+        newest = max(self._client.epoch, seen or 0)
         # Only one supervisor knows of an epoch that it has made the agents begin; its rank tells the others.
         settled, newest = self._ranks.largest_each((settled, newest))
         return settled or newest + 1
@@ -404,10 +439,7 @@ class InMemoryCheckpointer:
 
     def decoded(self) -> int:
         """Return the bytes of chunks, data and parity on all nodes, that the current epoch's decision had decoded."""
-        choice = self._registry.choice(self._client.epoch)
-        orders = () if choice is None else choice.orders
-        buckets = sum(len(order.targets) * max(order.counts, default=0) for _, order in orders)
-        return buckets * self._config.bucket_bytes
+        return self._decoded
 
     # ---- leaving
 
@@ -445,6 +477,10 @@ class _Ranks:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier(self._group)
+
+
+def _address(row: bytes) -> Address:
+    return msgspec.msgpack.decode(row[1 : 1 + row[0]], type=Address)
 
 
 def _durable(spec: SnapshotSpec, root: Path) -> DurableConfig | None:

@@ -42,7 +42,7 @@ class NextAgent:
 
     def _answers(self) -> None:
         if self._starts:
-            ensure_agent(self._config)
+            ensure_agent(self._config, secret=self._secret)
         end = time.monotonic() + self._config.start_seconds
         while not answers(self._config.socket):
             if time.monotonic() > end:

@@ -26,7 +26,7 @@ from keepwarm.ft.errors import TransportError
 from keepwarm.ft.protocol.messages import MESSAGE_LIMIT, Hello, Wire
 from keepwarm.ft.transport.auth import NONCE_BYTES, run_identity
 from keepwarm.ft.transport.channel import Channel, decoder_of
-from keepwarm.ft.transport.identity import claim_secret
+from keepwarm.ft.transport.identity import claim_secret, hold_secret
 from keepwarm.ft.transport.link import Credentials, FarEnd, Link
 from keepwarm.ft.transport.listener import Listener, Strangers
 
@@ -64,7 +64,9 @@ def run_secret(folder: Path) -> bytes:
         AuthenticationFailed: other users can read or replace it.
         OSError: it cannot be created.
     """
-    return claim_secret(folder)
+    secret = claim_secret(folder)
+    hold_secret(folder, secret)
+    return secret
 
 
 def packed(message: object) -> bytes:

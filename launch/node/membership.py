@@ -17,12 +17,13 @@ from pathlib import Path
 import msgspec
 
 from keepwarm.exit_code import ExitCode
+from keepwarm.files import within
 from keepwarm.launch.errors import LaunchError
 from keepwarm.launch.node import record as node_record
 from keepwarm.launch.node.connections import Dialled
 from keepwarm.launch.node.heartbeat import Heartbeat
 from keepwarm.launch.node.peers import CONNECT_TIMEOUT_S, PeerListener, announce, collect_votes, stand_of, stores_of
-from keepwarm.launch.node.record import EndRecord, StoreRecord, within
+from keepwarm.launch.node.record import EndRecord, StoreRecord
 from keepwarm.launch.node.shared_table import Answer, Change, Hello, Request, Stand, Update
 from keepwarm.launch.node.slot_table import Known, Table, inherit
 from keepwarm.launch.node.view import Member, Number, Vote, missing, name_of, tally

@@ -3,6 +3,7 @@
 Each supervisor listens at an address that every view carries. The thread that answers touches no file.
 """
 
+import contextlib
 import queue
 import threading
 from collections.abc import Mapping
@@ -47,6 +48,16 @@ class FirstTable(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     table: Table
 
 
+class Template(msgspec.Struct, frozen=True, tag=True):
+    """Asks a supervisor for the configuration from which it starts its agent."""
+
+
+class Configured(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The answer: empty if it knows none."""
+
+    template: bytes
+
+
 class PeerListener:
     """Answers the other supervisors, on a thread of its own."""
 
@@ -57,7 +68,9 @@ class PeerListener:
         self._announced: StoreRecord | None = None
         self._first_tables: dict[int, Table] = {}
         self._opened: queue.SimpleQueue[StoreRecord] = queue.SimpleQueue()
-        self._decoder = msgspec.json.Decoder(Ballot | Where | Announcement | Opened)
+        self.template = b""
+        """The configuration of this node's agent, for nodes that cannot read it."""
+        self._decoder = msgspec.json.Decoder(Ballot | Where | Announcement | Opened | Template)
         self._stop = False
         self._server = Server(secret, host, self._on_message, lambda _: None)
         self.port = self._server.port
@@ -140,7 +153,11 @@ class PeerListener:
             answer = self._answer(message)
         self._server.send(connection, answer)
 
-    def _answer(self, message: Ballot | Where | Announcement | Opened) -> Vote | Here | FirstTable:
+    def _answer(
+        self, message: Ballot | Where | Announcement | Opened | Template
+    ) -> Vote | Here | FirstTable | Configured:
+        if isinstance(message, Template):
+            return Configured(template=self.template)
         if isinstance(message, Ballot):
             return self._voter.vote(message)
         if isinstance(message, Opened):
@@ -213,6 +230,21 @@ def stores_of(secret: bytes, addresses: Mapping[str, Address]) -> tuple[list[Sto
         else:
             found.append(here.store)
     return found, others
+
+
+def template_of(secret: bytes, members: Mapping[str, Member], me: str) -> bytes:
+    """Return the configuration of agents that another supervisor knows; empty if none does or answers."""
+    answers = exchange(
+        secret, _addresses(members, me), Template(), CONNECT_TIMEOUT_S,
+        enough=lambda found: any(map(_template, found.values())),
+    )  # fmt: skip
+    return next(filter(None, map(_template, answers.values())), b"")
+
+
+def _template(answer: bytes | str) -> bytes:
+    with contextlib.suppress(msgspec.DecodeError):
+        return b"" if isinstance(answer, str) else msgspec.json.decode(answer, type=Configured).template
+    return b""
 
 
 def stand_of(secret: bytes, store: StoreRecord) -> Stand | str:

@@ -8,7 +8,7 @@
 
 Torch-free. A record may be out of date: a killed node cannot update its own. A folder that is full, slow or gone costs
 records, and nothing else: they are written on a thread of their own (`SideWrites`), and read with a deadline
-(`attempt`).
+(`keepwarm.files.within`).
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import msgspec
 
@@ -32,7 +32,6 @@ WAITING_WRITES = 256
 """Writes that may wait while the folder does not answer; further ones are dropped."""
 FLUSH_S = 5.0
 """How long a process that ends waits for its last writes."""
-T = TypeVar("T")
 
 State = Literal["joining", "spare", "starting", "running", "restarting", "fenced", "ended"]
 """joining: looks for a store and a slot; spare: no slot is vacant; starting: workers are being started; running: they
@@ -176,35 +175,6 @@ def stores(folder: Path) -> list[StoreRecord]:
 def newest_store(folder: Path) -> StoreRecord | None:
     """Return the newest store of a run; None before the first one is open."""
     return next(iter(stores(folder)), None)
-
-
-_hanging: list[threading.Thread] = []
-"""Calls of `attempt` that took too long and have not returned yet."""
-
-
-def within(function: Callable[[], T], seconds: float) -> T | None:
-    """Call a function that reads or writes files; return None if it fails or takes longer than `seconds`.
-
-    While such a call hangs, further ones are not made, so that a storage that does not answer costs its wait once.
-    """
-    _hanging[:] = [thread for thread in _hanging if thread.is_alive()]
-    if _hanging:
-        return None
-    found: queue.SimpleQueue[T | None] = queue.SimpleQueue()
-
-    def call() -> None:
-        try:
-            found.put(function())
-        except OSError:
-            found.put(None)
-
-    thread = threading.Thread(target=call, name="files", daemon=True)
-    thread.start()
-    try:
-        return found.get(timeout=seconds)
-    except queue.Empty:
-        _hanging.append(thread)
-        return None
 
 
 class SideWrites:

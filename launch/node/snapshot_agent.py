@@ -2,11 +2,12 @@
 
 import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
-from keepwarm.files import await_readable
+from keepwarm.files import await_readable, within
 from keepwarm.ft.discovery import config as agent_config
 from keepwarm.ft.discovery.config import AgentConfig, runtime_folder
 from keepwarm.ft.discovery.registry import AGENTS_FOLDER, TEMPLATE_FILE, Registry
@@ -14,10 +15,12 @@ from keepwarm.ft.discovery.status import Status
 from keepwarm.ft.errors import AgentError, FtError
 from keepwarm.ft.memory.shared_memory import Holder, started_at
 from keepwarm.ft.protocol.state import Mode
-from keepwarm.ft.transport.auth import SECRET, load_secret, run_identity
+from keepwarm.ft.transport.auth import run_identity
 from keepwarm.ft.worker.client import AgentClient, ensure_agent, start_agent
 
 ANSWER_TIMEOUT_S = 5.0
+FOLDER_PATIENCE_S = 2.0
+"""How long this node waits for the run folder where it can go on without it."""
 STORAGE_TIMEOUT_S = 120.0
 """How long this node waits for storage that it needs to start an agent."""
 STORAGE_POLL_INTERVAL_S = 0.5
@@ -28,8 +31,13 @@ CLEANUP_S = 0.5
 class SnapshotAgent:
     """One slot's agent on this node. Not thread-safe."""
 
-    def __init__(self, folder: Path, host: str) -> None:
-        self._folder, self._host = folder, host
+    def __init__(
+        self, folder: Path, host: str, secret: bytes, others: Callable[[], bytes] = lambda: b""
+    ) -> None:  # fmt: skip
+        """`secret` is that of the run in `folder`. `others()` returns the template that another node knows, if any."""
+        self._folder, self._host, self._secret, self._others = folder, host, secret, others
+        self.template = b""
+        """From what agents of this layout are started, as far as this node knows."""
         self._client: AgentClient | None = None
         self._slot: int | None = None
         self.pid: int | None = None
@@ -56,7 +64,7 @@ class SnapshotAgent:
         while True:
             try:
                 if (config := self._config()) is not None:
-                    ensure_agent(config)
+                    ensure_agent(config, secret=self._secret)
                     self.poll()
                 return
             except OSError as error:
@@ -81,7 +89,7 @@ class SnapshotAgent:
             return
         try:
             if (config := self._config()) is not None:
-                start_agent(config)
+                start_agent(config, self._secret)
         except OSError:
             self._start_again = True
 
@@ -92,10 +100,11 @@ class SnapshotAgent:
         """
         assert self._slot is not None
         template = self._folder / AGENTS_FOLDER / TEMPLATE_FILE
-        if not template.is_file():
+        content = self._template(template)
+        if not content:
             return None
         try:
-            config = msgspec.json.decode(template.read_bytes(), type=AgentConfig)
+            config = msgspec.json.decode(content, type=AgentConfig)
             folder = str(runtime_folder(config.run, self._slot))
             return msgspec.structs.replace(config, slot=self._slot, host=self._host, folder=folder)
         except ValueError as error:
@@ -103,6 +112,21 @@ class SnapshotAgent:
                 f"{template}: describes the agents of another layout, or is damaged; it has no agent for slot "
                 f"{self._slot}: {error}"
             ) from error
+
+    def _template(self, path: Path) -> bytes:
+        """Return the content of the template: what is known of it, if the folder has none or does not answer."""
+
+        def read() -> bytes:
+            try:
+                return path.read_bytes()
+            except FileNotFoundError:
+                return b""
+
+        found = within(read, FOLDER_PATIENCE_S)
+        if found is None and not self.template:
+            found = self._others()
+        self.template = found or self.template
+        return self.template
 
     def poll(self) -> str:
         """Connect to the agent if there is no connection, as workers may start one too.
@@ -132,15 +156,12 @@ class SnapshotAgent:
         return said and f"the snapshot agent of slot {self._slot} {said}"
 
     def _published(self, slot: int) -> bool:
-        with contextlib.suppress(OSError):
-            return Registry(self._folder).endpoint(slot) is not None
-        return True
+        """Return whether the folder has an agent of the slot, or does not answer."""
+        found = within(lambda: Registry(self._folder).endpoint(slot) is not None, FOLDER_PATIENCE_S)
+        return found is None or found
 
     def _connect(self, slot: int) -> None:
-        if not (self._folder / SECRET).exists():
-            return
-        secret = load_secret(self._folder / SECRET)
-        run = run_identity(secret)
+        secret, run = self._secret, run_identity(self._secret)
         socket = runtime_folder(run, slot) / agent_config.SOCKET
         if not socket.exists():
             return
@@ -155,6 +176,8 @@ class SnapshotAgent:
             self._release()
             self._keeper = None if started is None else Holder.found(status.keeper, started)
         self._client, self.pid, self._lost = client, status.pid, False
+        with contextlib.suppress(OSError):  # on this node
+            self.template = (socket.parent / agent_config.CONFIG).read_bytes()
 
     def begin_epoch(self) -> int | None:
         """Have all agents decide now what to restore; return the epoch of that decision, None if no agent runs yet."""
@@ -162,8 +185,7 @@ class SnapshotAgent:
             return None
         with contextlib.suppress(FtError):
             newest = max(self._epoch, self._client.status(ANSWER_TIMEOUT_S).epoch)
-            with contextlib.suppress(OSError):
-                newest = max(newest, Registry(self._folder).newest_epoch())
+            newest = max(newest, within(Registry(self._folder).newest_epoch, FOLDER_PATIENCE_S) or 0)
             self._client.begin(newest + 1)
             self._epoch = newest + 1
             return self._epoch
@@ -202,7 +224,9 @@ class SnapshotAgent:
             status = self._client.status(ANSWER_TIMEOUT_S)
             if status.epoch < epoch or status.mode != Mode.ACTIVE.value:
                 return None
-            return _complete(status) if status.committed else Registry(self._folder).reason(epoch)
+            if status.committed:
+                return _complete(status)
+            return within(lambda: Registry(self._folder).reason(epoch), FOLDER_PATIENCE_S) or "no reason is known"
         return None
 
     def kill(self) -> None:
@@ -210,7 +234,7 @@ class SnapshotAgent:
         if self._keeper is not None:
             self._keeper.terminate()
         self._forget()
-        self._slot = None
+        self._slot, self.template = None, b""
 
     def discard(self) -> None:
         """End the slot's agent and its configuration, which the next workers write again. Wait until it is dead."""
@@ -218,8 +242,7 @@ class SnapshotAgent:
         if keeper is not None:
             keeper.terminate()
         self.kill()
-        with contextlib.suppress(OSError):
-            (self._folder / AGENTS_FOLDER / TEMPLATE_FILE).unlink(missing_ok=True)
+        within(lambda: (self._folder / AGENTS_FOLDER / TEMPLATE_FILE).unlink(missing_ok=True), FOLDER_PATIENCE_S)
         if keeper is not None:  # readable once the process has ended, even if its parent has not reaped it
             await_readable(keeper.fileno(), ANSWER_TIMEOUT_S)
             keeper.close()

@@ -17,6 +17,7 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
 from keepwarm import signals
 from keepwarm.exit_code import ExitCode
+from keepwarm.files import within
 from keepwarm.ft.discovery.config import NODE
 from keepwarm.ft.errors import AuthenticationFailed, FtError
 from keepwarm.ft.groups import code_for
@@ -29,7 +30,7 @@ from keepwarm.launch.node.elastic_agent import NodeAgent, WorkerOptions
 from keepwarm.launch.node.flush_before_shrink import flush_to_disk, newest_step
 from keepwarm.launch.node.membership import FILES_TIMEOUT_S, SEARCH_TIMEOUT_S, Membership, RunEnded, StoreLost
 from keepwarm.launch.node.options import Options
-from keepwarm.launch.node.peers import PeerListener
+from keepwarm.launch.node.peers import PeerListener, template_of
 from keepwarm.launch.node.record import NodeRecord, SideWrites, State
 from keepwarm.launch.node.rendezvous import Drained, Excluded, Fenced, NameTaken, NoSpareLeft, SlotRendezvous
 from keepwarm.launch.node.slot_table import Kind, Table
@@ -39,6 +40,7 @@ from keepwarm.launch.rank_processes import OutlivesKill
 from keepwarm.launch.run.gpu_watch import GpuWatch
 from keepwarm.side_writer import attempt
 from keepwarm.trainer.distributed.in_process_restart import EPOCH, RECOVERY, supports_in_process_restart
+from keepwarm.trainer.job.files import hold
 from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.job.shrink import layouts
 from keepwarm.trainer.job.spec import JobSpec
@@ -81,7 +83,6 @@ class Supervisor:
         )
         self._snapshots = job.snapshot != "off"
         self._peer_timeout = PEER_TIMEOUT_S if job.snapshot == "off" else job.snapshot.peer_timeout
-        self._snapshot_agent = SnapshotAgent(folder, options.host)
         cluster = job.cluster
         first = Table(
             slots=options.slots,
@@ -93,6 +94,7 @@ class Supervisor:
         self._side, self._gpus = SideWrites(), GpuWatch()
         node = identity(options.node, secrets.token_hex(4))
         self._peers = PeerListener(run_secret(folder), options.host, node)
+        self._snapshot_agent = SnapshotAgent(folder, options.host, self._peers.secret, self._template_of_others)
         self._me = Member(node=node, host=address_of(options.host), port=self._peers.port)
         self._membership = Membership(
             folder, self._me, first, peer_timeout=self._peer_timeout, peers=self._peers, open_store=self._open_store
@@ -208,7 +210,7 @@ class Supervisor:
         committed = self._snapshot_agent.committed()
         if committed is None:
             return None
-        on_disk = record.within(lambda: newest_step(RunFolder(self._options.folder).checkpoints), FILES_TIMEOUT_S)
+        on_disk = within(lambda: newest_step(RunFolder(self._options.folder).checkpoints), FILES_TIMEOUT_S)
         return None if on_disk is not None and on_disk >= committed[1] else committed[1]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -246,6 +248,11 @@ class Supervisor:
                 self._snapshot_agent.ensure()
         self._record_state(slot=slot, agent=self._snapshot_agent.pid, keeper=self._snapshot_agent.keeper)
 
+    def _template_of_others(self) -> bytes:
+        view = self._peers.voter.installed
+        members = {} if view is None else {member.node: member for member in view.members.values()}
+        return template_of(self._peers.secret, members, self._me.node)
+
     def on_resized(self, table: Table) -> None:
         self._event(events.Resized(node=self._options.node, slots=table.slots, why=_why(table)))
 
@@ -259,7 +266,9 @@ class Supervisor:
             return
         vacant = handler.membership.read().vacant
         options = self._options
-        substitutes = [SnapshotAgent(options.folder, options.host) for _ in vacant]
+        substitutes = [
+            SnapshotAgent(options.folder, options.host, self._peers.secret, self._template_of_others) for _ in vacant
+        ]
         for slot, substitute in zip(vacant, substitutes, strict=True):
             substitute.take(slot)
         result = flush_to_disk(
@@ -325,6 +334,7 @@ class Supervisor:
             if self._handler.membership.read().decides:  # else the slot may be another node's by now
                 self._snapshot_agent.restart()
             self._redundancy_lost = True
+        self._peers.template = self._snapshot_agent.template
         self._record_state(agent=self._snapshot_agent.pid, keeper=self._snapshot_agent.keeper)
         if self._redundancy_lost and (complete := self._snapshot_agent.complete_snapshot()) is not None:
             self._redundancy_lost = False
@@ -416,9 +426,11 @@ def supervise(options: Options, job: JobSpec) -> int:
     os.environ[NODE] = options.node
     raise_limit()
     try:
-        run_secret(options.folder)  # before the fork server, whose children know it from then on
+        # Before the fork server, whose children know the secret and the job from then on.
+        run_secret(options.folder)
     except (AuthenticationFailed, OSError) as error:
         print(f"keepwarm: {options.node}: {error}", file=sys.stderr, flush=True)
         return ExitCode.BAD_INPUT
+    hold(options.folder / options.spec, job)
     with contextlib.closing(ForkServer()) as server:
         return Supervisor(options, job, server).run()

@@ -1,14 +1,18 @@
-"""Atomic replacement of files: readers see the old content or the new, never half of one. Line files from their end."""
+"""Atomic replacement of files: readers see the old content or the new, never half of one. Line files from their end.
+Calls with a deadline."""
 
 import contextlib
 import fcntl
 import os
+import queue
 import secrets
 import select
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
+T = TypeVar("T")
 _BLOCK_BYTES = 64 << 10
 READABLE = 0o666
 """Mode of a file that others may read as far as the umask lets them, as `open` makes it."""
@@ -155,3 +159,37 @@ def await_readable(descriptor: int, seconds: float) -> bool:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     return bool(poll.poll(seconds * 1000))
+
+
+_hanging: list[threading.Thread] = []
+"""Calls of `within` that took too long and have not returned yet."""
+
+
+def within(function: Callable[[], T], seconds: float) -> T | None:
+    """Call a function that reads or writes files; return None if it raises OSError or takes longer than `seconds`.
+
+    While such a call hangs, further ones are not made, so that a storage that does not answer costs its wait once.
+    """
+    _hanging[:] = [thread for thread in _hanging if thread.is_alive()]
+    if _hanging:
+        return None
+    found: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def call() -> None:
+        try:
+            found.put((function(), None))
+        except OSError:
+            found.put((None, None))
+        except BaseException as error:
+            found.put((None, error))
+
+    thread = threading.Thread(target=call, name="files", daemon=True)
+    thread.start()
+    try:
+        result, error = found.get(timeout=seconds)
+    except queue.Empty:
+        _hanging.append(thread)
+        return None
+    if error is not None:
+        raise error
+    return result

@@ -10,12 +10,16 @@ import io
 import logging
 import os
 import select
+import stat
 import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
+
+from keepwarm.beside import beside
 
 PATIENCE_S = 10.0
 """How long text waits for a terminal or pipe that takes nothing, such as a pager that is not scrolled."""
@@ -153,8 +157,10 @@ class SideWriter:
 class _Stream(io.FileIO):
     """A standard stream of which no write fails."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, *, patient: bool = False) -> None:
+        """`patient`: writes to a file whose storage does not answer wait on a thread, not here."""
         super().__init__(descriptor, "wb", closefd=False)
+        self._aside = patient and stat.S_ISREG(os.fstat(descriptor).st_mode)
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
         self._patience = PATIENCE_S
@@ -163,6 +169,9 @@ class _Stream(io.FileIO):
         """Write some of the bytes and return their number; bytes that cannot be written count as written."""
         view = memoryview(data).cast("B")
         try:
+            if self._aside:
+                beside().do(partial(self._write_all, bytes(view)))
+                return len(view)
             if not self._poll.poll(1000 * self._patience):
                 raise TimeoutError(errno.ETIMEDOUT, f"took nothing for {PATIENCE_S:g} s")
             self._patience = PATIENCE_S
@@ -176,6 +185,10 @@ class _Stream(io.FileIO):
                 self._patience = 0.0  # the reader has had its chance; the next piece asks only once
             self._drop(error)
             return len(view)
+
+    def _write_all(self, data: bytes) -> None:
+        while data:
+            data = data[super().write(data) or 0 :]
 
     def _drop(self, error: OSError) -> None:
         name = _STREAMS[self.fileno()]
@@ -217,9 +230,10 @@ def end_without_stdout() -> None:
         sys.stdout = io.TextIOWrapper(io.BufferedWriter(_Result()), encoding, "backslashreplace", line_buffering=lines)
 
 
-def protect_streams(*descriptors: int) -> None:
+def protect_streams(*descriptors: int, patient: bool = False) -> None:
     """Replace stdout (1) and stderr (2) by streams of which no write fails: not on a full disk, nor in a broken pipe.
 
+    With `patient`, nor does one wait for a storage that does not answer.
     Those that are closed lead nowhere afterwards: the next file that is opened must not become one of them. Streams
     that Python code has redirected stay as they are.
     """
@@ -233,7 +247,7 @@ def protect_streams(*descriptors: int) -> None:
         elif _is_plain(before, descriptor):
             with contextlib.suppress(OSError, ValueError):
                 before.flush()
-            raw = io.BufferedWriter(_Stream(descriptor))
+            raw = io.BufferedWriter(_Stream(descriptor, patient=patient))
             setattr(sys, name, io.TextIOWrapper(raw, before.encoding, "backslashreplace", line_buffering=True))
 
 

@@ -14,7 +14,7 @@ from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.errors import AgentError
 from keepwarm.ft.format.contents import contents_length, decode_contents
 from keepwarm.ft.memory.shared_memory import SharedBuffer
-from keepwarm.ft.protocol.messages import Attached, Granted, SnapshotId
+from keepwarm.ft.protocol.messages import Address, Attached, Granted, SnapshotId
 from keepwarm.ft.worker.reader import RankPlace
 
 BUCKET = 4096
@@ -87,7 +87,10 @@ class Client:
         assert buckets == node.buckets
         size = (node.before + buckets) * BUCKET
         self.buffers = [SharedBuffer(os.dup(descriptor), size) for descriptor in node.files]
-        return Attached(epoch=1, buffers=BUFFERS, buffer_bytes=size, bucket_bytes=BUCKET, first=node.before)
+        return Attached(
+            epoch=1, buffers=BUFFERS, buffer_bytes=size, bucket_bytes=BUCKET, first=node.before,
+            address=Address("127.0.0.1", 1, 1),
+        )  # fmt: skip
 
     def open(self, snapshot: SnapshotId, *, wait: bool, deadline: float) -> Granted:
         node = self._node

@@ -6,6 +6,7 @@ The format is that of `keepwarm.ft.format.publication`, so checkpoints written h
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import xxhash
 
 from keepwarm import side_writer
+from keepwarm.files import within
 from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.discovery.registry import newest_epoch
 from keepwarm.ft.errors import DurableError, FtError
@@ -31,6 +33,8 @@ from keepwarm.trainer.errors import CheckpointError, StateNotSaved
 from keepwarm.trainer.job.sections import CheckpointSpec
 from keepwarm.trainer.job.spec import JobSpec
 
+FOLDER_PATIENCE_S = 2.0
+"""How long ranks wait for checkpoints on disk from which they need nothing, in seconds."""
 WEIGHTS = "model."
 """Names with this prefix are parameters."""
 
@@ -63,7 +67,9 @@ class Checkpoints:
 
     def begin_epoch(self, memory: int) -> None:
         """Begin the epoch of the snapshot agents, or, without them (0), one beyond all that are visible."""
-        self.epoch = max(memory, newest_epoch(self.root.parent) + (0 if memory else 1))
+        look = partial(newest_epoch, self.root.parent)
+        newest = within(look, FOLDER_PATIENCE_S) if memory else look() + 1
+        self.epoch = max(memory, newest or 0)
 
     def due(self, step: int) -> bool:
         """Return whether the spec asks for a checkpoint after `step` completed steps, besides the final one."""

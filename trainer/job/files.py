@@ -116,6 +116,14 @@ def load_model(name: str | Path) -> ModelSpec:
     return _validate(ModelSpec, read_document(path), path)
 
 
+_held: dict[Path, JobSpec] = {}
+
+
+def hold(path: Path, job: JobSpec) -> None:
+    """Let `load_run` return `job` for this path, in this process and its forks: its storage may not answer by then."""
+    _held[path] = job
+
+
 def load_run(path: Path, overrides: Sequence[str] = (), *, resubmit: bool = False) -> JobSpec:
     """Load the job from the `run.json` of a run folder, or a proposed spec beside it; the output is that folder, even
     if it has been moved. If the proposal is absent because it was accepted, load `run.json`. `resubmit` as in
@@ -124,6 +132,8 @@ def load_run(path: Path, overrides: Sequence[str] = (), *, resubmit: bool = Fals
     Raises:
         SpecError: as `load_job`.
     """
+    if path in _held and not overrides and not resubmit:
+        return _held[path]
     folder = path.resolve().parent
     changes = [*overrides, path_override("output", folder)]
     try:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from keepwarm.files import within
 from keepwarm.ft.errors import DurableError
 from keepwarm.ft.format import publication
 from keepwarm.ft.format.manifest import Manifest, read_manifest
@@ -22,6 +23,8 @@ from keepwarm.trainer.errors import CheckpointError
 from keepwarm.trainer.loop.snapshots import MemoryTier
 from keepwarm.trainer.monitor import events
 
+DISK_PATIENCE_S = 5.0
+"""How long ranks that have restored from memory wait to learn whether the disk has something newer, in seconds."""
 MEMORY_IS_OLDER = "the newest checkpoint on disk is newer than the snapshot in memory"
 
 Start = Literal["fresh", "resume", "restart"]
@@ -89,7 +92,7 @@ def _report(
         bytes_decoded=decoded,
         phases=phases,
     )
-    events.append(folder, recovery)
+    events.record(folder, recovery)
 
 
 def _level(expected: events.Level, source: str, decoded: int) -> events.Level:
@@ -105,7 +108,7 @@ def _fill(
     """Restore from memory, or from disk if that is newer."""
     restored = memory.restore()
     from_memory = None if isinstance(restored, str) else (restored.epoch, restored.step)
-    newest = _newest_on_disk(checkpoints, world)
+    newest = _newest_on_disk(checkpoints, world, needed=from_memory is None)
     if newest is not None and (from_memory is None or newest[1] > from_memory):
         meta = checkpoint.load(newest[0], shards)
         reason = restored if isinstance(restored, str) else MEMORY_IS_OLDER
@@ -122,14 +125,24 @@ def _fill(
     )
 
 
-def _newest_on_disk(checkpoints: Checkpoints, world: World) -> tuple[Path, tuple[int, int]] | None:
-    """Return the newest complete checkpoint and its (epoch, step), as seen by rank 0: agents may publish more."""
-    path = checkpoints.latest() if world.rank == 0 else None
-    step = world.largest(-1 if path is None else _manifest(path).step)
-    if step < 0:
-        return None
-    agreed = publication.folder(checkpoints.root, step)
-    return agreed, (_manifest(agreed).epoch, step)
+def _newest_on_disk(
+    checkpoints: Checkpoints, world: World, *, needed: bool
+) -> tuple[Path, tuple[int, int]] | None:  # fmt: skip
+    """Return the newest complete checkpoint and its (epoch, step), as seen by rank 0: agents may publish more.
+
+    Unless it is `needed`, a disk that does not answer within `DISK_PATIENCE_S` counts as one without a checkpoint.
+    """
+
+    def look() -> tuple[int, int]:
+        path = checkpoints.latest()
+        manifest = None if path is None else _manifest(path)
+        return (-1, -1) if manifest is None else (manifest.epoch, manifest.step)
+
+    seen = None
+    if world.rank == 0:
+        seen = look() if needed else within(look, DISK_PATIENCE_S)
+    epoch, step = (world.largest(number) for number in seen or (-1, -1))
+    return None if step < 0 else (publication.folder(checkpoints.root, step), (epoch, step))
 
 
 def _manifest(path: Path) -> Manifest:

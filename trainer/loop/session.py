@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from keepwarm import side_writer
+from keepwarm.files import within
 from keepwarm.trainer.distributed import device_check, nccl
 from keepwarm.trainer.distributed.device import Request
 from keepwarm.trainer.distributed.in_process_restart import ControlChannel, RestartRequested
@@ -27,6 +28,9 @@ from keepwarm.trainer.loop.loop import train
 from keepwarm.trainer.loop.restore import Start
 from keepwarm.trainer.monitor import flight_recorder, last_words
 from keepwarm.trainer.monitor.goodput import Timeline, process_start, write_result
+
+FOLDER_PATIENCE_S = 2.0
+"""How long a restart waits for the run folder, in seconds."""
 
 
 def run_session(path: Path, overrides: Sequence[str], *, resume: bool, control: ControlChannel | None = None) -> bool:
@@ -53,13 +57,15 @@ def run_session(path: Path, overrides: Sequence[str], *, resume: bool, control: 
         last_words.leave(last_words.OnGpu())
         device_check.check(world)
     start = _start(job, world, resume)
-    _open_folder(job, world)
+    world.barrier()  # no rank may look for metrics.jsonl once another has started writing it
+    if world.rank == 0:
+        _on_folder(start, partial(_open_folder, job))
     control = control or ControlChannel(None)
     timeline = _timeline(job, world, start, control.resumed_at)
     run = build(job, world, start=start, timeline=timeline)
     world.barrier()  # a rank that refuses the spec never arrives
     if world.rank == 0:
-        accept(path)
+        _on_folder(start, partial(accept, path))
     try:
         # Not earlier: a rank that waits for others in a library must end at the first signal.
         with Interrupt().watching() as interrupt, _parking(job, world, control), run.console:
@@ -128,10 +134,16 @@ def _timeline(job: JobSpec, world: World, start: Start, resumed_at: float | None
     return Timeline(Path(job.output), rank=world.rank, began=began, restart=start == "restart", fresh=start == "fresh")
 
 
-def _open_folder(job: JobSpec, world: World) -> None:
-    world.barrier()  # no rank may look for metrics.jsonl once another has started writing it
-    if world.rank != 0:
+def _on_folder(start: Start, work: Callable[[], None]) -> None:
+    """Do what a start needs of the run folder. A restart goes on without it: an earlier one has done the same."""
+    if start != "restart":
+        work()
         return
+    with contextlib.suppress(OutputError):
+        within(work, FOLDER_PATIENCE_S)
+
+
+def _open_folder(job: JobSpec) -> None:
     folder = Path(job.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)

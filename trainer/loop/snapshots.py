@@ -156,11 +156,11 @@ class Snapshots(MemoryTier):
             run.metrics.event(events.SnapshotFailed(step=step, reason=error))
             run.console.warn(f"no snapshot: {error}; training continues")
             if self._rank and self.checkpointer.copy_error is not None:
-                events.append(folder, events.SnapshotFailed(step=step, reason=f"rank {self._rank}: {error}"))
+                events.record(folder, events.SnapshotFailed(step=step, reason=f"rank {self._rank}: {error}"))
         self._reported = error
         if slow is not None and not self._slow:
             self._slow = True
-            events.append(folder, events.SnapshotUnlocked(step=step, rank=self._rank, reason=slow))
+            events.record(folder, events.SnapshotUnlocked(step=step, rank=self._rank, reason=slow))
 
     def hand_over(self, run: Run) -> bool:
         """Have the last completed step committed on all nodes, whether or not a snapshot of it was due."""

@@ -8,11 +8,14 @@ import contextlib
 import re
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar, Union
 
 import msgspec
 
+from keepwarm import side_writer
+from keepwarm.beside import beside
 from keepwarm.side_writer import SideWriter
 from keepwarm.trainer.job.position import START, Position
 from keepwarm.trainer.job.run_folder import RunFolder
@@ -350,13 +353,26 @@ class EventLog:
         return [event for event in self.events if isinstance(event, kinds)]
 
 
+def now(event: Event) -> Event:
+    """Return an event with the current time."""
+    return msgspec.structs.replace(event, time=time.time())
+
+
+def record(folder: Path, event: Event) -> None:
+    """Append an event with the current time, beside the work of this process: see `keepwarm.beside`."""
+    with side_writer.attempt(RunFolder(folder).events_file.name):
+        beside().do(partial(append, folder, now(event)))
+
+
 def append(folder: Path, event: Event) -> None:
-    """Append one line to the log of a run folder, with the current time; one that cannot be written is dropped.
+    """Append one line to the log of a run folder, with the current time unless the event has one.
+
+    One that cannot be written is dropped.
 
     Each line is a single write: lines of several processes do not mix on a local or a POSIX shared file system.
     """
     writer = SideWriter(RunFolder(folder).events_file)
-    writer.write(msgspec.json.encode(msgspec.structs.replace(event, time=time.time())))
+    writer.write(msgspec.json.encode(event if event.time else now(event)))
     writer.close()
 
 

@@ -10,14 +10,16 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
 from keepwarm import side_writer
+from keepwarm.beside import beside
 from keepwarm.files import READABLE, atomic_write
 from keepwarm.side_writer import SideWriter
 from keepwarm.trainer.job.run_folder import RunFolder
@@ -81,7 +83,8 @@ class Timeline:
     def __init__(self, folder: Path, *, rank: int, began: float, restart: bool, fresh: bool) -> None:
         """`began`: start time of this process; `fresh`: discard the records of an earlier run in the folder."""
         # A frozen process that resumes and its successor write to the same file: lines must not mix.
-        self._file = SideWriter(RunFolder(folder).timeline_file, fresh=fresh) if rank == 0 else None
+        path = RunFolder(folder).timeline_file
+        self._name, self._file = path.name, SideWriter(path, fresh=fresh) if rank == 0 else None
         self._session = time.time_ns()
         self._start: float | None = began
         if restart:
@@ -110,7 +113,7 @@ class Timeline:
         if ended:
             self._write("end", step=step)
         if self._file is not None:
-            self._file.close()
+            self._beside(self._file.close)
             self._file = None
 
     def _write_start(self, *, restart: bool) -> None:
@@ -121,7 +124,11 @@ class Timeline:
     def _write(self, mark: Any, *, at: float | None = None, **values: Any) -> None:
         if self._file is not None:
             line = Mark(time=time.time() if at is None else at, mark=mark, session=self._session, **values)
-            self._file.write(msgspec.json.encode(line))
+            self._beside(partial(self._file.write, msgspec.json.encode(line)))
+
+    def _beside(self, work: Callable[[], object]) -> None:
+        with side_writer.attempt(self._name):
+            beside().do(work)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,7 @@ class SinkContext:
 
 
 class MetricSink(Component):
-    """Base of all metric sinks. Used on rank 0 only, from the training thread: every call delays the step.
+    """Base of all metric sinks. Used on rank 0 only, from one thread: a call delays the step, for two seconds at most.
 
     An exception does not stop training: the first one of a sink is reported as a warning and the event `sink_failed`,
     and the sink is called again at the next step.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from keepwarm import side_writer
+from keepwarm.beside import beside
 from keepwarm.options import parse_options
 from keepwarm.side_writer import SideWriter
 from keepwarm.trainer.errors import SpecError, TrainerError
@@ -24,10 +25,13 @@ class JsonLines(MetricSink):
 
     def __init__(self, options: None, context: SinkContext) -> None:
         self._run, self._repeated = RunFolder(context.folder), context.resume_step
-        if context.resume_step is not None:
-            with side_writer.attempt(self._run.metrics_file.name):
-                self._run.drop_metrics_after(context.resume_step)
         self._file = SideWriter(self._run.metrics_file)
+
+    def begin(self) -> None:
+        """Drop the lines of steps that are done again."""
+        if self._repeated is not None:
+            with side_writer.attempt(self._run.metrics_file.name):
+                self._run.drop_metrics_after(self._repeated)
 
     def step(self, metrics: StepMetrics) -> None:
         unknown = {key: None for key, value in metrics.scalars().items() if not math.isfinite(value)}
@@ -63,29 +67,31 @@ class Metrics:
         if not self._active:
             return
         context = SinkContext(folder=folder, run=name, resume_step=resume_step)
-        self._sinks["jsonl"] = JsonLines(None, context)
+        lines = JsonLines(None, context)
+        self._attempt("jsonl", lines.begin)
+        self._sinks["jsonl"] = lines
         for sink, options in spec.chosen.items():
             self._attempt(sink, partial(self._open, sink, options, context), fatal=(TrainerError,))
 
     def step(self, metrics: StepMetrics) -> None:
         """Record one step."""
-        for name, sink in self._sinks.items():
+        for name, sink in list(self._sinks.items()):  # one may still be opened
             self._attempt(name, partial(sink.step, metrics))
         self._record_failures()
 
     def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
         """Record the validation loss of every domain after `step` completed steps."""
-        for name, sink in self._sinks.items():
+        for name, sink in list(self._sinks.items()):
             self._attempt(name, partial(sink.evaluation, step, losses))
 
     def event(self, event: Event) -> None:
         """Record an event with the current time."""
         if self._active:
-            events.append(self._folder, event)
+            events.record(self._folder, event)
 
     def close(self) -> None:
         """Flush and close every sink; record what was lost."""
-        for name, sink in self._sinks.items():
+        for name, sink in list(self._sinks.items()):
             self._attempt(name, sink.close)
         self._sinks.clear()
         self._record_failures()
@@ -100,9 +106,9 @@ class Metrics:
         self._sinks[name] = component(parse_options(component, options), context)
 
     def _attempt(self, name: str, write: Callable[[], None], *, fatal: tuple[type[Exception], ...] = ()) -> None:
-        """Perform a write that training does not depend on; raise errors of the kinds in `fatal` alone."""
+        """Perform a write that training does not depend on, nor wait for long; raise errors of the kinds in `fatal`."""
         try:
-            write()
+            beside().do(write)
         except fatal:
             raise
         except Exception as error:

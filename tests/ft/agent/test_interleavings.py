@@ -12,7 +12,7 @@ from keepwarm.ft.agent import recovery_election, repair
 from keepwarm.ft.agent.outbox import Outbox
 from keepwarm.ft.agent.workpool import WorkPool
 from keepwarm.ft.protocol import events
-from keepwarm.ft.protocol.messages import Decision, Decode, Fetch, Inventory, Part, Read, SnapshotId
+from keepwarm.ft.protocol.messages import Chosen, Decode, Fetch, Inventory, Part, Proposal, Read, SnapshotId, Vote
 from keepwarm.ft.protocol.state import Mode
 from keepwarm.ft.transport.link import Link
 from tests.support.ft.team import LAYOUT, Team, team
@@ -47,14 +47,14 @@ def test_decoder_rebuilds_data_and_parity_of_one_stripe(tmp_path: Path) -> None:
     with team(tmp_path, 4, 2) as world:
         replace(world, 0, 1)
         world.recover(2)
-        choice = world.agents[2].registry.choice(world.agents[2].state.epoch)
+        choice = world.agents[2].election.choice
         assert choice is not None
         places = [(decoder, order.stripe) for decoder, order in choice.orders]
         assert len(places) > len(set(places)), "the plan has no decoder with two orders for a stripe"
         world.check(2)
 
 
-@pytest.mark.parametrize("lost", [Part, Fetch, Decode, Decision, Inventory])
+@pytest.mark.parametrize("lost", [Part, Fetch, Decode, Chosen, Proposal, Vote, Inventory])
 def test_recovery_link_broken_once_on_each_side_completes(
     tmp_path: Path, lost: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,7 +82,7 @@ def test_recovery_parts_before_decision_are_accepted(tmp_path: Path, monkeypatch
     with team(tmp_path, 3, 1) as world:
         replace(world, 2)
         monkeypatch.setattr(recovery_election, "SETTLE_POLL_INTERVAL_S", 1e6)
-        on_send(monkeypatch, lambda link, message: isinstance(message, Decision) and link.slot == 2)
+        on_send(monkeypatch, lambda link, message: isinstance(message, Chosen) and link.slot == 2)
         for agent in world.agents.values():
             agent.election._next_look = 0.0
         world.recover(2)
@@ -113,6 +113,7 @@ def test_recovery_elected_agent_dies_after_choice_next_epoch_decides(
         world.kill(0)
         world.until(lambda: world.recovered(2), "the others")
         world.check(2)
+        world.until(lambda: world.agents[1].registry.choice(2), "its file")
         first = world.agents[1].registry.choice(2)
         assert first is not None
         assert any(decoder == 0 or 0 in order.sources for decoder, order in first.orders)

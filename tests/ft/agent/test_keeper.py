@@ -140,7 +140,7 @@ def test_agent_died_and_chunk_rotted_meanwhile_is_decoded(tmp_path: Path) -> Non
         world.start(1)
         world.recover(9)
         world.check(2)
-        choice = world.agents[0].registry.choice(9)
+        choice = world.agents[0].election.choice
         assert choice is not None
         assert [order.targets for _, order in choice.orders] == [(1,)]
 
@@ -156,7 +156,7 @@ def test_agent_that_died_in_an_undecided_epoch_still_takes_part_in_it(tmp_path: 
         world.until(lambda: 1 in world.agents[0].network.links, "its link")
         world.paused = set()
         world.until(lambda: world.recovered(9), "the choice")
-        choice = world.agents[0].registry.choice(9)
+        choice = world.agents[0].election.choice
         assert choice is not None
         assert choice.decision.incarnations[1] == world.agents[1].state.incarnation
         assert world.agents[0].state.epoch == 9
@@ -287,11 +287,9 @@ def test_agents_die_at_every_record_of_a_snapshot_and_keep_what_was_committed(
                 chosen = world.chosen()
                 assert chosen in (step - 1, step)
                 world.check(chosen)
-                choice, group = (
-                    world.agents[0].registry.choice(world.agents[0].state.epoch),
-                    world.agents[0].state.group,
-                )
+                choice, group = world.agents[0].election.choice, world.agents[0].state.group
                 assert choice is not None
+                assert choice.decision.epoch == world.agents[0].state.epoch
                 for _, order in choice.orders:
                     assert chosen == step, "what was committed is whole"
                     assert set(order.targets) <= set(group.parities(order.stripe)), "no data is lost"

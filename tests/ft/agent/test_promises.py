@@ -16,7 +16,7 @@ from keepwarm.ft.agent.status import status
 from keepwarm.ft.codec.reed_solomon import Codec, ParityRow
 from keepwarm.ft.memory.shared_memory import bucket_sums
 from keepwarm.ft.protocol import events
-from keepwarm.ft.protocol.messages import Decision, Decode, Inventory, Known, Part, Read, SnapshotId, Stored
+from keepwarm.ft.protocol.messages import Decision, Decode, Known, Part, Read, SnapshotId, Stored, Vote
 from keepwarm.ft.protocol.state import Mode, Phase
 from keepwarm.ft.transport.link import Link
 from keepwarm.ft.worker.snapshotter import SnapshotOptions
@@ -204,8 +204,10 @@ def test_choice_of_nothing_frees_nothing_before_workers_have_gone_on(tmp_path: P
 
 
 def test_choice_that_cannot_be_written_is_tried_again(tmp_path: Path) -> None:
-    """The shared folder is out of reach for a while: every agent lives on, with what it holds."""
-    with team(tmp_path, 3, 1) as world:
+    """Fewer than a majority are left, and the shared folder is out of reach: they live on, with what they hold."""
+    with team(tmp_path, 4, 2, inventory_deadline=1.0) as world:
+        for slot in (2, 3):
+            world.kill(slot)
         folder, away = tmp_path / "shared" / "agents", tmp_path / "shared" / "away"
         folder.rename(away)
         folder.touch()
@@ -298,13 +300,13 @@ def test_agents_of_different_snapshots_agree_after_an_epoch_during_training(
 
         def send(link: Link, message: Any, *rest: Any, **more: Any) -> None:
             original(link, message, *rest, **more)
-            if isinstance(message, Inventory) and message.slot == 1:
+            if isinstance(message, Vote) and link.mine.slot == 1:
                 told.append(link)
 
         with monkeypatch.context() as listening:
             listening.setattr(Link, "send", send)
             world.begin(2)
-            world.until(lambda: told and not told[0].channel.pending, "the inventory of the other", 30.0)
+            world.until(lambda: told and not told[0].channel.pending, "the vote of the other", 30.0)
         world.paused = {1}  # before the first one has read it
         world.until(lambda: first.state.mode is Mode.ACTIVE, "the choice", 30.0)
         world.paused.clear()
@@ -405,7 +407,7 @@ def test_wrong_parity_without_others_is_excluded_and_disk_is_used(
         epoch = max(agent.state.epoch for agent in world.agents.values())
         assert epoch <= 4
         assert all(agent.state.decided is None for agent in world.agents.values())
-        reason = world.agents[slot].registry.reason(epoch)
+        reason = world.agents[slot].shared.reason(epoch)
         assert f"stripe {stripe} of group 0 does not decode to what was written" in reason
         world.take(4)
 

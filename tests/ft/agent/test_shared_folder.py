@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,8 +17,8 @@ import pytest
 from keepwarm import side_writer
 from keepwarm.ft.agent.log import Journal
 from keepwarm.ft.discovery.config import AgentConfig, DurableConfig
-from keepwarm.ft.discovery.registry import KEPT_EPOCHS, TEMPLATE_FILE, Choice, Registry
-from keepwarm.ft.protocol.messages import Decision, SnapshotId
+from keepwarm.ft.discovery.registry import KEPT_EPOCHS, TEMPLATE_FILE, Registry
+from keepwarm.ft.protocol.messages import Choice, Decision, SnapshotId
 from keepwarm.ft.worker import client
 from tests.support.faulty.io_faults import Fault, library
 from tests.support.ft.nodes import Nodes, nodes, random_state, together, wait_committed
@@ -49,30 +48,17 @@ def alive(world: Nodes) -> bool:
     return all(psutil.Process(pid).status() != "zombie" for pid in world.pids.values())
 
 
-def test_agents_survive_a_full_folder_and_restore_once_it_has_room(tmp_path: Path) -> None:
+def test_agents_restore_while_the_folder_is_full(tmp_path: Path) -> None:
     with nodes(tmp_path, 3, groups=[((0, 1, 2), 1)]) as world:
-        snapshotters = world.snapshotters([random_state(rank, 3) for rank in range(3)])
-        together(lambda each: each.restore(1), snapshotters)
-        for each in snapshotters:
-            each.offer(5, b"meta")
-        for each in snapshotters:
-            each.join()
-            wait_committed(each)
+        committed_once(world, 3, 5)
         for client in world.clients:
             client.close()
         fresh = world.snapshotters([random_state(rank, 3, seed=9) for rank in range(3)])
-        found: list[Any] = []
-        starting = threading.Thread(target=lambda: found.extend(together(lambda each: each.restore(2), fresh)))
         with nothing_can_be_written(list(world.pids.values())):
-            starting.start()
-            wait_for(lambda: all(world.status(slot).epoch == 2 for slot in range(3)))
-            refused = time.monotonic() + 3.0  # about ten attempts to write the choice
-            wait_for(lambda: time.monotonic() > refused or found)
+            found = together(lambda each: each.restore(2), fresh)
+            assert [each.step for each in found] == [5, 5, 5]
             assert alive(world)
-            assert [world.status(slot).committed for slot in range(3)] == [(1, 5)] * 3
-        starting.join(60)
-        assert [each.step for each in found] == [5, 5, 5]
-        assert alive(world)
+        wait_for(lambda: Registry(tmp_path / "shared").choice(2) is not None)
 
 
 def in_calls_that_hang(log: Path) -> set[str]:
@@ -80,7 +66,7 @@ def in_calls_that_hang(log: Path) -> set[str]:
     return {line.split()[0] for line in log.read_text().splitlines()} if log.exists() else set()
 
 
-def test_folder_that_hangs_stops_neither_signs_of_life_nor_commits_nor_status(
+def test_folder_that_hangs_stops_neither_signs_of_life_nor_commits_nor_restores_nor_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every access of the agents hangs for longer than they wait for a silent peer, also while an epoch begins."""
@@ -110,18 +96,10 @@ def test_folder_that_hangs_stops_neither_signs_of_life_nor_commits_nor_status(
         for client in world.clients:
             client.close()
         fresh = world.snapshotters([random_state(rank, 3, seed=9) for rank in range(3)])
-        found: list[Any] = []
         epoch = max(world.status(slot).epoch for slot in range(3)) + 1
-        starting = threading.Thread(target=lambda: found.extend(together(lambda each: each.restore(epoch), fresh)))
-        starting.start()
-        wait_for(lambda: all(world.status(slot).epoch == epoch for slot in range(3)))
-        patience = time.monotonic() + 2.0
-        wait_for(lambda: time.monotonic() > patience or found)
-        assert [world.status(slot).committed for slot in range(3)] == [(epoch - 1, step)] * 3
-        assert not found
-        hold.unlink()
-        starting.join(60)
+        found = together(lambda each: each.restore(epoch), fresh)
         assert [each.step for each in found] == [step, step, step]
+        hold.unlink()
         wait_for(lambda: all("decided" in world.log(slot) for slot in range(3)))
         assert not any("lost a peer" in world.log(slot) for slot in range(3))
     finally:

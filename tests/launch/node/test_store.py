@@ -11,13 +11,14 @@ from typing import Any
 import msgspec
 import pytest
 
+from keepwarm.files import within
 from keepwarm.launch.node import record as node_record
 from keepwarm.launch.node import slot_table
 from keepwarm.launch.node.connections import Dialled, Server, ask, run_secret
 from keepwarm.launch.node.heartbeat import HEARTBEAT, MOVED, Heartbeat
 from keepwarm.launch.node.membership import ChangeRefused, Membership
 from keepwarm.launch.node.peers import PeerListener, stand_of
-from keepwarm.launch.node.record import SideWrites, StoreRecord, within
+from keepwarm.launch.node.record import SideWrites, StoreRecord
 from keepwarm.launch.node.shared_table import (
     Answer,
     Arrive,

@@ -1,8 +1,8 @@
 /* Makes calls on chosen files fail: LD_PRELOAD of a whole run. Settings are read at every call, from the environment.
 
    IO_FAULT_PATH   glob of the whole path, as *@(one|other); `*` matches slashes too; without it nothing fails
-   IO_FAULT_CALLS  which calls, of: open write sync rename truncate mkdir, and read: opening to read, files or folders;
-                   comma-separated
+   IO_FAULT_CALLS  which calls, of: open write sync rename truncate mkdir, read: opening to read, files or folders, and
+                   stat: asking for a file and removing or linking it; comma-separated
    IO_FAULT_KIND   an errno; "short": one write takes half of its bytes, later ones nothing (ENOSPC); "slow": 20 ms more;
                    "hang": nothing until the file IO_FAULT_HOLD is gone
    IO_FAULT_FIRST  the first of the matching calls of this process that fails, from 1
@@ -71,7 +71,7 @@ static int fault_of(const char *call, int descriptor) {
     if (!getenv("IO_FAULT_PATH")) return 0;
     char link[64], path[PATH_MAX];
     snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
-    ssize_t length = readlink(link, path, sizeof path - 1);
+    ssize_t length = syscall(SYS_readlinkat, AT_FDCWD, link, path, sizeof path - 1);
     if (length < 0) return 0;
     path[length] = 0;
     return fault(call, path);
@@ -85,7 +85,7 @@ static int fault_at(const char *call, int folder, const char *name) {
             if (!getcwd(base, sizeof base)) return 0;
         } else {
             snprintf(link, sizeof link, "/proc/self/fd/%d", folder);
-            ssize_t length = readlink(link, base, sizeof base - 1);
+            ssize_t length = syscall(SYS_readlinkat, AT_FDCWD, link, base, sizeof base - 1);
             base[length < 0 ? 0 : length] = 0;
         }
         snprintf(path, sizeof path, "%s/%s", base, name);
@@ -203,3 +203,22 @@ DIR *opendir(const char *path) {
     }
     return REAL(opendir)(path);
 }
+
+#define ASKS(result, name, parameters, folder, path, arguments) \
+    result name parameters {                                    \
+        FAIL_IF(fault_at("stat", folder, path));                \
+        return REAL(name) arguments;                            \
+    }
+
+ASKS(int, stat, (const char *path, struct stat *found), AT_FDCWD, path, (path, found))
+ASKS(int, stat64, (const char *path, struct stat64 *found), AT_FDCWD, path, (path, found))
+ASKS(int, lstat, (const char *path, struct stat *found), AT_FDCWD, path, (path, found))
+ASKS(int, lstat64, (const char *path, struct stat64 *found), AT_FDCWD, path, (path, found))
+ASKS(int, fstatat, (int folder, const char *path, struct stat *found, int flags), folder, path,
+     (folder, path, found, flags))
+ASKS(int, fstatat64, (int folder, const char *path, struct stat64 *found, int flags), folder, path,
+     (folder, path, found, flags))
+ASKS(int, unlink, (const char *path), AT_FDCWD, path, (path))
+ASKS(int, unlinkat, (int folder, const char *path, int flags), folder, path, (folder, path, flags))
+ASKS(int, link, (const char *from, const char *to), AT_FDCWD, to, (from, to))
+ASKS(ssize_t, readlink, (const char *path, char *to, size_t size), AT_FDCWD, path, (path, to, size))
