@@ -48,6 +48,7 @@ from keepwarm.ft.discovery.shared_folder import SharedFolder
 from keepwarm.ft.errors import AgentError, FtError, MemoryTooSmall
 from keepwarm.ft.keeper import DATA_FILES, DEFECT, FILES, PARITY_FILES, AgentExit
 from keepwarm.ft.memory.buffers import Memory, Shape
+from keepwarm.ft.memory.cpus import unbind
 from keepwarm.ft.memory.records import Records
 from keepwarm.ft.memory.shared_memory import Holder
 from keepwarm.ft.protocol import events, kept_memory
@@ -434,6 +435,7 @@ def _event(worker: int, message: Wire) -> events.Event | None:
 
 def main(arguments: list[str]) -> int:
     protect_streams()
+    unbind()
     if len(arguments) != 2:
         print("usage: python -P -m keepwarm.ft.keeper CONFIG.json, which runs the agent", file=sys.stderr)
         return AgentExit.BAD_CONFIG

@@ -6,7 +6,6 @@ the pieces. Data-parallel replicas divide identical data among themselves, so ea
 
 import contextlib
 import mmap
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +28,7 @@ from keepwarm.ft.errors import (
     PageLockFailed,
 )
 from keepwarm.ft.format.contents import ITEM_SIZE, META_BYTES, Contents, Move, Piece, encode_contents, move_bytes
+from keepwarm.ft.memory.cpus import unbound_cpus
 from keepwarm.ft.memory.shared_memory import SharedBuffer
 from keepwarm.ft.protocol.messages import Refused, SnapshotId
 from keepwarm.ft.worker.client import AgentClient
@@ -396,7 +396,7 @@ class Snapshotter:
 
     def _threads(self) -> ThreadPoolExecutor:
         """Return a thread pool sized to this worker's share of the cores."""
-        return ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // self.place.workers), "restore")
+        return ThreadPoolExecutor(max(1, len(unbound_cpus()) // self.place.workers), "restore")
 
     def _sorted(self, moves: Moves, source: Reader) -> tuple[list[tuple[int, Bytes]], Moves]:
         """Split the moves into (start, target) copies from this node's buffer straight into shards, and the rest."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ruamel.yaml import YAML
 
+from keepwarm.launch.plan import rank_cpus
 from keepwarm.launch.plan.plan import Plan, sampled_steps
 from keepwarm.text import counted
 from keepwarm.trainer.data.spec import ReplaySpec
@@ -20,7 +21,8 @@ _EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 def print_plan(plan: Plan, *, spec: bool = False) -> None:
     """Print a plan to stdout, with `spec` the resolved spec after it."""
-    parts = [_layout(plan), _memory(plan), _stages(plan), _curve(plan), *([_site(plan)] if plan.site else [])]
+    cpus = rank_cpus.lines(plan.job, rank_cpus.of_this_machine(plan.job))
+    parts = [_layout(plan), cpus, _memory(plan), _stages(plan), _curve(plan), *([_site(plan)] if plan.site else [])]
     print("\n\n".join("\n".join(part) for part in parts))
     if spec:
         print(f"\n# {plan.job.name}: the resolved spec")

@@ -125,6 +125,13 @@ def look(request: Request, rank: int, local_rank: int, restarts: int) -> Seen:
     return Seen(rank=rank, host=host, visible=visible, card=where, restarts=restarts)
 
 
+def pci_address(device: torch.device) -> str:
+    """Return the PCI address of a GPU, such as `0000:19:00.0`; one that no device has if torch does not know it."""
+    known = torch.cuda.get_device_properties(device)
+    domain, bus, slot = (getattr(known, f"pci_{part}_id", 0) for part in ("domain", "bus", "device"))
+    return f"{domain:04x}:{bus:02x}:{slot:02x}.0"
+
+
 def agree(store: Store | None, request: Request, mine: Seen, size: int, deadline: timedelta) -> Kind:
     """Return the kind of device that all ranks take. Collective, through the store alone; a rank alone has none.
 

@@ -186,6 +186,9 @@ class ClusterSpec(BatchSections):
         description="cuda: refuse to start without a GPU for every rank, as gpus_per_node of a batch system implies; "
         "auto: cuda if all ranks see a GPU, cpu if none does",
     )
+    numa: Literal["auto", "off"] = Field(
+        "auto", description="auto: bind each rank on a GPU to the CPUs of the GPU's NUMA node; off: bind nothing"
+    )
     gpu_memory: float = Field(
         80.0,
         gt=0,

@@ -13,7 +13,8 @@ import torch
 from keepwarm import side_writer
 from keepwarm.files import within
 from keepwarm.trainer.distributed import device_check, nccl
-from keepwarm.trainer.distributed.device import Request
+from keepwarm.trainer.distributed.affinity import bind_near
+from keepwarm.trainer.distributed.device import Request, pci_address
 from keepwarm.trainer.distributed.in_process_restart import ControlChannel, RestartRequested
 from keepwarm.trainer.distributed.world import World, join
 from keepwarm.trainer.errors import OutputError, TrainingStopped
@@ -53,6 +54,8 @@ def run_session(path: Path, overrides: Sequence[str], *, resume: bool, control: 
         if gpu:
             nccl.configure(in_process=job.cluster.in_process == "on")
     world = join(job.layout.world_size, job.numerics, request)
+    if world.device.type == "cuda" and job.cluster.numa == "auto":
+        bind_near(pci_address(world.device), job.numerics.threads_per_rank)
     if world.device.type != "cpu":
         last_words.leave(last_words.OnGpu())
         device_check.check(world)
