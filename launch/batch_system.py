@@ -6,6 +6,7 @@ example.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -98,6 +99,12 @@ class BatchSystem(ABC):
     """Whether the submitting machine sees the job's data and output."""
     has_chains: ClassVar[bool] = False
     has_arrays: ClassVar[bool] = False
+
+    def completed(self, jobs: Sequence[JobSpec], *, dry_run: bool) -> list[JobSpec]:
+        """Return jobs that are submitted together with the options that they leave to the batch system, the source of
+        each in `cluster.sources`. With `dry_run`, an absent batch system leaves them as they are.
+        """
+        return list(jobs)
 
     @abstractmethod
     def check(self, request: Request, *, dry_run: bool) -> list[str]:

@@ -1,9 +1,12 @@
 """`keepwarm submit`: submit a job file to a batch system."""
 
+import json
 import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 from rich.console import Console
@@ -56,6 +59,7 @@ def submit_run(path: Path, overrides: Sequence[str], options: SubmitOptions) -> 
     system = batch_system(options.backend)
     resume = options.mode == "resume"
     job = continued(path, overrides, console) if resume else new_job(path, overrides, options.mode)
+    (job,) = completed(system, [job], console, dry_run=options.dry_run)
     request = Request(job=job, folder=Path(job.output), mode=options.mode, chain=options.chain, probe=options.probe)
     admit(system, request, console, dry_run=options.dry_run)
     if options.dry_run:
@@ -92,6 +96,21 @@ def submit_run(path: Path, overrides: Sequence[str], options: SubmitOptions) -> 
 def messages() -> Console:
     """Return the console for messages to the user, separate from a command's result on stdout."""
     return Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+
+def completed(system: BatchSystem, jobs: Sequence[JobSpec], console: Console, *, dry_run: bool) -> list[JobSpec]:
+    """Return jobs that are submitted together with what they leave to the batch system; print what the first one gets.
+
+    Raises ClusterError.
+    """
+    done = system.completed(jobs, dry_run=dry_run)
+    before, after = (each[0].cluster for each in (jobs, done))
+    values = after.model_dump(mode="json")
+    for key, source in (after.sources or {}).items():
+        if source != (before.sources or {}).get(key):
+            value = reduce(getitem, key.split("."), values)
+            console.print(f"keepwarm: cluster.{key} = {json.dumps(value)}: {source}")
+    return done
 
 
 def admit(

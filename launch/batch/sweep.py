@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from keepwarm.launch.batch.runs import FINISHED, runs_in
-from keepwarm.launch.batch.submit import SubmitOptions, admit, messages, submit_run
+from keepwarm.launch.batch.submit import SubmitOptions, admit, completed, messages, submit_run
 from keepwarm.launch.batch.sweep_folder import TABLE, runs_of
 from keepwarm.launch.batch_system import Array, BatchSystem, Request, batch_system
 from keepwarm.launch.local.train import job_file
@@ -57,6 +57,7 @@ def submit_sweep(path: Path, overrides: Sequence[str], options: SubmitOptions) -
     base = load_job(job_file(path), overrides)
     values = combinations(options.sweep)
     jobs = [_member(path, overrides, base, number, each) for number, each in enumerate(values)]
+    jobs = completed(system, jobs, console, dry_run=options.dry_run)
     array = Array(members=len(jobs), max_parallel=options.max_parallel)
     request = Request(job=_named(jobs[0], base.name), folder=Path(base.output), array=array, probe=options.probe)
     admit(system, request, console, dry_run=options.dry_run, others=jobs[1:])

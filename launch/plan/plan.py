@@ -6,6 +6,7 @@ from operator import getitem
 from typing import TYPE_CHECKING, Any
 
 from keepwarm.ft.groups import groups_of
+from keepwarm.launch.plan.placement import Placement, expected, is_placed
 from keepwarm.parallel.memory import RankEstimate
 from keepwarm.parallel.mesh.axes import Coordinates
 from keepwarm.parallel.mesh.layout import Layout, split_layers, stages_of
@@ -110,6 +111,15 @@ class Plan:
         return tuple(Plan(job) for job in layouts(self.job).values() if job is not self.job)
 
     @cached_property
+    def placement(self) -> Placement | None:
+        """Return which nodes take which slots if the job gets the first ones that it names; None if any may take any.
+
+        Raises:
+            PlacementError: the code does not fit the number of nodes.
+        """
+        return expected(self.job) if is_placed(self.job) and self.job.cluster.slurm.domain_of_node else None
+
+    @cached_property
     def site(self) -> dict[str, dict[str, Any]]:
         """Return the value and the site file of every key that the job takes from one."""
         cluster = self.job.cluster.model_dump(mode="json")
@@ -163,6 +173,7 @@ class Plan:
                 for pipeline, estimate in enumerate(self.estimates)
             ],
             "host_memory": None if (host := self.host_memory) is None else {**asdict(host), "total": host.total},
+            "placement": None if (placed := self.placement) is None else placed.data(),
             "smaller": [
                 {
                     "nodes": one.layout.nodes,

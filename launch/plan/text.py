@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from ruamel.yaml import YAML
 
 from keepwarm.launch.plan import rank_cpus
+from keepwarm.launch.plan.placement import is_placed
 from keepwarm.launch.plan.plan import Plan, sampled_steps
 from keepwarm.text import counted
 from keepwarm.trainer.data.spec import ReplaySpec
@@ -93,7 +94,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _site(plan: Plan) -> list[str]:
     rows = [[key, json.dumps(each["value"]), each["source"]] for key, each in plan.site.items()]
-    return ["defaults of the site, which the job does not set:", *table(("key", "value", "site file"), rows)]
+    return ["taken from the site, as the job does not set it:", *table(("key", "value", "source"), rows)]
 
 
 def _layout(plan: Plan) -> list[str]:
@@ -134,6 +135,7 @@ def _memory(plan: Plan) -> list[str]:
         *table(("pipeline", "parameters", "weights", "gradients", "optimizer", "activations", "memory"), rows),
         *_decided(plan),
         *_host_memory(plan),
+        *_placement(plan),
         *_smaller(plan),
     ]
 
@@ -172,6 +174,14 @@ def _host_memory(plan: Plan) -> list[str]:
     }
     shown = ", ".join(f"{name} {size(value)}" for name, value in parts.items() if value)
     return ["", f"snapshots: {size(host.total)} of each node's host memory: {shown}"]
+
+
+def _placement(plan: Plan) -> list[str]:
+    if plan.placement is not None:
+        return ["", "failure domains, if the job gets the first of the nodes that it names:", *plan.placement.lines]
+    if is_placed(plan.job):
+        return ["", "failure domains: the cluster's switches, known when the job starts; its log shows the placement"]
+    return []
 
 
 def _smaller(plan: Plan) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from keepwarm.launch.errors import ClusterError
 from keepwarm.launch.run.node_check import MARK
-from keepwarm.launch.slurm import commands
+from keepwarm.launch.slurm import commands, cpus, domains
 from keepwarm.launch.slurm.script import cpus_per_rank, environment_lines, in_container, interpreter, options
 from keepwarm.trainer.job.spec import JobSpec
 
@@ -23,6 +23,36 @@ _PLACE = ("--partition", "--account", "--qos", "--reservation", "--constraint", 
 _HELD = ("--hold", "-H")
 
 
+def completed(jobs: Sequence[JobSpec], *, dry_run: bool) -> list[JobSpec]:
+    """Return the jobs with what they leave to the cluster, and its sources; in a dry run without a cluster as they are.
+
+    Raises ClusterError.
+    """
+    if all(job.cluster.slurm.cpus_per_rank is not None for job in jobs):
+        return list(jobs)
+    try:
+        offered, offer = commands.nodes(), cpus.ask_offer()
+    except ClusterError:
+        if not dry_run:
+            raise
+        return list(jobs)
+    return [_with_cpus(job, offered, offer) for job in jobs]
+
+
+def _with_cpus(job: JobSpec, offered: Sequence[commands.Node], offer: cpus.Offer) -> JobSpec:
+    cluster = job.cluster
+    if cluster.slurm.cpus_per_rank is not None:
+        return job
+    wanted, excluded = _partitions(job, offered), _excluded(job)
+    nodes = [node for node in offered if node.partition in wanted and node.name not in excluded]
+    count, why = cpus.share(job, nodes, offer)
+    changed = {
+        "slurm": cluster.slurm.model_copy(update={"cpus_per_rank": count}),
+        "sources": {**(cluster.sources or {}), cpus.KEY: why},
+    }
+    return job.model_copy(update={"cluster": cluster.model_copy(update=changed)})
+
+
 def check_offered(job: JobSpec, *, dry_run: bool) -> list[str]:
     """Check as `check_cluster` and return remarks for the user; in a dry run, an absent cluster is a remark."""
     try:
@@ -32,8 +62,10 @@ def check_offered(job: JobSpec, *, dry_run: bool) -> list[str]:
             raise
         return [f"not checked against a cluster: {error}"]
     check_cluster(job, offered, excluded := frozenset(_excluded(job)))
-    why = waits_for(job, [node for node in offered if node.name not in excluded])
-    return [] if why is None else [f"the job will wait: {why}"]
+    left = [node for node in offered if node.name not in excluded]
+    why, wanted = waits_for(job, left), _partitions(job, left)
+    found = [] if why is None else [f"the job will wait: {why}"]
+    return [*found, *domains.remarks(job, [node.name for node in left if node.partition in wanted])]
 
 
 def waits_for(job: JobSpec, offered: Sequence[commands.Node]) -> str | None:
@@ -73,10 +105,10 @@ def check_cluster(job: JobSpec, offered: Sequence[commands.Node], excluded: Coll
         value = asked.gpus_per_node or ",".join(asked.gres)
         raise ClusterError(f"cluster.slurm.{key} = {value}: the nodes of {where} have {gpus or 'none'}")
     _check_notice(job, nodes)
-    cpus, each = max(node.cpus for node in nodes), job.layout.ranks_per_node * cpus_per_rank(job)
-    if each > cpus:
+    most, each = max(node.cpus for node in nodes), job.layout.ranks_per_node * cpus_per_rank(job)
+    if each > most:
         raise ClusterError(
-            f"{job.layout.ranks_per_node} ranks on a node need {each} CPUs, the nodes of {where} have {cpus}; "
+            f"{job.layout.ranks_per_node} ranks on a node need {each} CPUs, the nodes of {where} have {most}; "
             "change cluster.ranks_per_node, cluster.slurm.cpus_per_rank or numerics.threads_per_rank"
         )
     _check_alike(job, [node for node in nodes if node.gpus >= asked.gpus and node.cpus >= each], where)

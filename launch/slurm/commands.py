@@ -229,9 +229,14 @@ def _exit_code(text: str) -> int:
     return 128 + int(signal) if int(signal or 0) else int(code)
 
 
+def settings(line: str) -> dict[str, str]:
+    """Parse one line of `scontrol show ... --oneliner`."""
+    return dict(re.findall(r"(?:^|\s)([A-Za-z]+)=(\S*)", line))
+
+
 def parse_job(line: str) -> Job:
     """Parse one line of `scontrol show job --oneliner`."""
-    values = dict(re.findall(r"(?:^|\s)([A-Za-z]+)=(\S*)", line))
+    values = settings(line)
     return Job(
         id=values["JobId"],
         state=values["JobState"],

@@ -38,15 +38,16 @@ class Ending:
             unfit: those of them that were found unfit, for the log.
             last: the next start only ends the job: one node is enough for it.
         """
-        # This process must last until the job is what it is to be.
+        # This process must last until the job is what it is to be, and its end is recorded.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        # First: whatever follows may be cut short.
-        events.append(self.folder, events.Requeue(slurm_job=self.slurm_job, why=why, excluded=tuple(sorted(unfit))))
         try:
             commands.ask("scontrol", "requeue", self.slurm_job)
         except ClusterError as error:
+            events.append(self.folder, events.RequeueRefused(slurm_job=self.slurm_job, why=str(error)))
             self.say(f"not requeued: {error}; keepwarm submit {quote(str(self.folder))} --resume continues")
             return False
+        # Before anything else: SLURM leaves this process KillWait seconds.
+        events.append(self.folder, events.Requeue(slurm_job=self.slurm_job, why=why, excluded=tuple(sorted(unfit))))
         # Only a job that waits can be changed in these; without accounting, one that has lost a node not at all.
         if last:
             # The limit of tasks first: it implies the nodes.

@@ -12,9 +12,11 @@ from pathlib import Path
 from keepwarm.exit_code import ExitCode
 from keepwarm.ft.format import publication
 from keepwarm.launch.errors import ClusterError
+from keepwarm.launch.plan.placement import is_placed, place_job
 from keepwarm.launch.run.submission import end_is_asked, read_submission
 from keepwarm.launch.slurm import commands, watcher
 from keepwarm.launch.slurm.allocation import Allocation
+from keepwarm.launch.slurm.domains import domain_of_node, place_argument
 from keepwarm.launch.slurm.ending import Ending
 from keepwarm.launch.slurm.script import node_step, rank_step, watch_step
 from keepwarm.launch.slurm.verdict import Outcome, bounded, fruitless_starts, handed_over, verdict
@@ -106,7 +108,25 @@ def next_step(here: Allocation, nodes: list[str], *, resume: bool, begun: bool, 
     if begun and not saved:
         # Everything was lost before anything was saved: the run starts over, and so do its metrics.
         RunFolder(folder).metrics_file.unlink()
-    return node_step(job, folder, nodes, resume=saved, spec=spec)
+    return [*node_step(job, folder, nodes, resume=saved, spec=spec), *_place(here, nodes)]
+
+
+def _place(here: Allocation, nodes: list[str]) -> list[str]:
+    """Return the argument that tells each node its slot, if failure domains decide that; log the placement."""
+    job = here.job
+    if not is_placed(job):
+        return []
+    try:
+        domains = domain_of_node(job.cluster.slurm)
+    except (ClusterError, ValueError) as error:
+        here.say(f"nodes take any slots, as their failure domains are not known: {error}")
+        return []
+    if not domains:
+        return []
+    placement = place_job(job, nodes, domains)
+    for line in placement.lines:
+        here.say(line)
+    return [place_argument(placement.slots)]
 
 
 def _is_finished(here: Allocation) -> bool:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from keepwarm.launch.slurm.domains import PLACE, own_place
 from keepwarm.launch.slurm.watcher import reported
 from keepwarm.trainer.distributed.launcher_environment import first_host, own_address
 from keepwarm.trainer.job.files import load_run
@@ -23,6 +24,7 @@ def supervisor(arguments: list[str], slots: int, environment: Mapping[str, str])
     """Return the arguments of `keepwarm.launch.node.main` for this task."""
     host = own_address(first_host(environment["SLURM_STEP_NODELIST"]))
     node = environment["SLURMD_NODENAME"]
+    arguments = [own_place(one, node) if one.startswith(PLACE) else one for one in arguments]
     return [*arguments, f"--slots={slots}", f"--node={node}", f"--host={host or node}"]
 
 

@@ -43,7 +43,8 @@ def ask_cluster() -> tuple[list[Kind], dict[str, dict[str, str]], dict[str, str]
         ClusterError: there is no cluster here, or it does not answer.
     """
     listed = commands.ask("sinfo", "--noheader", "--exact", _KINDS)
-    partitions = [_settings(line) for line in commands.ask("scontrol", "show", "partition", "--oneliner").splitlines()]
+    listed_partitions = commands.ask("scontrol", "show", "partition", "--oneliner").splitlines()
+    partitions = [commands.settings(line) for line in listed_partitions]
     return (
         kinds_in(listed),
         {each["PartitionName"]: each for each in partitions if "PartitionName" in each},
@@ -92,6 +93,7 @@ def proposal(
         lines += [f"    {line}" for line in _account_lines(partitions.get(chosen, {}), config)]
         lines += [f"    {line}" for line in _resource_lines(own, partitions.get(chosen, {}), config)]
     lines += [f"    {line}" for line in _environment_lines(environment)]
+    lines.append(f"    {_domain_line(config)}")
     return "\n".join(lines) + "\n"
 
 
@@ -154,9 +156,13 @@ def _environment_lines(environment: Mapping[str, str]) -> Iterator[str]:
     yield "# setup: [ulimit -l unlimited]  # shell lines before the start"
 
 
+def _domain_line(config: Mapping[str, str]) -> str:
+    """Return what fails at once: the switches, if SLURM knows them."""
+    plugin = _known(config.get("TopologyPlugin", ""))
+    if plugin.rpartition("/")[2] in ("", "none", "default", "flat"):
+        return "# failure_domains: {rack1: 'node[0-15]', rack2: 'node[16-31]'}  # nodes by what fails at once"
+    return f"# failure_domains: topology  # what fails at once: the switches, as SLURM knows them ({plugin})"
+
+
 def _known(value: str) -> str:
     return "" if value.strip().lower() in _UNSET else value.strip()
-
-
-def _settings(line: str) -> dict[str, str]:
-    return dict(re.findall(r"(?:^|\s)([A-Za-z]+)=(\S*)", line))

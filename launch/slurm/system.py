@@ -1,15 +1,17 @@
 """SLURM batch system."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import keepwarm
 from keepwarm.launch.batch_system import BatchJob, BatchSystem, Phase, Request
 from keepwarm.launch.errors import ClusterError
 from keepwarm.launch.slurm import commands
-from keepwarm.launch.slurm.check import check_offered, probe
+from keepwarm.launch.slurm.check import check_offered, completed, probe
 from keepwarm.launch.slurm.script import CODE, OWN_STEPS, SCRIPT, render
 from keepwarm.trainer.job.cluster import SlurmSpec
+from keepwarm.trainer.job.spec import JobSpec
 
 
 class Slurm(BatchSystem):
@@ -21,6 +23,9 @@ class Slurm(BatchSystem):
     script = SCRIPT
     has_chains = True
     has_arrays = True
+
+    def completed(self, jobs: Sequence[JobSpec], *, dry_run: bool) -> list[JobSpec]:
+        return completed(jobs, dry_run=dry_run)
 
     def check(self, request: Request, *, dry_run: bool) -> list[str]:
         return check_offered(request.job, dry_run=dry_run)

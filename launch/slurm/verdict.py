@@ -78,13 +78,13 @@ def fruitless_starts(log: Sequence[events.Event], slurm_job: str, restarts: int,
         step: the last completed step now.
     """
     starts: dict[int, events.BatchStarted] = {}
-    ends: dict[int, events.BatchEnded | events.Requeue] = {}
+    ends: dict[int, events.BatchEnded | events.Requeue | events.RequeueRefused] = {}
     for event in log:
         if isinstance(event, events.BatchStarted) and event.slurm_job == slurm_job:
             starts[event.requeues] = event
         elif isinstance(event, events.BatchEnded) and event.slurm_job == slurm_job and starts:
             ends[max(starts)] = event
-        elif isinstance(event, events.Requeue) and event.slurm_job == slurm_job and starts:
+        elif isinstance(event, events.Requeue | events.RequeueRefused) and event.slurm_job == slurm_job and starts:
             ends.setdefault(max(starts), event)
     codes = {number: end.code for number, end in ends.items() if isinstance(end, events.BatchEnded)} | {restarts: code}
     reached = [*(start.step for start in starts.values()), step][1:]

@@ -206,3 +206,7 @@ def test_slurm_time_limit_of_a_job_that_may_not_be_requeued_is_a_timeout(cluster
     assert cluster.await_end(job, 300) == "TIMEOUT", words(run)
     step = happened(run, "interrupted")[0]["step"]
     assert (run / "checkpoints" / f"iter_{step:07d}").is_dir()
+    assert happened(run, "requeue") == []
+    (refusal,) = happened(run, "requeue_refused")
+    assert f"not requeued: {refusal['why']}" in words(run)
+    assert shown(cluster, run)["why"] == f"not requeued: {refusal['why']}"

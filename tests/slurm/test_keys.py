@@ -1,6 +1,7 @@
 """What a real sbatch makes of the keys of `cluster.slurm`, and of a site file."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import pytest
 from keepwarm.launch.slurm.script import render
 from keepwarm.trainer.job.files import load_job
 from tests.support.runs.slurm_cluster import DEADLINE, SlurmCluster
+from tests.trainer.job.test_failure_domains import LISTS
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "ci" / "tiny.yaml")
+SLURM = str(ROOT / "configs" / "ci" / "slurm.yaml")
 SMALL = ("stages.0.tokens=1024", "log.tensorboard=false", "evaluation.samples=2")
 
 TWO = ("parallel.pipeline=2", "cluster.ranks_per_node=1")
@@ -46,6 +49,12 @@ def test_sbatch_accepts_what_the_keys_accept(cluster: SlurmCluster, folder: Path
         if done.returncode or "to start at" not in done.stderr:
             refused[key] = done.stderr
     assert refused == {}
+
+
+def test_hostlists_are_expanded_as_scontrol_does(cluster: SlurmCluster) -> None:
+    shown = {text: cluster.login("scontrol", "show", "hostnames", text).stdout.split() for text in LISTS}
+    # scontrol prints a name as often as it is listed.
+    assert {text: list(dict.fromkeys(names)) for text, names in shown.items()} == LISTS
 
 
 def submitted(cluster: SlurmCluster, *arguments: str, **environment: str) -> str:
@@ -87,6 +96,42 @@ def test_job_takes_defaults_of_the_site_and_no_environment_of_the_shell(cluster:
     sources = json.loads((run / "run.json").read_text())["cluster"]["sources"]
     assert sources["slurm.partition"] == str(site)
     assert sources["slurm.mem"] == "job"
+
+
+def test_submit_gives_ranks_the_cpus_of_their_node_unless_the_job_says_how_many(
+    cluster: SlurmCluster, folder: Path
+) -> None:
+    two = ("parallel.data=2", "cluster.ranks_per_node=2", f"output={folder / 'run'}")
+    said = cluster.keepwarm("submit", TINY, *SMALL, *two, "--dry-run")
+    taken = "cluster.slurm.cpus_per_rank = 2: 4 CPUs of a node of partition batch, with 2 ranks on each"
+    assert taken in said.stderr
+    assert "#SBATCH --cpus-per-task=2\n" in said.stdout
+    own = cluster.keepwarm("submit", TINY, *SMALL, *two, "cluster.slurm.cpus_per_rank=1", "--dry-run")
+    assert "cpus_per_rank" not in own.stderr
+    assert "#SBATCH --cpus-per-task=1\n" in own.stdout
+    job = submitted(cluster, *two, "cluster.slurm.extra=[--hold]")
+    assert re.search(r"\bNumCPUs=4\b", cluster.login("scontrol", "show", "job", job).stdout)
+    shown = cluster.keepwarm("plan", str(folder / "run" / "run.json")).stdout
+    assert taken.replace(" = 2: ", " 2 ") in " ".join(shown.split())
+    cluster.login("scancel", job)
+
+
+@pytest.mark.parametrize(
+    ("domains", "remark"),
+    [
+        ("topology", "cluster.slurm.failure_domains = topology: SLURM knows no switches here"),
+        ("{a: 'node[0-1]', b: node3}", "cluster.slurm.failure_domains: no domain has node2: such a node"),
+        ("{a: 'node[0-1]', b: 'node[2-3]'}", ""),
+    ],
+    ids=["topology", "some", "all"],
+)
+def test_submit_says_which_nodes_are_in_no_failure_domain(
+    cluster: SlurmCluster, folder: Path, domains: str, remark: str
+) -> None:
+    asked = (f"cluster.slurm.failure_domains={domains}", f"output={folder / 'run'}")
+    said = cluster.keepwarm("submit", SLURM, "--dry-run", *asked)
+    assert said.returncode == 0, said.stderr
+    assert (remark in said.stderr) if remark else ("failure_domains" not in said.stderr)
 
 
 def test_site_init_proposes_a_file_that_is_valid_and_names_the_partitions(cluster: SlurmCluster, folder: Path) -> None:

@@ -52,6 +52,18 @@ def step_of(run: Path) -> int:
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
 
 
+def store_of(run: Path) -> node_record.StoreRecord:
+    """The store in use."""
+    store = node_record.newest_store(run)
+    assert store is not None
+    return store
+
+
+def store_host(run: Path) -> str:
+    """The node with the store, as the records of nodes and stores name it."""
+    return next(record.node for record in node_record.read_all(run) if record.host == store_of(run).host)
+
+
 def slot_of(run: Path, node: str) -> int | None:
     """The slot of the layout that a node has; None for a spare."""
     return next((record.slot for record in node_record.read_all(run) if record.node == node), None)
@@ -175,6 +187,32 @@ def test_slurm_crashed_node_recovers_from_memory(cluster: SlurmCluster, folder: 
     assert [line["source"] for line in happened(run, "began")] == ["nothing", "memory"]
     assert len(happened(run, "batch_ended")) == 1
     assert losses(run / "metrics.jsonl") == on_this_machine(cluster, folder / "local", *longer, job=SLURM)
+
+
+def test_slurm_dead_host_of_the_store_is_named_and_its_slot_decoded(cluster: SlurmCluster, folder: Path) -> None:
+    run = folder / "run"
+    shorter = ("stages.0.tokens=11_520", "snapshot.durable=null", "cluster.slurm.nodelist=node[0-3]")
+    job = submitted(cluster, run, *shorter, job=SLURM)
+    await_that(lambda: step_of(run) >= 7, "seven steps", 300)
+    if slot_of(run, store_host(run)) is None:
+        # The spare was the first to come. The next store is opened by an owner.
+        assert cluster.on(store_host(run), "kill", "-KILL", str(store_of(run).pid)).returncode == 0
+        await_that(lambda: slot_of(run, store_host(run)) is not None, "the store of an owner")
+        await_that(lambda: bool(happened(run, "recovery")), "training under that store", 300)
+    host, before = store_host(run), len(happened(run, "recovery"))
+    slot = slot_of(run, host)
+    cluster.crash(host)
+    await_that(lambda: len(happened(run, "recovery")) > before, "the recovery", 300)
+    recovery = happened(run, "recovery")[-1]
+    assert (recovery["level"], recovery["source"], recovery["slots"]) == ("decoded", "memory", [slot])
+    assert host in str(recovery["why"])
+    assert [(line["node"], line["slots"]) for line in happened(run, "failure") if line["kind"] == "lost"] == [
+        (host, [slot])
+    ]
+    shown = json.loads(cluster.keepwarm("status", str(run), "--json").stdout)
+    assert {one["node"]: one["state"] for one in shown["nodes"]}[host] == "lost"
+    await_that(lambda: bool(happened(run, "finished")), "the end of the run", 300)
+    cluster.login("scancel", job)
 
 
 @pytest.mark.long

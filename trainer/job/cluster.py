@@ -19,11 +19,13 @@ from keepwarm import section
 from keepwarm.options import validated
 from keepwarm.registry import Registry, UnusableComponent
 from keepwarm.section import Count, FewOrNone, Section
+from keepwarm.trainer.job.slurm.hostlist import expand
 from keepwarm.trainer.job.slurm.sbatch_options import KEYS as SBATCH_KEYS
 from keepwarm.trainer.job.slurm.sbatch_options import problem
 from keepwarm.trainer.job.slurm.syntax import (
     Begin,
     Dependency,
+    FailureDomains,
     Folder,
     Line,
     Memory,
@@ -93,9 +95,14 @@ class SlurmSpec(Section):
     nodelist: Nodes = Field((), description="nodes that the job must have")
     exclude: Nodes = Field((), description="nodes to exclude")
     spares: FewOrNone = Field(0, description="standby nodes that replace lost ones")
+    failure_domains: FailureDomains = Field(
+        None,
+        description="nodes by what fails at once, such as {rack1: 'node[0-15]'}, or topology: the cluster's switches; "
+        "nodes that protect each other are taken from different ones",
+    )
     gpus_per_node: Count | None = Field(None, description="default: none requested")
     gres: Resources = Field((), description="generic resources of each node, such as gpu:a100:8")
-    cpus_per_rank: Count | None = Field(None, description="default: numerics.threads_per_rank")
+    cpus_per_rank: Count | None = Field(None, description="default: the CPUs of a node divided by its ranks")
     mem: Memory | None = Field(None, description="memory of each node, 0 for all; default: the partition's")
     modules: Words = Field((), description="environment modules to load")
     conda: Word | None = Field(None, description="conda environment of keepwarm on the nodes: its name or folder")
@@ -116,6 +123,12 @@ class SlurmSpec(Section):
     def gpus(self) -> int:
         """Return the number of GPUs requested on each node, by either key."""
         return self.gpus_per_node or gpus_in(self.gres)
+
+    @property
+    def domain_of_node(self) -> dict[str, str]:
+        """Return the failure domain of each node, as far as the job names them."""
+        named = self.failure_domains if isinstance(self.failure_domains, dict) else {}
+        return {node: name for name, hosts in named.items() for node in expand(hosts)}
 
     def conflict(self) -> tuple[str, str] | None:
         """Return a key that does not fit the others, and why; None if they fit."""

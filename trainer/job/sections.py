@@ -211,5 +211,6 @@ class ClusterSpec(BatchSections):
     slurm: SlurmSpec = SlurmSpec()
     kubernetes: KubernetesSpec | None = None
     sources: dict[str, str] | None = Field(
-        None, description="written by keepwarm: where each value of this section came from, `job` or a site file"
+        None,
+        description="written by keepwarm: the source of each value of this section: `job`, a site file or the cluster",
     )

@@ -333,6 +333,13 @@ class Requeue(Event, frozen=True, kw_only=True):
     excluded: tuple[str, ...]
 
 
+class RequeueRefused(Event, frozen=True, kw_only=True):
+    """The batch system refused to requeue a batch job, which ends instead; `why` is its answer."""
+
+    slurm_job: str
+    why: str
+
+
 KINDS: dict[str, type[Event]] = {_snake_case(kind.__name__): kind for kind in Event.__subclasses__()}
 """All events by the name used in the log."""
 _DECODER: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Union[tuple(KINDS.values())])  # noqa: UP007

@@ -130,12 +130,17 @@ def test_log_file_of_rank_0_is_that_of_its_supervisor(tmp_path: Path) -> None:
     assert log_file(folder, 0).name == "node_n2.log"
 
 
+REFUSED = events.RequeueRefused(slurm_job="12", why="Requested operation is disabled")
+
+
 @pytest.mark.parametrize(
     ("log", "state", "why"),
     [
         ([STARTED, ended("give up", 3)], "failed", "x"),
         ([STARTED, ended("cancel", 130)], "cancelled", "x"),
         ([STARTED, ended("done", 0)], "completed", None),
+        ([STARTED, ended("requeue", 130), REFUSED], "ended", "not requeued: Requested operation is disabled"),
+        ([STARTED, REFUSED, STARTED], "ended", None),
         ([STARTED, ended("give up", 3), STARTED], "ended", None),
         ([STARTED], "ended", None),
         ([], "ended", None),

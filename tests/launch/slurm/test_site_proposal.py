@@ -52,8 +52,11 @@ def test_proposal_says_what_the_cluster_says_of_each_key() -> None:
         "# SLURM requeues no jobs here",
         '# modules: ["gcc/13", "cuda/12"]  # those that are loaded now',
         '# venv: "/v"',
+        "# failure_domains: {rack1: 'node[0-15]', rack2: 'node[16-31]'}  # nodes by what fails at once",
     ):
         assert f"    {line}" in text
+    switches = proposal(kinds_in(SINFO), PARTITIONS, {**CONFIG, "TopologyPlugin": "topology/tree"}, {})
+    assert "    # failure_domains: topology  # what fails at once" in switches
 
 
 def test_proposal_is_a_site_file_also_with_all_comments_taken_away(

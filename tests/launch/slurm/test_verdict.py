@@ -73,6 +73,8 @@ def log_of(*starts: tuple[int, int, int | None], job: str = JOB) -> list[events.
         (log_of((0, 0, 1), (1, 8, 1), (2, 6, None)), 2, 7, 1, 2),
         # One that SLURM ended from outside does not count.
         (log_of((0, 0, None), (1, 0, None), (2, 0, 130), (3, 0, None)), 3, 0, 130, 2),
+        # One that was to be requeued and was not does: it had an end of its own.
+        ([*log_of((0, 0, None)), events.RequeueRefused(slurm_job=JOB, why="x"), *log_of((1, 0, None))], 1, 0, 130, 2),
         # One without a trace does: the disk was full.
         (log_of((0, 0, 130)), 3, 0, 130, 4),
         (log_of((0, 0, 6), (1, 9, None)), 1, 12, 6, 2),

@@ -79,6 +79,8 @@ class SlurmCluster:
     gpus: int = 0
     options: str = ""
     """More lines for slurm.conf."""
+    files: dict[str, str] = field(default_factory=dict)
+    """More files beside it."""
     accounting: bool = False
     """Whether the login node also runs MariaDB and slurmdbd, which sacct asks."""
     machines: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
@@ -345,6 +347,8 @@ class SlurmCluster:
             conf = conf.replace("AccountingStorageType=accounting_storage/none", kept)
             (etc / "slurmdbd.conf.open").write_text(_DATABASE_CONF.format(root=self.root, login=_LOGIN))
         (etc / "slurm.conf").write_text(conf + self.options + "\n")
+        for name, text in self.files.items():
+            (etc / name).write_text(text)
 
 
 # Daemons are in their own namespaces: every cluster may use the same ports. cred_expire also sets how long a requeued

@@ -17,6 +17,8 @@ SOURCES = "sources"
 _OF_ONE_SUBMISSION = ("slurm.begin", "slurm.dependency")
 """Keys that do not hold for a later submission of the run."""
 _ENVIRONMENTS = ("conda", "venv")
+_MAPPINGS = (("slurm", "failure_domains"), ("kubernetes", "node_selector"))
+"""Values that are mappings with names of the user's own: one is replaced by another as a whole."""
 
 
 def fill(document: Document, site: Document) -> dict[str, str]:
@@ -52,9 +54,10 @@ def release(document: Document) -> None:
 
 
 def leaves(values: Mapping[str, Any], keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:
-    """Yield all values below a section with their keys. A mapping with other keys than names, as labels, is a value."""
+    """Yield all values below `cluster` with their keys. A mapping with other keys than names, as labels, is a value."""
     for key, value in values.items():
-        if isinstance(value, dict) and value and all(inner.isidentifier() for inner in value):
+        is_section = isinstance(value, dict) and value and (*keys, key) not in _MAPPINGS
+        if is_section and all(inner.isidentifier() for inner in value):
             yield from leaves(value, (*keys, key))
         else:
             yield (*keys, key), value

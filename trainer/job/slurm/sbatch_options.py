@@ -72,6 +72,11 @@ def keys_set(extra: Iterable[object]) -> set[str]:
     return {KEYS[name] for text in extra if isinstance(text, str) for name in _names(text) if name in KEYS}
 
 
+def option_names(extra: Iterable[str]) -> list[str]:
+    """Return the full names of all options, also those with which a job may do as it likes."""
+    return [name for text in extra for name in _names(text)]
+
+
 def _names(text: str) -> Iterator[str]:
     """Yield the full names of the options in one string, which may contain several words, as sbatch reads it."""
     try:

@@ -1,9 +1,12 @@
 """Values of the `cluster.slurm` section in sbatch's own syntax. Torch-free."""
 
 import re
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, StringConstraints
+
+from keepwarm.trainer.job.slurm.hostlist import expand
 
 _TIME = re.compile(r"(?:\d{1,6}-\d{1,6}(?::\d{1,6}){0,2}|\d{1,9}(?::\d{1,9}){0,2}|UNLIMITED|INFINITE)", re.IGNORECASE)
 _TIME_FORMS = (
@@ -60,6 +63,25 @@ def _host(text: str) -> str:
     return text
 
 
+def _domains(value: Any) -> Any:
+    """Return nodes by failure domain, each in one of them, or `topology`."""
+    if value is None or value == "topology":
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError("expected nodes by domain, such as {rack1: 'node[0-15]', rack2: 'node[16-31]'}, or topology")
+    owners: dict[str, str] = {}
+    found = {}
+    for name, nodes in value.items():
+        words = as_words(nodes)
+        if not re.fullmatch(r"[\w.:-]+", name) or not isinstance(words, tuple):
+            raise ValueError(f"expected the nodes of domain {name} as text or a list, got {nodes!r}")
+        found[name] = tuple(_host(str(word)) for word in words)
+        for node in expand(found[name]):
+            if owners.setdefault(node, name) != name:
+                raise ValueError(f"{node} is in two failure domains, {owners[node]} and {name}")
+    return found
+
+
 def _resource(text: str) -> str:
     if not _RESOURCE.fullmatch(text):
         raise ValueError(f"expected NAME, NAME:COUNT or NAME:TYPE:COUNT, such as gpu:a100:8; got {text}")
@@ -105,6 +127,8 @@ Time = Annotated[str, BeforeValidator(_text), AfterValidator(_time)]
 Memory = Annotated[str, BeforeValidator(_text), AfterValidator(_memory)]
 Nodes = Annotated[tuple[Annotated[str, AfterValidator(_host)], ...], BeforeValidator(as_words)]
 """Names of nodes, as a list or as one text."""
+FailureDomains = Annotated[Literal["topology"] | dict[str, tuple[str, ...]] | None, BeforeValidator(_domains)]
+"""Nodes by what fails at once."""
 Resources = Annotated[tuple[Annotated[str, AfterValidator(_resource)], ...], BeforeValidator(as_words)]
 """Generic resources of each node, as a list or as one text."""
 Dependency = Annotated[str, BeforeValidator(_text), AfterValidator(_dependency)]
