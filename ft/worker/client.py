@@ -24,7 +24,7 @@ from keepwarm.files import within
 from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.discovery import config as agent_config
 from keepwarm.ft.discovery.config import AgentConfig
-from keepwarm.ft.discovery.registry import AGENTS_FOLDER
+from keepwarm.ft.discovery.registry import agents_folder
 from keepwarm.ft.discovery.status import Status
 from keepwarm.ft.errors import AgentError, AuthenticationFailed, MemoryTooSmall
 from keepwarm.ft.keeper import KEEPER_MODULE, SIGNALLED, AgentExit, memory_file
@@ -135,7 +135,7 @@ def start_agent(config: AgentConfig, secret: bytes | None = None) -> "tuple[subp
 
 def _last_words(config: AgentConfig) -> tuple[Path, BinaryIO]:
     """Open the file for an agent's last message: on the node, if the shared folder takes none."""
-    shared = Path(config.shared) / AGENTS_FOLDER / f"agent-{config.slot}.err"
+    shared = agents_folder(Path(config.shared), config.generation) / f"agent-{config.slot}.err"
 
     def opened() -> BinaryIO:
         shared.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -16,8 +16,16 @@ import torch.distributed as dist
 
 from keepwarm.files import READABLE, atomic_write, within
 from keepwarm.ft.codec.kernel import AUTO
-from keepwarm.ft.discovery.config import AgentConfig, DurableConfig, GroupConfig, runtime_folder
-from keepwarm.ft.discovery.registry import AGENTS_FOLDER, TEMPLATE_FILE, Registry
+from keepwarm.ft.discovery.config import (
+    SOCKET,
+    AgentConfig,
+    DurableConfig,
+    FormerLayout,
+    GroupConfig,
+    LayoutAgents,
+    runtime_folder,
+)
+from keepwarm.ft.discovery.registry import TEMPLATE_FILE, Registry
 from keepwarm.ft.errors import AgentError, ForeignSnapshot, FtError, PlacementError
 from keepwarm.ft.groups import groups_of
 from keepwarm.ft.memory.shared_memory import SharedBuffer
@@ -26,10 +34,14 @@ from keepwarm.ft.spec import SnapshotSpec
 from keepwarm.ft.transport.auth import SECRET, load_secret, run_identity
 from keepwarm.ft.transport.identity import claim_secret, held_secret
 from keepwarm.ft.worker.client import AgentClient, ensure_agent
+from keepwarm.ft.worker.former_memory import restore_former
 from keepwarm.ft.worker.interval import Interval
 from keepwarm.ft.worker.next_agent import NextAgent
 from keepwarm.ft.worker.reader import RankPlace
 from keepwarm.ft.worker.snapshotter import GivenUp, Restoration, Shard, SnapshotOptions, Snapshotter, plan_part
+
+ONLY_LAYOUT = LayoutAgents()
+"""Of a run that has had one layout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +55,8 @@ class Deployment:
     ranks_per_node: int
     host: str = "127.0.0.1"
     """Address of this node that the other nodes can reach."""
+    agents: LayoutAgents = ONLY_LAYOUT
+    """The agents of this layout, and those of the one before it, if they hold its state."""
 
 
 COMMIT_POLL_INTERVAL_S = 0.02
@@ -79,10 +93,10 @@ class InMemoryCheckpointer:
             raise PlacementError(f"{self._ranks.size} ranks do not fill nodes of {deployment.ranks_per_node} ranks")
         self._node, self._local = divmod(self._ranks.rank, deployment.ranks_per_node)
         self._groups = groups_of(self._nodes, spec)
+        self._registry = Registry(deployment.folder, deployment.agents.generation)
         self._secret = self._shared_secret()
         self._config = self._agent_config()
         self._start_agents()
-        self._registry = Registry(deployment.folder)
         self._attach()
         self._introduce()
         self._decoded = 0
@@ -116,8 +130,9 @@ class InMemoryCheckpointer:
         return AgentConfig(
             run=run,
             slot=self._node,
+            generation=deployment.agents.generation,
             host=deployment.host,
-            folder=str(runtime_folder(run, self._node)),
+            folder=str(runtime_folder(run, self._node, deployment.agents.generation)),
             shared=str(deployment.folder),
             secret=str(deployment.folder / SECRET),
             groups=tuple(GroupConfig(members=group.members, parity=group.m) for group in self._groups),
@@ -153,7 +168,7 @@ class InMemoryCheckpointer:
         if self._ranks.largest(int(failure is not None)):
             raise failure or AgentError(f"rank {self._ranks.rank}: the agent of another node could not be started")
         if self._ranks.rank == 0:
-            template = self._deployment.folder / AGENTS_FOLDER / TEMPLATE_FILE
+            template = self._registry.folder / TEMPLATE_FILE
             content = msgspec.json.encode(self._config)
             # A folder that is full or does not answer keeps the one of the last start.
             within(lambda: atomic_write(template, content, mode=READABLE), FOLDER_PATIENCE_S)
@@ -411,11 +426,26 @@ class InMemoryCheckpointer:
         except ForeignSnapshot as error:
             # Memory that cannot serve yields to the disk, if all ranks find it so.
             restored = str(error)
+        if isinstance(restored, str) and (former := self._deployment.agents.former) is not None:
+            restored = self._restore_former(former)
         self._agree(restored)
         self.phases = {
             "fetch": time.perf_counter() - fetched, "decode": waited - verified, "verify": verified,
         }  # fmt: skip
         return restored
+
+    def _restore_former(self, former: FormerLayout) -> Restoration | str:
+        """Restore from the agents of the layout before this one. Raise FtError as `restore` does."""
+        run, deadline = self._config.run, self._spec.commit_deadline
+        path = runtime_folder(run, former.slot, former.generation) / SOCKET
+        client = AgentClient(path, run=run, secret=self._secret, worker=self._local, deadline=deadline)
+        try:
+            restored, self._decoded = restore_former(client, former, self._place(), self._state, self._optional)
+            return restored
+        except ForeignSnapshot as error:
+            return str(error)
+        finally:
+            client.close()
 
     def begin_epoch(self, settled: int = 0) -> None:
         """Begin the next epoch without restoring, so that snapshots can be taken. See `restore`."""
@@ -438,7 +468,7 @@ class InMemoryCheckpointer:
             raise AgentError(f"agents do not agree on what is restored, here: {what}")
 
     def decoded(self) -> int:
-        """Return the bytes of chunks, data and parity on all nodes, that the current epoch's decision had decoded."""
+        """Return the bytes of chunks, data and parity on all nodes, that were decoded for what was restored."""
         return self._decoded
 
     # ---- leaving

@@ -10,7 +10,7 @@ import msgspec
 from keepwarm.files import await_readable, within
 from keepwarm.ft.discovery import config as agent_config
 from keepwarm.ft.discovery.config import AgentConfig, runtime_folder
-from keepwarm.ft.discovery.registry import AGENTS_FOLDER, TEMPLATE_FILE, Registry
+from keepwarm.ft.discovery.registry import TEMPLATE_FILE, Registry
 from keepwarm.ft.discovery.status import Status
 from keepwarm.ft.errors import AgentError, FtError
 from keepwarm.ft.memory.shared_memory import Holder, started_at
@@ -32,10 +32,19 @@ class SnapshotAgent:
     """One slot's agent on this node. Not thread-safe."""
 
     def __init__(
-        self, folder: Path, host: str, secret: bytes, others: Callable[[], bytes] = lambda: b""
+        self, folder: Path, host: str, secret: bytes, others: Callable[[], bytes] = lambda: b"", generation: int = 0
     ) -> None:  # fmt: skip
-        """`secret` is that of the run in `folder`. `others()` returns the template that another node knows, if any."""
+        """Create the link to an agent of a run's layout.
+
+        Args:
+            folder: of the run.
+            host: address of this node.
+            secret: of the run.
+            others: returns the template that another node knows, if any.
+            generation: number of the layout, from 0.
+        """
         self._folder, self._host, self._secret, self._others = folder, host, secret, others
+        self.generation, self._registry = generation, Registry(folder, generation)
         self.template = b""
         """From what agents of this layout are started, as far as this node knows."""
         self._client: AgentClient | None = None
@@ -53,6 +62,11 @@ class SnapshotAgent:
     def take(self, slot: int) -> None:
         """Set the slot of this node."""
         self._slot = slot
+
+    @property
+    def slot(self) -> int | None:
+        """The slot of this node in the layout of this agent."""
+        return self._slot
 
     def ensure(self) -> None:
         """Start the slot's agent unless it runs, and connect; do nothing before workers have reported its size.
@@ -99,13 +113,15 @@ class SnapshotAgent:
         Raises OSError, and `AgentError` if the slot is not part of the layout that workers reported.
         """
         assert self._slot is not None
-        template = self._folder / AGENTS_FOLDER / TEMPLATE_FILE
+        template = self._registry.folder / TEMPLATE_FILE
         content = self._template(template)
         if not content:
             return None
         try:
             config = msgspec.json.decode(content, type=AgentConfig)
-            folder = str(runtime_folder(config.run, self._slot))
+            if config.generation != self.generation:
+                return None  # another node has not heard of this layout
+            folder = str(runtime_folder(config.run, self._slot, self.generation))
             return msgspec.structs.replace(config, slot=self._slot, host=self._host, folder=folder)
         except ValueError as error:
             raise AgentError(
@@ -157,12 +173,12 @@ class SnapshotAgent:
 
     def _published(self, slot: int) -> bool:
         """Return whether the folder has an agent of the slot, or does not answer."""
-        found = within(lambda: Registry(self._folder).endpoint(slot) is not None, FOLDER_PATIENCE_S)
+        found = within(lambda: self._registry.endpoint(slot) is not None, FOLDER_PATIENCE_S)
         return found is None or found
 
     def _connect(self, slot: int) -> None:
         secret, run = self._secret, run_identity(self._secret)
-        socket = runtime_folder(run, slot) / agent_config.SOCKET
+        socket = runtime_folder(run, slot, self.generation) / agent_config.SOCKET
         if not socket.exists():
             return
         client = AgentClient(socket, run=run, secret=secret, worker=slot, role="supervisor", deadline=ANSWER_TIMEOUT_S)
@@ -185,7 +201,7 @@ class SnapshotAgent:
             return None
         with contextlib.suppress(FtError):
             newest = max(self._epoch, self._client.status(ANSWER_TIMEOUT_S).epoch)
-            newest = max(newest, within(Registry(self._folder).newest_epoch, FOLDER_PATIENCE_S) or 0)
+            newest = max(newest, within(self._registry.newest_epoch, FOLDER_PATIENCE_S) or 0)
             self._client.begin(newest + 1)
             self._epoch = newest + 1
             return self._epoch
@@ -226,7 +242,7 @@ class SnapshotAgent:
                 return None
             if status.committed:
                 return _complete(status)
-            return within(lambda: Registry(self._folder).reason(epoch), FOLDER_PATIENCE_S) or "no reason is known"
+            return within(lambda: self._registry.reason(epoch), FOLDER_PATIENCE_S) or "no reason is known"
         return None
 
     def kill(self) -> None:
@@ -236,14 +252,16 @@ class SnapshotAgent:
         self._forget()
         self._slot, self.template = None, b""
 
-    def discard(self) -> None:
-        """End the slot's agent and its configuration, which the next workers write again. Wait until it is dead."""
+    def discard(self, *, wait: bool = True) -> None:
+        """End the slot's agent and the configuration of its layout, which is over; `wait` until it is dead."""
         keeper, self._keeper = self._keeper, None
         if keeper is not None:
             keeper.terminate()
         self.kill()
-        within(lambda: (self._folder / AGENTS_FOLDER / TEMPLATE_FILE).unlink(missing_ok=True), FOLDER_PATIENCE_S)
-        if keeper is not None:  # readable once the process has ended, even if its parent has not reaped it
+        within(lambda: (self._registry.folder / TEMPLATE_FILE).unlink(missing_ok=True), FOLDER_PATIENCE_S)
+        if keeper is not None and not wait:
+            keeper.close()
+        elif keeper is not None:  # readable once the process has ended, even if its parent has not reaped it
             await_readable(keeper.fileno(), ANSWER_TIMEOUT_S)
             keeper.close()
 
