@@ -103,7 +103,7 @@ class Agent:
         self.config, self.clock = config, clock
         strangers = descriptors.strangers(config.topology.slots, descriptors.raise_limit())
         self.folder = agent_config.private_folder(Path(config.folder))
-        self.registry = Registry(Path(config.shared))
+        self.registry = Registry(Path(config.shared), config.generation)
         self.journal = Journal(self.registry.folder / f"agent-{config.slot}.log", slot=config.slot)
         for left in sweep(self.folder.parent, self.folder):
             self.journal.write("info", "removed what a killed agent left", folder=left)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Literal
@@ -47,11 +48,36 @@ class DurableConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Seconds the lowest slot waits for the other nodes' parts."""
 
 
+class FormerLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The layout before the present one, whose agents still hold its state."""
+
+    generation: int
+    slots: int
+    """Number of its nodes."""
+    slot: int
+    """That of its agents to which the ranks of this node attach."""
+    epoch: int
+    """The decision of these agents on what is restored, already begun."""
+
+
+class LayoutAgents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The agents that the ranks of one start use.
+
+    A run that changes its number of nodes counts its layouts. Each has agents of its own, in folders of their own, so
+    that those of the next layout start beside those that hold the state of the one before.
+    """
+
+    generation: int = 0
+    former: FormerLayout | None = None
+
+
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Complete agent configuration. Paths are absolute; `folder` is on the node, `shared` on shared storage."""
 
     run: str
     slot: int
+    generation: int = 0
+    """Number of the layout whose agents these are, see `LayoutAgents`."""
     folder: str
     shared: str
     secret: str
@@ -138,19 +164,33 @@ NODE = "KEEPWARM_NODE"
 """Environment variable that names the node if several are emulated on one machine, each with its own agents."""
 
 
-def runtime_folder(run: str, slot: int) -> Path:
+def runtime_folder(run: str, slot: int, generation: int = 0) -> Path:
     """Return the folder of an agent's socket on this node. It is short, because socket paths must be."""
+    layout = f".g{generation}" if generation else ""
+    return _runtime_root() / f"{_folder_name(run)}-{slot}{layout}{_node_suffix()}"
+
+
+def runtime_folders(run: str) -> list[Path]:
+    """Return the folders of a run's agents on this node, of every layout. The agents may be dead."""
+    name = re.compile(rf"{_folder_name(run)}-\d+(\.g\d+)?{re.escape(_node_suffix())}")
+    root = _runtime_root()
+    return [folder for folder in root.glob(f"{_folder_name(run)}-*") if name.fullmatch(folder.name)]
+
+
+def _runtime_root() -> Path:
     base = os.environ.get("XDG_RUNTIME_DIR")
-    root = Path(base) / "keepwarm" if base else Path("/tmp") / f"keepwarm-{os.geteuid()}"
+    return Path(base) / "keepwarm" if base else Path("/tmp") / f"keepwarm-{os.geteuid()}"
+
+
+def _node_suffix() -> str:
     node = os.environ.get(NODE)
-    suffix = f".{hashlib.sha256(node.encode()).hexdigest()[:8]}" if node else ""
-    return root / f"{_folder_name(run)}-{slot}{suffix}"
+    return f".{hashlib.sha256(node.encode()).hexdigest()[:8]}" if node else ""
 
 
 def agents_here(run: str) -> dict[int, Path]:
     """Return the sockets, by slot, of a run's agents with a folder on this node. The agents may be dead."""
-    folders = runtime_folder(run, 0).parent.glob(f"{_folder_name(run)}-*")
-    by_age = sorted(folders, key=_changed)  # of several emulated nodes, the last to own the slot
+    folders = _runtime_root().glob(f"{_folder_name(run)}-*")
+    by_age = sorted(folders, key=_changed)  # of several emulated nodes or layouts, the last to own the slot
     found = {int(folder.name.rpartition("-")[2].partition(".")[0]): folder / SOCKET for folder in by_age}
     return dict(sorted(found.items()))
 

@@ -13,6 +13,8 @@ from keepwarm.ft.protocol.restore_choice import NOTHING_HELD
 
 AGENTS_FOLDER = "agents"
 """Folder name inside the run folder."""
+LAYOUT = "layout-"
+"""Prefix of the folder names, inside that folder, of the agents of a run's later layouts; their number follows."""
 CHECKPOINTS_FOLDER = "checkpoints"
 """Folder of durable checkpoints inside the run folder."""
 TEMPLATE_FILE = "template.json"
@@ -44,8 +46,20 @@ def newest_epoch(shared: Path) -> int:
     Epochs order everything that a run saves, so a start begins one beyond all that are visible: the files of agents may
     have been deleted, the folder copied, or the last start have taken no snapshots. Raises `OSError`.
     """
-    decided = _epochs(shared / AGENTS_FOLDER, "choice-*.json")
+    agents = shared / AGENTS_FOLDER
+    decided = (*_epochs(agents, "choice-*.json"), *_epochs(agents, f"{LAYOUT}*/choice-*.json"))
     return max(publication.newest_epoch(shared / CHECKPOINTS_FOLDER), *decided)
+
+
+def agents_folder(shared: Path, generation: int) -> Path:
+    """Return the folder with the files of the agents of one of a run's layouts, counted from 0."""
+    return shared / AGENTS_FOLDER / f"{LAYOUT}{generation}" if generation else shared / AGENTS_FOLDER
+
+
+def newest_generation(shared: Path) -> int:
+    """Return the number of the last layout for which agents were started in a run folder, or 0. Raises `OSError`."""
+    names = (path.name.removeprefix(LAYOUT) for path in (shared / AGENTS_FOLDER).glob(f"{LAYOUT}*"))
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def _epochs(folder: Path, pattern: str) -> tuple[int, ...]:
@@ -66,8 +80,9 @@ class Registry:
     No method raises `OSError`: a folder that is full, read-only or gone is tried again by the caller.
     """
 
-    def __init__(self, shared: Path) -> None:
-        self.folder = shared / AGENTS_FOLDER
+    def __init__(self, shared: Path, generation: int = 0) -> None:
+        self.folder = agents_folder(shared, generation)
+        self._shared = shared
         self.failure = ""
         """What the last attempt to write failed with; empty if it succeeded."""
         self._newest = 0
@@ -158,7 +173,7 @@ class Registry:
     def newest_epoch(self) -> int:
         """Return the highest epoch that has been seen decided or saved in this run, 0 if none has. It never shrinks."""
         with contextlib.suppress(OSError):
-            self._newest = max(self._newest, newest_epoch(self.folder.parent))
+            self._newest = max(self._newest, newest_epoch(self._shared))
         return self._newest
 
     def _forget(self, last: int) -> None:

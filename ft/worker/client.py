@@ -23,7 +23,7 @@ import xxhash
 from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.discovery import config as agent_config
 from keepwarm.ft.discovery.config import AgentConfig
-from keepwarm.ft.discovery.registry import AGENTS_FOLDER
+from keepwarm.ft.discovery.registry import agents_folder
 from keepwarm.ft.discovery.status import Status
 from keepwarm.ft.errors import AgentError, AuthenticationFailed, MemoryTooSmall
 from keepwarm.ft.keeper import KEEPER_MODULE, AgentExit
@@ -100,7 +100,7 @@ def start_agent(config: AgentConfig) -> "tuple[subprocess.Popen[bytes], Path]":
     `AgentExit.TAKEN`, one whose agent cannot start with the agent's exit code.
     """
     path = agent_config.write(config)
-    logs = Path(config.shared) / AGENTS_FOLDER
+    logs = agents_folder(Path(config.shared), config.generation)
     logs.mkdir(mode=0o700, parents=True, exist_ok=True)
     words = logs / f"agent-{config.slot}.err"
     with _last_words(words) as err:

@@ -15,8 +15,16 @@ import torch.distributed as dist
 
 from keepwarm.files import READABLE, atomic_write
 from keepwarm.ft.codec.kernel import AUTO
-from keepwarm.ft.discovery.config import AgentConfig, DurableConfig, GroupConfig, runtime_folder
-from keepwarm.ft.discovery.registry import AGENTS_FOLDER, TEMPLATE_FILE, Registry
+from keepwarm.ft.discovery.config import (
+    SOCKET,
+    AgentConfig,
+    DurableConfig,
+    FormerLayout,
+    GroupConfig,
+    LayoutAgents,
+    runtime_folder,
+)
+from keepwarm.ft.discovery.registry import TEMPLATE_FILE, Registry
 from keepwarm.ft.errors import AgentError, ForeignSnapshot, FtError, PlacementError
 from keepwarm.ft.groups import groups_of
 from keepwarm.ft.memory.shared_memory import SharedBuffer
@@ -24,11 +32,15 @@ from keepwarm.ft.spec import SnapshotSpec
 from keepwarm.ft.transport.auth import SECRET, load_secret, run_identity
 from keepwarm.ft.transport.identity import claim_secret
 from keepwarm.ft.worker.client import AgentClient, ensure_agent
+from keepwarm.ft.worker.former_memory import restore_former
 from keepwarm.ft.worker.interval import Interval
 from keepwarm.ft.worker.next_agent import NextAgent
 from keepwarm.ft.worker.reader import RankPlace
 from keepwarm.ft.worker.snapshotter import GivenUp, Restoration, Shard, SnapshotOptions, Snapshotter, plan_part
 from keepwarm.side_writer import attempt
+
+ONLY_LAYOUT = LayoutAgents()
+"""Of a run that has had one layout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +54,8 @@ class Deployment:
     ranks_per_node: int
     host: str = "127.0.0.1"
     """Address of this node that the other nodes can reach."""
+    agents: LayoutAgents = ONLY_LAYOUT
+    """The agents of this layout, and those of the one before it, if they hold its state."""
 
 
 COMMIT_POLL_INTERVAL_S = 0.02
@@ -74,10 +88,12 @@ class InMemoryCheckpointer:
             raise PlacementError(f"{self._ranks.size} ranks do not fill nodes of {deployment.ranks_per_node} ranks")
         self._node, self._local = divmod(self._ranks.rank, deployment.ranks_per_node)
         self._groups = groups_of(self._nodes, spec)
+        self._registry = Registry(deployment.folder, deployment.agents.generation)
         self._secret = self._shared_secret()
         self._config = self._agent_config()
         self._start_agents()
-        self._registry = Registry(deployment.folder)
+        self._decoded: tuple[Registry, int] | None = None
+        """Where the choice is recorded from which this rank restored, and its epoch."""
         self._attach()
         self.phases: dict[str, float] = {}
         """Seconds of the last `restore` on this rank: waiting for the agents' decision, for lost chunks, and copying.
@@ -105,8 +121,9 @@ class InMemoryCheckpointer:
         return AgentConfig(
             run=run,
             slot=self._node,
+            generation=deployment.agents.generation,
             host=deployment.host,
-            folder=str(runtime_folder(run, self._node)),
+            folder=str(runtime_folder(run, self._node, deployment.agents.generation)),
             shared=str(deployment.folder),
             secret=str(deployment.folder / SECRET),
             groups=tuple(GroupConfig(members=group.members, parity=group.m) for group in self._groups),
@@ -142,7 +159,7 @@ class InMemoryCheckpointer:
         if self._ranks.largest(int(failure is not None)):
             raise failure or AgentError(f"rank {self._ranks.rank}: the agent of another node could not be started")
         if self._ranks.rank == 0:
-            template = self._deployment.folder / AGENTS_FOLDER / TEMPLATE_FILE
+            template = self._registry.folder / TEMPLATE_FILE
             with attempt("agents"):  # a full disk keeps the one of the last start
                 atomic_write(template, msgspec.json.encode(self._config), mode=READABLE)
 
@@ -377,11 +394,27 @@ class InMemoryCheckpointer:
         except ForeignSnapshot as error:
             # Memory that cannot serve yields to the disk, if all ranks find it so.
             restored = str(error)
+        self._decoded = self._registry, self._client.epoch
+        if isinstance(restored, str) and (former := self._deployment.agents.former) is not None:
+            restored = self._restore_former(former)
         self._agree(restored)
         self.phases = {
             "fetch": time.perf_counter() - fetched, "decode": waited - verified, "verify": verified,
         }  # fmt: skip
         return restored
+
+    def _restore_former(self, former: FormerLayout) -> Restoration | str:
+        """Restore from the agents of the layout before this one. Raise FtError as `restore` does."""
+        self._decoded = Registry(self._deployment.folder, former.generation), former.epoch
+        run, deadline = self._config.run, self._spec.commit_deadline
+        path = runtime_folder(run, former.slot, former.generation) / SOCKET
+        client = AgentClient(path, run=run, secret=self._secret, worker=self._local, deadline=deadline)
+        try:
+            return restore_former(client, former, self._place(), self._state, self._optional)
+        except ForeignSnapshot as error:
+            return str(error)
+        finally:
+            client.close()
 
     def begin_epoch(self, settled: int = 0) -> None:
         """Begin the next epoch without restoring, so that snapshots can be taken. See `restore`."""
@@ -403,8 +436,9 @@ class InMemoryCheckpointer:
             raise AgentError(f"agents do not agree on what is restored, here: {what}")
 
     def decoded(self) -> int:
-        """Return the bytes of chunks, data and parity on all nodes, that the current epoch's decision had decoded."""
-        choice = self._registry.choice(self._client.epoch)
+        """Return the bytes of chunks, data and parity on all nodes, that were decoded for what was restored."""
+        registry, epoch = self._decoded or (self._registry, self._client.epoch)
+        choice = registry.choice(epoch)
         orders = () if choice is None else choice.orders
         buckets = sum(len(order.targets) * max(order.counts, default=0) for _, order in orders)
         return buckets * self._config.bucket_bytes

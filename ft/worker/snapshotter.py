@@ -378,7 +378,7 @@ class Snapshotter:
             source.fill(whole, threads)
             source.check(source.spans(rest), threads)
             for name in rest:
-                _write(self.state[name], rest[name], source)
+                write_shard(self.state[name], rest[name], source)
         self._thread = threading.Thread(target=self._check_after, args=(source, whole), name="check", daemon=True)
         self._thread.start()
         return Restoration(epoch=answer.snapshot.epoch, step=answer.snapshot.step, meta=meta, local=local)
@@ -420,7 +420,7 @@ class GivenUp(FtError):
     """A copy was cancelled partway."""
 
 
-def _write(shard: Shard, moves: Iterable[tuple[Move, Stored]], source: Reader) -> None:
+def write_shard(shard: Shard, moves: Iterable[tuple[Move, Stored]], source: Reader) -> None:
     """Fill one live shard in place."""
     local = shard.local.detach()
     direct = _direct(shard)

@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from keepwarm import signals
 from keepwarm.exit_code import ExitCode
-from keepwarm.ft.discovery.config import NODE, runtime_folder
+from keepwarm.ft.discovery.config import NODE, runtime_folders
 from keepwarm.ft.discovery.runtime_folder import clear, take_lock
 from keepwarm.ft.errors import FtError
 from keepwarm.ft.transport.auth import SECRET, load_secret, run_identity
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
     finally:
         # After a failure, agents may stay on purpose, with memory that is newer than the disk.
         patience = AGENTS_END_TIMEOUT_S if code in (ExitCode.DONE, ExitCode.INTERRUPTED) else FAILED_END_TIMEOUT_S
-        sweep(folder, [options.node for options in nodes], given.slots, patience)
+        sweep(folder, [options.node for options in nodes], patience)
     return code
 
 
@@ -167,7 +167,7 @@ def own_gpus(number: int, ranks: int, environment: Mapping[str, str]) -> str | N
     return ",".join(gpus[number * ranks : (number + 1) * ranks]) if gpus else None
 
 
-def sweep(folder: Path, nodes: Sequence[str], slots: int, patience: float) -> None:
+def sweep(folder: Path, nodes: Sequence[str], patience: float) -> None:
     """Wait for the agents to end, and remove what the agents of killed nodes left on this machine."""
     try:
         run = run_identity(load_secret(folder / SECRET))
@@ -176,7 +176,7 @@ def sweep(folder: Path, nodes: Sequence[str], slots: int, patience: float) -> No
     left = set()
     for node in nodes:
         os.environ[NODE] = node
-        left |= {path for slot in range(slots) if (path := runtime_folder(run, slot)).is_dir()}
+        left |= {*runtime_folders(run)}
     end = time.monotonic() + patience
     while left and time.monotonic() < end:
         for path in list(left):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Protocol
 
+from keepwarm.launch.node.node_agents import Gathered
 from keepwarm.launch.node.slot_table import Kind, Table
 
 
@@ -26,11 +27,14 @@ class Hooks(Protocol):
     def on_resized(self, table: Table) -> None:
         """Called after this node has changed the number of slots."""
 
-    def flush_to_disk(self) -> None:
-        """Have the agents of all nodes write memory to disk; return when that is done or has failed."""
+    def secure_memory(self) -> Gathered | None:
+        """Make sure of what memory holds before the run shrinks; return when that is done or has failed.
 
-    def save_snapshot(self, epoch: int) -> None:
-        """Have this node's agent write the snapshot on which the agents agreed in `epoch`."""
+        Return the decision of the agents, all of which stay for the next layout; None: what could be saved is on disk.
+        """
+
+    def save_snapshot(self, epoch: int, *, former: bool) -> None:
+        """Have this node's agent write the snapshot on which the agents of a layout agreed in `epoch`."""
 
     # ---- called by the elastic agent
 

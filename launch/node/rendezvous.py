@@ -149,6 +149,7 @@ class SlotRendezvous(RendezvousHandler):
             if slot is None and table.awaits(self.membership.node):
                 self._arrive(table)
                 continue
+            self._save_if_asked(table)
             waiting = "spare" if slot is None else "starting" if self.restart < 0 else "restarting"
             self._hooks.on_waiting(waiting, slot)
             waiting_since = self._wait_for_nodes(table, waiting_since)
@@ -231,22 +232,34 @@ class SlotRendezvous(RendezvousHandler):
         return since
 
     def _shrink(self, table: Table) -> bool:
-        """Go on with fewer slots, after one node has had memory written to disk; return whether this node did that."""
-        if table.flush_epoch and table.flush_epoch != self._saved_epoch:
-            self._saved_epoch = table.flush_epoch
-            self._hooks.save_snapshot(table.flush_epoch)
+        """Go on with fewer slots, after one node has made sure of memory; return whether this node did that."""
         if (
             slot_table.claim_flush(table, self.membership.node) == table
             or not self._change(shared_table.ClaimFlush())[1]
         ):
             return False
-        self._hooks.flush_to_disk()
-        return self._resize(shared_table.Shrink())
+        kept = self._hooks.secure_memory()
+        step = shared_table.Shrink() if kept is None else shared_table.Shrink(epoch=kept[0], step=kept[1])
+        return self._resize(step)
 
-    def save_on_all_nodes(self, epoch: int) -> None:
+    def _save_if_asked(self, table: Table) -> None:
+        if table.flush_epoch and table.flush_epoch != self._saved_epoch:
+            self._saved_epoch = table.flush_epoch
+            self._hooks.save_snapshot(table.flush_epoch, former=table.flush_former)
+
+    def save_on_all_nodes(self, epoch: int, *, former: bool) -> None:
         """Have the agents of all other nodes write the snapshot of `epoch`; called by the node that flushes."""
         self._saved_epoch = epoch
-        self._change(shared_table.AnnounceFlush(epoch=epoch))
+        self._change(shared_table.AnnounceFlush(epoch=epoch, former=former))
+
+    @property
+    def holds_former(self) -> bool:
+        """Whether agents of the layout before hold the state."""
+        return self.membership.read().former is not None
+
+    def settle(self) -> None:
+        """Have the agents of the layout before this one end: their state is safe elsewhere."""
+        self._change(shared_table.Settle(generation=self.membership.read().generation))
 
     def num_nodes_waiting(self) -> int:
         """Return 1 when workers must restart, else 0. Spares do not count: they are where they belong."""

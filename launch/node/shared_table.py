@@ -8,7 +8,7 @@ from collections.abc import Callable
 import msgspec
 
 from keepwarm.launch.node import slot_table
-from keepwarm.launch.node.slot_table import Kind, Known, RequestedSlot, Table
+from keepwarm.launch.node.slot_table import Kept, Kind, Known, RequestedSlot, Table
 from keepwarm.launch.node.view import Member, Number, View, name_of
 
 
@@ -76,10 +76,21 @@ class ClaimFlush(msgspec.Struct, frozen=True, tag=True):
 
 class AnnounceFlush(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     epoch: int
+    former: bool = False
+    """It is a decision of the agents of the layout before."""
 
 
-class Shrink(msgspec.Struct, frozen=True, tag=True):
-    pass
+class Shrink(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The state is on disk, or in the memory of all agents as of this decision."""
+
+    epoch: int | None = None
+    step: int = 0
+
+
+class Settle(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The agents of the layout before this one are not needed any more."""
+
+    generation: int
 
 
 class RequestGrowth(msgspec.Struct, frozen=True, tag=True):
@@ -110,7 +121,7 @@ class HandOver(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 Change = (
     Join | Arrive | Fail | Finish | End | GiveUp | ClaimFlush | AnnounceFlush | Shrink | RequestGrowth | Grow | Drain
-    | Terminated | HandOver
+    | Terminated | HandOver | Settle
 )  # fmt: skip
 
 
@@ -165,7 +176,10 @@ def _arrive(table: Table, node: str, change: Arrive, now: float) -> Table:
 
 def _shrink(table: Table, node: str, change: Shrink, now: float) -> Table:
     # If another node was lost meanwhile, there is another memory to flush.
-    return slot_table.shrink(table) if table.flushing_node == node else table
+    if table.flushing_node != node:
+        return table
+    kept = None if change.epoch is None else Kept(node=node, epoch=change.epoch, step=change.step)
+    return slot_table.shrink(table, kept)
 
 
 def _drain(table: Table, node: str, change: Drain, now: float) -> Table:
@@ -196,12 +210,13 @@ _STEPS: dict[type, Callable[..., Table]] = {
     End: lambda table, node, one, now: slot_table.end(table, one.code, one.reason),
     GiveUp: _give_up,
     ClaimFlush: lambda table, node, one, now: slot_table.claim_flush(table, node),
-    AnnounceFlush: lambda table, node, one, now: slot_table.announce_flush(table, node, one.epoch),
+    AnnounceFlush: lambda table, node, one, now: slot_table.announce_flush(table, node, one.epoch, former=one.former),
     Shrink: _shrink,
     RequestGrowth: lambda table, node, one, now: slot_table.request_growth(table),
     Grow: lambda table, node, one, now: slot_table.grow(table, one.restart),
     Drain: _drain,
     Terminated: lambda table, node, one, now: slot_table.terminate(table, node),
+    Settle: lambda table, node, one, now: slot_table.settle(table, one.generation),
     HandOver: lambda table, node, one, now: slot_table.hand_over(table, one.restart, now, on_disk=one.on_disk),
 }
 
@@ -217,7 +232,7 @@ def news(table: Table) -> object:
         table.restart, table.complete, table.ended, table.growing, table.flushing_node, table.flush_epoch,
         table.resized, table.excluded, table.slots, table.owners if table.begun else None, waiting,
         causes[0].kind if causes else None, table.decides, table.draining, table.drained,
-        table.terminated,
+        table.terminated, table.former,
     )  # fmt: skip
 
 

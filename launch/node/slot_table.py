@@ -55,6 +55,18 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     """Of a hang: the slots that did not reach what the others wait in; empty if that is not known."""
 
 
+class FormerOwners(msgspec.Struct, frozen=True, kw_only=True):
+    """The layout before the present one, whose agents hold its state until the present one has committed its own."""
+
+    generation: int
+    owners: dict[int, str]
+    """Node by slot; the node that made memory complete has the agents of the lost slots."""
+    epoch: int
+    """The decision of these agents on what is restored, of which they hold every chunk."""
+    step: int
+    """The step that it restores."""
+
+
 class Ended(msgspec.Struct, frozen=True, kw_only=True):
     """The end of the run, for every node."""
 
@@ -86,8 +98,14 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     """The node that coordinates writing memory to disk before the run shrinks."""
     flush_epoch: int = 0
     """The agents' decision (epoch) that all agents must write to disk; 0: none."""
+    flush_former: bool = False
+    """These are the agents of the layout before."""
     resized: bool = False
-    """This restart has another number of slots than the one before: nothing in memory fits it."""
+    """This restart has another number of slots than the one before: the agents of its layout hold nothing yet."""
+    generation: int = 0
+    """Number of the layout: how often the number of slots has changed. Each layout has agents of its own."""
+    former: FormerOwners | None = None
+    """Holders of the state of the layout before; None once this one has committed, or if that state is on disk."""
     restart: int = 0
     """How often the ranks of the run have begun again; 0 is the first start."""
     owners: dict[int, str] = {}
@@ -258,6 +276,15 @@ def fill(table: Table) -> Table:
     return table
 
 
+class Kept(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node has made sure of before the run shrinks: this decision is complete in the agents' memory."""
+
+    node: str
+    """It runs the agents of the lost slots."""
+    epoch: int
+    step: int
+
+
 def claim_flush(table: Table, node: str) -> Table:
     """Make a node coordinate the flush to disk before the run shrinks; return `table` if it cannot shrink."""
     if table.flushing_node is not None or not table.knows(node) or shrink(table) is table:
@@ -265,20 +292,59 @@ def claim_flush(table: Table, node: str) -> Table:
     return _change(table, flushing_node=node)
 
 
-def announce_flush(table: Table, node: str, epoch: int) -> Table:
-    """Record the epoch that all agents must write: substitutes for the lost slots hold their decoded memory."""
-    return _change(table, flush_epoch=epoch) if table.flushing_node == node else table
+def announce_flush(table: Table, node: str, epoch: int, *, former: bool = False) -> Table:
+    """Record the epoch that all agents must write: substitutes for the lost slots hold their decoded memory.
+
+    With `former` these are the agents of the layout before, which the owner of slot 0 may also have write.
+    """
+    if table.flushing_node != node and not (former and must_flush_former(table) and table.slot_of(node) == 0):
+        return table
+    return _change(table, flush_epoch=epoch, flush_former=former)
 
 
-def shrink(table: Table) -> Table:
-    """Give up slots until the others all have owners; return `table` if no allowed number is small enough."""
-    here = len(table.owners)
-    size = next((size for size in table.sizes if size <= here), None)
+def lost_of_former(table: Table) -> tuple[int, ...]:
+    """Return the slots of the layout before whose agents are lost with their nodes."""
+    owners = {} if table.former is None else table.former.owners
+    return tuple(slot for slot, node in owners.items() if not table.knows(node))
+
+
+def must_flush_former(table: Table) -> bool:
+    """Return whether the state of the layout before must go to disk before workers start.
+
+    So it is if workers have tried to read it from memory, if a node that held some of it is lost, or if one that is to
+    run workers holds none of it. The owner of slot 0 sees to it before it arrives.
+    """
+    if table.former is None:
+        return False
+    holders, workers = set(table.former.owners.values()), set(table.owners.values())
+    return not table.resized or bool(lost_of_former(table)) or not workers <= holders
+
+
+def settle(table: Table, generation: int) -> Table:
+    """Let the agents of the layout before this one go: layout `generation` has its own memory, or the disk has it."""
+    return _change(table, former=None) if table.generation == generation else table
+
+
+def size_after_shrinking(table: Table) -> int | None:
+    """Return the largest allowed number of slots for which there are owners; None if there is none."""
+    return next((size for size in table.sizes if size <= len(table.owners)), None)
+
+
+def shrink(table: Table, kept: Kept | None = None) -> Table:
+    """Give up slots until the others all have owners; return `table` if no allowed number is small enough.
+
+    With `kept` the agents of this layout stay and hold its state, until the next one has committed.
+    """
+    size = size_after_shrinking(table)
     if not table.vacant or table.spares or size is None or not table.begun or table.ended is not None:
         return table
     if not table.decides:
         return table
-    return _resize(table, size)
+    if kept is None:
+        return _resize(table, size)
+    owners = {**dict.fromkeys(table.vacant, kept.node), **table.owners}
+    former = FormerOwners(generation=table.generation, owners=owners, epoch=kept.epoch, step=kept.step)
+    return _change(_resize(table, size), former=former)
 
 
 def request_growth(table: Table) -> Table:
@@ -379,7 +445,10 @@ def _largest(table: Table) -> int:
 
 
 def _resize(table: Table, size: int) -> Table:
-    """Change the number of slots. Owners keep slots that remain; other owners, then spares, take the vacant ones."""
+    """Change the number of slots. Owners keep slots that remain; other owners, then spares, take the vacant ones.
+
+    The state is on disk: no agents of an earlier layout are needed.
+    """
     owners = {slot: node for slot, node in table.owners.items() if slot < size}
     waiting = [node for slot, node in table.owners.items() if slot >= size] + list(table.spares)
     for slot in range(size):
@@ -391,6 +460,8 @@ def _resize(table: Table, size: int) -> Table:
         slots=size,
         spares=tuple(waiting),
         resized=True,
+        generation=table.generation + 1,
+        former=None,
         flushing_node=None,
         flush_epoch=0,
         moved=(),

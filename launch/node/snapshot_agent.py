@@ -9,7 +9,7 @@ import msgspec
 from keepwarm.files import await_readable
 from keepwarm.ft.discovery import config as agent_config
 from keepwarm.ft.discovery.config import AgentConfig, runtime_folder
-from keepwarm.ft.discovery.registry import AGENTS_FOLDER, TEMPLATE_FILE, Registry
+from keepwarm.ft.discovery.registry import TEMPLATE_FILE, Registry, agents_folder
 from keepwarm.ft.discovery.status import Status
 from keepwarm.ft.errors import AgentError, FtError
 from keepwarm.ft.memory.shared_memory import Holder, started_at
@@ -28,8 +28,10 @@ CLEANUP_S = 0.5
 class SnapshotAgent:
     """One slot's agent on this node. Not thread-safe."""
 
-    def __init__(self, folder: Path, host: str) -> None:
-        self._folder, self._host = folder, host
+    def __init__(self, folder: Path, host: str, generation: int = 0) -> None:
+        """Create the link to an agent of a run's layout, counted from 0."""
+        self._folder, self._host, self.generation = folder, host, generation
+        self._template = agents_folder(folder, generation) / TEMPLATE_FILE
         self._client: AgentClient | None = None
         self._slot: int | None = None
         self.pid: int | None = None
@@ -45,6 +47,11 @@ class SnapshotAgent:
     def take(self, slot: int) -> None:
         """Set the slot of this node."""
         self._slot = slot
+
+    @property
+    def slot(self) -> int | None:
+        """The slot of this node in the layout of this agent."""
+        return self._slot
 
     def ensure(self) -> None:
         """Start the slot's agent unless it runs, and connect; do nothing before workers have reported its size.
@@ -91,12 +98,12 @@ class SnapshotAgent:
         Raises OSError, and `AgentError` if the slot is not part of the layout that workers reported.
         """
         assert self._slot is not None
-        template = self._folder / AGENTS_FOLDER / TEMPLATE_FILE
+        template = self._template
         if not template.is_file():
             return None
         try:
             config = msgspec.json.decode(template.read_bytes(), type=AgentConfig)
-            folder = str(runtime_folder(config.run, self._slot))
+            folder = str(runtime_folder(config.run, self._slot, self.generation))
             return msgspec.structs.replace(config, slot=self._slot, host=self._host, folder=folder)
         except ValueError as error:
             raise AgentError(
@@ -133,7 +140,7 @@ class SnapshotAgent:
 
     def _published(self, slot: int) -> bool:
         with contextlib.suppress(OSError):
-            return Registry(self._folder).endpoint(slot) is not None
+            return Registry(self._folder, self.generation).endpoint(slot) is not None
         return True
 
     def _connect(self, slot: int) -> None:
@@ -141,7 +148,7 @@ class SnapshotAgent:
             return
         secret = load_secret(self._folder / SECRET)
         run = run_identity(secret)
-        socket = runtime_folder(run, slot) / agent_config.SOCKET
+        socket = runtime_folder(run, slot, self.generation) / agent_config.SOCKET
         if not socket.exists():
             return
         client = AgentClient(socket, run=run, secret=secret, worker=slot, role="supervisor", deadline=ANSWER_TIMEOUT_S)
@@ -163,7 +170,7 @@ class SnapshotAgent:
         with contextlib.suppress(FtError):
             newest = max(self._epoch, self._client.status(ANSWER_TIMEOUT_S).epoch)
             with contextlib.suppress(OSError):
-                newest = max(newest, Registry(self._folder).newest_epoch())
+                newest = max(newest, Registry(self._folder, self.generation).newest_epoch())
             self._client.begin(newest + 1)
             self._epoch = newest + 1
             return self._epoch
@@ -202,7 +209,7 @@ class SnapshotAgent:
             status = self._client.status(ANSWER_TIMEOUT_S)
             if status.epoch < epoch or status.mode != Mode.ACTIVE.value:
                 return None
-            return _complete(status) if status.committed else Registry(self._folder).reason(epoch)
+            return _complete(status) if status.committed else Registry(self._folder, self.generation).reason(epoch)
         return None
 
     def kill(self) -> None:
@@ -212,15 +219,17 @@ class SnapshotAgent:
         self._forget()
         self._slot = None
 
-    def discard(self) -> None:
-        """End the slot's agent and its configuration, which the next workers write again. Wait until it is dead."""
+    def discard(self, *, wait: bool = True) -> None:
+        """End the slot's agent and the configuration of its layout, which is over; `wait` until it is dead."""
         keeper, self._keeper = self._keeper, None
         if keeper is not None:
             keeper.terminate()
         self.kill()
         with contextlib.suppress(OSError):
-            (self._folder / AGENTS_FOLDER / TEMPLATE_FILE).unlink(missing_ok=True)
-        if keeper is not None:  # readable once the process has ended, even if its parent has not reaped it
+            self._template.unlink(missing_ok=True)
+        if keeper is not None and not wait:
+            keeper.close()
+        elif keeper is not None:  # readable once the process has ended, even if its parent has not reaped it
             await_readable(keeper.fileno(), ANSWER_TIMEOUT_S)
             keeper.close()
 

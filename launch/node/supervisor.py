@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Literal
 
@@ -18,6 +18,7 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError
 from keepwarm import signals
 from keepwarm.exit_code import ExitCode
 from keepwarm.ft.discovery.config import NODE
+from keepwarm.ft.discovery.registry import newest_generation
 from keepwarm.ft.errors import AuthenticationFailed, FtError
 from keepwarm.ft.groups import code_for
 from keepwarm.ft.transport.descriptors import raise_limit
@@ -26,19 +27,21 @@ from keepwarm.launch.forkserver import ForkServer, Worker
 from keepwarm.launch.node import record
 from keepwarm.launch.node.connections import address_of, run_secret
 from keepwarm.launch.node.elastic_agent import NodeAgent, WorkerOptions
-from keepwarm.launch.node.flush_before_shrink import flush_to_disk, newest_step
 from keepwarm.launch.node.membership import FILES_TIMEOUT_S, SEARCH_TIMEOUT_S, Membership, RunEnded, StoreLost
+from keepwarm.launch.node.node_agents import Gathered, NodeAgents, newest_step
 from keepwarm.launch.node.options import Options
 from keepwarm.launch.node.peers import PeerListener
 from keepwarm.launch.node.record import NodeRecord, SideWrites, State
 from keepwarm.launch.node.rendezvous import Drained, Excluded, Fenced, NameTaken, NoSpareLeft, SlotRendezvous
-from keepwarm.launch.node.slot_table import Kind, Table
-from keepwarm.launch.node.snapshot_agent import SnapshotAgent
+from keepwarm.launch.node.slot_table import Kind, Table, lost_of_former, must_flush_former, size_after_shrinking
 from keepwarm.launch.node.view import Member, identity
+from keepwarm.launch.plan.plan import Plan
+from keepwarm.launch.plan.room import Room
+from keepwarm.launch.plan.text import route
 from keepwarm.launch.rank_processes import OutlivesKill
 from keepwarm.launch.run.gpu_watch import GpuWatch
 from keepwarm.side_writer import attempt
-from keepwarm.trainer.distributed.in_process_restart import EPOCH, RECOVERY, supports_in_process_restart
+from keepwarm.trainer.distributed.in_process_restart import AGENTS, EPOCH, RECOVERY, supports_in_process_restart
 from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.job.shrink import layouts
 from keepwarm.trainer.job.spec import JobSpec
@@ -81,10 +84,10 @@ class Supervisor:
         )
         self._snapshots = job.snapshot != "off"
         self._peer_timeout = PEER_TIMEOUT_S if job.snapshot == "off" else job.snapshot.peer_timeout
-        self._snapshot_agent = SnapshotAgent(folder, options.host)
         cluster = job.cluster
         first = Table(
             slots=options.slots,
+            generation=record.within(lambda: newest_generation(folder), FILES_TIMEOUT_S) or 0,
             max_restarts=cluster.max_restarts,
             max_node_failures=cluster.max_node_failures,
             max_excluded=max_excluded(job, options.slots),
@@ -92,6 +95,7 @@ class Supervisor:
         )
         self._side, self._gpus = SideWrites(), GpuWatch()
         node = identity(options.node, secrets.token_hex(4))
+        self._agents = NodeAgents(folder, options.host, node)
         self._peers = PeerListener(run_secret(folder), options.host, node)
         self._me = Member(node=node, host=address_of(options.host), port=self._peers.port)
         self._membership = Membership(
@@ -157,7 +161,7 @@ class Supervisor:
             except Fenced as error:
                 self._print(str(error))
                 self._record_state(state="fenced", slot=None, workers={}, agent=None, keeper=None)
-                self._snapshot_agent.kill()
+                self._agents.kill()
                 self._handler.rejoin(fenced=True)
                 continue
             except StoreLost as error:
@@ -181,17 +185,22 @@ class Supervisor:
         self._handler.on_reconnected(before)
 
     def _leave(self, code: int, why: str, cause: Exception | None) -> None:
+        self._agents.release()
         if isinstance(cause, Excluded | Drained | OutlivesKill):
-            self._snapshot_agent.kill()
+            self._agents.kill()
         elif isinstance(cause, NameTaken) or code == ExitCode.DONE:
-            self._snapshot_agent.close()
-        elif (step := self._newer_than_disk()) is not None:
-            self._snapshot_agent.close()
-            self._print(
-                f"step {step} stays in memory while the snapshot agent lives (snapshot.lease): --resume uses it"
-            )
+            self._agents.leave_former()
+            self._agents.present.close()
         else:
-            self._snapshot_agent.kill()
+            on_disk = record.within(lambda: newest_step(RunFolder(self._options.folder).checkpoints), FILES_TIMEOUT_S)
+            self._agents.leave_former(on_disk=-1 if on_disk is None else on_disk)
+            if (step := self._newer_than_disk(on_disk)) is not None:
+                self._agents.present.close()
+                self._print(
+                    f"step {step} stays in memory while the snapshot agent lives (snapshot.lease): --resume uses it"
+                )
+            else:
+                self._agents.present.kill()
         with contextlib.suppress(LaunchError):
             self._handler.give_up_slot(why, excluded=isinstance(cause, OutlivesKill))
         self._membership.leave(farewell=True)
@@ -203,12 +212,11 @@ class Supervisor:
         if code and code != ExitCode.INTERRUPTED and self._record.slot in (0, None):
             self._print(why)
 
-    def _newer_than_disk(self) -> int | None:
+    def _newer_than_disk(self, on_disk: int | None) -> int | None:
         """Return the step that memory holds if the newest checkpoint on disk is older, or cannot be read."""
-        committed = self._snapshot_agent.committed()
+        committed = self._agents.present.committed()
         if committed is None:
             return None
-        on_disk = record.within(lambda: newest_step(RunFolder(self._options.folder).checkpoints), FILES_TIMEOUT_S)
         return None if on_disk is not None and on_disk >= committed[1] else committed[1]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -239,43 +247,100 @@ class Supervisor:
         self._gpus.start()
         if self._snapshots:
             table = self._handler.membership.read()
-            if table.resized:
-                self._snapshot_agent.discard()
-            self._snapshot_agent.take(slot)
+            self._agents.follow(table)
+            if slot == 0 and must_flush_former(table):
+                self._flush_former()
+            self._agents.present.take(slot)
             if table.begun and not table.resized:
-                self._snapshot_agent.ensure()
-        self._record_state(slot=slot, agent=self._snapshot_agent.pid, keeper=self._snapshot_agent.keeper)
+                self._agents.present.ensure()
+        self._record_state(slot=slot, agent=self._agents.present.pid, keeper=self._agents.present.keeper)
 
     def on_resized(self, table: Table) -> None:
         self._event(events.Resized(node=self._options.node, slots=table.slots, why=_why(table)))
 
-    def save_snapshot(self, epoch: int) -> None:
-        self._snapshot_agent.save(epoch)
+    def save_snapshot(self, epoch: int, *, former: bool) -> None:
+        self._agents.save(epoch, former=former)
 
-    def flush_to_disk(self) -> None:
-        """Have memory written to disk before the run shrinks."""
-        job, handler = self._job, self._handler
-        if job.snapshot == "off" or job.snapshot.durable is None:
-            return
-        vacant = handler.membership.read().vacant
-        options = self._options
-        substitutes = [SnapshotAgent(options.folder, options.host) for _ in vacant]
-        for slot, substitute in zip(vacant, substitutes, strict=True):
-            substitute.take(slot)
-        result = flush_to_disk(
-            self._snapshot_agent, substitutes, RunFolder(options.folder).checkpoints,
-            save_elsewhere=handler.save_on_all_nodes,
-            still_needed=lambda: not self._agent.asked and handler.membership.read().vacant == vacant,
-            deadline=job.snapshot.durable.deadline,
-        )  # fmt: skip
-        if isinstance(result, int):
-            self._event(events.MemorySaved(node=options.node, step=result, slots=vacant))
+    def secure_memory(self) -> Gathered | None:
+        """Make sure of memory before the run shrinks: the next layout reads it from there, or from the disk."""
+        if self._job.snapshot == "off":
+            return None
+        table = self._handler.membership.read()
+        vacant = table.vacant
+
+        def still_needed() -> bool:
+            return not self._agent.asked and self._handler.membership.read().vacant == vacant
+
+        gathered = self._gather(vacant, still_needed, former=False)
+        if isinstance(gathered, tuple) and table.former is None and (room := self._room_beside(table)) is not None:
+            way = route(room)
+            self._print(f"the run shrinks {way}")
+            if room.enough:
+                self._event(events.MemoryKept(node=self._options.node, step=gathered[1], slots=vacant, room=way))
+                return gathered
+        if not self._to_disk(gathered, vacant, still_needed, former=False) and table.former is not None:
+            lost = lost_of_former(table)  # this layout may have committed nothing yet
+            self._to_disk(self._gather(lost, still_needed, former=True), lost, still_needed, former=True)
+        self._agents.release()
+        return None
+
+    def _flush_former(self) -> None:
+        """Have the state of the layout before written to disk: the present one cannot read it from memory."""
+        read = self._handler.membership.read
+        while must_flush_former(table := read()) and table.slot_of(self._me.node) == 0 and not self._agent.asked:
+            lost = lost_of_former(table)
+
+            def still_needed(lost: tuple[int, ...] = lost) -> bool:
+                return not self._agent.asked and lost_of_former(read()) == lost
+
+            self._to_disk(self._gather(lost, still_needed, former=True), lost, still_needed, former=True)
+            if still_needed():
+                self._handler.settle()
+
+    def _gather(self, lost: tuple[int, ...], still_needed: Callable[[], bool], *, former: bool) -> Gathered | str:
+        snapshot = self._job.snapshot
+        assert snapshot != "off"
+        deadline = snapshot.commit_deadline if snapshot.durable is None else snapshot.durable.deadline
+        return self._agents.gather(lost, former=former, still_needed=still_needed, deadline=deadline)
+
+    def _to_disk(
+        self, gathered: Gathered | str, lost: tuple[int, ...], still_needed: Callable[[], bool], *, former: bool
+    ) -> bool:
+        """Have what was gathered written by all agents of its layout; return whether it is on disk."""
+        snapshot, node = self._job.snapshot, self._options.node
+        assert snapshot != "off"
+        if isinstance(gathered, str):
+            why = gathered
+        elif snapshot.durable is None:
+            why = "snapshot.durable is not set"
         else:
-            self._event(events.MemoryNotSaved(node=options.node, why=result, slots=vacant))
+            self._handler.save_on_all_nodes(gathered[0], former=former)
+            why = self._agents.write(
+                gathered, RunFolder(self._options.folder).checkpoints, former=former, still_needed=still_needed,
+                deadline=snapshot.durable.deadline,
+            )  # fmt: skip
+            if not why:
+                self._event(events.MemorySaved(node=node, step=gathered[1], slots=lost))
+        if why:
+            self._event(events.MemoryNotSaved(node=node, why=why, slots=lost))
+        return not why
+
+    def _room_beside(self, table: Table) -> Room | None:
+        """Return the room for the next layout's agents beside those that run; None if they cannot run at once."""
+        jobs, size = layouts(self._job), size_after_shrinking(table)
+        if size not in jobs or table.slots not in jobs:
+            return None
+        room = Plan(jobs[table.slots]).room_beside(Plan(jobs[size]), lost=len(table.vacant))
+        if room is None:
+            return None
+        after = room.after * (size if self._options.host.startswith("127.") else 1)  # emulated: all on this machine
+        return Room(before=room.before, after=after, total=room.total + room.before)  # they run already
 
     def on_waiting(self, state: str, slot: int | None) -> None:
+        if self._snapshots:
+            self._agents.follow(self._handler.membership.read())
         if slot is None and self._record.slot is not None:
-            self._snapshot_agent.kill()
+            self._agents.present.kill()
         self._record_state(state=msgspec.convert(state, State), slot=slot, workers={})
 
     def environment(self) -> dict[str, str]:
@@ -285,8 +350,11 @@ class Supervisor:
         variables = {"KEEPWARM_HOST": host, "PYTHONUNBUFFERED": "1"}
         if host.startswith("127."):
             variables |= {key: os.environ.get(key, "lo") for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
+        if self._snapshots:
+            self._agents.follow(table)
+            variables[AGENTS] = self._agents.names(table)
         if slot == 0 and table.restart > 0:
-            if self._snapshots and (epoch := self._snapshot_agent.begin_epoch()) is not None:
+            if self._snapshots and (epoch := self._agents.present.begin_epoch()) is not None:
                 variables[EPOCH] = str(epoch)
             variables[RECOVERY] = json.dumps(recovery(table, time.time()))
         return variables
@@ -297,8 +365,8 @@ class Supervisor:
         self._started_at = time.monotonic()
         self._redundancy_lost = self._snapshots and slot in table.moved
         self._record_state(
-            state="running", workers=dict(workers), restart=table.restart, agent=self._snapshot_agent.pid,
-            keeper=self._snapshot_agent.keeper,
+            state="running", workers=dict(workers), restart=table.restart, agent=self._agents.present.pid,
+            keeper=self._agents.present.keeper,
         )  # fmt: skip
 
     def on_failed(self, kind: Kind | Literal["agent"], cause: str) -> None:
@@ -320,12 +388,15 @@ class Supervisor:
             self._hand_over()
         if not self._snapshots:
             return
-        if cause := self._snapshot_agent.poll():
+        if self._handler.holds_former and self._handler.slot == 0 and self._agents.present.committed() is not None:
+            self._handler.settle()
+        self._agents.follow(self._handler.membership.read(), wait=False)
+        if cause := self._agents.present.poll():
             self.on_failed("agent", cause)
-            self._snapshot_agent.restart()
+            self._agents.present.restart()
             self._redundancy_lost = True
-        self._record_state(agent=self._snapshot_agent.pid, keeper=self._snapshot_agent.keeper)
-        if self._redundancy_lost and (complete := self._snapshot_agent.complete_snapshot()) is not None:
+        self._record_state(agent=self._agents.present.pid, keeper=self._agents.present.keeper)
+        if self._redundancy_lost and (complete := self._agents.present.complete_snapshot()) is not None:
             self._redundancy_lost = False
             slots = (self._handler.slot,)
             self._event(events.Whole(node=self._options.node, slots=slots, epoch=complete[0], step=complete[1]))

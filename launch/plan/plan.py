@@ -6,6 +6,7 @@ from operator import getitem
 from typing import TYPE_CHECKING, Any
 
 from keepwarm.ft.groups import groups_of
+from keepwarm.launch.plan.room import Room
 from keepwarm.parallel.memory import RankEstimate
 from keepwarm.parallel.mesh.axes import Coordinates
 from keepwarm.parallel.mesh.layout import Layout, split_layers, stages_of
@@ -108,6 +109,18 @@ class Plan:
     def smaller(self) -> tuple["Plan", ...]:
         """Return plans of the layouts that the job may shrink to while nodes are missing, the largest first."""
         return tuple(Plan(job) for job in layouts(self.job).values() if job is not self.job)
+
+    def room_beside(self, after: "Plan", *, lost: int = 1) -> Room | None:
+        """Return the room on this machine for the snapshots of a smaller layout beside those of this one.
+
+        The agents of `lost` nodes run beside those of one node. None if two layouts' agents cannot run at once.
+        """
+        spec, before, smaller = self.job.snapshot, self.host_memory, after.host_memory
+        if spec == "off" or spec.port or before is None or smaller is None:
+            return None
+        from keepwarm.ft.memory.shared_memory import available_memory
+
+        return Room(before=before.total * (1 + lost), after=smaller.total, total=available_memory())
 
     @cached_property
     def site(self) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from ruamel.yaml import YAML
 
 from keepwarm.launch.plan.plan import Plan, sampled_steps
+from keepwarm.launch.plan.room import Room
 from keepwarm.text import counted
 from keepwarm.trainer.data.spec import ReplaySpec
 from keepwarm.trainer.job.estimate import RESERVED_GIB
@@ -49,6 +50,12 @@ def size(number: float) -> str:
         if number >= bytes_:
             return f"{number / bytes_:.1f} {unit}"
     return f"{number:.0f} B"
+
+
+def route(room: Room) -> str:
+    """Format which way a run goes that shrinks, and why."""
+    way = "memory" if room.enough else "the disk"
+    return f"through {way}: both layouts need {size(room.needed)} of {size(room.total)}"
 
 
 def chart(rate: Callable[[int], float], last: int, marks: Mapping[int, str]) -> list[str]:
@@ -179,10 +186,11 @@ def _smaller(plan: Plan) -> list[str]:
             str(one.layout.data),
             size(max(each.total for each in one.estimates)),
             "-" if one.host_memory is None else size(one.host_memory.total),
+            "through the disk" if (room := plan.room_beside(one)) is None else route(room),
         ]
         for one in plan.smaller
     ]
-    header = ("nodes", "data", "memory of a rank", "snapshots on a node")
+    header = ("nodes", "data", "memory of a rank", "snapshots on a node", "a shrink goes, with the memory free here")
     return ["", "while nodes are missing (cluster.elastic: shrink):", *table(header, rows)] if rows else []
 
 

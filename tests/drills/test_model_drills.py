@@ -81,7 +81,7 @@ def test_model_that_loses_one_of_two_replicas_goes_on_with_the_other(
     run.after(15)
     run.lose_node(0)
     smaller = run.recovered(1)
-    assert (smaller["level"], smaller["source"]) == ("resized", "disk")
+    assert (smaller["level"], smaller["source"]) == ("resized", "memory")
     run.done()
     assert [event["ranks"] for event in run.events("training_started")] == [2, 1]
     assert_close(run.folder, tmp_path / "whole")

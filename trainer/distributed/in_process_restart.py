@@ -29,7 +29,10 @@ EPOCH = "KEEPWARM_EPOCH"
 """Environment variable of rank 0: the agents' decision on what to restore that a supervisor has already begun."""
 RECOVERY = "KEEPWARM_RECOVERY"
 """Environment variable of rank 0: what the supervisors know of the failure that this start recovers from, as JSON."""
-PER_START = (EPOCH, RECOVERY)
+AGENTS = "KEEPWARM_AGENTS"
+"""Environment variable: the number of the layout whose agents ranks use, and who holds the state of the one before, as
+JSON."""
+PER_START = (EPOCH, RECOVERY, AGENTS)
 """Variables that hold for one start only."""
 PARK_ORDER_TIMEOUT_S = 5.0
 """How long a worker whose collective has failed waits for the order to park before it fails itself."""

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import msgspec
 
+from keepwarm.ft.discovery.config import LayoutAgents
+from keepwarm.ft.discovery.registry import newest_generation
 from keepwarm.ft.errors import ForeignSnapshot, FtError
 from keepwarm.ft.worker.in_memory import Deployment, InMemoryCheckpointer
 from keepwarm.ft.worker.snapshotter import Restoration
 from keepwarm.parallel.shard import Shard
 from keepwarm.trainer.checkpoint.checkpoint import OPTIONAL, layout_hash
-from keepwarm.trainer.distributed.in_process_restart import EPOCH
+from keepwarm.trainer.distributed.in_process_restart import AGENTS, EPOCH
 from keepwarm.trainer.distributed.random_state import RandomState
 from keepwarm.trainer.distributed.world import World
 from keepwarm.trainer.errors import CheckpointError, RestoreFailed
@@ -76,6 +78,7 @@ class Snapshots(MemoryTier):
             layout=layout_hash(job),
             ranks_per_node=job.layout.ranks_per_node,
             host=os.environ.get("KEEPWARM_HOST", "127.0.0.1"),
+            agents=_agents(Path(job.output)),
         )
         self.checkpointer = InMemoryCheckpointer(
             job.snapshot, state, deployment, capture=random.capture, optional=OPTIONAL
@@ -185,6 +188,13 @@ class Snapshots(MemoryTier):
 def _settled_epoch() -> int:
     """Return the epoch that this node's supervisor had the agents begin; 0: none."""
     return int(os.environ.get(EPOCH, "0"))
+
+
+def _agents(folder: Path) -> LayoutAgents:
+    """Return the agents that a supervisor names, else those of the last layout of the run."""
+    if (named := os.environ.get(AGENTS)) is not None:
+        return msgspec.json.decode(named, type=LayoutAgents)
+    return LayoutAgents(generation=newest_generation(folder))
 
 
 @contextlib.contextmanager

@@ -280,8 +280,19 @@ class NodeExcluded(Event, frozen=True, kw_only=True):
     slurm_job: str | None = None
 
 
+class MemoryKept(Event, frozen=True, kw_only=True):
+    """Before a run shrinks: the snapshot of `step` is complete in memory, including the state of the lost `slots`, and
+    stays there until the next layout has committed; `room` says what both layouts need."""
+
+    node: str
+    step: int
+    slots: tuple[int, ...]
+    room: str
+
+
 class MemorySaved(Event, frozen=True, kw_only=True):
-    """Before a run shrinks: the snapshot of `step` is on disk, including the state of the lost `slots`."""
+    """Before a run shrinks, or after its next layout could not read it from memory: the snapshot of `step` is on disk,
+    including the state of the lost `slots`."""
 
     node: str
     step: int
@@ -289,7 +300,7 @@ class MemorySaved(Event, frozen=True, kw_only=True):
 
 
 class MemoryNotSaved(Event, frozen=True, kw_only=True):
-    """Before a run shrinks: the state in memory could not be written to disk; the newest checkpoint is used."""
+    """As `memory_saved`, but the state in memory could not be written to disk; the newest checkpoint is used."""
 
     node: str
     why: str
@@ -297,7 +308,7 @@ class MemoryNotSaved(Event, frozen=True, kw_only=True):
 
 
 class Resized(Event, frozen=True, kw_only=True):
-    """The run continues from disk with a different number of slots."""
+    """The run continues with a different number of slots, from the memory of the layout before or from disk."""
 
     node: str
     slots: int

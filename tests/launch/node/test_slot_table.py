@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from keepwarm.launch.node import slot_table
 from keepwarm.launch.node.slot_table import ATTRIBUTION_WINDOW_S as WINDOW
-from keepwarm.launch.node.slot_table import Table
+from keepwarm.launch.node.slot_table import FormerOwners, Kept, Table
 
 
 def started(count: int = 3, spares: int = 1, max_restarts: int = 2) -> Table:
@@ -265,6 +265,41 @@ def test_claim_flush_first_node_wins_and_changes_reset_it() -> None:
         slot_table.lose(table, "n1", "gone", 2.0),
     ):
         assert (other.flushing_node, other.flush_epoch) == (None, 0)
+
+
+KEPT = Kept(node="n1", epoch=5, step=12)
+
+
+def test_shrink_through_memory_keeps_the_owners_of_the_layout_before_until_it_is_settled() -> None:
+    table = slot_table.shrink(slot_table.lose(elastic(), "n0", "gone", 1.0), KEPT)
+    assert (table.generation, table.owners, table.spares) == (1, {0: "n2", 1: "n1"}, ("n3",))
+    former = FormerOwners(generation=0, owners={0: "n1", 1: "n1", 2: "n2", 3: "n3"}, epoch=5, step=12)
+    assert table.former == former
+    assert not slot_table.must_flush_former(table)
+    running = arrived(table)
+    assert running.former == former  # workers run, and have not committed
+    assert slot_table.settle(running, 0) == running  # said of another layout
+    settled = slot_table.settle(running, 1)
+    assert (settled.former, settled.generation) == (None, 1)
+    alone = slot_table.lose(slot_table.lose(running, "n2", "gone", 2.0, dead=True), "n3", "gone", 3.0, dead=True)
+    again = slot_table.shrink(alone)  # what the layout before holds has been written to disk
+    assert (again.owners, again.generation, again.former) == ({0: "n1"}, 2, None)
+
+
+def test_former_memory_is_flushed_once_workers_have_failed_or_nodes_have_changed() -> None:
+    table = slot_table.shrink(slot_table.lose(elastic(), "n0", "gone", 1.0), KEPT)
+    failed = slot_table.fail(arrived(table), "n1", table.restart, "failed", "it could not read", 2.0)
+    before_start = slot_table.lose(table, "n2", "gone", 2.0)
+    spare = slot_table.lose(table, "n3", "gone", 2.0)
+    joined = slot_table.lose(slot_table.join(spare, "new", "spare"), "n2", "gone", 3.0)
+    for one in (failed, before_start, slot_table.lose(arrived(table), "n2", "gone", 2.0), spare, joined):
+        assert one.former == table.former
+        assert slot_table.must_flush_former(one)
+    assert slot_table.announce_flush(failed, "n1", 9, former=True) == failed  # not the owner of slot 0
+    announced = slot_table.announce_flush(failed, "n2", 9, former=True)
+    assert (announced.flush_epoch, announced.flush_former) == (9, True)
+    assert slot_table.announce_flush(table, "n2", 9, former=True) == table  # it is read from memory
+    assert slot_table.inherit(arrived(table), 1, ()).former == table.former  # the store does not hold it alone
 
 
 def test_grow_enough_spares_after_saving_resizes() -> None:

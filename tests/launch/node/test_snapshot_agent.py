@@ -8,7 +8,7 @@ import pytest
 from keepwarm.ft.discovery.config import AgentConfig, GroupConfig
 from keepwarm.ft.discovery.registry import AGENTS_FOLDER, TEMPLATE_FILE
 from keepwarm.ft.errors import AgentError
-from keepwarm.launch.node.flush_before_shrink import flush_to_disk
+from keepwarm.launch.node.node_agents import NodeAgents
 from keepwarm.launch.node.snapshot_agent import SnapshotAgent
 
 
@@ -30,14 +30,10 @@ def test_template_of_another_layout_is_said_in_a_sentence(tmp_path: Path, conten
         agent.ensure()
 
 
-def test_flush_with_template_of_another_layout_returns_the_reason(tmp_path: Path) -> None:
+def test_gather_with_template_of_another_layout_returns_the_reason(tmp_path: Path) -> None:
     template(tmp_path)
-    agent, substitute = SnapshotAgent(tmp_path, "127.0.0.1"), SnapshotAgent(tmp_path, "127.0.0.1")
-    agent.take(0)
-    substitute.take(2)
-    result = flush_to_disk(
-        agent, [substitute], tmp_path / "checkpoints", save_elsewhere=lambda epoch: None, still_needed=lambda: True,
-        deadline=1.0,
-    )  # fmt: skip
+    agents = NodeAgents(tmp_path, "127.0.0.1", "node")
+    agents.present.take(0)
+    result = agents.gather([2], former=False, still_needed=lambda: True, deadline=1.0)
     assert isinstance(result, str)
     assert "no agent for slot 2" in result

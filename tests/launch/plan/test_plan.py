@@ -1,5 +1,7 @@
 """A plan as data and as text."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,8 @@ import pytest
 from keepwarm.ft.format.contents import META_BYTES
 from keepwarm.launch.plan.plan import Plan, sampled_steps
 from keepwarm.launch.plan.plot import draw_plan
-from keepwarm.launch.plan.text import chart, count, print_plan, size
+from keepwarm.launch.plan.room import Room
+from keepwarm.launch.plan.text import chart, count, print_plan, route, size
 from keepwarm.trainer.errors import OutputError
 from keepwarm.trainer.job.files import load_job
 from keepwarm.trainer.job.learning_rate import LinearSpec
@@ -76,11 +79,27 @@ def test_plan_text_lists_layouts_to_shrink_to(capsys: pytest.CaptureFixture[str]
     print_plan(elastic, spec=True)
     text = capsys.readouterr().out
     assert "while nodes are missing (cluster.elastic: shrink):" in text
+    assert len(re.findall(r"through memory: both layouts need \d+\.\d [MG]iB of \d+\.\d [GT]iB\n", text)) == 2
     assert text.index("stages") < text.index("# snapshot: the resolved spec") < text.index("elastic: shrink\n")
     print_plan(whole)
     text = capsys.readouterr().out
     assert "while nodes are missing" not in text
     assert "resolved spec" not in text
+
+
+def test_plan_route_of_a_shrink_follows_from_the_memory_of_both_layouts() -> None:
+    room = Room(before=2 << 30, after=1 << 30, total=3 << 30)
+    assert route(room) == "through memory: both layouts need 3.0 GiB of 3.0 GiB"
+    assert route(replace(room, after=3 << 30)) == "through the disk: both layouts need 5.0 GiB of 3.0 GiB"
+    whole = plan("cluster.elastic=shrink", job="ci/snapshot")
+    found = whole.room_beside(whole.smaller[0], lost=2)
+    before, after = whole.host_memory, whole.smaller[0].host_memory
+    assert found is not None
+    assert before is not None
+    assert after is not None
+    assert (found.before, found.after) == (3 * before.total, after.total)
+    fixed = plan("cluster.elastic=shrink", "snapshot.port=7000", job="ci/snapshot")
+    assert fixed.room_beside(fixed.smaller[0]) is None  # two agents cannot have one port
 
 
 def test_plan_curve_is_drawn_as_an_image(tmp_path: Path) -> None:

@@ -58,9 +58,9 @@ def test_shrink_two_replicas_become_one_and_two_again(tmp_path: Path, start: Cal
     run.after(15)
     run.lose_node(0)
     smaller = run.recovered(1)
-    assert (smaller["level"], smaller["source"]) == ("resized", "disk")
-    (rescued,) = run.events("memory_saved")
-    assert smaller["step"] == rescued["step"] >= 14  # of the 15 that were done at least
+    assert (smaller["level"], smaller["source"]) == ("resized", "memory")
+    (kept,) = run.events("memory_kept")
+    assert smaller["step"] == kept["step"] >= 14  # of the 15 that were done at least
     assert run.owner(0).node == "node-1"
     back = [sys.executable, "-P", "-m", "keepwarm.launch.node", str(run.folder), "--slots=2", "--node=back", "--spare"]
     node = subprocess.Popen(back, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
@@ -102,17 +102,71 @@ def test_shrink_four_replicas_lose_more_than_parity(
     for slot in lost:
         run.lose_node(slot)
     smaller = run.recovered(1)
-    assert (smaller["level"], smaller["source"]) == ("resized", "disk")
+    assert smaller["level"] == "resized"
     if len(lost) <= 2:
-        (rescued,) = run.events("memory_saved")
-        assert rescued["slots"] == list(lost)
-        assert smaller["step"] == rescued["step"] >= 14
+        (kept,) = run.events("memory_kept")
+        assert kept["slots"] == list(lost)
+        assert smaller["source"] == "memory"
+        assert smaller["step"] == kept["step"] >= 14
+        assert smaller["bytes_decoded"] > 0
     else:
+        assert smaller["source"] == "disk"
         (event,) = run.events("memory_not_saved")
         assert "needs 2 good chunks and has 1; those of slots [0, 1, 2] are lost" in event["why"]
         assert smaller["step"] == 10
     run.done()
     assert_close(run.folder, whole)
+    assert_nothing_left(run)
+
+
+FAILS_ONCE = """
+import os, signal
+from pathlib import Path
+from keepwarm import Section
+from keepwarm.trainer.loop.callback import Callback, Run, StepDone
+
+
+class FailsOnceOptions(Section):
+    marker: str
+
+
+class FailsOnce(Callback):
+    Options = FailsOnceOptions
+
+    def after_step(self, run: Run, done: StepDone) -> None:
+        # Before the snapshot of this step is offered.
+        if run.world.size == 1 and not Path(self.options.marker).exists():
+            Path(self.options.marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.dist
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_shrink_that_fails_before_the_first_commit_goes_through_the_disk(
+    tmp_path: Path, start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old layout's memory is still there: no step that it had committed is lost."""
+    info = tmp_path / "site" / "fails_once-1.0.dist-info"
+    info.mkdir(parents=True)
+    (tmp_path / "site" / "fails_once.py").write_text(FAILS_ONCE)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fails-once\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[keepwarm.callbacks]\nfails_once = fails_once:FailsOnce\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}{os.pathsep}{ROOT / 'src'}")
+    options = (*TWO, f"callbacks.fails_once.marker={tmp_path / 'marker'}", "snapshot.durable.every=1000")
+    run = start(*options, "stages.0.tokens=30_720", "--nodes", "2", cold=True)
+    run.after(15)
+    run.lose_node(0)
+    smaller = run.recovered(1)
+    run.done()
+    (kept,) = run.events("memory_kept")
+    (saved,) = run.events("memory_saved")
+    # The first recovery reports once its first step is done, and that is the one which ends its rank.
+    assert (smaller["source"], smaller["step"]) == ("disk", kept["step"])
+    assert saved["step"] == kept["step"] >= 14
+    assert run.events("memory_not_saved") == []
+    assert [line["step"] for line in steps_of(run.folder)] == list(range(1, 61))
     assert_nothing_left(run)
 
 

@@ -1,0 +1,114 @@
+"""A layout reads its state from the memory of the agents of another one, to the bit, as it does from a checkpoint."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from keepwarm.ft.discovery.config import FormerLayout
+from keepwarm.ft.errors import ForeignSnapshot
+from keepwarm.ft.worker.client import AgentClient
+from keepwarm.ft.worker.former_memory import restore_former
+from keepwarm.ft.worker.reader import RankPlace
+from keepwarm.ft.worker.snapshotter import Restoration
+from keepwarm.parallel.shard import Shard
+from tests.support.ft.nodes import BUCKET, Nodes, together, wait_committed
+from tests.support.layouts import Case, State, shards_of, whole_state
+from tests.trainer.checkpoint.test_reshard import LAYOUTS, MODEL
+
+SOURCES = {"data-4-hybrid": 1, "2x2x2": 2, "2x1x2-flat": 1}
+"""Layouts that leave their memory, and their ranks on a node: four nodes each."""
+TARGETS = {1: ("1x1x1", "data-3", "data-3-replicated", "pipeline-2-interleaved"), 2: ("2x1x3", "2x1x2-flat")}
+"""Layouts that read it, by ranks on a node: on fewer nodes."""
+
+
+class Run(Nodes):
+    """Four nodes, any two of which may be lost."""
+
+    def __init__(self, folder: Path, workers: int) -> None:
+        super().__init__(folder, 4, workers=workers, groups=[(range(4), 2)], state_bytes=1 << 20)
+
+    def read(self, epoch: int, slot: int, place: RankPlace, shards: dict[str, Shard]) -> Restoration | str:
+        former = FormerLayout(generation=0, slots=4, slot=slot, epoch=epoch)
+        socket, worker = self.configs[slot].socket, place.rank % place.workers
+        client = AgentClient(socket, run=self.run, secret=self.secret, worker=worker, deadline=120.0)
+        try:
+            return restore_former(client, former, place, shards, ())
+        finally:
+            client.close()
+
+
+def committed(world: Run, case: Case, state: State) -> None:
+    """Have the run's ranks commit the state of one step, and leave."""
+    states = [shards_of(rank, MODEL, case, state) for rank in range(world.world)]
+    snapshotters = world.snapshotters(states)  # type: ignore[arg-type]
+    together(lambda each: each.restore(1), snapshotters)
+    for each in snapshotters:
+        each.offer(7, b"small state")
+    for each in snapshotters:
+        each.join()
+        wait_committed(each)
+    for client in world.clients:
+        client.close()
+
+
+def place_of(rank: int, world: int, workers: int) -> RankPlace:
+    return RankPlace(
+        rank=rank, world=world, workers=workers, node=rank // workers, nodes=world // workers, bucket_bytes=BUCKET
+    )
+
+
+def read_by_all(world: Run, epoch: int, case: Case) -> list[dict[str, Shard]]:
+    """What the ranks of a layout read that run where slots 1 and 3 have survived, and a third where slot 0 is back."""
+    size, workers = case.layout.world_size, world.workers
+    found = [shards_of(rank, MODEL, case, None) for rank in range(size)]
+
+    def restored(rank: int) -> Restoration | str:
+        return world.read(epoch, (1, 3, 0)[rank // workers], place_of(rank, size, workers), found[rank])
+
+    for result in together(restored, range(size)):
+        assert isinstance(result, Restoration), result
+        assert (result.step, result.meta) == (7, b"small state")
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("source", SOURCES)
+def test_reshard_from_memory_of_fewer_nodes_equals_what_was_saved(tmp_path: Path, source: str) -> None:
+    """Two nodes are lost: their memory is decoded for substitutes on the others before it is read."""
+    workers, state = SOURCES[source], whole_state(MODEL, seed=5)
+    world = Run(tmp_path, workers)
+    try:
+        world.start_all()
+        committed(world, LAYOUTS[source], state)
+        for slot in (0, 2):
+            world.kill(slot)
+        together(world.start, (0, 2))
+        for epoch, target in enumerate(TARGETS[workers], 2):
+            for rank, shards in enumerate(read_by_all(world, epoch, LAYOUTS[target])):
+                expected = shards_of(rank, MODEL, LAYOUTS[target], state)
+                for name, shard in shards.items():
+                    assert torch.equal(shard.local, expected[name].local), f"{target}, rank {rank}: {name}"
+    finally:
+        world.close()
+
+
+@pytest.mark.dist
+def test_reshard_from_memory_that_cannot_serve_says_why_and_writes_nothing(tmp_path: Path) -> None:
+    world = Run(tmp_path, 1)
+    try:
+        world.start_all()
+        committed(world, LAYOUTS["data-4-hybrid"], whole_state(MODEL, seed=5))
+        wider = MODEL.model_copy(update={"ffn_size": 16})
+        shards = shards_of(0, wider, LAYOUTS["1x1x1"], None)
+        with pytest.raises(ForeignSnapshot, match="this is the state of another model"):
+            world.read(2, 1, place_of(0, 1, 1), shards)
+        assert not any(shard.local.any() for shard in shards.values())
+        for slot in (0, 2, 3):
+            world.kill(slot)
+        together(world.start, (0, 2, 3))
+        answer = world.read(3, 1, place_of(0, 1, 1), shards_of(0, MODEL, LAYOUTS["1x1x1"], None))
+        assert isinstance(answer, str)
+        assert "needs 2 good chunks and has 1; those of slots [0, 2, 3] are lost" in answer
+    finally:
+        world.close()
