@@ -1,15 +1,18 @@
-"""Work beside the main work of a process, on one thread: storage that does not answer costs a short wait, once."""
+"""Work beside the main work of a process, on a thread: storage that does not answer costs a short wait, once."""
 
 import logging
 import os
 import queue
 import threading
 from collections.abc import Callable
+from typing import Literal
 
 PATIENCE_S = 2.0
-"""How long work is waited for as long as the thread has kept up, in seconds."""
+"""How long work is waited for as long as its thread has kept up, in seconds."""
 WAITING = 4096
 """Pieces of work that may wait for a storage that does not answer; further ones are dropped."""
+Kind = Literal["files", "streams"]
+"""Each has a thread of its own: what writes a file may have to say something, and must not wait for itself."""
 
 
 class Beside:
@@ -19,10 +22,11 @@ class Beside:
     up: a file that a storage takes late is written late.
     """
 
-    def __init__(self) -> None:
-        self._jobs: queue.Queue[_Job] = queue.Queue(WAITING)
+    def __init__(self, kind: Kind) -> None:
+        self._says = kind == "files"  # what is said would go to a stream
+        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()  # a signal handler may come in between
         self._late: _Job | None = None
-        self._thread = threading.Thread(target=self._run, name="beside", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"beside-{kind}", daemon=True)
         self._thread.start()
 
     def do(self, work: Callable[[], object]) -> bool:
@@ -34,24 +38,25 @@ class Beside:
         if threading.current_thread() is self._thread:
             work()
             return True
+        if self._jobs.qsize() >= WAITING:
+            raise TimeoutError("the storage does not answer")
         job = _Job(work)
-        try:
-            self._jobs.put_nowait(job)
-        except queue.Full:
-            raise TimeoutError("the storage does not answer") from None
+        self._jobs.put(job)
         late, self._late = self._late, None
         if late is not None and not late.done.is_set():
             self._late, job.left = job, True
             return False
         if not job.done.wait(PATIENCE_S):
             self._late, job.left = job, True
-            logging.warning(
-                "a write has not ended in %g s: what the storage does not take waits, the work goes on", PATIENCE_S
-            )
+            self._say(f"a write has not ended in {PATIENCE_S:g} s: what the storage does not take waits, work goes on")
             return False
         if job.error is not None:
             raise job.error
         return True
+
+    def _say(self, text: str) -> None:
+        if self._says:
+            logging.warning("%s", text)
 
     def _run(self) -> None:
         while True:
@@ -61,7 +66,7 @@ class Beside:
             except Exception as error:
                 job.error = error
                 if job.left:
-                    logging.warning("a late write failed: %s: %s", type(error).__name__, error)
+                    self._say(f"a late write failed: {type(error).__name__}: {error}")
             job.done.set()
 
 
@@ -73,12 +78,12 @@ class _Job:
         """Whether no one waits for it."""
 
 
-_beside: tuple[int, Beside] | None = None
+_threads: dict[tuple[int, Kind], Beside] = {}
 
 
-def beside() -> Beside:
-    """Return the thread of this process: a fork has its own."""
-    global _beside
-    if _beside is None or _beside[0] != os.getpid():
-        _beside = os.getpid(), Beside()
-    return _beside[1]
+def beside(kind: Kind = "files") -> Beside:
+    """Return a thread of this process: a fork has its own."""
+    key = os.getpid(), kind
+    if key not in _threads:
+        _threads[key] = Beside(kind)
+    return _threads[key]

@@ -161,6 +161,8 @@ class _Stream(io.FileIO):
         """`patient`: writes to a file whose storage does not answer wait on a thread, not here."""
         super().__init__(descriptor, "wb", closefd=False)
         self._aside = patient and stat.S_ISREG(os.fstat(descriptor).st_mode)
+        if self._aside:
+            beside("streams")  # now: what a process says later must not make it grow
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
         self._patience = PATIENCE_S
@@ -170,7 +172,7 @@ class _Stream(io.FileIO):
         view = memoryview(data).cast("B")
         try:
             if self._aside:
-                beside().do(partial(self._write_all, bytes(view)))
+                beside("streams").do(partial(self._write_all, bytes(view)))
                 return len(view)
             if not self._poll.poll(1000 * self._patience):
                 raise TimeoutError(errno.ETIMEDOUT, f"took nothing for {PATIENCE_S:g} s")

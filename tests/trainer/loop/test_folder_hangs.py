@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -9,44 +10,44 @@ from pathlib import Path
 
 import pytest
 
+from keepwarm.exit_code import ExitCode
 from keepwarm.ft.discovery.config import SOCKET, runtime_folder
 from keepwarm.ft.discovery.status import Status
 from keepwarm.ft.errors import FtError
+from keepwarm.ft.format import publication
+from keepwarm.ft.format.manifest import read_manifest
 from keepwarm.ft.transport.auth import SECRET, load_secret, run_identity
 from keepwarm.ft.worker.client import AgentClient
+from keepwarm.launch.node.record import NodeRecord
 from keepwarm.trainer.data.indexed import TokenFile
 from keepwarm.trainer.data.preprocess.prepare import prepare_sources
 from keepwarm.trainer.job.files import load_job
 from tests.support.faulty.io_faults import Fault, library
 from tests.support.runs import warm
 from tests.support.runs.node_fixtures import start
-from tests.support.runs.node_run import DEADLINE, JOB, Run, assert_equal, assert_nothing_left, command
+from tests.support.runs.node_run import DEADLINE, JOB, Run, assert_nothing_left, command
+from tests.support.runs.run_contents import tensors_of
 
 __all__ = ["start"]
-pytestmark = [pytest.mark.timeout(900), pytest.mark.dist]
-STEPS = 150
+pytestmark = [pytest.mark.timeout(900), pytest.mark.dist, pytest.mark.long]
 CALLS = "open,write,sync,rename,truncate,mkdir,read,stat"
 
 
-@pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Overrides of a job whose data are no part of its run folder."""
+def tokens(steps: int) -> str:
+    return f"stages.0.tokens={steps * 512}"
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> tuple[str, ...]:
+    """Overrides of a job whose data are no part of its run folder, and whose rate does not depend on its length."""
     spec = load_job(JOB)
-    data = prepare_sources(spec.data, spec.model.vocabulary_size, tmp_path_factory.mktemp("data"))
-    options = [f"stages.0.tokens={STEPS * 512}", "snapshot.durable=null"]
+    data = prepare_sources(spec.data, spec.model.vocabulary_size, tmp_path / "tokens")
+    options = ["snapshot.durable=null", "stages.0.lr={schedule: constant, max: 3e-3, warmup: 0.0}"]
     for kind, sources in (("sources", data.sources), ("validation", data.validation)):
         for name, source in sources.items():
             assert isinstance(source.tokens, TokenFile)
             options.append(f"data.{kind}.{name}={source.tokens.path}")
     return tuple(options)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, job: tuple[str, ...]) -> Path:
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    done = warm.run(command(folder, "--nodes", "4", *job), timeout=DEADLINE)
-    assert done.returncode == 0, done.stdout
-    return folder
 
 
 class Watched:
@@ -82,38 +83,53 @@ class Watched:
 
 
 def test_nodes_folder_hangs_and_worker_agent_and_node_are_lost_trains_on_from_memory_bitwise(
-    tmp_path: Path, job: tuple[str, ...], whole: Path, start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, job: tuple[str, ...], start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What was trained until then is saved once the folder answers, and is what an undisturbed run has after as many
+    steps.
+    """
     hold = tmp_path / "hold"
     fault = Fault(path=f"{tmp_path}/@(run|run/*)", kind="hang", calls=CALLS, hold=hold)
     with monkeypatch.context() as environment:
         for name, value in (fault.environment(tmp_path / "struck") | {"LD_PRELOAD": str(library())}).items():
             environment.setenv(name, value)
-        run = start("--nodes", "4", "--spares", "1", *job, cold=True)
+        run = start("--nodes", "4", "--spares", "1", *job, tokens(100_000), cold=True)
     run.after(3)
     watched, owners = Watched(run), {slot: run.owner(slot) for slot in range(4)}
     hold.touch()
     try:
-        os.kill(owners[2].workers[2], signal.SIGKILL)
-        step = watched.committed(watched.committed(3) + 2)
-
-        before = watched.status(1)
-        assert before is not None
-        os.kill(before.pid, signal.SIGKILL)
-        step = watched.committed(step + 2)
-        after = watched.status(1)
-        assert after is not None
-        assert (after.keeper, after.pid != before.pid) == (before.keeper, True)
-
-        keeper = owners[3].keeper
-        assert keeper is not None
-        for pid in (keeper, owners[3].supervisor, owners[3].workers[3]):
-            os.kill(pid, signal.SIGKILL)
-        watched.nodes[3] = "node-4"
-        watched.committed(step)
+        lose_one_after_the_other(watched, owners)
     finally:
         hold.unlink()
-    run.done()
-    assert [event["source"] for event in run.events("recovery")] == ["memory", "memory"]
-    assert_equal(run, whole)
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(DEADLINE) == ExitCode.INTERRUPTED, run.log.read_text()
+    log = (run.folder / "agents" / "agent-0.log").read_text().splitlines()
+    chosen = [line["snapshot"] for line in map(json.loads, log) if line["text"] == "decided"]
+    assert chosen[0] is None
+    assert len(chosen) >= 3
+    assert None not in chosen[1:], "memory was restored each time"
+    (saved,) = publication.checkpoints(run.folder / "checkpoints")
+    whole = tmp_path / "whole"
+    done = warm.run(command(whole, "--nodes", "4", *job, tokens(read_manifest(saved).step)), timeout=DEADLINE)
+    assert done.returncode == 0, done.stdout
+    assert tensors_of(run.folder) == tensors_of(whole)
     assert_nothing_left(run)
+
+
+def lose_one_after_the_other(watched: Watched, owners: dict[int, NodeRecord]) -> None:
+    """Kill a worker, an agent and a node, each once all agents commit again."""
+    os.kill(owners[2].workers[2], signal.SIGKILL)
+    step = watched.committed(watched.committed(3))
+    before = watched.status(1)
+    assert before is not None
+    os.kill(before.pid, signal.SIGKILL)
+    step = watched.committed(watched.committed(step))
+    after = watched.status(1)
+    assert after is not None
+    assert (after.keeper, after.pid != before.pid) == (before.keeper, True)
+    keeper = owners[3].keeper
+    assert keeper is not None
+    for pid in (keeper, owners[3].supervisor, owners[3].workers[3]):
+        os.kill(pid, signal.SIGKILL)
+    watched.nodes[3] = "node-4"
+    watched.committed(step)
