@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -119,13 +119,28 @@ def check(faults: Sequence[Fault], stage: Stage) -> None:
             )
         if fault.target == "disk" and not stage.durable:
             raise DrillError(f"{fault.option}: nothing is written to disk while the job runs; set snapshot.durable")
-
+        frozen = {slot for other in faults if other.step == fault.step for slot in _frozen(other)}
+        if fault.action == "freeze" and _stops_the_others(frozen, stage):
+            names = ", ".join(map(str, sorted(frozen)))
+            raise DrillError(
+                f"{fault.option}: nodes {names} of {stage.nodes} would be frozen at once, and the others would "
+                "wait: so many may go on elsewhere. Freeze fewer than half of the nodes"
+            )
     if (needed := spares_needed(faults)) > stage.spares:
         raise DrillError(
             f"the faults need {needed} {'spare' if needed == 1 else 'spares'}, and there "
             f"{'is' if stage.spares == 1 else 'are'} {stage.spares or 'none'}: training would wait for a node that "
             f"never comes; give --spares {needed}, or take fewer nodes"
         )
+
+
+def _frozen(fault: Fault) -> tuple[int, ...]:
+    return fault.numbers if fault.action == "freeze" else ()
+
+
+def _stops_the_others(frozen: Collection[int], stage: Stage) -> bool:
+    """Return whether these nodes could be a majority, as one half with slot 0 is: silence is not death."""
+    return 2 * len(frozen) > stage.nodes or (2 * len(frozen) == stage.nodes and 0 in frozen)
 
 
 def spares_needed(faults: Sequence[Fault]) -> int:
@@ -194,9 +209,8 @@ def _possible(stage: Stage, spares: int, parity: int, together: Sequence[Fault])
     if parity:
         found.append(("kill", "keeper", 1))
     if spares > 0:
-        found += [
-            ("kill", "node", max(1, min(spares, more, stage.nodes))),
-            ("kill", "supervisor", 1),
-            ("freeze", "node", 1),
-        ]
+        found += [("kill", "node", max(1, min(spares, more, stage.nodes))), ("kill", "supervisor", 1)]
+        silent = sum(len(_frozen(fault)) for fault in together)
+        if 2 * (silent + 1) < stage.nodes:
+            found.append(("freeze", "node", 1))
     return found

@@ -101,6 +101,13 @@ def test_fault_frozen_node_counts_as_spare_after_it_resumes() -> None:
         check([parse("kill", "node:0@3"), *frozen], replace(STAGE, spares=1))
 
 
+@pytest.mark.parametrize(("texts", "slots"), [(["nodes:0,3@5"], "0, 3"), (["node:0@5", "nodes:1,2@5+1"], "0, 1, 2")])
+def test_fault_frozen_majority_is_refused(texts: list[str], slots: str) -> None:
+    with pytest.raises(DrillError, match=f"nodes {slots} of 4 would be frozen at once"):
+        check([parse("freeze", text) for text in texts], STAGE)
+    check([parse("freeze", "nodes:1,2@5"), parse("freeze", "node:0@9")], STAGE)
+
+
 def test_fault_disk_without_durable_snapshots_is_refused() -> None:
     check([parse("stop", "disk@5")], STAGE)
     with pytest.raises(DrillError, match=r"set snapshot\.durable"):
@@ -139,6 +146,8 @@ def test_draw_campaign_is_possible_and_repeatable(count: int, seed: int, stage: 
         at_once[-1] += 0 if fault.target in KEEP_MEMORY else len(fault.numbers)
         last = fault
     assert max(at_once) <= max(parity, 1)
+    frozen = [sum(each.action == "freeze" for each in drawn if each.step == fault.step) for fault in drawn]
+    assert 2 * max(frozen) < stage.nodes or not any(frozen)
 
 
 def test_draw_has_every_kind_and_strikes_recoveries() -> None:

@@ -255,7 +255,8 @@ def test_node_worker_and_store_deaths_are_each_survived(cluster: Callable[..., C
 def test_reusable_workers_outside_fault_resumed_own_failure_replaced(
     cluster: Callable[..., Cluster],
 ) -> None:
-    run = cluster(spares=1, worker=REUSABLE)
+    patient = LAUNCHER.replace("PRELOADED = ()", "PRELOADED, forkserver.PARK_TIMEOUT_S = (), 10.0")
+    run = cluster(spares=1, worker=REUSABLE, launcher=patient)
     supervisor = run.running(0)[0].supervisor
     os.kill(run.pid(1, 0), signal.SIGKILL)
     run.running(1)
