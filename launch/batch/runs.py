@@ -98,7 +98,7 @@ def last_end(log: Sequence[events.Event]) -> tuple[str | None, str | None]:
             state = why = None
         elif isinstance(event, events.BatchEnded):
             state, why = _ENDS.get(event.verdict), event.why
-        elif isinstance(event, events.RequeueRefused):
+        elif isinstance(event, events.RequeueRefused) and state is None:
             state, why = "ended", f"not requeued: {event.why}"
     return state, why
 

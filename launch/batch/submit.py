@@ -59,11 +59,12 @@ def submit_run(path: Path, overrides: Sequence[str], options: SubmitOptions) -> 
     system = batch_system(options.backend)
     resume = options.mode == "resume"
     job = continued(path, overrides, console) if resume else new_job(path, overrides, options.mode)
-    (job,) = completed(system, [job], console, dry_run=options.dry_run)
+    (job,), taken = completed(system, [job], dry_run=options.dry_run)
     request = Request(job=job, folder=Path(job.output), mode=options.mode, chain=options.chain, probe=options.probe)
     admit(system, request, console, dry_run=options.dry_run)
     if options.dry_run:
         check_output(job, request.mode)
+        say(console, taken)
         print(system.render(request), end="")
         if command := system.command(request):
             print(f"\n# {shlex.join(command)}")
@@ -78,8 +79,7 @@ def submit_run(path: Path, overrides: Sequence[str], options: SubmitOptions) -> 
         folder = spec.parent
         RunFolder(folder).logs.mkdir(exist_ok=True)
         (folder / system.script).write_text(system.render(request), encoding="utf-8")
-        for remark in system.stage(request, folder):
-            console.print(f"keepwarm: {remark}")
+        say(console, system.stage(request, folder))
         record = Submission(batch_system=system.name, submitted=time.time(), resume=resume)
         # The job reads this when it starts, which may be before its ID is known here.
         record.write(folder)
@@ -87,6 +87,7 @@ def submit_run(path: Path, overrides: Sequence[str], options: SubmitOptions) -> 
             link = replace(request, after=record.jobs[-1] if record.jobs else None)
             record = record.with_job(system.submit(link))
             record.write(folder)
+    say(console, taken)
     console.print(
         f"keepwarm: {job.name}: submitted as job {', '.join(record.jobs)}; outputs in {shlex.quote(str(folder))}"
     )
@@ -98,19 +99,25 @@ def messages() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
-def completed(system: BatchSystem, jobs: Sequence[JobSpec], console: Console, *, dry_run: bool) -> list[JobSpec]:
-    """Return jobs that are submitted together with what they leave to the batch system; print what the first one gets.
+def say(console: Console, lines: Sequence[str]) -> None:
+    """Print remarks to the user."""
+    for line in lines:
+        console.print(f"keepwarm: {line}")
+
+
+def completed(system: BatchSystem, jobs: Sequence[JobSpec], *, dry_run: bool) -> tuple[list[JobSpec], list[str]]:
+    """Return jobs that are submitted together with what they leave to the batch system, and what the first one gets.
 
     Raises ClusterError.
     """
     done = system.completed(jobs, dry_run=dry_run)
     before, after = (each[0].cluster for each in (jobs, done))
-    values = after.model_dump(mode="json")
-    for key, source in (after.sources or {}).items():
-        if source != (before.sources or {}).get(key):
-            value = reduce(getitem, key.split("."), values)
-            console.print(f"keepwarm: cluster.{key} = {json.dumps(value)}: {source}")
-    return done
+    values, known = after.model_dump(mode="json"), before.sources or {}
+    taken = {key: source for key, source in (after.sources or {}).items() if source != known.get(key)}
+    return done, [
+        f"cluster.{key} = {json.dumps(reduce(getitem, key.split('.'), values))}: {source}"
+        for key, source in taken.items()
+    ]
 
 
 def admit(
@@ -130,8 +137,7 @@ def admit(
     check = check_job if system.sees_files else check_engine
     for job in (request.job, *others):
         check(job)
-    for remark in system.check(request, dry_run=dry_run):
-        console.print(f"keepwarm: {remark}")
+    say(console, system.check(request, dry_run=dry_run))
 
 
 def _refuse_while_active(folder: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from keepwarm.launch.batch.runs import FINISHED, runs_in
-from keepwarm.launch.batch.submit import SubmitOptions, admit, completed, messages, submit_run
+from keepwarm.launch.batch.submit import SubmitOptions, admit, completed, messages, say, submit_run
 from keepwarm.launch.batch.sweep_folder import TABLE, runs_of
 from keepwarm.launch.batch_system import Array, BatchSystem, Request, batch_system
 from keepwarm.launch.local.train import job_file
@@ -57,7 +57,7 @@ def submit_sweep(path: Path, overrides: Sequence[str], options: SubmitOptions) -
     base = load_job(job_file(path), overrides)
     values = combinations(options.sweep)
     jobs = [_member(path, overrides, base, number, each) for number, each in enumerate(values)]
-    jobs = completed(system, jobs, console, dry_run=options.dry_run)
+    jobs, taken = completed(system, jobs, dry_run=options.dry_run)
     array = Array(members=len(jobs), max_parallel=options.max_parallel)
     request = Request(job=_named(jobs[0], base.name), folder=Path(base.output), array=array, probe=options.probe)
     admit(system, request, console, dry_run=options.dry_run, others=jobs[1:])
@@ -65,6 +65,7 @@ def submit_sweep(path: Path, overrides: Sequence[str], options: SubmitOptions) -
     if any(system.render(replace(request, job=_named(job, base.name))) != script for job in jobs):
         raise SpecError("--sweep: all runs of an array get the same nodes; submit runs of different layouts one by one")
     if options.dry_run:
+        say(console, taken)
         _print_dry_run(system, request, script, values)
         return
     root = request.folder
@@ -78,6 +79,7 @@ def submit_sweep(path: Path, overrides: Sequence[str], options: SubmitOptions) -
     except BaseException:
         shutil.rmtree(root)
         raise
+    say(console, taken)
     console.print(
         f"keepwarm: {base.name}: {len(jobs)} runs submitted as job {job_id}; outputs in {shlex.quote(str(root))}"
     )
@@ -122,8 +124,7 @@ def _submit(system: BatchSystem, request: Request, jobs: Sequence[JobSpec], cons
         folders = [stack.enter_context(prepared(job, "new")).parent for job in jobs]
         for folder in folders:
             RunFolder(folder).logs.mkdir()
-        for remark in system.stage(request, folders[0]):
-            console.print(f"keepwarm: {remark}")
+        say(console, system.stage(request, folders[0]))
         record = Submission(batch_system=system.name, submitted=time.time(), resume=False)
         # The tasks read this when they start, which may be before their IDs are known here.
         for folder in folders:

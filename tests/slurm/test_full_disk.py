@@ -12,6 +12,10 @@ from tests.support.runs.slurm_cluster import SlurmCluster, await_that, losses
 
 pytestmark = [pytest.mark.slurm, pytest.mark.long, pytest.mark.timeout(900)]
 
+LONG = ("stages.0.tokens=92_160", "snapshot.durable={every: 50}")
+NODES = "cluster.slurm.nodelist=node[0-3]"
+ALL = ("node0", "node1", "node2", "node3")
+
 
 @pytest.fixture
 def small(cluster: SlurmCluster, folder: Path) -> Iterator[Path]:
@@ -21,53 +25,69 @@ def small(cluster: SlurmCluster, folder: Path) -> Iterator[Path]:
     cluster.login("sh", "-c", f"rm -rf {cluster.root}/small/*")
 
 
+@pytest.fixture(scope="module")
+def undisturbed(_cluster: SlurmCluster) -> list[str]:
+    """The losses of the long run on the login node alone."""
+    return on_this_machine(_cluster, _cluster.root / "shared" / "undisturbed", *LONG, job=SLURM)
+
+
 def fill(cluster: SlurmCluster) -> None:
     assert cluster.login("sh", "-c", f"cat /dev/zero > {cluster.root}/small/filler").returncode != 0
 
 
-def committed(cluster: SlurmCluster, run: Path) -> int:
-    """The newest step in memory, as an agent on one of the nodes knows it."""
-    found = [0]
-    for node in ("node0", "node1", "node2", "node3"):
-        said = cluster.python(node, "keepwarm", "status", str(run), "--json")
-        if said.returncode == 0 and (one := json.loads(said.stdout)["committed"]) is not None:
-            found.append(one[1])
-    return max(found)
+def owners(run: Path) -> list[str]:
+    """The nodes with a slot."""
+    return [node for node in ALL if slot_of(run, node) is not None]
 
 
-def test_slurm_full_disk_for_a_while_costs_lines_and_no_start(cluster: SlurmCluster, folder: Path, small: Path) -> None:
-    longer = ("stages.0.tokens=153_600", "snapshot.durable={every: 50}")
-    job = submitted(cluster, small, *longer, job=SLURM)
+def committed(cluster: SlurmCluster, run: Path, node: str) -> int:
+    """The newest step in memory, as the agent of a node knows it."""
+    said = cluster.python(node, "keepwarm", "status", str(run), "--json")
+    found = json.loads(said.stdout)["committed"] if said.returncode == 0 else None
+    return 0 if found is None else int(found[1])
+
+
+def test_slurm_full_disk_for_a_while_costs_lines_and_no_start(
+    cluster: SlurmCluster, small: Path, undisturbed: list[str]
+) -> None:
+    job = submitted(cluster, small, *LONG, job=SLURM)
     run = cluster.seen(small)
     await_that(lambda: step_of(run) >= 7, "seven steps", 300)
+    node = owners(run)[0]
     fill(cluster)
-    reached = committed(cluster, small) + 20
-    await_that(lambda: committed(cluster, small) >= reached, "twenty steps on a full disk", 300)
+    reached = committed(cluster, small, node) + 20
+    await_that(lambda: committed(cluster, small, node) >= reached, "twenty steps on a full disk", 300)
     assert cluster.login("rm", f"{cluster.root}/small/filler").returncode == 0
     assert cluster.await_end(job, 600) == "COMPLETED", words(run)
     assert [line["requeues"] for line in happened(run, "batch_started")] == [0]
     assert [line["source"] for line in happened(run, "began")] == ["nothing"]
-    local = on_this_machine(cluster, folder / "local", *longer, job=SLURM)
     kept = losses(run / "metrics.jsonl")
-    assert kept[-1] == local[-1]
-    assert set(kept) < set(local)
+    assert kept[-1] == undisturbed[-1]
+    assert set(kept) < set(undisturbed)
 
 
-def test_slurm_full_disk_and_a_dead_node_cost_no_start(cluster: SlurmCluster, folder: Path, small: Path) -> None:
-    longer = ("stages.0.tokens=153_600", "snapshot.durable={every: 50}", "cluster.slurm.nodelist=node[0-3]")
-    job = submitted(cluster, small, *longer, job=SLURM)
+def test_slurm_full_disk_and_a_dead_node_cost_a_pause_until_there_is_room(
+    cluster: SlurmCluster, small: Path, undisturbed: list[str]
+) -> None:
+    job = submitted(cluster, small, *LONG, NODES, job=SLURM)
     run = cluster.seen(small)
     await_that(lambda: step_of(run) >= 7, "seven steps", 300)
-    holder = next(node for node in ("node1", "node2", "node3") if slot_of(run, node) is not None)
+    spare = next(node for node in ALL if slot_of(run, node) is None)
+    holder = owners(run)[-1]  # the first node runs the batch script
     fill(cluster)
-    reached = committed(cluster, small)
+    reached = committed(cluster, small, owners(run)[0])
+    assert reached >= 7
     cluster.crash(holder)
-    cluster.boot(holder)
-    await_that(lambda: committed(cluster, small) >= reached + 20, "twenty steps on a full disk", 300)
+    # The agents agree on what to restore in a file of the run folder: they wait for room, and keep the memory.
+    await_that(lambda: "keepwarm.ft.agent" in "".join(cluster.processes(spare)), "the spare to take the slot", 300)
     assert cluster.login("rm", f"{cluster.root}/small/filler").returncode == 0
     assert cluster.await_end(job, 600) == "COMPLETED", words(run)
     assert cluster.login("scontrol", "show", "job", job).stdout.count("Restarts=0") == 1
-    assert losses(run / "metrics.jsonl")[-1] == on_this_machine(cluster, folder / "local", *longer, job=SLURM)[-1]
+    assert words(run).count("starting supervisors") == 1
+    first, again = happened(run, "began")
+    assert (first["source"], again["source"]) == ("nothing", "memory")
+    assert int(str(again["step"])) >= reached
+    assert losses(run / "metrics.jsonl")[-1] == undisturbed[-1]
 
 
 def test_slurm_full_disk_to_the_end_fails_after_a_few_starts(cluster: SlurmCluster, small: Path) -> None:

@@ -140,7 +140,10 @@ REFUSED = events.RequeueRefused(slurm_job="12", why="Requested operation is disa
         ([STARTED, ended("cancel", 130)], "cancelled", "x"),
         ([STARTED, ended("done", 0)], "completed", None),
         ([STARTED, ended("requeue", 130), REFUSED], "ended", "not requeued: Requested operation is disabled"),
+        ([STARTED, REFUSED], "ended", "not requeued: Requested operation is disabled"),
         ([STARTED, REFUSED, STARTED], "ended", None),
+        # A run that has ended would have been requeued only for its job to end so.
+        ([STARTED, ended("done", 0), REFUSED], "completed", None),
         ([STARTED, ended("give up", 3), STARTED], "ended", None),
         ([STARTED], "ended", None),
         ([], "ended", None),
