@@ -23,7 +23,7 @@ from keepwarm.launch.errors import LaunchError
 from keepwarm.launch.node.connections import Address, Body, Events, dialled, packed
 from keepwarm.launch.node.key_store.caller import Caller, Ready
 from keepwarm.launch.node.key_store.local_peer import Inodes, holds, way_of_this_machine
-from keepwarm.launch.node.key_store.server import NUMBER_BYTES, PENDING_BYTES, Opening, numbered, parted
+from keepwarm.launch.node.key_store.server import CHUNK_BYTES, PENDING_BYTES, Opening, entries, entry
 from keepwarm.launch.node.options import LOOPBACK
 
 UNKNOWN = 512
@@ -84,7 +84,7 @@ class StoreProxy(Events):
         self._orders: queue.SimpleQueue[tuple[Address, int] | None] = queue.SimpleQueue()
         self._unknown: dict[Caller, None] = {}
         self._callers: dict[int, Caller] = {}
-        self._numbers = itertools.count()
+        self._numbers, self._said = itertools.count(), bytearray()
         self._target: tuple[Address, int] | None = None
         self._store: Link | None = None
         self._stopped = self._holding = False
@@ -117,6 +117,7 @@ class StoreProxy(Events):
             if self._store is not None:
                 self._store.tick(time.monotonic())
             self._identify()
+            self._tell()
         for caller in list(self._unknown):
             self._drop(caller)
         self._listener.close()
@@ -184,7 +185,7 @@ class StoreProxy(Events):
         del self._unknown[caller]
         with contextlib.suppress(OSError):
             caller.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        caller.number = next(self._numbers) % (1 << 8 * NUMBER_BYTES)
+        caller.number = next(self._numbers) % (1 << 32)
         self._callers[caller.number] = caller
         caller.ready = Ready(lambda mask: self._on_caller(caller, mask))
         caller.watch()
@@ -205,11 +206,11 @@ class StoreProxy(Events):
             caller.send(b"")
         if not mask & selectors.EVENT_READ or (data := caller.receive()) is None:
             return
-        self._tell(numbered(caller.number, data))
+        self._said += entry(caller.number, data)
         if not data:
             self._drop(caller)
-        elif self._store is not None and self._store.channel.pending > PENDING_BYTES:
-            self._hold(held=True)
+        if len(self._said) > CHUNK_BYTES:
+            self._tell()
 
     def _hold(self, *, held: bool) -> None:
         self._holding = held
@@ -241,9 +242,15 @@ class StoreProxy(Events):
         except OSError as error:
             self._say(f"the store of the workers' keys at {address[0]}:{address[1]} cannot be reached: {error}")
 
-    def _tell(self, message: bytes) -> None:
+    def _tell(self) -> None:
+        """Pass on what workers have said in this turn."""
+        if not self._said:
+            return
+        message, self._said = bytes(self._said), bytearray()
         if self._store is not None:
             self._store.post(Body(data=message))
+        if self._store is not None and self._store.channel.pending > PENDING_BYTES:
+            self._hold(held=True)
 
     def connected(self, link: Link) -> None:
         assert self._target is not None
@@ -251,12 +258,12 @@ class StoreProxy(Events):
 
     def received(self, link: Link, message: Wire, payload: memoryview | None) -> None:
         assert isinstance(message, Body)
-        number, data = parted(message.data)
-        caller = self._callers.get(number)
-        if caller is not None and data:
-            caller.send(data)
-        elif caller is not None:
-            self._drop(caller)
+        for number, data in entries(message.data):
+            caller = self._callers.get(number)
+            if caller is not None and data:
+                caller.send(data)
+            elif caller is not None:
+                self._drop(caller)
 
     def drained(self, link: Link) -> None:
         if self._holding:
@@ -270,6 +277,7 @@ class StoreProxy(Events):
     def lost(self, link: Link, reason: str) -> None:
         """Close the connections of the workers too, so that they see it."""
         self._store, self._holding = None, False
+        self._said.clear()
         if self._target is not None and self._callers:
             self._say(f"the connection to the store of the workers' keys was lost: {reason}")
         for caller in list(self._callers.values()):

@@ -1,13 +1,16 @@
 """The store of the workers' keys: answers what supervisors pass on for the workers of their nodes.
 
-A connection of a supervisor begins with `Opening`. Then each message is the number of a worker's connection and bytes
-that it sent, or is to be sent; without bytes, that connection has ended. The keys are those of the newest start: a
-connection for a later one ends those for earlier ones, and what they had set.
+A connection of a supervisor begins with `Opening`. Then each message is a row of entries: the number of a worker's
+connection, and bytes that it sent or is to be sent; without bytes, that connection has ended. What is ready at one time
+travels in one message, so that many ranks cost less each. The keys are those of the newest start: a connection for a
+later one ends those for earlier ones, and what they had set.
 """
 
+import struct
 import sys
 import threading
 from collections import deque
+from collections.abc import Iterator
 from functools import partial
 
 import msgspec
@@ -16,12 +19,13 @@ from keepwarm.launch.node.connections import Connection, Server
 from keepwarm.launch.node.key_store.keys import Keys
 from keepwarm.launch.node.key_store.protocol import Client
 
-NUMBER_BYTES = 4
 CHUNK_BYTES = 256 << 10
-"""Most bytes of one message."""
+"""Most bytes of one entry, and about as many as a message has."""
 PENDING_BYTES = 4 << 20
 """Bytes that may be on their way to a supervisor; more wait here, and the supervisor is not read meanwhile."""
 TURN_S = 0.1
+_ENTRY = struct.Struct("<II")
+"""Number of a worker's connection, and how many bytes follow."""
 
 
 class Opening(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -31,14 +35,22 @@ class Opening(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     start: int
 
 
-def numbered(number: int, data: bytes = b"") -> bytes:
-    """Return the message with bytes of a worker's connection."""
-    return number.to_bytes(NUMBER_BYTES, "little") + data
+def entry(number: int, data: bytes = b"") -> bytes:
+    """Return what tells of some bytes of a worker's connection."""
+    return _ENTRY.pack(number, len(data)) + data
 
 
-def parted(message: bytes) -> tuple[int, bytes]:
-    """Return number and bytes of a message."""
-    return int.from_bytes(message[:NUMBER_BYTES], "little"), message[NUMBER_BYTES:]
+def entries(message: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield the number and the bytes of each entry. Raise ValueError if the message does not end with one."""
+    at = 0
+    while at < len(message):
+        if len(message) - at < _ENTRY.size:
+            raise ValueError("a message ends within an entry")
+        number, length = _ENTRY.unpack_from(message, at)
+        at += _ENTRY.size + length
+        if at > len(message):
+            raise ValueError("a message ends within an entry")
+        yield number, message[at - length : at]
 
 
 class _Node:
@@ -59,6 +71,8 @@ class KeyServer:
         self.port = self._server.port
         self._keys, self._start = Keys(), -1
         self._nodes: dict[Connection, _Node] = {}
+        self._answered, self._blocked = set[_Node](), set[_Node]()
+        """Those for which something is to be sent; those that did not take all of it yet."""
         self._opening = msgspec.json.Decoder(Opening)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="keys", daemon=True)
@@ -70,10 +84,10 @@ class KeyServer:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            self._server.turn(TURN_S)
-            for node in list(self._nodes.values()):
-                if node.waiting:
-                    self._send_waiting(node)
+            self._server.turn(0.0 if self._answered else TURN_S)
+            answered, self._answered = self._answered, set()
+            for node in answered | self._blocked:
+                self._send(node)
         self._server.stop()
 
     # ---- what arrives
@@ -83,7 +97,10 @@ class KeyServer:
         if node is None:
             self._open(connection, self._opening.decode(body))
             return
-        number, data = parted(body)
+        for number, data in entries(body):
+            self._take(node, number, data)
+
+    def _take(self, node: _Node, number: int, data: bytes) -> None:
         if not data:
             self._end(node, number)
             return
@@ -93,10 +110,10 @@ class KeyServer:
         try:
             client.feed(data)
         except ValueError as error:
-            print(f"keepwarm: closed a worker's connection to the store, of {connection.node}: {error}"[:300],
+            print(f"keepwarm: closed a worker's connection to the store, of {node.connection.node}: {error}"[:300],
                   file=sys.stderr)  # fmt: skip
             self._end(node, number)
-            self._send(node, numbered(number))
+            self._answer(node, number, b"")
 
     def _open(self, connection: Connection, opening: Opening) -> None:
         if opening.start < self._start:
@@ -122,18 +139,22 @@ class KeyServer:
     # ---- what is sent
 
     def _answer(self, node: _Node, number: int, data: bytes) -> None:
-        for start in range(0, len(data), CHUNK_BYTES):
-            self._send(node, numbered(number, data[start : start + CHUNK_BYTES]))
+        """Have some bytes sent; without any, have the worker's connection closed."""
+        for start in range(0, max(1, len(data)), CHUNK_BYTES):
+            node.waiting.append(entry(number, data[start : start + CHUNK_BYTES]))
+        self._answered.add(node)
 
-    def _send(self, node: _Node, message: bytes) -> None:
-        if not node.connection.link.closed:
-            node.waiting.append(message)
-            self._send_waiting(node)
-
-    def _send_waiting(self, node: _Node) -> None:
+    def _send(self, node: _Node) -> None:
         """Send what the connection can take now. While something waits, nothing more is taken from it."""
         link = node.connection.link
         while node.waiting and not link.closed and link.channel.pending < PENDING_BYTES:
-            self._server.send(node.connection, node.waiting.popleft())
-        if bool(node.waiting) != link.paused and not link.closed:
+            message = bytearray()
+            while node.waiting and len(message) < CHUNK_BYTES:
+                message += node.waiting.popleft()
+            self._server.send(node.connection, bytes(message))
+        if link.closed or not node.waiting:
+            self._blocked.discard(node)
+        else:
+            self._blocked.add(node)
+        if not link.closed and link.paused != bool(node.waiting):
             (link.pause if node.waiting else link.resume)()

@@ -31,7 +31,7 @@ MEMORY = 32 << 20
 PING = b"\0" + struct.pack("<I", 0x3C85F7CE) + b"\x0d" + struct.pack("<I", 7)
 
 PROGRAM = """
-import sys
+import resource, sys
 from keepwarm.launch.node.key_store.proxy import StoreProxy
 from keepwarm.launch.node.key_store.server import KeyServer
 server, workers = KeyServer(bytes.fromhex(sys.argv[1]), "127.0.0.1"), []
@@ -41,11 +41,29 @@ for line in sys.stdin:
     order, value = line.split()
     if order == "worker":
         workers.append(int(value))
+    elif order == "limit":
+        resource.setrlimit(resource.RLIMIT_NOFILE, (int(value), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     else:
         proxy.open(("127.0.0.1", server.port), int(value))
     print("done", flush=True)
 proxy.close()
 server.close()
+"""
+
+
+STRANGER = """
+import contextlib, socket, struct, sys
+from keepwarm.ft.transport.descriptors import raise_limit
+raise_limit()
+frames = 10 * (struct.pack(">I", 1 << 31) + bytes(60))
+kept = []
+for port in map(int, sys.argv[1:]):
+    kept += [socket.create_connection(("127.0.0.1", port), 60) for _ in range(1000)]
+    for _ in range(1000):
+        with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", port), 60) as rude:
+            rude.sendall(frames)
+print("done", flush=True)
+sys.stdin.read()
 """
 
 
@@ -263,21 +281,37 @@ def test_machine_that_does_not_tell_who_connects_is_refused_at_once(monkeypatch:
         StoreProxy(SECRET, "n0", list)
 
 
+def test_proxy_out_of_descriptors_goes_on_once_there_are_some(serve: Callable[..., Served]) -> None:
+    served = serve()
+    served.order("limit", psutil.Process(served.process.pid).num_fds())
+    with contextlib.ExitStack() as stack:
+        for _ in range(20):
+            waiting = stack.enter_context(socket.create_connection(("127.0.0.1", served.port), DEADLINE))
+            waiting.sendall(PING)
+        assert received(waiting) in (b"", PING[-4:])  # shed, or let in where one was shed before it
+    served.order("limit", 1024)
+    one = served.client()
+    one.set("a", "1")
+    assert one.get("a") == b"1"
+
+
 def test_strangers_at_both_ports_cost_nothing_while_workers_go_on(serve: Callable[..., Served]) -> None:
     served = serve()
-    one = served.client()
-    before = psutil.Process(served.process.pid).memory_info().rss
-    frame = struct.pack(">I", 1 << 31) + bytes(60)
-    with contextlib.ExitStack() as stack:
-        for _ in range(1000):
-            idle = socket.create_connection(("127.0.0.1", served.keys), DEADLINE)
-            stack.enter_context(idle)
-        for count in range(1000):
-            with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", served.keys)) as rude:
-                rude.sendall(frame * 10)
-            if count % 100 == 0:
-                assert one.add("turns", 1) == count // 100 + 1
-        grown = psutil.Process(served.process.pid).memory_info().rss - before
-        assert psutil.Process(served.process.pid).num_fds() < 1000
-    assert grown < MEMORY
+    one, turns = served.client(), 0
+    process = psutil.Process(served.process.pid)
+    before = process.memory_info().rss
+    arguments = [sys.executable, "-P", "-c", STRANGER, str(served.keys), str(served.port)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as stranger:
+        assert stranger.stdout is not None
+        said: list[str] = []
+        attack = threading.Thread(target=lambda out: said.append(out.readline()), args=(stranger.stdout,))
+        attack.start()
+        while attack.is_alive():
+            turns += 1
+            assert one.add("turns", 1) == turns
+        assert said == ["done\n"]
+        assert served.client().get("turns") == str(turns).encode()  # another worker is let in
+        assert process.num_fds() < 1000
+        assert process.memory_info().rss - before < MEMORY
+        stranger.communicate(timeout=DEADLINE)
     assert served.end().count("refused") < 20

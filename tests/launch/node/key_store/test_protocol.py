@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from keepwarm.launch.node.key_store.keys import Keys
 from keepwarm.launch.node.key_store.protocol import COUNT_LIMIT, KEY_LIMIT, MAGIC, VALUE_LIMIT, Client, Query
+from keepwarm.launch.node.key_store.server import entries, entry
 
 HELLO = bytes([Query.VALIDATE]) + struct.pack("<I", MAGIC)
 
@@ -103,6 +104,17 @@ def test_keys_and_values_are_bounded_in_all_and_replaced_ones_do_not_count() -> 
     assert keys.names() == [b"key"]
     keys.delete(b"key")
     keys.set(b"more", bytes(60))
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**32 - 1), st.binary(max_size=20))), st.integers(1, 7))
+def test_entries_of_a_message_come_back_and_a_cut_message_is_refused(
+    given_entries: list[tuple[int, bytes]], missing: int
+) -> None:
+    message = b"".join(entry(number, data) for number, data in given_entries)
+    assert list(entries(message)) == given_entries
+    if message:
+        with pytest.raises(ValueError, match="ends within an entry"):
+            list(entries(message[:-missing]))
 
 
 def test_client_that_has_gone_is_not_answered() -> None:
