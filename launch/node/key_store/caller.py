@@ -29,6 +29,8 @@ class Caller:
         self.ready: Ready | None = None
         self.held = False
         """It is not read, as the store cannot take more."""
+        self.foretold = (b"", b"")
+        """What it may send next, and the answer to that, which the store has sent already."""
         self._unsent = bytearray()
         self._events = 0
 

@@ -37,6 +37,10 @@ class Keys:
             raise ValueError(f"there is no key {key[:80]!r}")
         return self._values[key]
 
+    def is_set(self, key: bytes) -> bool:
+        """Return whether a key has a value; `has` counts queues too."""
+        return key in self._values
+
     def has(self, keys: Iterable[bytes]) -> bool:
         return all(key in self._values or key in self._queues for key in keys)
 

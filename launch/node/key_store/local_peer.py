@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
+from keepwarm.launch.node.options import LOOPBACK
+
 Address = tuple[str, int]
 Inodes = Callable[[Collection[Address], Address], dict[Address, int]]
 TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
@@ -68,7 +70,17 @@ def _label(address: Address) -> str:
     return f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{port:04X}"
 
 
-def way_of_this_machine(listening: Address) -> Inodes:
+def listen() -> tuple[socket.socket, Inodes]:
+    """Return a socket that listens at the loopback interface, and the way to know who calls. Raises OSError."""
+    sock = socket.create_server((LOOPBACK, 0), backlog=4096)
+    try:
+        return sock, _way_of_this_machine(sock.getsockname())
+    except OSError:
+        sock.close()
+        raise
+
+
+def _way_of_this_machine(listening: Address) -> Inodes:
     """Return the way that works here, tried with a connection of this process. Raises OSError if none does."""
     with socket.create_connection(listening, ANSWER_TIMEOUT_S) as probe:
         mine: Address = probe.getsockname()

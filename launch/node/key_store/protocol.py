@@ -16,6 +16,8 @@ KEY_LIMIT, VALUE_LIMIT, COUNT_LIMIT = 8 << 10, 8 << 20, 128 << 10
 MAGIC = 0x3C85F7CE
 _U32, _U64, _I64 = struct.Struct("<I"), struct.Struct("<Q"), struct.Struct("<q")
 _CAME, _CANCELLED, _READY, _NOT_READY = b"\0", b"\1", b"\0", b"\1"
+FORETOLD_BYTES = 64 << 10
+"""Most bytes of an answer that is sent before its request."""
 T = TypeVar("T")
 Reading: TypeAlias = Generator[int, bytes, T]
 """Yields how many bytes are needed next, and is sent them."""
@@ -92,11 +94,25 @@ def _texts(texts: Iterable[bytes]) -> bytes:
 
 
 class Client:
-    """Carries out the requests of one connection of a worker."""
+    """Carries out the requests of one connection of a worker.
 
-    def __init__(self, keys: Keys, answer: Callable[[bytes], None]) -> None:
-        self._keys, self._answer = keys, answer
-        self._waiter = Waiter(lambda: answer(_CAME))
+    torch's client waits for keys before it gets them, in one call. So that this takes one round trip, the answer to the
+    second request is foretold with that to the first: as of then, which is during the call.
+    """
+
+    def __init__(
+        self, keys: Keys, answer: Callable[[bytes], None], foretell: Callable[[bytes, bytes], None]
+    ) -> None:  # fmt: skip
+        """Create the client of a new connection.
+
+        Args:
+            keys: of the start.
+            answer: called with what is to be sent.
+            foretell: called with a request that may come next, and the answer to it.
+        """
+        self._keys, self._answer, self._foretell = keys, answer, foretell
+        self._waiter = Waiter(self._on_came)
+        self._awaited: list[bytes] = []
         self._data = bytearray()
         self._reading = self._requests()
         self._needed = next(self._reading)
@@ -141,7 +157,17 @@ class Client:
             raise ValueError("it is no client of torch's TCPStore")
 
     def _wait(self, keys: list[bytes]) -> None:
+        self._awaited = keys
         self._keys.wait(keys, self._waiter)
+
+    def _on_came(self) -> None:
+        keys, self._awaited = self._awaited, []
+        values = [self._keys.get(key) for key in keys if self._keys.is_set(key)]
+        if keys and len(values) == len(keys) and sum(map(len, values)) <= FORETOLD_BYTES:
+            several = _texts(keys) if len(keys) == 1 else _U64.pack(len(keys)) + _texts(keys)
+            query = Query.GET if len(keys) == 1 else Query.MULTI_GET
+            self._foretell(bytes([query]) + several, _texts(values))
+        self._answer(_CAME)
 
     def _cancel(self) -> bytes:
         self._keys.cancel(self._waiter)
@@ -156,6 +182,7 @@ class Client:
         return _U64.pack(0) if value is None else _U64.pack(1) + _text(value)
 
     def _barrier(self, key: bytes, size: int) -> None:
+        self._awaited = []
         self._keys.arrive(key, size, self._waiter)
 
 

@@ -22,8 +22,16 @@ from keepwarm.ft.transport.listener import Listener
 from keepwarm.launch.errors import LaunchError
 from keepwarm.launch.node.connections import Address, Body, Events, dialled, packed
 from keepwarm.launch.node.key_store.caller import Caller, Ready
-from keepwarm.launch.node.key_store.local_peer import Inodes, holds, way_of_this_machine
-from keepwarm.launch.node.key_store.server import CHUNK_BYTES, PENDING_BYTES, Opening, entries, entry
+from keepwarm.launch.node.key_store.local_peer import holds, listen
+from keepwarm.launch.node.key_store.server import (
+    CHUNK_BYTES,
+    FORETOLD,
+    PENDING_BYTES,
+    Opening,
+    entries,
+    entry,
+    foretold,
+)
 from keepwarm.launch.node.options import LOOPBACK
 
 UNKNOWN = 512
@@ -45,16 +53,6 @@ class NoLoopback(LaunchError):
     exit_code = ExitCode.UNRECOVERABLE
 
 
-def _listen() -> tuple[socket.socket, Inodes]:
-    """Return a socket that listens at the loopback interface, and the way to know who calls. Raises OSError."""
-    sock = socket.create_server((LOOPBACK, 0), backlog=4096)
-    try:
-        return sock, way_of_this_machine(sock.getsockname())
-    except OSError:
-        sock.close()
-        raise
-
-
 class StoreProxy(Events):
     """Passes on what workers ask of the store, on a thread of its own. Nothing that arrives ends it."""
 
@@ -71,7 +69,7 @@ class StoreProxy(Events):
         """
         self._secret, self._node, self._workers = secret, node, workers
         try:
-            sock, self._inodes = _listen()
+            sock, self._inodes = listen()
         except OSError as error:
             raise NoLoopback(f"{node}: workers cannot reach the store through {LOOPBACK}: {error}") from error
         self._selector = selectors.DefaultSelector()
@@ -185,7 +183,7 @@ class StoreProxy(Events):
         del self._unknown[caller]
         with contextlib.suppress(OSError):
             caller.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        caller.number = next(self._numbers) % (1 << 32)
+        caller.number = next(self._numbers) % FORETOLD
         self._callers[caller.number] = caller
         caller.ready = Ready(lambda mask: self._on_caller(caller, mask))
         caller.watch()
@@ -205,6 +203,11 @@ class StoreProxy(Events):
         if mask & selectors.EVENT_WRITE:
             caller.send(b"")
         if not mask & selectors.EVENT_READ or (data := caller.receive()) is None:
+            return
+        request, answer = caller.foretold
+        caller.foretold = (b"", b"")
+        if data and data == request:
+            caller.send(answer)
             return
         self._said += entry(caller.number, data)
         if not data:
@@ -258,12 +261,22 @@ class StoreProxy(Events):
 
     def received(self, link: Link, message: Wire, payload: memoryview | None) -> None:
         assert isinstance(message, Body)
-        for number, data in entries(message.data):
-            caller = self._callers.get(number)
-            if caller is not None and data:
-                caller.send(data)
-            elif caller is not None:
-                self._drop(caller)
+        try:
+            for number, data in entries(message.data):
+                self._pass_on(number, data)
+        except ValueError as error:
+            link.close(str(error))
+
+    def _pass_on(self, number: int, data: bytes) -> None:
+        caller = self._callers.get(number & ~FORETOLD)
+        if caller is None:
+            return
+        if number & FORETOLD:
+            caller.foretold = foretold(data)
+        elif data:
+            caller.send(data)
+        else:
+            self._drop(caller)
 
     def drained(self, link: Link) -> None:
         if self._holding:

@@ -1,9 +1,10 @@
 """The store of the workers' keys: answers what supervisors pass on for the workers of their nodes.
 
 A connection of a supervisor begins with `Opening`. Then each message is a row of entries: the number of a worker's
-connection, and bytes that it sent or is to be sent; without bytes, that connection has ended. What is ready at one time
-travels in one message, so that many ranks cost less each. The keys are those of the newest start: a connection for a
-later one ends those for earlier ones, and what they had set.
+connection, and bytes that it sent or is to be sent; without bytes, that connection has ended. A `FORETOLD` entry has
+the answer to what the worker may send next. What is ready at one time travels in one message, so that many ranks cost
+less each. The keys are those of the newest start: a connection for a later one ends those for earlier ones, and what
+they had set.
 """
 
 import struct
@@ -24,8 +25,11 @@ CHUNK_BYTES = 256 << 10
 PENDING_BYTES = 4 << 20
 """Bytes that may be on their way to a supervisor; more wait here, and the supervisor is not read meanwhile."""
 TURN_S = 0.1
+FORETOLD = 1 << 31
+"""Added to the number of a worker's connection: the bytes are a request and its answer, see `foretold`."""
 _ENTRY = struct.Struct("<II")
 """Number of a worker's connection, and how many bytes follow."""
+_LENGTH = struct.Struct("<I")
 
 
 class Opening(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -51,6 +55,18 @@ def entries(message: bytes) -> Iterator[tuple[int, bytes]]:
         if at > len(message):
             raise ValueError("a message ends within an entry")
         yield number, message[at - length : at]
+
+
+def foretell(request: bytes, answer: bytes) -> bytes:
+    return _LENGTH.pack(len(request)) + request + answer
+
+
+def foretold(data: bytes) -> tuple[bytes, bytes]:
+    """Return a request that may come next, and the answer to it. Raise ValueError if it is cut off."""
+    if len(data) < _LENGTH.size:
+        raise ValueError("a message ends within an entry")
+    end = _LENGTH.size + int(_LENGTH.unpack_from(data)[0])
+    return data[_LENGTH.size : end], data[end:]
 
 
 class _Node:
@@ -106,7 +122,9 @@ class KeyServer:
             return
         client = node.clients.get(number)
         if client is None:
-            client = node.clients[number] = Client(self._keys, partial(self._answer, node, number))
+            client = node.clients[number] = Client(
+                self._keys, partial(self._answer, node, number), partial(self._foretell, node, number)
+            )
         try:
             client.feed(data)
         except ValueError as error:
@@ -143,6 +161,9 @@ class KeyServer:
         for start in range(0, max(1, len(data)), CHUNK_BYTES):
             node.waiting.append(entry(number, data[start : start + CHUNK_BYTES]))
         self._answered.add(node)
+
+    def _foretell(self, node: _Node, number: int, request: bytes, answer: bytes) -> None:
+        node.waiting.append(entry(number | FORETOLD, foretell(request, answer)))
 
     def _send(self, node: _Node) -> None:
         """Send what the connection can take now. While something waits, nothing more is taken from it."""

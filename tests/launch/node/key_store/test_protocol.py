@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from keepwarm.launch.node.key_store.keys import Keys
 from keepwarm.launch.node.key_store.protocol import COUNT_LIMIT, KEY_LIMIT, MAGIC, VALUE_LIMIT, Client, Query
-from keepwarm.launch.node.key_store.server import entries, entry
+from keepwarm.launch.node.key_store.server import entries, entry, foretell, foretold
 
 HELLO = bytes([Query.VALIDATE]) + struct.pack("<I", MAGIC)
 
@@ -28,7 +28,7 @@ def request(query: Query, *fields: bytes) -> bytes:
 
 def client(keys: Keys) -> tuple[Client, list[bytes]]:
     answers: list[bytes] = []
-    return Client(keys, answers.append), answers
+    return Client(keys, answers.append, lambda request, answer: None), answers
 
 
 SESSION = [
@@ -115,6 +115,29 @@ def test_entries_of_a_message_come_back_and_a_cut_message_is_refused(
     if message:
         with pytest.raises(ValueError, match="ends within an entry"):
             list(entries(message[:-missing]))
+
+
+def test_foretold_answer_comes_back_and_a_cut_one_is_refused() -> None:
+    assert foretold(foretell(b"request", b"answer")) == (b"request", b"answer")
+    with pytest.raises(ValueError, match="ends within an entry"):
+        foretold(b"123")
+
+
+def test_answer_to_what_follows_a_wait_is_foretold_as_it_would_be() -> None:
+    keys = Keys()
+    told: list[tuple[bytes, bytes]] = []
+    answers: list[bytes] = []
+    one = Client(keys, answers.append, lambda request, answer: told.append((request, answer)))
+    one.feed(HELLO + request(Query.WAIT, number(1), text(b"a")))
+    assert told == []
+    keys.set(b"a", b"1")
+    keys.push(b"queue", b"2")
+    one.feed(request(Query.WAIT, number(2), text(b"a"), text(b"a")) + request(Query.WAIT, number(1), text(b"queue")))
+    assert answers == [b"\0"] * 3
+    assert [said[0] for said, _ in told] == [Query.GET, Query.MULTI_GET]
+    for said, answer in told:
+        one.feed(said)
+        assert answers.pop() == answer
 
 
 def test_client_that_has_gone_is_not_answered() -> None:
