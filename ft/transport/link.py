@@ -136,6 +136,15 @@ class Link:
         self.channel.send(message, payload, done, descriptors)
         self._watch(throttled=self._throttled)
 
+    def post(self, message: Wire) -> None:
+        """Send a message without payload, as much of it as the socket takes at once; nothing on a closed link."""
+        if self.closed:
+            return
+        self.used = time.monotonic()
+        self.channel.send(message)
+        with self._guard():
+            self._write()
+
     def ready(self, mask: int) -> None:
         """Handle a socket that the selector reports as ready."""
         if self.closed:

@@ -86,7 +86,7 @@ def _credentials(secret: bytes, role: str, other: str) -> Credentials:
     return Credentials(hello=hello, secret=secret, roles=frozenset({other}))
 
 
-class _Events(ABC):
+class Events(ABC):
     """Receives the events of links on which no message has a payload and nothing is sent in portions."""
 
     def target(self, link: Link, message: Wire, size: int) -> memoryview | None:
@@ -113,7 +113,7 @@ def _label(address: Sequence[Any]) -> str:
 
 
 def _open(
-    stream: socket.socket, selector: selectors.BaseSelector, handler: _Events, credentials: Credentials, far: FarEnd
+    stream: socket.socket, selector: selectors.BaseSelector, handler: Events, credentials: Credentials, far: FarEnd
 ) -> Link:
     """Begin the handshake on a connection, which the link then owns. Raises OSError."""
     try:
@@ -122,6 +122,14 @@ def _open(
     except OSError:
         stream.close()
         raise
+
+
+def dialled(
+    secret: bytes, stream: socket.socket, address: Address, selector: selectors.BaseSelector, handler: Events
+) -> Link:
+    """Begin the handshake on a connection to a `Server`, which the link then owns. Raises OSError."""
+    credentials = _credentials(secret, _CALLER, _SERVER)
+    return _open(stream, selector, handler, credentials, FarEnd(label=_label(address), dialled=True))
 
 
 @dataclass(eq=False)
@@ -144,7 +152,7 @@ class Connection:
         return self.link.channel.pending > 0
 
 
-class Server(_Events):
+class Server(Events):
     """Accepts connections and hands their messages to `on_message`; runs on the thread that calls `turn`.
 
     A message that `on_message` refuses with a `ValueError` closes its connection; nothing that arrives ends the server.
@@ -189,10 +197,9 @@ class Server(_Events):
             self.close(connection)
             return
         try:
-            link.send(Body(data=packed(message)))
+            link.post(Body(data=packed(message)))
         except TransportError as error:  # it is too long
             self._report(connection, error)
-        link.ready(selectors.EVENT_WRITE)
 
     def close(self, connection: Connection) -> None:
         connection.link.close("closed here")
@@ -256,7 +263,7 @@ class Server(_Events):
         self.close(connection)
 
 
-class Dialled(_Events):
+class Dialled(Events):
     """A connection to a `Server`. Any thread may send; one receives."""
 
     def __init__(self, secret: bytes, address: Address, *, connect_timeout: float, timeout: float) -> None:
@@ -268,8 +275,7 @@ class Dialled(_Events):
         self._received: collections.deque[bytes] = collections.deque()
         self._selector = selectors.DefaultSelector()
         stream = socket.create_connection(address, timeout=connect_timeout)
-        credentials = _credentials(secret, _CALLER, _SERVER)
-        self._link = _open(stream, self._selector, self, credentials, FarEnd(label=_label(address), dialled=True))
+        self._link = dialled(secret, stream, address, self._selector, self)
         end = time.monotonic() + timeout
         while not self._link.open:
             self._turn(0.1)
@@ -281,8 +287,7 @@ class Dialled(_Events):
         """Send without waiting. Raises ConnectionError."""
         with self._lock:
             if not self._link.closed:
-                self._link.send(Body(data=packed(message)))
-                self._link.ready(selectors.EVENT_WRITE)
+                self._link.post(Body(data=packed(message)))
             if self._link.closed:
                 raise ConnectionError(self._reason)
 
@@ -367,7 +372,7 @@ def ask(secret: bytes, address: Address, message: object, timeout: float) -> byt
     return exchange(secret, {0: address}, message, timeout).get(0, "silent")
 
 
-class _Call(_Events):
+class _Call(Events):
     """One connection of `exchange`."""
 
     def __init__(

@@ -24,6 +24,8 @@ from torch.distributed.elastic.agent.server.api import (
 from keepwarm.exit_code import ExitCode
 from keepwarm.launch.forkserver import ForkServer, Worker
 from keepwarm.launch.node.hooks import Hooks
+from keepwarm.launch.node.key_store.proxy import StoreProxy
+from keepwarm.launch.node.options import LOOPBACK
 from keepwarm.launch.node.rendezvous import SlotRendezvous
 from keepwarm.launch.node.slot_table import Kind, survivors_are_reusable
 from keepwarm.launch.rank_processes import FAILURE_GRACE_S, OutlivesKill, RankProcesses
@@ -85,7 +87,9 @@ def explain(rank: int, code: int, words: Sequence[Word]) -> Explained:
 class NodeAgent(SimpleElasticAgent):
     """Runs the workers of one node until the job is done, the handler ends the run, or a worker does."""
 
-    def __init__(self, handler: SlotRendezvous, server: ForkServer, hooks: Hooks, options: WorkerOptions) -> None:
+    def __init__(
+        self, handler: SlotRendezvous, server: ForkServer, hooks: Hooks, options: WorkerOptions, secret: bytes
+    ) -> None:  # fmt: skip
         # Ranks follow from slots: the same number of workers on every node.
         os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"
         spec = WorkerSpec(
@@ -95,19 +99,26 @@ class NodeAgent(SimpleElasticAgent):
         super().__init__(spec)
         self._handler, self._hooks, self._options = handler, hooks, options
         self._processes = RankProcesses(server)
+        self._proxy = StoreProxy(secret, handler.membership.node, lambda: list(self._processes.pids.values()))
         self._last_words = [LastWords() for _ in range(options.ranks_per_node)]
         self._signals = self._forwarded = 0
         self.saving = self._on_disk = False
         """Workers were asked to save their state and end, so that the run can grow or a node can leave."""
         self._ended_at: float | None = None
 
+    def close(self) -> None:
+        self._proxy.close()
+
     # ---- hooks of the base class
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        options = self._options
+        options, store = self._options, self._handler.membership.record
+        assert store is not None
+        self._proxy.open((store.host, store.port), self._handler.restart)
         common = self._hooks.environment() | {
-            "MASTER_ADDR": str(worker_group.master_addr),
-            "MASTER_PORT": str(worker_group.master_port),
+            "KEEPWARM_STORE": f"{LOOPBACK}:{self._proxy.port}",
+            "MASTER_ADDR": LOOPBACK,
+            "MASTER_PORT": str(self._proxy.port),
             "TORCHELASTIC_RESTART_COUNT": str(self._handler.restart),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RUN_ID": self._handler.get_run_id(),

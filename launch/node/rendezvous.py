@@ -95,7 +95,7 @@ class SlotRendezvous(RendezvousHandler):
         self._saved_epoch = 0
         self._member = False
         self._next_end_check = 0.0
-        # Ranks follow from slots, so that torch's agent exchanges nothing; workers reach the store by its address.
+        # Ranks follow from slots, so that torch's agent exchanges nothing; workers reach the store by `StoreProxy`.
         self._store = HashStore()
 
     def get_backend(self) -> str:

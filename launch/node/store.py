@@ -4,28 +4,26 @@
                                             --opener ADDRESS:PORT
 
 It holds the table of slots, tells the nodes when it changes, and notices nodes that die by their heartbeats. Beside it,
-a `TCPStore` holds what workers exchange to connect. Nothing that must survive lies only here: the supervisor that opens
-a store gives it the last table that it knew. Nothing that arrives ends it, and no file is needed for its work.
+a `KeyServer` holds what workers exchange to connect. Nothing that must survive lies only here: the supervisor that
+opens a store gives it the last table that it knew. Nothing that arrives ends it, and no file is needed for its work.
 """
 
 import argparse
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 
 import msgspec
-from torch._C._distributed_c10d import TCPStore
 
 from keepwarm.ft.transport.descriptors import raise_limit
 from keepwarm.launch.node import record as node_record
 from keepwarm.launch.node import slot_table
 from keepwarm.launch.node.connections import Connection, Server, ask, packed, run_secret
 from keepwarm.launch.node.heartbeat import FAREWELL, HEARTBEAT, MOVED
+from keepwarm.launch.node.key_store.server import KeyServer
 from keepwarm.launch.node.peers import FirstTable, Opened
 from keepwarm.launch.node.record import SideWrites, StoreRecord
 from keepwarm.launch.node.shared_table import Answer, Hello, Refused, Request, Standing, Update, apply, news, stand
@@ -259,13 +257,6 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--opener", required=True)
     given = parser.parse_args(arguments)
     raise_limit()
-    listener = socket.create_server((given.host, 0))
-    port = listener.getsockname()[1]
-    # Kept until the end: the workers' store lives as long as this object.
-    store = TCPStore(
-        given.host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(),
-        timeout=timedelta(seconds=30),
-    )  # fmt: skip
     side, folder, secret = SideWrites(), given.folder, run_secret(given.folder)
 
     def on_lost(node: str, cause: str, slot: int) -> None:
@@ -275,7 +266,10 @@ def main(arguments: Sequence[str]) -> None:
         side.put(lambda: on_claimed() if node_record.claim_view(folder, view, f"store {given.number}") else None)
 
     server = TableServer(secret, given.host, given.peer_timeout, on_lost=on_lost, claim=claim)
-    record = StoreRecord(number=given.number, pid=os.getpid(), host=given.host, port=port, heartbeat_port=server.port)
+    keys = KeyServer(secret, given.host)
+    record = StoreRecord(
+        number=given.number, pid=os.getpid(), host=given.host, port=keys.port, heartbeat_port=server.port
+    )
     host, _, opener = given.opener.rpartition(":")
     answer = ask(secret, (host, int(opener)), Opened(record=record), OPENER_TIMEOUT_S)
     if isinstance(answer, str):
@@ -283,8 +277,8 @@ def main(arguments: Sequence[str]) -> None:
     side.put(lambda: node_record.write_store(folder, record))
     side.put(lambda: node_record.redirect_output(RunFolder(folder).nodes / f"store-{given.number}.log"))
     server.run(msgspec.json.decode(answer, type=FirstTable).table)
+    keys.close()
     side.close()
-    del store
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from keepwarm.launch.forkserver import ForkServer, Worker
 from keepwarm.launch.node import record
 from keepwarm.launch.node.connections import address_of, run_secret
 from keepwarm.launch.node.elastic_agent import NodeAgent, WorkerOptions
+from keepwarm.launch.node.key_store.proxy import NoLoopback
 from keepwarm.launch.node.membership import FILES_TIMEOUT_S, SEARCH_TIMEOUT_S, Membership, RunEnded, StoreLost
 from keepwarm.launch.node.node_agents import Gathered, NodeAgents, newest_step
 from keepwarm.launch.node.options import Options
@@ -108,7 +109,7 @@ class Supervisor:
             self._membership, job.name, self, requested_slot=options.requested_slot,
             vacancy_timeout=options.vacancy_timeout, shrink_after=cluster.shrink_after,
         )  # fmt: skip
-        self._agent = NodeAgent(self._handler, server, self, workers)
+        self._agent = NodeAgent(self._handler, server, self, workers, run_secret(folder))
         self._terminated_at: float | None = None
         """When this node alone was asked to end, by SIGTERM."""
         self._record = NodeRecord(
@@ -209,6 +210,7 @@ class Supervisor:
         self._membership.leave(farewell=True)
         self._gpus.close()
         self._peers.close()
+        self._agent.close()
         self._event(events.SupervisorEnded(node=self._options.node, code=code, why=why))
         self._record_state(state="ended", workers={})
         self._side.close()
@@ -507,4 +509,9 @@ def supervise(options: Options, job: JobSpec) -> int:
         return ExitCode.BAD_INPUT
     hold(options.folder / options.spec, job)
     with contextlib.closing(ForkServer()) as server:
-        return Supervisor(options, job, server).run()
+        try:
+            supervisor = Supervisor(options, job, server)
+        except NoLoopback as error:
+            print(f"keepwarm: {error}", file=sys.stderr, flush=True)
+            return error.exit_code
+        return supervisor.run()

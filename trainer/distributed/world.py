@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore, PrefixStore, Store
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from keepwarm.parallel.spec import NumericsSpec
@@ -202,10 +202,13 @@ _FROM_TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
 def _store(rank: int, size: int) -> Store:
-    """Return the store of this start: the file of `keepwarm train` on one machine, else a part of torchrun's store."""
-    file = os.environ.get("KEEPWARM_STORE")
-    if file is not None:
-        return FileStore(str(Path(file)), size)
+    """Return the store of this start: the one that our launchers make for it, else a part of torchrun's store."""
+    own = os.environ.get("KEEPWARM_STORE")
+    if own is not None and own.startswith("/"):
+        return FileStore(str(Path(own)), size)
+    if own is not None:
+        host, _, port = own.rpartition(":")
+        return TCPStore(host, int(port), is_master=False, timeout=COLLECTIVE_TIMEOUT, wait_for_workers=False)
     _find_host(os.environ.get("MASTER_ADDR", "localhost"))
     _number("MASTER_PORT", "0", most=65_535)
     shared, rank, size = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))

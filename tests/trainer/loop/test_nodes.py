@@ -5,11 +5,14 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed import DistError, TCPStore
 
 from keepwarm.exit_code import ExitCode
 from keepwarm.launch.node import record as node_record
@@ -217,6 +220,49 @@ def kill_store(run: Run) -> None:
     store = node_record.newest_store(run.folder)
     assert store is not None
     os.kill(store.pid, signal.SIGKILL)
+
+
+def ask_as_torch_does(port: int) -> str:
+    """What a process gets that is no worker: set a key, read the greeting of a rank, delete it."""
+    try:
+        store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=1), wait_for_workers=False)
+        store.set("device/verdict", "end")
+        return f"port {port}: {store.num_keys()} keys, {store.delete_key('device/verdict')}"
+    except DistError:
+        return ""
+
+
+def listening(pids: Collection[int | None]) -> set[int]:
+    """Every TCP port at which one of these processes listens."""
+    found = set[int]()
+    for pid in pids:
+        sockets = psutil.Process(pid).net_connections("tcp")
+        found |= {one.laddr.port for one in sockets if one.status == psutil.CONN_LISTEN}
+    return found
+
+
+@pytest.mark.ci
+def test_nodes_strangers_with_torchs_client_at_every_port_change_nothing(
+    whole: Path, start: Callable[..., Run]
+) -> None:
+    """Restarts read the store: a worker is lost after what strangers have tried."""
+    run = start("--nodes", "4")
+    run.after(3)
+    owners = [run.owner(slot) for slot in range(4)]
+    store = node_record.newest_store(run.folder)
+    assert store is not None
+    ports = listening([store.pid, *(pid for one in owners for pid in (one.supervisor, one.agent))])
+    assert len(ports) == 2 + 4 * 3  # a supervisor has one for others and one for its workers
+    of_gloo = listening(workers(run).values())
+    with ThreadPoolExecutor(len(ports) + len(of_gloo)) as pool:
+        silent = [pool.submit(ask_as_torch_does, port) for port in of_gloo]  # gloo answers nothing while it lives
+        assert set(pool.map(ask_as_torch_does, ports)) == {""}
+        run.lose_worker(1)
+        run.done()
+        assert {one.result(DEADLINE) for one in silent} == {""}
+    assert [event["kind"] for event in run.events("failure")] == ["killed"]
+    assert_equal(run, whole)
+    assert_nothing_left(run)
 
 
 @pytest.mark.long
