@@ -27,8 +27,9 @@ sequence    a norm between the matrices: replicated weights, activations split a
 column_norm a norm over all features that column layers have split (OLMo 2's QK norm): weights split likewise, the
             mean of squares summed over the tensor axis (`reduce_group` of the module)
 key_value_norm  the same over the keys, copied with their heads
-per_head    a norm of each head separately (Qwen3's QK norm): replicated weights; each rank sees only its own heads,
-            so gradients are summed over the tensor axis
+per_head    a norm of each head separately (Qwen3's QK norm), or what all heads are made from (the low-rank projections
+            of latent attention): replicated weights; each rank sees only its own heads, so gradients are summed over
+            the tensor axis
 positions   the table of learned positions: replicated; its output is added to that of the token embedding and
             therefore split along the sequence if that one is
 """

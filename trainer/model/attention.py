@@ -95,7 +95,10 @@ PLAIN = Logits()
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: Context, logits: Logits = PLAIN
 ) -> torch.Tensor:
-    """Return causal attention; all are `[micro, sequence, heads, head_dim]`, with fewer key/value heads if grouped."""
+    """Return causal attention; all are `[micro, sequence, heads, head_dim]`, with fewer key/value heads if grouped.
+
+    Values, and with them the result, may have heads of another size than queries and keys.
+    """
     if seen.blocks is not None:
         flex = _compiled_flex()
         heads_first = (x.transpose(1, 2) for x in (query, key, value))
@@ -139,7 +142,7 @@ def _attend_documents(
         _attend(q, k, v, None if mask is None else mask[: q.shape[2], : q.shape[2]], logits)
         for q, k, v in zip(*heads_first, strict=True)
     ]
-    return torch.cat([part.transpose(1, 2) for part in parts], dim=1).view_as(query)
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1).view(*query.shape[:3], -1)
 
 
 def _attend(

@@ -27,11 +27,14 @@ from tests.support.transformers.models import (
 FAMILIES = [
     "llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "olmo2", "olmo3", "smollm3", "glm4",
 ]  # fmt: skip
+MECHANISMS = ["minicpm3"]
+"""Latent attention, which no family above has."""
 MORE = [
     "arcee", "cohere", "cohere2", "ernie4_5", "exaone", "exaone4", "gemma", "glm", "helium", "hyperclovax", "internlm3",
     "iquestcoder", "jais2", "ministral", "ministral3", "mistral", "olmo", "seed_oss", "starcoder2", "vaultgemma",
+    "youtu",
 ]  # fmt: skip
-ALL = [*FAMILIES, *(pytest.param(family, marks=pytest.mark.long) for family in MORE)]
+ALL = [*FAMILIES, *MECHANISMS, *(pytest.param(family, marks=pytest.mark.long) for family in MORE)]
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, within: float) -> bool:
@@ -120,6 +123,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "buffers": ({"model_type": "apertus"}, "has a buffer"),
     "broken": ({"model_type": "llama", "hidden_size": -1}, "does not build|refuses this config"),
     "contradicting": ({"model_type": "llama", "hidden_act": "nonesuch"}, "does not build|refuses this config"),
+    "latent-groups": ({"model_type": "minicpm3"}, "latent attention has as many as heads, which are 4"),
     "both-ways": ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "masks are not causal"),
 }
 

@@ -101,9 +101,9 @@ def _embedding_scale(embedding: nn.Module) -> float | None:
     if type(embedding) is nn.Embedding:
         return None
     scale = getattr(embedding, "scalar_embed_scale", None)
-    if not isinstance(embedding, nn.Embedding) or not isinstance(scale, float):
+    if not isinstance(embedding, nn.Embedding) or not isinstance(scale, int | float):
         raise SpecError(f"its embedding is a {type(embedding).__name__}, which keepwarm does not know")
-    return scale
+    return float(scale)
 
 
 def _logits(model: Any, hidden: torch.Tensor) -> tuple[float, float | None]:
