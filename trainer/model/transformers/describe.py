@@ -16,7 +16,7 @@ from keepwarm.parallel.style import TensorStyle
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.model.transformers.classes import PLAIN_STAGES, build
 from keepwarm.trainer.model.transformers.facts import facts_of
-from keepwarm.trainer.model.transformers.heads import LATENT, heads_of
+from keepwarm.trainer.model.transformers.heads import ATTENTION, LATENT, check_own, heads_of
 from keepwarm.trainer.model.transformers.initial import recorded
 from keepwarm.trainer.model.transformers.names import LayerNames, canonical_modules
 
@@ -119,6 +119,7 @@ def _check_layer(layer: nn.Module, where: str) -> None:
     experts = [key for key, value in layer.named_parameters() if value.ndim > 2 or ".experts." in f".{key}."]
     if experts or any(key.rpartition(".")[2] in ("experts", "router") for key, _ in layer.named_modules()):
         raise SpecError(f"{where} is a mixture of experts; these come later")
+    check_own(layer, attention, where)
     buffers = [key for key, _ in layer.named_buffers()]
     if buffers:
         raise SpecError(f"{where} has a buffer {buffers[0]}, which would be lost")
@@ -139,6 +140,9 @@ def _styles(model: Any, names: LayerNames, head_dim: int) -> tuple[dict[str, Ten
     theirs = dict(names.inside) | {part: fused for fused, parts in names.fused.items() for part in parts}
     layer = model.model.layers[0]
     for ours, module in theirs.items():
+        if ours == ATTENTION:
+            found[f"layers.*.{ours}"] = "heads"
+            continue
         planned = plan.get(f"layers.*.{module}") or _LEFT_WHOLE.get(ours)
         style = _style(planned, ours, layer, head_dim)
         if style is None:

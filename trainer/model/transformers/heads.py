@@ -4,6 +4,8 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.model.collective import local
 
@@ -17,6 +19,10 @@ LATENT = (
 
 From these `attention.query` and `attention.key_value` make the heads.
 """
+
+ATTENTION = "attention"
+SINKS = "sinks"
+"""The only parameter that an attention may own beside those of its modules: a number for each head."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -42,6 +48,16 @@ def heads_of(config: Any, layers: Sequence[Shapes]) -> Heads:
         if "attention.output.weight" not in layer or "mlp.down.weight" not in layer:
             raise SpecError(f"layer {index} has other matrices than those of an attention and an MLP")
     return found
+
+
+def check_own(layer: nn.Module, attention: nn.Module, where: str) -> None:
+    """Raise SpecError if a layer or its attention owns parameters that no module computes with, but for sinks."""
+    owned = [name for name, _ in layer.named_parameters(recurse=False)]
+    owned += [name for name, _ in attention.named_parameters(recurse=False) if name != SINKS]
+    if owned:
+        raise SpecError(
+            f"{where} computes with parameters of its own ({', '.join(owned)}), which keepwarm does not know"
+        )
 
 
 def _plain_heads(config: Any) -> Heads:

@@ -27,6 +27,7 @@ _USUAL = {
     "mlp.down": "mlp.down_proj",
 }
 _ELSEWHERE = {
+    "self_attn": "attention",
     "self_attn.q_a_proj": "attention.query_down",
     "self_attn.q_a_layernorm": "attention.query_down_norm",
     "self_attn.q_b_proj": "attention.query",
