@@ -13,6 +13,7 @@ TensorStyle = Literal[
     "column_norm",
     "key_value_norm",
     "per_head",
+    "heads",
     "positions",
 ]
 """Style in which tensor parallelism splits a module (its weight as `[outputs, inputs]`):
@@ -27,8 +28,10 @@ sequence    a norm between the matrices: replicated weights, activations split a
 column_norm a norm over all features that column layers have split (OLMo 2's QK norm): weights split likewise, the
             mean of squares summed over the tensor axis (`reduce_group` of the module)
 key_value_norm  the same over the keys, copied with their heads
-per_head    a norm of each head separately (Qwen3's QK norm): replicated weights; each rank sees only its own heads,
-            so gradients are summed over the tensor axis
+per_head    a norm of each head separately (Qwen3's QK norm), or what all heads are made from (the low-rank projections
+            of latent attention): replicated weights; each rank sees only its own heads, so gradients are summed over
+            the tensor axis
+heads       numbers that belong to the heads (attention sinks), owned by the attention itself: split likewise
 positions   the table of learned positions: replicated; its output is added to that of the token embedding and
             therefore split along the sequence if that one is
 """
@@ -41,6 +44,7 @@ SPLIT_DIM: Mapping[TensorStyle, int] = {
     "head": 0,
     "column_norm": 0,
     "key_value_norm": 0,
+    "heads": 0,
 }
 """Dim along which a style splits its parameters; a parameter without that dim (the bias of `row`) stays whole."""
 COPIED = ("key_value", "key_value_norm")

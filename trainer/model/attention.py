@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 from keepwarm.trainer.model.norm import RMSNorm
 from keepwarm.trainer.model.rotary import rotate
@@ -87,6 +87,8 @@ class Logits(NamedTuple):
     """Factor; None: `1 / sqrt(head_dim)`."""
     cap: float | None = None
     """Soft cap: `cap * tanh(logits / cap)` (Gemma 2)."""
+    sinks: torch.Tensor | None = None
+    """A learnt logit for each head that takes part in the softmax and has no value (gpt-oss, Granite)."""
 
 
 PLAIN = Logits()
@@ -95,23 +97,41 @@ PLAIN = Logits()
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: Context, logits: Logits = PLAIN
 ) -> torch.Tensor:
-    """Return causal attention; all are `[micro, sequence, heads, head_dim]`, with fewer key/value heads if grouped."""
+    """Return causal attention; all are `[micro, sequence, heads, head_dim]`, with fewer key/value heads if grouped.
+
+    Values, and with them the result, may have heads of another size than queries and keys.
+    """
     if seen.blocks is not None:
-        flex = _compiled_flex()
-        heads_first = (x.transpose(1, 2) for x in (query, key, value))
-        grouped = query.shape[2] != key.shape[2]
-        return flex(
-            *heads_first,
-            score_mod=None if logits.cap is None else _cap_of(logits.cap),
-            block_mask=seen.blocks,
-            scale=logits.scale,
-            enable_gqa=grouped,
-        ).transpose(1, 2)
+        return _attend_blocks(query, key, value, seen.blocks, logits)
     if seen.runs is not None:
         mixed: torch.Tensor = _attend_documents(query, key, value, seen, logits)
         return mixed
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     return _attend(query, key, value, seen.mask, logits).transpose(1, 2)
+
+
+def _attend_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: BlockMask, logits: Logits
+) -> torch.Tensor:
+    options: dict[str, Any] = {
+        "score_mod": None if logits.cap is None else _cap_of(logits.cap),
+        "block_mask": blocks,
+        "scale": logits.scale,
+        "enable_gqa": query.shape[2] != key.shape[2],
+    }
+    heads_first = (x.transpose(1, 2) for x in (query, key, value))
+    mixed: torch.Tensor
+    if logits.sinks is None:
+        mixed = _compiled_flex()(*heads_first, **options)
+    else:
+        alone, sums = _compiled_flex()(*heads_first, **options, return_aux=AuxRequest(lse=True))
+        mixed = _beside_sinks(alone, sums.lse, logits.sinks)
+    return mixed.transpose(1, 2)
+
+
+def _beside_sinks(mixed: torch.Tensor, sums: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """Leave to each head's sink its share of a result, given the logarithm of the sum of the softmax."""
+    return mixed * torch.sigmoid(sums - sinks[:, None].to(sums.dtype))[..., None].to(mixed.dtype)
 
 
 @cache
@@ -123,7 +143,7 @@ def _cap_of(cap: float) -> Callable[..., torch.Tensor]:
 
 
 @cache
-def _compiled_flex() -> Callable[..., torch.Tensor]:
+def _compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -139,15 +159,15 @@ def _attend_documents(
         _attend(q, k, v, None if mask is None else mask[: q.shape[2], : q.shape[2]], logits)
         for q, k, v in zip(*heads_first, strict=True)
     ]
-    return torch.cat([part.transpose(1, 2) for part in parts], dim=1).view_as(query)
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1).view(*query.shape[:3], -1)
 
 
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, logits: Logits
 ) -> torch.Tensor:
     groups = query.shape[1] // key.shape[1]
-    if logits.cap is not None:
-        return _capped(query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), mask, logits)
+    if logits.cap is not None or logits.sinks is not None:
+        return _unfused(query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), mask, logits)
     if groups > 1 and query.is_cuda and query.dtype not in (torch.bfloat16, torch.float16):
         # Only the flash kernels share keys among queries; the others would fall back to unfused attention.
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -157,17 +177,19 @@ def _attend(
     )
 
 
-def _capped(
+def _unfused(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, logits: Logits
 ) -> torch.Tensor:
-    """Return attention with capped logits, which the fused kernels do not have."""
-    assert logits.cap is not None
+    """Return attention with capped logits or sinks, which the fused kernels do not have."""
     scale = query.shape[-1] ** -0.5 if logits.scale is None else logits.scale
-    scores = logits.cap * torch.tanh(query @ key.transpose(2, 3) * scale / logits.cap)
+    scores = query @ key.transpose(2, 3) * scale
+    if logits.cap is not None:
+        scores = logits.cap * torch.tanh(scores / logits.cap)
     if mask is None:
         mask = _band(query.shape[2], None, query.device)
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=wide).to(query.dtype) @ value
+    scores = scores.masked_fill(~mask, -torch.inf).to(torch.promote_types(scores.dtype, torch.float32))
+    mixed = scores.softmax(-1).to(query.dtype) @ value
+    return mixed if logits.sinks is None else _beside_sinks(mixed, scores.logsumexp(-1), logits.sinks)
 
 
 class Attention(nn.Module):

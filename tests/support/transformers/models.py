@@ -46,6 +46,15 @@ _SIZES = {
     "eos_token_id": None,
 }
 _GEMMA = {"sliding_window": 5, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0}
+_LATENT = {
+    "head_dim": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 7,
+}
 _OWN: Mapping[str, Mapping[str, Any]] = {
     "llama": {
         "rope_parameters": {
@@ -64,6 +73,23 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
     "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "cwm": {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "sliding_window": 5},
     "olmo3": {"sliding_window": 5},
+    "granite_swa": {
+        "sliding_window": 5,
+        "layer_rope_theta": [10000.0, 0, 500.0, 10000.0],
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+    },
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": None,
+        },
+        "sliding_window": 5,
+        "logit_scale": 0.5,
+    },
+    "minicpm3": {**_LATENT, "scale_emb": 3, "dim_model_base": 16, "attention_bias": True},
+    "youtu": _LATENT,
     "granite": {
         "embedding_multiplier": 3.0,
         "logits_scaling": 2.0,

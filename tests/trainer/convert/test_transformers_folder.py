@@ -33,7 +33,7 @@ def published(family: str, folder: Path) -> Any:
     return model
 
 
-@pytest.mark.parametrize("family", ["phi3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["phi3", "gemma3_text", "minicpm3", "granite_swa"])
 def test_published_folder_comes_back_bit_by_bit(family: str, tmp_path: Path) -> None:
     model, stored = published(family, tmp_path / "published"), tmp_path / "published" / "config.json"
     spec = spec_from(json.loads(stored.read_text()))

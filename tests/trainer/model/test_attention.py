@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
 from keepwarm.trainer.model import attention
-from keepwarm.trainer.model.attention import Context, attend, context
+from keepwarm.trainer.model.attention import Context, Logits, attend, context
 from keepwarm.trainer.model.rotary import positions_in
 from keepwarm.trainer.model.spec import ModelSpec, RopeScalingSpec
 from tests.support.models import whole_model
@@ -88,9 +88,10 @@ def naive(
     value: torch.Tensor,
     documents: torch.Tensor | None,
     window: int | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention from its definition, one head and one query at a time."""
-    out = torch.zeros_like(query)
+    out = query.new_zeros(*query.shape[:3], value.shape[3])
     groups = query.shape[2] // key.shape[2]
     for sample, at, head in torch.cartesian_prod(*(torch.arange(size) for size in query.shape[:3])).tolist():
         seen = [
@@ -100,7 +101,9 @@ def naive(
             and (documents is None or documents[sample, other] == documents[sample, at])
         ]
         scores = key[sample, seen, head // groups] @ query[sample, at, head] / query.shape[3] ** 0.5
-        out[sample, at, head] = scores.softmax(0) @ value[sample, seen, head // groups]
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[head, None]])
+        out[sample, at, head] = scores.softmax(0)[: len(seen)] @ value[sample, seen, head // groups]
     return out
 
 
@@ -124,6 +127,37 @@ def test_attention_follows_its_definition(
     torch.testing.assert_close(
         attend(query, key, value, seen), naive(query, key, value, documents, window), rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("flex", [False, True])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_attention_with_sinks_and_narrow_values_follows_its_definition(
+    window: int | None, packed: bool, flex: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sink takes its share and gives nothing; values are narrower than queries and keys. Gradients included."""
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
+    generator = torch.Generator().manual_seed(4)
+    given = [torch.randn(1, 12, heads, size, generator=generator) for heads, size in ((4, 16), (2, 16), (2, 10))]
+    given.append(torch.randn(4, generator=generator))
+    documents = documents_of(((5, 1, 6),)) if packed else None
+    if flex:
+        seen = Context(blocks=attention._blocks(12, given[0].device, documents, window))
+    else:
+        seen = context(None, 12, given[0].device, documents, window)
+    slope = torch.randn(1, 12, 4, 10, generator=generator)
+
+    def gradients(definition: bool) -> tuple[torch.Tensor, ...]:
+        query, key, value, sinks = leaves = [one.clone().requires_grad_() for one in given]
+        if definition:
+            out = naive(query, key, value, documents, window, sinks)
+        else:
+            out = attend(query, key, value, seen, Logits(sinks=sinks))
+        return out.detach(), *torch.autograd.grad(out, leaves, slope)
+
+    for found, expected in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6).filter(lambda row: sum(row) <= 20), min_size=1))

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.model.attention import Context, Logits, attend, context
 
 IMPLEMENTATION = "keepwarm"
 """Name under which transformers knows both functions."""
-_UNSUPPORTED = ("s_aux", "head_mask", "position_bias", "alibi")
+_UNSUPPORTED = ("head_mask", "position_bias", "alibi")
 """Arguments of attention functions that change the result and that ours does not have."""
 
 
@@ -72,7 +73,8 @@ def _attention(
     """Return attention `[micro, sequence, heads, head_dim]` for `[micro, heads, sequence, head_dim]`."""
     _refuse(module, others)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    return attend(query, key, value, attention_mask, Logits(others.get("scaling"), others.get("softcap"))), None
+    logits = Logits(others.get("scaling"), others.get("softcap"), others.get("s_aux"))
+    return attend(query, key, value, attention_mask, logits), None
 
 
 def _refuse(module: nn.Module, others: Mapping[str, Any]) -> None:
@@ -85,7 +87,7 @@ class Probe(Sequences):
     """Sequences that note the masks that a model asks for, to check that ours are the same."""
 
     def asked(self, mask_function: Any, window: int | None) -> None:
-        """Raise NotImplementedError unless a mask is causal within `window`."""
+        """Raise SpecError unless a mask is causal within `window`; the sentence lacks the name of the class."""
         distances = {0, 1, 2, -1, *(() if window is None else (window - 1, window, window + 1))}
         starts = {0, 1, 5, *(() if window is None else (window, window + 1, 2 * window))}
         for start in sorted(starts):
@@ -94,4 +96,4 @@ class Probe(Sequences):
                     continue
                 seen = mask_function(0, 0, torch.tensor(start), torch.tensor(start - distance))
                 if bool(seen) != (0 <= distance < (start + 1 if window is None else window)):
-                    raise NotImplementedError("its masks are not causal ones, whole or within a window")
+                    raise SpecError("has masks that are not causal, whole or within a window")

@@ -34,6 +34,11 @@ def build(content: Mapping[str, Any]) -> PreTrainedModel:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise SpecError(f"model_type {kind!r} is no causal language model of transformers")
     cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if "linear_attention" in (getattr(config, "layer_types", None) or ()):
+        raise SpecError(
+            f"{cls.__name__} has layers of linear attention, in which transformers keeps documents apart only with "
+            "kernels for GPUs"
+        )
     if not cls._supports_attention_backend:
         raise SpecError(f"{cls.__name__} computes its attention itself, so that documents cannot be kept apart in it")
     config._attn_implementation = IMPLEMENTATION

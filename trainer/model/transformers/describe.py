@@ -16,6 +16,7 @@ from keepwarm.parallel.style import TensorStyle
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.model.transformers.classes import PLAIN_STAGES, build
 from keepwarm.trainer.model.transformers.facts import facts_of
+from keepwarm.trainer.model.transformers.heads import ATTENTION, LATENT, check_own, heads_of
 from keepwarm.trainer.model.transformers.initial import recorded
 from keepwarm.trainer.model.transformers.names import LayerNames, canonical_modules
 
@@ -27,7 +28,11 @@ _STYLES: Mapping[str, TensorStyle] = {
     "replicated_with_grad_allreduce": "per_head",
 }
 """Styles of transformers' plans. Outputs that they gather stay split here: what follows works on whole heads."""
-_PROJECTIONS = ("attention.query", "attention.key", "attention.value", "attention.output")
+_LEFT_WHOLE = {
+    **dict.fromkeys(("attention.query", "attention.key", "attention.value", "attention.key_value"), "colwise"),
+    "attention.output": "rowwise",
+}
+"""Projections that some plans leave whole (Youtu, DeepSeek-V3), and that are divided by head here."""
 _KEY_VALUE = ("attention.key", "attention.value")
 _HEAD_NORMS = ("attention.query_norm", "attention.key_norm")
 
@@ -46,16 +51,16 @@ def describe(content: Mapping[str, Any]) -> dict[str, Any]:
     names = renamed(model)
     layers = [{key: tuple(value.shape) for key, value in layer.named_parameters()} for layer in model.model.layers]
     kinds = list({tuple(layer.items()): None for layer in layers})
-    heads = _heads(config, layers)
-    styles, misfit = _styles(model, names, heads[2])
+    heads = heads_of(config, layers)
+    styles, misfit = _styles(model, names, heads.head_dim)
     asked = facts_of(model).windows
     return {
         "class_name": name,
         "layers": len(layers),
         "hidden_size": config.hidden_size,
-        "heads": heads[0],
-        "kv_heads": heads[1],
-        "head_dim": heads[2],
+        "heads": heads.heads,
+        "kv_heads": heads.kv_heads,
+        "head_dim": heads.head_dim,
         "ffn_size": layers[0]["mlp.down.weight"][1],
         "vocabulary_size": config.vocab_size,
         "max_sequence_length": config.max_position_embeddings,
@@ -109,29 +114,15 @@ def _check(model: Any) -> None:
 
 def _check_layer(layer: nn.Module, where: str) -> None:
     attention = getattr(layer, "self_attn", None)
-    if attention is None or not any(hasattr(attention, part) for part in ("q_proj", "qkv_proj")):
+    if attention is None or not any(hasattr(attention, part) for part in ("q_proj", "qkv_proj", "q_b_proj")):
         raise SpecError(f"{where} is no attention followed by an MLP; such layers are not supported yet")
     experts = [key for key, value in layer.named_parameters() if value.ndim > 2 or ".experts." in f".{key}."]
     if experts or any(key.rpartition(".")[2] in ("experts", "router") for key, _ in layer.named_modules()):
         raise SpecError(f"{where} is a mixture of experts; these come later")
+    check_own(layer, attention, where)
     buffers = [key for key, _ in layer.named_buffers()]
     if buffers:
         raise SpecError(f"{where} has a buffer {buffers[0]}, which would be lost")
-
-
-def _heads(config: Any, layers: list[dict[str, tuple[int, ...]]]) -> tuple[int, int, int]:
-    """Return the number of heads, of key-value heads, and the size of a head."""
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    keys = getattr(config, "num_key_value_heads", None) or heads
-    for index, layer in enumerate(layers):
-        for part, rows in zip(_PROJECTIONS[:3], (heads, keys, keys), strict=True):
-            found = layer.get(f"{part}.weight")
-            if found is None or found[0] != rows * size:
-                raise SpecError(f"layer {index} has another number of heads than its config, or none at {part}")
-        if "attention.output.weight" not in layer or "mlp.down.weight" not in layer:
-            raise SpecError(f"layer {index} has other matrices than those of an attention and an MLP")
-    return heads, keys, size
 
 
 def _windows(config: Any, asked: frozenset[int | None], layers: int) -> list[int | None]:
@@ -149,7 +140,11 @@ def _styles(model: Any, names: LayerNames, head_dim: int) -> tuple[dict[str, Ten
     theirs = dict(names.inside) | {part: fused for fused, parts in names.fused.items() for part in parts}
     layer = model.model.layers[0]
     for ours, module in theirs.items():
-        style = _style(plan.get(f"layers.*.{module}"), ours, layer, head_dim)
+        if ours == ATTENTION:
+            found[f"layers.*.{ours}"] = "heads"
+            continue
+        planned = plan.get(f"layers.*.{module}") or _LEFT_WHOLE.get(ours)
+        style = _style(planned, ours, layer, head_dim)
         if style is None:
             return found, f"the plan of {type(model).__name__} says nothing that keepwarm can follow for {module}"
         found[f"layers.*.{ours}"] = style
@@ -162,6 +157,8 @@ def _styles(model: Any, names: LayerNames, head_dim: int) -> tuple[dict[str, Ten
 def _style(planned: str | None, ours: str, layer: nn.Module, head_dim: int) -> TensorStyle | None:
     with contextlib.suppress(AttributeError):
         weight: Any = layer.get_submodule(ours).weight
+        if ours in LATENT:
+            return "per_head"
         if weight.ndim == 1 and "." not in ours:
             return "sequence" if planned is None else None
         if ours in _HEAD_NORMS and weight.ndim == 1:

@@ -5,6 +5,7 @@ example then shows whether they are those that a stage can reproduce.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,16 +61,15 @@ def facts_of(model: Any) -> Facts:
     rebuild_constants(base)
     name = type(model).__name__
     probe = Probe(6, example.device, None)
-    try:
+    with _plainly(name):
         handed = run(base, example, probe)
-    except Exception as error:
-        raise SpecError(f"{name}: {' '.join(str(error).split())[:200]}") from error
     input_scale = None
     if not _equal(handed, example):
         input_scale = next((found for found in _INPUT_SCALES if hasattr(base, found)), None)
         if input_scale is None or not _equal(handed, example * getattr(base, input_scale)):
             raise SpecError(f"{name} changes hidden states outside its layers in a way that keepwarm does not know")
-    logit_scale, cap = _logits(model, example)
+    with _plainly(name):
+        logit_scale, cap = _logits(model, example)
     return Facts(
         embedding_scale=scale,
         input_scale=input_scale,
@@ -77,6 +77,17 @@ def facts_of(model: Any) -> Facts:
         logit_scale=logit_scale,
         logit_cap=cap,
     )
+
+
+@contextmanager
+def _plainly(name: str) -> Iterator[None]:
+    """Turn what the code of a class raises into a sentence about the class."""
+    try:
+        yield
+    except SpecError as error:
+        raise SpecError(f"{name} {error}") from error
+    except Exception as error:
+        raise SpecError(f"{name} needs more of its layers than hidden states, which is all that a stage has") from error
 
 
 def run(base: Any, hidden: torch.Tensor, sequences: Any, positions: torch.Tensor | None = None) -> torch.Tensor:
@@ -91,19 +102,28 @@ def run(base: Any, hidden: torch.Tensor, sequences: Any, positions: torch.Tensor
 
 def rebuild_constants(base: nn.Module, device: torch.device | None = None) -> None:
     """Make the modules without parameters that compute rotary tables again, on a real device."""
-    for name, module in list(base.named_children()):
-        if next(module.parameters(), None) is None and next(module.buffers(), None) is not None:
-            with torch.device(device or "cpu"):
-                setattr(base, name, type(module)(config=base.config))
+    _rebuild_constants(base, base.config, device or torch.device("cpu"))
+
+
+def _rebuild_constants(owner: nn.Module, config: Any, device: torch.device) -> None:
+    """Rebuild those of `owner` and of lists of them (Granite has one table for each base of its layers)."""
+    for name, module in list(owner.named_children()):
+        if next(module.parameters(), None) is not None or next(module.buffers(), None) is None:
+            continue
+        if isinstance(module, nn.ModuleList):
+            _rebuild_constants(module, config, device)
+        else:
+            with device:
+                setattr(owner, name, type(module)(config=getattr(module, "config", config)))
 
 
 def _embedding_scale(embedding: nn.Module) -> float | None:
     if type(embedding) is nn.Embedding:
         return None
     scale = getattr(embedding, "scalar_embed_scale", None)
-    if not isinstance(embedding, nn.Embedding) or not isinstance(scale, float):
+    if not isinstance(embedding, nn.Embedding) or not isinstance(scale, int | float):
         raise SpecError(f"its embedding is a {type(embedding).__name__}, which keepwarm does not know")
-    return scale
+    return float(scale)
 
 
 def _logits(model: Any, hidden: torch.Tensor) -> tuple[float, float | None]:
@@ -113,7 +133,7 @@ def _logits(model: Any, hidden: torch.Tensor) -> tuple[float, float | None]:
     for scale, cap in _candidates(model.config):
         if _equal(logits, capped(hidden * scale, cap)):
             return scale, cap
-    raise SpecError(f"{type(model).__name__} changes its logits in a way that keepwarm does not know")
+    raise SpecError("changes its logits in a way that keepwarm does not know")
 
 
 def _candidates(config: Any) -> Iterator[tuple[float, float | None]]:

@@ -27,6 +27,13 @@ _USUAL = {
     "mlp.down": "mlp.down_proj",
 }
 _ELSEWHERE = {
+    "self_attn": "attention",
+    "self_attn.q_a_proj": "attention.query_down",
+    "self_attn.q_a_layernorm": "attention.query_down_norm",
+    "self_attn.q_b_proj": "attention.query",
+    "self_attn.kv_a_proj_with_mqa": "attention.key_value_down",
+    "self_attn.kv_a_layernorm": "attention.key_value_down_norm",
+    "self_attn.kv_b_proj": "attention.key_value",
     "self_attn.dense": "attention.output",
     "self_attn.q_layernorm": "attention.query_norm",
     "self_attn.k_layernorm": "attention.key_norm",

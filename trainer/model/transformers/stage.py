@@ -1,16 +1,15 @@
 """One pipeline stage made of the layers of a class of transformers."""
 
-import copy
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from keepwarm.trainer.model.collective import local
 from keepwarm.trainer.model.head import Head
 from keepwarm.trainer.model.rotary import positions_in
 from keepwarm.trainer.model.transformers.attention import Sequences
 from keepwarm.trainer.model.transformers.facts import Absent, Facts, rebuild_constants, run
+from keepwarm.trainer.model.transformers.heads import count_heads
 
 
 class TransformersStage(nn.Module):
@@ -43,7 +42,7 @@ class TransformersStage(nn.Module):
         self._ready: torch.device | None = None
         for layer in self.layers.values():
             # When a layer runs, FSDP has gathered its weights.
-            cast(nn.Module, layer.attention).register_forward_pre_hook(_count_heads)
+            cast(nn.Module, layer.attention).register_forward_pre_hook(count_heads)
         self.tie()
 
     def tie(self) -> None:
@@ -77,22 +76,3 @@ class TransformersStage(nn.Module):
         self._ready = device
         with torch.inference_mode(False):
             rebuild_constants(self.__dict__["_base"], device)
-
-
-def _count_heads(attention: Any, _: object) -> None:
-    """Set what an attention module knows of its number of heads to that of this rank."""
-    config = attention.config
-    heads, keys = (local(part.weight).shape[0] // attention.head_dim for part in (attention.query, attention.key))
-    if heads == config.num_attention_heads:
-        return
-    attention.config = copy.copy(config)
-    here = {
-        "num_heads": heads,
-        "num_attention_heads": heads,
-        "num_key_value_heads": keys,
-        "num_key_value_groups": heads // keys,
-    }
-    for owner in (attention, attention.config):
-        for name, value in here.items():
-            if isinstance(vars(owner).get(name), int):
-                setattr(owner, name, value)
