@@ -1,6 +1,6 @@
 """Agree on the snapshot to restore. Agents send inventories to the lowest live slot, which proposes a choice.
 
-The choice for which a majority of the slots has voted (`keepwarm.ft.agent.ballot`) stands, with its decoding plan, and
+The choice for which a majority of the slots has voted (`keepwarm.ft.protocol.ballot`) stands, with its decoding plan, and
 is told along the links; what peers ask meanwhile is put off. No file is needed for it: the shared folder gets a copy.
 Where fewer than a majority are connected, the first choice that is written to the folder stands.
 
@@ -14,7 +14,7 @@ import time
 
 import msgspec
 
-from keepwarm.ft.agent.ballot import Ballot
+from keepwarm.ft.protocol.ballot import Ballot
 from keepwarm.ft.agent.scrubber import verify_all
 from keepwarm.ft.agent.shell import Shell
 from keepwarm.ft.discovery.registry import REASON_LIMIT

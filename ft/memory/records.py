@@ -41,7 +41,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     workers: tuple[WorkerProcess, ...]
     """Those that were attached."""
     vote: Vote | None = None
-    """The last one: see `keepwarm.ft.agent.ballot`."""
+    """The last one: see `keepwarm.ft.protocol.ballot`."""
 
 
 class Records:

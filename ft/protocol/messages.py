@@ -286,7 +286,7 @@ class Proposal(Wire, frozen=True):
 class Vote(Wire, frozen=True):
     """Tell for which choice the sender has voted in `epoch`: the first one that it was asked about, and no other ever.
 
-    `digest` identifies the choice: see `keepwarm.ft.agent.ballot`.
+    `digest` identifies the choice: see `keepwarm.ft.protocol.ballot`.
     """
 
     epoch: Count

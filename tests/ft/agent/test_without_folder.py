@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from keepwarm.ft.agent.ballot import Ballot, digest_of
+from keepwarm.ft.protocol.ballot import Ballot, digest_of
 from keepwarm.ft.protocol.messages import Choice, Decision, SnapshotId
 from keepwarm.ft.worker import client
 from tests.support.faulty.io_faults import Fault, library

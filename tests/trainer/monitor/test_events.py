@@ -67,7 +67,7 @@ training_started began finished interrupted parent lr_changed data_changed gate 
 hang snapshots snapshot_failed redundancy_lost snapshot_unlocked checkpoint_failed sink_failed output_lost recovery
 supervisor_started
 supervisor_ended failure whole node_drained node_excluded memory_kept memory_saved memory_not_saved resized
-batch_started batch_ended requeue
+batch_started batch_ended requeue requeue_refused
 """
 
 
