@@ -151,6 +151,9 @@ class Network:
             link.close("a later incarnation of this slot is connected")
             return
         peer.link, peer.delay, peer.dialled = link, 0.05, None
+        if peer.needed is not None:
+            # If both have dialled at once and closed each other's link, only the lower one dials the next time.
+            peer.needed = time.monotonic()
         self._open = {**self._open, link.slot: link}
         if old is not None and old is not link:
             old.close("replaced by a newer connection")

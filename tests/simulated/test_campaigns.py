@@ -8,6 +8,7 @@ from tests.simulated.agents import agents
 from tests.simulated.campaign import KINDS, run, told
 from tests.simulated.training import Training
 
+DIALS_AT_ONCE = 511
 FORGETFUL = 1
 """A campaign in which all agents die at once."""
 
@@ -35,6 +36,12 @@ def test_agents_killed_while_an_epoch_is_decided_take_part_in_it_again() -> None
             job.kill(node.slot)
         assert job.timeline.run(lambda: not training.restarting, 120.0), job.words()
         assert training.restores[-1] is not None
+
+
+def test_agents_that_dial_each_other_at_once_stay_connected() -> None:
+    """Two stood still, and one of them was cut off; they dial in the same moment, and each keeps the newest link."""
+    outcome = run(DIALS_AT_ONCE)
+    assert not outcome.failure, told(outcome)
 
 
 def test_campaign_of_one_seed_is_the_same_twice() -> None:
