@@ -255,10 +255,13 @@ def test_nodes_strangers_with_torchs_client_at_every_port_change_nothing(
     assert len(ports) == 2 + 4 * 3  # a supervisor has one for others and one for its workers
     of_gloo = listening(workers(run).values())
     with ThreadPoolExecutor(len(ports) + len(of_gloo)) as pool:
-        silent = [pool.submit(ask_as_torch_does, port) for port in of_gloo]  # gloo answers nothing while it lives
-        assert set(pool.map(ask_as_torch_does, ports)) == {""}
-        run.lose_worker(1)
-        run.done()
+        silent = [pool.submit(ask_as_torch_does, port) for port in of_gloo]
+        try:
+            assert set(pool.map(ask_as_torch_does, ports)) == {""}
+            run.lose_worker(1)
+            run.done()
+        finally:
+            run.process.kill()  # gloo answers nothing while it lives
         assert {one.result(DEADLINE) for one in silent} == {""}
     assert [event["kind"] for event in run.events("failure")] == ["killed"]
     assert_equal(run, whole)
