@@ -1,8 +1,8 @@
 """Agree on the snapshot to restore. Agents send inventories to the lowest live slot, which proposes a choice.
 
-The choice for which a majority of the slots has voted (`keepwarm.ft.protocol.ballot`) stands, with its decoding plan, and
-is told along the links; what peers ask meanwhile is put off. No file is needed for it: the shared folder gets a copy.
-Where fewer than a majority are connected, the first choice that is written to the folder stands.
+The choice for which a majority of the slots has voted (`keepwarm.ft.protocol.ballot`) stands, with its decoding plan,
+and is told along the links; what peers ask meanwhile is put off. No file is needed for it: the shared folder gets a
+copy. Where fewer than a majority are connected, the first choice that is written to the folder stands.
 
 Agents tell of an epoch along their usual links and connect to the lowest slots, which connect to all. Another agent
 connects to all only if it knows of no lower one. So an epoch takes a few links for each agent, never one for each pair.
@@ -14,12 +14,12 @@ import time
 
 import msgspec
 
-from keepwarm.ft.protocol.ballot import Ballot
 from keepwarm.ft.agent.scrubber import verify_all
 from keepwarm.ft.agent.shell import Shell
 from keepwarm.ft.discovery.registry import REASON_LIMIT
 from keepwarm.ft.errors import TransportError
 from keepwarm.ft.protocol import events, restore_choice
+from keepwarm.ft.protocol.ballot import Ballot
 from keepwarm.ft.protocol.messages import (
     Choice,
     Chosen,
