@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.model.transformers.attention import Probe, masks_of
+from keepwarm.trainer.model.transformers.usual import settled
 
 _INPUT_SCALES = ("embedding_multiplier",)
 """Attributes of base models by which their forward multiplies what it is handed (Granite)."""
@@ -32,6 +33,7 @@ class Facts:
     logit_scale: float = 1.0
     logit_cap: float | None = None
     """Soft cap: `cap * tanh(logits / cap)` (Gemma 2)."""
+    head_bias: bool = False
 
 
 class Absent(nn.Module):
@@ -52,6 +54,7 @@ def facts_of(model: Any) -> Facts:
     Raises:
         SpecError: a forward does something that a stage cannot reproduce.
     """
+    settled(model)
     base, config = model.model, model.config
     scale = _embedding_scale(base.embed_tokens)
     example = torch.linspace(-2.0, 2.0, 2 * 6 * config.hidden_size).view(2, 6, config.hidden_size)
@@ -69,13 +72,17 @@ def facts_of(model: Any) -> Facts:
         input_scale = next((found for found in _INPUT_SCALES if hasattr(base, found)), None)
         if input_scale is None or not _equal(handed, example * getattr(base, input_scale)):
             raise SpecError(f"{name} changes hidden states outside its layers in a way that keepwarm does not know")
+    has_bias = model.lm_head.bias is not None
     logit_scale, cap = _logits(model, example)
+    if has_bias and logit_scale != 1.0:
+        raise SpecError(f"{name} multiplies logits that have a bias, which keepwarm does not know")
     return Facts(
         embedding_scale=scale,
         input_scale=input_scale,
         windows=frozenset(probe.made),
         logit_scale=logit_scale,
         logit_cap=cap,
+        head_bias=has_bias,
     )
 
 

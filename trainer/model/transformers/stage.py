@@ -10,7 +10,9 @@ from keepwarm.trainer.model.collective import local
 from keepwarm.trainer.model.head import Head
 from keepwarm.trainer.model.rotary import positions_in
 from keepwarm.trainer.model.transformers.attention import Sequences
+from keepwarm.trainer.model.transformers.buffers import compute_like_inputs
 from keepwarm.trainer.model.transformers.facts import Absent, Facts, rebuild_constants, run
+from keepwarm.trainer.model.transformers.usual import head_size
 
 
 class TransformersStage(nn.Module):
@@ -28,7 +30,9 @@ class TransformersStage(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size) if embed else None
         self.layers = nn.ModuleDict({str(index): base.layers[index] for index in layers})
         self.final_norm = base.norm if head else None
-        self.head = Head(config.hidden_size, config.vocab_size, cap=facts.logit_cap) if head else None
+        self.head = (
+            Head(config.hidden_size, config.vocab_size, cap=facts.logit_cap, bias=facts.head_bias) if head else None
+        )
         self._facts = facts
         self._tied = bool(config.tie_word_embeddings)
         base.layers = nn.ModuleList(
@@ -44,6 +48,7 @@ class TransformersStage(nn.Module):
         for layer in self.layers.values():
             # When a layer runs, FSDP has gathered its weights.
             cast(nn.Module, layer.attention).register_forward_pre_hook(_count_heads)
+        compute_like_inputs(self.layers)
         self.tie()
 
     def tie(self) -> None:
@@ -82,7 +87,8 @@ class TransformersStage(nn.Module):
 def _count_heads(attention: Any, _: object) -> None:
     """Set what an attention module knows of its number of heads to that of this rank."""
     config = attention.config
-    heads, keys = (local(part.weight).shape[0] // attention.head_dim for part in (attention.query, attention.key))
+    size = head_size(attention, config)
+    heads, keys = (local(part.weight).shape[0] // size for part in (attention.query, attention.key))
     if heads == config.num_attention_heads:
         return
     attention.config = copy.copy(config)
@@ -91,6 +97,7 @@ def _count_heads(attention: Any, _: object) -> None:
         "num_attention_heads": heads,
         "num_key_value_heads": keys,
         "num_key_value_groups": heads // keys,
+        "embed_dim": heads * size,
     }
     for owner in (attention, attention.config):
         for name, value in here.items():
