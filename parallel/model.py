@@ -37,7 +37,8 @@ class ModelParts(Protocol):
         """Build `layers` (global indices) on the current device, with the embedding and/or the head.
 
         Parameter names are canonical in every stage (but see `canonical`): layers live in a ModuleDict `layers`
-        keyed by global index, each with a child `attention`. There are no buffers. If hidden states arrive split along
+        keyed by global index, each with a child `attention`. Buffers are constants that are saved with the weights,
+        whole and equal on all ranks of the stage, and named like parameters. If hidden states arrive split along
         the sequence, the engine sets the attribute `sequence_shards` to the number of parts.
         The module's forward is `forward(x, documents=None, targets=None, **extra)`:
 
@@ -63,7 +64,7 @@ class ModelParts(Protocol):
     def initial(
         self, name: str, global_shape: tuple[int, ...], offsets: tuple[int, ...], shape: tuple[int, ...]
     ) -> torch.Tensor:
-        """Return initial values (fp32, CPU) of a box of the parameter: a function of (seed, name, index) only."""
+        """Return initial values (fp32, CPU) of a box of a parameter or buffer: a function of (seed, name, index)."""
         ...
 
     def decays(self, name: str) -> bool:

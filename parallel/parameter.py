@@ -118,7 +118,7 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def materialise(module: nn.Module, device: torch.device) -> None:
-    """Allocate the meta parameters of `module` on `device`, without values; shared parameters stay shared."""
+    """Allocate the meta tensors of `module` on `device`, without values; shared parameters stay shared."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for owner in module.modules():
         for key, parameter in list(owner._parameters.items()):
@@ -126,6 +126,9 @@ def materialise(module: nn.Module, device: torch.device) -> None:
                 made[parameter] = nn.Parameter(torch.empty_like(parameter.data, device=device))
             if parameter is not None and parameter in made:
                 owner._parameters[key] = made[parameter]
+        for key, buffer in list(owner._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                owner._buffers[key] = torch.empty_like(buffer, device=device)
 
 
 def layers_of(part: nn.Module) -> Iterable[nn.Module]:

@@ -13,7 +13,7 @@ from keepwarm.parallel.mesh.mesh import Mesh
 from keepwarm.parallel.model import ModelParts, is_tied_across
 from keepwarm.parallel.native import data
 from keepwarm.parallel.native.pipeline import Pipeline
-from keepwarm.parallel.native.stage import Stage
+from keepwarm.parallel.native.stage import PREFIX, Stage
 from keepwarm.parallel.optimizer import clip
 from keepwarm.parallel.optimizer.optimizer import Updater
 from keepwarm.parallel.shard import Shard
@@ -55,6 +55,7 @@ class TorchEngine:
             stage.module.forward = self._losses.collected(stage.module.forward)
         self._modules = {stage.index: stage.module for stage in stages}
         self._parameters = [parameter for stage in stages for parameter in stage.parameters]
+        self._buffers = [buffer for stage in stages for buffer in stage.buffers]
         plane = self._mesh.plane() if config.optimizer.name == "muon" else None
         self._updater = Updater(config, self._parameters, plane)
         self._pipeline = self._make_pipeline()
@@ -98,7 +99,7 @@ class TorchEngine:
 
     def state(self) -> Mapping[str, Shard]:
         """See `Engine.state`. Moments have the names that torch's optimizers use; `optimizer.step` counts updates."""
-        shards = [sharded.shard("model", sharded.local.data) for sharded in self._parameters]
+        shards = [sharded.shard(PREFIX, sharded.local.data) for sharded in self._parameters] + self._buffers
         shards += self._updater.shards(range(self.layout.world_size))
         return {shard.name: shard for shard in shards}
 

@@ -15,6 +15,10 @@ from keepwarm.parallel.native import data
 from keepwarm.parallel.native.tensor import TensorParallel
 from keepwarm.parallel.parameter import ShardedParameter, ShardingSpec, Split, local_of, materialise
 from keepwarm.parallel.recompute import apply_numerics
+from keepwarm.parallel.shard import Shard
+
+PREFIX = "model"
+"""Of the names of weights in the state."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +29,8 @@ class Stage:
     """Index among all stages of the pipeline."""
     module: nn.Module
     parameters: tuple[ShardedParameter, ...]
+    buffers: tuple[Shard, ...]
+    """Constants of the layers, whole on every rank that holds the stage."""
 
     @classmethod
     def build(cls, index: int, config: EngineConfig, mesh: Mesh) -> "Stage":
@@ -52,7 +58,9 @@ class Stage:
             materialise(module, config.device)
         sharding = ShardingSpec(layout=mesh.layout, at=mesh.at, split=split, shard_size=mesh.shard_size)
         sharded = (_sharded(name, parameter, model, sharding) for name, parameter in module.named_parameters())
-        return cls(index=index, module=module, parameters=tuple(sharded))
+        whole = ShardingSpec(layout=mesh.layout, at=mesh.at, split={}, shard_size=1)
+        buffers = (_buffer(name, buffer, whole) for name, buffer in module.named_buffers())
+        return cls(index=index, module=module, parameters=tuple(sharded), buffers=tuple(buffers))
 
     def initialise(self, model: ModelParts) -> None:
         """Fill in the initial values of this rank's boxes."""
@@ -60,6 +68,21 @@ class Stage:
             if sharded.local.numel():
                 values = model.initial(sharded.name, sharded.global_shape, sharded.box.offsets, sharded.box.shape)
                 sharded.local.data.copy_(values)
+        for buffer in self.buffers:
+            name = buffer.name.removeprefix(f"{PREFIX}.")
+            buffer.local.copy_(model.initial(name, buffer.global_shape, buffer.offsets, buffer.shape))
+
+
+def _buffer(name: str, buffer: torch.Tensor, whole: ShardingSpec) -> Shard:
+    shape = tuple(buffer.shape)
+    return Shard(
+        name=f"{PREFIX}.{name}",
+        global_shape=shape,
+        offsets=(0,) * len(shape),
+        shape=shape,
+        local=buffer,
+        replicas=whole.replicas(name, (whole.at.pipeline,)),
+    )
 
 
 def _sharded(name: str, parameter: nn.Parameter, model: ModelParts, sharding: ShardingSpec) -> ShardedParameter:

@@ -1,4 +1,4 @@
-"""Llama 3.2 of keepwarm's own layers and Gemma 3 of transformers': stopped, killed, shrunk, handed to Megatron Core."""
+"""Models of keepwarm's own layers and of transformers': stopped, killed, shrunk, handed to Megatron Core."""
 
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -17,6 +17,8 @@ from tests.trainer.loop.test_shrink import TWO, assert_close
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(1800)]
 
 GEMMA = f"model={{transformers: {TINY.parents[1] / 'transformers' / 'gemma-3-tiny'}}}"
+APERTUS = f"model={{transformers: {TINY.parents[1] / 'transformers' / 'apertus-tiny'}}}"
+"""With buffers in its layers."""
 LLAMA = (
     "model={layers: 4, hidden_size: 48, heads: 4, kv_heads: 2, ffn_size: 96, vocabulary_size: 264, "
     "max_sequence_length: 256, tied_embeddings: true, rope_theta: 500000.0, "
@@ -33,7 +35,7 @@ def either(quick: str, models: dict[str, str]) -> list[object]:
     ]
 
 
-MODELS = {"llama-3.2": LLAMA, "gemma-3": GEMMA}
+MODELS = {"llama-3.2": LLAMA, "gemma-3": GEMMA, "apertus": APERTUS}
 
 
 def until(step: int) -> str:

@@ -67,6 +67,23 @@ def test_training_goes_on_bitwise_from_the_state_of_a_step() -> None:
     assert differing(again.state, whole.state) == []
 
 
+def test_buffers_of_a_state_come_back_and_stay_equal_on_all_ranks_that_hold_them() -> None:
+    spec = spec_of("apertus")
+    run = Run(tensor=2, pipeline=2, data=2, sequence=True, documents=True, precision="bf16", optimizer="adamw", steps=2)
+    start = train(spec, replace(run, steps=1)).state
+    buffers = {f"model.{name}" for name in spec.buffers(range(spec.layers))}
+    assert len(buffers) == 2 * spec.layers
+    assert buffers <= start.keys()
+    assert not any(f"optimizer.exp_avg.{name.removeprefix('model.')}" in start for name in buffers)
+    # Other numbers than those of the class, so that only the state can have brought them.
+    changed = {name: value * 3 if name in buffers else value for name, value in start.items()}
+    one, other, plain = (train(spec, run, start=state, first=1) for state in (changed, changed, start))
+    assert differing(one.state, other.state) == []
+    assert all(torch.equal(one.state[name], changed[name]) for name in buffers)
+    assert one.steps == other.steps
+    assert one.steps[0].loss != plain.steps[0].loss
+
+
 def test_bf16_computes_near_fp32() -> None:
     low = train(spec_of("gemma3_text"), Run(precision="bf16", data=2))
     for one, other in zip(on_one_rank("gemma3_text", Run()).steps, low.steps, strict=True):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from keepwarm.trainer.model.any_spec import AnyModelSpec
 from keepwarm.trainer.model.families.registry import family_of
 from keepwarm.trainer.model.families.tensor_names import Fusion, TensorNames
-from keepwarm.trainer.model.shapes import parameter_shapes
+from keepwarm.trainer.model.shapes import stored_shapes
 from keepwarm.trainer.model.spec import ModelSpec
 from keepwarm.trainer.model.transformers.tensors import tensor_names
 
@@ -42,7 +42,7 @@ def names_of(spec: AnyModelSpec, model_type: str) -> TensorNames:
 
 def into_canonical(spec: AnyModelSpec, model_type: str) -> list[Recipe]:
     """Return all parameters of a model out of the tensors of a Hugging Face class; sources have the class's names."""
-    names, shapes = names_of(spec, model_type), parameter_shapes(spec)
+    names, shapes = names_of(spec, model_type), stored_shapes(spec)
     made = []
     for name, shape in shapes.items():
         turned, fusion = names.is_transposed(name, len(shape)), names.fusion(name)
@@ -55,7 +55,7 @@ def into_canonical(spec: AnyModelSpec, model_type: str) -> list[Recipe]:
 
 def into_huggingface(spec: AnyModelSpec, model_type: str) -> list[Recipe]:
     """Return the inverse: the tensors of a Hugging Face class out of canonical parameters."""
-    names, shapes = names_of(spec, model_type), parameter_shapes(spec)
+    names, shapes = names_of(spec, model_type), stored_shapes(spec)
     made = []
     for name, shape in shapes.items():
         turned, fusion = names.is_transposed(name, len(shape)), names.fusion(name)
@@ -86,7 +86,7 @@ def _part_rows(name: str, fusion: Fusion, shapes: Mapping[str, Shape]) -> dict[s
 
 def _rows(parts: Mapping[str, int], fusion: Fusion, spec: AnyModelSpec) -> Iterator[tuple[str, int, int]]:
     """Yield (parameter, first row, last row + 1) in the order in which a fused tensor has them."""
-    groups = spec.key_value_heads if fusion.order == "groups" else 1
+    groups = (fusion.groups or spec.key_value_heads) if fusion.order == "groups" else 1
     for index in range(groups):
         for name, rows in parts.items():
             each = rows // groups

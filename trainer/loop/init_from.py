@@ -160,7 +160,8 @@ def _newest(path: Path) -> Path:
 def _shapes(model: ModelParts) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         whole = model.build_stage(range(model.layers), embed=True, head=True)
-    return {MODEL + model.canonical(name): tuple(value.shape) for name, value in whole.named_parameters()}
+    tensors = (*whole.named_parameters(), *whole.named_buffers())
+    return {MODEL + model.canonical(name): tuple(value.shape) for name, value in tensors}
 
 
 def _check_architecture(

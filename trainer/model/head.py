@@ -16,19 +16,20 @@ from keepwarm.trainer.model.shapes import LOGITS_AT_ONCE
 class Head(nn.Module):
     """Projects onto the vocabulary and, given targets, returns the losses instead of the logits.
 
-    Vocabulary parallelism: the engine makes `weight` this rank's rows (a tensor, or a DTensor sharded on dim 0; the
-    last ranks may have fewer), and sets `vocabulary_group` to the ranks that share the vocabulary and
+    Vocabulary parallelism: the engine makes `weight` and `bias` this rank's rows (a tensor, or a DTensor sharded on
+    dim 0; the last ranks may have fewer), and sets `vocabulary_group` to the ranks that share the vocabulary and
     `vocabulary_start` to this rank's first token. The input must be equal on all of them; its gradient is partial, and
-    the engine must sum it over the group. The result is equal on all of them, and the gradient of `weight` is complete
-    for the local rows.
+    the engine must sum it over the group. The result is equal on all of them, and their gradients are complete for
+    the local rows.
     """
 
-    def __init__(self, hidden_size: int, vocabulary_size: int, *, cap: float | None = None) -> None:
+    def __init__(self, hidden_size: int, vocabulary_size: int, *, cap: float | None = None, bias: bool = False) -> None:
         """With a `cap`, the logits are `cap * tanh(logits / cap)` (Gemma 2)."""
         super().__init__()
         self.cap = cap
         self.vocabulary_size = vocabulary_size
         self.weight = nn.Parameter(torch.empty(vocabulary_size, hidden_size))
+        self.bias = nn.Parameter(torch.empty(vocabulary_size)) if bias else None
         self.chunk = LOGITS_AT_ONCE
         self.vocabulary_group: dist.ProcessGroup | None = None
         self.vocabulary_start = 0
@@ -40,14 +41,14 @@ class Head(nn.Module):
         the targets of a sample other than `IGNORED`, in at least fp32. Logits gathered over a vocabulary group carry no
         gradient.
         """
-        weight = local(self.weight)
+        weight, bias = local(self.weight), None if self.bias is None else local(self.bias)
         if targets is None:
-            return self._gather(_capped(F.linear(x, weight), self.cap))
+            return self._gather(_capped(F.linear(x, weight, bias), self.cap))
         vocabulary = _Vocabulary(
             max(1, self.chunk // self._widest), self.vocabulary_group, self.vocabulary_start, self.cap
         )
         loss, partition = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-            x.flatten(0, 1), weight, targets.flatten(), vocabulary
+            x.flatten(0, 1), weight, bias, targets.flatten(), vocabulary
         )
         loss, partition = loss.view_as(targets), partition.view_as(targets)
         return {MAIN: loss.sum(1), Z_LOSS: partition.square().sum(1)}
@@ -89,7 +90,12 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocabulary: _Vocabulary
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        vocabulary: _Vocabulary,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         chunk, group, start, cap = vocabulary
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -97,36 +103,40 @@ class _ChunkedLoss(torch.autograd.Function):
         partition = torch.empty_like(loss)
         logits = None
         for part in _chunks(len(x), chunk):
-            logits = _capped(F.linear(x[part], weight), cap)
+            logits = _capped(F.linear(x[part], weight, bias), cap)
             partition[part] = _log_partition(logits.to(wide), group)
             loss[part] = partition[part] - _at_targets(logits.to(wide), targets[part] - start, group)
         kept = targets != IGNORED
-        ctx.save_for_backward(x, weight, targets, partition, logits if len(x) <= chunk else None)
+        ctx.save_for_backward(x, weight, bias, targets, partition, logits if len(x) <= chunk else None)
         ctx.chunk, ctx.start, ctx.cap = chunk, start, cap
         return loss.where(kept, 0), partition.where(kept, 0)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, targets, partition, logits = ctx.saved_tensors
+        x, weight, bias, targets, partition, logits = ctx.saved_tensors
         kept = targets != IGNORED
         of_loss, of_partition = (gradient.where(kept, 0) for gradient in gradients)
         grad_x = torch.empty_like(x)
         # Accumulate chunks in fp32: in bf16 every addition would round away part of the sum.
         grad_weight = torch.zeros_like(weight, dtype=partition.dtype) if logits is None else None
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=partition.dtype)
         for part in _chunks(len(x), ctx.chunk):
-            again = _capped(F.linear(x[part], weight), ctx.cap) if logits is None else logits
+            again = _capped(F.linear(x[part], weight, bias), ctx.cap) if logits is None else logits
             slope = (again - partition[part, None]).exp_()
             slope *= (of_loss + of_partition)[part, None]
             _subtract_at(slope, targets[part] - ctx.start, of_loss[part])
             if ctx.cap is not None:
                 slope *= 1 - (again / ctx.cap).square()
+            if grad_bias is not None:
+                grad_bias += slope.sum(0)
             slope = slope.to(x.dtype)
             torch.mm(slope, weight, out=grad_x[part])
             product = slope.t() @ x[part]
             grad_weight = product if grad_weight is None else grad_weight.add_(product)
             del product  # or the next one would live beside it, each as large as the weight
         assert grad_weight is not None
-        return grad_x, grad_weight.to(weight.dtype), None, None
+        of_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
+        return grad_x, grad_weight.to(weight.dtype), of_bias, None, None
 
 
 def _capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:

@@ -36,6 +36,11 @@ def parameter_shapes(
     return shapes
 
 
+def stored_shapes(spec: AnyModelSpec) -> Shapes:
+    """Return the shapes of all parameters, and of the buffers that are saved with them."""
+    return parameter_shapes(spec) | ({} if isinstance(spec, ModelSpec) else spec.buffers(range(spec.layers)))
+
+
 def _layer(spec: ModelSpec) -> Shapes:
     hidden, size = spec.hidden_size, spec.size_per_head
     queries, keys = spec.heads * size, spec.key_value_heads * size
@@ -106,8 +111,11 @@ def _style(module: str, plan: Mapping[str, TensorStyle]) -> TensorStyle | None:
 
 
 def split_layer(module: str) -> tuple[str | None, str]:
-    """Split `layers.3.mlp.up` into `("3", "mlp.up")`; the index is None outside the layers."""
+    """Split `layers.3.mlp.up` into `("3", "mlp.up")`; the index is None outside the layers.
+
+    What a layer owns itself is inside "".
+    """
     if not module.startswith("layers."):
         return None, module
-    _, index, inside = module.split(".", 2)
+    index, _, inside = module.removeprefix("layers.").partition(".")
     return index, inside

@@ -10,6 +10,8 @@ from keepwarm.section import Count, Ranks, Section
 
 Shape = tuple[int, ...]
 
+_TOP = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
+
 
 class Description(Section):
     """What a class of transformers builds from a config, found once, when the job is read."""
@@ -27,11 +29,16 @@ class Description(Section):
     windows: tuple[Count | None, ...] = Field(description="attention to the last n tokens only, by layer")
     final_norm: dict[str, Shape] = Field(description="shapes of its parameters")
     layer_shapes: tuple[dict[str, Shape], ...] = Field(description="parameters of each kind of layer")
+    layer_buffers: tuple[dict[str, Shape], ...] = Field((), description="buffers saved with them, likewise")
     layer_kinds: tuple[int, ...] = Field(description="the kind of every layer")
     styles: dict[str, TensorStyle] = Field(description="tensor-parallel styles of modules")
     no_tensor: str | None = Field(None, description="why parallel.tensor must be 1")
     inside: dict[str, str] = Field(description="transformers' names of a layer's modules, by ours")
     fused: dict[str, tuple[str, ...]] = Field(description="parts of what transformers stores as one")
+    fused_groups: dict[str, Count] = Field({}, description="groups of rows in which the parts alternate, if several")
+    head_bias: bool = False
+    top: dict[str, str] = Field(_TOP, description="transformers' names of what is around the layers, by ours")
+    layer: str = Field("model.layers.{}.", description="prefix of its layers")
 
 
 def is_transformers(values: Any) -> bool:
@@ -128,4 +135,16 @@ class TransformersSpec(Section):
             shapes |= {f"final_norm.{name}": shape for name, shape in found.final_norm.items()}
             if not (embed and self.tied_embeddings):
                 shapes["head.weight"] = matrix
+            if found.head_bias:
+                shapes["head.bias"] = (self.vocabulary_size,)
         return shapes
+
+    def buffers(self, layers: range) -> dict[str, Shape]:
+        """Return the shapes of the buffers that are saved with the parameters of these layers."""
+        found = self.description
+        return {
+            f"layers.{index}.{name}": shape
+            for index in layers
+            if found.layer_buffers
+            for name, shape in found.layer_buffers[found.layer_kinds[index]].items()
+        }

@@ -17,11 +17,12 @@ from keepwarm.parallel.engine import Batch, EngineConfig
 from keepwarm.parallel.mesh.layout import Layout
 from keepwarm.parallel.native.engine import TorchEngine
 from keepwarm.parallel.spec import NumericsSpec, OptimizerSpec, ParallelSpec
+from keepwarm.trainer.convert.recipes import into_huggingface
 from keepwarm.trainer.model.any_spec import AnyModelSpec
 from keepwarm.trainer.model.make import make_model
 from keepwarm.trainer.model.transformers.describe import describe
 from keepwarm.trainer.model.transformers.parts import TransformersDecoder
-from keepwarm.trainer.model.transformers.tensors import tensor_names
+from keepwarm.trainer.model.transformers.tensors import class_names, tensor_names
 from keepwarm.trainer.model.transformers_spec import TransformersSpec
 from tests.support.parity import Outcome, State, assemble, held_shards, write_state
 from tests.support.ranks import run_ranks
@@ -71,6 +72,15 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
     "gemma3_text": {**_GEMMA, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "phi3": {"sliding_window": 5},
     "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "gemma4_unified_text": {
+        "sliding_window": 5,
+        "final_logit_softcapping": 3.0,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "global_head_dim": 16,
+    },
+    "gptj": {"num_key_value_heads": 4, "rotary_dim": 4},
+    "codegen": {"num_key_value_heads": 4, "rotary_dim": 4},
+    "gpt_neox": {"num_key_value_heads": 4},
     "cwm": {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "sliding_window": 5},
     "olmo3": {"sliding_window": 5},
     "granite_swa": {
@@ -123,23 +133,30 @@ def whole_stage(spec: TransformersSpec) -> nn.Module:
     part = part.to_empty(device="cpu")
     part.tie()
     with torch.no_grad():
-        for name, parameter in part.named_parameters():
-            shape = tuple(parameter.shape)
-            parameter.copy_(model.initial(name, shape, (0,) * len(shape), shape))
+        for name, tensor in tensors_of(part).items():
+            shape = tuple(tensor.shape)
+            tensor.copy_(model.initial(name, shape, (0,) * len(shape), shape))
     return part
+
+
+def tensors_of(part: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters and buffers of a stage by their names there."""
+    return {name: tensor.detach() for name, tensor in (*part.named_parameters(), *part.named_buffers())}
 
 
 def bare_class(spec: TransformersSpec, weights: Mapping[str, torch.Tensor]) -> Any:
     """The model as transformers builds it, with weights of canonical names, and its own eager attention."""
     config = CONFIG_MAPPING[spec.model_type].from_dict(dict(spec.config))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    names = tensor_names(spec)
-    state: dict[str, list[torch.Tensor]] = {}
-    for name, value in weights.items():
-        state.setdefault(names.name(name), []).append(value)
-    theirs = {name: torch.cat(parts) for name, parts in state.items()}
+    theirs = {}
+    for recipe in into_huggingface(spec, spec.model_type):
+        parts = [weights[name].flatten()[start:stop] for name, start, stop in recipe.runs]
+        theirs[recipe.name] = torch.cat(parts).view(recipe.shape)
+    names, published = class_names(spec), tensor_names(spec)
     if spec.tied_embeddings:
-        theirs["lm_head.weight"] = theirs["model.embed_tokens.weight"]
+        theirs[names.name("head.weight")] = theirs[names.name("embedding.weight")]
+    elif published.head_alias:
+        theirs[names.name("head.weight")] = theirs.pop(published.name("head.weight"))
     model.load_state_dict(theirs)
     return model.eval()  # training knows no dropout, whatever the config says
 

@@ -15,8 +15,9 @@ from keepwarm.trainer.convert.huggingface.importer import from_huggingface
 from keepwarm.trainer.convert.native import NativeCheckpoint
 from keepwarm.trainer.errors import CheckpointError, DataError, SpecError
 from keepwarm.trainer.job.files import load_job
+from keepwarm.trainer.model.shapes import stored_shapes
 from keepwarm.trainer.model.transformers.tensors import tensor_names
-from tests.support.transformers.models import bare_class, batch_of, spec_from, spec_of, whole_stage
+from tests.support.transformers.models import bare_class, batch_of, spec_from, spec_of, tensors_of, whole_stage
 
 SHIPPED = Path(__file__).parents[3] / "configs" / "ci" / "gemma-3-tiny.yaml"
 
@@ -26,14 +27,20 @@ def published(family: str, folder: Path) -> Any:
     spec = spec_of(family)
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        model = bare_class(spec, dict(whole_stage(spec).named_parameters()))
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
+        model = bare_class(spec, tensors_of(whole_stage(spec)))
+        for tensor in (
+            *model.parameters(),
+            *(one for name, one in model.named_buffers() if name in model.state_dict()),
+        ):
+            torch.nn.init.normal_(tensor, std=0.2)
     model.save_pretrained(folder)
     return model
 
 
-@pytest.mark.parametrize("family", ["phi3", "gemma3_text", "minicpm3", "granite_swa"])
+@pytest.mark.parametrize(
+    "family",
+    ["phi3", "gemma3_text", "minicpm3", "granite_swa", "apertus", "codegen", "gemma4_unified_text", "gpt_neox"],
+)
 def test_published_folder_comes_back_bit_by_bit(family: str, tmp_path: Path) -> None:
     model, stored = published(family, tmp_path / "published"), tmp_path / "published" / "config.json"
     spec = spec_from(json.loads(stored.read_text()))
@@ -42,7 +49,7 @@ def test_published_folder_comes_back_bit_by_bit(family: str, tmp_path: Path) -> 
     theirs = load_file(tmp_path / "published" / "model.safetensors")
     with NativeCheckpoint(tmp_path / "native") as native:
         shapes = {name.removeprefix("model."): tensor.shape for name, tensor in native.tensors.items()}
-        assert shapes == spec.shapes(range(spec.layers), embed=True, head=True)
+        assert shapes == stored_shapes(spec)
         with pytest.raises(CheckpointError, match="its layers are those of transformers"):
             model_spec_of(native)
     done = to_huggingface(tmp_path / "native", tmp_path / "export")

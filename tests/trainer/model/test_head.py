@@ -54,6 +54,23 @@ def test_head_loss_and_gradients_equal_cross_entropy(tokens_at_once: int, z_weig
     torch.testing.assert_close(made.weight.grad, their_weight.grad, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("tokens_at_once", [7, 1000])
+def test_head_bias_is_in_logits_and_has_the_gradient_of_cross_entropy(tokens_at_once: int, cap: float | None) -> None:
+    x, targets, weight = inputs()
+    made = Head(HIDDEN, VOCABULARY, cap=cap, bias=True).double()
+    made.weight = torch.nn.Parameter(weight.clone())
+    made.bias = torch.nn.Parameter(torch.linspace(-1, 1, VOCABULARY, dtype=torch.float64))
+    made.chunk = tokens_at_once * VOCABULARY
+    bias = made.bias.detach().clone().requires_grad_()
+    logits = F.linear(x, weight, bias)
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    torch.testing.assert_close(made(x), logits)
+    made(x, targets)["main"].sum().backward()
+    F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=IGNORED).backward()
+    torch.testing.assert_close(made.bias.grad, bias.grad, rtol=1e-11, atol=1e-12)
+
+
 def test_head_gradients_equal_numerical_derivatives() -> None:
     x, targets, weight = inputs()
     made = head(weight[:8], tokens_at_once=5)

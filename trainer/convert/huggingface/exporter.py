@@ -24,7 +24,7 @@ from keepwarm.trainer.convert.safetensors_file import write_tensors
 from keepwarm.trainer.convert.streaming import Maker
 from keepwarm.trainer.errors import CheckpointError, SpecError
 from keepwarm.trainer.model.any_spec import AnyModelSpec, stored_any_model_spec
-from keepwarm.trainer.model.shapes import parameter_shapes
+from keepwarm.trainer.model.shapes import stored_shapes
 from keepwarm.trainer.model.spec import ModelSpec
 from keepwarm.trainer.model.transformers.composite import text_of
 
@@ -130,7 +130,7 @@ def model_spec_of(native: NativeCheckpoint) -> ModelSpec:
 
 def check_tensors(native: NativeCheckpoint, spec: AnyModelSpec) -> None:
     """Raise `CheckpointError` unless the parameters are those of the model, and no others."""
-    shapes = {PREFIX + name: shape for name, shape in parameter_shapes(spec).items()}
+    shapes = {PREFIX + name: shape for name, shape in stored_shapes(spec).items()}
     for name, shape in shapes.items():
         if name not in native.tensors:
             raise CheckpointError(f"{native.path}: {name} is missing")

@@ -33,7 +33,9 @@ class Fusion:
     parts: tuple[str, ...]
     """Canonical names of the modules it holds, in order."""
     order: Literal["blocks", "groups"] = "blocks"
-    """blocks: each part whole, in sequence; groups: for each key-value head, its share of every part."""
+    """blocks: each part whole, in sequence; groups: for each group, its share of every part."""
+    groups: int | None = None
+    """Number of groups; None: as many as key-value heads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,7 @@ class TensorNames:
             theirs = fusion.module if fusion else self.inside[inside]
         except KeyError:
             raise CheckpointError(f"{canonical} has no place in a model of this type") from None
-        return f"{self.layer.format(index)}{theirs}.{kind}"
+        return self.layer.format(index) + (f"{theirs}.{kind}" if theirs else kind)
 
     def fusion(self, canonical: str) -> Fusion | None:
         """Return the fusion that contains a canonical parameter, or None."""

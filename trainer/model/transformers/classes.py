@@ -11,13 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.model.transformers.attention import IMPLEMENTATION, register
 from keepwarm.trainer.model.transformers.composite import text_of
-
-PLAIN_STAGES = {
-    "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-    "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
-    "norm": (["hidden_states"], ["hidden_states"]),
-}
-"""The pipeline plan of models that pass hidden states from layer to layer, and nothing else."""
+from keepwarm.trainer.model.transformers.given import GivenNumbers, note_given
 
 
 def build(content: Mapping[str, Any]) -> PreTrainedModel:
@@ -43,14 +37,17 @@ def build(content: Mapping[str, Any]) -> PreTrainedModel:
         raise SpecError(f"{cls.__name__} computes its attention itself, so that documents cannot be kept apart in it")
     config._attn_implementation = IMPLEMENTATION
     config.use_cache = False
+    # Some modules would be made in the dtype of the published weights.
+    config.dtype = torch.float32
     for name, value in vars(config).items():
         if isinstance(value, float) and name.endswith(("dropout", "pdrop")):
             setattr(config, name, 0.0)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), GivenNumbers():
             model: PreTrainedModel = cls(config).train()
     except Exception as error:  # whatever a class says of a config that contradicts itself
         raise SpecError(f"{cls.__name__} does not build from this config: {_line(error)}") from error
+    note_given(model)
     return model
 
 

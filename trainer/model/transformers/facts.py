@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.model.transformers.attention import Probe, masks_of
+from keepwarm.trainer.model.transformers.usual import settled
 
 _INPUT_SCALES = ("embedding_multiplier",)
 """Attributes of base models by which their forward multiplies what it is handed (Granite)."""
@@ -33,6 +33,7 @@ class Facts:
     logit_scale: float = 1.0
     logit_cap: float | None = None
     """Soft cap: `cap * tanh(logits / cap)` (Gemma 2)."""
+    head_bias: bool = False
 
 
 class Absent(nn.Module):
@@ -53,6 +54,7 @@ def facts_of(model: Any) -> Facts:
     Raises:
         SpecError: a forward does something that a stage cannot reproduce.
     """
+    settled(model)
     base, config = model.model, model.config
     scale = _embedding_scale(base.embed_tokens)
     example = torch.linspace(-2.0, 2.0, 2 * 6 * config.hidden_size).view(2, 6, config.hidden_size)
@@ -62,20 +64,25 @@ def facts_of(model: Any) -> Facts:
     name = type(model).__name__
     probe = Probe(6, example.device, None)
     with _plainly(name):
-        handed = run(base, example, probe)
+        output = _output(base, example, probe)
+    handed = output.last_hidden_state
     input_scale = None
     if not _equal(handed, example):
         input_scale = next((found for found in _INPUT_SCALES if hasattr(base, found)), None)
         if input_scale is None or not _equal(handed, example * getattr(base, input_scale)):
             raise SpecError(f"{name} changes hidden states outside its layers in a way that keepwarm does not know")
+    has_bias = model.lm_head.bias is not None
     with _plainly(name):
-        logit_scale, cap = _logits(model, example)
+        logit_scale, cap = _logits(model, example, output)
+    if has_bias and logit_scale != 1.0:
+        raise SpecError(f"{name} multiplies logits that have a bias, which keepwarm does not know")
     return Facts(
         embedding_scale=scale,
         input_scale=input_scale,
         windows=frozenset(probe.made),
         logit_scale=logit_scale,
         logit_cap=cap,
+        head_bias=has_bias,
     )
 
 
@@ -92,12 +99,15 @@ def _plainly(name: str) -> Iterator[None]:
 
 def run(base: Any, hidden: torch.Tensor, sequences: Any, positions: torch.Tensor | None = None) -> torch.Tensor:
     """Run the forward of a base model on hidden states, with masks and positions of `sequences`."""
+    result: torch.Tensor = _output(base, hidden, sequences, positions).last_hidden_state
+    return result
+
+
+def _output(base: Any, hidden: torch.Tensor, sequences: Any, positions: torch.Tensor | None = None) -> Any:
     if positions is None:
         positions = torch.arange(sequences.length, device=hidden.device)[None]
     with masks_of(sequences):
-        output = base(inputs_embeds=hidden, position_ids=positions, use_cache=False)
-    result: torch.Tensor = output.last_hidden_state
-    return result
+        return base(inputs_embeds=hidden, position_ids=positions, use_cache=False)
 
 
 def rebuild_constants(base: nn.Module, device: torch.device | None = None) -> None:
@@ -126,9 +136,10 @@ def _embedding_scale(embedding: nn.Module) -> float | None:
     return float(scale)
 
 
-def _logits(model: Any, hidden: torch.Tensor) -> tuple[float, float | None]:
-    """Return by what the logits are multiplied, and their soft cap."""
-    model.model, model.lm_head = _Given(hidden), nn.Identity()
+def _logits(model: Any, hidden: torch.Tensor, output: Any) -> tuple[float, float | None]:
+    """Return by what the logits are multiplied, and their soft cap; `output` is one of the base model."""
+    output.last_hidden_state = hidden
+    model.model, model.lm_head = _Given(output), nn.Identity()
     logits = model(inputs_embeds=hidden).logits
     for scale, cap in _candidates(model.config):
         if _equal(logits, capped(hidden * scale, cap)):
@@ -156,9 +167,9 @@ def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
 class _Given(nn.Module):
     """Stands for a base model whose result is known."""
 
-    def __init__(self, hidden: torch.Tensor) -> None:
+    def __init__(self, output: Any) -> None:
         super().__init__()
-        self.hidden = hidden
+        self.output = output
 
-    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return self.output

@@ -28,22 +28,33 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Heads(NamedTuple):
-    """Number of heads, of key-value heads, and the size of a head's query and key."""
+    """Number of heads, of key-value heads, and the size of a head's query and key, the largest of all layers."""
 
     heads: int
     kv_heads: int
     head_dim: int
 
 
-def heads_of(config: Any, layers: Sequence[Shapes]) -> Heads:
-    """Return the heads that a config says. Raise `SpecError` if a layer has others."""
+def head_size(attention: Any, config: Any) -> int:
+    """Return the features of each head in an attention that is not latent; they may differ between layers."""
+    own = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
+    size: int = own or getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size
+
+
+def heads_of(config: Any, layers: Sequence[Shapes], sizes: Sequence[int]) -> Heads:
+    """Return the heads that a config says; `sizes` are `head_size` of every layer.
+
+    Raises:
+        SpecError: a layer has others.
+    """
     latent = getattr(config, "kv_lora_rank", None) is not None
-    found = _latent_heads(config) if latent else _plain_heads(config)
-    rows = dict(_latent_rows(config, found) if latent else _plain_rows(found))
-    for index, layer in enumerate(layers):
-        for part, size in rows.items():
+    found = _latent_heads(config) if latent else _plain_heads(config, max(sizes))
+    for index, (layer, size) in enumerate(zip(layers, sizes, strict=True)):
+        rows = _latent_rows(config, found) if latent else _plain_rows(found, size)
+        for part, expected in rows:
             shape = layer.get(f"{part}.weight")
-            if shape is None or shape[0] != size:
+            if shape is None or shape[0] != expected:
                 raise SpecError(f"layer {index} has another number of heads than its config, or none at {part}")
         if "attention.output.weight" not in layer or "mlp.down.weight" not in layer:
             raise SpecError(f"layer {index} has other matrices than those of an attention and an MLP")
@@ -60,16 +71,15 @@ def check_own(layer: nn.Module, attention: nn.Module, where: str) -> None:
         )
 
 
-def _plain_heads(config: Any) -> Heads:
+def _plain_heads(config: Any, size: int) -> Heads:
     heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Heads(heads, getattr(config, "num_key_value_heads", None) or heads, size)
 
 
-def _plain_rows(found: Heads) -> Iterator[tuple[str, int]]:
-    yield "attention.query", found.heads * found.head_dim
-    yield "attention.key", found.kv_heads * found.head_dim
-    yield "attention.value", found.kv_heads * found.head_dim
+def _plain_rows(found: Heads, size: int) -> Iterator[tuple[str, int]]:
+    yield "attention.query", found.heads * size
+    yield "attention.key", found.kv_heads * size
+    yield "attention.value", found.kv_heads * size
 
 
 def _latent_heads(config: Any) -> Heads:
@@ -88,7 +98,7 @@ def _latent_rows(config: Any, found: Heads) -> Iterator[tuple[str, int]]:
 def count_heads(attention: Any, _: object) -> None:
     """Set what an attention module knows of its number of heads to that of this rank."""
     config = attention.config
-    heads, keys = _local_heads(attention)
+    heads, keys, size = _local_heads(attention)
     if heads == config.num_attention_heads:
         return
     attention.config = copy.copy(config)
@@ -97,6 +107,7 @@ def count_heads(attention: Any, _: object) -> None:
         "num_attention_heads": heads,
         "num_key_value_heads": keys,
         "num_key_value_groups": heads // keys,
+        "embed_dim": heads * size,
     }
     for owner in (attention, attention.config):
         for name, value in here.items():
@@ -104,9 +115,10 @@ def count_heads(attention: Any, _: object) -> None:
                 setattr(owner, name, value)
 
 
-def _local_heads(attention: Any) -> tuple[int, int]:
+def _local_heads(attention: Any) -> Heads:
     rows = local(attention.query.weight).shape[0]
     if "key_value" in attention._modules:
-        heads = rows // attention.qk_head_dim
-        return heads, heads
-    return rows // attention.head_dim, local(attention.key.weight).shape[0] // attention.head_dim
+        size = attention.qk_head_dim
+        return Heads(rows // size, rows // size, size)
+    size = head_size(attention, attention.config)
+    return Heads(rows // size, local(attention.key.weight).shape[0] // size, size)

@@ -11,6 +11,8 @@ from transformers import initialization
 
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.model.initial import normal
+from keepwarm.trainer.model.transformers.buffers import saved_buffers
+from keepwarm.trainer.model.transformers.given import given_number
 
 Box = tuple[int, ...]
 
@@ -44,13 +46,15 @@ class Rule:
 
 
 def recorded(model: Any) -> dict[str, Rule]:
-    """Return the rule of every parameter of a model on the meta device, by its name there.
+    """Return the rule of every parameter and saved buffer of a model on the meta device, by its name there.
 
     Raises:
         SpecError: its class draws a parameter in a way that cannot be replayed.
     """
-    parameters = {id(parameter): name for name, parameter in model.named_parameters()}
-    rules: dict[str, Rule] = {}
+    tensors = (*model.named_parameters(), *saved_buffers(model))
+    parameters = {id(tensor): name for name, tensor in tensors}
+    given = {name: given_number(model, tensor) for name, tensor in tensors}
+    rules = {name: Rule(mean=number) for name, number in given.items() if number is not None}
     with torch.no_grad(), _recorder(parameters, rules):
         for module in model.modules():
             model._init_weights(module)

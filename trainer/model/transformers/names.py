@@ -13,7 +13,10 @@ from torch import nn
 
 from keepwarm.trainer.errors import SpecError
 from keepwarm.trainer.model.families.registry import FAMILIES, family_of
+from keepwarm.trainer.model.families.tensor_names import PROJECTIONS
 from keepwarm.trainer.model.norm import RMSNorm
+from keepwarm.trainer.model.transformers.fused import fused_modules, take_apart
+from keepwarm.trainer.model.transformers.usual import attention_of
 
 _USUAL = {
     "attention.query": "self_attn.q_proj",
@@ -35,18 +38,16 @@ _ELSEWHERE = {
     "self_attn.kv_a_layernorm": "attention.key_value_down_norm",
     "self_attn.kv_b_proj": "attention.key_value",
     "self_attn.dense": "attention.output",
+    "self_attn.out_proj": "attention.output",
     "self_attn.q_layernorm": "attention.query_norm",
     "self_attn.k_layernorm": "attention.key_norm",
     "mlp.fc1": "mlp.up",
     "mlp.fc2": "mlp.down",
+    "mlp.fc_in": "mlp.up",
+    "mlp.fc_out": "mlp.down",
     "mlp.c_fc": "mlp.up",
     "mlp.c_proj": "mlp.down",
 }
-FUSED = {
-    "self_attn.qkv_proj": ("attention.query", "attention.key", "attention.value"),
-    "mlp.gate_up_proj": ("mlp.gate", "mlp.up"),
-}
-"""Fused linear layers that are taken apart: their parts, one after the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,34 +57,43 @@ class LayerNames:
     inside: Mapping[str, str]
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Parts of each fused module of transformers."""
+    groups: Mapping[str, int] = field(default_factory=dict)
+    """Number of groups in which each fused module has the rows of its parts."""
 
 
-def canonical_modules(layer: nn.Module, model_type: str, heads: tuple[int, int]) -> LayerNames:
+def canonical_modules(layer: nn.Module, model_type: str, heads: tuple[int, int], count: int) -> LayerNames:
     """Rename the modules of a layer, take fused ones apart, and return the names.
 
-    `heads` are the rows of the queries and of the keys. Names are those of the native family where there is one.
+    `heads` are the rows of the queries and of the keys, `count` the number of heads. Names are those of the native
+    family where there is one.
     """
     table = {theirs: ours for ours, theirs in _USUAL.items()} | _ELSEWHERE
     if model_type in FAMILIES:
         table |= {theirs: ours for ours, theirs in family_of(model_type).tensors.inside.items()}
-    owners = [name for name, module in layer.named_modules() if name and module._parameters]
-    fused = {name: FUSED[name] for name in owners if name in FUSED}
-    inside = {_renamed(name, table): name for name in owners if name not in fused}
+    attention, known = attention_of(layer) or "", fused_modules(model_type)
+    owners = [name for name, module in layer.named_modules() if (name and module._parameters) or module._buffers]
+    fused = {name: known[name] for name in owners if name in known}
+    inside = {_renamed(name, table, attention): name for name in owners if name not in fused}
     if len(inside) + len(fused) != len(owners):
         raise SpecError(f"two modules of a layer would have the same canonical name: {sorted(owners)}")
-    _share_norms(layer, heads)
-    for name, parts in fused.items():
-        _take_apart(layer, name, parts, heads)
+    _share_norms(layer.get_submodule(attention), heads)
+    rows = dict(zip(PROJECTIONS, (heads[0], heads[1], heads[1]), strict=True))
+    for name, how in fused.items():
+        take_apart(layer, name, how, rows, count)
     for ours, theirs in inside.items():
         _move(layer, theirs, ours)
-    _alias(layer, "self_attn", "attention")
-    return LayerNames(inside=inside, fused=fused)
+    _alias(layer, attention, "attention")
+    groups = {name: how.groups_for(count) for name, how in fused.items() if how.groups_for(count) > 1}
+    return LayerNames(inside=inside, fused={name: how.parts for name, how in fused.items()}, groups=groups)
 
 
-def _renamed(name: str, table: Mapping[str, str]) -> str:
+def _renamed(name: str, table: Mapping[str, str], attention: str) -> str:
     if name in table:
         return table[name]
-    return name.replace("self_attn.", "attention.", 1) if name.startswith("self_attn.") else name
+    if not name.startswith(f"{attention}."):
+        return name
+    inside = name.removeprefix(f"{attention}.")
+    return table.get(f"self_attn.{inside}", f"attention.{inside}")
 
 
 def _move(layer: nn.Module, theirs: str, ours: str) -> None:
@@ -99,10 +109,9 @@ def _alias(owner: nn.Module, old: str, new: str) -> None:
     owner.__dict__[old] = owner._modules[new]
 
 
-def _share_norms(layer: nn.Module, heads: tuple[int, int]) -> None:
+def _share_norms(attention: nn.Module, heads: tuple[int, int]) -> None:
     """Replace norms of all queries or keys together by ours, whose features can be split over ranks."""
     for name, rows in (("q_norm", heads[0]), ("k_norm", heads[1])):
-        attention = layer.get_submodule("self_attn")
         found = attention._modules.get(name)
         if found is not None and tuple(getattr(found, "weight", torch.empty(0)).shape) == (rows,) and _is_rms(found):
             with torch.device("meta"):
@@ -121,28 +130,3 @@ def _is_rms(norm: nn.Module) -> bool:
         for weight in (theirs.weight, ours.weight):
             weight.copy_(torch.linspace(0.5, 1.5, features))
         return torch.allclose(theirs(example), ours(example), rtol=1e-5, atol=1e-6)
-
-
-class Joined:
-    """Computes a fused projection from its parts."""
-
-    def __init__(self, parts: tuple[nn.Module, ...]) -> None:
-        self._parts = parts
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([part(x) for part in self._parts], dim=-1)
-
-
-def _take_apart(layer: nn.Module, name: str, parts: tuple[str, ...], heads: tuple[int, int]) -> None:
-    owner, last = layer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-    whole = owner._modules.pop(last)
-    assert isinstance(whole, nn.Linear)
-    rows = [heads[0], heads[1], heads[1]] if len(parts) == 3 else [whole.out_features // 2] * 2
-    if sum(rows) != whole.out_features:
-        raise SpecError(f"{name} has {whole.out_features} rows, its parts {rows}")
-    made = tuple(
-        nn.Linear(whole.in_features, size, bias=whole.bias is not None, device=whole.weight.device) for size in rows
-    )
-    for part, module in zip(parts, made, strict=True):
-        owner.add_module(part.rpartition(".")[2], module)
-    owner.__dict__[last] = Joined(made)

@@ -13,7 +13,7 @@ from keepwarm.trainer.model.transformers.describe import renamed
 from keepwarm.trainer.model.transformers.facts import Facts, facts_of
 from keepwarm.trainer.model.transformers.initial import Rule, recorded
 from keepwarm.trainer.model.transformers.stage import TransformersStage
-from keepwarm.trainer.model.transformers.tensors import tensor_names
+from keepwarm.trainer.model.transformers.tensors import class_names
 from keepwarm.trainer.model.transformers_spec import TransformersSpec
 
 
@@ -46,7 +46,7 @@ class TransformersDecoder(DecoderParts[TransformersSpec]):
 
     @cached_property
     def _names(self) -> TensorNames:
-        return tensor_names(self.spec)
+        return class_names(self.spec)
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:

@@ -8,6 +8,7 @@ from torch import nn
 from keepwarm.trainer.model.head import Head
 from keepwarm.trainer.model.rotary import positions_in
 from keepwarm.trainer.model.transformers.attention import Sequences
+from keepwarm.trainer.model.transformers.buffers import compute_like_inputs
 from keepwarm.trainer.model.transformers.facts import Absent, Facts, rebuild_constants, run
 from keepwarm.trainer.model.transformers.heads import count_heads
 
@@ -27,7 +28,9 @@ class TransformersStage(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size) if embed else None
         self.layers = nn.ModuleDict({str(index): base.layers[index] for index in layers})
         self.final_norm = base.norm if head else None
-        self.head = Head(config.hidden_size, config.vocab_size, cap=facts.logit_cap) if head else None
+        self.head = (
+            Head(config.hidden_size, config.vocab_size, cap=facts.logit_cap, bias=facts.head_bias) if head else None
+        )
         self._facts = facts
         self._tied = bool(config.tie_word_embeddings)
         base.layers = nn.ModuleList(
@@ -43,6 +46,7 @@ class TransformersStage(nn.Module):
         for layer in self.layers.values():
             # When a layer runs, FSDP has gathered its weights.
             cast(nn.Module, layer.attention).register_forward_pre_hook(count_heads)
+        compute_like_inputs(self.layers)
         self.tie()
 
     def tie(self) -> None:
