@@ -93,10 +93,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def disturbed(
     command: list[str], folder: Path, number: signal.Signals, victim: Callable[[int], int]
 ) -> tuple[int, str]:
-    """Run a command and signal a victim, found by the command's pid, after the third step; (exit code, output)."""
+    """Run a command and signal a victim, found by the command's pid, after the fifth step; (exit code, output).
+
+    The watchdog knows the time of three steps by then.
+    """
     log = folder.with_suffix(".out")
     with started(command, log) as process:
-        wait_for_step(folder, 3, process, log)
+        wait_for_step(folder, 5, process, log)
         os.kill(victim(process.pid), number)
         code = process.wait(timeout=DEADLINE)
     return code, log.read_text()
