@@ -22,7 +22,8 @@ def check(size: Size) -> None:
     assert size.messages["Known"] <= math.log2(size.members) + 1  # on its way to the root, a group passes each level
     # What is PREPARED is told as a list of groups, which near the root grows with each of them.
     assert size.control_bytes <= 1600 + 50 * math.log2(size.members) + size.members
-    assert size.epoch_messages <= 4 * (NEAR + 2 * CHOOSERS)
+    votes = 3  # a member is asked for its vote, gives it, and is told what stands
+    assert size.epoch_messages <= 4 * (NEAR + 2 * CHOOSERS) + votes
     latencies = 40 + 2 * math.log2(size.members)
     assert size.commit_s <= 1e-3 + latencies * 50e-6
     assert size.rebuild_s <= size.settle_s < 2.0  # `peer_timeout` is 5 s
