@@ -43,7 +43,7 @@ class SnapshotAgent:
             others: returns the template that another node knows, if any.
             generation: number of the layout, from 0.
         """
-        self._folder, self._host, self._secret, self._others = folder, host, secret, others
+        self._host, self._secret, self._others = host, secret, others
         self.generation, self._registry = generation, Registry(folder, generation)
         self.template = b""
         """From what agents of this layout are started, as far as this node knows."""
@@ -114,7 +114,7 @@ class SnapshotAgent:
         """
         assert self._slot is not None
         template = self._registry.folder / TEMPLATE_FILE
-        content = self._template(template)
+        content = self._read_template(template)
         if not content:
             return None
         try:
@@ -129,7 +129,7 @@ class SnapshotAgent:
                 f"{self._slot}: {error}"
             ) from error
 
-    def _template(self, path: Path) -> bytes:
+    def _read_template(self, path: Path) -> bytes:
         """Return the content of the template: what is known of it, if the folder has none or does not answer."""
 
         def read() -> bytes:

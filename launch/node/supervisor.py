@@ -109,7 +109,7 @@ class Supervisor:
             self._membership, job.name, self, requested_slot=options.requested_slot,
             vacancy_timeout=options.vacancy_timeout, shrink_after=cluster.shrink_after,
         )  # fmt: skip
-        self._agent = NodeAgent(self._handler, server, self, workers, run_secret(folder))
+        self._agent = NodeAgent(self._handler, server, self, workers, self._peers.secret)
         self._terminated_at: float | None = None
         """When this node alone was asked to end, by SIGTERM."""
         self._record = NodeRecord(

@@ -1,6 +1,5 @@
 """`keepwarm plan --find`: the fastest layouts as a table, as JSON, and as a job file."""
 
-import io
 import json
 import sys
 from collections.abc import Iterator
@@ -8,12 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from keepwarm.files import READABLE, atomic_write
 from keepwarm.launch.errors import SearchError
 from keepwarm.launch.plan.search import Found, find
-from keepwarm.launch.plan.text import size, table
+from keepwarm.launch.plan.text import size, spec_yaml, table
 from keepwarm.parallel.cards import CARDS, Card
 from keepwarm.trainer.errors import OutputError
 from keepwarm.trainer.job.estimate import longest_sequence, model_flops_per_token
@@ -136,18 +133,12 @@ def _write(one: Found, card: Card, path: Path) -> None:
     """Write the resolved job as YAML. Raise OutputError if the file exists or cannot be written."""
     if path.exists():
         raise OutputError(f"{path}: exists already; give --write a new file")
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.width = 4096
-    text = io.StringIO()
-    yaml.dump(one.job.model_dump(mode="json", exclude={"cluster": {"sources"}}), text)
     head = (
         f"# {one.job.name} in the layout that `keepwarm plan --find` expects to be the fastest on {card.name}:\n"
         f"# {one.tokens_per_s:,.0f} tokens/s of each GPU, {one.time.total:.3g} s a step, "
         f"{size(one.memory.total)} a rank.\n"
     )
     try:
-        atomic_write(path, (head + text.getvalue()).encode(), mode=READABLE, durable=False)
+        atomic_write(path, (head + spec_yaml(one.job)).encode(), mode=READABLE, durable=False)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error

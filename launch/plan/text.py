@@ -1,7 +1,7 @@
 """Print a plan to the terminal. Plain text, because importing rich would double the command's import time."""
 
+import io
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ruamel.yaml import YAML
@@ -13,6 +13,7 @@ from keepwarm.launch.plan.room import Room
 from keepwarm.text import counted
 from keepwarm.trainer.data.spec import ReplaySpec
 from keepwarm.trainer.job.estimate import RESERVED_GIB
+from keepwarm.trainer.job.spec import JobSpec
 from keepwarm.trainer.job.stages import StagePlan
 
 SHOWN = 8
@@ -28,15 +29,18 @@ def print_plan(plan: Plan, *, spec: bool = False) -> None:
     print("\n\n".join("\n".join(part) for part in parts))
     if spec:
         print(f"\n# {plan.job.name}: the resolved spec")
-        _print_spec(plan)
+        print(spec_yaml(plan.job), end="")
 
 
-def _print_spec(plan: Plan) -> None:
+def spec_yaml(job: JobSpec) -> str:
+    """Return the resolved spec of a job as YAML, without where its values come from."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.width = 4096  # a path is one word
-    yaml.dump(plan.job.model_dump(mode="json", exclude={"cluster": {"sources"}}), sys.stdout)
+    text = io.StringIO()
+    yaml.dump(job.model_dump(mode="json", exclude={"cluster": {"sources"}}), text)
+    return text.getvalue()
 
 
 def count(number: float) -> str:

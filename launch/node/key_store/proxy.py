@@ -38,7 +38,7 @@ UNKNOWN = 512
 """Connections that may wait until it is known whose they are."""
 ACCEPTED_AT_ONCE = 64
 IDENTIFY_S = 2.0
-"""How long a connection may be nobody's: a worker may connect before its supervisor has heard that it has started."""
+"""How long a connection may be unidentified: a worker may connect before its supervisor hears that it has started."""
 LOOK_INTERVAL_S = 0.002
 """At least this long between two looks at the machine's connections."""
 CONNECT_TIMEOUT_S = 1.5
@@ -156,7 +156,7 @@ class StoreProxy(Events):
                 self._refuse(next(iter(self._unknown)))
 
     def _identify(self) -> None:
-        """Take in the connections of workers, and refuse those that have been nobody's for too long."""
+        """Take in the connections of workers, and refuse those that have been unidentified for too long."""
         now = time.monotonic()
         due = [caller for caller in self._unknown if caller.due <= now]
         if not due or now - self._looked_at < LOOK_INTERVAL_S:

@@ -8,7 +8,7 @@ from keepwarm.ft.protocol.ballot import Ballot, digest_of
 from keepwarm.ft.protocol.messages import Choice, Decision, SnapshotId
 from keepwarm.ft.worker import client
 from tests.support.faulty.io_faults import Fault, library
-from tests.support.ft.nodes import Nodes, random_state, together, wait_committed
+from tests.support.ft.nodes import Nodes, random_state, together
 
 
 def choice(step: int, epoch: int = 2) -> Choice:
@@ -69,16 +69,7 @@ def test_new_agent_is_started_found_and_filled_while_the_folder_hangs(
         world = Nodes(tmp_path, 3, groups=[((0, 1, 2), 1)])
         world.start_all()
         try:
-            snapshotters = world.snapshotters([random_state(rank, 3) for rank in range(3)])
-            together(lambda each: each.restore(1), snapshotters)
-            for each in snapshotters:
-                each.offer(5, b"meta")
-            for each in snapshotters:
-                each.join()
-                wait_committed(each)
-            for one in world.clients:
-                one.close()
-            world.clients.clear()
+            world.commit([random_state(rank, 3) for rank in range(3)], 5)
             hold.touch()
             world.kill(1)
             client.ensure_agent(world.configs[1], 120.0, secret=world.secret)

@@ -13,7 +13,7 @@ from keepwarm.ft.codec.reed_solomon import Codec
 from keepwarm.ft.errors import AgentError, KernelUnavailable
 from keepwarm.ft.spec import CodeSpec
 from tests.support import outside_kernel
-from tests.support.ft.nodes import BUCKET, Nodes, equal, nodes, random_state, together, wait_committed
+from tests.support.ft.nodes import BUCKET, Nodes, equal, nodes, random_state, together
 from tests.support.runs.node_run import runs
 from tests.support.runs.registered import registered
 
@@ -28,15 +28,7 @@ def register() -> Iterator[Callable[[str, Any], None]]:
 def test_agents_outside_kernel_codes_and_repairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outside_kernel.install(tmp_path / "outside", monkeypatch)
     with nodes(tmp_path, 3, groups=[((0, 1, 2), 1)], state_bytes=1 << 20, kernel=outside_kernel.NAME) as world:
-        snapshotters = world.snapshotters([random_state(rank, 3) for rank in range(3)])
-        together(lambda each: each.restore(1), snapshotters)
-        for each in snapshotters:
-            each.offer(5, b"meta")
-        for each in snapshotters:
-            each.join()
-            wait_committed(each)
-        for client in world.clients:
-            client.close()
+        world.commit([random_state(rank, 3) for rank in range(3)], 5)
         coded = {pid for pid, operation, size in outside_kernel.calls(tmp_path / "outside") if size == BUCKET}
         assert coded == set(world.pids.values())
         world.kill(1)

@@ -17,7 +17,7 @@ from keepwarm.ft.transport.auth import run_identity
 from keepwarm.launch.node.node_agents import NodeAgents
 from keepwarm.launch.node.slot_table import FormerOwners, Table
 from keepwarm.launch.node.snapshot_agent import SnapshotAgent
-from tests.support.ft.nodes import Nodes, random_state, together, wait_committed
+from tests.support.ft.nodes import Nodes, random_state
 
 
 class Run(Nodes):
@@ -47,15 +47,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
         try:
             world.start_all()
             (tmp_path / AGENTS_FOLDER / TEMPLATE_FILE).write_bytes(msgspec.json.encode(world.configs[0]))
-            snapshotters = world.snapshotters([random_state(rank, 2) for rank in range(2)])
-            together(lambda each: each.restore(1), snapshotters)
-            for each in snapshotters:
-                each.offer(7, b"{}")
-            for each in snapshotters:
-                each.join()
-                wait_committed(each)
-            for client in world.clients:
-                client.close()
+            world.commit([random_state(rank, 2) for rank in range(2)], 7)
             yield world
         finally:
             world.close()

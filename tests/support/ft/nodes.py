@@ -110,6 +110,19 @@ class Nodes:
 
         return together(make, range(self.world) if only is None else [only])
 
+    def commit(self, states: Sequence[dict[str, Tensor]], step: int, small: bytes = b"{}") -> None:
+        """Have the ranks of a first epoch commit the state of one step, and leave."""
+        snapshotters = self.snapshotters(states)
+        together(lambda each: each.restore(1), snapshotters)
+        for each in snapshotters:
+            each.offer(step, small)
+        for each in snapshotters:
+            each.join()
+            wait_committed(each)
+        for one in self.clients:
+            one.close()
+        self.clients.clear()
+
     def status(self, slot: int) -> Status:
         path = self.configs[slot].socket
         onlooker = AgentClient(path, run=self.run, secret=self.secret, worker=0, role="onlooker", deadline=120.0)

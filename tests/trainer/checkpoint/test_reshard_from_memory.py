@@ -12,7 +12,7 @@ from keepwarm.ft.worker.former_memory import restore_former
 from keepwarm.ft.worker.reader import RankPlace
 from keepwarm.ft.worker.snapshotter import Restoration
 from keepwarm.parallel.shard import Shard
-from tests.support.ft.nodes import BUCKET, Nodes, together, wait_committed
+from tests.support.ft.nodes import BUCKET, Nodes, together
 from tests.support.layouts import Case, State, shards_of, whole_state
 from tests.trainer.checkpoint.test_reshard import LAYOUTS, MODEL
 
@@ -42,15 +42,7 @@ class Run(Nodes):
 def committed(world: Run, case: Case, state: State) -> None:
     """Have the run's ranks commit the state of one step, and leave."""
     states = [shards_of(rank, MODEL, case, state) for rank in range(world.world)]
-    snapshotters = world.snapshotters(states)  # type: ignore[arg-type]
-    together(lambda each: each.restore(1), snapshotters)
-    for each in snapshotters:
-        each.offer(7, b"small state")
-    for each in snapshotters:
-        each.join()
-        wait_committed(each)
-    for client in world.clients:
-        client.close()
+    world.commit(states, 7, b"small state")  # type: ignore[arg-type]
 
 
 def place_of(rank: int, world: int, workers: int) -> RankPlace:
