@@ -26,7 +26,7 @@ from keepwarm.launch.node.peers import CONNECT_TIMEOUT_S, PeerListener, announce
 from keepwarm.launch.node.record import EndRecord, StoreRecord
 from keepwarm.launch.node.shared_table import Answer, Change, Hello, Request, Stand, Update
 from keepwarm.launch.node.slot_table import Known, Table, inherit
-from keepwarm.launch.node.view import Member, Number, Vote, missing, name_of, tally
+from keepwarm.launch.node.view import Member, Number, Vote, missing, name_of, outbid, tally
 
 OPENING_TIMEOUT_S = 60.0
 """How long the supervisor that opens a store may take."""
@@ -88,6 +88,8 @@ class Membership:
         self._heartbeat: Heartbeat | None = None
         self._link: _TableLink | None = None
         self._replaced = self._said = ""
+        self._outbid = -1
+        """The highest number that owners have promised to others while this node was a candidate."""
         self._turn = itertools.count()
         self._lock = threading.Lock()
         threading.Thread(target=self._look_for_better, name="look-for-store", daemon=True).start()
@@ -126,7 +128,9 @@ class Membership:
                 if self._elect() if known else self._open_first(time.monotonic() - began):
                     return
                 pause = min(2 * pause, LOOK_INTERVAL_S)
-                turn = time.monotonic() + (LOOK_INTERVAL_S + self._patience() if known else pause)
+                # An owner that another one has voted for may be opening its store.
+                rest = GRANTED_S if self._outbid >= self._peers.voter.promised else LOOK_INTERVAL_S
+                turn = time.monotonic() + (rest + self._patience() if known else pause)
             time.sleep(STORE_POLL_INTERVAL_S)
         raise StoreLost(
             f"{name_of(self.node)} found no store to follow in {time.monotonic() - began:.0f} s"
@@ -184,7 +188,7 @@ class Membership:
 
     def _elect(self) -> bool:
         """Open the next store if the owners of the last view let this node; return whether they did."""
-        above = max(self.record.number if self.record else -1, self._table.store)
+        above = max(self.record.number if self.record else -1, self._table.store, self._outbid)
         ballot = self._peers.candidacy(above)
         voter = self._peers.voter
         if ballot is None or voter.installed is None:
@@ -194,6 +198,7 @@ class Membership:
         for vote in answers.values():
             if isinstance(vote, Vote) and vote.installed is not None:
                 return False  # that node knows more, and will open it
+        self._outbid = max(self._outbid, outbid(ballot, answers))
         mine = {self.node} & members.keys()
         granted = mine | {node for node, vote in answers.items() if isinstance(vote, Vote) and vote.granted}
         dead = {node for node, vote in answers.items() if vote == "dead"}

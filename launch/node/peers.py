@@ -111,20 +111,9 @@ class PeerListener:
             return self._announced
 
     def candidacy(self, above: int) -> Ballot | None:
-        """Vote for this node itself, for a number higher than `above`; None if it has no view to be elected in.
-
-        A node that was refused asks again for the same number.
-        """
+        """Vote for this node itself: see `Voter.stand`."""
         with self._lock:
-            voter = self._voter
-            if voter.installed is None:
-                return None
-            again = voter.candidate == voter.node and voter.promised > above
-            ballot = Ballot(
-                number=voter.promised if again else max(above, voter.promised) + 1, candidate=voter.node,
-                installed=voter.installed, accepted=voter.accepted,
-            )  # fmt: skip
-            return ballot if voter.vote(ballot).granted else None
+            return self._voter.stand(above)
 
     def expect(self, number: int, table: Table) -> None:
         """Give `table` to the store with this number when it has opened."""

@@ -180,6 +180,11 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
         return frozenset((*self.owners.values(), *self.spares)) - set(self.absent)
 
     @property
+    def spares_here(self) -> tuple[str, ...]:
+        """Spares that follow this store: one that has not come yet may have been lost with the store before."""
+        return tuple(spare for spare in self.spares if spare not in self.absent)
+
+    @property
     def views(self) -> tuple[View, ...]:
         """Views of which a majority is needed."""
         return () if self.view is None else (self.view, *self.accepted)
@@ -268,11 +273,12 @@ def namesake(table: Table, node: str) -> str | None:
 
 def fill(table: Table) -> Table:
     """Give vacant slots to spares, if the nodes that follow this store may decide that."""
-    while table.vacant and table.spares and table.ended is None and table.decides:
-        slot, (first, *rest) = table.vacant[0], table.spares
+    while table.vacant and table.spares_here and table.ended is None and table.decides:
+        slot, first = table.vacant[0], table.spares_here[0]
+        rest = tuple(spare for spare in table.spares if spare != first)
         # If the owner was lost together with the previous store, this is the only place that records it.
         moved = tuple(sorted({*table.moved, slot})) if table.begun else ()
-        table = _assign(table, {**table.owners, slot: first}, spares=tuple(rest), moved=moved)
+        table = _assign(table, {**table.owners, slot: first}, spares=rest, moved=moved)
     return table
 
 
@@ -374,7 +380,7 @@ def refusal_to_drain(table: Table, node: str) -> str:
         return f"{name_of(table.draining or '')} is being drained; one node leaves at a time"
     if not table.complete or table.growing:
         return "the run is restarting; try again when it trains"
-    if not table.spares and not smaller:
+    if not table.spares_here and not smaller:
         return f"no spare could take slot {table.slot_of(node)}, and the run may not shrink (cluster.elastic)"
     return ""
 
@@ -440,7 +446,7 @@ def grow(table: Table, restart: int) -> Table:
 
 
 def _largest(table: Table) -> int:
-    here = len(table.owners) + len(table.spares)
+    here = len(table.owners) + len(table.spares_here)
     return next((size for size in table.sizes if size <= here), table.slots)
 
 
@@ -450,10 +456,11 @@ def _resize(table: Table, size: int) -> Table:
     The state is on disk: no agents of an earlier layout are needed.
     """
     owners = {slot: node for slot, node in table.owners.items() if slot < size}
-    waiting = [node for slot, node in table.owners.items() if slot >= size] + list(table.spares)
+    waiting = [node for slot, node in table.owners.items() if slot >= size] + list(table.spares_here)
     for slot in range(size):
         if slot not in owners and waiting:
             owners[slot] = waiting.pop(0)
+    waiting += [spare for spare in table.spares if spare in table.absent]
     return _assign(
         table,
         owners,
@@ -523,7 +530,7 @@ def _attribute(table: Table) -> Table:
         limit = _limit(table, failure.kind)
         # A node that cannot train helps no run that may go on with fewer.
         smaller = failure.kind == "gpu" and any(size < len(table.owners) for size in table.sizes)
-        replaceable = bool(table.spares) or smaller
+        replaceable = bool(table.spares_here) or smaller
         if limit is not None and len(times) >= limit and replaceable and excluded < table.max_excluded:
             excluded += 1
             why = failure.cause

@@ -131,6 +131,18 @@ class Voter(msgspec.Struct, kw_only=True):
         if self.accepted is None or view.number > self.accepted.number:
             self.accepted = view
 
+    def stand(self, above: int) -> Ballot | None:
+        """Vote for this node itself, for a number higher than `above`; None if it has no view to be elected in.
+
+        A node that was refused asks again for the same number, as long as `above` allows it.
+        """
+        if self.installed is None:
+            return None
+        again = self.candidate == self.node and self.promised > above
+        number = self.promised if again else max(above, self.promised) + 1
+        ballot = Ballot(number=number, candidate=self.node, installed=self.installed, accepted=self.accepted)
+        return ballot if self.vote(ballot).granted else None
+
     def vote(self, ballot: Ballot) -> Vote:
         """Vote once for each number, and never for a node that knows less than this one."""
         theirs = max(view.number for view in may_be_installed(ballot.installed, (ballot.accepted,)))
@@ -143,6 +155,16 @@ class Voter(msgspec.Struct, kw_only=True):
         return Vote(
             node=self.node, granted=granted, promised=self.promised, installed=self.installed if newer else None
         )
+
+
+def outbid(ballot: Ballot, answers: Mapping[str, Vote | Literal["dead", "silent"]]) -> int:
+    """Return the highest number that owners have promised to others instead of this ballot; -1 if none has.
+
+    The candidate asks for a higher one next: of owners that voted for themselves at once, none would ever get a
+    majority for the same number.
+    """
+    refused = (vote for vote in answers.values() if isinstance(vote, Vote) and not vote.granted)
+    return max((vote.promised for vote in refused if vote.promised >= ballot.number), default=-1)
 
 
 def tally(views: Iterable[View], answers: Mapping[str, Vote | Literal["dead", "silent"]], me: str) -> Verdict:

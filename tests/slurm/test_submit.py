@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -39,6 +40,15 @@ def on_this_machine(cluster: SlurmCluster, run: Path, *overrides: str, job: str 
     result = cluster.keepwarm("train", job, *SMALL, *overrides, f"output={run}", timeout=600)
     assert result.returncode == 0, result.stderr
     return losses(run / "metrics.jsonl")
+
+
+def await_run(run: Path, condition: Callable[[], bool], what: str, deadline: float = 300.0) -> None:
+    """Until the condition holds; fails with what the run has written when the deadline passes."""
+    try:
+        await_that(condition, what, deadline)
+    except AssertionError as error:
+        shown = (run / "events.jsonl").read_text() if (run / "events.jsonl").exists() else ""
+        raise AssertionError(f"{error}\n{shown}\n{words(run)}") from None
 
 
 def happened(run: Path, event: str) -> list[dict[str, object]]:
@@ -103,9 +113,9 @@ def test_slurm_interrupted_run_continues_bitwise(
     four = ("parallel.data=4", "cluster.ranks_per_node=1", f"cluster.slurm.launcher={launcher}")
     longer = (*four, "stages.0.tokens=30_720", "checkpoint.every=2")
     job = submitted(cluster, run, *longer)
-    await_that(lambda: step_of(run) >= 3, "three steps", 300)
+    await_run(run, lambda: step_of(run) >= 3, "three steps")
     cluster.login(*(job if word == "JOB" else word for word in command))
-    await_that(lambda: len(happened(run, "batch_started")) == 2, "the second start", 300)
+    await_run(run, lambda: len(happened(run, "batch_started")) == 2, "the second start")
     assert cluster.await_end(job, 600) == "COMPLETED", words(run)
     # SLURM gives the ranks KillWait seconds: on a slow machine they may not get to save a last time.
     saved = happened(run, "interrupted")
@@ -125,7 +135,7 @@ def test_slurm_unfit_node_is_excluded_and_cancelled_run_saved(cluster: SlurmClus
     assert cluster.on("node1", "mount", "-t", "tmpfs", "tmpfs", str(run)).returncode == 0
     try:
         cluster.login("scontrol", "release", job)
-        await_that(lambda: step_of(run) >= 2, "two steps", 300)
+        await_run(run, lambda: step_of(run) >= 2, "two steps")
         (unfit,) = happened(run, "node_excluded")
         assert unfit["host"] == "node1"
         assert "starting 2 ranks on node0, node2" in cluster.keepwarm("logs", str(run)).stdout
@@ -164,7 +174,7 @@ def test_slurm_crashed_node_is_replaced_by_a_spare(cluster: SlurmCluster, folder
     two = ("parallel.data=2", "cluster.ranks_per_node=1", "stages.0.tokens=15_360", "checkpoint.every=5", RANKS)
     nodes = 'cluster.slurm.extra=["--nodelist=node[0-2]"]'
     job = submitted(cluster, run, *two, "cluster.slurm.spares=1", nodes)
-    await_that(lambda: step_of(run) >= 7, "seven steps", 300)
+    await_run(run, lambda: step_of(run) >= 7, "seven steps")
     cluster.crash("node1")
     assert cluster.await_end(job, 600) == "COMPLETED", words(run)
     assert [line["requeues"] for line in happened(run, "batch_started")] == [0]
@@ -179,7 +189,7 @@ def test_slurm_crashed_node_recovers_from_memory(cluster: SlurmCluster, folder: 
     longer = ("stages.0.tokens=23_040", "snapshot.durable=null")
     nodes = 'cluster.slurm.extra=["--nodelist=node[0-3]"]'
     job = submitted(cluster, run, *longer, nodes, job=SLURM)
-    await_that(lambda: step_of(run) >= 7, "seven steps", 300)
+    await_run(run, lambda: step_of(run) >= 7, "seven steps")
     holder = next(node for node in ("node1", "node2", "node3") if slot_of(run, node) is not None)
     cluster.crash(holder)
     assert cluster.await_end(job, 600) == "COMPLETED", words(run)
@@ -191,18 +201,18 @@ def test_slurm_crashed_node_recovers_from_memory(cluster: SlurmCluster, folder: 
 
 def test_slurm_dead_host_of_the_store_is_named_and_its_slot_decoded(cluster: SlurmCluster, folder: Path) -> None:
     run = folder / "run"
-    shorter = ("stages.0.tokens=11_520", "snapshot.durable=null", "cluster.slurm.nodelist=node[0-3]")
-    job = submitted(cluster, run, *shorter, job=SLURM)
-    await_that(lambda: step_of(run) >= 7, "seven steps", 300)
+    longer = ("stages.0.tokens=23_040", "snapshot.durable=null", "cluster.slurm.nodelist=node[0-3]")
+    job = submitted(cluster, run, *longer, job=SLURM)
+    await_run(run, lambda: step_of(run) >= 7, "seven steps")
     if slot_of(run, store_host(run)) is None:
         # The spare was the first to come. The next store is opened by an owner.
         assert cluster.on(store_host(run), "kill", "-KILL", str(store_of(run).pid)).returncode == 0
-        await_that(lambda: slot_of(run, store_host(run)) is not None, "the store of an owner")
-        await_that(lambda: bool(happened(run, "recovery")), "training under that store", 300)
+        await_run(run, lambda: slot_of(run, store_host(run)) is not None, "the store of an owner")
+        await_run(run, lambda: bool(happened(run, "recovery")), "training under that store")
     host, before = store_host(run), len(happened(run, "recovery"))
     slot = slot_of(run, host)
     cluster.crash(host)
-    await_that(lambda: len(happened(run, "recovery")) > before, "the recovery", 300)
+    await_run(run, lambda: len(happened(run, "recovery")) > before, "the recovery")
     recovery = happened(run, "recovery")[-1]
     assert (recovery["level"], recovery["source"], recovery["slots"]) == ("decoded", "memory", [slot])
     assert host in str(recovery["why"])
@@ -211,7 +221,7 @@ def test_slurm_dead_host_of_the_store_is_named_and_its_slot_decoded(cluster: Slu
     ]
     shown = json.loads(cluster.keepwarm("status", str(run), "--json").stdout)
     assert {one["node"]: one["state"] for one in shown["nodes"]}[host] == "lost"
-    await_that(lambda: bool(happened(run, "finished")), "the end of the run", 300)
+    await_run(run, lambda: bool(happened(run, "finished")), "the end of the run")
     cluster.login("scancel", job)
 
 
@@ -220,9 +230,9 @@ def test_slurm_crashed_node_without_a_spare_is_requeued(cluster: SlurmCluster, f
     run = folder / "run"
     longer = ("stages.0.tokens=23_040", "cluster.slurm.spares=0")
     job = submitted(cluster, run, *longer, job=SLURM)
-    await_that(lambda: step_of(run) >= 13, "two durable snapshots", 300)
+    await_run(run, lambda: step_of(run) >= 13, "two durable snapshots")
     cluster.crash("node1")
-    await_that(lambda: len(happened(run, "batch_started")) == 2, "the second start", 300)
+    await_run(run, lambda: len(happened(run, "batch_started")) == 2, "the second start")
     assert cluster.await_end(job, 600) == "COMPLETED", words(run)
     assert [line["nodes"] for line in happened(run, "batch_started")] == [
         ["node0", "node1", "node2"],
@@ -276,7 +286,7 @@ def test_slurm_hanging_rank_is_named_and_replaced(cluster: SlurmCluster, folder:
     run = folder / "run"
     longer = ("stages.0.tokens=23_040", "health.min_hang_timeout=10.0")
     job = submitted(cluster, run, *longer, job=SLURM)
-    await_that(lambda: step_of(run) >= 7, "seven steps", 300)
+    await_run(run, lambda: step_of(run) >= 7, "seven steps")
     node, worker = worker_of(run, 1)
     assert cluster.on(node, "kill", "-STOP", str(worker)).returncode == 0
     assert cluster.await_end(job, 600) == "COMPLETED", words(run)
@@ -292,7 +302,7 @@ def test_slurm_rank_beside_a_cpu_hog_is_named(cluster: SlurmCluster, folder: Pat
     run = folder / "run"
     large = ("model.hidden_size=256", "data.sequence_length=256", "stages.0.tokens=768_000")
     job = submitted(cluster, run, *large, "health.straggler_every=10", job=SLURM)
-    await_that(lambda: step_of(run) >= 3, "three steps", 300)
+    await_run(run, lambda: step_of(run) >= 3, "three steps")
     # The nodes share this machine's processors: one of them is the slow node's alone, with the hogs on it.
     for rank in range(3):
         node, worker = worker_of(run, rank)
@@ -302,7 +312,7 @@ def test_slurm_rank_beside_a_cpu_hog_is_named(cluster: SlurmCluster, folder: Pat
     hogs = "for i in 1 2 3 4 5 6; do setsid timeout 120 sh -c 'while :; do :; done' & done; wait"
     hog = cluster.start_on(node, "taskset", "-c", "0", "sh", "-c", hogs, output=folder / "hogs")
     try:
-        await_that(lambda: bool(happened(run, "straggler")), "a straggler to be named", 200)
+        await_run(run, lambda: bool(happened(run, "straggler")), "a straggler to be named", 200)
     finally:
         hog.kill()
         assert cluster.on(node, "pkill", "-f", "while :; do").returncode == 0
@@ -322,9 +332,9 @@ def test_slurm_node_with_repeated_failures_is_excluded(cluster: SlurmCluster, fo
     spare = ("cluster.slurm.spares=1", "cluster.max_node_failures=2", 'cluster.slurm.extra=["--nodelist=node[0-2]"]')
     job = submitted(cluster, run, *two, *spare)
     for start in (1, 2):
-        await_that(lambda: len(happened(run, "began")) == start, f"start {start}", 300)  # noqa: B023
+        await_run(run, lambda: len(happened(run, "began")) == start, f"start {start}")  # noqa: B023
         reached = step_of(run) + 3
-        await_that(lambda: step_of(run) >= reached, "three more steps", 300)  # noqa: B023
+        await_run(run, lambda: step_of(run) >= reached, "three more steps")  # noqa: B023
         assert cluster.on("node1", "pkill", "-KILL", "-f", "m keepwarm.trainer").returncode == 0
     assert cluster.await_end(job, 600) == "COMPLETED", words(run)
     (left_out,) = happened(run, "node_excluded")

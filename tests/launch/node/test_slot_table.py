@@ -54,6 +54,18 @@ def test_lose_spare_takes_slot_and_survivors_keep_theirs() -> None:
     assert [failure.slot for failure in table.root_causes] == [1]
 
 
+def test_spare_that_has_not_come_to_the_next_store_takes_no_slot() -> None:
+    table = slot_table.inherit(started(spares=2), 1, ())
+    for node in ("n0", "n1", "s1"):
+        table = slot_table.join(table, node, "any")
+    table = slot_table.lose(table, "n2", "it did not come to store 1", 5.0)
+    assert (table.owners, table.spares) == ({0: "n0", 1: "n1", 2: "s1"}, ("s0",))
+    table = slot_table.lose(table, "s1", "its supervisor has gone", 6.0, dead=True)
+    assert (table.vacant, table.spares) == ((2,), ("s0",))
+    table = slot_table.fill(slot_table.join(table, "s0", "spare"))
+    assert (table.owners[2], table.spares) == ("s0", ())
+
+
 def test_root_causes_lost_node_hides_failures_that_follow() -> None:
     table = slot_table.fail(started(), "n0", 0, "failed", "rank 0 gave up", 1.0)
     table = slot_table.fail(table, "n2", 0, "failed", "rank 2 gave up", 1.1)

@@ -19,6 +19,7 @@ from keepwarm.launch.node.view import (
     may_be_installed,
     missing,
     name_of,
+    outbid,
     tally,
     verdict,
 )
@@ -115,6 +116,45 @@ def test_tally_counts_the_candidate_and_not_the_silent() -> None:
     assert tally([five], {"b": vote, "c": "silent"}, "a") == "wait"
     assert tally([five], {"b": vote, "c": "dead"}, "a") == "claim"
     assert tally([five], {"b": vote, "c": "dead", "d": "dead", "e": "dead"}, "a") == "go"
+
+
+class Election:
+    """Owners of one view without a store, each a candidate at drawn times; messages are lost and cross."""
+
+    def __init__(self, owners: str, lost: str) -> None:
+        self.view, self.alive = view(*owners), [node for node in owners if node not in lost]
+        self.voters = {node: Voter(node=node, installed=self.view) for node in self.alive}
+        self.outbid = dict.fromkeys(self.alive, -1)
+
+    def ballot(self, node: str) -> Ballot:
+        ballot = self.voters[node].stand(max(0, self.outbid[node]))
+        assert ballot is not None
+        return ballot
+
+    def ask(self, node: str, ballot: Ballot, others: Iterable[str]) -> bool:
+        """Ask others for their votes; return whether the candidate has a majority."""
+        answers = {other: self.voters[other].vote(ballot) for other in others if other != node}
+        self.outbid[node] = max(self.outbid[node], outbid(ballot, answers))
+        return tally([self.view], answers, node) == "go"
+
+
+@given(st.integers(3, 7), st.data())
+def test_owners_that_voted_for_themselves_at_once_elect_one_when_it_asks_again(count: int, data: st.DataObject) -> None:
+    owners = "abcdefg"[:count]
+    lost = data.draw(st.sets(st.sampled_from(owners), max_size=(count - 1) // 2))
+    election = Election(owners, "".join(lost))
+    waiting: list[tuple[str, Ballot]] = []
+    elected: dict[int, set[str]] = {}
+    for node in data.draw(st.lists(st.sampled_from(election.alive), max_size=20)):
+        waiting.append((node, election.ballot(node)))
+        if data.draw(st.booleans()):
+            node, ballot = waiting.pop(data.draw(st.integers(0, len(waiting) - 1)))
+            if election.ask(node, ballot, data.draw(st.sets(st.sampled_from(election.alive)))):
+                elected.setdefault(ballot.number, set()).add(node)
+    assert all(len(nodes) == 1 for nodes in elected.values()), "two nodes may open one store"
+    # From here on nothing is lost. The first refusal tells a candidate how high it must go.
+    last = data.draw(st.sampled_from(election.alive))
+    assert any(election.ask(last, election.ballot(last), election.alive) for _ in range(2))
 
 
 class Partitions:
