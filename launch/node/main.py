@@ -51,6 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--slots", type=int, required=True, metavar="N", help="nodes that the layout has")
     parser.add_argument("--node", default=f"{socket.gethostname()}-{os.getpid()}", help="name, unique in the run")
     parser.add_argument("--host", default=LOOPBACK, metavar="ADDRESS", help="where the other nodes reach this one")
+    parser.add_argument("--domain", default="", metavar="NAME", help="failure domain, as a rack or a switch")
     parser.add_argument("--ranks-per-node", type=int, metavar="R", help="default: from the layout")
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--slot", type=int, metavar="K", help="take this slot when it is vacant")
@@ -85,6 +86,7 @@ def main(arguments: Sequence[str]) -> int:
         slots=given.slots,
         node=given.node,
         host=given.host,
+        domain=given.domain,
         ranks_per_node=layout.ranks_per_node,
         requested_slot="spare" if given.spare else "any" if given.slot is None else given.slot,
         resume=given.resume,

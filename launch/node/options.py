@@ -22,6 +22,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Name, unique in the run."""
     host: str = LOOPBACK
     """Address at which the other nodes reach this one."""
+    domain: str = ""
+    """Failure domain of the node."""
     ranks_per_node: int
     requested_slot: RequestedSlot = "any"
     resume: bool = False

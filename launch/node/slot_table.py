@@ -86,6 +86,8 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     """Nodes that may be excluded in one restart: as many as a group can lose without losing memory."""
     sizes: tuple[int, ...] = ()
     """Numbers of slots with which the job may run, largest first."""
+    groups: dict[int, tuple[tuple[int, ...], ...]] = {}
+    """Slots that protect each other, by the number of slots; empty if nodes have no failure domains."""
     growing: bool = False
     """Workers were asked to save their state and end, so that the run can grow."""
     draining: str | None = None
@@ -274,12 +276,25 @@ def namesake(table: Table, node: str) -> str | None:
 def fill(table: Table) -> Table:
     """Give vacant slots to spares, if the nodes that follow this store may decide that."""
     while table.vacant and table.spares_here and table.ended is None and table.decides:
-        slot, first = table.vacant[0], table.spares_here[0]
-        rest = tuple(spare for spare in table.spares if spare != first)
+        slot = table.vacant[0]
+        chosen = _spare_for(table, slot)
+        rest = tuple(spare for spare in table.spares if spare != chosen)
         # If the owner was lost together with the previous store, this is the only place that records it.
         moved = tuple(sorted({*table.moved, slot})) if table.begun else ()
-        table = _assign(table, {**table.owners, slot: first}, spares=rest, moved=moved)
+        table = _assign(table, {**table.owners, slot: chosen}, spares=rest, moved=moved)
     return table
+
+
+def _spare_for(table: Table, slot: int) -> str:
+    """Return the spare whose failure domain has the fewest nodes of the slot's group; of these, the longest waiting."""
+
+    def domain(node: str) -> str:
+        member = table.members.get(node)
+        return node if member is None or not member.domain else member.domain
+
+    group = next((group for group in table.groups.get(table.slots, ()) if slot in group), ())
+    taken = [domain(table.owners[other]) for other in group if other in table.owners]
+    return min(table.spares_here, key=lambda spare: taken.count(domain(spare)))
 
 
 class Kept(msgspec.Struct, frozen=True, kw_only=True):

@@ -21,7 +21,7 @@ from keepwarm.files import within
 from keepwarm.ft.discovery.config import NODE
 from keepwarm.ft.discovery.registry import newest_generation
 from keepwarm.ft.errors import AuthenticationFailed, FtError
-from keepwarm.ft.groups import code_for
+from keepwarm.ft.groups import code_for, groups_of
 from keepwarm.ft.transport.descriptors import raise_limit
 from keepwarm.launch.errors import LaunchError
 from keepwarm.launch.forkserver import ForkServer, Worker
@@ -96,12 +96,13 @@ class Supervisor:
             max_node_failures=cluster.max_node_failures,
             max_excluded=max_excluded(job, options.slots),
             sizes=tuple(layouts(job)) if cluster.elastic == "shrink" else (),
+            groups=_groups(job, options.slots) if options.domain else {},
         )
         self._side, self._gpus = SideWrites(), GpuWatch()
         node = identity(options.node, secrets.token_hex(4))
         self._peers = PeerListener(run_secret(folder), options.host, node)
         self._agents = NodeAgents(self._agent_of, node)
-        self._me = Member(node=node, host=address_of(options.host), port=self._peers.port)
+        self._me = Member(node=node, host=address_of(options.host), port=self._peers.port, domain=options.domain)
         self._membership = Membership(
             folder, self._me, first, peer_timeout=self._peer_timeout, peers=self._peers, open_store=self._open_store
         )
@@ -461,6 +462,16 @@ class Supervisor:
 
     def _print(self, text: str) -> None:
         print(f"keepwarm: {self._options.node}: {text}", file=sys.stderr, flush=True)
+
+
+def _groups(job: JobSpec, slots: int) -> dict[int, tuple[tuple[int, ...], ...]]:
+    """Return the slots of each group of nodes that protect each other, in any layout that the job may shrink to."""
+    jobs = layouts(job) if job.cluster.elastic == "shrink" else {slots: job}
+    return {
+        size: tuple(group.members for group in groups_of(size, one.snapshot))
+        for size, one in jobs.items()
+        if one.snapshot != "off"
+    }
 
 
 def max_excluded(job: JobSpec, slots: int) -> int:

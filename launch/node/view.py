@@ -29,6 +29,8 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     """Name and start: see `identity`."""
     host: str
     port: int
+    domain: str = ""
+    """Failure domain: nodes of one may be lost at once. Empty: it is a domain of its own."""
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,16 +1,18 @@
 """Failure domains of the nodes of an allocation, as the job names them or as the cluster's switches."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
-from keepwarm.launch.plan.placement import SHOWN, is_placed
+import msgspec
+
+from keepwarm.launch.plan.placement import SHOWN, Placement, is_placed
 from keepwarm.launch.slurm import commands
 from keepwarm.trainer.job.cluster import SlurmSpec
 from keepwarm.trainer.job.slurm.hostlist import expand
 from keepwarm.trainer.job.spec import JobSpec
 
 PLACE = "--place="
-"""Argument of a node's task with the slots of all nodes."""
+"""Argument of a node's task with the slots and failure domains of all nodes."""
 
 
 def domain_of_node(slurm: SlurmSpec) -> dict[str, str]:
@@ -48,12 +50,14 @@ def switches(shown: str) -> dict[str, str]:
     return found
 
 
-def place_argument(slots: Mapping[str, int]) -> str:
-    """Return the argument by which each node of a step learns its slot. Pure."""
-    return PLACE + ",".join(f"{node}:{slot}" for node, slot in slots.items())
+def place_argument(placement: Placement) -> str:
+    """Return the argument by which each node of a step learns its slot and its failure domain. Pure."""
+    places = {node: (placement.slots.get(node), domain) for node, domain in placement.domains.items()}
+    return PLACE + msgspec.json.encode(places).decode()
 
 
-def own_place(argument: str, node: str) -> str:
-    """Return the supervisor's argument for a node of `place_argument`: its slot, or that it is a spare. Pure."""
-    slots = dict(each.rpartition(":")[::2] for each in argument.removeprefix(PLACE).split(","))
-    return f"--slot={slots[node]}" if node in slots else "--spare"
+def own_place(argument: str, node: str) -> list[str]:
+    """Return the supervisor's arguments for a node of `place_argument`: its slot or that it is a spare, its domain."""
+    places = msgspec.json.decode(argument.removeprefix(PLACE), type=dict[str, tuple[int | None, str]])
+    slot, domain = places.get(node, (None, ""))
+    return ["--spare" if slot is None else f"--slot={slot}", f"--domain={domain}"]

@@ -112,7 +112,7 @@ def next_step(here: Allocation, nodes: list[str], *, resume: bool, begun: bool, 
 
 
 def _place(here: Allocation, nodes: list[str]) -> list[str]:
-    """Return the argument that tells each node its slot, if failure domains decide that; log the placement."""
+    """Return the argument that tells each node its slot and domain, if domains decide; log the placement."""
     job = here.job
     if not is_placed(job):
         return []
@@ -126,7 +126,7 @@ def _place(here: Allocation, nodes: list[str]) -> list[str]:
     placement = place_job(job, nodes, domains)
     for line in placement.lines:
         here.say(line)
-    return [place_argument(placement.slots)]
+    return [place_argument(placement)]
 
 
 def _is_finished(here: Allocation) -> bool:

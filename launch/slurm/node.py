@@ -24,7 +24,7 @@ def supervisor(arguments: list[str], slots: int, environment: Mapping[str, str])
     """Return the arguments of `keepwarm.launch.node.main` for this task."""
     host = own_address(first_host(environment["SLURM_STEP_NODELIST"]))
     node = environment["SLURMD_NODENAME"]
-    arguments = [own_place(one, node) if one.startswith(PLACE) else one for one in arguments]
+    arguments = [each for one in arguments for each in (own_place(one, node) if one.startswith(PLACE) else [one])]
     return [*arguments, f"--slots={slots}", f"--node={node}", f"--host={host or node}"]
 
 

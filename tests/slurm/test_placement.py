@@ -42,3 +42,16 @@ def test_slurm_switch_that_fails_with_all_of_its_nodes_costs_no_memory(two_switc
     assert (recovery["level"], recovery["source"], recovery["slots"]) == ("decoded", "memory", [1]), words(run)
     await_that(lambda: slot_of(run, "node1") == 1, "the spare of the other switch to have the slot")
     await_that(lambda: bool(happened(run, "finished")), "the end of the run", 300)
+
+
+def test_slurm_spare_of_another_switch_than_the_rest_of_the_group_takes_a_slot(two_switches: SlurmCluster) -> None:
+    cluster, run = two_switches, two_switches.root / "shared" / "run"
+    pair = ("parallel.data=2", "snapshot.code={data: 1, parity: 1}", "snapshot.durable=null", "cluster.slurm.spares=2")
+    longer = ("stages.0.tokens=30_720", "cluster.slurm.failure_domains=topology")
+    submitted(cluster, run, *pair, *longer, job=SLURM)
+    for lost, step, left in (("node2", 5, "node3"), ("node3", 15, "node1")):
+        await_that(lambda: step_of(run) >= step, f"{step} steps", 300)  # noqa: B023
+        cluster.crash(lost)
+        await_that(lambda: slot_of(run, left) == 1, f"{left} to have the slot of {lost}", 300)  # noqa: B023
+    await_that(lambda: bool(happened(run, "finished")), "the end of the run", 300)
+    assert [(each["source"], each["slots"]) for each in happened(run, "recovery")] == [("memory", [1])] * 2, words(run)

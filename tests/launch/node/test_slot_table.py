@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from keepwarm.launch.node import slot_table
 from keepwarm.launch.node.slot_table import ATTRIBUTION_WINDOW_S as WINDOW
 from keepwarm.launch.node.slot_table import FormerOwners, Kept, Table
+from keepwarm.launch.node.view import Member
 
 
 def started(count: int = 3, spares: int = 1, max_restarts: int = 2) -> Table:
@@ -64,6 +65,18 @@ def test_spare_that_has_not_come_to_the_next_store_takes_no_slot() -> None:
     assert (table.vacant, table.spares) == ((2,), ("s0",))
     table = slot_table.fill(slot_table.join(table, "s0", "spare"))
     assert (table.owners[2], table.spares) == ("s0", ())
+
+
+def test_spare_of_another_failure_domain_than_its_group_takes_the_slot() -> None:
+    domains = {"n0": "a", "n1": "b", "n2": "a", "n3": "b", "s0": "b", "s1": "c", "s2": ""}
+    table = msgspec.structs.replace(started(4, spares=3), groups={4: ((0, 1), (2, 3))})
+    members = {node: Member(node=node, host="h", port=1, domain=domain) for node, domain in domains.items()}
+    table = msgspec.structs.replace(table, members=members)
+    assert slot_table.lose(table, "n0", "gone", 0.0).owners[0] == "s1", "b would have both slots of the group"
+    assert slot_table.lose(table, "n1", "gone", 0.0).owners[1] == "s0", "it waits longest"
+    without = msgspec.structs.replace(table, spares=("s0",))
+    assert slot_table.lose(without, "n0", "gone", 0.0).owners[0] == "s0", "better than none"
+    assert slot_table.lose(msgspec.structs.replace(table, groups={}), "n0", "gone", 0.0).owners[0] == "s0"
 
 
 def test_root_causes_lost_node_hides_failures_that_follow() -> None:

@@ -26,10 +26,11 @@ def test_place_of_each_node_of_a_job_is_its_slot_or_that_of_a_spare(tmp_path: Pa
     racks = "cluster.slurm.failure_domains={a: 'n[0-1]', b: n2, c: n3}"
     job = load_job(SLURM, [racks, f"output={tmp_path}"])
     placement = place_job(job, ["n0", "n1", "n2", "n3"], domain_of_node(job.cluster.slurm))
-    argument = place_argument(placement.slots)
-    assert [own_place(argument, node) for node in ("n0", "n1", "n2", "n3")] == [
-        "--slot=0",
-        "--spare",
-        "--slot=1",
-        "--slot=2",
+    argument = place_argument(placement)
+    assert [own_place(argument, node) for node in ("n0", "n1", "n2", "n3", "another")] == [
+        ["--slot=0", "--domain=a"],
+        ["--spare", "--domain=a"],
+        ["--slot=1", "--domain=b"],
+        ["--slot=2", "--domain=c"],
+        ["--spare", "--domain="],
     ]
