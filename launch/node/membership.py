@@ -22,7 +22,15 @@ from keepwarm.launch.errors import LaunchError
 from keepwarm.launch.node import record as node_record
 from keepwarm.launch.node.connections import Dialled
 from keepwarm.launch.node.heartbeat import Heartbeat
-from keepwarm.launch.node.peers import CONNECT_TIMEOUT_S, PeerListener, announce, collect_votes, stand_of, stores_of
+from keepwarm.launch.node.peers import (
+    CONNECT_TIMEOUT_S,
+    PeerListener,
+    announce,
+    collect_votes,
+    stand_of,
+    stands_of,
+    stores_of,
+)
 from keepwarm.launch.node.record import EndRecord, StoreRecord
 from keepwarm.launch.node.shared_table import Answer, Change, Hello, Request, Stand, Update
 from keepwarm.launch.node.slot_table import Known, Table, inherit
@@ -109,18 +117,19 @@ class Membership:
         turn, pause = began + (self._patience() if known else 0.0), STORE_POLL_INTERVAL_S
         granted = self._peers.voter.promised
         while time.monotonic() < began + patience():
-            voter, announced = self._peers.voter, self._peers.announced
-            known = voter.installed is not None
-            # A node whose own candidacy found no majority follows the one that did: majorities decide, not numbers.
-            promised = -1 if voter.candidate == self.node else voter.promised
-            if announced is not None and known and announced.number >= promised and self._reach(announced):
+            announced, known = self._newly_announced(), self._peers.voter.installed is not None
+            if announced is not None and self._reach(announced):
                 return
-            if time.monotonic() >= looked:
+            if (before := time.monotonic()) >= looked:
                 self.check_end()
                 found = self._best()
                 if found is not None and self._reach(found):
                     return
                 looked = time.monotonic() + (LOOK_INTERVAL_S if known else 2 * STORE_POLL_INTERVAL_S)
+                if known and before < turn <= time.monotonic():
+                    # All have looked for as long, at silent nodes: their turns must not coincide.
+                    turn = time.monotonic() + self._patience()
+                    looked = max(looked, turn + STORE_POLL_INTERVAL_S)
             voter = self._peers.voter  # looking takes time in which this node may have voted
             if voter.promised != granted and voter.candidate != self.node:
                 granted, turn = voter.promised, time.monotonic() + GRANTED_S + self._patience()
@@ -136,6 +145,17 @@ class Membership:
             f"{name_of(self.node)} found no store to follow in {time.monotonic() - began:.0f} s"
             + (f"; {self._said}" if self._said else "")
         )
+
+    def _newly_announced(self) -> StoreRecord | None:
+        """Return the store that was announced to this node, if it is later than all that the node knows of."""
+        announced, voter = self._peers.announced, self._peers.voter
+        if announced is None or voter.installed is None:
+            return None
+        # A node whose own candidacy found no majority follows the one that did: majorities decide, not numbers.
+        promised = -1 if voter.candidate == self.node else voter.promised
+        left = -1 if self.record is None else self.record.number
+        later = announced.number > left and announced.number >= max(promised, voter.installed.number[0])
+        return announced if later else None
 
     def _patience(self) -> float:
         """Return how long this node leaves the next store to the owners before it."""
@@ -157,7 +177,7 @@ class Membership:
         announced = self._peers.announced
         for record in (*stores, *hints, *([announced] if announced else []), *([self.record] if self.record else [])):
             found[record.number, record.heartbeat_port] = record
-        stands = [(stand, record) for record in found.values() if isinstance(stand := self._stand_of(record), Stand)]
+        stands = stands_of(self._secret, found.values())
         worth = [(_rank(stand), record) for stand, record in stands if _is_followed(stand, mine)]
         return max(worth, key=lambda each: each[0], default=(None, None))[1]
 
@@ -262,6 +282,7 @@ class Membership:
             if found is not None and found.number != record.number and self.record is record:
                 stand = self._stand_of(found)
                 if isinstance(stand, Stand) and stand.view is not None and stand.decides:
+                    self._peers.hear_of(found)
                     self._replaced = f"store {found.number} has replaced store {record.number}"
 
     def check_end(self) -> None:
@@ -279,6 +300,12 @@ class Membership:
         within(lambda: node_record.write_end(self.folder, end), FILES_TIMEOUT_S)
 
     # ---- the table
+
+    @property
+    def outdated(self) -> bool:
+        """Whether owners have installed a view under a later store than this node's."""
+        installed = self._peers.voter.installed
+        return self.record is not None and installed is not None and installed.number[0] > self.record.number
 
     def change(self, change: Change) -> tuple[Table, bool]:
         """Ask for a change of the table; return (the table afterwards, whether this changed it).

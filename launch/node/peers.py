@@ -6,7 +6,7 @@ Each supervisor listens at an address that every view carries. The thread that a
 import contextlib
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import msgspec
@@ -62,7 +62,7 @@ class PeerListener:
     """Answers the other supervisors, on a thread of its own."""
 
     def __init__(self, secret: bytes, host: str, node: str) -> None:
-        self.secret, self._lock = secret, threading.Lock()
+        self.secret, self._lock = secret, threading.RLock()
         self._voter = Voter(node=node)
         self._following: StoreRecord | None = None
         self._announced: StoreRecord | None = None
@@ -110,6 +110,12 @@ class PeerListener:
         with self._lock:
             return self._announced
 
+    def hear_of(self, store: StoreRecord) -> None:
+        """Note a store that others follow, as if it had been announced to this node."""
+        with self._lock:
+            if self._announced is None or store.number >= self._announced.number:
+                self._announced = store
+
     def candidacy(self, above: int) -> Ballot | None:
         """Vote for this node itself: see `Voter.stand`."""
         with self._lock:
@@ -153,10 +159,8 @@ class PeerListener:
             table = self._first_tables.pop(message.record.number)
             self._opened.put(message.record)
             return FirstTable(table=table)
-        if isinstance(message, Announcement) and (
-            self._announced is None or message.store.number >= self._announced.number
-        ):
-            self._announced = message.store
+        if isinstance(message, Announcement):
+            self.hear_of(message.store)
         return Here(node=self._voter.node, store=self._following)
 
 
@@ -236,9 +240,20 @@ def _template(answer: bytes | str) -> bytes:
     return b""
 
 
+def stands_of(secret: bytes, stores: Iterable[StoreRecord]) -> list[tuple[Stand, StoreRecord]]:
+    """Return what those of the stores that answer are followed for."""
+    asked = dict(enumerate(stores))
+    addresses = {key: (store.host, store.heartbeat_port) for key, store in asked.items()}
+    answers = exchange(secret, addresses, Standing(), CONNECT_TIMEOUT_S)
+    return [(stand, asked[key]) for key, answer in answers.items() if isinstance(stand := _stand(answer), Stand)]
+
+
 def stand_of(secret: bytes, store: StoreRecord) -> Stand | str:
     """Return what a store is followed for, or why it does not answer: `refused` or `silent`."""
-    answer = ask(secret, (store.host, store.heartbeat_port), Standing(), CONNECT_TIMEOUT_S)
+    return _stand(ask(secret, (store.host, store.heartbeat_port), Standing(), CONNECT_TIMEOUT_S))
+
+
+def _stand(answer: bytes | str) -> Stand | str:
     if isinstance(answer, str):
         return answer
     try:

@@ -20,7 +20,7 @@ from keepwarm.exit_code import ExitCode
 from keepwarm.launch.errors import LaunchError
 from keepwarm.launch.node import shared_table, slot_table
 from keepwarm.launch.node.hooks import Hooks
-from keepwarm.launch.node.membership import STORE_POLL_INTERVAL_S, ChangeRefused, Membership
+from keepwarm.launch.node.membership import STORE_POLL_INTERVAL_S, ChangeRefused, Membership, StoreLost
 from keepwarm.launch.node.shared_table import Change
 from keepwarm.launch.node.slot_table import FIRST_GRACE_S, RequestedSlot, Table
 from keepwarm.launch.node.view import name_of
@@ -184,6 +184,8 @@ class SlotRendezvous(RendezvousHandler):
             try:
                 self._change(join)
             except ChangeRefused as error:
+                if self.membership.outdated:
+                    raise StoreLost(f"{name_of(node)}: {error}") from error
                 if time.monotonic() > end or self._hooks.leave_requested():
                     raise NameTaken(
                         f"{name_of(node)}: {error}; give every supervisor a name of its own with --node, or end the "

@@ -318,6 +318,34 @@ def test_node_frozen_with_its_store_follows_the_next_one_and_becomes_spare(clust
     run.end(3)
 
 
+def test_hosts_of_stores_that_freeze_in_turn_all_come_back_as_spares(cluster: Callable[..., Cluster]) -> None:
+    """Each wakes up beside the store that it had, which another one may still follow."""
+    run = cluster(spares=1, peer_timeout=1.0)
+    run.ran(0)
+
+    def state(node: str) -> str:
+        return next(record.state for record in node_record.read_all(run.folder) if record.node == node)
+
+    store = node_record.newest_store(run.folder)
+    assert store is not None
+    os.kill(store.pid, signal.SIGKILL)
+    for restart in range(1, 5):
+        owners = {owner.node: owner for owner in run.running(restart).values()}
+        store = node_record.newest_store(run.folder)
+        opened = [event.node for event in events.read(run.folder).of(events.Failure) if event.kind == "store"]
+        assert store is not None
+        assert len(opened) == restart
+        host = owners[opened[-1]]
+        stopped = [store.pid, host.supervisor, *host.workers.values()]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        run.ran(restart + 1)
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+        run.until(lambda: state(host.node) == "spare", f"{host.node} to come back as a spare")  # noqa: B023
+    run.end(3)
+
+
 def test_lost_node_without_spare_ends_run_with_reason(cluster: Callable[..., Cluster]) -> None:
     run = cluster(spares=0, launcher=LAUNCHER.replace("vacancy_timeout=60.0", "vacancy_timeout=1.0"))
     os.kill(run.running(0)[1].supervisor, signal.SIGKILL)
