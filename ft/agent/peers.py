@@ -1,4 +1,8 @@
-"""Links to the agents of other slots: which ones to keep open, and which part of this agent handles each message."""
+"""Links to the agents of other slots: which ones to keep open, and which part of this agent handles each message.
+
+Ranks of another layout that have none of this layout's agents on their node read over such links, too. They may ask for
+bytes of what was decided, and for nothing else.
+"""
 
 from keepwarm.ft.agent.inbox import Inbox, strand
 from keepwarm.ft.agent.recovery_election import RecoveryElection
@@ -6,9 +10,9 @@ from keepwarm.ft.agent.remote_reads import Reads
 from keepwarm.ft.agent.repair import Repair
 from keepwarm.ft.agent.shell import Shell
 from keepwarm.ft.protocol import events
-from keepwarm.ft.protocol.messages import READ_STRIPE, Bucket, Part, Wire
+from keepwarm.ft.protocol.messages import READ_STRIPE, Bucket, Part, Read, Wire
 from keepwarm.ft.transport.link import Link
-from keepwarm.ft.transport.network import NOT_NEEDED
+from keepwarm.ft.transport.network import NOT_NEEDED, READER
 
 REFUSALS_INTERVAL_S = 10.0
 """Time between two log lines on refused connections, in seconds: strangers must not fill the disk."""
@@ -53,6 +57,11 @@ class PeerLinks:
     # ---- Handler
 
     def connected(self, link: Link) -> None:
+        if _is_reader(link):
+            self._shell.network.admitted(link)
+            if link.dialled:
+                link.close("it is no agent")
+            return
         self._shell.network.opened(link)
         if not link.closed and link.theirs is not None:
             self._shell.journal.write("info", "connected", peer=link.slot)
@@ -66,6 +75,8 @@ class PeerLinks:
         self._shell.outbox.forget(link)
         self._inbox.forget(link)
         self._shell.network.forget(link)
+        if _is_reader(link):
+            return
         level = "info" if reason == NOT_NEEDED else "warning"
         self._shell.journal.write(level, "lost a peer", peer=slot, reason=reason)
         if slot not in self._shell.network.links:
@@ -85,6 +96,8 @@ class PeerLinks:
             self._shell.journal.write("warning", "refused a connection", peer=link.label, reason=reason, count=count)
 
     def target(self, link: Link, message: Wire, size: int) -> memoryview | None:
+        if _is_reader(link):
+            return None
         if isinstance(message, Part):
             if message.stripe == READ_STRIPE:
                 return self._reads.target(message, size)
@@ -94,6 +107,9 @@ class PeerLinks:
 
     def received(self, link: Link, message: Wire, payload: memoryview | None) -> None:
         assert link.theirs is not None
+        if _is_reader(link):
+            self._read(link, message)
+            return
         sender, incarnation = link.slot, link.theirs.incarnation
         if isinstance(message, Bucket) and payload is not None:
             self._inbox.received(link, message, payload)
@@ -108,3 +124,14 @@ class PeerLinks:
 
     def drained(self, link: Link) -> None:
         self._shell.outbox.drained(link)
+
+    def _read(self, link: Link, message: Wire) -> None:
+        """Serve a reader as a rank of this node is; one that says anything else is done."""
+        if isinstance(message, Read) and message.owner < self._shell.state.topology.slots:
+            self._reads.for_worker(link, message)
+        else:
+            link.close("a reader only reads what agents of this layout hold")
+
+
+def _is_reader(link: Link) -> bool:
+    return link.theirs is not None and link.theirs.role == READER

@@ -55,8 +55,8 @@ class FormerLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     generation: int
     slots: int
     """Number of its nodes."""
-    slot: int
-    """That of its agents to which the ranks of this node attach."""
+    slot: int | None
+    """That of its agents to which the ranks of this node attach; None: this node has none, and reads from others."""
     epoch: int
     """The decision of these agents on what is restored, already begun."""
 

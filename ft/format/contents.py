@@ -202,6 +202,20 @@ def plan(target: Piece, sources: Sequence[Piece]) -> list[Move]:
     return [msgspec.structs.replace(move, write=_holder(by_start, move)) for move in moves]
 
 
+def split(move: Move, limit: int) -> Iterator[Move]:
+    """Yield moves that together copy the same. Each reads at most `limit` bytes of the source, or one element."""
+    start, stop = move.span
+    dim = next((dim for dim, size in enumerate(move.shape) if size > 1), None)
+    if stop - start <= limit or dim is None:
+        yield move
+        return
+    half = move.shape[dim] // 2
+    for first, size in ((0, half), (half, move.shape[dim] - half)):
+        offsets, shape = list(move.offsets), list(move.shape)
+        offsets[dim], shape[dim] = offsets[dim] + first, size
+        yield from split(msgspec.structs.replace(move, offsets=tuple(offsets), shape=tuple(shape)), limit)
+
+
 def move_bytes(move: Move, source: Bytes, target: Bytes) -> None:
     """Execute a move. `source` is the bytes `move.span` of the source piece, `target` the whole target piece."""
     run = move.run

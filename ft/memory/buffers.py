@@ -45,6 +45,8 @@ class Shape:
 
 READ_WINDOW = 2
 """Buckets of another node that are under way to one worker. More are requested as it takes them."""
+READ_CACHE = 8
+"""Buckets of other nodes that a worker holds at most while it reads."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,8 @@ from keepwarm.ft.transport.channel import Channel
 from keepwarm.ft.transport.link import Credentials, FarEnd, Handler, Link, LinkLimits
 from keepwarm.ft.transport.listener import STRANGERS, Listener, Strangers
 
+READER = "reader"
+"""Role of a rank of another layout, which reads what this agent's layout restores and is not part of it."""
 NOT_NEEDED = "not needed any more"
 """Reason for which an agent closes a link that neither side uses."""
 
@@ -58,7 +60,7 @@ class Network:
     in its link to the last agent of the slot, whose node is gone.
     """
 
-    ROLES = frozenset({"agent"})
+    ROLES = frozenset({"agent", READER})
     PATIENCE = 0.5
     """Seconds the higher slot waits for the lower one to dial."""
     LINGER = 5.0
@@ -157,6 +159,10 @@ class Network:
         self._open = {**self._open, link.slot: link}
         if old is not None and old is not link:
             old.close("replaced by a newer connection")
+
+    def admitted(self, link: Link) -> None:
+        """Note that the other side of an accepted link has identified itself, and is no agent."""
+        self._strangers.discard(link)
 
     def forget(self, link: Link) -> None:
         """Remove a closed link. The handler must call this for each one."""

@@ -60,11 +60,14 @@ from keepwarm.ft.protocol.messages import (  # fmt: skip
 from keepwarm.ft.transport import auth
 from keepwarm.ft.transport.channel import Channel, decoder_of
 from keepwarm.ft.transport.link import Credentials, FarEnd, Link
+from keepwarm.ft.worker.remote_agent import RemoteAgent, connected
 
 AGENT_START_TIMEOUT_S = 60.0
 FOLDER_PATIENCE_S = 2.0
 """How long the start of an agent waits for the shared folder, of which it needs nothing, in seconds."""
 GROWTH_POLL_S = 0.02
+TICK_S = 1.0
+"""How often the deadlines of the connection are checked at least, in seconds."""
 TAKEN_RETRY_S = 2.0
 """Time after which an agent is started again if its slot was taken and still does not answer, in seconds."""
 STARTS = 4
@@ -178,10 +181,13 @@ class AgentClient:
     """Connection of one process to its agent. Methods may be called from any thread."""
 
     def __init__(
-        self, path: Path, *, run: str, secret: bytes, worker: int = 0, role: str = "worker",
+        self, agent: Path | RemoteAgent, *, run: str, secret: bytes, worker: int = 0, role: str = "worker",
         deadline: float = AGENT_START_TIMEOUT_S,
     ) -> None:  # fmt: skip
-        """Connect and prove mutual knowledge of the secret. Raise `AgentError` or `AuthenticationFailed`."""
+        """Connect and prove mutual knowledge of the secret. Raise `AgentError` or `AuthenticationFailed`.
+
+        Of an agent on another node a process can only `read`, with the role `READER`.
+        """
         self._mapped: list[SharedBuffer] = []
         self.run, self.worker, self.deadline = run, worker, deadline
         self.buffers: list[SharedBuffer] = []
@@ -195,28 +201,33 @@ class AgentClient:
         self._revoked: set[SnapshotId] = set()
         self._reads: dict[int, tuple[Bytes, int, set[int]]] = {}
         self._why = ""
+        remote = agent if isinstance(agent, RemoteAgent) else None
+        self._bucket_bytes = 0 if remote is None else remote.bucket_bytes
+        limits = None if remote is None else remote.limits
+        silence = None if limits is None else limits.silence
+        self._tick = TICK_S if silence is None else min(TICK_S, silence / 6)
         self._open = self._interrupted = False
         self._tasks: collections.deque[Callable[[], None]] = collections.deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector = selectors.DefaultSelector()
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            connection.connect(str(path))
-        except OSError as error:
-            connection.close()
-            raise AgentError(f"{path}: no agent answers: {error.strerror}") from error
+            connection = connected(agent, deadline)
+        except AgentError:
+            self._selector.close()
+            os.close(self._wake)
+            raise
         self._selector.register(self._wake, selectors.EVENT_READ, None)
         mine = Hello(role=role, run=run, slot=worker, epoch=0, incarnation=0, nonce=auth.nonce())
         credentials = Credentials(hello=mine, secret=secret, roles=frozenset({"agent"}))
         channel = Channel(connection, decoder_of(WorkerMessage | Status), 64 << 20)
-        self._link = Link(channel, self._selector, self, credentials, FarEnd(label=str(path), dialled=True))
+        self._link = Link(channel, self._selector, self, credentials, FarEnd(label=str(agent), dialled=True), limits)
         self._thread = threading.Thread(target=self._serve, name="agent-client", daemon=True)
         self._thread.start()
         with self._news:
             if not self._news.wait_for(lambda: self._open or self._why, deadline):
                 self._why = f"waited {deadline:g} s for the agent's handshake"
         if not self._open:
-            raise AuthenticationFailed(f"{path}: {self._why}")
+            raise AuthenticationFailed(f"{agent}: {self._why}")
 
     @property
     def gone(self) -> bool:
@@ -280,8 +291,7 @@ class AgentClient:
         self, *, epoch: int, snapshot: SnapshotId, owner: int, first: int, count: int, deadline: float | None = None
     ) -> Bytes:
         """Read buckets of another node's data of the chosen snapshot. Only one call at a time per owner."""
-        assert self.attached is not None
-        size = self.attached.bucket_bytes
+        size = self._bucket_bytes
         missing = set(range(first, first + count))
         room = np.empty(count * size, np.uint8)
         with self._news:
@@ -371,11 +381,11 @@ class AgentClient:
         self.refused(link, reason)
 
     def target(self, link: Link, message: Wire, size: int) -> memoryview | None:
-        if not isinstance(message, Part) or message.stripe != READ_STRIPE or self.attached is None:
+        if not isinstance(message, Part) or message.stripe != READ_STRIPE:
             return None
         with self._news:
             room, first, missing = self._reads.get(message.owner, (np.empty(0, np.uint8), 0, set()))
-        start = (message.index - first) * self.attached.bucket_bytes
+        start = (message.index - first) * self._bucket_bytes
         if message.index not in missing or start + size > len(room):
             return None
         return room[start : start + size].data
@@ -397,7 +407,7 @@ class AgentClient:
                 self._why = message.reason
             else:
                 if isinstance(message, Attached):
-                    self.exposed = message.exposed
+                    self.exposed, self._bucket_bytes = message.exposed, message.bucket_bytes
                     descriptors, link.channel.descriptors = link.channel.descriptors, []
                     self.buffers = [self._buffer(descriptor, message.buffer_bytes) for descriptor in descriptors]
                     self._close_mapped()
@@ -431,7 +441,7 @@ class AgentClient:
 
     def _drive(self) -> None:
         while not self._link.closed:
-            for key, mask in self._selector.select(1.0):
+            for key, mask in self._selector.select(self._tick):
                 if key.data is None:
                     with contextlib.suppress(BlockingIOError):
                         os.eventfd_read(self._wake)

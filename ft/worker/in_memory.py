@@ -33,11 +33,14 @@ from keepwarm.ft.protocol.messages import Address
 from keepwarm.ft.spec import SnapshotSpec
 from keepwarm.ft.transport.auth import SECRET, load_secret, run_identity
 from keepwarm.ft.transport.identity import claim_secret, held_secret
+from keepwarm.ft.transport.link import LinkLimits
+from keepwarm.ft.transport.network import READER
+from keepwarm.ft.worker import former_memory
 from keepwarm.ft.worker.client import AgentClient, ensure_agent
-from keepwarm.ft.worker.former_memory import restore_former
 from keepwarm.ft.worker.interval import Interval
 from keepwarm.ft.worker.next_agent import NextAgent
 from keepwarm.ft.worker.reader import RankPlace
+from keepwarm.ft.worker.remote_agent import RemoteAgent
 from keepwarm.ft.worker.snapshotter import GivenUp, Restoration, Shard, SnapshotOptions, Snapshotter, plan_part
 
 ONLY_LAYOUT = LayoutAgents()
@@ -63,7 +66,7 @@ COMMIT_POLL_INTERVAL_S = 0.02
 FOLDER_PATIENCE_S = 2.0
 """How long ranks wait for a run folder from which they need nothing, in seconds."""
 ADDRESS_BYTES = 192
-"""Room for the address of an agent, whose host has at most 128 characters, and its length."""
+"""Room for the address of an agent, whose host has at most 128 characters."""
 LONGEST_PATIENCE = 1 << 20
 """Steps, far beyond any interval between snapshots."""
 
@@ -199,17 +202,26 @@ class InMemoryCheckpointer:
 
         It needs no file for it, and waits for none.
         """
-        rows = torch.zeros(self._nodes, ADDRESS_BYTES, dtype=torch.uint8)
         attached = None if self._client.gone else self._client.attached
+        mine = b"" if attached is None else msgspec.msgpack.encode(attached.address)
+        found = self._told(mine, ADDRESS_BYTES)
         if self._local == 0 and attached is not None:
-            content = msgspec.msgpack.encode(attached.address)
-            row = bytearray((len(content), *content)).ljust(ADDRESS_BYTES, b"\0")
+            agents = {node: msgspec.msgpack.decode(row, type=Address) for node, row in enumerate(found) if row}
+            with contextlib.suppress(AgentError):  # it has just died
+                self._client.introduce(agents)
+
+    def _told(self, mine: bytes, room: int) -> list[bytes]:
+        """Return what the first rank of each node tells, nothing where it tells nothing. Collective.
+
+        `room` is the most bytes that one may tell.
+        """
+        rows = torch.zeros(self._nodes, 2 + room, dtype=torch.uint8)
+        if self._local == 0:
+            row = bytearray(len(mine).to_bytes(2, "little") + mine).ljust(2 + room, b"\0")
             rows[self._node] = torch.frombuffer(row, dtype=torch.uint8)
         self._ranks.all_reduce(rows, dist.ReduceOp.SUM)
-        found = {node: bytes(row.numpy()) for node, row in enumerate(rows)}
-        if self._local == 0 and attached is not None:
-            with contextlib.suppress(AgentError):  # it has just died
-                self._client.introduce({node: _address(row) for node, row in found.items() if row[0]})
+        told = [row.numpy().tobytes() for row in rows]
+        return [row[2 : 2 + int.from_bytes(row[:2], "little")] for row in told]
 
     def _place(self) -> RankPlace:
         return RankPlace(
@@ -435,17 +447,41 @@ class InMemoryCheckpointer:
         return restored
 
     def _restore_former(self, former: FormerLayout) -> Restoration | str:
-        """Restore from the agents of the layout before this one. Raise FtError as `restore` does."""
-        run, deadline = self._config.run, self._spec.commit_deadline
-        path = runtime_folder(run, former.slot, former.generation) / SOCKET
-        client = AgentClient(path, run=run, secret=self._secret, worker=self._local, deadline=deadline)
-        try:
-            restored, self._decoded = restore_former(client, former, self._place(), self._state, self._optional)
+        """Restore from the agents of the layout before this one. Collective. Raise FtError as `restore` does."""
+        mine, memory = b"", None
+        with contextlib.ExitStack() as stack:
+            if former.slot is not None:
+                path = runtime_folder(self._config.run, former.slot, former.generation) / SOCKET
+                client = self._former_client(path, stack)
+                memory, found = former_memory.attach(client, former, self._deployment.ranks_per_node)
+                mine = former_memory.encoded(found)
+            told = former_memory.decoded(self._told(mine, former_memory.FOUND_BYTES))
+            if memory is None:
+                found = former_memory.chosen(told, self._node)
+                client = self._former_client(self._remote(found), stack)
+                memory = former_memory.elsewhere(client, former, found)
+            try:
+                restored, self._decoded = former_memory.restore_former(
+                    memory, self._place(), self._state, self._optional
+                )
+            except ForeignSnapshot as error:
+                return str(error)
             return restored
-        except ForeignSnapshot as error:
-            return str(error)
-        finally:
-            client.close()
+
+    def _former_client(self, agent: Path | RemoteAgent, stack: contextlib.ExitStack) -> AgentClient:
+        role, worker = ("worker", self._local) if isinstance(agent, Path) else (READER, self._ranks.rank)
+        client = AgentClient(
+            agent, run=self._config.run, secret=self._secret, worker=worker, role=role,
+            deadline=self._spec.commit_deadline,
+        )  # fmt: skip
+        stack.callback(client.close)
+        return client
+
+    def _remote(self, found: former_memory.Found) -> RemoteAgent:
+        limits = LinkLimits(silence=self._spec.peer_timeout, authenticate_payloads=self._spec.authenticate == "all")
+        return RemoteAgent(
+            host=found.address.host, port=found.address.port, bucket_bytes=found.bucket_bytes, limits=limits
+        )
 
     def begin_epoch(self, settled: int = 0) -> None:
         """Begin the next epoch without restoring, so that snapshots can be taken. See `restore`."""
@@ -507,10 +543,6 @@ class _Ranks:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier(self._group)
-
-
-def _address(row: bytes) -> Address:
-    return msgspec.msgpack.decode(row[1 : 1 + row[0]], type=Address)
 
 
 def _durable(spec: SnapshotSpec, root: Path) -> DurableConfig | None:

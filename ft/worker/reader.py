@@ -19,20 +19,26 @@ from keepwarm.ft.format.contents import (  # fmt: skip
     contents_length,
     decode_contents,
     plan,
+    split,
 )
+from keepwarm.ft.memory.buffers import READ_CACHE
+from keepwarm.ft.memory.shared_memory import SharedBuffer
 from keepwarm.ft.protocol.messages import Restored, SnapshotId
 from keepwarm.ft.worker.client import AgentClient
 
 T = TypeVar("T")
-CACHED = 8
-"""Number of cached answers from other nodes: neighbouring tensors share buckets."""
+ELSEWHERE = -1
+"""Node of a rank that has no agent of the layout it reads, and no buffers of it."""
+SPAN = 2
+"""Buckets of which as many bytes are read at once from another node. They lie in one bucket more if they begin inside
+one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankPlace:
     """Position of a rank: one of `world` ranks, on node `node` of `nodes`, each of which has `workers` ranks.
 
-    `node` is the slot of the node's agent. `bucket_bytes` must equal that of the agents.
+    `node` is the slot of the node's agent, or `ELSEWHERE`. `bucket_bytes` must equal that of the agents.
     """
 
     rank: int
@@ -60,12 +66,18 @@ class Reader:
     """Finds the data that fills a rank's shards and returns its bytes, verified against their checksums."""
 
     def __init__(
-        self, client: AgentClient, restored: Restored, snapshot: SnapshotId, place: RankPlace, deadline: float
-    ) -> None:
-        """Read `snapshot`, the one named by `restored`. `deadline` is in seconds, per answer from another node."""
+        self, client: AgentClient, restored: Restored, snapshot: SnapshotId, place: RankPlace, deadline: float,
+        buffer_bytes: int = 0,
+    ) -> None:  # fmt: skip
+        """Read `snapshot`, the one named by `restored`.
+
+        `deadline` is in seconds, per answer from another node; `buffer_bytes` the size of a node's data, which a rank
+        `ELSEWHERE` does not see.
+        """
         self._client, self._snapshot, self._epoch, self._sums = client, snapshot, restored.epoch, restored.sums
         self._place, self._node, self._size, self._deadline = place, place.node, place.bucket_bytes, deadline
-        self._buffer = client.buffers[restored.buffer]
+        self._local = None if place.node == ELSEWHERE else client.buffers[restored.buffer]
+        self._buffer_bytes = buffer_bytes if self._local is None else self._local.size
         self._checked: set[int] = set()
         self._cache: dict[tuple[int, int, int], Bytes] = {}
 
@@ -75,7 +87,7 @@ class Reader:
         If the layout differs, the small state is that of rank 0. Names that begin with one of `optional` may be
         missing. Raise `IncompleteError` if any other name is.
         """
-        own = self._parts(self._node)
+        own = [] if self._node == ELSEWHERE else self._parts(self._node)
         meta = {contents.rank: contents.meta for contents, _ in own}
         same = all(contents.world == self._place.world for contents, _ in own)
         try:
@@ -112,6 +124,7 @@ class Reader:
 
     def fill(self, copies: Sequence[tuple[int, Bytes]], threads: Executor) -> None:
         """Copy this node's bytes from each start into its target, in parallel and without verification."""
+        buffer = self._buffer
         parts = [
             (start + at, target[at : at + self._size])
             for start, target in copies
@@ -121,8 +134,8 @@ class Reader:
         def fill(part: tuple[int, Bytes]) -> None:
             start, target = part
             stop = start + len(target)
-            self._buffer.fault_in_to_read(start, stop)
-            np.copyto(target, self._buffer.data[start:stop])
+            buffer.fault_in_to_read(start, stop)
+            np.copyto(target, buffer.data[start:stop])
 
         run_all(threads, fill, parts)
 
@@ -139,14 +152,30 @@ class Reader:
         for (where, low, high), data in self._cache.items():
             if where == owner and low <= first and last <= high:
                 return data[start - low * self._size : stop - low * self._size]
+        self._make_room(last - first)
         data = self._client.read(
             epoch=self._epoch, snapshot=self._snapshot, owner=owner, first=first, count=last - first,
             deadline=self._deadline,
         )  # fmt: skip
-        if len(self._cache) >= CACHED:
-            self._cache.pop(next(iter(self._cache)))
         self._cache[owner, first, last] = data
         return data[start - first * self._size : stop - first * self._size]
+
+    def in_turn(self, move: Move, stored: Stored) -> Iterable[Move]:
+        """Return moves that do the same and read little at once, where that comes from another node."""
+        return (move,) if stored.owner == self._node else split(move, SPAN * self._size)
+
+    @property
+    def _buffer(self) -> SharedBuffer:
+        assert self._local is not None
+        return self._local
+
+    def _make_room(self, buckets: int) -> None:
+        """Drop the oldest answers of other nodes, so that one more leaves at most `READ_CACHE` buckets here.
+
+        Neighbouring tensors share buckets, so the newest ones are kept.
+        """
+        while self._cache and sum(last - first for _, first, last in self._cache) + buckets > READ_CACHE:
+            self._cache.pop(next(iter(self._cache)))
 
     def _buckets(self, start: int, stop: int) -> range:
         return range(start // self._size, -(-stop // self._size))
@@ -165,10 +194,14 @@ class Reader:
         at, count = 0, 1
         while len(found) < count:
             length = contents_length(self.bytes(owner, at, at + HEAD_BYTES))
+            if at + length > self._buffer_bytes:
+                raise IncompleteError(f"a part on node {owner} is said to begin with {length} bytes, there are fewer")
             contents = decode_contents(self.bytes(owner, at, at + length))
             found.append((contents, [Stored(piece, owner, at + start) for piece, start in contents.entries]))
             at += contents.size
             count = contents.workers
+            if len(found) < count and at + HEAD_BYTES > self._buffer_bytes:
+                raise IncompleteError(f"node {owner} is said to hold {count} parts, it has room for {len(found)}")
         return found
 
 

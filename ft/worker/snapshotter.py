@@ -426,9 +426,10 @@ def write_shard(shard: Shard, moves: Iterable[tuple[Move, Stored]], source: Read
     direct = _direct(shard)
     room = local if direct else torch.empty(local.shape, dtype=local.dtype)
     target = room.reshape(-1).view(torch.uint8).numpy()
-    for move, stored in moves:
-        start, stop = move.span
-        move_bytes(move, source.bytes(stored.owner, stored.start + start, stored.start + stop), target)
+    for whole, stored in moves:
+        for move in source.in_turn(whole, stored):
+            start, stop = move.span
+            move_bytes(move, source.bytes(stored.owner, stored.start + start, stored.start + stop), target)
     if not direct:
         with torch.no_grad():
             local.copy_(room)

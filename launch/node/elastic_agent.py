@@ -102,8 +102,9 @@ class NodeAgent(SimpleElasticAgent):
         self._proxy = StoreProxy(secret, handler.membership.node, lambda: list(self._processes.pids.values()))
         self._last_words = [LastWords() for _ in range(options.ranks_per_node)]
         self._signals = self._forwarded = 0
-        self.saving = self._on_disk = False
-        """Workers were asked to save their state and end, so that the run can grow or a node can leave."""
+        self.saving = self.on_disk = False
+        """Workers were asked to hand over or save their state and end, so that the run can grow or a node can leave;
+        and `on_disk`, to save it."""
         self._ended_at: float | None = None
 
     def close(self) -> None:
@@ -127,7 +128,7 @@ class NodeAgent(SimpleElasticAgent):
         }
         # One that has come since the rendezvous is passed on to these workers, too.
         self._ended_at, self._forwarded, self.saving = None, 0, False
-        self._on_disk = False
+        self.on_disk = False
         workers = {}
         for worker in worker_group.workers:
             rank, words = worker.global_rank, self._last_words[worker.local_rank]
@@ -181,7 +182,7 @@ class NodeAgent(SimpleElasticAgent):
         """Report the first failed worker to the other nodes: it ends the run, or begins a restart."""
         if code == ExitCode.INTERRUPTED and self.saving and not self.asked:
             self._processes.wait(FAILURE_GRACE_S)
-            self._handler.on_saved(on_disk=self._on_disk)
+            self._handler.on_saved(on_disk=self.on_disk)
         elif code in FINAL or (code == ExitCode.BAD_INPUT and self._handler.restart == 0):
             self._processes.wait(FAILURE_GRACE_S)
             self._handler.end(code, f"rank {rank}: {FINAL.get(code, 'bad input')} (exit code {code})")
@@ -204,7 +205,7 @@ class NodeAgent(SimpleElasticAgent):
 
     def save(self) -> None:
         """Ask the workers to save their state on disk and end; the next restart continues from there."""
-        self.saving = self._on_disk = True
+        self.saving = self.on_disk = True
         self._processes.send(signal.SIGTERM)
 
     def hand_over(self) -> None:

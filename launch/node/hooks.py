@@ -1,7 +1,7 @@
 """The calls that rendezvous and elastic agent make into the supervisor of their node."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Literal, Protocol
 
 from keepwarm.launch.node.node_agents import Gathered
 from keepwarm.launch.node.slot_table import Kind, Table
@@ -31,6 +31,15 @@ class Hooks(Protocol):
         """Make sure of what memory holds before the run shrinks; return when that is done or has failed.
 
         Return the decision of the agents, all of which stay for the next layout; None: what could be saved is on disk.
+        """
+
+    def may_grow_in_memory(self) -> bool:
+        """Return whether workers can hand over their state in memory so that the run grows, or must save it on disk."""
+
+    def secure_growth(self) -> Gathered | Literal["disk", "nowhere"]:
+        """Find out where workers that have ended have left their state; return once that is certain.
+
+        Return the decision of the agents, all of which stay for the larger layout, or that the state is on disk.
         """
 
     def save_snapshot(self, epoch: int, *, former: bool) -> None:

@@ -2,8 +2,9 @@
 
 Snapshots are coded for one layout. When the number of slots changes, the next layout gets agents of its own, and reads
 from those of the layout before, which stay until it has committed. A node that is lost takes memory with it: its slot
-gets a substitute agent here, for which the group decodes as it does for a spare. Where memory cannot serve, agents
-write their parts as for a durable checkpoint. Only what was not committed is lost.
+gets a substitute agent here, for which the group decodes as it does for a spare. A node that joins has no agent of the
+layout before, and its ranks read from those of others. Where memory cannot serve, agents write their parts as for a
+durable checkpoint. Only what was not committed is lost.
 """
 
 import contextlib
@@ -84,13 +85,13 @@ class NodeAgents:
 
     def names(self, table: Table) -> str:
         """Return what workers need to know of the agents, as JSON."""
-        former = table.former
-        mine = [] if former is None else [slot for slot, node in former.owners.items() if node == self._node]
-        holder = None
-        if former is not None and mine:
+        former, holder = table.former, None
+        if former is not None:
+            mine = [slot for slot, node in former.owners.items() if node == self._node]
             holder = FormerLayout(
-                generation=former.generation, slots=len(former.owners), slot=mine[0], epoch=former.epoch
-            )
+                generation=former.generation, slots=len(former.owners), slot=min(mine, default=None),
+                epoch=former.epoch,
+            )  # fmt: skip
         return msgspec.json.encode(LayoutAgents(generation=table.generation, former=holder)).decode()
 
     def save(self, epoch: int, *, former: bool) -> None:

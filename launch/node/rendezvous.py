@@ -280,11 +280,20 @@ class SlotRendezvous(RendezvousHandler):
         return changed and len(table.failures) == 1
 
     def growth_requested(self) -> bool:
-        """Return whether workers must save their state so that the run can grow; slot 0 decides for all."""
-        if self.slot == 0 and slot_table.request_growth(self.membership.read()).growing:
-            self._change(shared_table.RequestGrowth())
+        """Return whether workers must hand over their state so that the run can grow; slot 0 decides for all."""
+        if self.slot == 0 and slot_table.may_grow(self.membership.read()):
+            self._change(shared_table.RequestGrowth(in_memory=self._hooks.may_grow_in_memory()))
         table = self.membership.read()
         return table.growing and table.restart == self.restart
+
+    @property
+    def grows_in_memory(self) -> bool:
+        """Whether they are to commit it in memory, and not to save it on disk."""
+        return self.membership.read().grows_in_memory
+
+    def grow_on_disk(self) -> None:
+        """Have workers save their state on disk that could not commit it in memory."""
+        self._change(shared_table.RequestGrowth(in_memory=False))
 
     def hand_over_requested(self) -> bool:
         """Return whether the workers must hand over their state so that a node can leave."""
@@ -306,11 +315,15 @@ class SlotRendezvous(RendezvousHandler):
         return choice == "end"
 
     def on_saved(self, *, on_disk: bool) -> None:
-        """Grow the run, or let a node leave: the workers of this node have saved their state and ended."""
+        """Grow the run, or let a node leave: the workers of this node have handed over their state and ended."""
         if self.slot == 0 and self.hand_over_requested():
             self._resize(shared_table.HandOver(restart=self.restart, on_disk=on_disk))
         elif self.slot == 0:
-            self._resize(shared_table.Grow(restart=self.restart))
+            kept, restart = self._hooks.secure_growth(), self.restart
+            if isinstance(kept, str):
+                self._resize(shared_table.Grow(restart=restart, saved=kept == "disk"))
+            else:
+                self._resize(shared_table.Grow(restart=restart, epoch=kept[0], step=kept[1]))
 
     def _resize(self, step: shared_table.Shrink | shared_table.Grow | shared_table.HandOver) -> bool:
         table, changed = self._change(step)

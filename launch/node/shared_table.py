@@ -93,12 +93,19 @@ class Settle(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     generation: int
 
 
-class RequestGrowth(msgspec.Struct, frozen=True, tag=True):
-    pass
+class RequestGrowth(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    in_memory: bool
+    """Workers are to commit their state in memory, and not to save it on disk."""
 
 
 class Grow(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Workers have ended. Their state is on disk, or in the memory of all agents as of this decision."""
+
     restart: int
+    saved: bool = True
+    """It is there for certain."""
+    epoch: int | None = None
+    step: int = 0
 
 
 class Drain(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -182,6 +189,11 @@ def _shrink(table: Table, node: str, change: Shrink, now: float) -> Table:
     return slot_table.shrink(table, kept)
 
 
+def _grow(table: Table, node: str, change: Grow, now: float) -> Table:
+    kept = None if change.epoch is None else Kept(node=node, epoch=change.epoch, step=change.step)
+    return slot_table.grow(table, change.restart, kept, saved=change.saved)
+
+
 def _drain(table: Table, node: str, change: Drain, now: float) -> Table:
     if change.stop:
         return slot_table.stop_draining(table, change.node)
@@ -212,8 +224,8 @@ _STEPS: dict[type, Callable[..., Table]] = {
     ClaimFlush: lambda table, node, one, now: slot_table.claim_flush(table, node),
     AnnounceFlush: lambda table, node, one, now: slot_table.announce_flush(table, node, one.epoch, former=one.former),
     Shrink: _shrink,
-    RequestGrowth: lambda table, node, one, now: slot_table.request_growth(table),
-    Grow: lambda table, node, one, now: slot_table.grow(table, one.restart),
+    RequestGrowth: lambda table, node, one, now: slot_table.request_growth(table, in_memory=one.in_memory),
+    Grow: _grow,
     Drain: _drain,
     Terminated: lambda table, node, one, now: slot_table.terminate(table, node),
     Settle: lambda table, node, one, now: slot_table.settle(table, one.generation),
@@ -229,7 +241,8 @@ def news(table: Table) -> object:
     causes = table.root_causes
     waiting = table.spares if table.begun else ()
     return (
-        table.restart, table.complete, table.ended, table.growing, table.flushing_node, table.flush_epoch,
+        table.restart, table.complete, table.ended, table.growing, table.grows_in_memory, table.flushing_node,
+        table.flush_epoch,
         table.resized, table.excluded, table.slots, table.owners if table.begun else None, waiting,
         causes[0].kind if causes else None, table.decides, table.draining, table.drained,
         table.terminated, table.former,

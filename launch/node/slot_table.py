@@ -9,8 +9,9 @@ One `Table` describes all nodes of a run. Every change is a function from a tabl
   arrived; anything that ends the workers of one slot begins the next restart for all.
 - A node that was given up is in no table. When it wakes up it notices before it does anything else: it is fenced,
   ends what it started, and may come back as a spare.
-- If the job allows, vacant slots that no node takes are given up: the run goes on with fewer slots from disk, and gets
-  them back once there are enough nodes and its workers have saved their state.
+- If the job allows, vacant slots that no node takes are given up: the run goes on with fewer slots, and gets them back
+  once there are enough nodes and its workers have handed over their state. Each time the next layout reads the state
+  from the memory of the agents of the one before, or from disk.
 - A node whose workers repeatedly end the run, or that repeatedly keeps the others waiting, makes room for a spare and
   does not come back; one with a broken GPU does so at once. No more nodes are excluded in one restart than a group can
   lose without losing memory.
@@ -89,7 +90,9 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     groups: dict[int, tuple[tuple[int, ...], ...]] = {}
     """Slots that protect each other, by the number of slots; empty if nodes have no failure domains."""
     growing: bool = False
-    """Workers were asked to save their state and end, so that the run can grow."""
+    """Workers were asked for their state, and to end, so that the run can grow."""
+    grows_in_memory: bool = False
+    """They are to commit it in memory, from where the larger layout reads it, and not to save it on disk."""
     draining: str | None = None
     """The node that is to leave as soon as the workers have handed over their state."""
     drained: tuple[str, ...] = ()
@@ -298,10 +301,10 @@ def _spare_for(table: Table, slot: int) -> str:
 
 
 class Kept(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node has made sure of before the run shrinks: this decision is complete in the agents' memory."""
+    """What a node has made sure of before the run changes its size: this decision is complete in the agents' memory."""
 
     node: str
-    """It runs the agents of the lost slots."""
+    """It runs the agents of lost slots."""
     epoch: int
     step: int
 
@@ -332,13 +335,10 @@ def lost_of_former(table: Table) -> tuple[int, ...]:
 def must_flush_former(table: Table) -> bool:
     """Return whether the state of the layout before must go to disk before workers start.
 
-    So it is if workers have tried to read it from memory, if a node that held some of it is lost, or if one that is to
-    run workers holds none of it. The owner of slot 0 sees to it before it arrives.
+    So it is if workers have tried to read it from memory, or if a node that held some of it is lost. The owner of slot
+    0 sees to it before it arrives.
     """
-    if table.former is None:
-        return False
-    holders, workers = set(table.former.owners.values()), set(table.owners.values())
-    return not table.resized or bool(lost_of_former(table)) or not workers <= holders
+    return table.former is not None and (not table.resized or bool(lost_of_former(table)))
 
 
 def settle(table: Table, generation: int) -> Table:
@@ -368,17 +368,17 @@ def shrink(table: Table, kept: Kept | None = None) -> Table:
     return _change(_resize(table, size), former=former)
 
 
-def request_growth(table: Table) -> Table:
-    """Ask the workers to save their state if spares allow for more slots."""
-    if (
-        not table.complete
-        or table.growing
-        or table.draining is not None
-        or table.ended is not None
-        or _largest(table) <= table.slots
-    ):
-        return table
-    return _change(table, growing=True)
+def may_grow(table: Table) -> bool:
+    """Return whether the workers can be asked for their state because spares allow for more slots."""
+    asked = table.growing or table.draining is not None
+    return table.complete and not asked and table.ended is None and size_after_growing(table) > table.slots
+
+
+def request_growth(table: Table, *, in_memory: bool) -> Table:
+    """Ask the workers for their state if spares allow for more slots, or for a state on disk after one in memory."""
+    if table.growing and table.grows_in_memory and not in_memory:
+        return _change(table, grows_in_memory=False)
+    return _change(table, growing=True, grows_in_memory=in_memory) if may_grow(table) else table
 
 
 def refusal_to_drain(table: Table, node: str) -> str:
@@ -451,16 +451,26 @@ def hand_over(table: Table, restart: int, now: float, *, on_disk: bool) -> Table
     return shrink(table) if on_disk else table
 
 
-def grow(table: Table, restart: int) -> Table:
-    """Begin the next restart with as many slots as there are nodes for: the workers of `restart` have saved."""
+def grow(table: Table, restart: int, kept: Kept | None = None, *, saved: bool = True) -> Table:
+    """Begin the next restart with as many slots as there are nodes for: the workers of `restart` have ended.
+
+    Their state is on disk, or with `kept` in the memory of the agents of this layout, which stay until the next one has
+    committed. If it was not `saved`, in neither way for certain, the layout stays: its agents hold what was committed.
+    """
     if not table.growing or table.restart != restart or table.ended is not None:
         return table
-    size = _largest(table)
+    size = size_after_growing(table)
     table = _next_restart(table)
-    return _resize(table, size) if size > table.slots else table
+    if size <= table.slots or not saved:
+        return table
+    if kept is None:
+        return _resize(table, size)
+    former = FormerOwners(generation=table.generation, owners=table.owners, epoch=kept.epoch, step=kept.step)
+    return _change(_resize(table, size), former=former)
 
 
-def _largest(table: Table) -> int:
+def size_after_growing(table: Table) -> int:
+    """Return the largest allowed number of slots for which there are nodes, else the present one."""
     here = len(table.owners) + len(table.spares_here)
     return next((size for size in table.sizes if size <= here), table.slots)
 
@@ -653,8 +663,8 @@ def inherit(table: Table, store: int, dead: Collection[str]) -> Table:
     nodes = (*table.owners.values(), *table.spares)
     known = tuple(node for node in dead if any(node in view.nodes for view in table.views))
     return _change(
-        table, store=store, absent=nodes, arrived=(), agreed=(), finished=(), growing=False, draining=None,
-        claimed=False,
+        table, store=store, absent=nodes, arrived=(), agreed=(), finished=(), growing=False, grows_in_memory=False,
+        draining=None, claimed=False,
         dead=tuple(dict.fromkeys((*table.dead, *known))), flushing_node=None, flush_epoch=0,
     )  # fmt: skip
 
@@ -712,6 +722,7 @@ def _next_restart(table: Table) -> Table:
         failures=(),
         moved=(),
         growing=False,
+        grows_in_memory=False,
         resized=False,
     )
 

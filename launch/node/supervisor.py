@@ -35,12 +35,19 @@ from keepwarm.launch.node.options import Options
 from keepwarm.launch.node.peers import PeerListener, template_of
 from keepwarm.launch.node.record import NodeRecord, SideWrites, State
 from keepwarm.launch.node.rendezvous import Drained, Excluded, Fenced, NameTaken, NoSpareLeft, SlotRendezvous
-from keepwarm.launch.node.slot_table import Kind, Table, lost_of_former, must_flush_former, size_after_shrinking
+from keepwarm.launch.node.slot_table import (
+    Kind,
+    Table,
+    lost_of_former,
+    must_flush_former,
+    size_after_growing,
+    size_after_shrinking,
+)
 from keepwarm.launch.node.snapshot_agent import SnapshotAgent
 from keepwarm.launch.node.view import Member, identity
 from keepwarm.launch.plan.plan import Plan
 from keepwarm.launch.plan.room import Room
-from keepwarm.launch.plan.text import route
+from keepwarm.launch.plan.text import ONE_PORT, route, route_to_larger
 from keepwarm.launch.rank_processes import OutlivesKill
 from keepwarm.launch.run.gpu_watch import GpuWatch
 from keepwarm.side_writer import attempt
@@ -118,7 +125,9 @@ class Supervisor:
         )
         self._said = ""
         self._redundancy_lost = False
-        self._polled_at = self._started_at = self._asked_at = 0.0
+        self._polled_at = self._started_at = self._asked_at = self._growing_from = 0.0
+        self._way = self._not_in_memory = ""
+        """Which way the run grows and why, and why it could not grow through memory before."""
 
     def run(self) -> int:
         """Take part in the run until it has ended; return its exit code."""
@@ -271,6 +280,7 @@ class Supervisor:
         return template_of(self._peers.secret, members, self._me.node)
 
     def on_resized(self, table: Table) -> None:
+        self._not_in_memory = ""
         self._event(events.Resized(node=self._options.node, slots=table.slots, why=_why(table)))
 
     def save_snapshot(self, epoch: int, *, former: bool) -> None:
@@ -287,17 +297,60 @@ class Supervisor:
             return not self._agent.asked and self._handler.membership.read().vacant == vacant
 
         gathered = self._gather(vacant, still_needed, former=False)
-        if isinstance(gathered, tuple) and table.former is None and (room := self._room_beside(table)) is not None:
-            way = route(room)
+        if isinstance(gathered, tuple) and table.former is None:
+            room = self._room_beside(table, size_after_shrinking(table), lost=len(vacant))
+            way = ONE_PORT if room is None else route(room)
             self._print(f"the run shrinks {way}")
-            if room.enough:
+            if room is not None and room.enough:
                 self._event(events.MemoryKept(node=self._options.node, step=gathered[1], slots=vacant, room=way))
                 return gathered
+            self._event(events.MemoryNotKept(node=self._options.node, why=way))
         if not self._to_disk(gathered, vacant, still_needed, former=False) and table.former is not None:
             lost = lost_of_former(table)  # this layout may have committed nothing yet
             self._to_disk(self._gather(lost, still_needed, former=True), lost, still_needed, former=True)
         self._agents.release()
         return None
+
+    def may_grow_in_memory(self) -> bool:
+        if not self._snapshots:
+            return False
+        table = self._handler.membership.read()
+        room = self._room_beside(table, size_after_growing(table), lost=0)
+        in_memory, self._way = route_to_larger(room, self._job, self._not_in_memory)
+        if not in_memory:
+            self._event(events.MemoryNotKept(node=self._options.node, why=self._way))
+            self._print(f"the run grows {self._way}")
+        return in_memory
+
+    def secure_growth(self) -> Gathered | Literal["disk", "nowhere"]:
+        in_memory = self._handler.grows_in_memory
+        if not self._snapshots or self._is_on_disk(or_equal=not in_memory):
+            return "disk"
+        restart = self._handler.restart
+
+        def still_needed() -> bool:
+            return not self._agent.asked and self._handler.membership.read().restart == restart
+
+        gathered = self._gather((), still_needed, former=False)
+        if isinstance(gathered, tuple):
+            self._print(f"the run grows {self._way}")
+            self._event(events.MemoryKept(node=self._options.node, step=gathered[1], slots=(), room=self._way))
+            return gathered
+        if not still_needed():
+            return "nowhere"
+        self._not_in_memory = gathered
+        self._event(events.MemoryNotKept(node=self._options.node, why=gathered))
+        return "disk" if self._is_on_disk(or_equal=True) else "nowhere"
+
+    def _is_on_disk(self, *, or_equal: bool) -> bool:
+        """Return whether the disk has a later step than this node's agent has committed, `or_equal` the same one.
+
+        Agents end when their workers have saved. If these were asked to commit, an agent that is gone has died.
+        """
+        if (committed := self._agents.present.committed()) is None:
+            return self._growing_from < self._started_at
+        on_disk = within(lambda: newest_step(RunFolder(self._options.folder).checkpoints), FILES_TIMEOUT_S)
+        return on_disk is not None and on_disk >= committed[1] + (not or_equal)
 
     def _flush_former(self) -> None:
         """Have the state of the layout before written to disk: the present one cannot read it from memory."""
@@ -340,12 +393,15 @@ class Supervisor:
             self._event(events.MemoryNotSaved(node=node, why=why, slots=lost))
         return not why
 
-    def _room_beside(self, table: Table) -> Room | None:
-        """Return the room for the next layout's agents beside those that run; None if they cannot run at once."""
-        jobs, size = layouts(self._job), size_after_shrinking(table)
-        if size not in jobs or table.slots not in jobs:
+    def _room_beside(self, table: Table, size: int | None, *, lost: int) -> Room | None:
+        """Return the room for the agents of a layout of `size` slots beside those that run, of `lost` slots included.
+
+        None if they cannot run at once.
+        """
+        jobs = layouts(self._job)
+        if size is None or size not in jobs or table.slots not in jobs:
             return None
-        room = Plan(jobs[table.slots]).room_beside(Plan(jobs[size]), lost=len(table.vacant))
+        room = Plan(jobs[table.slots]).room_beside(Plan(jobs[size]), lost=lost)
         if room is None:
             return None
         after = room.after * (size if self._options.host.startswith("127.") else 1)  # emulated: all on this machine
@@ -396,8 +452,8 @@ class Supervisor:
         self._polled_at = now
         if not self._agent.asked and self._ends():
             self._agent.on_signal(signal.SIGTERM)
-        if now - self._started_at > GROW_AFTER_S and not self._agent.saving and self._handler.growth_requested():
-            self._agent.save()
+        if now - self._started_at > GROW_AFTER_S and self._handler.growth_requested():
+            self._hand_over_to_larger(now)
         if now - self._asked_at > HAND_OVER_INTERVAL_S and self._handler.hand_over_requested():
             self._asked_at = now
             self._hand_over()
@@ -431,6 +487,25 @@ class Supervisor:
         elif not self._agent.saving and time.monotonic() - self._started_at > GROW_AFTER_S:
             # No other node holds the state of the one that leaves, or another layout reads it.
             self._agent.save()
+
+    def _hand_over_to_larger(self, now: float) -> None:
+        """Ask the workers for their state, so that the run can grow: in memory, or on disk if that takes too long."""
+        snapshot = self._job.snapshot
+        if not self._handler.grows_in_memory:
+            if not self._agent.on_disk:
+                self._agent.save()
+            return
+        assert snapshot != "off"
+        if not self._agent.saving:
+            self._growing_from = now
+        if now - self._growing_from > snapshot.commit_deadline:
+            if self._handler.slot == 0:
+                why = f"through the disk: ranks committed nothing within {snapshot.commit_deadline:g} s of being asked"
+                self._event(events.MemoryNotKept(node=self._options.node, why=why))
+                self._handler.grow_on_disk()
+        elif now - self._asked_at > HAND_OVER_INTERVAL_S:
+            self._asked_at = now
+            self._agent.hand_over()
 
     # ---- records
 

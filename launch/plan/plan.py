@@ -112,16 +112,21 @@ class Plan:
         return tuple(Plan(job) for job in layouts(self.job).values() if job is not self.job)
 
     def room_beside(self, after: "Plan", *, lost: int = 1) -> Room | None:
-        """Return the room on this machine for the snapshots of a smaller layout beside those of this one.
+        """Return the room on this machine for the snapshots of another layout beside those of this one.
 
-        The agents of `lost` nodes run beside those of one node. None if two layouts' agents cannot run at once.
+        The agents of `lost` nodes run beside those of one node, and ranks read from other nodes: those of nodes that
+        have joined read everything through one agent of this layout. None if two layouts' agents cannot run at once.
         """
-        spec, before, smaller = self.job.snapshot, self.host_memory, after.host_memory
-        if spec == "off" or spec.port or before is None or smaller is None:
+        spec, before, next_one = self.job.snapshot, self.host_memory, after.host_memory
+        if spec == "off" or spec.port or before is None or next_one is None:
             return None
+        from keepwarm.ft.memory.buffers import READ_CACHE, READ_WINDOW
         from keepwarm.ft.memory.shared_memory import available_memory
 
-        return Room(before=before.total * (1 + lost), after=smaller.total, total=available_memory())
+        nodes, ranks = self.layout.nodes, after.layout.ranks_per_node
+        joining = -(-max(0, after.layout.nodes - nodes) // nodes) * ranks
+        reading = (READ_CACHE * ranks + (READ_WINDOW * joining if nodes > 1 else 0)) * spec.bucket
+        return Room(before=before.total * (1 + lost), after=next_one.total + reading, total=available_memory())
 
     @cached_property
     def placement(self) -> Placement | None:

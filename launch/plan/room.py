@@ -10,6 +10,7 @@ class Room:
     before: int
     """Of the layout that ends: its agents stay until the next layout has committed."""
     after: int
+    """Of the next one, and of what its ranks read from other nodes."""
     total: int
     """What is free without either of them."""
 

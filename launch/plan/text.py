@@ -59,10 +59,23 @@ def size(number: float) -> str:
     return f"{number:.0f} B"
 
 
+ONE_PORT = "through the disk: the agents of both layouts cannot have one port"
+
+
 def route(room: Room) -> str:
-    """Format which way a run goes that shrinks, and why."""
+    """Format which way a run goes that shrinks or grows, and why."""
     way = "memory" if room.enough else "the disk"
     return f"through {way}: both layouts need {size(room.needed)} of {size(room.total)}"
+
+
+def route_to_larger(room: Room | None, job: JobSpec, failed: str = "") -> tuple[bool, str]:
+    """Return whether a run grows through memory, and format its way. `failed`: why it could not the last time. Pure."""
+    spec = job.snapshot
+    if spec == "off" or spec.durable is None:
+        return False, "through the disk: without snapshot.durable, a fault meanwhile could lose what memory holds"
+    if failed:
+        return False, f"through the disk: {failed}"
+    return (False, ONE_PORT) if room is None else (room.enough, route(room))
 
 
 def chart(rate: Callable[[int], float], last: int, marks: Mapping[int, str]) -> list[str]:
@@ -202,11 +215,15 @@ def _smaller(plan: Plan) -> list[str]:
             str(one.layout.data),
             size(max(each.total for each in one.estimates)),
             "-" if one.host_memory is None else size(one.host_memory.total),
-            "through the disk" if (room := plan.room_beside(one)) is None else route(room),
+            ONE_PORT if (room := plan.room_beside(one)) is None else route(room),
+            route_to_larger(one.room_beside(plan, lost=0), plan.job)[1],
         ]
         for one in plan.smaller
     ]
-    header = ("nodes", "data", "memory of a rank", "snapshots on a node", "a shrink goes, with the memory free here")
+    header = (
+        "nodes", "data", "memory of a rank", "snapshots on a node", "a shrink goes, with the memory free here",
+        "growing back goes",
+    )  # fmt: skip
     return ["", "while nodes are missing (cluster.elastic: shrink):", *table(header, rows)] if rows else []
 
 

@@ -284,13 +284,20 @@ class NodeExcluded(Event, frozen=True, kw_only=True):
 
 
 class MemoryKept(Event, frozen=True, kw_only=True):
-    """Before a run shrinks: the snapshot of `step` is complete in memory, including the state of the lost `slots`, and
-    stays there until the next layout has committed; `room` says what both layouts need."""
+    """Before a run shrinks or grows: the snapshot of `step` is complete in memory, including the state of the lost
+    `slots`, and stays there until the next layout has committed; `room` says what both layouts need."""
 
     node: str
     step: int
     slots: tuple[int, ...]
     room: str
+
+
+class MemoryNotKept(Event, frozen=True, kw_only=True):
+    """Before a run shrinks or grows: the next layout cannot read the state from memory, and does so from disk."""
+
+    node: str
+    why: str
 
 
 class MemorySaved(Event, frozen=True, kw_only=True):

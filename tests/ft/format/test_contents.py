@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keepwarm.ft.errors import IncompleteError
-from keepwarm.ft.format.contents import Piece, as_bytes, boxes, move_bytes, plan
+from keepwarm.ft.format.contents import Piece, as_bytes, boxes, move_bytes, plan, split
 
 
 def content(piece: Piece, whole: Any) -> Any:
@@ -63,6 +63,22 @@ def test_plan_any_layout_is_filled_from_any_other(case: Any, random: Any) -> Non
             move_bytes(move, source[start:stop], out.view(np.uint8))
             moved += math.prod(move.shape)
         assert moved == piece.elements
+        np.testing.assert_array_equal(out, content(piece, whole))
+
+
+@given(pairs(), st.integers(1, 64))
+def test_split_moves_copy_the_same_and_read_little_at_once(case: Any, limit: int) -> None:
+    shape, dtype, old, new = case
+    width = {"F32": np.uint32, "BF16": np.uint16, "I64": np.uint64, "U8": np.uint8}[dtype]
+    whole = np.arange(math.prod(shape)).astype(width).reshape(shape)
+    for piece in new:
+        out = np.full(piece.elements, 255, width)
+        for move in plan(piece, old):
+            source = as_bytes(content(old[move.source], whole))
+            for part in split(move, limit):
+                start, stop = part.span
+                assert stop - start <= max(limit, move.item_size)
+                move_bytes(part, source[start:stop], out.view(np.uint8))
         np.testing.assert_array_equal(out, content(piece, whole))
 
 

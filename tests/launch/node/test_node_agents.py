@@ -70,6 +70,8 @@ def test_former_agents_hold_and_write_the_state_of_a_lost_node_until_it_is_settl
             generation=1, former=FormerLayout(generation=0, slots=2, slot=0, epoch=gathered[0])
         )
         assert {run.status(slot).committed for slot in (0, 1)} == {(1, 7)}
+        joined = msgspec.json.decode(NodeAgents(run.agent, "another").names(smaller), type=LayoutAgents)
+        assert joined.former == FormerLayout(generation=0, slots=2, slot=None, epoch=gathered[0])
 
         again = agents.gather([], former=True, still_needed=lambda: True, deadline=120.0)
         assert isinstance(again, tuple), again

@@ -316,7 +316,7 @@ def test_former_memory_is_flushed_once_workers_have_failed_or_nodes_have_changed
     failed = slot_table.fail(arrived(table), "n1", table.restart, "failed", "it could not read", 2.0)
     before_start = slot_table.lose(table, "n2", "gone", 2.0)
     spare = slot_table.lose(table, "n3", "gone", 2.0)
-    joined = slot_table.lose(slot_table.join(spare, "new", "spare"), "n2", "gone", 3.0)
+    joined = slot_table.lose(slot_table.join(table, "new", "spare"), "n2", "gone", 3.0)
     for one in (failed, before_start, slot_table.lose(arrived(table), "n2", "gone", 2.0), spare, joined):
         assert one.former == table.former
         assert slot_table.must_flush_former(one)
@@ -329,19 +329,45 @@ def test_former_memory_is_flushed_once_workers_have_failed_or_nodes_have_changed
 
 def test_grow_enough_spares_after_saving_resizes() -> None:
     table = arrived(slot_table.shrink(slot_table.lose(elastic(), "n0", "gone", 1.0)))
-    assert slot_table.request_growth(table) == table  # one spare is not enough for four
-    table = slot_table.request_growth(slot_table.join(table, "back", "spare"))
+    assert slot_table.request_growth(table, in_memory=True) == table  # one spare is not enough for four
+    table = slot_table.request_growth(slot_table.join(table, "back", "spare"), in_memory=False)
     assert table.growing
     assert table.complete  # its workers are still saving
+    assert slot_table.request_growth(table, in_memory=True) == table  # they are saving on disk
     assert slot_table.grow(table, table.restart - 1) == table
     grown = slot_table.grow(table, table.restart)
     assert (grown.slots, grown.restart, grown.resized, grown.growing) == (4, table.restart + 1, True, False)
+    assert grown.former is None
     assert grown.owners == {0: "n2", 1: "n1", 2: "n3", 3: "back"}
     assert arrived(grown).complete
     assert arrived(grown).charged_restarts == table.charged_restarts  # that was no failure
     # A node that is lost meanwhile is mended first.
     lost = slot_table.lose(table, "n1", "gone", 2.0)
     assert (lost.growing, lost.owners) == (False, {0: "n2", 1: "n3"})
+
+
+def test_grow_through_memory_keeps_the_agents_of_the_smaller_layout_for_all_nodes() -> None:
+    small = arrived(slot_table.shrink(slot_table.lose(elastic(), "n0", "gone", 1.0)))
+    table = slot_table.request_growth(slot_table.join(small, "back", "spare"), in_memory=True)
+    assert (table.growing, table.grows_in_memory) == (True, True)
+    late = slot_table.request_growth(table, in_memory=False)  # workers could not commit
+    assert (late.growing, late.grows_in_memory) == (True, False)
+    unsure = slot_table.grow(table, table.restart, saved=False)
+    assert (unsure.slots, unsure.generation, unsure.restart) == (2, table.generation, table.restart + 1)
+    assert (unsure.growing, unsure.grows_in_memory, unsure.resized) == (False, False, False)
+
+    grown = slot_table.grow(table, table.restart, Kept(node="n2", epoch=6, step=20))
+    assert grown.owners == {0: "n2", 1: "n1", 2: "n3", 3: "back"}
+    assert grown.former == FormerOwners(generation=1, owners={0: "n2", 1: "n1"}, epoch=6, step=20)
+    assert (grown.generation, grown.grows_in_memory) == (2, False)
+    assert not slot_table.must_flush_former(grown)  # nodes that hold none of it read from those that do
+    other = slot_table.lose(slot_table.join(grown, "later", "spare"), "back", "gone", 3.0)
+    assert other.owners[3] == "later"
+    assert not slot_table.must_flush_former(other)
+    assert slot_table.must_flush_former(slot_table.lose(grown, "n1", "gone", 3.0))
+    failed = slot_table.fail(arrived(grown), "back", grown.restart, "killed", "before the first commit", 4.0)
+    assert slot_table.must_flush_former(failed)
+    assert slot_table.settle(arrived(grown), 2).former is None
 
 
 def at_fault(count: int = 3, spares: int = 2, **options: Any) -> Table:
@@ -468,10 +494,11 @@ class History(RuleBasedStateMachine):
     def shrink(self) -> None:
         self.resize(slot_table.shrink(self.table))
 
-    @rule(late=st.integers(0, 1))
-    def grow(self, late: int) -> None:
-        self.become(slot_table.request_growth(self.table))
-        self.resize(slot_table.grow(self.table, self.table.restart - late))
+    @rule(late=st.integers(0, 1), in_memory=st.booleans(), saved=st.booleans())
+    def grow(self, late: int, in_memory: bool, saved: bool) -> None:
+        self.become(slot_table.request_growth(self.table, in_memory=in_memory))
+        kept = Kept(node="n0", epoch=1, step=1) if self.table.grows_in_memory else None
+        self.resize(slot_table.grow(self.table, self.table.restart - late, kept, saved=saved))
 
     def resize(self, after: Table) -> None:
         """Every node stays, and owners of slots that remain keep them."""

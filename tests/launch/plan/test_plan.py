@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from keepwarm.ft.format.contents import META_BYTES
+from keepwarm.ft.memory.buffers import READ_CACHE, READ_WINDOW
 from keepwarm.launch.plan.plan import Plan, sampled_steps
 from keepwarm.launch.plan.plot import draw_plan
 from keepwarm.launch.plan.room import Room
-from keepwarm.launch.plan.text import chart, count, print_plan, route, size
+from keepwarm.launch.plan.text import chart, count, print_plan, route, route_to_larger, size
 from keepwarm.trainer.errors import OutputError
 from keepwarm.trainer.job.files import load_job
 from keepwarm.trainer.job.learning_rate import LinearSpec
@@ -79,7 +80,8 @@ def test_plan_text_lists_layouts_to_shrink_to(capsys: pytest.CaptureFixture[str]
     print_plan(elastic, spec=True)
     text = capsys.readouterr().out
     assert "while nodes are missing (cluster.elastic: shrink):" in text
-    assert len(re.findall(r"through memory: both layouts need \d+\.\d [MG]iB of \d+\.\d [GT]iB\n", text)) == 2
+    way = r"through memory: both layouts need \d+\.\d [MG]iB of \d+\.\d [GT]iB"
+    assert len(re.findall(rf"{way} +{way}\n", text)) == 2  # there and back
     assert text.index("stages") < text.index("# snapshot: the resolved spec") < text.index("elastic: shrink\n")
     print_plan(whole)
     text = capsys.readouterr().out
@@ -97,8 +99,28 @@ def test_plan_route_of_a_shrink_follows_from_the_memory_of_both_layouts() -> Non
     assert found is not None
     assert before is not None
     assert after is not None
-    assert (found.before, found.after) == (3 * before.total, after.total)
+    bucket = 8 << 20
+    assert (found.before, found.after) == (3 * before.total, after.total + READ_CACHE * bucket)
+    grown = whole.smaller[0].room_beside(whole, lost=0)
+    assert grown is not None
+    # Two nodes are there and two join: each agent that there is passes two buckets on to a rank that has none.
+    reading = (READ_CACHE + READ_WINDOW) * bucket
+    assert (grown.before, grown.after) == (after.total, before.total + reading)
+    alone = whole.smaller[1].room_beside(whole, lost=0)
+    assert alone is not None
+    assert alone.after == before.total + READ_CACHE * bucket  # it sends its own memory
+    assert route_to_larger(grown, whole.job) == (True, route(grown))
+    crowded = replace(grown, total=0)
+    assert route_to_larger(crowded, whole.job) == (False, route(crowded))
+    assert route_to_larger(grown, whole.job, "no agent is running") == (False, "through the disk: no agent is running")
+    loose = plan("cluster.elastic=shrink", "snapshot.durable=null", "checkpoint.every=5", job="ci/snapshot")
+    assert route_to_larger(grown, loose.job)[0] is False
+    assert "snapshot.durable" in route_to_larger(grown, loose.job)[1]
     fixed = plan("cluster.elastic=shrink", "snapshot.port=7000", job="ci/snapshot")
+    assert route_to_larger(None, fixed.job) == (
+        False,
+        "through the disk: the agents of both layouts cannot have one port",
+    )
     assert fixed.room_beside(fixed.smaller[0]) is None  # two agents cannot have one port
 
 

@@ -6,10 +6,14 @@ import pytest
 import torch
 
 from keepwarm.ft.discovery.config import FormerLayout
-from keepwarm.ft.errors import ForeignSnapshot
+from keepwarm.ft.errors import AuthenticationFailed, ForeignSnapshot
+from keepwarm.ft.protocol.messages import InventoryRequest, Read
+from keepwarm.ft.transport.link import LinkLimits
+from keepwarm.ft.transport.network import READER
+from keepwarm.ft.worker import former_memory
 from keepwarm.ft.worker.client import AgentClient
-from keepwarm.ft.worker.former_memory import restore_former
 from keepwarm.ft.worker.reader import RankPlace
+from keepwarm.ft.worker.remote_agent import RemoteAgent
 from keepwarm.ft.worker.snapshotter import Restoration
 from keepwarm.parallel.shard import Shard
 from tests.support.ft.nodes import BUCKET, Nodes, together
@@ -22,21 +26,53 @@ TARGETS = {1: ("1x1x1", "data-3", "data-3-replicated", "pipeline-2-interleaved")
 """Layouts that read it, by ranks on a node: on fewer nodes."""
 
 
-class Run(Nodes):
-    """Four nodes, any two of which may be lost."""
+SMALLER = {"1x1x1": (1, 0), "data-3": (1, 1), "2x1x2-flat": (2, 1)}
+"""Layouts from which a run grows, their ranks on a node, and the parity of their groups."""
+LARGER = {
+    "1x1x1": ("data-3", "pipeline-2-interleaved", "data-4-hybrid"),
+    "data-3": ("data-4-hybrid", "tensor-4"),
+    "2x1x2-flat": ("2x1x3", "2x2x2", "2x2x1-uneven-stages"),
+}
 
-    def __init__(self, folder: Path, workers: int) -> None:
-        super().__init__(folder, 4, workers=workers, groups=[(range(4), 2)], state_bytes=1 << 20)
+
+class Run(Nodes):
+    """Four nodes, any two of which may be lost, or as many as are said."""
+
+    def __init__(self, folder: Path, workers: int, nodes: int = 4, parity: int = 2) -> None:
+        super().__init__(folder, nodes, workers=workers, groups=[(range(nodes), parity)], state_bytes=1 << 20)
+        self.found: dict[int, former_memory.Found] = {}
+        """What the ranks of each node have told of its agent, which all ranks hear."""
 
     def read(self, epoch: int, slot: int, place: RankPlace, shards: dict[str, Shard]) -> Restoration | str:
-        former = FormerLayout(generation=0, slots=4, slot=slot, epoch=epoch)
+        former = FormerLayout(generation=0, slots=self.nodes, slot=slot, epoch=epoch)
         socket, worker = self.configs[slot].socket, place.rank % place.workers
         client = AgentClient(socket, run=self.run, secret=self.secret, worker=worker, deadline=120.0)
         try:
-            restored, _ = restore_former(client, former, place, shards, ())
+            memory, found = former_memory.attach(client, former, place.workers)
+            self.found |= former_memory.decoded([b""] * slot + [former_memory.encoded(found)])
+            restored, _ = former_memory.restore_former(memory, place, shards, ())
             return restored
         finally:
             client.close()
+
+    def read_elsewhere(self, epoch: int, place: RankPlace, shards: dict[str, Shard]) -> Restoration | str:
+        former = FormerLayout(generation=0, slots=self.nodes, slot=None, epoch=epoch)
+        found = former_memory.chosen(self.found, place.node)
+        client = self.reader(found, place.rank)
+        try:
+            restored, _ = former_memory.restore_former(
+                former_memory.elsewhere(client, former, found), place, shards, ()
+            )
+            return restored
+        finally:
+            client.close()
+
+    def reader(self, found: former_memory.Found, rank: int) -> AgentClient:
+        agent = RemoteAgent(
+            host=found.address.host, port=found.address.port, bucket_bytes=found.bucket_bytes,
+            limits=LinkLimits(silence=30.0),
+        )  # fmt: skip
+        return AgentClient(agent, run=self.run, secret=self.secret, worker=rank, role=READER, deadline=120.0)
 
 
 def committed(world: Run, case: Case, state: State) -> None:
@@ -103,5 +139,76 @@ def test_reshard_from_memory_that_cannot_serve_says_why_and_writes_nothing(tmp_p
         answer = world.read(3, 1, place_of(0, 1, 1), shards_of(0, MODEL, LAYOUTS["1x1x1"], None))
         assert isinstance(answer, str)
         assert "needs 2 good chunks and has 1; those of slots [0, 2, 3] are lost" in answer
+    finally:
+        world.close()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("source", SMALLER)
+def test_reshard_from_memory_of_nodes_that_joined_equals_what_was_saved(tmp_path: Path, source: str) -> None:
+    """Nodes without an agent of the smaller layout read from those of others, one of which was decoded before."""
+    (workers, parity), state = SMALLER[source], whole_state(MODEL, seed=5)
+    nodes = LAYOUTS[source].layout.world_size // workers
+    world = Run(tmp_path, workers, nodes, parity)
+    try:
+        world.start_all()
+        committed(world, LAYOUTS[source], state)
+        if parity:
+            world.kill(1)
+            world.start(1)
+        for epoch, target in enumerate(LARGER[source], 2):
+            case = LAYOUTS[target]
+            found = [shards_of(rank, MODEL, case, None) for rank in range(case.layout.world_size)]
+            world.found = {}
+
+            def restored(
+                rank: int, epoch: int = epoch, case: Case = case, found: list[dict[str, Shard]] = found
+            ) -> Restoration | str:
+                place = place_of(rank, case.layout.world_size, workers)
+                if place.node < nodes:
+                    return world.read(epoch, place.node, place, found[rank])
+                return world.read_elsewhere(epoch, place, found[rank])
+
+            here = nodes * workers
+            for ranks in (range(here), range(here, case.layout.world_size)):
+                for result in together(restored, ranks) if ranks else []:
+                    assert isinstance(result, Restoration), result
+                    assert (result.step, result.meta) == (7, b"small state")
+            for rank, shards in enumerate(found):
+                expected = shards_of(rank, MODEL, case, state)
+                for name, shard in shards.items():
+                    assert torch.equal(shard.local, expected[name].local), f"{target}, rank {rank}: {name}"
+    finally:
+        world.close()
+
+
+@pytest.mark.dist
+def test_reader_gets_bytes_and_cannot_say_anything_else(tmp_path: Path) -> None:
+    world = Run(tmp_path, 1, 3, 1)
+    try:
+        world.start_all()
+        committed(world, LAYOUTS["data-3"], whole_state(MODEL, seed=5))
+        status = world.status(0)
+        shards = shards_of(0, MODEL, LAYOUTS["1x1x1"], None)
+        assert isinstance(world.read(2, 0, place_of(0, 1, 1), shards), Restoration)
+        found = world.found[0]
+        assert found.snapshot is not None
+        for wrong in (
+            InventoryRequest(epoch=99),
+            Read(epoch=2, snapshot=found.snapshot, owner=3, first=0, count=1),
+        ):
+            reader = world.reader(found, 0)
+            try:
+                assert len(reader.read(epoch=2, snapshot=found.snapshot, owner=1, first=0, count=1)) == BUCKET
+                reader._send(wrong)
+                reader._until(lambda: reader.gone, 30.0, "to be sent away")  # noqa: B023
+            finally:
+                reader.close()
+        assert (world.status(0).pid, world.status(0).epoch) == (status.pid, 2)
+        with pytest.raises(AuthenticationFailed):
+            AgentClient(
+                RemoteAgent(host="127.0.0.1", port=found.address.port, bucket_bytes=BUCKET), run=world.run,
+                secret=b"x" * 64, role=READER, deadline=30.0,
+            )  # fmt: skip
     finally:
         world.close()

@@ -1,5 +1,6 @@
 """Runs that lose a node for which there is no spare: they go on with fewer replicas, and grow when a node is back."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -19,6 +20,22 @@ from tests.support.runs.run_contents import steps_of
 
 SHRINK = ("cluster.elastic=shrink", "cluster.shrink_after=0.5")
 TWO = ("parallel.data=2", "snapshot.code=null", "numerics.precision=fp64", "stages.0.tokens=153_600", *SHRINK)
+
+
+SHORT = ("snapshot.durable.every=1000", "stages.0.tokens=30_720")
+
+
+@contextlib.contextmanager
+def spare(run: Run) -> Iterator[subprocess.Popen[bytes]]:
+    """A node that joins a run of two."""
+    back = [sys.executable, "-P", "-m", "keepwarm.launch.node", str(run.folder), "--slots=2", "--node=back", "--spare"]
+    path = os.environ.get("PYTHONPATH", str(ROOT / "src"))
+    node = subprocess.Popen(back, cwd=ROOT, env=os.environ | {"PYTHONPATH": path})
+    try:
+        yield node
+    finally:
+        node.kill()
+        node.wait(DEADLINE)
 
 
 def test_shrink_layouts_fit_the_batch_and_the_nodes() -> None:
@@ -62,18 +79,14 @@ def test_shrink_two_replicas_become_one_and_two_again(tmp_path: Path, start: Cal
     (kept,) = run.events("memory_kept")
     assert smaller["step"] == kept["step"] >= 14  # of the 15 that were done at least
     assert run.owner(0).node == "node-1"
-    back = [sys.executable, "-P", "-m", "keepwarm.launch.node", str(run.folder), "--slots=2", "--node=back", "--spare"]
-    node = subprocess.Popen(back, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
-    try:
+    with spare(run) as node:
         larger = run.recovered(2)
-        assert (larger["level"], larger["source"]) == ("resized", "disk")
-        (saved,) = run.events("interrupted")
-        assert larger["step"] == saved["step"]  # nothing was lost
+        assert (larger["level"], larger["source"]) == ("resized", "memory")
+        handed_over = run.events("memory_kept")[1]
+        assert larger["step"] == handed_over["step"] > smaller["step"]  # nothing was lost
         run.done()
         assert node.wait(DEADLINE) == 0
-    finally:
-        node.kill()
-        node.wait(DEADLINE)
+    assert run.events("memory_not_kept") == run.events("interrupted") == []
     assert [event["slots"] for event in run.events("resized")] == [1, 2]
     assert [event["ranks"] for event in run.events("training_started")] == [2, 1, 2]
     assert_close(run.folder, whole)
@@ -128,6 +141,7 @@ from keepwarm.trainer.loop.callback import Callback, Run, StepDone
 
 class FailsOnceOptions(Section):
     marker: str
+    ranks: int
 
 
 class FailsOnce(Callback):
@@ -135,27 +149,34 @@ class FailsOnce(Callback):
 
     def after_step(self, run: Run, done: StepDone) -> None:
         # Before the snapshot of this step is offered.
-        if run.world.size == 1 and not Path(self.options.marker).exists():
-            Path(self.options.marker).touch()
+        if (run.world.size, run.world.rank) == (self.options.ranks, 0) and Path(self.options.marker).exists():
+            Path(self.options.marker).unlink()
             os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.dist
-@pytest.mark.long
-@pytest.mark.timeout(900)
-def test_shrink_that_fails_before_the_first_commit_goes_through_the_disk(
-    tmp_path: Path, start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The old layout's memory is still there: no step that it had committed is lost."""
+@pytest.fixture
+def fails_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The marker for which rank 0 ends itself after a step in a layout."""
     info = tmp_path / "site" / "fails_once-1.0.dist-info"
     info.mkdir(parents=True)
     (tmp_path / "site" / "fails_once.py").write_text(FAILS_ONCE)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fails-once\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[keepwarm.callbacks]\nfails_once = fails_once:FailsOnce\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}{os.pathsep}{ROOT / 'src'}")
-    options = (*TWO, f"callbacks.fails_once.marker={tmp_path / 'marker'}", "snapshot.durable.every=1000")
-    run = start(*options, "stages.0.tokens=30_720", "--nodes", "2", cold=True)
+    return tmp_path / "marker"
+
+
+@pytest.mark.dist
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_shrink_that_fails_before_the_first_commit_goes_through_the_disk(
+    start: Callable[..., Run], fails_once: Path
+) -> None:
+    """The old layout's memory is still there: no step that it had committed is lost."""
+    fails_once.touch()
+    options = (f"callbacks.fails_once.marker={fails_once}", "callbacks.fails_once.ranks=1")
+    run = start(*TWO, *options, *SHORT, "--nodes", "2", cold=True)
     run.after(15)
     run.lose_node(0)
     smaller = run.recovered(1)
@@ -166,7 +187,34 @@ def test_shrink_that_fails_before_the_first_commit_goes_through_the_disk(
     assert (smaller["source"], smaller["step"]) == ("disk", kept["step"])
     assert saved["step"] == kept["step"] >= 14
     assert run.events("memory_not_saved") == []
-    assert [line["step"] for line in steps_of(run.folder)] == list(range(1, 61))
+    assert [line["step"] for line in steps_of(run.folder) if "loss" in line] == list(range(1, 61))
+    assert_nothing_left(run)
+
+
+@pytest.mark.dist
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_growth_that_fails_before_the_first_commit_goes_through_the_disk(
+    start: Callable[..., Run], fails_once: Path
+) -> None:
+    """The smaller layout's memory is still there: no step that it had committed is lost."""
+    options = (f"callbacks.fails_once.marker={fails_once}", "callbacks.fails_once.ranks=2")
+    run = start(*TWO, *options, *SHORT, "stages.0.tokens=61_440", "--nodes", "2", cold=True)
+    run.after(15)
+    run.lose_node(0)
+    assert run.recovered(1)["source"] == "memory"
+    fails_once.touch()
+    with spare(run) as node:
+        again = run.recovered(2)
+        run.done()
+        assert node.wait(DEADLINE) == 0
+    handed_over = run.events("memory_kept")[1]
+    (saved,) = run.events("memory_saved")
+    # The layout that has grown reports once its first step is done, and that is the one which ends its rank.
+    assert (again["level"], again["source"], again["step"]) == ("disk", "disk", handed_over["step"])
+    assert saved["step"] == handed_over["step"] > 15
+    assert run.events("memory_not_saved") == run.events("memory_not_kept") == []
+    assert [line["step"] for line in steps_of(run.folder) if "loss" in line] == list(range(1, 121))
     assert_nothing_left(run)
 
 

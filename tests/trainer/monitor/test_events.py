@@ -65,9 +65,8 @@ def test_events_unknown_field_is_ignored(tmp_path: Path) -> None:
 NAMES = """
 training_started began finished interrupted parent lr_changed data_changed gate skipped empty spike stopped straggler
 hang snapshots snapshot_failed redundancy_lost snapshot_unlocked checkpoint_failed sink_failed output_lost recovery
-supervisor_started
-supervisor_ended failure whole node_drained node_excluded memory_kept memory_saved memory_not_saved resized
-batch_started batch_ended requeue requeue_refused
+supervisor_started supervisor_ended failure whole node_drained node_excluded memory_kept memory_not_kept memory_saved
+memory_not_saved resized batch_started batch_ended requeue requeue_refused
 """
 
 
