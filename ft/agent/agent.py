@@ -135,6 +135,8 @@ class Agent:
         self.outbox = Outbox()
         self._events: collections.deque[tuple[events.Event, Arrived | None]] = collections.deque()
         self._dispatching = False
+        self._exposed = self.state.exposed
+        """What workers were told last, or when they attached."""
         self.inbox = Inbox(self)
         self.repair = Repair(self)
         self.reads = Reads(self)
@@ -312,15 +314,21 @@ class Agent:
         try:
             while self._events:
                 event, arrived = self._events.popleft()
-                exposed = self.state.exposed
-                self.state, effects = step(self.state, event)
+                before = self.state
+                self.state, effects = step(before, event)
                 self._records.write(self.state, self.sessions.pids)
                 for effect in effects:
                     self._effects.carry_out(effect, arrived)
-                if self.state.exposed != exposed:
-                    self.sessions.send_all(Exposed(exposed=not exposed))
+                if self.state is not before:
+                    self._say_whether_exposed()
         finally:
             self._dispatching = False
+
+    def _say_whether_exposed(self) -> None:
+        exposed = self.state.exposed
+        if exposed != self._exposed:
+            self._exposed = exposed
+            self.sessions.send_all(Exposed(exposed=exposed))
 
     def promise(self, vote: Vote) -> None:
         self._records.vote = vote

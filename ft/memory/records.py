@@ -76,9 +76,9 @@ class Records:
 
     def write(self, state: State, workers: Mapping[int, int]) -> None:
         """Write down what matters of a state, if that has changed. `workers` are the pids of the attached workers."""
-        if self._before is not None and same(self._before[0], state) and self._before[1:] == (workers, self.vote):
+        before, self._before = self._before, (state, workers, self.vote)
+        if before is not None and (before[0] is state or same(before[0], state)) and before[1:] == self._before[1:]:
             return
-        self._before = state, workers, self.vote
         record = Record(
             config=self._config, memory=kept(state), workers=tuple(_processes(workers)), vote=self.vote
         )  # fmt: skip
