@@ -52,6 +52,7 @@ from keepwarm.ft.memory.cpus import unbind
 from keepwarm.ft.memory.records import Records
 from keepwarm.ft.memory.shared_memory import Holder
 from keepwarm.ft.protocol import events, kept_memory
+from keepwarm.ft.protocol.ballot import Promises
 from keepwarm.ft.protocol.messages import (
     Address,
     Attached,
@@ -140,7 +141,7 @@ class Agent:
         self.inbox = Inbox(self)
         self.repair = Repair(self)
         self.reads = Reads(self)
-        self.election = RecoveryElection(self, self._records.vote)
+        self.election = RecoveryElection(self, self._records.promises)
         self.scrub = Scrub(self)
         self.durable = DurableWriter(self, config.durable) if config.durable is not None else None
         self.peers = PeerLinks(self, self.inbox, self.repair, self.reads, self.election)
@@ -330,8 +331,8 @@ class Agent:
             self._exposed = exposed
             self.sessions.send_all(Exposed(exposed=exposed))
 
-    def promise(self, vote: Vote) -> None:
-        self._records.vote = vote
+    def promise(self, promises: Promises) -> None:
+        self._records.promises = promises
         self._records.write(self.state, self.sessions.pids)
 
     def route(self, sender: int, incarnation: int, message: Any) -> None:
