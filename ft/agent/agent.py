@@ -52,6 +52,7 @@ from keepwarm.ft.memory.cpus import unbind
 from keepwarm.ft.memory.records import Records
 from keepwarm.ft.memory.shared_memory import Holder
 from keepwarm.ft.protocol import events, kept_memory
+from keepwarm.ft.protocol.ballot import Promises
 from keepwarm.ft.protocol.messages import (
     Address,
     Attached,
@@ -135,10 +136,12 @@ class Agent:
         self.outbox = Outbox()
         self._events: collections.deque[tuple[events.Event, Arrived | None]] = collections.deque()
         self._dispatching = False
+        self._exposed = self.state.exposed
+        """What workers were told last, or when they attached."""
         self.inbox = Inbox(self)
         self.repair = Repair(self)
         self.reads = Reads(self)
-        self.election = RecoveryElection(self, self._records.vote)
+        self.election = RecoveryElection(self, self._records.promises)
         self.scrub = Scrub(self)
         self.durable = DurableWriter(self, config.durable) if config.durable is not None else None
         self.peers = PeerLinks(self, self.inbox, self.repair, self.reads, self.election)
@@ -312,18 +315,24 @@ class Agent:
         try:
             while self._events:
                 event, arrived = self._events.popleft()
-                exposed = self.state.exposed
-                self.state, effects = step(self.state, event)
+                before = self.state
+                self.state, effects = step(before, event)
                 self._records.write(self.state, self.sessions.pids)
                 for effect in effects:
                     self._effects.carry_out(effect, arrived)
-                if self.state.exposed != exposed:
-                    self.sessions.send_all(Exposed(exposed=not exposed))
+                if self.state is not before:
+                    self._say_whether_exposed()
         finally:
             self._dispatching = False
 
-    def promise(self, vote: Vote) -> None:
-        self._records.vote = vote
+    def _say_whether_exposed(self) -> None:
+        exposed = self.state.exposed
+        if exposed != self._exposed:
+            self._exposed = exposed
+            self.sessions.send_all(Exposed(exposed=exposed))
+
+    def promise(self, promises: Promises) -> None:
+        self._records.promises = promises
         self._records.write(self.state, self.sessions.pids)
 
     def route(self, sender: int, incarnation: int, message: Any) -> None:

@@ -1,8 +1,10 @@
 """Agree on the snapshot to restore. Agents send inventories to the lowest live slot, which proposes a choice.
 
-The choice for which a majority of the slots has voted (`keepwarm.ft.protocol.ballot`) stands, with its decoding plan,
-and is told along the links; what peers ask meanwhile is put off. No file is needed for it: the shared folder gets a
-copy. Where fewer than a majority are connected, the first choice that is written to the folder stands.
+The choice for which enough slots have voted (`keepwarm.ft.protocol.ballot`) stands, with its decoding plan, and is told
+along the links; what peers ask meanwhile is put off. No file is needed for it. Where too few are connected, the first
+choice that is written to the folder stands. So it is written there before anyone is asked to vote, if the folder
+answers, and if it has another one, that one stands. Should the folder have answered only one side of a cut, two choices
+of one epoch may be followed for a while: whoever hears of both asks for the next epoch.
 
 Agents tell of an epoch along their usual links and connect to the lowest slots, which connect to all. Another agent
 connects to all only if it knows of no lower one. So an epoch takes a few links for each agent, never one for each pair.
@@ -19,7 +21,7 @@ from keepwarm.ft.agent.shell import Shell
 from keepwarm.ft.discovery.registry import REASON_LIMIT
 from keepwarm.ft.errors import TransportError
 from keepwarm.ft.protocol import events, restore_choice
-from keepwarm.ft.protocol.ballot import Ballot
+from keepwarm.ft.protocol.ballot import Ballot, Promises
 from keepwarm.ft.protocol.messages import (
     Choice,
     Chosen,
@@ -57,6 +59,8 @@ ASK_AGAIN_S = 1.0
 VOTES_PATIENCE_S = 10.0
 """How long votes of a connected majority may fail to agree before another epoch begins. They do if a slot that had
 asked for them has died with its proposal."""
+CLAIM_PATIENCE_S = 2.0
+"""How long the folder has to take a choice before votes are asked for without it, in seconds."""
 KNOWN_GRACE = 0.5
 """As `CONNECTED_GRACE`, for an agent that has published its endpoint but is not connected (yet)."""
 
@@ -64,11 +68,16 @@ KNOWN_GRACE = 0.5
 class RecoveryElection:
     """Runs one epoch at a time: request inventories, collect them, choose, announce."""
 
-    def __init__(self, shell: Shell, cast: Vote | None = None) -> None:
-        """`cast` is the last vote of this slot that its memory tells of."""
+    def __init__(self, shell: Shell, promises: Promises) -> None:
+        """`promises` are those that the memory tells of."""
         self._shell = shell
-        self._ballot = Ballot(shell.state.topology.slots, cast)
+        self._ballot = Ballot(shell.config.slot, shell.state.topology.slots, shell.state.incarnation, promises)
         self._proposed_at = self._next_ask = 0.0
+        self._claim: Choice | None = None
+        """What the folder has been asked to hold before it is proposed."""
+        self._claimed_at = 0.0
+        self._folder_answers = True
+        """Whether it has answered since it was last waited for in vain."""
         self._split = False
         """Whether no choice can get a majority of the votes any more."""
         self._too_long = False
@@ -112,8 +121,8 @@ class RecoveryElection:
         shell = self._shell
         self._epoch, self._decision, self._read, self._wanted, self._waits_for = epoch, None, False, "", ()
         self._inventories, self._asked, self._ready = {}, set(), False
-        self._ballot.begin(epoch)
-        self._split = self._too_long = False
+        self._ballot.begin(epoch, new=not shell.state.decided_epoch)
+        self._split, self._too_long, self._claim = False, False, None
         self._began = self._shell.clock()
         self._deadline = self._began + shell.config.inventory_deadline
         self._gathers = shell.config.slot < CHOOSERS
@@ -156,8 +165,9 @@ class RecoveryElection:
             link.send(self._announcement())
             return
         link.send(InventoryRequest(epoch=self._epoch))
-        if self._ballot.proposal is not None:
-            link.send(Proposal(choice=self._ballot.proposal))
+        proposal = self._ballot.proposal
+        if proposal is not None:
+            link.send(Proposal(choice=proposal))
 
     def lost(self, slot: int) -> None:
         """Discard a lost agent's inventory: it may come back with empty memory, or not at all."""
@@ -182,7 +192,8 @@ class RecoveryElection:
             self._put_off.append((sender, incarnation, message))
 
     def _arrived(self, choice: Choice | None) -> None:
-        """Follow a choice that stands, unless that has been done."""
+        """Follow a choice that stands, unless that has been done. None: the folder has none."""
+        self._folder_answers = True
         if choice is None:
             return
         epoch = choice.decision.epoch
@@ -190,6 +201,8 @@ class RecoveryElection:
             self.begin(epoch)
         if epoch == self._epoch and not self._read:
             self._decided(choice)
+        elif epoch == self._epoch and not _same(choice, self.choice):
+            self.request(f"epoch {epoch} has two choices: the folder or a majority was out of reach for one side")
 
     # ---- collecting and choosing
 
@@ -274,23 +287,41 @@ class RecoveryElection:
     # ---- making a choice stand
 
     def _settle(self, choice: Choice, now: float) -> None:
-        """Have a choice stand by the votes of a majority, or by the folder where fewer are connected."""
-        shell = self._shell
-        if len(shell.network.links) + 1 < self._ballot.majority or self._too_long:
+        """Have a choice stand by votes, or by the folder where those that are connected are too few for that."""
+        shell, connected = self._shell, {self._shell.config.slot, *self._shell.network.links}
+        if len(connected) < self._ballot.majority or self._too_long or self._ballot.too_few(connected):
             then = functools.partial(self._chosen, self._epoch)
             if not shell.shared.choose(choice, then) and now > self._deadline + WARNING_INTERVAL_S:
                 self._warn_unwritten(now)
         elif self._ballot.proposal is None:
-            self._propose(choice, now)
-        elif now > self._proposed_at + VOTES_PATIENCE_S and not self._split:
+            self._claim_first(choice, now)
+        elif not self._split and (self._ballot.hopeless(connected) or now > self._proposed_at + VOTES_PATIENCE_S):
             self._split = True
             self.request(f"the votes of epoch {self._epoch} agree on no choice")
 
+    def _claim_first(self, choice: Choice, now: float) -> None:
+        """Propose a choice once the folder has it, or has not answered for a while."""
+        if self._claim is None:
+            reason = self._whole_reason(choice.decision)
+            decision = msgspec.structs.replace(choice.decision, reason=reason)
+            self._claim, self._claimed_at = msgspec.structs.replace(choice, decision=decision), now
+            self._shell.shared.choose(self._claim, functools.partial(self._claimed, self._epoch))
+        if not self._folder_answers or now > self._claimed_at + CLAIM_PATIENCE_S:
+            self._folder_answers = False
+            self._propose(self._claim, now)
+
+    def _claimed(self, epoch: int, held: Choice | None) -> None:
+        """Propose what the folder holds if that was written here. None: it takes nothing."""
+        self._folder_answers = True
+        if epoch != self._epoch or self._read or self._claim is None:
+            return
+        if held is not None and not _same(held, self._claim):
+            self._chosen(epoch, held)
+        elif self._ballot.proposal is None:
+            self._propose(held or self._claim, self._shell.clock())
+
     def _propose(self, choice: Choice, now: float) -> None:
         shell, self._proposed_at = self._shell, now
-        reason = self._whole_reason(choice.decision)
-        if reason != choice.decision.reason:
-            choice = msgspec.structs.replace(choice, decision=msgspec.structs.replace(choice.decision, reason=reason))
         proposal = Proposal(choice=self._ballot.propose(choice))
         try:
             encode(proposal)
@@ -318,10 +349,8 @@ class RecoveryElection:
             self.begin(choice.decision.epoch)
         if choice.decision.epoch != self._epoch:
             return
-        before = self._ballot.cast
         vote = self._ballot.vote(choice)
-        if vote is not before:
-            shell.promise(vote)
+        shell.promise(self._ballot.promises)
         link = shell.network.links.get(sender)
         if sender == shell.config.slot:
             self.voted(sender, vote)
@@ -332,8 +361,8 @@ class RecoveryElection:
         """Count a vote."""
         choice = self._ballot.count(slot, vote)
         if choice is not None and not self._read:
-            self._shell.shared.note(choice)
             self._chosen(self._epoch, choice)
+            self._shell.shared.note(choice, self._arrived)
 
     def told(self, chosen: Chosen) -> None:
         """Follow a choice that a peer knows to stand."""
@@ -353,7 +382,7 @@ class RecoveryElection:
 
     def _chosen(self, epoch: int, choice: Choice | None) -> None:
         """Tell the choice that stands. None: the folder does not take it; the epoch stays open, a tick tries again."""
-        shell = self._shell
+        shell, self._folder_answers = self._shell, True
         if epoch != self._epoch or self._read:
             return
         if choice is None:
@@ -396,6 +425,8 @@ class RecoveryElection:
     def _decided(self, choice: Choice) -> None:
         """Apply a choice that stands: put it in force where possible and follow its orders."""
         shell, self._decision, self._read, self.choice = self._shell, choice.decision, True, choice
+        self._ballot.follow(choice)
+        shell.promise(self._ballot.promises)
         self.decided_at = time.time()
         shell.shared.learn(choice.decision.epoch, choice.decision.reason)
         shell.dispatch(events.PlanRead(choice.decision, choice.orders))
@@ -416,3 +447,11 @@ class RecoveryElection:
     def _incarnation(self, slot: int) -> int:
         link = self._shell.network.links.get(slot)
         return link.theirs.incarnation if link is not None and link.theirs is not None else 0
+
+
+def _same(one: Choice, other: Choice | None) -> bool:
+    """Return whether two choices restore the same from the same agents. The folder may have added to the reason."""
+    if other is None:
+        return False
+    decision = msgspec.structs.replace(one.decision, reason=other.decision.reason)
+    return msgspec.structs.replace(one, decision=decision) == other

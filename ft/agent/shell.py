@@ -12,8 +12,8 @@ from keepwarm.ft.codec.reed_solomon import Codec
 from keepwarm.ft.discovery.config import AgentConfig
 from keepwarm.ft.discovery.shared_folder import SharedFolder
 from keepwarm.ft.memory.buffers import Memory
+from keepwarm.ft.protocol.ballot import Promises
 from keepwarm.ft.protocol.events import Event
-from keepwarm.ft.protocol.messages import Vote
 from keepwarm.ft.protocol.state import State
 from keepwarm.ft.transport.network import Network
 
@@ -64,8 +64,8 @@ class Shell(Protocol):
         """Handle a message from an agent, which may be this one."""
         ...
 
-    def promise(self, vote: Vote) -> None:
-        """Record a vote: the next agent with this memory does not vote again in its epoch."""
+    def promise(self, promises: Promises) -> None:
+        """Record promises: the next agent with this memory keeps them."""
         ...
 
     def connect_peers(self, *, everyone: bool) -> None:

@@ -139,11 +139,11 @@ class Registry:
             self.explain(decision.epoch, reason)
         return self.choose(choice)
 
-    def note(self, choice: Choice) -> None:
-        """Write down a choice that stands already."""
+    def note(self, choice: Choice) -> Choice | None:
+        """Write down a choice that stands already. Return what the folder has."""
         if choice.decision.snapshot is None:
             self.explain(choice.decision.epoch, choice.decision.reason)
-        self.choose(choice)
+        return self.choose(choice)
 
     def _whole_reason(self, reason: str) -> str:
         """Append the previous epoch's reason if that epoch restored nothing and so discarded what was left."""

@@ -144,9 +144,9 @@ class SharedFolder:
         """Write the choice of an epoch, of which the first one stands. Return False if that is under way already."""
         return self._ask(("choose", choice.decision.epoch), functools.partial(self._registry.settle, choice), then)
 
-    def note(self, choice: Choice) -> None:
-        """Have the folder hold a choice that stands without it."""
-        self._ask(("note", choice.decision.epoch), functools.partial(self._registry.note, choice), lambda _: None)
+    def note(self, choice: Choice, then: Callable[[Choice | None], None]) -> None:
+        """Have the folder hold a choice that stands without it. `then` is told what it has."""
+        self._ask(("note", choice.decision.epoch), functools.partial(self._registry.note, choice), then)
 
     def learn(self, epoch: int, reason: str) -> None:
         """Remember why an epoch restores nothing."""

@@ -13,8 +13,8 @@ import msgspec
 import xxhash
 
 from keepwarm.ft.memory.shared_memory import started_at
+from keepwarm.ft.protocol.ballot import Promises
 from keepwarm.ft.protocol.kept_memory import KeptMemory, kept, same
-from keepwarm.ft.protocol.messages import Vote
 from keepwarm.ft.protocol.state import State
 
 _MAGIC = b"kwrecord"
@@ -40,8 +40,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     memory: KeptMemory
     workers: tuple[WorkerProcess, ...]
     """Those that were attached."""
-    vote: Vote | None = None
-    """The last one: see `keepwarm.ft.protocol.ballot`."""
+    promises: Promises = Promises()
+    """To other agents: see `keepwarm.ft.protocol.ballot`."""
 
 
 class Records:
@@ -51,9 +51,9 @@ class Records:
         """Take ownership of the memory file `descriptor`."""
         self._descriptor, self._config = descriptor, xxhash.xxh3_64_intdigest(config)
         self._number = 0
-        self._before: tuple[State, Mapping[int, int], Vote | None] | None = None
-        self.vote: Vote | None = None
-        """The last vote, written with the rest."""
+        self._before: tuple[State, Mapping[int, int], Promises] | None = None
+        self.promises = Promises()
+        """Those to other agents, written with the rest."""
         self.damaged = False
         """Whether something was found and not understood."""
 
@@ -70,17 +70,17 @@ class Records:
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 continue
             if record.config == self._config:
-                self.damaged, self.vote = False, record.vote
+                self.damaged, self.promises = False, record.promises
                 return record
         return None
 
     def write(self, state: State, workers: Mapping[int, int]) -> None:
         """Write down what matters of a state, if that has changed. `workers` are the pids of the attached workers."""
-        if self._before is not None and same(self._before[0], state) and self._before[1:] == (workers, self.vote):
+        before, self._before = self._before, (state, workers, self.promises)
+        if before is not None and (before[0] is state or same(before[0], state)) and before[1:] == self._before[1:]:
             return
-        self._before = state, workers, self.vote
         record = Record(
-            config=self._config, memory=kept(state), workers=tuple(_processes(workers)), vote=self.vote
+            config=self._config, memory=kept(state), workers=tuple(_processes(workers)), promises=self.promises
         )  # fmt: skip
         try:
             self._append(msgspec.msgpack.encode(record))

@@ -1,6 +1,6 @@
 """Protocol within a group: sources send, parity accumulates each bucket once, members announce `Stored`."""
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from keepwarm.ft.protocol.events import (  # fmt: skip
     Accumulate,

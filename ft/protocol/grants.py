@@ -5,7 +5,7 @@ snapshot, or its worker dies. In the last three the snapshot is void, and so is 
 over while the others wrote it. A request that must wait has the same owner and ends in the same ways.
 """
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from keepwarm.ft.protocol import coding
 from keepwarm.ft.protocol.events import Grant, Reason, Refuse, RequestEpoch

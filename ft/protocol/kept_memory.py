@@ -9,10 +9,10 @@ before the epoch's choice.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from operator import attrgetter
 
 import msgspec
+from msgspec.structs import replace
 
 from keepwarm.ft.protocol.messages import ChunkRecord, SnapshotId, Undecodable
 from keepwarm.ft.protocol.state import Copy, Geometry, Phase, State

@@ -286,11 +286,13 @@ class Proposal(Wire, frozen=True):
 class Vote(Wire, frozen=True):
     """Tell for which choice the sender has voted in `epoch`: the first one that it was asked about, and no other ever.
 
-    `digest` identifies the choice: see `keepwarm.ft.protocol.ballot`.
+    `digest` identifies the choice, 0 for none, and `new` says that the sender may have forgotten a vote of this epoch:
+    see `keepwarm.ft.protocol.ballot`.
     """
 
     epoch: Count
     digest: Sum
+    new: bool = False
 
 
 class Chosen(Wire, frozen=True):

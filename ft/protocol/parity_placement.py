@@ -1,6 +1,6 @@
 """Which member of a group holds parity of which stripe: the rotation of RAID-6."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,19 +16,22 @@ class StripeGroup:
     index: int
     members: tuple[int, ...]
     parity: int
+    size: int = field(init=False, repr=False, compare=False)
+    data: int = field(init=False, repr=False, compare=False)
+    """k, the number of data chunks per stripe and per member."""
+    _parities: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
+    """What `parities` returns: it is asked for with every message."""
 
-    @property
-    def size(self) -> int:
-        return len(self.members)
-
-    @property
-    def data(self) -> int:
-        """k, the number of data chunks per stripe and per member."""
-        return len(self.members) - self.parity
+    def __post_init__(self) -> None:
+        size, rows = len(self.members), range(self.parity)
+        object.__setattr__(self, "size", size)
+        object.__setattr__(self, "data", size - self.parity)
+        parities = (tuple(self.members[(stripe + row) % size] for row in rows) for stripe in range(size))
+        object.__setattr__(self, "_parities", tuple(parities))
 
     def parities(self, stripe: int) -> tuple[int, ...]:
         """Return the slots that hold the stripe's parity, in row order."""
-        return tuple(self.members[(stripe + row) % self.size] for row in range(self.parity))
+        return self._parities[stripe % self.size]
 
     def sources(self, stripe: int) -> tuple[int, ...]:
         """Return the slots that hold the stripe's data, in column order."""

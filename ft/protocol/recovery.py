@@ -13,7 +13,7 @@ chosen snapshot as they do for a new one, and the tree carries that its groups a
 one is released.
 """
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from keepwarm.ft.protocol import coding
 from keepwarm.ft.protocol.events import (  # fmt: skip

@@ -23,7 +23,7 @@ or die (`grants`), chunks arrive or their source says that they are lost (`codin
 still be committed is dropped for want of space, and none is needed about one that the watermark has passed.
 """
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from keepwarm.ft.protocol import coding, grants, recovery
 from keepwarm.ft.protocol.events import (  # fmt: skip

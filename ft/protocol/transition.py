@@ -1,7 +1,8 @@
 """Working state of one protocol step: the next state and the effects emitted so far."""
 
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from keepwarm.ft.protocol.events import Commit, Effect, Log, Reason, Refuse, Release, Revoke, Send, StopCoding
 from keepwarm.ft.protocol.messages import AgentMessage, Known, SnapshotId

@@ -5,11 +5,10 @@ and nothing else is even decoded. Over the network, every later frame carries a 
 The owner of the selector must call `tick(now)` regularly to enforce deadlines.
 """
 
-import contextlib
 import selectors
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -142,14 +141,16 @@ class Link:
             return
         self.used = time.monotonic()
         self.channel.send(message)
-        with self._guard():
+        try:
             self._write()
+        except TransportError as error:
+            self.close(str(error))
 
     def ready(self, mask: int) -> None:
-        """Handle a socket that the selector reports as ready."""
+        """Handle a socket that the selector reports as ready. An error of the transport closes this link alone."""
         if self.closed:
             return
-        with self._guard():
+        try:
             if mask & selectors.EVENT_WRITE:
                 self._write()
             if mask & selectors.EVENT_READ and not self.closed:
@@ -158,15 +159,17 @@ class Link:
                     if message is not None:
                         self.used = self._heard
                         self._take(message, payload)
-                    if self.closed or self.paused:
+                    if self.closed or self._pauses:
                         return
                 self._heard = time.monotonic()
+        except TransportError as error:
+            self.close(str(error))
 
     def tick(self, now: float) -> None:
         """Enforce deadlines and throttling. Must be called a few times a second."""
         if self.closed:
             return
-        with self._guard():
+        try:
             if not self.open and now - self._began > HANDSHAKE_DEADLINE:
                 raise PeerLost(f"no handshake within {HANDSHAKE_DEADLINE:g} s")
             if self.open and self._silence is not None:
@@ -178,6 +181,8 @@ class Link:
                     self.channel.send(None)
                     self._spoke = now
             self._watch(throttled=self._cap.rate is not None and self._cap.available() < min(65536, self._cap.burst))
+        except TransportError as error:
+            self.close(str(error))
 
     @property
     def paused(self) -> bool:
@@ -206,14 +211,6 @@ class Link:
         was_open, self.open = self.open, False
         self.channel.close()
         (self._handler.lost if was_open else self._handler.refused)(self, reason)
-
-    @contextlib.contextmanager
-    def _guard(self) -> Iterator[None]:
-        """Close this link on a transport error, so that the error affects only this link."""
-        try:
-            yield
-        except TransportError as error:
-            self.close(str(error))
 
     def _target(self, message: Wire, size: int) -> memoryview | None:
         return self._handler.target(self, message, size)

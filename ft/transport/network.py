@@ -77,7 +77,7 @@ class Network:
             cap=TokenBucket(limits.rate), silence=limits.silence, authenticate_payloads=limits.authenticate_payloads
         )
         self._peers: dict[int, Peer] = {}
-        self._links: set[Link] = set()
+        self._links: dict[Link, None] = {}
         self._open: Mapping[int, Link] = {}
         self._strangers = Strangers(limits.strangers)
         family = socket.getaddrinfo(*bind, type=socket.SOCK_STREAM)[0][0]
@@ -166,7 +166,7 @@ class Network:
 
     def forget(self, link: Link) -> None:
         """Remove a closed link. The handler must call this for each one."""
-        self._links.discard(link)
+        self._links.pop(link, None)
         self._strangers.discard(link)
         if link.theirs is not None and self._open.get(link.theirs.slot) is link:
             self._open = {slot: other for slot, other in self._open.items() if other is not link}
@@ -232,7 +232,7 @@ class Network:
         except OSError:
             connection.close()
             return None
-        self._links.add(link)
+        self._links[link] = None
         return link
 
 

@@ -29,13 +29,16 @@ class Direction:
 
     def __init__(self, key: bytes, *, payloads: bool) -> None:
         self._key, self.payloads = key, payloads
+        self._keyed = hmac.new(key, digestmod="sha256")
+        """The MAC of nothing yet: to copy it takes half the time of preparing the key for every frame."""
         self._number = 0
 
     def tag(self, frame: bytes) -> bytes:
         """Return the MAC of the next frame."""
         self._number += 1
-        number = self._number.to_bytes(_NUMBER_BYTES, "big")
-        return hmac.digest(self._key, b"f" + number + frame, "sha256")[:TAG_BYTES]
+        mac = self._keyed.copy()
+        mac.update(b"f" + self._number.to_bytes(_NUMBER_BYTES, "big") + frame)
+        return mac.digest()[:TAG_BYTES]
 
     def check(self, frame: bytes, tag: bytes) -> None:
         """Raise `AuthenticationFailed` unless `tag` is that of the next frame. Constant time."""

@@ -3,20 +3,22 @@
 What is promised (docs/promises.md) is judged by the bytes that workers restore and by what they were told: nothing
 older than what was committed is restored, to the bit, by all ranks alike, and training goes on.
 
-python -m tests.simulated.campaign --campaigns 1000 --first 0
+python -m tests.simulated.campaign --campaigns 20000 --first 0 --jobs 2 --results campaigns.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import random
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 from tests.simulated.agents import Agents, agents
+from tests.simulated.outcomes import Book, Outcome, run_all, told
 from tests.simulated.timeline import START
 from tests.simulated.training import Training
 
@@ -34,20 +36,10 @@ LONGEST_S = 20.0
 """No fault lasts longer, unless another one follows."""
 IMPOSSIBLE = "not possible now"
 START_S = 60.0
+PROGRESS = 20
+"""Campaigns between two lines of progress."""
 HEALED_S = 240.0
 """Within which training has to have committed a new snapshot after the last fault."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a campaign. `failure` is empty if it kept its promises."""
-
-    seed: int
-    faults: tuple[str, ...]
-    failure: str
-    virtual_s: float
-    commits: int
-    restores: int
 
 
 class Campaign:
@@ -270,31 +262,33 @@ def run(seed: int) -> Outcome:
         return Outcome(seed, tuple(campaign.told), failure, virtual_s, commits, len(training.restores))
 
 
-def told(outcome: Outcome) -> str:
-    """Return a campaign's faults and its failure, for people."""
-    return "\n".join([f"seed {outcome.seed}", *outcome.faults, outcome.failure])
-
-
-def main() -> int:
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--campaigns", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0, help="the first seed; the last line says where to go on")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further campaign after this time")
-    options = parser.parse_args()
-    began, failed, commits, seconds, seed = time.monotonic(), 0, 0, 0.0, options.first
-    while seed < options.first + options.campaigns and time.monotonic() - began < options.seconds:
-        outcome = run(seed)
-        commits, seconds, seed = commits + outcome.commits, seconds + outcome.virtual_s, seed + 1
-        if outcome.failure:
-            failed += 1
-            print(told(outcome), flush=True)
-        if (seed - options.first) % 20 == 0 or seed == options.first + options.campaigns:
-            print(f"seeds {options.first} to {seed - 1}: {failed} failed", flush=True)
-    print(
-        f"{seed - options.first} campaigns, seeds {options.first} to {seed - 1}: {failed} failed; {commits} commits, "
-        f"{seconds:.0f} s of virtual time in {time.monotonic() - began:.0f} s; go on with --first {seed}"
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument(
+        "--results", type=Path, help="append one JSON object for each campaign; seeds that are there are not run again"
     )
-    return bool(failed)
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = _options()
+    began = time.monotonic()
+    book = Book(options.first, options.campaigns, options.results)
+    for outcome in book.failed:
+        print(told(outcome), flush=True)
+    missing = itertools.takewhile(lambda _: time.monotonic() - began < options.seconds, book.missing())
+    for count, outcome in enumerate(run_all(run, missing, options.jobs), 1):
+        book.add(outcome)
+        if outcome.failure:
+            print(told(outcome), flush=True)
+        if count % PROGRESS == 0:
+            print(f"{book.words()}; {count} of them in {time.monotonic() - began:.0f} s", flush=True)
+    print(f"{book.words()}; {time.monotonic() - began:.0f} s")
+    return bool(book.failed)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import collections
 import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -36,7 +37,7 @@ class Process:
     def __init__(self, machine: Machine, host: str) -> None:
         self.machine, self.host = machine, host
         self.alive = True
-        self.sockets: set[VirtualSocket] = set()
+        self.sockets: dict[VirtualSocket, None] = {}
         self.selector = VirtualSelector(self)
         self.sent: collections.Counter[str] = collections.Counter()
         """Messages sent to other agents, by type."""
@@ -44,7 +45,7 @@ class Process:
         self._put_off: list[Callable[[], None]] = []
 
     def after(self, delay: float, action: Callable[[], None]) -> None:
-        self.machine.timeline.after(delay, lambda: self.do(action))
+        self.machine.timeline.after(delay, partial(self.do, action))
 
     def do(self, action: Callable[[], None]) -> None:
         """Run an action as this process."""
@@ -53,11 +54,12 @@ class Process:
         if self._still:
             self._put_off.append(action)
             return
-        before, self.machine.current = self.machine.current, self
+        machine = self.machine
+        before, machine.current = machine.current, self
         try:
             action()
         finally:
-            self.machine.current = before
+            machine.current = before
 
     def stand_still(self) -> None:
         self._still = True
@@ -71,7 +73,7 @@ class Process:
     def kill(self) -> None:
         """End without a word. The kernel closes the sockets."""
         self.alive = False
-        for each in sorted(self.sockets, key=lambda one: one.address):
+        for each in list(self.sockets):
             each.close()
 
 

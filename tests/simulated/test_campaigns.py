@@ -1,11 +1,14 @@
 """Real agents in virtual time keep what was committed through drawn faults, and the judge finds those that do not."""
 
+from pathlib import Path
+
 import pytest
 
 from keepwarm.ft.protocol import kept_memory
 from keepwarm.ft.protocol.state import State
 from tests.simulated.agents import agents
-from tests.simulated.campaign import KINDS, run, told
+from tests.simulated.campaign import KINDS, run
+from tests.simulated.outcomes import Book, run_all, told
 from tests.simulated.training import Training
 
 DIALS_AT_ONCE = 511
@@ -46,6 +49,22 @@ def test_agents_that_dial_each_other_at_once_stay_connected() -> None:
 
 def test_campaign_of_one_seed_is_the_same_twice() -> None:
     assert run(1) == run(1)
+
+
+def test_campaigns_of_two_processes_are_kept_in_a_file_and_not_run_again(tmp_path: Path) -> None:
+    file = tmp_path / "outcomes.jsonl"
+    book = Book(7, 3, file)
+    for outcome in run_all(run, book.missing()[:2], 2):
+        book.add(outcome)
+    with file.open("a") as more:
+        more.write('{"seed":9,"faul')  # the machine went down in the middle of a line
+    book = Book(7, 3, file)
+    assert book.missing() == [9]
+    for outcome in run_all(run, book.missing(), 1):
+        book.add(outcome)
+    assert Book(7, 3, file).words() == book.words()
+    assert "3 of 3 campaigns, 0 failed;" in book.words()
+    assert "go on with --first 10" in book.words()
 
 
 def test_campaign_finds_agents_that_forget_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 """Virtual time: actions at moments, carried out in order. Nothing waits, and the same run is the same twice."""
 
-import heapq
 import itertools
 from collections.abc import Callable
+from heapq import heappop, heappush
 
 START = 1000.0
 """The first moment, in seconds: clocks of machines do not begin at 0."""
@@ -21,19 +21,23 @@ class Timeline:
 
     def after(self, delay: float, action: Callable[[], None]) -> None:
         """Carry out an action in `delay` seconds, after everything that was put at the same moment before."""
-        heapq.heappush(self._queue, (self.now + delay, next(self._number), action))
+        heappush(self._queue, (self.now + delay, next(self._number), action))
 
     def run(self, done: Callable[[], bool], seconds: float) -> bool:
         """Let time pass until `done`, at most `seconds`. Return whether it was."""
-        end = self.now + seconds
+        end, queue = self.now + seconds, self._queue
         while not done():
-            if not self._queue or self._queue[0][0] > end:
+            if not queue or queue[0][0] > end:
                 self.now = end
                 return done()
-            self.now, _, action = heapq.heappop(self._queue)
+            self.now, _, action = heappop(queue)
             action()
         return True
 
     def rest(self, seconds: float) -> None:
         """Let time pass."""
-        self.run(lambda: False, seconds)
+        end, queue = self.now + seconds, self._queue
+        while queue and queue[0][0] <= end:
+            self.now, _, action = heappop(queue)
+            action()
+        self.now = end

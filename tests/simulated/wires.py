@@ -10,6 +10,7 @@ import errno
 import selectors
 import socket
 from collections.abc import Callable, Hashable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tests.simulated.timeline import Timeline
@@ -56,7 +57,7 @@ class Wires:
         now = self.timeline.now
         leaves = max(now, self._leaves.get(source, 0.0)) + (HEADER + size) / BANDWIDTH
         self._leaves[source] = leaves
-        self.timeline.after(leaves - now + LATENCY_S, lambda: self._arrive(source, target, arrived))
+        self.timeline.after(leaves - now + LATENCY_S, partial(self._arrive, source, target, arrived))
 
     def _arrive(self, source: str, target: str, arrived: Callable[[], None]) -> None:
         if target in self.gone or source in self.gone:
@@ -67,7 +68,9 @@ class Wires:
             arrived()
 
     def _apart(self, one: str, other: str) -> bool:
-        return one != other and (bool({one, other} & self.alone) or frozenset((one, other)) in self.cut)
+        if one == other or not (self.alone or self.cut):
+            return False
+        return one in self.alone or other in self.alone or frozenset((one, other)) in self.cut
 
     def heal(self) -> None:
         """Deliver what could not be delivered, where hosts reach each other again."""
@@ -92,7 +95,7 @@ class VirtualSocket:
         self._waiting: collections.deque[tuple[VirtualSocket, tuple[str, int]]] = collections.deque()
         self._error = self._unread = 0
         self._connected = self._ended = self._closed = self._listens = False
-        process.sockets.add(self)
+        process.sockets[self] = None
 
     # ---- the other end, and time
 
@@ -216,7 +219,7 @@ class VirtualSocket:
         if self._closed:
             return
         self._closed = True
-        self.process.sockets.discard(self)
+        self.process.sockets.pop(self, None)
         if self._listens:
             self._wires.listeners.pop(self.address, None)
             for other, _ in self._waiting:

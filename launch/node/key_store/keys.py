@@ -83,9 +83,8 @@ class Keys:
     def push(self, key: bytes, value: bytes) -> None:
         self._grow(len(value))
         self._queues.setdefault(key, deque()).append(value)
-        waiting = self._waiting.get(key, {})
-        for waiter in list(waiting)[:1]:  # one value is for one
-            del waiting[waiter]
+        for waiter in list(self._waiting.get(key, {}))[:1]:  # one value is for one
+            _leave(self._waiting, key, waiter)
             self._came(waiter, key)
 
     def pop(self, key: bytes) -> bytes | None:
@@ -125,10 +124,10 @@ class Keys:
     def cancel(self, waiter: Waiter) -> None:
         """Call `waiter.done` no more."""
         for key in waiter.missing:
-            self._waiting.get(key, {}).pop(waiter, None)
+            _leave(self._waiting, key, waiter)
         waiter.missing = set()
-        for here in self._barriers.values():
-            here.pop(waiter, None)
+        for key in list(self._barriers):
+            _leave(self._barriers, key, waiter)
 
     def _came(self, waiter: Waiter, key: bytes) -> None:
         waiter.missing.discard(key)
@@ -139,3 +138,11 @@ class Keys:
         if self._size + by > self._limit:
             raise ValueError(f"keys and values of more than {self._limit} bytes")
         self._size += by
+
+
+def _leave(places: dict[bytes, dict[Waiter, None]], key: bytes, waiter: Waiter) -> None:
+    """Take a caller away from those at a key. A key at which nobody is left takes no memory."""
+    here = places.get(key, {})
+    here.pop(waiter, None)
+    if not here:
+        places.pop(key, None)

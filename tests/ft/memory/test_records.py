@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from keepwarm.ft.keeper import memory_file
 from keepwarm.ft.memory.records import Records, WorkerProcess
@@ -107,7 +107,7 @@ def test_buckets_that_arrive_write_no_record(file: int) -> None:
     writer = records(file)
     writer.write(FULL, {})
     before = os.pread(file, 1 << 20, 1 << 40)
-    coding = replace(FULL.copies[1], coding={(0, 1): None}, finishing=frozenset({1}))  # type: ignore[dict-item]
+    coding = replace(FULL.copies[1], coding={(0, 1): None}, finishing=frozenset({1}))
     writer.write(replace(FULL, copies=(COMMITTED, coding)), {})
     assert os.fstat(file).st_size == (1 << 40) + len(before)
     assert os.pread(file, 1, 0) == b"\0"

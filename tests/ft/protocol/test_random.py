@@ -1,15 +1,16 @@
 """A restored step is one coherent step or none, and never older than the newest fully prepared one in reach."""
 
+import dataclasses
 import functools
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from msgspec.structs import replace
 
 from keepwarm.ft.protocol import coding, events
 from keepwarm.ft.protocol.state import Phase
@@ -191,7 +192,9 @@ def _accumulate_repeats(patch: pytest.MonkeyPatch) -> None:
 
 def _take_damaged_buckets(patch: pytest.MonkeyPatch) -> None:
     on_bucket = coding.on_bucket
-    patch.setattr(coding, "on_bucket", lambda transition, event: on_bucket(transition, replace(event, intact=True)))
+    patch.setattr(
+        coding, "on_bucket", lambda transition, event: on_bucket(transition, dataclasses.replace(event, intact=True))
+    )
 
 
 def _prepared_without_the_group(patch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,8 @@
-from dataclasses import replace
-
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from keepwarm.ft.protocol import step
 from keepwarm.ft.protocol.events import EpochAdvanced

@@ -5,6 +5,7 @@
                    stat: asking for a file and removing or linking it; comma-separated
    IO_FAULT_KIND   an errno; "short": one write takes half of its bytes, later ones nothing (ENOSPC); "slow": 20 ms more;
                    "hang": nothing until the file IO_FAULT_HOLD is gone
+   IO_FAULT_HOLD   the file for whose life calls hang, or for whose life alone they fail
    IO_FAULT_FIRST  the first of the matching calls of this process that fails, from 1
    IO_FAULT_LAST   the last one
    IO_FAULT_RANK   only in the process of this rank
@@ -50,12 +51,13 @@ static int fault(const char *call, const char *path) {
     if (!pattern || !which || !path || !strstr(which, call) || fnmatch(pattern, path, FNM_EXTMATCH)) return 0;
     if (rank && (!getenv("RANK") || strcmp(rank, getenv("RANK")))) return 0;
     const char *first = getenv("IO_FAULT_FIRST"), *last = getenv("IO_FAULT_LAST"), *kind = getenv("IO_FAULT_KIND");
+    const char *hold = getenv("IO_FAULT_HOLD");
     if (!strcmp(kind, "hang")) {
-        const char *hold = getenv("IO_FAULT_HOLD");
         if (hold && !access(hold, F_OK)) note(call, path);
         while (hold && !access(hold, F_OK)) usleep(5000);
         return 0;
     }
+    if (hold && access(hold, F_OK)) return 0;
     int begin = first ? atoi(first) : 1, number = __atomic_add_fetch(&calls, 1, __ATOMIC_SEQ_CST);
     if (number < begin || (last && number > atoi(last))) return 0;
     note(call, path);

@@ -67,7 +67,7 @@ class Fault:
     last: int | None = None
     rank: int | None = None
     hold: Path | None = None
-    """The file for whose life calls hang."""
+    """The file for whose life calls hang, or for whose life alone they fail."""
 
     def environment(self, log: Path) -> dict[str, str]:
         """The settings for the processes of a run; the faults that strike are listed in `log`."""

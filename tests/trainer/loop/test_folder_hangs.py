@@ -1,4 +1,4 @@
-"""A run whose folder answers nothing any more loses a worker, an agent and a node, and trains on from memory."""
+"""A run whose folder answers nothing any more, or takes nothing any more, trains on from memory."""
 
 import contextlib
 import hashlib
@@ -101,15 +101,26 @@ def test_nodes_folder_hangs_and_worker_agent_and_node_are_lost_trains_on_from_me
         lose_one_after_the_other(watched, owners)
     finally:
         hold.unlink()
-    run.process.send_signal(signal.SIGINT)
-    assert run.process.wait(DEADLINE) == ExitCode.INTERRUPTED, run.log.read_text()
+    saved = stopped(run)
     log = (run.folder / "agents" / "agent-0.log").read_text().splitlines()
     chosen = [line["snapshot"] for line in map(json.loads, log) if line["text"] == "decided"]
     assert chosen[0] is None
     assert len(chosen) >= 3
     assert None not in chosen[1:], "memory was restored each time"
+    assert_as_undisturbed(run, saved, job)
+
+
+def stopped(run: Run) -> Path:
+    """Interrupt a run; return the checkpoint that it saves."""
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(DEADLINE) == ExitCode.INTERRUPTED, run.log.read_text()
     (saved,) = publication.checkpoints(run.folder / "checkpoints")
-    whole = tmp_path / "whole"
+    return saved
+
+
+def assert_as_undisturbed(run: Run, saved: Path, job: tuple[str, ...]) -> None:
+    """Check that a run has saved what one that was left alone has after as many steps."""
+    whole = run.folder.with_name("whole")
     done = warm.run(command(whole, "--nodes", "4", *job, tokens(read_manifest(saved).step)), timeout=DEADLINE)
     assert done.returncode == 0, done.stdout
     assert tensors_of(run.folder) == tensors_of(whole)
@@ -133,3 +144,31 @@ def lose_one_after_the_other(watched: Watched, owners: dict[int, NodeRecord]) ->
         os.kill(pid, signal.SIGKILL)
     watched.nodes[3] = "node-4"
     watched.committed(step)
+
+
+def test_nodes_folder_is_remounted_read_only_for_a_while_loses_no_agent_and_a_worker_costs_a_restart_from_memory(
+    tmp_path: Path, job: tuple[str, ...], start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is open for writing fails too, as after the remount of a file system that has errors."""
+    hold = tmp_path / "hold"
+    calls = "open,write,sync,rename,truncate,mkdir"
+    fault = Fault(path=f"{tmp_path}/@(run|run/*)", kind="EROFS", calls=calls, hold=hold)
+    with monkeypatch.context() as environment:
+        for name, value in (fault.environment(tmp_path / "struck") | {"LD_PRELOAD": str(library())}).items():
+            environment.setenv(name, value)
+        run = start("--nodes", "4", *job, tokens(100_000), cold=True)
+    run.after(3)
+    watched, worker = Watched(run), run.owner(2).workers[2]
+    step = watched.committed(3)
+    before = [watched.status(slot) for slot in range(4)]
+    hold.touch()
+    try:
+        step = watched.committed(watched.committed(step))
+        os.kill(worker, signal.SIGKILL)
+        watched.committed(watched.committed(step))
+        after = [watched.status(slot) for slot in range(4)]
+    finally:
+        hold.unlink()
+    assert [each and each.pid for each in after] == [each and each.pid for each in before]
+    assert "write" in {line.split()[0] for line in (tmp_path / "struck").read_text().splitlines()}
+    assert_as_undisturbed(run, stopped(run), job)

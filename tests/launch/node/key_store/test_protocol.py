@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepwarm.launch.node.key_store.keys import Keys
+from keepwarm.launch.node.key_store.keys import Keys, Waiter
 from keepwarm.launch.node.key_store.protocol import COUNT_LIMIT, KEY_LIMIT, MAGIC, VALUE_LIMIT, Client, Query
 from keepwarm.launch.node.key_store.server import entries, entry, foretell, foretold
 
@@ -147,3 +147,21 @@ def test_client_that_has_gone_is_not_answered() -> None:
     gone.close()
     keys.set(b"a", b"")
     assert answers == []
+
+
+def test_callers_that_gave_up_or_were_served_leave_nothing_behind() -> None:
+    keys, told = Keys(), list[str]()
+    waiters = [Waiter(lambda: told.append("waited")) for _ in range(2)]
+    arrived, queued = Waiter(lambda: told.append("arrived")), Waiter(lambda: told.append("pushed"))
+    for waiter in waiters:
+        keys.wait([b"never", b"also never"], waiter)
+    keys.arrive(b"barrier", 2, arrived)
+    keys.wait([b"queue"], queued)
+    keys.push(b"queue", b"1")
+    keys.cancel(waiters[0])
+    assert keys._waiting.keys() == {b"never", b"also never"}
+    keys.cancel(waiters[1])
+    keys.cancel(arrived)
+    assert (keys._waiting, keys._barriers) == ({}, {})
+    keys.arrive(b"barrier", 2, Waiter(lambda: told.append("arrived")))
+    assert told == ["pushed", "arrived"]
