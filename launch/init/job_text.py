@@ -97,7 +97,7 @@ def _head(draft: Draft) -> Iterator[str]:
     yield from comment(
         "Written by `keepwarm init`, as a beginning: every choice below is explained, and yours to change. Look at it "
         "with `keepwarm plan`, run it with `keepwarm train`. Paths are relative to this file, `output` to where the "
-        "command is started. docs/reference.md lists all keys."
+        "command is started. docs/job-keys.md lists all keys."
     )
     yield f"name: {flow(draft.name)}"
     yield "output: " + flow(f"runs/{draft.name}".replace("$", "$$"))
