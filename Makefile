@@ -27,7 +27,7 @@ TORCH := 2.11.0
 BASE_TESTS := tests/test_commands.py tests/test_extras.py tests/test_tested.py tests/test_configs.py tests/launch/cli/test_cli.py \
   tests/trainer/data/test_indexed.py tests/trainer/data/test_tokenize.py
 
-.PHONY: help demo demo-quick test test-base test-torch test-gpu test-long lint format bench models clean
+.PHONY: help demo demo-quick test test-base test-torch test-gpu test-long lint format bench models docs reference clean
 
 help: ## show this
 	@echo "keepwarm: make TARGET"
@@ -82,8 +82,15 @@ bench: $(ENV)/installed-dev ## speed against peers in the same run, as JSON
 models: $(ENV)/installed-dev ## every dense family of transformers in one and several dimensions, into docs/models.md (an hour)
 	@OMP_NUM_THREADS=1 $(VENV)/python -m tests.model_families
 
+docs: $(ENV)/installed-dev ## the documentation as a site in site/; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/python -m mkdocs build --strict --quiet
+	@echo "==> site/index.html"
+
+reference: $(ENV)/installed-dev ## the pages that follow from the code: keys of a job, commands
+	@$(VENV)/python -m tests.project.reference_pages
+
 clean: ## remove the virtual environment and the demo's outputs
-	rm -rf .venv .venv-* runs/demo runs/demo-drill runs/demo-german $(DEMO_DATA)
+	rm -rf .venv .venv-* site runs/demo runs/demo-drill runs/demo-german $(DEMO_DATA)
 
 $(ENV)/made:
 	@command -v "$(PYTHON)" >/dev/null || { echo "keepwarm needs Python 3.11 or newer: apt-get install python3 python3-venv" >&2; exit 1; }

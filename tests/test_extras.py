@@ -65,7 +65,7 @@ CASES = {
 }
 """By extra: modules and distributions that are hidden, and what needs them."""
 
-FOR_TESTS = {"test", "dev", "long", "fuzz"}
+FOR_TESTS = {"test", "dev", "long", "fuzz", "docs"}
 
 
 @pytest.mark.parametrize("extra", CASES)

@@ -19,6 +19,7 @@ PARAMETERS = 6
 
 COMMANDS = {
     "launch/cli/cluster.py:submit",
+    "launch/cli/init.py:init",
     "launch/cli/main.py:plan",
     "launch/drill/command.py:drill",
     "launch/simulation/command.py:simulate",

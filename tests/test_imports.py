@@ -11,6 +11,8 @@ HEAVY = ("torch", "megatron", "transformers", "numpy")
 
 TORCH_FREE = [
     "keepwarm.launch.cli.main",
+    "keepwarm.launch.init.choices",
+    "keepwarm.launch.init.document",
     "keepwarm.launch.plan.plan",
     "keepwarm.launch.plan.text",
     "keepwarm.launch.local.train",

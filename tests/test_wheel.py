@@ -1,4 +1,4 @@
-"""The wheel by itself: built, installed away from the checkout, planned with."""
+"""The source archive and the wheel made from it: built, installed away from the checkout, planned with."""
 
 import os
 import subprocess
@@ -14,13 +14,17 @@ ROOT = Path(__file__).parents[1]
 OURS = {"keepwarm"}
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+def built(out: Path, *options: str) -> Path:
+    command = [sys.executable, "-m", "build", *options, "--no-isolation", "--outdir", str(out), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True, timeout=240)
     (path,) = out.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that is made from the source archive, as pip does where it has no wheel."""
+    return built(tmp_path_factory.mktemp("dist"))
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +64,15 @@ def test_wheel_holds_the_four_packages_and_the_configs(wheel: Path) -> None:
         assert f"keepwarm/{marker}" in names
 
 
+def test_wheel_of_the_source_archive_holds_what_that_of_the_checkout_does(wheel: Path, tmp_path: Path) -> None:
+    ours = built(tmp_path, "--wheel")
+    assert zipfile.ZipFile(wheel).namelist() == zipfile.ZipFile(ours).namelist()
+
+
 def test_wheel_plans_from_an_empty_environment(environment: Path, tmp_path: Path) -> None:
     where = run(environment, tmp_path, "python", "-P", "-c", "import keepwarm; print(keepwarm.__file__)")
     assert str(environment.parent) in where
     plan = run(environment, tmp_path, "keepwarm", "plan", "configs/ci/tiny.yaml", "--spec")
     assert "= 1 rank on 1 node" in plan
     assert str(environment.parent) in plan, "the corpus must be the wheel's own"
+    assert "keepwarm init" in run(environment, tmp_path, "keepwarm", "init", "--help")

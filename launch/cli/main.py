@@ -22,6 +22,7 @@ from keepwarm.launch.cli.arguments import (
     start_mode,
 )
 from keepwarm.launch.cli.cluster import cluster
+from keepwarm.launch.cli.init import first_job
 from keepwarm.launch.cli.programs import DATA_PROGRAMS, PROGRAMS, add_programs
 from keepwarm.launch.cli.site import site
 from keepwarm.side_writer import end_without_stdout, protect_streams
@@ -59,6 +60,7 @@ data = typer.Typer(
 """,
 )
 app.add_typer(data, name="data")
+app.add_typer(first_job)
 app.add_typer(cluster)
 app.add_typer(site, name="site")
 
