@@ -17,7 +17,8 @@ def environment(folder: Path) -> dict[str, str]:
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: one_gpu\nVersion: 1\n")
     (information / "entry_points.txt").write_text(ENTRY)
     paths = [str(information.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ",".join("0" * 8)}
+    first, *_ = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+    return {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ",".join([first] * 8)}
 
 
 class Nameless:

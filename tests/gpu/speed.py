@@ -1,6 +1,7 @@
 """Time, MFU, memory and the cost of snapshots of models of 1B and 8B parameters."""
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,9 @@ def _measure(
         f"model={model}", f"cluster.device={device.type}", f"output={folder / 'run'}", "log.tensorboard=false",
         f"data.sequence_length={length}", f"batch.global_batch_size={batch}", f"batch.micro_batch_size={micro}",
         f"stages.0.tokens={steps * batch * length}", "numerics.precision=bf16", f"evaluation.samples={batch}",
-        f"numerics.compile={str(on_gpu).lower()}", "snapshot.every=2",
+        f"numerics.compile={str(on_gpu and _compiler()).lower()}", "snapshot.every=2",
+        f"numerics.threads_per_rank={min(8, os.cpu_count() or 1) if on_gpu else 1}",
+        "stages.0.lr.max=1e-4", "stages.0.lr.min=1e-5",
     ]  # fmt: skip
     memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else available_memory()
     overrides += _deepest(overrides, Room(memory, available_memory(), shutil.disk_usage(folder).free))
@@ -68,7 +71,13 @@ def _measure(
     if on_gpu:
         torch.accelerator.reset_peak_memory_stats()
     run_session(TINY, overrides, resume=False)
-    _rows(job, f"{model}, {job.model.layers} layers", device, folder / "run")
+    name = f"{model}, {job.model.layers} layers{', compiled' if job.numerics.compile else ''}"
+    _rows(job, name, device, folder / "run")
+
+
+def _compiler() -> bool:
+    """Return whether torch can compile for a GPU: Triton builds its launchers with the C compiler."""
+    return any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
 
 
 def _deepest(overrides: list[str], room: Room) -> list[str]:

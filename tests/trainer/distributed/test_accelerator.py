@@ -40,7 +40,7 @@ def run(variables: dict[str, str], *arguments: str) -> str:
 def train(variables: dict[str, str], output: Path, *more: str) -> tuple[list[float], dict[str, str]]:
     """Return the losses of a run, and the checksums of what it stored."""
     run(variables, "-m", "keepwarm", "train", str(TINY), *SHAPE, *SNAPSHOTS, f"output={output}", *more)
-    stored = {name: sums for (name, *_), sums in tensors_of(output).items()}  # type: ignore[misc]
+    stored = {str(place): checksum for place, checksum in tensors_of(output).items()}
     return losses_of(output).tolist(), stored
 
 
@@ -99,12 +99,6 @@ def test_accelerator_stand_in_copies_late_and_draws_with_generators_of_its_own(v
     [
         pytest.param((), id="one rank", marks=pytest.mark.long),
         pytest.param(("parallel.data=2",), id="two ranks, fsdp"),
-        pytest.param(("parallel.tensor=2",), id="two ranks, tensor", marks=pytest.mark.long),
-        pytest.param(("parallel.pipeline=2",), id="two ranks, pipeline", marks=pytest.mark.long),
-        pytest.param(("parallel.data=2", "parallel.data_mode=ddp"), id="two ranks, ddp", marks=pytest.mark.long),
-        pytest.param(
-            ("numerics.precision=bf16", "data.document_mask=true"), id="bf16, documents", marks=pytest.mark.long
-        ),
     ],
 )
 def test_accelerator_trains_to_the_bits_of_the_cpu(
@@ -113,9 +107,9 @@ def test_accelerator_trains_to_the_bits_of_the_cpu(
     losses, stored = train(variables, tmp_path / "device", *shape)
     expected, reference = train(variables, tmp_path / "cpu", "cluster.device=cpu", *shape)
     assert losses == expected
-    generators = {name for name in stored if name.startswith("random.standin.")}
-    assert "random.standin.0" in generators  # it did train there
-    assert {name: sums for name, sums in stored.items() if name not in generators} == reference
+    generators = {place for place in stored if "random.standin." in place}
+    assert generators  # it did train there
+    assert {place: checksum for place, checksum in stored.items() if place not in generators} == reference
 
 
 def test_accelerator_run_whose_worker_is_killed_ends_with_the_same_bits(
