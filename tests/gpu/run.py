@@ -1,7 +1,8 @@
 """Measure keepwarm on the GPU of this machine and print one table: `make test-gpu`. Needs no network.
 
 Parts run one after another, each in a process of its own and at most three minutes, all of them at most `--seconds`; a
-row is printed, and appended to the file, as soon as it is known. With `--dry` the parts run on the CPU with tiny sizes.
+row is printed, and appended to the file, as soon as it is known. With `--dry` the parts run on the CPU with tiny sizes,
+however long each takes.
 What is missing beside torch comes from `--wheels`, a folder that `python -m tests.gpu.wheels` prepares elsewhere.
 
 Exit codes: 0 all passed, 1 something failed, 2 there is no GPU or a wheel cannot be installed.
@@ -120,7 +121,7 @@ def main(arguments: list[str]) -> int:
         for part in options.part or PARTS:
             left = end - time.monotonic()
             if left > 0:
-                run(part, kind, table, min(PART_S, left), Path(unpacked))
+                run(part, kind, table, left if options.dry else min(PART_S, left), Path(unpacked))
             else:
                 table.add(part, "not run", f"{options.seconds:.0f} s are over", None)
     return int(table.failed)
