@@ -27,7 +27,7 @@ TORCH := 2.11.0
 BASE_TESTS := tests/test_commands.py tests/test_extras.py tests/test_tested.py tests/test_configs.py tests/launch/cli/test_cli.py \
   tests/trainer/data/test_indexed.py tests/trainer/data/test_tokenize.py
 
-.PHONY: help demo demo-quick test test-base test-torch test-gpu test-long lint format bench models docs reference clean
+.PHONY: help demo demo-quick test test-base test-torch test-gpu wheels-gpu test-long lint format bench models docs reference clean
 
 help: ## show this
 	@echo "keepwarm: make TARGET"
@@ -57,8 +57,11 @@ test-torch: ## the ordinary tests with another torch, in an environment of its o
 	@file=.venv-torch-$(TORCH)/constraints.txt; [ -f $$file ] || echo "torch==$(TORCH)" > $$file
 	@$(MAKE) ENV=.venv-torch-$(TORCH) CONSTRAINTS=.venv-torch-$(TORCH)/constraints.txt test
 
-test-gpu: ## snapshots, training and speed on the GPU of this machine, as a table in test-gpu.md; uses the torch of PYTHON
-	@PYTHONPATH=src:. $(PYTHON) -m tests.gpu.run
+test-gpu: ## state, faults, losses and speed on the GPU of this machine, as a table in test-gpu.md; the torch of PYTHON, and WHEELS=folder
+	@PYTHONPATH=src:. $(PYTHON) -m tests.gpu.run $(if $(WHEELS),--wheels $(WHEELS))
+
+wheels-gpu: ## fill WHEELS=folder with what test-gpu needs beside torch, for a machine without network; for its version: ON=3.12
+	@PYTHONPATH=. $(PYTHON) -m tests.gpu.wheels $(WHEELS) $(if $(ON),--python $(ON))
 
 lint: $(ENV)/installed-dev ## format, lint, types, import rules and dead code
 	@echo "==> ruff, mypy, import-linter, vulture"

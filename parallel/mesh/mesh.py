@@ -52,7 +52,7 @@ class Mesh:
             )
         self._own_world = alone and not dist.is_initialized()
         if self._own_world:
-            backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+            backend, bound = dist.get_default_backend_for_device(device), device if device.type == "cuda" else None
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout, device_id=bound)
         self.layout = layout
         self.rank = dist.get_rank() if dist.is_initialized() else 0
@@ -61,8 +61,6 @@ class Mesh:
         self._copies = copies
         self._timeout = timeout
         self._device = device
-        # Tensors of an engine are on its device: with NCCL its groups need no connections of gloo.
-        self._backend = "nccl" if device.type == "cuda" else None
         self._owned: list[dist.ProcessGroup] = []
         self._groups: dict[str, dist.ProcessGroup | None] = {}
         self._root: DeviceMesh | None = None
@@ -126,6 +124,11 @@ class Mesh:
         if self._own_world:
             dist.destroy_process_group()
             self._own_world = False
+
+    @property
+    def _backend(self) -> str | None:
+        """Tensors of an engine are on its device: with NCCL its groups need no connections of gloo."""
+        return None if self._device.type == "cpu" else dist.get_default_backend_for_device(self._device)
 
     @property
     def _hybrid(self) -> bool:

@@ -144,4 +144,4 @@ def make_optimizer(spec: OptimizerSpec, groups: list[dict[str, Any]], device: to
             groups, lr=0.0, betas=spec.betas, eps=spec.eps, adam_w_mode=True
         )
         return fused
-    return torch.optim.AdamW(groups, lr=0.0, betas=spec.betas, eps=spec.eps, fused=device.type in ("cpu", "cuda"))
+    return torch.optim.AdamW(groups, lr=0.0, betas=spec.betas, eps=spec.eps, fused=device.type != "meta")

@@ -13,14 +13,13 @@ from typing import Literal
 
 import msgspec
 import torch
+import torch.distributed as dist
 from torch._C._distributed_c10d import Store
-from torch.distributed import DistError
 
 from keepwarm.ft.discovery.config import NODE
 from keepwarm.trainer.errors import DeviceBroken, RendezvousFailed, SpecError
 from keepwarm.trainer.job.sections import ClusterSpec
 
-Kind = Literal["cpu", "cuda"]
 NAMED = 4
 """Hosts that an error names; the others are counted."""
 READ_TIMEOUT = timedelta(seconds=30)
@@ -31,7 +30,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """The device that a job asks for."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA if every rank sees a GPU, the CPU if none does."""
+    """auto: the accelerator that torch has, such as CUDA, if every rank sees one, the CPU if none does."""
     key: str = "cluster.device = auto"
     """The key and the value that ask for it, for errors."""
 
@@ -55,6 +54,8 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     visible: int
     """Number of GPUs that this process can use."""
+    kind: str = "cuda"
+    """What torch calls them."""
     card: str = ""
     """Identifies the GPU that this rank would take, among all machines; empty if it cannot be identified."""
     reason: str = ""
@@ -65,7 +66,7 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """The kind of device that all ranks take, or why they cannot."""
 
-    kind: Kind = "cpu"
+    kind: str = "cpu"
     problem: str = ""
     """Empty if there is none."""
     at_fault: tuple[int, ...] = ()
@@ -100,7 +101,11 @@ def decide(request: Request, seen: Sequence[Seen]) -> Verdict:
                 at_fault=tuple(one.rank for one in same[1:]),
                 restarted=restarted,
             )
-    return Verdict(kind="cuda")
+    kinds = {one.kind: one for one in seen}
+    if len(kinds) > 1:
+        places = "; ".join(f"{kind} for {_places([one])}" for kind, one in sorted(kinds.items()))
+        return Verdict(problem=f"{request.key}: the devices are of different kinds: {places}", restarted=restarted)
+    return Verdict(kind=seen[0].kind)
 
 
 def index_of(local_rank: int, visible: int) -> int:
@@ -111,17 +116,33 @@ def index_of(local_rank: int, visible: int) -> int:
 def look(request: Request, rank: int, local_rank: int, restarts: int) -> Seen:
     """Return what this rank sees; without asking CUDA if the job is to run on the CPU."""
     host = os.environ.get(NODE) or socket.gethostname()
-    visible = 0 if request.device == "cpu" else torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if visible == 0:
+    kind = _accelerator(request)
+    visible = torch.accelerator.device_count() if kind else 0
+    if not visible:
         return Seen(rank=rank, host=host, visible=0, reason=_why_none(), restarts=restarts)
     try:
-        card = getattr(torch.cuda.get_device_properties(index_of(local_rank, visible)), "uuid", None)
+        mine = torch.get_device_module(kind).get_device_properties(index_of(local_rank, visible))
     except RuntimeError as error:  # a GPU that is listed and cannot be used
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         return Seen(rank=rank, host=host, visible=0, reason=reason, restarts=restarts)
+    card = getattr(mine, "uuid", None)
     # Nodes that are emulated on one machine have names of their own.
     where = "" if card is None else f"{socket.gethostname()} {card}"
-    return Seen(rank=rank, host=host, visible=visible, card=where, restarts=restarts)
+    return Seen(rank=rank, host=host, visible=visible, kind=kind, card=where, restarts=restarts)
+
+
+def _accelerator(request: Request) -> str:
+    """Return what torch calls the devices that a job may run on besides the CPU; empty if it has none of them.
+
+    Those whose collectives torch does not know are not taken.
+    """
+    found = None if request.device == "cpu" else torch.accelerator.current_accelerator(check_available=True)
+    if found is None or request.device not in ("auto", found.type):
+        return ""
+    with suppress(ValueError):
+        dist.get_default_backend_for_device(found)
+        return found.type
+    return ""
 
 
 def pci_address(device: torch.device) -> str:
@@ -131,7 +152,7 @@ def pci_address(device: torch.device) -> str:
     return f"{domain:04x}:{bus:02x}:{slot:02x}.0"
 
 
-def agree(store: Store | None, request: Request, mine: Seen, size: int, deadline: timedelta) -> Kind:
+def agree(store: Store | None, request: Request, mine: Seen, size: int, deadline: timedelta) -> str:
     """Return the kind of device that all ranks take. Collective, through the store alone; a rank alone has none.
 
     Raises:
@@ -147,7 +168,7 @@ def agree(store: Store | None, request: Request, mine: Seen, size: int, deadline
         raise SpecError(verdict.problem)
     if mine.rank in verdict.at_fault:
         raise DeviceBroken(verdict.problem)
-    return "cuda"
+    return mine.kind
 
 
 def _exchanged(store: Store | None, request: Request, mine: Seen, size: int, deadline: timedelta) -> Verdict:
@@ -157,7 +178,7 @@ def _exchanged(store: Store | None, request: Request, mine: Seen, size: int, dea
     if mine.rank:
         try:
             store.wait(["device/verdict"], deadline)
-        except DistError as error:
+        except dist.DistError as error:
             raise RendezvousFailed(f"rank {mine.rank}: waited {deadline} for rank 0 to choose the device") from error
         verdict = msgspec.json.decode(store.get("device/verdict"), type=Verdict)
         if verdict.problem:
@@ -166,7 +187,7 @@ def _exchanged(store: Store | None, request: Request, mine: Seen, size: int, dea
     keys = [f"device/seen/{rank}" for rank in range(1, size)]
     try:
         store.wait(keys, deadline)
-    except DistError as error:
+    except dist.DistError as error:
         late = next((rank for rank, key in enumerate(keys, 1) if not store.check([key])), 0)
         raise RendezvousFailed(f"rank 0: waited {deadline} for rank {late} to look for its GPU") from error
     # torch's stubs lack this method; the file store has no requests for several keys.
@@ -175,7 +196,7 @@ def _exchanged(store: Store | None, request: Request, mine: Seen, size: int, dea
     verdict = decide(request, [mine, *(msgspec.json.decode(one, type=Seen) for one in found)])
     store.set("device/verdict", msgspec.json.encode(verdict).decode())
     if verdict.problem:
-        with suppress(DistError):
+        with suppress(dist.DistError):
             store.wait([f"device/read/{rank}" for rank in range(1, size)], READ_TIMEOUT)
     return verdict
 

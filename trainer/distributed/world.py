@@ -186,7 +186,7 @@ def _reached() -> Iterator[None]:
         raise RendezvousFailed(f"the ranks do not reach each other{_place()}: {_first_line(error)}") from error
 
 
-def _chosen(kind: device.Kind, local_rank: int, seen: device.Seen) -> torch.device:
+def _chosen(kind: str, local_rank: int, seen: device.Seen) -> torch.device:
     """Return this rank's device, which becomes the current one."""
     if kind == "cpu":
         return torch.device("cpu")
@@ -221,8 +221,9 @@ def _connect(store: Store, rank: int, size: int, chosen: torch.device) -> None:
     NCCL connects here because the device is named, not within the first steps.
     """
     on_gpu = chosen.type != "cpu"
+    backend = f"cpu:gloo,{chosen.type}:{dist.get_default_backend_for_device(chosen)}" if on_gpu else "gloo"
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        backend,
         store=store,
         rank=rank,
         world_size=size,

@@ -183,7 +183,8 @@ def _offline(work: Path) -> Iterator[None]:
 def _device() -> str:
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if found is None else found.type
 
 
 def _scores(model: Path, tasks: Sequence[str | dict[str, Any]], options: Options) -> dict[str, dict[str, float | str]]:

@@ -100,7 +100,7 @@ def _device(name: str | None) -> Any:
     import torch
 
     try:
-        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return torch.device(name or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     except RuntimeError as error:
         raise CheckpointError(f"--device {name}: {str(error).splitlines()[0]}") from error
 

@@ -184,7 +184,7 @@ class ClusterSpec(BatchSections):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
         description="cuda: refuse to start without a GPU for every rank, as gpus_per_node of a batch system implies; "
-        "auto: cuda if all ranks see a GPU, cpu if none does",
+        "auto: the accelerator of torch, such as cuda, if all ranks see one, cpu if none does",
     )
     numa: Literal["auto", "off"] = Field(
         "auto", description="auto: bind each rank on a GPU to the CPUs of the GPU's NUMA node; off: bind nothing"

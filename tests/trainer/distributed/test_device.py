@@ -38,6 +38,12 @@ def node(host: str, first: int, visible: int, *, cards: int | None = None, resta
     ]
 
 
+def see(patch: pytest.MonkeyPatch, kind: str, count: int) -> None:
+    """Let torch find some accelerators."""
+    patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device(kind))
+    patch.setattr(torch.accelerator, "device_count", lambda: count)
+
+
 def test_request_batch_system_with_gpus_asks_for_cuda_unless_the_job_says_cpu() -> None:
     slurm = SlurmSpec(gpus_per_node=8)
     pods = KubernetesSpec(image="image", claim="claim", mount="/data", gpus_per_node=4)
@@ -97,8 +103,7 @@ def test_look_one_visible_device_belongs_to_the_rank(monkeypatch: pytest.MonkeyP
         asked.append(index)
         return type("Properties", (), {"uuid": "GPU-7"})()
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    see(monkeypatch, "cuda", 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     seen = look(CUDA, rank=5, local_rank=5, restarts=0)
     assert (seen.visible, asked) == (1, [0])
@@ -110,11 +115,25 @@ def test_look_gpu_that_cannot_be_used_is_none(monkeypatch: pytest.MonkeyPatch) -
     def broken(_: int) -> object:
         raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nCompile with ...")
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    see(monkeypatch, "cuda", 8)
     monkeypatch.setattr(torch.cuda, "get_device_properties", broken)
     seen = look(CUDA, rank=5, local_rank=5, restarts=0)
     assert (seen.visible, seen.reason) == (0, "CUDA error: uncorrectable ECC error encountered")
+
+
+def test_look_other_accelerators_serve_a_job_that_does_not_ask_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    see(monkeypatch, "xpu", 2)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda index: object())
+    seen = look(Request(), 1, 1, 0)
+    assert (seen.visible, seen.kind) == (2, "xpu")
+    assert decide(Request(), [seen]).kind == "xpu"
+    assert look(CUDA, 1, 1, 0).visible == 0
+
+
+def test_decide_devices_of_different_kinds_are_refused() -> None:
+    seen = [Seen(rank=0, host="a", visible=1, kind="cuda"), Seen(rank=1, host="b", visible=1, kind="xpu")]
+    problem = "cluster.device = auto: the devices are of different kinds: cuda for rank 0 on a; xpu for rank 1 on b"
+    assert decide(Request(), seen).problem == problem
 
 
 @NO_GPU
