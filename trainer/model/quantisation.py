@@ -10,7 +10,7 @@ BLOCK = 128
 
 def refusal(config: Mapping[str, Any]) -> str | None:
     """Return why quantised weights with this config cannot be read; None if they can, or are not quantised."""
-    quantised, method = config.get(FIELD), method_of(config)
+    method = method_of(config)
     if method is None or method == "mxfp4":
         return None
     if method != "fp8":
@@ -18,6 +18,7 @@ def refusal(config: Mapping[str, Any]) -> str | None:
         return (
             f"{FIELD}: its weights are quantised with {named}; only fp8 in blocks and mxfp4 are read: dequantise them"
         )
+    quantised = config[FIELD]
     if quantised.get("activation_scheme", "dynamic") != "dynamic":
         return f"{FIELD}: activation_scheme = {quantised['activation_scheme']!r} is not supported, only 'dynamic'"
     block = block_of(config)

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ class HuggingFaceFolder:
         if not path.is_dir():
             raise CheckpointError(f"{path}: not a folder; give a Hugging Face model folder with {CONFIG}")
         self.config = strict_json_file(path / CONFIG)
-        self.tensors: Mapping[str, Stored] = self._find_tensors()
+        self.tensors = self._find_tensors()
         reason = quantisation.refusal(self.config)
         if reason is not None:
             raise CheckpointError(f"{path / CONFIG}: {reason}")

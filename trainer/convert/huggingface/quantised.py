@@ -9,7 +9,7 @@ from keepwarm.trainer.convert.safetensors_file import ReadBytes, Stored
 from keepwarm.trainer.model import quantisation
 
 
-def dequantised(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> Mapping[str, Stored]:
+def dequantised(config: Mapping[str, Any], tensors: dict[str, Stored]) -> dict[str, Stored]:
     """Return the tensors that a folder with this config stands for; `quantisation.refusal` has let the config pass.
 
     Raises:
