@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 import venv
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,10 +76,18 @@ def vllm() -> Path:
     folder = ROOT / f".venv-{PACKAGE.replace('==', '-')}"
     if not (folder / "installed").exists():
         venv.create(folder, with_pip=True, clear=True)
-        for words in (["install", "--quiet", PACKAGE], ["uninstall", "--quiet", "--yes", *FOR_GPUS]):
-            subprocess.run([folder / "bin/python", "-m", "pip", *words], check=True, timeout=1800)
+        install(folder / "bin/python")
         (folder / "installed").touch()
     return folder / "bin/python"
+
+
+def install(python: Path) -> None:
+    """Install vLLM; uv settles in seconds what takes pip many minutes, but where it fails, pip goes on."""
+    links = os.environ.get("PIP_FIND_LINKS", "").replace(" ", ",")
+    uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", str(python), PACKAGE]
+    if subprocess.run(uv, env=os.environ | {"UV_FIND_LINKS": links}, timeout=1800).returncode:
+        subprocess.run([python, "-m", "pip", "install", "--quiet", PACKAGE], check=True, timeout=1800)
+    subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *FOR_GPUS], check=True, timeout=300)
 
 
 def generated(vllm: Path, folder: Path, work: Path) -> dict[str, Any]:
