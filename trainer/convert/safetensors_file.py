@@ -34,6 +34,10 @@ class Stored:
     size: int
 
 
+ReadBytes = Callable[[Stored, int, Bytes], object]
+"""Fill the last argument with the bytes of a stored tensor from the second on."""
+
+
 def read_tensors(path: Path) -> dict[str, Stored]:
     """Return the tensors in a file, after checking every number in its header against the file.
 

@@ -18,23 +18,30 @@ TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['cont
 CHAT = [{"role": "user", "content": "what goes along?"}, {"role": "assistant", "content": "everything"}]
 
 
+def parent_folder(folder: Path, kind: str, changes: dict[str, Any], **generation: Any) -> None:
+    """Write a model with a tokenizer, a chat template and generation defaults."""
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+    folder.mkdir()
+    text, words = folder / "text.txt", folder / "words.json"
+    text.write_text("the tokenizer goes along with the model that knows its tokens " * 20)
+    train_tokenizer([text], words, 290)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(words))
+    tokenizer.chat_template = TEMPLATE
+    model = hf_model(kind, changes | {"vocab_size": len(tokenizer)})
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=2, pad_token_id=0, **generation)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for file in (text, words):
+        file.unlink()
+
+
 @pytest.mark.parametrize("case", ["llama-llama3", "qwen3"])
 def test_export_generates_what_its_parent_generates(tmp_path: Path, case: str) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     parent, export = tmp_path / "parent", tmp_path / "export"
-    text = tmp_path / "text.txt"
-    text.write_text("the tokenizer goes along with the model that knows its tokens " * 20)
-    train_tokenizer([text], tmp_path / "words.json", 290)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "words.json"))
-    tokenizer.chat_template = TEMPLATE
-    kind, changes = CASES[case]
-    model = hf_model(kind, changes | {"vocab_size": len(tokenizer)})
-    model.generation_config = GenerationConfig(
-        max_new_tokens=7, do_sample=False, repetition_penalty=1.3, eos_token_id=2, pad_token_id=0
-    )
-    model.save_pretrained(parent)
-    tokenizer.save_pretrained(parent)
+    parent_folder(parent, *CASES[case], max_new_tokens=7, repetition_penalty=1.3)
 
     from_huggingface(parent, tmp_path / "native")
     done = to_huggingface(tmp_path / "native", export)

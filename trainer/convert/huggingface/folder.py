@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from keepwarm.ft.arrays import Bytes
-from keepwarm.trainer.convert.huggingface.fp8 import Scaled, dequantised, read_scaled
+from keepwarm.trainer.convert.huggingface.quantised import dequantised, read_dequantised
 from keepwarm.trainer.convert.safetensors_file import Stored, read_exactly, read_tensors, strict_json
 from keepwarm.trainer.errors import CheckpointError
 from keepwarm.trainer.model import quantisation
@@ -45,9 +45,8 @@ class HuggingFaceFolder:
         reason = quantisation.refusal(self.config)
         if reason is not None:
             raise CheckpointError(f"{path / CONFIG}: {reason}")
-        if self.config.get(quantisation.FIELD):
-            self.tensors = dequantised(self.config, self.tensors)
-            self.config = quantisation.without(self.config)
+        self.tensors = dequantised(self.config, self.tensors)
+        self.config = quantisation.without(self.config)
         self._descriptors: dict[Path, int] = {}
 
     def __enter__(self) -> "HuggingFaceFolder":
@@ -63,11 +62,7 @@ class HuggingFaceFolder:
 
     def read(self, name: str, start: int, out: Bytes) -> None:
         """See `keepwarm.trainer.convert.streaming.Source`."""
-        stored = self._stored(name)
-        if isinstance(stored, Scaled):
-            read_scaled(stored, start, out, self._read)
-        else:
-            self._read(stored, start, out)
+        read_dequantised(self._stored(name), start, out, self._read)
 
     def _read(self, stored: Stored, start: int, out: Bytes) -> None:
         if stored.file not in self._descriptors:

@@ -1,7 +1,7 @@
 """Weights published as FP8 with a factor for each block (DeepSeek-V3, Qwen 3), read as bfloat16. Without torch."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +10,13 @@ import numpy as np
 from keepwarm.ft.arrays import Bytes
 from keepwarm.ft.format.contents import ITEM_SIZE
 from keepwarm.trainer.convert.dtypes import NAMES, as_float32, cast
-from keepwarm.trainer.convert.safetensors_file import Stored
+from keepwarm.trainer.convert.safetensors_file import ReadBytes, Stored
 from keepwarm.trainer.errors import CheckpointError
 from keepwarm.trainer.model.quantisation import block_of
 
 _SCALES = "_scale_inv"
 """What the name of the factors adds to that of their weight."""
 _DTYPE = "BF16"
-
-ReadBytes = Callable[[Stored, int, Bytes], object]
-"""Fill the last argument with the bytes of a stored tensor from the second on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
