@@ -129,4 +129,5 @@ def _is_rms(norm: nn.Module) -> bool:
         example = torch.linspace(-3, 2, 2 * features).view(2, features)
         for weight in (theirs.weight, ours.weight):
             weight.copy_(torch.linspace(0.5, 1.5, features))
-        return torch.allclose(theirs(example), ours(example), rtol=1e-5, atol=1e-6)
+        found = theirs(example)
+        return torch.allclose(found, ours(example).to(found.dtype), rtol=1e-5, atol=1e-6)
