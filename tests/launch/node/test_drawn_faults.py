@@ -82,8 +82,7 @@ class Drawn:
 def drawn(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Drawn]:
     faults = Drawn(tmp_path, request.param)
     yield faults
-    faults.run.process.kill()
-    faults.run.process.wait()
+    faults.run.kill()
 
 
 def test_drawn_faults_of_supervisors_and_stores_leave_every_node_with_its_place(drawn: Drawn) -> None:

@@ -102,8 +102,7 @@ def cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
 
     yield make
     for each in made:
-        each.process.kill()
-        each.process.wait()
+        each.kill()
 
 
 def test_signals_to_every_process_save_and_end_run(cluster: Callable[..., Cluster]) -> None:

@@ -4,7 +4,9 @@ The stand-in writes its pid to `ran-<rank>-<restart>`, and ends with the code in
 to end, it creates `asked-<rank>-<restart>`, and ends as soon as the file `saved` exists.
 """
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -87,6 +89,16 @@ class StandIns:
         (self.folder / ".code").write_text(str(code))
         (self.folder / ".code").rename(self.folder / "code")
         assert self.process.wait(DEADLINE) == code, self.log.read_text()
+
+    def kill(self) -> None:
+        """Kill what is left: the program and all that it has started, which have its environment."""
+        mine = f":{self.folder}\0".encode()
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mine in (process / "environ").read_bytes() + b"\0":
+                    os.kill(int(process.name), signal.SIGKILL)
+        self.process.kill()
+        self.process.wait()
 
 
 def alive(pid: int) -> bool:
