@@ -41,7 +41,13 @@ class RestoreAnswers:
         )  # fmt: skip
 
     def _decoded(self) -> int:
-        """Return the buckets of chunks, data and parity, that all nodes decode for the choice in force."""
-        choice = self._election.choice
+        """Return the buckets of data that all nodes decode for the choice in force.
+
+        Parity is not among them: a snapshot whose parity was not complete yet has lost nothing.
+        """
+        choice, topology = self._election.choice, self._shell.state.topology
         orders = () if choice is None or choice.decision.epoch != self._shell.state.epoch else choice.orders
-        return sum(len(order.targets) * max(order.counts, default=0) for _, order in orders)
+        return sum(
+            len({*order.targets} & {*topology.group_of(slot).sources(order.stripe)}) * max(order.counts, default=0)
+            for slot, order in orders
+        )

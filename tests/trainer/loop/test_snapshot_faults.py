@@ -103,6 +103,8 @@ def test_worker_killed_at_every_moment_recovers_bitwise(
     struck = {match[1]: int(match[2]) for match in told if match is not None}
     recoveries = run.events("recovery")
     assert [event["source"] for event in recoveries] == ["memory"] * len(names), recoveries
+    # Parity may be incomplete when a worker dies. That is no loss of memory.
+    assert [(event["level"], event["bytes_decoded"]) for event in recoveries] == [("local", 0)] * len(names)
     for name, event in zip(names, recoveries, strict=True):
         # What all groups have prepared is never lost; a copy begins when the one before it but one is committed.
         newest = struck[name] - {"committed": 0, "prepared": 1}.get(name, 2)
