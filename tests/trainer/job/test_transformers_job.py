@@ -50,7 +50,7 @@ def test_run_keeps_the_config_when_its_folder_is_gone(folder: Path, tmp_path: Pa
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "remote-code": ({"auto_map": {"AutoModelForCausalLM": "code.Model"}}, "auto_map: its model is code"),
     "encoder-decoder": ({"is_encoder_decoder": True}, "decoders alone"),
-    "quantised": ({"quantization_config": {"quant_method": "mxfp4"}}, "quantised with mxfp4; only fp8"),
+    "quantised": ({"quantization_config": {"quant_method": "awq"}}, "quantised with awq; only fp8 in blocks and mxfp4"),
     "quantised-somehow": ({"quantization_config": "4bit"}, "quantised with an unnamed method"),
     "experts": ({"num_local_experts": 8}, "mixture of experts"),
     "several-models": ({"text_config": {}}, "text_config: model_type = None is no name of a model"),
