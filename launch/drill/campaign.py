@@ -24,6 +24,7 @@ from keepwarm.launch.drill.strike import Undo, strike
 from keepwarm.launch.errors import DrillError, RanksFailed
 from keepwarm.trainer.job.run_folder import RunFolder
 from keepwarm.trainer.job.spec import JobSpec
+from keepwarm.trainer.job.stages import plan_stages
 from keepwarm.trainer.monitor import events
 from keepwarm.trainer.monitor.goodput import Goodput, of_run, read_marks
 
@@ -32,6 +33,8 @@ RESIDUE_GRACE_S = 20.0
 """Seconds after the end of a run before a process of it counts as left behind. An agent whose node has died gets its
 lease in addition."""
 RUN_POLL_INTERVAL_S = 0.02
+STEPS_LEFT = 2
+"""Steps before the end of the job at which a fault strikes that was to come some seconds after its step."""
 LOG_LINES = 20
 
 Say = Callable[[str], None]
@@ -232,8 +235,8 @@ class _Trial:
     def _until_step(self, fault: Fault) -> None:
         while self._step() < fault.step:
             self._pause()
-        later = time.monotonic() + fault.after
-        while time.monotonic() < later:
+        later, last = time.monotonic() + fault.after, plan_stages(self.drill.job)[-1].end_step
+        while time.monotonic() < later and self._step() < last - STEPS_LEFT:
             self._pause(min(RUN_POLL_INTERVAL_S, max(0.0, later - time.monotonic())))
 
     def _undo_recovered(self, struck: Sequence[Struck]) -> None:

@@ -128,6 +128,13 @@ def test_drill_faults_of_one_kind_and_combined_recover(
     assert_survived(drill(folder / "four", FOUR_NODES, *arguments), levels)
 
 
+def test_drill_fault_that_would_come_after_the_end_strikes_before_it(folder: Path) -> None:
+    faults = ["--kill", "keeper:1@8", "--kill", "worker:3@8+600"]
+    found = drill(folder / "late", FOUR_NODES, "stages.0.tokens=6_144", *ONE_RANK_A_NODE, *faults)
+    assert found["faults"][1]["level"] in ("local", "decoded")
+    assert_survived(found, [None, found["faults"][1]["level"]])
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(200))
 def test_drill_drawn_campaigns_recover(folder: Path, seed: int) -> None:
