@@ -33,6 +33,8 @@
 #include <functional>
 #include <map>
 #include <mutex>
+#include <utility>
+#include <vector>
 
 namespace {
 
@@ -51,6 +53,22 @@ int64_t late_copies = 0;
 std::map<const char*, size_t> pinned;
 size_t used = 0, peak = 0;
 
+/* Holds the lock. What queues have held is freed without it: freeing a tensor may need Python's lock, and a thread that
+   has that one may wait for this one. */
+thread_local int depth = 0;
+thread_local std::vector<std::function<void()>> spent;
+struct Held {
+    Held() {
+        lock.lock();
+        ++depth;
+    }
+    ~Held() {
+        bool last = --depth == 0;
+        lock.unlock();
+        if (last) std::exchange(spent, {}).clear();
+    }
+};
+
 struct Event {
     Key stream;
     int64_t place;
@@ -59,34 +77,35 @@ struct Event {
 Key key(const c10::Stream& stream) { return {stream.device_index(), stream.id()}; }
 
 void run_until(const Key& stream, int64_t place) {
-    std::lock_guard<std::recursive_mutex> held(lock);
+    Held held;
     auto& queue = queues[stream];
     while (!queue.empty() && begun[stream] < place) {
         auto next = std::move(queue.front());
         queue.pop_front();
         begun[stream]++;
         next();
+        spent.push_back(std::move(next));
     }
 }
 
 int64_t length(const Key& stream) { return begun[stream] + static_cast<int64_t>(queues[stream].size()); }
 
 void finish(const Key& stream) {
-    std::lock_guard<std::recursive_mutex> held(lock);
+    Held held;
     run_until(stream, length(stream));
 }
 
 /* ---- memory */
 
 void release(void* memory) {
-    std::lock_guard<std::recursive_mutex> held(lock);
+    Held held;
     used -= static_cast<size_t*>(memory)[-8];
     std::free(static_cast<char*>(memory) - 64);
 }
 
 struct DeviceMemory final : c10::DeviceAllocator {
     c10::DataPtr allocate(size_t size) override {
-        std::lock_guard<std::recursive_mutex> held(lock);
+        Held held;
         c10::Device device(TYPE, static_cast<c10::DeviceIndex>(current));
         if (size == 0) return {nullptr, nullptr, &release, device};
         auto* block = static_cast<char*>(std::aligned_alloc(64, (size + 127) / 64 * 64));
@@ -113,14 +132,14 @@ struct DeviceMemory final : c10::DeviceAllocator {
 };
 
 void unpin(void* memory) {
-    std::lock_guard<std::recursive_mutex> held(lock);
+    Held held;
     pinned.erase(static_cast<const char*>(memory));
     std::free(memory);
 }
 
 struct PinnedMemory final : c10::Allocator {
     c10::DataPtr allocate(size_t size) override {
-        std::lock_guard<std::recursive_mutex> held(lock);
+        Held held;
         auto* memory = std::aligned_alloc(64, (size + 127) / 64 * 64);
         pinned[static_cast<const char*>(memory)] = size;
         return {memory, memory, &unpin, c10::Device(c10::DeviceType::CPU)};
@@ -134,7 +153,7 @@ PinnedMemory pinned_memory;
 REGISTER_ALLOCATOR(TYPE, &device_memory);
 
 bool is_pinned(const void* memory) {
-    std::lock_guard<std::recursive_mutex> held(lock);
+    Held held;
     auto after = pinned.upper_bound(static_cast<const char*>(memory));
     if (after == pinned.begin()) return false;
     --after;
@@ -162,7 +181,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     }
     c10::Stream getDefaultStream(c10::Device of) const override { return c10::Stream(c10::Stream::DEFAULT, of); }
     c10::Stream getNewStream(c10::Device of, int) const override {
-        std::lock_guard<std::recursive_mutex> held(lock);
+        Held held;
         return c10::Stream(c10::Stream::UNSAFE, of.index() < 0 ? getDevice() : of, ++created);
     }
     c10::Stream getStreamFromGlobalPool(c10::Device of, bool) const override { return getNewStream(of, 0); }
@@ -172,12 +191,12 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
         return before;
     }
     void record(void** event, const c10::Stream& stream, c10::DeviceIndex, c10::EventFlag) const override {
-        std::lock_guard<std::recursive_mutex> held(lock);
+        Held held;
         if (*event == nullptr) *event = new Event();
         *static_cast<Event*>(*event) = {key(stream), length(key(stream))};
     }
     void block(void* event, const c10::Stream& stream) const override {
-        std::lock_guard<std::recursive_mutex> held(lock);
+        Held held;
         if (event == nullptr) return;
         queues[key(stream)].push_back([one = *static_cast<Event*>(event)] { run_until(one.stream, one.place); });
     }
@@ -195,7 +214,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     }
     void synchronizeStream(const c10::Stream& stream) const override { finish(key(stream)); }
     void synchronizeDevice(c10::DeviceIndex index) const override {
-        std::lock_guard<std::recursive_mutex> held(lock);
+        Held held;
         for (auto& [stream, queue] : queues)
             if (stream.first == index) finish(stream);
     }
@@ -294,7 +313,7 @@ at::Tensor copy_from(const at::Tensor& self, const at::Tensor& target, bool non_
         into.copy_(source);
     };
     if (late) {
-        std::lock_guard<std::recursive_mutex> locked(lock);
+        Held held;
         queues[stream].push_back(copy);
         late_copies++;
     } else {
