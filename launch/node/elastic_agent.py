@@ -180,7 +180,7 @@ class NodeAgent(SimpleElasticAgent):
 
     def _report(self, rank: int, code: int) -> None:
         """Report the first failed worker to the other nodes: it ends the run, or begins a restart."""
-        if code == ExitCode.INTERRUPTED and self.saving and not self.asked:
+        if code == ExitCode.INTERRUPTED and self._were_asked_for_state():
             self._processes.wait(FAILURE_GRACE_S)
             self._handler.on_saved(on_disk=self.on_disk)
         elif code in FINAL or (code == ExitCode.BAD_INPUT and self._handler.restart == 0):
@@ -190,6 +190,22 @@ class NodeAgent(SimpleElasticAgent):
             per_node = self._options.ranks_per_node
             kind, cause, at_fault = explain(rank, code, self._last_words[rank % per_node].read())
             self._fail(kind, cause, {other // per_node for other in at_fault})
+
+    def _were_asked_for_state(self) -> bool:
+        """Return whether the workers ended so that the run can grow or a node can leave, and not because it is to end.
+
+        Ranks agree on a step at which all hand over their state. So those of this node may end because another node has
+        asked its own, before this one has heard of it; it may even hear first that the others have begun to restart.
+        """
+        end = time.monotonic() + FAILURE_GRACE_S
+        while not self.asked and self._handler.ended() is None:
+            if self.saving or self._handler.num_nodes_waiting():
+                return True
+            if time.monotonic() > end:
+                return False
+            time.sleep(MONITOR_INTERVAL_S)
+            self._hooks.poll()
+        return False
 
     def _fail(self, kind: Kind, cause: str, at_fault: Collection[int]) -> None:
         first = self._handler.fail(kind, cause, at_fault)

@@ -67,6 +67,28 @@ def test_sigterm_of_one_node_leaves_to_a_spare_and_no_step_is_lost(whole: Path, 
 
 
 @pytest.mark.dist
+def test_drain_of_which_a_node_hears_after_its_workers_have_ended_goes_on(
+    whole: Path, start: Callable[..., Run]
+) -> None:
+    """Ranks agree on the step at which all of them end: the signal of one node reaches the workers of every other."""
+    run = start("--nodes", "4", "--spares", "1", "snapshot.every=5", "snapshot.peer_timeout=60")
+    run.after(3)
+    slow = run.owner(2)
+    os.kill(slow.supervisor, signal.SIGSTOP)
+    try:
+        os.kill(run.owner(1).supervisor, signal.SIGTERM)
+        run.until(lambda: not alive(slow.workers[2]), "rank 2 to hand over")
+    finally:
+        os.kill(slow.supervisor, signal.SIGCONT)
+    recovery = run.recovered(1)
+    assert (recovery["level"], recovery["source"], recovery["slots"]) == ("decoded", "memory", [1])
+    run.done()
+    assert of_run(run.folder).steps_lost == 0
+    assert_equal(run, whole)
+    assert_nothing_left(run)
+
+
+@pytest.mark.dist
 @pytest.mark.parametrize(
     "disk",
     [
