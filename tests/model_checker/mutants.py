@@ -261,5 +261,10 @@ MUTANTS = (
         "checksums of rebuilt data are forgotten",
         (Edit("rebuilt", "rebuilt=sums)", "rebuilt={})"), Edit("_rebuilt", "rebuilt=rebuilt)", "rebuilt={})")),
     ),
-    _one("parity is placed beside its data", "parities", "(stripe + row) % self.size", "stripe % self.size"),
+    _one(
+        "parity is placed beside its data",
+        "parities",
+        "self._parities[stripe % self.size]",
+        "self._parities[stripe % self.size][:1] * self.parity",
+    ),
 )
