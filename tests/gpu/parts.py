@@ -29,7 +29,7 @@ PARTS: dict[str, Callable[[torch.device, Path], None]] = {
 
 def main(name: str, kind: str) -> None:
     device = torch.device("cpu") if kind == "cpu" else torch.device(kind, 0)
-    with tempfile.TemporaryDirectory(prefix="gpu") as folder:
+    with tempfile.TemporaryDirectory(prefix="gpu", ignore_cleanup_errors=True) as folder:
         PARTS[name](device, Path(folder))
 
 

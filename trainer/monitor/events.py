@@ -221,8 +221,8 @@ class OutputLost(Event, frozen=True, kw_only=True):
 
 
 class Recovery(Event, frozen=True, kw_only=True):
-    """Training continues after a failure: the level of recovery, the slots that failed, and the seconds of each
-    phase."""
+    """Training continues after a failure: the level of recovery, the slots that failed, the bytes of data that nodes
+    decoded, and the seconds of each phase."""
 
     level: Level
     why: str
