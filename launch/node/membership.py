@@ -203,8 +203,8 @@ class Membership:
         others = [one for one in records if one.port and (one.host, one.port) != (self.me.host, self.me.port)]
         asked = {one.node: (one.host, one.port) for one in others[-ASKED_AT_ONCE * 4 :]}
         alive, why = stores_of(self._secret, asked)
-        silent = any(reason == "silent" for reason in why.values()) or self._stand_of(stores[0]) != "refused"
-        return not alive and not silent
+        living = any(reason in ("silent", "elects") for reason in why.values())
+        return not alive and not living and self._stand_of(stores[0]) == "refused"
 
     def _elect(self) -> bool:
         """Open the next store if the owners of the last view let this node; return whether they did."""

@@ -28,6 +28,8 @@ class Where(msgspec.Struct, frozen=True, tag=True):
 class Here(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     node: str
     store: StoreRecord | None
+    elects: bool = False
+    """It knows a view, whose owners open the next store."""
 
 
 class Announcement(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -161,7 +163,7 @@ class PeerListener:
             return FirstTable(table=table)
         if isinstance(message, Announcement):
             self.hear_of(message.store)
-        return Here(node=self._voter.node, store=self._following)
+        return Here(node=self._voter.node, store=self._following, elects=self._voter.installed is not None)
 
 
 # ---- asking
@@ -206,7 +208,10 @@ def announce(secret: bytes, store: StoreRecord, members: Mapping[str, Member], m
 
 
 def stores_of(secret: bytes, addresses: Mapping[str, Address]) -> tuple[list[StoreRecord], dict[str, str]]:
-    """Return the stores that supervisors follow, and for those that follow none why: `looks`, `refused`, `silent`."""
+    """Return the stores that supervisors follow, and for those that follow none why.
+
+    `elects`: it is one of the nodes that open the next one; `looks`: it has just started; `refused`; `silent`.
+    """
     found: list[StoreRecord] = []
     others: dict[str, str] = {}
     for node, answer in exchange(secret, addresses, Where(), CONNECT_TIMEOUT_S).items():
@@ -219,7 +224,7 @@ def stores_of(secret: bytes, addresses: Mapping[str, Address]) -> tuple[list[Sto
             others[node] = "silent"
             continue
         if here.store is None:
-            others[node] = "looks"
+            others[node] = "elects" if here.elects else "looks"
         else:
             found.append(here.store)
     return found, others

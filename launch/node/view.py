@@ -6,7 +6,8 @@ must accept it, by arriving for a restart under it. So of two parts of a run at 
 
 - A tie is a majority for the half that has the lowest slot.
 - An owner whose process is known to be dead decides nothing, and silence is not death. If neither the owners here nor
-  the silent ones can be a majority, the node that creates the claim on the next view goes on.
+  the silent ones can be a majority, the node that creates the claim on the next view goes on. Nodes that never were
+  owners claim nothing while an owner is silent: it goes on without a claim if it knows that the others are dead.
 - An owner remembers the view that it has accepted last, as it may have been installed. Wherever the owner goes, the
   majority of that view is needed as well.
 """
@@ -66,7 +67,8 @@ def verdict(views: Iterable[View], here: Collection[str], dead: Collection[str])
     found: Verdict = "go"
     for view in views:
         silent = view.nodes - set(here) - set(dead)
-        if is_majority(view, silent):
+        # Silent owners need no claim once they know that all others are dead. One that is here cannot be known so.
+        if is_majority(view, silent) or (silent and not view.nodes & set(here)):
             return "wait"
         if not is_majority(view, here) and (silent or not view.nodes & set(here)):
             found = "claim"

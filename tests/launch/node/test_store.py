@@ -17,7 +17,7 @@ from keepwarm.launch.node import slot_table
 from keepwarm.launch.node.connections import Dialled, Server, ask, run_secret
 from keepwarm.launch.node.heartbeat import HEARTBEAT, MOVED, Heartbeat
 from keepwarm.launch.node.membership import ChangeRefused, Membership
-from keepwarm.launch.node.peers import PeerListener, stand_of
+from keepwarm.launch.node.peers import PeerListener, stand_of, stores_of
 from keepwarm.launch.node.record import SideWrites, StoreRecord
 from keepwarm.launch.node.shared_table import (
     Answer,
@@ -34,7 +34,7 @@ from keepwarm.launch.node.shared_table import (
 )
 from keepwarm.launch.node.slot_table import Known, Table
 from keepwarm.launch.node.store import TableServer
-from keepwarm.launch.node.view import Member, identity
+from keepwarm.launch.node.view import Member, View, identity
 
 DEADLINE = 60.0
 PEER_TIMEOUT = 5.0
@@ -143,6 +143,19 @@ def test_store_garbage_ends_neither_store_nor_supervisor(serve: Callable[..., Se
         table, changed = node.change(Fail(restart=0, kind="failed", cause="it broke"))
         assert (table.restart, changed) == (1, True)
     assert served.lost == []
+
+
+def test_supervisor_without_a_store_says_whether_it_opens_the_next_one(tmp_path: Path) -> None:
+    """One that has just started must not take those that elect for the remains of an earlier start."""
+    secret = run_secret(tmp_path)
+    peers = PeerListener(secret, "127.0.0.1", "n0#1")
+    asked = {"n0#1": ("127.0.0.1", peers.port)}
+    assert stores_of(secret, asked) == ([], {"n0#1": "looks"})
+    member = Member(node="n0#1", host="127.0.0.1", port=peers.port)
+    peers.learn(Table(slots=1, max_restarts=0, view=View(number=(0, 1), members={0: member})))
+    assert stores_of(secret, asked) == ([], {"n0#1": "elects"})
+    peers.close()
+    assert stores_of(secret, asked) == ([], {"n0#1": "refused"})
 
 
 def test_store_that_answers_garbage_is_as_good_as_silent(tmp_path: Path) -> None:

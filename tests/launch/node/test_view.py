@@ -61,6 +61,7 @@ def test_majority_never_on_both_sides(count: int, data: st.DataObject) -> None:
         ("de", "a", "claim"),  # b and c are not enough either
         ("de", "abc", "go"),
         ("e", "abcd", "go"),
+        ("", "abcd", "wait"),  # e goes on, and needs no claim
         ("", "abcde", "claim"),  # spares, of which there may be several
         ("", "", "wait"),
     ],
@@ -171,6 +172,8 @@ class Partitions:
         self.random = random.Random(seed)
         first = Table(slots=self.SLOTS, max_restarts=999)
         self.tables: dict[int, Table] = {0: first}
+        self.claims: dict[object, int] = {}
+        """Store that has the claim on the view after each."""
         self.at = dict.fromkeys(self.NODES, 0)
         self.voters = {node: Voter(node=node) for node in self.NODES}
         self.seen = dict.fromkeys(self.NODES, first)
@@ -207,6 +210,10 @@ class Partitions:
             self.voters[node].accept(seen.proposed)
             if seen.number == self.tables[store].number:
                 self.tables[store] = slot_table.arrive(self.tables[store], node, seen.restart)
+        table = self.tables[store]
+        claims = table.view is not None and slot_table.needs_claim(table)
+        if claims and table.view is not None and self.claims.setdefault(table.view.number, store) == store:
+            self.tables[store] = slot_table.claim(table)
         self.look(node)
         if self.seen[node].awaits(node) and self.seen[node] is not seen:
             self.arrive(node)
