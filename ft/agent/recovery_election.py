@@ -4,7 +4,7 @@ The choice for which enough slots have voted (`keepwarm.ft.protocol.ballot`) sta
 along the links; what peers ask meanwhile is put off. No file is needed for it. Where too few are connected, the first
 choice that is written to the folder stands. So it is written there before anyone is asked to vote, if the folder
 answers, and if it has another one, that one stands. Should the folder have answered only one side of a cut, two choices
-of one epoch may be followed for a while: whoever hears of both asks for the next epoch.
+of one epoch may be followed for a while: an agent that hears of both asks for the next epoch.
 
 Agents tell of an epoch along their usual links and connect to the lowest slots, which connect to all. Another agent
 connects to all only if it knows of no lower one. So an epoch takes a few links for each agent, never one for each pair.

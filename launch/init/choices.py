@@ -89,11 +89,16 @@ def choose(wanted: Wanted, machine: Machine) -> Choices:
     )
 
 
+def longest_sample(machine: Machine) -> int:
+    """Return the most tokens that a sample has on such a machine, if the model takes as many."""
+    return _LONGEST["gpu" if machine.gpus else "cpu"]
+
+
 def _sequence_length(wanted: Wanted, machine: Machine) -> int:
     """Return the largest power of two that the model takes and of which the smallest corpus has several samples."""
     if wanted.smallest <= min(_SHORTEST, wanted.max_sequence_length):
         raise DataError(f"a corpus of {wanted.smallest} tokens is too small to train on; give more text")
-    longest = min(_LONGEST["gpu" if machine.gpus else "cpu"], wanted.max_sequence_length)
+    longest = min(longest_sample(machine), wanted.max_sequence_length)
     fitting = min(longest, max(_SHORTEST, (wanted.smallest - 1) // _WINDOWS))
     return int(2 ** math.floor(math.log2(min(fitting, wanted.smallest - 1, longest))))
 

@@ -2,14 +2,14 @@
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from keepwarm.files import READABLE, atomic_write
 from keepwarm.launch.errors import OptionError
-from keepwarm.launch.init.choices import Choices, Wanted, choose
-from keepwarm.launch.init.corpus import Corpora, Corpus, Size, find_corpora, size_of
+from keepwarm.launch.init.choices import Choices, Wanted, choose, longest_sample
+from keepwarm.launch.init.corpus import Corpora, Corpus, Size, find_corpora, size_of, unused_name
 from keepwarm.launch.init.job_text import Draft, job_text
 from keepwarm.launch.init.machine import Machine, machine
 from keepwarm.launch.init.parent import check_vocabulary, choose_tokenizer, read_parent
@@ -27,7 +27,6 @@ from keepwarm.trainer.model.spec import ModelSpec
 
 _SMALL = {"layers": 4, "hidden_size": 128, "heads": 4, "ffn_size": 344}
 _MEDIUM = {"layers": 12, "hidden_size": 768, "heads": 12, "ffn_size": 2048}
-_CONTEXT = {"cpu": 256, "gpu": 4096}
 _ROUNDED = 64
 """Vocabularies are a multiple of this, so that `parallel.tensor` divides them."""
 
@@ -142,15 +141,11 @@ def _corpora(request: Request) -> tuple[Corpora, tuple[Corpus, ...]]:
 
 
 def _renamed(corpora: Sequence[Corpus], taken: set[str]) -> tuple[Corpus, ...]:
-    renamed = []
+    renamed: dict[str, Corpus] = {}
     for one in corpora:
-        name, number = one.name, 1
-        while name in taken:
-            number += 1
-            name = f"{one.name}_{number}"
-        taken = taken | {name}
-        renamed.append(Corpus(name=name, path=one.path, is_text=one.is_text))
-    return tuple(renamed)
+        name = unused_name(one.name, taken | renamed.keys())
+        renamed[name] = replace(one, name=name)
+    return tuple(renamed.values())
 
 
 def _opened(named: str, end: str | None, corpora: Sequence[Corpus]) -> Tokenizer | None:
@@ -170,7 +165,7 @@ def _from_scratch(tokenizer: Tokenizer | None, corpora: Sequence[Corpus], device
     return {
         **shape,
         "vocabulary_size": -(-size // _ROUNDED) * _ROUNDED,
-        "max_sequence_length": _CONTEXT["gpu" if devices.gpus else "cpu"],
+        "max_sequence_length": longest_sample(devices),
     }
 
 

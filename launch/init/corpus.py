@@ -1,7 +1,8 @@
 """The corpora below the paths that `keepwarm init` is given: what they are named, and how many tokens they have."""
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,12 @@ def find_corpora(paths: Sequence[Path], option: str) -> Corpora:
                 f"`keepwarm data tokenize --input FILE ... --output-prefix PREFIX --tokenizer TOKENIZER`"
             )
     return Corpora(training=_named(training), held_out=_named(held_out))
+
+
+def unused_name(word: str, taken: Collection[str]) -> str:
+    """Return the word, with the lowest number behind it that makes it a name that is not taken."""
+    names = itertools.chain([word], (f"{word}_{number}" for number in itertools.count(2)))
+    return next(name for name in names if name not in taken)
 
 
 def size_of(corpus: Corpus, tokenizer: Tokenizer | None, vocabulary_size: int | None) -> Size:
@@ -154,9 +161,6 @@ def _named(files: Sequence[Path]) -> tuple[Corpus, ...]:
         stem = _HELD_OUT.sub("", _stem(file)) or _stem(file)
         word = re.sub(r"[^A-Za-z0-9_]+", "_", stem).strip("_") or "corpus"
         word = word if word[0].isalpha() else f"corpus_{word}"
-        name, number = word, 1
-        while name in corpora:
-            number += 1
-            name = f"{word}_{number}"
+        name = unused_name(word, corpora)
         corpora[name] = Corpus(name=name, path=file, is_text=is_text(file))
     return tuple(corpora.values())

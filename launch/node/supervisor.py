@@ -539,20 +539,24 @@ class Supervisor:
         print(f"keepwarm: {self._options.node}: {text}", file=sys.stderr, flush=True)
 
 
+def _layouts(job: JobSpec, slots: int) -> dict[int, JobSpec]:
+    """Return the job in every layout that it may have, by the number of slots."""
+    return layouts(job) if job.cluster.elastic == "shrink" else {slots: job}
+
+
 def _groups(job: JobSpec, slots: int) -> dict[int, tuple[tuple[int, ...], ...]]:
     """Return the slots of each group of nodes that protect each other, in any layout that the job may shrink to."""
-    jobs = layouts(job) if job.cluster.elastic == "shrink" else {slots: job}
     return {
         size: tuple(group.members for group in groups_of(size, one.snapshot))
-        for size, one in jobs.items()
+        for size, one in _layouts(job, slots).items()
         if one.snapshot != "off"
     }
 
 
 def max_excluded(job: JobSpec, slots: int) -> int:
     """Return how many nodes may be excluded at once without losing memory, in any layout that the job may shrink to."""
-    jobs = layouts(job) if job.cluster.elastic == "shrink" else {slots: job}
-    parity = [code_for(nodes, one.snapshot.code)[1] for nodes, one in jobs.items() if one.snapshot != "off"]
+    jobs = _layouts(job, slots).items()
+    parity = [code_for(nodes, one.snapshot.code)[1] for nodes, one in jobs if one.snapshot != "off"]
     return min(parity, default=1)
 
 

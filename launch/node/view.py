@@ -66,11 +66,12 @@ def verdict(views: Iterable[View], here: Collection[str], dead: Collection[str])
     """Return whether the owners in `here` decide in all of these views; `dead` processes have certainly ended."""
     found: Verdict = "go"
     for view in views:
-        silent = view.nodes - set(here) - set(dead)
+        owners = view.nodes & set(here)
+        silent = view.nodes - owners - set(dead)
         # Silent owners need no claim once they know that all others are dead. One that is here cannot be known so.
-        if is_majority(view, silent) or (silent and not view.nodes & set(here)):
+        if is_majority(view, silent) or (silent and not owners):
             return "wait"
-        if not is_majority(view, here) and (silent or not view.nodes & set(here)):
+        if not is_majority(view, owners) and (silent or not owners):
             found = "claim"
     return found
 

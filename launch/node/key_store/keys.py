@@ -141,7 +141,7 @@ class Keys:
 
 
 def _leave(places: dict[bytes, dict[Waiter, None]], key: bytes, waiter: Waiter) -> None:
-    """Take a caller away from those at a key. A key at which nobody is left takes no memory."""
+    """Take a caller away from those at a key. A key at which no caller is left takes no memory."""
     here = places.get(key, {})
     here.pop(waiter, None)
     if not here:

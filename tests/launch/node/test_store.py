@@ -320,6 +320,41 @@ def test_stale_listing_creates_few_claims(tmp_path: Path, monkeypatch: pytest.Mo
     peers.close()
 
 
+@pytest.mark.parametrize("elects", [True, False], ids=["owners elect", "of an earlier start"])
+def test_node_that_has_just_started_leaves_the_next_store_to_owners_that_elect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elects: bool
+) -> None:
+    monkeypatch.setattr("keepwarm.launch.node.membership.SEARCH_TIMEOUT_S", 4.0)
+    secret, opened = run_secret(tmp_path), list[int]()
+    node_record.claim_store(tmp_path, 0)
+    owner = PeerListener(secret, "127.0.0.1", "n0#1")
+    member = Member(node="n0#1", host="127.0.0.1", port=owner.port)
+    if elects:
+        owner.learn(Table(slots=1, max_restarts=0, view=View(number=(0, 1), members={0: member})))
+    record = node_record.NodeRecord(node="n0", host="127.0.0.1", port=owner.port, slot=0, supervisor=1)
+    node_record.write(tmp_path, record)
+    with socket.socket() as refusing:  # bound, and no process listens
+        refusing.bind(("127.0.0.1", 0))
+        port = refusing.getsockname()[1]
+        lost = StoreRecord(number=0, pid=1, host="127.0.0.1", port=port, heartbeat_port=port)
+        node_record.write_store(tmp_path, lost)
+        peers = PeerListener(secret, "127.0.0.1", "n1#1")
+        me = Member(node="n1#1", host="127.0.0.1", port=peers.port)
+
+        def open_store(number: int) -> None:
+            opened.append(number)
+            raise RuntimeError("opened")
+
+        membership = Membership(
+            tmp_path, me, Table(slots=1, max_restarts=0), peer_timeout=PEER_TIMEOUT, peers=peers, open_store=open_store
+        )
+        with pytest.raises(Exception, match="n1 found no store to follow in 4 s" if elects else "opened"):
+            membership.enter()
+    assert opened == ([] if elects else [1])
+    owner.close()
+    peers.close()
+
+
 class Client:
     """A node that counts what the store sends it."""
 

@@ -57,7 +57,7 @@ assert target.is_pinned() and not torch.zeros(3).is_pinned()
 with side:
     target.copy_(source, non_blocking=True)
     asked.record(side)
-assert target.tolist() == [0, 0, 0], "a copy that nobody has waited for is there"
+assert target.tolist() == [0, 0, 0], "a copy is there before it was waited for"
 source += 1
 asked.synchronize()
 assert target.tolist() == [8, 8, 8], "a copy beside other work brings what is there when it is made"
